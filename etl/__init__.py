@@ -1,0 +1,1 @@
+"""etl: Spark jobs from search and recommendation logs to a labelled Delta samples table."""

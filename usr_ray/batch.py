@@ -1,0 +1,118 @@
+"""UsrBatch: the tensors of one step, and UsrOutputs: what a model says of them.
+
+Shape letters: B rows, F features, V history events of the batch (jagged), L padded history, S scenarios, T tasks,
+D embedding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """One scenario's events before each row, jagged: row b owns values[offsets[b]:offsets[b + 1]], newest last."""
+
+    item_ids_V: Tensor
+    """int64, encoded item ids."""
+    actions_V: Tensor
+    """int64, 1 click, 2 order."""
+    ages_s_V: Tensor
+    """float32, seconds before the impression, > 0."""
+    query_ids_V: Tensor | None
+    """int64, encoded queries; None where the scenario has no queries."""
+    offsets: Tensor
+    """int64, B + 1, starts at 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class UsrBatch:
+    """One step's rows of one rank. Padding rows have weight 0, row_number -1, ids 0 and empty histories."""
+
+    labels_BT: Tensor
+    """float32 (B, 4) in the order of schema.ALL_LABELS."""
+    weights_B: Tensor
+    """float32, 1 for a row that counts, 0 for padding and for rows whose labels are not final."""
+    scenario_B: Tensor
+    """int64, position in FeatureSpec.scenarios."""
+    sparse_BF: Tensor
+    """int64 (B, F), encoded ids in the order of FeatureSpec.sparse."""
+    dense_BF: Tensor
+    """float32 (B, F), in the order of FeatureSpec.dense; F may be 0."""
+    histories: tuple[History, ...]
+    """One entry a scenario, in the order of FeatureSpec.scenarios."""
+    user_key_B: Tensor
+    """int64 hash of the raw user_id: groups rows for GAUC; unknown users stay apart."""
+    request_key_B: Tensor
+    """int64 hash of the raw request_id: groups rows for NDCG."""
+    row_number_B: Tensor
+    """int64 position of the row in the manifest (file order, then row order), -1 for padding."""
+
+    def __len__(self) -> int:
+        return int(self.scenario_B.shape[0])
+
+    def map(self, function: Any) -> UsrBatch:
+        """A batch with `function` applied to every tensor."""
+        return _map(self, function)
+
+    def to(self, device: torch.device | str) -> UsrBatch:
+        """The batch on `device`; does not wait for the copy when the memory is pinned."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> UsrBatch:
+        """The batch in page-locked memory, for asynchronous copies to a GPU."""
+        return self.map(lambda tensor: tensor.pin_memory())
+
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        total = 0
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal total
+            total += tensor.numel() * tensor.element_size()
+            return tensor
+
+        self.map(count)
+        return total
+
+
+def _map(value: Any, function: Any) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple):
+        return tuple(_map(v, function) for v in value)
+    if value is None:
+        return None
+    return replace(value, **{f.name: _map(getattr(value, f.name), function) for f in fields(value)})
+
+
+@dataclass(frozen=True, slots=True)
+class UsrOutputs:
+    """What a model says of a batch, in log space so that products of probabilities stay exact.
+
+    log_p and log_not_p hold log P(y = 1) and log P(y = 0), float32 also under mixed precision.
+    """
+
+    log_p_BT: Tensor
+    """(B, 2) CTR and CTCVR of the row's own scenario."""
+    log_not_p_BT: Tensor
+    """(B, 2)"""
+    log_p_global_BT: Tensor | None = None
+    """(B, 2) global CTR and CTCVR; None without GLMT."""
+    log_not_p_global_BT: Tensor | None = None
+    interests_BSD: Tensor | None = None
+    """(B, S, D) i_k of every view, for the contrastive loss; None when it is off or IE is off."""
+    interests_twin_BSD: Tensor | None = None
+    """Event-masked twin of interests_BSD, the positive of the contrastive loss."""
+    features_BSD: Tensor | None = None
+    """(B, S, D) f_k of every view."""
+    features_twin_BSD: Tensor | None = None
+
+    @property
+    def probs_BT(self) -> Tensor:
+        """(B, 2) probabilities of CTR and CTCVR in the row's own scenario."""
+        return self.log_p_BT.exp()

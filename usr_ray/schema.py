@@ -1,0 +1,152 @@
+"""The contract between Spark and Ray: scenarios, tasks, columns and the FeatureSpec. Standard library only.
+
+Spark writes the samples table in exactly these columns; the reader, the model and the loss read them back by the
+same names. A column is added here first, then in `docs/tables.md`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+PADDING_ID = 0
+"""Encoded id of an empty place in a history or of a missing value (a recommendation row has no query)."""
+UNKNOWN_ID = 1
+"""Encoded id of a value the vocabulary did not admit."""
+FIRST_ID = 2
+"""Encoded id of the first admitted value."""
+
+ACTION_CLICK = 1
+ACTION_ORDER = 2
+NUM_ACTIONS = 3
+"""Padding, click, order."""
+
+TASKS = ("ctr", "ctcvr")
+"""Main tasks, in the order of every T axis. Task names are also the keys of metrics.json."""
+LABELS = ("is_click", "is_order")
+"""Label column of each task, in the order of TASKS."""
+GLOBAL_LABELS = ("is_click_global", "is_order_global")
+"""Global label column of each task, in the order of TASKS."""
+ALL_LABELS = LABELS + GLOBAL_LABELS
+"""The label axis of a batch (labels_BT): is_click, is_order, is_click_global, is_order_global."""
+LABEL_ORDER = (
+    ("is_order", "is_click"),
+    ("is_click", "is_click_global"),
+    ("is_order", "is_order_global"),
+    ("is_order_global", "is_click_global"),
+)
+"""Pairs (a, b) with a <= b on every row; checked by ETL (Delta CHECK), by the loader and by the loss."""
+
+SAMPLES = "samples"
+VOCABULARIES = "vocabularies"
+REJECTS = "rejects"
+REPORTS = "reports"
+PARTITION_COLUMN = "impression_date"
+FEATURE_SPEC_PROPERTY = "usr_ray.feature_spec"
+"""Delta table property of `<lake>/samples` with the FeatureSpec as JSON.
+
+It is set before the data it describes is committed: vocabularies only grow, so a spec that is early is safe and
+one that is late would give ids outside the embedding tables.
+"""
+
+
+def index_column(feature: str) -> str:
+    """Column of the encoded id (bigint) of a categorical feature."""
+    return f"{feature}_index"
+
+
+def scaled_column(feature: str) -> str:
+    """Column of the scaled value (float) of a number feature."""
+    return f"{feature}_scaled"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HistoryColumns:
+    """Column names of one scenario's history; `query_ids` is None where the scenario has no queries."""
+
+    scenario: str
+    item_ids: str
+    actions: str
+    ages_s: str
+    query_ids: str | None
+
+
+def history_columns(scenario: str, *, has_query: bool) -> HistoryColumns:
+    """Names of the history columns of `scenario`, as in the contract: `<scenario>_history_item_ids` and so on."""
+    prefix = f"{scenario}_history"
+    return HistoryColumns(
+        scenario=scenario,
+        item_ids=f"{prefix}_item_ids",
+        actions=f"{prefix}_actions",
+        ages_s=f"{prefix}_ages_s",
+        query_ids=f"{prefix}_query_ids" if has_query else None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SparseFeature:
+    """One categorical feature: its encoded column and the size of its embedding table."""
+
+    name: str
+    """Feature name, also the `feature` of the vocabularies table and the name of the embedding table."""
+    column: str
+    """Samples column with the encoded id (bigint, never null: 0 padding, 1 unknown)."""
+    num_embeddings: int
+    """Rows of the table: largest id + 1, padding and unknown included."""
+    owner: str
+    """'user', 'item', 'query' or 'context': what the feature describes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenseFeature:
+    """One number feature, scaled by ETL; null became 0."""
+
+    name: str
+    column: str
+    owner: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeatureSpec:
+    """What a samples table offers a model. Saved as a table property, in each manifest and in each checkpoint."""
+
+    scenarios: tuple[str, ...]
+    query_scenarios: tuple[str, ...]
+    sparse: tuple[SparseFeature, ...]
+    """Always starts with user_id, item_id, query."""
+    dense: tuple[DenseFeature, ...]
+    history_length: int
+    label_delay_us: int
+    """W_g + W_o in microseconds: a row's labels are final this long after event_time (contract 2.6)."""
+    label_day_span: bool = False
+    """True for labels.global_span = "day": the delay then counts from the end of the impression's UTC day."""
+
+    @property
+    def histories(self) -> tuple[HistoryColumns, ...]:
+        """History columns, one entry a scenario, in the order of `scenarios`."""
+        return tuple(history_columns(s, has_query=s in self.query_scenarios) for s in self.scenarios)
+
+    def sparse_feature(self, name: str) -> SparseFeature:
+        """The sparse feature called `name`; KeyError when the table has none."""
+        for feature in self.sparse:
+            if feature.name == name:
+                return feature
+        raise KeyError(name)
+
+    def to_json(self) -> str:
+        """One line of JSON with sorted keys; `from_json` reads it back equal."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> FeatureSpec:
+        """Inverse of `to_json`. Raises ValueError when a field is missing or unknown."""
+        raw: dict[str, Any] = json.loads(text)
+        try:
+            raw["sparse"] = tuple(SparseFeature(**f) for f in raw["sparse"])
+            raw["dense"] = tuple(DenseFeature(**f) for f in raw["dense"])
+            raw["scenarios"] = tuple(raw["scenarios"])
+            raw["query_scenarios"] = tuple(raw["query_scenarios"])
+            return cls(**raw)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a feature spec: {error}") from error
