@@ -1,0 +1,1 @@
+"""USR: embeddings, interest extractor, feature generator, multi-task layer, backbones."""
