@@ -1,0 +1,71 @@
+# The commands to remember. Each sets up what it needs; `make help` lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test unit check bench clean require-jdk require-python
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(CURDIR)/$(VENV)/bin
+export PATH := $(BIN):$(PATH)
+# Everything we start listens on this machine only.
+export SPARK_LOCAL_IP := 127.0.0.1
+
+# ---- what `make demo` runs on -------------------------------------------------------------------------------
+SOURCE ?= simulated
+INPUT  ?=
+CONFIG ?= jobs/configs/$(SOURCE).toml
+WORK   ?= runs/demo-$(SOURCE)
+LOGS   ?=
+SET    ?=
+OVERRIDES  = $(foreach s,$(SET),--set $(s))
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@echo
+	@echo "  make demo SOURCE=kuairand INPUT=DIR      the demo on KuaiRand-Pure's files (also kuaisearch, kuaisar, jdsearch)"
+	@echo "  make demo LOGS=DIR CONFIG=FILE           the demo on your own logs (docs/tables.md says what they look like)"
+	@echo "  make demo SET=\"train.num_epochs=2\"       with overrides of the configuration, separated by spaces"
+
+setup: $(VENV)/.ready  ## virtual environment and Delta jars (done once; the other targets call it)
+
+require-python:
+	@command -v $(PYTHON) >/dev/null 2>&1 && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "error: Python 3.11 or newer is needed, found $$($(PYTHON) --version 2>&1 || echo none); install it (Debian, Ubuntu: apt-get install python3.11 python3.11-venv) or name it: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+
+require-jdk:
+	@java=$${JAVA_HOME:+$$JAVA_HOME/bin/}java; \
+	major=$$($$java -version 2>&1 | sed -nE 's/.* version "([0-9]+).*/\1/p' | head -1 || true); \
+	[ "$${major:-0}" -ge 17 ] || { \
+	  echo "error: no JDK 17 or newer found (java says: $${major:-nothing}); Spark needs one: install it (Debian, Ubuntu: apt-get install openjdk-17-jdk-headless; macOS: brew install openjdk@17) or set JAVA_HOME" >&2; exit 2; }
+
+$(VENV)/.ready: constraints.txt setup.cfg pyproject.toml cluster/spark/install_delta_jars.py | require-python require-jdk
+	@echo "setup: virtual environment in $(VENV) (a few minutes the first time; torch is large)"
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[etl,train,dev]'
+	@$(BIN)/python cluster/spark/install_delta_jars.py
+	@touch $@
+	@echo "setup: done"
+
+demo: setup require-jdk  ## logs -> Delta -> 2-worker training of USR -> evaluation -> report
+	@python jobs/demo.py --source $(SOURCE) --config $(CONFIG) --work $(WORK) \
+	  $(if $(INPUT),--input $(INPUT)) $(if $(LOGS),--logs $(LOGS)) $(OVERRIDES)
+
+test: setup require-jdk  ## every test
+	@python -m pytest tests
+
+unit: setup  ## the tests that need neither JVM nor Ray (seconds)
+	@python -m pytest tests/unit
+
+check: setup  ## lint, formatting, types, import directions
+	@ruff check .
+	@ruff format --check .
+	@mypy
+	@python -m pytest tests/unit/test_imports.py tests/unit/test_house.py
+
+bench: setup require-jdk  ## benchmarks: ratios inside one run, written to benchmarks/results
+	@for script in benchmarks/*.py; do echo "== $$script"; python $$script; done
+
+clean:  ## remove runs and caches (not the virtual environment)
+	rm -rf runs .cache build spark-warehouse .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,120 @@
+"""Reading values: durations, dates, TOML sections -> frozen dataclasses, each mistake one clear line.
+
+Standard library only; `usr_ray.config` re-exports what others need.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+
+class UserError(Exception):
+    """A mistake of the user's: one clear line (where, found, needed, way out); jobs exit with code 2."""
+
+
+class ConfigError(UserError):
+    """A configuration key or value that cannot be used."""
+
+
+DAY_US = 86_400_000_000
+_UNITS_US = {
+    "us": 1, "microsecond": 1, "ms": 1000, "millisecond": 1000, "s": 1_000_000, "second": 1_000_000,
+    "m": 60_000_000, "min": 60_000_000, "minute": 60_000_000, "h": 3_600_000_000, "hour": 3_600_000_000,
+    "d": DAY_US, "day": DAY_US,
+}  # fmt: skip
+
+
+def parse_duration_us(text: str, *, where: str) -> int:
+    """Microseconds of a duration such as "1 hour", "24 hours", "90s" or "0 s"; ConfigError naming `where` otherwise."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text)
+    unit = match and (_UNITS_US.get(match[2]) or _UNITS_US.get(match[2].removesuffix("s")))
+    if not match or not unit:
+        raise ConfigError(f"{where}: {text!r} is not a duration; write a number and a unit, for example '24 hours'")
+    return round(float(match[1]) * unit)
+
+
+def parse_date(text: str, *, where: str) -> dt.date:
+    """The date of "YYYY-MM-DD"; ConfigError naming `where` otherwise."""
+    try:
+        return dt.date.fromisoformat(text)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {text!r} is not a date; write YYYY-MM-DD") from error
+
+
+def parse_dates(text: str, *, where: str) -> tuple[dt.date, dt.date]:
+    """First and last date (both included) of "A:B" or "A"; ConfigError when empty, malformed or reversed."""
+    first_text, _, last_text = text.partition(":")
+    first = parse_date(first_text, where=where)
+    last = parse_date(last_text, where=where) if last_text else first
+    if last < first:
+        raise ConfigError(f"{where}: the range {text!r} is empty; the first date must not be after the last")
+    return first, last
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ConfigError(message) unless `condition`."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def override_key(raw: dict[str, Any], override: str) -> None:
+    """Apply one `a.b=c` to nested dictionaries; c is TOML, or a bare word."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {override!r}: write it as section.key=value")
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        child = raw.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override!r}: {section!r} is a value, not a section")
+        raw = child
+    raw[last] = value
+
+
+def build(kind: type, raw: Any, *, path: str) -> Any:
+    """A dataclass of type `kind` from nested dictionaries; ConfigError naming the dotted path of what does not fit."""
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{path} must be a section, got {raw!r}")
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(raw) - set(hints))
+    if unknown:
+        where = f"{path}." if path else ""
+        owner = path or "the configuration"
+        raise ConfigError(f"unknown key '{where}{unknown[0]}'; {owner} has: {', '.join(hints)}")
+    values = {k: _convert(hints[k], v, path=f"{path}.{k}" if path else k) for k, v in raw.items()}
+    return kind(**values)
+
+
+def _convert(hint: Any, value: Any, *, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return build(typing.cast(type, hint), value, path=path)
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{path} must be a list, got {value!r}")
+        inner = typing.get_args(hint)[0]
+        return tuple(_convert(inner, v, path=f"{path}[{n}]") for n, v in enumerate(value))
+    if origin is not None and not isinstance(hint, types.UnionType):  # Mapping[str, X]
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path} must be a section, got {value!r}")
+        inner = typing.get_args(hint)[1]
+        return {str(k): _convert(inner, v, path=f"{path}.{k}") for k, v in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{path} must be {_NAMES.get(hint, hint)}, got {value!r}")
+    return value
+
+
+_NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
