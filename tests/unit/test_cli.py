@@ -1,0 +1,76 @@
+"""The frame of every job and the demo's own messages: one line on stderr, exit code 2, nothing made."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from usr_ray.cli import job_config, job_parser, run_job
+from usr_ray.config import UserError
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load_job(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"job_{name}", ROOT / "jobs" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_user_error_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(argv: list[str]) -> None:
+        raise UserError("logs: 'clicks' is missing;\n  give one")
+
+    assert run_job(main, []) == 2
+    assert capsys.readouterr().err == "error: logs: 'clicks' is missing; give one\n"
+
+
+def test_a_failure_is_exit_code_1_with_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(argv: list[str]) -> None:
+        raise RuntimeError("broken")
+
+    assert run_job(main, []) == 1
+    assert "RuntimeError: broken" in capsys.readouterr().err
+
+
+def test_an_unknown_flag_is_a_user_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_job(lambda argv: job_parser("x").parse_args(argv) and None, ["--confg", "a"]) == 2
+    assert "unrecognized arguments: --confg a; see --help" in capsys.readouterr().err
+
+
+def test_set_overrides_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text("[train]\nnum_epochs = 2\nlearning_rate = 0.5\n")
+    arguments = job_parser("x").parse_args(["--config", str(file), "--set", "train.num_epochs=3"])
+    config = job_config(arguments)
+    assert (config.train.num_epochs, config.train.learning_rate) == (3, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--work", "W"], "the demo needs data.train_dates and data.eval_dates"),
+        (["--work", "W", "--source", "kuairand", "--config", "C"], "--source kuairand: --input is missing"),
+        (["--work", "FULL", "--config", "C"], "is not empty and no earlier demo's"),
+    ],
+)
+def test_the_demo_refuses_before_it_makes_anything(
+    argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("keep")
+    config = tmp_path / "c.toml"
+    config.write_text('[data]\ntrain_dates = "2026-01-01"\neval_dates = "2026-01-02"\n')
+    names = {"W": tmp_path / "work", "C": config, "FULL": tmp_path / "full"}
+    assert run_job(load_job("demo").main, [str(names.get(a, a)) for a in argv]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
+    assert (tmp_path / "full" / "mine.txt").read_text() == "keep"
