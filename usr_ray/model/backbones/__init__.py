@@ -1,0 +1,29 @@
+"""The six backbones behind one interface: BackboneInput in, the row's own logits (B, T) out."""
+
+from __future__ import annotations
+
+from usr_ray.config import ModelConfig
+from usr_ray.model.backbones.interface import Backbone, BackboneDims, BackboneInput
+from usr_ray.model.backbones.shared_bottom import SharedBottom
+
+__all__ = ["Backbone", "BackboneInput", "build_backbone"]
+
+_KINDS = {
+    "shared_bottom": SharedBottom,
+}
+
+
+def build_backbone(
+    config: ModelConfig, *, input_dim: int, scenario_dim: int, trigger_dim: int, num_scenarios: int
+) -> Backbone:
+    """The backbone named by `config.backbone`, with weights drawn from torch's global generator.
+
+    Args:
+        config: sizes; `config.backbone` is one of usr_ray.config.BACKBONES, which ModelConfig has checked.
+        input_dim: width of x_BD.
+        scenario_dim: width of scenario_embedding_BE.
+        trigger_dim: width of trigger_BZ; may be 0.
+        num_scenarios: S, one or more.
+    """
+    dims = BackboneDims(input_dim, scenario_dim, trigger_dim, num_scenarios)
+    return _KINDS[config.backbone](config, dims)
