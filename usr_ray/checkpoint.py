@@ -1,0 +1,236 @@
+"""Checkpoints that are whole or absent: safetensors and JSON under checksums, renamed into place in one piece.
+
+    <run>/checkpoints/step-00000050/     tensors.safetensors, state.json, SHA256SUMS
+    <run>/checkpoints/best-00000200/     the same; kept apart from the last k
+    <run>/checkpoints/step-00000100.tmp-1f...   being written, or left by a crash: never read, cleaned by the next save
+
+The directory names are the index: a rename is atomic, so there is no index file that could be torn. Nothing here is
+pickled, so reading a checkpoint runs no code. `sha256sum -c SHA256SUMS` checks one by hand.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from usr_ray.config import UserError
+
+TENSORS, STATE, SUMS = "tensors.safetensors", "state.json", "SHA256SUMS"
+STORAGE_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""No space left, quota used up, file size limit: the storage refuses to grow, the run itself is sound."""
+
+_NAME = re.compile(r"(step|best)-(\d{8,})")
+_log = logging.getLogger(__name__)
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, torn or not ours."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint whose checksums agree."""
+
+    path: Path
+    step: int
+    """Steps of the whole run done when it was written."""
+    tensors: dict[str, Tensor]
+    """By name, on the CPU."""
+    state: dict[str, Any]
+    """What `save` was given as `state`."""
+
+
+class CheckpointStore:
+    """The checkpoints of one run. One process writes (rank 0); any may read.
+
+    Args:
+        directory: created by the first save.
+        keep_last: how many `step-` checkpoints stay; the best one stays besides.
+    """
+
+    def __init__(self, directory: Path, *, keep_last: int = 3) -> None:
+        if keep_last < 1:
+            raise ValueError(f"keep_last must be at least 1, got {keep_last}")
+        self.directory = Path(directory)
+        self.keep_last = keep_last
+
+    def save(
+        self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, best: bool = False
+    ) -> Path | None:
+        """Write one checkpoint as a unit and drop what it replaces.
+
+        Args:
+            step: steps of the whole run done so far, >= 0.
+            tensors: any shapes, dtypes and devices; copied to the CPU as they are.
+            state: JSON values; NaN and infinity are refused, since JSON has none.
+            best: write it as the run's best checkpoint, in place of the former best, instead of as one of the last k.
+
+        Returns:
+            The checkpoint's directory, or None when the storage is full: then a warning says so, nothing
+            half-written is left, and the earlier checkpoints are as they were.
+
+        Raises:
+            OSError: any other failure to write. ValueError: `state` is not JSON.
+        """
+        if step < 0:
+            raise ValueError(f"step must not be negative, got {step}")
+        kind = "best" if best else "step"
+        final = self.directory / f"{kind}-{step:08d}"
+        text = json.dumps(dict(state), indent=1, sort_keys=True, allow_nan=False)
+        temporary = final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex}")
+        try:
+            self._clean()
+            temporary.mkdir(parents=True)
+            _write(temporary, tensors, text)
+            self._put(temporary, final)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if error.errno not in STORAGE_FULL:
+                raise
+            _log.warning(
+                "checkpoint of step %d not written to %s: %s; training goes on and the earlier checkpoints stay; free "
+                "space on this storage", step, self.directory, error.strerror)  # fmt: skip
+            return None
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        self._prune(kind, step)
+        return final
+
+    def newest_valid(self) -> Checkpoint | None:
+        """The newest `step-` checkpoint whose checksums agree; a torn one is passed over with a warning line."""
+        return self._first_valid("step")
+
+    def best_valid(self) -> Checkpoint | None:
+        """The best checkpoint, or None when none was marked (or it is torn, with a warning line)."""
+        return self._first_valid("best")
+
+    def steps(self) -> list[int]:
+        """Steps of the `step-` checkpoints on disk, oldest first; not verified."""
+        return [step for step, _ in self._entries("step")]
+
+    def load(self, name: str) -> Checkpoint:
+        """The checkpoint called `name`, such as 'step-00000050', verified.
+
+        Raises:
+            CheckpointError: the name is no checkpoint's name, there is none of it, or its content is torn.
+        """
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise CheckpointError(
+                f"checkpoint {name!r}: not a checkpoint's name; write step-<8 digits> as in {self.directory}"
+            )
+        path = self.directory / name
+        if path.is_symlink() or not path.is_dir():
+            present = ", ".join(self._names()) or "none"
+            raise CheckpointError(f"checkpoint {path}: no such directory; present: {present}")
+        _verify(path)
+        try:
+            state = json.loads((path / STATE).read_text(encoding="utf-8"))
+            tensors = load_file(path / TENSORS)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise CheckpointError(f"checkpoint {path}: cannot be read ({error}); use an older one") from error
+        return Checkpoint(path=path, step=int(match[2]), tensors=tensors, state=state)
+
+    def _first_valid(self, kind: str) -> Checkpoint | None:
+        for _, name in reversed(self._entries(kind)):
+            try:
+                return self.load(name)
+            except CheckpointError as error:
+                _log.warning("skipped: %s", error)
+        return None
+
+    def _entries(self, kind: str) -> list[tuple[int, str]]:
+        matches = [_NAME.fullmatch(name) for name in self._names()]
+        return sorted((int(m[2]), m[0]) for m in matches if m and m[1] == kind)
+
+    def _names(self) -> list[str]:
+        return sorted(p.name for p in self.directory.iterdir()) if self.directory.is_dir() else []
+
+    def _clean(self) -> None:
+        """Remove what a crash left half-written. There is one writer, so none of it can be alive."""
+        for name in self._names():
+            if ".tmp-" in name and _NAME.fullmatch(name.split(".tmp-")[0]):
+                shutil.rmtree(self.directory / name, ignore_errors=True)
+
+    def _put(self, temporary: Path, final: Path) -> None:
+        if final.exists():  # the same step again, after a resume: a rename cannot replace a full directory
+            final.rename(final.with_name(f"{final.name}.tmp-replaced"))
+        temporary.rename(final)
+        _sync(self.directory)
+        shutil.rmtree(final.with_name(f"{final.name}.tmp-replaced"), ignore_errors=True)
+
+    def _prune(self, kind: str, step: int) -> None:
+        # A later step than the one just written was torn, else the run had resumed from it.
+        old = [name for other, name in self._entries(kind) if other <= step]
+        later = [name for other, name in self._entries(kind) if other > step]
+        keep = 1 if kind == "best" else self.keep_last
+        for name in [*old[:-keep], *later]:
+            # Renamed first: a directory that is half deleted must not look like a checkpoint.
+            doomed = self.directory / f"{name}.tmp-pruned"
+            (self.directory / name).rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _write(folder: Path, tensors: Mapping[str, Tensor], state: str) -> None:
+    try:
+        save_file({name: _plain(tensor) for name, tensor in tensors.items()}, folder / TENSORS)
+    except SafetensorError as error:  # the library hides errno in its text
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder / TENSORS)) from error
+    (folder / STATE).write_text(state, encoding="utf-8")
+    sums = [f"{_sha256(folder / name)}  {name}\n" for name in (STATE, TENSORS)]
+    (folder / SUMS).write_text("".join(sums), encoding="utf-8")
+    for path in (folder / TENSORS, folder / STATE, folder / SUMS, folder):
+        _sync(path)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A contiguous CPU tensor that owns its memory; safetensors refuses views of one another."""
+    plain = tensor.detach().to("cpu").contiguous()
+    return plain.clone() if plain.untyped_storage().nbytes() != plain.numel() * plain.element_size() else plain
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _verify(path: Path) -> None:
+    expected = f"{path}: expected {STATE}, {TENSORS} and their {SUMS}"
+    try:
+        lines = (path / SUMS).read_text(encoding="utf-8").splitlines()
+        sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+        if set(sums) != {STATE, TENSORS}:  # also keeps a name such as ../../x from being opened
+            raise CheckpointError(f"checkpoint {expected}, found sums of {', '.join(sorted(sums))}; use an older one")
+        torn = [name for name in sorted(sums) if (path / name).is_symlink() or _sha256(path / name) != sums[name]]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {expected}, but reading failed ({error}); use an older one") from error
+    if torn:
+        raise CheckpointError(
+            f"checkpoint {path}: {torn[0]} does not match its checksum (torn or changed); use an older one"
+        )
