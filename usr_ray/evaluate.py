@@ -1,0 +1,155 @@
+"""Exact evaluation: every row once, whatever the number of workers and the batch size; then files that others read.
+
+Each rank scores its slice of the rows in file order; labels, log probabilities and keys are gathered and sorted by row
+number, and the metrics see all rows at once (method, section 6).
+
+Shape letters: B rows of a batch, N rows of the evaluation, T tasks (schema.TASKS).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from usr_ray.baseline import TrainingRows
+from usr_ray.batch import UsrBatch, UsrOutputs
+from usr_ray.config import Config, UserError
+from usr_ray.manifest import Manifest
+from usr_ray.metrics import CellMetrics, Predictions, metrics_by_scenario
+from usr_ray.model.embedding import EmbeddingTables
+from usr_ray.reader import SampleReader
+from usr_ray.schema import ALL_LABELS, TASKS
+from usr_ray.worker import Worker
+
+
+class EvaluationError(UserError):
+    """Rows that cannot be evaluated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Result of `evaluate`; on ranks other than 0 both fields are None."""
+
+    predictions: Predictions | None
+    """Rows that count, in row_number order."""
+    metrics: CellMetrics | None
+    """One split of metrics.json."""
+
+
+def evaluate(
+    model: nn.Module, tables: EmbeddingTables, manifest: Manifest, worker: Worker, config: Config
+) -> Evaluation:
+    """Score every row of `manifest` once and compute the metrics on rank 0. All ranks must call it.
+
+    Rows of weight 0 (padding; labels that are not final, unless data.mature_only is off) take no part. The model is put
+    back into the mode (training or not) it came in.
+
+    Raises:
+        EvaluationError: the model's probabilities are not numbers in [0, 1].
+    """
+    integers, log_probs, labels = [], [], []
+    for batch, outputs in score_batches(model, tables, evaluation_reader(manifest, worker, config), worker.device):
+        kept_B = batch.weights_B > 0
+        columns = [batch.row_number_B, batch.scenario_B, batch.user_key_B, batch.request_key_B]
+        columns += [batch.sparse_BF[:, _ITEM], _history_lengths(batch)]
+        integers.append(torch.stack(columns, dim=1)[kept_B].cpu())
+        log_p = [outputs.log_p_BT]
+        if outputs.log_p_global_BT is not None:
+            log_p.append(outputs.log_p_global_BT)
+        log_probs.append(torch.cat(log_p, dim=1)[kept_B].double().cpu())
+        labels.append(batch.labels_BT[kept_B].cpu())
+    # A rank without a batch still takes part in every collective, with rows of the width the others have.
+    has_global = worker.any_true(bool(log_probs) and log_probs[0].shape[1] > len(TASKS))
+    width = 2 * len(TASKS) if has_global else len(TASKS)
+    integers_N = worker.all_gather_rows(_rows(integers, 6, torch.int64))
+    log_probs_N = worker.all_gather_rows(_rows(log_probs, width, torch.float64))
+    labels_N = worker.all_gather_rows(_rows(labels, len(ALL_LABELS), torch.float32))
+    if not worker.is_main:
+        return Evaluation(None, None)
+    predictions = _predictions(integers_N.numpy(), log_probs_N.exp().numpy(), labels_N.numpy())
+    return Evaluation(predictions, metrics_by_scenario(predictions, manifest.spec.scenarios))
+
+
+def evaluation_reader(manifest: Manifest, worker: Worker, config: Config) -> SampleReader:
+    """Reader of the rank's rows of a held-out manifest, in file order."""
+    return SampleReader(
+        manifest,
+        global_batch_size=config.train.global_batch_size,
+        group_size=config.model.contrastive.group_size,
+        rank=worker.rank,
+        world_size=worker.world_size,
+        seed=0,
+        order="file",
+        mature_only=config.data.mature_only,
+        num_threads=config.train.reader_threads,
+    )
+
+
+def score_batches(
+    model: nn.Module, tables: EmbeddingTables, reader: SampleReader, device: torch.device
+) -> Iterator[tuple[UsrBatch, UsrOutputs]]:
+    """(batch, outputs) of every batch of `reader`, both on `device`, with the model in evaluation mode.
+
+    Ranks are not in step here: the bare module is called, never DDP's wrapper.
+    """
+    module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    was_training = module.training
+    module.eval()
+    try:
+        for on_host in reader.batches(epoch=0):
+            batch = on_host.to(device)
+            with torch.inference_mode():
+                outputs = module(batch, tables.lookup(batch))
+            yield batch, outputs
+    finally:
+        module.train(was_training)
+
+
+_ITEM = 1
+"""Column of item_id in sparse_BF (FeatureSpec.sparse starts with user_id, item_id, query)."""
+
+
+def _history_lengths(batch: UsrBatch) -> Tensor:
+    lengths_B = torch.zeros_like(batch.row_number_B)
+    for history in batch.histories:
+        lengths_B += history.offsets[1:] - history.offsets[:-1]
+    return lengths_B
+
+
+def _rows(parts: list[Tensor], width: int, dtype: torch.dtype) -> Tensor:
+    return torch.cat(parts) if parts else torch.empty((0, width), dtype=dtype)
+
+
+def _predictions(integers: NDArray, probs: NDArray, labels: NDArray) -> Predictions:
+    order = np.argsort(integers[:, 0], kind="stable")
+    integers, probs, labels = integers[order], probs[order], labels[order]
+    row_number_N, scenario_N, user_key_N, request_key_N, item_id_N, history_length_N = integers.T
+    if len(row_number_N) and (np.diff(row_number_N) == 0).any():
+        raise RuntimeError("a row was evaluated twice; the reader's slices overlap")
+    num_wrong = int((~(probs <= 1)).any(axis=1).sum())
+    if num_wrong:
+        raise EvaluationError(
+            f"evaluation: the model's probabilities are not numbers on {num_wrong} of {len(probs)} rows, so it has "
+            "diverged; train with a lower train.learning_rate or train.gradient_clip"
+        )
+    return Predictions(
+        row_number_N=row_number_N,
+        scenario_N=scenario_N,
+        labels_NT=labels,
+        probs_NT=probs[:, : len(TASKS)],
+        global_probs_NT=probs[:, len(TASKS) :] if probs.shape[1] > len(TASKS) else None,
+        user_key_N=user_key_N,
+        request_key_N=request_key_N,
+        item_id_N=item_id_N,
+        history_length_N=history_length_N,
+    )
+
+
+def read_training_rows(manifest: Manifest, worker: Worker, config: Config) -> TrainingRows:
+    """What the popularity baseline counts: the rows of `manifest` whose labels are final, without the rest of them."""
+    raise NotImplementedError

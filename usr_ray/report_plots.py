@@ -1,0 +1,134 @@
+"""Plots of the report as inline SVG whose colours are CSS variables, so that they follow light, dark and print.
+
+matplotlib draws with the light palette; every colour is then replaced by `var(--name)` of the page's style sheet.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
+from numpy.typing import NDArray
+
+from usr_ray.report_stats import Bin
+
+COLOURS = {
+    "ink": "#0b0b0b", "ink-2": "#52514e", "muted": "#898781", "grid": "#e1e0d9", "axis": "#c3c2b7",
+    "series-1": "#2a78d6", "series-2": "#eb6834", "series-3": "#1baf7a", "series-4": "#4a3aa7",
+    "series-5": "#e34948", "series-6": "#e87ba4", "series-7": "#eda100", "series-8": "#008300",
+}  # fmt: skip
+"""Name in the style sheet -> its light value, which matplotlib draws with."""
+SERIES = tuple(name for name in COLOURS if name.startswith("series"))
+
+_STYLE: Any = {
+    "svg.fonttype": "none", "svg.hashsalt": "usr-ray", "font.family": "sans-serif", "font.size": 10,
+    "axes.edgecolor": COLOURS["axis"], "axes.labelcolor": COLOURS["ink-2"], "axes.titlecolor": COLOURS["ink"],
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
+    "axes.linewidth": 0.8, "grid.color": COLOURS["grid"], "grid.linewidth": 0.8, "xtick.color": COLOURS["axis"],
+    "ytick.color": COLOURS["axis"], "xtick.labelcolor": COLOURS["muted"], "ytick.labelcolor": COLOURS["muted"],
+    "text.color": COLOURS["ink-2"], "lines.linewidth": 1.8, "lines.solid_capstyle": "round",
+    "xtick.major.size": 3, "ytick.major.size": 0, "legend.frameon": False, "legend.fontsize": 9.5,
+}  # fmt: skip
+
+
+def series_colour(place: int) -> str:
+    """The light value of the place-th series colour; colours belong to a series, whatever else is drawn."""
+    return COLOURS[SERIES[place % len(SERIES)]]
+
+
+def line_plot(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    label: str,
+    x_label: str = "step",
+    percent: bool = False,
+    from_zero: bool = False,
+) -> str:
+    """Lines over training steps; one series needs no legend. `label` is what a screen reader says."""
+
+    def draw(axes: Axes) -> None:
+        for place, (name, (x, y)) in enumerate(series.items()):
+            axes.plot(x, y, color=series_colour(place), label=name, marker="o" if len(x) < 3 else None, markersize=4)
+        axes.set_xlabel(x_label)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        if from_zero:
+            axes.set_ylim(bottom=0)
+        if percent:
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
+        elif max((abs(v) for _, ys in series.values() for v in ys), default=0) >= 1000:
+            axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+        if len(series) > 1:
+            axes.legend(loc="upper right", ncols=2 if len(series) > 4 else 1, handlelength=1.2)
+
+    return _svg(draw, label=label)
+
+
+def calibration_plot(bins: Sequence[Bin], *, colour: str, label: str) -> str:
+    """Observed rate over mean probability of each bin, with 95 % intervals, and the positives of each bin below."""
+
+    def draw(axes: Axes) -> None:
+        top = max(max(b.high, b.mean_prob) for b in bins) * 1.05 or 1.0
+        axes.plot([0, top], [0, top], color=COLOURS["muted"], linewidth=1, linestyle=(0, (4, 3)))
+        x = np.array([b.mean_prob for b in bins])
+        y = np.array([b.rate for b in bins])
+        spread = np.array([[b.rate - b.low for b in bins], [b.high - b.rate for b in bins]]).clip(min=0)
+        axes.errorbar(x, y, yerr=spread, color=colour, linewidth=1.2, fmt="o-", markersize=5, elinewidth=1.2)
+        axes.set(xlim=(0, top), ylim=(0, top), xlabel="mean predicted probability", ylabel="observed rate")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(5))
+            axis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:g} %"))
+
+    return _svg(draw, label=label, size=(3.7, 2.9))
+
+
+def roc_plot(curves: Sequence[tuple[str, str, bool, tuple[NDArray, NDArray]]], *, label: str) -> str:
+    """ROC curves; each is (name, colour, is_baseline, points). Baselines are dashed."""
+
+    def draw(axes: Axes) -> None:
+        axes.plot([0, 1], [0, 1], color=COLOURS["axis"], linewidth=1)
+        for name, colour, is_baseline, (x, y) in curves:
+            style: Any = {"linestyle": (0, (3, 2)), "linewidth": 1.2} if is_baseline else {}
+            axes.plot(x, y, color=colour, label=name, **style)
+        axes.set(xlim=(0, 1), ylim=(0, 1.01), xlabel="false positive rate", ylabel="true positive rate")
+        axes.legend(loc="lower right", handlelength=1.6)
+
+    return _svg(draw, label=label, size=(4.2, 3.4))
+
+
+def _svg(draw: Callable[[Axes], None], *, label: str, size: tuple[float, float] = (3.9, 2.5)) -> str:
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasSVG(figure)
+        draw(figure.add_subplot())
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    return _embedded(file.getvalue(), label=label)
+
+
+def _embedded(svg: str, *, label: str) -> str:
+    """The <svg> element alone: no prolog, metadata, style or address; ids of its own; theme colours; any width."""
+    prefix = re.sub(r"[^a-z0-9]+", "-", label.lower()) + "-"
+    svg = svg[svg.index("<svg") :]
+    # A <style> inside would apply to the whole page.
+    svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
+    svg = re.sub(r'\bid="', f'id="{prefix}', svg)
+    svg = re.sub(r'(href="|url\()#', rf"\g<1>#{prefix}", svg)
+    svg = re.sub(r'font: [^;"]*?(\d+(?:\.\d+)?px)[^;"]*', r"font-size: \1", svg)
+    svg = re.sub(r"font-family: [^;\"]*;?", "", svg)
+    for name, value in COLOURS.items():
+        svg = re.sub(re.escape(value), f"var(--{name})", svg, flags=re.IGNORECASE)
+    view_box = re.search(r'viewBox="([^"]*)"', svg)
+    assert view_box is not None  # matplotlib always writes one
+    opening = f'<svg viewBox="{view_box[1]}" role="img" aria-label="{html.escape(label)}">'
+    return opening + svg[svg.index(">") + 1 :].strip()
