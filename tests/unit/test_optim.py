@@ -1,0 +1,271 @@
+"""Row-wise Adagrad, the exchange and AdamW against slow plain references, on one rank and on two."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests.unit.two_ranks import run_ranks
+from usr_ray.config import TrainConfig
+from usr_ray.optim import (
+    DenseAdamW,
+    RowwiseAdagrad,
+    Update,
+    exchange,
+    exchange_tables,
+    replica_hash,
+    sum_by_id,
+    warmup_scale,
+)
+from usr_ray.worker import LocalWorker
+
+pytestmark = pytest.mark.unit
+
+NUM_ROWS, DIM, BATCH, STEPS = 9, 3, 8, 6
+RATE, EPS, DECAY = 0.1, 1e-6, 0.01
+
+
+def start_tables() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {name: torch.randn(NUM_ROWS, DIM, generator=generator) for name in ("item", "user")}
+
+
+def global_batch(step: int) -> dict[str, torch.Tensor]:
+    """Row ids of each table with many doubles, padding among them, and a target for each row."""
+    generator = torch.Generator().manual_seed(100 + step)
+    ids = {name: torch.randint(0, NUM_ROWS, (BATCH,), generator=generator) for name in ("item", "user")}
+    return ids | {"target": torch.randn(BATCH, DIM, generator=generator)}
+
+
+def rows_of_rank(step: int, rank: int, world_size: int) -> slice:
+    if world_size == 1:
+        return slice(0, BATCH)
+    # Step 2 gives rank 1 no rows at all, step 3 gives rank 0 none.
+    middle = {2: BATCH, 3: 0}.get(step, BATCH // 2)
+    return slice(0, middle) if rank == 0 else slice(middle, BATCH)
+
+
+def train_tables(worker: LocalWorker, folder: Path) -> dict[str, torch.Tensor]:
+    """Six steps on loss = sum over the global batch of |item + 2 user - target|^2 / BATCH."""
+    tables = start_tables()
+    optimizer = RowwiseAdagrad(tables, learning_rate=RATE, eps=EPS, weight_decay=DECAY)
+    for step in range(STEPS):
+        mine = rows_of_rank(step, worker.rank, worker.world_size)
+        batch = {name: tensor[mine] for name, tensor in global_batch(step).items()}
+        updates = {}
+        rows: dict[str, torch.Tensor] = {}
+        inverse: dict[str, torch.Tensor] = {}
+        unique: dict[str, torch.Tensor] = {}
+        for name in tables:
+            unique[name], inverse[name] = torch.unique(batch[name], return_inverse=True)
+            rows[name] = tables[name][unique[name]].requires_grad_()
+        error = rows["item"][inverse["item"]] + 2 * rows["user"][inverse["user"]] - batch["target"]
+        (error.square().sum() / BATCH).backward()
+        for name in tables:
+            gradient = rows[name].grad
+            assert gradient is not None
+            updates[name] = (unique[name], gradient)
+        optimizer.step(exchange_tables(worker, updates))
+    hashes = torch.tensor([replica_hash(tables), replica_hash(optimizer.state_tensors())])
+    return tables | {f"sum_{n}": t for n, t in optimizer.state_tensors().items()} | {"hashes": hashes}
+
+
+def slow_reference() -> tuple[dict[str, list[list[float]]], dict[str, list[float]]]:
+    """The same six steps in plain Python floats: dense gradients, then the formula of the docstring row by row."""
+    tables = {name: table.double().tolist() for name, table in start_tables().items()}
+    sums = {name: [0.0] * NUM_ROWS for name in tables}
+    for step in range(STEPS):
+        batch = {name: tensor.tolist() for name, tensor in global_batch(step).items()}
+        gradients: dict[str, dict[int, list[float]]] = {name: {} for name in tables}
+        for item, user, target in zip(batch["item"], batch["user"], batch["target"], strict=True):
+            for d in range(DIM):
+                error = tables["item"][item][d] + 2 * tables["user"][user][d] - target[d]
+                gradients["item"].setdefault(item, [0.0] * DIM)[d] += 2 * error / BATCH
+                gradients["user"].setdefault(user, [0.0] * DIM)[d] += 4 * error / BATCH
+        for name, touched in gradients.items():
+            for row, raw in touched.items():
+                if row == 0:
+                    continue
+                gradient = [g + DECAY * w for g, w in zip(raw, tables[name][row], strict=True)]
+                sums[name][row] += sum(g * g for g in gradient) / DIM
+                for d in range(DIM):
+                    tables[name][row][d] -= RATE * gradient[d] / (math.sqrt(sums[name][row]) + EPS)
+    return tables, sums
+
+
+def test_one_and_two_ranks_take_the_steps_of_the_slow_reference(tmp_path: Path) -> None:
+    tables, sums = slow_reference()
+    alone = train_tables(LocalWorker("cpu"), tmp_path)
+    first, second = run_ranks(train_tables, 2, tmp_path)
+    for got in (alone, first, second):
+        for name in tables:
+            torch.testing.assert_close(got[name].double(), torch.tensor(tables[name]).double(), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                got[f"sum_{name}"].double(), torch.tensor(sums[name]).double(), rtol=1e-5, atol=1e-7
+            )
+            assert torch.equal(got[name][0], start_tables()[name][0]), "padding must never move"
+    for name in first:
+        assert torch.equal(first[name], second[name]), f"replicas of {name} drifted apart"
+
+
+class FakeRanks:
+    """Rank 0 of a world whose other ranks always send the same rows."""
+
+    def __init__(self, *others: torch.Tensor) -> None:
+        self.world_size = 1 + len(others)
+        self.others = others
+
+    def all_gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        others = [o for o in self.others if o.dtype == rows.dtype]
+        return torch.cat([rows, *others])
+
+
+def test_exchange_sums_what_ranks_share_and_keeps_the_rest() -> None:
+    other_ids, other_grads = torch.tensor([5, 2]), torch.tensor([[10.0], [20.0]])
+    ids, grads = exchange(FakeRanks(other_ids, other_grads), torch.tensor([2, 7]), torch.tensor([[1.0], [2.0]]))
+    assert ids.tolist() == [2, 5, 7]
+    assert grads.tolist() == [[21.0], [10.0], [2.0]]
+
+
+def test_exchange_of_nothing_on_every_rank_is_nothing() -> None:
+    ids, grads = exchange(
+        FakeRanks(torch.zeros(0, dtype=torch.int64)), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4)
+    )
+    assert (ids.shape, grads.shape) == ((0,), (0, 4))
+
+
+def test_exchange_on_one_rank_hands_back_its_arguments() -> None:
+    ids, grads = torch.tensor([3, 1]), torch.ones(2, 2)
+    back = exchange(FakeRanks(), ids, grads)
+    assert back[0] is ids
+    assert back[1] is grads
+
+
+def test_doubled_ids_are_summed_in_the_order_they_stand_in() -> None:
+    # In float32, (1e8 + 1) - 1e8 is 0 but (1e8 - 1e8) + 1 is 1: the order shows in the result.
+    ids = torch.tensor([4, 9, 4, 4, 9])
+    grads = torch.tensor([[1e8], [1e8], [1.0], [-1e8], [-1e8]])
+    assert sum_by_id(ids, grads)[0].tolist() == [4, 9]
+    assert sum_by_id(ids, grads)[1].tolist() == [[0.0], [0.0]]
+    assert sum_by_id(ids[[0, 3, 2]], grads[[0, 3, 2]])[1].tolist() == [[1.0]]
+
+
+def test_tables_of_one_exchange_do_not_mix() -> None:
+    worker = FakeRanks(torch.tensor([1, (1 << 48) + 1]), torch.tensor([[100.0], [1000.0]]))
+    updates: Mapping[str, Update] = {
+        "b": (torch.tensor([1, 3]), torch.tensor([[3.0], [4.0]])),
+        "a": (torch.tensor([1]), torch.tensor([[2.0]])),
+    }
+    out = exchange_tables(worker, updates)
+    assert out["a"][0].tolist() == [1]
+    assert out["a"][1].tolist() == [[102.0]]
+    assert out["b"][0].tolist() == [1, 3]
+    assert out["b"][1].tolist() == [[1003.0], [4.0]]
+
+
+def test_a_step_neither_reads_nor_writes_rows_it_was_not_given() -> None:
+    table = torch.full((5, 2), float("nan"))
+    table[3] = 1.0
+    optimizer = RowwiseAdagrad({"t": table}, learning_rate=0.5, eps=0.0)
+    optimizer.step({"t": (torch.tensor([3]), torch.tensor([[3.0, 4.0]]))})
+    root = math.sqrt((9 + 16) / 2)
+    torch.testing.assert_close(table[3], torch.tensor([1 - 0.5 * 3 / root, 1 - 0.5 * 4 / root]))
+    assert table[[0, 1, 2, 4]].isnan().all()
+    assert optimizer.accumulators["t"].tolist() == [0, 0, 0, 12.5, 0]
+
+
+def test_rowwise_state_survives_a_checkpoint() -> None:
+    first = RowwiseAdagrad(start_tables(), learning_rate=0.1)
+    update = {"item": (torch.tensor([2, 4]), torch.ones(2, DIM)), "user": (torch.tensor([1]), torch.ones(1, DIM))}
+    first.step(update)
+    second = RowwiseAdagrad({n: w.clone() for n, w in first.weights.items()}, learning_rate=0.1)
+    second.load_state_tensors({n: t.clone() for n, t in first.state_tensors().items()})
+    first.step(update)
+    second.step(update)
+    for name in first.weights:
+        assert torch.equal(first.weights[name], second.weights[name])
+
+
+def dense_model() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+
+
+def dense_loss(model: nn.Module, step: int) -> torch.Tensor:
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(step))
+    return model(x).square().sum()
+
+
+def test_adamw_takes_the_step_of_its_formula() -> None:
+    """Step 0 under warm-up: moments are (1-b) g, bias correction undoes it, so w moves by scale * rate * sign(g)."""
+    config = TrainConfig(learning_rate=0.01, weight_decay=0.5, gradient_clip=0.0, warmup_steps=4)
+    model = dense_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = DenseAdamW(model, config)
+    dense_loss(model, 0).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    norm = optimizer.step(scale=warmup_scale(0, config.warmup_steps))
+    rate = 0.01 / 4
+    for name, parameter in model.named_parameters():
+        decay = 0.5 if parameter.dim() > 1 else 0.0
+        g = gradients[name]
+        expected = before[name] * (1 - rate * decay) - rate * g / (g.abs() + 1e-8)
+        torch.testing.assert_close(parameter.detach(), expected)
+    torch.testing.assert_close(norm, torch.sqrt(sum(g.square().sum() for g in gradients.values())))  # type: ignore[arg-type]
+
+
+def test_clipping_scales_all_gradients_to_the_bound() -> None:
+    model = dense_model()
+    optimizer = DenseAdamW(model, TrainConfig(gradient_clip=0.5))
+    (100 * dense_loss(model, 0)).backward()
+    assert optimizer.step() > 0.5
+    norm = torch.sqrt(torch.stack([p.grad.square().sum() for p in model.parameters() if p.grad is not None]).sum())
+    torch.testing.assert_close(norm, torch.tensor(0.5))
+
+
+def test_adamw_state_survives_a_checkpoint_bit_for_bit() -> None:
+    config = TrainConfig(learning_rate=0.05)
+
+    def run(model: nn.Module, optimizer: DenseAdamW, steps: range) -> None:
+        for step in steps:
+            optimizer.zero_grad()
+            dense_loss(model, step).backward()
+            optimizer.step()
+
+    model = dense_model()
+    optimizer = DenseAdamW(model, config)
+    run(model, optimizer, range(3))
+    resumed = dense_model()
+    resumed.load_state_dict({name: t.clone() for name, t in model.state_dict().items()})
+    resumed_optimizer = DenseAdamW(resumed, config)
+    resumed_optimizer.load_state_tensors({name: t.clone() for name, t in optimizer.state_tensors().items()})
+    run(model, optimizer, range(3, 6))
+    run(resumed, resumed_optimizer, range(3, 6))
+    for mine, theirs in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize(("step", "scale"), [(0, 0.25), (1, 0.5), (3, 1.0), (99, 1.0)])
+def test_warm_up_is_linear(step: int, scale: float) -> None:
+    assert warmup_scale(step, 4) == scale
+    assert warmup_scale(step, 0) == 1.0
+
+
+def test_the_replica_hash_sees_every_bit() -> None:
+    tensors = {"w": torch.randn(50, 3), "half": torch.randn(7).bfloat16(), "empty": torch.zeros(0)}
+    start = replica_hash(tensors)
+    assert replica_hash(dict(reversed(tensors.items()))) == start
+    seen = {start}
+    for row in range(50):
+        changed = tensors["w"].clone()
+        changed[row, row % 3] = torch.nextafter(changed[row, row % 3], torch.tensor(9.0))
+        seen.add(replica_hash(tensors | {"w": changed}))
+    swapped = tensors["w"][[1, 0, *range(2, 50)]]
+    seen.add(replica_hash(tensors | {"w": swapped}))
+    seen.add(replica_hash(tensors | {"half": -tensors["half"]}))
+    assert len(seen) == 53

@@ -1,0 +1,226 @@
+"""Optimisers: exact row-wise Adagrad on replicated embedding tables, AdamW on the dense part.
+
+Gradients are sums. A rank's loss is its share of the global loss (usr_ray.loss: cells are divided by global counts),
+so the gradient of the global loss is the sum over ranks: for the tables `exchange` sums, for the dense part the
+worker's DDP hook sums. Neither takes a mean, so one rank and many take the same step.
+
+The tables stay outside DDP, which would move whole tables each step: ranks exchange (ids, gradients) of the rows of
+the step, and each applies the same summed rows to its own replica (docs: platform, "Embeddings, data-parallel").
+
+Shape letters: U unique ids, N ids that may repeat, D embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from usr_ray.config import TrainConfig
+from usr_ray.schema import PADDING_ID
+
+Update = tuple[Tensor, Tensor]
+"""(ids_U, grads_UD): int64 rows of one table and the gradient of each."""
+
+_TABLE_SHIFT = 48
+"""Bits of a row id inside a packed (table, row) id: 2^15 tables of 2^48 rows."""
+_HASH_CHUNK = 1 << 22
+
+
+class RowGatherer(Protocol):
+    """The part of usr_ray.worker.Worker that an exchange needs."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+
+    def all_gather_rows(self, rows: Tensor) -> Tensor:
+        """Every rank's rows in rank order; first dimensions may differ and may be 0."""
+
+
+def sum_by_id(ids_N: Tensor, grads_ND: Tensor) -> Update:
+    """Ascending unique ids and, for each, the sum of its gradients in the order they stand in.
+
+    The order of the additions is fixed (a stable sort, then one sequential sum an id) on CPU and GPU alike; atomic
+    adds would let replicas drift apart by rounding.
+    """
+    if ids_N.numel() == 0:
+        return ids_N, grads_ND
+    sorted_N, order_N = torch.sort(ids_N, stable=True)
+    ids_U, lengths_U = torch.unique_consecutive(sorted_N, return_counts=True)
+    grads_UD = torch.segment_reduce(grads_ND[order_N], "sum", lengths=lengths_U, axis=0)
+    return ids_U, grads_UD
+
+
+def exchange(worker: RowGatherer, ids_U: Tensor, grads_UD: Tensor) -> Update:
+    """Sum the row gradients of all ranks; every rank gets bitwise the same result.
+
+    Args:
+        worker: all its ranks must call this in the same order.
+        ids_U: int64 (U), this rank's rows; U may be 0 and differ between ranks.
+        grads_UD: float (U, D), D equal on all ranks.
+
+    Returns:
+        Ascending unique ids of all ranks and their summed gradients. With one rank, whose ids are unique already
+        (Lookup), the arguments themselves.
+    """
+    if worker.world_size == 1:
+        return ids_U, grads_UD
+    return sum_by_id(worker.all_gather_rows(ids_U), worker.all_gather_rows(grads_UD))
+
+
+def exchange_tables(worker: RowGatherer, updates: Mapping[str, Update]) -> dict[str, Update]:
+    """`exchange` of all tables at once: the same two collectives a step however many tables there are.
+
+    Args:
+        worker: see `exchange`.
+        updates: by table name, the same names and one D on all ranks.
+    """
+    if worker.world_size == 1 or not updates:
+        return dict(updates)
+    names = sorted(updates)
+    packed_U = torch.cat([updates[name][0] + (number << _TABLE_SHIFT) for number, name in enumerate(names)])
+    packed_U, grads_UD = exchange(worker, packed_U, torch.cat([updates[name][1] for name in names]))
+    starts = torch.arange(len(names) + 1, device=packed_U.device) << _TABLE_SHIFT
+    ends = torch.searchsorted(packed_U, starts).tolist()
+    return {
+        name: (packed_U[ends[n] : ends[n + 1]] - (n << _TABLE_SHIFT), grads_UD[ends[n] : ends[n + 1]])
+        for n, name in enumerate(names)
+    }
+
+
+class RowwiseAdagrad:
+    """Adagrad with one accumulator a row; work and memory traffic of a step depend on its rows, not on the table.
+
+    For each row r of the step with summed gradient g (D values) and weights w:
+        g <- g + weight_decay * w;  A_r <- A_r + mean(g^2);  w <- w - learning_rate * g / (sqrt(A_r) + eps)
+    Rows outside the step, and row 0 (padding), never change.
+
+    Args:
+        weights: float tables (num_embeddings, D) by name, changed in place by `step`.
+        learning_rate: step size.
+        eps: added to the root.
+        weight_decay: L2 on the rows of a step.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, Tensor], *, learning_rate: float, eps: float = 1e-8, weight_decay: float = 0.0
+    ) -> None:
+        self.weights = dict(weights)
+        self.learning_rate = learning_rate
+        self.eps = eps
+        self.weight_decay = weight_decay
+        self.accumulators = {
+            name: torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)
+            for name, weight in self.weights.items()
+        }
+        """A_r, float32 (num_embeddings) by table."""
+
+    @torch.no_grad()
+    def step(self, updates: Mapping[str, Update], *, scale: float = 1.0) -> None:
+        """Apply one step of exchanged updates; `scale` multiplies the learning rate (warm-up).
+
+        Args:
+            updates: ids unique in each table, as `exchange` and Lookup give them; a table may be absent or empty.
+            scale: share of the learning rate to use.
+        """
+        for name, (ids_U, grads_UD) in updates.items():
+            if ids_U.numel():
+                self._step_table(self.weights[name], self.accumulators[name], ids_U, grads_UD, scale)
+
+    def _step_table(
+        self, weight_ND: Tensor, accumulator_N: Tensor, ids_U: Tensor, grads_UD: Tensor, scale: float
+    ) -> None:
+        rows_UD = weight_ND[ids_U]
+        if self.weight_decay:
+            grads_UD = grads_UD + self.weight_decay * rows_UD
+        # A mask, not a selection: the number of rows stays known to the host, so a GPU is not waited for.
+        grads_UD = torch.where((ids_U == PADDING_ID)[:, None], 0.0, grads_UD)
+        sums_U = accumulator_N[ids_U] + grads_UD.square().mean(dim=1)
+        accumulator_N[ids_U] = sums_U
+        weight_ND[ids_U] = rows_UD - scale * self.learning_rate * grads_UD / (sums_U.sqrt() + self.eps)[:, None]
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The accumulators by table name, for a checkpoint; views, not copies."""
+        return dict(self.accumulators)
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Inverse of `state_tensors`; KeyError where a table is missing."""
+        for name, accumulator in self.accumulators.items():
+            accumulator.copy_(tensors[name])
+
+
+class DenseAdamW:
+    """AdamW on a module's parameters (fused), with gradient clipping; its state goes by parameter name.
+
+    Weight decay spares vectors (biases, norms), as is usual.
+    """
+
+    def __init__(self, module: nn.Module, config: TrainConfig) -> None:
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.gradient_clip = config.gradient_clip
+        self.learning_rate = config.learning_rate
+        matrices = [p for p in self.parameters.values() if p.dim() > 1]
+        vectors = [p for p in self.parameters.values() if p.dim() <= 1]
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.learning_rate, fused=True)
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def step(self, *, scale: float = 1.0) -> Tensor:
+        """Clip to the global norm, then take one step at `scale` times the learning rate.
+
+        Returns:
+            The norm of all gradients before clipping: a scalar that stays on the device.
+        """
+        parameters = list(self.parameters.values())
+        bound = self.gradient_clip if self.gradient_clip > 0 else float("inf")
+        norm = nn.utils.clip_grad_norm_(parameters, bound)
+        for group in self.optimizer.param_groups:
+            group["lr"] = scale * self.learning_rate
+        self.optimizer.step()
+        return norm
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """`<parameter>/<step|exp_avg|exp_avg_sq>` to tensor, for a checkpoint; views, not copies."""
+        state = self.optimizer.state
+        return {
+            f"{name}/{key}": value
+            for name, parameter in self.parameters.items()
+            for key, value in state.get(parameter, {}).items()
+        }
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Inverse of `state_tensors`. A parameter without state starts afresh, as one that never had a gradient."""
+        self.optimizer.state.clear()
+        for key, tensor in tensors.items():
+            name, _, part = key.rpartition("/")
+            parameter = self.parameters[name]
+            self.optimizer.state[parameter][part] = tensor.to(parameter.device, copy=True)
+
+
+def warmup_scale(step: int, warmup_steps: int) -> float:
+    """Share of the learning rates (dense and tables) used in step 0, 1, ..: linear up to 1 at `warmup_steps`."""
+    return min(1.0, (step + 1) / warmup_steps) if warmup_steps > 0 else 1.0
+
+
+@torch.no_grad()
+def replica_hash(tensors: Mapping[str, Tensor]) -> int:
+    """A number that changes with any bit of any tensor: equal on two ranks when their replicas are bitwise equal.
+
+    One pass over the data on its own device. Tensors are taken in the order of their names.
+    """
+    total = 0
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().contiguous().reshape(-1)
+        words_N = tensor.view(torch.int32 if tensor.element_size() % 4 == 0 else torch.uint8)
+        for start in range(0, words_N.numel(), _HASH_CHUNK):
+            chunk_N = words_N[start : start + _HASH_CHUNK].to(torch.int64)
+            # Odd multipliers modulo 2^64: the change of one word alone can never cancel out.
+            factor_N = torch.arange(start, start + chunk_N.numel(), device=chunk_N.device) * 5308871122 + 1
+            total = (total * 31 + int(((chunk_N + 1) * factor_N).sum())) % 2**63
+    return total
