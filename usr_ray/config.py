@@ -92,6 +92,11 @@ class TrainConfig:
     embedding_weight_decay: float = 0.0
     """L2 on the rows touched in a step."""
     warmup_steps: int = 0
+    """Steps over which both learning rates grow linearly to their value."""
+    precision: str = "float32"
+    """'float32', or 'bf16': autocast of the dense part; weights, tables, log probabilities and loss stay float32."""
+    compile: bool = False
+    """torch.compile the dense part."""
     gradient_clip: float = 10.0
     """Global norm of the dense gradients; 0: off."""
     checkpoint_every_steps: int = 50
@@ -107,6 +112,8 @@ class TrainConfig:
             require(getattr(self, key) > 0, f"train.{key} must be positive, got {getattr(self, key)}")
         require(self.order in ("shuffled", "by_date"),
                  f"train.order must be 'shuffled' or 'by_date', got {self.order!r}")  # fmt: skip
+        require(self.precision in ("float32", "bf16"),
+                 f"train.precision must be 'float32' or 'bf16', got {self.precision!r}")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
