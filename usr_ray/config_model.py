@@ -19,6 +19,10 @@ class InterestConfig:
     over_parameterisation: int = 32
     """Inner size of the products that U and V are folded from."""
 
+    def __post_init__(self) -> None:
+        for key in ("rank", "over_parameterisation"):
+            require(getattr(self, key) > 0, f"model.interest.{key} must be positive, got {getattr(self, key)}")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GeneratorConfig:
@@ -26,6 +30,9 @@ class GeneratorConfig:
 
     enabled: bool = True
     hidden: int = 64
+
+    def __post_init__(self) -> None:
+        require(self.hidden > 0, f"model.generator.hidden must be positive, got {self.hidden}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,8 +44,11 @@ class MultitaskConfig:
     """A: p_ctcvr,k = p_ctcvr,g sig(b_k); B: p_ctcvr,k = p_ctr,k sig(b_k)."""
     alpha: float = 0.5
     """Weight of the global tasks in the loss."""
+    hidden: tuple[int, ...] = (64, 32)
+    """MLP of the global heads, on the joined views."""
 
     def __post_init__(self) -> None:
+        require(self.alpha >= 0, f"model.multitask.alpha must not be negative, got {self.alpha}")
         require(self.variant in ("A", "B"), f"model.multitask.variant must be 'A' or 'B', got {self.variant!r}")
 
 
@@ -57,6 +67,14 @@ class ContrastiveConfig:
     mask_rate: float = 0.2
     """Share of history events (and of features) masked in the twin."""
 
+    def __post_init__(self) -> None:
+        for key in ("interest_weight", "feature_weight"):
+            require(getattr(self, key) >= 0,
+                    f"model.contrastive.{key} must not be negative, got {getattr(self, key)}")  # fmt: skip
+        for key in ("temperature", "group_size"):
+            require(getattr(self, key) > 0, f"model.contrastive.{key} must be positive, got {getattr(self, key)}")
+        require(0 < self.mask_rate < 1, f"model.contrastive.mask_rate must be in (0, 1), got {self.mask_rate}")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
@@ -66,6 +84,8 @@ class ModelConfig:
     embedding_dim: int = 16
     """d."""
     trigger_dim: int = 16
+    recent_queries: int = 10
+    """Newest past queries whose mean stands for the query in a query scenario's view of a row without one."""
     hidden: tuple[int, ...] = (128, 64)
     """Bottom or expert MLP."""
     tower_hidden: tuple[int, ...] = (32,)
@@ -75,9 +95,17 @@ class ModelConfig:
     num_task_experts: int = 1
     """Experts of each cell in PLE."""
     num_levels: int = 2
-    """PLE's levels; meta tower depth of M2M."""
+    """PLE's levels; 1 is CGC."""
+    meta_depth: int = 2
+    """Layers of M2M's meta tower."""
+    meta_view_dim: int = 16
+    """Width of M2M's task view T_t and scenario view s."""
     apg_rank: int = 8
+    """K: size of the generated core S of APG."""
     apg_over_parameterisation: int = 64
+    """P >= K: inner size of the products that APG's U and V are folded from."""
+    apg_hidden: tuple[int, ...] = (32,)
+    """Hidden layers of the MLP that gives APG's S."""
     interest: InterestConfig = field(default_factory=InterestConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     multitask: MultitaskConfig = field(default_factory=MultitaskConfig)
@@ -86,4 +114,14 @@ class ModelConfig:
     def __post_init__(self) -> None:
         require(self.backbone in BACKBONES,
                  f"model.backbone {self.backbone!r} is not known; choose from: {', '.join(BACKBONES)}")  # fmt: skip
-        require(self.embedding_dim > 0, f"model.embedding_dim must be positive, got {self.embedding_dim}")
+        for key in ("embedding_dim", "num_experts", "num_task_experts", "num_levels", "meta_depth", "meta_view_dim",
+                    "apg_rank"):  # fmt: skip
+            require(getattr(self, key) > 0, f"model.{key} must be positive, got {getattr(self, key)}")
+        for key in ("hidden", "tower_hidden", "apg_hidden"):
+            widths = getattr(self, key)
+            require(all(width > 0 for width in widths), f"model.{key} must hold positive widths, got {list(widths)}")
+        require(bool(self.hidden), "model.hidden is empty; give at least one width, for example [64]")
+        require(0 <= self.dropout < 1, f"model.dropout must be in [0, 1), got {self.dropout}")
+        require(self.apg_over_parameterisation >= self.apg_rank,
+                f"model.apg_over_parameterisation ({self.apg_over_parameterisation}) must not be below "
+                f"model.apg_rank ({self.apg_rank}): the product would lose rank")  # fmt: skip

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from usr_ray.config import ModelConfig
+from usr_ray.model.backbones.apg import APG
 from usr_ray.model.backbones.interface import Backbone, BackboneDims, BackboneInput
+from usr_ray.model.backbones.m2m import M2M
+from usr_ray.model.backbones.mmoe import MMoE
+from usr_ray.model.backbones.ple import PLE
 from usr_ray.model.backbones.shared_bottom import SharedBottom
+from usr_ray.model.backbones.star import STAR
 
 __all__ = ["Backbone", "BackboneInput", "build_backbone"]
 
-_KINDS = {
+_KINDS: dict[str, Callable[[ModelConfig, BackboneDims], Backbone]] = {
     "shared_bottom": SharedBottom,
+    "mmoe": MMoE,
+    "ple": PLE,
+    "star": STAR,
+    "m2m": M2M,
+    "apg": APG,
 }
 
 
