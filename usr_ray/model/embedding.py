@@ -163,7 +163,7 @@ class EmbeddingTables:
             if state[name].shape != table_ND.shape:
                 raise EmbeddingError(
                     f"checkpoint: table {name} is {tuple(state[name].shape)}, this run needs {tuple(table_ND.shape)}; "
-                    "use a checkpoint of the same feature spec and model.embedding_dim, or grow the tables after loading"
+                    "use a checkpoint of the same features and model.embedding_dim, or grow the tables after loading"
                 )
         for name, table_ND in self.tables.items():
             table_ND.copy_(state[name])

@@ -1,0 +1,34 @@
+"""FG, the S&R views feature generator: the same features, scaled differently in each view (method, section 3).
+
+g_k = 2 sigmoid(MLP([z_k ; stopgrad(f)])),  f_k = g_k * f
+
+Shape letters: B rows, V views, Z trigger, C features, H hidden units.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class FeatureGenerator(nn.Module):
+    """Elementwise gates on f, one for each column. The last layer starts at zero, so every gate starts at 1.
+
+    The first layer is kept as two factors, on z_k and on f, so that the product with f is done once for all views.
+    """
+
+    def __init__(self, trigger_dim: int, feature_dim: int, hidden: int) -> None:
+        super().__init__()
+        self.trigger_layer = nn.Linear(trigger_dim, hidden)
+        self.feature_layer = nn.Linear(feature_dim, hidden, bias=False)
+        self.gate_layer = nn.Linear(hidden, feature_dim)
+        nn.init.zeros_(self.gate_layer.weight)
+        nn.init.zeros_(self.gate_layer.bias)
+
+    def forward(self, trigger_BVZ: Tensor, features_BC: Tensor) -> Tensor:
+        """f_k of every view: (B, V, C)."""
+        # Without the stop of the gradient the gates would pull the embeddings towards what is easy to gate.
+        shared_B1H = self.feature_layer(features_BC.detach()).unsqueeze(1)
+        hidden_BVH = torch.relu(self.trigger_layer(trigger_BVZ) + shared_B1H)
+        gates_BVC: Tensor = 2 * torch.sigmoid(self.gate_layer(hidden_BVH))
+        return gates_BVC * features_BC.unsqueeze(1)

@@ -1,0 +1,147 @@
+"""IE, the S&R views user interest extractor: attention whose weights are generated from the trigger (method, section 3).
+
+For X in {Q, K, V}: W_X^k = U_X S_X^k V_X,  S_X^k = I + reshape(A_X z_k + b_X)
+i_k = sum_j softmax_j((W_Q^k t).(W_K^k h_j) / sqrt(d)) W_V^k h_j
+
+W is never built. V_K h_j and V_V h_j are K numbers an event, the same for all views; U_K and S_K move to the query's
+side, since (W_Q t).(U_K S_K v_j) = (S_K' U_K' W_Q t).v_j, and U_V S_V come after the sum over events. What a view adds
+for an event is then one product of K numbers for its score and one for its value.
+
+Shape letters: B rows, V views (events where the name says so), L longest row, Z trigger, H target and event vector,
+K rank, P inner size of an over-parameterised product, D interest, O and I outer sizes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from usr_ray.model.gather import gather_sum, pool_sum
+from usr_ray.model.history import Events, Grid
+from usr_ray.model.inputs import Inputs
+
+
+class Product(nn.Module):
+    """A linear map (O, I) trained as a product of two, without bias or activation in between; folded for export."""
+
+    def __init__(self, out_dim: int, inner_dim: int, in_dim: int) -> None:
+        super().__init__()
+        self.left_OP = nn.Parameter(torch.empty(out_dim, inner_dim))
+        self.right_PI = nn.Parameter(torch.empty(inner_dim, in_dim))
+        nn.init.xavier_uniform_(self.left_OP)
+        nn.init.xavier_uniform_(self.right_PI)
+
+    def forward(self) -> Tensor:
+        """(O, I)."""
+        return self.left_OP @ self.right_PI
+
+    def folded(self) -> FoldedProduct:
+        """The product as one parameter."""
+        return FoldedProduct(self().detach().clone())
+
+
+class FoldedProduct(nn.Module):
+    """What is left of a Product in an exported model."""
+
+    def __init__(self, weight_OI: Tensor) -> None:
+        super().__init__()
+        self.weight_OI = nn.Parameter(weight_OI)
+
+    def forward(self) -> Tensor:
+        """(O, I)."""
+        return self.weight_OI
+
+
+class GeneratedCore(nn.Module):
+    """S^k = I + reshape(A z_k + b); A and b start at zero, so that all views start equal."""
+
+    def __init__(self, trigger_dim: int, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+        self.generate = nn.Linear(trigger_dim, rank * rank)
+        nn.init.zeros_(self.generate.weight)
+        nn.init.zeros_(self.generate.bias)
+
+    def forward(self, trigger_BVZ: Tensor) -> Tensor:
+        """(B, V, K, K)."""
+        core_BVKK = self.generate(trigger_BVZ).unflatten(-1, (self.rank, self.rank))
+        return core_BVKK + torch.eye(self.rank, device=core_BVKK.device, dtype=core_BVKK.dtype)
+
+
+class InterestExtractor(nn.Module):
+    """Interest i_k of every view, (B, V, d). A row without events gets a learned vector, the same in all views."""
+
+    def __init__(self, trigger_dim: int, event_dim: int, interest_dim: int, rank: int, inner_dim: int) -> None:
+        super().__init__()
+        self.rank = rank
+        self.cores = nn.ModuleDict({x: GeneratedCore(trigger_dim, rank) for x in "qkv"})
+        self.outer = nn.ModuleDict({x: Product(interest_dim, inner_dim, rank) for x in "qkv"})
+        self.inner = nn.ModuleDict({x: Product(rank, inner_dim, event_dim) for x in "qkv"})
+        self.empty_D = nn.Parameter(torch.randn(interest_dim) * 0.05)
+        self.output_dim = interest_dim
+
+    def forward(
+        self, inputs: Inputs, trigger_BVZ: Tensor, events: Events, grid: Grid, keep_BL: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Interests (B, V, d), and those of the twin that sees only the events of `keep_BL` (None without it)."""
+        projected_BLK = grid.pad(self._project_events(inputs))
+        keys_BLK, values_BLK = projected_BLK.split(self.rank, dim=2)
+        scores_BVL = self._queries(inputs.target_BH, trigger_BVZ) @ keys_BLK.transpose(1, 2)
+        scores_BVL = scores_BVL / math.sqrt(self.output_dim)
+        core_BVKK, outer_DK = self.cores["v"](trigger_BVZ), self.outer["v"]()
+
+        def read(valid_BL: Tensor) -> Tensor:
+            # A finite floor: a row without events must stay a number until its vector is replaced below.
+            floor = torch.finfo(scores_BVL.dtype).min
+            weights_BVL = scores_BVL.masked_fill(~valid_BL.unsqueeze(1), floor).softmax(dim=2)
+            read_BVK = _apply(core_BVKK, weights_BVL.to(values_BLK.dtype) @ values_BLK)
+            has_events_B11 = (events.num_events_B > 0).view(-1, 1, 1)
+            interest_BVD = read_BVK @ outer_DK.T.to(read_BVK.dtype)
+            return torch.where(has_events_B11, interest_BVD, self.empty_D.to(interest_BVD.dtype))
+
+        return read(grid.valid_BL), None if keep_BL is None else read(keep_BL & grid.valid_BL)
+
+    def _project_events(self, inputs: Inputs) -> Tensor:
+        """[V_K h_j ; V_V h_j] of every event, (events, 2 K).
+
+        h_j is a sum of rows, so the rows are projected, once each, and their projections summed.
+        """
+        inner_IH = torch.cat([self.inner["k"](), self.inner["v"]()])
+        items_UD, queries_UD, kinds_NH = inputs.event_weights
+        dim = items_UD.shape[1]
+        projected = [items_UD @ inner_IH[:, :dim].T, queries_UD @ inner_IH[:, dim:].T, kinds_NH @ inner_IH.T]
+        return gather_sum(projected, inputs.event_places)
+
+    def _queries(self, target_BH: Tensor, trigger_BVZ: Tensor) -> Tensor:
+        """S_K' U_K' U_Q S_Q V_Q t of every view, (B, V, K)."""
+        inner_BK = target_BH @ self.inner["q"]().T
+        query_BVK = _apply(self.cores["q"](trigger_BVZ), inner_BK.unsqueeze(1))
+        query_BVK = query_BVK @ (self.outer["q"]().T @ self.outer["k"]())
+        return _apply(self.cores["k"](trigger_BVZ).transpose(2, 3), query_BVK)
+
+
+def _apply(core_BVKK: Tensor, vector_BVK: Tensor) -> Tensor:
+    """Each row's and view's matrix times its vector. A sum of K products: K is too small for a batched matmul."""
+    return (core_BVKK * vector_BVK.unsqueeze(2)).sum(3)
+
+
+class PooledHistory(nn.Module):
+    """What stands in for i_k without IE: the mean of the events h_j, (B, H), the same in all views."""
+
+    def __init__(self, event_dim: int) -> None:
+        super().__init__()
+        self.empty_H = nn.Parameter(torch.randn(event_dim) * 0.05)
+        self.output_dim = event_dim
+
+    def forward(self, inputs: Inputs, events: Events) -> Tensor:
+        """(B, H); a row without events gets a learned vector."""
+        items, queries, kinds = inputs.event_places
+        items_UD, queries_UD, kinds_NH = inputs.event_weights
+        groups = (events.starts_G, events.group_V)
+        own_GH = torch.cat([pool_sum([items_UD], [items], *groups), pool_sum([queries_UD], [queries], *groups)], dim=1)
+        sum_GH = own_GH + pool_sum([kinds_NH], [kinds], *groups)
+        count_B1 = events.num_events_B.unsqueeze(1)
+        mean_BH = sum_GH.unflatten(0, events.lengths_SB.shape).sum(0) / count_B1.clamp(min=1)
+        return torch.where(count_B1 > 0, mean_BH, self.empty_H)
