@@ -40,9 +40,14 @@ _STYLE: Any = {
 }  # fmt: skip
 
 
+def series_name(place: int) -> str:
+    """Style-sheet name of the place-th series colour."""
+    return SERIES[place % len(SERIES)]
+
+
 def series_colour(place: int) -> str:
     """The light value of the place-th series colour; colours belong to a series, whatever else is drawn."""
-    return COLOURS[SERIES[place % len(SERIES)]]
+    return COLOURS[series_name(place)]
 
 
 def line_plot(

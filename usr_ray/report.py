@@ -1,0 +1,237 @@
+"""One HTML file about a run, for the one who decides and the one who debugs: no address, no script, nothing to install.
+
+`write_report` reads the run directory (report_data), works out what is beyond the metrics (report_stats), draws
+(report_plots), words it (report_text) and fills templates/report.html.j2. What a run has not (yet) written is left out.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+import usr_ray
+from usr_ray import report_funnel, report_plots, report_stats, report_text
+from usr_ray.metrics import ALL, GLOBAL
+from usr_ray.report_data import RunRecord, read_etl_reports, read_run
+from usr_ray.report_stats import Gap
+from usr_ray.schema import TASKS
+
+REPORT_FILE = "report.html"
+BACKBONE_NAMES = {
+    "shared_bottom": "SharedBottom", "mmoe": "MMoE", "ple": "PLE", "star": "STAR", "m2m": "M2M", "apg": "APG",
+}  # fmt: skip
+
+
+def write_report(run_dir: Path, lake: Path | None = None, output: Path | None = None) -> Path:
+    """Write the report of a run and return its path (default `<run_dir>/report.html`).
+
+    Args:
+        run_dir: directory of jobs/train.py; evaluated by jobs/evaluate.py, else the report says that it is not.
+        lake: where the ETL's reports are; None leaves the label funnel out.
+        output: file to write; its folder must exist.
+
+    Raises:
+        UserError: a directory is missing, a file in it cannot be read.
+    """
+    run = read_run(Path(run_dir))
+    page = render(run, read_etl_reports(lake))
+    path = Path(output) if output else run.run_dir / REPORT_FILE
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def render(run: RunRecord, etl_reports: list[dict[str, Any]]) -> str:
+    """The page as text."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = resources.files(usr_ray).joinpath("templates/report.html.j2").read_text(encoding="utf-8")
+    gaps = _gaps(run)
+    context = {
+        "title": model_name(run.config),
+        "run_name": run.run_dir.resolve().name,
+        "facts": _facts(run),
+        "footer": f"Written {dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M} UTC by usr-ray {usr_ray.__version__}; "
+        "this file needs no network.",
+        "funnel": report_funnel.funnel(etl_reports, run.scenarios),
+        "config_json": json.dumps(run.config, indent=2),
+        "packages": sorted((run.record.get("packages") or {}).items()),
+        **_metrics_part(run, gaps),
+        **_curves_part(run),
+        **_predictions_part(run),
+    }
+    return environment.from_string(template).render(context)
+
+
+def model_name(config: Mapping[str, Any]) -> str:
+    """'USR on PLE', or the parts that are on: 'PLE with GLMT', 'PLE alone'."""
+    model = config.get("model", {})
+    backbone = BACKBONE_NAMES.get(model.get("backbone", ""), model.get("backbone", "model"))
+    parts = {"IE": "interest", "FG": "generator", "GLMT": "multitask"}
+    on = [name for name, key in parts.items() if model.get(key, {}).get("enabled", False)]
+    if len(on) == len(parts):
+        return f"USR on {backbone}"
+    return f"{backbone} with {' and '.join(on)}" if on else f"{backbone} alone"
+
+
+def _facts(run: RunRecord) -> list[tuple[str, str, bool]]:
+    """(name, value, is code) of what is known; the rest is left out, never made up."""
+    record, about, data = run.record, run.about, run.config.get("data", {})
+    tables = record.get("table") or {}
+    version = about.get("table_version", tables.get("version", record.get("table_version")))
+    steps = [row["step"] for row in run.history]
+    seconds = record.get("duration_s")
+    workers = run.config.get("ray", {}).get("num_workers")
+    candidates: list[tuple[str, Any, bool]] = [
+        ("Started", record.get("started_at"), False),
+        ("Took", report_text.duration(seconds) if seconds is not None else None, False),
+        ("Steps", f"{max(steps):,}" if steps else None, False),
+        ("Workers", record.get("world_size", workers), False),
+        ("Training dates", str(data.get("train_dates", "")).replace(":", " to "), False),
+        ("Held-out dates", str(about.get("dates", data.get("eval_dates", ""))).replace(":", " to "), False),
+        ("Samples table", f"version {version}" if version is not None else None, False),
+        ("Checkpoint", f"step {about['step']:,}" if "step" in about else None, False),
+        ("Code", record.get("code_version") or record.get("git_commit"), False),
+        ("Manifest", str(about.get("manifest_sha256") or "")[:12], False),
+        ("Table", about.get("table_uri") or tables.get("uri"), True),
+        ("Command", record.get("command"), True),
+    ]
+    return [(name, str(value), is_code) for name, value, is_code in candidates if value not in (None, "")]
+
+
+def _gaps(run: RunRecord) -> dict[tuple[str, str], Gap | None]:
+    if run.predictions is None or run.baseline is None:
+        return {}
+    cells = (*run.scenarios, GLOBAL, ALL)
+    return {
+        (cell, task): report_stats.auc_gap(run.predictions, run.baseline, cell, place, run.scenarios)
+        for cell in cells
+        for place, task in enumerate(TASKS)
+    }
+
+
+def _metrics_part(run: RunRecord, gaps: Mapping[tuple[str, str], Gap | None]) -> dict[str, Any]:
+    part: dict[str, Any] = {
+        "rows": [], "footnotes": [], "gap_rows": [], "tiles": [], "metrics_note": "",
+        "metric_names": [heading for _, heading, _ in report_text.METRIC_COLUMNS],
+        "verdict": ["The run has not been evaluated yet."],
+        "no_metrics": "No metrics yet: evaluate the run with python jobs/evaluate.py --run-dir "
+        f"{run.run_dir} --lake DIR --dates A:B.",
+    }  # fmt: skip
+    if run.metrics is None:
+        return part
+    footnotes = report_text.Footnotes()
+    name = model_name(run.config)
+    rows = report_text.metric_rows(run.metrics, run.baseline_metrics, footnotes, model_name=name)
+    part["rows"], part["footnotes"] = rows, footnotes.reasons
+    part["verdict"] = report_text.verdict(run.metrics, gaps, run.scenarios)
+    total = run.metrics[ALL]["ctr"]["num_samples"]
+    part["metrics_note"] = (
+        f"From {run.metrics_file}: {report_text.count(total)} impressions, each counted once, "
+        "whatever the number of workers."
+    )
+    part["gap_rows"] = [
+        {
+            "cell": report_text.cell_name(cell), "task": report_text.TASK_NAMES[task], "verdict": gap.verdict,
+            "value": report_text.signed(gap.value),
+            "interval": f"{report_text.signed(gap.low)} to {report_text.signed(gap.high)}",
+        }
+        for (cell, task), gap in gaps.items()
+        if gap is not None
+    ]  # fmt: skip
+    for place, scenario in enumerate(run.scenarios):
+        for task, metrics in run.metrics.get(scenario, {}).items():
+            gap = gaps.get((scenario, task))
+            part["tiles"].append(
+                {
+                    "name": f"AUC of {report_text.TASK_NAMES[task]} in {scenario.replace('_', ' ')}",
+                    "colour": report_plots.series_name(place),
+                    "value": report_text.metric_value("auc", metrics, 4, footnotes),
+                    "gap": gap,
+                    "gap_text": report_text.gap_text(gap) if gap else "",
+                }
+            )
+    return part
+
+
+def _curves_part(run: RunRecord) -> dict[str, Any]:
+    curves: list[dict[str, Any]] = []
+    rows = run.history
+    for title, caption, keys, options in _curve_plans(rows):
+        series = {}
+        for name, key in keys.items():
+            points = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
+            if points:
+                series[name] = ([float(x) for x, _ in points], [float(y) for _, y in points])
+        if series:
+            svg = Markup(report_plots.line_plot(series, label=title, **options))
+            curves.append({"title": title, "caption": caption, "svg": svg})
+    note = f"From history.jsonl, {len(rows):,} log steps; a value is the mean since the log step before."
+    return {"curves": curves, "curves_note": note}
+
+
+def _curve_plans(rows: list[dict[str, Any]]) -> list[tuple[str, str, dict[str, str], dict[str, Any]]]:
+    """(title, caption, {name: key of a row}, options of line_plot) of each plot."""
+    terms = sorted({key for row in rows for key in row if key.startswith("loss/")})
+    return [
+        ("Loss", "Weighted sum of all terms, what the optimiser sees.", {"loss": "loss"}, {}),
+        ("Loss terms", "One binary cross-entropy a scenario and task, the global tasks, the contrastive terms.",
+         {key.removeprefix("loss/").replace("_", " "): key for key in terms}, {}),
+        ("Samples per second", "Rows of all workers over wall time.", {"samples/s": "samples_per_s"},
+         {"from_zero": True}),
+        ("Data stall", "Share of the time that the loop waited for the reader.", {"data stall": "data_stall"},
+         {"from_zero": True, "percent": True}),
+    ]  # fmt: skip
+
+
+def _predictions_part(run: RunRecord) -> dict[str, Any]:
+    calibrations: list[dict[str, Any]] = []
+    slices: list[dict[str, Any]] = []
+    rows = run.predictions
+    if rows is None:
+        return {"calibrations": [], "rocs": [], "slices": []}
+    for place, scenario in enumerate(run.scenarios):
+        name, colour = scenario.replace("_", " "), report_plots.series_colour(place)
+        for task_place, task in enumerate(TASKS):
+            cell = report_stats.cell_rows(rows, scenario, task_place, run.scenarios)
+            bins = report_stats.calibration_bins(*cell) if cell else []
+            if not bins:
+                continue
+            title = f"{report_text.TASK_NAMES[task]} in {name}"
+            svg = report_plots.calibration_plot(bins, colour=colour, label=f"Calibration of {title}")
+            sizes = [b.num_rows for b in bins]
+            size = f"{min(sizes):,}" if min(sizes) == max(sizes) else f"{min(sizes):,} to {max(sizes):,}"
+            positives = sum(b.num_positives for b in bins)
+            caption = f"{len(bins)} bins of {size} rows; {positives:,} positives of {sum(sizes):,}."
+            calibrations.append(
+                {"title": title, "colour": report_plots.series_name(place), "svg": Markup(svg), "bins": bins,
+                 "caption": caption}
+            )  # fmt: skip
+        parts = report_stats.ctr_slices(rows, run.baseline, place)
+        if parts:
+            slices.append({"title": f"CTR in {name}", "colour": report_plots.series_name(place), "slices": parts})
+    return {"calibrations": calibrations, "rocs": _rocs(run), "slices": slices}
+
+
+def _rocs(run: RunRecord) -> list[dict[str, Any]]:
+    plots = []
+    for task_place, task in enumerate(TASKS):
+        curves = []
+        for place, scenario in enumerate(run.scenarios):
+            for scored, is_baseline in ((run.predictions, False), (run.baseline, True)):
+                cell = scored and report_stats.cell_rows(scored, scenario, task_place, run.scenarios)
+                points = report_stats.roc_points(*cell) if cell else None
+                if points is not None:
+                    name = scenario.replace("_", " ") + (", popularity" if is_baseline else "")
+                    curves.append((name, report_plots.series_colour(place), is_baseline, points))
+        if curves:
+            title = f"ROC of {report_text.TASK_NAMES[task]}"
+            plots.append({"title": title, "svg": Markup(report_plots.roc_plot(curves, label=title))})
+    return plots
