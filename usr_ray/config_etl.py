@@ -119,19 +119,32 @@ class SimulatedConfig:
     similarity: float = 0.5
     """0: tastes in the scenarios are unrelated; 1: they are the same."""
     cross_exposure: float = 0.3
-    """Share of impressions whose item the user also meets in another scenario inside the global window."""
+    """Share of impressions that show an item the user was shown minutes before in another scenario (at most about
+    0.5: the others have no earlier request to repeat). Both share the pair's own interest, beyond taste."""
     global_noise: float = 0.0
-    """Share of clicks logged for cross exposures that carry no information (degrades the global labels)."""
+    """Share of cross exposures with an interest of their own, so that a global label tells less of the row's click."""
     duplicate_rate: float = 0.01
     """Share of log rows written twice, as real collectors do."""
     late_rate: float = 0.01
     """Share of clicks and orders outside their windows, so that they are rejected."""
+    unnamed_click_rate: float = 0.05
+    """Share of clicks that do not name their impression."""
+    new_item_share: float = 0.1
+    """Share of items that are launched on a random day, so that some are new on the held-out days (cold start)."""
 
     def __post_init__(self) -> None:
         for key in ("num_impressions", "num_days", "num_users", "num_items", "num_queries", "num_categories"):
             require(getattr(self, key) > 0, f"simulated.{key} must be positive, got {getattr(self, key)}")
-        for key in ("similarity", "cross_exposure", "global_noise", "duplicate_rate", "late_rate"):
+        for key in ("similarity", "cross_exposure", "global_noise", "duplicate_rate", "late_rate",
+                    "unnamed_click_rate", "new_item_share"):  # fmt: skip
             require(0 <= getattr(self, key) <= 1, f"simulated.{key} must be in [0, 1], got {getattr(self, key)}")
+        require(self.seed >= 0, f"simulated.seed must not be negative, got {self.seed}")
+        for key, least in (("num_impressions", "num_days"), ("num_items", "num_categories"),
+                           ("num_queries", "num_categories")):  # fmt: skip
+            require(getattr(self, key) >= getattr(self, least),
+                     f"simulated.{key} ({getattr(self, key)}) must not be below "
+                     f"simulated.{least} ({getattr(self, least)})")  # fmt: skip
+        require(self.num_items >= 32, f"simulated.num_items must be at least 32 (four slates), got {self.num_items}")
         parse_date(self.first_date, where="simulated.first_date")
 
 

@@ -1,0 +1,298 @@
+"""The simulated source: logs of a world whose click and order probabilities are known.
+
+It writes the logs of the contract and `truth` (impression_id, p_click, p_order, is_cross_exposure): the probabilities
+the labels were drawn from. Attribution with the configured windows gives back exactly the drawn labels: a click falls
+before its user's next request, an order before the user meets the item again, a late click or order after its window
+and where no other click could earn it. One day is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from etl.sources.simulated_days import (
+    Exposures,
+    Outcomes,
+    Schedule,
+    Windows,
+    day_size,
+    draw_exposures,
+    draw_outcomes,
+    draw_schedule,
+)
+from etl.sources.simulated_world import (
+    CLICK_RATES,
+    ORDER_RATES,
+    Stream,
+    World,
+    bias_for_rate,
+    build_world,
+    random_stream,
+    sigmoid,
+)
+from etl.sources.writer import LogWriter, text_column
+from usr_ray.config import DAY_US, Config, SimulatedConfig, parse_date
+
+PILOT_DAY = 1 << 20
+PILOT_IMPRESSIONS = 40_000
+NO_REQUEST_US = 1000 * DAY_US
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedDay:
+    """One day's requests, impressions and outcomes."""
+
+    number: int
+    start_us: int
+    """Midnight UTC in microseconds since 1970."""
+    plan: Schedule
+    shown: Exposures
+    outcomes: Outcomes
+
+    @property
+    def end_us(self) -> int:
+        """The next midnight."""
+        return self.start_us + DAY_US
+
+    @property
+    def user_N(self) -> np.ndarray:
+        """(N,) user of each impression."""
+        return self.plan.user_R[self.shown.request_N]
+
+    @property
+    def scenario_N(self) -> np.ndarray:
+        """(N,) scenario of each impression."""
+        return self.plan.scenario_R[self.shown.request_N]
+
+
+def label_windows(config: Config) -> Windows:
+    """The attribution windows the labels are drawn for."""
+    labels = config.labels
+    return Windows(labels.click_window_us, labels.order_window_us, labels.global_window_us)
+
+
+def make_world(config: Config) -> World:
+    """The world of a configuration, its biases set on a pilot day so that click and order rates meet their targets."""
+    is_query_S = np.array([name in config.query_scenarios for name in config.scenarios])
+    world = build_world(config.simulated, len(config.scenarios), is_query_S)
+    plan = draw_schedule(world, config.simulated, PILOT_DAY, PILOT_IMPRESSIONS)
+    shown = draw_exposures(world, config.simulated, PILOT_DAY, plan, label_windows(config).global_us)
+    scenario_N, user_N = plan.scenario_R[shown.request_N], plan.user_R[shown.request_N]
+    hour_N = plan.time_us_R[shown.request_N] // 3_600_000_000
+    click_N = world.click_logit(
+        scenario_N, user_N, shown.item_N, plan.query_R[shown.request_N], hour_N, shown.position_N, shown.interest_N
+    )
+    order_N = world.order_logit(scenario_N, user_N, shown.item_N)
+    S = len(config.scenarios)
+    click_bias_S, order_bias_S = np.zeros(S), np.zeros(S)
+    for k, click_rate, order_rate in zip(
+        range(S), np.linspace(*CLICK_RATES, S), np.linspace(*ORDER_RATES, S), strict=True
+    ):
+        rows = scenario_N == k
+        click_bias_S[k] = bias_for_rate(click_N[rows], np.ones(rows.sum()), click_rate)
+        order_bias_S[k] = bias_for_rate(order_N[rows], sigmoid(click_N[rows] + click_bias_S[k]), order_rate)
+    return replace(world, click_bias_S=click_bias_S, order_bias_S=order_bias_S)
+
+
+def simulate_days(world: World, config: Config) -> Iterator[SimulatedDay]:
+    """Iterate over the SimulatedDays, first to last; each is a function of the seed and its number."""
+    settings, windows = config.simulated, label_windows(config)
+    first = parse_date(settings.first_date, where="simulated.first_date")
+    epoch_us = (first - dt.date(1970, 1, 1)).days * DAY_US
+    plan = draw_schedule(world, settings, 0, day_size(settings, 0))
+    for number in range(settings.num_days):
+        next_us_U = np.full(len(world.user_weight_U), NO_REQUEST_US)
+        next_plan = None
+        if number + 1 < settings.num_days:
+            next_plan = draw_schedule(world, settings, number + 1, day_size(settings, number + 1))
+            next_us_U[:] = 2 * DAY_US  # no request tomorrow: maybe one the day after
+            np.minimum.at(next_us_U, next_plan.user_R, DAY_US + next_plan.time_us_R)
+        shown = draw_exposures(world, settings, number, plan, windows.global_us)
+        outcomes = draw_outcomes(world, settings, number, plan, shown, windows, next_us_U)
+        yield SimulatedDay(number, epoch_us + number * DAY_US, plan, shown, outcomes)
+        if next_plan is not None:
+            plan = next_plan
+
+
+@dataclass(frozen=True, slots=True)
+class LateOrders:
+    """Orders after their window, held back until it is known that no later click of the pair earns them."""
+
+    number: np.ndarray
+    """Unique over the run, for the order id."""
+    user: np.ndarray
+    item: np.ndarray
+    time_us: np.ndarray
+
+    def where(self, chosen: np.ndarray) -> LateOrders:
+        """The chosen ones."""
+        return LateOrders(self.number[chosen], self.user[chosen], self.item[chosen], self.time_us[chosen])
+
+    def __add__(self, other: LateOrders) -> LateOrders:
+        return LateOrders(
+            np.concatenate([self.number, other.number]),
+            np.concatenate([self.user, other.user]),
+            np.concatenate([self.item, other.item]),
+            np.concatenate([self.time_us, other.time_us]),
+        )
+
+    def without_credit(self, day: SimulatedDay, num_items: int, order_window_us: int) -> LateOrders:
+        """Those that no click of the day could earn. The others are never logged: their label is 0 either way."""
+        pair = self.user * num_items + self.item
+        clicked_N = day.outcomes.is_click_N
+        click_pair = day.user_N[clicked_N] * num_items + day.shown.item_N[clicked_N]
+        click_us = day.start_us + day.outcomes.click_time_us_N[clicked_N]
+        met = np.isin(click_pair, pair)  # a handful: late orders are few
+        clicks: dict[int, list[int]] = defaultdict(list)
+        for key, time_us in zip(click_pair[met].tolist(), click_us[met].tolist(), strict=True):
+            clicks[key].append(time_us)
+        free = [
+            not any(0 <= time_us - click <= order_window_us for click in clicks[key])
+            for key, time_us in zip(pair.tolist(), self.time_us.tolist(), strict=True)
+        ]
+        return self.where(np.array(free, dtype=bool))
+
+
+class SimulatedSource:
+    """Users, items and queries with tastes; config.scenarios scenarios; see SimulatedConfig for the dials."""
+
+    name = "simulated"
+    needs_input = False
+
+    def write(self, input_dir: Path, writer: LogWriter, config: Config) -> None:  # noqa: ARG002 - of the interface
+        """Write users, items, and day by day impressions, clicks, orders and truth. `input_dir` is not read."""
+        settings = config.simulated
+        world = make_world(config)
+        write_profiles(world, writer)
+        for log in [f"{name}_{kind}" for name in config.scenarios for kind in ("impressions", "clicks")]:
+            writer.declare(log)
+        late = LateOrders(*(np.array([], dtype=np.int64) for _ in range(4)))
+        num_before = 0
+        for day in simulate_days(world, config):
+            rows = DayRows(day, settings, config.scenarios, num_before)
+            rows.write_events(writer)
+            late = (late + rows.late_orders()).without_credit(day, world.num_items, config.labels.order_window_us)
+            is_last = day.number == settings.num_days - 1
+            is_due = (late.time_us < day.end_us) | is_last
+            rows.write_orders(writer, late.where(is_due))
+            late = late.where(~is_due)
+            num_before += len(day.shown.item_N)
+            print(f"day {day.number + 1} of {settings.num_days}: {num_before:,} impressions",
+                  file=sys.stderr, flush=True)  # fmt: skip
+
+
+def write_profiles(world: World, writer: LogWriter) -> None:
+    """The users and items logs: what a shop knows of them, weakly informative of their tastes."""
+    writer.append(
+        "users",
+        {
+            "user_id": text_column("u", np.arange(len(world.user_weight_U))),
+            "age_band": text_column("age_", world.age_band_U),
+            "city": text_column("city_", world.city_U),
+            "account_age_days": world.account_age_days_U.astype(np.float64),
+        },
+    )
+    writer.append(
+        "items",
+        {
+            "item_id": text_column("i", np.arange(world.num_items)),
+            "category_id": text_column("c", world.item_category_I),
+            "brand_id": text_column("b", world.item_brand_I),
+            "price": world.item_price_I,
+        },
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class DayRows:
+    """The log rows of one day. Impression number n of the run has impression_id "n<n>" and, if clicked, click "c<n>"."""
+
+    day: SimulatedDay
+    settings: SimulatedConfig
+    scenarios: tuple[str, ...]
+    num_before: int
+
+    def _event(self, rows: np.ndarray, time_us: np.ndarray) -> dict[str, pa.Array | np.ndarray]:
+        return {
+            "user_id": text_column("u", self.day.user_N[rows]),
+            "item_id": text_column("i", self.day.shown.item_N[rows]),
+            "event_time": self.day.start_us + time_us,
+        }
+
+    def _logged(self, rows: np.ndarray, time_us: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Rows in the order of their times, `duplicate_rate` of them twice."""
+        rows = np.concatenate([rows, rows[rng.random(len(rows)) < self.settings.duplicate_rate]])
+        return rows[np.argsort(time_us[rows], kind="stable")]
+
+    def write_events(self, writer: LogWriter) -> None:
+        """Append the day's impressions, clicks and truth."""
+        plan, shown, outcomes = self.day.plan, self.day.shown, self.day.outcomes
+        rng = random_stream(self.settings.seed, Stream.ROWS, self.day.number)
+        number_N = self.num_before + np.arange(len(shown.item_N))
+        shown_us_N, click_us_N = plan.time_us_R[shown.request_N], outcomes.click_time_us_N
+        # A late click names its impression: without the name it would be nobody's for another reason.
+        is_named_N = (rng.random(len(number_N)) >= self.settings.unnamed_click_rate) | outcomes.is_late_click_N
+        for k, scenario in enumerate(self.scenarios):
+            rows = self._logged(np.flatnonzero(self.day.scenario_N == k), shown_us_N, rng)
+            query = plan.query_R[shown.request_N[rows]]
+            writer.append(
+                f"{scenario}_impressions",
+                {
+                    "impression_id": text_column("n", number_N[rows]),
+                    "request_id": text_column(f"r{self.day.number}-", shown.request_N[rows]),
+                    **self._event(rows, shown_us_N[rows]),
+                    "position": shown.position_N[rows],
+                    "query": text_column("query ", pa.array(query, mask=query < 0)),
+                },
+            )
+            clicked_N = (outcomes.is_click_N | outcomes.is_late_click_N) & (self.day.scenario_N == k)
+            rows = self._logged(np.flatnonzero(clicked_N), click_us_N, rng)
+            writer.append(
+                f"{scenario}_clicks",
+                {
+                    "click_id": text_column("c", number_N[rows]),
+                    "impression_id": text_column("n", pa.array(number_N[rows], mask=~is_named_N[rows])),
+                    **self._event(rows, click_us_N[rows]),
+                },
+            )
+        truth = {
+            "impression_id": text_column("n", number_N),
+            "p_click": outcomes.p_click_N,
+            "p_order": outcomes.p_order_N,
+            "is_cross_exposure": shown.is_copy_N,
+        }
+        writer.append("truth", truth)
+
+    def late_orders(self) -> LateOrders:
+        """The day's orders that come after their window."""
+        rows = np.flatnonzero(self.day.outcomes.is_late_order_N)
+        time_us = self.day.start_us + self.day.outcomes.order_time_us_N[rows]
+        return LateOrders(self.num_before + rows, self.day.user_N[rows], self.day.shown.item_N[rows], time_us)
+
+    def write_orders(self, writer: LogWriter, late: LateOrders) -> None:
+        """Append the day's orders (one order_id a request's basket) and the late ones that are due."""
+        rng = random_stream(self.settings.seed, Stream.ROWS, PILOT_DAY + self.day.number)
+        order_us_N = self.day.outcomes.order_time_us_N
+        rows = self._logged(np.flatnonzero(self.day.outcomes.is_order_N), order_us_N, rng)
+        request = self.day.shown.request_N[rows]
+        writer.append(
+            "orders",
+            {"order_id": text_column(f"o{self.day.number}-", request), **self._event(rows, order_us_N[rows])},
+        )
+        writer.append(
+            "orders",
+            {
+                "order_id": text_column("late-", late.number),
+                "user_id": text_column("u", late.user),
+                "item_id": text_column("i", late.item),
+                "event_time": late.time_us,
+            },
+        )

@@ -1,0 +1,298 @@
+"""One day of the simulated world: who visits when, what is shown, what is clicked and ordered.
+
+Every (seed, day) is a pure function, so memory holds two days at most. Shape letters: R requests, N impressions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from etl.sources.simulated_world import PAIR_INTEREST_STD, Stream, World, random_stream, sigmoid
+from usr_ray.config import DAY_US, SimulatedConfig
+
+SLATE_SIZES = (3, 8)
+"""Impressions of a request, both included."""
+MAX_REQUESTS = 6
+SWITCH_RATE = 0.6
+"""Chance that the next request of a visit is in another scenario."""
+THEME_RATE = 0.55
+"""Share of items drawn from the visit's category; the others by popularity."""
+REQUEST_GAP_US = 20_000_000
+LAST_REQUEST_US = DAY_US - 10_000_000
+HOUR_WEIGHTS = np.array([2, 1, 1, 1, 1, 2, 3, 5, 6, 6, 6, 7, 8, 7, 6, 6, 6, 7, 8, 10, 11, 10, 7, 4], dtype=np.float64)
+MAX_LOOKBACK = 3
+"""A cross exposure repeats one of the user's last three requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Requests of one day, sorted by (user, time); times of one user are strictly increasing."""
+
+    user_R: np.ndarray
+    time_us_R: np.ndarray
+    """Microseconds since the day's start, inside the day."""
+    scenario_R: np.ndarray
+    theme_R: np.ndarray
+    query_R: np.ndarray
+    """-1 outside query scenarios."""
+    size_R: np.ndarray
+    """Impressions of the request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exposures:
+    """Impressions of one day, in the order of the schedule's requests, then position."""
+
+    request_N: np.ndarray
+    position_N: np.ndarray
+    item_N: np.ndarray
+    interest_N: np.ndarray
+    is_copy_N: np.ndarray
+    """True for a cross exposure: the item was shown to the user in another scenario minutes before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcomes:
+    """What the day's impressions led to. Times are microseconds since the day's start; orders may come days later."""
+
+    p_click_N: np.ndarray
+    """P(is_click): late clicks do not count."""
+    p_order_N: np.ndarray
+    """P(is_order), unconditional."""
+    is_click_N: np.ndarray
+    is_order_N: np.ndarray
+    is_late_click_N: np.ndarray
+    is_late_order_N: np.ndarray
+    click_time_us_N: np.ndarray
+    order_time_us_N: np.ndarray
+
+
+def day_size(config: SimulatedConfig, day: int) -> int:
+    """Impressions of a day: the same every day, the remainder on the first days."""
+    size, rest = divmod(config.num_impressions, config.num_days)
+    return size + (day < rest)
+
+
+def draw_schedule(world: World, config: SimulatedConfig, day: int, num_impressions: int) -> Schedule:
+    """Visits of a day: users by activity, a theme each, one to six requests that wander between scenarios."""
+    rng = random_stream(config.seed, Stream.SCHEDULE, day)
+    S = len(world.click_bias_S)
+    mean_size = sum(SLATE_SIZES) / 2
+    num_visits = int(num_impressions / mean_size / 3 * 1.1) + 20
+    length_V = 1 + rng.binomial(MAX_REQUESTS - 1, 0.4, num_visits)
+    visit_user_V = rng.choice(len(world.user_weight_U), num_visits, p=world.user_weight_U)
+    theme_VC = world.user_theme_UC[visit_user_V]
+    theme_V = np.argmax(theme_VC + rng.gumbel(size=theme_VC.shape), axis=1)
+    hour_V = rng.choice(24, num_visits, p=HOUR_WEIGHTS / HOUR_WEIGHTS.sum())
+    start_V = (hour_V * 3600 + rng.random(num_visits) * 3600) * 1e6
+    # The requests of a visit: a matrix of the longest visit, then the places in use.
+    shape = (num_visits, MAX_REQUESTS)
+    in_use = np.arange(MAX_REQUESTS) < length_V[:, None]
+    step = np.where(rng.random(shape) < SWITCH_RATE, rng.integers(1, max(S, 2), shape), 0)
+    scenario = np.cumsum(np.concatenate([rng.integers(0, S, (num_visits, 1)), step[:, 1:]], axis=1), axis=1) % S
+    gap = 40e6 + rng.exponential(80e6, shape)
+    gap[:, 0] = 0
+    time = (start_V[:, None] + np.cumsum(gap, axis=1))[in_use].astype(np.int64)
+    visit_R = np.repeat(np.arange(num_visits), length_V)
+    size_R = rng.integers(SLATE_SIZES[0], SLATE_SIZES[1] + 1, len(visit_R))
+    popular_R = rng.random(len(visit_R))
+    end_R = np.cumsum(size_R)
+    num_requests = int(np.searchsorted(end_R, num_impressions)) + 1  # the last request is cut to the day's size
+    size_R = size_R[:num_requests].copy()
+    size_R[-1] -= end_R[num_requests - 1] - num_impressions
+    visit_R = visit_R[:num_requests]
+    scenario_R, theme_R = scenario[in_use][:num_requests], theme_V[visit_R]
+    query_R = np.where(
+        world.is_query_scenario_S[scenario_R], _draw_queries(world, theme_R, popular_R[:num_requests]), -1
+    )
+    user_R = visit_user_V[visit_R]
+    order = np.lexsort((time[:num_requests], user_R))
+    time_R = _space_out(user_R[order], time[:num_requests][order])
+    return Schedule(user_R[order], time_R, scenario_R[order], theme_R[order], query_R[order], size_R[order])
+
+
+def _draw_queries(world: World, theme_R: np.ndarray, popular_R: np.ndarray) -> np.ndarray:
+    """A query of the theme's category (query q belongs to category q mod C), small numbers more often."""
+    Q, C = len(world.query_latent_QD), world.user_theme_UC.shape[1]
+    num_R = (Q - theme_R + C - 1) // C
+    return theme_R + C * (num_R * popular_R**2).astype(np.int64)
+
+
+def _space_out(user_R: np.ndarray, time_R: np.ndarray) -> np.ndarray:
+    """Times with a gap between the requests of one user, none after the day's end.
+
+    A click falls before the user's next request, so every click belongs to one impression whatever the slates repeat.
+    """
+    is_first_R = np.diff(user_R, prepend=-1) != 0
+    start_R = np.flatnonzero(is_first_R)
+    group_R = np.cumsum(is_first_R) - 1
+    number_R = np.arange(len(user_R)) - start_R[group_R]
+    # A running maximum inside each user: one over all, each user's numbers above those of the user before.
+    level = 100 * DAY_US
+    slack_R = np.maximum.accumulate(time_R - number_R * REQUEST_GAP_US + group_R * level) - group_R * level
+    time_R = slack_R + number_R * REQUEST_GAP_US
+    last_R = np.maximum.reduceat(time_R, start_R)[group_R]
+    return (time_R * (LAST_REQUEST_US / np.maximum(last_R, LAST_REQUEST_US))).astype(np.int64)
+
+
+def draw_exposures(world: World, config: SimulatedConfig, day: int, plan: Schedule, global_window_us: int) -> Exposures:
+    """Items of every slate: distinct inside a request, `cross_exposure` of them copied from another scenario's."""
+    num_requests, N = len(plan.user_R), int(plan.size_R.sum())
+    request_N = np.repeat(np.arange(num_requests), plan.size_R)
+    start_R = np.cumsum(plan.size_R) - plan.size_R
+    position_N = np.arange(N) - start_R[request_N]
+    source_R = _source_requests(plan, global_window_us)
+    source_N = start_R[source_R[request_N]] + position_N
+    may_copy_N = (source_R[request_N] >= 0) & (position_N < plan.size_R[source_R[request_N]])
+    rng = random_stream(config.seed, Stream.COPIES, day)
+    # Not every row has something to copy: those that do copy more often, so that the share of all rows is right.
+    rate = min(1.0, config.cross_exposure / max(may_copy_N.mean(), 1e-9))
+    is_copy_N = may_copy_N & (rng.random(N) < rate)
+    pointer_N = np.where(is_copy_N, source_N, np.arange(N))
+    item_N = _draw_slates(world, config, day, plan, request_N, is_copy_N, pointer_N)
+    is_noise_N = rng.random(N) < config.global_noise
+    interest_N = PAIR_INTEREST_STD * rng.standard_normal(N)
+    interest_N = interest_N[_roots(np.where(is_noise_N, np.arange(N), pointer_N))]
+    return Exposures(request_N, position_N, item_N, interest_N, is_copy_N)
+
+
+def _source_requests(plan: Schedule, global_window_us: int) -> np.ndarray:
+    """The user's newest earlier request in another scenario, well inside the global window; -1 where there is none."""
+    source_R = np.full(len(plan.user_R), -1)
+    for lag in range(MAX_LOOKBACK, 0, -1):
+        now, before = slice(lag, None), slice(None, -lag)
+        fits = (
+            (plan.user_R[now] == plan.user_R[before])
+            & (plan.scenario_R[now] != plan.scenario_R[before])
+            & (plan.time_us_R[now] - plan.time_us_R[before] <= 0.8 * global_window_us)
+        )
+        source_R[now][fits] = np.flatnonzero(fits)
+    return source_R
+
+
+def _roots(pointer_N: np.ndarray) -> np.ndarray:
+    """Where chains of copies end."""
+    while True:
+        further_N = pointer_N[pointer_N]
+        if np.array_equal(further_N, pointer_N):
+            return pointer_N
+        pointer_N = further_N
+
+
+def _draw_slates(
+    world: World,
+    config: SimulatedConfig,
+    day: int,
+    plan: Schedule,
+    request_N: np.ndarray,
+    is_copy_N: np.ndarray,
+    pointer_N: np.ndarray,
+) -> np.ndarray:
+    """(N,) items: fresh ones by theme or popularity, redrawn until no request shows an item twice."""
+    rng = random_stream(config.seed, Stream.ITEMS, day)
+    is_out = world.item_launch_day_I[world.items_by_category_I] <= day
+    weight_I = np.where(is_out, world.item_weight_I[world.items_by_category_I], 0.0)
+    cumulative = np.concatenate([[0.0], np.cumsum(weight_I)])
+    low_C, high_C = cumulative[world.category_start_C[:-1]], cumulative[world.category_start_C[1:]]
+    root_N = _roots(pointer_N)
+
+    def draw(rows: np.ndarray, theme_rate: float) -> np.ndarray:
+        theme = plan.theme_R[request_N[rows]]
+        by_theme = (rng.random(len(rows)) < theme_rate) & (high_C[theme] > low_C[theme])
+        low, high = np.where(by_theme, low_C[theme], 0.0), np.where(by_theme, high_C[theme], cumulative[-1])
+        place = np.searchsorted(cumulative, low + rng.random(len(rows)) * (high - low), side="right") - 1
+        return world.items_by_category_I[np.clip(place, 0, world.num_items - 1)]
+
+    item_N = draw(np.arange(len(request_N)), THEME_RATE)
+    theme_rate = THEME_RATE
+    for _ in range(1000):
+        item_N = item_N[root_N]
+        key_N = request_N * world.num_items + item_N
+        order = np.lexsort((~is_copy_N, key_N))  # copies first: they stay, the fresh ones are redrawn
+        again = order[1:][key_N[order[1:]] == key_N[order[:-1]]]
+        again = again[~is_copy_N[again]]
+        if not len(again):
+            return item_N
+        theme_rate *= 0.8  # a small category cannot fill a slate
+        item_N[again] = draw(again, theme_rate)
+    raise RuntimeError(f"simulated day {day}: no distinct slates after 1000 rounds; raise simulated.num_items")
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Attribution windows in microseconds."""
+
+    click_us: int
+    order_us: int
+    global_us: int
+
+
+def draw_outcomes(
+    world: World,
+    config: SimulatedConfig,
+    day: int,
+    plan: Schedule,
+    shown: Exposures,
+    windows: Windows,
+    next_request_us_U: np.ndarray,
+) -> Outcomes:
+    """Clicks and orders with their times, such that attribution (contract, section 2) gives back the drawn labels.
+
+    A click falls before the user's next request; an order before the user is shown the item again, and before the
+    next day's first request. `late_rate` of the clicks and of the orders fall after their window and count for none.
+
+    Args:
+        next_request_us_U: (U,) the user's first request of the next day, or its end, in microseconds of this day.
+    """
+    scenario_N, user_N = plan.scenario_R[shown.request_N], plan.user_R[shown.request_N]
+    time_N, N = plan.time_us_R[shown.request_N], len(shown.item_N)
+    hour_N = time_N // 3_600_000_000
+    logit_N = world.click_logit(
+        scenario_N, user_N, shown.item_N, plan.query_R[shown.request_N], hour_N, shown.position_N, shown.interest_N
+    )
+    p_click_N, on_time = sigmoid(logit_N), 1.0 - config.late_rate
+    p_order_N = sigmoid(world.order_logit(scenario_N, user_N, shown.item_N))
+    rng = random_stream(config.seed, Stream.LABELS, day)
+    clicked_N, late_click_N = rng.random(N) < p_click_N, rng.random(N) < config.late_rate
+    is_click_N = clicked_N & ~late_click_N
+    ordered_N, late_order_N = is_click_N & (rng.random(N) < p_order_N), rng.random(N) < config.late_rate
+
+    rng = random_stream(config.seed, Stream.TIMES, day)
+    same_user_R = np.append(plan.user_R[1:] == plan.user_R[:-1], False)
+    next_R = np.where(same_user_R, np.append(plan.time_us_R[1:], 0), next_request_us_U[plan.user_R])
+    room_N = np.minimum((next_R - plan.time_us_R)[shown.request_N], min(windows.click_us, windows.order_us))
+    delay_N = np.minimum(2e6 + rng.exponential(20e6, N), 0.9 * room_N)
+    late_N = windows.click_us + 1_000_000 + rng.exponential(600e6, N)
+    click_N = time_N + np.where(late_click_N, late_N, delay_N).astype(np.int64)
+
+    limit_N = np.minimum(_next_exposure(user_N, shown.item_N, time_N, next_request_us_U), click_N + windows.order_us)
+    # A basket: the lines of one request are ordered at one time, after the last click and before the first limit.
+    first_R, last_R = np.full(len(plan.user_R), np.iinfo(np.int64).max), np.zeros(len(plan.user_R), np.int64)
+    basket_N = ordered_N & ~late_order_N
+    np.minimum.at(first_R, shown.request_N[basket_N], limit_N[basket_N])
+    np.maximum.at(last_R, shown.request_N[basket_N], click_N[basket_N])
+    think_R = 60e6 * np.exp(rng.normal(2.5, 1.2, len(plan.user_R)))  # median 12 minutes, some hours
+    wait_R = np.minimum(think_R, 0.9 * np.maximum(first_R - last_R, 0)).astype(np.int64)
+    overdue_N = windows.order_us + 1_000_000 + rng.exponential(7200e6, N)
+    order_N = np.where(late_order_N, click_N + overdue_N.astype(np.int64), (last_R + wait_R)[shown.request_N])
+    return Outcomes(
+        p_click_N=p_click_N * on_time,
+        p_order_N=p_click_N * on_time * p_order_N * on_time,
+        is_click_N=is_click_N,
+        is_order_N=basket_N,
+        is_late_click_N=clicked_N & late_click_N,
+        is_late_order_N=ordered_N & late_order_N,
+        click_time_us_N=click_N,
+        order_time_us_N=order_N,
+    )
+
+
+def _next_exposure(user_N: np.ndarray, item_N: np.ndarray, time_N: np.ndarray, next_day_us_U: np.ndarray) -> np.ndarray:
+    """(N,) when the user may next be shown the same item: later this day, or at the next day's first request."""
+    order = np.lexsort((time_N, item_N, user_N))
+    same = (user_N[order][1:] == user_N[order][:-1]) & (item_N[order][1:] == item_N[order][:-1])
+    limit_N = next_day_us_U[user_N].copy()
+    limit_N[order[:-1][same]] = time_N[order[1:][same]]
+    return limit_N

@@ -1,0 +1,211 @@
+"""LogWriter: the logs of the contract as Parquet folders, all of them or none."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from usr_ray.config import Config, UserError
+
+MARKER = "_ingest.json"
+"""Written beside the logs: source, configuration and counts. Only a folder that has it may be overwritten."""
+ROWS_PER_FILE = 1 << 20
+TIMESTAMP = pa.timestamp("us", tz="UTC")
+
+_EVENT = [("user_id", pa.string()), ("item_id", pa.string()), ("event_time", TIMESTAMP)]
+IMPRESSIONS = pa.schema(
+    [
+        ("impression_id", pa.string()),
+        ("request_id", pa.string()),
+        *_EVENT,
+        ("position", pa.int32()),
+        ("query", pa.string()),
+    ]
+)
+CLICKS = pa.schema([("click_id", pa.string()), ("impression_id", pa.string()), *_EVENT])
+ORDERS = pa.schema([("order_id", pa.string()), *_EVENT])
+USERS = pa.schema([("user_id", pa.string())])
+ITEMS = pa.schema([("item_id", pa.string())])
+TRUTH = pa.schema([("impression_id", pa.string()), ("p_click", pa.float64()), ("p_order", pa.float64())])
+
+
+def log_schema(log: str) -> pa.Schema:
+    """The contract's columns of a log, by its name; KeyError for a name the contract does not know."""
+    for ending, schema in (("_impressions", IMPRESSIONS), ("_clicks", CLICKS), ("_orders", ORDERS)):
+        if log.endswith(ending):
+            return schema
+    return {"orders": ORDERS, "users": USERS, "items": ITEMS, "truth": TRUTH}[log]
+
+
+class LogWriter:
+    """Collects logs in a temporary folder beside `logs_dir` and renames it there on `commit`.
+
+    Use it as a context manager: leaving without `commit` (an error, Ctrl-C) removes the temporary folder, so a failed
+    ingest leaves nothing half-written.
+
+    Raises:
+        UserError: `logs_dir` is a file, or has files and `overwrite` is off, or was not written by a LogWriter.
+    """
+
+    def __init__(self, logs_dir: Path, *, overwrite: bool = False) -> None:
+        self.logs_dir = logs_dir.resolve()
+        self.num_rows: dict[str, int] = {}
+        self._check_target(overwrite)
+        self._buffers: dict[str, list[pa.Table]] = {}
+        self._num_files: dict[str, int] = {}
+        try:
+            self.logs_dir.parent.mkdir(parents=True, exist_ok=True)
+            self._folder = Path(tempfile.mkdtemp(prefix=f".{self.logs_dir.name}-", dir=self.logs_dir.parent))
+        except OSError as error:
+            raise UserError(f"--logs {logs_dir}: cannot be written ({error.strerror}); name another folder") from error
+
+    def _check_target(self, overwrite: bool) -> None:
+        if not self.logs_dir.exists():
+            return
+        if not self.logs_dir.is_dir():
+            raise UserError(f"--logs {self.logs_dir}: is a file; name a folder")
+        if not any(self.logs_dir.iterdir()):
+            return
+        if not overwrite:
+            raise UserError(f"--logs {self.logs_dir}: is not empty; name a new folder or add --overwrite")
+        if not (self.logs_dir / MARKER).exists():
+            raise UserError(
+                f"--logs {self.logs_dir}: --overwrite replaces only folders written by ingest_logs and this one has "
+                f"no {MARKER}; remove it yourself or name a new folder"
+            )
+
+    def append(self, log: str, columns: Mapping[str, Any] | pa.Table) -> None:
+        """Add rows to a log. Columns of the contract are cast to their types; further columns keep theirs.
+
+        Args:
+            log: name of the log, for example "search_clicks" or "users".
+            columns: one array a column; event_time as int64 microseconds since 1970 UTC or as a timestamp.
+
+        Raises:
+            ValueError: a column of the contract is missing, or the further columns differ from the rows before.
+        """
+        table = _contract_table(log, columns)
+        buffer = self._buffers.setdefault(log, [])
+        if buffer and buffer[0].schema != table.schema:
+            raise ValueError(
+                f"{log}: columns {table.schema.names} differ from the rows before: {buffer[0].schema.names}"
+            )
+        buffer.append(table)
+        self.num_rows[log] = self.num_rows.get(log, 0) + table.num_rows
+        if sum(t.num_rows for t in buffer) >= ROWS_PER_FILE:
+            self._flush(log)
+
+    def declare(self, log: str) -> None:
+        """Make the log exist even when no row is ever appended to it."""
+        if log not in self._buffers:
+            self.append(log, log_schema(log).empty_table())
+
+    def _flush(self, log: str) -> None:
+        buffer = self._buffers[log]
+        number = self._num_files.get(log, 0)
+        table = pa.concat_tables(buffer)
+        if table.num_rows or not number:
+            folder = self._folder / log
+            folder.mkdir(exist_ok=True)
+            pq.write_table(table, folder / f"part-{number:05d}.parquet", compression="zstd")
+            self._num_files[log] = number + 1
+        self._buffers[log] = [buffer[0].slice(0, 0)]  # keeps the schema for the next rows
+
+    def commit(self, provenance: Mapping[str, Any]) -> dict[str, int]:
+        """Write what is buffered, put the folder in its place and return the rows of each log."""
+        for log in self._buffers:
+            self._flush(log)
+        marker = {**provenance, "num_rows": self.num_rows}
+        (self._folder / MARKER).write_text(json.dumps(marker, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        self._folder.chmod(0o755)  # mkdtemp's folder is the owner's alone
+        if self.logs_dir.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{self.logs_dir.name}-old-", dir=self.logs_dir.parent))
+            self.logs_dir.rename(old)
+            self._folder.rename(self.logs_dir)
+            shutil.rmtree(old)
+        else:
+            self._folder.rename(self.logs_dir)
+        return dict(self.num_rows)
+
+    def __enter__(self) -> LogWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class Source(Protocol):
+    """One data set: reads its files and writes the logs of the contract."""
+
+    name: str
+    needs_input: bool
+
+    def write(self, input_dir: Path, writer: LogWriter, config: Config) -> None:
+        """Append every log of the data set to `writer`; UserError when a file or a column is missing."""
+
+
+def _contract_table(log: str, columns: Mapping[str, Any] | pa.Table) -> pa.Table:
+    schema = log_schema(log)
+    names = columns.column_names if isinstance(columns, pa.Table) else list(columns)
+    missing = [name for name in schema.names if name not in names]
+    if missing:
+        raise ValueError(f"{log}: no column {', '.join(missing)}")
+    ordered = [*schema.names, *(name for name in names if name not in schema.names)]
+    arrays = []
+    for name in ordered:
+        values = columns[name]
+        array = values if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values)
+        arrays.append(array.cast(schema.field(name).type) if name in schema.names else array)
+    return pa.table(arrays, names=ordered)
+
+
+def text_column(*parts: str | np.ndarray | pa.Array) -> pa.Array:
+    """Strings joined row by row from constants and columns; null where a column is null."""
+    columns = [
+        part if isinstance(part, str) else pc.cast(part if isinstance(part, pa.Array) else pa.array(part), pa.string())
+        for part in parts
+    ]
+    return pc.binary_join_element_wise(*columns, "")
+
+
+def constant_column(value: str | None, num_rows: int) -> pa.Array:
+    """`num_rows` times the same string or null."""
+    return pa.nulls(num_rows, pa.string()) if value is None else pa.repeat(pa.scalar(value, pa.string()), num_rows)
+
+
+def input_file(input_dir: Path, patterns: Sequence[str], *, what: str) -> list[Path]:
+    """Files of `input_dir` that match a pattern, sorted by name; UserError when there is none."""
+    if not input_dir.is_dir():
+        raise UserError(f"--input {input_dir}: no such folder; name the folder with the data set's files")
+    files = sorted({path for pattern in patterns for path in input_dir.glob(pattern)})
+    if not files:
+        raise UserError(f"--input {input_dir}: no {what} ({' or '.join(patterns)}); put the data set's files there")
+    return files
+
+
+def require_columns(path: Path, names: Sequence[str], needed: Sequence[str]) -> None:
+    """UserError when a file lacks a needed column."""
+    missing = [name for name in needed if name not in names]
+    if missing:
+        raise UserError(f"{path}: no column {', '.join(missing)}; it has: {', '.join(names)}")
+
+
+def require_scenarios(config: Config, wanted: Sequence[str], *, source: str) -> None:
+    """UserError when the configured scenarios are not the ones the source writes."""
+    if set(config.scenarios) != set(wanted):
+        raise UserError(
+            f"scenarios are {list(config.scenarios)} but source {source} writes {list(wanted)}; "
+            f"set scenarios to those, or start from jobs/configs/{source}.toml"
+        )

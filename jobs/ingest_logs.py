@@ -1,0 +1,47 @@
+"""Turn a data set into the logs of the contract: Parquet folders, one a log.
+
+spark-submit jobs/ingest_logs.py --source kuairand --input DIR --logs DIR   (or plain python: it needs no JVM)
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from etl.sources import SOURCES, LogWriter, find_source
+from usr_ray import __version__
+from usr_ray.cli import job_config, job_parser, run_job
+from usr_ray.config import UserError
+
+
+def main(argv: list[str]) -> None:
+    parser = job_parser(__doc__ or "")
+    parser.add_argument("--source", required=True, help=f"the data set: {', '.join(SOURCES)}")
+    parser.add_argument("--input", type=Path, metavar="DIR", help="folder of the data set's files (simulated: none)")
+    parser.add_argument("--logs", type=Path, required=True, metavar="DIR", help="folder for the logs; new or empty")
+    parser.add_argument("--overwrite", action="store_true", help="replace logs written by an earlier ingest")
+    arguments = parser.parse_args(argv)
+    source = find_source(arguments.source)
+    if arguments.config is None:
+        # Each data set has scenarios of its own; its example configuration knows them.
+        arguments.config = ROOT / "jobs" / "configs" / f"{source.name}.toml"
+    config = job_config(arguments)
+    if source.needs_input and arguments.input is None:
+        raise UserError(f"--source {source.name}: --input is missing; name the folder with the data set's files")
+    started = time.monotonic()
+    with LogWriter(arguments.logs, overwrite=arguments.overwrite) as writer:
+        source.write(arguments.input or Path(), writer, config)
+        num_rows = writer.commit({"source": source.name, "usr_ray": __version__, "config": config.to_dict()})
+    width = max(map(len, num_rows))
+    print(f"{'log':<{width}}  {'rows':>12}")
+    for log, count in num_rows.items():
+        print(f"{log:<{width}}  {count:>12,}")
+    print(f"written to {arguments.logs} in {time.monotonic() - started:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main))
