@@ -1,0 +1,135 @@
+"""A small samples table in Delta, written by delta-rs as ETL's would be, with labels that a model can learn."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from deltalake import DeltaTable, WriterProperties, write_deltalake
+from numpy.typing import NDArray
+
+from usr_ray.schema import (
+    FEATURE_SPEC_PROPERTY,
+    FIRST_ID,
+    SAMPLES,
+    DenseFeature,
+    FeatureSpec,
+    SparseFeature,
+    index_column,
+    scaled_column,
+)
+
+FIRST_DATE = dt.date(2026, 1, 1)
+HOUR_US = 3_600_000_000
+
+
+def samples_spec(
+    *,
+    scenarios: Sequence[str] = ("search", "recommendation"),
+    query_scenarios: Sequence[str] = ("search",),
+    num_users: int = 30,
+    num_items: int = 40,
+    num_queries: int = 20,
+    history_length: int = 5,
+    label_delay_us: int = 25 * HOUR_US,
+) -> FeatureSpec:
+    """Spec of the table: the fixed features, one item category and two numbers."""
+    sizes = {"user_id": (num_users, "user"), "item_id": (num_items, "item"), "query": (num_queries, "query")}
+    sizes |= {"event_hour": (24, "context"), "brand": (6, "item")}
+    return FeatureSpec(
+        scenarios=tuple(scenarios),
+        query_scenarios=tuple(query_scenarios),
+        sparse=tuple(
+            SparseFeature(name=name, column=index_column(name), num_embeddings=FIRST_ID + count, owner=owner)
+            for name, (count, owner) in sizes.items()
+        ),
+        dense=(
+            DenseFeature(name="price", column=scaled_column("price"), owner="item"),
+            DenseFeature(name="age", column=scaled_column("age"), owner="user"),
+        ),
+        history_length=history_length,
+        label_delay_us=label_delay_us,
+    )
+
+
+def samples_arrow(spec: FeatureSpec, *, num_rows: int, num_days: int, seed: int = 0) -> pa.Table:
+    """Rows in event_time order over `num_days` days from FIRST_DATE; mature if their labels close within them."""
+    rng = np.random.default_rng(seed)
+    counts = {feature.name: feature.num_embeddings for feature in spec.sparse}
+    day_us = 24 * HOUR_US
+    start_us = int(dt.datetime(*FIRST_DATE.timetuple()[:3], tzinfo=dt.UTC).timestamp()) * 1_000_000
+    time_N = np.sort(rng.integers(0, num_days * day_us, num_rows)) + start_us
+    scenario_N = rng.integers(0, len(spec.scenarios), num_rows)
+    has_query_N = np.isin(scenario_N, [spec.scenarios.index(s) for s in spec.query_scenarios])
+    user_N, item_N = (rng.integers(1, counts[name], num_rows) for name in ("user_id", "item_id"))
+    query_N = np.where(has_query_N, rng.integers(1, counts["query"], num_rows), 0)
+    taste = rng.normal(size=(counts["user_id"], 3)) @ rng.normal(size=(3, counts["item_id"]))
+    quality = rng.normal(size=(len(spec.scenarios), counts["item_id"]))
+    logit_N = taste[user_N, item_N] + quality[scenario_N, item_N] - 1
+    prob_N = 1 / (1 + np.exp(-logit_N))
+    click_N = rng.random(num_rows) < prob_N
+    order_N = click_N & (rng.random(num_rows) < prob_N)
+    click_global_N = click_N | (rng.random(num_rows) < 0.1)
+    order_global_N = order_N | (click_global_N & (rng.random(num_rows) < 0.05))
+    columns: dict[str, Any] = {
+        "impression_id": [f"i{n}" for n in range(num_rows)],
+        "request_id": [f"r{n // 4}" for n in range(num_rows)],
+        "user_id": [f"u{u}" for u in user_N],
+        "item_id": [f"v{v}" for v in item_N],
+        "scenario": [spec.scenarios[s] for s in scenario_N],
+        "event_time": pa.array(time_N, pa.timestamp("us", tz="UTC")),
+        "impression_date": pa.array([_date(t) for t in time_N], pa.date32()),
+        "is_click": click_N.astype(np.float32),
+        "is_order": order_N.astype(np.float32),
+        "is_click_global": click_global_N.astype(np.float32),
+        "is_order_global": order_global_N.astype(np.float32),
+        "is_mature": time_N + spec.label_delay_us <= start_us + num_days * day_us,
+        "scenario_index": scenario_N,
+        "user_key": user_N * 7919,
+        "request_key": np.arange(num_rows) // 4,
+    }
+    own = {"user_id": user_N, "item_id": item_N, "query": query_N, "brand": item_N % (counts["brand"] - 1) + 1}
+    own["event_hour"] = time_N // HOUR_US % 24 + FIRST_ID
+    columns |= {feature.column: own[feature.name] for feature in spec.sparse}
+    columns |= {feature.column: rng.normal(size=num_rows).astype(np.float32) for feature in spec.dense}
+    for history in spec.histories:
+        lengths_N = rng.integers(0, spec.history_length + 1, num_rows)
+        total = int(lengths_N.sum())
+        columns[history.item_ids] = _lists(rng.integers(1, counts["item_id"], total), lengths_N)
+        columns[history.actions] = _lists(rng.integers(1, 3, total), lengths_N)
+        ages = np.sort(rng.random(total).astype(np.float32))[::-1] * 1e5 + 1
+        columns[history.ages_s] = _lists(ages.astype(np.float32), lengths_N)
+        if history.query_ids:
+            columns[history.query_ids] = _lists(rng.integers(1, counts["query"], total), lengths_N)
+    return pa.table(columns)
+
+
+def write_samples(
+    lake: Path, spec: FeatureSpec, *, num_rows: int = 600, num_days: int = 4, seed: int = 0, row_group_rows: int = 64
+) -> None:
+    """Write `<lake>/samples`, partitioned by date, with the feature spec as a table property."""
+    write_deltalake(
+        str(lake / SAMPLES),
+        samples_arrow(spec, num_rows=num_rows, num_days=num_days, seed=seed),
+        partition_by=["impression_date"],
+        mode="overwrite",
+        writer_properties=WriterProperties(max_row_group_size=row_group_rows, write_batch_size=row_group_rows),
+    )
+    # Not as `configuration` of the write: delta-rs takes its own keys only there.
+    properties = {FEATURE_SPEC_PROPERTY: spec.to_json()}
+    DeltaTable(lake / SAMPLES).alter.set_table_properties(properties, raise_if_not_exists=False)
+
+
+def _lists(values: NDArray[Any], lengths_N: NDArray[np.int64]) -> pa.Array:
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths_N)]), pa.int32())
+    array = pa.array(values)
+    kind = pa.list_(pa.field("element", array.type, nullable=False))
+    return pa.ListArray.from_arrays(offsets, array, type=kind)
+
+
+def _date(time_us: int) -> dt.date:
+    return dt.datetime.fromtimestamp(time_us / 1e6, tz=dt.UTC).date()
