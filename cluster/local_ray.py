@@ -163,7 +163,7 @@ class LocalRay:
         raise RuntimeError("Ray did not come up; the end of its log:\n" + "\n".join(tail))
 
     def stop(self) -> None:
-        """End the head and all of its session: politely, then for good. Running jobs die; runs resume from checkpoints."""
+        """End the head and all of its session: politely, then for good. Running jobs end with it."""
         head = self.running()
         if head is None:
             self.pid_file.unlink(missing_ok=True)
