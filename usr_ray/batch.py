@@ -28,6 +28,68 @@ class History:
     offsets: Tensor
     """int64, B + 1, starts at 0."""
 
+    def padded(self, max_length: int, *, align: str = "right") -> PaddedHistory:
+        """The newest `max_length` events of each row as dense tensors, on the history's own device.
+
+        Nothing here waits for the device: the shapes depend on max_length alone.
+
+        Args:
+            max_length: L, columns of the result; pass FeatureSpec.history_length to drop no event.
+            align: 'right': the newest event is always in column L - 1; 'left': the oldest kept event is in column 0.
+        """
+        if align not in ("left", "right"):
+            raise ValueError(f"align must be 'left' or 'right', got {align!r}")
+        start_B1, end_B1 = self.offsets[:-1, None], self.offsets[1:, None]
+        column_L = torch.arange(max_length, device=self.offsets.device)
+        if align == "right":
+            source_BL = end_B1 - max_length + column_L
+            mask_BL = source_BL >= start_B1
+        else:
+            source_BL = torch.maximum(start_B1, end_B1 - max_length) + column_L
+            mask_BL = source_BL < end_B1
+        num_events = self.item_ids_V.shape[0]
+        source_BL = source_BL.clamp(0, max(num_events - 1, 0))
+
+        def dense(values_V: Tensor) -> Tensor:
+            if num_events == 0:  # nothing to index
+                return values_V.new_zeros(mask_BL.shape)
+            return torch.where(mask_BL, values_V[source_BL], 0)
+
+        return PaddedHistory(
+            item_ids_BL=dense(self.item_ids_V),
+            actions_BL=dense(self.actions_V),
+            ages_s_BL=dense(self.ages_s_V),
+            query_ids_BL=None if self.query_ids_V is None else dense(self.query_ids_V),
+            mask_BL=mask_BL,
+        )
+
+    def slice_rows(self, start: int, stop: int) -> History:
+        """Rows start..stop - 1; values are views. For histories on the CPU."""
+        first, last = int(self.offsets[start]), int(self.offsets[stop])
+        return History(
+            item_ids_V=self.item_ids_V[first:last],
+            actions_V=self.actions_V[first:last],
+            ages_s_V=self.ages_s_V[first:last],
+            query_ids_V=None if self.query_ids_V is None else self.query_ids_V[first:last],
+            offsets=self.offsets[start : stop + 1] - first,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedHistory:
+    """A history as dense tensors; places without an event hold 0 and mask False."""
+
+    item_ids_BL: Tensor
+    """int64 (B, L)."""
+    actions_BL: Tensor
+    """int64 (B, L)."""
+    ages_s_BL: Tensor
+    """float32 (B, L)."""
+    query_ids_BL: Tensor | None
+    """int64 (B, L); None where the scenario has no queries."""
+    mask_BL: Tensor
+    """bool (B, L), True where there is an event; events run from oldest to newest."""
+
 
 @dataclass(frozen=True, slots=True)
 class UsrBatch:
@@ -66,6 +128,20 @@ class UsrBatch:
     def pin_memory(self) -> UsrBatch:
         """The batch in page-locked memory, for asynchronous copies to a GPU."""
         return self.map(lambda tensor: tensor.pin_memory())
+
+    def slice_rows(self, start: int, stop: int) -> UsrBatch:
+        """Rows start..stop - 1; all but the history offsets are views. For batches on the CPU."""
+        return UsrBatch(
+            labels_BT=self.labels_BT[start:stop],
+            weights_B=self.weights_B[start:stop],
+            scenario_B=self.scenario_B[start:stop],
+            sparse_BF=self.sparse_BF[start:stop],
+            dense_BF=self.dense_BF[start:stop],
+            histories=tuple(history.slice_rows(start, stop) for history in self.histories),
+            user_key_B=self.user_key_B[start:stop],
+            request_key_B=self.request_key_B[start:stop],
+            row_number_B=self.row_number_B[start:stop],
+        )
 
     def num_bytes(self) -> int:
         """Bytes of all tensors."""

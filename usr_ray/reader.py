@@ -1,0 +1,285 @@
+"""The samples of one rank, step by step: row groups -> Arrow -> UsrBatch, decoded ahead of use in the background.
+
+A block (order.py) is decoded by a few threads while the block before it is being used, so two blocks of this rank's
+rows are in memory at most. Each decoded row group is reduced at once to the rows of this rank; the block's rows
+are laid out in the order they are used, so that a step's batch is a view of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import queue
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from usr_ray import order as ordering
+from usr_ray.batch import UsrBatch
+from usr_ray.batch_builder import BatchBuilder, take_rows
+from usr_ray.manifest import Manifest, usable_row_groups
+from usr_ray.reader_decode import RowGroupDecoder
+
+MAX_BYTES_IN_FLIGHT = 1 << 30
+"""Uncompressed bytes of the row groups being decoded at one time; one row group is decoded whatever its size."""
+_BLOCKS_IN_MEMORY = 2
+_POLL_S = 0.1
+_CLOSED = "the reader was closed while its batches were in use"
+
+
+class SampleReader:
+    """Reads one rank's part of the global batches of a manifest."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        *,
+        global_batch_size: int,
+        group_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        order: str = "shuffled",
+        ready_before_us: int | None = None,
+        mature_only: bool = True,
+        num_threads: int = 2,
+        num_shards: int = 1,
+        block_rows: int = ordering.BLOCK_ROWS,
+        max_bytes_in_flight: int = MAX_BYTES_IN_FLIGHT,
+    ) -> None:
+        """Plan the reading; nothing but the manifest is touched.
+
+        Args:
+            manifest: what to read.
+            global_batch_size: rows of a step over all ranks.
+            group_size: rows that stay together on a rank (model.contrastive.group_size).
+            rank: of this worker.
+            world_size: number of workers. The global batches do not depend on it.
+            seed: of the order.
+            order: 'shuffled', 'by_date' or 'file' (order.epoch_order).
+            ready_before_us: rows whose labels close later (manifest.labels_close_us) get weight 0, and row groups
+                that hold only such rows are not read; None: no such limit.
+            mature_only: likewise for rows with is_mature false.
+            num_threads: decoding threads.
+            num_shards: spans of a block that are permuted apart, so that a rank decodes only its own (order.py); 1
+                permutes whole blocks, and every rank decodes every row group.
+            block_rows: rows of a block per shard, at least.
+            max_bytes_in_flight: bound on what is decoded at one time.
+
+        Raises:
+            UserError: a batch that cannot be shared by these workers, or an unknown order.
+            DataError: no row can count.
+        """
+        self._share = ordering.rank_share(
+            global_batch_size=global_batch_size,
+            group_size=group_size,
+            rank=rank,
+            world_size=world_size,
+            num_shards=num_shards,
+        )
+        self._manifest = manifest
+        self._refs = usable_row_groups(manifest, ready_before_us=ready_before_us, mature_only=mature_only)
+        self._decoder = RowGroupDecoder(manifest, ready_before_us=ready_before_us, mature_only=mature_only)
+        self._order: dict[str, Any] = {
+            "kind": order,
+            "seed": seed,
+            "block_rows": block_rows,
+            "num_shards": num_shards,
+        }
+        self._max_bytes_in_flight = max_bytes_in_flight
+        self._num_threads = num_threads
+        self._executor: ThreadPoolExecutor | None = None
+        self._streams: weakref.WeakSet[_Stream] = weakref.WeakSet()
+        self.epoch_order(0)  # refuses an unknown order now, not in the first step
+        self.fingerprint = self._fingerprint(global_batch_size, group_size, ready_before_us, mature_only)
+
+    fingerprint: str
+    """SHA-256 of all that fixes the global batches: a cursor (fingerprint, epoch, step) names the same rows."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of an epoch over all ranks: those of row groups that may hold a row that counts."""
+        return sum(ref.row_group.num_rows for ref in self._refs)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of an epoch, the same on every rank; the last one is padded."""
+        return ordering.num_steps(self.num_rows, self._share.global_batch_size)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of this rank's batches, padding included."""
+        return self._share.num_rows
+
+    def epoch_order(self, epoch: int) -> ordering.EpochOrder:
+        """Blocks of an epoch, over the row groups that are read."""
+        rows = [ref.row_group.num_rows for ref in self._refs]
+        dates = np.array([self._manifest.files[ref.file].date for ref in self._refs], dtype="datetime64[D]")
+        return ordering.epoch_order(rows, dates.astype(np.int64), epoch=epoch, **self._order)
+
+    def batches(self, epoch: int, start_step: int = 0) -> Iterator[UsrBatch]:
+        """Batches of this rank in an epoch from `start_step` on; starting late costs no more than starting at 0.
+
+        The tensors are views of larger blocks on the CPU: do not write into them. Closing the iterator, or the
+        reader, ends its threads.
+
+        Raises:
+            DataError: a file cannot be read or breaks the contract; raised by the step that needs it or earlier.
+        """
+        if not 0 <= start_step <= self.num_steps:
+            raise ValueError(f"start_step {start_step} is not in 0..{self.num_steps}")
+        stream = _Stream(self, epoch, start_step)
+        self._streams.add(stream)
+        return stream.batches()
+
+    def close(self) -> None:
+        """End all threads; iterators still in use stop with an error."""
+        for stream in list(self._streams):
+            stream.close()
+        if self._executor:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+            self._executor = None
+
+    def __enter__(self) -> SampleReader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _fingerprint(self, *values: object) -> str:
+        spec = self._manifest.spec
+        fixed = [self._manifest.sha256, spec.label_delay_us, spec.label_day_span, self._order, *values]
+        return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+
+    def _build_block(self, order: ordering.EpochOrder, block: int, start_step: int, stop: threading.Event) -> _Block:
+        """Decode a block's row groups and lay this rank's rows out in the order they are used."""
+        places, rows = ordering.block_share(order, block, self._share, start_step)
+        groups = ordering.block_rows_by_group(order, block, rows)
+        builder = BatchBuilder(self._manifest.spec, len(places))
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(self._num_threads, thread_name_prefix="usr-ray-decode")
+        # A row group is decoded by one thread, unless there are threads to spare.
+        use_threads = len(groups) < self._num_threads
+        running: deque[tuple[Future[None], int]] = deque()
+        num_bytes = 0
+
+        def decode(group: int, inside: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
+            if stop.is_set():
+                raise RuntimeError(_CLOSED)
+            decoded = self._decoder.decode(self._refs[group], use_threads=use_threads)
+            # Only this rank's rows are kept, so that W workers on one machine hold a block once, not W times.
+            builder.add(decoded if len(inside) == len(decoded) else take_rows(decoded, inside), targets)
+
+        try:
+            for group, inside, targets in groups:
+                size = self._refs[group].row_group.num_bytes
+                while running and num_bytes + size > self._max_bytes_in_flight:
+                    future, finished_bytes = running.popleft()
+                    future.result()
+                    num_bytes -= finished_bytes
+                running.append((self._executor.submit(decode, group, inside, targets), size))
+                num_bytes += size
+            while running:
+                running.popleft()[0].result()
+        finally:
+            for future, _ in running:
+                future.cancel()
+        return _Block(block, places, builder.finish(self._executor.map))
+
+
+@dataclass(slots=True)
+class _Block:
+    index: int
+    places: NDArray[np.int64]
+    """step * rows + position in the batch, for every row of `rows`, ascending."""
+    rows: UsrBatch
+
+
+class _Stream:
+    """One pass over an epoch: a thread that builds blocks ahead, and the batches cut from them."""
+
+    def __init__(self, reader: SampleReader, epoch: int, start_step: int) -> None:
+        self._reader = reader
+        self._order = reader.epoch_order(epoch)
+        self._start_step = start_step
+        self._stop = threading.Event()
+        self._num_extra = 0
+        self._free = threading.Semaphore(_BLOCKS_IN_MEMORY)
+        self._ready: queue.SimpleQueue[_Block | BaseException] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._produce, name="usr-ray-reader", daemon=True)
+
+    def batches(self) -> Iterator[UsrBatch]:
+        """The batches; a generator, so that leaving it early ends the thread."""
+        self._thread.start()
+        held: deque[_Block] = deque()
+        newest = ordering.first_block(self._order, self._start_step, self._reader._share) - 1
+        rows = self._reader.batch_size
+        try:
+            for step in range(self._start_step, self._reader.num_steps):
+                last = min(ordering.last_block(self._order, step, self._reader._share), self._order.num_blocks - 1)
+                while newest < last:
+                    # A block that ends before this step makes room before the next one is waited for.
+                    self._drop(held, step * rows)
+                    if len(held) >= _BLOCKS_IN_MEMORY:  # a batch larger than a block: days of few rows, in date order
+                        self._num_extra += 1
+                        self._free.release()
+                    held.append(self._next_block())
+                    newest = held[-1].index
+                yield self._cut(held, step * rows, (step + 1) * rows)
+                self._drop(held, (step + 1) * rows)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End the thread and wait for it."""
+        self._stop.set()
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _produce(self) -> None:
+        first = ordering.first_block(self._order, self._start_step, self._reader._share)
+        try:
+            for block in range(first, self._order.num_blocks):
+                while not self._free.acquire(timeout=_POLL_S):
+                    if self._stop.is_set():
+                        break
+                if self._stop.is_set():
+                    raise RuntimeError(_CLOSED)
+                self._ready.put(self._reader._build_block(self._order, block, self._start_step, self._stop))
+        except BaseException as error:  # it belongs to the thread that uses the batches
+            self._ready.put(error)
+
+    def _next_block(self) -> _Block:
+        block = self._ready.get()
+        if isinstance(block, BaseException):
+            raise block
+        return block
+
+    def _drop(self, held: deque[_Block], place: int) -> None:
+        while held and (not len(held[0].places) or held[0].places[-1] < place):
+            held.popleft()
+            if self._num_extra:
+                self._num_extra -= 1
+            else:
+                self._free.release()
+
+    def _cut(self, held: deque[_Block], first: int, last: int) -> UsrBatch:
+        """The batch of places first..last - 1: a view of one block, or the rows of several put together."""
+        pieces = []
+        for block in held:
+            start, stop = (int(n) for n in np.searchsorted(block.places, [first, last]))
+            if stop - start == last - first:
+                return block.rows.slice_rows(start, stop)
+            if start < stop:
+                pieces.append((block.rows.slice_rows(start, stop), block.places[start:stop] - first))
+        builder = BatchBuilder(self._reader._manifest.spec, last - first)
+        for rows, places in pieces:
+            builder.add(rows, places)
+        return builder.finish()
