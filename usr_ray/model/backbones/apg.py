@@ -6,7 +6,8 @@ Network for Click-Through Rate Prediction" (NeurIPS'22), equations 3 to 9.
 
 Between the factors there is neither bias nor activation. All hidden layers, of the bottom and of each task's tower,
 are such layers; the logit is a plain linear layer (rank K means nothing at width 1). S starts as I plus a term
-of z of the same size (ours: by the start of the MLP's last layer), so that the signal passes from the first step. Shape letters: K rank, Z condition.
+of z of the same size (ours: by the start of the MLP's last layer), so that the signal passes from the first step.
+Shape letters: K rank, Z condition.
 """
 
 from __future__ import annotations
