@@ -1,4 +1,4 @@
-"""The popularity baseline: what a counter per user and per item already knows. numpy only.
+"""The popularity baseline: what a counter per user and per item already knows. No model.
 
 A ranking model that does not beat it has learnt nothing from queries, histories and scenarios, so every evaluation
 shows the two side by side, with an interval of the gap.
@@ -8,13 +8,18 @@ Shape letters: N rows, T tasks (schema.TASKS), G tie groups.
 
 from __future__ import annotations
 
+import datetime as dt
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
+from usr_ray.config import DAY_US
+from usr_ray.reader_decode import RowGroupDecoder
+from usr_ray.manifest import Manifest, labels_close_us, usable_row_groups
 from usr_ray.metrics import Predictions
-from usr_ray.schema import TASKS
+from usr_ray.schema import ALL_LABELS, TASKS
 
 SMOOTHING = 20.0
 """Impressions at the mean rate that every user and item starts with."""
@@ -29,6 +34,39 @@ class TrainingRows:
     item_id_N: NDArray[np.int64]
     labels_NT: NDArray[np.float32]
     """(N, 4), in the order of schema.ALL_LABELS."""
+
+
+def end_of_us(day: dt.date) -> int:
+    """End of a UTC day in microseconds since 1970; labels of training rows up to that day must be final by then."""
+    return (day.toordinal() - dt.date(1970, 1, 1).toordinal() + 1) * DAY_US
+
+
+def read_training_rows(manifest: Manifest, *, ready_before_us: int | None, mature_only: bool) -> TrainingRows:
+    """The rows of a manifest that training would count, by the same rules (see SampleReader), four columns of them.
+
+    Raises:
+        DataError: no row counts, or a file cannot be read.
+    """
+    decoder = RowGroupDecoder(manifest, ready_before_us=ready_before_us, mature_only=mature_only)
+    item_column = manifest.spec.sparse_feature("item_id").column
+    decoder.columns = [*ALL_LABELS, "scenario_index", "user_key", item_column, "is_mature", "event_time"]
+    parts = []
+    for ref in usable_row_groups(manifest, ready_before_us=ready_before_us, mature_only=mature_only):
+        table = decoder.read(ref)
+        counts_N = np.ones(table.num_rows, dtype=bool)
+        if mature_only:
+            counts_N &= table["is_mature"].to_numpy()
+        if ready_before_us is not None:
+            time_us_N = table["event_time"].cast(pa.timestamp("us", tz="UTC")).cast(pa.int64()).to_numpy()
+            counts_N &= labels_close_us(time_us_N, manifest.spec) <= ready_before_us
+        parts.append(table.drop_columns(["is_mature", "event_time"]).filter(pa.array(counts_N)))
+    rows = pa.concat_tables(parts)
+    return TrainingRows(
+        scenario_N=rows["scenario_index"].to_numpy(),
+        user_key_N=rows["user_key"].to_numpy(),
+        item_id_N=rows[item_column].to_numpy(),
+        labels_NT=np.stack([rows[label].to_numpy() for label in ALL_LABELS], axis=1),
+    )
 
 
 def popularity_baseline(train: TrainingRows, rows: Predictions, num_scenarios: int) -> Predictions:

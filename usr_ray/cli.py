@@ -13,16 +13,17 @@ from usr_ray.config import Config, UserError, load_config
 EXIT_OK, EXIT_FAILURE, EXIT_USER_ERROR = 0, 1, 2
 
 
-class _Parser(argparse.ArgumentParser):
+class JobParser(argparse.ArgumentParser):
     """argparse that reports a wrong command line as a UserError, so that it too is one line."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
+        """Raise UserError instead of printing the usage and leaving."""
         raise UserError(f"{self.prog}: {message}; see --help")
 
 
 def job_parser(description: str) -> argparse.ArgumentParser:
     """A parser with `--config FILE` and repeatable `--set a.b=c`."""
-    parser = _Parser(description=description)
+    parser = JobParser(description=description)
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file, see jobs/configs")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides",
                         help="override one key by its dotted path; repeatable")  # fmt: skip

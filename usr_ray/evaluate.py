@@ -8,22 +8,25 @@ Shape letters: B rows of a batch, N rows of the evaluation, T tasks (schema.TASK
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from usr_ray.baseline import TrainingRows
 from usr_ray.batch import UsrBatch, UsrOutputs
+from usr_ray.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from usr_ray.config import Config, UserError
 from usr_ray.manifest import Manifest
 from usr_ray.metrics import CellMetrics, Predictions, metrics_by_scenario
 from usr_ray.model.embedding import EmbeddingTables
+from usr_ray.model.usr import UsrModel
 from usr_ray.reader import SampleReader
-from usr_ray.schema import ALL_LABELS, TASKS
+from usr_ray.schema import ALL_LABELS, TASKS, UNKNOWN_ID, FeatureSpec
 from usr_ray.worker import Worker
 
 
@@ -53,16 +56,17 @@ def evaluate(
         EvaluationError: the model's probabilities are not numbers in [0, 1].
     """
     integers, log_probs, labels = [], [], []
-    for batch, outputs in score_batches(model, tables, evaluation_reader(manifest, worker, config), worker.device):
-        kept_B = batch.weights_B > 0
-        columns = [batch.row_number_B, batch.scenario_B, batch.user_key_B, batch.request_key_B]
-        columns += [batch.sparse_BF[:, _ITEM], _history_lengths(batch)]
-        integers.append(torch.stack(columns, dim=1)[kept_B].cpu())
-        log_p = [outputs.log_p_BT]
-        if outputs.log_p_global_BT is not None:
-            log_p.append(outputs.log_p_global_BT)
-        log_probs.append(torch.cat(log_p, dim=1)[kept_B].double().cpu())
-        labels.append(batch.labels_BT[kept_B].cpu())
+    with evaluation_reader(manifest, worker, config) as reader:
+        for batch, outputs in score_batches(model, tables, reader, manifest.spec, worker.device):
+            kept_B = batch.weights_B > 0
+            columns = [batch.row_number_B, batch.scenario_B, batch.user_key_B, batch.request_key_B]
+            columns += [batch.sparse_BF[:, _ITEM], _history_lengths(batch)]
+            integers.append(torch.stack(columns, dim=1)[kept_B].cpu())
+            log_p = [outputs.log_p_BT]
+            if outputs.log_p_global_BT is not None:
+                log_p.append(outputs.log_p_global_BT)
+            log_probs.append(torch.cat(log_p, dim=1)[kept_B].double().cpu())
+            labels.append(batch.labels_BT[kept_B].cpu())
     # A rank without a batch still takes part in every collective, with rows of the width the others have.
     has_global = worker.any_true(bool(log_probs) and log_probs[0].shape[1] > len(TASKS))
     width = 2 * len(TASKS) if has_global else len(TASKS)
@@ -91,23 +95,44 @@ def evaluation_reader(manifest: Manifest, worker: Worker, config: Config) -> Sam
 
 
 def score_batches(
-    model: nn.Module, tables: EmbeddingTables, reader: SampleReader, device: torch.device
+    model: nn.Module, tables: EmbeddingTables, reader: SampleReader, spec: FeatureSpec, device: torch.device
 ) -> Iterator[tuple[UsrBatch, UsrOutputs]]:
-    """(batch, outputs) of every batch of `reader`, both on `device`, with the model in evaluation mode.
+    """(batch, outputs) of every batch of `reader`, both on `device`, with the model in evaluation mode and float32.
 
-    Ranks are not in step here: the bare module is called, never DDP's wrapper.
+    `spec` is the manifest's. Vocabularies grow after a model was trained; an id that the model has no embedding for is
+    given to it as unknown, as any new value is. Ranks are not in step here, so DDP's wrapper is not called.
     """
+    limits = tables.num_rows()
+    has_grown = any(limits[feature.name] < feature.num_embeddings for feature in spec.sparse)
     module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     was_training = module.training
     module.eval()
     try:
         for on_host in reader.batches(epoch=0):
-            batch = on_host.to(device)
+            batch = (_known_ids(on_host, spec, limits) if has_grown else on_host).to(device)
             with torch.inference_mode():
                 outputs = module(batch, tables.lookup(batch))
             yield batch, outputs
     finally:
         module.train(was_training)
+
+
+def _known_ids(batch: UsrBatch, spec: FeatureSpec, limits: dict[str, int]) -> UsrBatch:
+    """The batch with UNKNOWN_ID in place of ids at or above the size of their embedding table."""
+
+    def known(ids: Tensor, feature: str) -> Tensor:
+        return torch.where(ids < limits[feature], ids, UNKNOWN_ID)
+
+    columns = [known(batch.sparse_BF[:, place], feature.name) for place, feature in enumerate(spec.sparse)]
+    histories = tuple(
+        replace(
+            history,
+            item_ids_V=known(history.item_ids_V, "item_id"),
+            query_ids_V=None if history.query_ids_V is None else known(history.query_ids_V, "query"),
+        )
+        for history in batch.histories
+    )
+    return replace(batch, sparse_BF=torch.stack(columns, dim=1), histories=histories)
 
 
 _ITEM = 1
@@ -150,6 +175,71 @@ def _predictions(integers: NDArray, probs: NDArray, labels: NDArray) -> Predicti
     )
 
 
-def read_training_rows(manifest: Manifest, worker: Worker, config: Config) -> TrainingRows:
-    """What the popularity baseline counts: the rows of `manifest` whose labels are final, without the rest of them."""
-    raise NotImplementedError
+@dataclass(frozen=True, slots=True)
+class TrainedRun:
+    """A model as a checkpoint holds it."""
+
+    module: UsrModel
+    tables: EmbeddingTables
+    config: Config
+    """Of the run that wrote the checkpoint."""
+    spec: FeatureSpec
+    """Of the table that it was trained on."""
+    checkpoint: Checkpoint
+
+
+def load_run(run_dir: Path, device: torch.device | str = "cpu") -> TrainedRun:
+    """The model of a run's best checkpoint, or of its newest valid one where none was marked best.
+
+    Raises:
+        EvaluationError: no such directory, or no valid checkpoint in it. CheckpointError: it is another version's.
+    """
+    if not run_dir.is_dir():
+        raise EvaluationError(f"--run-dir {run_dir}: no such directory; name the --run-dir of jobs/train.py")
+    store = CheckpointStore(run_dir / "checkpoints")
+    checkpoint = store.best_valid() or store.newest_valid()
+    if checkpoint is None:
+        raise EvaluationError(f"--run-dir {run_dir}: holds no valid checkpoint; train with jobs/train.py first")
+    try:
+        config = Config.from_dict(checkpoint.state["config"])
+        spec = FeatureSpec.from_json(json.dumps(checkpoint.state["spec"]))
+        module = UsrModel(spec, config.model)
+        module.load_state_dict(_part(checkpoint, "model"))
+    except (KeyError, ValueError, RuntimeError, UserError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"checkpoint {checkpoint.path}: not written by this version ({reason}); use the version that trained it"
+        ) from error
+    tables = EmbeddingTables(spec, config.model.embedding_dim, config.train.seed, device)
+    tables.load_state_dict(_part(checkpoint, "tables"))
+    return TrainedRun(module.to(device).eval(), tables, config, spec, checkpoint)
+
+
+def _part(checkpoint: Checkpoint, part: str) -> dict[str, Tensor]:
+    prefix = f"{part}/"
+    return {n.removeprefix(prefix): t for n, t in checkpoint.tensors.items() if n.startswith(prefix)}
+
+
+def check_spec(trained: FeatureSpec, table: FeatureSpec) -> None:
+    """Refuse rows that mean something else to the model; vocabularies that grew since the training are fine.
+
+    Raises:
+        EvaluationError: scenarios, features or the length of histories differ.
+    """
+    pairs = {
+        "scenarios": (trained.scenarios, table.scenarios),
+        "query_scenarios": (trained.query_scenarios, table.query_scenarios),
+        "categories": (tuple(f.name for f in trained.sparse), tuple(f.name for f in table.sparse)),
+        "numbers": (tuple(f.name for f in trained.dense), tuple(f.name for f in table.dense)),
+        "histories.length": (trained.history_length, table.history_length),
+    }
+    for name, (of_model, of_table) in pairs.items():
+        if of_model != of_table:
+            raise EvaluationError(
+                f"--lake: {name} of the samples table is {_words(of_table)}, but the model was trained with "
+                f"{_words(of_model)}; name the lake that it was trained on, or train on this one"
+            )
+
+
+def _words(value: object) -> str:
+    return (", ".join(map(str, value)) or "none") if isinstance(value, tuple) else str(value)

@@ -28,6 +28,28 @@ def write_metrics(path: Path, splits: Mapping[str, CellMetrics]) -> None:
     partial.replace(path)
 
 
+def metrics_text(splits: Mapping[str, CellMetrics]) -> str:
+    """A table for the terminal: a line for each scenario, task and split; '-' where a metric is undefined."""
+    lines: list[tuple[str, ...]] = [
+        ("scenario", "task", "scorer", "AUC", "GAUC", "log loss", "PCOC", "samples", "positives")
+    ]
+    for cell, tasks in splits[SPLIT].items():
+        for task in tasks:
+            for split, cells in splits.items():
+                m = cells[cell][task]
+                values = ["-" if m[key] is None else f"{m[key]:.4f}" for key in ("auc", "gauc", "log_loss", "pcoc")]
+                counts = [f"{m[key]:,}" for key in ("num_samples", "num_positives")]
+                lines.append((cell, task, "popularity" if split == BASELINE_SPLIT else "model", *values, *counts))
+    widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            text.ljust(w) if place < 3 else text.rjust(w)
+            for place, (text, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
 def write_predictions(
     path: Path,
     predictions: Predictions,

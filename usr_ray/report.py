@@ -56,7 +56,7 @@ def render(run: RunRecord, etl_reports: list[dict[str, Any]]) -> str:
     gaps = _gaps(run)
     context = {
         "title": model_name(run.config),
-        "run_name": run.run_dir.resolve().name,
+        "run_name": "/".join(run.run_dir.resolve().parts[-2:]),
         "facts": _facts(run),
         "footer": f"Written {dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M} UTC by usr-ray {usr_ray.__version__}; "
         "this file needs no network.",
@@ -141,7 +141,7 @@ def _metrics_part(run: RunRecord, gaps: Mapping[tuple[str, str], Gap | None]) ->
         {
             "cell": report_text.cell_name(cell), "task": report_text.TASK_NAMES[task], "verdict": gap.verdict,
             "value": report_text.signed(gap.value),
-            "interval": f"{report_text.signed(gap.low)} to {report_text.signed(gap.high)}",
+            "interval": report_text.gap_interval(gap),
         }
         for (cell, task), gap in gaps.items()
         if gap is not None
@@ -151,11 +151,12 @@ def _metrics_part(run: RunRecord, gaps: Mapping[tuple[str, str], Gap | None]) ->
             gap = gaps.get((scenario, task))
             part["tiles"].append(
                 {
-                    "name": f"AUC of {report_text.TASK_NAMES[task]} in {scenario.replace('_', ' ')}",
+                    "name": f"{report_text.cell_name(scenario)}, AUC of {report_text.TASK_NAMES[task]}",
                     "colour": report_plots.series_name(place),
                     "value": report_text.metric_value("auc", metrics, 4, footnotes),
                     "gap": gap,
-                    "gap_text": report_text.gap_text(gap) if gap else "",
+                    "gap_value": report_text.signed(gap.value) if gap else "",
+                    "gap_interval": report_text.gap_interval(gap) if gap else "",
                 }
             )
     return part

@@ -30,13 +30,13 @@ COLOURS = {
 SERIES = tuple(name for name in COLOURS if name.startswith("series"))
 
 _STYLE: Any = {
-    "svg.fonttype": "none", "svg.hashsalt": "usr-ray", "font.family": "sans-serif", "font.size": 10,
+    "svg.fonttype": "none", "svg.hashsalt": "usr-ray", "font.family": "sans-serif", "font.size": 11,
     "axes.edgecolor": COLOURS["axis"], "axes.labelcolor": COLOURS["ink-2"], "axes.titlecolor": COLOURS["ink"],
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
     "axes.linewidth": 0.8, "grid.color": COLOURS["grid"], "grid.linewidth": 0.8, "xtick.color": COLOURS["axis"],
     "ytick.color": COLOURS["axis"], "xtick.labelcolor": COLOURS["muted"], "ytick.labelcolor": COLOURS["muted"],
     "text.color": COLOURS["ink-2"], "lines.linewidth": 1.8, "lines.solid_capstyle": "round",
-    "xtick.major.size": 3, "ytick.major.size": 0, "legend.frameon": False, "legend.fontsize": 9.5,
+    "xtick.major.size": 3, "ytick.major.size": 0, "legend.frameon": False, "legend.fontsize": 10.5,
 }  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def line_plot(
         if from_zero:
             axes.set_ylim(bottom=0)
         if percent:
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g}%"))
         elif max((abs(v) for _, ys in series.values() for v in ys), default=0) >= 1000:
             axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         if len(series) > 1:
@@ -91,9 +91,9 @@ def calibration_plot(bins: Sequence[Bin], *, colour: str, label: str) -> str:
         axes.set(xlim=(0, top), ylim=(0, top), xlabel="mean predicted probability", ylabel="observed rate")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(5))
-            axis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:g} %"))
+            axis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:g}%"))
 
-    return _svg(draw, label=label, size=(3.7, 2.9))
+    return _svg(draw, label=label, size=(6.5, 4.0))
 
 
 def roc_plot(curves: Sequence[tuple[str, str, bool, tuple[NDArray, NDArray]]], *, label: str) -> str:
@@ -107,10 +107,10 @@ def roc_plot(curves: Sequence[tuple[str, str, bool, tuple[NDArray, NDArray]]], *
         axes.set(xlim=(0, 1), ylim=(0, 1.01), xlabel="false positive rate", ylabel="true positive rate")
         axes.legend(loc="lower right", handlelength=1.6)
 
-    return _svg(draw, label=label, size=(4.2, 3.4))
+    return _svg(draw, label=label, size=(6.5, 5.0))
 
 
-def _svg(draw: Callable[[Axes], None], *, label: str, size: tuple[float, float] = (3.9, 2.5)) -> str:
+def _svg(draw: Callable[[Axes], None], *, label: str, size: tuple[float, float] = (6.5, 3.1)) -> str:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)

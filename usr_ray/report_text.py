@@ -65,7 +65,7 @@ def count(number: float | None) -> str:
 
 def share(value: float | None, decimals: int = 1) -> str:
     """A fraction in per cent; a dash for None."""
-    return DASH if value is None else f"{100 * value:.{decimals}f} %"
+    return DASH if value is None else f"{100 * value:.{decimals}f}%"
 
 
 def duration(seconds: float) -> str:
@@ -143,9 +143,9 @@ def metric_value(key: str, metrics: TaskMetrics, decimals: int, footnotes: Footn
     return Value(f"{value:.{decimals}f}")
 
 
-def gap_text(gap: Gap) -> str:
-    """'+0.0312 (+0.0290 to +0.0334)'."""
-    return f"{signed(gap.value)} ({signed(gap.low)} to {signed(gap.high)})"
+def gap_interval(gap: Gap) -> str:
+    """'+0.0290 to +0.0334'."""
+    return f"{signed(gap.low)} to {signed(gap.high)}"
 
 
 def signed(value: float) -> str:
@@ -166,7 +166,7 @@ def verdict(model: CellMetrics, gaps: Mapping[tuple[str, str], Gap | None], scen
     pcocs = [(s, model[s]["ctr"]["pcoc"]) for s in scenarios if s in model and model[s]["ctr"]["pcoc"] is not None]
     if pcocs:
         listed = _listed([f"{_off(float(p or 0))} in {s.replace('_', ' ')}" for s, p in pcocs])
-        sentences.append(f"Predicted clicks are {listed} against those observed.")
+        sentences.append(f"Predicted clicks are {listed}.")
     undefined = [
         f"{TASK_NAMES.get(t, t)} in {s.replace('_', ' ')} ({why_undefined('auc', m)})"
         for s in scenarios
@@ -186,15 +186,15 @@ def _against_popularity(gaps: Mapping[tuple[str, str], Gap]) -> str:
         if of_kind:
             parts.append(f"{words} it on {_listed(of_kind)}")
     if len(parts) == 1 and all(g.verdict == "beats" for g in gaps.values()):
-        return "It beats the popularity baseline in every scenario and task, beyond the 95 % interval."
-    return f"Against the popularity baseline it {_listed(parts)} (95 % intervals)."
+        return "It beats the popularity baseline in every scenario and task, beyond the 95% interval."
+    return f"Against the popularity baseline it {_listed(parts)} (95% intervals)."
 
 
 def _off(pcoc: float) -> str:
     percent = 100 * (pcoc - 1)
     if abs(percent) < 0.5:
-        return "within 0.5 %"
-    return f"{abs(percent):.0f} % too {'high' if percent > 0 else 'low'}"
+        return "within 0.5% of those observed"
+    return f"{abs(percent):.0f}% too {'high' if percent > 0 else 'low'}"
 
 
 def _listed(parts: Sequence[str]) -> str:

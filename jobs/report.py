@@ -1,0 +1,30 @@
+"""Write the report of a run: one HTML file that needs no network.
+
+python jobs/report.py --run-dir DIR [--lake DIR] [--output FILE]
+
+Reads what jobs/train.py and jobs/evaluate.py left in the run directory and, with --lake, the ETL's reports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from usr_ray.cli import JobParser, run_job
+from usr_ray.report import write_report
+
+
+def main(argv: list[str]) -> None:
+    parser = JobParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help="the --run-dir of jobs/train.py")
+    parser.add_argument("--lake", type=Path, metavar="DIR", help="the lake of jobs/build_samples.py, for the funnel")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: <run-dir>/report.html")
+    arguments = parser.parse_args(argv)
+    print(f"report: {write_report(arguments.run_dir, arguments.lake, arguments.output)}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main))
