@@ -67,6 +67,13 @@ class Lookup:
     tables: dict[str, TableLookup]
     """Table name -> its rows of this step, in the order of FeatureSpec.sparse."""
 
+    def updates(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Table name -> (ids_U, gradient (U, D)), after the backward; zeros for a table the loss did not reach."""
+        return {
+            name: (t.ids_U, torch.zeros_like(t.rows_UD) if t.rows_UD.grad is None else t.rows_UD.grad)
+            for name, t in self.tables.items()
+        }
+
 
 class EmbeddingTables:
     """One float32 table for each categorical feature; row 0 (padding) is zero and never trained.

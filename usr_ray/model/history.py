@@ -79,7 +79,7 @@ class Grid:
         return padded_PC.index_copy(0, self.place_V, values_VC).view(*shape, -1)
 
     def mark(self, keep_V: Tensor) -> Tensor:
-        """bool (B, L): the events for which keep_V holds."""
+        """The events for which keep_V holds, as a bool (B, L)."""
         marks_P = torch.zeros_like(self.valid_BL).flatten()
         marks_P[self.place_V] = keep_V
         return marks_P.view_as(self.valid_BL)

@@ -50,8 +50,7 @@ class InputNetwork(nn.Module):
         self.dense_context = [i for i, f in enumerate(spec.dense) if f.owner == "context"]
         self.no_query_D = nn.Parameter(torch.randn(embedding_dim) * INIT_STD)
         num_dense = len(spec.dense)
-        self.dense_scale_F = nn.Parameter(torch.ones(num_dense)) if num_dense else None
-        self.dense_shift_F = nn.Parameter(torch.zeros(num_dense)) if num_dense else None
+        self.dense_affine_2F = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, num_dense)) if num_dense else None
         self.kinds = EventKinds(len(spec.scenarios), 2 * embedding_dim, INIT_STD)
         self.feature_widths = [embedding_dim] * len(spec.sparse) + [1] * num_dense
         """Columns of each feature in f, in order."""
@@ -68,12 +67,14 @@ class InputNetwork(nn.Module):
             columns[name] = table.column(padded[name] if name in padded else table.padded())
         sparse = list(columns.values())
         parts, context = list(sparse), [sparse[i] for i in self.sparse_context]
-        if self.dense_scale_F is not None:
-            dense_BF = batch.dense_BF * self.dense_scale_F + self.dense_shift_F
+        if self.dense_affine_2F is not None:
+            dense_BF = batch.dense_BF * self.dense_affine_2F[0] + self.dense_affine_2F[1]
             parts.append(dense_BF)
             context.append(dense_BF[:, self.dense_context])
         query_BD = columns[QUERY_TABLE]
-        assert items.events is not None and queries.events is not None  # the tables every history uses
+        # Every lookup groups the events of these two tables.
+        assert items.events is not None
+        assert queries.events is not None
         return Inputs(
             features_BC=torch.cat(parts, dim=1),
             target_BH=torch.cat([columns[ITEM_TABLE], query_BD], dim=1),

@@ -1,4 +1,4 @@
-"""IE, the S&R views user interest extractor: attention whose weights are generated from the trigger (method, section 3).
+"""IE, the S&R views user interest extractor: attention with weights generated from the trigger (method, section 3).
 
 For X in {Q, K, V}: W_X^k = U_X S_X^k V_X,  S_X^k = I + reshape(A_X z_k + b_X)
 i_k = sum_j softmax_j((W_Q^k t).(W_K^k h_j) / sqrt(d)) W_V^k h_j
@@ -24,34 +24,24 @@ from usr_ray.model.inputs import Inputs
 
 
 class Product(nn.Module):
-    """A linear map (O, I) trained as a product of two, without bias or activation in between; folded for export."""
+    """A linear map (O, I) trained as a product of two, without bias or activation in between."""
 
     def __init__(self, out_dim: int, inner_dim: int, in_dim: int) -> None:
         super().__init__()
         self.left_OP = nn.Parameter(torch.empty(out_dim, inner_dim))
-        self.right_PI = nn.Parameter(torch.empty(inner_dim, in_dim))
+        self.right_PI: nn.Parameter | None = nn.Parameter(torch.empty(inner_dim, in_dim))
         nn.init.xavier_uniform_(self.left_OP)
         nn.init.xavier_uniform_(self.right_PI)
 
     def forward(self) -> Tensor:
         """(O, I)."""
-        return self.left_OP @ self.right_PI
+        return self.left_OP if self.right_PI is None else self.left_OP @ self.right_PI
 
-    def folded(self) -> FoldedProduct:
-        """The product as one parameter."""
-        return FoldedProduct(self().detach().clone())
-
-
-class FoldedProduct(nn.Module):
-    """What is left of a Product in an exported model."""
-
-    def __init__(self, weight_OI: Tensor) -> None:
-        super().__init__()
-        self.weight_OI = nn.Parameter(weight_OI)
-
-    def forward(self) -> Tensor:
-        """(O, I)."""
-        return self.weight_OI
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Keep only the product, as one parameter (O, I)."""
+        self.left_OP = nn.Parameter(self())
+        self.right_PI = None
 
 
 class GeneratedCore(nn.Module):
@@ -102,6 +92,12 @@ class InterestExtractor(nn.Module):
             return torch.where(has_events_B11, interest_BVD, self.empty_D.to(interest_BVD.dtype))
 
         return read(grid.valid_BL), None if keep_BL is None else read(keep_BL & grid.valid_BL)
+
+    def fold(self) -> None:
+        """Multiply the over-parameterised products out, in place: the same outputs, fewer parameters, for serving."""
+        for module in self.modules():
+            if isinstance(module, Product):
+                module.fold()
 
     def _project_events(self, inputs: Inputs) -> Tensor:
         """[V_K h_j ; V_V h_j] of every event, (events, 2 K).

@@ -1,0 +1,137 @@
+"""Random batches and specs for the tests of the model: every feature kind, jagged and empty histories, padding rows."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from usr_ray.batch import History, UsrBatch
+from usr_ray.config import ModelConfig
+from usr_ray.config_model import ContrastiveConfig, GeneratorConfig, InterestConfig, MultitaskConfig
+from usr_ray.schema import DenseFeature, FeatureSpec, SparseFeature, index_column, scaled_column
+
+NAMES = ("search", "recommendation", "feed", "mail", "home", "cart", "ads", "live")
+OWNERS = {
+    "user_id": "user", "item_id": "item", "query": "query", "event_hour": "context", "age": "user", "brand": "item",
+}  # fmt: skip
+
+
+def make_spec(
+    num_scenarios: int = 2,
+    *,
+    num_embeddings: int = 40,
+    dense: bool = True,
+    query_scenarios: tuple[str, ...] = ("search",),
+) -> FeatureSpec:
+    return FeatureSpec(
+        scenarios=NAMES[:num_scenarios],
+        query_scenarios=query_scenarios,
+        sparse=tuple(
+            SparseFeature(name=n, column=index_column(n), num_embeddings=num_embeddings, owner=o)
+            for n, o in OWNERS.items()
+        ),
+        dense=tuple(
+            DenseFeature(name=n, column=scaled_column(n), owner=o)
+            for n, o in (("price", "item"), ("hour_load", "context"))
+        )
+        if dense
+        else (),
+        history_length=6,
+        label_delay_us=1,
+    )
+
+
+def make_config(**changes: object) -> ModelConfig:
+    """Small sizes; keys of ModelConfig, or interest, generator, multitask, contrastive as dictionaries of changes."""
+    kinds = {
+        "interest": InterestConfig, "generator": GeneratorConfig, "multitask": MultitaskConfig,
+        "contrastive": ContrastiveConfig,
+    }  # fmt: skip
+    small: dict[str, dict] = {
+        "interest": {"rank": 3, "over_parameterisation": 5},
+        "generator": {"hidden": 6},
+        "multitask": {"hidden": (6,)},
+        "contrastive": {"group_size": 4, "mask_rate": 0.4, "interest_weight": 0.3, "feature_weight": 0.2},
+    }
+    sections = {n: k(**{**small[n], **changes.pop(n, {})}) for n, k in kinds.items()}  # type: ignore[dict-item]
+    sizes = {"embedding_dim": 4, "trigger_dim": 5, "hidden": (8, 6), "tower_hidden": (4,), "recent_queries": 3}
+    return ModelConfig(**{**sizes, **sections, **changes})  # type: ignore[arg-type]
+
+
+NO_CL = {"interest_weight": 0.0, "feature_weight": 0.0}
+PLAIN = {"interest": {"enabled": False}, "generator": {"enabled": False}, "multitask": {"enabled": False}}
+
+
+def make_batch(
+    spec: FeatureSpec, num_rows: int = 12, *, seed: int = 0, max_length: int = 5, num_padding: int = 2
+) -> UsrBatch:
+    """Rows of all scenarios in turn; row 0 has no history, the last `num_padding` rows are padding."""
+    g = torch.Generator().manual_seed(seed)
+    num_scenarios = len(spec.scenarios)
+    scenario_B = torch.arange(num_rows) % num_scenarios
+    sparse_BF = torch.stack([torch.randint(1, f.num_embeddings, (num_rows,), generator=g) for f in spec.sparse], dim=1)
+    has_query_S = torch.tensor([s in spec.query_scenarios for s in spec.scenarios])
+    sparse_BF[:, 2] *= has_query_S[scenario_B]
+    p_BT = torch.rand(num_rows, 4, generator=g)
+    click_g = (p_BT[:, 0] < 0.7).float()
+    click, order_g = click_g * (p_BT[:, 1] < 0.6), click_g * (p_BT[:, 2] < 0.6)
+    order = click * order_g * (p_BT[:, 3] < 0.7)
+    row_number_B, weights_B = torch.arange(100, 100 + num_rows), torch.ones(num_rows)
+    real = num_rows - num_padding
+    lengths_SB = torch.randint(0, max_length + 1, (num_scenarios, num_rows), generator=g)
+    lengths_SB[:, 0] = 0
+    if num_padding:
+        sparse_BF[real:] = 0
+        scenario_B[real:] = 0
+        row_number_B[real:], weights_B[real:], lengths_SB[:, real:] = -1, 0, 0
+    sizes = {f.name: f.num_embeddings for f in spec.sparse}
+    histories = []
+    for s, name in enumerate(spec.scenarios):
+        num_events = int(lengths_SB[s].sum())
+        queries = torch.randint(0, sizes["query"], (num_events,), generator=g) if name in spec.query_scenarios else None
+        histories.append(
+            History(
+                item_ids_V=torch.randint(1, sizes["item_id"], (num_events,), generator=g),
+                actions_V=torch.randint(1, 3, (num_events,), generator=g),
+                ages_s_V=torch.rand(num_events, generator=g) * 10 ** (torch.rand(num_events, generator=g) * 6),
+                query_ids_V=queries,
+                offsets=torch.cat([torch.zeros(1, dtype=torch.int64), lengths_SB[s].cumsum(0)]),
+            )
+        )
+    labels_BT = torch.stack([click, order, click_g, order_g], dim=1)
+    labels_BT[real:] = 0
+    return UsrBatch(
+        labels_BT=labels_BT,
+        weights_B=weights_B,
+        scenario_B=scenario_B,
+        sparse_BF=sparse_BF,
+        dense_BF=torch.randn(num_rows, len(spec.dense), generator=g),
+        histories=tuple(histories),
+        user_key_B=torch.arange(num_rows),
+        request_key_B=torch.arange(num_rows),
+        row_number_B=row_number_B,
+    )
+
+
+def rows(batch: UsrBatch, keep: Tensor | slice | list[int]) -> UsrBatch:
+    """Some rows of a batch, in the order asked."""
+    numbers = torch.arange(len(batch))[keep]
+    histories = []
+    for h in batch.histories:
+        spans = [torch.arange(int(h.offsets[b]), int(h.offsets[b + 1])) for b in numbers.tolist()]
+        places = torch.cat([torch.empty(0, dtype=torch.int64), *spans])
+        histories.append(
+            History(
+                item_ids_V=h.item_ids_V[places],
+                actions_V=h.actions_V[places],
+                ages_s_V=h.ages_s_V[places],
+                query_ids_V=None if h.query_ids_V is None else h.query_ids_V[places],
+                offsets=torch.tensor([0, *[len(s) for s in spans]]).cumsum(0),
+            )
+        )
+    flat = {
+        f.name: getattr(batch, f.name)[numbers] for f in dataclasses.fields(batch) if f.name != "histories"
+    }  # fmt: skip
+    return UsrBatch(histories=tuple(histories), **flat)

@@ -1,0 +1,186 @@
+"""USR round a backbone: input network -> IE -> FG -> backbone -> GLMT (method, section 3).
+
+h_k = [i_k ; f_k ; z_k] takes the place of [pooled history ; f ; e_k] in each backbone, whichever it is.
+
+Shape letters: B rows, S scenarios, V views computed (S, or 1: the row's own), D, C, Z widths of i, f, z, E scenario
+embedding, X backbone input.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+
+from usr_ray.batch import UsrBatch, UsrOutputs
+from usr_ray.config import ModelConfig
+from usr_ray.model.backbones import BackboneInput, build_backbone
+from usr_ray.model.backbones.apg import APG
+from usr_ray.model.contrastive import event_mask, feature_mask
+from usr_ray.model.embedding import Lookup
+from usr_ray.model.generator import FeatureGenerator
+from usr_ray.model.history import Events, lay_out, list_events
+from usr_ray.model.inputs import InputNetwork, Inputs, Trigger
+from usr_ray.model.interest import InterestExtractor, PooledHistory
+from usr_ray.model.multitask import GlobalHeads, global_outputs, scenario_outputs
+from usr_ray.schema import FeatureSpec
+
+
+@dataclass(frozen=True, slots=True)
+class _Views:
+    """What IE and FG say of the computed views. Without IE i is (B, 1, D); without FG f is (B, 1, C)."""
+
+    interests_BVD: Tensor
+    features_BVC: Tensor
+    interests_twin_BVD: Tensor | None = None
+    features_twin_BVC: Tensor | None = None
+
+
+class UsrModel(nn.Module):
+    """The dense part of USR: what DDP wraps. The tables stay outside (model/embedding.py).
+
+    Every part has a switch, and all switches off is the plain backbone on [pooled history ; f ; e_k]:
+
+    - `interest.enabled` (IE) off: the mean of the events, the same in all views.
+    - `generator.enabled` (FG) off: f itself.
+    - `multitask.enabled` (GLMT) off: the backbone's logits direct.
+    - `contrastive.*_weight` 0, or the part it acts on off, or one scenario: no twins are computed.
+
+    With IE and FG both off there are no views: e_k takes the place of z_k, and backbones that want a trigger (APG)
+    get [e_k ; e_q or e_noq ; e_c] as it is.
+    """
+
+    def __init__(self, spec: FeatureSpec, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        num_scenarios, dim = len(spec.scenarios), config.embedding_dim
+        self.num_scenarios = num_scenarios
+        self.scenario_embedding_SE = nn.Parameter(torch.randn(num_scenarios, dim) * dim**-0.5)
+        self.inputs = InputNetwork(spec, dim)
+        ie, fg = config.interest, config.generator
+        self.has_views = ie.enabled or fg.enabled
+        self.trigger = Trigger(spec, config, self.inputs.context_dim) if self.has_views else None
+        self.pooled = None if ie.enabled else PooledHistory(2 * dim)
+        self.interest = (
+            InterestExtractor(config.trigger_dim, 2 * dim, dim, ie.rank, ie.over_parameterisation)
+            if ie.enabled
+            else None
+        )
+        self.generator = (
+            FeatureGenerator(config.trigger_dim, self.inputs.feature_dim, fg.hidden) if fg.enabled else None
+        )
+        interest_dim = dim if ie.enabled else 2 * dim
+        feature_dim = self.inputs.feature_dim
+        self.backbone = build_backbone(
+            config,
+            input_dim=interest_dim + feature_dim + (config.trigger_dim if self.has_views else dim),
+            scenario_dim=dim,
+            trigger_dim=config.trigger_dim if self.has_views else 2 * dim + self.inputs.context_dim,
+            num_scenarios=num_scenarios,
+        )
+        joined_dim = (
+            interest_dim * (num_scenarios if ie.enabled else 1)
+            + feature_dim * (num_scenarios if fg.enabled else 1)
+            + config.trigger_dim * (num_scenarios if self.has_views else 0)
+            + dim
+        )
+        self.global_heads = (
+            GlobalHeads(joined_dim, config.multitask, config.dropout) if config.multitask.enabled else None
+        )
+        cl = config.contrastive
+        self.twins_interest = ie.enabled and cl.interest_weight > 0 and num_scenarios > 1
+        self.twins_features = fg.enabled and cl.feature_weight > 0 and num_scenarios > 1
+
+    def forward(self, batch: UsrBatch, lookup: Lookup, step_seed: int = 0) -> UsrOutputs:
+        """Log probabilities of every row, and in training the views and twins of the contrastive loss.
+
+        Args:
+            batch: B rows, on the module's device.
+            lookup: EmbeddingTables.lookup(batch).
+            step_seed: number of the step (with the run's seed mixed in, if wanted): draws the twins' masks. The same on
+                every rank; not used in evaluation.
+        """
+        events = list_events(batch)
+        inputs = self.inputs(batch, lookup, events)
+        scenario_BE = embedding(batch.scenario_B, self.scenario_embedding_SE)
+        if self.trigger is None:
+            views = _Views(self._pool(inputs, events), inputs.features_BC.unsqueeze(1))
+            joined = [scenario_BE]
+            trigger_BZ = torch.cat([scenario_BE, inputs.query_BD, inputs.context_BC], dim=1)
+            own_B = None
+            last_BX = scenario_BE
+        else:
+            z_BSZ = self.trigger(inputs, batch.scenario_B, self.scenario_embedding_SE, events)
+            trigger_BZ = last_BX = _select(z_BSZ, batch.scenario_B)
+            all_views = self.global_heads is not None or (
+                self.training and (self.twins_interest or self.twins_features)
+            )
+            views = self._views(batch, inputs, events, z_BSZ if all_views else trigger_BZ.unsqueeze(1), step_seed)
+            joined = [z_BSZ.flatten(1), scenario_BE]
+            own_B = batch.scenario_B if all_views else None
+        i_BD, f_BC = _select(views.interests_BVD, own_B), _select(views.features_BVC, own_B)
+        logits_BT = self.backbone(
+            BackboneInput(
+                torch.cat([i_BD, f_BC, last_BX], dim=1), batch.scenario_B, scenario_BE, trigger_BZ, batch.weights_B
+            )
+        )
+        if self.global_heads is None:
+            outputs = scenario_outputs(logits_BT)
+        else:
+            joined_BJ = torch.cat([views.interests_BVD.flatten(1), views.features_BVC.flatten(1), *joined], dim=1)
+            outputs = global_outputs(logits_BT, self.global_heads(joined_BJ), self.config.multitask.variant)
+        return self._with_views(outputs, views)
+
+    def _pool(self, inputs: Inputs, events: Events) -> Tensor:
+        assert self.pooled is not None
+        pooled_BH: Tensor = self.pooled(inputs, events)
+        return pooled_BH.unsqueeze(1)
+
+    def _views(self, batch: UsrBatch, inputs: Inputs, events: Events, z_BVZ: Tensor, step_seed: int) -> _Views:
+        """i_k and f_k of the views whose triggers are given, with twins in training."""
+        rate = self.config.contrastive.mask_rate
+        interests_twin_BVD = features_twin_BVC = None
+        if self.interest is None:
+            interests_BVD = self._pool(inputs, events)
+        else:
+            grid = lay_out(events)
+            keep_BL = None
+            if self.training and self.twins_interest:
+                keep_BL = grid.mark(event_mask(events, batch.row_number_B, step_seed, rate))
+            interests_BVD, interests_twin_BVD = self.interest(inputs, z_BVZ, events, grid, keep_BL)
+        if self.generator is None:
+            features_BVC = inputs.features_BC.unsqueeze(1)
+        else:
+            features_BVC = self.generator(z_BVZ, inputs.features_BC)
+            if self.training and self.twins_features:
+                keep_BC = feature_mask(self.inputs.feature_widths, batch.row_number_B, step_seed, rate)
+                features_twin_BVC = self.generator(z_BVZ, inputs.features_BC * keep_BC)
+        return _Views(interests_BVD, features_BVC, interests_twin_BVD, features_twin_BVC)
+
+    def _with_views(self, outputs: UsrOutputs, views: _Views) -> UsrOutputs:
+        """Outputs with the vectors of the parts that are on, when all views were computed."""
+        if self.interest is not None and views.interests_BVD.shape[1] == self.num_scenarios:
+            outputs = replace(outputs, interests_BSD=views.interests_BVD, interests_twin_BSD=views.interests_twin_BVD)
+        if self.generator is not None and views.features_BVC.shape[1] == self.num_scenarios:
+            outputs = replace(outputs, features_BSD=views.features_BVC, features_twin_BSD=views.features_twin_BVC)
+        return outputs
+
+    def fold(self) -> UsrModel:
+        """A copy for export, in which every product U and V is one matrix: equal outputs, fewer parameters."""
+        folded = copy.deepcopy(self)
+        if folded.interest is not None:
+            folded.interest.fold()
+        if isinstance(folded.backbone, APG):
+            folded.backbone.fold()
+        return folded
+
+
+def _select(views_BVX: Tensor, view_B: Tensor | None) -> Tensor:
+    """(B, X): each row's own view; None or a single view: the first."""
+    if view_B is None or views_BVX.shape[1] == 1:
+        return views_BVX[:, 0]
+    index_B1X = view_B.view(-1, 1, 1).expand(-1, 1, views_BVX.shape[2])
+    return views_BVX.gather(1, index_B1X).squeeze(1)
