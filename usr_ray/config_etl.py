@@ -112,10 +112,10 @@ class SimulatedConfig:
     num_impressions: int = 200_000
     num_days: int = 8
     first_date: str = "2026-01-01"
-    num_users: int = 4_000
-    num_items: int = 2_000
+    num_users: int = 2_000
+    num_items: int = 1_000
     num_queries: int = 300
-    num_categories: int = 40
+    num_categories: int = 24
     similarity: float = 0.5
     """0: tastes in the scenarios are unrelated; 1: they are the same."""
     cross_exposure: float = 0.3

@@ -12,10 +12,10 @@ import numpy as np
 
 from usr_ray.config import SimulatedConfig
 
-LATENT_DIM = 8
-NUM_SEGMENTS = 12
+LATENT_DIM = 4
+NUM_SEGMENTS = 8
 NUM_AGE_BANDS = 6
-NUM_CITIES = 24
+NUM_CITIES = 16
 BRANDS_PER_CATEGORY = 5
 
 CLICK_RATES = (0.22, 0.16)
@@ -23,13 +23,13 @@ CLICK_RATES = (0.22, 0.16)
 ORDER_RATES = (0.18, 0.12)
 """Targets of orders given a click."""
 
-TASTE_WEIGHT = 0.95
-QUERY_WEIGHT = 0.22
-USER_BIAS_STD = 0.40
-QUALITY_STD = 0.40
-PAIR_INTEREST_STD = 0.50
+TASTE_WEIGHT = 1.05
+QUERY_WEIGHT = 0.18
+USER_BIAS_STD = 0.4
+QUALITY_STD = 0.4
+PAIR_INTEREST_STD = 0.4
 """Interest of one user in one item on one occasion, beyond taste: shared by the exposures of a cross exposure."""
-POSITION_SLOPE = 0.06
+POSITION_SLOPE = 0.03
 HOUR_AMPLITUDE = 0.20
 
 
@@ -148,22 +148,23 @@ def build_world(config: SimulatedConfig, num_scenarios: int, is_query_scenario_S
     category_I = rng.permutation(np.arange(num_items) % num_categories)
     by_category_I = np.argsort(category_I, kind="stable")
     # Tastes hang on segments and categories, so that a model can learn them from few rows a user and an item.
+    weight_U = _activity(rng, num_users)
     user_common_UD = _grouped(rng, segment_U, NUM_SEGMENTS, 1)[0]
     category_CD = rng.standard_normal((num_categories, LATENT_DIM))
-    item_common_ID = _mix(category_CD[category_I], rng.standard_normal((num_items, LATENT_DIM)), 0.8)
+    item_common_ID = _mix(category_CD[category_I], rng.standard_normal((num_items, LATENT_DIM)), 0.9)
     common = config.similarity**0.25  # the product of two vectors correlates by common^4
     user_taste_SUD = _mix(user_common_UD, _grouped(rng, segment_U, NUM_SEGMENTS, num_scenarios), common**2)
     item_appeal_SID = _mix(item_common_ID, _grouped(rng, category_I, num_categories, num_scenarios), common**2)
     brand_I = category_I * BRANDS_PER_CATEGORY + rng.integers(0, BRANDS_PER_CATEGORY, num_items)
     brand_quality = rng.standard_normal(num_categories * BRANDS_PER_CATEGORY)[brand_I]
-    rank_I = rng.permutation(num_items)
+    weight_I = 1.0 / (rng.permutation(num_items) + 10.0) ** 0.9
     is_new_I = rng.random(num_items) < config.new_item_share
     category_price_C = rng.normal(3.5, 0.7, num_categories)
     return World(
-        user_weight_U=_activity(rng, num_users),
+        user_weight_U=weight_U,
         user_bias_U=USER_BIAS_STD * rng.standard_normal(num_users),
         user_spend_U=0.5 * rng.standard_normal(num_users),
-        user_taste_SUD=user_taste_SUD.astype(np.float32),
+        user_taste_SUD=_spread(user_taste_SUD, weight_U).astype(np.float32),
         user_theme_UC=(1.2 * user_common_UD @ category_CD.T / np.sqrt(LATENT_DIM)).astype(np.float32),
         age_band_U=_hint(rng, segment_U, NUM_AGE_BANDS),
         city_U=_hint(rng, segment_U, NUM_CITIES),
@@ -172,9 +173,9 @@ def build_world(config: SimulatedConfig, num_scenarios: int, is_query_scenario_S
         item_brand_I=brand_I,
         item_price_I=np.round(np.exp(category_price_C[category_I] + 0.5 * rng.standard_normal(num_items)), 2),
         item_quality_I=QUALITY_STD * _mix(brand_quality, rng.standard_normal(num_items), 0.5),
-        item_appeal_SID=item_appeal_SID.astype(np.float32),
-        item_latent_ID=item_common_ID.astype(np.float32),
-        item_weight_I=1.0 / (rank_I + 10.0) ** 0.9,
+        item_appeal_SID=_spread(item_appeal_SID, weight_I).astype(np.float32),
+        item_latent_ID=_spread(item_common_ID, weight_I).astype(np.float32),
+        item_weight_I=weight_I,
         item_launch_day_I=np.where(is_new_I, rng.integers(0, config.num_days, num_items), 0),
         items_by_category_I=by_category_I,
         category_start_C=np.searchsorted(category_I[by_category_I], np.arange(num_categories + 1)),
@@ -206,10 +207,16 @@ def _mix(first: np.ndarray, second: np.ndarray, share: float) -> np.ndarray:
     return np.sqrt(share) * first + np.sqrt(1.0 - share) * second
 
 
+def _spread(vectors: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Centred and of equal length: no item pleases everybody, so that popularity alone cannot tell tastes."""
+    centred = vectors - np.average(vectors, axis=-2, weights=weight)[..., None, :]
+    return centred * np.sqrt(LATENT_DIM) / np.linalg.norm(centred, axis=-1, keepdims=True)
+
+
 def _grouped(rng: np.random.Generator, group: np.ndarray, num_groups: int, num_draws: int) -> np.ndarray:
     """(num_draws, len(group), D) vectors that share 70 % of their variance inside a group."""
     group_SGD = rng.standard_normal((num_draws, num_groups, LATENT_DIM))
-    return _mix(group_SGD[:, group], rng.standard_normal((num_draws, len(group), LATENT_DIM)), 0.7)
+    return _mix(group_SGD[:, group], rng.standard_normal((num_draws, len(group), LATENT_DIM)), 0.9)
 
 
 def _activity(rng: np.random.Generator, num_users: int) -> np.ndarray:
@@ -221,4 +228,4 @@ def _activity(rng: np.random.Generator, num_users: int) -> np.ndarray:
 def _hint(rng: np.random.Generator, segment_U: np.ndarray, num_values: int) -> np.ndarray:
     """A user column that tells the segment in half of the cases: weakly informative, as profiles are."""
     home = rng.integers(0, num_values, NUM_SEGMENTS)
-    return np.where(rng.random(len(segment_U)) < 0.5, home[segment_U], rng.integers(0, num_values, len(segment_U)))
+    return np.where(rng.random(len(segment_U)) < 0.7, home[segment_U], rng.integers(0, num_values, len(segment_U)))
