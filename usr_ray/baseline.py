@@ -16,9 +16,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from usr_ray.config import DAY_US
-from usr_ray.reader_decode import RowGroupDecoder
 from usr_ray.manifest import Manifest, labels_close_us, usable_row_groups
 from usr_ray.metrics import Predictions
+from usr_ray.reader_decode import RowGroupDecoder
 from usr_ray.schema import ALL_LABELS, TASKS
 
 SMOOTHING = 20.0

@@ -17,7 +17,7 @@ import jinja2
 from markupsafe import Markup
 
 import usr_ray
-from usr_ray import report_funnel, report_plots, report_stats, report_text
+from usr_ray import report_curves, report_funnel, report_plots, report_stats, report_text
 from usr_ray.metrics import ALL, GLOBAL
 from usr_ray.report_data import RunRecord, read_etl_reports, read_run
 from usr_ray.report_stats import Gap
@@ -64,7 +64,7 @@ def render(run: RunRecord, etl_reports: list[dict[str, Any]]) -> str:
         "config_json": json.dumps(run.config, indent=2),
         "packages": sorted((run.record.get("packages") or {}).items()),
         **_metrics_part(run, gaps),
-        **_curves_part(run),
+        **report_curves.curves_part(run.history, run.scenarios),
         **_predictions_part(run),
     }
     return environment.from_string(template).render(context)
@@ -160,36 +160,6 @@ def _metrics_part(run: RunRecord, gaps: Mapping[tuple[str, str], Gap | None]) ->
                 }
             )
     return part
-
-
-def _curves_part(run: RunRecord) -> dict[str, Any]:
-    curves: list[dict[str, Any]] = []
-    rows = run.history
-    for title, caption, keys, options in _curve_plans(rows):
-        series = {}
-        for name, key in keys.items():
-            points = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
-            if points:
-                series[name] = ([float(x) for x, _ in points], [float(y) for _, y in points])
-        if series:
-            svg = Markup(report_plots.line_plot(series, label=title, **options))
-            curves.append({"title": title, "caption": caption, "svg": svg})
-    note = f"From history.jsonl, {len(rows):,} log steps; a value is the mean since the log step before."
-    return {"curves": curves, "curves_note": note}
-
-
-def _curve_plans(rows: list[dict[str, Any]]) -> list[tuple[str, str, dict[str, str], dict[str, Any]]]:
-    """(title, caption, {name: key of a row}, options of line_plot) of each plot."""
-    terms = sorted({key for row in rows for key in row if key.startswith("loss/")})
-    return [
-        ("Loss", "Weighted sum of all terms, what the optimiser sees.", {"loss": "loss"}, {}),
-        ("Loss terms", "One binary cross-entropy a scenario and task, the global tasks, the contrastive terms.",
-         {key.removeprefix("loss/").replace("_", " "): key for key in terms}, {}),
-        ("Samples per second", "Rows of all workers over wall time.", {"samples/s": "samples_per_s"},
-         {"from_zero": True}),
-        ("Data stall", "Share of the time that the loop waited for the reader.", {"data stall": "data_stall"},
-         {"from_zero": True, "percent": True}),
-    ]  # fmt: skip
 
 
 def _predictions_part(run: RunRecord) -> dict[str, Any]:

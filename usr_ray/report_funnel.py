@@ -77,12 +77,12 @@ def _rejects(rejects: Counter[str]) -> list[dict[str, Any]]:
 def _scenario(name: str, counts: Counter[str], place: int) -> dict[str, Any]:
     rows, clicks, orders = counts["num_samples"], counts["is_click"], counts["is_order"]
     global_clicks, global_orders = counts["is_click_global"], counts["is_order_global"]
-    # Bars are on the scale of global clicks: on that of impressions nothing below them would be seen.
-    scale = max(global_clicks, clicks, 1)
-    stages = [("impressions", rows, rows, 1.0), ("clicked", clicks, rows, clicks / scale),
-              ("ordered", orders, rows, orders / scale),
-              ("clicked in any scenario", global_clicks, rows, global_clicks / scale),
-              ("ordered in any scenario", global_orders, rows, global_orders / scale)]  # fmt: skip
+    # Bars are on the scale of global clicks, and impressions have none: beside theirs no other would be seen.
+    scale = max(global_clicks, 1)
+    stages = [("impressions", rows, None), ("clicked in any scenario", global_clicks, global_clicks / scale),
+              ("clicked in this one", clicks, clicks / scale),
+              ("ordered in any scenario", global_orders, global_orders / scale),
+              ("ordered in this one", orders, orders / scale)]  # fmt: skip
     p_click = clicks / global_clicks if global_clicks else None
     p_order = orders / global_orders if global_orders else None
     warnings = []
@@ -95,6 +95,6 @@ def _scenario(name: str, counts: Counter[str], place: int) -> dict[str, Any]:
             f"{report_text.share(p_order)}; {report_text.share(mature)} of the rows have final labels.")  # fmt: skip
     return {
         "name": title, "colour": series_name(place), "note": note, "warnings": warnings,
-        "stages": [{"name": n, "count": c, "share": report_text.share(c / of if of else None, 2), "part": part}
-                   for n, c, of, part in stages],
+        "stages": [{"name": n, "count": c, "share": report_text.share(c / rows if rows else None, 2), "part": part}
+                   for n, c, part in stages],
     }  # fmt: skip

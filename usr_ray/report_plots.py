@@ -8,7 +8,8 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -50,30 +51,38 @@ def series_colour(place: int) -> str:
     return COLOURS[series_name(place)]
 
 
-def line_plot(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    *,
-    label: str,
-    x_label: str = "step",
-    percent: bool = False,
-    from_zero: bool = False,
-) -> str:
-    """Lines over training steps; one series needs no legend. `label` is what a screen reader says."""
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line over training steps."""
+
+    name: str
+    place: int
+    """Of its colour."""
+    steps: Sequence[float]
+    values: Sequence[float]
+
+
+def line_plot(lines: Sequence[Line], *, label: str, percent: bool = False, from_zero: bool = False) -> str:
+    """Lines over training steps; one line needs no legend. `label` is what a screen reader says."""
 
     def draw(axes: Axes) -> None:
-        for place, (name, (x, y)) in enumerate(series.items()):
-            axes.plot(x, y, color=series_colour(place), label=name, marker="o" if len(x) < 3 else None, markersize=4)
-        axes.set_xlabel(x_label)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        for line in lines:
+            marker = "o" if len(line.steps) < 3 else None
+            axes.plot(line.steps, line.values, color=series_colour(line.place), label=line.name, marker=marker)
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         if from_zero:
-            axes.set_ylim(bottom=0)
+            largest = max(v for line in lines for v in line.values)
+            axes.set_ylim(0, 1.08 * max(largest, 0.01 if percent else 1e-9))
         if percent:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g}%"))
-        elif max((abs(v) for _, ys in series.values() for v in ys), default=0) >= 1000:
+        elif max(abs(v) for line in lines for v in line.values) >= 1000:
             axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-        if len(series) > 1:
-            axes.legend(loc="upper right", ncols=2 if len(series) > 4 else 1, handlelength=1.2)
+        if len(lines) > 1:
+            # Above the plot: inside it would lie on the lines.
+            num_columns = 4 if sum(len(line.name) for line in lines) < 45 else 2
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=num_columns, handlelength=1.2, borderaxespad=0.2)
 
     return _svg(draw, label=label)
 

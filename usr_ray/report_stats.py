@@ -132,7 +132,7 @@ def ctr_slices(rows: Predictions, baseline: Predictions | None, scenario: int) -
         inside = (rows.history_length_N >= first) & (rows.history_length_N <= (last if last is not None else np.inf))
         parts.append(("past events of the user", name, inside))
     is_cold = rows.item_id_N <= UNKNOWN_ID
-    parts += [("item", "in the vocabulary", ~is_cold), ("item", "cold (not in the vocabulary)", is_cold)]
+    parts += [("item", "in the vocabulary", ~is_cold), ("item", "cold: not in the vocabulary", is_cold)]
     slices = []
     for group, name, part in parts:
         inside = part & own
