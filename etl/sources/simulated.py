@@ -18,16 +18,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from etl.sources.simulated_days import (
-    Exposures,
-    Outcomes,
-    Schedule,
-    Windows,
-    day_size,
-    draw_exposures,
-    draw_outcomes,
-    draw_schedule,
-)
+from etl.sources.simulated_days import Exposures, Schedule, day_size, draw_exposures, draw_schedule
+from etl.sources.simulated_outcomes import Outcomes, Windows, draw_outcomes, logits
 from etl.sources.simulated_world import (
     CLICK_RATES,
     ORDER_RATES,
@@ -85,12 +77,8 @@ def make_world(config: Config) -> World:
     world = build_world(config.simulated, len(config.scenarios), is_query_S)
     plan = draw_schedule(world, config.simulated, PILOT_DAY, PILOT_IMPRESSIONS)
     shown = draw_exposures(world, config.simulated, PILOT_DAY, plan, label_windows(config).global_us)
-    scenario_N, user_N = plan.scenario_R[shown.request_N], plan.user_R[shown.request_N]
-    hour_N = plan.time_us_R[shown.request_N] // 3_600_000_000
-    click_N = world.click_logit(
-        scenario_N, user_N, shown.item_N, plan.query_R[shown.request_N], hour_N, shown.position_N, shown.interest_N
-    )
-    order_N = world.order_logit(scenario_N, user_N, shown.item_N)
+    scenario_N = plan.scenario_R[shown.request_N]
+    click_N, order_N = logits(world, plan, shown)
     S = len(config.scenarios)
     click_bias_S, order_bias_S = np.zeros(S), np.zeros(S)
     for k, click_rate, order_rate in zip(
@@ -116,7 +104,7 @@ def simulate_days(world: World, config: Config) -> Iterator[SimulatedDay]:
             next_us_U[:] = 2 * DAY_US  # no request tomorrow: maybe one the day after
             np.minimum.at(next_us_U, next_plan.user_R, DAY_US + next_plan.time_us_R)
         shown = draw_exposures(world, settings, number, plan, windows.global_us)
-        outcomes = draw_outcomes(world, settings, number, plan, shown, windows, next_us_U)
+        outcomes = draw_outcomes(world, settings, number, plan, shown, windows=windows, next_request_us_U=next_us_U)
         yield SimulatedDay(number, epoch_us + number * DAY_US, plan, shown, outcomes)
         if next_plan is not None:
             plan = next_plan
@@ -213,7 +201,7 @@ def write_profiles(world: World, writer: LogWriter) -> None:
 
 @dataclass(frozen=True, slots=True)
 class DayRows:
-    """The log rows of one day. Impression number n of the run has impression_id "n<n>" and, if clicked, click "c<n>"."""
+    """The log rows of one day. The run's n-th impression has impression_id "n<n>" and, if clicked, click_id "c<n>"."""
 
     day: SimulatedDay
     settings: SimulatedConfig

@@ -97,6 +97,7 @@ class World:
         scenario_N: np.ndarray,
         user_N: np.ndarray,
         item_N: np.ndarray,
+        *,
         query_N: np.ndarray,
         hour_N: np.ndarray,
         position_N: np.ndarray,
@@ -137,7 +138,7 @@ def sigmoid(logit: np.ndarray) -> np.ndarray:
 
 
 def build_world(config: SimulatedConfig, num_scenarios: int, is_query_scenario_S: np.ndarray) -> World:
-    """The world of a seed, with biases that are 0: `calibrated` sets them.
+    """The world of a seed, with biases that are 0: `simulated.make_world` sets them.
 
     A vector of scenario k is a common part and a part of its own, mixed so that the taste (user . item) of two
     scenarios correlates by `similarity` over users and items.
