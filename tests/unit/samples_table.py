@@ -57,7 +57,7 @@ def samples_spec(
 
 
 def samples_arrow(spec: FeatureSpec, *, num_rows: int, num_days: int, seed: int = 0) -> pa.Table:
-    """Rows in event_time order over `num_days` days from FIRST_DATE; mature if their labels close within them."""
+    """Rows in event_time order over `num_days` days from FIRST_DATE; the watermark is half a day after the last one."""
     rng = np.random.default_rng(seed)
     counts = {feature.name: feature.num_embeddings for feature in spec.sparse}
     day_us = 24 * HOUR_US
@@ -87,7 +87,7 @@ def samples_arrow(spec: FeatureSpec, *, num_rows: int, num_days: int, seed: int 
         "is_order": order_N.astype(np.float32),
         "is_click_global": click_global_N.astype(np.float32),
         "is_order_global": order_global_N.astype(np.float32),
-        "is_mature": time_N + spec.label_delay_us <= start_us + num_days * day_us,
+        "is_mature": time_N + spec.label_delay_us <= start_us + num_days * day_us + day_us // 2,
         "scenario_index": scenario_N,
         "user_key": user_N * 7919,
         "request_key": np.arange(num_rows) // 4,

@@ -1,0 +1,213 @@
+"""What a step changes and a checkpoint holds: model, tables, both optimisers and the position in the data."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import usr_ray
+from usr_ray.checkpoint import Checkpoint, CheckpointError
+from usr_ray.config import Config
+from usr_ray.manifest import Manifest
+from usr_ray.model.embedding import EmbeddingTables, Lookup
+from usr_ray.model.usr import UsrModel
+from usr_ray.optim import DenseAdamW, RowwiseAdagrad, exchange_tables, replica_hash, warmup_scale
+from usr_ray.worker import Worker
+
+FORMAT = 1
+FIXED_KEYS = ("model", "train.seed", "train.global_batch_size", "train.order", "data.mature_only")
+"""Configuration that gives the weights and the cursor their meaning: a resumed run must have it as it was."""
+_PACKAGES = ("torch", "numpy", "pyarrow", "safetensors")
+
+
+class TrainState:
+    """Model, tables, optimisers and cursor of one rank; bitwise equal on all ranks at every step boundary.
+
+    Args:
+        config: `model` and `train` are used.
+        manifest: the training rows; its spec sizes the tables, its hash is part of the cursor.
+        worker: this rank. All ranks build the state together.
+        order: SampleReader.fingerprint: what fixes the global batches, so that (epoch, step) means the same rows.
+    """
+
+    def __init__(self, config: Config, manifest: Manifest, worker: Worker, *, order: str) -> None:
+        self.config = config
+        self.manifest = manifest
+        self.order = order
+        torch.manual_seed(config.train.seed)
+        self.module = UsrModel(manifest.spec, config.model)
+        """The dense part itself: what is saved, exported and evaluated."""
+        self.tables = EmbeddingTables(manifest.spec, config.model.embedding_dim, config.train.seed, worker.device)
+        compiled = torch.compile(self.module) if config.train.compile else self.module
+        self.model = worker.wrap_model(compiled)  # type: ignore[arg-type]
+        """What a training step calls."""
+        self.dense = DenseAdamW(self.module, config.train)
+        self.sparse = RowwiseAdagrad(
+            self.tables.state_dict(),
+            learning_rate=config.train.embedding_learning_rate,
+            weight_decay=config.train.embedding_weight_decay,
+        )
+        self.step = 0
+        """Steps of the whole run."""
+        self.epoch = 0
+        self.epoch_step = 0
+        """Steps of the current epoch; all of them while the epoch waits for its evaluation."""
+
+    def apply_gradients(self, lookup: Lookup, worker: Worker) -> Tensor:
+        """After the backward of a step: one step of both optimisers, the tables' on the rows of all ranks.
+
+        Returns:
+            The norm of the dense gradients before clipping, a scalar on the device. All ranks must call it.
+        """
+        # A table whose rows no output used has no gradient; the other ranks still expect its place in the exchange.
+        updates = {
+            name: (rows.ids_U, torch.zeros_like(rows.rows_UD) if rows.rows_UD.grad is None else rows.rows_UD.grad)
+            for name, rows in lookup.tables.items()
+        }
+        scale = warmup_scale(self.step, self.config.train.warmup_steps)
+        norm = self.dense.step(scale=scale)
+        self.sparse.step(exchange_tables(worker, updates), scale=scale)
+        self.step, self.epoch_step = self.step + 1, self.epoch_step + 1
+        return norm
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the state by name (no copies)."""
+        return dict(self._named())
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        parts = {
+            "model": self.module.state_dict(),
+            "tables": self.tables.state_dict(),
+            "adagrad": self.sparse.state_tensors(),
+            "adamw": self.dense.state_tensors(),
+        }
+        for part, tensors in parts.items():
+            for name, tensor in tensors.items():
+                yield f"{part}/{name}", tensor
+
+    def describe(self, worker: Worker) -> dict[str, Any]:
+        """The JSON beside the tensors: cursor, configuration, table, random numbers, versions."""
+        return {
+            "format": FORMAT,
+            "cursor": {
+                "manifest": self.manifest.sha256,
+                "order": self.order,
+                "epoch": self.epoch,
+                "step": self.epoch_step,
+            },
+            "table": {"uri": self.manifest.table_uri, "version": self.manifest.version},
+            "config": self.config.to_dict(),
+            "spec": json.loads(self.manifest.spec.to_json()),
+            "random": {"seed": self.config.train.seed, "rule": "a function of (seed, step), no state"},
+            "world_size": worker.world_size,
+            "versions": package_versions(),
+        }
+
+    def check_replicas(self, worker: Worker) -> None:
+        """Raise RuntimeError on every rank when the ranks' states are not bitwise equal; all ranks must call it."""
+        if worker.world_size == 1:
+            return
+        hashes = worker.all_gather_rows(torch.tensor([replica_hash(self.tensors())])).tolist()
+        if len(set(hashes)) > 1:
+            raise RuntimeError(
+                f"step {self.step}: the replicas of the weights differ (hashes by rank: {hashes}); the ranks' machines "
+                "must have the same kind of processor and the same package versions"
+            )
+
+    def restore(self, checkpoint: Checkpoint | None, worker: Worker) -> bool:
+        """Take over rank 0's checkpoint on every rank; False when rank 0 has none. All ranks must call it.
+
+        Only rank 0 reads storage; the others receive, so all start bitwise equal.
+
+        Raises:
+            CheckpointError: on every rank, when the checkpoint belongs to other rows or another model.
+        """
+        header: dict[str, Any] = {}
+        if checkpoint is not None:
+            shapes = {n: [str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in checkpoint.tensors.items()}
+            header = {"step": checkpoint.step, "tensors": shapes, "cursor": checkpoint.state.get("cursor", {})}
+            header["refusal"] = refusal(checkpoint, self.config, self.manifest, self.order)
+        header = share_json(worker, header)
+        if not header:
+            return False
+        if header["refusal"]:
+            raise CheckpointError(header["refusal"])
+        tensors = {}
+        for name, (dtype, shape) in header["tensors"].items():
+            own = checkpoint.tensors[name] if checkpoint is not None and worker.is_main else None
+            tensors[name] = worker.broadcast(torch.empty(shape, dtype=getattr(torch, dtype)) if own is None else own)
+        self.module.load_state_dict(_part(tensors, "model"))
+        self.tables.load_state_dict(_part(tensors, "tables"))
+        self.sparse.load_state_tensors(_part(tensors, "adagrad"))
+        self.dense.load_state_tensors(_part(tensors, "adamw"))
+        self.step = header["step"]
+        self.epoch, self.epoch_step = header["cursor"]["epoch"], header["cursor"]["step"]
+        return True
+
+
+def refusal(checkpoint: Checkpoint, config: Config, manifest: Manifest, order: str) -> str | None:
+    """Why a run of `config` on `manifest` must not continue from `checkpoint`: one line; None when it may.
+
+    The number of workers may differ: global batches and their order do not depend on it.
+    """
+    way_out = "train in another --run-dir"
+    saved = checkpoint.state
+    if saved.get("format") != FORMAT:
+        return f"checkpoint {checkpoint.path}: format {saved.get('format')}, this version reads {FORMAT}; {way_out}"
+    if saved["cursor"]["manifest"] != manifest.sha256:
+        return (
+            f"checkpoint {checkpoint.path}: it was trained on other rows (manifest {saved['cursor']['manifest'][:12]} "
+            f"of {saved['table']['uri']} version {saved['table']['version']}) than this run reads (manifest "
+            f"{manifest.sha256[:12]} of {manifest.table_uri} version {manifest.version}); {way_out}, or pin the "
+            "table version and dates it was trained on"
+        )
+    if saved["spec"] != json.loads(manifest.spec.to_json()):
+        return f"checkpoint {checkpoint.path}: the table's features changed since it was written; {way_out}"
+    now = config.to_dict()
+    for key in FIXED_KEYS:
+        for path, old, new in _differences(key, _lookup(saved["config"], key), _lookup(now, key)):
+            return f"checkpoint {checkpoint.path}: it has {path} = {old!r}, this run {new!r}; set it back, or {way_out}"
+    if saved["cursor"]["order"] != order:
+        return f"checkpoint {checkpoint.path}: the rows come in another order than when it was written; {way_out}"
+    return None
+
+
+def share_json(worker: Worker, value: Any) -> Any:
+    """Rank 0's JSON value, on every rank."""
+    if worker.world_size == 1:
+        return json.loads(json.dumps(value))
+    content = json.dumps(value).encode() if worker.is_main else b""
+    length = int(worker.broadcast(torch.tensor([len(content)])))
+    buffer = torch.frombuffer(bytearray(content), dtype=torch.uint8) if worker.is_main else torch.empty(length).byte()
+    return json.loads(worker.broadcast(buffer).numpy().tobytes())
+
+
+def package_versions() -> dict[str, str]:
+    """What computed the weights: name to version."""
+    versions = {"usr_ray": usr_ray.__version__, "python": platform.python_version()}
+    return versions | {package: metadata.version(package) for package in _PACKAGES}
+
+
+def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{part}/"): t for name, t in tensors.items() if name.startswith(f"{part}/")}
+
+
+def _lookup(config: Mapping[str, Any], key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def _differences(path: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in [*old, *(k for k in new if k not in old)]:
+            yield from _differences(f"{path}.{key}", old.get(key), new.get(key))
+    elif old != new:
+        yield path, old, new
