@@ -1,0 +1,61 @@
+"""Checks of what comes in and of what was made. A failed check names where, what was found and what is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from usr_ray.config import UserError
+
+
+class DataCheckError(UserError):
+    """Logs that cannot be used, or a table that does not fit the configuration."""
+
+
+class AccountingError(Exception):
+    """Rows were lost or made up on the way: a fault of this program, not of the user's data."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogCount:
+    """Where the rows of one log and date went."""
+
+    rows_in: int = 0
+    duplicates: int = 0
+    rejects: int = 0
+    used: int = 0
+    """Impressions: samples or, outside the built dates, context; clicks and orders: attributed."""
+
+    def __add__(self, other: LogCount) -> LogCount:
+        return LogCount(
+            self.rows_in + other.rows_in,
+            self.duplicates + other.duplicates,
+            self.rejects + other.rejects,
+            self.used + other.used,
+        )
+
+
+def check_accounting(counts: Mapping[tuple[str, str], LogCount]) -> None:
+    """Every row of every (log, date) is used, rejected or a duplicate.
+
+    Raises:
+        AccountingError: the sums differ; nothing has been written to the samples table yet.
+    """
+    for (log, date), count in sorted(counts.items()):
+        if count.rows_in != count.duplicates + count.rejects + count.used:
+            raise AccountingError(f"{log}, {date}: {count} does not add up; please report this")
+
+
+def check_columns(log: str, found: Iterable[str], needed: Iterable[str]) -> None:
+    """Every needed column is in the log.
+
+    Raises:
+        DataCheckError: naming the first missing column and the columns there are.
+    """
+    names = list(found)
+    for column in needed:
+        if column not in names:
+            raise DataCheckError(
+                f"log {log}: column '{column}' is missing; it has: {', '.join(names)}; "
+                "add the column to the log (docs/tables.md lists the columns of every log)"
+            )

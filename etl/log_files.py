@@ -1,0 +1,108 @@
+"""Find the logs in a folder and open them, whatever their format. Everything wrong with a log is a DataCheckError here."""
+
+from __future__ import annotations
+
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import AnalysisException, PySparkException
+from pyspark.sql import DataFrame, SparkSession
+
+from etl.checks import DataCheckError
+
+_SUFFIXES = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json"}
+_PACKED = (".gz", ".zst", ".bz2", ".snappy", ".lz4")
+TEXT_FORMATS = ("csv", "json")
+
+
+class LogFolder:
+    """The logs of one run: a folder (local, or any file system Hadoop knows) with one entry per log."""
+
+    def __init__(self, spark: SparkSession, root: str) -> None:
+        self._spark = spark
+        self._root = root.rstrip("/")
+        self._entries = self._list(self._root)
+        if self._entries is None:
+            raise DataCheckError(f"--logs {root}: there is no such folder; run jobs/ingest_logs.py or name another one")
+
+    def has(self, log: str) -> bool:
+        """True where the folder has an entry for the log."""
+        return self._entry(log) is not None
+
+    def read(self, log: str) -> tuple[DataFrame, str]:
+        """The log's rows as they stand and its format; text formats come as strings throughout.
+
+        Raises:
+            DataCheckError: the log is missing, empty, of no known format or of two, or unreadable.
+        """
+        entry = self._entry(log)
+        if entry is None:
+            there = ", ".join(sorted(self._entries or [])) or "nothing"
+            raise DataCheckError(
+                f"log {log}: is missing in {self._root}, which holds: {there}; add a folder or file {log}"
+            )
+        kind = self._format(log, entry)
+        try:
+            return self._open(f"{self._root}/{entry}", kind), kind
+        except (AnalysisException, PySparkException, Py4JJavaError) as error:
+            cause = str(error).strip().splitlines()[0][:300]
+            if "NANOS" in str(error):
+                cause = "its timestamps are in nanoseconds; write microseconds (pyarrow: coerce_timestamps='us')"
+            raise DataCheckError(f"log {log}: cannot be read as {kind}: {cause}") from error
+
+    def _open(self, path: str, kind: str) -> DataFrame:
+        reader = self._spark.read
+        if kind == "csv":
+            # RFC 4180: quotes are doubled, and a quoted field may hold line breaks and be of any length.
+            return reader.csv(path, header=True, escape='"', multiLine=True, maxCharsPerColumn=-1, inferSchema=False)
+        if kind == "json":
+            return reader.json(path, primitivesAsString=True)
+        return reader.format(kind).load(path)
+
+    def _entry(self, log: str) -> str | None:
+        names = [n for n in self._entries or [] if n == log or (n.startswith(f"{log}.") and _suffix(n))]
+        if len(names) > 1:
+            raise DataCheckError(f"log {log}: {self._root} has {' and '.join(sorted(names))}; keep one of them")
+        return names[0] if names else None
+
+    def _format(self, log: str, entry: str) -> str:
+        path = f"{self._root}/{entry}"
+        inside = self._list(path)
+        if inside and "_delta_log" in inside:
+            return "delta"
+        files = [entry] if inside is None else self._files(path)
+        kinds = {kind for name in files if (kind := _suffix(name))}
+        if len(kinds) == 1:
+            return kinds.pop()
+        found = ", ".join(sorted(kinds)) or (files[0] if files else "no files")
+        raise DataCheckError(
+            f"log {log}: {path} holds {found}; needed one of Parquet, Delta, CSV (.csv) or JSON lines (.jsonl, .json)"
+        )
+
+    def _files(self, path: str) -> list[str]:
+        """Names of a folder's data files, those of its partition folders included; a few are enough."""
+        hadoop = self._path(path)
+        found, names = self._file_system(hadoop).listFiles(hadoop, True), []
+        while found.hasNext() and len(names) < 1000:
+            name = found.next().getPath().getName()
+            if not name.startswith(("_", ".")):
+                names.append(name)
+        return names
+
+    def _list(self, path: str) -> list[str] | None:
+        """Names in a folder; None where there is no such folder."""
+        hadoop = self._path(path)
+        system = self._file_system(hadoop)
+        if not system.exists(hadoop) or not system.getFileStatus(hadoop).isDirectory():
+            return None
+        return [status.getPath().getName() for status in system.listStatus(hadoop)]
+
+    def _path(self, path: str):  # type: ignore[no-untyped-def]  # noqa: ANN202
+        return self._spark.sparkContext._jvm.org.apache.hadoop.fs.Path(path)  # type: ignore[union-attr]
+
+    def _file_system(self, path):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+        return path.getFileSystem(self._spark.sparkContext._jsc.hadoopConfiguration())  # type: ignore[union-attr]
+
+
+def _suffix(name: str) -> str | None:
+    for packed in _PACKED:
+        name = name.removesuffix(packed)
+    return next((kind for suffix, kind in _SUFFIXES.items() if name.endswith(suffix)), None)

@@ -1,0 +1,166 @@
+"""The reports of a build: `<lake>/reports/<date>.json` and the funnel that the job prints."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any
+
+from pyspark.sql import DataFrame, Row
+from pyspark.sql import functions as F
+
+import usr_ray
+from etl.account import UNDATED, Account
+from usr_ray.config import Config
+from usr_ray.schema import ALL_LABELS, FIRST_ID, PARTITION_COLUMN, FeatureSpec
+
+HELPLESS_RATE = 0.98
+"""Above this P(y_k = 1 | y_g = 1) the global label says nothing that the scenario's own does not: GLMT cannot help."""
+
+
+@dataclass(frozen=True, slots=True)
+class Funnel:
+    """Sums over impressions."""
+
+    impressions: int = 0
+    clicks: int = 0
+    orders: int = 0
+    clicks_global: int = 0
+    orders_global: int = 0
+    mature: int = 0
+
+    def __add__(self, other: Funnel) -> Funnel:
+        mine, its = asdict(self), asdict(other)
+        return Funnel(**{key: mine[key] + its[key] for key in mine})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Sums and rates; a rate over nothing is null."""
+        return asdict(self) | {
+            "click_rate": _rate(self.clicks, self.impressions),
+            "order_rate": _rate(self.orders, self.impressions),
+            "click_rate_global": _rate(self.clicks_global, self.impressions),
+            "order_rate_global": _rate(self.orders_global, self.impressions),
+            "p_click_given_click_global": _rate(self.clicks, self.clicks_global),
+            "p_order_given_order_global": _rate(self.orders, self.orders_global),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class SampleCounts:
+    """What was written, per date."""
+
+    funnels: Mapping[tuple[str, str], Funnel]
+    """(date, scenario) -> sums."""
+    known: Mapping[tuple[str, str], int]
+    """(date, feature) -> impressions whose value is in the vocabulary."""
+
+    def scenario(self, scenario: str) -> Funnel:
+        """Sums over all dates."""
+        return sum((f for (_, s), f in self.funnels.items() if s == scenario), Funnel())
+
+    def date(self, date: str) -> Funnel:
+        """Sums over all scenarios."""
+        return sum((f for (d, _), f in self.funnels.items() if d == date), Funnel())
+
+
+def count_samples(samples: DataFrame, spec: FeatureSpec) -> SampleCounts:
+    """Read the labels and ids of written samples back and add them up."""
+    sums = [F.sum(F.col(name)).cast("bigint").alias(name) for name in ALL_LABELS]
+    features = [feature for feature in spec.sparse if feature.owner != "context" or feature.name != "event_hour"]
+    covered = [F.sum((F.col(f.column) >= FIRST_ID).cast("bigint")).alias(f"known_{f.name}") for f in features]
+    rows = (
+        samples.groupBy(F.col(PARTITION_COLUMN).cast("string").alias("date"), "scenario")
+        .agg(F.count("*").alias("rows"), F.sum(F.col("is_mature").cast("bigint")).alias("mature"), *sums, *covered)
+        .collect()
+    )
+    funnels = {(row["date"], row["scenario"]): _funnel(row) for row in rows}
+    known: dict[tuple[str, str], int] = {}
+    for row in rows:
+        for feature in features:
+            place = (row["date"], feature.name)
+            known[place] = known.get(place, 0) + row[f"known_{feature.name}"]
+    return SampleCounts(funnels, known)
+
+
+def date_report(
+    date: str, *, account: Account, counts: SampleCounts, config: Config, spec: FeatureSpec, build: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The content of `reports/<date>.json` (docs/tables.md)."""
+    total = counts.date(date)
+    features = sorted({feature for _, feature in counts.known})
+    return {
+        "date": date,
+        **build,
+        "versions": versions(),
+        "rows": _rows(account, date),
+        "rejects": _reasons(account, date),
+        "undated": {"rows": _rows(account, UNDATED), "rejects": _reasons(account, UNDATED)},
+        "samples": total.impressions,
+        "scenarios": {s: counts.funnels.get((date, s), Funnel()).to_dict() for s in config.scenarios},
+        "vocabulary_coverage": {f: _rate(counts.known.get((date, f), 0), total.impressions) for f in features},
+        "num_embeddings": {feature.name: feature.num_embeddings for feature in spec.sparse},
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what wrote the table."""
+    return {
+        "usr_ray": usr_ray.__version__,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in ("pyspark", "delta-spark", "pyarrow", "numpy")},
+    }
+
+
+def funnel_lines(counts: SampleCounts, scenarios: Sequence[str]) -> list[str]:
+    """The funnel per scenario as a text table."""
+    names = ("impressions", "clicks", "orders", "clicks_global", "orders_global", "mature")
+    extra = ("P(click|click_g)", "P(order|order_g)")
+    width = max(map(len, (*scenarios, "scenario")))
+    lines = [f"{'scenario':<{width}} " + " ".join(f"{name:>16}" for name in (*names, *extra))]
+    for scenario in scenarios:
+        sums = counts.scenario(scenario)
+        raw = sums.to_dict()
+        numbers = [f"{raw[name]:>16,}" for name in names]
+        rates = [raw["p_click_given_click_global"], raw["p_order_given_order_global"]]
+        numbers += [f"{'-' if rate is None else f'{rate:.4f}':>16}" for rate in rates]
+        lines.append(f"{scenario:<{width}} " + " ".join(numbers))
+    return lines
+
+
+def warnings_of(counts: SampleCounts, scenarios: Sequence[str]) -> list[str]:
+    """What the user should know of the labels before training on them."""
+    result = []
+    for scenario in scenarios:
+        sums = counts.scenario(scenario)
+        for task, mine, union in (
+            ("click", sums.clicks, sums.clicks_global),
+            ("order", sums.orders, sums.orders_global),
+        ):
+            rate = _rate(mine, union)
+            if rate is not None and rate > HELPLESS_RATE:
+                result.append(
+                    f"{scenario}: P(is_{task} | is_{task}_global) = {rate:.4f} > {HELPLESS_RATE}: users hardly {task} the "
+                    "same item elsewhere, so GLMT cannot help here; consider a longer labels.global_window"
+                )
+    if not any(funnel.mature for funnel in counts.funnels.values()):
+        result.append("no row is mature: training will refuse these dates; build again with a later --watermark")
+    return result
+
+
+def _funnel(row: Row) -> Funnel:
+    labels = [row[name] for name in ALL_LABELS]
+    return Funnel(row["rows"], *labels, row["mature"])
+
+
+def _rows(account: Account, date: str) -> dict[str, dict[str, int]]:
+    return {log: asdict(count) for (log, day), count in sorted(account.counts.items()) if day == date}
+
+
+def _reasons(account: Account, date: str) -> dict[str, dict[str, int]]:
+    return {log: dict(sorted(r.items())) for (log, day), r in sorted(account.reasons.items()) if day == date}
+
+
+def _rate(part: int, whole: int) -> float | None:
+    return part / whole if whole else None

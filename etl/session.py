@@ -1,0 +1,151 @@
+"""The Spark session: the only place that sets Spark or Delta options."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+from py4j.protocol import Py4JJavaError
+from pyspark import SparkContext
+from pyspark.errors import PySparkRuntimeError
+from pyspark.sql import SparkSession
+
+from usr_ray.config import UserError
+
+PYSPARK_VERSION = "4.2"
+DELTA_PACKAGE = "io.delta:delta-spark_4.2_2.13:4.4.0"
+MIN_JAVA = 17
+CHUNK_BATCH_ROWS = 32_768
+"""Rows of one Arrow batch between Spark and the Python pass."""
+
+OPTIONS = {
+    "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
+    "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
+    "spark.sql.session.timeZone": "UTC",
+    "spark.sql.ansi.enabled": "true",
+    "spark.sql.adaptive.enabled": "true",
+    "spark.sql.autoBroadcastJoinThreshold": str(32 << 20),
+    "spark.sql.execution.arrow.maxRecordsPerBatch": str(CHUNK_BATCH_ROWS),
+    "spark.sql.parquet.compression.codec": "zstd",
+    "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
+    "spark.databricks.delta.properties.defaults.enableDeletionVectors": "false",
+    "spark.databricks.delta.properties.defaults.columnMapping.mode": "none",
+    "spark.log.level": "WARN",
+    "spark.ui.showConsoleProgress": "false",
+}
+LOCAL_OPTIONS = {
+    "spark.sql.shuffle.partitions": "4",
+    "spark.databricks.delta.snapshotPartitions": "2",
+    "spark.driver.host": "127.0.0.1",
+    "spark.driver.bindAddress": "127.0.0.1",
+    "spark.ui.enabled": "false",
+}
+"""One machine: few partitions, and nothing listens beyond the loopback (Spark's UI cannot be bound to it)."""
+
+
+def build_spark(app_name: str, options: Mapping[str, str] | None = None) -> SparkSession:
+    """The session of a job, under spark-submit or plain Python.
+
+    Args:
+        app_name: shown in Spark's UI and logs.
+        options: further Spark options; they win over the ones here.
+
+    Raises:
+        UserError: JDK, pyspark, delta-spark or the Delta jars are missing or of another version.
+    """
+    _check_packages()
+    if "PYSPARK_GATEWAY_PORT" not in os.environ:
+        _check_java(_java_version())
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    os.environ.setdefault("PYSPARK_DRIVER_PYTHON", sys.executable)
+    builder = SparkSession.builder.appName(app_name)
+    given = dict(options or {})
+    if _is_local(given):
+        given = LOCAL_OPTIONS | given
+    for key, value in (OPTIONS | given).items():
+        builder = builder.config(key, value)
+    try:
+        spark = builder.getOrCreate()
+    except PySparkRuntimeError as error:
+        raise UserError(
+            f"spark: the JVM did not start ({error.getCondition()}); check JAVA_HOME and its memory"
+        ) from error
+    spark.sparkContext.setLogLevel("WARN")
+    _check_delta(spark)
+    _ship_code(spark)
+    return spark
+
+
+def _is_local(options: Mapping[str, str]) -> bool:
+    """True where the driver is the whole cluster."""
+    SparkContext._ensure_initialized()
+    submitted = SparkContext._jvm.org.apache.spark.SparkConf().get("spark.master", "local[*]")
+    return options.get("spark.master", submitted).startswith("local")
+
+
+def _check_packages() -> None:
+    for package, needed in (("pyspark", PYSPARK_VERSION), ("delta-spark", DELTA_PACKAGE.rpartition(":")[2])):
+        try:
+            found = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found = "none"
+        if found != needed and not found.startswith(f"{needed}."):
+            raise UserError(f"{package}: found {found}, needed {needed}; run: pip install '{package}=={needed}.*'")
+
+
+def _java_version() -> str:
+    """What `java -version` says, '' where there is no java."""
+    home = os.environ.get("JAVA_HOME")
+    java = str(Path(home) / "bin" / "java") if home else shutil.which("java")
+    if not java or not Path(java).exists():
+        return ""
+    return subprocess.run([java, "-version"], capture_output=True, text=True, check=False).stderr
+
+
+def _check_java(text: str) -> None:
+    match = re.search(r'version "(\d+)(?:\.(\d+))?', text)
+    # Java 8 and older call themselves 1.8.
+    version = int(match[2] if match and match[1] == "1" and match[2] else match[1]) if match else 0
+    if version < MIN_JAVA:
+        found = f"Java {version}" if version else "none"
+        raise UserError(f"java: found {found}, needed JDK {MIN_JAVA} or newer; install it and point JAVA_HOME to it")
+
+
+def _check_delta(spark: SparkSession) -> None:
+    needed = DELTA_PACKAGE.rpartition(":")[2]
+    way_out = f"run `make setup`, or spark-submit with `--packages {DELTA_PACKAGE}`"
+    jvm = spark.sparkContext._jvm
+    assert jvm is not None  # a started session has one
+    try:
+        jvm.org.apache.spark.util.Utils.classForName("io.delta.sql.DeltaSparkSessionExtension", True, False)
+        found = str(getattr(jvm, "io.delta.package$").__getattr__("MODULE$").VERSION())
+    except Py4JJavaError as error:
+        spark.stop()
+        raise UserError(f"delta: its jars are not on Spark's class path, needed {needed}; {way_out}") from error
+    if found != needed:
+        raise UserError(f"delta: found jars of version {found}, needed {needed}; {way_out}")
+
+
+def _ship_code(spark: SparkSession) -> None:
+    """Give this package to the Python workers, so that executors need numpy and pyarrow but no installation of ours."""
+    if getattr(spark.sparkContext, "_usr_ray_shipped", False):
+        return
+    root = Path(__file__).resolve().parent.parent
+    folder = Path(tempfile.mkdtemp(prefix="usr-ray-"))
+    archive = folder / "usr_ray_etl.zip"
+    with zipfile.ZipFile(archive, "w") as bundle:
+        for path in sorted([*root.glob("etl/**/*.py"), *root.glob("usr_ray/__init__.py"), *root.glob("usr_ray/schema.py"),
+                            *root.glob("usr_ray/config*.py")]):  # fmt: skip
+            bundle.write(path, path.relative_to(root).as_posix())
+    spark.sparkContext.addPyFile(str(archive))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # executors fetch the file when they start
+    spark.sparkContext._usr_ray_shipped = True  # type: ignore[attr-defined]

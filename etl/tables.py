@@ -1,0 +1,240 @@
+"""The Delta tables of a lake: schemas, creation, and writes that replace whole dates at once."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from delta.tables import DeltaTable
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import types as T
+
+from etl.checks import DataCheckError
+from usr_ray.config import Config
+from usr_ray.schema import (
+    ALL_LABELS,
+    FEATURE_SPEC_PROPERTY,
+    LABEL_ORDER,
+    PARTITION_COLUMN,
+    REJECTS,
+    REPORTS,
+    SAMPLES,
+    VOCABULARIES,
+    FeatureSpec,
+    index_column,
+)
+
+CONFIG_PROPERTY = "usr_ray.etl_config"
+"""Delta table property of the samples: the configuration keys that decide what a row means."""
+ROW_GROUP_ROWS = 131_072
+MAX_ROW_GROUP_BYTES = 256 << 20
+
+_TABLE_PROPERTIES = {
+    "delta.enableDeletionVectors": "false",
+    "delta.columnMapping.mode": "none",
+    "delta.dataSkippingStatsColumns": "event_time,scenario_index",
+}
+
+REJECTS_SCHEMA = T.StructType([
+    T.StructField("log", T.StringType(), nullable=False),
+    T.StructField("reason", T.StringType(), nullable=False),
+    T.StructField("row", T.StringType(), nullable=False),
+    T.StructField("date", T.DateType()),
+])  # fmt: skip
+VOCABULARIES_SCHEMA = T.StructType([
+    T.StructField("feature", T.StringType(), nullable=False),
+    T.StructField("value", T.StringType(), nullable=False),
+    T.StructField("id", T.LongType(), nullable=False),
+    T.StructField("count", T.LongType(), nullable=False),
+])  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Lake:
+    """Paths of one lake."""
+
+    root: str
+
+    def path(self, table: str) -> str:
+        """Path of one of its tables."""
+        return f"{self.root.rstrip('/')}/{table}"
+
+    def has(self, spark: SparkSession, table: str) -> bool:
+        """True where the table has been created."""
+        return DeltaTable.isDeltaTable(spark, self.path(table))
+
+
+def samples_schema(spec: FeatureSpec) -> T.StructType:
+    """Every column of the samples table, in order (docs/tables.md)."""
+
+    def column(name: str, kind: T.DataType, nullable: bool = False) -> T.StructField:
+        return T.StructField(name, kind, nullable)
+
+    text, instant, number = T.StringType(), T.TimestampType(), T.LongType()
+    ids, ages = T.ArrayType(number, containsNull=False), T.ArrayType(T.FloatType(), containsNull=False)
+    fields = [
+        column("impression_id", text),
+        column("request_id", text, nullable=True),
+        column("user_id", text),
+        column("item_id", text),
+        column("query", text, nullable=True),
+        column("scenario", text),
+        column("event_time", instant),
+        column(PARTITION_COLUMN, T.DateType()),
+        column("position", T.IntegerType(), nullable=True),
+        *(column(name, T.FloatType()) for name in ALL_LABELS),
+        column("is_mature", T.BooleanType()),
+        column("click_time", instant, nullable=True),
+        column("order_time", instant, nullable=True),
+        column("user_key", number),
+        column("request_key", number),
+        column(index_column("scenario"), number),
+        *(column(feature.column, number) for feature in spec.sparse),
+        *(column(feature.column, T.FloatType()) for feature in spec.dense),
+    ]
+    for names in spec.histories:
+        fields += [column(names.item_ids, ids), column(names.actions, ids), column(names.ages_s, ages)]
+        fields += [column(names.query_ids, ids)] if names.query_ids else []
+    return T.StructType(fields)
+
+
+def label_constraints() -> dict[str, str]:
+    """CHECK constraints of the samples table: name -> condition."""
+    ranges = {f"{name}_is_0_or_1": f"{name} IN (0.0, 1.0)" for name in ALL_LABELS}
+    return ranges | {f"{low}_le_{high}": f"{low} <= {high}" for low, high in LABEL_ORDER}
+
+
+def row_meaning(config: Config) -> dict[str, Any]:
+    """The configuration keys that decide what a row of the samples means; min_count is not one: it only adds ids."""
+    raw = config.to_dict()
+    meaning = {key: raw[key] for key in ("scenarios", "query_scenarios", "labels", "histories", "features")}
+    meaning["vocabulary"] = {"kind": config.vocabulary.kind}
+    if config.vocabulary.kind == "hash":
+        meaning["vocabulary"]["num_buckets"] = config.vocabulary.num_buckets
+    return meaning
+
+
+def check_same_meaning(spark: SparkSession, lake: Lake, config: Config) -> None:
+    """An existing samples table was built with the same keys.
+
+    Raises:
+        DataCheckError: naming the first key that differs.
+    """
+    if not lake.has(spark, SAMPLES):
+        return
+    properties = table_properties(spark, lake.path(SAMPLES))
+    before, now = _flat(json.loads(properties.get(CONFIG_PROPERTY, "{}"))), _flat(row_meaning(config))
+    for key in sorted(now.keys() | before.keys()):
+        if before.get(key) != now.get(key):
+            raise DataCheckError(
+                f"{lake.path(SAMPLES)}: built with {key} = {json.dumps(before.get(key))}, the configuration has "
+                f"{json.dumps(now.get(key))}; rows of both would mix: take the old value or build into a new --lake"
+            )
+
+
+def table_properties(spark: SparkSession, path: str) -> dict[str, str]:
+    """Properties of a Delta table."""
+    return dict(DeltaTable.forPath(spark, path).detail().select("properties").first()[0])
+
+
+def table_version(spark: SparkSession, path: str) -> int:
+    """Newest version of a Delta table."""
+    return int(DeltaTable.forPath(spark, path).history(1).select("version").first()[0])
+
+
+def prepare_samples(spark: SparkSession, lake: Lake, spec: FeatureSpec, config: Config) -> None:
+    """Create the samples table, or update its feature spec: before data is committed that needs it."""
+    path = lake.path(SAMPLES)
+    if not lake.has(spark, SAMPLES):
+        properties = _TABLE_PROPERTIES | {
+            FEATURE_SPEC_PROPERTY: spec.to_json(),
+            CONFIG_PROPERTY: json.dumps(row_meaning(config), sort_keys=True),
+        }
+        properties |= {f"delta.constraints.{name}": rule for name, rule in label_constraints().items()}
+        _create(spark, path, samples_schema(spec), PARTITION_COLUMN, properties)
+    elif table_properties(spark, path).get(FEATURE_SPEC_PROPERTY) != spec.to_json():
+        # The spec is JSON of names checked by the configuration; quotes are doubled for SQL all the same.
+        value = spec.to_json().replace("\\", "\\\\").replace("'", "\\'")
+        spark.sql(f"ALTER TABLE delta.`{path}` SET TBLPROPERTIES ('{FEATURE_SPEC_PROPERTY}' = '{value}')")
+
+
+def replace_dates(frame: DataFrame, path: str, condition: str) -> None:
+    """Replace the rows that meet `condition` by `frame`, in one commit; nothing else of the table changes."""
+    (
+        frame.write.format("delta")
+        .mode("overwrite")
+        .option("replaceWhere", condition)
+        .option("parquet.block.row.count.limit", ROW_GROUP_ROWS)
+        .option("parquet.block.size", MAX_ROW_GROUP_BYTES)
+        .save(path)
+    )
+
+
+def dates_condition(column: str, first: dt.date, last: dt.date) -> str:
+    """SQL condition: the column's date is in [first, last]."""
+    return f"({column} >= DATE'{first}' AND {column} <= DATE'{last}')"
+
+
+def write_rejects(spark: SparkSession, lake: Lake, rejects: DataFrame, condition: str) -> None:
+    """Replace the rejects that meet `condition`; creates the table."""
+    path = lake.path(REJECTS)
+    if not lake.has(spark, REJECTS):
+        _create(
+            spark, path, REJECTS_SCHEMA, "date", dict(_TABLE_PROPERTIES) | {"delta.dataSkippingStatsColumns": "log"}
+        )
+    replace_dates(rejects, path, condition)
+
+
+def append_vocabularies(spark: SparkSession, lake: Lake, entries: DataFrame) -> None:
+    """Append ids; creates the table."""
+    path = lake.path(VOCABULARIES)
+    if not lake.has(spark, VOCABULARIES):
+        _create(
+            spark,
+            path,
+            VOCABULARIES_SCHEMA,
+            "feature",
+            dict(_TABLE_PROPERTIES) | {"delta.dataSkippingStatsColumns": "id"},
+        )
+    entries.write.format("delta").mode("append").save(path)
+
+
+def write_report(spark: SparkSession, lake: Lake, name: str, report: Mapping[str, Any]) -> None:
+    """Write `<lake>/reports/<name>.json`: whole or not at all."""
+    text = json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    path = f"{lake.path(REPORTS)}/{name}.json"
+    if "://" not in path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(f"{path}.{uuid.uuid4().hex}.tmp")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+        return
+    context = spark.sparkContext
+    hadoop = context._jvm.org.apache.hadoop.fs  # type: ignore[union-attr]
+    target = hadoop.Path(path)
+    system = target.getFileSystem(context._jsc.hadoopConfiguration())  # type: ignore[union-attr]
+    stream = system.create(target, True)  # object stores show a file once its stream is closed
+    stream.write(bytearray(text.encode("utf-8")))
+    stream.close()
+
+
+def _create(
+    spark: SparkSession, path: str, schema: T.StructType, partition: str, properties: Mapping[str, str]
+) -> None:
+    builder = DeltaTable.createIfNotExists(spark).location(path).addColumns(schema).partitionedBy(partition)
+    for key, value in properties.items():
+        builder = builder.property(key, value)
+    builder.execute()
+
+
+def _flat(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in raw.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,51 @@
+"""Logs to a labelled samples table: spark-submit jobs/build_samples.py --config FILE --logs DIR --lake DIR --dates A:B."""
+
+from __future__ import annotations
+
+import datetime as dt
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from usr_ray.cli import job_config, job_parser, run_job
+from usr_ray.config import UserError, parse_dates
+
+
+def parse_watermark(text: str) -> dt.datetime:
+    """An instant in ISO 8601; UTC where it names no zone."""
+    try:
+        moment = dt.datetime.fromisoformat(text)
+    except ValueError as error:
+        raise UserError(f"--watermark {text!r}: not a time; write it as 2026-01-08T00:00:00Z") from error
+    return moment if moment.tzinfo else moment.replace(tzinfo=dt.UTC)
+
+
+def main(argv: list[str]) -> None:
+    parser = job_parser(__doc__ or "")
+    parser.add_argument("--logs", required=True, metavar="DIR", help="folder with one entry per log")
+    parser.add_argument("--lake", required=True, metavar="DIR", help="where the tables are; made if it is not there")
+    parser.add_argument("--dates", required=True, metavar="A:B", help="UTC dates to build, both included")
+    parser.add_argument("--watermark", metavar="ISO", help="labels are final up to here (default: newest event)")
+    arguments = parser.parse_args(argv)
+    config = job_config(arguments)
+    first, last = parse_dates(arguments.dates, where="--dates")
+    watermark = parse_watermark(arguments.watermark) if arguments.watermark else None
+
+    # Spark takes seconds to load: a wrong command line or configuration is reported without it.
+    from etl.samples import BuildRequest, Progress, build_samples
+    from etl.session import build_spark
+    from etl.tables import Lake
+
+    progress = Progress(write=lambda line: print(line, flush=True))
+    spark = build_spark("usr-ray build samples")
+    progress("Spark is up")
+    request = BuildRequest(logs=arguments.logs, lake=Lake(arguments.lake), first=first, last=last, watermark=watermark)
+    try:
+        build_samples(spark, config, request, progress)
+    finally:
+        spark.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main))
