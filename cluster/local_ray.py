@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import secrets
 import signal
 import socket
 import subprocess
@@ -28,40 +27,15 @@ sys.path.insert(0, str(ROOT))
 
 from usr_ray.cli import run_job
 from usr_ray.config import UserError
+from usr_ray.trainer_environment import (
+    LOCAL_ENVIRONMENT,
+    LOOPBACK,
+    RAY_ENVIRONMENT,
+    ensure_token,
+    token_file,
+)
 
-LOOPBACK = "127.0.0.1"
 START_TIMEOUT_S, STOP_TIMEOUT_S = 90.0, 15.0
-ENVIRONMENT = {
-    "RAY_AUTH_MODE": "token",
-    # Ray replaces a node address of 127.0.0.1 by the machine's outward one, and then GCS, raylet and workers listen on
-    # every interface. Only this switch, meant for laptops whose firewall asks questions, keeps the loopback address.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    # Read by whoever builds the TorchTrainer; submitted jobs inherit it from the cluster.
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
-    # Otherwise a stop waits 30 s for running jobs to notice.
-    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
-
-
-def token_file() -> Path:
-    """Where Ray looks for the token: $RAY_AUTH_TOKEN_PATH, else ~/.ray/auth_token."""
-    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-
-
-def ensure_token() -> str:
-    """The token in use; made when there is none, readable by its owner only (Ray's own generator leaves it to all)."""
-    if os.environ.get("RAY_AUTH_TOKEN"):
-        return os.environ["RAY_AUTH_TOKEN"]
-    path = token_file()
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(secrets.token_hex(32))
-    if path.stat().st_mode & 0o077:
-        path.chmod(0o600)
-    return path.read_text(encoding="utf-8").strip()
 
 
 def api(port: int, path: str, token: str, timeout_s: float = 5.0) -> dict:
@@ -137,7 +111,11 @@ class LocalRay:
         self.pid_file.parent.mkdir(parents=True, exist_ok=True)
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
         # A submitted job runs `python`: this one, with ray and torch, whatever the shell's PATH says.
-        environment |= {**ENVIRONMENT, "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"}
+        environment |= {
+            **RAY_ENVIRONMENT,
+            **LOCAL_ENVIRONMENT,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
+        }
         with self.log_file.open("w", encoding="utf-8") as log:
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
                                     start_new_session=True).pid  # fmt: skip

@@ -127,6 +127,8 @@ class RayConfig:
     """Worker losses survived before the run gives up; each restarts from the newest checkpoint."""
     timeout: str = "5 minutes"
     """A collective that takes longer is a failure, not a hang."""
+    dashboard: bool = True
+    """Whether a Ray that the job starts for itself has a dashboard (about 1 GB of memory)."""
 
     def __post_init__(self) -> None:
         require(self.num_workers > 0, f"ray.num_workers must be positive, got {self.num_workers}")

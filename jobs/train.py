@@ -1,0 +1,34 @@
+"""Train USR on the samples table, on Ray; go on with a run that was cut off.
+
+Alone, with a Ray of its own on this machine:
+    python jobs/train.py --config FILE --lake DIR --run-dir DIR [--set a.b=c]
+On a cluster:
+    ray job submit --address http://127.0.0.1:8265 --working-dir . -- python jobs/train.py --config FILE ...
+The same command on the same --run-dir goes on where the run was cut off, and prints the result of one that is finished.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from usr_ray.cli import job_config, job_parser, run_job
+from usr_ray.trainer_environment import prepare_environment
+
+
+def main(argv: list[str]) -> None:
+    parser = job_parser(__doc__ or "")
+    parser.add_argument("--lake", required=True, metavar="DIR", help="the lake of jobs/build_samples.py")
+    parser.add_argument("--run-dir", required=True, metavar="DIR", help="checkpoints, metrics and events go here")
+    arguments = parser.parse_args(argv)
+    config = job_config(arguments)
+    cluster = prepare_environment()
+    from usr_ray.trainer import run  # imports ray, which reads the environment
+
+    run(config, arguments.lake, arguments.run_dir, cluster=cluster, command=["jobs/train.py", *argv])
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main))

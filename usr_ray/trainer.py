@@ -1,0 +1,285 @@
+"""Training on Ray: the loop on a group of Ray Train workers, its restarts, and what is left in the run directory.
+
+Ray starts, watches and restarts the workers. Everything a run needs to go on is ours (checkpoint.py, trainer_plan.py):
+each attempt has a Ray run name of its own, so nothing that Ray left behind can block or change it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import fcntl
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+
+from usr_ray import __version__
+from usr_ray.config import Config, RayConfig, UserError, parse_duration_us
+from usr_ray.evaluate_files import PREDICTIONS_FILE, SPLIT, metrics_text, write_metrics, write_predictions
+from usr_ray.manifest import Manifest
+from usr_ray.metrics import CellMetrics
+from usr_ray.monitoring import RayMonitor
+from usr_ray.train import TrainResult, train
+from usr_ray.trainer_environment import ADDRESS, LOOPBACK, OWN, ROOT, SUBMITTED
+from usr_ray.trainer_plan import RunPlan, load_manifest, mark_finished, plan_run, write_plan
+from usr_ray.worker import DistributedWorker
+
+METRICS_FILE = "metrics.json"
+RAY_DIR = "ray"
+_OBJECT_STORE_BYTES = 200_000_000
+"""Nothing of a run goes through Ray's object store but its configuration."""
+_START_ATTEMPTS = 10
+"""Times that Ray may wait a minute for the workers' CPUs or GPUs before the run gives up."""
+_REFUSED = "refused.json"
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """What a call of `run` ended with."""
+
+    run_dir: Path
+    outcome: str
+    """'finished', 'early_stopped' or 'stopped' (train.TrainResult.status)."""
+    step: int
+    metrics: CellMetrics | None
+    """On the held-out rows; None without held-out dates or when stopped."""
+    was_finished: bool
+    """The run directory held the result already; nothing was trained."""
+
+
+class RayWorker(DistributedWorker):
+    """A rank of Ray Train's worker group, which has set up the process group."""
+
+    def __init__(self, timeout: dt.timedelta) -> None:
+        super().__init__(get_device(), timeout=timeout)
+
+    def report(self, metrics: Mapping[str, float]) -> None:
+        """Hand numbers to Ray Train, for Tune. A barrier that takes up to two seconds: once an epoch, not each step."""
+        ray.train.report(dict(metrics))
+
+
+def run(
+    config: Config, lake: Path | str, run_dir: Path | str, *, cluster: str = OWN, command: Sequence[str] = ()
+) -> RunSummary:
+    """Train on the table in `lake`, or go on with what `run_dir` holds, and print the metrics on the held-out rows.
+
+    Args:
+        config: the resolved configuration.
+        lake: where the samples table is; every worker must see it under this name.
+        run_dir: where everything of the run goes; every worker must see it under this name.
+        cluster: what `trainer_environment.prepare_environment` returned. A Ray that this process is connected to
+            already is used as it is.
+        command: noted in config.json.
+
+    Raises:
+        UserError: see plan_run; another process trains in this directory; a worker refused its data or checkpoint.
+        TrainingFailedError: more failures than ray.max_failures.
+    """
+    plan = plan_run(config, lake, run_dir, command=command)
+    if plan.is_finished:
+        print(f"{plan.run_dir}: this run is finished (step {plan.record['step']:,}); its result:")
+        return _summary(plan, plan.record["outcome"], plan.record["step"], was_finished=True)
+    with ray_session(config.ray, cluster=cluster), _only_one(plan.run_dir):
+        write_plan(plan)
+        outcome, step = _fit(plan)
+    if outcome != "stopped":
+        mark_finished(plan, outcome=outcome, step=step)
+    print(f"{plan.run_dir}: {outcome} at step {step:,}")
+    return _summary(plan, outcome, step, was_finished=False)
+
+
+def _summary(plan: RunPlan, outcome: str, step: int, *, was_finished: bool) -> RunSummary:
+    metrics = None
+    if plan.eval_manifest is not None and outcome != "stopped":
+        splits = json.loads((plan.run_dir / METRICS_FILE).read_text(encoding="utf-8"))
+        metrics = splits[SPLIT]
+        print(metrics_text(splits))
+    return RunSummary(plan.run_dir, outcome, step, metrics, was_finished)
+
+
+@contextlib.contextmanager
+def ray_session(config: RayConfig, *, cluster: str) -> Iterator[None]:
+    """A connection to Ray for the length of the block; one that is there already is used and left as it is.
+
+    Raises:
+        UserError: ray.use_gpu on a machine with fewer GPUs than workers, or the cluster of RAY_ADDRESS is not there.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    num_gpus = torch.cuda.device_count()
+    if cluster == OWN and config.use_gpu and num_gpus < config.num_workers:
+        raise UserError(
+            f"ray.use_gpu: {config.num_workers} workers need a GPU each, this machine has {num_gpus}; set "
+            "ray.num_workers to that number, ray.use_gpu=false, or submit the job to a cluster"
+        )
+    try:
+        context = ray.init(**_init_arguments(config, cluster))
+    except ConnectionError as error:
+        raise UserError(
+            f"RAY_ADDRESS: no Ray answers there ({str(error).splitlines()[0]}); start it or unset"
+        ) from error
+    try:
+        if config.dashboard or cluster != OWN:
+            print(f"Ray dashboard: http://{context.dashboard_url}", flush=True)
+        _note_missing_resources(config)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _init_arguments(config: RayConfig, cluster: str) -> dict[str, Any]:
+    if cluster == SUBMITTED:
+        return {}
+    if cluster == ADDRESS:  # workers elsewhere have no usr_ray unless this job brings it
+        return {"runtime_env": {"py_modules": [str(ROOT / "usr_ray")]}}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {
+        "address": "local",
+        # Logical CPUs: more workers than cores share them, slowly but rightly.
+        "num_cpus": max(cores, math.ceil(config.num_workers * config.cpus_per_worker)),
+        "object_store_memory": _OBJECT_STORE_BYTES,
+        "include_dashboard": config.dashboard,
+        "dashboard_host": LOOPBACK,
+        "_node_ip_address": LOOPBACK,
+        "logging_level": logging.WARNING,
+    }
+
+
+def _note_missing_resources(config: RayConfig) -> None:
+    """Say why nothing will happen for a while; an autoscaler may still bring the machines."""
+    present = ray.cluster_resources()
+    needed = {"CPU": config.num_workers * config.cpus_per_worker}
+    if config.use_gpu:
+        needed["GPU"] = float(config.num_workers)
+    for name, count in needed.items():
+        if present.get(name, 0) < count:
+            text = f"waiting: the workers need {count:g} {name}, the cluster has {present.get(name, 0):g}; gives up"
+            print(f"{text} in {_START_ATTEMPTS} minutes unless machines are added (ray.num_workers)", flush=True)
+
+
+@contextlib.contextmanager
+def _only_one(run_dir: Path) -> Iterator[None]:
+    """Two trainings in one directory would overwrite each other's checkpoints. The lock ends with the process."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"--run-dir {run_dir}: another process trains here; wait for it, or use another") from error
+        except OSError:  # this storage knows no locks
+            pass
+        yield
+
+
+def _fit(plan: RunPlan) -> tuple[str, int]:
+    """(outcome, steps) of the worker group."""
+    config = plan.config.ray
+    stem = re.sub(r"[^A-Za-z0-9_.-]", "_", plan.run_dir.name)
+    name = f"{stem}-{dt.datetime.now(dt.UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
+    storage = plan.run_dir / RAY_DIR
+    resources = {"CPU": config.cpus_per_worker} | ({"GPU": 1.0} if config.use_gpu else {})
+    failures = FailureConfig(
+        max_failures=config.max_failures,
+        controller_failure_limit=_START_ATTEMPTS,  # type: ignore[call-arg]
+    )
+    trainer = TorchTrainer(
+        train_worker,  # type: ignore[arg-type]
+        # Shown in the dashboard, so the configuration is in it and nothing large.
+        train_loop_config={"run_dir": str(plan.run_dir), "attempt": name, "config": plan.config.to_dict()},
+        torch_config=TorchConfig(
+            backend="nccl" if config.use_gpu else "gloo", timeout_s=math.ceil(_timeout(config).total_seconds())
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=config.num_workers, use_gpu=config.use_gpu, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=str(storage),
+            failure_config=failures,
+            logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
+        ),
+    )
+    refused = storage / name / _REFUSED
+    try:
+        result = trainer.fit()
+    except TrainingFailedError as error:
+        if refused.exists():
+            raise UserError(json.loads(refused.read_text(encoding="utf-8"))) from error
+        raise
+    if refused.exists():
+        raise UserError(json.loads(refused.read_text(encoding="utf-8")))
+    shutil.rmtree(storage, ignore_errors=True)  # what Ray keeps of an attempt; nothing reads it again
+    returned: dict[str, Any] = result.return_value  # type: ignore[attr-defined]
+    return returned["outcome"], returned["step"]
+
+
+def train_worker(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """One rank of an attempt. Runs in a thread of a Ray worker process, again after each restart of the group.
+
+    A UserError is not worth a restart, but a rank that just ended would leave the others waiting for it. So it is
+    written down and raised: Ray ends the group, and the ranks of the next one see it and leave at once.
+    """
+    run_dir, config = Path(settings["run_dir"]), Config.from_dict(settings["config"])
+    refused = run_dir / RAY_DIR / settings["attempt"] / _REFUSED
+    if refused.exists():
+        return {"outcome": "refused", "step": 0}
+    # Ray sets OMP_NUM_THREADS to the CPUs reserved, of which there may be fewer than the machine has.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // ray.train.get_context().get_local_world_size()))
+    worker = RayWorker(_timeout(config.ray))
+    monitor = RayMonitor(run_dir, run_name=run_dir.name, rank=worker.rank)
+    try:
+        train_manifest, eval_manifest = load_manifest(run_dir, "train"), load_manifest(run_dir, "eval")
+        assert train_manifest is not None
+        result = train(
+            config, worker, train_manifest=train_manifest, eval_manifest=eval_manifest, run_dir=run_dir, monitor=monitor
+        )
+    except UserError as error:
+        with contextlib.suppress(OSError):
+            refused.parent.mkdir(parents=True, exist_ok=True)
+            partial = refused.with_name(f"{_REFUSED}.{worker.rank}")
+            partial.write_text(json.dumps(str(error)), encoding="utf-8")
+            partial.replace(refused)
+        raise
+    finally:
+        monitor.close()
+    if worker.is_main and eval_manifest is not None:
+        write_result(run_dir, config, result, eval_manifest)
+    return {"outcome": result.status, "step": result.step}
+
+
+def write_result(run_dir: Path, config: Config, result: TrainResult, held_out: Manifest) -> None:
+    """metrics.json and predictions.parquet of the trained weights on the held-out rows; nothing when stopped."""
+    evaluation = result.evaluation
+    if evaluation is None or evaluation.metrics is None or evaluation.predictions is None:
+        return
+    about = {
+        "dates": config.data.eval_dates,
+        "step": result.state.step,
+        "table_uri": held_out.table_uri,
+        "table_version": held_out.version,
+        "manifest_sha256": held_out.sha256,
+        "evaluated_at": f"{dt.datetime.now(dt.UTC):%Y-%m-%dT%H:%M:%SZ}",
+        "usr_ray": __version__,
+    }
+    write_predictions(run_dir / PREDICTIONS_FILE, evaluation.predictions, held_out.spec.scenarios, about=about)
+    write_metrics(run_dir / METRICS_FILE, {SPLIT: evaluation.metrics})
+
+
+def _timeout(config: RayConfig) -> dt.timedelta:
+    return dt.timedelta(microseconds=parse_duration_us(config.timeout, where="ray.timeout"))
