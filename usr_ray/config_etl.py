@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from usr_ray.config_fields import parse_date, parse_duration_us, require
+from usr_ray.config_fields import parse_date, parse_duration_us, parse_instant_us, require
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,6 +157,11 @@ class KuaiRandConfig:
     tab_groups: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Scenario name -> tabs; every tab not named goes to the last scenario. Empty: the documented default groups."""
 
+    def __post_init__(self) -> None:
+        tabs = [tab for group in self.tab_groups.values() for tab in group]
+        doubled = sorted({tab for tab in tabs if tabs.count(tab) > 1})
+        require(not doubled, f"kuairand.tab_groups: tab {', '.join(map(str, doubled))} is in more than one group")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KuaiSearchConfig:
@@ -165,3 +170,19 @@ class KuaiSearchConfig:
     base_time: str = "2025-01-01T00:00:00Z"
     """time_index 0 becomes this instant; one step becomes `step`. The unit of time_index is not documented."""
     step: str = "60 s"
+    write_features: bool = False
+    """Write users and items; only for a copy whose ids are those of the sessions (in the published demo they are not)."""
+
+    def __post_init__(self) -> None:
+        require(self.step_us > 0, f"kuaisearch.step must be longer than 0, got {self.step!r}")
+        parse_instant_us(self.base_time, where="kuaisearch.base_time")
+
+    @property
+    def base_time_us(self) -> int:
+        """Microseconds since 1970 of time_index 0."""
+        return parse_instant_us(self.base_time, where="kuaisearch.base_time")
+
+    @property
+    def step_us(self) -> int:
+        """Microseconds of one step of time_index."""
+        return parse_duration_us(self.step, where="kuaisearch.step")

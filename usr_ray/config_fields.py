@@ -58,6 +58,17 @@ def parse_dates(text: str, *, where: str) -> tuple[dt.date, dt.date]:
     return first, last
 
 
+def parse_instant_us(text: str, *, where: str) -> int:
+    """Microseconds since 1970 UTC of "2026-01-08T00:00:00Z"; ConfigError naming `where` otherwise."""
+    try:
+        instant = dt.datetime.fromisoformat(text)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {text!r} is not a time; write YYYY-MM-DDTHH:MM:SSZ") from error
+    if instant.tzinfo is None:
+        raise ConfigError(f"{where}: {text!r} has no time zone; end it with Z for UTC")
+    return (instant - dt.datetime(1970, 1, 1, tzinfo=dt.UTC)) // dt.timedelta(microseconds=1)
+
+
 def require(condition: bool, message: str) -> None:
     """Raise ConfigError(message) unless `condition`."""
     if not condition:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from etl.sources.kuairand import KuaiRandSource
+from etl.sources.kuaisearch import KuaiSearchSource
 from etl.sources.simulated import SimulatedSource
 from etl.sources.writer import LogWriter, Source
 from usr_ray.config import UserError
 
 __all__ = ["SOURCES", "LogWriter", "Source", "find_source"]
 
-SOURCES: dict[str, Source] = {source.name: source for source in (SimulatedSource(),)}
+SOURCES: dict[str, Source] = {
+    source.name: source for source in (SimulatedSource(), KuaiRandSource(), KuaiSearchSource())
+}
 
 
 def find_source(name: str) -> Source:

@@ -185,7 +185,7 @@ def constant_column(value: str | None, num_rows: int) -> pa.Array:
     return pa.nulls(num_rows, pa.string()) if value is None else pa.repeat(pa.scalar(value, pa.string()), num_rows)
 
 
-def input_file(input_dir: Path, patterns: Sequence[str], *, what: str) -> list[Path]:
+def input_files(input_dir: Path, patterns: Sequence[str], *, what: str) -> list[Path]:
     """Files of `input_dir` that match a pattern, sorted by name; UserError when there is none."""
     if not input_dir.is_dir():
         raise UserError(f"--input {input_dir}: no such folder; name the folder with the data set's files")

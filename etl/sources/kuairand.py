@@ -1,0 +1,157 @@
+"""KuaiRand (short videos, Kuaishou; Pure and 1K releases): recommendation impressions of 15 tabs -> logs.
+
+Scenarios are groups of tabs. A click is is_click; a post-click action (`kuairand.order_column`) stands in for an order.
+
+- An impression is one (user, video, time_ms, tab). Its id is made of them, so exact duplicates stay duplicates, and so
+  do rows logged twice with another `hourmin`; the ETL drops and counts both.
+- Impressions of one user and time_ms are one page: one request. Positions are not known.
+- A click happens at time_ms, the only time a row has. The action is known when the video has been played, at time_ms +
+  play_time_ms, but before the same user opens the video again in the scenario, so that it is that click's order. (In 99.9 % of
+  rows the user's next impression comes later still, so no history sees an action that was not yet over.)
+- An action without a click (autoplay tabs) stays an order row: no click earns it, the ETL rejects and counts it.
+- Not read: the statistics tables and every column derived from outcomes, which would leak labels.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+
+from etl.sources.writer import LogWriter, constant_column, input_files, require_columns, require_scenarios, text_column
+from usr_ray.config import Config, UserError
+
+DEFAULT_TAB_GROUPS = {"main": (1,), "tab_0": (0,), "tab_4": (4,), "rest": ()}
+"""Tab 1 holds three quarters of the rows; tabs 0 and 4 are the next in size and the far ends in click rate (8 % and
+61 %); the others (2, 6 and nine small ones) are too small alone. What the tabs are is not published."""
+
+LOG_COLUMNS = ("user_id", "video_id", "time_ms", "is_click", "play_time_ms", "tab")
+USER_CATEGORIES = (
+    "user_active_degree", "is_live_streamer", "is_video_author", "follow_user_num_range", "fans_user_num_range",
+    "friend_user_num_range", "register_days_range", *(f"onehot_feat{n}" for n in range(18)),
+)  # fmt: skip
+USER_NUMBERS = ("follow_user_num", "fans_user_num", "friend_user_num", "register_days")
+ITEM_CATEGORIES = ("author_id", "video_type", "upload_type", "music_id", "music_type", "tag")
+
+
+class KuaiRandSource:
+    """rec_*.parquet or log_*.csv, user_features_*.csv, video_features_basic_*.csv."""
+
+    name = "kuairand"
+    needs_input = True
+
+    def write(self, input_dir: Path, writer: LogWriter, config: Config) -> None:
+        """Append impressions, clicks and orders of each tab group, users and items."""
+        groups = config.kuairand.tab_groups or DEFAULT_TAB_GROUPS
+        require_scenarios(config, list(groups), source=self.name)
+        logs = input_files(input_dir, ("rec_*.parquet", "log_*.csv"), what="impression log")
+        users = input_files(input_dir, ("user_features*.csv",), what="user table")
+        videos = input_files(input_dir, ("video_features_basic*.csv",), what="video table")
+        for path in users:
+            writer.append("users", _user_rows(path))
+        for path in videos:
+            writer.append("items", _item_rows(path))
+        action = config.kuairand.order_column
+        table = pa.concat_tables([_read_log(path, (*LOG_COLUMNS, action)) for path in logs])
+        print(f"{table.num_rows:,} impressions read from {len(logs)} file(s)", file=sys.stderr, flush=True)
+        rows = {name: table[name].to_numpy() for name in table.column_names}
+        scenario = np.full(table.num_rows, len(config.scenarios) - 1)
+        for k, name in enumerate(config.scenarios):
+            scenario[np.isin(rows["tab"], groups[name])] = k
+        order_us = _action_times_us(rows, scenario)
+        for k, name in enumerate(config.scenarios):
+            _write_scenario(
+                writer, name, {c: v[scenario == k] for c, v in rows.items()}, action, order_us[scenario == k]
+            )
+
+
+def _read_log(path: Path, columns: tuple[str, ...]) -> pa.Table:
+    """The named columns as int64; UserError when one is missing or has nulls."""
+    if path.suffix == ".csv":
+        table = pacsv.read_csv(path)
+    else:
+        table = pq.read_table(path)
+    require_columns(path, table.column_names, columns)
+    table = table.select(list(dict.fromkeys(columns)))
+    for name in table.column_names:
+        if table[name].null_count:
+            raise UserError(f"{path}: column {name} has {table[name].null_count} empty values; every row needs one")
+    return table.cast(pa.schema([(name, pa.int64()) for name in table.column_names]))
+
+
+def _action_times_us(rows: dict[str, np.ndarray], scenario: np.ndarray) -> np.ndarray:
+    """When the post-click action is known: after the playing time, but before the pair's next click in the scenario."""
+    time_us = rows["time_ms"] * 1000
+    known_us = time_us + np.maximum(rows["play_time_ms"], 0) * 1000
+    clicked = np.flatnonzero(rows["is_click"] > 0)
+    keys = [time_us[clicked], scenario[clicked], rows["video_id"][clicked], rows["user_id"][clicked]]
+    order = np.lexsort(keys)
+    pair_changes = np.any([np.diff(key[order]) != 0 for key in keys[1:]], axis=0)
+    # Rows logged twice share a time: the limit is the next later click, found from the right.
+    limit_us = np.full(len(order), np.iinfo(np.int64).max)
+    sorted_us = time_us[clicked][order]
+    is_later = ~pair_changes & (np.diff(sorted_us) > 0)
+    is_twin = ~pair_changes & (np.diff(sorted_us) == 0)
+    limit_us[:-1][is_later] = sorted_us[1:][is_later] - 1
+    for place in np.flatnonzero(is_twin)[::-1]:
+        limit_us[place] = limit_us[place + 1]
+    known_us[clicked[order]] = np.minimum(known_us[clicked[order]], limit_us)
+    return known_us
+
+
+def _write_scenario(
+    writer: LogWriter, scenario: str, rows: dict[str, np.ndarray], action: str, order_us: np.ndarray
+) -> None:
+    user, video, time_ms = rows["user_id"], rows["video_id"], rows["time_ms"]
+    impression_id = text_column(user, "-", video, "-", time_ms, "-", rows["tab"])
+    event = {"user_id": text_column(user), "item_id": text_column(video), "event_time": pa.array(time_ms * 1000)}
+    shown = pa.table(
+        {
+            "impression_id": impression_id,
+            "request_id": text_column(user, "-", time_ms),
+            **event,
+            "position": pa.nulls(len(user), pa.int32()),
+            "query": constant_column(None, len(user)),
+            "tab": text_column(rows["tab"]),
+        }
+    )
+    writer.append(f"{scenario}_impressions", shown)
+    clicks = pa.table({"click_id": impression_id, "impression_id": impression_id, **event})
+    writer.append(f"{scenario}_clicks", clicks.filter(pa.array(rows["is_click"] > 0)))
+    orders = pa.table({"order_id": impression_id, **event, "event_time": pa.array(order_us)})
+    writer.append(f"{scenario}_orders", orders.filter(pa.array(rows[action] > 0)))
+
+
+def _read_features(path: Path, columns: tuple[str, ...]) -> pa.Table:
+    """The named columns as text, empty fields null."""
+    with path.open(encoding="utf-8") as file:
+        header = file.readline().rstrip("\r\n").split(",")
+    require_columns(path, header, columns)
+    convert = pacsv.ConvertOptions(
+        include_columns=list(columns),
+        column_types={name: pa.string() for name in columns},
+        strings_can_be_null=True,
+        null_values=[""],
+    )
+    return pacsv.read_csv(path, convert_options=convert)
+
+
+def _user_rows(path: Path) -> pa.Table:
+    table = _read_features(path, ("user_id", *USER_CATEGORIES, *USER_NUMBERS))
+    for name in USER_NUMBERS:
+        table = table.set_column(table.schema.get_field_index(name), name, table[name].cast(pa.float64()))
+    return table
+
+
+def _item_rows(path: Path) -> pa.Table:
+    table = _read_features(path, ("video_id", *ITEM_CATEGORIES, "video_duration"))
+    first_tag = pc.list_element(pc.split_pattern(pc.fill_null(table["tag"], ""), ","), 0)
+    columns = {"item_id": table["video_id"], **{name: table[name] for name in ITEM_CATEGORIES}}
+    columns["tag"] = pc.if_else(pc.equal(first_tag, ""), None, first_tag)
+    columns["video_duration_s"] = pc.divide(table["video_duration"].cast(pa.float64()), 1000.0)
+    return pa.table(columns)
