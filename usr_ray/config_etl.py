@@ -171,7 +171,7 @@ class KuaiSearchConfig:
     """time_index 0 becomes this instant; one step becomes `step`. The unit of time_index is not documented."""
     step: str = "60 s"
     write_features: bool = False
-    """Write users and items; only for a copy whose ids are those of the sessions (in the published demo they are not)."""
+    """Write users and items: for a copy whose ids are those of the sessions (in the published demo they are not)."""
 
     def __post_init__(self) -> None:
         require(self.step_us > 0, f"kuaisearch.step must be longer than 0, got {self.step!r}")

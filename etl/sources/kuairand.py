@@ -6,8 +6,8 @@ Scenarios are groups of tabs. A click is is_click; a post-click action (`kuairan
   do rows logged twice with another `hourmin`; the ETL drops and counts both.
 - Impressions of one user and time_ms are one page: one request. Positions are not known.
 - A click happens at time_ms, the only time a row has. The action is known when the video has been played, at time_ms +
-  play_time_ms, but before the same user opens the video again in the scenario, so that it is that click's order. (In 99.9 % of
-  rows the user's next impression comes later still, so no history sees an action that was not yet over.)
+  play_time_ms, but before the same user opens the video again in the scenario, so that it is that click's order. (In
+  99.9 % of rows the user's next impression comes later still: no history sees an action that was not yet over.)
 - An action without a click (autoplay tabs) stays an order row: no click earns it, the ETL rejects and counts it.
 - Not read: the statistics tables and every column derived from outcomes, which would leak labels.
 """
@@ -72,10 +72,7 @@ class KuaiRandSource:
 
 def _read_log(path: Path, columns: tuple[str, ...]) -> pa.Table:
     """The named columns as int64; UserError when one is missing or has nulls."""
-    if path.suffix == ".csv":
-        table = pacsv.read_csv(path)
-    else:
-        table = pq.read_table(path)
+    table = pacsv.read_csv(path) if path.suffix == ".csv" else pq.read_table(path)
     require_columns(path, table.column_names, columns)
     table = table.select(list(dict.fromkeys(columns)))
     for name in table.column_names:

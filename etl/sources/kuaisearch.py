@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from etl.sources.writer import LogWriter, constant_column, input_files, require_scenarios, text_column
+from etl.sources.writer import LogWriter, input_files, require_scenarios, text_column
 from usr_ray.config import Config, UserError
 
 SCENARIO = "search"
@@ -34,6 +34,7 @@ NEEDED = {
     "user_id": int, "session_id": int, "impressed_item_ids": list, "clicked_item_ids": list,
     "purchased_item_ids": list, "time_index": int, "query": str,
 }  # fmt: skip
+_NAMES = {int: "a whole number", list: "a list", str: "a string"}
 USER_COLUMNS = ("gender", "age_bucket", "fre_province", "fre_city")
 ITEM_COLUMNS = ("brand_id", "seller_id", "category_level1_id", "category_level2_id", "category_level3_id")
 
@@ -89,7 +90,7 @@ def _check(session: Any, *, where: str) -> None:
         if not isinstance(session, dict) or not isinstance(session.get(name), kind):
             found = session.get(name) if isinstance(session, dict) else session
             raise UserError(
-                f"{where}: {name} must be {kind.__name__}, got {str(found)[:60]!r}; see KuaiSearch's recall.jsonl"
+                f"{where}: {name} must be {_NAMES[kind]}, got {str(found)[:60]!r}; see KuaiSearch's recall.jsonl"
             )
 
 
@@ -112,26 +113,22 @@ def _append_chunk(writer: LogWriter, sessions: list[dict[str, Any]], base_us: in
             ),
         },
     )
-    clicks = [_click_row(s, item) for s in sessions for item in dict.fromkeys(s["clicked_item_ids"])]
-    times = [t for s, t in zip(sessions, start_us.tolist(), strict=True) for _ in dict.fromkeys(s["clicked_item_ids"])]
-    names = ("click_id", "impression_id", "user_id", "item_id")
-    columns = {name: pa.array([row[n] for row in clicks], pa.string()) for n, name in enumerate(names)}
-    writer.append(
-        f"{SCENARIO}_clicks", {**columns, "event_time": pa.array(times, pa.int64()).to_numpy() + step_us // 4}
-    )
-    orders = [
-        (f"{s['session_id']}", str(s["user_id"]), str(item), time_us + step_us // 2)
-        for s, time_us in zip(sessions, start_us.tolist(), strict=True)
-        for item in dict.fromkeys(s["purchased_item_ids"])
-    ]
-    types = (("order_id", pa.string()), ("user_id", pa.string()), ("item_id", pa.string()), ("event_time", pa.int64()))
-    writer.append("orders", {name: pa.array([row[n] for row in orders], t) for n, (name, t) in enumerate(types)})
+    clicks, orders = [], []
+    for s, time_us in zip(sessions, start_us.tolist(), strict=True):
+        number, user, slate = str(s["session_id"]), str(s["user_id"]), s["impressed_item_ids"]
+        for item in dict.fromkeys(s["clicked_item_ids"]):
+            impression = f"{number}-{slate.index(item)}" if item in slate else None
+            clicks.append((f"{number}-{item}", impression, user, str(item), time_us + step_us // 4))
+        for item in dict.fromkeys(s["purchased_item_ids"]):
+            orders.append((number, user, str(item), time_us + step_us // 2))
+    writer.append(f"{SCENARIO}_clicks", _columns(clicks, ("click_id", "impression_id", "user_id", "item_id")))
+    writer.append("orders", _columns(orders, ("order_id", "user_id", "item_id")))
 
 
-def _click_row(session: dict[str, Any], item: int) -> tuple[str, str | None, str, str]:
-    number, slate = session["session_id"], session["impressed_item_ids"]
-    impression = f"{number}-{slate.index(item)}" if item in slate else None
-    return f"{number}-{item}", impression, str(session["user_id"]), str(item)
+def _columns(rows: list[tuple[Any, ...]], names: tuple[str, ...]) -> dict[str, pa.Array]:
+    """Text columns of the rows; the last place of a row is its event_time."""
+    columns = {name: pa.array([row[n] for row in rows], pa.string()) for n, name in enumerate(names)}
+    return {**columns, "event_time": pa.array([row[-1] for row in rows], pa.int64())}
 
 
 def _append_features(writer: LogWriter, input_dir: Path, log: str, key: str, columns: tuple[str, ...]) -> None:
