@@ -19,7 +19,7 @@ from torch import Tensor
 
 from usr_ray.batch import UsrBatch, UsrOutputs
 from usr_ray.config import ModelConfig, UserError
-from usr_ray.model.contrastive import contrastive_sum, variance_sum
+from usr_ray.model.contrastive import contrastive_sums
 from usr_ray.schema import ALL_LABELS, LABEL_ORDER, LABELS, TASKS
 
 
@@ -132,10 +132,9 @@ def _contrastive(
     if vectors_BSD is None:
         zero = torch.zeros((), device=valid_B.device)
         return zero, zero
-    variance_S = variance_sum(vectors_BSD, valid_B, counted_B, group_size=cl.group_size)
-    if twins_BSD is None:
-        return torch.zeros_like(variance_S[0]), variance_S
-    loss = contrastive_sum(vectors_BSD, twins_BSD, valid_B, group_size=cl.group_size, temperature=cl.temperature)
+    loss, variance_S = contrastive_sums(
+        vectors_BSD, twins_BSD, valid_B, counted_B, group_size=cl.group_size, temperature=cl.temperature
+    )
     return loss / vectors_BSD.shape[1], variance_S
 
 

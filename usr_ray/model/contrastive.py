@@ -18,14 +18,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, softplus
+from torch.nn.functional import softplus
 
 from usr_ray.model.counter_random import hash_keys, to_uniform
 from usr_ray.model.history import Events
 
 _EVENT_STREAM, _FEATURE_STREAM = 1, 2
-_NORM_FLOOR = 1e-12
-"""Added to squared norms, so that a zero vector (a padding row) has a finite gradient."""
+_NORM_FLOOR = 1e-6
+"""Added to norms, so that the gradient of a zero vector is finite."""
 
 
 def _row_keys(row_number_B: Tensor, step_seed: int, stream: int) -> Tensor:
@@ -51,49 +51,56 @@ def feature_mask(widths: Sequence[int], row_number_B: Tensor, step_seed: int, ra
     return keep_BF.repeat_interleave(torch.tensor(widths, device=keep_BF.device), dim=1, output_size=sum(widths))
 
 
-def contrastive_sum(
-    vectors_BSD: Tensor, twins_BSD: Tensor, valid_B: Tensor, *, group_size: int, temperature: float
-) -> Tensor:
-    """The loss summed over all valid (row, view): a float32 scalar (float64 for float64 vectors).
+def contrastive_sums(
+    vectors_BSD: Tensor, twins_BSD: Tensor | None, valid_B: Tensor, counted_B: Tensor, *, group_size: int,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The loss added up over all valid (row, view), and the collapse alarm of each view added up over counted rows.
+
+    The alarm is the total variance of a group's unit vectors, 1 - |mean|^2: 0 when all rows have one vector, near 1
+    when they point everywhere. It counts once for each counted row of the group.
 
     Args:
-        vectors_BSD: i_k or f_k of every view; S >= 2.
-        twins_BSD: their masked twins.
-        valid_B: bool; other rows are neither anchors nor negatives.
+        vectors_BSD: i_k or f_k of every view.
+        twins_BSD: their masked twins; None: no loss, zero. Needs S >= 2.
+        valid_B: bool; other rows are neither anchors nor negatives, nor part of the variance.
+        counted_B: bool; rows over which the caller takes the mean.
         group_size: G; row b belongs to group b // G.
         temperature: tau.
+
+    Returns:
+        A scalar, and (S) without a gradient; float32 (float64 for float64 vectors).
     """
-    unit_SNGD, valid_NG = _groups(vectors_BSD, valid_B, group_size)
-    unit_twin_SNGD, _ = _groups(twins_BSD, valid_B, group_size)
-    positive_SNG = (unit_SNGD * unit_twin_SNGD).sum(3) / temperature
+    unit_SNGD = _groups(vectors_BSD, group_size)
+    valid_NG, counted_NG = (_fill(flag_B, group_size).unflatten(0, (-1, group_size)) for flag_B in (valid_B, counted_B))
+    variance_S = _variance_sums(unit_SNGD.detach(), valid_NG, counted_NG)
+    if twins_BSD is None:
+        return torch.zeros_like(variance_S[0]), variance_S
+    positive_SNG = (unit_SNGD * _groups(twins_BSD, group_size)).sum(3) / temperature
     loss_SNG = softplus(_negatives(unit_SNGD, valid_NG, temperature) - positive_SNG)
-    return torch.where(valid_NG, loss_SNG, 0).sum()
+    return torch.where(valid_NG, loss_SNG, 0).sum(), variance_S
 
 
-@torch.no_grad()
-def variance_sum(vectors_BSD: Tensor, valid_B: Tensor, counted_B: Tensor, *, group_size: int) -> Tensor:
-    """The collapse alarm: each view's variance over a group's valid rows, times its counted rows, added up; (S).
-
-    The variance is the total one of the unit vectors, 1 - |mean|^2: 0 when all rows have one vector, near 1 when they
-    point everywhere. Divided by the number of counted rows it is the mean over groups.
-    """
-    unit_SNGD, valid_NG = _groups(vectors_BSD, valid_B, group_size)
-    num_missing = -counted_B.shape[0] % group_size
-    counted_N = pad(counted_B, (0, num_missing)).unflatten(0, (-1, group_size)).sum(1)
-    weight_NG = valid_NG.to(unit_SNGD.dtype)
-    count_N = weight_NG.sum(1)
-    mean_SND = (unit_SNGD * weight_NG.unsqueeze(2)).sum(2) / count_N.clamp(min=1).unsqueeze(1)
-    variance_SN = torch.where(count_N > 0, 1 - mean_SND.square().sum(2), 0)
-    return (variance_SN * counted_N).sum(1)
+def _fill(values: Tensor, group_size: int) -> Tensor:
+    """Rows of zeros at the end until the last group is full."""
+    num_missing = -values.shape[0] % group_size
+    return torch.cat([values, values.new_zeros((num_missing, *values.shape[1:]))]) if num_missing else values
 
 
-def _groups(vectors_BSD: Tensor, valid_B: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Unit vectors (S, N, G, D) and validity (N, G); the last group is filled up with invalid zeros."""
-    num_missing = -vectors_BSD.shape[0] % group_size
+def _groups(vectors_BSD: Tensor, group_size: int) -> Tensor:
+    """Unit vectors (S, N, G, D), the last group filled up with zeros."""
     vectors_BSD = vectors_BSD.to(torch.promote_types(vectors_BSD.dtype, torch.float32))
-    unit_BSD = vectors_BSD * (vectors_BSD.square().sum(2, keepdim=True) + _NORM_FLOOR).rsqrt()
-    unit_SNGD = pad(unit_BSD.transpose(0, 1), (0, 0, 0, num_missing)).unflatten(1, (-1, group_size))
-    return unit_SNGD, pad(valid_B, (0, num_missing)).unflatten(0, (-1, group_size))
+    norm_BS1 = torch.linalg.vector_norm(vectors_BSD, dim=2, keepdim=True)
+    unit_BSD = vectors_BSD / (norm_BS1 + _NORM_FLOOR)
+    return _fill(unit_BSD, group_size).transpose(0, 1).unflatten(1, (-1, group_size))
+
+
+def _variance_sums(unit_SNGD: Tensor, valid_NG: Tensor, counted_NG: Tensor) -> Tensor:
+    weight_N1G = valid_NG.unsqueeze(1).to(unit_SNGD.dtype)
+    count_N = weight_N1G.sum((1, 2))
+    mean_SND = (weight_N1G @ unit_SNGD).squeeze(2) / count_N.clamp(min=1).unsqueeze(1)
+    variance_SN = torch.where(count_N > 0, 1 - mean_SND.square().sum(2), 0)
+    return (variance_SN * counted_NG.sum(1)).sum(1)
 
 
 def _negatives(unit_SNGD: Tensor, valid_NG: Tensor, temperature: float) -> Tensor:

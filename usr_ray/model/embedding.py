@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
 from usr_ray.batch import UsrBatch
 from usr_ray.config import UserError
@@ -38,26 +37,21 @@ class EmbeddingError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class TableLookup:
-    """The rows of one table that a step uses."""
+    """The rows of one table that a step uses. Row 0 stands for padding whether the batch has any or not."""
 
     ids_U: Tensor
-    """int64, ascending, each once, never the padding id 0."""
+    """int64, ascending, each once; the first is the padding id 0."""
     rows_UD: Tensor
-    """float32 copy of the rows; a leaf whose `.grad` (U, D) is filled by the backward."""
+    """float32 copy of the rows, the first all zero; a leaf whose `.grad` (U, D) is filled by the backward."""
     column_B: Tensor
-    """int64: the row's own value as an index into `padded`, 0 for padding and u + 1 for ids_U[u]."""
+    """int64: place in ids_U of the row's own value."""
     events: Places | None
-    """Histories' values as indices into `padded`; None for tables that no history uses."""
+    """Places in ids_U of the histories' values; None for tables that no history uses."""
 
-    def padded(self, padding_row_D: Tensor | None = None) -> Tensor:
-        """(U + 1, D): the row that stands for padding (None: zeros), then rows_UD."""
-        if padding_row_D is None:
-            padding_row_D = self.rows_UD.new_zeros(self.rows_UD.shape[1])
-        return torch.cat([padding_row_D.unsqueeze(0).to(self.rows_UD.dtype), self.rows_UD])
-
-    def column(self, padded_UD: Tensor) -> Tensor:
-        """(B, D): embedding of the row's own value."""
-        return embedding(self.column_B, padded_UD)
+    def update(self) -> tuple[Tensor, Tensor]:
+        """(ids, gradients) of the rows to train, padding left out; zeros where the loss did not reach the table."""
+        grad_UD = self.rows_UD.grad
+        return self.ids_U[1:], (torch.zeros_like(self.rows_UD) if grad_UD is None else grad_UD)[1:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +62,8 @@ class Lookup:
     """Table name -> its rows of this step, in the order of FeatureSpec.sparse."""
 
     def updates(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Table name -> (ids_U, gradient (U, D)), after the backward; zeros for a table the loss did not reach."""
-        return {
-            name: (t.ids_U, torch.zeros_like(t.rows_UD) if t.rows_UD.grad is None else t.rows_UD.grad)
-            for name, t in self.tables.items()
-        }
+        """Table name -> (ids_U, gradient (U, D)) of the rows to train, after the backward; padding is left out."""
+        return {name: table.update() for name, table in self.tables.items()}
 
 
 class EmbeddingTables:
@@ -127,7 +118,7 @@ class EmbeddingTables:
                 f"table {name}: the batch has id {wrong}, the table has {table_ND.shape[0]} rows; the samples table "
                 "does not belong to this run's feature spec: build the manifest again, or grow the tables"
             )
-        ids_U = unique[1:].long()
+        ids_U = unique.long()
         rows_UD = table_ND.index_select(0, ids_U)
         if torch.is_grad_enabled():
             rows_UD.requires_grad_()

@@ -30,5 +30,5 @@ class FeatureGenerator(nn.Module):
         # Without the stop of the gradient the gates would pull the embeddings towards what is easy to gate.
         shared_B1H = self.feature_layer(features_BC.detach()).unsqueeze(1)
         hidden_BVH = torch.relu(self.trigger_layer(trigger_BVZ) + shared_B1H)
-        gates_BVC: Tensor = 2 * torch.sigmoid(self.gate_layer(hidden_BVH))
-        return gates_BVC * features_BC.unsqueeze(1)
+        half_gates_BVC: Tensor = torch.sigmoid(self.gate_layer(hidden_BVH))
+        return half_gates_BVC * (2 * features_BC).unsqueeze(1)

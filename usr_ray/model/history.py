@@ -76,7 +76,7 @@ class Grid:
         """(B, L, C) with zeros on padding."""
         shape = self.valid_BL.shape
         padded_PC = values_VC.new_zeros((shape[0] * shape[1], values_VC.shape[1]))
-        return padded_PC.index_copy(0, self.place_V, values_VC).view(*shape, -1)
+        return padded_PC.index_copy_(0, self.place_V, values_VC).view(*shape, -1)
 
     def mark(self, keep_V: Tensor) -> Tensor:
         """The events for which keep_V holds, as a bool (B, L)."""

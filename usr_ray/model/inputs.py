@@ -15,7 +15,7 @@ from torch.nn.functional import embedding
 from usr_ray.batch import UsrBatch
 from usr_ray.config import ModelConfig
 from usr_ray.model.embedding import INIT_STD, ITEM_TABLE, QUERY_TABLE, Lookup, TableLookup
-from usr_ray.model.gather import Places
+from usr_ray.model.gather import Places, gather_sum, group_places
 from usr_ray.model.history import EventKinds, Events
 from usr_ray.schema import FeatureSpec
 
@@ -60,11 +60,12 @@ class InputNetwork(nn.Module):
     def forward(self, batch: UsrBatch, lookup: Lookup, events: Events) -> Inputs:
         """The inputs of a batch; `lookup` is EmbeddingTables.lookup(batch), `events` list_events(batch)."""
         items, queries = lookup.tables[ITEM_TABLE], lookup.tables[QUERY_TABLE]
-        padded = {ITEM_TABLE: items.padded(), QUERY_TABLE: queries.padded(self.no_query_D)}
+        # In the query table, padding is not "nothing" but the learned e_noq.
+        queries_UD = torch.cat([self.no_query_D.unsqueeze(0), queries.rows_UD[1:]])
         columns = {}
         for name in self.names:
             table: TableLookup = lookup.tables[name]
-            columns[name] = table.column(padded[name] if name in padded else table.padded())
+            columns[name] = embedding(table.column_B, queries_UD if table is queries else table.rows_UD)
         sparse = list(columns.values())
         parts, context = list(sparse), [sparse[i] for i in self.sparse_context]
         if self.dense_affine_2F is not None:
@@ -80,7 +81,7 @@ class InputNetwork(nn.Module):
             target_BH=torch.cat([columns[ITEM_TABLE], query_BD], dim=1),
             context_BC=torch.cat(context, dim=1) if context else query_BD[:, :0],
             query_BD=query_BD,
-            event_weights=(padded[ITEM_TABLE], padded[QUERY_TABLE], self.kinds()),
+            event_weights=(items.rows_UD, queries_UD, self.kinds()),
             event_places=(items.events, queries.events, events.kinds),
         )
 
@@ -129,5 +130,7 @@ class Trigger(nn.Module):
         index_BR = torch.cat([index_V, index_V.new_zeros(1)])[torch.where(inside_BR, place_BR, index_V.shape[0])]
         known_BR = (index_BR > 0).to(weight_UD.dtype)
         count_B1 = known_BR.sum(1, keepdim=True)
-        mean_BD = (embedding(index_BR, weight_UD) * known_BR.unsqueeze(2)).sum(1) / count_B1.clamp(min=1)
+        places = group_places(index_BR.flatten(), weight_UD.shape[0])
+        queries_BRD = gather_sum([weight_UD], [places]).unflatten(0, index_BR.shape)
+        mean_BD = (known_BR.unsqueeze(1) @ queries_BRD).squeeze(1) / count_B1.clamp(min=1)
         return torch.where(count_B1 > 0, mean_BD, weight_UD[0])

@@ -8,7 +8,8 @@ side, since (W_Q t).(U_K S_K v_j) = (S_K' U_K' W_Q t).v_j, and U_V S_V come afte
 for an event is then one product of K numbers for its score and one for its value.
 
 Shape letters: B rows, V views (events where the name says so), L longest row, Z trigger, H target and event vector,
-K rank, P inner size of an over-parameterised product, D interest, O and I outer sizes.
+K rank, P inner size of an over-parameterised product, D interest, O and I outer sizes, M masks (all events, and those
+the twin sees), W = M * V.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from usr_ray.model.embedding import INIT_STD
 from usr_ray.model.gather import gather_sum, pool_sum
 from usr_ray.model.history import Events, Grid
 from usr_ray.model.inputs import Inputs
@@ -44,20 +46,23 @@ class Product(nn.Module):
         self.right_PI = None
 
 
-class GeneratedCore(nn.Module):
-    """S^k = I + reshape(A z_k + b); A and b start at zero, so that all views start equal."""
+class GeneratedCores(nn.Module):
+    """reshape(A_X z_k + b_X) for Q, K and V: S_X^k less its identity, which `_apply` adds.
+
+    A and b start at zero, so that all views start equal.
+    """
 
     def __init__(self, trigger_dim: int, rank: int) -> None:
         super().__init__()
         self.rank = rank
-        self.generate = nn.Linear(trigger_dim, rank * rank)
+        self.generate = nn.Linear(trigger_dim, 3 * rank * rank)
         nn.init.zeros_(self.generate.weight)
         nn.init.zeros_(self.generate.bias)
 
-    def forward(self, trigger_BVZ: Tensor) -> Tensor:
-        """(B, V, K, K)."""
-        core_BVKK = self.generate(trigger_BVZ).unflatten(-1, (self.rank, self.rank))
-        return core_BVKK + torch.eye(self.rank, device=core_BVKK.device, dtype=core_BVKK.dtype)
+    def forward(self, trigger_BVZ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Q's, K's and V's, (B, V, K, K) each."""
+        query, key, value = self.generate(trigger_BVZ).unflatten(-1, (3, self.rank, self.rank)).unbind(2)
+        return query, key, value
 
 
 class InterestExtractor(nn.Module):
@@ -66,32 +71,37 @@ class InterestExtractor(nn.Module):
     def __init__(self, trigger_dim: int, event_dim: int, interest_dim: int, rank: int, inner_dim: int) -> None:
         super().__init__()
         self.rank = rank
-        self.cores = nn.ModuleDict({x: GeneratedCore(trigger_dim, rank) for x in "qkv"})
+        self.cores = GeneratedCores(trigger_dim, rank)
         self.outer = nn.ModuleDict({x: Product(interest_dim, inner_dim, rank) for x in "qkv"})
         self.inner = nn.ModuleDict({x: Product(rank, inner_dim, event_dim) for x in "qkv"})
-        self.empty_D = nn.Parameter(torch.randn(interest_dim) * 0.05)
+        self.empty_D = nn.Parameter(torch.randn(interest_dim) * INIT_STD)
         self.output_dim = interest_dim
 
     def forward(
         self, inputs: Inputs, trigger_BVZ: Tensor, events: Events, grid: Grid, keep_BL: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Interests (B, V, d), and those of the twin that sees only the events of `keep_BL` (None without it)."""
+        query_core, key_core, value_core = self.cores(trigger_BVZ)
+        # S_K' U_K' U_Q S_Q V_Q t: all that a score needs of the row and the view.
+        inner_B1K = (inputs.target_BH @ self.inner["q"]().T).unsqueeze(1)
+        query_BVK = _apply(query_core, inner_B1K) @ (self.outer["q"]().T @ self.outer["k"]())
+        query_BVK = _apply(key_core.transpose(2, 3), query_BVK) / math.sqrt(self.output_dim)
         projected_BLK = grid.pad(self._project_events(inputs))
         keys_BLK, values_BLK = projected_BLK.split(self.rank, dim=2)
-        scores_BVL = self._queries(inputs.target_BH, trigger_BVZ) @ keys_BLK.transpose(1, 2)
-        scores_BVL = scores_BVL / math.sqrt(self.output_dim)
-        core_BVKK, outer_DK = self.cores["v"](trigger_BVZ), self.outer["v"]()
-
-        def read(valid_BL: Tensor) -> Tensor:
-            # A finite floor: a row without events must stay a number until its vector is replaced below.
-            floor = torch.finfo(scores_BVL.dtype).min
-            weights_BVL = scores_BVL.masked_fill(~valid_BL.unsqueeze(1), floor).softmax(dim=2)
-            read_BVK = _apply(core_BVKK, weights_BVL.to(values_BLK.dtype) @ values_BLK)
-            has_events_B11 = (events.num_events_B > 0).view(-1, 1, 1)
-            interest_BVD = read_BVK @ outer_DK.T.to(read_BVK.dtype)
-            return torch.where(has_events_B11, interest_BVD, self.empty_D.to(interest_BVD.dtype))
-
-        return read(grid.valid_BL), None if keep_BL is None else read(keep_BL & grid.valid_BL)
+        scores_B1VL = (query_BVK.to(keys_BLK.dtype) @ keys_BLK.transpose(1, 2)).unsqueeze(1)
+        valid_BML = grid.valid_BL.unsqueeze(1)
+        if keep_BL is not None:
+            valid_BML = torch.stack([grid.valid_BL, keep_BL & grid.valid_BL], dim=1)
+        # A finite floor: a row without events must stay a number until its vector is replaced below.
+        floor = torch.finfo(scores_B1VL.dtype).min
+        weights_BMVL = torch.where(valid_BML.unsqueeze(2), scores_B1VL, floor).softmax(dim=3)
+        # Both masks in one product: the values are read, and their gradient written, once.
+        read_BWK = weights_BMVL.flatten(1, 2).to(values_BLK.dtype) @ values_BLK
+        read_BMVK = _apply(value_core.unsqueeze(1), read_BWK.unflatten(1, weights_BMVL.shape[1:3]))
+        interest_BMVD = read_BMVK @ self.outer["v"]().T.to(read_BMVK.dtype)
+        has_events_B111 = (events.num_events_B > 0).view(-1, 1, 1, 1)
+        interest_BMVD = torch.where(has_events_B111, interest_BMVD, self.empty_D.to(interest_BMVD.dtype))
+        return interest_BMVD[:, 0], None if keep_BL is None else interest_BMVD[:, 1]
 
     def fold(self) -> None:
         """Multiply the over-parameterised products out, in place: the same outputs, fewer parameters, for serving."""
@@ -110,17 +120,10 @@ class InterestExtractor(nn.Module):
         projected = [items_UD @ inner_IH[:, :dim].T, queries_UD @ inner_IH[:, dim:].T, kinds_NH @ inner_IH.T]
         return gather_sum(projected, inputs.event_places)
 
-    def _queries(self, target_BH: Tensor, trigger_BVZ: Tensor) -> Tensor:
-        """S_K' U_K' U_Q S_Q V_Q t of every view, (B, V, K)."""
-        inner_BK = target_BH @ self.inner["q"]().T
-        query_BVK = _apply(self.cores["q"](trigger_BVZ), inner_BK.unsqueeze(1))
-        query_BVK = query_BVK @ (self.outer["q"]().T @ self.outer["k"]())
-        return _apply(self.cores["k"](trigger_BVZ).transpose(2, 3), query_BVK)
 
-
-def _apply(core_BVKK: Tensor, vector_BVK: Tensor) -> Tensor:
-    """Each row's and view's matrix times its vector. A sum of K products: K is too small for a batched matmul."""
-    return (core_BVKK * vector_BVK.unsqueeze(2)).sum(3)
+def _apply(core: Tensor, vector: Tensor) -> Tensor:
+    """(I + core) vector, (.., K). A sum of K products: K is too small for a batched matmul to pay."""
+    return vector + (core * vector.unsqueeze(-2)).sum(-1)
 
 
 class PooledHistory(nn.Module):
@@ -128,7 +131,7 @@ class PooledHistory(nn.Module):
 
     def __init__(self, event_dim: int) -> None:
         super().__init__()
-        self.empty_H = nn.Parameter(torch.randn(event_dim) * 0.05)
+        self.empty_H = nn.Parameter(torch.randn(event_dim) * INIT_STD)
         self.output_dim = event_dim
 
     def forward(self, inputs: Inputs, events: Events) -> Tensor:

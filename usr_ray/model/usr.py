@@ -182,5 +182,6 @@ def _select(views_BVX: Tensor, view_B: Tensor | None) -> Tensor:
     """(B, X): each row's own view; None or a single view: the first."""
     if view_B is None or views_BVX.shape[1] == 1:
         return views_BVX[:, 0]
-    index_B1X = view_B.view(-1, 1, 1).expand(-1, 1, views_BVX.shape[2])
-    return views_BVX.gather(1, index_B1X).squeeze(1)
+    num_rows, num_views, _ = views_BVX.shape
+    own_B = torch.arange(num_rows, device=view_B.device) * num_views + view_B
+    return embedding(own_B, views_BVX.flatten(0, 1))
