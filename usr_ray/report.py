@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import shlex
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -84,26 +85,48 @@ def model_name(config: Mapping[str, Any]) -> str:
 def _facts(run: RunRecord) -> list[tuple[str, str, bool]]:
     """(name, value, is code) of what is known; the rest is left out, never made up."""
     record, about, data = run.record, run.about, run.config.get("data", {})
-    tables = record.get("table") or {}
-    version = about.get("table_version", tables.get("version", record.get("table_version")))
-    steps = [row["step"] for row in run.history]
-    seconds = record.get("duration_s")
-    workers = run.config.get("ray", {}).get("num_workers")
+    table = record.get("table") or {}
+    attempts = record.get("attempts") or []
+    rows = {split: part["num_rows"] for split, part in (record.get("manifests") or {}).items()}
+    packages = record.get("packages") or {}
+    version = about.get("table_version", table.get("version"))
+    manifest = str(about.get("manifest_sha256") or "")[:12]
     candidates: list[tuple[str, Any, bool]] = [
-        ("Started", record.get("started_at"), False),
-        ("Took", report_text.duration(seconds) if seconds is not None else None, False),
-        ("Steps", f"{max(steps):,}" if steps else None, False),
-        ("Workers", record.get("world_size", workers), False),
-        ("Training dates", str(data.get("train_dates", "")).replace(":", " to "), False),
-        ("Held-out dates", str(about.get("dates", data.get("eval_dates", ""))).replace(":", " to "), False),
+        ("Started", _time(record.get("created")), False),
+        ("Ended", _time(record.get("ended")) or ("not yet" if "status" in record else None), False),
+        ("Took", _took(record), False),
+        ("Outcome", " ".join(str(record.get("outcome") or record.get("status") or "").split("_")), False),
+        ("Steps", f"{record['step']:,}" if "step" in record else None, False),
+        ("Workers", run.config.get("ray", {}).get("num_workers"), False),
+        ("Training dates", _with_rows(data.get("train_dates"), rows.get("train")), False),
+        ("Held-out dates", _with_rows(about.get("dates") or data.get("eval_dates"), None), False),
         ("Samples table", f"version {version}" if version is not None else None, False),
-        ("Checkpoint", f"step {about['step']:,}" if "step" in about else None, False),
-        ("Code", record.get("code_version") or record.get("git_commit"), False),
-        ("Manifest", str(about.get("manifest_sha256") or "")[:12], False),
-        ("Table", about.get("table_uri") or tables.get("uri"), True),
-        ("Command", record.get("command"), True),
+        ("Held-out manifest", manifest, False),
+        ("Checkpoint", about.get("checkpoint") or (f"step {about['step']:,}" if "step" in about else None), False),
+        ("Code", f"usr-ray {packages['usr_ray']}" if "usr_ray" in packages else about.get("usr_ray"), False),
+        ("Table", about.get("table_uri") or table.get("uri"), True),
+        ("Command", shlex.join(attempts[-1].get("command") or []) if attempts else None, True),
     ]
+    if len(attempts) > 1:
+        candidates.insert(3, ("Attempts", f"{len(attempts)}, resumed {len(attempts) - 1} times", False))
     return [(name, str(value), is_code) for name, value, is_code in candidates if value not in (None, "")]
+
+
+def _time(text: Any) -> str | None:
+    return f"{dt.datetime.fromisoformat(text):%Y-%m-%d %H:%M} UTC" if text else None
+
+
+def _took(record: Mapping[str, Any]) -> str | None:
+    if not (record.get("created") and record.get("ended")):
+        return None
+    return report_text.duration(
+        (dt.datetime.fromisoformat(record["ended"]) - dt.datetime.fromisoformat(record["created"])).total_seconds()
+    )
+
+
+def _with_rows(dates: Any, num_rows: int | None) -> str:
+    text = str(dates or "").replace(":", " to ")
+    return f"{text} ({num_rows:,} rows)" if num_rows and text else text
 
 
 def _gaps(run: RunRecord) -> dict[tuple[str, str], Gap | None]:

@@ -38,9 +38,12 @@ def plans(scenarios: Sequence[str]) -> list[Plan]:
     ]
     variances = {f"{letter} in {v}": f"variance/{part}/{s}" for letter, part in (("i", "interest"), ("f", "feature"))
                  for v, s in zip(views, scenarios, strict=True)}  # fmt: skip
+    held_out = {f"{TASK_NAMES[task]} in {v}": f"{s}/{task}/auc" for v, s in zip(views, scenarios, strict=True)
+                for task in TASK_NAMES}  # fmt: skip
     return [
         Plan(title="Loss", caption="The weighted sum that the optimisers see.", keys={"loss": "loss"}),
         *by_task,
+        Plan(title="Held-out AUC", caption="After each epoch.", keys=held_out),
         Plan(title="Contrastive loss", caption="Of interests (i) and of features (f), before their weights.",
              keys={"i": "contrastive/interest", "f": "contrastive/feature"}),
         Plan(title="Variance inside a view", caption="Near 0 the vectors of a view have collapsed into one.",
@@ -67,5 +70,6 @@ def curves_part(history: Sequence[Mapping[str, Any]], scenarios: Sequence[str]) 
         if lines:
             svg = line_plot(lines, label=plan.title, from_zero=plan.from_zero, percent=plan.percent)
             curves.append({"title": plan.title, "caption": plan.caption, "svg": Markup(svg)})
-    note = f"From history.jsonl, {len(history):,} log steps; a value is the mean since the log step before."
+    num_steps = sum(row.get("kind", "train") == "train" for row in history)
+    note = f"From history.jsonl, {num_steps:,} log steps; a value is the mean since the log step before."
     return {"curves": curves, "curves_note": note}
