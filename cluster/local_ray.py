@@ -1,8 +1,9 @@
-"""A Ray head node on this machine alone: token, loopback, fixed ports, Train tab filled. Standard library only.
+"""A Ray head node on this machine alone: token, loopback, fixed ports, states of Train runs. Standard library, Linux.
 
-    python cluster/local_ray.py start      then: ray job submit --address http://127.0.0.1:8265 --working-dir . -- \
-                                               python jobs/train.py --config FILE --lake DIR --run-dir DIR
-    python cluster/local_ray.py status
+    python cluster/local_ray.py start      and then
+    RAY_AUTH_MODE=token ray job submit --address http://127.0.0.1:8265 --working-dir . -- \
+        python jobs/train.py --config FILE --lake DIR --run-dir DIR
+    python cluster/local_ray.py status     where everything is; training runs and their workers
     python cluster/local_ray.py stop
 
 `ray stop` ends every Ray process on the machine, other people's included; `stop` here ends only what `start` started.
@@ -43,6 +44,14 @@ def api(port: int, path: str, token: str, timeout_s: float = 5.0) -> dict:
     request = urllib.request.Request(f"http://{LOOPBACK}:{port}{path}", headers={"Authorization": f"Bearer {token}"})
     with urllib.request.urlopen(request, timeout=timeout_s) as response:
         return json.load(response)
+
+
+def train_runs(port: int, token: str) -> list[dict]:
+    """Ray Train's runs, newest first; none before the first one. Ray's open dashboard has the data but no page for it."""
+    try:
+        return api(port, "/api/train/v2/runs/v1", token)["train_runs"]
+    except OSError:
+        return []
 
 
 def session_processes(leader: int) -> list[int]:
@@ -97,7 +106,8 @@ class LocalRay:
             self._wait(head, token)
         self.status()
         address = f"http://{LOOPBACK}:{head['dashboard_port']}"
-        print(f"submit:     ray job submit --address {address} --working-dir . -- python jobs/train.py ...")
+        print(f"submit:     RAY_AUTH_MODE=token ray job submit --address {address} --working-dir . -- \\")
+        print("                python jobs/train.py --config FILE --lake DIR --run-dir DIR")
         print("stop:       python cluster/local_ray.py stop")
 
     def _launch(self, arguments: argparse.Namespace) -> int:
@@ -168,6 +178,12 @@ class LocalRay:
         print(f"Ray runs:   pid {head['pid']}, {LOOPBACK}:{head['port']}, log {self.log_file}")
         print(f"dashboard:  http://{LOOPBACK}:{head['dashboard_port']} (asks for the token in {token_file()})")
         print(f"metrics:    http://{LOOPBACK}:{head['metrics_port']}/metrics (Prometheus text)")
+        for run in train_runs(head["dashboard_port"], ensure_token()):
+            attempt = run["attempts"][-1] if run["attempts"] else {"workers": []}
+            workers = ", ".join(f"rank {w['world_rank']} pid {w['pid']} {w['status']}" for w in attempt["workers"])
+            print(
+                f"run:        {run['name']} {run['status']}, attempt {len(run['attempts'])}: {workers or 'no workers'}"
+            )
 
 
 def main(argv: list[str]) -> None:

@@ -16,22 +16,27 @@ from typing import Any
 from usr_ray.metrics import CellMetrics
 
 HISTORY_FILE, TENSORBOARD_DIR = "history.jsonl", "tensorboard"
-GAUGES = {
+RANK_GAUGES = {
     "step": ("usr_ray_step", "Steps done of the whole run"),
-    "loss/total": ("usr_ray_loss", "Loss, mean of the steps since the last log step"),
-    "gradient_norm": ("usr_ray_gradient_norm", "Largest norm of the dense gradients since the last log step"),
-    "samples_per_s": ("usr_ray_samples_per_s", "Rows that count, over all ranks, per second"),
     "step_s": ("usr_ray_step_seconds", "Seconds a step"),
+    "samples_per_s": ("usr_ray_samples_per_s", "Rows that count, over all ranks, per second"),
     "data_stall": ("usr_ray_data_stall_fraction", "Share of this rank's time spent waiting for batches"),
+}
+"""Key of a log step's numbers -> (metric, description), for every rank; Ray exports each as ray_<metric>."""
+RUN_GAUGES = {
+    "loss": ("usr_ray_loss", "Loss, mean of the steps since the last log step"),
+    "gradient_norm": ("usr_ray_gradient_norm", "Largest norm of the dense gradients since the last log step"),
+    "epoch": ("usr_ray_epoch", "Epoch, from 0"),
     "eta_s": ("usr_ray_seconds_left", "Estimated time to the end of training"),
 }
-"""Key of a log step's numbers -> (metric, description); Ray exports each as ray_<metric>."""
+"""Equal on all ranks, so from rank 0 alone."""
 EVALUATION_GAUGES = {
     "auc": ("usr_ray_auc", "AUC on the held-out rows"),
     "log_loss": ("usr_ray_log_loss", "Log loss on the held-out rows"),
     "pcoc": ("usr_ray_pcoc", "Sum of predictions over sum of positives on the held-out rows"),
 }
 TERM_GAUGE, CHECKPOINT_AGE_GAUGE = "usr_ray_loss_term", "usr_ray_checkpoint_age_s"
+_AGE = "Seconds of training that a crash would cost now"
 CHECKPOINT_COUNTER, ATTEMPT_COUNTER = "usr_ray_checkpoints", "usr_ray_attempts"
 
 
@@ -53,7 +58,7 @@ class FileMonitor:
     def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """See train.Monitor."""
         numbers = {key: _finite(value) for key, value in metrics.items()}
-        self._add(step, {"kind": "train", "step": step, "time": _now(), "loss": numbers.get("loss/total"), **numbers})
+        self._add(step, {"kind": "train", "step": step, "time": _now(), **numbers})
         for key, value in metrics.items():
             self._writer.add_scalar(key if "/" in key else f"train/{key}", value, step)
         self._writer.flush()
@@ -124,14 +129,16 @@ class RayMetrics:
 
     def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """See train.Monitor."""
+        is_main = self._tags["rank"] == "0"
         for key, value in [("step", float(step)), *metrics.items()]:
-            if key in GAUGES:
-                self._set(*GAUGES[key], value)
-            elif key.startswith("loss/"):
-                self._set(TERM_GAUGE, "One term of the loss", value, term=key.removeprefix("loss/"))
-        if self._tags["rank"] == "0":
-            age_s = time.monotonic() - self._last_checkpoint_s
-            self._set(CHECKPOINT_AGE_GAUGE, "Seconds of training that a crash would cost now", age_s)
+            if key in RANK_GAUGES:
+                self._set(*RANK_GAUGES[key], value)
+            elif is_main and key in RUN_GAUGES:
+                self._set(*RUN_GAUGES[key], value)
+            elif is_main and "/" in key:
+                self._set(TERM_GAUGE, "One term of the loss, or a watched variance", value, term=key)
+        if is_main:
+            self._set(CHECKPOINT_AGE_GAUGE, _AGE, time.monotonic() - self._last_checkpoint_s)
 
     def on_evaluation(self, step: int, metrics: CellMetrics) -> None:  # noqa: ARG002
         """See train.Monitor."""
@@ -145,7 +152,7 @@ class RayMetrics:
         self._count(CHECKPOINT_COUNTER, "Checkpoints by outcome", outcome=outcome)
         if path is not None:
             self._last_checkpoint_s = time.monotonic()
-            self._set(CHECKPOINT_AGE_GAUGE, "Seconds of training that a crash would cost now", 0.0)
+            self._set(CHECKPOINT_AGE_GAUGE, _AGE, 0.0)
 
     def _metric(self, kind: str, name: str, description: str, tags: Mapping[str, str]) -> Any:
         if name not in self._metrics:

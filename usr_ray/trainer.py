@@ -238,6 +238,7 @@ def train_worker(settings: Mapping[str, Any]) -> dict[str, Any]:
     refused = run_dir / RAY_DIR / settings["attempt"] / _REFUSED
     if refused.exists():
         return {"outcome": "refused", "step": 0}
+    logging.getLogger().setLevel(logging.WARNING)  # Ray logs a line for every report
     # Ray sets OMP_NUM_THREADS to the CPUs reserved, of which there may be fewer than the machine has.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // ray.train.get_context().get_local_world_size()))
