@@ -19,6 +19,7 @@ from markupsafe import Markup
 
 import usr_ray
 from usr_ray import report_curves, report_funnel, report_plots, report_stats, report_text
+from usr_ray.config import UserError
 from usr_ray.metrics import ALL, GLOBAL
 from usr_ray.report_data import RunRecord, read_etl_reports, read_run
 from usr_ray.report_stats import Gap
@@ -39,11 +40,13 @@ def write_report(run_dir: Path, lake: Path | None = None, output: Path | None = 
         output: file to write; its folder must exist.
 
     Raises:
-        UserError: a directory is missing, a file in it cannot be read.
+        UserError: a directory is missing, or a file in it cannot be read.
     """
     run = read_run(Path(run_dir))
-    page = render(run, read_etl_reports(lake))
     path = Path(output) if output else run.run_dir / REPORT_FILE
+    if not path.parent.is_dir():
+        raise UserError(f"--output {path}: its folder does not exist; create it first")
+    page = render(run, read_etl_reports(lake))
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(page, encoding="utf-8")
     partial.replace(path)
@@ -174,7 +177,7 @@ def _metrics_part(run: RunRecord, gaps: Mapping[tuple[str, str], Gap | None]) ->
             gap = gaps.get((scenario, task))
             part["tiles"].append(
                 {
-                    "name": f"{report_text.cell_name(scenario)}, AUC of {report_text.TASK_NAMES[task]}",
+                    "name": f"{report_text.cell_name(scenario)} {report_text.TASK_NAMES[task]}, AUC",
                     "colour": report_plots.series_name(place),
                     "value": report_text.metric_value("auc", metrics, 4, footnotes),
                     "gap": gap,

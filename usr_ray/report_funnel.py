@@ -1,20 +1,21 @@
 """The label funnel of the report: what the ETL read, dropped and labelled, as sums that visibly add up.
 
-Input: the ETL's reports (`<lake>/reports/*.json`), summed. Per log `rows_in = duplicates + rejected + rows_out`; per
-scenario the counts of the labels on the samples table's rows.
+Input: the ETL's reports, `<lake>/reports/<date>.json`, summed over dates. Per log rows_in = duplicates + rejects +
+used, the used impressions are the samples, and the rejects by reason are the rejects of the logs.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from usr_ray import report_text
 from usr_ray.report_plots import series_name
 
-HIGH_P = 0.97
-"""P(click | global click) from which the report warns: GLMT has next to nothing to learn from."""
+HIGH_RATE = 0.98
+"""P(y_k = 1 | y_g = 1) from which the report warns, as the ETL does: GLMT has next to nothing to learn from."""
+_IMPRESSIONS = "_impressions"
 
 
 def funnel(reports: Sequence[Mapping[str, Any]], scenarios: Sequence[str]) -> dict[str, Any] | None:
@@ -22,79 +23,119 @@ def funnel(reports: Sequence[Mapping[str, Any]], scenarios: Sequence[str]) -> di
     if not reports:
         return None
     logs: dict[str, Counter[str]] = {}
-    rejects: Counter[str] = Counter()
+    rejects: Counter[tuple[str, str]] = Counter()
+    for rows, reasons in _accounts(reports):
+        for log, counts in rows.items():
+            logs.setdefault(log, Counter()).update(counts)
+        for log, counts in reasons.items():
+            rejects.update({(log, reason): count for reason, count in counts.items()})
     samples: dict[str, Counter[str]] = {scenario: Counter() for scenario in scenarios}
     for report in reports:
-        for name, counts in report.get("logs", {}).items():
-            logs.setdefault(name, Counter()).update(_numbers(counts))
-        rejects.update(_numbers(report.get("rejects", {})))
         for scenario, counts in report.get("scenarios", {}).items():
-            samples.setdefault(scenario, Counter()).update(_numbers(counts))
+            sums = {key: value for key, value in counts.items() if isinstance(value, int)}  # rates are not added up
+            samples.setdefault(scenario, Counter()).update(sums)
     parts = [_scenario(name, counts, place) for place, (name, counts) in enumerate(samples.items())]
-    dates = sorted(str(report.get("date", report.get("dates", ""))) for report in reports)
-    span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    lines = _logs(logs)
     return {
-        "note": f"From {len(reports)} ETL report{'s' if len(reports) > 1 else ''} ({span}).",
+        "note": _note(reports),
         "warnings": [warning for part in parts for warning in part["warnings"]],
-        "logs": _logs(logs),
+        "logs": lines,
+        "checks": _checks(logs, rejects, samples),
         "scenarios": parts,
         "rejects": _rejects(rejects),
     }
 
 
-def _numbers(counts: Mapping[str, Any]) -> dict[str, int]:
-    return {key: value for key, value in counts.items() if isinstance(value, int)}
+def _accounts(reports: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """(rows, rejects by reason) of every date, and of the rows without a date: those of the newest build alone.
+
+    Each build reads all logs, so each of its reports carries the same undated rows.
+    """
+    for report in reports:
+        yield report.get("rows", {}), report.get("rejects", {})
+    newest = max(reports, key=lambda report: report.get("table_version", 0)).get("undated", {})
+    yield newest.get("rows", {}), newest.get("rejects", {})
+
+
+def _note(reports: Sequence[Mapping[str, Any]]) -> str:
+    dates = sorted(str(report.get("date", "")) for report in reports)
+    span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    watermarks = sorted({str(report["watermark"]) for report in reports if report.get("watermark")})
+    until = f" Labels are final up to the watermark {watermarks[-1]}." if watermarks else ""
+    files = "the ETL report" if len(reports) == 1 else f"{len(reports)} ETL reports"
+    return f"From {files} of {span}: log rows of these dates, and rows without a usable time.{until}"
 
 
 def _logs(logs: Mapping[str, Counter[str]]) -> list[dict[str, Any]]:
-    lines = [_log(name, counts) for name, counts in logs.items()]
+    lines = [_log(name, counts) for name, counts in sorted(logs.items())]
     if len(lines) > 1:
-        total: Counter[str] = Counter()
-        for counts in logs.values():
-            total.update(counts)
-        lines.append(_log("all logs", total) | {"is_total": True})
+        lines.append(_log("all logs", sum(logs.values(), Counter())) | {"is_total": True})
     return lines
 
 
 def _log(name: str, counts: Counter[str]) -> dict[str, Any]:
-    missing = counts["rows_in"] - counts["duplicates"] - counts["rejected"] - counts["rows_out"]
+    missing = counts["rows_in"] - counts["duplicates"] - counts["rejects"] - counts["used"]
     return {
         "name": name, "rows_in": counts["rows_in"], "duplicates": counts["duplicates"],
-        "rejected": counts["rejected"], "kept": counts["rows_out"], "missing": missing, "adds_up": missing == 0,
+        "rejected": counts["rejects"], "kept": counts["used"], "missing": missing, "adds_up": missing == 0,
         "is_total": False,
     }  # fmt: skip
 
 
-def _rejects(rejects: Counter[str]) -> list[dict[str, Any]]:
+def _checks(
+    logs: Mapping[str, Counter[str]], rejects: Counter[tuple[str, str]], samples: Mapping[str, Counter[str]]
+) -> list[dict[str, Any]]:
+    """Equations between the tables: text with both sides, and whether they agree."""
+    used = {log: counts["used"] for log, counts in sorted(logs.items()) if log.endswith(_IMPRESSIONS)}
+    rows = sum(counts["impressions"] for counts in samples.values())
+    rejected = sum(counts["rejects"] for counts in logs.values())
+    by_reason = sum(rejects.values())
+    return [
+        {"text": f"impressions kept {_sum_text(list(used.values()))}, samples {rows:,}",
+         "adds_up": sum(used.values()) == rows},
+        {"text": f"rows rejected {rejected:,}, rejects by reason {by_reason:,}", "adds_up": rejected == by_reason},
+    ]  # fmt: skip
+
+
+def _sum_text(numbers: list[int]) -> str:
+    terms = " + ".join(f"{n:,}" for n in numbers)
+    return f"{terms} = {sum(numbers):,}" if len(numbers) > 1 else terms
+
+
+def _rejects(rejects: Counter[tuple[str, str]]) -> list[dict[str, Any]]:
     if not rejects:
         return []
-    most = max(rejects.values())
-    lines = [{"name": n.replace("_", " "), "count": c, "part": c / most, "is_total": False}
-             for n, c in rejects.most_common()]  # fmt: skip
-    return [*lines, {"name": "all reasons", "count": sum(rejects.values()), "part": 1.0, "is_total": True}]
+    most = max(rejects.values()) or 1
+    lines = [{"name": f"{log}: {reason.replace('_', ' ')}", "count": count, "part": count / most, "is_total": False}
+             for (log, reason), count in rejects.most_common()]  # fmt: skip
+    return [*lines, {"name": "all", "count": sum(rejects.values()), "part": 1.0, "is_total": True}]
 
 
 def _scenario(name: str, counts: Counter[str], place: int) -> dict[str, Any]:
-    rows, clicks, orders = counts["num_samples"], counts["is_click"], counts["is_order"]
-    global_clicks, global_orders = counts["is_click_global"], counts["is_order_global"]
+    rows, title = counts["impressions"], report_text.cell_name(name)
     # Bars are on the scale of global clicks, and impressions have none: beside theirs no other would be seen.
-    scale = max(global_clicks, 1)
-    stages = [("impressions", rows, None), ("clicked in any scenario", global_clicks, global_clicks / scale),
-              ("clicked in this one", clicks, clicks / scale),
-              ("ordered in any scenario", global_orders, global_orders / scale),
-              ("ordered in this one", orders, orders / scale)]  # fmt: skip
-    p_click = clicks / global_clicks if global_clicks else None
-    p_order = orders / global_orders if global_orders else None
-    warnings = []
-    title = report_text.cell_name(name)
-    if p_click is not None and p_click >= HIGH_P:
-        warnings.append(f"{title}: {report_text.share(p_click)} of the rows clicked in any scenario were clicked in "
-                        "this one, so GLMT's global labels add next to nothing here.")  # fmt: skip
-    mature = counts["is_mature"] / rows if rows else None
+    scale = max(counts["clicks_global"], 1)
+    stages = [("impressions", "impressions"), ("clicked in any scenario", "clicks_global"),
+              ("clicked in this one", "clicks"), ("ordered in any scenario", "orders_global"),
+              ("ordered in this one", "orders")]  # fmt: skip
+    p_click = _rate(counts["clicks"], counts["clicks_global"])
+    p_order = _rate(counts["orders"], counts["orders_global"])
+    warnings = [
+        f"{title}: {report_text.share(rate)} of the rows {done} in any scenario were {done} in this one, so the global "
+        "labels tell GLMT next to nothing new here."
+        for rate, done in ((p_click, "clicked"), (p_order, "ordered"))
+        if rate is not None and rate > HIGH_RATE
+    ]
     note = (f"P(click | click in any scenario) = {report_text.share(p_click)}; P(order | order in any scenario) = "
-            f"{report_text.share(p_order)}; {report_text.share(mature)} of the rows have final labels.")  # fmt: skip
+            f"{report_text.share(p_order)}; {report_text.share(_rate(counts['mature'], rows))} of the rows have final "
+            "labels.")  # fmt: skip
     return {
         "name": title, "colour": series_name(place), "note": note, "warnings": warnings,
-        "stages": [{"name": n, "count": c, "share": report_text.share(c / rows if rows else None, 2), "part": part}
-                   for n, c, part in stages],
+        "stages": [{"name": words, "count": counts[key], "share": report_text.share(_rate(counts[key], rows), 2),
+                    "part": None if key == "impressions" else counts[key] / scale}
+                   for words, key in stages],
     }  # fmt: skip
+
+
+def _rate(part: int, whole: int) -> float | None:
+    return part / whole if whole else None

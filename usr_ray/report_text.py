@@ -179,12 +179,12 @@ def verdict(model: CellMetrics, gaps: Mapping[tuple[str, str], Gap | None], scen
 
 
 def _against_popularity(gaps: Mapping[tuple[str, str], Gap]) -> str:
-    names = {"beats": "beats", "even": "is level with", "loses": "loses to"}
+    names = {"beats": "wins", "even": "is level", "loses": "loses"}
     parts = []
     for kind, words in names.items():
         of_kind = [cell_task(c, t) for (c, t), gap in gaps.items() if gap.verdict == kind]
         if of_kind:
-            parts.append(f"{words} it on {_listed(of_kind)}")
+            parts.append(f"{words} on {_listed(of_kind)}")
     if len(parts) == 1 and all(g.verdict == "beats" for g in gaps.values()):
         return "It beats the popularity baseline in every scenario and task, beyond the 95% interval."
     return f"Against the popularity baseline it {_listed(parts)} (95% intervals)."
