@@ -47,7 +47,7 @@ def api(port: int, path: str, token: str, timeout_s: float = 5.0) -> dict:
 
 
 def train_runs(port: int, token: str) -> list[dict]:
-    """Ray Train's runs, newest first; none before the first one. Ray's open dashboard has the data but no page for it."""
+    """Ray Train's runs, newest first; none before the first. Ray's open dashboard has the data but no page for it."""
     try:
         return api(port, "/api/train/v2/runs/v1", token)["train_runs"]
     except OSError:

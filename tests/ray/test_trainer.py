@@ -1,0 +1,184 @@
+"""Runs on Ray: what they leave, any number of workers, workers and drivers that are killed, what workers refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.ray.conftest import (
+    OVERRIDES,
+    newest_step,
+    small_config,
+    training_workers,
+    wait_for,
+    weights,
+)
+from usr_ray.config import UserError
+from usr_ray.schema import TASKS
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def unbroken(cluster: None, lake: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on two workers that nothing happened to."""
+    from usr_ray.trainer import run
+
+    run_dir = tmp_path_factory.mktemp("unbroken") / "run"
+    summary = run(small_config(), lake, run_dir)
+    assert (summary.outcome, summary.step, summary.was_finished) == ("finished", STEPS, False)
+    return run_dir
+
+
+def test_a_run_leaves_what_the_contract_names(unbroken: Path) -> None:
+    metrics = json.loads((unbroken / "metrics.json").read_text())["eval"]
+    assert set(metrics) == {"search", "recommendation", "global", "all"}
+    assert all(set(cells) == set(TASKS) for cells in metrics.values())
+    assert metrics["search"]["ctr"]["num_samples"] > 0
+    record = json.loads((unbroken / "config.json").read_text())
+    assert (record["status"], record["step"]) == ("finished", STEPS)
+    assert (unbroken / "predictions.parquet").is_file()
+    assert not (unbroken / "ray").exists(), "Ray's own files of an attempt are of no use to anyone"
+
+
+def test_every_log_step_and_evaluation_is_in_the_history_and_in_tensorboard(unbroken: Path) -> None:
+    rows = [json.loads(line) for line in (unbroken / "history.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(5, STEPS + 1, 5))
+    assert [row["step"] for row in rows if row["kind"] == "eval"] == list(range(10, STEPS + 1, 10))
+    events = EventAccumulator(str(unbroken / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(5, STEPS + 1, 5))
+    assert "eval/search/ctr/auc" in events.Tags()["scalars"]
+
+
+def test_the_same_command_on_a_finished_run_says_so_and_trains_nothing(
+    unbroken: Path, lake: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from usr_ray.trainer import run
+
+    before = (unbroken / "config.json").read_text()
+    summary = run(small_config(), lake, unbroken)
+    assert summary.was_finished
+    assert summary.metrics == json.loads((unbroken / "metrics.json").read_text())["eval"]
+    assert "this run is finished" in capsys.readouterr().out
+    assert (unbroken / "config.json").read_text() == before
+
+
+def test_one_worker_trains_what_two_train(unbroken: Path, lake: Path, tmp_path: Path) -> None:
+    from usr_ray.trainer import run
+
+    run(small_config("ray.num_workers=1"), lake, tmp_path / "run")
+    one, two = weights(tmp_path / "run"), weights(unbroken)
+    assert set(one) == set(two)
+    for name, tensor in one.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, two[name], rtol=2e-3, atol=2e-4, msg=lambda text, name=name: name + text)
+    aucs = [
+        [cells[task]["auc"] for cells in json.loads((run_dir / "metrics.json").read_text())["eval"].values() for task in TASKS]
+        for run_dir in (tmp_path / "run", unbroken)
+    ]  # fmt: skip
+    assert aucs[0] == pytest.approx(aucs[1], abs=2e-3)
+
+
+def test_a_killed_worker_costs_only_the_steps_since_the_checkpoint(
+    unbroken: Path, lake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from usr_ray.trainer import run
+
+    run_dir = tmp_path / "run"
+    killed: list[int] = []
+
+    def kill() -> None:
+        wait_for(lambda: newest_step(run_dir) >= 15)
+        workers = training_workers()
+        assert len(workers) == 2
+        os.kill(workers[-1], signal.SIGKILL)
+        killed.append(newest_step(run_dir))
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    summary = run(small_config(), lake, run_dir)
+    thread.join()
+    assert killed
+    assert 15 <= killed[0] < STEPS, "the kill came after the end; make the run longer"
+    assert (summary.outcome, summary.step) == ("finished", STEPS)
+    expected, found = weights(unbroken), weights(run_dir)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    steps = [
+        json.loads(line)["step"] for line in (run_dir / "history.jsonl").read_text().splitlines() if '"train"' in line
+    ]
+    assert steps == list(range(5, STEPS + 1, 5)), "each step once, although some were trained twice"
+
+
+def test_a_killed_driver_is_gone_on_with_by_the_same_command(unbroken: Path, lake: Path, tmp_path: Path) -> None:
+    """Alone, with a Ray of its own: the job as a user runs it."""
+    run_dir = tmp_path / "run"
+    overrides = [word for override in OVERRIDES for word in ("--set", override)]
+    command = [sys.executable, "jobs/train.py", "--lake", lake, "--run-dir", run_dir, *overrides]
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        job = subprocess.Popen([str(word) for word in command], cwd=ROOT, stdout=file, stderr=file)
+        try:
+            wait_for(lambda: newest_step(run_dir) >= 15 or job.poll() is not None)
+        finally:
+            job.kill()
+            job.wait()
+    step = newest_step(run_dir)
+    assert 15 <= step < STEPS, log.read_text()[-2000:]
+    from usr_ray.trainer import run
+
+    summary = run(small_config(), lake, run_dir)
+    assert (summary.outcome, summary.step, summary.was_finished) == ("finished", STEPS, False)
+    expected, found = weights(unbroken), weights(run_dir)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_what_a_worker_refuses_is_the_users_one_line(cluster: None, lake: Path, tmp_path: Path) -> None:
+    from usr_ray.trainer import run
+    from usr_ray.trainer_plan import plan_run, write_plan
+
+    own_lake = Path(shutil.copytree(lake, tmp_path / "lake"))
+    plan = plan_run(small_config(), own_lake, tmp_path / "run")
+    write_plan(plan)
+    lost = own_lake / "samples" / plan.train_manifest.files[0].path
+    lost.unlink()
+    with pytest.raises(UserError, match=lost.name):
+        run(small_config(), own_lake, tmp_path / "run")
+
+
+def test_two_trainings_in_one_directory_are_refused(cluster: None, lake: Path, tmp_path: Path) -> None:
+    import fcntl
+
+    from usr_ray.trainer import run
+
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process trains here"):
+            run(small_config(), lake, tmp_path / "run")
+
+
+def test_more_gpus_than_the_machine_has_are_refused_before_ray_starts(lake: Path, tmp_path: Path) -> None:
+    from usr_ray.config import RayConfig
+    from usr_ray.trainer import ray_session
+
+    config = RayConfig(use_gpu=True, num_workers=torch.cuda.device_count() + 1)
+    import ray
+
+    if ray.is_initialized():
+        ray.shutdown()
+    with pytest.raises(UserError, match=r"ray.use_gpu: .* need a GPU each"), ray_session(config, cluster="own"):
+        pass

@@ -1,0 +1,203 @@
+"""What is checked and pinned before Ray starts: messages, the same rows on resume, the files of a run directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import deltalake
+import pytest
+
+from tests.unit.samples_table import samples_arrow, samples_spec, write_samples
+from usr_ray.cli import run_job
+from usr_ray.config import Config, UserError, load_config
+from usr_ray.manifest import Manifest
+from usr_ray.trainer_environment import ADDRESS, OWN, SUBMITTED, prepare_environment
+from usr_ray.trainer_plan import RunPlan, load_manifest, mark_finished, plan_run, write_plan
+
+pytestmark = pytest.mark.unit
+
+BASE = (
+    "data.train_dates='2026-01-01:2026-01-02'",
+    "data.eval_dates='2026-01-03:2026-01-03'",
+    "train.global_batch_size=64",
+    "model.contrastive.group_size=16",
+)
+
+
+def config(*overrides: str) -> Config:
+    return load_config(None, [*BASE, *overrides])
+
+
+@pytest.fixture(scope="module")
+def shared_lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    lake = tmp_path_factory.mktemp("lake")
+    write_samples(lake, samples_spec(), num_rows=400, num_days=5)
+    return lake
+
+
+@pytest.fixture
+def lake(shared_lake: Path, tmp_path: Path) -> Path:
+    """A table of the test's own, so that it may change it."""
+    return Path(shutil.copytree(shared_lake, tmp_path / "lake"))
+
+
+def started(lake: Path, run_dir: Path, *overrides: str) -> RunPlan:
+    plan = plan_run(config(*overrides), lake, run_dir, command=["train"])
+    write_plan(plan)
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.train_dates=''"], r"data.train_dates is empty; .*--set data.train_dates="),
+        (["train.early_stopping=true", "data.eval_dates=''"], r"train.early_stopping watches data.eval_dates"),
+        (["data.train_dates='2025-01-01:2025-01-02'"], r"no rows in 2025-01-01:2025-01-02.*2026-01-01 to 2026-01-05"),
+        (["data.eval_dates='2027-01-01:2027-01-02'"], r"no rows in 2027-01-01:2027-01-02"),
+        (["scenarios=['search', 'live']"], r"scenarios: the configuration has \['search', 'live'\], the table"),
+        (["ray.num_workers=5"], r"5 workers cannot share a global batch of 4 groups.*lower ray.num_workers"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    shared_lake: Path, tmp_path: Path, overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    assert run_job(lambda argv: plan_run(config(*overrides), shared_lake, run_dir) and None, []) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line), line
+    assert not run_dir.exists()
+
+
+def test_no_table_names_the_job_that_makes_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no Delta table at .*; run jobs/build_samples.py"):
+        plan_run(config(), tmp_path / "nowhere", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_that_never_matured_are_refused(tmp_path: Path) -> None:
+    write_samples(tmp_path / "lake", samples_spec(label_delay_us=10**15), num_rows=200, num_days=3)
+    with pytest.raises(UserError, match=r"none of the .* rows is mature"):
+        plan_run(config(), tmp_path / "lake", tmp_path / "run")
+
+
+def test_a_run_dir_must_be_a_folder_that_can_be_written(shared_lake: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is not a folder that can be written"):
+        plan_run(config(), shared_lake, tmp_path / "file" / "run")
+    with pytest.raises(UserError, match="must be a folder that every machine of the cluster sees"):
+        plan_run(config(), shared_lake, "s3://bucket/run")
+
+
+def test_a_run_dir_of_something_else_is_refused(shared_lake: Path, tmp_path: Path) -> None:
+    for text, message in (("{", "cannot be read"), ("{}", "not written by jobs/train.py")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=f"{message}.*use another --run-dir"):
+            plan_run(config(), shared_lake, tmp_path)
+
+
+def test_the_plan_is_written_whole(lake: Path, tmp_path: Path) -> None:
+    plan = started(lake, tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert record["config"] == plan.config.to_dict()
+    assert record["table"] == {"uri": str(lake / "samples"), "version": plan.train_manifest.version}
+    assert record["manifests"]["train"]["sha256"] == plan.train_manifest.sha256
+    assert record["manifests"]["eval"]["first_date"] == "2026-01-03"
+    assert {"torch", "ray", "deltalake", "pyarrow", "python", "usr_ray"} <= set(record["packages"])
+    assert [attempt["command"] for attempt in record["attempts"]] == [["train"]]
+    assert load_manifest(tmp_path / "run", "train") == plan.train_manifest
+    left = sorted(os.listdir(tmp_path / "run"))
+    assert left == ["config.json", "manifest-eval.json", "manifest-train.json"]
+
+
+def test_without_held_out_dates_there_is_no_held_out_manifest(lake: Path, tmp_path: Path) -> None:
+    assert started(lake, tmp_path / "run", "data.eval_dates=''").eval_manifest is None
+    assert load_manifest(tmp_path / "run", "eval") is None
+
+
+def test_the_same_command_reads_the_same_rows_after_the_table_moved_on(lake: Path, tmp_path: Path) -> None:
+    first = started(lake, tmp_path / "run")
+    more = samples_arrow(samples_spec(), num_rows=90, num_days=5, seed=7)
+    deltalake.write_deltalake(str(lake / "samples"), more, mode="append")
+    again = started(lake, tmp_path / "run")
+    assert again.train_manifest == first.train_manifest
+    assert again.eval_manifest == first.eval_manifest
+    assert len(again.record["attempts"]) == 2
+    fresh = plan_run(config(), lake, tmp_path / "other")
+    assert fresh.train_manifest.sha256 != first.train_manifest.sha256
+
+
+def test_a_lake_that_was_moved_is_recognised_and_another_one_refused(lake: Path, tmp_path: Path) -> None:
+    first = started(lake, tmp_path / "run")
+    moved = Path(shutil.move(lake, tmp_path / "moved"))
+    again = plan_run(config(), moved, tmp_path / "run")
+    assert again.train_manifest.sha256 == first.train_manifest.sha256
+    assert again.train_manifest.table_uri == str(moved / "samples")
+    write_samples(tmp_path / "foreign", samples_spec(), num_rows=300, num_days=5, seed=3)
+    with pytest.raises(UserError, match=r"holds other rows than .*; name that lake, or use another --run-dir"):
+        plan_run(config(), tmp_path / "foreign", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("override", "found"),
+    [
+        ("data.train_dates='2026-01-01:2026-01-01'", "data.train_dates"),
+        ("data.eval_dates=''", "data.eval_dates"),
+        ("model.embedding_dim=8", "model.embedding_dim"),
+        ("train.seed=5", "train.seed"),
+    ],
+)
+def test_another_run_is_refused_in_the_same_directory(lake: Path, tmp_path: Path, override: str, found: str) -> None:
+    started(lake, tmp_path / "run")
+    before = (tmp_path / "run" / "config.json").read_text()
+    with pytest.raises(UserError, match=rf"holds a run with {found} = .*; set it back .*or use another --run-dir"):
+        plan_run(config(override), lake, tmp_path / "run")
+    assert (tmp_path / "run" / "config.json").read_text() == before
+
+
+def test_a_finished_run_stays_finished_unless_it_is_to_train_more(lake: Path, tmp_path: Path) -> None:
+    plan = started(lake, tmp_path / "run")
+    assert not plan_run(config(), lake, tmp_path / "run").is_finished
+    mark_finished(plan, outcome="finished", step=7)
+    again = plan_run(config("ray.num_workers=1"), lake, tmp_path / "run")
+    assert again.is_finished
+    assert again.record["step"] == 7
+    assert not plan_run(config("train.num_epochs=3"), lake, tmp_path / "run").is_finished
+
+
+def test_a_manifest_changed_by_hand_is_refused(lake: Path, tmp_path: Path) -> None:
+    plan = started(lake, tmp_path / "run")
+    path = tmp_path / "run" / "manifest-train.json"
+    path.write_text(path.read_text().replace(plan.train_manifest.files[0].path, "elsewhere.parquet"))
+    with pytest.raises(UserError, match="hash does not match"):
+        plan_run(config(), lake, tmp_path / "run")
+    assert isinstance(plan.train_manifest, Manifest)
+
+
+def test_alone_everything_stays_on_the_loopback_with_a_token_of_the_owners(tmp_path: Path) -> None:
+    token = tmp_path / "auth_token"
+    environment = {"RAY_AUTH_TOKEN_PATH": str(token), "PYTHONPATH": "mine"}
+    assert prepare_environment(environment) == OWN
+    assert environment["RAY_AUTH_MODE"] == "token"
+    assert environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
+    assert environment["PYTHONPATH"].split(os.pathsep)[-1] == "mine"
+    assert len(token.read_text()) == 64
+    assert token.stat().st_mode & 0o777 == 0o600
+    first = token.read_text()
+    token.chmod(0o644)
+    prepare_environment(environment)
+    assert token.read_text() == first
+    assert token.stat().st_mode & 0o077 == 0
+
+
+def test_inside_a_cluster_its_network_and_token_are_left_alone() -> None:
+    environment = {"RAY_ADDRESS": "10.0.0.1:6379"}
+    assert prepare_environment(environment) == ADDRESS
+    assert "RAY_AUTH_MODE" not in environment
+    assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in environment
+    assert "PYTHONPATH" not in environment
+    job = {"RAY_ADDRESS": "x", "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"working_dir": "gcs://a"}})}
+    assert prepare_environment(job) == SUBMITTED
