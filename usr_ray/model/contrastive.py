@@ -38,9 +38,8 @@ def event_mask(events: Events, row_number_B: Tensor, step_seed: int, rate: float
     num_scenarios = events.lengths_SB.shape[0]
     scenario_S1 = torch.arange(num_scenarios, device=row_number_B.device).unsqueeze(1)
     keys_SB = hash_keys(_row_keys(row_number_B, step_seed, _EVENT_STREAM), scenario_S1)
-    from_newest_V = events.from_newest_V()
-    uniform_V = to_uniform(hash_keys(keys_SB.flatten()[events.group_V], from_newest_V))
-    return (uniform_V >= rate) | (from_newest_V == 0)
+    uniform_V = to_uniform(hash_keys(keys_SB.flatten()[events.history_V], events.from_newest_V))
+    return (uniform_V >= rate) | (events.from_newest_V == 0)
 
 
 def feature_mask(widths: Sequence[int], row_number_B: Tensor, step_seed: int, rate: float) -> Tensor:

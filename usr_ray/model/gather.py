@@ -3,7 +3,7 @@
 torch's own backward of a gather of 200,000 rows adds them one at a time (25 ms on one core, one table); grouped by
 row beforehand it is a segmented sum (1 ms), and the same order of additions every time, on a GPU as well.
 
-Shape letters: U rows of a weight, V gathered places, C columns, G sums.
+Shape letters: U rows of a weight, V places (history events), C columns, G groups of places.
 """
 
 from __future__ import annotations
@@ -30,6 +30,18 @@ class Places:
     """int64: row u is taken by places order_V[starts_U[u]:starts_U[u + 1]]."""
 
 
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Which places are added up."""
+
+    group_V: Tensor
+    """int64, the group of each place."""
+    order_V: Tensor
+    """int64 permutation of the places that puts those of one group side by side, groups ascending."""
+    starts_G: Tensor
+    """int64: group g is places order_V[starts_G[g]:starts_G[g + 1]]; it may be empty."""
+
+
 def group_places(index_V: Tensor, num_rows: int) -> Places:
     """Places of an index into a weight of `num_rows` rows. The sort is stable, so the result is deterministic."""
     # Half the bytes is half the time of the sort.
@@ -39,68 +51,46 @@ def group_places(index_V: Tensor, num_rows: int) -> Places:
     return Places(index_V, order_V, counts_U.cumsum(0) - counts_U)
 
 
-def gather_sum(weights: Sequence[Tensor], places: Sequence[Places]) -> Tensor:
-    """(V, C): for each place the sum over the weights (U_i, C) of the row it takes of each."""
-    tensors = [t for p in places for t in (p.index_V, p.order_V, p.starts_U)]
-    gathered_VC: Tensor = _GatherSum.apply(len(weights), *weights, *tensors)  # type: ignore[no-untyped-call]
-    return gathered_VC
+def pool_sum(weights: Sequence[Tensor], places: Sequence[Places], groups: Groups) -> Tensor:
+    """(G, C): for each group the sum over its places and over the weights (U_i, C) of the row a place takes of each.
 
-
-def pool_sum(weights: Sequence[Tensor], places: Sequence[Places], starts_G: Tensor, group_V: Tensor) -> Tensor:
-    """(G, C): `gather_sum` added up over the groups, without the (V, C) in between.
-
-    Group g owns places starts_G[g]:starts_G[g + 1] and group_V names the group of each place (both int64). An empty
-    group gives zeros.
+    No (V, C) tensor is built. An empty group gives zeros. bfloat16 is added up in float32.
     """
     tensors = [t for p in places for t in (p.index_V, p.order_V, p.starts_U)]
-    pooled_GC: Tensor = _PoolSum.apply(len(weights), *weights, *tensors, starts_G, group_V)  # type: ignore[no-untyped-call]
+    pooled_GC: Tensor = _PoolSum.apply(  # type: ignore[no-untyped-call]
+        len(weights), *weights, *tensors, groups.group_V, groups.order_V, groups.starts_G
+    )
     return pooled_GC
 
 
 def _bag(index: Tensor, rows: Tensor, starts: Tensor) -> Tensor:
-    """Sum of rows[index] over consecutive segments; bfloat16 is added up in float32."""
+    """Sum of rows[index] over consecutive segments."""
     if rows.shape[0] == 0 or index.shape[0] == 0:
         return rows.new_zeros((starts.shape[0], rows.shape[1]))
     wide = rows.float() if rows.dtype in (torch.bfloat16, torch.float16) else rows
     return embedding_bag(index, wide.contiguous(), starts, mode="sum").to(rows.dtype)
 
 
-class _GatherSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, num_weights: int, *tensors: Tensor) -> Tensor:
-        weights, places = tensors[:num_weights], tensors[num_weights:]
-        ctx.num_weights = num_weights
-        ctx.save_for_backward(*places)
-        total_VC = weights[0].index_select(0, places[0])
-        for weight_UC, index_V in zip(weights[1:], places[3::3], strict=True):
-            total_VC += weight_UC.index_select(0, index_V)
-        return total_VC
-
-    @staticmethod
-    @once_differentiable  # type: ignore[misc]
-    def backward(ctx: Any, grad_VC: Tensor) -> tuple[Tensor | None, ...]:
-        places = ctx.saved_tensors
-        grads = [_bag(order, grad_VC, starts) for order, starts in zip(places[1::3], places[2::3], strict=True)]
-        return (None, *grads, *[None] * len(places))
-
-
 class _PoolSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, num_weights: int, *tensors: Tensor) -> Tensor:
-        weights, places = tensors[:num_weights], tensors[num_weights:-2]
-        starts_G, group_V = tensors[-2:]
-        ctx.save_for_backward(*places, group_V)
-        total_GC = _bag(places[0], weights[0], starts_G)
-        for weight_UC, index_V in zip(weights[1:], places[3::3], strict=True):
-            total_GC += _bag(index_V, weight_UC, starts_G)
-        return total_GC
+        weights, places, (group_V, order_V, starts_G) = tensors[:num_weights], tensors[num_weights:-3], tensors[-3:]
+        ctx.save_for_backward(group_V, *places[1::3], *places[2::3])
+        ctx.num_inputs = len(tensors)
+        # One pass over all weights: a group's rows of each, one after the other.
+        first_row, indices = 0, []
+        for weight_UC, index_V in zip(weights, places[::3], strict=True):
+            indices.append(index_V.index_select(0, order_V) + first_row)
+            first_row += weight_UC.shape[0]
+        return _bag(torch.stack(indices, dim=1).flatten(), torch.cat(weights), starts_G * num_weights)
 
     @staticmethod
     @once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, grad_GC: Tensor) -> tuple[Tensor | None, ...]:
-        *places, group_V = ctx.saved_tensors
+        group_V, *rest = ctx.saved_tensors
+        half = len(rest) // 2
         grads = [
-            _bag(group_V.index_select(0, order), grad_GC, starts)
-            for order, starts in zip(places[1::3], places[2::3], strict=True)
+            _bag(group_V.index_select(0, order_V), grad_GC, starts_U)
+            for order_V, starts_U in zip(rest[:half], rest[half:], strict=True)
         ]
-        return (None, *grads, *[None] * (len(places) + 2))
+        return (None, *grads, *[None] * (ctx.num_inputs - len(grads)))

@@ -3,7 +3,7 @@
 h_j = [e_item ; e_query or e_noq] + type + action + log-dt, where type is the scenario the event happened in.
 
 Shape letters: B rows, S scenarios, V events of all histories (scenario after scenario, then row after row), G = S * B
-histories, L longest row of the batch over all scenarios, H event vector (2 D), N kinds of events.
+histories, P = B * L slots, L longest row of the batch over all scenarios, H event vector (2 D), N kinds of events.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from usr_ray.batch import UsrBatch
-from usr_ray.model.gather import Places, group_places
+from usr_ray.model.gather import Groups, Places, group_places
 from usr_ray.schema import NUM_ACTIONS
 
 NUM_AGES = 32
@@ -23,26 +23,25 @@ NUM_AGES = 32
 
 @dataclass(frozen=True, slots=True)
 class Events:
-    """Where each event of a batch belongs. Fields with V are int64."""
+    """Where each event of a batch belongs."""
 
-    group_V: Tensor
-    """History of the event: scenario * B + row."""
-    starts_G: Tensor
+    history_V: Tensor
+    """int64, history of the event: scenario * B + row."""
+    from_newest_V: Tensor
+    """int64, 0 for the newest event of its history, 1 for the one before it."""
+    starts_SB: Tensor
     """int64, first event of each history."""
     lengths_SB: Tensor
     """int64, events of each history."""
     kinds: Places
     """(scenario, action, age bucket) of each event as an index into `EventKinds.forward`."""
+    rows: Groups
+    """The events of a row: its scenarios one after the other, newest last in each."""
 
     @property
     def num_events_B(self) -> Tensor:
         """int64 (B), events of a row in all scenarios."""
         return self.lengths_SB.sum(0)
-
-    def from_newest_V(self) -> Tensor:
-        """int64, 0 for the newest event of its history, 1 for the one before it."""
-        ends_G = self.starts_G + self.lengths_SB.flatten()
-        return ends_G[self.group_V] - 1 - torch.arange(self.group_V.shape[0], device=self.group_V.device)
 
 
 def list_events(batch: UsrBatch) -> Events:
@@ -53,49 +52,58 @@ def list_events(batch: UsrBatch) -> Events:
     starts_G = lengths_G.cumsum(0) - lengths_G
     actions_V = torch.cat([h.actions_V for h in batch.histories])
     ages_s_V = torch.cat([h.ages_s_V for h in batch.histories])
-    groups_G = torch.arange(num_scenarios * num_rows, device=lengths_G.device)
-    group_V = groups_G.repeat_interleave(lengths_G, output_size=actions_V.shape[0])
+    device, num_events = actions_V.device, actions_V.shape[0]
+    histories_G = torch.arange(num_scenarios * num_rows, device=device)
+    history_V = histories_G.repeat_interleave(lengths_G, output_size=num_events)
     # frexp is exact at powers of two, which a float log2 is not on every device.
     age_V = (torch.frexp(1 + ages_s_V.clamp(min=0)).exponent - 1).clamp(max=NUM_AGES - 1)
-    scenario_V = group_V // max(num_rows, 1)
+    scenario_V = history_V // max(num_rows, 1)
     kind_V = (scenario_V * NUM_ACTIONS + actions_V) * NUM_AGES + age_V
-    kinds = group_places(kind_V, num_scenarios * NUM_ACTIONS * NUM_AGES)
-    return Events(group_V, starts_G, lengths_SB, kinds)
+    # Histories come scenario after scenario; a row's events stand together once each history has moved by `shift`.
+    num_events_B = lengths_SB.sum(0)
+    row_starts_B = num_events_B.cumsum(0) - num_events_B
+    shift_SB = row_starts_B + lengths_SB.cumsum(0) - lengths_SB - starts_G.view_as(lengths_SB)
+    numbers_V = torch.arange(num_events, device=device)
+    order_V = torch.empty_like(numbers_V)
+    order_V[numbers_V + shift_SB.flatten()[history_V]] = numbers_V
+    return Events(
+        history_V=history_V,
+        from_newest_V=(starts_G + lengths_G)[history_V] - 1 - numbers_V,
+        starts_SB=starts_G.view_as(lengths_SB),
+        lengths_SB=lengths_SB,
+        kinds=group_places(kind_V, num_scenarios * NUM_ACTIONS * NUM_AGES),
+        rows=Groups(history_V - scenario_V * num_rows, order_V, row_starts_B),
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
     """The events of a row side by side, padded to the batch's longest row."""
 
-    place_V: Tensor
-    """int64, row * L + position of each event; a row's scenarios follow one another, newest last in each."""
     valid_BL: Tensor
     """bool, False on padding."""
-
-    def pad(self, values_VC: Tensor) -> Tensor:
-        """(B, L, C) with zeros on padding."""
-        shape = self.valid_BL.shape
-        padded_PC = values_VC.new_zeros((shape[0] * shape[1], values_VC.shape[1]))
-        return padded_PC.index_copy_(0, self.place_V, values_VC).view(*shape, -1)
+    slots: Groups
+    """The event of each slot (row * L + position) as groups of one event, or of none on padding."""
 
     def mark(self, keep_V: Tensor) -> Tensor:
         """The events for which keep_V holds, as a bool (B, L)."""
         marks_P = torch.zeros_like(self.valid_BL).flatten()
-        marks_P[self.place_V] = keep_V
+        marks_P[self.slots.group_V] = keep_V
         return marks_P.view_as(self.valid_BL)
 
 
 def lay_out(events: Events) -> Grid:
     """The grid of a batch's events; L is at least 1. On a GPU this waits for the longest row's length."""
-    num_rows = events.lengths_SB.shape[1]
-    num_events_B = events.num_events_B
+    num_events_B, order_V = events.num_events_B, events.rows.order_V
+    num_rows = num_events_B.shape[0]
     longest = max(int(num_events_B.max()), 1) if num_rows else 1
-    before_G = (events.lengths_SB.cumsum(0) - events.lengths_SB).flatten()
-    row_starts_G = torch.arange(num_rows, device=before_G.device).repeat(events.lengths_SB.shape[0]) * longest
-    shift_G = row_starts_G + before_G - events.starts_G
-    place_V = shift_G[events.group_V] + torch.arange(events.group_V.shape[0], device=before_G.device)
-    valid_BL = torch.arange(longest, device=before_G.device) < num_events_B.unsqueeze(1)
-    return Grid(place_V, valid_BL)
+    valid_BL = torch.arange(longest, device=order_V.device) < num_events_B.unsqueeze(1)
+    filled_P = valid_BL.flatten()
+    slot_V = torch.empty_like(order_V)
+    row_shift_B = torch.arange(num_rows, device=order_V.device) * longest - events.rows.starts_G
+    places_V = torch.arange(order_V.shape[0], device=order_V.device)
+    slot_V[order_V] = places_V + row_shift_B[events.rows.group_V[order_V]]
+    return Grid(valid_BL, Groups(slot_V, order_V, filled_P.cumsum(0) - filled_P.long()))
 
 
 class EventKinds(nn.Module):

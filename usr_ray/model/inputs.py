@@ -15,7 +15,7 @@ from torch.nn.functional import embedding
 from usr_ray.batch import UsrBatch
 from usr_ray.config import ModelConfig
 from usr_ray.model.embedding import INIT_STD, ITEM_TABLE, QUERY_TABLE, Lookup, TableLookup
-from usr_ray.model.gather import Places, gather_sum, group_places
+from usr_ray.model.gather import Groups, Places, group_places, pool_sum
 from usr_ray.model.history import EventKinds, Events
 from usr_ray.schema import FeatureSpec
 
@@ -34,6 +34,8 @@ class Inputs:
     """e_q or e_noq."""
     event_weights: tuple[Tensor, Tensor, Tensor]
     """Rows from which events are summed: items (U, D), queries (U, D; row 0 is e_noq) and kinds (N, H)."""
+    query_rows_UD: Tensor
+    """The query table's rows with zeros, not e_noq, for padding."""
     event_places: tuple[Places, Places, Places]
 
 
@@ -82,6 +84,7 @@ class InputNetwork(nn.Module):
             context_BC=torch.cat(context, dim=1) if context else query_BD[:, :0],
             query_BD=query_BD,
             event_weights=(items.rows_UD, queries_UD, self.kinds()),
+            query_rows_UD=queries.rows_UD,
             event_places=(items.events, queries.events, events.kinds),
         )
 
@@ -107,11 +110,11 @@ class Trigger(nn.Module):
     def forward(self, inputs: Inputs, scenario_B: Tensor, scenario_embedding_SE: Tensor, events: Events) -> Tensor:
         """(B, S, Z)."""
         num_rows = scenario_B.shape[0]
-        query_weight_UD = inputs.event_weights[1]
         own_query_B1 = self.get_buffer("has_query_S")[scenario_B].unsqueeze(1)
-        views = [query_weight_UD[0].expand(num_rows, -1)] * self.num_scenarios
+        no_query_D = inputs.event_weights[1][0]
+        views = [no_query_D.expand(num_rows, -1)] * self.num_scenarios
         for scenario in self.query_scenarios:
-            past_BD = self._past_query(query_weight_UD, inputs.event_places[1].index_V, events, scenario)
+            past_BD = self._past_query(inputs, events, scenario, no_query_D)
             views[scenario] = torch.where(own_query_B1, inputs.query_BD, past_BD)
         query_BSD = torch.stack(views, dim=1)
         scenario_BSE = scenario_embedding_SE.expand(num_rows, -1, -1)
@@ -119,18 +122,17 @@ class Trigger(nn.Module):
         z_BSZ: Tensor = self.norm(self.project(torch.cat([scenario_BSE, query_BSD, context_BSC], dim=2)))
         return z_BSZ
 
-    def _past_query(self, weight_UD: Tensor, index_V: Tensor, events: Events, scenario: int) -> Tensor:
+    def _past_query(self, inputs: Inputs, events: Events, scenario: int, no_query_D: Tensor) -> Tensor:
         """(B, D): mean of the newest past queries of one history, e_noq where it has none."""
-        num_rows = events.lengths_SB.shape[1]
-        first_B = events.starts_G[scenario * num_rows : (scenario + 1) * num_rows]
+        index_V, rows_UD = inputs.event_places[1].index_V, inputs.query_rows_UD
+        lengths_B1 = events.lengths_SB[scenario].unsqueeze(1)
         newest_R = torch.arange(self.num_recent, device=index_V.device)
-        place_BR = (first_B + events.lengths_SB[scenario]).unsqueeze(1) - 1 - newest_R
-        inside_BR = newest_R < events.lengths_SB[scenario].unsqueeze(1)
-        # One place more than there are events, for the places outside.
-        index_BR = torch.cat([index_V, index_V.new_zeros(1)])[torch.where(inside_BR, place_BR, index_V.shape[0])]
-        known_BR = (index_BR > 0).to(weight_UD.dtype)
-        count_B1 = known_BR.sum(1, keepdim=True)
-        places = group_places(index_BR.flatten(), weight_UD.shape[0])
-        queries_BRD = gather_sum([weight_UD], [places]).unflatten(0, index_BR.shape)
-        mean_BD = (known_BR.unsqueeze(1) @ queries_BRD).squeeze(1) / count_B1.clamp(min=1)
-        return torch.where(count_B1 > 0, mean_BD, weight_UD[0])
+        place_BR = events.starts_SB[scenario].unsqueeze(1) + lengths_B1 - 1 - newest_R
+        # One place more than there are events, with padding, for the places outside the history.
+        index_V = torch.cat([index_V, index_V.new_zeros(1)])
+        index_BR = index_V[torch.where(newest_R < lengths_B1, place_BR, index_V.shape[0] - 1)]
+        numbers_P = torch.arange(index_BR.numel(), device=index_V.device)
+        rows = Groups(numbers_P // self.num_recent, numbers_P, numbers_P[:: self.num_recent])
+        sum_BD = pool_sum([rows_UD], [group_places(index_BR.flatten(), rows_UD.shape[0])], rows)
+        count_B1 = (index_BR > 0).sum(1, keepdim=True)
+        return torch.where(count_B1 > 0, sum_BD / count_B1.clamp(min=1), no_query_D)

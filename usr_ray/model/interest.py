@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from usr_ray.model.embedding import INIT_STD
-from usr_ray.model.gather import gather_sum, pool_sum
+from usr_ray.model.gather import pool_sum
 from usr_ray.model.history import Events, Grid
 from usr_ray.model.inputs import Inputs
 
@@ -86,7 +86,7 @@ class InterestExtractor(nn.Module):
         inner_B1K = (inputs.target_BH @ self.inner["q"]().T).unsqueeze(1)
         query_BVK = _apply(query_core, inner_B1K) @ (self.outer["q"]().T @ self.outer["k"]())
         query_BVK = _apply(key_core.transpose(2, 3), query_BVK) / math.sqrt(self.output_dim)
-        projected_BLK = grid.pad(self._project_events(inputs))
+        projected_BLK = self._project_events(inputs, grid)
         keys_BLK, values_BLK = projected_BLK.split(self.rank, dim=2)
         scores_B1VL = (query_BVK.to(keys_BLK.dtype) @ keys_BLK.transpose(1, 2)).unsqueeze(1)
         valid_BML = grid.valid_BL.unsqueeze(1)
@@ -109,8 +109,8 @@ class InterestExtractor(nn.Module):
             if isinstance(module, Product):
                 module.fold()
 
-    def _project_events(self, inputs: Inputs) -> Tensor:
-        """[V_K h_j ; V_V h_j] of every event, (events, 2 K).
+    def _project_events(self, inputs: Inputs, grid: Grid) -> Tensor:
+        """[V_K h_j ; V_V h_j] of every event, (B, L, 2 K) with zeros on padding.
 
         h_j is a sum of rows, so the rows are projected, once each, and their projections summed.
         """
@@ -118,7 +118,7 @@ class InterestExtractor(nn.Module):
         items_UD, queries_UD, kinds_NH = inputs.event_weights
         dim = items_UD.shape[1]
         projected = [items_UD @ inner_IH[:, :dim].T, queries_UD @ inner_IH[:, dim:].T, kinds_NH @ inner_IH.T]
-        return gather_sum(projected, inputs.event_places)
+        return pool_sum(projected, inputs.event_places, grid.slots).view(*grid.valid_BL.shape, -1)
 
 
 def _apply(core: Tensor, vector: Tensor) -> Tensor:
@@ -138,9 +138,7 @@ class PooledHistory(nn.Module):
         """(B, H); a row without events gets a learned vector."""
         items, queries, kinds = inputs.event_places
         items_UD, queries_UD, kinds_NH = inputs.event_weights
-        groups = (events.starts_G, events.group_V)
-        own_GH = torch.cat([pool_sum([items_UD], [items], *groups), pool_sum([queries_UD], [queries], *groups)], dim=1)
-        sum_GH = own_GH + pool_sum([kinds_NH], [kinds], *groups)
+        own = [pool_sum([items_UD], [items], events.rows), pool_sum([queries_UD], [queries], events.rows)]
+        sum_BH = torch.cat(own, dim=1) + pool_sum([kinds_NH], [kinds], events.rows)
         count_B1 = events.num_events_B.unsqueeze(1)
-        mean_BH = sum_GH.unflatten(0, events.lengths_SB.shape).sum(0) / count_B1.clamp(min=1)
-        return torch.where(count_B1 > 0, mean_BH, self.empty_H)
+        return torch.where(count_B1 > 0, sum_BH / count_B1.clamp(min=1), self.empty_H)
