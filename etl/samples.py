@@ -188,7 +188,7 @@ def sample_frame(inputs: Inputs, config: Config, known: Vocabularies, plan: Pass
     """The samples of the planned time range, in the columns of the table."""
     schema = samples_schema(plan.spec)
     inner = T.StructType([column for column in schema if column.name not in _AFTER_PASS])
-    arrow_schema = to_arrow_schema(inner)
+    arrow_schema = to_arrow_schema(inner, timezone="UTC")
     plan = replace(
         plan, own_columns=own_columns(config, inner.names), profile_columns=profile_columns(config, inner.names)
     )

@@ -98,6 +98,8 @@ def _sample_columns(
     columns |= {
         name: pa.array(getattr(labels, name)) for name in ("is_click", "is_order", "is_click_global", "is_order_global")
     }
+    columns["impression_id"] = rows["id"].take(picked).combine_chunks()
+    columns[index_column("scenario")] = pa.array(events.scenario[targets])
     columns["is_mature"] = pa.array(mature(events.time[targets], plan.watermark, plan.rules))
     columns["click_time"] = _times(labels.click_time)
     columns["order_time"] = _times(labels.order_time)
