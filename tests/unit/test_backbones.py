@@ -177,9 +177,9 @@ def test_evaluation_exports_with_any_batch_size(name: str) -> None:
     torch.testing.assert_close(program.module()(*other), model(*other), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_training_compiles_without_a_graph_break(name: str) -> None:
-    model, twin = (FromTensors(small_backbone(name)) for _ in range(2))
+def test_training_of_star_compiles_without_a_graph_break() -> None:
+    # The one backbone that does something else in training than what the export above has traced.
+    model, twin = (FromTensors(small_backbone("star")) for _ in range(2))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     case = tensors(batch_of(MIXED))
     torch.testing.assert_close(compiled(*case), twin(*case), rtol=1e-12, atol=1e-12)
@@ -212,7 +212,7 @@ def test_a_known_function_of_each_cell_is_learned(name: str) -> None:
     )  # fmt: skip
     backbone = build_backbone(config, input_dim=width, scenario_dim=2, trigger_dim=2, num_scenarios=num_scenarios)
     optimizer = torch.optim.Adam(backbone.parameters(), lr=0.01)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=150)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=100)
 
     def draw(num_rows: int) -> tuple[BackboneInput, Tensor]:
         x_BD = torch.randn(num_rows, width)
@@ -221,7 +221,7 @@ def test_a_known_function_of_each_cell_is_learned(name: str) -> None:
         labels_BT = (sign_S[scenario_B].unsqueeze(1) * (x_BD @ directions_T.T) > 0).float()
         return BackboneInput(x_BD, scenario_B, embedding_BE, embedding_BE, torch.ones(num_rows)), labels_BT
 
-    for _ in range(150):
+    for _ in range(100):
         inputs, labels_BT = draw(128)
         loss = nn.functional.binary_cross_entropy_with_logits(backbone(inputs), labels_BT)
         optimizer.zero_grad()
