@@ -179,8 +179,13 @@ def main() -> None:
         "date": dt.date.today().isoformat(),
         "machine": {"cpus": os.cpu_count(), "processor": platform.processor() or platform.machine()},
         "versions": versions,
-        "settings": {"rows": num_rows, "repeats": arguments.repeats, "threads": arguments.threads,
-                     "batch_rows": BATCH_ROWS, "row_group_rows": ROW_GROUP_ROWS},  # fmt: skip
+        "settings": {
+            "rows": num_rows,
+            "repeats": arguments.repeats,
+            "threads": arguments.threads,
+            "batch_rows": BATCH_ROWS,
+            "row_group_rows": ROW_GROUP_ROWS,
+        },
         "rows_per_second": {name: round(value) for name, value in medians.items()},
         "ratio_to_pyarrow_decode": {name: round(v / medians["pyarrow decode"], 3) for name, v in medians.items()},
         "spread": {name: [round(min(values)), round(max(values))] for name, values in rates.items()},
