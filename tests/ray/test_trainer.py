@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,14 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60
 
 
+def history(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "history.jsonl").read_text().splitlines()]
+
+
+def evaluation(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "metrics.json").read_text())["eval"]
+
+
 @pytest.fixture(scope="module")
 def unbroken(cluster: None, lake: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on two workers that nothing happened to."""
@@ -44,7 +53,7 @@ def unbroken(cluster: None, lake: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_a_run_leaves_what_the_contract_names(unbroken: Path) -> None:
-    metrics = json.loads((unbroken / "metrics.json").read_text())["eval"]
+    metrics = evaluation(unbroken)
     assert set(metrics) == {"search", "recommendation", "global", "all"}
     assert all(set(cells) == set(TASKS) for cells in metrics.values())
     assert metrics["search"]["ctr"]["num_samples"] > 0
@@ -55,7 +64,7 @@ def test_a_run_leaves_what_the_contract_names(unbroken: Path) -> None:
 
 
 def test_every_log_step_and_evaluation_is_in_the_history_and_in_tensorboard(unbroken: Path) -> None:
-    rows = [json.loads(line) for line in (unbroken / "history.jsonl").read_text().splitlines()]
+    rows = history(unbroken)
     assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(5, STEPS + 1, 5))
     assert [row["step"] for row in rows if row["kind"] == "eval"] == list(range(10, STEPS + 1, 10))
     events = EventAccumulator(str(unbroken / "tensorboard"))
@@ -72,7 +81,7 @@ def test_the_same_command_on_a_finished_run_says_so_and_trains_nothing(
     before = (unbroken / "config.json").read_text()
     summary = run(small_config(), lake, unbroken)
     assert summary.was_finished
-    assert summary.metrics == json.loads((unbroken / "metrics.json").read_text())["eval"]
+    assert summary.metrics == evaluation(unbroken)
     assert "this run is finished" in capsys.readouterr().out
     assert (unbroken / "config.json").read_text() == before
 
@@ -87,9 +96,9 @@ def test_one_worker_trains_what_two_train(unbroken: Path, lake: Path, tmp_path: 
         if tensor.is_floating_point():
             torch.testing.assert_close(tensor, two[name], rtol=2e-3, atol=2e-4, msg=lambda text, name=name: name + text)
     aucs = [
-        [cells[task]["auc"] for cells in json.loads((run_dir / "metrics.json").read_text())["eval"].values() for task in TASKS]
+        [cells[task]["auc"] for cells in evaluation(run_dir).values() for task in TASKS]
         for run_dir in (tmp_path / "run", unbroken)
-    ]  # fmt: skip
+    ]
     assert aucs[0] == pytest.approx(aucs[1], abs=2e-3)
 
 
@@ -117,9 +126,7 @@ def test_a_killed_worker_costs_only_the_steps_since_the_checkpoint(
     assert (summary.outcome, summary.step) == ("finished", STEPS)
     expected, found = weights(unbroken), weights(run_dir)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    steps = [
-        json.loads(line)["step"] for line in (run_dir / "history.jsonl").read_text().splitlines() if '"train"' in line
-    ]
+    steps = [row["step"] for row in history(run_dir) if row["kind"] == "train"]
     assert steps == list(range(5, STEPS + 1, 5)), "each step once, although some were trained twice"
 
 
