@@ -211,7 +211,7 @@ def _mix(first: np.ndarray, second: np.ndarray, share: float) -> np.ndarray:
 def _spread(vectors: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """Centred and of equal length: no item pleases everybody, so that popularity alone cannot tell tastes."""
     centred = vectors - np.average(vectors, axis=-2, weights=weight)[..., None, :]
-    return centred * np.sqrt(LATENT_DIM) / np.linalg.norm(centred, axis=-1, keepdims=True)
+    return centred * np.sqrt(LATENT_DIM) / np.maximum(np.linalg.norm(centred, axis=-1, keepdims=True), 1e-9)
 
 
 def _grouped(rng: np.random.Generator, group: np.ndarray, num_groups: int, num_draws: int) -> np.ndarray:

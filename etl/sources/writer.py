@@ -98,7 +98,7 @@ class LogWriter:
         buffer = self._buffers.setdefault(log, [])
         if buffer and buffer[0].schema != table.schema:
             raise ValueError(
-                f"{log}: columns {table.schema.names} differ from the rows before: {buffer[0].schema.names}"
+                f"{log}: columns {table.schema.names} differ from the columns before: {buffer[0].schema.names}"
             )
         buffer.append(table)
         self.num_rows[log] = self.num_rows.get(log, 0) + table.num_rows
