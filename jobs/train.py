@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--run-dir", required=True, metavar="DIR", help="checkpoints, metrics and events go here")
     arguments = parser.parse_args(argv)
     config = job_config(arguments)
-    cluster = prepare_environment()
+    cluster = prepare_environment(dashboard=config.ray.dashboard)
     from usr_ray.trainer import run  # imports ray, which reads the environment
 
     run(config, arguments.lake, arguments.run_dir, cluster=cluster, command=["jobs/train.py", *argv])

@@ -86,9 +86,12 @@ def run(
         command: noted in config.json.
 
     Raises:
-        UserError: see plan_run; another process trains in this directory; a worker refused its data or checkpoint.
+        UserError: see plan_run; a submitted job's path is relative; another process trains in this directory; a worker
+            refused its data or checkpoint.
         TrainingFailedError: more failures than ray.max_failures.
     """
+    if cluster == SUBMITTED:
+        _refuse_relative({"--lake": lake, "--run-dir": run_dir})
     plan = plan_run(config, lake, run_dir, command=command)
     if plan.is_finished:
         print(f"{plan.run_dir}: this run is finished (step {plan.record['step']:,}); its result:")
@@ -100,6 +103,15 @@ def run(
         mark_finished(plan, outcome=outcome, step=step)
     print(f"{plan.run_dir}: {outcome} at step {step:,}")
     return _summary(plan, outcome, step, was_finished=False)
+
+
+def _refuse_relative(paths: Mapping[str, Path | str]) -> None:
+    for flag, path in paths.items():
+        if "://" not in str(path) and not Path(path).is_absolute():
+            raise UserError(
+                f"{flag} {path}: is relative, and a submitted job runs in an uploaded copy of the working directory, "
+                "which is thrown away; give the whole path"
+            )
 
 
 def _summary(plan: RunPlan, outcome: str, step: int, *, was_finished: bool) -> RunSummary:

@@ -1,4 +1,4 @@
-"""What must stand in the environment before `ray` is imported: loopback, token, the dashboard's Train tab.
+"""What must stand in the environment before `ray` is imported: loopback, token, states of Train runs.
 
 Standard library only. Jobs call it; no module of the library changes the environment on its own.
 """
@@ -17,7 +17,7 @@ OWN, SUBMITTED, ADDRESS = "own", "submitted", "address"
 ROOT = Path(__file__).resolve().parent.parent
 
 RAY_ENVIRONMENT = {
-    # Read by whoever builds the TorchTrainer; without it the dashboard's Train tab stays empty.
+    # Read by whoever builds the TorchTrainer; without it the dashboard's /api/train/v2/runs/v1 knows no run.
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
     # Ray logs each printed line once more.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
@@ -38,8 +38,12 @@ LOCAL_ENVIRONMENT = {
 """Only for a Ray that lives on this machine alone."""
 
 
-def prepare_environment(environment: MutableMapping[str, str] | None = None) -> str:
+def prepare_environment(environment: MutableMapping[str, str] | None = None, *, dashboard: bool = True) -> str:
     """Fill what is not set, and see that there is a token. Call it before `ray` is imported.
+
+    Args:
+        environment: None: this process's.
+        dashboard: whether a Ray of our own will have one (config ray.dashboard).
 
     Returns:
         OWN: the job is to start a Ray of its own; SUBMITTED: it runs inside a cluster that has its working directory
@@ -50,6 +54,8 @@ def prepare_environment(environment: MutableMapping[str, str] | None = None) -> 
     wanted = RAY_ENVIRONMENT | (LOCAL_ENVIRONMENT if own else {})
     if own and sys.platform == "linux":
         wanted = wanted | {"GLOO_SOCKET_IFNAME": "lo"}
+    if own and not dashboard:  # the actor that keeps the states asks the dashboard, and complains without end
+        wanted = {**wanted, "RAY_TRAIN_ENABLE_STATE_TRACKING": "0"}
     if own:
         # Workers import usr_ray from where this job does, installed or not; a submitted job has its working directory.
         paths = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]

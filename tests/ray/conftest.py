@@ -43,10 +43,8 @@ def _environment() -> Iterator[None]:
     """What jobs/train.py sets before it imports ray; taken back for the tests of other folders."""
     before = dict(os.environ)
     os.environ.pop("RAY_ADDRESS", None)
-    # The Train tab needs the dashboard, which these clusters do without.
-    os.environ["RAY_TRAIN_ENABLE_STATE_TRACKING"] = "0"
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"
-    prepare_environment()
+    prepare_environment(dashboard=False)
     yield
     os.environ.clear()
     os.environ.update(before)

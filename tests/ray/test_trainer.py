@@ -166,6 +166,15 @@ def test_what_a_worker_refuses_is_the_users_one_line(cluster: None, lake: Path, 
         run(small_config(), own_lake, tmp_path / "run")
 
 
+@pytest.mark.parametrize("flag", ["--lake", "--run-dir"])
+def test_a_submitted_job_needs_whole_paths(flag: str, lake: Path, tmp_path: Path) -> None:
+    from usr_ray.trainer import run
+
+    paths = {"--lake": lake, "--run-dir": tmp_path / "run"} | {flag: Path("runs/demo")}
+    with pytest.raises(UserError, match=rf"{flag} runs/demo: is relative, .*; give the whole path"):
+        run(small_config(), paths["--lake"], paths["--run-dir"], cluster="submitted")
+
+
 def test_two_trainings_in_one_directory_are_refused(cluster: None, lake: Path, tmp_path: Path) -> None:
     import fcntl
 

@@ -1,0 +1,160 @@
+"""cluster/local_ray.py as a user has it: start, submit a training, watch it, stop; on ports of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.local_ray import api, session_processes, train_runs
+from tests.ray.conftest import OVERRIDES, wait_for
+from tests.unit.samples_table import samples_spec, write_samples
+from usr_ray.trainer_environment import ensure_token
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for open_socket in sockets:
+        open_socket.bind(("127.0.0.1", 0))
+    ports = [open_socket.getsockname()[1] for open_socket in sockets]
+    for open_socket in sockets:
+        open_socket.close()
+    return ports
+
+
+LOOPBACK_HEX = {"0100007F", "0000000000000000FFFF00000100007F"}
+"""127.0.0.1 and ::ffff:127.0.0.1 as the kernel writes them."""
+
+
+def listening_addresses(pid: int) -> list[str]:
+    """Addresses, as in /proc/net/tcp, of the sockets on which a process accepts connections."""
+    inodes = set()
+    for link in (Path("/proc") / str(pid) / "fd").iterdir():
+        with contextlib.suppress(OSError):
+            inodes.add(os.readlink(link).removeprefix("socket:[").removesuffix("]"))
+    lines = [
+        line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+    ]
+    return [fields[1].split(":")[0] for fields in lines if fields[3] == "0A" and fields[9] in inodes]
+
+
+class Head:
+    """The script on ports of the test's own."""
+
+    def __init__(self, state: Path) -> None:
+        self.state = state
+        self.port, self.dashboard, self.metrics = free_ports(3)
+        # The metrics of a node are refreshed every ten seconds by default, longer than this training takes.
+        self.environment = {**os.environ, "RAY_metrics_report_interval_ms": "500"}
+
+    def call(self, action: str) -> subprocess.CompletedProcess[str]:
+        flags = {"--port": self.port, "--dashboard-port": self.dashboard, "--metrics-port": self.metrics}
+        flags |= {"--num-cpus": 2, "--state-dir": self.state}
+        command = [sys.executable, "cluster/local_ray.py", action, *(str(w) for pair in flags.items() for w in pair)]
+        return subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, check=False)
+
+    def scrape(self) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics}/metrics", timeout=5) as response:
+            return response.read().decode()
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    head = Head(tmp_path_factory.mktemp("head"))
+    started = head.call("start")
+    assert started.returncode == 0, started.stdout + started.stderr
+    yield head
+    head.call("stop")
+
+
+def leader(head: Head) -> int:
+    match = re.search(r"pid (\d+)", head.call("status").stdout)
+    assert match
+    return int(match[1])
+
+
+def test_everything_listens_on_the_loopback_alone(head: Head) -> None:
+    listening = [address for pid in session_processes(leader(head)) for address in listening_addresses(pid)]
+    assert len(listening) > 5
+    assert set(listening) == LOOPBACK_HEX
+
+
+def test_the_dashboard_wants_the_token_and_nothing_prints_it(head: Head) -> None:
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        api(head.dashboard, "/api/version", "0" * 64)
+    assert api(head.dashboard, "/api/version", ensure_token())["ray_version"]
+    printed = head.call("start").stdout + head.call("status").stdout + (head.state / "head.log").read_text()
+    assert ensure_token() not in printed
+
+
+def test_a_second_start_finds_the_first(head: Head) -> None:
+    first = leader(head)
+    assert head.call("start").returncode == 0
+    assert leader(head) == first
+
+
+def test_a_port_in_use_is_one_line(head: Head, tmp_path: Path) -> None:
+    other = Head(tmp_path)
+    other.dashboard = head.dashboard
+    refused = other.call("start")
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines() == [
+        f"error: --dashboard-port {head.dashboard}: in use by another program; end it or choose another"
+    ]
+
+
+def test_a_submitted_training_can_be_watched(head: Head, tmp_path: Path) -> None:
+    write_samples(tmp_path / "lake", samples_spec(), num_rows=12_000, num_days=6)
+    overrides = [w for o in (*OVERRIDES, "train.num_epochs=4") for w in ("--set", o)]
+    submit = [Path(sys.executable).parent / "ray", "job", "submit", "--address", f"http://127.0.0.1:{head.dashboard}",
+              "--working-dir", ".", "--", "python", "jobs/train.py", "--lake", tmp_path / "lake",
+              "--run-dir", tmp_path / "run", *overrides]  # fmt: skip
+    log = (tmp_path / "log").open("w")
+    environment = {**os.environ, "RAY_AUTH_MODE": "token"}
+    job = subprocess.Popen([str(w) for w in submit], cwd=ROOT, env=environment, stdout=log, stderr=log)
+    try:
+        seen: dict[str, Any] = {}
+
+        def watched() -> bool:
+            for run in train_runs(head.dashboard, ensure_token()):
+                if run["status"] == "RUNNING" and run["attempts"][-1]["workers"]:
+                    seen["ranks"] = sorted(w["world_rank"] for w in run["attempts"][-1]["workers"])
+            found = set(re.findall(r'^ray_(usr_ray_\w+){.*rank="(\d)"', head.scrape(), re.MULTILINE))
+            seen["metrics"] = seen.get("metrics", set()) | found
+            return job.poll() is not None
+
+        wait_for(watched, timeout_s=240)
+    finally:
+        job.kill()
+        log.close()
+    printed = (tmp_path / "log").read_text()
+    assert job.returncode == 0, printed[-3000:]
+    assert "finished at step" in printed
+    assert seen["ranks"] == [0, 1]
+    for rank in "01":
+        assert {("usr_ray_step", rank), ("usr_ray_samples_per_s", rank)} <= seen["metrics"]
+    assert {("usr_ray_loss", "0"), ("usr_ray_auc", "0"), ("usr_ray_checkpoint_age_s", "0")} <= seen["metrics"]
+    assert re.search(r"run: +run-\S+ FINISHED, attempt 1: rank 0", head.call("status").stdout)
+
+
+def test_stop_leaves_nothing_behind(head: Head) -> None:
+    pid = leader(head)
+    assert head.call("stop").stdout == "Ray stopped\n"
+    assert session_processes(pid) == []
+    again = head.call("status")
+    assert again.returncode == 2
+    assert again.stderr == "error: Ray is not running; start it: python cluster/local_ray.py start\n"
