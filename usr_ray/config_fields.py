@@ -123,6 +123,8 @@ def _convert(hint: Any, value: Any, *, path: str) -> Any:
         return {str(k): _convert(inner, v, path=f"{path}.{k}") for k, v in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is str and isinstance(value, dt.date):  # TOML reads a bare 2026-01-01 as a date
+        return value.isoformat()
     if type(value) is not hint:
         raise ConfigError(f"{path} must be {_NAMES.get(hint, hint)}, got {value!r}")
     return value

@@ -80,9 +80,7 @@ def _lines(path: Path) -> Iterator[Any]:
                 try:
                     yield json.loads(line)
                 except ValueError as error:
-                    raise UserError(
-                        f"{path}: line {number} is not JSON ({error}); one object a line is needed"
-                    ) from error
+                    raise UserError(f"{path}: line {number} is not JSON ({error}); write one object a line") from error
 
 
 def _check(session: Any, *, where: str) -> None:
