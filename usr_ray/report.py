@@ -145,7 +145,7 @@ def _gaps(run: RunRecord) -> dict[tuple[str, str], Gap | None]:
 
 def _metrics_part(run: RunRecord, gaps: Mapping[tuple[str, str], Gap | None]) -> dict[str, Any]:
     part: dict[str, Any] = {
-        "rows": [], "footnotes": [], "gap_rows": [], "tiles": [], "metrics_note": "",
+        "min_rows": report_stats.MIN_ROWS, "rows": [], "footnotes": [], "gap_rows": [], "tiles": [], "metrics_note": "",
         "metric_names": [heading for _, heading, _ in report_text.METRIC_COLUMNS],
         "verdict": ["The run has not been evaluated yet."],
         "no_metrics": "No metrics yet: evaluate the run with python jobs/evaluate.py --run-dir "

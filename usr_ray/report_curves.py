@@ -38,12 +38,18 @@ def plans(scenarios: Sequence[str]) -> list[Plan]:
     ]
     variances = {f"{letter} in {v}": f"variance/{part}/{s}" for letter, part in (("i", "interest"), ("f", "feature"))
                  for v, s in zip(views, scenarios, strict=True)}  # fmt: skip
-    held_out = {f"{TASK_NAMES[task]} in {v}": f"{s}/{task}/auc" for v, s in zip(views, scenarios, strict=True)
-                for task in TASK_NAMES}  # fmt: skip
+    held_out = [
+        Plan(
+            title=f"Held-out AUC of {name}",
+            caption="After each epoch.",
+            keys={v: f"{s}/{task}/auc" for v, s in zip(views, scenarios, strict=True)},
+        )
+        for task, name in TASK_NAMES.items()
+    ]
     return [
         Plan(title="Loss", caption="The weighted sum that the optimisers see.", keys={"loss": "loss"}),
         *by_task,
-        Plan(title="Held-out AUC", caption="After each epoch.", keys=held_out),
+        *held_out,
         Plan(title="Contrastive loss", caption="Of interests (i) and of features (f), before their weights.",
              keys={"i": "contrastive/interest", "f": "contrastive/feature"}),
         Plan(title="Variance inside a view", caption="Near 0 the vectors of a view have collapsed into one.",

@@ -26,7 +26,7 @@ class RunRecord:
     history: list[dict[str, Any]]
     """history.jsonl: one object a log step, in order of steps."""
     metrics: CellMetrics | None
-    """The newest evaluation's metrics, else those at the end of training."""
+    """Of the file written last: an evaluation's, or metrics.json of the end of training."""
     metrics_file: str
     """Name of the file that `metrics` is from."""
     baseline_metrics: CellMetrics | None
@@ -120,11 +120,9 @@ def read_etl_reports(lake: Path | None) -> list[dict[str, Any]]:
 
 
 def _newest_metrics(run_dir: Path) -> tuple[CellMetrics | None, CellMetrics | None, str]:
-    evaluations = sorted(run_dir.glob("evaluation-*.json"), key=lambda p: (p.stat().st_mtime_ns, p.name))
-    for path in [*reversed(evaluations), run_dir / METRICS_FILE]:
-        if path.is_file():
-            splits = read_json(path)
-            model = splits.get(SPLIT) or next((v for k, v in splits.items() if k != BASELINE_SPLIT), None)
-            if model:
-                return model, splits.get(BASELINE_SPLIT), path.name
+    files = [*run_dir.glob(METRICS_FILE), *sorted(run_dir.glob("evaluation-*.json"))]
+    for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        splits = read_json(path)
+        if splits.get(SPLIT):
+            return splits[SPLIT], splits.get(BASELINE_SPLIT), path.name
     return None, None, ""

@@ -18,6 +18,8 @@ from usr_ray.schema import TASKS, UNKNOWN_ID
 
 HISTORY_BUCKETS = ((0, 0), (1, 5), (6, 20), (21, None))
 """Numbers of past events (first, last) that the slices put together; None: no upper end."""
+MIN_ROWS = 30
+"""Rows of the rarer label below which no verdict is given."""
 RESAMPLED_ROWS = 100_000_000
 """Rows times resamples of one bootstrap: an interval must not take longer than the evaluation."""
 
@@ -43,10 +45,14 @@ class Gap:
     value: float
     low: float
     high: float
+    num_rarer: int
+    """Rows of the rarer label, which limit what the interval can say."""
 
     @property
     def verdict(self) -> str:
-        """'beats', 'loses' or 'even' (the interval holds 0)."""
+        """'beats', 'loses', 'even' (the interval holds 0), or 'few': a bootstrap of so few rows says nothing."""
+        if self.num_rarer < MIN_ROWS:
+            return "few"
         return "beats" if self.low > 0 else "loses" if self.high < 0 else "even"
 
 
@@ -120,7 +126,8 @@ def auc_gap(rows: Predictions, baseline: Predictions, cell: str, task: int, scen
     mask = slice(None) if cell in (ALL, GLOBAL) else rows.scenario_N == list(scenarios).index(cell)
     num_resamples = int(np.clip(RESAMPLED_ROWS / max(1, len(of_model[0])), 40, 200))
     gap = paired_auc_gap(*of_model, of_baseline[1], rows.user_key_N[mask], num_resamples=num_resamples)
-    return None if gap is None else Gap(*gap)
+    num_positives = int(np.count_nonzero(of_model[0]))
+    return None if gap is None else Gap(*gap, min(num_positives, len(of_model[0]) - num_positives))
 
 
 def ctr_slices(rows: Predictions, baseline: Predictions | None, scenario: int) -> list[Slice]:

@@ -179,7 +179,7 @@ def verdict(model: CellMetrics, gaps: Mapping[tuple[str, str], Gap | None], scen
 
 
 def _against_popularity(gaps: Mapping[tuple[str, str], Gap]) -> str:
-    names = {"beats": "wins", "even": "is level", "loses": "loses"}
+    names = {"beats": "wins", "even": "is level", "loses": "loses", "few": "has too few positives to tell"}
     parts = []
     for kind, words in names.items():
         of_kind = [cell_task(c, t) for (c, t), gap in gaps.items() if gap.verdict == kind]

@@ -24,7 +24,7 @@ SCENARIOS = ("search", "recommendation")
 COMMAND = ["python", "jobs/train.py", "--set", "data.name=<b>&'x'"]
 
 
-def make_predictions(*, seed=0, num_rows=300):
+def make_predictions(*, seed=0, num_rows=600):
     """No order in search, so that CTCVR is undefined there."""
     rng = np.random.default_rng(seed)
     scenario_N = rng.integers(0, 2, num_rows)
@@ -229,7 +229,7 @@ def test_metrics_of_training_serve_until_there_is_an_evaluation(tmp_path):
     cells = metrics_by_scenario(make_predictions(), SCENARIOS)
     write_metrics(tmp_path / "metrics.json", {"eval": cells})
     text = text_of(tmp_path)
-    assert "From metrics.json: 300 impressions" in text
+    assert "From metrics.json: 600 impressions" in text
     assert f"{cells['search']['ctr']['auc']:.4f}" in text
 
 

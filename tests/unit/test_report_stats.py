@@ -72,7 +72,15 @@ def test_gap_is_undefined_without_global_heads_or_with_one_class():
     rows = make_predictions()
     assert auc_gap(rows, rows, "global", 0, ("search", "recommendation")) is None
     assert auc_gap(rows, rows, "search", 1, ("search", "recommendation")) is None
-    assert auc_gap(rows, rows, "search", 0, ("search", "recommendation")) == Gap(0.0, 0.0, 0.0)
+    rarer = int(rows.labels_NT[rows.scenario_N == 0, 0].sum())
+    assert auc_gap(rows, rows, "search", 0, ("search", "recommendation")) == Gap(0.0, 0.0, 0.0, num_rarer=rarer)
+
+
+def test_a_gap_of_few_rows_gives_no_verdict():
+    assert Gap(0.2, 0.1, 0.3, 29).verdict == "few"
+    assert Gap(0.2, 0.1, 0.3, 30).verdict == "beats"
+    assert Gap(-0.2, -0.3, -0.1, 30).verdict == "loses"
+    assert Gap(0.2, -0.1, 0.3, 30).verdict == "even"
 
 
 def task(auc, pcoc=1.0, positives=5):
@@ -85,10 +93,10 @@ def test_the_verdict_says_where_it_loses_and_what_is_unknown():
         "live_feed": {"ctr": task(0.6, 0.998), "ctcvr": task(0.8)},
     }
     gaps = {
-        ("search", "ctr"): Gap(0.1, 0.05, 0.15),
+        ("search", "ctr"): Gap(0.1, 0.05, 0.15, 30),
         ("search", "ctcvr"): None,
-        ("live_feed", "ctr"): Gap(-0.1, -0.15, -0.05),
-        ("live_feed", "ctcvr"): Gap(0.01, -0.02, 0.03),
+        ("live_feed", "ctr"): Gap(-0.1, -0.15, -0.05, 30),
+        ("live_feed", "ctcvr"): Gap(0.01, -0.02, 0.03, 30),
     }
     assert verdict(cells, gaps, ("search", "live_feed")) == [
         "The model ranks held-out clicks with an AUC of 0.7000 in search and 0.6000 in live feed.",
