@@ -1,0 +1,183 @@
+"""The contract's sections 1 to 3 in plain, slow Python: what the ETL's tests compare with. Loops over rows on purpose.
+
+Times are whole microseconds. A row is a dict; `scenario` is its position in the scenarios (None: a shop-wide order line).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+DAY = 86_400_000_000
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Windows:
+    click: int
+    order: int
+    whole: int
+    skew: int = 0
+    day_span: bool = False
+    credit_impression: bool = False
+
+
+@dataclass
+class World:
+    impressions: list[Row] = field(default_factory=list)
+    clicks: list[Row] = field(default_factory=list)
+    orders: list[Row] = field(default_factory=list)
+
+    def impression(self, id: str, user: str, item: str, scenario: int, time: int, **more: Any) -> World:
+        self.impressions.append(_row(id, user, item, scenario, time, query=None) | more)
+        return self
+
+    def click(self, id: str, user: str, item: str, scenario: int, time: int, names: str | None = None, **more: Any) -> World:
+        self.clicks.append(_row(id, user, item, scenario, time, names=names) | more)
+        return self
+
+    def order(self, id: str, user: str, item: str, time: int, scenario: int | None = None, **more: Any) -> World:
+        self.orders.append(_row(id, user, item, scenario, time) | more)
+        return self
+
+
+def _row(id: str, user: str, item: str, scenario: int | None, time: int, **more: Any) -> Row:
+    return {"id": id, "user": user, "item": item, "scenario": scenario, "time": time, "known": time, **more}
+
+
+@dataclass
+class Expected:
+    samples: dict[str, Row]
+    """impression_id -> labels, click_time, order_time (None where none), is_mature, histories per scenario."""
+    rejects: dict[tuple[str, str, str], str]
+    """("click" or "order", id, item) -> reason."""
+    duplicates: dict[str, int]
+
+
+def unique(rows: list[Row], key: tuple[str, ...]) -> list[Row]:
+    """Key duplicates: the earliest (event_time, ingest_time) stays; a scenario's log wins over the shop's."""
+    kept: dict[tuple, Row] = {}
+    for row in rows:
+        name = tuple(row[k] for k in key)
+        rank = (row["time"], row["known"], 99 if row["scenario"] is None else row["scenario"])
+        if name not in kept or rank < kept[name]["rank"]:
+            kept[name] = row | {"rank": rank}
+    return list(kept.values())
+
+
+def expected(world: World, windows: Windows, *, num_scenarios: int, length: int, watermark: int) -> Expected:
+    impressions = unique(world.impressions, ("id",))
+    clicks = unique(world.clicks, ("scenario", "id"))
+    orders = unique(world.orders, ("id", "item"))
+    rejects: dict[tuple[str, str, str], str] = {}
+    good_clicks, good_orders = [], []
+    for click in clicks:
+        target, reason = find_impression(click, impressions, windows)
+        if target is None:
+            rejects["click", click["id"], click["item"]] = reason
+        else:
+            good_clicks.append(click | {"target": target, "at": max(click["time"], target["time"])})
+    for order in orders:
+        credited, reason = find_click(order, good_clicks, windows)
+        if credited is not None:
+            at = max(order["time"], credited["at"])
+            good_orders.append(order | {"target": credited["target"], "click": credited, "at": at})
+            continue
+        shown = last_shown(order, impressions, windows) if windows.credit_impression else None
+        if shown is None:
+            rejects["order", order["id"], order["item"]] = reason
+        else:
+            good_orders.append(order | {"target": shown, "click": None, "at": max(order["time"], shown["time"])})
+    samples = {
+        i["id"]: sample(i, good_clicks, good_orders, windows, num_scenarios, length, watermark) for i in impressions
+    }
+    duplicates = {
+        "impressions": len(world.impressions) - len(impressions),
+        "clicks": len(world.clicks) - len(clicks),
+        "orders": len(world.orders) - len(orders),
+    }
+    return Expected(samples, rejects, duplicates)
+
+
+def find_impression(click: Row, impressions: list[Row], w: Windows) -> tuple[Row | None, str]:
+    """Rule 1."""
+    if click["names"] is not None:
+        named = [i for i in impressions if i["id"] == click["names"] and i["user"] == click["user"]]
+        if not named:
+            return None, "unknown_impression"
+        shown = named[0]
+        if shown["scenario"] != click["scenario"]:
+            return None, "impression_of_other_scenario"
+        if shown["item"] != click["item"]:
+            return None, "impression_of_other_item"
+        if click["time"] < shown["time"] - w.skew:
+            return None, "before_impression"
+        if click["time"] > shown["time"] + w.click:
+            return None, "after_window"
+        return shown, ""
+    fitting = [
+        i for i in impressions
+        if (i["user"], i["item"], i["scenario"]) == (click["user"], click["item"], click["scenario"])
+        and i["time"] - w.skew <= click["time"] <= i["time"] + w.click
+    ]  # fmt: skip
+    return (max(fitting, key=lambda i: (i["time"], i["id"])), "") if fitting else (None, "no_impression")
+
+
+def same_shelf(order: Row, other: Row) -> bool:
+    """The same (user, item), in the order's own scenario where it has one."""
+    same = (order["user"], order["item"]) == (other["user"], other["item"])
+    return same and order["scenario"] in (None, other["scenario"])
+
+
+def find_click(order: Row, clicks: list[Row], w: Windows) -> tuple[Row | None, str]:
+    """Rule 2."""
+    near = [c for c in clicks if same_shelf(order, c)]
+    before = [c for c in near if c["at"] - w.skew <= order["time"]]
+    fitting = [c for c in before if order["time"] <= c["at"] + w.order]
+    if fitting:
+        return max(fitting, key=lambda c: (c["at"], c["id"], c["scenario"])), ""
+    return None, "after_window" if before else ("before_click" if near else "no_click")
+
+
+def last_shown(order: Row, impressions: list[Row], w: Windows) -> Row | None:
+    """Rule 7."""
+    fitting = [
+        i for i in impressions if same_shelf(order, i) and i["time"] - w.skew <= order["time"] <= i["time"] + w.order
+    ]
+    return max(fitting, key=lambda i: (i["time"], i["id"]), default=None)
+
+
+def sample(i: Row, clicks: list[Row], orders: list[Row], w: Windows, num_scenarios: int, length: int, watermark: int) -> Row:
+    """Rules 3, 4 and 6, and the histories."""
+    mine = [c["at"] for c in clicks if c["target"] is i]
+    bought = [o["at"] for o in orders if o["target"] is i]
+    is_order = bool(bought)
+    is_click = bool(mine) or is_order
+    t = i["time"]
+    midnight = t - t % DAY
+    first, last = (midnight, midnight + DAY - 1) if w.day_span else (t, t + w.whole)
+    near = [c for c in clicks if (c["user"], c["item"]) == (i["user"], i["item"]) and first <= c["at"] <= last]
+    near_orders = [o for o in orders if any(o["click"] is c for c in near)]
+    closes = (midnight + DAY if w.day_span else t) + w.whole + w.order
+    return {
+        "is_click": float(is_click),
+        "is_order": float(is_order),
+        "is_click_global": float(bool(near) or is_click),
+        "is_order_global": float(bool(near_orders) or is_order),
+        "click_time": min(mine, default=None),
+        "order_time": min(bought, default=None),
+        "is_mature": closes <= watermark,
+        "histories": [history(i, clicks, orders, k, length) for k in range(num_scenarios)],
+    }
+
+
+def history(i: Row, clicks: list[Row], orders: list[Row], scenario: int, length: int) -> list[tuple]:
+    """(item, query, action, age in microseconds), newest last."""
+    events = [(c["at"], 1, (c["id"],), c) for c in clicks] + [(o["at"], 2, (o["id"], o["item"]), o) for o in orders]
+    seen = [
+        e for e in events
+        if e[3]["user"] == i["user"] and e[3]["target"]["scenario"] == scenario
+        and e[0] < i["time"] and e[3]["known"] <= i["time"]
+    ]  # fmt: skip
+    seen.sort(key=lambda e: e[:3])
+    return [(e[3]["item"], e[3]["target"]["query"], e[1], i["time"] - e[0]) for e in seen][-length:]
