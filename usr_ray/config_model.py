@@ -22,6 +22,9 @@ class InterestConfig:
     def __post_init__(self) -> None:
         for key in ("rank", "over_parameterisation"):
             require(getattr(self, key) > 0, f"model.interest.{key} must be positive, got {getattr(self, key)}")
+        require(self.over_parameterisation >= self.rank,
+                f"model.interest.over_parameterisation ({self.over_parameterisation}) must not be below "
+                f"model.interest.rank ({self.rank}): the product would lose rank")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,8 +117,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         require(self.backbone in BACKBONES,
                  f"model.backbone {self.backbone!r} is not known; choose from: {', '.join(BACKBONES)}")  # fmt: skip
-        for key in ("embedding_dim", "num_experts", "num_task_experts", "num_levels", "meta_depth", "meta_view_dim",
-                    "apg_rank"):  # fmt: skip
+        for key in ("embedding_dim", "trigger_dim", "recent_queries", "num_experts", "num_task_experts", "num_levels",
+                    "meta_depth", "meta_view_dim", "apg_rank"):  # fmt: skip
             require(getattr(self, key) > 0, f"model.{key} must be positive, got {getattr(self, key)}")
         for key in ("hidden", "tower_hidden", "apg_hidden"):
             widths = getattr(self, key)

@@ -118,7 +118,7 @@ class InterestExtractor(nn.Module):
         items_UD, queries_UD, kinds_NH = inputs.event_weights
         dim = items_UD.shape[1]
         projected = [items_UD @ inner_IH[:, :dim].T, queries_UD @ inner_IH[:, dim:].T, kinds_NH @ inner_IH.T]
-        return pool_sum(projected, inputs.event_places, grid.slots).view(*grid.valid_BL.shape, -1)
+        return pool_sum(projected, inputs.event_places, grid.slots).view(*grid.valid_BL.shape, 2 * self.rank)
 
 
 def _apply(core: Tensor, vector: Tensor) -> Tensor:

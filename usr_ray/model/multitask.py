@@ -5,13 +5,15 @@ The union of the labels makes {y_k = 1} a subset of {y_g = 1}, so p_k = p_g P(y_
 p_ctr,g = sig(a_g)                    p_ctr,k   = p_ctr,g sig(a_k)
 p_ctcvr,g = p_ctr,g sig(b_g)          p_ctcvr,k = p_ctcvr,g sig(b_k) (variant A), or p_ctr,k sig(b_k) (variant B)
 
-Everything stays in log space and float32. log(1 - p) is not log1mexp(log p), whose argument underflows to 0 when all
-logits are large, but the equal sum 1 - sig(a) r = sig(-a) + sig(a) (1 - r), exact for logits of any size.
+Everything stays in log space and float32. log(1 - p) is log1mexp(log p) up to p = 1/2. Above, where log p underflows to
+0 when all logits are large, it is the equal sum 1 - sig(a) r = sig(-a) + sig(a) (1 - r): exact for logits of any size.
 
 Shape letters: B rows, J joined views, T tasks (schema.TASKS).
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +24,21 @@ from usr_ray.config import MultitaskConfig
 from usr_ray.model.mlp import MLP
 from usr_ray.schema import TASKS
 
+_LOG_HALF = -math.log(2)
+
 
 def log_product(*logits: Tensor) -> tuple[Tensor, Tensor]:
     """Log of p = sig(logit_1) sig(logit_2) ... and log of 1 - p; finite, with finite gradients, for finite logits."""
     log_p, log_not_p = logsigmoid(logits[-1]), logsigmoid(-logits[-1])
+    if len(logits) == 1:
+        return log_p, log_not_p
     for logit in reversed(logits[:-1]):
         log_sig = logsigmoid(logit)
         log_not_p = torch.logaddexp(logsigmoid(-logit), log_sig + log_not_p)
         log_p = log_sig + log_p
-    return log_p, log_not_p
+    # For small p the sum above cancels: log(1 - p) = -p would drown in the rounding of its terms.
+    log1mexp = torch.log1p(-torch.exp(log_p.clamp(max=_LOG_HALF)))
+    return log_p, torch.where(log_p < _LOG_HALF, log1mexp, log_not_p)
 
 
 def _stack(ctr: tuple[Tensor, Tensor], ctcvr: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,126 @@
+"""USR written out row by row from the formulas of docs/method.md: the plain reference of the model's tests.
+
+Takes the modules' weights and nothing else of the code under test; every W_X^k is built in full.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from usr_ray.batch import UsrBatch
+from usr_ray.model.embedding import EmbeddingTables
+from usr_ray.model.usr import UsrModel
+from usr_ray.schema import FeatureSpec
+
+
+@dataclass
+class SlowRow:
+    """One row's z_k, i_k and f_k by view, and what the heads are given."""
+
+    f: Tensor
+    z: list[Tensor]
+    i: list[Tensor]
+    f_views: list[Tensor]
+    x: Tensor
+    joined: Tensor
+
+
+def row_events(batch: UsrBatch, row: int) -> list[tuple[int, int, int, int, float]]:
+    """(scenario, item, query, action, age) of a row's events, scenario after scenario."""
+    events = []
+    for s, h in enumerate(batch.histories):
+        for v in range(int(h.offsets[row]), int(h.offsets[row + 1])):
+            query = 0 if h.query_ids_V is None else int(h.query_ids_V[v])
+            events.append((s, int(h.item_ids_V[v]), query, int(h.actions_V[v]), float(h.ages_s_V[v])))
+    return events
+
+
+class SlowUsr:
+    def __init__(self, model: UsrModel, tables: EmbeddingTables, spec: FeatureSpec) -> None:
+        self.model, self.spec = model, spec
+        self.tables = {n: t.double() for n, t in tables.tables.items()}
+        self.no_query = model.inputs.no_query_D
+
+    def query(self, number: int) -> Tensor:
+        return self.no_query if number == 0 else self.tables["query"][number]
+
+    def features(self, batch: UsrBatch, row: int) -> tuple[Tensor, Tensor]:
+        """f and e_c."""
+        parts, context = [], []
+        for number, feature in enumerate(self.spec.sparse):
+            value = int(batch.sparse_BF[row, number])
+            part = self.query(value) if feature.name == "query" else self.tables[feature.name][value]
+            parts.append(part)
+            context += [part] if feature.owner == "context" else []
+        for number, dense in enumerate(self.spec.dense):
+            scale, shift = self.model.inputs.dense_affine_2F[:, number]
+            part = (batch.dense_BF[row, number].double() * scale + shift).view(1)
+            parts.append(part)
+            context += [part] if dense.owner == "context" else []
+        return torch.cat(parts), torch.cat(context)
+
+    def trigger(self, batch: UsrBatch, row: int, view: int, context: Tensor) -> Tensor:
+        name, own = self.spec.scenarios[view], self.spec.scenarios[int(batch.scenario_B[row])]
+        query = self.no_query
+        if name in self.spec.query_scenarios:
+            if own in self.spec.query_scenarios:
+                query = self.query(int(batch.sparse_BF[row, 2]))
+            else:
+                past = [q for s, _, q, _, _ in row_events(batch, row) if s == view][-self.model.config.recent_queries :]
+                known = [self.tables["query"][q] for q in past if q > 0]
+                query = torch.stack(known).mean(0) if known else self.no_query
+        projected = self.model.trigger.project(torch.cat([self.model.scenario_embedding_SE[view], query, context]))
+        return torch.nn.functional.layer_norm(
+            projected, projected.shape, self.model.trigger.norm.weight, self.model.trigger.norm.bias
+        )
+
+    def events(self, batch: UsrBatch, row: int) -> list[Tensor]:
+        """h_j."""
+        kinds, vectors = self.model.inputs.kinds, []
+        for s, item, query, action, age in row_events(batch, row):
+            bucket = min(int(math.log2(1 + age)), 31)
+            own = torch.cat([self.tables["item_id"][item], self.query(query)])
+            vectors.append(own + kinds.type_SH[s] + kinds.action_AH[action] + kinds.age_GH[bucket])
+        return vectors
+
+    def interest(self, target: Tensor, z: Tensor, events: list[Tensor]) -> Tensor:
+        """softmax attention with W_X^k = U_X S_X^k V_X built for this row and view."""
+        ie = self.model.interest
+        if not events:
+            return ie.empty_D
+        rank = ie.rank
+        generated = (ie.cores.generate.weight @ z + ie.cores.generate.bias).view(3, rank, rank)
+        w = {}
+        for number, x in enumerate("qkv"):
+            u = ie.outer[x].left_OP @ ie.outer[x].right_PI
+            v = ie.inner[x].left_OP @ ie.inner[x].right_PI
+            w[x] = u @ (torch.eye(rank, dtype=z.dtype) + generated[number]) @ v
+        scores = torch.stack([(w["q"] @ target) @ (w["k"] @ h) for h in events]) / math.sqrt(len(w["q"]))
+        weights = torch.exp(scores) / torch.exp(scores).sum()
+        return sum(a * (w["v"] @ h) for a, h in zip(weights, events, strict=True))
+
+    def gated(self, z: Tensor, f: Tensor) -> Tensor:
+        fg = self.model.generator
+        hidden = fg.trigger_layer.weight @ z + fg.trigger_layer.bias + fg.feature_layer.weight @ f.detach()
+        gate = 2 / (1 + torch.exp(-(fg.gate_layer.weight @ hidden.clamp(min=0) + fg.gate_layer.bias)))
+        return gate * f
+
+    def row(self, batch: UsrBatch, row: int) -> SlowRow:
+        model, views, own = self.model, range(len(self.spec.scenarios)), int(batch.scenario_B[row])
+        f, context = self.features(batch, row)
+        e_k, events = model.scenario_embedding_SE[own], self.events(batch, row)
+        target = torch.cat(
+            [self.tables["item_id"][int(batch.sparse_BF[row, 1])], self.query(int(batch.sparse_BF[row, 2]))]
+        )
+        z = [] if model.trigger is None else [self.trigger(batch, row, view, context) for view in views]
+        if model.interest is not None:
+            i = [self.interest(target, z[view], events) for view in views]
+        else:
+            i = [torch.stack(events).mean(0) if events else model.pooled.empty_H]
+        f_views = [f] if model.generator is None else [self.gated(z[view], f) for view in views]
+        x = torch.cat([i[own if len(i) > 1 else 0], f_views[own if len(f_views) > 1 else 0], z[own] if z else e_k])
+        return SlowRow(f, z, i, f_views, x, torch.cat([*i, *f_views, *z, e_k]))

@@ -1,0 +1,158 @@
+"""The loss: by hand, against loops, and the same however rows are spread over ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+
+from tests.unit.random_batches import NO_CL, PLAIN, make_batch, make_config, make_spec, rows
+from tests.unit.test_contrastive import slow_loss
+from usr_ray.batch import UsrOutputs
+from usr_ray.loss import LabelOrderError, LossTerms, check_label_order, row_counts, usr_loss
+from usr_ray.model.embedding import EmbeddingTables
+from usr_ray.model.usr import UsrModel
+
+pytestmark = pytest.mark.unit
+
+
+def outputs_of(probs: list[list[float]], global_probs: list[list[float]] | None = None) -> UsrOutputs:
+    p, g = torch.tensor(probs), None if global_probs is None else torch.tensor(global_probs)
+    return UsrOutputs(p.log(), (1 - p).log(), None if g is None else g.log(), None if g is None else (1 - g).log())
+
+
+def hand_batch():
+    """Search, recommendation, search and a row of weight 0 that would spoil every mean."""
+    batch = rows(make_batch(make_spec(), 6, max_length=0, num_padding=0), [0, 1, 2, 3])
+    return dataclasses.replace(
+        batch,
+        labels_BT=torch.tensor([[1.0, 0, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]]),
+        weights_B=torch.tensor([1.0, 1, 1, 0]),
+    )
+
+
+def test_each_cell_is_the_mean_over_its_own_rows() -> None:
+    probs = [[0.5, 0.2], [0.1, 0.3], [0.25, 0.4], [0.01, 0.01]]
+    global_probs = [[0.6, 0.3], [0.7, 0.35], [0.5, 0.45], [0.01, 0.01]]
+    batch, config = hand_batch(), make_config(multitask={"alpha": 0.5}, contrastive=NO_CL)
+    counts_S = row_counts(batch, 2)
+    assert counts_S.tolist() == [2, 1]
+    terms = usr_loss(outputs_of(probs, global_probs), batch, counts_S, config)
+    log = math.log
+    cells = [[-(log(0.5) + log(0.75)) / 2, -(log(0.8) + log(0.6)) / 2], [-log(0.9), -log(0.7)]]
+    torch.testing.assert_close(terms.cells_ST, torch.tensor(cells))
+    overall = [-(log(0.6) + log(0.7) + log(0.5)) / 3, -(log(0.3) + log(0.65) + log(0.55)) / 3]
+    torch.testing.assert_close(terms.global_T, torch.tensor(overall))
+    assert float(terms.total) == pytest.approx(sum(map(sum, cells)) + 0.5 * sum(overall), rel=1e-5)
+
+
+def test_without_glmt_there_is_no_global_term() -> None:
+    batch = hand_batch()
+    terms = usr_loss(outputs_of([[0.5, 0.2]] * 4), batch, row_counts(batch, 2), make_config(contrastive=NO_CL))
+    assert terms.global_T.tolist() == [0, 0]
+    torch.testing.assert_close(terms.total, terms.cells_ST.sum())
+
+
+def test_a_scenario_absent_everywhere_adds_nothing() -> None:
+    batch = hand_batch()
+    counts_S = row_counts(batch, 3)
+    assert counts_S.tolist() == [2, 1, 0]
+    terms = usr_loss(outputs_of([[0.5, 0.2]] * 4), batch, counts_S, make_config())
+    assert terms.cells_ST[2].tolist() == [0, 0]
+    assert terms.total.isfinite()
+
+
+def step(model: UsrModel, tables: EmbeddingTables, batch, counts_S, config) -> tuple[LossTerms, dict, dict]:
+    """Loss terms and gradients of one rank."""
+    model.zero_grad()
+    lookup = tables.lookup(batch)
+    terms = usr_loss(model(batch, lookup, 11), batch, counts_S, config)
+    terms.total.backward()
+    dense = {n: p.grad.clone() for n, p in model.named_parameters()}
+    sparse = {n: torch.zeros_like(t).index_add(0, *lookup.updates()[n]) for n, t in tables.tables.items()}
+    return terms, dense, sparse
+
+
+@pytest.mark.parametrize("cuts", [[8], [4, 16]], ids=["two ranks", "three ranks"])
+@pytest.mark.parametrize("switches", [{}, {"multitask": {"variant": "B"}}, PLAIN], ids=["USR", "variant B", "plain"])
+def test_shares_of_ranks_add_up_to_the_loss_and_gradients_of_one(cuts: list[int], switches: dict) -> None:
+    spec, config = make_spec(), make_config(**switches)
+    batch = make_batch(spec, 20, num_padding=3)
+    torch.manual_seed(0)
+    model, tables = UsrModel(spec, config), EmbeddingTables(spec, 4, seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+        for table in tables.tables.values():
+            table[1:] *= 10
+    edges = [0, *cuts, 20]
+    parts = [rows(batch, slice(a, b)) for a, b in itertools.pairwise(edges)]
+    counts_S = row_counts(batch, 2)
+    assert torch.equal(sum(row_counts(p, 2) for p in parts), counts_S)
+    whole_terms, *whole_grads = step(model, tables, batch, counts_S, config)
+    shares = [step(model, tables, part, counts_S, config) for part in parts]
+    for name, value in whole_terms.named(spec.scenarios).items():
+        torch.testing.assert_close(sum(s[0].named(spec.scenarios)[name] for s in shares), value, rtol=1e-4, atol=1e-6)
+    for number, grads in enumerate(whole_grads, start=1):
+        for name, grad in grads.items():
+            torch.testing.assert_close(sum(s[number][name] for s in shares), grad, rtol=1e-3, atol=1e-6)
+    if not switches:
+        assert whole_terms.contrastive_interest > 0
+        assert whole_terms.contrastive_feature > 0
+        assert 0 < whole_terms.variance_interest_S.min() <= whole_terms.variance_interest_S.max() < 1
+
+
+def test_contrastive_terms_are_means_over_rows_and_views() -> None:
+    torch.manual_seed(0)
+    config = make_config()
+    batch = make_batch(make_spec(), 8, num_padding=1)
+    vectors = [torch.randn(8, 2, 3) for _ in range(4)]
+    outputs = dataclasses.replace(outputs_of([[0.5, 0.5]] * 8), interests_BSD=vectors[0], interests_twin_BSD=vectors[1],
+                                  features_BSD=vectors[2], features_twin_BSD=vectors[3])  # fmt: skip
+    terms = usr_loss(outputs, batch, row_counts(batch, 2), config)
+    lengths_B = sum(h.offsets.diff() for h in batch.histories)
+    with_events = ((lengths_B > 0) & (batch.weights_B > 0)).tolist()
+    assert with_events.count(True) < 7, "row 0 has no events"
+    tau, group = config.contrastive.temperature, config.contrastive.group_size
+    # Rows without events are no anchors of CL(i), but count in the mean; padding counts in neither.
+    interest = slow_loss(vectors[0], vectors[1], with_events, group, tau) / (7 * 2)
+    feature = slow_loss(vectors[2], vectors[3], (batch.weights_B > 0).tolist(), group, tau) / (7 * 2)
+    assert float(terms.contrastive_interest) == pytest.approx(interest, rel=1e-4)
+    assert float(terms.contrastive_feature) == pytest.approx(feature, rel=1e-4)
+    cells = float(terms.cells_ST.sum())
+    assert float(terms.total) == pytest.approx(cells + 0.3 * interest + 0.2 * feature, rel=1e-4)
+
+
+def test_terms_have_names_for_every_scenario_and_task() -> None:
+    batch = hand_batch()
+    terms = usr_loss(outputs_of([[0.5, 0.2]] * 4), batch, row_counts(batch, 2), make_config())
+    named = terms.named(("search", "recommendation"))
+    for name in ("loss", "loss/search/ctr", "loss/recommendation/ctcvr", "loss/global/ctr", "contrastive/interest",
+                 "contrastive/feature", "variance/interest/search", "variance/feature/recommendation"):  # fmt: skip
+        assert name in named
+    assert all(value.shape == () and not value.requires_grad for value in named.values())
+
+
+@pytest.mark.parametrize(
+    ("labels", "pair"),
+    [
+        ([0.0, 1, 1, 1], "is_order <= is_click"),
+        ([1.0, 0, 0, 0], "is_click <= is_click_global"),
+        ([1.0, 1, 1, 0], "is_order <= is_order_global"),
+        ([0.0, 0, 0, 1], "is_order_global <= is_click_global"),
+    ],
+)
+def test_labels_that_cannot_be_are_refused_when_asked(labels: list[float], pair: str) -> None:
+    batch = hand_batch()
+    check_label_order(batch)
+    batch.labels_BT[1] = torch.tensor(labels)
+    arguments = outputs_of([[0.5, 0.2]] * 4), batch, row_counts(batch, 2), make_config()
+    message = rf"loss: 1 rows of the batch break {pair} \(first: row_number 101 in the manifest\); .* build these dates"
+    with pytest.raises(LabelOrderError, match=message):
+        usr_loss(*arguments, check_labels=True)
+    usr_loss(*arguments)
+    batch.weights_B[1] = 0
+    check_label_order(batch)

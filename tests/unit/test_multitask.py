@@ -1,0 +1,94 @@
+"""GLMT: probabilities by hand, and logarithms that stay exact at the ends."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from usr_ray.config import MultitaskConfig
+from usr_ray.model.multitask import GlobalHeads, global_outputs, log_product, scenario_outputs
+
+pytestmark = pytest.mark.unit
+
+
+def sig(logit: float) -> float:
+    return 1 / (1 + math.exp(-logit))
+
+
+def test_probabilities_are_the_products_of_the_method() -> None:
+    a_k, b_k, a_g, b_g = 0.3, -1.2, 0.8, 0.4
+    own, both = torch.tensor([[a_k, b_k]]), torch.tensor([[a_g, b_g]])
+    expected = {"A": sig(a_g) * sig(b_g) * sig(b_k), "B": sig(a_g) * sig(a_k) * sig(b_k)}
+    for variant, ctcvr in expected.items():
+        outputs = global_outputs(own, both, variant)
+        torch.testing.assert_close(outputs.probs_BT, torch.tensor([[sig(a_g) * sig(a_k), ctcvr]]))
+        torch.testing.assert_close(
+            outputs.log_not_p_BT, torch.tensor([[math.log(1 - sig(a_g) * sig(a_k)), math.log(1 - ctcvr)]])
+        )
+        assert outputs.log_p_global_BT is not None
+        torch.testing.assert_close(outputs.log_p_global_BT.exp(), torch.tensor([[sig(a_g), sig(a_g) * sig(b_g)]]))
+        assert outputs.log_not_p_global_BT is not None
+        torch.testing.assert_close(
+            outputs.log_not_p_global_BT.exp(), torch.tensor([[1 - sig(a_g), 1 - sig(a_g) * sig(b_g)]])
+        )
+
+
+def test_without_glmt_each_task_is_its_own_logits_sigmoid() -> None:
+    outputs = scenario_outputs(torch.tensor([[0.3, -1.2]]))
+    torch.testing.assert_close(outputs.probs_BT, torch.tensor([[sig(0.3), sig(-1.2)]]))
+    torch.testing.assert_close(outputs.log_not_p_BT.exp(), torch.tensor([[sig(-0.3), sig(1.2)]]))
+    assert outputs.log_p_global_BT is None
+    assert outputs.log_not_p_global_BT is None
+
+
+def exact_log_not_p(*logits: float) -> float:
+    """log(1 - p) as log1p(-p) for small p, else log(prod(1 + e^-x) - 1) - sum log(1 + e^-x), the product expanded."""
+    if math.prod(map(sig, logits)) < 0.5:
+        return math.log1p(-math.prod(map(sig, logits)))
+    small = [math.exp(-x) for x in logits]
+    expanded = sum(math.prod(c) for n in range(1, len(small) + 1) for c in itertools.combinations(small, n))
+    return math.log(expanded) - sum(math.log1p(s) for s in small)
+
+
+LEVELS = (-50.0, -20.0, -1.0, 0.0, 1.0, 20.0, 50.0)
+
+
+@pytest.mark.parametrize("logits", itertools.combinations_with_replacement(LEVELS, 3))
+def test_both_logarithms_are_exact_in_float32(logits: tuple[float, ...]) -> None:
+    log_p, log_not_p = log_product(*(torch.tensor([x]) for x in logits))
+    assert float(log_p) == pytest.approx(-sum(math.log1p(math.exp(-x)) for x in logits), rel=2e-6, abs=1e-30)
+    assert float(log_not_p) == pytest.approx(exact_log_not_p(*logits), rel=2e-6, abs=1e-30)
+
+
+@pytest.mark.parametrize("signs", itertools.product((-1, 1), repeat=3))
+@pytest.mark.parametrize("size", [50.0, 1e4])
+def test_gradients_stay_finite_at_the_ends(signs: tuple[int, ...], size: float) -> None:
+    logits = [torch.tensor([s * size], requires_grad=True) for s in signs]
+    log_p, log_not_p = log_product(*logits)
+    assert log_p.isfinite()
+    assert log_not_p.isfinite()
+    (log_p + log_not_p).sum().backward()
+    assert all(x.grad is not None and x.grad.isfinite() and x.grad.abs() <= 2 for x in logits)
+
+
+def test_gradients_are_those_of_finite_differences() -> None:
+    logits = [torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    assert torch.autograd.gradcheck(log_product, logits)
+
+
+def test_bfloat16_logits_are_widened_first() -> None:
+    logits_BT = torch.tensor([[9.0, 9.0]], dtype=torch.bfloat16)
+    for outputs in (global_outputs(logits_BT, logits_BT, "A"), scenario_outputs(logits_BT)):
+        assert outputs.log_p_BT.dtype == outputs.log_not_p_BT.dtype == torch.float32
+        assert outputs.log_p_BT[0, 0] < 0, "in bfloat16 a probability near 1 rounds to 1"
+
+
+def test_global_heads_give_two_logits_of_both_signs() -> None:
+    torch.manual_seed(0)
+    logits_BT = GlobalHeads(6, MultitaskConfig(hidden=(5,)), dropout=0.0)(torch.randn(50, 6))
+    assert logits_BT.shape == (50, 2)
+    assert (logits_BT > 0).any(0).all()
+    assert (logits_BT < 0).any(0).all()
