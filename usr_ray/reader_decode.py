@@ -113,7 +113,7 @@ def table_to_batch(
     return UsrBatch(
         labels_BT=torch.from_numpy(columns.labels()),
         weights_B=torch.from_numpy(weights_B),
-        scenario_B=torch.from_dlpack(columns.ids("scenario_index", len(spec.scenarios))),
+        scenario_B=torch.from_dlpack(columns.ids("scenario_index", len(spec.scenarios), "scenarios")),
         sparse_BF=torch.from_numpy(_stack(ids, table.num_rows, np.int64)),
         dense_BF=torch.from_numpy(_stack(numbers, table.num_rows, np.float32)),
         histories=tuple(columns.history(names, spec) for names in spec.histories),
@@ -154,10 +154,10 @@ class _Columns:
             raise self._fail("event_time", f"is {array.type} in the file, the table says timestamp")
         return array.cast(pa.timestamp("us", tz=array.type.tz)).cast(pa.int64()).to_numpy()
 
-    def ids(self, name: str, num_embeddings: int) -> pa.Array:
-        """A column of ids in 0..num_embeddings - 1."""
+    def ids(self, name: str, limit: int, what: str = "embeddings") -> pa.Array:
+        """A column of ids in 0..limit - 1; `what` there are `limit` of, for the message."""
         array = self.scalars(name)
-        self._check_ids(name, array, num_embeddings)
+        self._check_ids(name, array, limit, what)
         return array
 
     def finite(self, name: str) -> NDArray[np.float32]:
@@ -242,12 +242,12 @@ class _Columns:
             raise self._fail(name, f"has another number of events than {other} in row {row}")
         return values
 
-    def _check_ids(self, name: str, array: pa.Array, num_embeddings: int) -> None:
+    def _check_ids(self, name: str, array: pa.Array, limit: int, what: str = "embeddings") -> None:
         # As unsigned numbers negative ids are huge: one pass finds both ends.
-        if len(array) and array.to_numpy().view(np.uint64).max() >= num_embeddings:
+        if len(array) and array.to_numpy().view(np.uint64).max() >= limit:
             values = array.to_numpy()
-            found = values[(values.view(np.uint64) >= num_embeddings).argmax()]
-            raise self._fail(name, f"holds id {found}, but the table's feature spec has {num_embeddings} embeddings")
+            found = values[(values.view(np.uint64) >= limit).argmax()]
+            raise self._fail(name, f"holds id {found}, but the table's feature spec has {limit} {what}")
 
     def _fail(self, name: str, problem: str) -> DataError:
         return DataError(f"{self._where}: column {name} {problem}; {REBUILD}")
