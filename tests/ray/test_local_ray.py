@@ -94,7 +94,7 @@ def test_everything_listens_on_the_loopback_alone(head: Head) -> None:
 
 
 def test_the_dashboard_wants_the_token_and_nothing_prints_it(head: Head) -> None:
-    with pytest.raises(urllib.error.HTTPError, match="401"):
+    with pytest.raises(urllib.error.HTTPError, match="403"):
         api(head.dashboard, "/api/version", "0" * 64)
     assert api(head.dashboard, "/api/version", ensure_token())["ray_version"]
     printed = head.call("start").stdout + head.call("status").stdout + (head.state / "head.log").read_text()
