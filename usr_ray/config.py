@@ -103,13 +103,22 @@ class TrainConfig:
     keep_checkpoints: int = 3
     log_every_steps: int = 10
     reader_threads: int = 2
+    reader_shards: int = 1
+    """Spans of a block of rows that are shuffled apart. With the number of workers here, or a multiple of it, each
+    worker decodes only its own part of a large table; with 1 every worker decodes every row. Part of the order."""
+    reader_cache: str = ""
+    """Folder on a local disk for decoded row groups, for epochs after the first; '': none."""
     early_stopping: bool = False
     """Keep the weights of the epoch with the best mean log loss on eval_dates, and stop when it grows."""
 
     def __post_init__(self) -> None:
         for key in ("num_epochs", "global_batch_size", "checkpoint_every_steps", "keep_checkpoints",
-                    "log_every_steps", "reader_threads", "learning_rate", "embedding_learning_rate"):  # fmt: skip
+                    "log_every_steps", "reader_threads", "reader_shards", "learning_rate",
+                    "embedding_learning_rate"):  # fmt: skip
             require(getattr(self, key) > 0, f"train.{key} must be positive, got {getattr(self, key)}")
+        require(self.global_batch_size % self.reader_shards == 0,
+                 f"train.reader_shards ({self.reader_shards}) must divide train.global_batch_size "
+                 f"({self.global_batch_size})")  # fmt: skip
         require(self.order in ("shuffled", "by_date"),
                  f"train.order must be 'shuffled' or 'by_date', got {self.order!r}")  # fmt: skip
         require(self.precision in ("float32", "bf16"),
