@@ -17,7 +17,9 @@ from typing import Any
 from usr_ray.config_etl import (
     FeaturesConfig,
     HistoriesConfig,
+    JdSearchConfig,
     KuaiRandConfig,
+    KuaiSarConfig,
     KuaiSearchConfig,
     LabelsConfig,
     SimulatedConfig,
@@ -45,9 +47,9 @@ from usr_ray.config_model import (
 
 __all__ = [
     "BACKBONES", "DAY_US", "Config", "ConfigError", "ContrastiveConfig", "DataConfig", "FeaturesConfig",
-    "GeneratorConfig", "HistoriesConfig", "InterestConfig", "KuaiRandConfig", "KuaiSearchConfig", "LabelsConfig",
-    "ModelConfig", "MultitaskConfig", "RayConfig", "SimulatedConfig", "TrainConfig", "UserError", "VocabularyConfig",
-    "load_config", "parse_date", "parse_dates", "parse_duration_us",
+    "GeneratorConfig", "HistoriesConfig", "InterestConfig", "JdSearchConfig", "KuaiRandConfig", "KuaiSarConfig",
+    "KuaiSearchConfig", "LabelsConfig", "ModelConfig", "MultitaskConfig", "RayConfig", "SimulatedConfig", "TrainConfig",
+    "UserError", "VocabularyConfig", "load_config", "parse_date", "parse_dates", "parse_duration_us",
 ]  # fmt: skip
 
 
@@ -162,6 +164,8 @@ class Config:
     simulated: SimulatedConfig = field(default_factory=SimulatedConfig)
     kuairand: KuaiRandConfig = field(default_factory=KuaiRandConfig)
     kuaisearch: KuaiSearchConfig = field(default_factory=KuaiSearchConfig)
+    kuaisar: KuaiSarConfig = field(default_factory=KuaiSarConfig)
+    jdsearch: JdSearchConfig = field(default_factory=JdSearchConfig)
 
     def __post_init__(self) -> None:
         require(bool(self.scenarios), "scenarios is empty; name at least one")

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from usr_ray.config_fields import parse_date, parse_duration_us, parse_instant_us, require
+from usr_ray.config_fields import DAY_US, parse_date, parse_duration_us, parse_instant_us, require
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,6 +161,42 @@ class KuaiRandConfig:
         tabs = [tab for group in self.tab_groups.values() for tab in group]
         doubled = sorted({tab for tab in tabs if tabs.count(tab) > 1})
         require(not doubled, f"kuairand.tab_groups: tab {', '.join(map(str, doubled))} is in more than one group")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KuaiSarConfig:
+    """KuaiSAR's mapping onto the contract (etl/sources/kuaisar.py)."""
+
+    order_column: str = "like"
+    """Later action of a recommendation row that stands in for an order; search rows have none."""
+
+    def __post_init__(self) -> None:
+        require(self.order_column in ("like", "follow", "forward"),
+                f"kuaisar.order_column must be 'like', 'follow' or 'forward', got {self.order_column!r}")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JdSearchConfig:
+    """JDsearch's mapping onto the contract (etl/sources/jdsearch.py)."""
+
+    base_time: str = "2022-11-01T00:00:00Z"
+    """First search; the histories end before it. The data has no absolute time."""
+    num_days: int = 8
+    """Days the searches are spread over, by a hash of the row, so that dates can split them."""
+    seed: int = 0
+    """Of the days and of the shuffled candidates."""
+
+    def __post_init__(self) -> None:
+        require(self.num_days > 0, f"jdsearch.num_days must be positive, got {self.num_days}")
+        parse_instant_us(self.base_time, where="jdsearch.base_time")
+        require(self.base_time_us % DAY_US == 0,
+                f"jdsearch.base_time must be midnight UTC, got {self.base_time!r}: no history may share its date"
+                )  # fmt: skip
+
+    @property
+    def base_time_us(self) -> int:
+        """Microseconds since 1970 of the first search."""
+        return parse_instant_us(self.base_time, where="jdsearch.base_time")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

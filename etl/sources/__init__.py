@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from etl.sources.jdsearch import JdSearchSource
 from etl.sources.kuairand import KuaiRandSource
+from etl.sources.kuaisar import KuaiSarSource
 from etl.sources.kuaisearch import KuaiSearchSource
 from etl.sources.simulated import SimulatedSource
 from etl.sources.writer import LogWriter, Source
@@ -11,7 +13,8 @@ from usr_ray.config import UserError
 __all__ = ["SOURCES", "LogWriter", "Source", "find_source"]
 
 SOURCES: dict[str, Source] = {
-    source.name: source for source in (SimulatedSource(), KuaiRandSource(), KuaiSearchSource())
+    source.name: source
+    for source in (SimulatedSource(), KuaiRandSource(), KuaiSearchSource(), KuaiSarSource(), JdSearchSource())
 }
 
 

@@ -1,0 +1,167 @@
+"""KuaiSAR (short videos, Kuaishou): one user base in search and recommendation -> logs of two scenarios.
+
+- rec_inter.csv: one row is one shown video; the user's rows of one timestamp (ms) are a request. A click is click = 1;
+  a later action (`kuaisar.order_column`: like, follow or forward) stands in for an order, at the row's own time.
+- src_inter.csv: one row is one shown item of a search session, a request; a click is click_cnt > 0. The rows of a
+  session are not contiguous, which does not matter here. keyword "[20, 34, 3]" becomes the query "20 34 3".
+- Search rows know no later action, so there is no `search_orders` log: the CTCVR of search has no positive label, its
+  AUC is undefined (null), and the job says so.
+- Ids are made of the row's content, so exact duplicates stay duplicates. Rows without user, item or time stay rows
+  with nulls: the ETL rejects and counts them.
+- Positions are not known. social_network.csv and captions are not read.
+
+Files are read by header name and streamed, so memory does not grow with their size.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+
+from etl.sources.writer import LogWriter, constant_column, input_files, require_columns, require_scenarios, text_column
+from usr_ray.config import Config
+
+SEARCH, RECOMMENDATION = "search", "recommendation"
+REC_COLUMNS = ("user_id", "item_id", "timestamp", "click")
+SRC_COLUMNS = ("user_id", "item_id", "keyword", "click_cnt", "search_session_id", "search_session_timestamp")
+USER_CATEGORIES = ("onehot_feat1", "onehot_feat2", "search_active_level")
+REC_ACTIVE = ("rec_active_level", "reco_active_level")
+"""One column under the names of two releases."""
+ITEM_CATEGORIES = (
+    "author_id", "item_type", "upload_type", "music_id", "first_level_category_id", "second_level_category_id",
+    "third_level_category_id", "fourth_level_category_id",
+)  # fmt: skip
+NULLS = ("", "NA", "nan", "NaN", "null")
+BLOCK_BYTES = 1 << 25
+PROGRESS_EVERY = 2_000_000
+
+
+class KuaiSarSource:
+    """rec_inter.csv, src_inter.csv, user_features.csv, item_features.csv."""
+
+    name = "kuaisar"
+    needs_input = True
+
+    def write(self, input_dir: Path, writer: LogWriter, config: Config) -> None:
+        """Append both scenarios' impressions and clicks, recommendation_orders, users and items."""
+        require_scenarios(config, (SEARCH, RECOMMENDATION), source=self.name)
+        action = config.kuaisar.order_column
+        files = {
+            name: input_files(input_dir, (f"{name}*.csv",), what=what)
+            for name, what in (("rec_inter", "recommendation log"), ("src_inter", "search log"),
+                               ("user_features", "user table"), ("item_features", "item table"))
+        }  # fmt: skip
+        for log in (f"{SEARCH}_impressions", f"{SEARCH}_clicks", f"{RECOMMENDATION}_impressions",
+                    f"{RECOMMENDATION}_clicks", f"{RECOMMENDATION}_orders", "users", "items"):  # fmt: skip
+            writer.declare(log)
+        for path in files["rec_inter"]:
+            for rows in _batches(path, (*REC_COLUMNS, action)):
+                _append_recommendation(writer, rows, action)
+        for path in files["src_inter"]:
+            for rows in _batches(path, SRC_COLUMNS):
+                _append_search(writer, rows)
+        for path in files["user_features"]:
+            active = next((name for name in REC_ACTIVE if name in _header(path)), REC_ACTIVE[0])
+            for rows in _batches(path, ("user_id", *USER_CATEGORIES, active)):
+                writer.append("users", rows.rename_columns(["user_id", *USER_CATEGORIES, REC_ACTIVE[0]]))
+        for path in files["item_features"]:
+            for rows in _batches(path, ("item_id", *ITEM_CATEGORIES)):
+                writer.append("items", _without_padding(rows))
+        print("search has no later action in KuaiSAR: no search_orders; the CTCVR of search is undefined, not 0",
+              file=sys.stderr, flush=True)  # fmt: skip
+
+
+def _header(path: Path) -> list[str]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        return next(csv.reader(file), [])
+
+
+def _batches(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """The named columns as text, block by block; empty fields and NA are null. UserError for a missing column."""
+    require_columns(path, _header(path), columns)
+    reader = pacsv.open_csv(
+        path,
+        read_options=pacsv.ReadOptions(block_size=BLOCK_BYTES),
+        parse_options=pacsv.ParseOptions(newlines_in_values=True),
+        convert_options=pacsv.ConvertOptions(
+            include_columns=list(columns),
+            column_types={name: pa.string() for name in columns},
+            strings_can_be_null=True,
+            quoted_strings_can_be_null=True,
+            null_values=list(NULLS),
+        ),
+    )
+    num_rows = 0
+    for batch in reader:
+        if (num_rows + batch.num_rows) // PROGRESS_EVERY > num_rows // PROGRESS_EVERY:
+            print(f"{path.name}: {num_rows + batch.num_rows:,} rows", file=sys.stderr, flush=True)
+        num_rows += batch.num_rows
+        yield pa.Table.from_batches([batch])
+
+
+def _number(text: pa.ChunkedArray) -> pa.Array:
+    """Whole numbers of text such as "3" or "3.0"; null for what is no number, so that the ETL can reject the row."""
+    looks_right = pc.match_substring_regex(text, r"^-?[0-9]{1,18}(\.0*)?$")
+    whole = pc.replace_substring_regex(pc.if_else(looks_right, text, None), r"\.0*$", "")
+    return pc.cast(whole, pa.int64()).combine_chunks()
+
+
+def _is_positive(text: pa.ChunkedArray) -> pa.Array:
+    return pc.fill_null(pc.greater(_number(text), 0), False)
+
+
+def _text(rows: pa.Table, name: str) -> pa.Array:
+    return rows[name].combine_chunks()
+
+
+def _append_recommendation(writer: LogWriter, rows: pa.Table, action: str) -> None:
+    user, item, time_ms = _text(rows, "user_id"), _text(rows, "item_id"), _number(rows["timestamp"])
+    impression_id = text_column("r-", user, "-", item, "-", time_ms)
+    event = {"user_id": user, "item_id": item, "event_time": pc.multiply(time_ms, 1000)}
+    _append_events(writer, RECOMMENDATION, impression_id, text_column(user, "-", time_ms), event,
+                   query=constant_column(None, rows.num_rows), clicked=_is_positive(rows["click"]))  # fmt: skip
+    orders = pa.table({"order_id": impression_id, **event})
+    writer.append(f"{RECOMMENDATION}_orders", orders.filter(_is_positive(rows[action])))
+
+
+def _append_search(writer: LogWriter, rows: pa.Table) -> None:
+    user, item, session = _text(rows, "user_id"), _text(rows, "item_id"), _text(rows, "search_session_id")
+    words = pc.replace_substring_regex(_text(rows, "keyword"), r"[\[\],\s]+", " ")
+    event = {
+        "user_id": user,
+        "item_id": item,
+        "event_time": pc.multiply(_number(rows["search_session_timestamp"]), 1000),
+    }
+    impression_id, request_id = text_column("s-", user, "-", session, "-", item), text_column(user, "-", session)
+    _append_events(writer, SEARCH, impression_id, request_id, event,
+                   query=pc.utf8_trim_whitespace(words), clicked=_is_positive(rows["click_cnt"]))  # fmt: skip
+
+
+def _append_events(
+    writer: LogWriter,
+    scenario: str,
+    impression_id: pa.Array,
+    request_id: pa.Array,
+    event: dict[str, pa.Array],
+    *,
+    query: pa.Array,
+    clicked: pa.Array,
+) -> None:
+    position = pa.nulls(len(impression_id), pa.int32())
+    shown = {"impression_id": impression_id, "request_id": request_id, **event, "position": position, "query": query}
+    writer.append(f"{scenario}_impressions", shown)
+    clicks = pa.table({"click_id": impression_id, "impression_id": impression_id, **event})
+    writer.append(f"{scenario}_clicks", clicks.filter(clicked))
+
+
+def _without_padding(rows: pa.Table) -> pa.Table:
+    """Null instead of the author 0, which stands for no author."""
+    author = rows["author_id"]
+    known = pc.if_else(pc.equal(author, "0"), None, author)
+    return rows.set_column(rows.schema.get_field_index("author_id"), "author_id", known)
