@@ -142,8 +142,10 @@ class _Run:
         torch.manual_seed((seed << 20) + worker.rank)  # dropout; the twins' masks take the seed itself
         batch = (on_host.pin_memory() if worker.device.type == "cuda" else on_host).to(worker.device)
         lookup = state.tables.lookup(batch)
+        # torch.compile would take a new number for a new constant, and compile each step again.
+        step_seed = torch.tensor(seed, device=worker.device) if config.train.compile else seed
         with torch.autocast(worker.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-            outputs = state.model(batch, lookup, seed)
+            outputs = state.model(batch, lookup, step_seed)
         terms = usr_loss(outputs, batch, totals[:-1].to(worker.device, non_blocking=True), config.model)
         state.dense.zero_grad()
         terms.total.backward()
