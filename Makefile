@@ -10,6 +10,7 @@ BIN    := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 # Everything we start listens on this machine only.
 export SPARK_LOCAL_IP := 127.0.0.1
+export SPARK_CONF_DIR := $(CURDIR)/cluster/spark/conf
 
 # ---- what `make demo` runs on -------------------------------------------------------------------------------
 SOURCE ?= simulated

@@ -20,6 +20,7 @@ def run_command(*command: str | Path, timeout_s: int = 420) -> subprocess.Comple
     environment = dict(os.environ)
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     environment["SPARK_LOCAL_IP"] = "127.0.0.1"
+    environment["SPARK_CONF_DIR"] = str(ROOT / "cluster" / "spark" / "conf")
     environment.pop("RAY_ADDRESS", None)
     return subprocess.run(
         [str(word) for word in command], cwd=ROOT, env=environment, capture_output=True, text=True,

@@ -49,13 +49,12 @@ def test_every_log_row_is_a_sample_a_reject_or_a_duplicate(smoke: Path) -> None:
     samples = deltalake.DeltaTable(smoke / "lake" / "samples").to_pyarrow_table(columns=["scenario", "is_click"])
     assert len(reports) == 4
     assert samples.num_rows == sum(sum(r["samples"].values()) if isinstance(r["samples"], dict) else r["samples"] for r in reports)  # fmt: skip
-    shown = sum(
-        ds.dataset(smoke / "logs" / f"{s}_impressions").count_rows() for s in ("search", "recommendation")
-    )
+    shown = sum(ds.dataset(smoke / "logs" / f"{s}_impressions").count_rows() for s in ("search", "recommendation"))
     doubles = shown - len(
         pc.unique(
-            ds.dataset([ds.dataset(smoke / "logs" / f"{s}_impressions") for s in ("search", "recommendation")])
-            .to_table(columns=["impression_id"])["impression_id"]
+            ds.dataset(
+                [ds.dataset(smoke / "logs" / f"{s}_impressions") for s in ("search", "recommendation")]
+            ).to_table(columns=["impression_id"])["impression_id"]
         )
     )
     assert samples.num_rows == shown - doubles
@@ -74,7 +73,9 @@ def test_what_spark_wrote_the_reader_reads_equal(smoke: Path) -> None:
     spec = manifest.spec
     # Plain pyarrow, file by file in the manifest's order, is the reference.
     root = smoke / "lake" / "samples"
-    expected = [row for file in manifest.files for row in pq.read_table(root / file.path, partitioning=None).to_pylist()]
+    expected = [
+        row for file in manifest.files for row in pq.read_table(root / file.path, partitioning=None).to_pylist()
+    ]
     reader = SampleReader(
         manifest, global_batch_size=512, group_size=128, rank=0, world_size=1, seed=0, order="file", mature_only=False
     )
