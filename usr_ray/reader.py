@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,7 @@ class SampleReader:
         num_shards: int = 1,
         block_rows: int = ordering.BLOCK_ROWS,
         max_bytes_in_flight: int = MAX_BYTES_IN_FLIGHT,
+        cache_dir: Path | str | None = None,
     ) -> None:
         """Plan the reading; nothing but the manifest is touched.
 
@@ -72,6 +74,7 @@ class SampleReader:
                 permutes whole blocks, and every rank decodes every row group.
             block_rows: rows of a block per shard, at least.
             max_bytes_in_flight: bound on what is decoded at one time.
+            cache_dir: folder that keeps decoded row groups for later epochs and runs (reader_cache.py); None: none.
 
         Raises:
             UserError: a batch that cannot be shared by these workers, or an unknown order.
@@ -86,7 +89,9 @@ class SampleReader:
         )
         self._manifest = manifest
         self._refs = usable_row_groups(manifest, ready_before_us=ready_before_us, mature_only=mature_only)
-        self._decoder = RowGroupDecoder(manifest, ready_before_us=ready_before_us, mature_only=mature_only)
+        self._decoder = RowGroupDecoder(
+            manifest, ready_before_us=ready_before_us, mature_only=mature_only, cache_dir=cache_dir
+        )
         self._order: dict[str, Any] = {
             "kind": order,
             "seed": seed,

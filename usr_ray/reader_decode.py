@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from usr_ray.batch import History, UsrBatch
 from usr_ray.manifest import Manifest, RowGroupRef, labels_close_us, model_columns
 from usr_ray.manifest_files import REBUILD, DataError, join_path, one_line, open_filesystem
+from usr_ray.reader_cache import RowGroupCache
 from usr_ray.schema import ACTION_ORDER, ALL_LABELS, LABEL_ORDER, FeatureSpec, HistoryColumns
 
 _STRIP_ROWS = 4096
@@ -23,7 +25,14 @@ _TYPES = {"long": pa.int64(), "float": pa.float32(), "boolean": pa.bool_()}
 class RowGroupDecoder:
     """Decodes row groups of a manifest; safe to call from several threads."""
 
-    def __init__(self, manifest: Manifest, *, ready_before_us: int | None, mature_only: bool) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        *,
+        ready_before_us: int | None,
+        mature_only: bool,
+        cache_dir: Path | str | None = None,
+    ) -> None:
         """See SampleReader for the arguments."""
         self._manifest = manifest
         self._ready_before_us = ready_before_us
@@ -33,6 +42,7 @@ class RowGroupDecoder:
         self._filesystem, self._table_path = open_filesystem(manifest.table_uri)
         self._footers: dict[int, pq.FileMetaData] = {}
         self._lock = threading.Lock()
+        self._cache = RowGroupCache(cache_dir, manifest, self.columns) if cache_dir else None
 
     def decode(self, ref: RowGroupRef, *, use_threads: bool = False) -> UsrBatch:
         """All rows of a row group.
@@ -41,8 +51,13 @@ class RowGroupDecoder:
             DataError: the file cannot be read, was replaced since the manifest was built, or breaks the contract of
                 the samples table (a null, an id outside its embedding table, labels out of order ...).
         """
+        table = self._cache.load(ref) if self._cache else None
+        if table is None:
+            table = self.read(ref, use_threads=use_threads)
+            if self._cache:
+                self._cache.store(ref, table)
         return table_to_batch(
-            self.read(ref, use_threads=use_threads),
+            table,
             self._manifest.spec,
             where=self._where(ref),
             first_row=ref.first_row,
@@ -51,7 +66,7 @@ class RowGroupDecoder:
         )
 
     def read(self, ref: RowGroupRef, *, use_threads: bool = False) -> pa.Table:
-        """The needed columns of a row group, as stored."""
+        """The needed columns of a row group, as stored in Parquet."""
         path = join_path(self._table_path, self._manifest.files[ref.file].path)
         try:
             with pq.ParquetFile(
