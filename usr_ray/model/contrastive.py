@@ -28,12 +28,12 @@ _NORM_FLOOR = 1e-6
 """Added to norms, so that the gradient of a zero vector is finite."""
 
 
-def _row_keys(row_number_B: Tensor, step_seed: int, stream: int) -> Tensor:
+def _row_keys(row_number_B: Tensor, step_seed: int | Tensor, stream: int) -> Tensor:
     step = hash_keys(hash_keys(row_number_B.new_tensor(stream), step_seed), 0)
     return hash_keys(step, row_number_B)
 
 
-def event_mask(events: Events, row_number_B: Tensor, step_seed: int, rate: float) -> Tensor:
+def event_mask(events: Events, row_number_B: Tensor, step_seed: int | Tensor, rate: float) -> Tensor:
     """Bool (V): the events a twin sees, each dropped with probability `rate`; the newest of a history always stays."""
     num_scenarios = events.lengths_SB.shape[0]
     scenario_S1 = torch.arange(num_scenarios, device=row_number_B.device).unsqueeze(1)
@@ -42,7 +42,7 @@ def event_mask(events: Events, row_number_B: Tensor, step_seed: int, rate: float
     return (uniform_V >= rate) | (events.from_newest_V == 0)
 
 
-def feature_mask(widths: Sequence[int], row_number_B: Tensor, step_seed: int, rate: float) -> Tensor:
+def feature_mask(widths: Sequence[int], row_number_B: Tensor, step_seed: int | Tensor, rate: float) -> Tensor:
     """Bool (B, C): the columns of f a twin sees; a feature's `widths[i]` columns stay or go together."""
     keys_B1 = _row_keys(row_number_B, step_seed, _FEATURE_STREAM).unsqueeze(1)
     features_F = torch.arange(len(widths), device=row_number_B.device)

@@ -16,21 +16,21 @@ _UNIFORM_BITS = 24
 
 
 def _shift_right(value: Tensor, bits: int) -> Tensor:
-    """Logical shift; torch's own keeps the sign of an int64."""
-    return (value >> bits) & ((1 << (64 - bits)) - 1)
+    """Logical shift into a new tensor; torch's own keeps the sign of an int64."""
+    return (value >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
-def hash_keys(state: Tensor | int, key: Tensor | int) -> Tensor:
+def hash_keys(state: Tensor, key: Tensor | int) -> Tensor:
     """int64 hash of (state, key), broadcast: the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
 
-    Chain it for more keys: hash_keys(hash_keys(seed, row), column). At least one argument is an int64 tensor; integer
-    arithmetic wraps alike on every device.
+    Chain it for more keys: hash_keys(hash_keys(seed, row), column). Integer arithmetic wraps alike on every device.
     """
-    mixed = (key + 1) * _GOLDEN ^ state if isinstance(key, Tensor) else state ^ _wrap((key + 1) * _GOLDEN)
-    mixed = torch.as_tensor(mixed)
-    mixed = (mixed ^ _shift_right(mixed, 30)) * _MIX_1
-    mixed = (mixed ^ _shift_right(mixed, 27)) * _MIX_2
-    return mixed ^ _shift_right(mixed, 31)
+    spread = (key + 1) * _GOLDEN if isinstance(key, Tensor) else _wrap((key + 1) * _GOLDEN)
+    mixed = state ^ spread
+    # In place: one hash for each event of a batch, each step.
+    mixed.bitwise_xor_(_shift_right(mixed, 30)).mul_(_MIX_1)
+    mixed.bitwise_xor_(_shift_right(mixed, 27)).mul_(_MIX_2)
+    return mixed.bitwise_xor_(_shift_right(mixed, 31))
 
 
 def to_uniform(hashed: Tensor) -> Tensor:

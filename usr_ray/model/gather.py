@@ -54,7 +54,7 @@ def group_places(index_V: Tensor, num_rows: int) -> Places:
 def pool_sum(weights: Sequence[Tensor], places: Sequence[Places], groups: Groups) -> Tensor:
     """(G, C): for each group the sum over its places and over the weights (U_i, C) of the row a place takes of each.
 
-    No (V, C) tensor is built. An empty group gives zeros. bfloat16 is added up in float32.
+    No (V, C) tensor is built. An empty group gives zeros. bfloat16 rows give a float32 sum.
     """
     tensors = [t for p in places for t in (p.index_V, p.order_V, p.starts_U)]
     pooled_GC: Tensor = _PoolSum.apply(  # type: ignore[no-untyped-call]
@@ -64,11 +64,11 @@ def pool_sum(weights: Sequence[Tensor], places: Sequence[Places], groups: Groups
 
 
 def _bag(index: Tensor, rows: Tensor, starts: Tensor) -> Tensor:
-    """Sum of rows[index] over consecutive segments."""
+    """Sum of rows[index] over consecutive segments, at least float32."""
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     if rows.shape[0] == 0 or index.shape[0] == 0:
         return rows.new_zeros((starts.shape[0], rows.shape[1]))
-    wide = rows.float() if rows.dtype in (torch.bfloat16, torch.float16) else rows
-    return embedding_bag(index, wide.contiguous(), starts, mode="sum").to(rows.dtype)
+    return embedding_bag(index, rows.contiguous(), starts, mode="sum")
 
 
 class _PoolSum(torch.autograd.Function):
@@ -76,12 +76,14 @@ class _PoolSum(torch.autograd.Function):
     def forward(ctx: Any, num_weights: int, *tensors: Tensor) -> Tensor:
         weights, places, (group_V, order_V, starts_G) = tensors[:num_weights], tensors[num_weights:-3], tensors[-3:]
         ctx.save_for_backward(group_V, *places[1::3], *places[2::3])
-        ctx.num_inputs = len(tensors)
+        ctx.num_inputs, ctx.dtypes = len(tensors), [w.dtype for w in weights]
         # One pass over all weights: a group's rows of each, one after the other.
         first_row, indices = 0, []
         for weight_UC, index_V in zip(weights, places[::3], strict=True):
-            indices.append(index_V.index_select(0, order_V) + first_row)
+            indices.append(index_V.index_select(0, order_V).add_(first_row))
             first_row += weight_UC.shape[0]
+        if num_weights == 1:
+            return _bag(indices[0], weights[0], starts_G)
         return _bag(torch.stack(indices, dim=1).flatten(), torch.cat(weights), starts_G * num_weights)
 
     @staticmethod
@@ -90,7 +92,7 @@ class _PoolSum(torch.autograd.Function):
         group_V, *rest = ctx.saved_tensors
         half = len(rest) // 2
         grads = [
-            _bag(group_V.index_select(0, order_V), grad_GC, starts_U)
-            for order_V, starts_U in zip(rest[:half], rest[half:], strict=True)
+            _bag(group_V.index_select(0, order_V), grad_GC, starts_U).to(dtype)
+            for order_V, starts_U, dtype in zip(rest[:half], rest[half:], ctx.dtypes, strict=True)
         ]
         return (None, *grads, *[None] * (ctx.num_inputs - len(grads)))

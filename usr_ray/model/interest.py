@@ -9,7 +9,7 @@ for an event is then one product of K numbers for its score and one for its valu
 
 Shape letters: B rows, V views (events where the name says so), L longest row, Z trigger, H target and event vector,
 K rank, P inner size of an over-parameterised product, D interest, O and I outer sizes, M masks (all events, and those
-the twin sees), W = M * V.
+the twin sees).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from usr_ray.model.attention import masked_attention
 from usr_ray.model.embedding import INIT_STD
 from usr_ray.model.gather import pool_sum
 from usr_ray.model.history import Events, Grid
@@ -86,19 +87,11 @@ class InterestExtractor(nn.Module):
         inner_B1K = (inputs.target_BH @ self.inner["q"]().T).unsqueeze(1)
         query_BVK = _apply(query_core, inner_B1K) @ (self.outer["q"]().T @ self.outer["k"]())
         query_BVK = _apply(key_core.transpose(2, 3), query_BVK) / math.sqrt(self.output_dim)
-        projected_BLK = self._project_events(inputs, grid)
-        keys_BLK, values_BLK = projected_BLK.split(self.rank, dim=2)
-        scores_B1VL = (query_BVK.to(keys_BLK.dtype) @ keys_BLK.transpose(1, 2)).unsqueeze(1)
         valid_BML = grid.valid_BL.unsqueeze(1)
         if keep_BL is not None:
             valid_BML = torch.stack([grid.valid_BL, keep_BL & grid.valid_BL], dim=1)
-        # A finite floor: a row without events must stay a number until its vector is replaced below.
-        floor = torch.finfo(scores_B1VL.dtype).min
-        weights_BMVL = torch.where(valid_BML.unsqueeze(2), scores_B1VL, floor).softmax(dim=3)
-        # Both masks in one product: the values are read, and their gradient written, once.
-        read_BWK = weights_BMVL.flatten(1, 2).to(values_BLK.dtype) @ values_BLK
-        read_BMVK = _apply(value_core.unsqueeze(1), read_BWK.unflatten(1, weights_BMVL.shape[1:3]))
-        interest_BMVD = read_BMVK @ self.outer["v"]().T.to(read_BMVK.dtype)
+        read_BMVK = masked_attention(query_BVK, self._project_events(inputs, grid), valid_BML)
+        interest_BMVD = _apply(value_core.unsqueeze(1), read_BMVK) @ self.outer["v"]().T
         has_events_B111 = (events.num_events_B > 0).view(-1, 1, 1, 1)
         interest_BMVD = torch.where(has_events_B111, interest_BMVD, self.empty_D.to(interest_BMVD.dtype))
         return interest_BMVD[:, 0], None if keep_BL is None else interest_BMVD[:, 1]

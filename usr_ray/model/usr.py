@@ -94,14 +94,14 @@ class UsrModel(nn.Module):
         self.twins_interest = ie.enabled and cl.interest_weight > 0 and num_scenarios > 1
         self.twins_features = fg.enabled and cl.feature_weight > 0 and num_scenarios > 1
 
-    def forward(self, batch: UsrBatch, lookup: Lookup, step_seed: int = 0) -> UsrOutputs:
+    def forward(self, batch: UsrBatch, lookup: Lookup, step_seed: int | Tensor = 0) -> UsrOutputs:
         """Log probabilities of every row, and in training the views and twins of the contrastive loss.
 
         Args:
             batch: B rows, on the module's device.
             lookup: EmbeddingTables.lookup(batch).
-            step_seed: number of the step (with the run's seed mixed in, if wanted): draws the twins' masks. The same on
-                every rank; not used in evaluation.
+            step_seed: draws the twins' masks: one number a step, the same on every rank (an int64 scalar tensor where
+                a new number would be a new constant for torch.compile). Not used in evaluation.
         """
         events = list_events(batch)
         inputs = self.inputs(batch, lookup, events)
@@ -139,7 +139,7 @@ class UsrModel(nn.Module):
         pooled_BH: Tensor = self.pooled(inputs, events)
         return pooled_BH.unsqueeze(1)
 
-    def _views(self, batch: UsrBatch, inputs: Inputs, events: Events, z_BVZ: Tensor, step_seed: int) -> _Views:
+    def _views(self, batch: UsrBatch, inputs: Inputs, events: Events, z_BVZ: Tensor, step_seed: int | Tensor) -> _Views:
         """i_k and f_k of the views whose triggers are given, with twins in training."""
         rate = self.config.contrastive.mask_rate
         interests_twin_BVD = features_twin_BVC = None
