@@ -34,7 +34,7 @@ USER_CATEGORIES = ("onehot_feat1", "onehot_feat2", "search_active_level")
 REC_ACTIVE = ("rec_active_level", "reco_active_level")
 """One column under the names of two releases."""
 ITEM_CATEGORIES = (
-    "author_id", "item_type", "upload_type", "music_id", "first_level_category_id", "second_level_category_id",
+    "author_id", "item_type", "upload_type", "first_level_category_id", "second_level_category_id",
     "third_level_category_id", "fourth_level_category_id",
 )  # fmt: skip
 NULLS = ("", "NA", "nan", "NaN", "null")
@@ -58,7 +58,7 @@ class KuaiSarSource:
                                ("user_features", "user table"), ("item_features", "item table"))
         }  # fmt: skip
         for log in (f"{SEARCH}_impressions", f"{SEARCH}_clicks", f"{RECOMMENDATION}_impressions",
-                    f"{RECOMMENDATION}_clicks", f"{RECOMMENDATION}_orders", "users", "items"):  # fmt: skip
+                    f"{RECOMMENDATION}_clicks", f"{RECOMMENDATION}_orders"):  # fmt: skip
             writer.declare(log)
         for path in files["rec_inter"]:
             for rows in _batches(path, (*REC_COLUMNS, action)):
@@ -106,10 +106,11 @@ def _batches(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
 
 
 def _number(text: pa.ChunkedArray) -> pa.Array:
-    """Whole numbers of text such as "3" or "3.0"; null for what is no number, so that the ETL can reject the row."""
-    looks_right = pc.match_substring_regex(text, r"^-?[0-9]{1,18}(\.0*)?$")
-    whole = pc.replace_substring_regex(pc.if_else(looks_right, text, None), r"\.0*$", "")
-    return pc.cast(whole, pa.int64()).combine_chunks()
+    """Whole numbers of text such as "3", "3.0" or "1.684742e+12"; null for any other: the ETL rejects the row."""
+    is_number = pc.match_substring_regex(text, r"^-?[0-9]{1,15}(\.[0-9]*)?([eE][+-]?[0-9]{1,2})?$")
+    numbers = pc.round(pc.cast(pc.if_else(is_number, text, None), pa.float64()))
+    is_exact = pc.less(pc.abs(numbers), 2.0**53)
+    return pc.cast(pc.if_else(is_exact, numbers, None), pa.int64()).combine_chunks()
 
 
 def _is_positive(text: pa.ChunkedArray) -> pa.Array:

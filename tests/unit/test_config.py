@@ -132,7 +132,7 @@ POSITIVE = [
                                  "num_levels", "meta_depth", "meta_view_dim", "apg_rank", "generator.hidden",
                                  "interest.rank", "interest.over_parameterisation", "contrastive.temperature",
                                  "contrastive.group_size")),
-    "histories.length", "vocabulary.min_count", "ray.num_workers",
+    "histories.length", "vocabulary.min_count", "ray.num_workers", "jdsearch.num_days",
 ]  # fmt: skip
 
 
@@ -212,6 +212,10 @@ REFUSED = [
     ("simulated.first_date=today", "simulated.first_date: 'today' is not a date; write YYYY-MM-DD"),
     ("kuaisearch.step=0 s", "kuaisearch.step must be longer than 0, got '0 s'"),
     ("kuaisearch.base_time=today", "kuaisearch.base_time: 'today' is not a time"),
+    ("kuaisar.order_column=buy", "kuaisar.order_column must be 'like', 'follow' or 'forward', got 'buy'"),
+    ("jdsearch.base_time=2022-11-01T01:00:00Z",
+     "jdsearch.base_time must be midnight UTC, got '2022-11-01T01:00:00+00:00': no history may share its date"),
+    ("jdsearch.base_time=then", "jdsearch.base_time: 'then' is not a time"),
     # Model
     ("model.backbone=dnn", "model.backbone 'dnn' is not known; choose from: shared_bottom, mmoe, ple, star, m2m, apg"),
     ("model.hidden=[]", "model.hidden is empty; give at least one width, for example [64]"),
