@@ -238,4 +238,6 @@ def training_reader(config: Config, manifest: Manifest, worker: Worker) -> Sampl
         ready_before_us=int(cut_off.timestamp()) * 1_000_000 if config.data.mature_only else None,
         mature_only=config.data.mature_only,
         num_threads=config.train.reader_threads,
+        num_shards=config.train.reader_shards,
+        cache_dir=config.train.reader_cache or None,
     )

@@ -21,7 +21,9 @@ from usr_ray.optim import DenseAdamW, RowwiseAdagrad, exchange_tables, replica_h
 from usr_ray.worker import Worker
 
 FORMAT = 1
-FIXED_KEYS = ("model", "train.seed", "train.global_batch_size", "train.order", "data.mature_only")
+FIXED_KEYS = (
+    "model", "train.seed", "train.global_batch_size", "train.order", "train.reader_shards", "data.mature_only",
+)  # fmt: skip
 """Configuration that gives the weights and the cursor their meaning: a resumed run must have it as it was."""
 _PACKAGES = ("torch", "numpy", "pyarrow", "safetensors")
 

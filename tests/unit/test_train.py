@@ -289,6 +289,8 @@ def other_spec(spec: FeatureSpec) -> FeatureSpec:
          "model.contrastive.group_size = 16, this run 32"),
         (make_config(train_seed=1), lambda m: m, "train.seed = 0, this run 1"),
         (make_config(train_global_batch_size=128), lambda m: m, "train.global_batch_size = 64, this run 128"),
+        (make_config(train_reader_shards=2), lambda m: m, "train.reader_shards = 1, this run 2"),
+        (make_config(data_mature_only=False), lambda m: m, "data.mature_only = True, this run False"),
         (make_config(train_order="by_date"), lambda m: m, "train.order = 'shuffled', this run 'by_date'"),
     ],
 )  # fmt: skip
@@ -320,6 +322,14 @@ def test_rows_whose_labels_close_after_the_train_cut_off_do_not_count(manifests:
     expected = sum(time <= cut_off for time in times.to_pylist())
     assert len(kept) == expected
     assert 0 < expected < manifest.num_rows
+
+
+def test_decoded_rows_kept_on_disk_change_no_bit(manifests: tuple[Manifest, Manifest], tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    plain = run(make_config(train_num_epochs=2), (manifests[0], None), tmp_path / "plain")
+    cached = run(make_config(train_num_epochs=2, train_reader_cache=str(cache)), (manifests[0], None), tmp_path / "run")
+    assert any(cache.rglob("*"))
+    assert_equal_states(plain, cached)
 
 
 def test_a_run_that_diverges_stops_with_one_line_and_saves_nothing(
