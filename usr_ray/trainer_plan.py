@@ -32,8 +32,8 @@ RUNNING, FINISHED = "running", "finished"
 SPLITS = ("train", "eval")
 _FIXED = ("scenarios", "data", *FIXED_KEYS)
 """What gives the run its meaning: another value needs another run directory."""
-_IGNORED = ("ray", "labels", "histories", "vocabulary", "features", "simulated", "kuairand", "kuaisearch")
-"""Sections that do not change what training computes: a finished run stays finished."""
+_TRAINED_FROM = ("scenarios", "data", "model", "train")
+"""Sections that training computes from; with any other change a finished run stays finished."""
 _MORE_PACKAGES = ("ray", "deltalake")
 
 
@@ -207,7 +207,7 @@ def _about(manifest: Manifest) -> dict[str, Any]:
 
 
 def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key not in _IGNORED}
+    return {key: value for key, value in config.items() if key in _TRAINED_FROM}
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
