@@ -26,6 +26,8 @@ from usr_ray.model.history import Events
 _EVENT_STREAM, _FEATURE_STREAM = 1, 2
 _NORM_FLOOR = 1e-6
 """Added to norms, so that the gradient of a zero vector is finite."""
+_EXCLUDED = -1e30
+"""Score of what is no negative; its exponential is 0."""
 
 
 def _row_keys(row_number_B: Tensor, step_seed: int | Tensor, stream: int) -> Tensor:
@@ -70,14 +72,19 @@ def contrastive_sums(
     Returns:
         A scalar, and (S) without a gradient; float32 (float64 for float64 vectors).
     """
-    unit_SNGD = _groups(vectors_BSD, group_size)
+    unit_SNGD = _groups(_unit(vectors_BSD), group_size)
     valid_NG, counted_NG = (_fill(flag_B, group_size).unflatten(0, (-1, group_size)) for flag_B in (valid_B, counted_B))
     variance_S = _variance_sums(unit_SNGD.detach(), valid_NG, counted_NG)
     if twins_BSD is None:
         return torch.zeros_like(variance_S[0]), variance_S
-    positive_SNG = (unit_SNGD * _groups(twins_BSD, group_size)).sum(3) / temperature
+    positive_SNG = (unit_SNGD * _groups(_unit(twins_BSD), group_size)).sum(3) / temperature
     loss_SNG = softplus(_negatives(unit_SNGD, valid_NG, temperature) - positive_SNG)
     return torch.where(valid_NG, loss_SNG, 0).sum(), variance_S
+
+
+def _unit(vectors_BSD: Tensor) -> Tensor:
+    vectors_BSD = vectors_BSD.to(torch.promote_types(vectors_BSD.dtype, torch.float32))
+    return vectors_BSD / (torch.linalg.vector_norm(vectors_BSD, dim=2, keepdim=True) + _NORM_FLOOR)
 
 
 def _fill(values: Tensor, group_size: int) -> Tensor:
@@ -86,12 +93,9 @@ def _fill(values: Tensor, group_size: int) -> Tensor:
     return torch.cat([values, values.new_zeros((num_missing, *values.shape[1:]))]) if num_missing else values
 
 
-def _groups(vectors_BSD: Tensor, group_size: int) -> Tensor:
-    """Unit vectors (S, N, G, D), the last group filled up with zeros."""
-    vectors_BSD = vectors_BSD.to(torch.promote_types(vectors_BSD.dtype, torch.float32))
-    norm_BS1 = torch.linalg.vector_norm(vectors_BSD, dim=2, keepdim=True)
-    unit_BSD = vectors_BSD / (norm_BS1 + _NORM_FLOOR)
-    return _fill(unit_BSD, group_size).transpose(0, 1).unflatten(1, (-1, group_size))
+def _groups(values_BSD: Tensor, group_size: int) -> Tensor:
+    """(S, N, G, D), the last group filled up with zeros."""
+    return _fill(values_BSD, group_size).transpose(0, 1).unflatten(1, (-1, group_size))
 
 
 def _variance_sums(unit_SNGD: Tensor, valid_NG: Tensor, counted_NG: Tensor) -> Tensor:
@@ -104,13 +108,15 @@ def _variance_sums(unit_SNGD: Tensor, valid_NG: Tensor, counted_NG: Tensor) -> T
 
 def _negatives(unit_SNGD: Tensor, valid_NG: Tensor, temperature: float) -> Tensor:
     """Log of the sum over the other views' valid vectors of exp(cos / tau), (S, N, G)."""
-    floor = torch.finfo(unit_SNGD.dtype).min
     views = unit_SNGD.unbind(0)
     parts: list[list[Tensor]] = [[] for _ in views]
+    # Finite also when doubled: an invalid row's own result is a number too, dropped by the caller.
+    floor_NG = (~valid_NG).to(unit_SNGD.dtype) * _EXCLUDED
+    floor_NGG = floor_NG.unsqueeze(1) + floor_NG.unsqueeze(2)
     # Row g, column h of a pair's matrix serves anchor g of one view and anchor h of the other.
     for one in range(len(views)):
         for other in range(one + 1, len(views)):
-            cos_NGG = views[one] @ views[other].transpose(1, 2) / temperature
-            parts[one].append(cos_NGG.masked_fill(~valid_NG.unsqueeze(1), floor).logsumexp(2))
-            parts[other].append(cos_NGG.masked_fill(~valid_NG.unsqueeze(2), floor).logsumexp(1))
+            score_NGG = torch.baddbmm(floor_NGG, views[one], views[other].transpose(1, 2), alpha=1 / temperature)
+            parts[one].append(score_NGG.logsumexp(2))
+            parts[other].append(score_NGG.logsumexp(1))
     return torch.stack([torch.stack(part).logsumexp(0) for part in parts])

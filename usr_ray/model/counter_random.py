@@ -5,7 +5,6 @@ A stateful generator would give a row other numbers when the row moves to anothe
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64

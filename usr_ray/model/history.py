@@ -37,6 +37,8 @@ class Events:
     """(scenario, action, age bucket) of each event as an index into `EventKinds.forward`."""
     rows: Groups
     """The events of a row: its scenarios one after the other, newest last in each."""
+    rank_V: Tensor
+    """int64, the event's place in rows.order_V."""
 
     @property
     def num_events_B(self) -> Tensor:
@@ -64,8 +66,9 @@ def list_events(batch: UsrBatch) -> Events:
     row_starts_B = num_events_B.cumsum(0) - num_events_B
     shift_SB = row_starts_B + lengths_SB.cumsum(0) - lengths_SB - starts_G.view_as(lengths_SB)
     numbers_V = torch.arange(num_events, device=device)
+    rank_V = numbers_V + shift_SB.flatten()[history_V]
     order_V = torch.empty_like(numbers_V)
-    order_V[numbers_V + shift_SB.flatten()[history_V]] = numbers_V
+    order_V[rank_V] = numbers_V
     return Events(
         history_V=history_V,
         from_newest_V=(starts_G + lengths_G)[history_V] - 1 - numbers_V,
@@ -73,6 +76,7 @@ def list_events(batch: UsrBatch) -> Events:
         lengths_SB=lengths_SB,
         kinds=group_places(kind_V, num_scenarios * NUM_ACTIONS * NUM_AGES),
         rows=Groups(history_V - scenario_V * num_rows, order_V, row_starts_B),
+        rank_V=rank_V,
     )
 
 
@@ -94,16 +98,15 @@ class Grid:
 
 def lay_out(events: Events) -> Grid:
     """The grid of a batch's events; L is at least 1. On a GPU this waits for the longest row's length."""
-    num_events_B, order_V = events.num_events_B, events.rows.order_V
-    num_rows = num_events_B.shape[0]
-    longest = max(int(num_events_B.max()), 1) if num_rows else 1
-    valid_BL = torch.arange(longest, device=order_V.device) < num_events_B.unsqueeze(1)
-    filled_P = valid_BL.flatten()
-    slot_V = torch.empty_like(order_V)
-    row_shift_B = torch.arange(num_rows, device=order_V.device) * longest - events.rows.starts_G
-    places_V = torch.arange(order_V.shape[0], device=order_V.device)
-    slot_V[order_V] = places_V + row_shift_B[events.rows.group_V[order_V]]
-    return Grid(valid_BL, Groups(slot_V, order_V, filled_P.cumsum(0) - filled_P.long()))
+    num_events_B1, row_starts_B = events.num_events_B.unsqueeze(1), events.rows.starts_G
+    num_rows = row_starts_B.shape[0]
+    longest = max(int(num_events_B1.max()), 1) if num_rows else 1
+    position_L = torch.arange(longest, device=row_starts_B.device)
+    # An empty slot starts where the row's events end.
+    starts_P = (row_starts_B.unsqueeze(1) + torch.minimum(position_L, num_events_B1)).flatten()
+    row_shift_B = torch.arange(num_rows, device=row_starts_B.device) * longest - row_starts_B
+    slot_V = events.rank_V + row_shift_B[events.rows.group_V]
+    return Grid(position_L < num_events_B1, Groups(slot_V, events.rows.order_V, starts_P))
 
 
 class EventKinds(nn.Module):
