@@ -3,7 +3,8 @@
 It writes the logs of the contract and `truth` (impression_id, p_click, p_order, is_cross_exposure): the probabilities
 the labels were drawn from. Attribution with the configured windows gives back exactly the drawn labels: a click falls
 before its user's next request, an order before the user meets the item again, a late click or order after its window
-and where no other click could earn it. One day is in memory at a time.
+and where no other click could earn it. Events run on past the last day until all its labels are final. One day is in
+memory at a time.
 """
 
 from __future__ import annotations
@@ -173,8 +174,18 @@ class SimulatedSource:
             rows.write_orders(writer, late.where(is_due))
             late = late.where(~is_due)
             num_before += len(day.shown.item_N)
+            if is_last:
+                writer.append("orders", closing_order(day, config))
             print(f"day {day.number + 1} of {settings.num_days}: {num_before:,} impressions",
                   file=sys.stderr, flush=True)  # fmt: skip
+
+
+def closing_order(last: SimulatedDay, config: Config) -> dict[str, list[str] | np.ndarray]:
+    """One order without a click, after every window has closed: the newest event, so that all rows are mature."""
+    labels = config.labels
+    close_us = last.end_us + labels.click_window_us + labels.global_window_us + labels.order_window_us
+    order = {"order_id": ["late-end"], "user_id": ["u0"], "item_id": ["i0"]}
+    return {**order, "event_time": np.array([close_us + 1_000_000])}
 
 
 def write_profiles(world: World, writer: LogWriter) -> None:
