@@ -5,7 +5,6 @@ Every step is one of the jobs, run by the command that is printed before it, so 
 
 from __future__ import annotations
 
-import datetime as dt
 import shlex
 import shutil
 import subprocess
@@ -55,18 +54,6 @@ def build_dates(config: Config) -> str:
     return f"{first}:{last}"
 
 
-def watermark(config: Config) -> str:
-    """When the labels of the last held-out row are final.
-
-    The simulated logs are complete, however far one looks ahead. The default watermark, the newest event, would call
-    the last day's rows immature, since a small world may have no order a day later.
-    """
-    last = parse_dates(config.data.eval_dates, where="data.eval_dates")[1]
-    delay_us = config.labels.global_window_us + config.labels.order_window_us
-    end = dt.datetime.combine(last, dt.time(), dt.UTC) + dt.timedelta(days=1, microseconds=delay_us)
-    return end.isoformat().replace("+00:00", "Z")
-
-
 def main(argv: list[str]) -> None:
     parser = job_parser(__doc__ or "")
     parser.add_argument("--source", default=SIMULATED, help="data set to ingest (ignored with --logs)")
@@ -89,9 +76,8 @@ def main(argv: list[str]) -> None:
         where = ["--input", str(arguments.input)] if arguments.input else []
         step("ingest", "spark-submit", "jobs/ingest_logs.py", "--source", arguments.source, *where,
              "--logs", str(logs), *settings)  # fmt: skip
-    complete = ["--watermark", watermark(config)] if arguments.logs is None and arguments.source == SIMULATED else []
     step("build samples", "spark-submit", "jobs/build_samples.py", "--logs", str(logs), "--lake", str(lake),
-         "--dates", build_dates(config), *complete, *settings)  # fmt: skip
+         "--dates", build_dates(config), *settings)  # fmt: skip
     step("train", sys.executable, "jobs/train.py", "--lake", str(lake), "--run-dir", str(run), *settings)
     step("evaluate", sys.executable, "jobs/evaluate.py", "--run-dir", str(run), "--lake", str(lake),
          "--dates", config.data.eval_dates)  # fmt: skip
