@@ -27,7 +27,11 @@ def main(argv: list[str]) -> None:
     cluster = prepare_environment(dashboard=config.ray.dashboard)
     from usr_ray.trainer import run  # imports ray, which reads the environment
 
-    run(config, arguments.lake, arguments.run_dir, cluster=cluster, command=["jobs/train.py", *argv])
+    try:
+        run(config, arguments.lake, arguments.run_dir, cluster=cluster, command=["jobs/train.py", *argv])
+    except KeyboardInterrupt:
+        print(f"{arguments.run_dir}: the same command goes on from the newest checkpoint", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

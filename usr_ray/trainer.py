@@ -15,6 +15,7 @@ import math
 import os
 import re
 import shutil
+import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,18 +28,15 @@ import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from usr_ray import __version__
 from usr_ray.config import Config, RayConfig, UserError, parse_duration_us
-from usr_ray.evaluate_files import PREDICTIONS_FILE, SPLIT, metrics_text, write_metrics, write_predictions
-from usr_ray.manifest import Manifest
 from usr_ray.metrics import CellMetrics
 from usr_ray.monitoring import RayMonitor
-from usr_ray.train import TrainResult, train
+from usr_ray.train import train
 from usr_ray.trainer_environment import ADDRESS, LOOPBACK, OWN, ROOT, SUBMITTED
 from usr_ray.trainer_plan import RunPlan, load_manifest, mark_finished, plan_run, write_plan
+from usr_ray.trainer_result import print_result, write_result
 from usr_ray.worker import DistributedWorker
 
-METRICS_FILE = "metrics.json"
 RAY_DIR = "ray"
 _OBJECT_STORE_BYTES = 200_000_000
 """Nothing of a run goes through Ray's object store but its configuration."""
@@ -117,9 +115,7 @@ def _refuse_relative(paths: Mapping[str, Path | str]) -> None:
 def _summary(plan: RunPlan, outcome: str, step: int, *, was_finished: bool) -> RunSummary:
     metrics = None
     if plan.eval_manifest is not None and outcome != "stopped":
-        splits = json.loads((plan.run_dir / METRICS_FILE).read_text(encoding="utf-8"))
-        metrics = splits[SPLIT]
-        print(metrics_text(splits))
+        metrics = print_result(plan.run_dir)
     return RunSummary(plan.run_dir, outcome, step, metrics, was_finished)
 
 
@@ -228,7 +224,7 @@ def _fit(plan: RunPlan) -> tuple[str, int]:
     )
     refused = storage / name / _REFUSED
     try:
-        result = trainer.fit()
+        result = _fit_in_background(trainer)
     except TrainingFailedError as error:
         if refused.exists():
             raise UserError(json.loads(refused.read_text(encoding="utf-8"))) from error
@@ -238,6 +234,29 @@ def _fit(plan: RunPlan) -> tuple[str, int]:
     shutil.rmtree(storage, ignore_errors=True)  # what Ray keeps of an attempt; nothing reads it again
     returned: dict[str, Any] = result.return_value  # type: ignore[attr-defined]
     return returned["outcome"], returned["step"]
+
+
+def _fit_in_background(trainer: TorchTrainer) -> Any:
+    """trainer.fit(), leaving Ctrl-C to this thread: an interrupt ends Ray and its workers at once.
+
+    In the main thread Ray takes the signal and aborts politely, in half a minute and with pages of tracebacks. What
+    politeness would save is the steps since the newest checkpoint, and it does not save them either.
+    """
+    outcome: list[Any] = []
+
+    def fit() -> None:
+        try:
+            outcome.append(trainer.fit())
+        except BaseException as error:  # raised again in the caller's thread
+            outcome.append(error)
+
+    thread = threading.Thread(target=fit, name="fit", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
 
 
 def train_worker(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -274,24 +293,6 @@ def train_worker(settings: Mapping[str, Any]) -> dict[str, Any]:
     if worker.is_main and eval_manifest is not None:
         write_result(run_dir, config, result, eval_manifest)
     return {"outcome": result.status, "step": result.step}
-
-
-def write_result(run_dir: Path, config: Config, result: TrainResult, held_out: Manifest) -> None:
-    """metrics.json and predictions.parquet of the trained weights on the held-out rows; nothing when stopped."""
-    evaluation = result.evaluation
-    if evaluation is None or evaluation.metrics is None or evaluation.predictions is None:
-        return
-    about = {
-        "dates": config.data.eval_dates,
-        "step": result.state.step,
-        "table_uri": held_out.table_uri,
-        "table_version": held_out.version,
-        "manifest_sha256": held_out.sha256,
-        "evaluated_at": f"{dt.datetime.now(dt.UTC):%Y-%m-%dT%H:%M:%SZ}",
-        "usr_ray": __version__,
-    }
-    write_predictions(run_dir / PREDICTIONS_FILE, evaluation.predictions, held_out.spec.scenarios, about=about)
-    write_metrics(run_dir / METRICS_FILE, {SPLIT: evaluation.metrics})
 
 
 def _timeout(config: RayConfig) -> dt.timedelta:
