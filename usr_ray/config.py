@@ -36,6 +36,7 @@ from usr_ray.config_fields import (
     parse_duration_us,
     require,
 )
+from usr_ray.config_logs import LogConfig, OnlineConfig, log_names
 from usr_ray.config_model import (
     BACKBONES,
     ContrastiveConfig,
@@ -48,8 +49,9 @@ from usr_ray.config_model import (
 __all__ = [
     "BACKBONES", "DAY_US", "Config", "ConfigError", "ContrastiveConfig", "DataConfig", "FeaturesConfig",
     "GeneratorConfig", "HistoriesConfig", "InterestConfig", "JdSearchConfig", "KuaiRandConfig", "KuaiSarConfig",
-    "KuaiSearchConfig", "LabelsConfig", "ModelConfig", "MultitaskConfig", "RayConfig", "SimulatedConfig", "TrainConfig",
-    "UserError", "VocabularyConfig", "load_config", "parse_date", "parse_dates", "parse_duration_us",
+    "KuaiSearchConfig", "LabelsConfig", "LogConfig", "ModelConfig", "MultitaskConfig", "OnlineConfig", "RayConfig",
+    "SimulatedConfig", "TrainConfig", "UserError", "VocabularyConfig", "load_config", "parse_date", "parse_dates",
+    "parse_duration_us",
 ]  # fmt: skip
 
 
@@ -154,6 +156,8 @@ class Config:
     query_scenarios: tuple[str, ...] = ("search",)
     """Scenarios whose impressions carry a query."""
     labels: LabelsConfig = field(default_factory=LabelsConfig)
+    logs: Mapping[str, LogConfig] = field(default_factory=dict)
+    """Logs that are made from the shop's own files; the others are entries of the --logs folder."""
     histories: HistoriesConfig = field(default_factory=HistoriesConfig)
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
@@ -161,6 +165,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     ray: RayConfig = field(default_factory=RayConfig)
+    online: OnlineConfig = field(default_factory=OnlineConfig)
     simulated: SimulatedConfig = field(default_factory=SimulatedConfig)
     kuairand: KuaiRandConfig = field(default_factory=KuaiRandConfig)
     kuaisearch: KuaiSearchConfig = field(default_factory=KuaiSearchConfig)
@@ -175,6 +180,12 @@ class Config:
             require(re.fullmatch(r"[a-z][a-z0-9_]*", name) is not None,
                      f"scenarios: {name!r} must be lower-case letters, digits and '_'")  # fmt: skip
             require(name not in ("global", "all"), f"scenarios: {name!r} is the name of a total in metrics.json")
+        known = log_names(self.scenarios)
+        unknown = sorted(set(self.logs) - set(known))
+        require(not unknown, f"unknown log 'logs.{''.join(unknown[:1])}'; with these scenarios there can be: "
+                f"{', '.join(known)}")  # fmt: skip
+        for name, log in self.logs.items():
+            log.check(f"logs.{name}")
         group = self.model.contrastive.group_size
         require(self.train.global_batch_size % group == 0,
                  f"train.global_batch_size ({self.train.global_batch_size}) must be a multiple of "

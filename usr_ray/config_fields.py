@@ -107,16 +107,18 @@ def build(kind: type, raw: Any, *, path: str) -> Any:
     return kind(**values)
 
 
-def _convert(hint: Any, value: Any, *, path: str) -> Any:
+def _convert(hint: Any, value: Any, *, path: str) -> Any:  # noqa: PLR0911 - one return a kind of value
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, path=path)
     origin = typing.get_origin(hint)
+    if origin is types.UnionType:
+        return _convert_to_one_of(typing.get_args(hint), value, path=path)
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{path} must be a list, got {value!r}")
         inner = typing.get_args(hint)[0]
         return tuple(_convert(inner, v, path=f"{path}[{n}]") for n, v in enumerate(value))
-    if origin is not None and not isinstance(hint, types.UnionType):  # Mapping[str, X]
+    if origin is not None:  # Mapping[str, X]
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path} must be a section, got {value!r}")
         inner = typing.get_args(hint)[1]
@@ -128,6 +130,16 @@ def _convert(hint: Any, value: Any, *, path: str) -> Any:
     if type(value) is not hint:
         raise ConfigError(f"{path} must be {_NAMES.get(hint, hint)}, got {value!r}")
     return value
+
+
+def _convert_to_one_of(hints: tuple[Any, ...], value: Any, *, path: str) -> Any:
+    for hint in hints:
+        try:
+            return _convert(hint, value, path=path)
+        except ConfigError:
+            continue
+    names = " or ".join("a list" if typing.get_origin(hint) is tuple else _NAMES[hint] for hint in hints)
+    raise ConfigError(f"{path} must be {names}, got {value!r}")
 
 
 _NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
