@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from usr_ray.config import DAY_US, UserError
 from usr_ray.manifest_files import DataError, DataFile, RowGroup, one_line, open_filesystem, read_footer
-from usr_ray.schema import ALL_LABELS, FEATURE_SPEC_PROPERTY, PARTITION_COLUMN, SAMPLES, FeatureSpec
+from usr_ray.schema import ALL_LABELS, FEATURE_SPEC_PROPERTY, PARTITION_COLUMN, SAMPLES, VOCABULARIES, FeatureSpec
 
 FORMAT = 1
 """Of the JSON file; another number is refused."""
@@ -182,8 +182,7 @@ def build_manifest(lake: Path | str, *, dates: tuple[dt.date, dt.date], version:
         DataError: a table that would be read wrong (column mapping, deletion vectors), that training does not
             understand (feature spec or columns missing, wrong types), or with a file missing or damaged.
     """
-    text = str(lake)
-    table_uri = f"{text.rstrip('/')}/{SAMPLES}" if "://" in text else str((Path(text) / SAMPLES).resolve())
+    table_uri = _table_uri(lake, SAMPLES)
     table = _open_table(table_uri, version)
     spec = _check_table(table, table_uri)
     adds = pa.table(table.get_add_actions(flatten=True))
@@ -207,6 +206,17 @@ def build_manifest(lake: Path | str, *, dates: tuple[dt.date, dt.date], version:
     if not files:
         raise UserError(f"{table_uri}: no rows in {dates[0]}:{dates[1]}; its files of these dates are empty")
     return make_manifest(table_uri=table_uri, version=table.version(), spec=spec, files=files)
+
+
+def read_vocabularies(lake: Path | str) -> pa.Table:
+    """Columns feature, value (string) and id (int64) of `<lake>/vocabularies`. Raises UserError: there is none."""
+    table = _open_table(_table_uri(lake, VOCABULARIES), None)
+    return table.to_pyarrow_table(columns=["feature", "value", "id"])
+
+
+def _table_uri(lake: Path | str, table: str) -> str:
+    text = str(lake)
+    return f"{text.rstrip('/')}/{table}" if "://" in text else str((Path(text) / table).resolve())
 
 
 def _open_table(table_uri: str, version: int | None) -> Any:
