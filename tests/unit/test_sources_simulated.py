@@ -127,7 +127,7 @@ def test_requests_share_time_and_query_and_never_repeat_an_item(tmp_path: Path) 
 
 
 def test_labels_are_drawn_from_the_written_probabilities(tmp_path: Path) -> None:
-    config = small_config("simulated.late_rate=0.1", "simulated.num_impressions=40000")
+    config = small_config("simulated.late_rate=0.1", "simulated.num_impressions=24000")
     labels = recovered(write_logs(tmp_path / "logs", config), config)
     truth = pq.read_table(tmp_path / "logs" / "truth").to_pydict()
     for chosen, name in ((labels.is_click, "p_click"), (labels.is_order, "p_order")):
@@ -204,7 +204,7 @@ def test_similarity_moves_tastes_from_unrelated_to_the_same() -> None:
 
 
 def cross_rows(*overrides: str) -> tuple[list[SimulatedDay], np.ndarray]:
-    _, days = drawn(load_config(None, [*MEDIUM, *overrides]))
+    _, days = drawn(load_config(None, [*MEDIUM, "simulated.num_impressions=24000", *overrides]))
     return days, np.concatenate([day.shown.is_copy_N for day in days])
 
 
