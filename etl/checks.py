@@ -57,5 +57,5 @@ def check_columns(log: str, found: Iterable[str], needed: Iterable[str]) -> None
         if column not in names:
             raise DataCheckError(
                 f"log {log}: column '{column}' is missing; it has: {', '.join(names)}; "
-                "add the column to the log (docs/tables.md lists the columns of every log)"
+                f"add it, or name your own column for it under [logs.{log}] (docs/tables.md, docs/own-logs.md)"
             )

@@ -1,12 +1,16 @@
-"""Find the logs in a folder and open them, whatever their format. Everything wrong with a log is a DataCheckError here."""
+"""Find the logs in a folder and open them, whatever their format. What is wrong with a log is a DataCheckError here."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import AnalysisException, PySparkException
 from pyspark.sql import DataFrame, SparkSession
 
 from etl.checks import DataCheckError
+from etl.mapping import map_columns
+from usr_ray.config import LogConfig
 
 _SUFFIXES = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json"}
 _PACKED = (".gz", ".zst", ".bz2", ".snappy", ".lz4")
@@ -14,45 +18,59 @@ TEXT_FORMATS = ("csv", "json")
 
 
 class LogFolder:
-    """The logs of one run: a folder (local, or any file system Hadoop knows) with one entry per log."""
+    """The logs of one run: a folder (local, or any file system Hadoop knows) with one entry per log, or `mappings`."""
 
-    def __init__(self, spark: SparkSession, root: str) -> None:
+    def __init__(self, spark: SparkSession, root: str, mappings: Mapping[str, LogConfig] | None = None) -> None:
         self._spark = spark
+        self._mappings = dict(mappings or {})
         self._root = root.rstrip("/")
         self._entries = self._list(self._root)
         if self._entries is None:
             raise DataCheckError(f"--logs {root}: there is no such folder; run jobs/ingest_logs.py or name another one")
 
     def has(self, log: str) -> bool:
-        """True where the folder has an entry for the log."""
-        return self._entry(log) is not None
+        """True where the folder has an entry for the log, or the configuration maps it."""
+        return log in self._mappings or self._entry(log) is not None
 
     def read(self, log: str) -> tuple[DataFrame, str]:
-        """The log's rows as they stand and its format; text formats come as strings throughout.
+        """The log's rows and its format: as they stand (text formats as strings throughout), or as they are mapped.
 
         Raises:
-            DataCheckError: the log is missing, empty, of no known format or of two, or unreadable.
+            DataCheckError: the log is missing, empty, of no known format or of two, unreadable, or not as mapped.
         """
-        entry = self._entry(log)
+        mapping = self._mappings.get(log)
+        entry = (mapping and mapping.path) or self._entry(log)
         if entry is None:
             there = ", ".join(sorted(self._entries or [])) or "nothing"
             raise DataCheckError(
                 f"log {log}: is missing in {self._root}, which holds: {there}; add a folder or file {log}"
             )
-        kind = self._format(log, entry)
+        path = self._locate(entry)
+        if mapping and mapping.path and not self._file_system(self._path(path)).globStatus(self._path(path)):
+            raise DataCheckError(
+                f"log {log}: logs.{log}.path matches no file, looked for {path}; correct it, or --logs which it is below"
+            )
+        kind = (mapping and mapping.format) or self._format(log, entry)
         try:
-            return self._open(f"{self._root}/{entry}", kind), kind
+            raw = self._open(path, kind, mapping.separator if mapping else ",")
+            return (map_columns(raw, log, mapping) if mapping else raw), kind
         except (AnalysisException, PySparkException, Py4JJavaError) as error:
             cause = str(error).strip().splitlines()[0][:300]
             if "NANOS" in str(error):
                 cause = "its timestamps are in nanoseconds; write microseconds (pyarrow: coerce_timestamps='us')"
             raise DataCheckError(f"log {log}: cannot be read as {kind}: {cause}") from error
 
-    def _open(self, path: str, kind: str) -> DataFrame:
+    def _locate(self, entry: str) -> str:
+        """Path of an entry of the folder, or of one that stands by itself."""
+        return entry if entry.startswith("/") or "://" in entry else f"{self._root}/{entry}"
+
+    def _open(self, path: str, kind: str, separator: str) -> DataFrame:
         reader = self._spark.read
         if kind == "csv":
-            # RFC 4180: quotes are doubled, and a quoted field may hold line breaks and be of any length.
-            return reader.csv(path, header=True, escape='"', multiLine=True, maxCharsPerColumn=-1, inferSchema=False)
+            # RFC 4180: quotes are doubled, and a quoted field may hold line breaks and be of any length. Without
+            # enforceSchema=False files whose columns stand in another order would be read as if they did not.
+            return reader.csv(path, header=True, sep=separator, escape='"', multiLine=True, maxCharsPerColumn=-1,
+                              inferSchema=False, enforceSchema=False)  # fmt: skip
         if kind == "json":
             return reader.json(path, primitivesAsString=True)
         return reader.format(kind).load(path)
@@ -64,7 +82,7 @@ class LogFolder:
         return names[0] if names else None
 
     def _format(self, log: str, entry: str) -> str:
-        path = f"{self._root}/{entry}"
+        path = self._locate(entry)
         inside = self._list(path)
         if inside and "_delta_log" in inside:
             return "delta"

@@ -16,6 +16,7 @@ from pyspark.sql import types as T
 from etl.attribution import KIND_CLICK, KIND_IMPRESSION, KIND_ORDER, NO_SCENARIO
 from etl.checks import DataCheckError, check_columns
 from etl.log_files import TEXT_FORMATS, LogFolder
+from etl.mapping import TIMES, as_written
 from usr_ray.config import Config
 
 _INTEGERS = (T.ByteType, T.ShortType, T.IntegerType, T.LongType)
@@ -122,15 +123,17 @@ def _event_rows(log: EventLog, raw: DataFrame, *, text: bool, contexts: dict[str
         there = shown and name in raw.columns
         cast = _category if is_category else _number
         columns[name] = cast(raw, log.name, name) if there else _null("string" if is_category else "double")
+    # A mapped time that cannot be read is null: whether there was one stands beside it.
+    given = {name: as_written(name) if as_written(name) in raw.columns else name for name in TIMES}
     tests = [
         (columns["id"].isNull(), f"null_{log.key}"),
         (columns["user_id"].isNull(), "null_user_id"),
         (columns["item_id"].isNull(), "null_item_id"),
-        (F.col("event_time").isNull(), "null_event_time"),
+        (F.col(given["event_time"]).isNull(), "null_event_time"),
         (event_time.isNull(), "unparsable_event_time"),
     ]
     if ingest_time is not None:
-        tests.append((F.col("ingest_time").isNotNull() & ingest_time.isNull(), "unparsable_ingest_time"))
+        tests.append((F.col(given["ingest_time"]).isNotNull() & ingest_time.isNull(), "unparsable_ingest_time"))
     reason = F.coalesce(*(F.when(test, F.lit(name)) for test, name in tests))
     return raw.select(
         F.lit(log.name).alias("log"),

@@ -142,7 +142,7 @@ def read_inputs(spark: SparkSession, config: Config, logs_dir: str) -> Inputs:
     Raises:
         DataCheckError: a log or a column is missing or has the wrong type.
     """
-    folder = LogFolder(spark, logs_dir)
+    folder = LogFolder(spark, logs_dir, config.logs)
     logs = event_logs(config, folder)
     events = read_events(config, folder, logs)
     features = config.features
