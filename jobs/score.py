@@ -1,0 +1,43 @@
+"""Score every row of some dates with a trained run, into a Delta table of probabilities.
+
+python jobs/score.py --run-dir DIR --lake DIR --dates A:B --output DIR
+
+One commit a date. The same command after a crash goes on at the first date that is not there; docs/serving.md has the
+columns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from usr_ray.cli import JobParser, run_job
+from usr_ray.config import parse_dates
+from usr_ray.score import score_dates
+from usr_ray.worker import LocalWorker
+
+
+def main(argv: list[str]) -> None:
+    parser = JobParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help="the --run-dir of jobs/train.py")
+    parser.add_argument("--lake", type=Path, required=True, metavar="DIR", help="the lake of jobs/build_samples.py")
+    parser.add_argument("--dates", required=True, metavar="A:B", help="first and last date, both included")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the Delta table of scores")
+    arguments = parser.parse_args(argv)
+    dates = parse_dates(arguments.dates, where="--dates")
+    worker = LocalWorker()
+    scored = score_dates(
+        arguments.run_dir, arguments.lake, dates, arguments.output, worker, report=lambda line: print(line, flush=True)
+    )
+    print(
+        f"{scored.num_rows:,} rows of {len(scored.dates)} dates scored by the checkpoint of step {scored.step}; "
+        f"{len(scored.skipped)} dates were done before; table at {arguments.output}"
+    )
+    worker.close()
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main))
