@@ -1,4 +1,4 @@
-"""Logs to a labelled samples table: spark-submit jobs/build_samples.py --config FILE --logs DIR --lake DIR --dates A:B."""
+"""Logs to a labelled samples table: spark-submit jobs/build_samples.py --logs DIR --lake DIR --dates A:B."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from etl.driver_stderr import print_error
 from usr_ray.cli import job_config, job_parser, run_job
 from usr_ray.config import UserError, parse_dates
 
@@ -48,4 +49,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(main))
+    sys.exit(run_job(main, report=print_error))

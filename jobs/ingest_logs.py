@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from etl.driver_stderr import print_error
 from etl.sources import SOURCES, LogWriter, find_source
 from usr_ray import __version__
 from usr_ray.cli import job_config, job_parser, run_job
@@ -44,4 +45,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(main))
+    sys.exit(run_job(main, report=print_error))

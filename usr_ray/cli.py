@@ -35,12 +35,25 @@ def job_config(arguments: argparse.Namespace) -> Config:
     return load_config(arguments.config, arguments.overrides)
 
 
-def run_job(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
-    """Run `main(argv)` and return the process's exit code: 0 success, 1 failure, 2 a user's error (one line)."""
+def print_error(line: str) -> None:
+    """One line on standard error, at once."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def run_job(
+    main: Callable[[list[str]], None], argv: list[str] | None = None, *, report: Callable[[str], None] = print_error
+) -> int:
+    """Run `main(argv)` and return the process's exit code: 0 success, 1 failure, 2 a user's error (one line).
+
+    Args:
+        main: the job.
+        argv: its arguments; None: those of the process.
+        report: writes the line of a user's error (under spark-submit, stderr is not where it seems).
+    """
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        report(f"error: {' '.join(str(error).split())}")
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -186,6 +186,11 @@ class Config:
                 f"{', '.join(known)}")  # fmt: skip
         for name, log in self.logs.items():
             log.check(f"logs.{name}")
+        strays = sorted(set(self.query_scenarios) - set(self.scenarios))
+        # The default names "search" for the usual pair; a list without search simply has no queries then.
+        require(not strays or self.query_scenarios == ("search",),
+                f"query_scenarios names {', '.join(strays)}, not among scenarios: "
+                f"{', '.join(self.scenarios)}")  # fmt: skip
         group = self.model.contrastive.group_size
         require(self.train.global_batch_size % group == 0,
                  f"train.global_batch_size ({self.train.global_batch_size}) must be a multiple of "

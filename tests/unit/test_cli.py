@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 from usr_ray.cli import job_config, job_parser, run_job
-from usr_ray.config import UserError
+from usr_ray.config import UserError, load_config
 
 pytestmark = pytest.mark.unit
 
@@ -74,3 +74,18 @@ def test_the_demo_refuses_before_it_makes_anything(
     assert message in capsys.readouterr().err
     assert not (tmp_path / "work").exists()
     assert (tmp_path / "full" / "mine.txt").read_text() == "keep"
+
+
+def test_a_query_scenario_that_is_no_scenario_is_refused() -> None:
+    with pytest.raises(UserError, match="query_scenarios names serach, not among scenarios: search, recommendation"):
+        load_config(None, ["query_scenarios=['serach']"])
+
+
+def test_a_job_may_write_its_error_line_elsewhere() -> None:
+    lines: list[str] = []
+
+    def main(argv: list[str]) -> None:
+        raise UserError("no")
+
+    assert run_job(main, [], report=lines.append) == 2
+    assert lines == ["error: no"]
