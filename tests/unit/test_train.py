@@ -35,7 +35,7 @@ NUM_STEPS = 8
 
 
 def make_config(**changes: Any) -> Config:
-    """USR round SharedBottom, small; `train_...` and `model_...` keys change those sections."""
+    """USR round SharedBottom, small; a change is named section_key."""
     raw: dict[str, Any] = {
         "data": {"train_dates": "2026-01-01:2026-01-03", "eval_dates": "2026-01-04"},
         "model": {
