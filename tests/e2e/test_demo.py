@@ -48,7 +48,10 @@ def test_every_log_row_is_a_sample_a_reject_or_a_duplicate(smoke: Path) -> None:
     reports = [json.loads(p.read_text()) for p in sorted((smoke / "lake" / "reports").glob("*.json"))]
     samples = deltalake.DeltaTable(smoke / "lake" / "samples").to_pyarrow_table(columns=["scenario", "is_click"])
     assert len(reports) == 4
-    assert samples.num_rows == sum(sum(r["samples"].values()) if isinstance(r["samples"], dict) else r["samples"] for r in reports)  # fmt: skip
+    assert samples.num_rows == sum(report["samples"] for report in reports)
+    for report in reports:
+        for counts in report["rows"].values():
+            assert counts["rows_in"] == counts["duplicates"] + counts["rejects"] + counts["used"]
     shown = sum(ds.dataset(smoke / "logs" / f"{s}_impressions").count_rows() for s in ("search", "recommendation"))
     doubles = shown - len(
         pc.unique(
