@@ -101,16 +101,17 @@ class LocalRay:
                         raise UserError(
                             f"{flag} {port}: in use by another program; end it or choose another"
                         ) from error
-            head["pid"] = self._launch(arguments)
+            process = self._launch(arguments)
+            head["pid"] = process.pid
             self.pid_file.write_text(json.dumps(head) + "\n", encoding="utf-8")
-            self._wait(head, token)
+            self._wait(head, token, process)
         self.status()
         address = f"http://{LOOPBACK}:{head['dashboard_port']}"
         print(f"submit:     RAY_AUTH_MODE=token ray job submit --address {address} --working-dir . -- \\")
         print("                python jobs/train.py --config FILE --lake DIR --run-dir DIR")
         print("stop:       python cluster/local_ray.py stop")
 
-    def _launch(self, arguments: argparse.Namespace) -> int:
+    def _launch(self, arguments: argparse.Namespace) -> subprocess.Popen:
         command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats",
                    "--node-ip-address", LOOPBACK, "--dashboard-host", LOOPBACK,
                    "--port", str(arguments.port), "--dashboard-port", str(arguments.dashboard_port),
@@ -128,9 +129,9 @@ class LocalRay:
         }
         with self.log_file.open("w", encoding="utf-8") as log:
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
-                                    start_new_session=True).pid  # fmt: skip
+                                    start_new_session=True)  # fmt: skip
 
-    def _wait(self, head: dict, token: str) -> None:
+    def _wait(self, head: dict, token: str, process: subprocess.Popen) -> None:
         end = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < end:
             try:
@@ -143,7 +144,7 @@ class LocalRay:
                     break
             except OSError:
                 pass
-            if self.running() is None:
+            if process.poll() is not None:
                 break
             time.sleep(0.5)
         tail = self.log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
