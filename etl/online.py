@@ -69,8 +69,8 @@ def experiment_counts(
     """Count the experiment's impressions, clicks and orders on the dates, both included.
 
     Raises:
-        DataCheckError: no impressions log has the bucket column, the lake has no samples of these dates, no impression of
-            theirs has a bucket, or there are too many combinations of counts.
+        DataCheckError: no impressions log has the bucket column, the lake has no samples, no impression of these
+            dates has a bucket, or there are too many combinations of counts.
     """
     folder = LogFolder(spark, logs, config.logs)
     shown = [log for log in event_logs(config, folder) if log.kind == KIND_IMPRESSION]
@@ -92,8 +92,8 @@ def experiment_counts(
     if not counts.cells:
         raise DataCheckError(
             f"--dates {dates[0]}:{dates[1]}: no usable impression has a bucket in '{config.online.bucket_column}' "
-            f"({counts.no_bucket:,} users have none, {counts.several_buckets:,} have several, {counts.unplanned or 'none'} "
-            f"in unplanned buckets, {counts.impressions_not_mature:,} impressions are not mature); "
+            f"({counts.no_bucket:,} users have none, {counts.several_buckets:,} several, {counts.unplanned or 'no users'} "
+            f"are in unplanned buckets, {counts.impressions_not_mature:,} impressions are not mature); "
             "check the dates, the column and online.shares"
         )
     return counts
@@ -121,8 +121,8 @@ def user_counts(samples: DataFrame, buckets: DataFrame, scenarios: list[str], *,
     """Grain: one row per user of the samples in these scenarios.
 
     Columns: low and high bucket of all impressions (null: none has one), per scenario `<s>_impressions`, `<s>_clicks`
-    and `<s>_orders` over the impressions that have a bucket and, if asked, final labels; not_mature and without_bucket count
-    the others.
+    and `<s>_orders` over the impressions that have a bucket and, if asked, final labels; not_mature and without_bucket
+    count the others.
     """
     rows = samples.filter(F.col("scenario").isin(scenarios)).join(buckets, ["scenario", "impression_id"], "left")
     has_bucket = F.col("low").isNotNull()

@@ -1,8 +1,8 @@
 """Statistics of an experiment on counts per user: estimates, intervals, sample ratio, Holm. numpy and scipy, no Spark.
 
-The user is the unit that was put into a bucket, so the user is the unit of every variance and of the bootstrap. Users of
-equal counts are alike to all of it: a `Cell` holds each combination of counts once with its number of users, which is exact
-and stays small however many users there are.
+The user is the unit that was put into a bucket, so the user is the unit of every variance and of the bootstrap. Users
+of equal counts are alike to all of it: a `Cell` holds each combination of counts once with its number of users, which
+is exact and stays small however many users there are.
 
 Shape letters: K combinations of counts, R resamples.
 """
@@ -106,7 +106,7 @@ def ratio(cell: Cell, metric: str) -> Ratio:
     """A metric of a cell with at least one user.
 
     Delta method (Deng, Knoblich, Lu 2018, section 2): with R = mean(x) / mean(y) and e = x - R y per user,
-    var(R) = var(e) / (n mean(y)^2), the sample variance with n - 1. For a share of users (y = 1) it is p (1 - p) / (n - 1).
+    var(R) = var(e) / (n mean(y)^2), the sample variance with n - 1. Of a share of users (y = 1): p (1 - p) / (n - 1).
     """
     x_K, y_K = cell.metric(metric)
     n = cell.num_users
@@ -130,14 +130,14 @@ def value_interval(estimate: Ratio, metric: str, confidence: float) -> Interval:
 
 
 def difference(treated: Ratio, control: Ratio, confidence: float) -> Interval:
-    """treated - control; the buckets share no user, so the variances add."""
+    """`treated` - `control`; the buckets share no user, so the variances add."""
     value = treated.value - control.value
     half = _z(confidence) * float(np.sqrt(treated.variance + control.variance))
     return Interval(value, value - half, value + half)
 
 
 def lift(treated: Ratio, control: Ratio, confidence: float) -> Interval:
-    """treated / control - 1; the delta method on the log of the ratio, so that no interval reaches below -100 %."""
+    """`treated` / `control` - 1; the delta method on the log of the ratio, so that no interval reaches below -100 %."""
     if control.value == 0:
         return Interval(None, None, None)
     value = treated.value / control.value - 1
@@ -157,7 +157,7 @@ def p_value(treated: Ratio, control: Ratio) -> float | None:
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """p-values adjusted by Holm (1979) over the ones that there are: below alpha means so with family-wise error alpha."""
+    """p-values adjusted by Holm (1979) over those there are: below alpha, with a family-wise error of alpha."""
     known = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
     adjusted: list[float | None] = [None] * len(p_values)
     largest = 0.0
@@ -179,8 +179,8 @@ def sample_ratio(observed: Mapping[str, int], shares: Mapping[str, float]) -> Sa
 def bootstrap(cell: Cell, *, bucket: str, scenario: str, num_resamples: int, seed: int) -> dict[str, NDArray]:
     """Values of every metric in `num_resamples` resamples of the cell's users, with replacement: metric -> float[R].
 
-    A resample of n users is a multinomial draw over the K combinations of counts, with the probabilities users_K / n. The
-    draws depend on the seed, the cell and its names alone. Memory: R chunked, so that a chunk holds at most 4 million numbers.
+    A resample of n users is a multinomial draw over the K combinations of counts, with the probabilities users_K / n.
+    The draws depend on the seed, the cell and its names alone. Memory: chunks of R of at most 4 million numbers.
     """
     rng = np.random.default_rng([seed, zlib.crc32(f"{bucket}\n{scenario}".encode())])
     # A fixed order: Spark returns the combinations in any.
