@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -66,6 +67,18 @@ def session_processes(leader: int) -> list[int]:
             if int(fields[3]) == leader and fields[0] != "Z":
                 found.append(int(entry.name))
     return found
+
+
+def end_session(leader: int) -> None:
+    """End a session, politely, then for good; detached actors outlive Ray's own end."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(leader, signal.SIGTERM)
+    end = time.monotonic() + STOP_TIMEOUT_S
+    while session_processes(leader) and time.monotonic() < end:
+        time.sleep(0.2)
+    for pid in session_processes(leader):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 class LocalRay:
@@ -148,7 +161,8 @@ class LocalRay:
                 break
             time.sleep(0.5)
         tail = self.log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
-        self.stop()
+        end_session(process.pid)
+        self.pid_file.unlink(missing_ok=True)
         raise RuntimeError("Ray did not come up; the end of its log:\n" + "\n".join(tail))
 
     def stop(self) -> None:
@@ -158,16 +172,7 @@ class LocalRay:
             self.pid_file.unlink(missing_ok=True)
             print("Ray is not running (not started by this script)")
             return
-        os.kill(head["pid"], signal.SIGTERM)
-        end = time.monotonic() + STOP_TIMEOUT_S
-        while session_processes(head["pid"]) and time.monotonic() < end:
-            time.sleep(0.2)
-        left = session_processes(head["pid"])
-        for pid in left:  # detached actors outlive the raylet
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        end_session(head["pid"])
         self.pid_file.unlink(missing_ok=True)
         print("Ray stopped")
 
