@@ -92,8 +92,8 @@ def experiment_counts(
     if not counts.cells:
         raise DataCheckError(
             f"--dates {dates[0]}:{dates[1]}: no usable impression has a bucket in '{config.online.bucket_column}' "
-            f"({counts.no_bucket:,} users have none, {counts.several_buckets:,} several, {counts.unplanned or 'no users'} "
-            f"are in unplanned buckets, {counts.impressions_not_mature:,} impressions are not mature); "
+            f"({counts.no_bucket:,} users have none, {counts.several_buckets:,} several; unplanned buckets: "
+            f"{counts.unplanned or 'none'}; {counts.impressions_not_mature:,} impressions are not mature); "
             "check the dates, the column and online.shares"
         )
     return counts

@@ -41,8 +41,8 @@ _SEVERAL_ALARM = 0.01
 def experiment_report(counts: ExperimentCounts, config: OnlineConfig, *, dates: str) -> dict[str, Any]:
     """Everything the report says, of plain values; undefined numbers are None.
 
-    Keys: notice, warnings, dates, bucket_column, control, confidence, num_resamples, seed, planned_shares (None: equal), users,
-    impressions, sample_ratio, buckets ({bucket: {scenario: {num_..., metric: interval}}}) and comparisons.
+    Keys: notice, warnings, dates, bucket_column, control, confidence, num_resamples, seed, planned_shares (None:
+    equal), users, impressions, sample_ratio, buckets ({bucket: {scenario: {num_..., metric: interval}}}) and comparisons.
 
     Raises:
         DataCheckError: fewer than two buckets have users, or the control has none.
@@ -50,7 +50,7 @@ def experiment_report(counts: ExperimentCounts, config: OnlineConfig, *, dates: 
     control = _control(counts, config)
     ratios = _sample_ratios(counts, config)
     draws, estimates = _estimates(counts, config)
-    comparisons = _comparisons(counts, config, control, draws, estimates, ratios)
+    comparisons = _comparisons(counts, config, control, draws=draws, estimates=estimates, ratios=ratios)
     return {
         "kind": "online_report",
         "notice": NOTICE,
@@ -87,8 +87,8 @@ def _control(counts: ExperimentCounts, config: OnlineConfig) -> str:
     found = counts.buckets
     if len(found) < 2:
         raise DataCheckError(
-            f"--bucket-column {config.bucket_column}: users are in one bucket only, {''.join(found)}; a comparison needs "
-            "two: check the column and the dates"
+            f"--bucket-column {config.bucket_column}: users are in one bucket only, {''.join(found)}; a "
+            "comparison needs two: check the column and the dates"
         )
     control = config.control or (min(config.shares) if config.shares else found[0])
     if control not in found:
@@ -145,6 +145,7 @@ def _comparisons(
     counts: ExperimentCounts,
     config: OnlineConfig,
     control: str,
+    *,
     draws: _Draws,
     estimates: _Estimates,
     ratios: Mapping[str, SampleRatio],
@@ -201,8 +202,8 @@ def _warnings(counts: ExperimentCounts, config: OnlineConfig, ratios: Mapping[st
         numbers = ", ".join(f"{b} {n:,} for {found.expected[b]:,.0f}" for b, n in found.observed.items())
         if scenario == ALL:
             warnings.append(
-                f"SAMPLE RATIO MISMATCH: users per bucket do not fit the {planned}: {numbers}; p = {found.p_value:.1e}. "
-                "Assignment, logging or a filter treats the buckets differently: no comparison below can be trusted."
+                f"SAMPLE RATIO MISMATCH: users per bucket do not fit the {planned}: {numbers}; p = "
+                f"{found.p_value:.1e}. Assignment, logging or a filter treats the buckets differently: no comparison below can be trusted."
             )
         elif ratios[ALL].is_ok:
             warnings.append(

@@ -1,0 +1,67 @@
+"""Report an experiment from its logs: UCTR, UCVR, CTR and CTCVR per bucket and scenario, with intervals.
+
+spark-submit jobs/online_report.py --config FILE --logs DIR --lake DIR --dates A:B --output DIR [--bucket-column NAME] \
+[--control NAME]
+
+It reports an experiment that was run elsewhere; it does not run one. Writes <output>/online.json and <output>/online.html,
+and prints the same. docs/online.md says how each number is made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from usr_ray.cli import job_config, job_parser, run_job
+from usr_ray.config import UserError, parse_dates
+
+
+def main(argv: list[str]) -> None:
+    parser = job_parser(__doc__ or "")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--logs", required=True, metavar="DIR", help="the logs that the lake was built from")
+    parser.add_argument("--lake", required=True, metavar="DIR", help="the lake of jobs/build_samples.py")
+    parser.add_argument("--dates", required=True, metavar="A:B", help="UTC dates of the experiment, both included")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder for online.json and online.html"
+    )
+    parser.add_argument("--bucket-column", metavar="NAME", help="of the impressions logs; online.bucket_column")
+    parser.add_argument("--control", metavar="NAME", help="bucket to compare with; online.control")
+    arguments = parser.parse_args(argv)
+    for key, value in (("bucket_column", arguments.bucket_column), ("control", arguments.control)):
+        if value is not None:
+            arguments.overrides.append(f"online.{key}={json.dumps(value)}")
+    config = job_config(arguments)
+    first, last = parse_dates(arguments.dates, where="--dates")
+    output: Path = arguments.output
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output}: is a file; name a folder")
+
+    # Spark takes seconds to load: a wrong command line or configuration is reported without it.
+    from etl.online import experiment_counts
+    from etl.online_page import report_page
+    from etl.online_report import experiment_report
+    from etl.online_text import report_lines
+    from etl.session import build_spark
+    from etl.tables import Lake
+
+    spark = build_spark("usr-ray online report")
+    try:
+        counts = experiment_counts(spark, config, logs=arguments.logs, lake=Lake(arguments.lake), dates=(first, last))
+    finally:
+        spark.stop()
+    report = experiment_report(counts, config.online, dates=f"{first}:{last}")
+    output.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+    (output / "online.json").write_text(text + "\n", encoding="utf-8")
+    (output / "online.html").write_text(report_page(report), encoding="utf-8")
+    print("\n".join(report_lines(report)))
+    print(f"\nwritten to {output / 'online.json'} and {output / 'online.html'}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main))
