@@ -40,4 +40,4 @@ def test_biases_start_at_zero_and_hidden_weights_keep_the_size_of_the_signal() -
     torch.manual_seed(0)
     mlp = MLP(400, (400, 400))
     assert not any(layer.bias.any() for layer in mlp.layers if isinstance(layer, nn.Linear))
-    assert float(mlp(torch.randn(200, 400)).square().mean()) == pytest.approx(1.0, rel=0.2)
+    assert mlp(torch.randn(200, 400)).square().mean().item() == pytest.approx(1.0, rel=0.2)
