@@ -1,0 +1,168 @@
+"""The exported directory, opened as a user opens it: every backbone, both runtimes, on batches read from Delta."""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from deltalake import DeltaTable, write_deltalake
+from safetensors.torch import load_file
+
+from jobs import export as job
+from tests.e2e.conftest import Run
+from tests.unit.export_runs import MODELS, NAMES, PLAIN, make_run
+from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
+from tests.unit.test_export_model import vocabulary
+from usr_ray.cli import run_job
+from usr_ray.config import parse_dates
+from usr_ray.evaluate import load_run
+from usr_ray.evaluate_files import read_predictions
+from usr_ray.export import export_run
+from usr_ray.export_check import training_probabilities
+from usr_ray.export_model import padded_inputs
+from usr_ray.export_runtime import ExportedModel, ExportError
+from usr_ray.manifest import build_manifest
+from usr_ray.reader import SampleReader
+from usr_ray.schema import FeatureSpec
+
+pytestmark = pytest.mark.e2e
+
+SIZES = {"user_id": 32, "item_id": 42, "query": 22, "brand": 8}
+
+
+@pytest.fixture(scope="module")
+def lake(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lake")
+    write_samples(folder, samples_spec(), num_rows=100, num_days=2)
+    write_deltalake(folder / "vocabularies", vocabulary(**SIZES | {"item_id": 50}))
+    return folder
+
+
+def batches(lake, dates=(FIRST_DATE, FIRST_DATE + dt.timedelta(days=1))):
+    manifest = build_manifest(lake, dates=dates)
+    with SampleReader(manifest, global_batch_size=64, group_size=16, order="file", mature_only=False) as reader:
+        yield from reader.batches(0)
+
+
+def arrays(batch, spec):
+    return {name: value.numpy() for name, value in padded_inputs(batch, spec).items()}
+
+
+@pytest.mark.parametrize(("backbone", "is_plain"), MODELS, ids=NAMES)
+def test_both_programs_say_what_the_training_model_says(lake, tmp_path, backbone, is_plain):
+    run_dir = make_run(tmp_path / "run", lake, backbone=backbone, **(PLAIN if is_plain else {}))
+    manifest = export_run(run_dir, tmp_path / "out", lake)
+    assert max(manifest["largest_difference_from_training_model"].values()) <= 1e-5
+    run = load_run(run_dir)
+    for runtime in ("torch", "onnx"):
+        model = ExportedModel(tmp_path / "out", runtime=runtime)
+        for batch in batches(lake):
+            with torch.inference_mode():
+                expected = training_probabilities(run.module(batch, run.tables.lookup(batch)))
+            inputs = arrays(batch, run.spec)
+            found = model.predict(inputs)
+            assert list(found) == list(expected)
+            for name, value in expected.items():
+                assert value.std() > 1e-4
+                np.testing.assert_allclose(found[name], value.numpy(), rtol=0, atol=1e-5)
+            for row in (0, 17):
+                alone = model.predict({name: value[row : row + 1] for name, value in inputs.items()})
+                for name, value in alone.items():
+                    np.testing.assert_allclose(value, found[name][row : row + 1], rtol=0, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def exported(lake, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    make_run(folder / "run", lake, step=9)
+    make_run(folder / "run", lake, step=7, best=True, seed=1)
+    words = ["--run-dir", folder / "run", "--output", folder / "deep" / "out", "--lake", lake]
+    assert run_job(job.main, [str(word) for word in words]) == 0
+    return folder
+
+
+def test_the_directory_holds_what_its_manifest_says(lake, exported):
+    out = exported / "deep" / "out"
+    manifest = json.loads((out / "manifest.json").read_text())
+    names = {"model.pt2", "model.onnx", "weights.safetensors", "vocabularies.parquet", "feature_spec.json"}
+    assert {path.name for path in out.iterdir()} == names | {"manifest.json"}
+    assert set(manifest["files"]) == names
+    for name, file in manifest["files"].items():
+        content = (out / name).read_bytes()
+        assert file == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    assert manifest["checkpoint"]["name"] == "best-00000007"
+    assert manifest["table"]["version"] == DeltaTable(lake / "samples").version()
+    assert manifest["model"]["backbone"] == "shared_bottom"
+    assert [i["name"] for i in manifest["inputs"]][:3] == ["scenario", "sparse", "dense"]
+    assert manifest["inputs"][1] == {"name": "sparse", "dtype": "int64", "shape": ["rows", 5]}
+    assert [o["name"] for o in manifest["outputs"]] == ["p_ctr", "p_ctcvr", "p_ctr_global", "p_ctcvr_global"]
+    assert FeatureSpec.from_json((out / "feature_spec.json").read_text()) == samples_spec()
+    values = pq.read_table(out / "vocabularies.parquet")
+    assert values.num_rows == sum(size - 2 for size in SIZES.values())  # item_id has grown since: 8 values left out
+    assert set(manifest["versions"]) >= {"usr_ray", "torch", "onnx", "onnxruntime"}
+    run = load_run(exported / "run")
+    weights = load_file(out / "weights.safetensors")
+    assert torch.equal(weights["embeddings.tables.1"], run.tables.tables["item_id"])
+    assert not [path for path in (exported / "deep").iterdir() if path.name != "out"]
+
+
+def test_inputs_that_do_not_fit_are_refused(lake, exported):
+    model = ExportedModel(exported / "deep" / "out")
+    inputs = arrays(next(batches(lake)), samples_spec())
+    with pytest.raises(ExportError, match="inputs: missing dense, unknown numbers; the model takes: scenario, sparse"):
+        model.predict({("numbers" if name == "dense" else name): value for name, value in inputs.items()})
+    with pytest.raises(ExportError, match=r"input scenario: is int32 \(64,\); the model takes int64 \(64,\)"):
+        model.predict(inputs | {"scenario": inputs["scenario"].astype(np.int32)})
+    with pytest.raises(ExportError, match=r"input sparse: is int64 \(64, 4\); the model takes int64 \(64, 5\)"):
+        model.predict(inputs | {"sparse": inputs["sparse"][:, 1:]})
+
+
+def test_an_export_that_cannot_be_written_leaves_nothing(lake, exported, tmp_path, capsys, monkeypatch):
+    words = ["--run-dir", str(exported / "run"), "--output", str(tmp_path / "new" / "out")]
+    assert run_job(job.main, [*words, "--lake", str(tmp_path)]) == 2
+    assert "no Delta table at" in capsys.readouterr().err
+    monkeypatch.setattr("usr_ray.export.largest_differences", lambda *_: {"model.onnx": float("nan")})
+    assert run_job(job.main, words) == 1
+    assert "differs from the training model" in capsys.readouterr().err
+    assert not any((tmp_path / "new").iterdir())
+    words[-1] = str(exported / "deep" / "out")
+    assert run_job(job.main, words) == 2
+    assert "is not empty; name another directory, or delete this one" in capsys.readouterr().err
+
+
+def test_a_changed_file_is_refused(exported, tmp_path):
+    for path in (exported / "deep" / "out").iterdir():
+        os.link(path, tmp_path / path.name)
+    ExportedModel(tmp_path)
+    (tmp_path / "model.onnx").unlink()
+    (tmp_path / "model.onnx").write_bytes(b"other")
+    with pytest.raises(ExportError, match=r"model.onnx: missing or changed since the export; export the run again"):
+        ExportedModel(tmp_path)
+
+
+def test_the_demo_served_equals_the_demo_evaluated(smoke: Path, run: Run, tmp_path: Path) -> None:
+    done = run(sys.executable, "jobs/export.py", "--run-dir", smoke / "run", "--lake", smoke / "lake",
+               "--output", tmp_path / "out")  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    spec = FeatureSpec.from_json((tmp_path / "out" / "feature_spec.json").read_text())
+    predictions, _, about = read_predictions(smoke / "run" / "predictions.parquet", spec.scenarios)
+    dates = parse_dates(about["dates"], where="dates")
+    model = ExportedModel(tmp_path / "out")
+    found = np.concatenate(
+        [
+            model.predict(arrays(batch, spec))["p_ctr"][batch.row_number_B >= 0]
+            for batch in batches(smoke / "lake", dates)
+        ]
+    )
+    expected = predictions.probs_NT[:, 0]
+    np.testing.assert_allclose(found[predictions.row_number_N], expected, rtol=0, atol=1e-5)
+    entries = pq.read_table(tmp_path / "out" / "vocabularies.parquet")
+    assert set(entries["feature"].to_pylist()) == {f.name for f in spec.sparse} - {"event_hour"}
