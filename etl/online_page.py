@@ -13,13 +13,13 @@ from etl.online_text import about_lines, bucket_table, comparison_table, note_li
 _STYLE = """
 :root { color-scheme: light dark; --page: #f9f9f7; --ink: #0b0b0b; --ink-2: #52514e; --muted: #898781; --grid: #e1e0d9;
   --higher: #1b7f4f; --lower: #b42323; --open: #2a78d6; --warn: #fdf3dc; }
-@media screen and (prefers-color-scheme: dark) { :root { --page: #0d0d0d; --ink: #fff; --ink-2: #c3c2b7; --grid: #2c2c2a;
-  --higher: #2fb574; --lower: #e66767; --open: #3987e5; --warn: #33290f; } }
+@media screen and (prefers-color-scheme: dark) { :root { --page: #0d0d0d; --ink: #fff; --ink-2: #c3c2b7;
+  --grid: #2c2c2a; --higher: #2fb574; --lower: #e66767; --open: #3987e5; --warn: #33290f; } }
 body { margin: 0 auto; max-width: 1080px; padding: 32px 24px; background: var(--page); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; }
 h1 { font-size: 26px; margin: 0 0 8px; } h2 { font-size: 18px; margin: 32px 0 8px; } p { margin: 4px 0; }
-.note { color: var(--ink-2); font-size: 13.5px; } .warning { background: var(--warn); border-radius: 8px; padding: 10px 14px;
-  margin: 10px 0; font-weight: 600; } .scroll { overflow-x: auto; }
+.note { color: var(--ink-2); font-size: 13.5px; } .warning { background: var(--warn); border-radius: 8px;
+  padding: 10px 14px; margin: 10px 0; font-weight: 600; } .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 4px 12px 4px 0; border-bottom: 1px solid var(--grid); white-space: nowrap; }
 th { color: var(--ink-2); font-weight: 600; }
@@ -39,8 +39,8 @@ def report_page(report: Mapping[str, Any]) -> str:
         (f"Against {report['control']}", comparison_table(report)),
     )
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style></head>'
-        f"<body>\n<h1>{title}</h1>\n<p>{html.escape(report['notice'])}</p>\n{warnings}\n"
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{_STYLE}</style></head><body>\n<h1>{title}</h1>\n<p>{html.escape(report['notice'])}</p>\n{warnings}\n"
         f"{_paragraphs(about_lines(report))}\n<h2>Lift over {html.escape(report['control'])}</h2>\n"
         f"{forest_plot(report['comparisons'])}\n"
         f'<p class="note">Square and thick line: estimate and delta-method interval; thin line below: bootstrap. Grey: '
@@ -51,7 +51,7 @@ def report_page(report: Mapping[str, Any]) -> str:
 
 
 def forest_plot(comparisons: Sequence[Mapping[str, Any]]) -> str:
-    """Lifts with both intervals as inline SVG, one row a comparison, grouped by scenario; rows without a lift say so."""
+    """Lifts with both intervals as inline SVG, one row a comparison, grouped by scenario."""
     span = _span(comparisons)
     parts, y, before = [], _TOP, None
     for row in comparisons:

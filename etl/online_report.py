@@ -42,7 +42,8 @@ def experiment_report(counts: ExperimentCounts, config: OnlineConfig, *, dates: 
     """Everything the report says, of plain values; undefined numbers are None.
 
     Keys: notice, warnings, dates, bucket_column, control, confidence, num_resamples, seed, planned_shares (None:
-    equal), users, impressions, sample_ratio, buckets ({bucket: {scenario: {num_..., metric: interval}}}) and comparisons.
+    equal), users, impressions, sample_ratio, buckets ({bucket: {scenario: {num_..., metric: interval}}}),
+    comparisons.
 
     Raises:
         DataCheckError: fewer than two buckets have users, or the control has none.
@@ -203,7 +204,8 @@ def _warnings(counts: ExperimentCounts, config: OnlineConfig, ratios: Mapping[st
         if scenario == ALL:
             warnings.append(
                 f"SAMPLE RATIO MISMATCH: users per bucket do not fit the {planned}: {numbers}; p = "
-                f"{found.p_value:.1e}. Assignment, logging or a filter treats the buckets differently: no comparison below can be trusted."
+                f"{found.p_value:.1e}. Assignment, logging or a filter treats the buckets differently: no comparison "
+                "below can be trusted."
             )
         elif ratios[ALL].is_ok:
             warnings.append(
@@ -214,8 +216,8 @@ def _warnings(counts: ExperimentCounts, config: OnlineConfig, ratios: Mapping[st
     everyone = counts.num_users + counts.several_buckets
     if counts.several_buckets > _SEVERAL_ALARM * everyone:
         warnings.append(
-            f"{counts.several_buckets:,} users ({counts.several_buckets / everyone:.1%}) were seen in several buckets and "
-            "are left out: check how users are assigned and whether their ids are stable."
+            f"{counts.several_buckets:,} users ({counts.several_buckets / everyone:.1%}) were seen in several buckets "
+            "and are left out: check how users are assigned and whether their ids are stable."
         )
     if counts.unplanned:
         numbers = ", ".join(f"{bucket} {n:,}" for bucket, n in sorted(counts.unplanned.items()))

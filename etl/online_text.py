@@ -107,7 +107,7 @@ def intervals(entry: Mapping[str, Any], *, sign: bool = False) -> list[str]:
 
 
 def percent(value: float | None, *, sign: bool = False) -> str:
-    """A share in percent with three significant digits or two decimals, whichever shows more."""
+    """A share in percent with two decimals, with four below 0.1 %."""
     if value is None:
         return NONE
     digits = 2 if abs(value) >= 0.001 or value == 0 else 4

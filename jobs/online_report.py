@@ -3,8 +3,8 @@
 spark-submit jobs/online_report.py --config FILE --logs DIR --lake DIR --dates A:B --output DIR [--bucket-column NAME] \
 [--control NAME]
 
-It reports an experiment that was run elsewhere; it does not run one. Writes <output>/online.json and <output>/online.html,
-and prints the same. docs/online.md says how each number is made.
+It reports an experiment that was run elsewhere; it does not run one. Writes <output>/online.json and
+<output>/online.html, and prints the same. docs/online.md says how each number is made.
 """
 
 from __future__ import annotations
