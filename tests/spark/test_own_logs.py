@@ -1,0 +1,258 @@
+"""The worked example of docs/own-logs.md, from the shop's files to the samples table; and mappings that cannot work."""
+
+from __future__ import annotations
+
+import csv
+import datetime as dt
+import json
+import shutil
+import zoneinfo
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyspark.sql import DataFrame, SparkSession
+
+from etl.checks import DataCheckError
+from etl.log_files import LogFolder
+from etl.mapping import as_written, map_columns
+from etl.samples import BuildRequest, Progress, build_samples
+from etl.session import build_spark
+from etl.tables import Lake
+from usr_ray.config import LogConfig, load_config
+
+pytestmark = pytest.mark.spark
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "own_logs"
+BERLIN = zoneinfo.ZoneInfo("Europe/Berlin")
+UTC = dt.UTC
+
+
+@pytest.fixture(scope="module")
+def spark() -> Iterator[SparkSession]:
+    return build_spark(
+        "tests", {"spark.master": "local[2]", "spark.driver.memory": "1g", "spark.sql.shuffle.partitions": "2"}
+    )
+
+
+@pytest.fixture(scope="module")
+def lake(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("own") / "lake"
+    config = load_config(EXAMPLE / "own_logs.toml")
+    request = BuildRequest(
+        logs=str(EXAMPLE), lake=Lake(str(path)), first=dt.date(2026, 3, 28), last=dt.date(2026, 3, 30)
+    )
+    build_samples(spark, config, request, Progress(write=lambda line: None))
+    return path
+
+
+def shop_events() -> list[dict[str, str]]:
+    """Every line of the shop's events, times as UTC."""
+    rows = []
+    for path in sorted((EXAMPLE / "events").glob("*.csv")):
+        with path.open(encoding="utf-8", newline="") as file:
+            rows += list(csv.DictReader(file, delimiter=";"))
+    for row in rows:
+        local = dt.datetime.strptime(row["time"], "%d.%m.%Y %H:%M:%S").replace(tzinfo=BERLIN)
+        row["utc"] = local.astimezone(UTC)
+    return rows
+
+
+def samples_of(spark: SparkSession, lake: Path) -> dict[str, Any]:
+    return {row["impression_id"]: row for row in spark.read.format("delta").load(str(lake / "samples")).collect()}
+
+
+def test_every_view_of_the_shop_is_a_sample_with_its_own_values(spark: SparkSession, lake: Path) -> None:
+    found = samples_of(spark, lake)
+    views = [row for row in shop_events() if row["action"] == "view"]
+    assert len(found) == len(views)
+    for view in views:
+        row = found[view["event"]]
+        assert row["event_time"].replace(tzinfo=UTC) == view["utc"]  # summer time begins on the second day
+        assert (row["scenario"], row["user_id"], row["item_id"]) == (view["surface"], view["customer"], view["sku"])
+        assert (row["request_id"], row["position"]) == (f"{view['visit']}|{view['page']}", int(view["place"]))
+        assert row["query"] == (view["phrase"] or None)
+
+
+def test_clicks_and_payments_of_the_shop_are_the_labels(spark: SparkSession, lake: Path) -> None:
+    """Every click of the example belongs to a view and every payment to a click: worked out here line by line."""
+    found, rows = samples_of(spark, lake), shop_events()
+    clicked: dict[str, dict[str, Any]] = {}
+    for click in (row for row in rows if row["action"] == "click"):
+        views = [v for v in rows if v["action"] == "view" and v["surface"] == click["surface"] and v["utc"] <= click["utc"]
+                 and (v["customer"], v["sku"]) == (click["customer"], click["sku"])]  # fmt: skip
+        view = max(views, key=lambda v: (v["utc"], v["event"]))
+        assert click["clicked_view"] in ("", view["event"])
+        clicked[view["event"]] = click
+    payments = [json.loads(line) for line in (EXAMPLE / "payments.jsonl").read_text().splitlines()]
+    ordered = set()
+    for payment in payments:
+        paid_at = dt.datetime.fromtimestamp(payment["paid_at"] / 1000, UTC)
+        clicks = [(c["utc"], v) for v, c in clicked.items()
+                  if (c["customer"], c["sku"]) == (payment["customer"], payment["lines_sku"]) and c["utc"] <= paid_at]  # fmt: skip
+        ordered.add(max(clicks)[1])
+    assert {name for name, row in found.items() if row["is_click"] == 1} == set(clicked)
+    assert {name for name, row in found.items() if row["is_order"] == 1} == ordered
+    assert len(clicked) > 20
+    assert len(ordered) > 5
+    assert spark.read.format("delta").load(str(lake / "rejects")).count() == 0
+
+
+def test_features_of_the_shop_are_encoded(spark: SparkSession, lake: Path) -> None:
+    rows = samples_of(spark, lake).values()
+    assert {row["category_index"] for row in rows} == {2, 3, 4}  # three product groups
+    assert {row["device_index"] for row in rows} == {2, 3}
+    assert min(row["price_scaled"] for row in rows) > 2.3  # log1p(10)
+
+
+def test_a_line_with_an_unreadable_time_is_rejected_as_it_was_written(spark: SparkSession, tmp_path: Path) -> None:
+    logs = Path(shutil.copytree(EXAMPLE, tmp_path / "logs"))
+    with (logs / "events" / "2026-03-30.csv").open("a", encoding="utf-8") as file:
+        file.write("2026-03-30 10:00;e9998;v1;1;c01;view;feed;K-001;1;;;blue;app\n")
+        file.write(";e9999;v1;1;c01;view;feed;K-001;1;;;blue;app\n")
+    lake = Lake(str(tmp_path / "lake"))
+    request = BuildRequest(logs=str(logs), lake=lake, first=dt.date(2026, 3, 30), last=dt.date(2026, 3, 30))
+    build_samples(spark, load_config(EXAMPLE / "own_logs.toml"), request, Progress(write=lambda line: None))
+    found = {
+        row["reason"]: json.loads(row["row"]) for row in spark.read.format("delta").load(lake.path("rejects")).collect()
+    }
+    assert set(found) == {"unparsable_event_time", "null_event_time"}
+    assert found["unparsable_event_time"][as_written("event_time")] == "2026-03-30 10:00"
+    assert found["unparsable_event_time"]["impression_id"] == "e9998"
+
+
+def frame(spark: SparkSession, kind: str, *values: Any) -> DataFrame:
+    return spark.createDataFrame([(value,) for value in values], f"t {kind}")
+
+
+def times(rows: DataFrame, **keys: str) -> list[dt.datetime | None]:
+    mapped = map_columns(rows, "orders", LogConfig(columns={"event_time": "t"}, **keys))
+    return [row[0] and row[0].replace(tzinfo=UTC) for row in mapped.select("event_time").collect()]
+
+
+def utc(*parts: int) -> dt.datetime:
+    return dt.datetime(*parts, tzinfo=UTC)  # type: ignore[misc,arg-type]
+
+
+def test_iso_times_without_a_zone_are_local_and_others_are_not(spark: SparkSession) -> None:
+    rows = frame(spark, "string", "2026-07-01 10:00:00", "2026-07-01T10:00:00Z", "2026-07-01T10:00:00.5+0530", "2026-07-01",
+                 "2026-07-01 10:00:00-05", "soon", None)  # fmt: skip
+    assert times(rows, time_zone="Europe/Berlin") == [
+        utc(2026, 7, 1, 8), utc(2026, 7, 1, 10), utc(2026, 7, 1, 4, 30, 0, 500_000), utc(2026, 6, 30, 22),
+        utc(2026, 7, 1, 15), None, None,
+    ]  # fmt: skip
+
+
+def test_a_clock_hour_that_is_skipped_or_shown_twice(spark: SparkSession) -> None:
+    rows = frame(spark, "string", "2026-03-29 02:30:00", "2026-10-25 02:30:00")
+    assert times(rows, time_zone="Europe/Berlin") == [utc(2026, 3, 29, 1, 30), utc(2026, 10, 25, 0, 30)]
+
+
+@pytest.mark.parametrize(
+    ("unit", "kind", "value", "microseconds"),
+    [
+        ("s", "bigint", 1_767_225_600, 0),
+        ("s", "string", "1767225600.123456", 123_456),
+        ("s", "double", 1_767_225_600.25, 250_000),
+        ("ms", "bigint", 1_767_225_600_123, 123_000),
+        ("us", "string", "1767225600123456", 123_456),
+        ("ns", "bigint", 1_767_225_600_123_456_789, 123_456),
+    ],
+)
+def test_numbers_are_times_in_their_unit(
+    spark: SparkSession, unit: str, kind: str, value: Any, microseconds: int
+) -> None:
+    assert times(frame(spark, kind, value), time_format=unit) == [utc(2026, 1, 1, 0, 0, 0, microseconds)]
+
+
+def test_a_wrong_unit_is_no_time(spark: SparkSession) -> None:
+    assert times(frame(spark, "bigint", 1_767_225_600_000), time_format="s") == [None]
+    assert times(frame(spark, "string", "99999999999999999999999999999999", "x"), time_format="ms") == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "expected"),
+    [
+        ("%d.%m.%Y %H:%M:%S", "1.2.2026 3:04:05", (2026, 2, 1, 3, 4, 5)),
+        ("%Y%m%dT%H%M%S", "20260201T030405", (2026, 2, 1, 3, 4, 5)),
+        ("%Y-%m-%d %H:%M:%S.%f %z", "2026-02-01 03:04:05.25 +0100", (2026, 2, 1, 2, 4, 5, 250_000)),
+        ("%b %d %Y at %I:%M %p", "Feb 1 2026 at 03:04 PM", (2026, 2, 1, 15, 4)),
+    ],
+)
+def test_patterns_are_those_of_strptime(
+    spark: SparkSession, pattern: str, text: str, expected: tuple[int, ...]
+) -> None:
+    assert times(frame(spark, "string", text, "?"), time_format=pattern) == [utc(*expected), None]
+
+
+def test_a_parquet_time_without_a_zone_is_local_and_an_instant_stays(spark: SparkSession) -> None:
+    noon = dt.datetime(2026, 7, 1, 12)
+    assert times(frame(spark, "timestamp_ntz", noon), time_zone="Europe/Berlin") == [utc(2026, 7, 1, 10)]
+    instant = spark.sql("SELECT TIMESTAMP '2026-07-01T12:00:00Z' AS t")
+    assert times(instant, time_zone="Europe/Berlin") == [utc(2026, 7, 1, 12)]
+
+
+def test_columns_are_renamed_joined_filled_and_hide_their_namesakes(spark: SparkSession) -> None:
+    raw = spark.createDataFrame(
+        [("a", "b", 1), (None, "b", 2), ("", "c", 2), ("d", "e", 3)], "Item_Id string, `v.w` string, n int"
+    )
+    mapping = LogConfig(
+        columns={"click_id": ("Item_Id", "v.w"), "item_id": "v.w"},
+        constants={"impression_id": ""},
+        where={"n": ("1", "2")},
+    )
+    rows = map_columns(raw, "search_clicks", mapping)
+    assert rows.columns == ["v.w", "n", "click_id", "item_id", "impression_id"]
+    assert [tuple(row)[2:] for row in rows.collect()] == [("a|b", "b", ""), (None, "b", ""), (None, "c", "")]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"path": "evnts/*.csv"},
+            r"log search_clicks: logs.search_clicks.path matches no file, looked for \S+/evnts/\*.csv",
+        ),
+        ({"path": "events/2026*"}, r"log search_clicks: \S+ holds events/2026\*; needed one of Parquet"),
+        (
+            {"columns": {"user_id": "client"}},
+            r"log search_clicks: logs.search_clicks.columns.user_id names the column 'client', which is not there; "
+            r"there are: time, event, visit, .*; name one of those",
+        ),
+        ({"where": {"kind": "click"}}, r"logs.search_clicks.where names the column 'kind', which is not there"),
+        (
+            {"where": {"action": "Click"}},
+            r"logs.search_clicks.where \(action = Click\) meets no row; column 'action' holds 'click', 'view'; correct",
+        ),
+        (
+            {"separator": ","},
+            r"columns.click_id names the column 'event', which is not there; there are: time;event;visit",
+        ),
+    ],
+)
+def test_a_mapping_that_does_not_fit_is_one_line(spark: SparkSession, change: dict[str, Any], message: str) -> None:
+    mapping = replace(load_config(EXAMPLE / "own_logs.toml").logs["search_clicks"], **change)
+    with pytest.raises(DataCheckError, match=message) as error:
+        LogFolder(spark, str(EXAMPLE), {"search_clicks": mapping}).read("search_clicks")
+    assert "\n" not in str(error.value)
+
+
+def test_a_number_under_a_text_format_names_the_way_out(spark: SparkSession) -> None:
+    with pytest.raises(DataCheckError, match=r"log orders: column 't' is bigint, needed text or a timestamp; set "
+                       "logs.orders.time_format to 's', 'ms', 'us' or 'ns'"):  # fmt: skip
+        times(frame(spark, "bigint", 1))
+
+
+def test_a_column_of_the_contract_that_nothing_gives_names_the_section(spark: SparkSession) -> None:
+    config = load_config(EXAMPLE / "own_logs.toml")
+    feed = replace(config.logs["feed_clicks"], constants={})
+    broken = replace(config, logs={**config.logs, "feed_clicks": feed})
+    request = BuildRequest(
+        logs=str(EXAMPLE), lake=Lake("unused"), first=dt.date(2026, 3, 28), last=dt.date(2026, 3, 30)
+    )
+    with pytest.raises(
+        DataCheckError, match=r"log feed_clicks: column 'impression_id' is missing; .* under \[logs.feed_clicks\]"
+    ):
+        build_samples(spark, broken, request, Progress(write=lambda line: None))
