@@ -62,7 +62,7 @@ def take_rows(batch: UsrBatch, rows: IntArray) -> UsrBatch:
     histories = []
     for history in batch.histories:
         lengths = np.diff(history.offsets.numpy())[rows]
-        values = {name: _gather([history], name, pa.array(rows)) for name in _fields(history)}
+        values = {name: _gather([_as_bytes(history, name)], name, pa.array(rows)) for name in _fields(history)}
         histories.append(_history(values, lengths))
     return UsrBatch(**fields, histories=tuple(histories))
 
@@ -74,7 +74,7 @@ class BatchBuilder:
         """A batch of `num_rows` rows; places that no piece fills stay padding."""
         self._batch = padding_batch(spec, num_rows)
         self._lengths = [np.zeros(num_rows, dtype=np.int64) for _ in spec.histories]
-        self._pieces: list[tuple[UsrBatch, IntArray]] = []
+        self._pieces: list[tuple[IntArray, dict[tuple[int, str], pa.Array]]] = []
 
     def add(self, rows: UsrBatch, places: IntArray) -> None:
         """Put row n of `rows` at places[n]."""
@@ -82,7 +82,8 @@ class BatchBuilder:
             getattr(self._batch, name).numpy()[places] = getattr(rows, name).numpy()
         for lengths, history in zip(self._lengths, rows.histories, strict=True):
             lengths[places] = np.diff(history.offsets.numpy())
-        self._pieces.append((rows, places))
+        events = {(n, name): _as_bytes(h, name) for n, h in enumerate(rows.histories) for name in _fields(h)}
+        self._pieces.append((places, events))
 
     def finish(self, run: Callable[..., Iterable[Any]] = map) -> UsrBatch:
         """The batch; `run` maps a function over a list, for example Executor.map to gather in several threads."""
@@ -90,17 +91,18 @@ class BatchBuilder:
             return self._batch
         source = np.full(len(self._batch), -1, dtype=np.int64)
         first = 0
-        for rows, places in self._pieces:
-            source[places] = np.arange(first, first + len(rows))
-            first += len(rows)
+        for places, _ in self._pieces:
+            source[places] = np.arange(first, first + len(places))
+            first += len(places)
         missing = source < 0
         index = pa.array(source, mask=missing if missing.any() else None)
         if np.array_equal(source, np.arange(first)):
             index = None  # file order: nothing moves
-        jobs = [(n, name) for n, history in enumerate(self._pieces[0][0].histories) for name in _fields(history)]
+        jobs = list(self._pieces[0][1])
 
         def gather(job: tuple[int, str]) -> Tensor:
-            return _gather([rows.histories[job[0]] for rows, _ in self._pieces], job[1], index)
+            # Taken out of the pieces, so that decoded memory goes back field by field.
+            return _gather([events.pop(job) for _, events in self._pieces], job[1], index)
 
         found: list[dict[str, Tensor]] = [{} for _ in self._lengths]
         for (n, name), values in zip(jobs, run(gather, jobs), strict=True):
@@ -121,21 +123,22 @@ def _history(values: dict[str, Tensor], lengths: IntArray) -> History:
     return History(**fields, offsets=torch.from_numpy(offsets))
 
 
-def _gather(histories: list[History], name: str, index: pa.Array | None) -> Tensor:
-    """One field of the rows `index` of these histories laid end to end; a null row is empty, None takes all rows."""
-    width = getattr(histories[0], name).element_size()
-    kind = pa.float32() if getattr(histories[0], name).dtype == torch.float32 else pa.int64()
-    rows = [
-        pa.LargeBinaryArray.from_buffers(
-            pa.large_binary(),
-            len(history.offsets) - 1,
-            [None, pa.py_buffer(history.offsets.numpy() * width), pa.py_buffer(getattr(history, name).numpy())],
-        )
-        for history in histories
-    ]
-    laid_out = rows[0] if len(rows) == 1 else pa.concat_arrays(rows)
+def _as_bytes(history: History, name: str) -> pa.Array:
+    """One field, each row's events as one string of bytes over the same memory."""
+    values = getattr(history, name)
+    offsets = pa.py_buffer(history.offsets.numpy() * values.element_size())
+    return pa.Array.from_buffers(
+        pa.large_binary(), len(history.offsets) - 1, [None, offsets, pa.py_buffer(values.numpy())]
+    )
+
+
+def _gather(pieces: list[pa.Array], name: str, index: pa.Array | None) -> Tensor:
+    """The rows `index` of `_as_bytes` arrays laid end to end; a null row is empty, None takes all rows in turn."""
+    laid_out = pieces[0] if len(pieces) == 1 else pa.concat_arrays(pieces)
+    pieces.clear()
     taken = laid_out if index is None else pc.take(laid_out, index, boundscheck=False)
+    kind = pa.float32() if name == "ages_s_V" else pa.int64()
     num_bytes = int(np.frombuffer(taken.buffers()[1], dtype=np.int64)[len(taken)])
     if num_bytes == 0:
-        return torch.empty(0, dtype=getattr(histories[0], name).dtype)
-    return torch.from_dlpack(pa.Array.from_buffers(kind, num_bytes // width, [None, taken.buffers()[2]]))
+        return torch.empty(0, dtype=torch.float32 if name == "ages_s_V" else torch.int64)
+    return torch.from_dlpack(pa.Array.from_buffers(kind, num_bytes * 8 // kind.bit_width, [None, taken.buffers()[2]]))
