@@ -36,7 +36,7 @@ def test_every_dependency_is_pinned() -> None:
     setup = (ROOT / "setup.cfg").read_text(encoding="utf-8")
     extras = setup.split("[options.extras_require]")[1]
     wanted = {
-        re.split(r"[\[=<>]", w)[0].lower() for line in extras.splitlines() if (w := line.strip()) and "=" != w[-1]
+        re.split(r"[\[=<>]", w)[0].lower() for line in extras.splitlines() if (w := line.strip()) and w[-1] != "="
     }
     wanted = {w for w in wanted if w and not w.endswith(" ")}
     assert wanted <= pins, f"not in constraints.txt: {sorted(wanted - pins)}"

@@ -58,7 +58,7 @@ def name(path: Path) -> str:
 
 def layer_of(module: str) -> int | None:
     for level, names in enumerate(LAYERS):
-        if module in names or module.split("_")[0] in names:
+        if module in names or module.split("_", maxsplit=1)[0] in names:
             return level
     return None
 
