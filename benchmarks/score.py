@@ -2,11 +2,11 @@
 
     python benchmarks/score.py [--backbone shared_bottom] [--calls 300] [--batch-rows 1024] [--repeats 7] [--threads 1]
 
-Builds a model of the default sizes (12 categories, 4 numbers, two histories of 0-50 events) with random weights, exports
-it as jobs/export.py does, and lets the ways take turns on the same rows, so that a busy moment of the machine meets them
-all. Every way gets inputs in its own form, on the CPU: jagged batches for the training model, padded arrays for the
-exported ones. Seconds are of the clock, and of the processor (which other programs on the machine do not change much).
-Prints a table and writes benchmarks/results/score.json.
+Builds a model of the default sizes (12 categories, 4 numbers, two histories of 0-50 events) with random weights,
+exports it as jobs/export.py does, and lets the ways take turns on the same rows, so that a busy moment of the machine
+meets them all. Every way gets inputs in its own form, on the CPU: jagged batches for the training model, padded arrays
+for the exported ones. Seconds are of the clock, and of the processor, which other programs on the machine change
+little. Prints a table and writes benchmarks/results/score.json.
 """
 
 from __future__ import annotations

@@ -201,7 +201,8 @@ class ServingModel(nn.Module):
 
         Histories are padded on the left: the newest event is in the last column; action 0 marks an empty place.
         """
-        scenario_B = inputs[SCENARIO]
+        # ONNX counts a negative index from the end; as torch does, it shall refuse it.
+        scenario_B = torch.where(inputs[SCENARIO] < 0, self.num_scenarios, inputs[SCENARIO])
         sparse = [self.embeddings(f.name, inputs[SPARSE][:, n]) for n, f in enumerate(self.spec.sparse)]
         by_name = dict(zip(self.embeddings.places, sparse, strict=True))
         item_BD, query_BD = by_name[ITEM_TABLE], by_name[QUERY_TABLE]

@@ -97,7 +97,7 @@ class ExportedModel:
         """Output name -> float32 (rows) of inputs by name (manifest.json lists names, types and shapes).
 
         Raises:
-            ExportError: an input is missing, unknown, or of another type or shape.
+            ExportError: an input is missing, unknown, or of another type or shape; a scenario that the model lacks.
         """
         self._check(inputs)
         if self._session is not None:
@@ -123,3 +123,9 @@ class ExportedModel:
             dtype, shape = wanted[name]["dtype"], (num_rows, *wanted[name]["shape"][1:])
             if value.shape != shape or value.dtype != dtype:
                 raise ExportError(f"input {name}: is {value.dtype} {value.shape}; the model takes {dtype} {shape}")
+        scenarios = inputs["scenario"]
+        if num_rows and not 0 <= scenarios.min() <= scenarios.max() < len(self.manifest["scenarios"]):
+            raise ExportError(
+                f"input scenario: holds {scenarios.min()} to {scenarios.max()}; the model has scenarios 0 to "
+                f"{len(self.manifest['scenarios']) - 1}"
+            )

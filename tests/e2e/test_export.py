@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pyarrow.parquet as pq
 import pytest
 import torch
 from deltalake import DeltaTable, write_deltalake
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from safetensors.torch import load_file
 
 from jobs import export as job
@@ -123,6 +125,37 @@ def test_inputs_that_do_not_fit_are_refused(lake, exported):
         model.predict(inputs | {"scenario": inputs["scenario"].astype(np.int32)})
     with pytest.raises(ExportError, match=r"input sparse: is int64 \(64, 4\); the model takes int64 \(64, 5\)"):
         model.predict(inputs | {"sparse": inputs["sparse"][:, 1:]})
+    with pytest.raises(ExportError, match="input scenario: holds 0 to 2; the model has scenarios 0 to 1"):
+        model.predict(inputs | {"scenario": np.arange(64) % 3})
+
+
+@pytest.mark.parametrize("runtime", ["torch", "onnx"])
+def test_no_rows_give_no_rows(lake, exported, runtime):
+    model = ExportedModel(exported / "deep" / "out", runtime=runtime)
+    none = {name: value[:0] for name, value in arrays(next(batches(lake)), samples_spec()).items()}
+    assert [value.shape for value in model.predict(none).values()] == [(0,)] * 4
+
+
+@pytest.mark.parametrize("scenario", [-1, 2])
+def test_the_programs_themselves_refuse_a_scenario_they_lack(lake, exported, scenario):
+    inputs = arrays(next(batches(lake)), samples_spec()) | {"scenario": np.full(64, scenario)}
+    session = onnxruntime.InferenceSession(exported / "deep" / "out" / "model.onnx")
+    with pytest.raises(InvalidArgument):
+        session.run(None, inputs)
+    with pytest.raises(IndexError):
+        torch.export.load(exported / "deep" / "out" / "model.pt2").module()(
+            {name: torch.from_numpy(value) for name, value in inputs.items()}
+        )
+
+
+def test_large_weights_lie_beside_the_onnx_file(lake, exported, tmp_path, monkeypatch):
+    monkeypatch.setattr("usr_ray.export._EXTERNAL_BYTES", 100)
+    manifest = export_run(exported / "run", tmp_path / "out")
+    assert {"model.onnx", "model.onnx.data"} <= set(manifest["files"])
+    inputs = arrays(next(batches(lake)), samples_spec())
+    found = ExportedModel(tmp_path / "out").predict(inputs)
+    for name, value in ExportedModel(exported / "deep" / "out").predict(inputs).items():
+        assert np.array_equal(found[name], value)
 
 
 def test_an_export_that_cannot_be_written_leaves_nothing(lake, exported, tmp_path, capsys, monkeypatch):
