@@ -45,14 +45,10 @@ class LogFolder:
             raise DataCheckError(
                 f"log {log}: is missing in {self._root}, which holds: {there}; add a folder or file {log}"
             )
-        path = self._locate(entry)
-        if mapping and mapping.path and not self._file_system(self._path(path)).globStatus(self._path(path)):
-            raise DataCheckError(
-                f"log {log}: logs.{log}.path matches no file, looked for {path}; correct it, or --logs which it is below"
-            )
-        kind = (mapping and mapping.format) or self._format(log, entry)
+        paths = self._matches(log, entry) if mapping and mapping.path else [f"{self._root}/{entry}"]
+        kind = (mapping and mapping.format) or self._format(log, paths)
         try:
-            raw = self._open(path, kind, mapping.separator if mapping else ",")
+            raw = self._open(paths, kind, mapping.separator if mapping else ",")
             return (map_columns(raw, log, mapping) if mapping else raw), kind
         except (AnalysisException, PySparkException, Py4JJavaError) as error:
             cause = str(error).strip().splitlines()[0][:300]
@@ -60,20 +56,27 @@ class LogFolder:
                 cause = "its timestamps are in nanoseconds; write microseconds (pyarrow: coerce_timestamps='us')"
             raise DataCheckError(f"log {log}: cannot be read as {kind}: {cause}") from error
 
-    def _locate(self, entry: str) -> str:
-        """Path of an entry of the folder, or of one that stands by itself."""
-        return entry if entry.startswith("/") or "://" in entry else f"{self._root}/{entry}"
+    def _matches(self, log: str, entry: str) -> list[str]:
+        """Paths that a mapping's file, folder or glob means."""
+        path = entry if entry.startswith("/") or "://" in entry else f"{self._root}/{entry}"
+        found = self._file_system(self._path(path)).globStatus(self._path(path)) or []
+        paths = [str(s.getPath()) for s in found if not s.getPath().getName().startswith(("_", "."))]
+        if not paths:
+            raise DataCheckError(
+                f"log {log}: logs.{log}.path matches no file, looked for {path}; correct it, or --logs which it is below"
+            )
+        return paths
 
-    def _open(self, path: str, kind: str, separator: str) -> DataFrame:
+    def _open(self, paths: list[str], kind: str, separator: str) -> DataFrame:
         reader = self._spark.read
         if kind == "csv":
             # RFC 4180: quotes are doubled, and a quoted field may hold line breaks and be of any length. Without
             # enforceSchema=False files whose columns stand in another order would be read as if they did not.
-            return reader.csv(path, header=True, sep=separator, escape='"', multiLine=True, maxCharsPerColumn=-1,
+            return reader.csv(paths, header=True, sep=separator, escape='"', multiLine=True, maxCharsPerColumn=-1,
                               inferSchema=False, enforceSchema=False)  # fmt: skip
         if kind == "json":
-            return reader.json(path, primitivesAsString=True)
-        return reader.format(kind).load(path)
+            return reader.json(paths, primitivesAsString=True)
+        return reader.format(kind).load(paths[0] if len(paths) == 1 else paths)
 
     def _entry(self, log: str) -> str | None:
         names = [n for n in self._entries or [] if n == log or (n.startswith(f"{log}.") and _suffix(n))]
@@ -81,24 +84,26 @@ class LogFolder:
             raise DataCheckError(f"log {log}: {self._root} has {' and '.join(sorted(names))}; keep one of them")
         return names[0] if names else None
 
-    def _format(self, log: str, entry: str) -> str:
-        path = self._locate(entry)
-        inside = self._list(path)
-        if inside and "_delta_log" in inside:
-            return "delta"
-        files = [entry] if inside is None else self._files(path)
+    def _format(self, log: str, paths: list[str]) -> str:
+        files: list[str] = []
+        for path in paths:
+            inside = self._list(path)
+            if inside and "_delta_log" in inside:
+                return "delta"
+            files += [path.rpartition("/")[2]] if inside is None else self._files(path)
         kinds = {kind for name in files if (kind := _suffix(name))}
         if len(kinds) == 1:
             return kinds.pop()
         found = ", ".join(sorted(kinds)) or (files[0] if files else "no files")
         raise DataCheckError(
-            f"log {log}: {path} holds {found}; needed one of Parquet, Delta, CSV (.csv) or JSON lines (.jsonl, .json)"
+            f"log {log}: {paths[0]} holds {found}; needed one of Parquet, Delta, CSV (.csv) or JSON lines (.jsonl, .json)"
         )
 
     def _files(self, path: str) -> list[str]:
         """Names of a folder's data files, those of its partition folders included; a few are enough."""
         hadoop = self._path(path)
-        found, names = self._file_system(hadoop).listFiles(hadoop, True), []
+        found = self._file_system(hadoop).listFiles(hadoop, True)
+        names: list[str] = []
         while found.hasNext() and len(names) < 1000:
             name = found.next().getPath().getName()
             if not name.startswith(("_", ".")):

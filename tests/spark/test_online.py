@@ -1,0 +1,140 @@
+"""Counts of an experiment by Spark against a plain count, and the job on the example shop."""
+
+from __future__ import annotations
+
+import csv
+import datetime as dt
+import json
+import random
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pyspark.sql import SparkSession
+
+from etl.checks import DataCheckError
+from etl.online import ALL, combinations, counts_of, experiment_counts, user_counts
+from etl.samples import BuildRequest, Progress, build_samples
+from etl.session import build_spark
+from etl.tables import Lake
+from jobs import online_report
+from usr_ray.config import load_config
+
+pytestmark = pytest.mark.spark
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "own_logs"
+DATES = (dt.date(2026, 3, 28), dt.date(2026, 3, 30))
+
+
+@pytest.fixture(scope="module")
+def spark() -> Iterator[SparkSession]:
+    return build_spark(
+        "tests", {"spark.master": "local[2]", "spark.driver.memory": "1g", "spark.sql.shuffle.partitions": "2"}
+    )
+
+
+@pytest.fixture(scope="module")
+def lake(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("online") / "lake"
+    request = BuildRequest(logs=str(EXAMPLE), lake=Lake(str(path)), first=DATES[0], last=DATES[1],
+                           watermark=dt.datetime(2026, 4, 2, tzinfo=dt.UTC))  # fmt: skip
+    build_samples(spark, load_config(EXAMPLE / "own_logs.toml"), request, Progress(write=lambda line: None))
+    return path
+
+
+def test_counts_are_those_of_a_plain_count(spark: SparkSession) -> None:
+    rng = random.Random(3)
+    home = {f"u{n}": rng.choice(["A", "B", "B", "C"]) for n in range(60)}
+    rows = []
+    for n in range(900):
+        user = rng.choice(list(home))
+        bucket = None if user < "u15" or rng.random() < 0.1 else home[user]
+        if user in ("u30", "u31") and rng.random() < 0.5:
+            bucket = "A" if bucket == "B" else "B"
+        click = int(rng.random() < 0.2)
+        order = click * int(rng.random() < 0.4)
+        rows.append(
+            (rng.choice(["search", "feed"]), f"i{n}", user, float(click), float(order), rng.random() < 0.9, bucket)
+        )
+    samples = spark.createDataFrame(
+        [row[:6] for row in rows],
+        "scenario string, impression_id string, user_id string, is_click float, is_order float, is_mature boolean",
+    )
+    # A log without a row for an impression without a bucket, or with a row that has none, is the same.
+    known = [(r[0], r[1], r[6], r[6]) for n, r in enumerate(rows) if r[6] is not None or n % 2]
+    buckets = spark.createDataFrame(known, "scenario string, impression_id string, low string, high string")
+    users = user_counts(samples, buckets, ["search", "feed"], mature_only=True)
+    found = counts_of(combinations(users, ["search", "feed"], {"A": 1, "B": 1}).toArrow())
+
+    seen = defaultdict(set)
+    for row in rows:
+        seen[row[2]].add(row[6])
+    in_experiment = {
+        user: max(s - {None}) for user, s in seen.items() if len(s - {None}) == 1 and s - {None} <= {"A", "B"}
+    }
+    for scenario in ("search", "feed", ALL):
+        for bucket in ("A", "B"):
+            plain = defaultdict(lambda: [0, 0, 0])
+            for place, _, user, click, order, mature, own in rows:
+                if in_experiment.get(user) == bucket and own and mature and scenario in (place, ALL):
+                    for side, value in enumerate((1, int(click), int(order))):
+                        plain[user][side] += value
+            cell = found.cells[scenario][bucket]
+            spread = [row for row, n in zip(zip(cell.impressions_K.tolist(), cell.clicks_K.tolist(),
+                      cell.orders_K.tolist(), strict=True), cell.users_K.tolist(), strict=True) for _ in range(n)]  # fmt: skip
+            assert sorted(spread) == sorted(map(tuple, plain.values()))
+    assert found.several_buckets == sum(len(s - {None}) > 1 for s in seen.values()) > 0
+    assert found.no_bucket == sum(s == {None} for s in seen.values()) > 0
+    assert found.unplanned == {"C": sum(s - {None} == {"C"} for s in seen.values())}
+    inside = [row for row in rows if row[2] in in_experiment]
+    assert found.impressions_not_mature == sum(bool(row[6]) and not row[5] for row in inside)
+    assert found.impressions_without_bucket == sum(row[6] is None for row in inside)
+
+
+def test_the_job_reports_the_example_shop(
+    spark: SparkSession, lake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(SparkSession, "stop", lambda self: None)  # the other tests' session
+    online_report.main([
+        "--config", str(EXAMPLE / "own_logs.toml"), "--logs", str(EXAMPLE), "--lake", str(lake),
+        "--dates", "2026-03-28:2026-03-30", "--output", str(tmp_path / "out"), "--control", "blue",
+    ])  # fmt: skip
+    report = json.loads((tmp_path / "out" / "online.json").read_text())
+    users: dict[str, set[str]] = defaultdict(set)
+    clickers: dict[str, set[str]] = defaultdict(set)
+    for path in (EXAMPLE / "events").glob("*.csv"):
+        for row in csv.DictReader(path.open(newline=""), delimiter=";"):
+            (users if row["action"] == "view" else clickers)[row["group"]].add(row["customer"])
+    for bucket, cells in report["buckets"].items():
+        assert cells[ALL]["num_users"] == len(users[bucket])
+        assert cells[ALL]["uctr"]["value"] == len(clickers[bucket]) / len(users[bucket])
+    assert report["control"] == "blue"
+    assert set(report["sample_ratio"]) == {ALL, "search", "feed"}
+    printed = capsys.readouterr().out
+    assert printed.startswith("This reports an experiment that another system has run")
+    assert "Verdicts are Holm's over the 12 comparisons" in printed
+    assert (tmp_path / "out" / "online.html").read_text().startswith("<!doctype html>")
+
+
+def test_an_experiment_that_is_not_there_is_one_line(spark: SparkSession, lake: Path, tmp_path: Path) -> None:
+    config = load_config(EXAMPLE / "own_logs.toml")
+    for overrides, place, dates, message in (
+        (
+            ["online.bucket_column=arm"],
+            lake,
+            DATES,
+            r"--bucket-column arm: is in no impressions log \(search_impressions has",
+        ),
+        ([], tmp_path, DATES, r"--lake \S+: has no samples table; run jobs/build_samples.py first"),
+        (
+            [],
+            lake,
+            (dt.date(2031, 1, 1), dt.date(2031, 1, 2)),
+            r"--dates 2031-01-01:2031-01-02: no usable impression has a buc",
+        ),
+        (["online.shares={x=1,y=1}"], lake, DATES, r"unplanned buckets: \{'blue': \d, 'green': \d\}"),
+    ):
+        config = load_config(EXAMPLE / "own_logs.toml", overrides)
+        with pytest.raises(DataCheckError, match=message):
+            experiment_counts(spark, config, logs=str(EXAMPLE), lake=Lake(str(place)), dates=dates)
