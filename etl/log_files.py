@@ -63,7 +63,7 @@ class LogFolder:
         paths = [str(s.getPath()) for s in found if not s.getPath().getName().startswith(("_", "."))]
         if not paths:
             raise DataCheckError(
-                f"log {log}: logs.{log}.path matches no file, looked for {path}; correct it, or --logs which it is below"
+                f"log {log}: logs.{log}.path matches no file, looked for {path}; correct it, or the --logs above it"
             )
         return paths
 
@@ -96,7 +96,8 @@ class LogFolder:
             return kinds.pop()
         found = ", ".join(sorted(kinds)) or (files[0] if files else "no files")
         raise DataCheckError(
-            f"log {log}: {paths[0]} holds {found}; needed one of Parquet, Delta, CSV (.csv) or JSON lines (.jsonl, .json)"
+            f"log {log}: {paths[0]} holds {found}; needed one of Parquet, Delta, CSV (.csv) or JSON lines "
+            "(.jsonl, .json)"
         )
 
     def _files(self, path: str) -> list[str]:
@@ -118,10 +119,10 @@ class LogFolder:
             return None
         return [status.getPath().getName() for status in system.listStatus(hadoop)]
 
-    def _path(self, path: str):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    def _path(self, path: str):  # type: ignore[no-untyped-def]
         return self._spark.sparkContext._jvm.org.apache.hadoop.fs.Path(path)  # type: ignore[union-attr]
 
-    def _file_system(self, path):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    def _file_system(self, path):  # type: ignore[no-untyped-def]
         return path.getFileSystem(self._spark.sparkContext._jsc.hadoopConfiguration())  # type: ignore[union-attr]
 
 

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pyspark.sql import SparkSession
 
@@ -81,8 +82,8 @@ def test_counts_are_those_of_a_plain_count(spark: SparkSession) -> None:
                     for side, value in enumerate((1, int(click), int(order))):
                         plain[user][side] += value
             cell = found.cells[scenario][bucket]
-            spread = [row for row, n in zip(zip(cell.impressions_K.tolist(), cell.clicks_K.tolist(),
-                      cell.orders_K.tolist(), strict=True), cell.users_K.tolist(), strict=True) for _ in range(n)]  # fmt: skip
+            counts = np.stack([cell.impressions_K, cell.clicks_K, cell.orders_K], axis=1)
+            spread = map(tuple, np.repeat(counts, cell.users_K, axis=0).tolist())
             assert sorted(spread) == sorted(map(tuple, plain.values()))
     assert found.several_buckets == sum(len(s - {None}) > 1 for s in seen.values()) > 0
     assert found.no_bucket == sum(s == {None} for s in seen.values()) > 0
