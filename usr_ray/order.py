@@ -240,7 +240,7 @@ def block_rows_by_group(order: EpochOrder, block: int, rows: IntArray) -> list[t
     """Which row groups hold `rows` of a block: (row group, rows inside it ascending, their positions in `rows`)."""
     first, last = (int(g) for g in order.block_groups[block : block + 2])
     ends = np.cumsum(order.group_rows_G[first:last])
-    by_row = np.argsort(rows, kind="stable")
+    by_row = np.argsort(rows)  # no row comes twice
     sorted_rows = rows[by_row]
     found: list[tuple[int, IntArray, IntArray]] = []
     cuts = np.searchsorted(sorted_rows, np.concatenate([[0], ends]))
