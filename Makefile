@@ -44,7 +44,7 @@ $(VENV)/.ready: constraints.txt setup.cfg pyproject.toml cluster/spark/install_d
 	@echo "setup: virtual environment in $(VENV) (a few minutes the first time; torch is large)"
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[etl,train,dev]'
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[etl,train,serve,dev]'
 	@$(BIN)/python cluster/spark/install_delta_jars.py
 	@touch $@
 	@echo "setup: done"
