@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etl.online_report import FEW, HIGHER, INVALID, LOWER
-from etl.online_text import about_lines, bucket_table, comparison_table, note_lines, percent, ratio_table
+from etl.online_text import about_lines, bucket_table, comparison_table, gain, note_lines, ratio_table
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #f9f9f7; --ink: #0b0b0b; --ink-2: #52514e; --muted: #898781; --grid: #e1e0d9;
@@ -65,7 +65,7 @@ def forest_plot(comparisons: Sequence[Mapping[str, Any]]) -> str:
     axis = "".join(
         f'<line x1="{_x(tick, span):.1f}" x2="{_x(tick, span):.1f}" y1="{_TOP}" y2="{bottom}" '
         f'stroke="var(--{"muted" if tick == 0 else "grid"})"/>'
-        f'<text x="{_x(tick, span):.1f}" y="{bottom + 16}" text-anchor="middle">{100 * tick:+.4g}%</text>'
+        f'<text x="{_x(tick, span):.1f}" y="{bottom + 16}" text-anchor="middle">{_tick_text(tick)}</text>'
         for tick in _ticks(span)
     )
     return (
@@ -76,7 +76,7 @@ def forest_plot(comparisons: Sequence[Mapping[str, Any]]) -> str:
 
 def _row(row: Mapping[str, Any], y: int, span: float) -> str:
     lift, colour = row["lift"], f"var(--{_COLOURS.get(row['verdict'], 'open')})"
-    name = f'<text x="12" y="{y}">{html.escape(row["metric"])} · {html.escape(row["bucket"])}</text>'
+    name = f'<text x="12" y="{y}">{row["metric"].upper()} · {html.escape(row["bucket"])}</text>'
     verdict = f'<text x="{_WIDTH - _RIGHT + 16}" y="{y}">{html.escape(row["verdict"])}</text>'
     if lift["value"] is None:
         return name + f'<text x="{_x(0, span) + 6:.1f}" y="{y}">no lift: the control has no event</text>' + verdict
@@ -86,7 +86,7 @@ def _row(row: Mapping[str, Any], y: int, span: float) -> str:
             marks += _bar(lift[low], lift[high], y - offset, span, f'stroke="{colour}" stroke-width="{width}"')
     if abs(lift["value"]) <= span:
         marks += f'<rect x="{_x(lift["value"], span) - 4:.1f}" y="{y - 9}" width="8" height="8" fill="{colour}"/>'
-    label = f"<title>{percent(lift['value'], sign=True)}</title>"
+    label = f"<title>{gain(lift['value'])}</title>"
     return f"{name}<g>{label}{marks}</g>{verdict}"
 
 
@@ -121,6 +121,10 @@ def _ticks(span: float) -> list[float]:
     step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= rough)
     num_steps = int(span / step)
     return [n * step for n in range(-num_steps, num_steps + 1)]
+
+
+def _tick_text(tick: float) -> str:
+    return "0%" if tick == 0 else f"{100 * tick:+.4g}%"
 
 
 def _x(value: float, span: float) -> float:

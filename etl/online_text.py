@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etl.online_report import few_note
@@ -44,11 +44,11 @@ def about_lines(report: Mapping[str, Any]) -> list[str]:
 def note_lines(report: Mapping[str, Any]) -> list[str]:
     """How to read the numbers."""
     return [
-        *(f"{metric}: {text}" for metric, text in DEFINITIONS.items()),
+        *(f"{metric.upper()}: {text}" for metric, text in DEFINITIONS.items()),
         f"Intervals: {report['confidence']:.0%}; [delta method; shares of users by Wilson] and {{bootstrap of "
         f"{report['num_resamples']:,} resamples of users, seed {report['seed']}}}.",
-        f"Verdicts are Holm's over the {len(report['comparisons'])} comparisons, at {1 - report['confidence']:.2g}. "
-        + few_note(),
+        f"Verdicts are Holm's over the {len(report['comparisons'])} comparisons, at {1 - report['confidence']:.2g}; an "
+        "interval speaks of its own row alone. " + few_note(),
     ]
 
 
@@ -67,8 +67,8 @@ def ratio_table(report: Mapping[str, Any]) -> Table:
 def bucket_table(report: Mapping[str, Any]) -> Table:
     """Every metric of every bucket with both intervals."""
     rows = [
-        [scenario, metric, bucket, f"{cell['num_users']:,}", f"{cell['num_impressions']:,}",
-         percent(cell[metric]["value"]), *intervals(cell[metric])]
+        [scenario, metric.upper(), bucket, f"{cell['num_users']:,}", f"{cell['num_impressions']:,}",
+         percent(cell[metric]["value"]), *intervals(cell[metric], percent)]
         for scenario in report["sample_ratio"]
         for metric in METRICS
         for bucket, cells in report["buckets"].items()
@@ -80,9 +80,8 @@ def bucket_table(report: Mapping[str, Any]) -> Table:
 def comparison_table(report: Mapping[str, Any]) -> Table:
     """Difference and lift of every bucket against the control, p-values and the verdict."""
     rows = [
-        [row["scenario"], row["metric"], row["bucket"], percent(row["difference"]["value"], sign=True),
-         *intervals(row["difference"], sign=True), percent(row["lift"]["value"], sign=True),
-         *intervals(row["lift"], sign=True), p_text(row["p_value"]), p_text(row["p_value_holm"]), row["verdict"]]
+        [row["scenario"], row["metric"].upper(), row["bucket"], points(row["difference"]["value"]),
+         *intervals(row["difference"], points), gain(row["lift"]["value"]), *intervals(row["lift"], gain), p_text(row["p_value"]), p_text(row["p_value_holm"]), row["verdict"]]
         for row in report["comparisons"]
     ]  # fmt: skip
     names = ["scenario", "metric", "bucket", "difference", "interval", "bootstrap", "lift", "interval", "bootstrap"]
@@ -96,22 +95,30 @@ def table_lines(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str
             for line in [names, *rows]]  # fmt: skip
 
 
-def intervals(entry: Mapping[str, Any], *, sign: bool = False) -> list[str]:
+def intervals(entry: Mapping[str, Any], text: Callable[[float | None], str]) -> list[str]:
     """The delta method's and the bootstrap's interval as text."""
     texts = []
     for brackets, low, high in (("[]", "low", "high"), ("{}", "bootstrap_low", "bootstrap_high")):
         ends = (entry[low], entry[high])
-        inside = ", ".join(percent(end, sign=sign) for end in ends)
-        texts.append(NONE if None in ends else f"{brackets[0]}{inside}{brackets[1]}")
+        texts.append(NONE if None in ends else f"{brackets[0]}{', '.join(map(text, ends))}{brackets[1]}")
     return texts
 
 
-def percent(value: float | None, *, sign: bool = False) -> str:
+def percent(value: float | None) -> str:
     """A share in percent with two decimals, with four below 0.1 %."""
     if value is None:
         return NONE
-    digits = 2 if abs(value) >= 0.001 or value == 0 else 4
-    return f"{100 * value:{'+' if sign else ''}.{digits}f}%"
+    return f"{value:.2%}" if abs(value) >= 0.001 or value == 0 else f"{value:.4%}"
+
+
+def points(value: float | None) -> str:
+    """A difference of shares in percentage points, so that it is not taken for a lift."""
+    return NONE if value is None else f"{100 * value:+.3f} pp"
+
+
+def gain(value: float | None) -> str:
+    """A lift in percent."""
+    return NONE if value is None else f"{value:+.2%}"
 
 
 def p_text(value: float | None) -> str:
