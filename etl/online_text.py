@@ -80,8 +80,10 @@ def bucket_table(report: Mapping[str, Any]) -> Table:
 def comparison_table(report: Mapping[str, Any]) -> Table:
     """Difference and lift of every bucket against the control, p-values and the verdict."""
     rows = [
-        [row["scenario"], row["metric"].upper(), row["bucket"], points(row["difference"]["value"]),
-         *intervals(row["difference"], points), gain(row["lift"]["value"]), *intervals(row["lift"], gain), p_text(row["p_value"]), p_text(row["p_value_holm"]), row["verdict"]]
+        [row["scenario"], row["metric"].upper(), row["bucket"],
+         points(row["difference"]["value"]), *intervals(row["difference"], points),
+         gain(row["lift"]["value"]), *intervals(row["lift"], gain),
+         p_text(row["p_value"]), p_text(row["p_value_holm"]), row["verdict"]]
         for row in report["comparisons"]
     ]  # fmt: skip
     names = ["scenario", "metric", "bucket", "difference", "interval", "bootstrap", "lift", "interval", "bootstrap"]

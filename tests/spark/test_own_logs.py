@@ -239,6 +239,16 @@ def test_a_mapping_that_does_not_fit_is_one_line(spark: SparkSession, change: di
     assert "\n" not in str(error.value)
 
 
+def test_csv_files_whose_columns_stand_in_another_order_are_not_read_as_if_they_did_not(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    (tmp_path / "a.csv").write_text("user,sku,event_time\nu1,i1,2026-01-01\n")
+    (tmp_path / "b.csv").write_text("sku,user,event_time\ni2,u2,2026-01-01\n")
+    mapping = LogConfig(path="*.csv", columns={"user_id": "user", "item_id": "sku"})
+    with pytest.raises(Exception, match="CSV header does not conform"):
+        LogFolder(spark, str(tmp_path), {"orders": mapping}).read("orders")[0].collect()
+
+
 def test_a_number_under_a_text_format_names_the_way_out(spark: SparkSession) -> None:
     with pytest.raises(DataCheckError, match=r"log orders: column 't' is bigint, needed text or a timestamp; set "
                        "logs.orders.time_format to 's', 'ms', 'us' or 'ns'"):  # fmt: skip
