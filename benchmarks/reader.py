@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import deltalake
@@ -30,9 +30,11 @@ import torch
 from deltalake import DeltaTable, WriterProperties, write_deltalake
 
 from usr_ray.manifest import Manifest, build_manifest
+from usr_ray.order import shuffle_quality
 from usr_ray.reader import SampleReader
 from usr_ray.reader_decode import RowGroupDecoder
 from usr_ray.schema import ALL_LABELS, FEATURE_SPEC_PROPERTY, SAMPLES, DenseFeature, FeatureSpec, SparseFeature
+from usr_ray.trainer_environment import LOOPBACK, prepare_environment
 
 RESULTS = Path(__file__).parent / "results" / "reader.json"
 ROW_GROUP_ROWS = 65_536
@@ -130,6 +132,9 @@ def ray_data_batches(manifest: Manifest) -> int:
     """Ray Data over the same files and columns, batches of numpy arrays, no shuffle."""
     import ray
 
+    if not ray.is_initialized():
+        ray.init(num_cpus=os.cpu_count(), include_dashboard=False, _node_ip_address=LOOPBACK, log_to_driver=False)
+        ray.data.DataContext.get_current().enable_progress_bars = False
     columns = RowGroupDecoder(manifest, ready_before_us=None, mature_only=True).columns
     files = [f"{manifest.table_uri}/{file.path}" for file in manifest.files]
     dataset = ray.data.read_parquet(files, columns=columns, partitioning=None)
@@ -151,6 +156,13 @@ def contestants(manifest: Manifest, num_threads: int, with_ray: bool, cache_dir:
     if with_ray:
         ways["ray data, numpy batches, no shuffle"] = lambda: ray_data_batches(manifest)
     return ways
+
+
+def quality_of_shuffle(manifest: Manifest) -> dict[str, float]:
+    """How far an epoch's order moves the rows, by what it hands out."""
+    with SampleReader(manifest, global_batch_size=BATCH_ROWS, group_size=GROUP_ROWS) as reader:
+        numbers = torch.cat([batch.row_number_B for batch in reader.batches(epoch=1)])
+    return asdict(shuffle_quality(numbers[numbers >= 0].numpy()))
 
 
 @dataclass(frozen=True)
@@ -202,12 +214,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.ray:
+        prepare_environment(dashboard=False)
     num_rows = arguments.rows // NUM_DAYS * NUM_DAYS
     with tempfile.TemporaryDirectory() as folder:
         lake = Path(folder)
         write_table(lake, benchmark_spec(), num_rows)
         manifest = build_manifest(lake, dates=(FIRST_DAY, FIRST_DAY + dt.timedelta(days=NUM_DAYS - 1)))
         ways = contestants(manifest, arguments.threads, arguments.ray, lake / "cache")
+        quality = quality_of_shuffle(manifest)
         timings = measure(ways, num_rows, arguments.repeats)
     versions = {"python": platform.python_version(), "pyarrow": pa.__version__, "numpy": np.__version__}
     versions |= {"torch": torch.__version__, "deltalake": deltalake.__version__}
@@ -225,6 +240,7 @@ def main() -> None:
             "row_group_rows": ROW_GROUP_ROWS,
             "MIMALLOC_PURGE_DELAY": os.environ.get("MIMALLOC_PURGE_DELAY"),
         },
+        "shuffle_quality": {name: round(value, 4) for name, value in quality.items()},
         "results": summary(timings),
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

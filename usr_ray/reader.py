@@ -1,8 +1,9 @@
 """The samples of one rank, step by step: row groups -> Arrow -> UsrBatch, decoded ahead of use in the background.
 
-A block (order.py) is decoded by a few threads while the block before it is being used, so two blocks of this rank's
-rows are in memory at most. Each decoded row group is reduced at once to the rows of this rank; the block's rows
-are laid out in the order they are used, so that a step's batch is a view of them.
+A block (order.py) is decoded by a few threads while the block before it is being used. Each decoded row group is
+reduced at once to the rows of this rank; the block's rows are laid out in the order they are used, so that a step's
+batch is a view of them. In memory at most: two blocks of this rank's rows, and the decoded columns of one of them
+while it is laid out.
 """
 
 from __future__ import annotations
@@ -140,7 +141,9 @@ class SampleReader:
         """
         if not 0 <= start_step <= self.num_steps:
             raise ValueError(f"start_step {start_step} is not in 0..{self.num_steps}")
-        stream = _Stream(self, epoch, start_step)
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(self._num_threads, thread_name_prefix="usr-ray-decode")
+        stream = _Stream(self, self._executor, epoch, start_step)
         self._streams.add(stream)
         return stream.batches()
 
@@ -163,13 +166,18 @@ class SampleReader:
         fixed = [self._manifest.sha256, spec.label_delay_us, spec.label_day_span, self._order, *values]
         return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
-    def _build_block(self, order: ordering.EpochOrder, block: int, start_step: int, stop: threading.Event) -> _Block:
+    def _build_block(
+        self,
+        order: ordering.EpochOrder,
+        block: int,
+        start_step: int,
+        executor: ThreadPoolExecutor,
+        stop: threading.Event,
+    ) -> _Block:
         """Decode a block's row groups and lay this rank's rows out in the order they are used."""
         places, rows = ordering.block_share(order, block, self._share, start_step)
         groups = ordering.block_rows_by_group(order, block, rows)
         builder = BatchBuilder(self._manifest.spec, len(places))
-        if self._executor is None:
-            self._executor = ThreadPoolExecutor(self._num_threads, thread_name_prefix="usr-ray-decode")
         # A row group is decoded by one thread, unless there are threads to spare.
         use_threads = len(groups) < self._num_threads
         running: deque[tuple[Future[None], int]] = deque()
@@ -189,14 +197,14 @@ class SampleReader:
                     future, finished_bytes = running.popleft()
                     future.result()
                     num_bytes -= finished_bytes
-                running.append((self._executor.submit(decode, group, inside, targets), size))
+                running.append((executor.submit(decode, group, inside, targets), size))
                 num_bytes += size
             while running:
                 running.popleft()[0].result()
         finally:
             for future, _ in running:
                 future.cancel()
-        return _Block(block, places, builder.finish(self._executor.map))
+        return _Block(block, places, builder.finish(executor.map))
 
 
 @dataclass(slots=True)
@@ -210,8 +218,9 @@ class _Block:
 class _Stream:
     """One pass over an epoch: a thread that builds blocks ahead, and the batches cut from them."""
 
-    def __init__(self, reader: SampleReader, epoch: int, start_step: int) -> None:
+    def __init__(self, reader: SampleReader, executor: ThreadPoolExecutor, epoch: int, start_step: int) -> None:
         self._reader = reader
+        self._executor = executor
         self._order = reader.epoch_order(epoch)
         self._start_step = start_step
         self._stop = threading.Event()
@@ -257,7 +266,8 @@ class _Stream:
                         break
                 if self._stop.is_set():
                     raise RuntimeError(_CLOSED)
-                self._ready.put(self._reader._build_block(self._order, block, self._start_step, self._stop))
+                built = self._reader._build_block(self._order, block, self._start_step, self._executor, self._stop)
+                self._ready.put(built)
         except BaseException as error:  # it belongs to the thread that uses the batches
             self._ready.put(error)
 
