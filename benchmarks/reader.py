@@ -133,7 +133,13 @@ def ray_data_batches(manifest: Manifest) -> int:
     import ray
 
     if not ray.is_initialized():
-        ray.init(num_cpus=os.cpu_count(), include_dashboard=False, _node_ip_address=LOOPBACK, log_to_driver=False)
+        ray.init(
+            address="local",
+            num_cpus=os.cpu_count(),
+            include_dashboard=False,
+            _node_ip_address=LOOPBACK,
+            log_to_driver=False,
+        )
         ray.data.DataContext.get_current().enable_progress_bars = False
     columns = RowGroupDecoder(manifest, ready_before_us=None, mature_only=True).columns
     files = [f"{manifest.table_uri}/{file.path}" for file in manifest.files]

@@ -6,6 +6,7 @@ events move by one copy of memory instead of one indexed read an event (three ti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -28,12 +29,24 @@ _EVENT_FIELDS = ("item_ids_V", "actions_V", "ages_s_V", "query_ids_V")
 
 def padding_batch(spec: FeatureSpec, num_rows: int) -> UsrBatch:
     """`num_rows` padding rows: weight 0, row_number -1, ids and labels 0, empty histories."""
+    batch = _rows_to_fill(spec, num_rows)
+    for name in _ROW_FIELDS:
+        getattr(batch, name).fill_(-1 if name == "row_number_B" else 0)
+    return batch
+
+
+def _rows_to_fill(spec: FeatureSpec, num_rows: int) -> UsrBatch:
+    """A batch whose fields of one value a row hold anything, and whose histories are empty."""
+
+    def rows(dtype: type, *width: int) -> Tensor:
+        return torch.from_numpy(empty_array((num_rows, *width), dtype))
+
     return UsrBatch(
-        labels_BT=_zeros((num_rows, len(ALL_LABELS)), np.float32),
-        weights_B=torch.zeros(num_rows),
-        scenario_B=torch.zeros(num_rows, dtype=torch.int64),
-        sparse_BF=_zeros((num_rows, len(spec.sparse)), np.int64),
-        dense_BF=_zeros((num_rows, len(spec.dense)), np.float32),
+        labels_BT=rows(np.float32, len(ALL_LABELS)),
+        weights_B=rows(np.float32),
+        scenario_B=rows(np.int64),
+        sparse_BF=rows(np.int64, len(spec.sparse)),
+        dense_BF=rows(np.float32, len(spec.dense)),
         histories=tuple(
             History(
                 item_ids_V=torch.zeros(0, dtype=torch.int64),
@@ -44,15 +57,19 @@ def padding_batch(spec: FeatureSpec, num_rows: int) -> UsrBatch:
             )
             for columns in spec.histories
         ),
-        user_key_B=torch.zeros(num_rows, dtype=torch.int64),
-        request_key_B=torch.zeros(num_rows, dtype=torch.int64),
-        row_number_B=torch.full((num_rows,), -1, dtype=torch.int64),
+        user_key_B=rows(np.int64),
+        request_key_B=rows(np.int64),
+        row_number_B=rows(np.int64),
     )
 
 
-def _zeros(shape: tuple[int, int], dtype: type) -> Tensor:
-    # numpy's zeros are pages that the system clears when they are first written; torch's are written twice.
-    return torch.from_numpy(np.zeros(shape, dtype=dtype))
+def empty_array(shape: tuple[int, ...], dtype: type) -> NDArray[Any]:
+    """np.empty in the memory pool of Arrow, which uses large pieces of memory again where numpy returns them.
+
+    Fresh pages cost as much at their first touch as the copy that fills them.
+    """
+    num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    return np.frombuffer(pa.allocate_buffer(num_bytes), dtype=dtype).reshape(shape)
 
 
 def take_rows(batch: UsrBatch, rows: IntArray) -> UsrBatch:
@@ -71,8 +88,9 @@ class BatchBuilder:
     """Fills a batch from pieces: `add` each piece (from any thread, places disjoint), then `finish` once."""
 
     def __init__(self, spec: FeatureSpec, num_rows: int) -> None:
-        """A batch of `num_rows` rows; places that no piece fills stay padding."""
-        self._batch = padding_batch(spec, num_rows)
+        """A batch of `num_rows` rows; places that no piece fills become padding."""
+        self._spec = spec
+        self._batch = _rows_to_fill(spec, num_rows)
         self._lengths = [np.zeros(num_rows, dtype=np.int64) for _ in spec.histories]
         self._pieces: list[tuple[IntArray, dict[tuple[int, str], pa.Array]]] = []
 
@@ -87,8 +105,6 @@ class BatchBuilder:
 
     def finish(self, run: Callable[..., Iterable[Any]] = map) -> UsrBatch:
         """The batch; `run` maps a function over a list, for example Executor.map to gather in several threads."""
-        if not self._pieces:
-            return self._batch
         source = np.full(len(self._batch), -1, dtype=np.int64)
         first = 0
         for places, _ in self._pieces:
@@ -96,6 +112,12 @@ class BatchBuilder:
             first += len(places)
         missing = source < 0
         index = pa.array(source, mask=missing if missing.any() else None)
+        if missing.any():
+            padding = padding_batch(self._spec, 1)
+            for name in _ROW_FIELDS:
+                getattr(self._batch, name).numpy()[missing] = getattr(padding, name).numpy()
+        if not self._pieces:
+            return self._batch
         if np.array_equal(source, np.arange(first)):
             index = None  # file order: nothing moves
         jobs = list(self._pieces[0][1])

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from usr_ray.batch import History, UsrBatch
+from usr_ray.batch_builder import empty_array
 from usr_ray.manifest import Manifest, RowGroupRef, labels_close_us, model_columns
 from usr_ray.manifest_files import REBUILD, DataError, join_path, one_line, open_filesystem
 from usr_ray.reader_cache import RowGroupCache
@@ -140,7 +141,7 @@ def table_to_batch(
 
 def _stack(columns_F: list[NDArray[Any]], num_rows: int, dtype: type) -> NDArray[Any]:
     """Columns side by side, row-major; in strips that stay in the cache (twice as fast as np.stack)."""
-    matrix_BF: NDArray[Any] = np.empty((num_rows, len(columns_F)), dtype=dtype)
+    matrix_BF = empty_array((num_rows, len(columns_F)), dtype)
     for start in range(0, num_rows, _STRIP_ROWS):
         for n, column in enumerate(columns_F):
             matrix_BF[start : start + _STRIP_ROWS, n] = column[start : start + _STRIP_ROWS]
