@@ -1,0 +1,11 @@
+"""What every test runs under: one thread a process where there are few cores, Spark's quiet local configuration."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+CONF = Path(__file__).resolve().parents[1] / "cluster" / "spark" / "conf"
+os.environ.setdefault("SPARK_CONF_DIR", str(CONF))
+os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
