@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
-from pyspark import StorageLevel
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
@@ -16,6 +15,7 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from etl.attribution import KIND_CLICK, KIND_IMPRESSION
 from etl.checks import DataCheckError, LogCount
 from etl.logs import EventLog
+from etl.session import kept
 from etl.user_pass import AUDIT_SCHEMA, SORT_COLUMNS, PassPlan, audit
 
 UNDATED = "undated"
@@ -32,6 +32,8 @@ class Account:
     newest: dt.datetime | None = None
     """Newest usable event_time of all logs."""
     impression_dates: set[str] = field(default_factory=set)
+    num_unusable: int = 0
+    """Rows without a key or a time that can be read."""
 
     def add_rejects(self, log: str, date: str, reason: str, num_rows: int) -> None:
         """Count rows that were rejected."""
@@ -57,6 +59,7 @@ def account_of(events: DataFrame, duplicates: DataFrame, logs: Sequence[EventLog
         account.counts[place] += LogCount(rows_in=row["rows"])
         if row["reason"] is not None:
             account.add_rejects(*place, row["reason"], row["rows"])
+            account.num_unusable += row["rows"]
             continue
         newest = row["newest"].replace(tzinfo=dt.UTC)
         account.newest = newest if account.newest is None else max(account.newest, newest)
@@ -79,7 +82,7 @@ def audit_events(unique: DataFrame, logs: Sequence[EventLog], plan: PassPlan, nu
         return audit(batches, plan)
 
     names = F.create_map(*(c for log in logs for c in (F.lit(f"{log.kind} {log.scenario}"), F.lit(log.name))))
-    return (
+    return kept(
         unique.select(*AUDIT_COLUMNS)
         .repartition(num_partitions, "user_id")
         .sortWithinPartitions(*SORT_COLUMNS)
@@ -91,7 +94,6 @@ def audit_events(unique: DataFrame, logs: Sequence[EventLog], plan: PassPlan, nu
             "num_rows",
             F.when(F.col("reason").isNotNull(), _row_json()).alias("row"),
         )
-        .persist(StorageLevel.MEMORY_AND_DISK)
     )
 
 
@@ -111,12 +113,11 @@ def unique_features(table: DataFrame, log: str, key: str, account: Account) -> D
         DataCheckError: no row has a key.
     """
     values = [c for c in table.columns if c != key]
-    unique = (
+    unique = kept(
         table.filter(F.col(key).isNotNull())
         .groupBy(key)
         .agg(F.min(F.struct(*values)).alias("_values"), F.count("*").alias("_rows"))
         .select(key, "_values.*", "_rows")
-        .persist(StorageLevel.MEMORY_AND_DISK)
     )
     num_rows = table.count()
     counted = unique.agg(F.count("*").alias("keys"), F.coalesce(F.sum("_rows"), F.lit(0)).alias("rows")).first()
@@ -132,8 +133,8 @@ def unique_features(table: DataFrame, log: str, key: str, account: Account) -> D
 
 def _row_json() -> Column:
     """A rejected click or order line as it is named in its log."""
-    click = ["id as click_id", "impression_id", "user_id", "item_id", "event_time", "known_time as ingest_time"]
-    order = ["id as order_id", "user_id", "item_id", "event_time", "known_time as ingest_time"]
+    click = ["id as click_id", "impression_id", "user_id", "item_id", "event_time", "nullif(known_time, event_time) as ingest_time"]
+    order = ["id as order_id", "user_id", "item_id", "event_time", "nullif(known_time, event_time) as ingest_time"]
 
     def as_json(columns: list[str]) -> Column:
         return F.to_json(F.struct(*(F.expr(c) for c in columns)))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pyspark import StorageLevel
 from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
 from etl.attribution import KIND_CLICK, KIND_ORDER, NO_SCENARIO
+from etl.session import kept
 
 _NUMBER, _HASH = "_number", "_hash"
 
@@ -25,9 +25,7 @@ def split_duplicates(events: DataFrame) -> tuple[DataFrame, DataFrame]:
     scope = F.when(F.col("kind") == KIND_CLICK, F.col("scenario"))
     part = F.when(F.col("kind") == KIND_ORDER, F.col("item_id"))
     hashed = events.withColumn(_HASH, F.xxhash64("kind", scope, "id", part))
-    doubled = (
-        hashed.groupBy(_HASH).count().filter(F.col("count") > 1).select(_HASH).persist(StorageLevel.MEMORY_AND_DISK)
-    )
+    doubled = kept(hashed.groupBy(_HASH).count().filter(F.col("count") > 1).select(_HASH))
     if doubled.isEmpty():
         return events, events.filter(F.lit(False))
     marked = hashed.join(doubled.withColumn("_doubled", F.lit(True)), on=_HASH, how="left")
@@ -37,8 +35,6 @@ def split_duplicates(events: DataFrame) -> tuple[DataFrame, DataFrame]:
         "event_time", "known_time", F.when(F.col("scenario") == NO_SCENARIO, F.lit(None)).otherwise(F.col("scenario")).asc_nulls_last(),
         *others,
     )  # fmt: skip
-    ranked = (
-        marked.filter("_doubled").withColumn(_NUMBER, F.row_number().over(order)).persist(StorageLevel.MEMORY_AND_DISK)
-    )
+    ranked = kept(marked.filter("_doubled").withColumn(_NUMBER, F.row_number().over(order)))
     first, rest = ranked.filter(F.col(_NUMBER) == 1), ranked.filter(F.col(_NUMBER) > 1)
     return single.select(events.columns).unionByName(first.select(events.columns)), rest.select(events.columns)

@@ -48,8 +48,8 @@ def history_events(events: Events, attribution: Attribution, scenario: int) -> H
     action = np.repeat([ACTION_CLICK, ACTION_ORDER], [of_clicks.sum(), of_orders.sum()])
     impression = np.concatenate([attribution.click_impressions[of_clicks], attribution.order_impressions[of_orders]])
     user = events.user[rows]
-    # Clicks and orders come sorted by (time, id) each, and lexsort is stable: equal actions stay in the order of ids.
-    order = np.lexsort((action, time, user))
+    # Clicks and orders come sorted by (time, id) each, clicks first, and lexsort is stable: ties stay by (action, id).
+    order = np.lexsort((time, user))
     user, known = user[order], np.maximum(events.known[rows], time)[order]
     return HistoryEvents(
         user=user,

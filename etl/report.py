@@ -14,7 +14,7 @@ from pyspark.sql import functions as F
 import usr_ray
 from etl.account import UNDATED, Account
 from usr_ray.config import Config
-from usr_ray.schema import ALL_LABELS, FIRST_ID, PARTITION_COLUMN, FeatureSpec
+from usr_ray.schema import ALL_LABELS, FIRST_ID, PARTITION_COLUMN, UNKNOWN_ID, FeatureSpec
 
 HELPLESS_RATE = 0.98
 """Above this P(y_k = 1 | y_g = 1) the global label says nothing that the scenario's own does not: GLMT cannot help."""
@@ -54,7 +54,9 @@ class SampleCounts:
     funnels: Mapping[tuple[str, str], Funnel]
     """(date, scenario) -> sums."""
     known: Mapping[tuple[str, str], int]
-    """(date, feature) -> impressions whose value is in the vocabulary."""
+    """(date, feature) -> impressions whose value has an id of its own."""
+    present: Mapping[tuple[str, str], int]
+    """(date, feature) -> impressions that have a value at all."""
 
     def scenario(self, scenario: str) -> Funnel:
         """Sums over all dates."""
@@ -69,7 +71,11 @@ def count_samples(samples: DataFrame, spec: FeatureSpec) -> SampleCounts:
     """Read the labels and ids of written samples back and add them up."""
     sums = [F.sum(F.col(name)).cast("bigint").alias(name) for name in ALL_LABELS]
     features = [feature for feature in spec.sparse if feature.owner != "context" or feature.name != "event_hour"]
-    covered = [F.sum((F.col(f.column) >= FIRST_ID).cast("bigint")).alias(f"known_{f.name}") for f in features]
+    covered = [
+        F.sum((F.col(f.column) >= floor).cast("bigint")).alias(f"{what}_{f.name}")
+        for f in features
+        for what, floor in (("known", FIRST_ID), ("present", UNKNOWN_ID))
+    ]
     rows = (
         samples.groupBy(F.col(PARTITION_COLUMN).cast("string").alias("date"), "scenario")
         .agg(F.count("*").alias("rows"), F.sum(F.col("is_mature").cast("bigint")).alias("mature"), *sums, *covered)
@@ -77,11 +83,13 @@ def count_samples(samples: DataFrame, spec: FeatureSpec) -> SampleCounts:
     )
     funnels = {(row["date"], row["scenario"]): _funnel(row) for row in rows}
     known: dict[tuple[str, str], int] = {}
+    present: dict[tuple[str, str], int] = {}
     for row in rows:
         for feature in features:
             place = (row["date"], feature.name)
             known[place] = known.get(place, 0) + row[f"known_{feature.name}"]
-    return SampleCounts(funnels, known)
+            present[place] = present.get(place, 0) + row[f"present_{feature.name}"]
+    return SampleCounts(funnels, known, present)
 
 
 def date_report(
@@ -99,7 +107,9 @@ def date_report(
         "undated": {"rows": _rows(account, UNDATED), "rejects": _reasons(account, UNDATED)},
         "samples": total.impressions,
         "scenarios": {s: counts.funnels.get((date, s), Funnel()).to_dict() for s in config.scenarios},
-        "vocabulary_coverage": {f: _rate(counts.known.get((date, f), 0), total.impressions) for f in features},
+        "vocabulary_coverage": {
+            f: _rate(counts.known.get((date, f), 0), counts.present.get((date, f), 0)) for f in features
+        },
         "num_embeddings": {feature.name: feature.num_embeddings for feature in spec.sparse},
     }
 

@@ -22,6 +22,7 @@ from etl.encoding import encoded_events, own_columns, profile_columns
 from etl.log_files import LogFolder
 from etl.logs import EventLog, event_logs, read_events, read_features
 from etl.report import SampleCounts, count_samples, date_report, funnel_lines, warnings_of
+from etl.session import kept
 from etl.tables import (
     Lake,
     append_vocabularies,
@@ -154,9 +155,11 @@ def read_inputs(spark: SparkSession, config: Config, logs_dir: str) -> Inputs:
         if categories or numbers:
             tables[log] = (read_features(folder, log, key, categories, numbers), key)
     unique, duplicates = split_duplicates(events.filter(F.col("reason").isNull()).drop("reason", "row_json"))
+    # Three passes read it, and clean rows are smaller than the logs.
+    unique = kept(unique)
     account = account_of(events, duplicates, logs)
-    kept = {log: unique_features(table, log, key, account) for log, (table, key) in tables.items()}
-    return Inputs(logs, events, unique, kept.get("users"), kept.get("items"), account)
+    unique_tables = {log: unique_features(table, log, key, account) for log, (table, key) in tables.items()}
+    return Inputs(logs, events, unique, unique_tables.get("users"), unique_tables.get("items"), account)
 
 
 def grow_vocabularies(
@@ -166,7 +169,7 @@ def grow_vocabularies(
     if config.vocabulary.kind == "hash":
         return Vocabularies(inputs.events, {}), feature_spec(config, {})
     path = lake.path(VOCABULARIES)
-    known = read_vocabularies(spark, path, there=lake.has(spark, VOCABULARIES))
+    known = read_vocabularies(spark, path, table_version(spark, path) if lake.has(spark, VOCABULARIES) else None)
     fitting = set(dates)
     if lake.has(spark, SAMPLES):
         rows = spark.read.format("delta").load(lake.path(SAMPLES)).select(PARTITION_COLUMN).distinct().collect()
@@ -180,7 +183,7 @@ def grow_vocabularies(
     fresh, max_ids = new_entries(counts, known, config.vocabulary.min_count)
     if max_ids != known.max_ids:
         append_vocabularies(spark, lake, fresh)
-        known = Vocabularies(spark.read.format("delta").load(path), max_ids)
+        known = Vocabularies(kept(spark.read.format("delta").load(path)), max_ids)
     return known, feature_spec(config, max_ids)
 
 
@@ -253,12 +256,14 @@ def _write_rejects(spark: SparkSession, request: BuildRequest, inputs: Inputs, a
         "log", "reason", F.col("row_json").alias("row"), F.to_date("event_time").alias("date")
     )
     rejected = audited.filter(F.col("reason").isNotNull()).select("log", "reason", "row", "date")
+    if inputs.account.num_unusable:
+        rejected = rejected.unionByName(unusable)
     conditions = [dates_condition("date", request.first, request.last), "date IS NULL"]
     others = inputs.account.dates_without_impressions
     if others:
         conditions.append(f"date IN ({', '.join(f'DATE{str(day)!r}' for day in others)})")
     condition = " OR ".join(conditions)
-    write_rejects(spark, request.lake, unusable.unionByName(rejected).filter(condition), condition)
+    write_rejects(spark, request.lake, rejected.filter(condition), condition)
 
 
 def _check_written(counts: SampleCounts, account: Account, dates: list[str]) -> None:

@@ -15,9 +15,9 @@ from importlib import metadata
 from pathlib import Path
 
 from py4j.protocol import Py4JJavaError
-from pyspark import SparkContext
+from pyspark import SparkContext, StorageLevel
 from pyspark.errors import PySparkRuntimeError
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
 
 from usr_ray.config import UserError
 
@@ -85,11 +85,24 @@ def build_spark(app_name: str, options: Mapping[str, str] | None = None) -> Spar
     return spark
 
 
+def kept(frame: DataFrame) -> DataFrame:
+    """The frame, computed once at its first use and then read back.
+
+    On one machine its plan is cut off too: planning costs more than the rows of a small run, and no executor can be lost. On a
+    cluster it is persisted, so that a lost part is computed again.
+    """
+    if str(frame.sparkSession.conf.get("spark.master")).startswith("local"):
+        return frame.localCheckpoint(eager=False)
+    return frame.persist(StorageLevel.MEMORY_AND_DISK)
+
+
 def _is_local(options: Mapping[str, str]) -> bool:
     """True where the driver is the whole cluster."""
-    SparkContext._ensure_initialized()
-    submitted = SparkContext._jvm.org.apache.spark.SparkConf().get("spark.master", "local[*]")
-    return options.get("spark.master", submitted).startswith("local")
+    master = options.get("spark.master")
+    if master is None and "PYSPARK_GATEWAY_PORT" in os.environ:  # under spark-submit, which knows the master
+        SparkContext._ensure_initialized()
+        master = SparkContext._jvm.org.apache.spark.SparkConf().get("spark.master", "local[*]")  # type: ignore[union-attr]
+    return (master or "local[*]").startswith("local")
 
 
 def _check_packages() -> None:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pyspark import StorageLevel
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from etl.checks import DataCheckError
+from etl.session import kept
 from usr_ray.config import Config, VocabularyConfig
 from usr_ray.schema import (
     FIRST_ID,
@@ -61,13 +61,12 @@ def count_values(impressions: DataFrame, users: DataFrame | None, items: DataFra
         config: names the features.
     """
     direct = ["user_id", "item_id", "query", *config.features.context_categories]
-    counts = (
+    counts = kept(
         impressions.select(direct)
         .unpivot([], direct, "feature", "value")
         .filter(F.col("value").isNotNull())
         .groupBy("feature", "value")
         .count()
-        .persist(StorageLevel.MEMORY_AND_DISK)
     )
     result = counts
     for key, table, names in (
@@ -90,15 +89,16 @@ def count_values(impressions: DataFrame, users: DataFrame | None, items: DataFra
     return result
 
 
-def read_vocabularies(spark: SparkSession, path: str, *, there: bool) -> Vocabularies:
-    """The vocabularies of a lake; empty where the table is not there yet.
+def read_vocabularies(spark: SparkSession, path: str, version: int | None) -> Vocabularies:
+    """The vocabularies of a lake at a version of the table; empty where there is none yet.
 
     Raises:
         DataCheckError: ids are doubled or missing, as after two builds at once.
     """
-    if not there:
+    if version is None:
         return Vocabularies(spark.createDataFrame([], VOCABULARY_SCHEMA), {})
-    entries = spark.read.format("delta").load(path)
+    # Pinned, so that the ids appended by this build do not show up in it a second time.
+    entries = kept(spark.read.format("delta").option("versionAsOf", version).load(path))
     sizes = entries.groupBy("feature").agg(F.max("id").alias("last"), F.count("*").alias("rows")).collect()
     for size in sizes:
         if size["last"] - FIRST_ID + 1 != size["rows"]:
@@ -118,11 +118,10 @@ def new_entries(counts: DataFrame, known: Vocabularies, min_count: int) -> tuple
     offset: Column = F.lit(FIRST_ID - 1)
     for feature, last in sorted(known.max_ids.items()):
         offset = F.when(F.col("feature") == feature, F.lit(last)).otherwise(offset)
-    fresh = (
+    fresh = kept(
         counts.filter(F.col("count") >= min_count)
         .join(known.entries.select("feature", "value"), on=["feature", "value"], how="left_anti")
         .select("feature", "value", (F.row_number().over(order) + offset).cast("bigint").alias("id"), "count")
-        .persist(StorageLevel.MEMORY_AND_DISK)
     )
     grown = {row["feature"]: row["last"] for row in fresh.groupBy("feature").agg(F.max("id").alias("last")).collect()}
     return fresh, known.max_ids | grown

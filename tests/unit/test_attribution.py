@@ -129,3 +129,10 @@ def test_a_click_within_the_clock_skew_is_moved_to_its_impression() -> None:
     assert found.samples["i"]["click_time"] == T
     assert found.samples["j"]["histories"] == [[], []]
     assert found.samples["k"]["histories"] == [[("x", None, 1, 1)], []]
+
+
+def test_clicks_moved_to_one_instant_are_ordered_by_id() -> None:
+    windows = Windows(click=HOUR, order=HOUR, whole=HOUR, skew=9)
+    world = World().impression("i", "u", "x", 0, T).impression("j", "u", "y", 0, T).impression("t", "u", "z", 0, T + 1)
+    world.click("c1", "u", "x", 0, T - 3, "i").click("c0", "u", "y", 0, T - 2, "j")
+    assert [item for item, *_ in kernel(world, windows).samples["t"]["histories"][0]] == ["y", "x"]
