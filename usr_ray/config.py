@@ -84,14 +84,14 @@ class TrainConfig:
 
     seed: int = 0
     num_epochs: int = 1
-    global_batch_size: int = 4096
+    global_batch_size: int = 1024
     """Rows of one step over all workers: the same batches whatever the number of workers."""
     order: str = "shuffled"
     """'shuffled': a permutation of the row groups and rows; 'by_date': dates in order, shuffled inside each."""
-    learning_rate: float = 0.002
+    learning_rate: float = 0.001
     """AdamW on the dense part."""
     weight_decay: float = 0.0
-    embedding_learning_rate: float = 0.05
+    embedding_learning_rate: float = 0.03
     """Row-wise Adagrad on the tables."""
     embedding_weight_decay: float = 0.0
     """L2 on the rows touched in a step."""

@@ -89,6 +89,10 @@ class ModelConfig:
     trigger_dim: int = 16
     recent_queries: int = 10
     """Newest past queries whose mean stands for the query in a query scenario's view of a row without one."""
+    interactions: bool = True
+    """Products user * item, query * item and history * item among the features (usr_ray/model/inputs.py)."""
+    scenario_weights: str = "equal"
+    """'equal': every scenario counts the same in the loss, however few rows it has; 'rows': each row does."""
     hidden: tuple[int, ...] = (128, 64)
     """Bottom or expert MLP."""
     tower_hidden: tuple[int, ...] = (32,)
@@ -123,6 +127,8 @@ class ModelConfig:
         for key in ("hidden", "tower_hidden", "apg_hidden"):
             widths = getattr(self, key)
             require(all(width > 0 for width in widths), f"model.{key} must hold positive widths, got {list(widths)}")
+        require(self.scenario_weights in ("equal", "rows"),
+                f"model.scenario_weights must be 'equal' or 'rows', got {self.scenario_weights!r}")  # fmt: skip
         require(bool(self.hidden), "model.hidden is empty; give at least one width, for example [64]")
         require(0 <= self.dropout < 1, f"model.dropout must be in [0, 1), got {self.dropout}")
         require(self.apg_over_parameterisation >= self.apg_rank,

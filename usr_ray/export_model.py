@@ -181,6 +181,7 @@ class ServingModel(nn.Module):
         self.sparse_context, self.dense_context = inputs.sparse_context, inputs.dense_context
         self.dense_affine_2F = inputs.dense_affine_2F
         self.scenario_embedding_SE = folded.scenario_embedding_SE
+        self.interact = inputs.interact if inputs.has_interactions else None
         self.embeddings = _Embeddings(tables, inputs.no_query_D)
         self.no_query_D = inputs.no_query_D
         self.events = _Events(folded, spec)
@@ -211,6 +212,8 @@ class ServingModel(nn.Module):
             dense_BF = inputs[DENSE] * self.dense_affine_2F[0] + self.dense_affine_2F[1]
             features.append(dense_BF)
             context += [dense_BF[:, n : n + 1] for n in self.dense_context]
+        if self.interact is not None:
+            features += self.interact(by_name, self._mean_item(inputs))
         f_BC = torch.cat(features, dim=1)
         vectors_BEK, mask_BE = self.events(self.embeddings, inputs)
         scenario_BE = embedding(scenario_B, self.scenario_embedding_SE)
@@ -249,6 +252,13 @@ class ServingModel(nn.Module):
         count_B1 = mask_BE.sum(1, keepdim=True)
         sum_BH = (vectors_BEK * mask_BE.unsqueeze(2)).sum(1)
         return torch.where(count_B1 > 0, sum_BH / count_B1.clamp(min=1), self.empty_H).unsqueeze(1)
+
+    def _mean_item(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """(B, D): mean of the item embeddings of all events, zeros without any (model/inputs.py, mean_item)."""
+        ids_BE = torch.cat([inputs[names.item_ids] for names in self.spec.histories], dim=1)
+        mask_BE = torch.cat([inputs[names.actions] > 0 for names in self.spec.histories], dim=1)
+        sum_BD = (self.embeddings(ITEM_TABLE, ids_BE) * mask_BE.unsqueeze(2)).sum(1)
+        return sum_BD / mask_BE.sum(1, keepdim=True).clamp(min=1)
 
     def _triggers(
         self, inputs: Mapping[str, Tensor], scenario_B: Tensor, query_BD: Tensor, context: list[Tensor]

@@ -112,7 +112,10 @@ def _usr_loss(outputs: UsrOutputs, batch: UsrBatch, counts_S: Tensor, config: Mo
         for part in _contrastive(outputs.features_BSD, outputs.features_twin_BSD, counted_B, counted_B, config)
     )
     cl = config.contrastive
-    total = cells_ST.sum() + config.multitask.alpha * global_T.sum()
+    weighted_ST = cells_ST
+    if config.scenario_weights == "rows":  # the same total weight, one for each scenario, by their shares of the rows
+        weighted_ST = cells_ST * (counts_S / counts_S.mean().clamp(min=1)).to(dtype).unsqueeze(1)
+    total = weighted_ST.sum() + config.multitask.alpha * global_T.sum()
     total = total + cl.interest_weight * interest + cl.feature_weight * feature
     return LossTerms(
         total, cells_ST.detach(), global_T.detach(), interest.detach(), feature.detach(),

@@ -61,7 +61,20 @@ class SlowUsr:
             part = (batch.dense_BF[row, number].double() * scale + shift).view(1)
             parts.append(part)
             context += [part] if dense.owner == "context" else []
+        if self.model.config.interactions:
+            parts += self.interactions(batch, row, parts)
         return torch.cat(parts), torch.cat(context)
+
+    def interactions(self, batch: UsrBatch, row: int, parts: list[Tensor]) -> list[Tensor]:
+        """u * v, q * v and mean item * v, over the start's standard deviation, 0.05."""
+        sums = {}
+        for owner in ("user", "item"):
+            own = [p for p, feature in zip(parts, self.spec.sparse, strict=False) if feature.owner == owner]
+            sums[owner] = sum(own) / len(own) ** 0.5
+        past = [self.tables["item_id"][item] for _, item, _, _, _ in row_events(batch, row)]
+        query = [self.query(int(batch.sparse_BF[row, 2]))] if self.spec.query_scenarios else []
+        others = [*query, torch.stack(past).mean(0) if past else torch.zeros_like(parts[0])]
+        return [x * sums["item"] / 0.05 for x in (sums["user"], *others)]
 
     def trigger(self, batch: UsrBatch, row: int, view: int, context: Tensor) -> Tensor:
         name, own = self.spec.scenarios[view], self.spec.scenarios[int(batch.scenario_B[row])]

@@ -226,6 +226,7 @@ REFUSED = [
     ("model.interest.rank=33",
      "model.interest.over_parameterisation (32) must not be below model.interest.rank (33)"),
     ("model.multitask.alpha=-1", "model.multitask.alpha must not be negative, got -1.0"),
+    ("model.scenario_weights=even", "model.scenario_weights must be 'equal' or 'rows', got 'even'"),
     ("model.multitask.variant=C", "model.multitask.variant must be 'A' or 'B', got 'C'"),
     ("model.contrastive.feature_weight=-1", "model.contrastive.feature_weight must not be negative, got -1.0"),
     ("model.contrastive.mask_rate=1", "model.contrastive.mask_rate must be in (0, 1), got 1.0"),

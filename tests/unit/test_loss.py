@@ -49,6 +49,16 @@ def test_each_cell_is_the_mean_over_its_own_rows() -> None:
     assert float(terms.total) == pytest.approx(sum(map(sum, cells)) + 0.5 * sum(overall), rel=1e-5)
 
 
+def test_weights_by_rows_let_every_row_count_the_same() -> None:
+    probs = [[0.5, 0.2], [0.1, 0.3], [0.25, 0.4], [0.01, 0.01]]
+    batch, config = hand_batch(), make_config(contrastive=NO_CL, scenario_weights="rows")
+    terms = usr_loss(outputs_of(probs), batch, row_counts(batch, 2), config)
+    log = math.log
+    over_rows = -(log(0.5) + log(0.9) + log(0.75) + log(0.8) + log(0.7) + log(0.6)) / 3
+    assert float(terms.total) == pytest.approx(2 * over_rows, rel=1e-5), "two scenarios, as with equal weights"
+    assert float(terms.cells_ST[1, 0]) == pytest.approx(-log(0.9), rel=1e-5), "what is logged stays a cell's own mean"
+
+
 def test_without_glmt_there_is_no_global_term() -> None:
     batch = hand_batch()
     terms = usr_loss(outputs_of([[0.5, 0.2]] * 4), batch, row_counts(batch, 2), make_config(contrastive=NO_CL))

@@ -28,6 +28,7 @@ SWITCHES: Mapping[str, dict] = {
     "variant B": {"multitask": {"variant": "B"}},
     "GLMT alone": {**PLAIN, "multitask": {"enabled": True}},
     "plain": PLAIN,
+    "no interactions": {"interactions": False},
 }
 
 

@@ -6,6 +6,8 @@ event vector, E scenario embedding, Z trigger, R newest past queries, U rows loo
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +27,7 @@ class Inputs:
     """A batch after the input network; nothing here knows of views."""
 
     features_BC: Tensor
-    """f: every sparse feature's embedding in the order of FeatureSpec.sparse, then the dense features."""
+    """f: every sparse feature's embedding in the order of FeatureSpec.sparse, the dense features, the interactions."""
     target_BH: Tensor
     """t = [e_v ; e_q or e_noq], the row's own query."""
     context_BC: Tensor
@@ -39,14 +41,29 @@ class Inputs:
     event_places: tuple[Places, Places, Places]
 
 
+def interactions(user: Sequence[Tensor], item: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
+    """The products u * v of the row's user u and item v, then x * v for x of `others`, each (B, D).
+
+    u and v are the sums of the embeddings of all features of the user and of the item over the root of their number. An
+    MLP on embeddings side by side finds products only after many epochs; a factorisation machine has them from the
+    start. Divided by INIT_STD a product starts with the spread of an embedding.
+    """
+    user_BD = torch.stack(list(user)).sum(0) / math.sqrt(len(user))
+    item_BD = torch.stack(list(item)).sum(0) / (math.sqrt(len(item)) * INIT_STD)
+    return [x_BD * item_BD for x_BD in (user_BD, *others)]
+
+
 class InputNetwork(nn.Module):
     """Embeddings and dense features of a batch side by side.
 
     Dense features pass a learned scale and shift each: a batch statistic would make a row depend on its batch-mates.
     """
 
-    def __init__(self, spec: FeatureSpec, embedding_dim: int) -> None:
+    def __init__(self, spec: FeatureSpec, embedding_dim: int, *, has_interactions: bool = True) -> None:
         super().__init__()
+        self.user_names = [f.name for f in spec.sparse if f.owner == "user"]
+        self.item_names = [f.name for f in spec.sparse if f.owner == "item"]
+        self.has_interactions, self.has_queries = has_interactions, bool(spec.query_scenarios)
         self.names = tuple(f.name for f in spec.sparse)
         self.sparse_context = [i for i, f in enumerate(spec.sparse) if f.owner == "context"]
         self.dense_context = [i for i, f in enumerate(spec.dense) if f.owner == "context"]
@@ -54,8 +71,10 @@ class InputNetwork(nn.Module):
         num_dense = len(spec.dense)
         self.dense_affine_2F = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, num_dense)) if num_dense else None
         self.kinds = EventKinds(len(spec.scenarios), 2 * embedding_dim, INIT_STD)
+        # Columns of each feature in f, in order.
         self.feature_widths = [embedding_dim] * len(spec.sparse) + [1] * num_dense
-        """Columns of each feature in f, in order."""
+        if has_interactions:
+            self.feature_widths += [embedding_dim] * (3 if self.has_queries else 2)
         self.feature_dim = sum(self.feature_widths)
         self.context_dim = embedding_dim * len(self.sparse_context) + len(self.dense_context)
 
@@ -75,6 +94,8 @@ class InputNetwork(nn.Module):
             parts.append(dense_BF)
             context.append(dense_BF[:, self.dense_context])
         query_BD = columns[QUERY_TABLE]
+        if self.has_interactions:
+            parts += self.interact(columns, mean_item(items, events))
         # Every lookup groups the events of these two tables.
         assert items.events is not None
         assert queries.events is not None
@@ -87,6 +108,22 @@ class InputNetwork(nn.Module):
             query_rows_UD=queries.rows_UD,
             event_places=(items.events, queries.events, events.kinds),
         )
+
+    def interact(self, columns: Mapping[str, Tensor], history_BD: Tensor) -> list[Tensor]:
+        """The products u * v, query * v where there are queries, and mean item of the histories * v.
+
+        Args:
+            columns: embedding (B, D) of the row by feature name.
+            history_BD: zeros for a row without events.
+        """
+        others = [columns[QUERY_TABLE], history_BD] if self.has_queries else [history_BD]
+        return interactions([columns[n] for n in self.user_names], [columns[n] for n in self.item_names], others)
+
+
+def mean_item(items: TableLookup, events: Events) -> Tensor:
+    """(B, D): mean of the item embeddings of all events of a row, zeros without any."""
+    assert items.events is not None
+    return pool_sum([items.rows_UD], [items.events], events.rows) / events.num_events_B.clamp(min=1).unsqueeze(1)
 
 
 class Trigger(nn.Module):
