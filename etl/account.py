@@ -12,8 +12,8 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
-from etl.attribution import KIND_CLICK, KIND_IMPRESSION
 from etl.checks import DataCheckError, LogCount
+from etl.events import KIND_CLICK, KIND_IMPRESSION
 from etl.logs import EventLog
 from etl.session import kept
 from etl.user_pass import AUDIT_SCHEMA, SORT_COLUMNS, PassPlan, audit
@@ -120,7 +120,7 @@ def unique_features(table: DataFrame, log: str, key: str, account: Account) -> D
         .select(key, "_values.*", "_rows")
     )
     num_rows = table.count()
-    counted = unique.agg(F.count("*").alias("keys"), F.coalesce(F.sum("_rows"), F.lit(0)).alias("rows")).first()
+    counted = unique.agg(F.count("*").alias("keys"), F.coalesce(F.sum("_rows"), F.lit(0)).alias("rows")).collect()[0]
     if not counted["keys"]:
         raise DataCheckError(f"log {log}: column '{key}' is null on all {num_rows} rows; needed one row per key")
     account.counts[log, UNDATED] += LogCount(
@@ -133,8 +133,9 @@ def unique_features(table: DataFrame, log: str, key: str, account: Account) -> D
 
 def _row_json() -> Column:
     """A rejected click or order line as it is named in its log."""
-    click = ["id as click_id", "impression_id", "user_id", "item_id", "event_time", "nullif(known_time, event_time) as ingest_time"]
-    order = ["id as order_id", "user_id", "item_id", "event_time", "nullif(known_time, event_time) as ingest_time"]
+    rest = ["user_id", "item_id", "event_time", "nullif(known_time, event_time) as ingest_time"]
+    click = ["id as click_id", "impression_id", *rest]
+    order = ["id as order_id", *rest]
 
     def as_json(columns: list[str]) -> Column:
         return F.to_json(F.struct(*(F.expr(c) for c in columns)))

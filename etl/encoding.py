@@ -1,7 +1,7 @@
-"""The event rows that go into the one shuffle: impressions with their encoded columns, slim clicks and orders, user profiles.
+"""The event rows of the one shuffle: impressions with their encoded columns, slim clicks and orders, user profiles.
 
-Items, queries and context values are joined by value before the shuffle (Spark broadcasts what is small). A user's values ride in
-the shuffle as a row of their own, because the pass sees all rows of a user together.
+Items, queries and context values are joined by value before the shuffle (Spark broadcasts what is small). A user's
+values ride in the shuffle as a row of their own, because the pass sees all rows of a user together.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Sequence
 
-from pyspark.sql import DataFrame
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from etl.attribution import KIND_IMPRESSION, KIND_PROFILE
+from etl.events import KIND_IMPRESSION, KIND_PROFILE
 from etl.user_pass import SORT_COLUMNS, PassPlan
 from etl.vocabulary import Vocabularies, encode, hash_index, scale
 from usr_ray.config import Config
@@ -102,7 +102,7 @@ def _impressions(
     )
 
 
-def _filled(key: str, categories: Sequence[str], numbers: Sequence[str]) -> dict:
+def _filled(key: str, categories: Sequence[str], numbers: Sequence[str]) -> dict[str, Column]:
     columns = {index_column(key): F.coalesce(index_column(key), F.lit(UNKNOWN_ID).cast("bigint"))}
     columns |= {index_column(n): F.coalesce(index_column(n), F.lit(PADDING_ID).cast("bigint")) for n in categories}
     return columns | {scaled_column(n): F.coalesce(scaled_column(n), F.lit(0.0).cast("float")) for n in numbers}

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from etl.attribution import Attribution, Events, GroupedTimes, Ints
+from etl.attribution import Attribution
+from etl.events import Bools, Events, GroupedTimes, Ints
 from usr_ray.schema import ACTION_CLICK, ACTION_ORDER
 
 _MAX_GATHER = 1 << 22
@@ -67,7 +68,8 @@ def last_events(history: HistoryEvents, users: Ints, times: Ints, length: int) -
 
     Args:
         history: events of one scenario.
-        users, times: the impressions asked for.
+        users: user of each impression asked for.
+        times: its event_time in microseconds.
         length: newest events kept.
     """
     start = history.index.start(users)
@@ -83,7 +85,7 @@ def last_events(history: HistoryEvents, users: Ints, times: Ints, length: int) -
 
 
 def _skip_unknown(
-    history: HistoryEvents, plain: Ranges, late: np.ndarray, start: Ints, stop: Ints, times: Ints, length: int
+    history: HistoryEvents, plain: Ranges, late: Bools, start: Ints, stop: Ints, times: Ints, length: int
 ) -> Ranges:
     """Ranges where the rows marked `late` may hold events not known in time: those are left out, older ones move up.
 

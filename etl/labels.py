@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from etl.attribution import Attribution, Bools, Events, GroupedTimes, Ints, LabelRules, user_items
+from etl.attribution import Attribution, LabelRules
+from etl.events import Bools, Events, GroupedTimes, Ints, user_items
 from usr_ray.config import DAY_US
 
 NO_TIME = np.iinfo(np.int64).min

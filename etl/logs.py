@@ -1,7 +1,7 @@
 """Read the logs of the contract, cast them, and set aside what cannot be used.
 
-All logs become one frame of event rows, so that whatever follows is one pass over one frame: rows in, duplicates, rejects, and the
-one shuffle by user.
+All logs become one frame of event rows, so that whatever follows is one pass over one frame: rows in, duplicates,
+rejects, and the one shuffle by user.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
-from etl.attribution import KIND_CLICK, KIND_IMPRESSION, KIND_ORDER, NO_SCENARIO
 from etl.checks import DataCheckError, check_columns
+from etl.events import KIND_CLICK, KIND_IMPRESSION, KIND_ORDER, NO_SCENARIO
 from etl.log_files import TEXT_FORMATS, LogFolder
 from etl.mapping import TIMES, as_written
 from usr_ray.config import Config
@@ -68,8 +68,8 @@ def read_events(config: Config, folder: LogFolder, logs: Sequence[EventLog]) -> 
     """All event rows as one frame, one row per log row, nothing dropped.
 
     Columns: log, kind, scenario, id, item_id, user_id, event_time, known_time, impression_id (that a click names),
-    request_id, position, query, the context features by their own names (categories string, numbers double), `reason` (null:
-    usable) and `row_json` (the row as it stood, where it is not usable).
+    request_id, position, query, the context features by their own names (categories string, numbers double), `reason`
+    (null: usable) and `row_json` (the row as it stood, where it is not usable).
 
     Raises:
         DataCheckError: a log or column is missing or has the wrong type; nothing has been computed yet.
@@ -153,7 +153,8 @@ def _context_columns(config: Config, impressions: Sequence[DataFrame]) -> dict[s
     for name in wanted:
         if name not in there:
             raise DataCheckError(
-                f"features: the context feature '{name}' is in no impressions log; they have: {', '.join(sorted(there))}"
+                f"features: the context feature '{name}' is in no impressions log; "
+                f"they have: {', '.join(sorted(there))}; correct the name or add the column"
             )
     return wanted
 

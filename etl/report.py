@@ -151,8 +151,8 @@ def warnings_of(counts: SampleCounts, scenarios: Sequence[str]) -> list[str]:
             rate = _rate(mine, union)
             if rate is not None and rate > HELPLESS_RATE:
                 result.append(
-                    f"{scenario}: P(is_{task} | is_{task}_global) = {rate:.4f} > {HELPLESS_RATE}: users hardly {task} the "
-                    "same item elsewhere, so GLMT cannot help here; consider a longer labels.global_window"
+                    f"{scenario}: P(is_{task} | is_{task}_global) = {rate:.4f} > {HELPLESS_RATE}: users hardly {task} "
+                    "the same item elsewhere, so GLMT cannot help here; consider a longer labels.global_window"
                 )
     if not any(funnel.mature for funnel in counts.funnels.values()):
         result.append("no row is mature: training will refuse these dates; build again with a later --watermark")
@@ -160,8 +160,8 @@ def warnings_of(counts: SampleCounts, scenarios: Sequence[str]) -> list[str]:
 
 
 def _funnel(row: Row) -> Funnel:
-    labels = [row[name] for name in ALL_LABELS]
-    return Funnel(row["rows"], *labels, row["mature"])
+    clicks, orders, clicks_global, orders_global = (row[name] for name in ALL_LABELS)
+    return Funnel(row["rows"], clicks, orders, clicks_global, orders_global, row["mature"])
 
 
 def _rows(account: Account, date: str) -> dict[str, dict[str, int]]:

@@ -1,4 +1,4 @@
-"""build_samples(): logs -> samples, vocabularies, rejects and reports. Everything of a user in one shuffle and one pass."""
+"""build_samples(): logs -> samples, vocabularies, rejects and reports; all of a user in one shuffle and one pass."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import datetime as dt
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
@@ -15,10 +14,11 @@ from pyspark.sql import types as T
 from pyspark.sql.pandas.types import to_arrow_schema
 
 from etl.account import UNDATED, Account, account_of, add_audit, audit_events, unique_features
-from etl.attribution import KIND_IMPRESSION, LabelRules
+from etl.attribution import LabelRules
 from etl.checks import AccountingError, DataCheckError, check_accounting
 from etl.duplicates import split_duplicates
 from etl.encoding import encoded_events, own_columns, profile_columns
+from etl.events import KIND_IMPRESSION
 from etl.log_files import LogFolder
 from etl.logs import EventLog, event_logs, read_events, read_features
 from etl.report import SampleCounts, count_samples, date_report, funnel_lines, warnings_of
@@ -66,6 +66,7 @@ class Progress:
     started: float = field(default_factory=time.monotonic)
 
     def __call__(self, text: str) -> None:
+        """Print one line."""
         self.write(f"[{time.monotonic() - self.started:6.1f} s] {text}")
 
 
@@ -287,9 +288,3 @@ def micros(moment: dt.datetime) -> int:
 
 def _iso(moment: int) -> str:
     return (dt.datetime(1970, 1, 1, tzinfo=dt.UTC) + dt.timedelta(microseconds=moment)).isoformat()
-
-
-def describe(config: Config) -> dict[str, Any]:
-    """The keys of the configuration that decide what is built, for the reports."""
-    raw = config.to_dict()
-    return {key: raw[key] for key in ("scenarios", "query_scenarios", "labels", "histories", "vocabulary", "features")}

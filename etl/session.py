@@ -27,29 +27,36 @@ MIN_JAVA = 17
 CHUNK_BATCH_ROWS = 32_768
 """Rows of one Arrow batch between Spark and the Python pass."""
 
-OPTIONS = {
+_SHIPPED = ("etl/**/*.py", "usr_ray/__init__.py", "usr_ray/schema.py", "usr_ray/config*.py")
+"""What the Python workers need of this package."""
+
+REQUIRED = {
     "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
     "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
     "spark.sql.session.timeZone": "UTC",
     "spark.sql.ansi.enabled": "true",
+    "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
+    "spark.databricks.delta.properties.defaults.enableDeletionVectors": "false",
+    "spark.databricks.delta.properties.defaults.columnMapping.mode": "none",
+}
+"""What the tables mean depends on these."""
+DEFAULTS = {
     "spark.sql.adaptive.enabled": "true",
     "spark.sql.autoBroadcastJoinThreshold": str(32 << 20),
     "spark.sql.execution.arrow.maxRecordsPerBatch": str(CHUNK_BATCH_ROWS),
     "spark.sql.parquet.compression.codec": "zstd",
-    "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
-    "spark.databricks.delta.properties.defaults.enableDeletionVectors": "false",
-    "spark.databricks.delta.properties.defaults.columnMapping.mode": "none",
     "spark.log.level": "WARN",
     "spark.ui.showConsoleProgress": "false",
 }
-LOCAL_OPTIONS = {
+"""What `--conf` of spark-submit may change."""
+LOCAL_DEFAULTS = {
     "spark.sql.shuffle.partitions": "4",
     "spark.databricks.delta.snapshotPartitions": "2",
     "spark.driver.host": "127.0.0.1",
     "spark.driver.bindAddress": "127.0.0.1",
     "spark.ui.enabled": "false",
 }
-"""One machine: few partitions, and nothing listens beyond the loopback (Spark's UI cannot be bound to it)."""
+"""One machine: few partitions, and nothing listens beyond the loopback (Spark's UI heeds only SPARK_LOCAL_IP)."""
 
 
 def build_spark(app_name: str, options: Mapping[str, str] | None = None) -> SparkSession:
@@ -68,10 +75,10 @@ def build_spark(app_name: str, options: Mapping[str, str] | None = None) -> Spar
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     os.environ.setdefault("PYSPARK_DRIVER_PYTHON", sys.executable)
     builder = SparkSession.builder.appName(app_name)
-    given = dict(options or {})
-    if _is_local(given):
-        given = LOCAL_OPTIONS | given
-    for key, value in (OPTIONS | given).items():
+    submitted = _submitted()
+    master = (options or {}).get("spark.master", submitted.get("spark.master", "local[*]"))
+    defaults = DEFAULTS | (LOCAL_DEFAULTS if master.startswith("local") else {})
+    for key, value in (defaults | submitted | REQUIRED | dict(options or {})).items():
         builder = builder.config(key, value)
     try:
         spark = builder.getOrCreate()
@@ -88,21 +95,21 @@ def build_spark(app_name: str, options: Mapping[str, str] | None = None) -> Spar
 def kept(frame: DataFrame) -> DataFrame:
     """The frame, computed once at its first use and then read back.
 
-    On one machine its plan is cut off too: planning costs more than the rows of a small run, and no executor can be lost. On a
-    cluster it is persisted, so that a lost part is computed again.
+    On one machine its plan is cut off too: planning costs more than the rows of a small run, and no executor can be
+    lost. On a cluster it is persisted, so that a lost part is computed again.
     """
     if str(frame.sparkSession.conf.get("spark.master")).startswith("local"):
         return frame.localCheckpoint(eager=False)
     return frame.persist(StorageLevel.MEMORY_AND_DISK)
 
 
-def _is_local(options: Mapping[str, str]) -> bool:
-    """True where the driver is the whole cluster."""
-    master = options.get("spark.master")
-    if master is None and "PYSPARK_GATEWAY_PORT" in os.environ:  # under spark-submit, which knows the master
-        SparkContext._ensure_initialized()
-        master = SparkContext._jvm.org.apache.spark.SparkConf().get("spark.master", "local[*]")  # type: ignore[union-attr]
-    return (master or "local[*]").startswith("local")
+def _submitted() -> dict[str, str]:
+    """The options of spark-submit, its defaults file included; none where Python starts the JVM itself."""
+    if "PYSPARK_GATEWAY_PORT" not in os.environ:
+        return {}
+    SparkContext._ensure_initialized()
+    found = SparkContext._jvm.org.apache.spark.SparkConf().getAll()  # type: ignore[union-attr]
+    return {pair._1(): pair._2() for pair in found}
 
 
 def _check_packages() -> None:
@@ -156,8 +163,7 @@ def _ship_code(spark: SparkSession) -> None:
     folder = Path(tempfile.mkdtemp(prefix="usr-ray-"))
     archive = folder / "usr_ray_etl.zip"
     with zipfile.ZipFile(archive, "w") as bundle:
-        for path in sorted([*root.glob("etl/**/*.py"), *root.glob("usr_ray/__init__.py"), *root.glob("usr_ray/schema.py"),
-                            *root.glob("usr_ray/config*.py")]):  # fmt: skip
+        for path in sorted(p for pattern in _SHIPPED for p in root.glob(pattern)):
             bundle.write(path, path.relative_to(root).as_posix())
     spark.sparkContext.addPyFile(str(archive))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)  # executors fetch the file when they start

@@ -140,12 +140,12 @@ def check_same_meaning(spark: SparkSession, lake: Lake, config: Config) -> None:
 
 def table_properties(spark: SparkSession, path: str) -> dict[str, str]:
     """Properties of a Delta table."""
-    return dict(DeltaTable.forPath(spark, path).detail().select("properties").first()[0])
+    return dict(DeltaTable.forPath(spark, path).detail().select("properties").collect()[0][0])
 
 
 def table_version(spark: SparkSession, path: str) -> int:
     """Newest version of a Delta table."""
-    return int(DeltaTable.forPath(spark, path).history(1).select("version").first()[0])
+    return int(DeltaTable.forPath(spark, path).history(1).select("version").collect()[0][0])
 
 
 def prepare_samples(spark: SparkSession, lake: Lake, spec: FeatureSpec, config: Config) -> None:

@@ -1,7 +1,7 @@
 """The one pass over the shuffled events: whole users in, labelled samples or an account of every row out.
 
-Runs in Spark's Python workers through mapInArrow; needs numpy and pyarrow only. Memory is bounded by `chunk_rows` (or by the
-largest user, who is never split) on the way in and by `_OUTPUT_ROWS` rows with their histories on the way out.
+Runs in Spark's Python workers through mapInArrow; needs numpy and pyarrow only. Memory is bounded by `chunk_rows` (or
+by the largest user, who is never split) on the way in and by `_OUTPUT_ROWS` rows with their histories on the way out.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from etl.attribution import KIND_IMPRESSION, KIND_PROFILE, REASONS, Attribution, Events, Ints, LabelRules, attribute
+from etl.attribution import REASONS, Attribution, LabelRules, attribute
+from etl.events import KIND_IMPRESSION, KIND_PROFILE, Events, Ints
 from etl.histories import HistoryEvents, history_events, last_events
 from etl.labels import NO_TIME, label, mature
 from usr_ray.config import DAY_US
@@ -126,7 +127,7 @@ def _history_columns(
         impressions = history.impression[ranges.positions]
         ages = np.repeat(times, np.diff(ranges.offsets)) - history.time[ranges.positions]
         offsets = pa.array(ranges.offsets.astype(np.int32))
-        flat = {
+        flat: dict[str, np.ndarray] = {
             names.item_ids: values["item_id"][impressions].astype(np.int64, copy=False),
             names.actions: history.action[ranges.positions],
             names.ages_s: (ages / 1e6).astype(np.float32),
@@ -144,15 +145,15 @@ def list_type(kind: np.dtype) -> pa.ListType:
 
 
 AUDIT_FIELDS = (
-    ("kind", pa.int32()), ("scenario", pa.int32()), ("day", pa.int64()), ("reason", pa.string()), ("num_rows", pa.int64()),
-    ("id", pa.string()), ("item_id", pa.string()), ("user_id", pa.string()), ("impression_id", pa.string()),
-    ("event_time", _TIMESTAMP), ("known_time", _TIMESTAMP),
+    ("kind", pa.int32()), ("scenario", pa.int32()), ("day", pa.int64()), ("reason", pa.string()),
+    ("num_rows", pa.int64()), ("id", pa.string()), ("item_id", pa.string()), ("user_id", pa.string()),
+    ("impression_id", pa.string()), ("event_time", _TIMESTAMP), ("known_time", _TIMESTAMP),
 )  # fmt: skip
 AUDIT_SCHEMA = pa.schema(AUDIT_FIELDS)
 
 
 def audit(batches: Iterable[pa.RecordBatch], plan: PassPlan) -> Iterator[pa.RecordBatch]:
-    """An account of every row: rejected rows one by one with their reason, used rows counted per (kind, scenario, day)."""
+    """An account of every row: rejected ones each with its reason, used ones counted per (kind, scenario, day)."""
     for rows in whole_users(batches, plan.chunk_rows):
         events = Events.from_arrow(rows, ranked=plan.rules.clock_skew > 0)
         attribution = attribute(events, plan.rules, num_scenarios=len(plan.spec.scenarios))
@@ -168,8 +169,9 @@ def audit(batches: Iterable[pa.RecordBatch], plan: PassPlan) -> Iterator[pa.Reco
             picked = pa.array(rejected)
             names = ("id", "item_id", "user_id", "impression_id", "event_time", "known_time")
             yield _audit_batch({
-                "kind": pa.array(events.kind[rejected], pa.int32()), "scenario": pa.array(events.scenario[rejected], pa.int32()),
-                "day": pa.array(events.time[rejected] // DAY_US), "num_rows": pa.array(np.ones(len(rejected), np.int64)),
+                "kind": pa.array(events.kind[rejected]), "scenario": pa.array(events.scenario[rejected]),
+                "day": pa.array(events.time[rejected] // DAY_US),
+                "num_rows": pa.array(np.ones(len(rejected), np.int64)),
                 "reason": pa.array(REASONS).take(pa.array(attribution.reject_codes)),
                 **{name: rows[name].take(picked).combine_chunks() for name in names},
             }, len(rejected))  # fmt: skip

@@ -1,7 +1,7 @@
 """Vocabularies: which values have an id, and the columns with the ids (contract 3).
 
-Ids only grow: a value keeps its id for ever, new values go behind the largest one. So a model trained on an older version of the
-table still reads the newer one.
+Ids only grow: a value keeps its id for ever, new values go behind the largest one. So a model trained on an older
+version of the table still reads the newer one.
 """
 
 from __future__ import annotations
@@ -57,13 +57,14 @@ def count_values(impressions: DataFrame, users: DataFrame | None, items: DataFra
 
     Args:
         impressions: unique impressions of the fitting dates with user_id, item_id, query and the context categories.
-        users, items: one row per key, or None where the configuration names no feature of theirs.
+        users: one row per user, or None where the configuration names no feature of theirs.
+        items: one row per item, or None likewise.
         config: names the features.
     """
     direct = ["user_id", "item_id", "query", *config.features.context_categories]
     counts = kept(
         impressions.select(direct)
-        .unpivot([], direct, "feature", "value")
+        .unpivot([], [F.col(name) for name in direct], "feature", "value")
         .filter(F.col("value").isNotNull())
         .groupBy("feature", "value")
         .count()
@@ -80,7 +81,7 @@ def count_values(impressions: DataFrame, users: DataFrame | None, items: DataFra
             table.select(key, *names)
             .join(of_key, on=key, how="inner")
             .select("count", *names)
-            .unpivot(["count"], list(names), "feature", "value")
+            .unpivot(["count"], [F.col(name) for name in names], "feature", "value")
             .filter(F.col("value").isNotNull())
             .groupBy("feature", "value")
             .agg(F.sum("count").alias("count"))
@@ -104,7 +105,7 @@ def read_vocabularies(spark: SparkSession, path: str, version: int | None) -> Vo
         if size["last"] - FIRST_ID + 1 != size["rows"]:
             raise DataCheckError(
                 f"vocabularies {path}: feature '{size['feature']}' has {size['rows']} values but its largest id is "
-                f"{size['last']}; two builds ran at once: restore the version before them with RESTORE TABLE and build again"
+                f"{size['last']}; two builds ran at once: RESTORE the table to the version before and build again"
             )
     return Vocabularies(entries, {size["feature"]: size["last"] for size in sizes})
 

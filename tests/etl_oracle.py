@@ -1,6 +1,6 @@
-"""The contract's sections 1 to 3 in plain, slow Python: what the ETL's tests compare with. Loops over rows on purpose.
+"""The contract's sections 1 to 3 in plain, slow Python: what the ETL's tests compare with. It loops on purpose.
 
-Times are whole microseconds. A row is a dict; `scenario` is its position in the scenarios (None: a shop-wide order line).
+Times are whole microseconds. A row is a dict; `scenario` is its position in the scenarios (None: shop-wide order).
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class World:
         self.impressions.append(_row(id, user, item, scenario, time, query=None) | more)
         return self
 
-    def click(self, id: str, user: str, item: str, scenario: int, time: int, names: str | None = None, **more: Any) -> World:
+    def click(
+        self, id: str, user: str, item: str, scenario: int, time: int, names: str | None = None, **more: Any
+    ) -> World:
         self.clicks.append(_row(id, user, item, scenario, time, names=names) | more)
         return self
 
@@ -147,7 +149,9 @@ def last_shown(order: Row, impressions: list[Row], w: Windows) -> Row | None:
     return max(fitting, key=lambda i: (i["time"], i["id"]), default=None)
 
 
-def sample(i: Row, clicks: list[Row], orders: list[Row], w: Windows, num_scenarios: int, length: int, watermark: int) -> Row:
+def sample(
+    i: Row, clicks: list[Row], orders: list[Row], w: Windows, num_scenarios: int, length: int, watermark: int
+) -> Row:
     """Rules 3, 4 and 6, and the histories."""
     mine = [c["at"] for c in clicks if c["target"] is i]
     bought = [o["at"] for o in orders if o["target"] is i]

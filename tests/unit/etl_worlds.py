@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 from hypothesis import strategies as st
 
-from etl.attribution import KIND_CLICK, KIND_IMPRESSION, KIND_ORDER, NO_SCENARIO, REASONS, Events, LabelRules, attribute
+from etl.attribution import REASONS, LabelRules, attribute
+from etl.events import KIND_CLICK, KIND_IMPRESSION, KIND_ORDER, NO_SCENARIO, Events
 from etl.histories import history_events, last_events
 from etl.labels import NO_TIME, label, mature
 from tests.etl_oracle import Expected, Windows, World
@@ -68,7 +69,12 @@ def run_kernel(world: World, windows: Windows, *, num_scenarios: int, length: in
         ranges = last_events(flat, events.user[shown], events.time[shown], length)
         of_rows = [
             [
-                (items[flat.impression[p]], queries[ids[flat.impression[p]]], int(flat.action[p]), int(t - flat.time[p]))
+                (
+                    items[flat.impression[p]],
+                    queries[ids[flat.impression[p]]],
+                    int(flat.action[p]),
+                    int(t - flat.time[p]),
+                )
                 for p in ranges.positions[a:b]
             ]
             for a, b, t in zip(ranges.offsets, ranges.offsets[1:], events.time[shown], strict=False)
@@ -109,7 +115,12 @@ def worlds(draw: st.DrawFn, *, num_scenarios: int = 2, max_rows: int = 12) -> Wo
     numbers = draw(st.permutations(range(max_rows)))
     for n in numbers[: draw(st.integers(1, max_rows))]:
         world.impression(
-            f"i{n}", draw(users), draw(items), draw(scenarios), draw(seconds), query=draw(st.sampled_from([None, "q", "r"]))
+            f"i{n}",
+            draw(users),
+            draw(items),
+            draw(scenarios),
+            draw(seconds),
+            query=draw(st.sampled_from([None, "q", "r"])),
         )
     for n in numbers[: draw(st.integers(0, max_rows))]:
         named = draw(st.sampled_from([None, *(i["id"] for i in world.impressions), "nowhere"]))

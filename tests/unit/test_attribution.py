@@ -54,7 +54,9 @@ def test_the_click_window_is_closed_at_both_ends(delay: int, reason: str | None)
 
 @pytest.mark.parametrize("delay", [0, 24 * HOUR, 24 * HOUR + 1, -1])
 def test_the_order_window_is_closed_at_both_ends(delay: int) -> None:
-    world = World().impression("i", "u", "x", 0, T).click("c", "u", "x", 0, T + 5, "i").order("o", "u", "x", T + 5 + delay)
+    world = (
+        World().impression("i", "u", "x", 0, T).click("c", "u", "x", 0, T + 5, "i").order("o", "u", "x", T + 5 + delay)
+    )
     found = kernel(world)
     inside = 0 <= delay <= 24 * HOUR
     assert found.samples["i"]["is_order"] == float(inside)
@@ -83,7 +85,12 @@ def test_a_click_of_no_impression_is_rejected_and_leaves_no_trace(
 
 
 def test_an_unnamed_click_takes_the_last_impression_and_the_largest_id_of_equal_times() -> None:
-    world = World().impression("i3", "u", "x", 0, T).impression("i1", "u", "x", 0, T + 9).impression("i2", "u", "x", 0, T + 9)
+    world = (
+        World()
+        .impression("i3", "u", "x", 0, T)
+        .impression("i1", "u", "x", 0, T + 9)
+        .impression("i2", "u", "x", 0, T + 9)
+    )
     found = kernel(world.click("c", "u", "x", 0, T + 9))
     assert [i for i, s in found.samples.items() if s["is_click"]] == ["i2"]
 
@@ -98,7 +105,9 @@ def test_an_order_credits_the_last_click_of_any_scenario_and_only_one_impression
 
 def test_an_order_of_a_scenario_credits_its_own_clicks_only() -> None:
     world = World().impression("i", "u", "x", 0, T).impression("j", "u", "x", 1, T)
-    world.click("c1", "u", "x", 0, T + 1, "i").click("c2", "u", "x", 1, T + 7, "j").order("o", "u", "x", T + 8, scenario=0)
+    world.click("c1", "u", "x", 0, T + 1, "i").click("c2", "u", "x", 1, T + 7, "j").order(
+        "o", "u", "x", T + 8, scenario=0
+    )
     assert [i for i, s in kernel(world).samples.items() if s["is_order"]] == ["i"]
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import etl.histories
-from etl.attribution import KIND_IMPRESSION, Events, attribute
+from etl.attribution import attribute
+from etl.events import KIND_IMPRESSION, Events
 from etl.histories import history_events, last_events
 from tests.etl_oracle import Windows, World
 from tests.unit.etl_worlds import NOON, SECOND, rules_of, run_kernel, table
@@ -69,7 +70,9 @@ def test_many_late_events_are_skipped_however_far_back_the_known_ones_are(
     for n in range(400):
         user, time = f"u{rng.integers(3)}", T + int(rng.integers(300)) * SECOND
         lag = int(rng.choice([0, 1, 400], p=[0.2, 0.3, 0.5])) * SECOND
-        world.impression(f"i{n:03}", user, f"x{n}", 0, time).click(f"c{n:03}", user, f"x{n}", 0, time, f"i{n:03}", known=time + lag)
+        world.impression(f"i{n:03}", user, f"x{n}", 0, time).click(
+            f"c{n:03}", user, f"x{n}", 0, time, f"i{n:03}", known=time + lag
+        )
     events = Events.from_arrow(table(world), ranked=False)
     attribution = attribute(events, rules_of(WINDOWS), num_scenarios=1)
     flat = history_events(events, attribution, 0)
