@@ -211,7 +211,7 @@ def test_a_rerun_changes_nothing_and_other_partitions_neither(spark: SparkSessio
 def test_delta_itself_refuses_labels_out_of_order(spark: SparkSession, lake: Path) -> None:
     # s2 was never clicked: an order of it breaks is_order <= is_click.
     bad = table(spark, lake).filter("impression_id = 's2'").withColumn("is_order", F.lit(1.0).cast("float"))
-    with pytest.raises(Exception, match="CHECK|constraint"):
+    with pytest.raises(Exception, match=r"CHECK|constraint"):
         bad.write.format("delta").mode("append").save(str(lake / "samples"))
 
 
