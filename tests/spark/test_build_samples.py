@@ -1,0 +1,305 @@
+"""The build on a random shop, row by row against the oracle; reruns, other partitions, other formats."""
+
+from __future__ import annotations
+
+import collections
+import datetime as dt
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import deltalake
+import numpy as np
+import pytest
+from delta.tables import DeltaTable
+from pyspark.sql import SparkSession
+
+from etl.samples import BuildRequest, Progress, build_samples
+from etl.tables import Lake, table_version
+from tests.etl_oracle import Expected, expected
+from tests.spark.shop import (
+    CONFIG,
+    DAYS,
+    MINUTE,
+    SCENARIOS,
+    START,
+    WINDOWS,
+    Shop,
+    logs_of,
+    micros,
+    moment,
+    random_shop,
+    write_logs,
+)
+from usr_ray.config import Config, load_config
+from usr_ray.schema import FEATURE_SPEC_PROPERTY, FeatureSpec
+
+pytestmark = pytest.mark.spark
+
+DATES = [(START + dt.timedelta(days=n)).date() for n in range(DAYS)]
+WATERMARK = START + dt.timedelta(days=3, hours=12)
+MIN_COUNT = 12
+
+
+def config(*overrides: str) -> Config:
+    return load_config(None, (*CONFIG, f"vocabulary.min_count={MIN_COUNT}", *overrides))
+
+
+def build(
+    spark: SparkSession, logs: Path, lake: Path, first: int = 0, last: int = DAYS - 1, settings: Config | None = None
+) -> list[str]:
+    """Run the build on days first..last; what it printed."""
+    lines: list[str] = []
+    request = BuildRequest(
+        logs=str(logs), lake=Lake(str(lake)), first=DATES[first], last=DATES[last], watermark=WATERMARK
+    )
+    build_samples(spark, settings or config(), request, Progress(write=lines.append))
+    return lines
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """All rows of a Delta table as a trainer reads them, not through Spark."""
+    return deltalake.DeltaTable(str(path)).to_pyarrow_table().to_pylist()
+
+
+def sorted_table(spark: SparkSession, path: Path, *keys: str) -> list[tuple]:
+    frame = spark.read.format("delta").load(str(path))
+    return [tuple(row) for row in frame.orderBy(*keys).collect()]
+
+
+@pytest.fixture(scope="module")
+def shop() -> Shop:
+    return random_shop(7)
+
+
+@pytest.fixture(scope="module")
+def logs(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_logs(logs_of(shop), tmp_path_factory.mktemp("shop") / "logs")
+
+
+@pytest.fixture(scope="module")
+def wanted(shop: Shop) -> Expected:
+    return expected(shop.world, WINDOWS, num_scenarios=3, length=4, watermark=micros(WATERMARK))
+
+
+@pytest.fixture(scope="module")
+def lake(spark: SparkSession, logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("lake") / "lake"
+    build(spark, logs, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def grown(spark: SparkSession, logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built in two steps, the later dates first: dates must not lean on one another's builds."""
+    path = tmp_path_factory.mktemp("grown") / "lake"
+    build(spark, logs, path, 2, 3)
+    build(spark, logs, path, 0, 1)
+    return path
+
+
+@pytest.fixture(scope="module")
+def samples(lake: Path) -> dict[str, dict[str, Any]]:
+    rows = rows_of(lake / "samples")
+    found = {row["impression_id"]: row for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+@pytest.fixture(scope="module")
+def ids(spark: SparkSession, lake: Path) -> dict[str, dict[str, int]]:
+    """feature -> value -> id."""
+    found: dict[str, dict[str, int]] = collections.defaultdict(dict)
+    for row in spark.read.format("delta").load(str(lake / "vocabularies")).collect():
+        found[row["feature"]][row["value"]] = row["id"]
+    return found
+
+
+def code(ids: dict[str, dict[str, int]], feature: str, value: str | None) -> int:
+    return 0 if value is None else ids[feature].get(value, 1)
+
+
+def test_every_impression_is_one_sample(samples: dict, wanted: Expected) -> None:
+    assert samples.keys() == wanted.samples.keys()
+
+
+def test_labels_times_and_maturity_equal_the_oracle(samples: dict, wanted: Expected) -> None:
+    positives = collections.Counter()
+    for key, want in wanted.samples.items():
+        row = samples[key]
+        for name in ("is_click", "is_order", "is_click_global", "is_order_global", "is_mature"):
+            assert row[name] == want[name], (key, name)
+            positives[name] += bool(want[name])
+        for name in ("click_time", "order_time"):
+            assert row[name] == (None if want[name] is None else moment(want[name])), (key, name)
+    assert all(10 < positives[name] < len(samples) - 10 for name in positives), positives
+
+
+def test_histories_equal_the_oracle(samples: dict, wanted: Expected, ids: dict) -> None:
+    lengths = collections.Counter()
+    for key, want in wanted.samples.items():
+        row = samples[key]
+        for scenario, events in zip(SCENARIOS, want["histories"], strict=True):
+            prefix = f"{scenario}_history"
+            lengths[len(events)] += 1
+            assert row[f"{prefix}_item_ids"] == [code(ids, "item_id", e[0]) for e in events], (key, scenario)
+            assert row[f"{prefix}_actions"] == [e[2] for e in events]
+            assert row[f"{prefix}_ages_s"] == [float(np.float32(e[3] / 1e6)) for e in events]
+            if scenario == "search":
+                assert row[f"{prefix}_query_ids"] == [code(ids, "query", e[1]) for e in events]
+            else:
+                assert f"{prefix}_query_ids" not in row
+    assert lengths[4] > 50
+    assert lengths[0] > 50
+
+
+def test_raw_and_encoded_columns(samples: dict, shop: Shop, ids: dict) -> None:
+    first = {i["id"]: i for i in sorted(shop.world.impressions, key=lambda i: (i["time"], i["known"]), reverse=True)}
+    for key, row in samples.items():
+        i = first[key]
+        time = moment(i["time"])
+        user, item = shop.users.get(i["user"], {}), shop.items.get(i["item"], {})
+        depth = None if i["scenario"] == 2 else i["depth"]
+        assert row["event_time"] == time
+        assert str(row["impression_date"]) == str(time.date())
+        assert row["scenario"] == SCENARIOS[i["scenario"]]
+        assert row["scenario_index"] == i["scenario"]
+        for column, name in (
+            ("request_id", "request"),
+            ("user_id", "user"),
+            ("item_id", "item"),
+            ("query", "query"),
+            ("position", "position"),
+        ):
+            assert row[column] == i[name], (key, column)
+        categories = {"user_id": i["user"], "item_id": i["item"], "query": i["query"], "device": i["device"],
+                      "city": user.get("city"), "brand": item.get("brand")}  # fmt: skip
+        for name, value in categories.items():
+            assert row[f"{name}_index"] == code(ids, name, value), (key, name, value)
+        assert row["event_hour_index"] == time.hour + 2
+        for name, value in {"age": user.get("age"), "price": item.get("price"), "depth": depth}.items():
+            scaled = 0.0 if value is None else math.copysign(math.log1p(abs(value)), value)
+            assert row[f"{name}_scaled"] == pytest.approx(scaled, rel=1e-6)
+
+
+def test_keys_group_users_and_requests(samples: dict) -> None:
+    rows = list(samples.values())
+    assert len({r["user_key"] for r in rows}) == len({r["user_id"] for r in rows})
+    requests = {r["request_id"] or r["impression_id"] for r in rows}
+    assert len({r["request_key"] for r in rows}) == len(requests)
+
+
+def test_dates_do_not_lean_on_one_another_s_builds(samples: dict, grown: Path) -> None:
+    rows = {row["impression_id"]: row for row in rows_of(grown / "samples")}
+    assert rows.keys() == samples.keys()
+    for key, row in rows.items():
+        same = [name for name in row if not name.endswith(("_index", "_item_ids", "_query_ids"))]
+        assert {name: row[name] for name in same} == {name: samples[key][name] for name in same}
+
+
+def test_vocabularies_hold_what_is_common_and_grow_by_appending(
+    spark: SparkSession, grown: Path, samples: dict
+) -> None:
+    table = spark.read.format("delta").load(str(grown / "vocabularies")).collect()
+    counts: dict[tuple[str, str], list[int]] = collections.defaultdict(lambda: [0, 0])
+    for row in samples.values():
+        late = row["event_time"] >= moment(2 * 24 * 60 * MINUTE)
+        for feature, column in (("user_id", "user_id"), ("item_id", "item_id"), ("query", "query")):
+            if row[column] is not None:
+                counts[feature, row[column]][0 if late else 1] += 1
+    for feature in ("user_id", "item_id", "query"):
+        # The first build had days 2 and 3 only; the second counted all four.
+        first = sorted((-c[0], v) for (f, v), c in counts.items() if f == feature and c[0] >= MIN_COUNT)
+        second = sorted((-sum(c), v) for (f, v), c in counts.items() if f == feature and c[0] < MIN_COUNT <= sum(c))
+        order = [value for _, value in first] + [value for _, value in second]
+        found = sorted((r["id"], r["value"]) for r in table if r["feature"] == feature)
+        assert found == [(n + 2, value) for n, value in enumerate(order)]
+    assert any(c[0] < MIN_COUNT <= sum(c) for c in counts.values())
+    assert any(sum(c) < MIN_COUNT for c in counts.values())
+
+
+def test_the_feature_spec_fits_the_table(spark: SparkSession, lake: Path, samples: dict, ids: dict) -> None:
+    detail = DeltaTable.forPath(spark, str(lake / "samples")).detail().collect()[0]
+    spec = FeatureSpec.from_json(detail["properties"][FEATURE_SPEC_PROPERTY])
+    assert [f.name for f in spec.sparse] == ["user_id", "item_id", "query", "event_hour", "city", "brand", "device"]
+    for feature in spec.sparse:
+        largest = max(ids[feature.name].values()) if feature.name != "event_hour" else 25
+        assert feature.num_embeddings == largest + 1
+        assert max(row[feature.column] for row in samples.values()) < feature.num_embeddings
+    assert spec.label_delay_us == 360 * MINUTE
+    assert (spec.scenarios, spec.query_scenarios, spec.history_length) == (SCENARIOS, ("search",), 4)
+
+
+def test_rejects_are_the_oracle_s_and_the_broken_rows(
+    spark: SparkSession, lake: Path, wanted: Expected, shop: Shop
+) -> None:
+    rows = spark.read.format("delta").load(str(lake / "rejects")).collect()
+    found = collections.Counter()
+    for row in rows:
+        raw = json.loads(row["row"])
+        kind = "click" if row["log"].endswith("clicks") else "order"
+        key = (kind, raw.get(f"{kind}_id"), raw.get("item_id"))
+        if key in wanted.rejects:
+            assert row["reason"] == wanted.rejects[key], key
+            found["attribution"] += 1
+        else:
+            found[row["log"], row["reason"], str(row["date"])] += 1
+    assert found.pop("attribution") == len(wanted.rejects) > 50
+    day = str(DATES[0])
+    assert found == {
+        ("search_impressions", "null_impression_id", day): 1, ("search_impressions", "null_user_id", "None"): 1,
+        ("feed_clicks", "null_item_id", day): 1, ("orders", "null_event_time", "None"): 1,
+    }  # fmt: skip
+    assert len(set(wanted.rejects.values())) == 8  # every reason there is
+
+
+def test_reports_add_up(lake: Path, shop: Shop, wanted: Expected, samples: dict) -> None:
+    reports = [json.loads((lake / "reports" / f"{date}.json").read_text()) for date in DATES]
+    logs = logs_of(shop)
+    for log, rows in logs.items():
+        if not rows:
+            continue
+        totals = collections.Counter()
+        for counts in [r["rows"].get(log, {}) for r in reports] + [reports[0]["undated"]["rows"].get(log, {})]:
+            totals.update(counts)
+        if log not in ("users", "items"):  # clicks and orders may fall behind the last built day
+            late = sum(1 for r in rows if r["event_time"] is not None and r["event_time"].date() not in DATES)
+            assert totals["rows_in"] == len(rows) - late
+        assert totals["rows_in"] == totals["used"] + totals["duplicates"] + totals["rejects"]
+    duplicates = sum(
+        c.get("duplicates", 0) for r in reports for log, c in r["rows"].items() if log.endswith("impressions")
+    )
+    assert duplicates == wanted.duplicates["impressions"] > 20
+    for report in reports:
+        rows = [s for s in samples.values() if str(s["impression_date"]) == report["date"]]
+        assert report["samples"] == len(rows)
+        for scenario in SCENARIOS:
+            mine = [r for r in rows if r["scenario"] == scenario]
+            clicks, union = sum(r["is_click"] for r in mine), sum(r["is_click_global"] for r in mine)
+            found = report["scenarios"][scenario]
+            assert found["impressions"] == len(mine)
+            assert found["click_rate"] == clicks / len(mine)
+            assert found["p_click_given_click_global"] == clicks / union
+
+
+def test_a_rerun_gives_the_same_table_and_other_partitions_too(
+    spark: SparkSession, lake: Path, logs: Path, tmp_path: Path
+) -> None:
+    def content() -> tuple:
+        return (
+            sorted_table(spark, lake / "samples", "impression_id"),
+            sorted_table(spark, lake / "rejects", "log", "reason", "row"),
+            sorted_table(spark, lake / "vocabularies", "feature", "id"),
+        )
+
+    before, version = content(), table_version(spark, str(lake / "samples"))
+    spark.conf.set("spark.sql.shuffle.partitions", "5")
+    spark.conf.set("spark.sql.autoBroadcastJoinThreshold", "-1")
+    try:
+        build(spark, logs, lake, 1, 2)
+    finally:
+        spark.conf.set("spark.sql.shuffle.partitions", "2")
+        spark.conf.set("spark.sql.autoBroadcastJoinThreshold", str(32 << 20))
+    assert table_version(spark, str(lake / "samples")) == version + 1
+    assert content() == before
