@@ -32,7 +32,7 @@ from usr_ray.config import Config, RayConfig, UserError, parse_duration_us
 from usr_ray.metrics import CellMetrics
 from usr_ray.monitoring import RayMonitor
 from usr_ray.train import train
-from usr_ray.trainer_environment import ADDRESS, LOOPBACK, OWN, ROOT, SUBMITTED
+from usr_ray.trainer_environment import ADDRESS, API_SERVER, DASHBOARD_PORT, LOOPBACK, OWN, ROOT, SUBMITTED
 from usr_ray.trainer_plan import RunPlan, load_manifest, mark_finished, plan_run, write_plan
 from usr_ray.trainer_result import print_result, write_result
 from usr_ray.worker import DistributedWorker
@@ -158,11 +158,11 @@ def _init_arguments(config: RayConfig, cluster: str) -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
         "address": "local",
-        # Logical CPUs: more workers than cores share them, slowly but rightly.
-        "num_cpus": max(cores, math.ceil(config.num_workers * config.cpus_per_worker)),
+        "num_cpus": max(cores, math.ceil(config.num_workers * config.cpus_per_worker)),  # more workers share them
         "object_store_memory": _OBJECT_STORE_BYTES,
         "include_dashboard": config.dashboard,
         "dashboard_host": LOOPBACK,
+        "dashboard_port": int(os.environ.get(API_SERVER, f":{DASHBOARD_PORT}").rpartition(":")[2]),
         "_node_ip_address": LOOPBACK,
         "logging_level": logging.WARNING,
     }

@@ -5,9 +5,11 @@ Standard library only. Jobs call it; no module of the library changes the enviro
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
+import socket
 import sys
 from collections.abc import MutableMapping
 from pathlib import Path
@@ -16,14 +18,22 @@ LOOPBACK = "127.0.0.1"
 OWN, SUBMITTED, ADDRESS = "own", "submitted", "address"
 ROOT = Path(__file__).resolve().parent.parent
 
+API_SERVER = "RAY_API_SERVER_ADDRESS"
+"""Where Ray's own actors ask for states.
+
+Left to itself, Ray asks the cluster that `ray start` named last on this machine: a dead one costs a traceback, another live
+one says that our run is gone, and the run's placement group is removed.
+"""
+DASHBOARD_PORT = 8265
+
 RAY_ENVIRONMENT = {
     # Read by whoever builds the TorchTrainer; without it the dashboard's /api/train/v2/runs/v1 knows no run.
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
     # Ray logs each printed line once more.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Arrow's allocator gives each freed block back to the kernel at once, and the reader then spends a third of its time
-    # on page faults. Read when pyarrow is loaded.
+    # Arrow's allocator gives each freed block back to the kernel at once, and a third of the reader's time then goes into
+    # page faults. Read when pyarrow is loaded.
     "MIMALLOC_PURGE_DELAY": "-1",
 }
 """Good on any cluster."""
@@ -57,6 +67,8 @@ def prepare_environment(environment: MutableMapping[str, str] | None = None, *, 
     wanted = RAY_ENVIRONMENT | (LOCAL_ENVIRONMENT if own else {})
     if own and sys.platform == "linux":
         wanted = wanted | {"GLOO_SOCKET_IFNAME": "lo"}
+    if own and dashboard:
+        wanted = {**wanted, API_SERVER: f"http://{LOOPBACK}:{free_port(DASHBOARD_PORT)}"}
     if own and not dashboard:  # the actor that keeps the states asks the dashboard, and complains without end
         wanted = {**wanted, "RAY_TRAIN_ENABLE_STATE_TRACKING": "0"}
     if own:
@@ -70,6 +82,17 @@ def prepare_environment(environment: MutableMapping[str, str] | None = None, *, 
         return OWN
     job = json.loads(environment.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
     return SUBMITTED if job.get("runtime_env", {}).get("working_dir") else ADDRESS
+
+
+def free_port(first: int) -> int:
+    """The first port from `first` on that nothing on the loopback listens at."""
+    for port in range(first, first + 100):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):
+                probe.bind((LOOPBACK, port))
+                return port
+    return first
 
 
 def token_file(environment: MutableMapping[str, str] | None = None) -> Path:
