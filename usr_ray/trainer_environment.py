@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 API_SERVER = "RAY_API_SERVER_ADDRESS"
 """Where Ray's own actors ask for states.
 
-Left to itself, Ray asks the cluster that `ray start` named last on this machine: a dead one costs a traceback, another live
-one says that our run is gone, and the run's placement group is removed.
+Left to itself, Ray asks the cluster that `ray start` named last on this machine: a dead one costs a traceback, another
+live one says that our run is gone, and the run's placement group is removed.
 """
 DASHBOARD_PORT = 8265
 
@@ -32,8 +32,8 @@ RAY_ENVIRONMENT = {
     # Ray logs each printed line once more.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Arrow's allocator gives each freed block back to the kernel at once, and a third of the reader's time then goes into
-    # page faults. Read when pyarrow is loaded.
+    # Arrow's allocator gives each freed block back to the kernel at once, and a third of the reader's time then goes
+    # into page faults. Read when pyarrow is loaded.
     "MIMALLOC_PURGE_DELAY": "-1",
 }
 """Good on any cluster."""
