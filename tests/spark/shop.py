@@ -51,7 +51,7 @@ class Shop:
 
 
 def random_shop(seed: int, num_impressions: int = 500) -> Shop:
-    """Three scenarios, shop-wide and scenario orders, late and wild clicks, duplicates, equal times, missing features."""
+    """Three scenarios, orders of both kinds, late and wild clicks, duplicates, equal times, missing features."""
     rng = np.random.default_rng(seed)
     shop = Shop()
     world = shop.world

@@ -1,0 +1,259 @@
+"""What the build accepts and refuses: formats, ids as integers, hashing, training dates, and every user's error."""
+
+from __future__ import annotations
+
+import datetime as dt
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pyspark.sql import SparkSession
+
+from etl.checks import DataCheckError
+from etl.samples import BuildRequest, Progress, build_samples
+from etl.tables import Lake
+from tests.spark.shop import CONFIG, Shop, logs_of, random_shop, write_logs
+from tests.spark.test_build_samples import DATES, WATERMARK, rows_of
+from usr_ray.config import load_config
+
+pytestmark = pytest.mark.spark
+
+SMALL = "vocabulary.min_count=3"
+
+
+def build(spark: SparkSession, logs: Path, lake: Path, *overrides: str, first: int = 0, last: int = 3) -> list[str]:
+    lines: list[str] = []
+    request = BuildRequest(
+        logs=str(logs), lake=Lake(str(lake)), first=DATES[first], last=DATES[last], watermark=WATERMARK
+    )
+    build_samples(spark, load_config(None, (*CONFIG, SMALL, *overrides)), request, Progress(write=lines.append))
+    return lines
+
+
+def content(lake: Path) -> list[tuple]:
+    return sorted(tuple(str(v) for v in row.values()) for row in rows_of(lake / "samples"))
+
+
+@pytest.fixture(scope="module")
+def shop() -> Shop:
+    return random_shop(11, num_impressions=60)
+
+
+@pytest.fixture(scope="module")
+def logs(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_logs(logs_of(shop), tmp_path_factory.mktemp("small") / "logs")
+
+
+@pytest.fixture(scope="module")
+def lake(spark: SparkSession, logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("small-lake") / "lake"
+    build(spark, logs, path)
+    return path
+
+
+def test_csv_json_lines_and_delta_logs_give_the_same_table(
+    spark: SparkSession, shop: Shop, logs: Path, lake: Path, tmp_path: Path
+) -> None:
+    everything = logs_of(shop)
+    csv = write_logs(everything, tmp_path / "csv", "csv")
+    mixed = write_logs({k: rows for k, rows in everything.items() if "clicks" in k}, tmp_path / "mixed", "json")
+    for log in everything:
+        if "clicks" not in log and (logs / log).exists():
+            spark.read.parquet(str(logs / log)).write.format("delta").save(str(mixed / log))
+    for name, folder in (("csv", csv), ("mixed", mixed)):
+        build(spark, folder, tmp_path / f"lake-{name}")
+        assert content(tmp_path / f"lake-{name}") == content(lake), name
+
+
+def test_integer_ids_are_read_as_strings(spark: SparkSession, logs: Path, lake: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(logs, tmp_path / "logs"))
+    for folder in copy.iterdir():
+        table = pq.read_table(folder)
+        if "item_id" in table.column_names:
+            place = table.schema.get_field_index("item_id")
+            shutil.rmtree(folder)
+            folder.mkdir()
+            pq.write_table(table.set_column(place, "item_id", table["item_id"].cast(pa.int32())), folder / "a.parquet")
+    build(spark, copy, tmp_path / "lake")
+    assert content(tmp_path / "lake") == content(lake)
+
+
+def test_an_unreadable_time_in_a_text_log_is_rejected(spark: SparkSession, shop: Shop, tmp_path: Path) -> None:
+    folder = write_logs(logs_of(shop), tmp_path / "csv", "csv")
+    with (folder / "feed_clicks.csv").open("a") as file:
+        file.write('"x9","","u1","3","the day before yesterday","2026-01-01T00:00:00"\n')
+        file.write('"x8","","u1","3","2026-01-01T00:00:00","soon"\n')
+    build(spark, folder, tmp_path / "lake")
+    rejects = {row["reason"]: row for row in rows_of(tmp_path / "lake" / "rejects") if row["log"] == "feed_clicks"}
+    assert '"event_time":"the day before yesterday"' in rejects["unparsable_event_time"]["row"]
+    assert rejects["unparsable_event_time"]["date"] is None
+    assert rejects["unparsable_ingest_time"]["date"] == dt.date(2026, 1, 1)
+
+
+def test_hashed_ids_need_no_vocabulary_and_spread_over_the_buckets(
+    spark: SparkSession, logs: Path, lake: Path, tmp_path: Path
+) -> None:
+    build(spark, logs, tmp_path / "lake", "vocabulary.kind='hash'", "vocabulary.num_buckets=50")
+    assert not (tmp_path / "lake" / "vocabularies").exists()
+    hashed = {row["impression_id"]: row for row in rows_of(tmp_path / "lake" / "samples")}
+    by_value: dict[str, set[int]] = {}
+    for key, row in {row["impression_id"]: row for row in rows_of(lake / "samples")}.items():
+        mine = hashed[key]
+        assert mine["is_click_global"] == row["is_click_global"]
+        for feature in ("user_id", "item_id", "query", "device"):
+            value = mine.get(feature, row["device_index"])  # device has no raw column; its fitted id stands for it
+            by_value.setdefault(f"{feature} {value}", set()).add(mine[f"{feature}_index"])
+            assert (mine[f"{feature}_index"] == 0) == (value in (None, 0))
+    assert all(len(found) == 1 for found in by_value.values())
+    assert {n for found in by_value.values() for n in found} <= {0, *range(2, 50)}
+    items = {row["item_id"]: row["item_id_index"] for row in hashed.values()}
+    for row in hashed.values():
+        for scenario in ("search", "feed", "related"):
+            assert set(row[f"{scenario}_history_item_ids"]) <= set(items.values())
+
+
+def test_vocabularies_are_fitted_on_the_training_dates_only(spark: SparkSession, logs: Path, tmp_path: Path) -> None:
+    build(spark, logs, tmp_path / "lake", f"data.train_dates='{DATES[0]}:{DATES[1]}'")
+    rows = rows_of(tmp_path / "lake" / "samples")
+    shown: dict[str, int] = {}
+    for row in rows:
+        if row["impression_date"] in DATES[:2]:
+            shown[row["item_id"]] = shown.get(row["item_id"], 0) + 1
+    found = {r["value"]: r["count"] for r in rows_of(tmp_path / "lake" / "vocabularies") if r["feature"] == "item_id"}
+    assert found == {item: count for item, count in shown.items() if count >= 3}
+    assert {r["item_id_index"] == 1 for r in rows if r["item_id"] not in found} == {True}
+
+
+def change(folder: Path, log: str, edit: Callable[[pa.Table], pa.Table]) -> None:
+    table = pq.read_table(folder / log)
+    shutil.rmtree(folder / log)
+    (folder / log).mkdir()
+    pq.write_table(edit(table), folder / log / "a.parquet")
+
+
+def retyped(column: str, values: Any) -> Callable[[pa.Table], pa.Table]:
+    return lambda t: t.set_column(t.schema.get_field_index(column), column, pa.array([values] * t.num_rows))
+
+
+def nanoseconds(table: pa.Table) -> pa.Table:
+    place = table.schema.get_field_index("event_time")
+    return table.set_column(place, "event_time", table["event_time"].cast(pa.timestamp("ns", tz="UTC")))
+
+
+def spoil(what: str, folder: Path) -> None:
+    """Break one thing of a folder of logs."""
+    if what == "no folder":
+        shutil.rmtree(folder)
+    elif what == "missing log":
+        shutil.rmtree(folder / "feed_clicks")
+    elif what == "no orders at all":
+        for path in folder.glob("*orders"):
+            shutil.rmtree(path)
+    elif what == "missing users":
+        shutil.rmtree(folder / "users")
+    elif what == "missing column":
+        change(folder, "orders", lambda t: t.drop_columns(["item_id"]))
+    elif what == "missing feature":
+        change(folder, "items", lambda t: t.drop_columns(["price"]))
+    elif what == "missing context":
+        for log in ("search", "feed", "related"):
+            change(folder, f"{log}_impressions", lambda t: t.drop_columns(["device"]))
+    elif what == "time as number":
+        change(folder, "search_impressions", retyped("event_time", 1.5))
+    elif what == "id as number":
+        change(folder, "search_clicks", retyped("user_id", 1.5))
+    elif what == "position as text":
+        change(folder, "feed_impressions", retyped("position", True))
+    elif what == "feature as list":
+        change(folder, "users", retyped("city", ["a"]))
+    elif what == "nanoseconds":
+        change(folder, "related_clicks", nanoseconds)
+    elif what == "two formats":
+        (folder / "feed_clicks" / "b.csv").write_text("click_id\n")
+    elif what == "unknown format":
+        shutil.rmtree(folder / "feed_clicks")
+        (folder / "feed_clicks").mkdir()
+        (folder / "feed_clicks" / "a.xlsx").write_text("")
+    elif what == "twice":
+        (folder / "orders.csv").write_text("order_id\n")
+    elif what == "not parquet":
+        (folder / "users" / "a.parquet").write_text("no parquet")
+        (folder / "users" / "b.parquet").unlink()
+    elif what == "keyless users":
+        change(folder, "users", retyped("user_id", None))
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("no folder", "--logs .*: there is no such folder; run jobs/ingest_logs.py"),
+        ("missing log", "log feed_clicks: is missing in .*, which holds: .*feed_impressions.*; add a folder or file"),
+        ("no orders at all", "log orders: is missing"),
+        ("missing users", "log users: is missing"),
+        ("missing column", "log orders: column 'item_id' is missing; it has: order_id, user_id, .*; add it"),
+        ("missing feature", "log items: column 'price' is missing; it has: item_id, brand; add it"),
+        ("missing context", "features: the context feature 'device' is in no impressions log; they have: .*depth"),
+        ("time as number", "log search_impressions: column 'event_time' is double, needed timestamp .*; cast it"),
+        ("id as number", "log search_clicks: column 'user_id' is double, needed string or integer; cast it"),
+        ("position as text", "log feed_impressions: column 'position' is boolean, needed integer; cast it"),
+        ("feature as list", "log users: column 'city' is array<string>, needed a single value .*; cast it"),
+        ("nanoseconds", "log related_clicks: cannot be read .* in nanoseconds; write microseconds"),
+        ("two formats", "log feed_clicks: .* holds csv, parquet; needed one of Parquet, Delta, CSV"),
+        ("unknown format", "log feed_clicks: .* holds a.xlsx; needed one of Parquet, Delta, CSV"),
+        ("twice", "log orders: .* has orders and orders.csv; keep one of them"),
+        ("not parquet", "log users: cannot be read as parquet: "),
+        ("keyless users", "log users: column 'user_id' is null on all 10 rows; needed one row per key"),
+    ],
+)
+def test_a_user_s_error_is_one_line_and_leaves_nothing(
+    spark: SparkSession, logs: Path, tmp_path: Path, what: str, message: str
+) -> None:
+    copy = Path(shutil.copytree(logs, tmp_path / "logs"))
+    spoil(what, copy)
+    with pytest.raises(DataCheckError, match=message):
+        build(spark, copy, tmp_path / "lake")
+    assert not (tmp_path / "lake").exists()
+
+
+def test_dates_without_impressions_are_refused(spark: SparkSession, logs: Path, tmp_path: Path) -> None:
+    request = BuildRequest(
+        logs=str(logs), lake=Lake(str(tmp_path / "lake")), first=dt.date(2031, 1, 1), last=dt.date(2031, 1, 2)
+    )
+    with pytest.raises(
+        DataCheckError, match=f"--dates 2031-01-01:2031-01-02: .* no impression .* on {DATES[0]}:{DATES[3]}"
+    ):
+        build_samples(spark, load_config(None, CONFIG), request, Progress(write=lambda line: None))
+    assert not (tmp_path / "lake").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("labels.click_window='10 minutes'", 'built with labels.click_window = "30 minutes", .* has "10 minutes"'),
+        ("histories.length=9", "built with histories.length = 4, the configuration has 9"),
+        ("features.user_numbers=[]", r'built with features.user_numbers = \["age"\]'),
+        ("vocabulary.kind='hash'", 'built with vocabulary.kind = "fit"'),
+    ],
+)
+def test_a_table_of_another_configuration_is_not_mixed_into(
+    spark: SparkSession, logs: Path, lake: Path, override: str, message: str
+) -> None:
+    before = content(lake)
+    with pytest.raises(DataCheckError, match=message + ".*take the old value or build into a new --lake"):
+        build(spark, logs, lake, override)
+    assert content(lake) == before
+
+
+def test_no_mature_row_is_a_warning_and_no_error(spark: SparkSession, logs: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    request = BuildRequest(
+        logs=str(logs), lake=Lake(str(tmp_path / "lake")), first=DATES[0], last=DATES[3],
+        watermark=dt.datetime(2026, 1, 1, tzinfo=dt.UTC),
+    )  # fmt: skip
+    build_samples(spark, load_config(None, CONFIG), request, Progress(write=lines.append))
+    assert any(line.startswith("warning: no row is mature") for line in lines)
+    assert not any(row["is_mature"] for row in rows_of(tmp_path / "lake" / "samples"))
