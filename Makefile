@@ -43,8 +43,8 @@ require-jdk:
 $(VENV)/.ready: constraints.txt setup.cfg pyproject.toml cluster/spark/install_delta_jars.py | require-python require-jdk
 	@echo "setup: virtual environment in $(VENV) (a few minutes the first time; torch is large)"
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[etl,train,serve,dev]'
+	@$(BIN)/python -m pip install --constraint constraints.txt --editable '.[etl,train,serve,dev]' > $(VENV)/pip.log 2>&1 \
+	  || { tail -20 $(VENV)/pip.log >&2; echo "error: the packages of constraints.txt could not be installed (all of pip's words: $(VENV)/pip.log)" >&2; exit 2; }
 	@$(BIN)/python cluster/spark/install_delta_jars.py
 	@touch $@
 	@echo "setup: done"
