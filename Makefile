@@ -54,7 +54,7 @@ demo: setup require-jdk  ## logs -> Delta -> 2-worker training of USR -> evaluat
 	  $(if $(INPUT),--input $(INPUT)) $(if $(LOGS),--logs $(LOGS)) $(OVERRIDES)
 
 test: setup require-jdk  ## every test
-	@python -m pytest tests
+	@python -m pytest tests/unit tests/spark tests/ray tests/e2e
 
 unit: setup  ## the tests that need neither JVM nor Ray (seconds)
 	@python -m pytest tests/unit
