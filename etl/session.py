@@ -93,13 +93,13 @@ def build_spark(app_name: str, options: Mapping[str, str] | None = None) -> Spar
 
 
 def kept(frame: DataFrame) -> DataFrame:
-    """The frame, computed once at its first use and then read back.
+    """The frame, computed once and then read back.
 
     On one machine its plan is cut off too: planning costs more than the rows of a small run, and no executor can be
     lost. On a cluster it is persisted, so that a lost part is computed again.
     """
     if str(frame.sparkSession.conf.get("spark.master")).startswith("local"):
-        return frame.localCheckpoint(eager=False)
+        return frame.localCheckpoint()
     return frame.persist(StorageLevel.MEMORY_AND_DISK)
 
 
