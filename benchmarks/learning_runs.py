@@ -1,0 +1,170 @@
+"""What the two benchmarks of learning share: training in this process, AUC by scenario and task, paired intervals.
+
+Not a benchmark itself: learning_kuairand.py and learning_simulated.py import it.
+
+Shape letters: N held-out rows, R runs (seeds) of one model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import io
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from usr_ray.baseline import _Ranked, end_of_us, popularity_baseline, read_training_rows
+from usr_ray.config import Config, load_config, parse_dates
+from usr_ray.manifest import Manifest, build_manifest
+from usr_ray.metrics import Predictions, auc
+from usr_ray.schema import TASKS
+from usr_ray.train import train
+from usr_ray.worker import LocalWorker
+
+PLAIN = ("model.interest.enabled=false", "model.generator.enabled=false", "model.multitask.enabled=false")
+NUM_RESAMPLES = 200
+
+
+@dataclass(frozen=True)
+class Data:
+    """One lake: rows to train on, rows held out, and the configuration that names their dates."""
+
+    config_path: Path
+    overrides: tuple[str, ...]
+    train: Manifest
+    held_out: Manifest
+
+    @classmethod
+    def of(cls, config_path: Path, lake: Path, overrides: Sequence[str] = ()) -> Data:
+        config = load_config(config_path, overrides)
+        parts = [
+            build_manifest(lake, dates=parse_dates(dates, where="data"))
+            for dates in (config.data.train_dates, config.data.eval_dates)
+        ]
+        return cls(config_path, tuple(overrides), *parts)
+
+    def config(self, overrides: Sequence[str] = ()) -> Config:
+        quiet = ("train.checkpoint_every_steps=1000000", "train.keep_checkpoints=1")
+        return load_config(self.config_path, [*self.overrides, *quiet, *overrides])
+
+    def popularity(self, rows: Predictions) -> Predictions:
+        config = self.config()
+        last = parse_dates(config.data.train_dates, where="data.train_dates")[1]
+        seen = read_training_rows(self.train, ready_before_us=end_of_us(last), mature_only=True)
+        return popularity_baseline(seen, rows, len(config.scenarios))
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Held-out probabilities of one model, one entry a seed; a baseline without seeds has one."""
+
+    rows: Predictions
+    """Labels and keys, the same for every run."""
+    probs_RNT: NDArray[np.float64]
+    seconds: float = 0.0
+    """Training time of a run, mean."""
+
+
+def train_seeds(data: Data, overrides: Sequence[str], seeds: Sequence[int]) -> Runs:
+    """One training a seed, with jobs/train.py's loop on one worker, evaluated after the last epoch."""
+    worker, probs, seconds = LocalWorker("cpu"), [], 0.0
+    for seed in seeds:
+        config = data.config([*overrides, f"train.seed={seed}"])
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as run_dir, contextlib.redirect_stdout(io.StringIO()):
+            result = train(
+                config, worker, train_manifest=data.train, eval_manifest=data.held_out, run_dir=Path(run_dir)
+            )
+        seconds += time.perf_counter() - start
+        assert result.evaluation is not None
+        assert result.evaluation.predictions is not None
+        rows = result.evaluation.predictions
+        probs.append(rows.probs_NT)
+    return Runs(rows, np.stack(probs), seconds / len(seeds))
+
+
+def cells(rows: Predictions, scenarios: Sequence[str]) -> dict[str, NDArray[np.bool_]]:
+    """'all' and each scenario -> its rows."""
+    parts = {name: rows.scenario_N == place for place, name in enumerate(scenarios)}
+    return {"all": np.ones(len(rows), dtype=bool)} | parts
+
+
+def mean_auc(runs: Runs, scenarios: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Task -> cell -> AUC, mean over the runs."""
+    return {
+        task: {
+            cell: round(float(np.mean([auc(runs.rows.labels_NT[own, t], p[own, t]) for p in runs.probs_RNT])), 5)
+            for cell, own in cells(runs.rows, scenarios).items()
+        }
+        for t, task in enumerate(TASKS)
+    }
+
+
+def gaps(runs: Runs, others: Runs, scenarios: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Task -> cell -> AUC of `runs` minus AUC of `others` with a 95 % interval, and the gap of each pair of seeds."""
+    return {
+        task: {
+            cell: _gap(
+                runs.rows.labels_NT[own, t],
+                runs.probs_RNT[:, own, t],
+                others.probs_RNT[:, own, t],
+                runs.rows.user_key_N[own],
+            )
+            for cell, own in cells(runs.rows, scenarios).items()
+        }
+        for t, task in enumerate(TASKS)
+    }
+
+
+def _gap(labels: NDArray, ours_RN: NDArray, theirs_RN: NDArray, users: NDArray) -> dict[str, Any]:
+    """Percentile bootstrap over users and seeds: rows of a user, and rows scored by one run, are not independent.
+
+    A resample draws users with replacement, the same for both models, and pairs of seeds with replacement.
+    """
+    num_pairs = max(len(ours_RN), len(theirs_RN))
+    pairs = [(n % len(ours_RN), n % len(theirs_RN)) for n in range(num_pairs)]
+    ours, theirs = ([_Ranked.of(labels, p) for p in model] for model in (ours_RN, theirs_RN))
+    _, user_N = np.unique(users, return_inverse=True)
+    num_users = int(user_N.max()) + 1
+
+    def by_pair(counts_N: NDArray) -> NDArray:
+        return np.array([ours[a].auc(counts_N) - theirs[b].auc(counts_N) for a, b in pairs])
+
+    generator = np.random.default_rng(0)
+    whole, drawn = by_pair(np.ones(len(labels))), []
+    for _ in range(NUM_RESAMPLES):
+        counts_U = np.bincount(generator.integers(num_users, size=num_users), minlength=num_users)
+        chosen = generator.integers(num_pairs, size=num_pairs)
+        drawn.append(by_pair(counts_U[user_N].astype(np.float64))[chosen].mean())
+    low, high = np.nanquantile(drawn, (0.025, 0.975))
+    return {
+        "gap": round(float(whole.mean()), 5),
+        "interval": [round(float(low), 5), round(float(high), 5)],
+        "by_seed": [round(float(gap), 5) for gap in whole],
+    }
+
+
+def save(path: Path, result: dict[str, Any]) -> None:
+    """Write `result` with the date, machine and versions it was measured with."""
+    stamp = {
+        "date": dt.date.today().isoformat(),
+        "machine": {"cpus": os.cpu_count(), "processor": platform.processor() or platform.machine()},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(stamp | result, indent=1) + "\n", encoding="utf-8")
+
+
+def show_gap(gap: dict[str, Any]) -> str:
+    return f"{gap['gap']:+.4f} [{gap['interval'][0]:+.4f}, {gap['interval'][1]:+.4f}]"
