@@ -62,8 +62,9 @@ class Lake:
     root: str
 
     def path(self, table: str) -> str:
-        """Path of one of its tables."""
-        return f"{self.root.rstrip('/')}/{table}"
+        """Path of one of its tables; whole, as Delta takes a relative one for a name in the catalogue."""
+        root = self.root if "://" in self.root else os.path.abspath(self.root)
+        return f"{root.rstrip('/')}/{table}"
 
     def has(self, spark: SparkSession, table: str) -> bool:
         """True where the table has been created."""

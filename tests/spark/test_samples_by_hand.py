@@ -234,3 +234,11 @@ def test_an_order_without_click_may_credit_the_impression(spark: SparkSession, t
     lake = build(spark, folder, tmp_path / "lake", "labels.order_without_click=credit_impression")
     rows = rows_by_id(spark, lake)
     assert {n: (r["is_click"], r["is_order"]) for n, r in rows.items()} == {"s1": (0, 0), "r1": (1, 1)}
+
+
+def test_a_lake_may_be_named_by_a_relative_path(
+    spark: SparkSession, logs: Path, lake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    build(spark, logs, Path("here/lake"))
+    assert table(spark, tmp_path / "here" / "lake").count() == table(spark, lake).count() == 7
