@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from learning_runs import PLAIN, Data, Runs, gaps, mean_auc, save, show_gap, train_seeds
+from learning_runs import PLAIN, Data, Runs, StoppedError, gaps, mean_auc, save, show_gap, train_seeds
 from torch import Tensor, nn
 
 from usr_ray.config import BACKBONES
@@ -118,6 +118,15 @@ def tune_rechub(
     return Runs(rows, np.stack(probs), (time.perf_counter() - start) / len(seeds)), {"best": best, "grid": grid}
 
 
+def peer_rows(data: Data, rows: Predictions) -> tuple[Rows, Rows]:
+    """Training and held-out rows for torch-rechub; the held-out ones in the order of `rows`."""
+    worker, config = LocalWorker("cpu"), data.config()
+    train = Rows(training_reader(config, data.train, worker), data.train.spec)
+    held_out = Rows(evaluation_reader(data.held_out, worker, config), data.train.spec)
+    assert (held_out.row_number.numpy() == rows.row_number_N).all(), "both score the same rows in one order"
+    return train, held_out
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     data = Data.of(arguments.config, arguments.lake, arguments.set)
     scenarios, seeds = data.config().scenarios, list(range(arguments.seeds))
@@ -130,22 +139,28 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         print(f"{name:28s} {models[name].seconds:5.0f} s  "
               + "  ".join(f"{task} {found[task]['all']:.4f}" for task in TASKS), flush=True)  # fmt: skip
 
-    for backbone in arguments.backbones:
-        add(f"ours, {backbone}", lambda b=backbone: train_seeds(data, [f"model.backbone={b}", *PLAIN], seeds))
-        add(f"ours, {backbone} + USR", lambda b=backbone: train_seeds(data, [f"model.backbone={b}"], seeds))
+    try:
+        for backbone in arguments.backbones:
+            add(f"ours, {backbone}", lambda b=backbone: train_seeds(data, [f"model.backbone={b}", *PLAIN], seeds))
+            add(f"ours, {backbone} + USR", lambda b=backbone: train_seeds(data, [f"model.backbone={b}"], seeds))
+        if not arguments.without_peers:
+            rows = next(iter(models.values())).rows
+            train, held_out = peer_rows(data, rows)
+            for name in MODELS:
+
+                def peer(name: str = name) -> Runs:
+                    runs, details[name] = tune_rechub(name, data, train, held_out, rows, seeds)
+                    return runs
+
+                add(f"torch-rechub, {name}", peer)
+    except StoppedError:
+        if not models:
+            raise
+        print("stopped: reporting the models that are finished", file=sys.stderr)
+        details["stopped_after"] = list(models)[-1]
     rows = next(iter(models.values())).rows
     add("popularity", lambda: Runs(rows, data.popularity(rows).probs_NT[None]))
-    worker, config = LocalWorker("cpu"), data.config()
-    train = Rows(training_reader(config, data.train, worker), data.train.spec)
-    held_out = Rows(evaluation_reader(data.held_out, worker, config), data.train.spec)
-    assert (held_out.row_number.numpy() == rows.row_number_N).all(), "both score the same rows in one order"
-    for name in MODELS if not arguments.without_peers else ():
-
-        def peer(name: str = name) -> Runs:
-            runs, details[name] = tune_rechub(name, data, train, held_out, rows, seeds)
-            return runs
-
-        add(f"torch-rechub, {name}", peer)
+    details["user_ids"] = data.train.spec.sparse_feature("user_id").num_embeddings
     return summary(models, details, scenarios, arguments)
 
 

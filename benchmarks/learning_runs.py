@@ -36,6 +36,10 @@ PLAIN = ("model.interest.enabled=false", "model.generator.enabled=false", "model
 NUM_RESAMPLES = 200
 
 
+class StoppedError(Exception):
+    """A training was asked to stop (SIGTERM, Ctrl-C): what is finished is still worth saving."""
+
+
 @dataclass(frozen=True)
 class Data:
     """One lake: rows to train on, rows held out, and the configuration that names their dates."""
@@ -87,8 +91,8 @@ def train_seeds(data: Data, overrides: Sequence[str], seeds: Sequence[int]) -> R
                 config, worker, train_manifest=data.train, eval_manifest=data.held_out, run_dir=Path(run_dir)
             )
         seconds += time.perf_counter() - start
-        assert result.evaluation is not None
-        assert result.evaluation.predictions is not None
+        if result.evaluation is None or result.evaluation.predictions is None:
+            raise StoppedError
         rows = result.evaluation.predictions
         probs.append(rows.probs_NT)
     return Runs(rows, np.stack(probs), seconds / len(seeds))
