@@ -16,7 +16,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import types as T
 
 from etl.checks import DataCheckError
-from usr_ray.config import Config
+from usr_ray.config import Config, dotted
 from usr_ray.schema import (
     ALL_LABELS,
     FEATURE_SPEC_PROPERTY,
@@ -130,7 +130,7 @@ def check_same_meaning(spark: SparkSession, lake: Lake, config: Config) -> None:
     if not lake.has(spark, SAMPLES):
         return
     properties = table_properties(spark, lake.path(SAMPLES))
-    before, now = _flat(json.loads(properties.get(CONFIG_PROPERTY, "{}"))), _flat(row_meaning(config))
+    before, now = dotted(json.loads(properties.get(CONFIG_PROPERTY, "{}"))), dotted(row_meaning(config))
     for key in sorted(now.keys() | before.keys()):
         if before.get(key) != now.get(key):
             raise DataCheckError(
@@ -232,10 +232,3 @@ def _create(
     for key, value in properties.items():
         builder = builder.property(key, value)
     builder.execute()
-
-
-def _flat(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in raw.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

@@ -16,9 +16,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from usr_ray import __version__
-from usr_ray.baseline import end_of_us, popularity_baseline, read_training_rows
+from usr_ray.baseline import popularity_baseline, read_training_rows
 from usr_ray.cli import JobParser, run_job
-from usr_ray.config import Config, UserError, parse_dates
+from usr_ray.config import Config, UserError, end_of_us, parse_dates
 from usr_ray.evaluate import TrainedRun, check_spec, evaluate, load_run
 from usr_ray.evaluate_files import (
     BASELINE_SPLIT,

@@ -8,14 +8,12 @@ Shape letters: N rows, T tasks (schema.TASKS), G tie groups.
 
 from __future__ import annotations
 
-import datetime as dt
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from usr_ray.config import DAY_US
 from usr_ray.manifest import Manifest, labels_close_us, usable_row_groups
 from usr_ray.metrics import Predictions
 from usr_ray.reader_decode import RowGroupDecoder
@@ -34,11 +32,6 @@ class TrainingRows:
     item_id_N: NDArray[np.int64]
     labels_NT: NDArray[np.float32]
     """(N, 4), in the order of schema.ALL_LABELS."""
-
-
-def end_of_us(day: dt.date) -> int:
-    """End of a UTC day in microseconds since 1970; labels of training rows up to that day must be final by then."""
-    return (day.toordinal() - dt.date(1970, 1, 1).toordinal() + 1) * DAY_US
 
 
 def read_training_rows(manifest: Manifest, *, ready_before_us: int | None, mature_only: bool) -> TrainingRows:

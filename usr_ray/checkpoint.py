@@ -11,7 +11,6 @@ pickled, so reading a checkpoint runs no code. `sha256sum -c SHA256SUMS` checks 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -28,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from usr_ray.config import UserError
+from usr_ray.files import file_sha256, sync
 
 TENSORS, STATE, SUMS = "tensors.safetensors", "state.json", "SHA256SUMS"
 STORAGE_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -171,7 +171,7 @@ class CheckpointStore:
         if final.exists():  # the same step again, after a resume: a rename cannot replace a full directory
             final.rename(final.with_name(f"{final.name}.tmp-replaced"))
         temporary.rename(final)
-        _sync(self.directory)
+        sync(self.directory)
         shutil.rmtree(final.with_name(f"{final.name}.tmp-replaced"), ignore_errors=True)
 
     def _prune(self, kind: str, step: int) -> None:
@@ -195,29 +195,16 @@ def _write(folder: Path, tensors: Mapping[str, Tensor], state: str) -> None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder / TENSORS)) from error
     (folder / STATE).write_text(state, encoding="utf-8")
-    sums = [f"{_sha256(folder / name)}  {name}\n" for name in (STATE, TENSORS)]
+    sums = [f"{file_sha256(folder / name)}  {name}\n" for name in (STATE, TENSORS)]
     (folder / SUMS).write_text("".join(sums), encoding="utf-8")
     for path in (folder / TENSORS, folder / STATE, folder / SUMS, folder):
-        _sync(path)
+        sync(path)
 
 
 def _plain(tensor: Tensor) -> Tensor:
     """A contiguous CPU tensor that owns its memory; safetensors refuses views of one another."""
     plain = tensor.detach().to("cpu").contiguous()
     return plain.clone() if plain.untyped_storage().nbytes() != plain.numel() * plain.element_size() else plain
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _verify(path: Path) -> None:
@@ -227,7 +214,7 @@ def _verify(path: Path) -> None:
         sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
         if set(sums) != {STATE, TENSORS}:  # also keeps a name such as ../../x from being opened
             raise CheckpointError(f"checkpoint {expected}, found sums of {', '.join(sorted(sums))}; use an older one")
-        torn = [name for name in sorted(sums) if (path / name).is_symlink() or _sha256(path / name) != sums[name]]
+        torn = [name for name in sorted(sums) if (path / name).is_symlink() or file_sha256(path / name) != sums[name]]
     except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint {expected}, but reading failed ({error}); use an older one") from error
     if torn:

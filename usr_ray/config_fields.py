@@ -69,6 +69,19 @@ def parse_instant_us(text: str, *, where: str) -> int:
     return (instant - dt.datetime(1970, 1, 1, tzinfo=dt.UTC)) // dt.timedelta(microseconds=1)
 
 
+def end_of_us(day: dt.date) -> int:
+    """End of a UTC day in microseconds since 1970; labels of training rows up to that day must be final by then."""
+    return (day.toordinal() - dt.date(1970, 1, 1).toordinal() + 1) * DAY_US
+
+
+def dotted(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one of dotted paths, as `--set` writes them."""
+    flat: dict[str, Any] = {}
+    for key, value in raw.items():
+        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
 def require(condition: bool, message: str) -> None:
     """Raise ConfigError(message) unless `condition`."""
     if not condition:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from usr_ray.files import write_whole
 from usr_ray.metrics import CellMetrics, Predictions
 from usr_ray.schema import ALL_LABELS, TASKS
 
@@ -23,9 +24,7 @@ _ABOUT = b"usr_ray.evaluation"
 
 def write_metrics(path: Path, splits: Mapping[str, CellMetrics]) -> None:
     """Splits in the shape of metrics.json (contract, section 4); undefined is null. Appears whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(dict(splits), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(dict(splits), indent=2, allow_nan=False) + "\n")
 
 
 def metrics_text(splits: Mapping[str, CellMetrics]) -> str:

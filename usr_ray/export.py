@@ -43,9 +43,9 @@ from usr_ray.export_runtime import (
     VOCABULARIES,
     WEIGHTS,
     ExportError,
-    file_sha256,
     require_packages,
 )
+from usr_ray.files import file_sha256, sync
 from usr_ray.manifest import read_vocabularies
 from usr_ray.schema import FIRST_ID, FeatureSpec
 
@@ -137,7 +137,7 @@ def _write(folder: Path, run: TrainedRun, vocabularies: pa.Table | None) -> dict
     manifest["largest_difference_from_training_model"] = differences
     _write_manifest(folder, manifest)
     for path in [*folder.iterdir(), folder]:
-        _sync(path)
+        sync(path)
     return manifest
 
 
@@ -186,11 +186,3 @@ def _describe(folder: Path, run: TrainedRun, model: ServingModel) -> dict[str, A
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,7 +5,6 @@ Needs torch for model.pt2, or onnxruntime (and no torch) for model.onnx.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from usr_ray.config import UserError
+from usr_ray.files import file_sha256
 
 FORMAT = 1
 """Of manifest.json; another number is refused."""
@@ -33,12 +33,6 @@ def require_packages(*packages: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ExportError(f"not installed here: {', '.join(missing)}; install usr-ray[serve]")
-
-
-def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verified_manifest(directory: Path) -> dict[str, Any]:

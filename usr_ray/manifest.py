@@ -10,7 +10,6 @@ import dataclasses
 import datetime as dt
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from usr_ray.config import DAY_US, UserError
+from usr_ray.files import write_whole
 from usr_ray.manifest_files import DataError, DataFile, RowGroup, one_line, open_filesystem, read_footer
 from usr_ray.schema import ALL_LABELS, FEATURE_SPEC_PROPERTY, PARTITION_COLUMN, SAMPLES, VOCABULARIES, FeatureSpec
 
@@ -74,11 +74,8 @@ class Manifest:
 
     def save(self, path: Path | str) -> None:
         """Write the manifest as JSON, whole or not at all."""
-        target = Path(path)
         raw = {"format": FORMAT, **dataclasses.asdict(self), "spec": json.loads(self.spec.to_json())}
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, target)
+        write_whole(Path(path), json.dumps(raw, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path | str) -> Manifest:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from usr_ray.files import write_whole
 from usr_ray.metrics import CellMetrics
 
 HISTORY_FILE, TENSORBOARD_DIR = "history.jsonl", "tensorboard"
@@ -98,9 +98,7 @@ class FileMonitor:
                 continue
             if row["step"] < step or (row["step"] == step and row["kind"] == "train" and kind == "eval"):
                 kept.append(line + "\n")
-        partial = self._history.with_name(f"{HISTORY_FILE}.partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, self._history)
+        write_whole(self._history, "".join(kept))
         # purge_step hides events of this step and later ones, of earlier attempts' files too.
         purge = (step + 1 if kind == "eval" else step) if self._events_dir.exists() else None
         self._writer = SummaryWriter(str(self._events_dir), purge_step=purge)

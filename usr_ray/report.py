@@ -20,6 +20,7 @@ from markupsafe import Markup
 import usr_ray
 from usr_ray import report_curves, report_funnel, report_plots, report_stats, report_text
 from usr_ray.config import UserError
+from usr_ray.files import write_whole
 from usr_ray.metrics import ALL, GLOBAL
 from usr_ray.report_data import RunRecord, read_etl_reports, read_run
 from usr_ray.report_stats import Gap
@@ -46,10 +47,7 @@ def write_report(run_dir: Path, lake: Path | None = None, output: Path | None = 
     path = Path(output) if output else run.run_dir / REPORT_FILE
     if not path.parent.is_dir():
         raise UserError(f"--output {path}: its folder does not exist; create it first")
-    page = render(run, read_etl_reports(lake))
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, render(run, read_etl_reports(lake)))
     return path
 
 

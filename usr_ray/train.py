@@ -16,7 +16,7 @@ import torch
 
 from usr_ray.batch import UsrBatch
 from usr_ray.checkpoint import CheckpointStore
-from usr_ray.config import Config, UserError, parse_dates
+from usr_ray.config import Config, UserError, end_of_us, parse_dates
 from usr_ray.evaluate import Evaluation, evaluate
 from usr_ray.loss import row_counts, usr_loss
 from usr_ray.manifest import Manifest
@@ -226,7 +226,6 @@ def training_reader(config: Config, manifest: Manifest, worker: Worker) -> Sampl
     label that closes later has seen the held-out days.
     """
     last = parse_dates(config.data.train_dates or manifest.dates[-1], where="data.train_dates")[1]
-    cut_off = dt.datetime.combine(last + dt.timedelta(days=1), dt.time(), tzinfo=dt.UTC)
     return SampleReader(
         manifest,
         global_batch_size=config.train.global_batch_size,
@@ -235,7 +234,7 @@ def training_reader(config: Config, manifest: Manifest, worker: Worker) -> Sampl
         world_size=worker.world_size,
         seed=config.train.seed,
         order=config.train.order,
-        ready_before_us=int(cut_off.timestamp()) * 1_000_000 if config.data.mature_only else None,
+        ready_before_us=end_of_us(last) if config.data.mature_only else None,
         mature_only=config.data.mature_only,
         num_threads=config.train.reader_threads,
         num_shards=config.train.reader_shards,

@@ -29,6 +29,7 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, Tr
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from usr_ray.config import Config, RayConfig, UserError, parse_duration_us
+from usr_ray.files import write_whole
 from usr_ray.metrics import CellMetrics
 from usr_ray.monitoring import RayMonitor
 from usr_ray.train import train
@@ -284,9 +285,7 @@ def train_worker(settings: Mapping[str, Any]) -> dict[str, Any]:
     except UserError as error:
         with contextlib.suppress(OSError):
             refused.parent.mkdir(parents=True, exist_ok=True)
-            partial = refused.with_name(f"{_REFUSED}.{worker.rank}")
-            partial.write_text(json.dumps(str(error)), encoding="utf-8")
-            partial.replace(refused)
+            write_whole(refused, json.dumps(str(error)))
         raise
     finally:
         monitor.close()

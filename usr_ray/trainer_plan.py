@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from usr_ray.config import Config, UserError, parse_dates
+from usr_ray.config import Config, UserError, dotted, parse_dates
+from usr_ray.files import write_whole
 from usr_ray.manifest import Manifest, build_manifest
 from usr_ray.train import training_reader
 from usr_ray.train_state import FIXED_KEYS, package_versions
@@ -165,7 +166,7 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def _refuse_other_run(config: Config, record: Mapping[str, Any], folder: Path) -> None:
-    saved, now = _flat(record["config"]), _flat(config.to_dict())
+    saved, now = dotted(record["config"]), dotted(config.to_dict())
     for key in [*saved, *(k for k in now if k not in saved)]:
         is_fixed = any(key == fixed or key.startswith(f"{fixed}.") for fixed in _FIXED)
         if is_fixed and saved.get(key) != now.get(key):
@@ -210,17 +211,8 @@ def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key in _TRAINED_FROM}
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
 def _write_record(run_dir: Path, record: Mapping[str, Any]) -> None:
-    partial = run_dir / f".{CONFIG_FILE}.{os.getpid()}"
-    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, run_dir / CONFIG_FILE)
+    write_whole(run_dir / CONFIG_FILE, json.dumps(record, indent=2) + "\n")
 
 
 def _now() -> str:

@@ -1,4 +1,4 @@
-"""One small Spark session for all tests of this folder."""
+"""One small Spark session for all tests of this folder; the JVM's options are those of cluster/spark/conf."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ def spark() -> Iterator[SparkSession]:
     options = {
         "spark.master": "local[2]",
         "spark.driver.memory": "1g",
-        "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
         "spark.sql.shuffle.partitions": "2",
         "spark.log.level": "ERROR",
     }

@@ -7,7 +7,6 @@ import datetime as dt
 import json
 import random
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,6 @@ from pyspark.sql import SparkSession
 from etl.checks import DataCheckError
 from etl.online import ALL, combinations, counts_of, experiment_counts, user_counts
 from etl.samples import BuildRequest, Progress, build_samples
-from etl.session import build_spark
 from etl.tables import Lake
 from jobs import online_report
 from usr_ray.config import load_config
@@ -26,13 +24,6 @@ pytestmark = pytest.mark.spark
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "own_logs"
 DATES = (dt.date(2026, 3, 28), dt.date(2026, 3, 30))
-
-
-@pytest.fixture(scope="module")
-def spark() -> Iterator[SparkSession]:
-    return build_spark(
-        "tests", {"spark.master": "local[2]", "spark.driver.memory": "1g", "spark.sql.shuffle.partitions": "2"}
-    )
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import datetime as dt
 import json
 import shutil
 import zoneinfo
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from etl.checks import DataCheckError
 from etl.log_files import LogFolder
 from etl.mapping import as_written, map_columns
 from etl.samples import BuildRequest, Progress, build_samples
-from etl.session import build_spark
 from etl.tables import Lake
 from usr_ray.config import LogConfig, load_config
 
@@ -28,13 +26,6 @@ pytestmark = pytest.mark.spark
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "own_logs"
 BERLIN = zoneinfo.ZoneInfo("Europe/Berlin")
 UTC = dt.UTC
-
-
-@pytest.fixture(scope="module")
-def spark() -> Iterator[SparkSession]:
-    return build_spark(
-        "tests", {"spark.master": "local[2]", "spark.driver.memory": "1g", "spark.sql.shuffle.partitions": "2"}
-    )
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from etl.samples import BuildRequest, Progress, build_samples
-from etl.session import build_spark
 from etl.tables import Lake
 from usr_ray.config import Config, load_config
 
@@ -62,11 +61,6 @@ def write(folder: Path, name: str, rows: list[tuple[Any, ...]], columns: list[st
     data = {c: pa.array([row[n] for row in rows], types.get(c, pa.string())) for n, c in enumerate(columns)}
     (folder / name).mkdir(parents=True)
     pq.write_table(pa.table(data), folder / name / "part.parquet")
-
-
-@pytest.fixture(scope="module")
-def spark() -> SparkSession:
-    return build_spark("tests", {"spark.master": "local[2]", "spark.sql.shuffle.partitions": "2"})
 
 
 @pytest.fixture(scope="module")

@@ -136,7 +136,7 @@ def test_a_crash_while_writing_leaves_nothing_that_is_read_and_the_next_save_cle
 
     child = os.fork()
     if child == 0:
-        monkeypatch.setattr(checkpoint, "_sync", killed)
+        monkeypatch.setattr(checkpoint, "sync", killed)
         store.save(20, tensors_of(20), STATE)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
@@ -190,7 +190,7 @@ def test_any_other_failure_to_write_is_raised_and_leaves_nothing(
     def broken(path: Path) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(checkpoint, "_sync", broken)
+    monkeypatch.setattr(checkpoint, "sync", broken)
     with pytest.raises(OSError, match="Input/output error"):
         store.save(1, tensors_of(1), STATE)
     assert names(store) == []

@@ -19,11 +19,11 @@ from torch import nn
 
 from jobs import evaluate as job
 from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
-from usr_ray.baseline import end_of_us, read_training_rows
+from usr_ray.baseline import read_training_rows
 from usr_ray.batch import UsrOutputs
 from usr_ray.checkpoint import CheckpointError, CheckpointStore
 from usr_ray.cli import run_job
-from usr_ray.config import Config
+from usr_ray.config import Config, end_of_us
 from usr_ray.evaluate import EvaluationError, check_spec, evaluate, load_run
 from usr_ray.evaluate_files import metrics_text, read_predictions, write_metrics, write_predictions
 from usr_ray.manifest import build_manifest

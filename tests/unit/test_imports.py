@@ -10,7 +10,7 @@ import pytest
 pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).resolve().parents[2]
-STDLIB_ONLY = ("usr_ray/schema.py", "usr_ray/config.py", "usr_ray/cli.py")
+STDLIB_ONLY = ("usr_ray/schema.py", "usr_ray/config.py", "usr_ray/cli.py", "usr_ray/files.py")
 FORBIDDEN = {
     "etl": {"ray", "torch", "jobs", "deltalake"},
     "usr_ray": {"pyspark", "delta", "etl", "jobs"},
@@ -23,7 +23,7 @@ ONLY_IN = {
 LAYERS = [
     {"schema"},
     {"config", "config_fields", "config_etl", "config_model"},
-    {"batch", "cli"},
+    {"batch", "cli", "files"},
     {"manifest", "order", "reader", "cache", "model", "loss", "metrics", "optim", "checkpoint", "baseline"},
     {"worker", "evaluate"},
     {"train", "export", "score"},
