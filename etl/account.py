@@ -14,13 +14,16 @@ from pyspark.sql.pandas.types import from_arrow_schema
 
 from etl.checks import DataCheckError, LogCount
 from etl.events import KIND_CLICK, KIND_IMPRESSION
+from etl.fingerprint import Cell
 from etl.logs import EventLog
 from etl.session import kept
-from etl.user_pass import AUDIT_SCHEMA, SORT_COLUMNS, PassPlan, audit
+from etl.user_pass import AUDIT_SCHEMA, CELL_DAYS, SORT_COLUMNS, PassPlan, audit
 
 UNDATED = "undated"
 """Stands for the date of a row whose time is missing or cannot be read, and of the users and items tables."""
-AUDIT_COLUMNS = (*SORT_COLUMNS, "known_time", "impression_id")
+_SLIM = (*SORT_COLUMNS, "known_time", "impression_id")
+_NO_CONTENT = ("log", "known_time", "reason", "row_json")
+"""Columns that an impression's content hash leaves out; for clicks and orders, known_time decides about histories."""
 
 
 @dataclass(slots=True)
@@ -32,6 +35,8 @@ class Account:
     newest: dt.datetime | None = None
     """Newest usable event_time of all logs."""
     impression_dates: set[str] = field(default_factory=set)
+    cells: list[Cell] = field(default_factory=list)
+    """Fingerprints of what was used, to find the dates that late events change."""
     num_unusable: int = 0
     """Rows without a key or a time that can be read."""
 
@@ -75,7 +80,7 @@ def audit_events(unique: DataFrame, logs: Sequence[EventLog], plan: PassPlan, nu
 
     Returns:
         Rows (log, date, reason, num_rows, row): a rejected row each with `row` as JSON, and one row per chunk, log and
-        date with the number of rows used (`reason` null). Persisted: rejects are few.
+        date with the number of rows used (`reason` null); and the fingerprint's cells (`hash` not null).
     """
 
     def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -83,7 +88,7 @@ def audit_events(unique: DataFrame, logs: Sequence[EventLog], plan: PassPlan, nu
 
     names = F.create_map(*(c for log in logs for c in (F.lit(f"{log.kind} {log.scenario}"), F.lit(log.name))))
     return kept(
-        unique.select(*AUDIT_COLUMNS)
+        unique.select(*_SLIM, _row_hash(unique).alias("row_hash"))
         .repartition(num_partitions, "user_id")
         .sortWithinPartitions(*SORT_COLUMNS)
         .mapInArrow(run, from_arrow_schema(AUDIT_SCHEMA))
@@ -92,18 +97,32 @@ def audit_events(unique: DataFrame, logs: Sequence[EventLog], plan: PassPlan, nu
             F.date_from_unix_date(F.col("day").cast("int")).alias("date"),
             "reason",
             "num_rows",
+            *CELL_DAYS,
+            "hash",
             F.when(F.col("reason").isNotNull(), _row_json()).alias("row"),
         )
     )
 
 
 def add_audit(account: Account, audited: DataFrame) -> None:
-    """Add the used and the rejected rows of `audit_events` to the account."""
-    for row in audited.groupBy("log", "date", "reason").agg(F.sum("num_rows").alias("rows")).collect():
-        if row["reason"] is None:
+    """Add the used and the rejected rows and the cells of `audit_events` to the account."""
+    sums = [F.sum("num_rows").alias("rows"), F.bit_xor("hash").alias("hash")]
+    for row in audited.groupBy("log", "date", "reason", *CELL_DAYS).agg(*sums).collect():
+        if row["hash"] is not None:
+            shown, first, last, visible = (row[name] for name in CELL_DAYS)
+            account.cells.append(Cell(shown, first, last, None if visible < 0 else visible, row["hash"] % (1 << 64)))
+        elif row["reason"] is None:
             account.counts[row["log"], _name(row["date"])] += LogCount(used=row["rows"])
         else:
             account.add_rejects(row["log"], _name(row["date"]), row["reason"], row["rows"])
+
+
+def _row_hash(unique: DataFrame) -> Column:
+    """Hash of what a row says; of an impression, without the time at which it became known."""
+    content = sorted(set(unique.columns) - set(_NO_CONTENT))
+    known = F.when(F.col("kind") != KIND_IMPRESSION, F.col("known_time"))
+    # A null leaves xxhash64 as it was: each column's place is hashed with it, so that values cannot change places.
+    return F.xxhash64(known, *(F.struct(F.lit(n), F.col(name)) for n, name in enumerate(content)))
 
 
 def unique_features(table: DataFrame, log: str, key: str, account: Account) -> DataFrame:

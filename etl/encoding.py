@@ -15,7 +15,7 @@ from pyspark.sql import functions as F
 from etl.events import KIND_IMPRESSION, KIND_PROFILE
 from etl.user_pass import SORT_COLUMNS, PassPlan
 from etl.vocabulary import Vocabularies, encode, hash_index, scale
-from usr_ray.config import Config
+from usr_ray.config import DAY_US, Config
 from usr_ray.schema import PADDING_ID, UNKNOWN_ID, index_column, scaled_column
 
 _SLIM = (*SORT_COLUMNS, "known_time", "impression_id")
@@ -70,15 +70,15 @@ def encoded_events(
 def _last_relevant(plan: PassPlan) -> int:
     """Events from here on cannot touch a sample: later than every window of the last impression."""
     rules = plan.rules
-    return plan.end + max(rules.global_window, rules.click_window) + rules.order_window + rules.clock_skew + 1
+    end = (max(plan.days) + 1) * DAY_US
+    return end + max(rules.global_window, rules.click_window) + rules.order_window + rules.clock_skew + 1
 
 
 def _impressions(
     shown: DataFrame, items: DataFrame | None, known: Vocabularies, config: Config, plan: PassPlan
 ) -> DataFrame:
     features = config.features
-    micros = F.unix_micros("event_time")
-    is_sample = (micros >= plan.first) & (micros < plan.end)
+    is_sample = F.unix_date(F.to_date("event_time")).isin(list(plan.days))
     frame = encode(shown, ["query", *features.context_categories], known, config.vocabulary)
     for name in features.context_numbers:
         frame = frame.withColumn(scaled_column(name), scale(F.col(name)))

@@ -5,10 +5,8 @@ from __future__ import annotations
 import datetime as dt
 import json
 import os
-import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from delta.tables import DeltaTable
@@ -23,7 +21,6 @@ from usr_ray.schema import (
     LABEL_ORDER,
     PARTITION_COLUMN,
     REJECTS,
-    REPORTS,
     SAMPLES,
     VOCABULARIES,
     FeatureSpec,
@@ -115,6 +112,9 @@ def row_meaning(config: Config) -> dict[str, Any]:
     """The configuration keys that decide what a row of the samples means; min_count is not one: it only adds ids."""
     raw = config.to_dict()
     meaning = {key: raw[key] for key in ("scenarios", "query_scenarios", "labels", "histories", "features")}
+    # "60 minutes" is "1 hour", and an empty global window is the click window.
+    for name in ("click_window", "order_window", "global_window", "clock_skew"):
+        meaning["labels"][name] = f"{getattr(config.labels, f'{name}_us') / 1e6:g} s"
     meaning["vocabulary"] = {"kind": config.vocabulary.kind}
     if config.vocabulary.kind == "hash":
         meaning["vocabulary"]["num_buckets"] = config.vocabulary.num_buckets
@@ -182,6 +182,17 @@ def dates_condition(column: str, first: dt.date, last: dt.date) -> str:
     return f"({column} >= DATE'{first}' AND {column} <= DATE'{last}')"
 
 
+def any_date_condition(column: str, dates: Sequence[dt.date]) -> str:
+    """SQL condition: the column's date is one of the dates (one at least); dates in a row make one range."""
+    spans: list[tuple[dt.date, dt.date]] = []
+    for date in sorted(dates):
+        if spans and date - spans[-1][1] == dt.timedelta(days=1):
+            spans[-1] = (spans[-1][0], date)
+        else:
+            spans.append((date, date))
+    return f"({' OR '.join(dates_condition(column, *span) for span in spans)})"
+
+
 def write_rejects(spark: SparkSession, lake: Lake, rejects: DataFrame, condition: str) -> None:
     """Replace the rejects that meet `condition`; creates the table."""
     path = lake.path(REJECTS)
@@ -204,25 +215,6 @@ def append_vocabularies(spark: SparkSession, lake: Lake, entries: DataFrame) -> 
             dict(_TABLE_PROPERTIES) | {"delta.dataSkippingStatsColumns": "id"},
         )
     entries.write.format("delta").mode("append").save(path)
-
-
-def write_report(spark: SparkSession, lake: Lake, name: str, report: Mapping[str, Any]) -> None:
-    """Write `<lake>/reports/<name>.json`: whole or not at all."""
-    text = json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    path = f"{lake.path(REPORTS)}/{name}.json"
-    if "://" not in path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(f"{path}.{uuid.uuid4().hex}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-        return
-    context = spark.sparkContext
-    hadoop = context._jvm.org.apache.hadoop.fs  # type: ignore[union-attr]
-    target = hadoop.Path(path)
-    system = target.getFileSystem(context._jsc.hadoopConfiguration())  # type: ignore[union-attr]
-    stream = system.create(target, True)  # object stores show a file once its stream is closed
-    stream.write(bytearray(text.encode("utf-8")))
-    stream.close()
 
 
 def _create(

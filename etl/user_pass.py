@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from etl.attribution import REASONS, Attribution, LabelRules, attribute
 from etl.events import KIND_IMPRESSION, KIND_PROFILE, Events, Ints
+from etl.fingerprint import cells
 from etl.histories import HistoryEvents, history_events, last_events
 from etl.labels import NO_TIME, label, mature
 from usr_ray.config import DAY_US
@@ -34,9 +35,8 @@ class PassPlan:
     spec: FeatureSpec
     watermark: int
     """Microseconds."""
-    first: int
-    """Impressions in [first, end) become samples; the others are context."""
-    end: int
+    days: tuple[int, ...]
+    """Impressions of these days (since 1970, UTC) become samples; the others are context."""
     own_columns: tuple[str, ...] = ()
     """Columns of an impression's row that go through unchanged."""
     profile_columns: tuple[str, ...] = ()
@@ -69,11 +69,11 @@ def whole_users(batches: Iterable[pa.RecordBatch], chunk_rows: int) -> Iterator[
 
 
 def samples(batches: Iterable[pa.RecordBatch], plan: PassPlan, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """One row per impression in [plan.first, plan.end), in the order of (user_id, event_time, id)."""
+    """One row per impression of the plan's days, in the order of (user_id, event_time, id)."""
     for rows in whole_users(batches, plan.chunk_rows):
         events = Events.from_arrow(rows, ranked=plan.rules.clock_skew > 0)
         shown = events.kind == KIND_IMPRESSION
-        targets = np.flatnonzero(shown & (events.time >= plan.first) & (events.time < plan.end))
+        targets = np.flatnonzero(shown & np.isin(events.time // DAY_US, plan.days))
         if not len(targets):
             continue
         attribution = attribute(events, plan.rules, num_scenarios=len(plan.spec.scenarios))
@@ -144,26 +144,35 @@ def list_type(kind: np.dtype) -> pa.ListType:
     return pa.list_(pa.field("element", pa.from_numpy_dtype(kind), nullable=False))
 
 
+CELL_DAYS = ("impression_day", "first_label_day", "last_label_day", "visible_day")
+"""Days of a fingerprint's cell, in the order of `fingerprint.Cell`."""
 AUDIT_FIELDS = (
     ("kind", pa.int32()), ("scenario", pa.int32()), ("day", pa.int64()), ("reason", pa.string()),
     ("num_rows", pa.int64()), ("id", pa.string()), ("item_id", pa.string()), ("user_id", pa.string()),
     ("impression_id", pa.string()), ("event_time", _TIMESTAMP), ("known_time", _TIMESTAMP),
+    *((name, pa.int64()) for name in (*CELL_DAYS, "hash")),
 )  # fmt: skip
 AUDIT_SCHEMA = pa.schema(AUDIT_FIELDS)
 
 
 def audit(batches: Iterable[pa.RecordBatch], plan: PassPlan) -> Iterator[pa.RecordBatch]:
-    """An account of every row: rejected ones each with its reason, used ones counted per (kind, scenario, day)."""
+    """An account of every row: rejected ones each with its reason, used ones counted per (kind, scenario, day).
+
+    Rows with a `hash` are the fingerprint's cells (etl/fingerprint.py).
+    """
     for rows in whole_users(batches, plan.chunk_rows):
         events = Events.from_arrow(rows, ranked=plan.rules.clock_skew > 0)
         attribution = attribute(events, plan.rules, num_scenarios=len(plan.spec.scenarios))
         used = np.concatenate([events.rows(KIND_IMPRESSION), attribution.click_rows, attribution.order_rows])
         places = np.stack([events.kind[used], events.scenario[used], events.time[used] // DAY_US])
-        cells, counts = np.unique(places, axis=1, return_counts=True)
+        groups, counts = np.unique(places, axis=1, return_counts=True)
         yield _audit_batch({
-            "kind": pa.array(cells[0], pa.int32()), "scenario": pa.array(cells[1], pa.int32()),
-            "day": pa.array(cells[2]), "num_rows": pa.array(counts, pa.int64()),
+            "kind": pa.array(groups[0], pa.int32()), "scenario": pa.array(groups[1], pa.int32()),
+            "day": pa.array(groups[2]), "num_rows": pa.array(counts, pa.int64()),
         }, len(counts))  # fmt: skip
+        days, combined = cells(events, attribution, rows["row_hash"].to_numpy(), plan.rules)
+        named = {name: pa.array(column) for name, column in zip(CELL_DAYS, days, strict=True)}
+        yield _audit_batch(named | {"hash": pa.array(combined)}, len(combined))
         rejected = attribution.reject_rows
         if len(rejected):
             picked = pa.array(rejected)

@@ -6,7 +6,8 @@ version of the table still reads the newer one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import datetime as dt
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pyspark.sql import Column, DataFrame, SparkSession, Window
@@ -14,11 +15,15 @@ from pyspark.sql import functions as F
 
 from etl.checks import DataCheckError
 from etl.session import kept
-from usr_ray.config import Config, VocabularyConfig
+from etl.tables import Lake, append_vocabularies, table_version
+from usr_ray.config import Config, VocabularyConfig, parse_dates
 from usr_ray.schema import (
     FIRST_ID,
     PADDING_ID,
+    PARTITION_COLUMN,
+    SAMPLES,
     UNKNOWN_ID,
+    VOCABULARIES,
     DenseFeature,
     FeatureSpec,
     SparseFeature,
@@ -108,6 +113,49 @@ def read_vocabularies(spark: SparkSession, path: str, version: int | None) -> Vo
                 f"{size['last']}; two builds ran at once: RESTORE the table to the version before and build again"
             )
     return Vocabularies(entries, {size["feature"]: size["last"] for size in sizes})
+
+
+def existing_vocabularies(spark: SparkSession, config: Config, lake: Lake) -> Vocabularies:
+    """The newest vocabularies of a lake; empty before the first build and for hashed ids."""
+    path = lake.path(VOCABULARIES)
+    there = config.vocabulary.kind == "fit" and lake.has(spark, VOCABULARIES)
+    return read_vocabularies(spark, path, table_version(spark, path) if there else None)
+
+
+def grow_vocabularies(
+    spark: SparkSession,
+    config: Config,
+    lake: Lake,
+    impressions: DataFrame,
+    tables: tuple[DataFrame | None, DataFrame | None],
+    dates: Iterable[str],
+) -> tuple[Vocabularies, FeatureSpec]:
+    """Admit the values of the fitting dates, and say what the table offers: before the samples need the ids.
+
+    Args:
+        spark: the session.
+        config: names the features and the training dates.
+        lake: its vocabularies grow.
+        impressions: unique impressions of all logs.
+        tables: users and items, where the configuration names features of theirs.
+        dates: dates that are being built; with those built before, they are the ones fitted on.
+    """
+    known = existing_vocabularies(spark, config, lake)
+    if config.vocabulary.kind == "hash":
+        return known, feature_spec(config, {})
+    fitting = set(dates)
+    if lake.has(spark, SAMPLES):
+        rows = spark.read.format("delta").load(lake.path(SAMPLES)).select(PARTITION_COLUMN).distinct().collect()
+        fitting |= {row[0].isoformat() for row in rows}
+    if config.data.train_dates:
+        first, last = parse_dates(config.data.train_dates, where="data.train_dates")
+        fitting = {date for date in fitting if first.isoformat() <= date <= last.isoformat()}
+    shown = impressions.filter(F.to_date("event_time").isin([dt.date.fromisoformat(d) for d in sorted(fitting)]))
+    fresh, max_ids = new_entries(count_values(shown, *tables, config), known, config.vocabulary.min_count)
+    if max_ids != known.max_ids:
+        append_vocabularies(spark, lake, fresh)
+        known = Vocabularies(kept(spark.read.format("delta").load(lake.path(VOCABULARIES))), max_ids)
+    return known, feature_spec(config, max_ids)
 
 
 def new_entries(counts: DataFrame, known: Vocabularies, min_count: int) -> tuple[DataFrame, dict[str, int]]:

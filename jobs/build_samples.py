@@ -26,14 +26,20 @@ def main(argv: list[str]) -> None:
     parser = job_parser(__doc__ or "")
     parser.add_argument("--logs", required=True, metavar="DIR", help="folder with one entry per log")
     parser.add_argument("--lake", required=True, metavar="DIR", help="where the tables are; made if it is not there")
-    parser.add_argument("--dates", required=True, metavar="A:B", help="UTC dates to build, both included")
+    parser.add_argument("--dates", metavar="A:B", help="UTC dates to build, both included")
+    parser.add_argument(
+        "--restate", action="store_true", help="build again what late events changed: of all dates built, or of --dates"
+    )
     parser.add_argument("--watermark", metavar="ISO", help="labels are final up to here (default: newest event)")
     arguments = parser.parse_args(argv)
     config = job_config(arguments)
-    first, last = parse_dates(arguments.dates, where="--dates")
+    if not arguments.dates and not arguments.restate:
+        raise UserError("build_samples.py: --dates is missing; name the UTC dates to build as A:B, or give --restate")
+    first, last = parse_dates(arguments.dates, where="--dates") if arguments.dates else (None, None)
     watermark = parse_watermark(arguments.watermark) if arguments.watermark else None
 
     # Spark takes seconds to load: a wrong command line or configuration is reported without it.
+    from etl.restate import RestateRequest, restate_samples
     from etl.samples import BuildRequest, Progress, build_samples
     from etl.session import build_spark
     from etl.tables import Lake
@@ -41,9 +47,12 @@ def main(argv: list[str]) -> None:
     progress = Progress(write=lambda line: print(line, flush=True))
     spark = build_spark("usr-ray build samples")
     progress("Spark is up")
-    request = BuildRequest(logs=arguments.logs, lake=Lake(arguments.lake), first=first, last=last, watermark=watermark)
+    where = {"logs": arguments.logs, "lake": Lake(arguments.lake), "watermark": watermark}
     try:
-        build_samples(spark, config, request, progress)
+        if arguments.restate:
+            restate_samples(spark, config, RestateRequest(first=first, last=last, **where), progress)
+        else:
+            build_samples(spark, config, BuildRequest(first=first, last=last, **where), progress)
     finally:
         spark.stop()
 

@@ -233,7 +233,7 @@ def test_dates_without_impressions_are_refused(spark: SparkSession, logs: Path, 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("labels.click_window='10 minutes'", 'built with labels.click_window = "30 minutes", .* has "10 minutes"'),
+        ("labels.click_window='10 minutes'", 'built with labels.click_window = "1800 s", .* has "600 s"'),
         ("histories.length=9", "built with histories.length = 4, the configuration has 9"),
         ("features.user_numbers=[]", r'built with features.user_numbers = \["age"\]'),
         ("vocabulary.kind='hash'", 'built with vocabulary.kind = "fit"'),

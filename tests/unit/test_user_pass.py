@@ -14,6 +14,7 @@ from etl.events import KIND_PROFILE
 from etl.user_pass import AUDIT_SCHEMA, PassPlan, audit, list_type, samples, whole_users
 from tests.etl_oracle import Windows, World, expected
 from tests.unit.etl_worlds import NOON, SECOND, rules_of, table, windows_of, worlds
+from usr_ray.config import DAY_US
 from usr_ray.schema import FeatureSpec, SparseFeature, index_column
 
 pytestmark = pytest.mark.unit
@@ -45,14 +46,19 @@ def rows_of(world: World) -> pa.Table:
     rows = rows.append_column("item_id_index", pa.array(items, LONG))
     rows = rows.append_column("query_index", pa.array([5] * rows.num_rows, LONG))
     rows = rows.append_column("user_id_index", pa.nulls(rows.num_rows, LONG))
+    rows = rows.append_column("row_hash", pa.array(range(rows.num_rows), LONG))
     profile = {"user_id": "a", "event_time": dt.datetime(1, 1, 1), "known_time": dt.datetime(1, 1, 1),
-               "kind": KIND_PROFILE, "id": "", "scenario": -1, "item_id": "", "user_id_index": 7}  # fmt: skip
+               "kind": KIND_PROFILE, "id": "", "scenario": -1, "item_id": "",
+               "user_id_index": 7, "row_hash": 0}  # fmt: skip
     return pa.concat_tables([pa.Table.from_pylist([profile], schema=rows.schema), rows])
 
 
-def plan(windows: Windows, chunk_rows: int, first: int = 0, end: int = 2 * NOON) -> PassPlan:
+NOON_DAY = NOON // DAY_US
+
+
+def plan(windows: Windows, chunk_rows: int, days: tuple[int, ...] = (NOON_DAY, NOON_DAY + 1)) -> PassPlan:
     return PassPlan(
-        rules=rules_of(windows), spec=SPEC, watermark=NOON, first=first, end=end, own_columns=("event_time",),
+        rules=rules_of(windows), spec=SPEC, watermark=NOON, days=days, own_columns=("event_time",),
         profile_columns=("user_id_index",), chunk_rows=chunk_rows,
     )  # fmt: skip
 
@@ -106,8 +112,8 @@ def test_samples_equal_the_oracle_whatever_the_chunks(
 
 def test_impressions_outside_the_dates_are_context_only() -> None:
     world = World().impression("i", "a", "x", 0, NOON).click("c", "a", "x", 0, NOON + 1, "i")
-    world.impression("j", "a", "y", 0, NOON + 5)
-    found = run(rows_of(world), plan(Windows(9, 9, 9), 100, first=NOON + 1), 100)
+    world.impression("j", "a", "y", 0, NOON + 15 * SECOND)
+    found = run(rows_of(world), plan(Windows(9, 9, 9), 100, days=(NOON_DAY + 1,)), 100)
     assert [(r["impression_id"], r["search_history_item_ids"]) for r in found] == [("j", [2])]
 
 
@@ -116,8 +122,9 @@ def test_impressions_outside_the_dates_are_context_only() -> None:
 def test_the_audit_accounts_for_every_row(world: World, windows: Windows, chunk_rows: int) -> None:
     want = expected(world, windows, num_scenarios=2, length=3, watermark=NOON)
     found = pa.Table.from_batches(audit(batches(rows_of(world), 5), plan(windows, chunk_rows)), schema=AUDIT_SCHEMA)
-    rejects = [row for row in found.to_pylist() if row["reason"] is not None]
+    rows = [row for row in found.to_pylist() if row["hash"] is None]
+    rejects = [row for row in rows if row["reason"] is not None]
     kinds = {2: "click", 3: "order"}
     assert {(kinds[r["kind"]], r["id"], r["item_id"]): r["reason"] for r in rejects} == want.rejects
-    used = sum(row["num_rows"] for row in found.to_pylist() if row["reason"] is None)
+    used = sum(row["num_rows"] for row in rows if row["reason"] is None)
     assert used + len(rejects) == len(world.impressions) + len(world.clicks) + len(world.orders)

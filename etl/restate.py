@@ -1,0 +1,110 @@
+"""Late events: find the dates whose rows they change, and build those again; the others stay as they are.
+
+Each report keeps a fingerprint of what its date was made from. The current logs give new fingerprints in one slim pass
+without histories; dates whose fingerprints differ are touched. The vocabularies stay as they are, so that the restated
+dates equal those of a full rebuild over the same vocabularies, row for row.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from pyspark.sql import SparkSession
+
+from etl.account import UNDATED, Account
+from etl.attribution import LabelRules
+from etl.checks import DataCheckError
+from etl.fingerprint import date_fingerprint
+from etl.inputs import audited, day_of, make_plan, read_inputs
+from etl.report_files import read_reports
+from etl.samples import Job, Progress, accounted, described, write_dates
+from etl.tables import Lake, check_same_meaning
+from etl.vocabulary import existing_vocabularies, feature_spec
+from usr_ray.config import Config
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RestateRequest:
+    """Which dates of which lake to look at again."""
+
+    logs: str
+    lake: Lake
+    first: dt.date | None = None
+    """None: every date built so far."""
+    last: dt.date | None = None
+    watermark: dt.datetime | None = None
+
+
+def restate_samples(
+    spark: SparkSession, config: Config, request: RestateRequest, progress: Progress
+) -> dict[str, list[str]]:
+    """Build the dates again that late events have changed.
+
+    Returns:
+        Restated date -> what has changed of it (`impressions`, `labels`, `histories`, `final_until`).
+
+    Raises:
+        DataCheckError: nothing was built yet, the configuration has changed, or a log cannot be used.
+    """
+    lake = request.lake
+    check_same_meaning(spark, lake, config)
+    reports = {date: report for date, report in read_reports(spark, lake).items() if _asked_for(request, date)}
+    if not reports:
+        raise DataCheckError(f"--restate: {lake.root} has no reports of the dates asked for; build them with --dates")
+    inputs = read_inputs(spark, config, request.logs)
+    progress(described(inputs.account))
+    plan = make_plan(config, inputs, request.watermark)
+    rows = audited(spark, inputs, plan)
+    progress(accounted(inputs.account))
+
+    touched = touched_dates(reports, inputs.account, plan.rules, plan.watermark)
+    recounted = [
+        date for date, report in reports.items() if date in touched or _recounted(date, report, inputs.account)
+    ]
+    for date, reasons in touched.items():
+        progress(f"{date}: changed {', '.join(reasons)}")
+    if not recounted:
+        progress(f"nothing to restate in {len(reports)} dates")
+        return {}
+    known = existing_vocabularies(spark, config, lake)
+    days = tuple(day_of(date) for date in touched)
+    plan = replace(plan, spec=feature_spec(config, known.max_ids), days=days)
+    job = Job(spark=spark, config=config, lake=lake, inputs=inputs, audited=rows, plan=plan, known=known,
+              progress=progress)  # fmt: skip
+    write_dates(job, _dates(touched), _dates(recounted))
+    return touched
+
+
+def touched_dates(
+    reports: dict[str, dict[str, Any]], account: Account, rules: LabelRules, watermark: int
+) -> dict[str, list[str]]:
+    """Date -> names of its fingerprints that differ from the report's; a report without any differs in all."""
+    touched = {}
+    for date, report in reports.items():
+        before = report.get("fingerprint", {})
+        now = date_fingerprint(day_of(date), account.cells, rules, watermark)
+        changed = [name for name, value in now.items() if before.get(name) != value]
+        if changed:
+            touched[date] = changed
+    return touched
+
+
+def _recounted(date: str, report: dict[str, Any], account: Account) -> bool:
+    """True where rejects or duplicates of the date have changed, so that its report and rejects are stale."""
+    logs = {log for log, day in account.counts if day == date} | set(report["rows"])
+    now = {log: asdict(account.counts[log, date]) for log in logs if (log, date) in account.counts}
+    reasons = {log: found for (log, day), found in account.reasons.items() if day == date}
+    undated = {log: asdict(count) for (log, day), count in account.counts.items() if day == UNDATED}
+    return now != report["rows"] or reasons != report["rejects"] or undated != report["undated"]["rows"]
+
+
+def _asked_for(request: RestateRequest, date: str) -> bool:
+    first = request.first.isoformat() if request.first else date
+    last = request.last.isoformat() if request.last else date
+    return first <= date <= last
+
+
+def _dates(names: Any) -> list[dt.date]:
+    return [dt.date.fromisoformat(name) for name in names]

@@ -1,0 +1,119 @@
+"""--restate: late events change the dates they touch and no others, and the table equals a full rebuild."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import deltalake
+import pytest
+from pyspark.sql import SparkSession
+
+from etl.checks import DataCheckError
+from etl.restate import RestateRequest, restate_samples
+from etl.samples import BuildRequest, Progress, build_samples
+from etl.tables import Lake
+from tests.spark.shop import CONFIG, MINUTE, Shop, logs_of, random_shop, write_logs
+from tests.spark.test_build_samples import DATES, WATERMARK, rows_of
+from usr_ray.config import load_config
+
+pytestmark = pytest.mark.spark
+
+DAY = 24 * 60 * MINUTE
+SETTINGS = load_config(None, (*CONFIG, "vocabulary.min_count=2"))
+
+
+def build(spark: SparkSession, logs: Path, lake: Path) -> None:
+    request = BuildRequest(logs=str(logs), lake=Lake(str(lake)), first=DATES[0], last=DATES[3], watermark=WATERMARK)
+    build_samples(spark, SETTINGS, request, Progress(write=lambda line: None))
+
+
+def restate(spark: SparkSession, logs: Path, lake: Path, **more: object) -> tuple[dict[str, list[str]], list[str]]:
+    lines: list[str] = []
+    request = RestateRequest(logs=str(logs), lake=Lake(str(lake)), **({"watermark": WATERMARK} | more))  # type: ignore[arg-type]
+    return restate_samples(spark, SETTINGS, request, Progress(write=lines.append)), lines
+
+
+def content(lake: Path, table: str) -> list[str]:
+    return sorted(str(row) for row in rows_of(lake / table))
+
+
+def files(lake: Path) -> set[str]:
+    return set(deltalake.DeltaTable(str(lake / "samples")).file_uris())
+
+
+def reports(lake: Path) -> dict[str, dict]:
+    found = {path.stem: json.loads(path.read_text()) for path in (lake / "reports").glob("*.json")}
+    for report in found.values():
+        report.pop("table_version")
+    return found
+
+
+@pytest.fixture(scope="module")
+def shop() -> Shop:
+    return random_shop(5, num_impressions=150)
+
+
+@pytest.fixture(scope="module")
+def late(shop: Shop) -> Shop:
+    """The shop some days later: an order of day 1 that became known late on day 2, a duplicate, a click of nothing."""
+    result = copy.deepcopy(shop)
+    world = result.world
+    shown = next(i for i in world.impressions if DAY < i["time"] < 1.4 * DAY and i["scenario"] == 1)
+    world.click("late", shown["user"], shown["item"], 1, shown["time"] + MINUTE, shown["id"], known=int(2.9 * DAY))
+    world.order("late", shown["user"], shown["item"], shown["time"] + 2 * MINUTE, known=int(2.9 * DAY))
+    world.orders.append(dict(world.orders[-1]))
+    world.click("wild", shown["user"], "no such item", 1, 10 * MINUTE)
+    return result
+
+
+def test_late_events_change_the_touched_dates_and_equal_a_full_rebuild(
+    spark: SparkSession, shop: Shop, late: Shop, tmp_path: Path
+) -> None:
+    lake, fresh = tmp_path / "lake", tmp_path / "fresh"
+    logs = write_logs(logs_of(shop), tmp_path / "logs")
+    build(spark, logs, lake)
+    first_files = files(lake)
+
+    assert restate(spark, logs, lake)[0] == {}
+    assert deltalake.DeltaTable(str(lake / "samples")).version() == 1
+
+    late_logs = write_logs(logs_of(late), tmp_path / "late")
+    touched, lines = restate(spark, late_logs, lake)
+    # Day 1 has the impression; from day 2 on the late order can be in a history. Day 0 only has another reject.
+    assert touched == {
+        str(DATES[1]): ["labels"], str(DATES[2]): ["histories"], str(DATES[3]): ["histories"]
+    }  # fmt: skip
+    assert any(line.endswith(f"{DATES[1]}: changed labels") for line in lines)
+    kept = {file for file in first_files if f"impression_date={DATES[0]}" in file}
+    assert kept
+    assert files(lake) & first_files == kept
+
+    build(spark, late_logs, fresh)
+    for table in ("samples", "rejects", "vocabularies"):
+        assert content(lake, table) == content(fresh, table), table
+    assert reports(lake) == reports(fresh)
+    assert restate(spark, late_logs, lake)[1][-1].endswith("nothing to restate in 4 dates")
+
+
+def test_a_later_watermark_restates_the_dates_it_closes(spark: SparkSession, shop: Shop, tmp_path: Path) -> None:
+    lake, fresh = tmp_path / "lake", tmp_path / "fresh"
+    logs = write_logs(logs_of(shop), tmp_path / "logs")
+    build(spark, logs, lake)
+    touched, _ = restate(spark, logs, lake, watermark=WATERMARK.replace(day=9))
+    # Labels close six hours after the impression: up to noon of day 3, days 0 and 1 were final, and day 2 was too.
+    assert touched == {str(DATES[3]): ["final_until"]}
+    assert all(row["is_mature"] for row in rows_of(lake / "samples"))
+    assert restate(spark, logs, lake, watermark=WATERMARK.replace(day=9), first=DATES[0], last=DATES[1])[0] == {}
+    build_samples(
+        spark, SETTINGS, BuildRequest(logs=str(logs), lake=Lake(str(fresh)), first=DATES[0], last=DATES[3],
+                                      watermark=WATERMARK.replace(day=9)), Progress(write=lambda line: None),
+    )  # fmt: skip
+    assert content(lake, "samples") == content(fresh, "samples")
+
+
+def test_a_lake_without_reports_has_nothing_to_restate(spark: SparkSession, tmp_path: Path) -> None:
+    with pytest.raises(DataCheckError, match=r"--restate: .* has no reports .*; build them with --dates"):
+        restate(spark, tmp_path, tmp_path / "lake")
+    assert not (tmp_path / "lake").exists()
