@@ -20,10 +20,11 @@ from torch.nn.functional import embedding
 
 from usr_ray.batch import UsrBatch
 from usr_ray.model.backbones import BackboneInput
-from usr_ray.model.embedding import ITEM_TABLE, QUERY_TABLE, EmbeddingTables
+from usr_ray.model.embedding import EmbeddingTables
 from usr_ray.model.history import NUM_AGES
 from usr_ray.model.interest import InterestExtractor
 from usr_ray.model.multitask import global_outputs, scenario_outputs
+from usr_ray.model.unique import ITEM_TABLE, QUERY_TABLE
 from usr_ray.model.usr import UsrModel
 from usr_ray.schema import NUM_ACTIONS, TASKS, UNKNOWN_ID, FeatureSpec
 

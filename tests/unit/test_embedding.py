@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.unit.random_batches import make_batch, make_config, make_spec, rows
 from usr_ray.loss import row_counts, usr_loss
 from usr_ray.model.counter_random import hash_keys, to_uniform
-from usr_ray.model.embedding import EmbeddingError, EmbeddingTables
+from usr_ray.model.embedding import EmbeddingTables
 from usr_ray.model.gather import Groups, group_places, pool_sum
+from usr_ray.model.unique import EmbeddingError, unique_ids
 from usr_ray.model.usr import UsrModel
 
 pytestmark = pytest.mark.unit
@@ -46,6 +47,30 @@ def test_a_lookup_holds_each_used_row_once_with_padding_first() -> None:
         assert torch.equal(table.rows_UD, tables.tables[name][table.ids_U])
         assert table.rows_UD.is_leaf
         assert table.rows_UD.requires_grad
+
+
+def test_ids_found_ahead_of_the_step_give_the_same_lookup() -> None:
+    spec, batch = make_spec(), make_batch(make_spec())
+    tables = EmbeddingTables(spec, 4, seed=3)
+    copies = []
+
+    def copy(tensor: Tensor) -> Tensor:
+        copies.append(tensor)
+        return tensor.clone()
+
+    ahead, now = tables.lookup(batch, unique_ids(batch, tables.num_rows()).map(copy)), tables.lookup(batch)
+    # ids and column of six tables, three tensors of places of the two with histories
+    assert len(copies) == 6 * 2 + 2 * 3
+    for name, table in now.tables.items():
+        other = ahead.tables[name]
+        assert torch.equal(table.ids_U, other.ids_U)
+        assert torch.equal(table.rows_UD, other.rows_UD)
+        assert torch.equal(table.column_B, other.column_B)
+        if table.events is not None:
+            assert other.events is not None
+            assert torch.equal(table.events.index_V, other.events.index_V)
+            assert torch.equal(table.events.order_V, other.events.order_V)
+            assert torch.equal(table.events.starts_U, other.events.starts_U)
 
 
 def test_row_gradients_equal_those_of_whole_dense_tables() -> None:

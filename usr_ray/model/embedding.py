@@ -17,22 +17,14 @@ import torch
 from torch import Tensor
 
 from usr_ray.batch import UsrBatch
-from usr_ray.config import UserError
 from usr_ray.model.counter_random import hash_keys, to_uniform
-from usr_ray.model.gather import Places, group_places
+from usr_ray.model.gather import Places
+from usr_ray.model.unique import EmbeddingError, TableIds, UniqueIds, unique_ids
 from usr_ray.schema import PADDING_ID, FeatureSpec
 
-ITEM_TABLE = "item_id"
-"""Table of the target item and of every history's items."""
-QUERY_TABLE = "query"
-"""Table of the row's own query and of every history's queries."""
 INIT_STD = 0.05
 """Standard deviation of a fresh row: of the order of row-wise Adagrad's first step."""
 _INIT_CHUNK_ROWS = 1 << 20
-
-
-class EmbeddingError(UserError):
-    """Tables and ids, or tables and a checkpoint, that do not fit together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,48 +75,39 @@ class EmbeddingTables:
         self.dim = dim
         self.seed = seed
         self.device = torch.device(device)
-        self.tables: dict[str, Tensor] = {f.name: self._fresh_rows(f.name, 0, f.num_embeddings) for f in spec.sparse}
+        self.tables: dict[str, Tensor] = {
+            f.name: fresh_rows(f.name, 0, f.num_embeddings, dim=dim, seed=seed).to(self.device) for f in spec.sparse
+        }
         """Table name -> (N, D); the optimiser writes its rows in place."""
 
-    def lookup(self, batch: UsrBatch) -> Lookup:
-        """The rows that `batch` uses of every table; leaves that want a gradient when gradients are enabled.
-
-        Work and memory follow the number of ids in the batch, whatever the size of the tables.
+    def unique_ids(self, batch: UsrBatch) -> UniqueIds:
+        """`unique_ids` of these tables: on the batch's own device, from any thread.
 
         Raises:
             EmbeddingError: an id is outside its table: the samples table grew after this run's manifest.
         """
-        columns = dict(zip(self.tables, batch.sparse_BF.unbind(1), strict=True))
-        histories = {
-            ITEM_TABLE: torch.cat([h.item_ids_V for h in batch.histories]),
-            QUERY_TABLE: torch.cat(
-                [torch.zeros_like(h.item_ids_V) if h.query_ids_V is None else h.query_ids_V for h in batch.histories]
-            ),
-        }
-        return Lookup({name: self._lookup(name, columns[name], histories.get(name)) for name in self.tables})
+        return unique_ids(batch, self.num_rows())
 
-    def _lookup(self, name: str, column_B: Tensor, history_V: Tensor | None) -> TableLookup:
-        table_ND = self.tables[name]
-        # The padding id comes first, so that index 0 is padding whether the batch has any or not.
-        parts = [column_B.new_full((1,), PADDING_ID), column_B, *([] if history_V is None else [history_V])]
-        ids = torch.cat(parts)
-        if table_ND.shape[0] < 2**31:
-            ids = ids.int()  # half the bytes is half the time of the sort inside unique
-        unique, index = torch.unique(ids, return_inverse=True)
-        # A CUDA gather traps ids outside the table by itself; reading them here would make the queue wait.
-        if not unique.is_cuda and (int(unique[0]) < 0 or int(unique[-1]) >= table_ND.shape[0]):
-            wrong = int(unique[0]) if int(unique[0]) < 0 else int(unique[-1])
-            raise EmbeddingError(
-                f"table {name}: the batch has id {wrong}, the table has {table_ND.shape[0]} rows; the samples table "
-                "does not belong to this run's feature spec: build the manifest again, or grow the tables"
-            )
-        ids_U = unique.long()
-        rows_UD = table_ND.index_select(0, ids_U)
+    def lookup(self, batch: UsrBatch, unique: UniqueIds | None = None) -> Lookup:
+        """The rows that `batch` uses of every table; leaves that want a gradient when gradients are enabled.
+
+        Work and memory follow the number of ids in the batch, whatever the size of the tables.
+
+        Args:
+            batch: on the tables' device.
+            unique: `unique_ids` of this batch, on the tables' device; None: found here, which on a GPU waits for it.
+
+        Raises:
+            EmbeddingError: see `unique_ids`.
+        """
+        found = self.unique_ids(batch) if unique is None else unique
+        return Lookup({n: self._rows(self.tables[n], ids) for n, ids in zip(self.tables, found.tables, strict=True)})
+
+    def _rows(self, table_ND: Tensor, ids: TableIds) -> TableLookup:
+        rows_UD = table_ND.index_select(0, ids.ids_U)
         if torch.is_grad_enabled():
             rows_UD.requires_grad_()
-        num_own = 1 + column_B.shape[0]
-        events = None if history_V is None else group_places(index[num_own:], unique.shape[0])
-        return TableLookup(ids_U, rows_UD, index[1:num_own], events)
+        return TableLookup(ids.ids_U, rows_UD, ids.column_B, ids.events)
 
     def num_rows(self) -> dict[str, int]:
         """Table name -> N."""
@@ -183,21 +166,25 @@ class EmbeddingTables:
                 )
         for name, size in sizes.items():
             table_ND = self.tables[name]
-            self.tables[name] = torch.cat([table_ND, self._fresh_rows(name, table_ND.shape[0], size)])
+            fresh_ND = fresh_rows(name, table_ND.shape[0], size, dim=self.dim, seed=self.seed)
+            self.tables[name] = torch.cat([table_ND, fresh_ND.to(self.device)])
 
-    def _fresh_rows(self, name: str, first: int, end: int) -> Tensor:
-        """Rows first..end - 1 as they start: uniform with mean 0 and INIT_STD; the padding row zero."""
-        rows_ND = torch.empty((end - first, self.dim), dtype=torch.float32)
-        table_seed = hash_keys(torch.tensor(self.seed), zlib.crc32(name.encode()))
-        columns_D = torch.arange(self.dim)
-        for start in range(first, end, _INIT_CHUNK_ROWS):
-            stop = min(start + _INIT_CHUNK_ROWS, end)
-            row_hash_N1 = hash_keys(table_seed, torch.arange(start, stop)).unsqueeze(1)
-            uniform_ND = to_uniform(hash_keys(row_hash_N1, columns_D))
-            rows_ND[start - first : stop - first] = (uniform_ND * 2 - 1) * (INIT_STD * 3**0.5)
-        if first <= PADDING_ID < end:
-            rows_ND[PADDING_ID - first] = 0
-        return rows_ND.to(self.device)
+
+def fresh_rows(name: str, first: int, end: int, *, dim: int, seed: int) -> Tensor:
+    """Rows first..end - 1 of a table as they start, float32 on the CPU: uniform with mean 0 and standard deviation
+    INIT_STD; the padding row zero. A pure function of its arguments, row by row.
+    """
+    rows_ND = torch.empty((end - first, dim), dtype=torch.float32)
+    table_seed = hash_keys(torch.tensor(seed), zlib.crc32(name.encode()))
+    columns_D = torch.arange(dim)
+    for start in range(first, end, _INIT_CHUNK_ROWS):
+        stop = min(start + _INIT_CHUNK_ROWS, end)
+        row_hash_N1 = hash_keys(table_seed, torch.arange(start, stop)).unsqueeze(1)
+        uniform_ND = to_uniform(hash_keys(row_hash_N1, columns_D))
+        rows_ND[start - first : stop - first] = (uniform_ND * 2 - 1) * (INIT_STD * 3**0.5)
+    if first <= PADDING_ID < end:
+        rows_ND[PADDING_ID - first] = 0
+    return rows_ND
 
 
 def _names(names: Iterable[str]) -> str:

@@ -16,9 +16,10 @@ from torch.nn.functional import embedding
 
 from usr_ray.batch import UsrBatch
 from usr_ray.config import ModelConfig
-from usr_ray.model.embedding import INIT_STD, ITEM_TABLE, QUERY_TABLE, Lookup, TableLookup
+from usr_ray.model.embedding import INIT_STD, Lookup, TableLookup
 from usr_ray.model.gather import Groups, Places, group_places, pool_sum
 from usr_ray.model.history import EventKinds, Events
+from usr_ray.model.unique import ITEM_TABLE, QUERY_TABLE
 from usr_ray.schema import FeatureSpec
 
 
