@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 from usr_ray.cli import run_job
 from usr_ray.config import UserError
 from usr_ray.trainer_environment import (
+    API_SERVER,
     LOCAL_ENVIRONMENT,
     LOOPBACK,
     RAY_ENVIRONMENT,
@@ -138,6 +139,7 @@ class LocalRay:
         environment |= {
             **RAY_ENVIRONMENT,
             **LOCAL_ENVIRONMENT,
+            API_SERVER: f"http://{LOOPBACK}:{arguments.dashboard_port}",
             "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
         }
         with self.log_file.open("w", encoding="utf-8") as log:

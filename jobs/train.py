@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from usr_ray.cli import job_config, job_parser, run_job
+from usr_ray.cli import EXIT_FAILURE, job_config, job_parser, run_job
 from usr_ray.trainer_environment import prepare_environment
 
 
@@ -28,10 +28,12 @@ def main(argv: list[str]) -> None:
     from usr_ray.trainer import run  # imports ray, which reads the environment
 
     try:
-        run(config, arguments.lake, arguments.run_dir, cluster=cluster, command=["jobs/train.py", *argv])
+        summary = run(config, arguments.lake, arguments.run_dir, cluster=cluster, command=["jobs/train.py", *argv])
     except KeyboardInterrupt:
         print(f"{arguments.run_dir}: the same command goes on from the newest checkpoint", file=sys.stderr)
         raise
+    if summary.outcome == "stopped":  # whoever waits for this job must not take it for finished
+        sys.exit(EXIT_FAILURE)
 
 
 if __name__ == "__main__":

@@ -26,24 +26,30 @@ import ray
 import ray.train
 import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch import TorchTrainer, get_device
 
 from usr_ray.config import Config, RayConfig, UserError, parse_duration_us
 from usr_ray.files import write_whole
 from usr_ray.metrics import CellMetrics
 from usr_ray.monitoring import RayMonitor
 from usr_ray.train import train
-from usr_ray.trainer_environment import ADDRESS, API_SERVER, DASHBOARD_PORT, LOOPBACK, OWN, ROOT, SUBMITTED
+from usr_ray.trainer_environment import OWN, SUBMITTED
 from usr_ray.trainer_plan import RunPlan, load_manifest, mark_finished, plan_run, write_plan
 from usr_ray.trainer_result import print_result, write_result
+from usr_ray.trainer_session import START_ATTEMPTS, ray_session
+from usr_ray.trainer_stop import (
+    StoppableTorchConfig,
+    ask_to_stop,
+    open_stop_file,
+    sigterm_sets,
+    watch_stop_file,
+    worker_was_asked,
+)
 from usr_ray.worker import DistributedWorker
 
 RAY_DIR = "ray"
-_OBJECT_STORE_BYTES = 200_000_000
-"""Nothing of a run goes through Ray's object store but its configuration."""
-_START_ATTEMPTS = 10
-"""Times that Ray may wait a minute for the workers' CPUs or GPUs before the run gives up."""
-_REFUSED = "refused.json"
+_REFUSED, _STOP = "refused.json", "stop"
+"""Files of an attempt: what a worker refused, and the wish to stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +71,10 @@ class RayWorker(DistributedWorker):
 
     def __init__(self, timeout: dt.timedelta) -> None:
         super().__init__(get_device(), timeout=timeout)
+
+    def should_stop(self) -> bool:
+        """See Worker; also after a SIGTERM to this process."""
+        return worker_was_asked.is_set() or super().should_stop()
 
     def report(self, metrics: Mapping[str, float]) -> None:
         """Hand numbers to Ray Train, for Tune. A barrier that takes up to two seconds: once an epoch, not each step."""
@@ -121,67 +131,6 @@ def _summary(plan: RunPlan, outcome: str, step: int, *, was_finished: bool) -> R
 
 
 @contextlib.contextmanager
-def ray_session(config: RayConfig, *, cluster: str) -> Iterator[None]:
-    """A connection to Ray for the length of the block; one that is there already is used and left as it is.
-
-    Raises:
-        UserError: ray.use_gpu on a machine with fewer GPUs than workers, or the cluster of RAY_ADDRESS is not there.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    num_gpus = torch.cuda.device_count()
-    if cluster == OWN and config.use_gpu and num_gpus < config.num_workers:
-        raise UserError(
-            f"ray.use_gpu: {config.num_workers} workers need a GPU each, this machine has {num_gpus}; set "
-            "ray.num_workers to that number, ray.use_gpu=false, or submit the job to a cluster"
-        )
-    try:
-        context = ray.init(**_init_arguments(config, cluster))
-    except ConnectionError as error:
-        raise UserError(
-            f"RAY_ADDRESS: no Ray answers there ({str(error).splitlines()[0]}); start it or unset"
-        ) from error
-    try:
-        if config.dashboard or cluster != OWN:
-            print(f"Ray dashboard: http://{context.dashboard_url}", flush=True)
-        _note_missing_resources(config)
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _init_arguments(config: RayConfig, cluster: str) -> dict[str, Any]:
-    if cluster == SUBMITTED:
-        return {}
-    if cluster == ADDRESS:  # workers elsewhere have no usr_ray unless this job brings it
-        return {"runtime_env": {"py_modules": [str(ROOT / "usr_ray")]}}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {
-        "address": "local",
-        "num_cpus": max(cores, math.ceil(config.num_workers * config.cpus_per_worker)),  # more workers share them
-        "object_store_memory": _OBJECT_STORE_BYTES,
-        "include_dashboard": config.dashboard,
-        "dashboard_host": LOOPBACK,
-        "dashboard_port": int(os.environ.get(API_SERVER, f":{DASHBOARD_PORT}").rpartition(":")[2]),
-        "_node_ip_address": LOOPBACK,
-        "logging_level": logging.WARNING,
-    }
-
-
-def _note_missing_resources(config: RayConfig) -> None:
-    """Say why nothing will happen for a while; an autoscaler may still bring the machines."""
-    present = ray.cluster_resources()
-    needed = {"CPU": config.num_workers * config.cpus_per_worker}
-    if config.use_gpu:
-        needed["GPU"] = float(config.num_workers)
-    for name, count in needed.items():
-        if present.get(name, 0) < count:
-            text = f"waiting: the workers need {count:g} {name}, the cluster has {present.get(name, 0):g}; gives up"
-            print(f"{text} in {_START_ATTEMPTS} minutes unless machines are added (ray.num_workers)", flush=True)
-
-
-@contextlib.contextmanager
 def _only_one(run_dir: Path) -> Iterator[None]:
     """Two trainings in one directory would overwrite each other's checkpoints. The lock ends with the process."""
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -204,13 +153,13 @@ def _fit(plan: RunPlan) -> tuple[str, int]:
     resources = {"CPU": config.cpus_per_worker} | ({"GPU": 1.0} if config.use_gpu else {})
     failures = FailureConfig(
         max_failures=config.max_failures,
-        controller_failure_limit=_START_ATTEMPTS,  # type: ignore[call-arg]
+        controller_failure_limit=START_ATTEMPTS,  # type: ignore[call-arg]
     )
     trainer = TorchTrainer(
         train_worker,  # type: ignore[arg-type]
         # Shown in the dashboard, so the configuration is in it and nothing large.
         train_loop_config={"run_dir": str(plan.run_dir), "attempt": name, "config": plan.config.to_dict()},
-        torch_config=TorchConfig(
+        torch_config=StoppableTorchConfig(
             backend="nccl" if config.use_gpu else "gloo", timeout_s=math.ceil(_timeout(config).total_seconds())
         ),
         scaling_config=ScalingConfig(
@@ -223,9 +172,10 @@ def _fit(plan: RunPlan) -> tuple[str, int]:
             logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
         ),
     )
-    refused = storage / name / _REFUSED
+    refused, stop_file = storage / name / _REFUSED, storage / name / _STOP
+    open_stop_file(stop_file)
     try:
-        result = _fit_in_background(trainer)
+        result = _fit_in_background(trainer, stop_file)
     except TrainingFailedError as error:
         if refused.exists():
             raise UserError(json.loads(refused.read_text(encoding="utf-8"))) from error
@@ -237,11 +187,11 @@ def _fit(plan: RunPlan) -> tuple[str, int]:
     return returned["outcome"], returned["step"]
 
 
-def _fit_in_background(trainer: TorchTrainer) -> Any:
-    """trainer.fit(), leaving Ctrl-C to this thread: an interrupt ends Ray and its workers at once.
+def _fit_in_background(trainer: TorchTrainer, stop_file: Path) -> Any:
+    """trainer.fit(), leaving the signals to this thread: SIGTERM asks the workers to save and leave, Ctrl-C ends Ray.
 
-    In the main thread Ray takes the signal and aborts politely, in half a minute and with pages of tracebacks. What
-    politeness would save is the steps since the newest checkpoint, and it does not save them either.
+    In the main thread Ray takes Ctrl-C and aborts politely, in half a minute and with pages of tracebacks, and saves
+    nothing for it.
     """
     outcome: list[Any] = []
 
@@ -252,9 +202,16 @@ def _fit_in_background(trainer: TorchTrainer) -> Any:
             outcome.append(error)
 
     thread = threading.Thread(target=fit, name="fit", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.2)
+    asked = threading.Event()
+    with sigterm_sets(asked):
+        thread.start()
+        was_told = False
+        while thread.is_alive():
+            thread.join(0.1)
+            if asked.is_set() and not was_told:
+                was_told = True
+                print("SIGTERM: the workers save a checkpoint and stop; a second one ends them at once", flush=True)
+                ask_to_stop(stop_file)
     if isinstance(outcome[0], BaseException):
         raise outcome[0]
     return outcome[0]
@@ -279,9 +236,12 @@ def train_worker(settings: Mapping[str, Any]) -> dict[str, Any]:
     try:
         train_manifest, eval_manifest = load_manifest(run_dir, "train"), load_manifest(run_dir, "eval")
         assert train_manifest is not None
-        result = train(
-            config, worker, train_manifest=train_manifest, eval_manifest=eval_manifest, run_dir=run_dir, monitor=monitor
-        )
+        stop_file = refused.with_name(_STOP)
+        with watch_stop_file(stop_file, worker.request_stop) if worker.is_main else contextlib.nullcontext():
+            result = train(
+                config, worker, train_manifest=train_manifest, eval_manifest=eval_manifest, run_dir=run_dir,
+                monitor=monitor,
+            )  # fmt: skip
     except UserError as error:
         with contextlib.suppress(OSError):
             refused.parent.mkdir(parents=True, exist_ok=True)

@@ -32,6 +32,8 @@ RAY_ENVIRONMENT = {
     # Ray logs each printed line once more.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # `ray job stop` kills what has not ended by then; a step, its checkpoint and Ray's farewell take more than its 3 s.
+    "RAY_JOB_STOP_WAIT_TIME_S": "60",
     # Arrow's allocator gives each freed block back to the kernel at once, and a third of the reader's time then goes
     # into page faults. Read when pyarrow is loaded.
     "MIMALLOC_PURGE_DELAY": "-1",

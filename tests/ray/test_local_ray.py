@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import socket
@@ -15,11 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cluster.local_ray import api, session_processes, train_runs
-from tests.ray.conftest import OVERRIDES, wait_for
+from tests.ray.conftest import OVERRIDES, newest_step, small_config, wait_for, weights
 from tests.unit.samples_table import samples_spec, write_samples
+from tests.unit.two_ranks import run_ranks
+from usr_ray.train import train, training_reader
 from usr_ray.trainer_environment import ensure_token
+from usr_ray.trainer_plan import load_manifest, plan_run
+from usr_ray.worker import LocalWorker
 
 pytestmark = pytest.mark.ray
 
@@ -117,15 +123,71 @@ def test_a_port_in_use_is_one_line(head: Head, tmp_path: Path) -> None:
     ]
 
 
-def test_a_submitted_training_can_be_watched(head: Head, tmp_path: Path) -> None:
+def submit(head: Head, folder: Path, name: str, *overrides: str) -> subprocess.Popen[bytes]:
+    """`ray job submit` of a training in `folder`; what it prints goes to <folder>/<name>."""
+    settings = [w for o in (*OVERRIDES, *overrides) for w in ("--set", o)]
+    words = ["submit", "--submission-id", name, "--working-dir", ".", "--", "python", "jobs/train.py",
+             "--lake", folder / "lake", "--run-dir", folder / "run", *settings]  # fmt: skip
+    for _ in range(20):
+        with (folder / name).open("w") as log:
+            job = subprocess.Popen(ray_job(head, *words), cwd=ROOT, env=TOKEN_MODE, stdout=log, stderr=log)
+        if is_taken(job, folder / name):
+            break
+    return job
+
+
+def is_taken(job: subprocess.Popen[bytes], log: Path) -> bool:
+    """False when the head, just started, takes no jobs yet."""
+    wait_for(lambda: "submitted successfully" in log.read_text() or job.poll() is not None)
+    return "No available agent" not in log.read_text()
+
+
+TOKEN_MODE = {**os.environ, "RAY_AUTH_MODE": "token"}
+
+
+def ray_job(head: Head, action: str, *words: object) -> list[str]:
+    address = ["--address", f"http://127.0.0.1:{head.dashboard}"]
+    return [str(w) for w in (Path(sys.executable).parent / "ray", "job", action, *address, *words)]
+
+
+def steps_logged(run_dir: Path) -> int:
+    path = run_dir / "history.jsonl"
+    return max((json.loads(line)["step"] for line in path.read_text().splitlines()), default=0) if path.exists() else 0
+
+
+def steps_of_an_epoch(folder: Path) -> int:
+    manifest = load_manifest(folder / "run", "train")
+    assert manifest is not None
+    with training_reader(small_config(), manifest, LocalWorker("cpu")) as reader:
+        return reader.num_steps
+
+
+def _unbroken(worker: LocalWorker, folder: Path) -> dict[str, torch.Tensor]:
+    """The same training without Ray; one processor a rank, as Ray's workers have on this machine's share."""
+    plan = plan_run(small_config(*LONG_RUN), folder / "lake", folder / "unbroken")
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // worker.world_size))
+    result = train(plan.config, worker, train_manifest=plan.train_manifest, run_dir=folder / "unbroken")
+    return result.state.tensors()
+
+
+LONG_RUN = ("train.num_epochs=4", "train.checkpoint_every_steps=1000")
+
+
+def test_a_submitted_training_can_be_stopped_gone_on_with_and_watched(head: Head, tmp_path: Path) -> None:
     write_samples(tmp_path / "lake", samples_spec(), num_rows=12_000, num_days=6)
-    overrides = [w for o in (*OVERRIDES, "train.num_epochs=4") for w in ("--set", o)]
-    submit = [Path(sys.executable).parent / "ray", "job", "submit", "--address", f"http://127.0.0.1:{head.dashboard}",
-              "--working-dir", ".", "--", "python", "jobs/train.py", "--lake", tmp_path / "lake",
-              "--run-dir", tmp_path / "run", *overrides]  # fmt: skip
-    log = (tmp_path / "log").open("w")
-    environment = {**os.environ, "RAY_AUTH_MODE": "token"}
-    job = subprocess.Popen([str(w) for w in submit], cwd=ROOT, env=environment, stdout=log, stderr=log)
+    job = submit(head, tmp_path, "first", *LONG_RUN)
+    wait_for(lambda: steps_logged(tmp_path / "run") >= 10 or job.poll() is not None)
+    stopped = subprocess.run(ray_job(head, "stop", "first"), env=TOKEN_MODE, capture_output=True, text=True, check=True)
+    job.wait(timeout=60)
+    assert "was stopped" in stopped.stdout + stopped.stderr
+    step = newest_step(tmp_path / "run")
+    printed = (tmp_path / "first").read_text()
+    assert f"stopped at step {step:,}" in printed, printed[-3000:]
+    assert steps_logged(tmp_path / "run") <= step + 5
+    assert step % steps_of_an_epoch(tmp_path) != 0, "the stop came with an epoch's own checkpoint; choose other sizes"
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["status"] == "running"
+
+    job = submit(head, tmp_path, "second", *LONG_RUN)
     try:
         seen: dict[str, Any] = {}
 
@@ -140,15 +202,18 @@ def test_a_submitted_training_can_be_watched(head: Head, tmp_path: Path) -> None
         wait_for(watched, timeout_s=240)
     finally:
         job.kill()
-        log.close()
-    printed = (tmp_path / "log").read_text()
+    printed = (tmp_path / "second").read_text()
     assert job.returncode == 0, printed[-3000:]
+    assert f"resumed at step {step} " in printed
     assert "finished at step" in printed
     assert seen["ranks"] == [0, 1]
     for rank in "01":
         assert {("usr_ray_step", rank), ("usr_ray_samples_per_s", rank)} <= seen["metrics"]
     assert {("usr_ray_loss", "0"), ("usr_ray_auc", "0"), ("usr_ray_checkpoint_age_s", "0")} <= seen["metrics"]
     assert re.search(r"run: +run-\S+ FINISHED, attempt 1: rank 0", head.call("status").stdout)
+    expected, found = run_ranks(_unbroken, 2, tmp_path)[0], weights(tmp_path / "run")
+    assert set(expected) == set(found)
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
 def test_stop_leaves_nothing_behind(head: Head) -> None:

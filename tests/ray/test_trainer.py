@@ -130,6 +130,30 @@ def test_a_killed_worker_costs_only_the_steps_since_the_checkpoint(
     assert steps == list(range(5, STEPS + 1, 5)), "each step once, although some were trained twice"
 
 
+def test_a_worker_asked_to_end_saves_and_ends_the_run_with_all_others(
+    unbroken: Path, lake: Path, tmp_path: Path
+) -> None:
+    from usr_ray.trainer import run
+
+    run_dir = tmp_path / "run"
+    config = small_config("train.checkpoint_every_steps=1000")  # but at the end of each epoch, of 10 steps
+
+    def terminate() -> None:
+        wait_for(lambda: newest_step(run_dir) >= 10)
+        os.kill(training_workers()[-1], signal.SIGTERM)
+
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    stopped = run(config, lake, run_dir)
+    thread.join()
+    assert stopped.outcome == "stopped"
+    assert 10 < stopped.step < STEPS, "the signal came after the end; make the run longer"
+    assert newest_step(run_dir) == stopped.step
+    assert run(config, lake, run_dir).outcome == "finished"
+    expected, found = weights(unbroken), weights(run_dir)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_a_killed_driver_is_gone_on_with_by_the_same_command(unbroken: Path, lake: Path, tmp_path: Path) -> None:
     """Alone, with a Ray of its own: the job as a user runs it."""
     run_dir = tmp_path / "run"
@@ -189,7 +213,7 @@ def test_two_trainings_in_one_directory_are_refused(cluster: None, lake: Path, t
 
 def test_more_gpus_than_the_machine_has_are_refused_before_ray_starts(lake: Path, tmp_path: Path) -> None:
     from usr_ray.config import RayConfig
-    from usr_ray.trainer import ray_session
+    from usr_ray.trainer_session import ray_session
 
     config = RayConfig(use_gpu=True, num_workers=torch.cuda.device_count() + 1)
     import ray

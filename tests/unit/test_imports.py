@@ -16,7 +16,13 @@ FORBIDDEN = {
     "usr_ray": {"pyspark", "delta", "etl", "jobs"},
 }
 ONLY_IN = {
-    "ray": {"usr_ray/trainer.py", "usr_ray/tune.py", "usr_ray/monitoring.py"},
+    "ray": {
+        "usr_ray/trainer.py",
+        "usr_ray/trainer_session.py",
+        "usr_ray/trainer_stop.py",
+        "usr_ray/tune.py",
+        "usr_ray/monitoring.py",
+    },
     "deltalake": {"usr_ray/manifest.py", "usr_ray/score_table.py"},
 }
 # Lower layers first; a module imports its own layer's package mates never, lower layers always.
