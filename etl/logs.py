@@ -39,7 +39,8 @@ def event_logs(config: Config, folder: LogFolder) -> tuple[EventLog, ...]:
     """The event logs the configuration asks for, in the order in which equal keys prefer them.
 
     Raises:
-        DataCheckError: an impressions or clicks log is missing, or there is no orders log at all.
+        DataCheckError: an impressions or clicks log is missing, there is no orders log at all, or there is one of a
+            scenario that labels.no_order_scenarios says to have none.
     """
     logs = []
     for number, scenario in enumerate(config.scenarios):
@@ -54,7 +55,16 @@ def event_logs(config: Config, folder: LogFolder) -> tuple[EventLog, ...]:
         ))  # fmt: skip
     orders = [(f"{scenario}_orders", number) for number, scenario in enumerate(config.scenarios)]
     found = [(name, number) for name, number in [*orders, ("orders", NO_SCENARIO)] if folder.has(name)]
-    if not found:
+    unknown = config.labels.no_order_scenarios
+    for name, number in found:
+        of_log = config.scenarios if number == NO_SCENARIO else (config.scenarios[number],)
+        refuted = ", ".join(scenario for scenario in of_log if scenario in unknown)
+        if refuted:
+            raise DataCheckError(
+                f"log {name}: gives orders to {refuted}, of which labels.no_order_scenarios says that no log knows any; "
+                "take the scenario out of the list, or the log out of --logs"
+            )
+    if not found and len(unknown) < len(config.scenarios):
         folder.read("orders")  # says what is missing and what there is
     logs += [
         EventLog(name=name, kind=KIND_ORDER, scenario=number, key="order_id",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
@@ -35,9 +35,9 @@ class Funnel:
         mine, its = asdict(self), asdict(other)
         return Funnel(**{key: mine[key] + its[key] for key in mine})
 
-    def to_dict(self) -> dict[str, Any]:
-        """Sums and rates; a rate over nothing is null."""
-        return asdict(self) | {
+    def to_dict(self, *, knows_orders: bool = True) -> dict[str, Any]:
+        """Sums and rates; a rate over nothing is null, and so is all that orders say where no log knows them."""
+        numbers = asdict(self) | {
             "click_rate": _rate(self.clicks, self.impressions),
             "order_rate": _rate(self.orders, self.impressions),
             "click_rate_global": _rate(self.clicks_global, self.impressions),
@@ -45,6 +45,7 @@ class Funnel:
             "p_click_given_click_global": _rate(self.clicks, self.clicks_global),
             "p_order_given_order_global": _rate(self.orders, self.orders_global),
         }
+        return {key: None if "order" in key and not knows_orders else value for key, value in numbers.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,10 @@ def date_report(
         "rejects": _reasons(account, date),
         "undated": {"rows": _rows(account, UNDATED), "rejects": _reasons(account, UNDATED)},
         "samples": total.impressions,
-        "scenarios": {s: counts.funnels.get((date, s), Funnel()).to_dict() for s in config.scenarios},
+        "scenarios": {
+            s: counts.funnels.get((date, s), Funnel()).to_dict(knows_orders=s not in spec.no_order_scenarios)
+            for s in config.scenarios
+        },
         "vocabulary_coverage": {
             f: _rate(counts.known.get((date, f), 0), counts.present.get((date, f), 0)) for f in features
         },
@@ -123,31 +127,41 @@ def versions() -> dict[str, str]:
     }
 
 
-def funnel_lines(counts: SampleCounts, scenarios: Sequence[str]) -> list[str]:
-    """The funnel per scenario as a text table."""
+def funnel_lines(counts: SampleCounts, spec: FeatureSpec) -> list[str]:
+    """The funnel per scenario as a text table; '-' for orders that no log knows."""
+    scenarios = spec.scenarios
     names = ("impressions", "clicks", "orders", "clicks_global", "orders_global", "mature")
     extra = ("P(click|click_g)", "P(order|order_g)")
     width = max(map(len, (*scenarios, "scenario")))
     lines = [f"{'scenario':<{width}} " + " ".join(f"{name:>16}" for name in (*names, *extra))]
     for scenario in scenarios:
         sums = counts.scenario(scenario)
-        raw = sums.to_dict()
-        numbers = [f"{raw[name]:>16,}" for name in names]
+        raw = sums.to_dict(knows_orders=scenario not in spec.no_order_scenarios)
+        numbers = [f"{'-' if raw[name] is None else f'{raw[name]:,}':>16}" for name in names]
         rates = [raw["p_click_given_click_global"], raw["p_order_given_order_global"]]
         numbers += [f"{'-' if rate is None else f'{rate:.4f}':>16}" for rate in rates]
         lines.append(f"{scenario:<{width}} " + " ".join(numbers))
+    if spec.no_order_scenarios:
+        lines.append(f"no orders in this source: {', '.join(spec.no_order_scenarios)} (CTCVR is not trained there)")
     return lines
 
 
-def warnings_of(counts: SampleCounts, scenarios: Sequence[str]) -> list[str]:
-    """What the user should know of the labels before training on them."""
+def warnings_of(counts: SampleCounts, spec: FeatureSpec, logs: Collection[str]) -> list[str]:
+    """What the user should know of the labels before training on them; `logs`: names of those that were read."""
     result = []
-    for scenario in scenarios:
+    for scenario in spec.scenarios:
         sums = counts.scenario(scenario)
+        if not {"orders", f"{scenario}_orders"} & set(logs) and scenario not in spec.no_order_scenarios:
+            result.append(
+                f"{scenario}: no log holds its orders, so is_order is 0 on every row and will be trained on; if they are "
+                "not known rather than none, name it in labels.no_order_scenarios"
+            )
         for task, mine, union in (
             ("click", sums.clicks, sums.clicks_global),
             ("order", sums.orders, sums.orders_global),
         ):
+            if task == "order" and scenario in spec.no_order_scenarios:
+                continue
             rate = _rate(mine, union)
             if rate is not None and rate > HELPLESS_RATE:
                 result.append(

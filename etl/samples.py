@@ -133,9 +133,9 @@ def write_dates(job: Job, dates: Sequence[dt.date], reported: Sequence[dt.date])
                              build=build | {"fingerprint": fingerprint})  # fmt: skip
         write_report(spark, lake, date, report)
     job.progress(f"rejects and {len(shown)} reports written")
-    for line in funnel_lines(counts, job.config.scenarios):
+    for line in funnel_lines(counts, job.plan.spec):
         job.progress.write(line)
-    for warning in warnings_of(counts, job.config.scenarios):
+    for warning in warnings_of(counts, job.plan.spec, [log.name for log in job.inputs.logs]):
         job.progress.write(f"warning: {warning}")
     job.progress.write(f"{path}: version {version}")
     return counts

@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from usr_ray.manifest import Manifest, labels_close_us, usable_row_groups
-from usr_ray.metrics import Predictions
+from usr_ray.metrics import Predictions, known_labels_only
 from usr_ray.reader_decode import RowGroupDecoder
 from usr_ray.schema import ALL_LABELS, TASKS
 
@@ -31,7 +31,7 @@ class TrainingRows:
     user_key_N: NDArray[np.int64]
     item_id_N: NDArray[np.int64]
     labels_NT: NDArray[np.float32]
-    """(N, 4), in the order of schema.ALL_LABELS."""
+    """(N, 4), 0, 1, or NaN where the logs do not know, in the order of schema.ALL_LABELS."""
 
 
 def read_training_rows(manifest: Manifest, *, ready_before_us: int | None, mature_only: bool) -> TrainingRows:
@@ -54,11 +54,13 @@ def read_training_rows(manifest: Manifest, *, ready_before_us: int | None, matur
             counts_N &= labels_close_us(time_us_N, manifest.spec) <= ready_before_us
         parts.append(table.drop_columns(["is_mature", "event_time"]).filter(pa.array(counts_N)))
     rows = pa.concat_tables(parts)
+    scenario_N = rows["scenario_index"].to_numpy()
+    labels_NT = np.stack([rows[label].to_numpy() for label in ALL_LABELS], axis=1)
     return TrainingRows(
-        scenario_N=rows["scenario_index"].to_numpy(),
+        scenario_N=scenario_N,
         user_key_N=rows["user_key"].to_numpy(),
         item_id_N=rows[item_column].to_numpy(),
-        labels_NT=np.stack([rows[label].to_numpy() for label in ALL_LABELS], axis=1),
+        labels_NT=known_labels_only(labels_NT, scenario_N, manifest.spec.known_labels),
     )
 
 
@@ -153,6 +155,8 @@ class _Ranked:
 
 def _popularity(labels: NDArray, users: tuple[NDArray, NDArray], items: tuple[NDArray, NDArray]) -> NDArray[np.float64]:
     """Probabilities of the rows to score; `users` and `items` are (keys of the training rows, keys of those rows)."""
+    known = ~np.isnan(labels)
+    labels, users, items = labels[known], (users[0][known], users[1]), (items[0][known], items[1])
     # Half a positive and half a negative row keep the rate inside (0, 1) for labels of one class.
     rate = (float(labels.sum()) + 0.5) / (len(labels) + 1)
     logits = (

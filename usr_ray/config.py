@@ -193,6 +193,9 @@ class Config:
         require(not strays or self.query_scenarios == ("search",),
                 f"query_scenarios names {', '.join(strays)}, not among scenarios: "
                 f"{', '.join(self.scenarios)}")  # fmt: skip
+        strays = sorted(set(self.labels.no_order_scenarios) - set(self.scenarios))
+        require(not strays, f"labels.no_order_scenarios names {', '.join(strays)}, not among scenarios: "
+                f"{', '.join(self.scenarios)}")  # fmt: skip
         group = self.model.contrastive.group_size
         require(self.train.global_batch_size % group == 0,
                  f"train.global_batch_size ({self.train.global_batch_size}) must be a multiple of "

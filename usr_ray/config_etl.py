@@ -25,6 +25,8 @@ class LabelsConfig:
     """How far before its impression a click (or before its click an order) may be stamped."""
     order_without_click: str = "reject"
     """'reject', or 'credit_impression'."""
+    no_order_scenarios: tuple[str, ...] = ()
+    """Scenarios whose orders no log knows: not known, which is not the same as none. They have no CTCVR task."""
 
     def __post_init__(self) -> None:
         require(self.global_span in ("window", "day"),

@@ -22,7 +22,7 @@ from usr_ray.batch import UsrBatch, UsrOutputs
 from usr_ray.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from usr_ray.config import Config, UserError
 from usr_ray.manifest import Manifest
-from usr_ray.metrics import CellMetrics, Predictions, metrics_by_scenario
+from usr_ray.metrics import CellMetrics, Predictions, known_labels_only, metrics_by_scenario
 from usr_ray.model.embedding import EmbeddingTables
 from usr_ray.model.usr import UsrModel
 from usr_ray.reader import SampleReader
@@ -75,7 +75,7 @@ def evaluate(
     labels_N = worker.all_gather_rows(_rows(labels, len(ALL_LABELS), torch.float32))
     if not worker.is_main:
         return Evaluation(None, None)
-    predictions = _predictions(integers_N.numpy(), log_probs_N.exp().numpy(), labels_N.numpy())
+    predictions = _predictions(integers_N.numpy(), log_probs_N.exp().numpy(), labels_N.numpy(), manifest.spec)
     return Evaluation(predictions, metrics_by_scenario(predictions, manifest.spec.scenarios))
 
 
@@ -150,12 +150,13 @@ def _rows(parts: list[Tensor], width: int, dtype: torch.dtype) -> Tensor:
     return torch.cat(parts) if parts else torch.empty((0, width), dtype=dtype)
 
 
-def _predictions(integers: NDArray, probs: NDArray, labels: NDArray) -> Predictions:
+def _predictions(integers: NDArray, probs: NDArray, labels: NDArray, spec: FeatureSpec) -> Predictions:
     order = np.argsort(integers[:, 0], kind="stable")
     integers, probs, labels = integers[order], probs[order], labels[order]
     row_number_N, scenario_N, user_key_N, request_key_N, item_id_N, history_length_N = integers.T
     if len(row_number_N) and (np.diff(row_number_N) == 0).any():
         raise RuntimeError("a row was evaluated twice; the reader's slices overlap")
+    labels = known_labels_only(labels, scenario_N, spec.known_labels)
     num_wrong = int((~(probs <= 1)).any(axis=1).sum())
     if num_wrong:
         raise EvaluationError(

@@ -28,7 +28,10 @@ def write_metrics(path: Path, splits: Mapping[str, CellMetrics]) -> None:
 
 
 def metrics_text(splits: Mapping[str, CellMetrics]) -> str:
-    """A table for the terminal: a line for each scenario, task and split; '-' where a metric is undefined."""
+    """A table for the terminal: a line for each scenario, task and split; '-' where a metric is undefined.
+
+    Below it, a line for each scenario and task whose labels are not known.
+    """
     lines: list[tuple[str, ...]] = [
         ("scenario", "task", "scorer", "AUC", "GAUC", "log loss", "PCOC", "samples", "positives")
     ]
@@ -40,13 +43,20 @@ def metrics_text(splits: Mapping[str, CellMetrics]) -> str:
                 counts = [f"{m[key]:,}" for key in ("num_samples", "num_positives")]
                 lines.append((cell, task, "popularity" if split == BASELINE_SPLIT else "model", *values, *counts))
     widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
-    return "\n".join(
+    table = [
         "  ".join(
             text.ljust(w) if place < 3 else text.rjust(w)
             for place, (text, w) in enumerate(zip(line, widths, strict=True))
         )
         for line in lines
-    )
+    ]
+    unknown = [
+        f"{cell} {task}: the logs know no orders of these {m['num_unknown']:,} rows"
+        for cell, tasks in splits[SPLIT].items()
+        for task, m in tasks.items()
+        if m["num_samples"] == 0 and m.get("num_unknown")
+    ]
+    return "\n".join([*table, *unknown])
 
 
 def write_predictions(
@@ -59,15 +69,17 @@ def write_predictions(
 ) -> None:
     """One Parquet row per evaluated row; `about` (dates, checkpoint, table version) goes into the file's metadata.
 
-    Columns: row_number, scenario, the four labels, prob_ctr, prob_ctcvr, prob_ctr_global, prob_ctcvr_global (null
-    without global heads), popularity_ctr and so on (only with `baseline`), user_key, request_key, item_id (encoded),
-    history_length.
+    Columns: row_number, scenario, the four labels (null where not known), prob_ctr, prob_ctcvr, prob_ctr_global,
+    prob_ctcvr_global (null without global heads), popularity_ctr and so on (only with `baseline`), user_key,
+    request_key, item_id (encoded), history_length.
     """
     columns: dict[str, Any] = {
         "row_number": predictions.row_number_N,
         "scenario": pa.DictionaryArray.from_arrays(predictions.scenario_N.astype(np.int32), list(scenarios)),
     }
-    columns |= {label: predictions.labels_NT[:, place] for place, label in enumerate(ALL_LABELS)}
+    columns |= {
+        label: pa.array(predictions.labels_NT[:, place], from_pandas=True) for place, label in enumerate(ALL_LABELS)
+    }
     columns |= _prob_columns("prob", predictions)
     if baseline is not None:
         columns |= _prob_columns("popularity", baseline)

@@ -3,6 +3,9 @@
 total = sum over (k, task) of mean BCE on the rows of k + alpha * sum over tasks of mean global BCE on all rows
         + l1 * mean CL(i) + l2 * mean CL(f)
 
+Where a scenario's logs know no orders, its rows have no label of CTCVR, neither their own nor the global one: the cell
+is left out, and the global mean is over the rows that have the label.
+
 Every mean divides by a count over ALL ranks, handed in, so the sum of the ranks' totals is the global loss whatever
 the mix of scenarios on each: gradients are summed over ranks, never averaged.
 
@@ -22,6 +25,9 @@ from usr_ray.config import ModelConfig, UserError
 from usr_ray.model.contrastive import contrastive_sums
 from usr_ray.schema import ALL_LABELS, LABEL_ORDER, LABELS, TASKS
 
+KnownLabels = Sequence[Sequence[bool]]
+"""FeatureSpec.known_labels: (S, T), False where the rows of a scenario have no label of a task."""
+
 
 class LabelOrderError(UserError):
     """A row whose labels cannot be: contract 2.5."""
@@ -34,7 +40,7 @@ class LossTerms:
     total: Tensor
     """float scalar with a graph."""
     cells_ST: Tensor
-    """Mean BCE of each (scenario, task)."""
+    """Mean BCE of each (scenario, task); 0 where the label is not known."""
     global_T: Tensor
     """Mean BCE of each global task, before alpha; zeros without GLMT."""
     contrastive_interest: Tensor
@@ -46,11 +52,16 @@ class LossTerms:
     variance_feature_S: Tensor
     """The same of f_k; zeros without FG."""
 
-    def named(self, scenarios: Sequence[str]) -> dict[str, Tensor]:
-        """Scalars by name: 'loss', 'loss/<scenario>|global/<task>', 'contrastive/..', 'variance/../<scenario>'."""
+    def named(self, scenarios: Sequence[str], known_labels: KnownLabels | None = None) -> dict[str, Tensor]:
+        """Scalars by name: 'loss', 'loss/<scenario>|global/<task>', 'contrastive/..', 'variance/../<scenario>'.
+
+        A cell without labels (`known_labels`, as in `usr_loss`) is left out: its 0 would look like a perfect fit.
+        """
         named = {"loss": self.total.detach()}
         for scenario, name in enumerate(scenarios):
-            named |= {f"loss/{name}/{task}": self.cells_ST[scenario, t] for t, task in enumerate(TASKS)}
+            known = [True] * len(TASKS) if known_labels is None else known_labels[scenario]
+            cells = {f"loss/{name}/{task}": self.cells_ST[scenario, t] for t, task in enumerate(TASKS) if known[t]}
+            named |= cells
         named |= {f"loss/global/{task}": self.global_T[t] for t, task in enumerate(TASKS)}
         named |= {"contrastive/interest": self.contrastive_interest, "contrastive/feature": self.contrastive_feature}
         for scenario, name in enumerate(scenarios):
@@ -66,7 +77,13 @@ def row_counts(batch: UsrBatch, num_scenarios: int) -> Tensor:
 
 
 def usr_loss(
-    outputs: UsrOutputs, batch: UsrBatch, counts_S: Tensor, config: ModelConfig, *, check_labels: bool = False
+    outputs: UsrOutputs,
+    batch: UsrBatch,
+    counts_S: Tensor,
+    config: ModelConfig,
+    *,
+    known_labels: KnownLabels | None = None,
+    check_labels: bool = False,
 ) -> LossTerms:
     """A rank's share of the global loss.
 
@@ -75,6 +92,7 @@ def usr_loss(
         batch: rows of this rank; rows of weight 0 take no part. Its first row starts a contrastive group.
         counts_S: `row_counts` summed over all ranks. A scenario that is absent everywhere adds nothing.
         config: weights, temperature and group size.
+        known_labels: FeatureSpec.known_labels, (S, T); None: every scenario knows every task's label.
         check_labels: look for rows that break the label order first; on a GPU this waits for the queue.
 
     Raises:
@@ -84,22 +102,27 @@ def usr_loss(
         check_label_order(batch)
     # bfloat16 has 8 bits: a sum of thousands of rows would stop growing.
     with torch.autocast(batch.weights_B.device.type, enabled=False):
-        return _usr_loss(outputs, batch, counts_S, config)
+        return _usr_loss(outputs, batch, counts_S, config, known_labels)
 
 
-def _usr_loss(outputs: UsrOutputs, batch: UsrBatch, counts_S: Tensor, config: ModelConfig) -> LossTerms:
+def _usr_loss(
+    outputs: UsrOutputs, batch: UsrBatch, counts_S: Tensor, config: ModelConfig, known_labels: KnownLabels | None
+) -> LossTerms:
     labels_BT, dtype = batch.labels_BT, outputs.log_p_BT.dtype
-    weights_B1 = batch.weights_B.to(dtype).unsqueeze(1)
+    known_ST = _known(known_labels, counts_S)
+    # A label that is not known has weight 0: its logits stay in the graph, so DDP finds every parameter.
+    weights_BT = batch.weights_B.to(dtype).unsqueeze(1) * known_ST.to(dtype)[batch.scenario_B]
     # In float64 until here: a count above 2^24 is no float32.
     per_row_S = (1 / counts_S.clamp(min=1)).to(dtype)
     per_row = (1 / counts_S.sum().clamp(min=1)).to(dtype)
-    bce_BT = _bce(outputs.log_p_BT, outputs.log_not_p_BT, labels_BT[:, : len(LABELS)]) * weights_B1
+    per_known_row_T = (1 / (counts_S @ known_ST.to(counts_S.dtype)).clamp(min=1)).to(dtype)
+    bce_BT = _bce(outputs.log_p_BT, outputs.log_not_p_BT, labels_BT[:, : len(LABELS)]) * weights_BT
     # A product, not an index_add: the order of the additions is fixed on a GPU as well.
     cells_ST = (_one_hot(batch.scenario_B, counts_S.shape[0]).to(dtype) @ bce_BT) * per_row_S.unsqueeze(1)
     global_T = torch.zeros_like(cells_ST[0])
     if outputs.log_p_global_BT is not None and outputs.log_not_p_global_BT is not None:
         global_BT = _bce(outputs.log_p_global_BT, outputs.log_not_p_global_BT, labels_BT[:, len(LABELS) :])
-        global_T = (global_BT * weights_B1).sum(0) * per_row
+        global_T = (global_BT * weights_BT).sum(0) * per_known_row_T
     # A row without events has the same learned vector in every view: there is nothing to tell apart.
     counted_B = batch.weights_B > 0
     with_events_B = counted_B & (torch.stack([h.offsets.diff() for h in batch.histories]).sum(0) > 0)
@@ -152,6 +175,14 @@ def check_label_order(batch: UsrBatch) -> None:
                 f"loss: {int(wrong_B.sum())} rows of the batch break {lower} <= {upper} (first: row_number {row} in "
                 "the manifest); such labels cannot be, so the samples table is damaged: build these dates again"
             )
+
+
+def _known(known_labels: KnownLabels | None, counts_S: Tensor) -> Tensor:
+    """Bool (S, T) on the device of `counts_S`."""
+    shape = (counts_S.shape[0], len(TASKS))
+    if known_labels is None or all(map(all, known_labels)):  # made on the device: no copy in the usual case
+        return torch.ones(shape, dtype=torch.bool, device=counts_S.device)
+    return torch.tensor(known_labels, device=counts_S.device)
 
 
 def _bce(log_p_BT: Tensor, log_not_p_BT: Tensor, labels_BT: Tensor) -> Tensor:

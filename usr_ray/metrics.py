@@ -36,7 +36,7 @@ class Predictions:
     scenario_N: NDArray[np.int64]
     """Position in FeatureSpec.scenarios."""
     labels_NT: NDArray[np.float32]
-    """(N, 4), 0 or 1, in the order of schema.ALL_LABELS."""
+    """(N, 4), 0, 1, or NaN where the logs do not know (labels.no_order_scenarios), in the order of ALL_LABELS."""
     probs_NT: NDArray[np.float64]
     """(N, 2) CTR and CTCVR in the row's own scenario, in [0, 1]."""
     global_probs_NT: NDArray[np.float64] | None
@@ -50,6 +50,20 @@ class Predictions:
 
     def __len__(self) -> int:
         return len(self.row_number_N)
+
+
+def known_labels_only(
+    labels_NT: NDArray[np.float32], scenario_N: NDArray[np.int64], known_labels: Sequence[Sequence[bool]]
+) -> NDArray[np.float32]:
+    """The labels with NaN in place of those that the row's scenario does not know: a 0 nobody looked for is no label.
+
+    Args:
+        labels_NT: (N, 4), in the order of schema.ALL_LABELS.
+        scenario_N: position in FeatureSpec.scenarios.
+        known_labels: FeatureSpec.known_labels, (S, T): of a task's own label and of its global one.
+    """
+    is_unknown_ST = ~np.array(known_labels)
+    return np.where(np.concatenate([is_unknown_ST, is_unknown_ST], axis=1)[scenario_N], np.float32(np.nan), labels_NT)
 
 
 def auc(labels: NDArray, probs: NDArray) -> float | None:
@@ -194,7 +208,7 @@ def metrics_by_scenario(predictions: Predictions, scenarios: Sequence[str]) -> C
 
     A scenario's cell: its rows, its labels, the row's own probabilities. "all": every row, the same labels and
     probabilities, pooled. "global": every row, the global labels with the global heads; metrics are None and the counts
-    stay when the model has no global heads.
+    stay when the model has no global heads. Rows whose label is not known take no part; `num_unknown` counts them.
 
     Raises:
         ValueError: as `compute_metrics`.
@@ -215,11 +229,12 @@ def _cell(
     cell: dict[str, TaskMetrics] = {}
     for task, name in enumerate(TASKS):
         labels = predictions.labels_NT[rows, label_offset + task]
+        known = ~np.isnan(labels)
         # A model without global heads says nothing; the labels are still counted.
         probs = np.zeros(len(labels)) if probs_NT is None else probs_NT[:, task]
-        metrics = compute_metrics(
-            labels, probs, predictions.user_key_N[rows], request_keys=predictions.request_key_N[rows]
-        )
+        users, requests = predictions.user_key_N[rows], predictions.request_key_N[rows]
+        metrics = compute_metrics(labels[known], probs[known], users[known], request_keys=requests[known])
+        metrics["num_unknown"] = int(np.count_nonzero(~known))
         if probs_NT is None:
             metrics = {key: value if key.startswith("num_") else None for key, value in metrics.items()}
         cell[name] = metrics

@@ -196,7 +196,7 @@ def _predictions_part(run: RunRecord) -> dict[str, Any]:
         name, colour = scenario.replace("_", " "), report_plots.series_colour(place)
         for task_place, task in enumerate(TASKS):
             cell = report_stats.cell_rows(rows, scenario, task_place, run.scenarios)
-            bins = report_stats.calibration_bins(*cell) if cell else []
+            bins = report_stats.calibration_bins(*cell[:2]) if cell else []
             if not bins:
                 continue
             title = f"{report_text.TASK_NAMES[task]} in {name}"
@@ -222,7 +222,7 @@ def _rocs(run: RunRecord) -> list[dict[str, Any]]:
         for place, scenario in enumerate(run.scenarios):
             for scored, is_baseline in ((run.predictions, False), (run.baseline, True)):
                 cell = scored and report_stats.cell_rows(scored, scenario, task_place, run.scenarios)
-                points = report_stats.roc_points(*cell) if cell else None
+                points = report_stats.roc_points(*cell[:2]) if cell else None
                 if points is not None:
                     name = scenario.replace("_", " ") + (", popularity" if is_baseline else "")
                     curves.append((name, report_plots.series_colour(place), is_baseline, points))

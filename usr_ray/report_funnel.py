@@ -113,11 +113,14 @@ def _rejects(rejects: Counter[tuple[str, str]]) -> list[dict[str, Any]]:
 
 def _scenario(name: str, counts: Counter[str], place: int) -> dict[str, Any]:
     rows, title = counts["impressions"], report_text.cell_name(name)
+    # Null in the ETL's reports: not known, which is not 0.
+    knows_orders = "orders" in counts or not rows
     # Bars are on the scale of global clicks, and impressions have none: beside theirs no other would be seen.
     scale = max(counts["clicks_global"], 1)
     stages = [("impressions", "impressions"), ("clicked in any scenario", "clicks_global"),
-              ("clicked in this one", "clicks"), ("ordered in any scenario", "orders_global"),
-              ("ordered in this one", "orders")]  # fmt: skip
+              ("clicked in this one", "clicks")]  # fmt: skip
+    if knows_orders:
+        stages += [("ordered in any scenario", "orders_global"), ("ordered in this one", "orders")]
     p_click = _rate(counts["clicks"], counts["clicks_global"])
     p_order = _rate(counts["orders"], counts["orders_global"])
     warnings = [
@@ -126,9 +129,10 @@ def _scenario(name: str, counts: Counter[str], place: int) -> dict[str, Any]:
         for rate, done in ((p_click, "clicked"), (p_order, "ordered"))
         if rate is not None and rate > HIGH_RATE
     ]
-    note = (f"P(click | click in any scenario) = {report_text.share(p_click)}; P(order | order in any scenario) = "
-            f"{report_text.share(p_order)}; {report_text.share(_rate(counts['mature'], rows))} of the rows have final "
-            "labels.")  # fmt: skip
+    of_orders = (f"P(order | order in any scenario) = {report_text.share(p_order)}" if knows_orders
+                 else "no orders in this source, so CTCVR is not trained here")  # fmt: skip
+    note = (f"P(click | click in any scenario) = {report_text.share(p_click)}; {of_orders}; "
+            f"{report_text.share(_rate(counts['mature'], rows))} of the rows have final labels.")  # fmt: skip
     return {
         "name": title, "colour": series_name(place), "note": note, "warnings": warnings,
         "stages": [{"name": words, "count": counts[key], "share": report_text.share(_rate(counts[key], rows), 2),

@@ -68,14 +68,21 @@ class Slice:
     baseline_auc: float | None
 
 
-def cell_rows(rows: Predictions, cell: str, task: int, scenarios: Sequence[str]) -> tuple[NDArray, NDArray] | None:
-    """(labels, probs) of one cell of metrics.json and one task; None when the model has no global heads."""
-    if cell == GLOBAL:
-        if rows.global_probs_NT is None:
-            return None
-        return rows.labels_NT[:, len(TASKS) + task], rows.global_probs_NT[:, task]
-    mask = np.ones(len(rows), dtype=bool) if cell == ALL else rows.scenario_N == list(scenarios).index(cell)
-    return rows.labels_NT[mask, task], rows.probs_NT[mask, task]
+def cell_rows(
+    rows: Predictions, cell: str, task: int, scenarios: Sequence[str]
+) -> tuple[NDArray, NDArray, NDArray] | None:
+    """(labels, probs, user keys) of one cell of metrics.json and one task, of the rows whose label is known.
+
+    None when the model has no global heads.
+    """
+    probs_NT = rows.global_probs_NT if cell == GLOBAL else rows.probs_NT
+    if probs_NT is None:
+        return None
+    labels_N = rows.labels_NT[:, task + (len(TASKS) if cell == GLOBAL else 0)]
+    mask = ~np.isnan(labels_N)
+    if cell not in (ALL, GLOBAL):
+        mask &= rows.scenario_N == list(scenarios).index(cell)
+    return labels_N[mask], probs_NT[mask, task], rows.user_key_N[mask]
 
 
 def calibration_bins(labels: NDArray, probs: NDArray, num_bins: int = 10) -> list[Bin]:
@@ -123,11 +130,11 @@ def auc_gap(rows: Predictions, baseline: Predictions, cell: str, task: int, scen
     of_model, of_baseline = (cell_rows(r, cell, task, scenarios) for r in (rows, baseline))
     if of_model is None or of_baseline is None:
         return None
-    mask = slice(None) if cell in (ALL, GLOBAL) else rows.scenario_N == list(scenarios).index(cell)
-    num_resamples = int(np.clip(RESAMPLED_ROWS / max(1, len(of_model[0])), 40, 200))
-    gap = paired_auc_gap(*of_model, of_baseline[1], rows.user_key_N[mask], num_resamples=num_resamples)
-    num_positives = int(np.count_nonzero(of_model[0]))
-    return None if gap is None else Gap(*gap, min(num_positives, len(of_model[0]) - num_positives))
+    labels, probs, user_keys = of_model
+    num_resamples = int(np.clip(RESAMPLED_ROWS / max(1, len(labels)), 40, 200))
+    gap = paired_auc_gap(labels, probs, of_baseline[1], user_keys, num_resamples=num_resamples)
+    num_positives = int(np.count_nonzero(labels))
+    return None if gap is None else Gap(*gap, min(num_positives, len(labels) - num_positives))
 
 
 def ctr_slices(rows: Predictions, baseline: Predictions | None, scenario: int) -> list[Slice]:

@@ -93,7 +93,7 @@ def why_undefined(key: str, metrics: TaskMetrics) -> str:
     """The reason that `metrics[key]` is None."""
     num_samples, num_positives = metrics["num_samples"], metrics["num_positives"]
     if num_samples == 0:
-        return "no rows"
+        return "no orders in this source: not known, which is not 0" if metrics.get("num_unknown") else "no rows"
     if metrics["log_loss"] is None:
         return "the model has no global heads"
     if num_positives == 0:

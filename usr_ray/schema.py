@@ -121,11 +121,19 @@ class FeatureSpec:
     """W_g + W_o in microseconds: a row's labels are final this long after event_time (contract 2.6)."""
     label_day_span: bool = False
     """True for labels.global_span = "day": the delay then counts from the end of the impression's UTC day."""
+    no_order_scenarios: tuple[str, ...] = ()
+    """Scenarios whose logs know no orders (labels.no_order_scenarios): is_order and is_order_global are 0 on their
+    rows because nobody looked, so neither the loss nor a metric takes them for labels."""
 
     @property
     def histories(self) -> tuple[HistoryColumns, ...]:
         """History columns, one entry a scenario, in the order of `scenarios`."""
         return tuple(history_columns(s, has_query=s in self.query_scenarios) for s in self.scenarios)
+
+    @property
+    def known_labels(self) -> tuple[tuple[bool, ...], ...]:
+        """Whether rows of a scenario know the labels of a task, its own and its global one; (S, T), T as in TASKS."""
+        return tuple(tuple(task == "ctr" or s not in self.no_order_scenarios for task in TASKS) for s in self.scenarios)
 
     def sparse_feature(self, name: str) -> SparseFeature:
         """The sparse feature called `name`; KeyError when the table has none."""
@@ -147,6 +155,7 @@ class FeatureSpec:
             raw["dense"] = tuple(DenseFeature(**f) for f in raw["dense"])
             raw["scenarios"] = tuple(raw["scenarios"])
             raw["query_scenarios"] = tuple(raw["query_scenarios"])
+            raw["no_order_scenarios"] = tuple(raw.get("no_order_scenarios", ()))
             return cls(**raw)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a feature spec: {error}") from error

@@ -146,11 +146,12 @@ class _Run:
         step_seed = torch.tensor(seed, device=worker.device) if config.train.compile else seed
         with torch.autocast(worker.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
             outputs = state.model(batch, lookup, step_seed)
-        terms = usr_loss(outputs, batch, totals[:-1].to(worker.device, non_blocking=True), config.model)
+        spec, counts_S = state.manifest.spec, totals[:-1].to(worker.device, non_blocking=True)
+        terms = usr_loss(outputs, batch, counts_S, config.model, known_labels=spec.known_labels)
         state.dense.zero_grad()
         terms.total.backward()
         norm = state.apply_gradients(lookup, worker)
-        self.meter.add(terms.named(state.manifest.spec.scenarios), norm, num_rows=float(totals[:-1].sum()))
+        self.meter.add(terms.named(spec.scenarios, spec.known_labels), norm, num_rows=float(totals[:-1].sum()))
         return bool(totals[-1])
 
     def _log(self) -> None:

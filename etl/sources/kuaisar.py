@@ -4,8 +4,8 @@
   a later action (`kuaisar.order_column`: like, follow or forward) stands in for an order, at the row's own time.
 - src_inter.csv: one row is one shown item of a search session, a request; a click is click_cnt > 0. The rows of a
   session are not contiguous, which does not matter here. keyword "[20, 34, 3]" becomes the query "20 34 3".
-- Search rows know no later action, so there is no `search_orders` log: the CTCVR of search has no positive label, its
-  AUC is undefined (null), and the job says so.
+- Search rows know no later action, so there is no `search_orders` log, and `labels.no_order_scenarios = ["search"]`
+  takes the CTCVR of search out of the loss and of the metrics; the job says so where the configuration does not.
 - Ids are made of the row's content, so exact duplicates stay duplicates. Rows without user, item or time stay rows
   with nulls: the ETL rejects and counts them.
 - Positions are not known. social_network.csv and captions are not read.
@@ -73,8 +73,12 @@ class KuaiSarSource:
         for path in files["item_features"]:
             for rows in _batches(path, ("item_id", *ITEM_CATEGORIES)):
                 writer.append("items", _without_padding(rows))
-        print("search has no later action in KuaiSAR: no search_orders; the CTCVR of search is undefined, not 0",
-              file=sys.stderr, flush=True)  # fmt: skip
+        if SEARCH not in config.labels.no_order_scenarios:
+            print(
+                "search has no later action in KuaiSAR, so there is no log search_orders: set "
+                'labels.no_order_scenarios = ["search"], else its is_order is 0 on every row',
+                file=sys.stderr,
+            )
 
 
 def _header(path: Path) -> list[str]:

@@ -183,6 +183,8 @@ REFUSED = [
     ("train.seed", "--set 'train.seed': write it as section.key=value"),
     ("=3", "--set '=3': write it as section.key=value"),
     # Scenarios
+    ('labels.no_order_scenarios=["feed"]',
+     "labels.no_order_scenarios names feed, not among scenarios: search, recommendation"),
     ("scenarios=[]", "scenarios is empty; name at least one"),
     ('scenarios=["a", "a"]', "scenarios has doubles: ['a', 'a']"),
     ('scenarios=["Search"]', "scenarios: 'Search' must be lower-case letters, digits and '_'"),

@@ -19,7 +19,8 @@ from torch import nn
 
 from jobs import evaluate as job
 from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
-from usr_ray.baseline import read_training_rows
+from usr_ray import report_stats
+from usr_ray.baseline import popularity_baseline, read_training_rows
 from usr_ray.batch import UsrOutputs
 from usr_ray.checkpoint import CheckpointError, CheckpointStore
 from usr_ray.cli import run_job
@@ -27,6 +28,7 @@ from usr_ray.config import Config, end_of_us
 from usr_ray.evaluate import EvaluationError, check_spec, evaluate, load_run
 from usr_ray.evaluate_files import metrics_text, read_predictions, write_metrics, write_predictions
 from usr_ray.manifest import build_manifest
+from usr_ray.metrics import metrics_by_scenario
 from usr_ray.schema import ALL_LABELS, SAMPLES, UNKNOWN_ID
 from usr_ray.train_state import TrainState
 from usr_ray.worker import LocalWorker
@@ -203,6 +205,36 @@ def test_a_model_without_global_heads_has_no_global_metrics(manifest):
     assert result.predictions.global_probs_NT is None
     assert result.metrics["global"]["ctr"]["auc"] is None
     assert result.metrics["global"]["ctr"]["num_samples"] == len(result.predictions)
+
+
+def test_a_scenario_whose_orders_no_log_knows_has_no_ctcvr(lake, manifest, alone, tmp_path):
+    spec = replace(manifest.spec, no_order_scenarios=("search",))
+    masked = replace(manifest, spec=spec)
+    result = evaluate(KnownScores(), NoTables(sizes(spec)), masked, LocalWorker("cpu"), make_config())
+    assert result.metrics["search"]["ctcvr"]["log_loss"] is None
+    assert result.metrics["search"]["ctr"] == alone.metrics["search"]["ctr"]
+    assert result.metrics["recommendation"] == alone.metrics["recommendation"]
+    in_search = result.predictions.scenario_N == 0
+    assert np.isnan(result.predictions.labels_NT).tolist() == [[False, own, False, own] for own in in_search.tolist()]
+    train = read_training_rows(masked, ready_before_us=None, mature_only=True)
+    baseline = popularity_baseline(train, result.predictions, 2)
+    whole_train = read_training_rows(manifest, ready_before_us=None, mature_only=True)
+    whole = popularity_baseline(whole_train, alone.predictions, 2)
+    assert (baseline.probs_NT[~in_search] == whole.probs_NT[~in_search]).all()
+    assert (baseline.global_probs_NT[:, 0] == whole.global_probs_NT[:, 0]).all()
+    assert (baseline.global_probs_NT[:, 1] != whole.global_probs_NT[:, 1]).any(), "counted on recommendation alone"
+    write_predictions(tmp_path / "p.parquet", result.predictions, SCENARIOS, baseline=baseline, about={})
+    assert pq.read_table(tmp_path / "p.parquet")["is_order"].null_count == in_search.sum() > 0
+    read, _, _ = read_predictions(tmp_path / "p.parquet", SCENARIOS)
+    assert metrics_by_scenario(read, SCENARIOS) == result.metrics
+    assert report_stats.auc_gap(read, baseline, "search", 1, SCENARIOS) is None
+    gap = report_stats.auc_gap(read, baseline, "global", 1, SCENARIOS)
+    assert gap.value == pytest.approx(
+        result.metrics["global"]["ctcvr"]["auc"] - metrics_by_scenario(baseline, SCENARIOS)["global"]["ctcvr"]["auc"]
+    )
+    lines = [line.split() for line in metrics_text({"eval": result.metrics}).splitlines()]
+    assert ["search", "ctcvr", "model", "-", "-", "-", "-", "0", "0"] in lines
+    assert " ".join(lines[-1]) == f"search ctcvr: the logs know no orders of these {in_search.sum()} rows"
 
 
 def test_training_mode_comes_back(manifest):

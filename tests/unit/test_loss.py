@@ -14,6 +14,7 @@ from tests.unit.test_contrastive import slow_loss
 from usr_ray.batch import UsrOutputs
 from usr_ray.loss import LabelOrderError, LossTerms, check_label_order, row_counts, usr_loss
 from usr_ray.model.embedding import EmbeddingTables
+from usr_ray.model.multitask import global_outputs
 from usr_ray.model.usr import UsrModel
 
 pytestmark = pytest.mark.unit
@@ -59,6 +60,46 @@ def test_weights_by_rows_let_every_row_count_the_same() -> None:
     assert float(terms.cells_ST[1, 0]) == pytest.approx(-log(0.9), rel=1e-5), "what is logged stays a cell's own mean"
 
 
+def test_a_label_that_no_log_knows_is_neither_a_row_nor_a_zero() -> None:
+    """Recommendation knows no orders: no CTCVR cell of it, and a global CTCVR over the search rows alone."""
+    probs = [[0.5, 0.2], [0.1, 0.3], [0.25, 0.4], [0.01, 0.01]]
+    global_probs = [[0.6, 0.3], [0.7, 0.35], [0.5, 0.45], [0.01, 0.01]]
+    batch, config = hand_batch(), make_config(multitask={"alpha": 0.5}, contrastive=NO_CL)
+    counts_S, known = row_counts(batch, 2), ((True, True), (True, False))
+    terms = usr_loss(outputs_of(probs, global_probs), batch, counts_S, config, known_labels=known)
+    log = math.log
+    cells = [[-(log(0.5) + log(0.75)) / 2, -(log(0.8) + log(0.6)) / 2], [-log(0.9), 0]]
+    torch.testing.assert_close(terms.cells_ST, torch.tensor(cells))
+    overall = [-(log(0.6) + log(0.7) + log(0.5)) / 3, -(log(0.3) + log(0.55)) / 2]
+    torch.testing.assert_close(terms.global_T, torch.tensor(overall))
+    assert float(terms.total) == pytest.approx(sum(map(sum, cells)) + 0.5 * sum(overall), rel=1e-5)
+    assert "loss/recommendation/ctcvr" not in terms.named(("search", "recommendation"), known)
+    assert "loss/recommendation/ctr" in terms.named(("search", "recommendation"), known)
+
+
+def test_nothing_the_model_says_of_an_unknown_label_moves_it() -> None:
+    batch, config, known = hand_batch(), make_config(contrastive=NO_CL), ((True, True), (True, False))
+    logits_BT, global_BT = torch.zeros(4, 2, requires_grad=True), torch.zeros(4, 2, requires_grad=True)
+    outputs = global_outputs(logits_BT, global_BT, "B")
+    usr_loss(outputs, batch, row_counts(batch, 2), config, known_labels=known).total.backward()
+    assert logits_BT.grad is not None
+    assert global_BT.grad is not None
+    assert logits_BT.grad[1, 1] == 0, "b_k of the masked row"
+    assert global_BT.grad[1, 1] == 0, "b_g of the masked row"
+    assert (logits_BT.grad[[0, 2]] != 0).all()
+    assert logits_BT.grad[1, 0] != 0, "its click still teaches"
+
+
+def test_no_scenario_with_orders_leaves_clicks_alone_in_the_loss() -> None:
+    batch, known = hand_batch(), ((True, False), (True, False))
+    global_probs = [[0.6, 0.3], [0.7, 0.35], [0.5, 0.45], [0.01, 0.01]]
+    terms = usr_loss(outputs_of([[0.5, 0.2]] * 4, global_probs), batch, row_counts(batch, 2),
+                     make_config(contrastive=NO_CL), known_labels=known)  # fmt: skip
+    assert terms.cells_ST[:, 1].tolist() == [0, 0]
+    assert terms.global_T[1] == 0
+    assert terms.total.isfinite()
+
+
 def test_without_glmt_there_is_no_global_term() -> None:
     batch = hand_batch()
     terms = usr_loss(outputs_of([[0.5, 0.2]] * 4), batch, row_counts(batch, 2), make_config(contrastive=NO_CL))
@@ -75,11 +116,11 @@ def test_a_scenario_absent_everywhere_adds_nothing() -> None:
     assert terms.total.isfinite()
 
 
-def step(model: UsrModel, tables: EmbeddingTables, batch, counts_S, config) -> tuple[LossTerms, dict, dict]:
+def step(model: UsrModel, tables: EmbeddingTables, batch, counts_S, config, known=None) -> tuple[LossTerms, dict, dict]:
     """Loss terms and gradients of one rank."""
     model.zero_grad()
     lookup = tables.lookup(batch)
-    terms = usr_loss(model(batch, lookup, 11), batch, counts_S, config)
+    terms = usr_loss(model(batch, lookup, 11), batch, counts_S, config, known_labels=known)
     terms.total.backward()
     dense = {n: p.grad.clone() for n, p in model.named_parameters()}
     sparse = {n: torch.zeros_like(t).index_add(0, *lookup.updates()[n]) for n, t in tables.tables.items()}
@@ -87,9 +128,15 @@ def step(model: UsrModel, tables: EmbeddingTables, batch, counts_S, config) -> t
 
 
 @pytest.mark.parametrize("cuts", [[8], [4, 16]], ids=["two ranks", "three ranks"])
-@pytest.mark.parametrize("switches", [{}, {"multitask": {"variant": "B"}}, PLAIN], ids=["USR", "variant B", "plain"])
-def test_shares_of_ranks_add_up_to_the_loss_and_gradients_of_one(cuts: list[int], switches: dict) -> None:
-    spec, config = make_spec(), make_config(**switches)
+@pytest.mark.parametrize(
+    ("switches", "unknown"),
+    [({}, ()), ({"multitask": {"variant": "B"}}, ()), (PLAIN, ()), ({}, ("search",))],
+    ids=["USR", "variant B", "plain", "search knows no orders"],
+)
+def test_shares_of_ranks_add_up_to_the_loss_and_gradients_of_one(
+    cuts: list[int], switches: dict, unknown: tuple[str, ...]
+) -> None:
+    spec, config = dataclasses.replace(make_spec(), no_order_scenarios=unknown), make_config(**switches)
     batch = make_batch(spec, 20, num_padding=3)
     torch.manual_seed(0)
     model, tables = UsrModel(spec, config), EmbeddingTables(spec, 4, seed=0)
@@ -102,13 +149,14 @@ def test_shares_of_ranks_add_up_to_the_loss_and_gradients_of_one(cuts: list[int]
     parts = [rows(batch, slice(a, b)) for a, b in itertools.pairwise(edges)]
     counts_S = row_counts(batch, 2)
     assert torch.equal(sum(row_counts(p, 2) for p in parts), counts_S)
-    whole_terms, *whole_grads = step(model, tables, batch, counts_S, config)
-    shares = [step(model, tables, part, counts_S, config) for part in parts]
+    whole_terms, *whole_grads = step(model, tables, batch, counts_S, config, spec.known_labels)
+    shares = [step(model, tables, part, counts_S, config, spec.known_labels) for part in parts]
     for name, value in whole_terms.named(spec.scenarios).items():
         torch.testing.assert_close(sum(s[0].named(spec.scenarios)[name] for s in shares), value, rtol=1e-4, atol=1e-6)
     for number, grads in enumerate(whole_grads, start=1):
         for name, grad in grads.items():
             torch.testing.assert_close(sum(s[number][name] for s in shares), grad, rtol=1e-3, atol=1e-6)
+    assert (whole_terms.cells_ST[0, 1] == 0) == bool(unknown)
     if not switches:
         assert whole_terms.contrastive_interest > 0
         assert whole_terms.contrastive_feature > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 
 from usr_ray import metrics as m
-from usr_ray.metrics import Predictions, compute_metrics, metrics_by_scenario
+from usr_ray.metrics import Predictions, compute_metrics, known_labels_only, metrics_by_scenario
 
 pytestmark = pytest.mark.unit
 
@@ -209,6 +210,22 @@ def test_a_model_without_global_heads_has_counts_but_no_global_metrics():
     assert cell["num_samples"] == 4
     assert cell["num_positives"] == 3
     assert {value for key, value in cell.items() if not key.startswith("num_")} == {None}
+
+
+def test_labels_that_no_log_knows_take_no_part_and_are_counted():
+    rows = predictions(with_global=True)
+    # Recommendation (rows 2 and 3) knows no orders; a forgotten 1 there shows that it is not read.
+    labels = known_labels_only(rows.labels_NT, rows.scenario_N, ((True, True), (True, False)))
+    assert np.isnan(labels).tolist() == [[False] * 4] * 2 + [[False, True, False, True]] * 2
+    cells = metrics_by_scenario(replace(rows, labels_NT=labels), ("search", "recommendation"))
+    unknown = cells["recommendation"]["ctcvr"]
+    assert {value for key, value in unknown.items() if not key.startswith("num_")} == {None}
+    assert (unknown["num_samples"], unknown["num_positives"], unknown["num_unknown"]) == (0, 0, 2)
+    for cell in ("search", "global", "all"):  # search alone has orders: none of two rows
+        assert (cells[cell]["ctcvr"]["num_samples"], cells[cell]["ctcvr"]["num_positives"]) == (2, 0)
+    assert [cells[c]["ctcvr"]["num_unknown"] for c in cells] == [0, 2, 2, 2]
+    assert cells["all"]["ctcvr"]["log_loss"] == pytest.approx(-(np.log(0.9) + np.log(0.8)) / 2)
+    assert [cells[c]["ctr"]["num_samples"] for c in cells] == [2, 2, 4, 4]
 
 
 def test_a_scenario_without_rows_is_there_with_zero_samples():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jobs import report as job
-from usr_ray import report_funnel
+from usr_ray import report_funnel, report_text
 from usr_ray.cli import run_job
 from usr_ray.config import Config
 from usr_ray.evaluate_files import write_metrics, write_predictions
@@ -277,6 +277,18 @@ def test_global_labels_that_say_nothing_new_are_a_warning():
     funnel = report_funnel.funnel([etl_report("2026-01-07", scenarios={"search": row})], SCENARIOS)
     assert len(funnel["warnings"]) == 1
     assert "Search: 99.0% of the rows clicked in any scenario were clicked in this one" in funnel["warnings"][0]
+
+
+def test_orders_that_no_log_knows_are_words_and_no_zero():
+    row = {"impressions": 100, "clicks": 10, "clicks_global": 20, "mature": 100, "orders": None, "orders_global": None,
+           "p_order_given_order_global": None}  # fmt: skip
+    funnel = report_funnel.funnel([etl_report("2026-01-07", scenarios={"search": row})], SCENARIOS)
+    search, other = funnel["scenarios"]
+    assert [s["name"] for s in search["stages"]] == ["impressions", "clicked in any scenario", "clicked in this one"]
+    assert "no orders in this source, so CTCVR is not trained here" in search["note"]
+    assert len(other["stages"]) == 5
+    cell = {"auc": None, "log_loss": None, "num_samples": 0, "num_positives": 0, "num_unknown": 100}
+    assert report_text.why_undefined("auc", cell) == "no orders in this source: not known, which is not 0"
 
 
 def test_the_model_is_named_by_the_parts_that_are_on():
