@@ -61,8 +61,8 @@ def event_logs(config: Config, folder: LogFolder) -> tuple[EventLog, ...]:
         refuted = ", ".join(scenario for scenario in of_log if scenario in unknown)
         if refuted:
             raise DataCheckError(
-                f"log {name}: gives orders to {refuted}, of which labels.no_order_scenarios says that no log knows any; "
-                "take the scenario out of the list, or the log out of --logs"
+                f"log {name}: gives orders to {refuted}, of which labels.no_order_scenarios says that no log knows "
+                "any; take the scenario out of the list, or the log out of --logs"
             )
     if not found and len(unknown) < len(config.scenarios):
         folder.read("orders")  # says what is missing and what there is

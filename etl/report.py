@@ -153,8 +153,8 @@ def warnings_of(counts: SampleCounts, spec: FeatureSpec, logs: Collection[str]) 
         sums = counts.scenario(scenario)
         if not {"orders", f"{scenario}_orders"} & set(logs) and scenario not in spec.no_order_scenarios:
             result.append(
-                f"{scenario}: no log holds its orders, so is_order is 0 on every row and will be trained on; if they are "
-                "not known rather than none, name it in labels.no_order_scenarios"
+                f"{scenario}: no log holds its orders, so is_order is 0 on every row and will be trained on; if "
+                "they are not known rather than none, name it in labels.no_order_scenarios"
             )
         for task, mine, union in (
             ("click", sums.clicks, sums.clicks_global),
