@@ -93,8 +93,12 @@ class TrainConfig:
     learning_rate: float = 0.001
     """AdamW on the dense part."""
     weight_decay: float = 0.0
+    embedding_optimizer: str = "rowwise_adagrad"
+    """'rowwise_adagrad' or 'rowwise_adam': formulae in docs/embeddings.md."""
+    embedding_strategy: str = "replicated"
+    """'replicated': every worker holds all tables; 'sharded': each holds its share of the rows (docs/embeddings.md)."""
     embedding_learning_rate: float = 0.03
-    """Row-wise Adagrad on the tables."""
+    """Of the tables; Adam wants less than Adagrad, for example 0.003."""
     embedding_weight_decay: float = 0.0
     """L2 on the rows touched in a step."""
     warmup_steps: int = 0
@@ -127,6 +131,13 @@ class TrainConfig:
                  f"({self.global_batch_size})")  # fmt: skip
         require(self.order in ("shuffled", "by_date"),
                  f"train.order must be 'shuffled' or 'by_date', got {self.order!r}")  # fmt: skip
+        for key, choices in (("embedding_optimizer", ("rowwise_adagrad", "rowwise_adam")),
+                             ("embedding_strategy", ("replicated", "sharded"))):  # fmt: skip
+            require(getattr(self, key) in choices,
+                    f"train.{key} must be '{choices[0]}' or '{choices[1]}', got {getattr(self, key)!r}")  # fmt: skip
+        require(self.embedding_strategy == "replicated" or self.embedding_optimizer == "rowwise_adagrad",
+                "train.embedding_optimizer 'rowwise_adam' needs train.embedding_strategy 'replicated': FBGEMM has no "
+                "row-wise Adam with this formula; set rowwise_adagrad or replicated")  # fmt: skip
         require(self.precision in ("float32", "bf16"),
                  f"train.precision must be 'float32' or 'bf16', got {self.precision!r}")  # fmt: skip
 

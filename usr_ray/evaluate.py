@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from usr_ray.batch import UsrBatch, UsrOutputs
 from usr_ray.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from usr_ray.config import Config, UserError
+from usr_ray.embeddings import RowSource
 from usr_ray.manifest import Manifest
 from usr_ray.metrics import CellMetrics, Predictions, known_labels_only, metrics_by_scenario
 from usr_ray.model.embedding import EmbeddingTables
@@ -44,9 +45,7 @@ class Evaluation:
     """One split of metrics.json."""
 
 
-def evaluate(
-    model: nn.Module, tables: EmbeddingTables, manifest: Manifest, worker: Worker, config: Config
-) -> Evaluation:
+def evaluate(model: nn.Module, tables: RowSource, manifest: Manifest, worker: Worker, config: Config) -> Evaluation:
     """Score every row of `manifest` once and compute the metrics on rank 0. All ranks must call it.
 
     Rows of weight 0 (padding; labels that are not final, unless data.mature_only is off) take no part. The model is put
@@ -95,7 +94,11 @@ def evaluation_reader(manifest: Manifest, worker: Worker, config: Config) -> Sam
 
 
 def score_batches(
-    model: nn.Module, tables: EmbeddingTables, reader: SampleReader, spec: FeatureSpec, device: torch.device
+    model: nn.Module,
+    tables: RowSource,
+    reader: SampleReader,
+    spec: FeatureSpec,
+    device: torch.device,
 ) -> Iterator[tuple[UsrBatch, UsrOutputs]]:
     """(batch, outputs) of every batch of `reader`, both on `device`, with the model in evaluation mode and float32.
 

@@ -1,11 +1,11 @@
-"""Optimisers: exact row-wise Adagrad on replicated embedding tables, AdamW on the dense part.
+"""Gradients of the tables' rows exchanged between replicas, AdamW on the dense part, and the hash of a replica.
 
 Gradients are sums. A rank's loss is its share of the global loss (usr_ray.loss: cells are divided by global counts),
 so the gradient of the global loss is the sum over ranks: for the tables `exchange` sums, for the dense part the
 worker's DDP hook sums. Neither takes a mean, so one rank and many take the same step.
 
 The tables stay outside DDP, which would move whole tables each step: ranks exchange (ids, gradients) of the rows of
-the step, and each applies the same summed rows to its own replica (docs: platform, "Embeddings, data-parallel").
+the step, and each applies the same summed rows to its own replica (usr_ray/optim_rows.py, docs/embeddings.md).
 
 Shape letters: U unique ids, N ids that may repeat, D embedding.
 """
@@ -72,7 +72,10 @@ def exchange(worker: RowGatherer, ids_U: Tensor, grads_UD: Tensor) -> Update:
 
 
 def exchange_tables(worker: RowGatherer, updates: Mapping[str, Update]) -> dict[str, Update]:
-    """`exchange` of all tables at once: the same two collectives a step however many tables there are.
+    """`exchange` of all tables at once: the same few collectives a step however many tables there are.
+
+    On a GPU nothing waits for its queue. The number of different ids is then not known to the host, so each table
+    comes back with as many places as all ranks sent; those left over hold the padding id, which no optimiser trains.
 
     Args:
         worker: see `exchange`.
@@ -82,74 +85,45 @@ def exchange_tables(worker: RowGatherer, updates: Mapping[str, Update]) -> dict[
         return dict(updates)
     names = sorted(updates)
     packed_U = torch.cat([updates[name][0] + (number << _TABLE_SHIFT) for number, name in enumerate(names)])
-    packed_U, grads_UD = exchange(worker, packed_U, torch.cat([updates[name][1] for name in names]))
-    starts = torch.arange(len(names) + 1, device=packed_U.device) << _TABLE_SHIFT
-    ends = torch.searchsorted(packed_U, starts).tolist()
+    grads_UD = torch.cat([updates[name][1] for name in names])
+    if packed_U.is_cuda:
+        sizes_WT = worker.all_gather_rows(torch.tensor([[updates[name][0].shape[0] for name in names]]))
+        ends = [0, *sizes_WT.sum(0).cumsum(0).tolist()]  # on the CPU, where a sum is known at once
+        packed_U, grads_UD = sum_in_place(worker.all_gather_rows(packed_U), worker.all_gather_rows(grads_UD))
+    else:
+        packed_U, grads_UD = exchange(worker, packed_U, grads_UD)
+        starts = torch.arange(len(names) + 1) << _TABLE_SHIFT
+        ends = torch.searchsorted(packed_U, starts).tolist()
+    row_mask = (1 << _TABLE_SHIFT) - 1
     return {
-        name: (packed_U[ends[n] : ends[n + 1]] - (n << _TABLE_SHIFT), grads_UD[ends[n] : ends[n + 1]])
+        name: (packed_U[ends[n] : ends[n + 1]] & row_mask, grads_UD[ends[n] : ends[n + 1]])
         for n, name in enumerate(names)
     }
 
 
-class RowwiseAdagrad:
-    """Adagrad with one accumulator a row; work and memory traffic of a step depend on its rows, not on the table.
-
-    For each row r of the step with summed gradient g (D values) and weights w:
-        g <- g + weight_decay * w;  A_r <- A_r + mean(g^2);  w <- w - learning_rate * g / (sqrt(A_r) + eps)
-    Rows outside the step, and row 0 (padding), never change.
+def sum_in_place(packed_N: Tensor, grads_ND: Tensor) -> Update:
+    """`sum_by_id` with results of the size of its arguments, so that no size has to come back from a GPU.
 
     Args:
-        weights: float tables (num_embeddings, D) by name, changed in place by `step`.
-        learning_rate: step size.
-        eps: added to the root.
-        weight_decay: L2 on the rows of a step.
+        packed_N: int64, row ids with the table's number above _TABLE_SHIFT bits; they may repeat.
+        grads_ND: their gradients.
+
+    Returns:
+        The ids sorted, the second and later copies of an id replaced by its table's padding id; and at the first copy
+        the sum over the copies, in the order and so with the rounding of `sum_by_id`, at the others zero.
     """
-
-    def __init__(
-        self, weights: Mapping[str, Tensor], *, learning_rate: float, eps: float = 1e-8, weight_decay: float = 0.0
-    ) -> None:
-        self.weights = dict(weights)
-        self.learning_rate = learning_rate
-        self.eps = eps
-        self.weight_decay = weight_decay
-        self.accumulators = {
-            name: torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)
-            for name, weight in self.weights.items()
-        }
-        """A_r, float32 (num_embeddings) by table."""
-
-    @torch.no_grad()
-    def step(self, updates: Mapping[str, Update], *, scale: float = 1.0) -> None:
-        """Apply one step of exchanged updates; `scale` multiplies the learning rate (warm-up).
-
-        Args:
-            updates: ids unique in each table, as `exchange` and Lookup give them; a table may be absent or empty.
-            scale: share of the learning rate to use.
-        """
-        for name, (ids_U, grads_UD) in updates.items():
-            if ids_U.numel():
-                self._step_table(self.weights[name], self.accumulators[name], ids_U, grads_UD, scale)
-
-    def _step_table(
-        self, weight_ND: Tensor, accumulator_N: Tensor, ids_U: Tensor, grads_UD: Tensor, scale: float
-    ) -> None:
-        rows_UD = weight_ND[ids_U]
-        if self.weight_decay:
-            grads_UD = grads_UD + self.weight_decay * rows_UD
-        # A mask, not a selection: the number of rows stays known to the host, so a GPU is not waited for.
-        grads_UD = torch.where((ids_U == PADDING_ID)[:, None], 0.0, grads_UD)
-        sums_U = accumulator_N[ids_U] + grads_UD.square().mean(dim=1)
-        accumulator_N[ids_U] = sums_U
-        weight_ND[ids_U] = rows_UD - scale * self.learning_rate * grads_UD / (sums_U.sqrt() + self.eps)[:, None]
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        """The accumulators by table name, for a checkpoint; views, not copies."""
-        return dict(self.accumulators)
-
-    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Inverse of `state_tensors`; KeyError where a table is missing."""
-        for name, accumulator in self.accumulators.items():
-            accumulator.copy_(tensors[name])
+    if packed_N.numel() == 0:
+        return packed_N, grads_ND
+    sorted_N, order_N = torch.sort(packed_N, stable=True)
+    ends_N = torch.searchsorted(sorted_N, sorted_N, right=True)
+    places_N = torch.arange(sorted_N.shape[0], device=sorted_N.device)
+    is_first_N = torch.ones_like(sorted_N, dtype=torch.bool)
+    is_first_N[1:] = sorted_N[1:] != sorted_N[:-1]
+    lengths_N = torch.where(is_first_N, ends_N - places_N, 0)
+    # `unsafe` leaves out a check of the lengths that would have the host wait.
+    sums_ND = torch.segment_reduce(grads_ND[order_N], "sum", lengths=lengths_N, axis=0, unsafe=True)
+    padding_N = (sorted_N >> _TABLE_SHIFT << _TABLE_SHIFT) + PADDING_ID
+    return torch.where(is_first_N, sorted_N, padding_N), sums_ND
 
 
 class DenseAdamW:

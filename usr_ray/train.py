@@ -150,7 +150,7 @@ class _Run:
         terms = usr_loss(outputs, batch, counts_S, config.model, known_labels=spec.known_labels)
         state.dense.zero_grad()
         terms.total.backward()
-        norm = state.apply_gradients(lookup, worker)
+        norm = state.apply_gradients(lookup)
         self.meter.add(terms.named(spec.scenarios, spec.known_labels), norm, num_rows=float(totals[:-1].sum()))
         return bool(totals[-1])
 
@@ -175,11 +175,12 @@ class _Run:
         """Write a checkpoint, after making sure that the replicas agree; `best_log_loss`: as the best one."""
         state = self.state
         state.check_replicas(self.worker)
+        tensors = state.tensors()  # all ranks take part: sharded tables are gathered
         if not self.worker.is_main:
             return
         best = best_log_loss is not None
         described = state.describe(self.worker) | ({"log_loss": best_log_loss} if best else {})
-        path = self.store.save(state.step, state.tensors(), described, best=best)
+        path = self.store.save(state.step, tensors, described, best=best)
         self.monitor.on_checkpoint(state.step, path)
 
     def _evaluate(self) -> tuple[Evaluation | None, bool]:

@@ -14,22 +14,27 @@ from torch import Tensor
 import usr_ray
 from usr_ray.checkpoint import Checkpoint, CheckpointError
 from usr_ray.config import Config
+from usr_ray.embeddings import build_embeddings, check_shapes
 from usr_ray.manifest import Manifest
-from usr_ray.model.embedding import EmbeddingTables, Lookup
+from usr_ray.model.embedding import Lookup
 from usr_ray.model.usr import UsrModel
-from usr_ray.optim import DenseAdamW, RowwiseAdagrad, exchange_tables, replica_hash, warmup_scale
+from usr_ray.optim import DenseAdamW, replica_hash, warmup_scale
 from usr_ray.worker import Worker
 
 FORMAT = 1
 FIXED_KEYS = (
-    "model", "train.seed", "train.global_batch_size", "train.order", "train.reader_shards", "data.mature_only",
+    "model", "train.seed", "train.global_batch_size", "train.order", "train.reader_shards", "train.embedding_optimizer",
+    "data.mature_only",
 )  # fmt: skip
 """Configuration that gives the weights and the cursor their meaning: a resumed run must have it as it was."""
+_PIECE_BYTES = 1 << 26
 _PACKAGES = ("torch", "numpy", "pyarrow", "safetensors")
 
 
 class TrainState:
-    """Model, tables, optimisers and cursor of one rank; bitwise equal on all ranks at every step boundary.
+    """Model, tables, optimisers and cursor of one rank; at every step boundary bitwise equal on all ranks.
+
+    Sharded tables alone differ: each rank holds its share.
 
     Args:
         config: `model` and `train` are used.
@@ -45,53 +50,37 @@ class TrainState:
         torch.manual_seed(config.train.seed)
         self.module = UsrModel(manifest.spec, config.model)
         """The dense part itself: what is saved, exported and evaluated."""
-        self.tables = EmbeddingTables(manifest.spec, config.model.embedding_dim, config.train.seed, worker.device)
+        self.tables = build_embeddings(manifest.spec, config, worker)
+        """The embedding tables with their optimiser."""
         compiled = torch.compile(self.module) if config.train.compile else self.module
         self.model = worker.wrap_model(compiled)  # type: ignore[arg-type]
         """What a training step calls."""
         self.dense = DenseAdamW(self.module, config.train)
-        self.sparse = RowwiseAdagrad(
-            self.tables.state_dict(),
-            learning_rate=config.train.embedding_learning_rate,
-            weight_decay=config.train.embedding_weight_decay,
-        )
         self.step = 0
         """Steps of the whole run."""
         self.epoch = 0
         self.epoch_step = 0
         """Steps of the current epoch; all of them while the epoch waits for its evaluation."""
 
-    def apply_gradients(self, lookup: Lookup, worker: Worker) -> Tensor:
+    def apply_gradients(self, lookup: Lookup) -> Tensor:
         """After the backward of a step: one step of both optimisers, the tables' on the rows of all ranks.
 
         Returns:
             The norm of the dense gradients before clipping, a scalar on the device. All ranks must call it.
         """
-        # A table whose rows no output used has no gradient; the other ranks still expect its place in the exchange.
-        updates = {
-            name: (rows.ids_U, torch.zeros_like(rows.rows_UD) if rows.rows_UD.grad is None else rows.rows_UD.grad)
-            for name, rows in lookup.tables.items()
-        }
         scale = warmup_scale(self.step, self.config.train.warmup_steps)
         norm = self.dense.step(scale=scale)
-        self.sparse.step(exchange_tables(worker, updates), scale=scale)
+        self.tables.apply_gradients(lookup, scale=scale)
         self.step, self.epoch_step = self.step + 1, self.epoch_step + 1
         return norm
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the state by name (no copies)."""
-        return dict(self._named())
+        """Every tensor of the state by name. All ranks must call it; sharded tables are whole on rank 0 alone."""
+        return self._dense_tensors() | self.tables.state_tensors()
 
-    def _named(self) -> Iterator[tuple[str, Tensor]]:
-        parts = {
-            "model": self.module.state_dict(),
-            "tables": self.tables.state_dict(),
-            "adagrad": self.sparse.state_tensors(),
-            "adamw": self.dense.state_tensors(),
-        }
-        for part, tensors in parts.items():
-            for name, tensor in tensors.items():
-                yield f"{part}/{name}", tensor
+    def _dense_tensors(self) -> dict[str, Tensor]:
+        parts = {"model": self.module.state_dict(), "adamw": self.dense.state_tensors()}
+        return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
     def describe(self, worker: Worker) -> dict[str, Any]:
         """The JSON beside the tensors: cursor, configuration, table, random numbers, versions."""
@@ -115,7 +104,8 @@ class TrainState:
         """Raise RuntimeError on every rank when the ranks' states are not bitwise equal; all ranks must call it."""
         if worker.world_size == 1:
             return
-        hashes = worker.all_gather_rows(torch.tensor([replica_hash(self.tensors())])).tolist()
+        replica = self._dense_tensors() | self.tables.replicated_tensors()
+        hashes = worker.all_gather_rows(torch.tensor([replica_hash(replica)])).tolist()
         if len(set(hashes)) > 1:
             raise RuntimeError(
                 f"step {self.step}: the replicas of the weights differ (hashes by rank: {hashes}); the ranks' machines "
@@ -140,17 +130,28 @@ class TrainState:
             return False
         if header["refusal"]:
             raise CheckpointError(header["refusal"])
+        of_tables = self.tables.state_shapes()
+        check_shapes(of_tables, {name: tuple(shape) for name, (_, shape) in header["tensors"].items()})
         tensors = {}
         for name, (dtype, shape) in header["tensors"].items():
             own = checkpoint.tensors[name] if checkpoint is not None and worker.is_main else None
-            tensors[name] = worker.broadcast(torch.empty(shape, dtype=getattr(torch, dtype)) if own is None else own)
+            if name in of_tables:
+                self._receive_rows(name, own, dtype, shape, worker)
+            else:
+                tensors[name] = worker.broadcast(_empty(shape, dtype) if own is None else own)
         self.module.load_state_dict(_part(tensors, "model"))
-        self.tables.load_state_dict(_part(tensors, "tables"))
-        self.sparse.load_state_tensors(_part(tensors, "adagrad"))
         self.dense.load_state_tensors(_part(tensors, "adamw"))
         self.step = header["step"]
         self.epoch, self.epoch_step = header["cursor"]["epoch"], header["cursor"]["step"]
         return True
+
+    def _receive_rows(self, name: str, own: Tensor | None, dtype: str, shape: list[int], worker: Worker) -> None:
+        """Take over one table's tensor piece by piece, so that no rank has to hold the whole of a sharded one."""
+        step = max(1, _PIECE_BYTES // max(1, _empty([1, *shape[1:]], dtype).nbytes))
+        for first in range(0, shape[0], step):
+            size = min(step, shape[0] - first)
+            rows = _empty([size, *shape[1:]], dtype) if own is None else own[first : first + size]
+            self.tables.load_rows(name, first, worker.broadcast(rows))
 
 
 def refusal(checkpoint: Checkpoint, config: Config, manifest: Manifest, order: str) -> str | None:
@@ -194,6 +195,10 @@ def package_versions() -> dict[str, str]:
     """What computed the weights: name to version."""
     versions = {"usr_ray": usr_ray.__version__, "python": platform.python_version()}
     return versions | {package: metadata.version(package) for package in _PACKAGES}
+
+
+def _empty(shape: list[int], dtype: str) -> Tensor:
+    return torch.empty(shape, dtype=getattr(torch, dtype))
 
 
 def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:

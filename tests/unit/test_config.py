@@ -234,6 +234,10 @@ REFUSED = [
     ("model.contrastive.mask_rate=1", "model.contrastive.mask_rate must be in (0, 1), got 1.0"),
     # Training
     ("train.order=random", "train.order must be 'shuffled' or 'by_date', got 'random'"),
+    ("train.embedding_optimizer=adam",
+     "train.embedding_optimizer must be 'rowwise_adagrad' or 'rowwise_adam', got 'adam'"),
+    ("train.embedding_strategy=torchrec",
+     "train.embedding_strategy must be 'replicated' or 'sharded', got 'torchrec'"),
     ("train.precision=fp8", "train.precision must be 'float32' or 'bf16', got 'fp8'"),
     ("train.global_batch_size=1000",
      "train.global_batch_size (1000) must be a multiple of model.contrastive.group_size (128)"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,14 +15,15 @@ from tests.unit.two_ranks import run_ranks
 from usr_ray.config import TrainConfig
 from usr_ray.optim import (
     DenseAdamW,
-    RowwiseAdagrad,
     Update,
     exchange,
     exchange_tables,
     replica_hash,
     sum_by_id,
+    sum_in_place,
     warmup_scale,
 )
+from usr_ray.optim_rows import ROW_OPTIMIZERS, RowwiseAdagrad, RowwiseAdam
 from usr_ray.worker import LocalWorker
 
 pytestmark = pytest.mark.unit
@@ -50,10 +52,10 @@ def rows_of_rank(step: int, rank: int, world_size: int) -> slice:
     return slice(0, middle) if rank == 0 else slice(middle, BATCH)
 
 
-def train_tables(worker: LocalWorker, folder: Path) -> dict[str, torch.Tensor]:
+def train_tables(worker: LocalWorker, folder: Path, kind: str = "rowwise_adagrad") -> dict[str, torch.Tensor]:
     """Six steps on loss = sum over the global batch of |item + 2 user - target|^2 / BATCH."""
     tables = start_tables()
-    optimizer = RowwiseAdagrad(tables, learning_rate=RATE, eps=EPS, weight_decay=DECAY)
+    optimizer = ROW_OPTIMIZERS[kind](tables, learning_rate=RATE, eps=EPS, weight_decay=DECAY)
     for step in range(STEPS):
         mine = rows_of_rank(step, worker.rank, worker.world_size)
         batch = {name: tensor[mine] for name, tensor in global_batch(step).items()}
@@ -75,42 +77,72 @@ def train_tables(worker: LocalWorker, folder: Path) -> dict[str, torch.Tensor]:
     return tables | {f"sum_{n}": t for n, t in optimizer.state_tensors().items()} | {"hashes": hashes}
 
 
-def slow_reference() -> tuple[dict[str, list[list[float]]], dict[str, list[float]]]:
-    """The same six steps in plain Python floats: dense gradients, then the formula of the docstring row by row."""
-    tables = {name: table.double().tolist() for name, table in start_tables().items()}
-    sums = {name: [0.0] * NUM_ROWS for name in tables}
+def dense_reference(kind: str) -> dict[str, torch.Tensor]:
+    """The same six steps on whole tables in float64: autograd's dense gradients, rows of the batch chosen by a mask.
+
+    Names as `train_tables` gives them.
+    """
+    tables = {name: table.double() for name, table in start_tables().items()}
+    zeros = {n: torch.zeros(NUM_ROWS, dtype=torch.float64) for n in tables}
+    sums, first, second, count = ({n: z.clone() for n, z in zeros.items()} for _ in range(4))
+    first = {n: torch.zeros_like(t) for n, t in tables.items()}
     for step in range(STEPS):
-        batch = {name: tensor.tolist() for name, tensor in global_batch(step).items()}
-        gradients: dict[str, dict[int, list[float]]] = {name: {} for name in tables}
-        for item, user, target in zip(batch["item"], batch["user"], batch["target"], strict=True):
-            for d in range(DIM):
-                error = tables["item"][item][d] + 2 * tables["user"][user][d] - target[d]
-                gradients["item"].setdefault(item, [0.0] * DIM)[d] += 2 * error / BATCH
-                gradients["user"].setdefault(user, [0.0] * DIM)[d] += 4 * error / BATCH
-        for name, touched in gradients.items():
-            for row, raw in touched.items():
-                if row == 0:
-                    continue
-                gradient = [g + DECAY * w for g, w in zip(raw, tables[name][row], strict=True)]
-                sums[name][row] += sum(g * g for g in gradient) / DIM
-                for d in range(DIM):
-                    tables[name][row][d] -= RATE * gradient[d] / (math.sqrt(sums[name][row]) + EPS)
-    return tables, sums
+        batch = global_batch(step)
+        leaves = {n: t.clone().requires_grad_() for n, t in tables.items()}
+        error = leaves["item"][batch["item"]] + 2 * leaves["user"][batch["user"]] - batch["target"].double()
+        (error.square().sum() / BATCH).backward()
+        for n in ("item", "user"):
+            used = torch.zeros(NUM_ROWS, dtype=torch.bool)
+            used[batch[n]] = True
+            used[0] = False
+            dense = leaves[n].grad
+            assert dense is not None
+            g = dense + DECAY * tables[n]
+            mean_square = (g * g).sum(1) / DIM
+            if kind == "rowwise_adagrad":
+                sums[n] = torch.where(used, sums[n] + mean_square, sums[n])
+                moved = tables[n] - RATE * g / (sums[n].sqrt() + EPS)[:, None]
+            else:
+                count[n] = torch.where(used, count[n] + 1, count[n])
+                first[n] = torch.where(used[:, None], 0.9 * first[n] + 0.1 * g, first[n])
+                second[n] = torch.where(used, 0.999 * second[n] + 0.001 * mean_square, second[n])
+                mean = first[n] / (1 - 0.9 ** count[n])[:, None]
+                moved = tables[n] - RATE * mean / ((second[n] / (1 - 0.999 ** count[n])).sqrt() + EPS)[:, None]
+            tables[n] = torch.where(used[:, None], moved, tables[n])
+    if kind == "rowwise_adagrad":
+        return tables | {f"sum_{n}": sums[n] for n in tables}
+    parts = {"first": first, "second": second, "count": count}
+    return tables | {f"sum_{n}/{part}": t[n] for part, t in parts.items() for n in tables}
 
 
-def test_one_and_two_ranks_take_the_steps_of_the_slow_reference(tmp_path: Path) -> None:
-    tables, sums = slow_reference()
-    alone = train_tables(LocalWorker("cpu"), tmp_path)
-    first, second = run_ranks(train_tables, 2, tmp_path)
+@pytest.mark.parametrize("kind", ["rowwise_adagrad", "rowwise_adam"])
+def test_one_and_two_ranks_take_the_steps_of_the_dense_reference(tmp_path: Path, kind: str) -> None:
+    expected = dense_reference(kind)
+    alone = train_tables(LocalWorker("cpu"), tmp_path, kind)
+    first, second = run_ranks(functools.partial(train_tables, kind=kind), 2, tmp_path)
     for got in (alone, first, second):
-        for name in tables:
-            torch.testing.assert_close(got[name].double(), torch.tensor(tables[name]).double(), rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(
-                got[f"sum_{name}"].double(), torch.tensor(sums[name]).double(), rtol=1e-5, atol=1e-7
-            )
-            assert torch.equal(got[name][0], start_tables()[name][0]), "padding must never move"
+        assert set(got) == {*expected, "hashes"}
+        for name, tensor in expected.items():
+            torch.testing.assert_close(got[name].double(), tensor, rtol=1e-5, atol=1e-6)
+        for name, table in start_tables().items():
+            assert torch.equal(got[name][0], table[0]), "padding must never move"
     for name in first:
         assert torch.equal(first[name], second[name]), f"replicas of {name} drifted apart"
+
+
+def test_adam_corrects_its_bias_by_the_steps_of_the_row() -> None:
+    """A first step is the learning rate times g / rms(g), at whatever step of the run the row is first seen."""
+    table = torch.zeros(4, 2)
+    optimizer = RowwiseAdam({"t": table}, learning_rate=0.5, eps=0.0)
+    g = torch.tensor([[3.0, 4.0]])
+    first_step = -0.5 * g[0] / math.sqrt((9 + 16) / 2)
+    for _ in range(50):
+        optimizer.step({"t": (torch.tensor([1]), g)})
+    optimizer.step({"t": (torch.tensor([2]), g)})
+    torch.testing.assert_close(table[2], first_step)
+    assert optimizer.counts["t"].tolist() == [0, 50, 1, 0]
+    # Equal gradients leave both corrected moments as they are: each of the 50 steps was of that size.
+    torch.testing.assert_close(table[1], 50 * first_step, rtol=1e-4, atol=0.0)
 
 
 class FakeRanks:
@@ -168,6 +200,35 @@ def test_tables_of_one_exchange_do_not_mix() -> None:
     assert out["b"][1].tolist() == [[1003.0], [4.0]]
 
 
+def test_the_sum_that_a_gpu_need_not_wait_for_gives_every_row_the_same_bits() -> None:
+    g = torch.Generator().manual_seed(2)
+    ids = torch.randint(0, 6, (40,), generator=g) + (torch.randint(0, 3, (40,), generator=g) << 48)
+    grads = torch.randn(40, DIM, generator=g) * 1e4
+    expected_ids, expected = sum_by_id(ids, grads)
+    got_ids, got = sum_in_place(ids, grads)
+    assert got_ids.shape == ids.shape
+    is_row = got_ids % (1 << 48) != 0
+    wanted = expected_ids % (1 << 48) != 0
+    assert torch.equal(got_ids[is_row], expected_ids[wanted])
+    assert torch.equal(got[is_row], expected[wanted])
+    # Every place stays in its table's span, so that the tables can be cut apart by what the ranks sent.
+    assert torch.equal(got_ids >> 48, ids.sort().values >> 48)
+    empty_ids, empty = sum_in_place(ids[:0], grads[:0])
+    assert (empty_ids.shape, empty.shape) == ((0,), (0, DIM))
+
+
+@pytest.mark.parametrize("kind", ["rowwise_adagrad", "rowwise_adam"])
+def test_padding_ids_in_an_update_change_nothing(kind: str) -> None:
+    plain, padded = (ROW_OPTIMIZERS[kind](start_tables(), learning_rate=0.1, weight_decay=DECAY) for _ in range(2))
+    for _ in range(2):
+        plain.step({"item": (torch.tensor([2, 4]), torch.ones(2, DIM))})
+        padded.step({"item": (torch.tensor([0, 2, 0, 4, 0]), torch.ones(5, DIM))})
+    for name in plain.weights:
+        assert torch.equal(plain.weights[name], padded.weights[name])
+    for name, tensor in plain.state_tensors().items():
+        assert torch.equal(tensor, padded.state_tensors()[name])
+
+
 def test_a_step_neither_reads_nor_writes_rows_it_was_not_given() -> None:
     table = torch.full((5, 2), float("nan"))
     table[3] = 1.0
@@ -179,16 +240,19 @@ def test_a_step_neither_reads_nor_writes_rows_it_was_not_given() -> None:
     assert optimizer.accumulators["t"].tolist() == [0, 0, 0, 12.5, 0]
 
 
-def test_rowwise_state_survives_a_checkpoint() -> None:
-    first = RowwiseAdagrad(start_tables(), learning_rate=0.1)
+@pytest.mark.parametrize("kind", ["rowwise_adagrad", "rowwise_adam"])
+def test_rowwise_state_survives_a_checkpoint_bit_for_bit(kind: str) -> None:
+    first = ROW_OPTIMIZERS[kind](start_tables(), learning_rate=0.1)
     update = {"item": (torch.tensor([2, 4]), torch.ones(2, DIM)), "user": (torch.tensor([1]), torch.ones(1, DIM))}
     first.step(update)
-    second = RowwiseAdagrad({n: w.clone() for n, w in first.weights.items()}, learning_rate=0.1)
+    second = ROW_OPTIMIZERS[kind]({n: w.clone() for n, w in first.weights.items()}, learning_rate=0.1)
     second.load_state_tensors({n: t.clone() for n, t in first.state_tensors().items()})
     first.step(update)
     second.step(update)
     for name in first.weights:
         assert torch.equal(first.weights[name], second.weights[name])
+    for name, tensor in first.state_tensors().items():
+        assert torch.equal(tensor, second.state_tensors()[name])
 
 
 def dense_model() -> nn.Module:
