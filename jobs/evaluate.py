@@ -33,7 +33,7 @@ from usr_ray.metrics import Predictions, metrics_by_scenario
 from usr_ray.worker import LocalWorker
 
 
-def baseline_of(config: Config, lake: Path, held_out: Manifest, predictions: Predictions) -> Predictions | None:
+def baseline_of(config: Config, lake: str, held_out: Manifest, predictions: Predictions) -> Predictions | None:
     """The popularity baseline on the same rows; None, and a line that says why, where it cannot be had."""
     if not config.data.train_dates:
         print("no popularity baseline: the run's configuration names no data.train_dates")
@@ -65,7 +65,7 @@ def about(run: TrainedRun, held_out: Manifest, dates: str) -> dict[str, object]:
 def main(argv: list[str]) -> None:
     parser = JobParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help="the --run-dir of jobs/train.py")
-    parser.add_argument("--lake", type=Path, required=True, metavar="DIR", help="the lake of jobs/build_samples.py")
+    parser.add_argument("--lake", required=True, metavar="DIR", help="the lake of jobs/build_samples.py")
     parser.add_argument("--dates", required=True, metavar="A:B", help="first and last date, both included")
     parser.add_argument("--output", type=Path, metavar="FILE", help="metrics as JSON; default in the run directory")
     arguments = parser.parse_args(argv)

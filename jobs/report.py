@@ -20,7 +20,7 @@ from usr_ray.report import write_report
 def main(argv: list[str]) -> None:
     parser = JobParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help="the --run-dir of jobs/train.py")
-    parser.add_argument("--lake", type=Path, metavar="DIR", help="the lake of jobs/build_samples.py, for the funnel")
+    parser.add_argument("--lake", metavar="DIR", help="the lake of jobs/build_samples.py, for the funnel")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: <run-dir>/report.html")
     arguments = parser.parse_args(argv)
     print(f"report: {write_report(arguments.run_dir, arguments.lake, arguments.output)}")

@@ -23,7 +23,7 @@ from usr_ray.worker import LocalWorker
 def main(argv: list[str]) -> None:
     parser = JobParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help="the --run-dir of jobs/train.py")
-    parser.add_argument("--lake", type=Path, required=True, metavar="DIR", help="the lake of jobs/build_samples.py")
+    parser.add_argument("--lake", required=True, metavar="DIR", help="the lake of jobs/build_samples.py")
     parser.add_argument("--dates", required=True, metavar="A:B", help="first and last date, both included")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the Delta table of scores")
     arguments = parser.parse_args(argv)

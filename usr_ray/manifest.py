@@ -22,7 +22,17 @@ from numpy.typing import NDArray
 
 from usr_ray.config import DAY_US, UserError
 from usr_ray.files import write_whole
-from usr_ray.manifest_files import DataError, DataFile, RowGroup, one_line, open_filesystem, read_footer
+from usr_ray.manifest_files import (
+    STORE_HINT,
+    DataError,
+    DataFile,
+    RowGroup,
+    one_line,
+    open_filesystem,
+    read_footer,
+    table_address,
+    whole_line,
+)
 from usr_ray.schema import ALL_LABELS, FEATURE_SPEC_PROPERTY, PARTITION_COLUMN, SAMPLES, VOCABULARIES, FeatureSpec
 
 FORMAT = 1
@@ -179,7 +189,7 @@ def build_manifest(lake: Path | str, *, dates: tuple[dt.date, dt.date], version:
         DataError: a table that would be read wrong (column mapping, deletion vectors), that training does not
             understand (feature spec or columns missing, wrong types), or with a file missing or damaged.
     """
-    table_uri = _table_uri(lake, SAMPLES)
+    table_uri = table_address(lake, SAMPLES)
     table = _open_table(table_uri, version)
     spec = _check_table(table, table_uri)
     adds = pa.table(table.get_add_actions(flatten=True))
@@ -207,13 +217,8 @@ def build_manifest(lake: Path | str, *, dates: tuple[dt.date, dt.date], version:
 
 def read_vocabularies(lake: Path | str) -> pa.Table:
     """Columns feature, value (string) and id (int64) of `<lake>/vocabularies`. Raises UserError: there is none."""
-    table = _open_table(_table_uri(lake, VOCABULARIES), None)
+    table = _open_table(table_address(lake, VOCABULARIES), None)
     return table.to_pyarrow_table(columns=["feature", "value", "id"])
-
-
-def _table_uri(lake: Path | str, table: str) -> str:
-    text = str(lake)
-    return f"{text.rstrip('/')}/{table}" if "://" in text else str((Path(text) / table).resolve())
 
 
 def _open_table(table_uri: str, version: int | None) -> Any:
@@ -232,7 +237,8 @@ def _open_table(table_uri: str, version: int | None) -> Any:
         ) from error
     except (DeltaError, OSError) as error:
         at = "" if version is None else f" at version {version}"
-        raise UserError(f"{table_uri}: the Delta table cannot be opened{at} ({one_line(error)})") from error
+        hint = f"; {STORE_HINT}" if "://" in table_uri else ""
+        raise UserError(f"{table_uri}: the Delta table cannot be opened{at} ({whole_line(error)}){hint}") from error
 
 
 def _check_table(table: Any, table_uri: str) -> FeatureSpec:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -14,6 +16,7 @@ import pyarrow.parquet as pq
 from usr_ray.config import DAY_US, UserError
 
 REBUILD = "rebuild its date with jobs/build_samples.py"
+STORE_HINT = "check the address, and the store's keys and endpoint in the environment (docs/cluster.md, object stores)"
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
 
@@ -48,11 +51,40 @@ class DataFile:
     row_groups: tuple[RowGroup, ...]
 
 
+def table_address(lake: Path | str, table: str) -> str:
+    """Where a table of the lake is: a whole path, or `<lake>/<table>` of an object store's address, as it was written.
+
+    Raises:
+        UserError: the address holds a key or options; both would be saved with the run and shown in its logs.
+    """
+    text = str(lake)
+    if "://" not in text:
+        return str((Path(text) / table).resolve())
+    scheme, _, rest = text.partition("://")
+    user, at, _ = rest.partition("/")[0].rpartition("@")
+    if (at and ":" in user) or "?" in rest or "#" in rest:
+        raise UserError(
+            f"--lake {scheme}://...: an address must hold no key and no option, since it is saved with the run; name "
+            "them in the environment (docs/cluster.md, object stores) and give the bucket and folder alone"
+        )
+    return f"{text.rstrip('/')}/{table}"
+
+
 def open_filesystem(table_uri: str) -> tuple[pafs.FileSystem, str]:
-    """The file system of a table and the table's path in it: a local path or a URI that Arrow knows (s3, gs, hdfs)."""
-    if "://" in table_uri:
-        return pafs.FileSystem.from_uri(table_uri)
-    return pafs.LocalFileSystem(), table_uri
+    """The file system of a table and the table's path in it: a local path, or an address in an object store.
+
+    Keys, region and endpoint come from the environment or from the machine's role, never from the address.
+
+    Raises:
+        UserError: Arrow knows no such kind of address, or the store refuses.
+    """
+    if "://" not in table_uri:
+        return pafs.LocalFileSystem(), table_uri
+    try:
+        # Spark's name for S3 is s3a; a table has one address on both sides.
+        return pafs.FileSystem.from_uri(re.sub("^s3a://", "s3://", table_uri))
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{table_uri}: cannot be reached ({whole_line(error)}); {STORE_HINT}") from error
 
 
 def join_path(table_path: str, path: str) -> str:
@@ -64,6 +96,12 @@ def one_line(error: BaseException) -> str:
     """The first line of an error's text, without the final stop."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(". ") if lines else type(error).__name__
+
+
+def whole_line(error: BaseException) -> str:
+    """All lines of an error's text as one, without colours: delta-rs puts the cause into the last of them."""
+    lines = re.sub("\x1b\\[[0-9;]*m", "", str(error)).splitlines()
+    return ": ".join(line.strip(" \t.↳") for line in lines if line.strip()) or type(error).__name__
 
 
 def read_footer(
@@ -83,7 +121,10 @@ def read_footer(
         DataError: the file is missing, has another size or row count than the log says, or is no Parquet file.
     """
     full = join_path(table_path, path)
-    info = filesystem.get_file_info(full)
+    try:
+        info = filesystem.get_file_info(full)
+    except OSError as error:
+        raise DataError(f"{full}: cannot be reached ({whole_line(error)}); {STORE_HINT}") from error
     if info.type != pafs.FileType.File:
         raise DataError(
             f"{full}: the file is missing, though the table's log names it; it was deleted or vacuumed: {REBUILD}"

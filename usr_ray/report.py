@@ -32,7 +32,7 @@ BACKBONE_NAMES = {
 }  # fmt: skip
 
 
-def write_report(run_dir: Path, lake: Path | None = None, output: Path | None = None) -> Path:
+def write_report(run_dir: Path, lake: Path | str | None = None, output: Path | None = None) -> Path:
     """Write the report of a run and return its path (default `<run_dir>/report.html`).
 
     Args:

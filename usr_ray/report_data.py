@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pyarrow.fs import FileSelector, FileType
+
 from usr_ray.config import UserError
 from usr_ray.evaluate_files import BASELINE_SPLIT, PREDICTIONS_FILE, SPLIT, read_predictions
+from usr_ray.manifest_files import STORE_HINT, open_filesystem, table_address, whole_line
 from usr_ray.metrics import CellMetrics, Predictions
 from usr_ray.schema import REPORTS
 
@@ -85,9 +88,16 @@ def read_run(run_dir: Path) -> RunRecord:
 def read_json(path: Path) -> Any:
     """Content of a JSON file; UserError naming the file when it cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return _parsed(path.read_bytes(), path)
+    except OSError as error:
         raise UserError(f"{path}: is not readable JSON ({error}); remove it or write it again") from error
+
+
+def _parsed(text: bytes, where: Path | str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where}: is not readable JSON ({error}); remove it or write it again") from error
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
@@ -106,17 +116,24 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     return sorted(rows.values(), key=lambda row: row["step"])
 
 
-def read_etl_reports(lake: Path | None) -> list[dict[str, Any]]:
-    """`<lake>/reports/*.json`, by file name; none without a lake.
+def read_etl_reports(lake: Path | str | None) -> list[dict[str, Any]]:
+    """`<lake>/reports/*.json`, by file name; none without a lake. The lake may be in an object store.
 
     Raises:
         UserError: the lake is missing, or a report cannot be read.
     """
     if lake is None:
         return []
-    if not lake.is_dir():
-        raise UserError(f"--lake {lake}: no such directory; name the --lake of jobs/build_samples.py")
-    return [read_json(path) for path in sorted((lake / REPORTS).glob("*.json"))]
+    filesystem, folder = open_filesystem(table_address(lake, REPORTS))
+    try:
+        if filesystem.get_file_info(folder.rpartition("/")[0]).type != FileType.Directory:
+            raise UserError(f"--lake {lake}: no such directory; name the --lake of jobs/build_samples.py")
+        found = filesystem.get_file_info(FileSelector(folder, allow_not_found=True))
+        names = sorted(info.path for info in found if info.path.endswith(".json"))
+        texts = [(name, filesystem.open_input_stream(name).read()) for name in names]
+    except OSError as error:
+        raise UserError(f"--lake {lake}: cannot be reached ({whole_line(error)}); {STORE_HINT}") from error
+    return [_parsed(text, name) for name, text in texts]
 
 
 def _newest_metrics(run_dir: Path) -> tuple[CellMetrics | None, CellMetrics | None, str]:
