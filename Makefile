@@ -63,6 +63,7 @@ check: setup  ## lint, formatting, types, import directions
 	@ruff check .
 	@ruff format --check .
 	@mypy
+	@cd benchmarks && mypy --ignore-missing-imports --explicit-package-bases *.py
 	@python -m pytest tests/unit/test_imports.py tests/unit/test_house.py
 
 bench: setup require-jdk  ## benchmarks: ratios inside one run, written to benchmarks/results

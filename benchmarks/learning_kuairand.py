@@ -15,6 +15,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,15 +108,15 @@ def tune_rechub(
         batch = config.train.global_batch_size
         return train_rechub(model, train, held_out, lr=lr, decay=decay, epochs=epochs, batch=batch)
 
-    grid = []
+    grid: list[dict[str, Any]] = []
     for lr, decay in itertools.product(LEARNING_RATES, WEIGHT_DECAYS):
-        for epoch, probs in enumerate(run(seeds[0], lr, decay, NUM_EPOCHS)):
-            both = [auc(rows.labels_NT[:, t], probs[:, t]) for t in range(len(TASKS))]
+        for epoch, probs_NT in enumerate(run(seeds[0], lr, decay, NUM_EPOCHS)):
+            both = [auc(rows.labels_NT[:, t], probs_NT[:, t]) for t in range(len(TASKS))]
             grid.append({"lr": lr, "weight_decay": decay, "epochs": epoch + 1, "auc": round(float(np.mean(both)), 5)})
-    best = max(grid, key=lambda entry: entry["auc"])
+    best: dict[str, Any] = max(grid, key=lambda entry: entry["auc"])
     start = time.perf_counter()
-    probs = [run(seed, best["lr"], best["weight_decay"], best["epochs"])[-1] for seed in seeds]
-    return Runs(rows, np.stack(probs), (time.perf_counter() - start) / len(seeds)), {"best": best, "grid": grid}
+    last = [run(seed, best["lr"], best["weight_decay"], best["epochs"])[-1] for seed in seeds]
+    return Runs(rows, np.stack(last), (time.perf_counter() - start) / len(seeds)), {"best": best, "grid": grid}
 
 
 def peer_rows(data: Data, rows: Predictions) -> tuple[Rows, Rows]:
@@ -141,8 +142,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     try:
         for backbone in arguments.backbones:
-            add(f"ours, {backbone}", lambda b=backbone: train_seeds(data, [f"model.backbone={b}", *PLAIN], seeds))
-            add(f"ours, {backbone} + USR", lambda b=backbone: train_seeds(data, [f"model.backbone={b}"], seeds))
+            for suffix, settings in (("", PLAIN), (" + USR", ())):
+                overrides = [f"model.backbone={backbone}", *settings]
+                add(f"ours, {backbone}{suffix}", partial(train_seeds, data, overrides, seeds))
         if not arguments.without_peers:
             rows = next(iter(models.values())).rows
             train, held_out = peer_rows(data, rows)

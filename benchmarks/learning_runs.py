@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from usr_ray.baseline import _Ranked, end_of_us, popularity_baseline, read_training_rows
-from usr_ray.config import Config, load_config, parse_dates
+from usr_ray.baseline import _Ranked, popularity_baseline, read_training_rows
+from usr_ray.config import Config, end_of_us, load_config, parse_dates
 from usr_ray.manifest import Manifest, build_manifest
 from usr_ray.metrics import Predictions, auc
 from usr_ray.schema import TASKS

@@ -9,6 +9,7 @@ Scenarios are groups of tabs. A click is is_click; a post-click action (`kuairan
   play_time_ms, but before the same user opens the video again in the scenario, so that it is that click's order. (In
   99.9 % of rows the user's next impression comes later still: no history sees an action that was not yet over.)
 - An action without a click (autoplay tabs) stays an order row: no click earns it, the ETL rejects and counts it.
+- What users did before the log, where `user_sequences_until_*.parquet` is there: etl/sources/kuairand_earlier.py.
 - Not read: the statistics tables and every column derived from outcomes, which would leak labels.
 """
 
@@ -23,6 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
+from etl.sources.kuairand_earlier import EarlierSequences, with_columns
 from etl.sources.writer import LogWriter, constant_column, input_files, require_columns, require_scenarios, text_column
 from usr_ray.config import Config, UserError
 
@@ -40,7 +42,7 @@ ITEM_CATEGORIES = ("author_id", "video_type", "upload_type", "music_id", "music_
 
 
 class KuaiRandSource:
-    """rec_*.parquet or log_*.csv, user_features_*.csv, video_features_basic_*.csv."""
+    """rec_*.parquet or log_*.csv, user_features_*.csv, video_features_basic_*.csv, user_sequences_until_*.parquet."""
 
     name = "kuairand"
     needs_input = True
@@ -52,14 +54,23 @@ class KuaiRandSource:
         logs = input_files(input_dir, ("rec_*.parquet", "log_*.csv"), what="impression log")
         users = input_files(input_dir, ("user_features*.csv",), what="user table")
         videos = input_files(input_dir, ("video_features_basic*.csv",), what="video table")
+        earlier = EarlierSequences.read(sorted(input_dir.glob("user_sequences_until_*.parquet")))
         for path in users:
-            writer.append("users", _user_rows(path))
+            table = _user_rows(path)
+            writer.append("users", with_columns(table, earlier.user_numbers(table["user_id"])))
         for path in videos:
-            writer.append("items", _item_rows(path))
+            table = _item_rows(path)
+            writer.append("items", with_columns(table, earlier.item_numbers(table["item_id"])))
         action = config.kuairand.order_column
         table = pa.concat_tables([_read_log(path, (*LOG_COLUMNS, action)) for path in logs])
         print(f"{table.num_rows:,} impressions read from {len(logs)} file(s)", file=sys.stderr, flush=True)
         rows = {name: table[name].to_numpy() for name in table.column_names}
+        if table.num_rows:
+            first_us = int(rows["time_ms"].min()) * 1000
+            num_earlier = earlier.write_events(
+                writer, config.scenarios[0], before_us=first_us, is_order=action == "long_view"
+            )
+            print(f"{num_earlier:,} long views read from before the log", file=sys.stderr, flush=True)
         scenario = np.full(table.num_rows, len(config.scenarios) - 1)
         for k, name in enumerate(config.scenarios):
             scenario[np.isin(rows["tab"], groups[name])] = k

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import math
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -18,6 +22,7 @@ pytestmark = pytest.mark.unit
 ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT.parent / "shared" / "data" / "kuairand-pure"
 CONFIG = ROOT / "jobs" / "configs" / "kuairand.toml"
+LOG_START = dt.datetime(2022, 4, 24, tzinfo=dt.UTC)
 needs_real_files = pytest.mark.skipif(not REAL.is_dir(), reason="the real logs are not beside the project")
 
 LOG_HEADER = (
@@ -33,6 +38,7 @@ VIDEO_HEADER = (
     "video_id,author_id,video_type,upload_dt,upload_type,visible_status,video_duration,server_width,server_height,"
     "music_id,music_type,tag"
 )
+NOTHING_EARLIER = {"item_earlier_impressions": 0.0, "item_earlier_long_view_log_odds": 0.0}
 FULL_SCENARIOS = 'scenarios=["main", "tab_0", "tab_4", "rest"]'
 
 
@@ -55,17 +61,23 @@ def raw() -> pd.DataFrame:
     return frame.assign(scenario=frame["tab"].map(groups).fillna("rest"))
 
 
+def in_the_log(logs: Path, name: str) -> pa.Table:
+    """Rows that are no long view from before the log."""
+    table = pq.read_table(logs / name)
+    return table.filter(pc.greater_equal(table["event_time"], pa.scalar(LOG_START, table["event_time"].type)))
+
+
 @needs_real_files
 def test_every_real_row_is_accounted_for(real_logs: Path, raw: pd.DataFrame) -> None:
     assert len(raw) == 94_784
     for scenario, rows in raw.groupby("scenario"):
-        shown = pq.read_table(real_logs / f"{scenario}_impressions")
+        shown = in_the_log(real_logs, f"{scenario}_impressions")
         assert shown.num_rows == len(rows)
         assert len(set(shown["impression_id"].to_pylist())) == len(
             rows[["user_id", "video_id", "time_ms", "tab"]].drop_duplicates()
         )
-        assert pq.read_table(real_logs / f"{scenario}_clicks").num_rows == int(rows["is_click"].sum())
-        assert pq.read_table(real_logs / f"{scenario}_orders").num_rows == int(rows["long_view"].sum())
+        assert in_the_log(real_logs, f"{scenario}_clicks").num_rows == int(rows["is_click"].sum())
+        assert in_the_log(real_logs, f"{scenario}_orders").num_rows == int(rows["long_view"].sum())
     assert pq.read_table(real_logs / "users").num_rows == 27_285
     assert pq.read_table(real_logs / "items").num_rows == 7_583
 
@@ -110,6 +122,8 @@ def test_features_hold_profiles_and_nothing_that_follows_from_outcomes(real_logs
     assert set(config.user_categories) | set(config.user_numbers) <= set(users.column_names)
     assert set(config.item_categories) | set(config.item_numbers) <= set(items.column_names)
     for name in (*users.column_names, *items.column_names):
+        if "_earlier_" in name:  # counted before the log begins: test_what_users_did_before_the_log_...
+            continue
         assert not any(word in name for word in ("click", "like", "view", "watch", "play", "finish", "show"))
     assert users["follow_user_num"][:2].to_pylist() == [514.0, 457.0]
     assert items["video_duration_s"][:2].to_pylist() == [87.433, 218.066]
@@ -192,12 +206,50 @@ def test_groups_and_action_are_configurable(tmp_path: Path) -> None:
     assert [r["order_id"] for r in read_rows(logs, "near_orders")] == ["0-7-1-1"]
     assert read_rows(logs, "items") == [
         {"item_id": "7", "author_id": "11", "video_type": "NORMAL", "upload_type": "LongImport", "music_id": "99",
-         "music_type": "9.0", "tag": "39", "video_duration_s": 5.0},
+         "music_type": "9.0", "tag": "39", "video_duration_s": 5.0, **NOTHING_EARLIER},
         {"item_id": "8", "author_id": None, "video_type": "AD", "upload_type": None, "music_id": None,
-         "music_type": None, "tag": None, "video_duration_s": None},
+         "music_type": None, "tag": None, "video_duration_s": None, **NOTHING_EARLIER},
     ]  # fmt: skip
     (user,) = read_rows(logs, "users")
     assert (user["follow_user_num_range"], user["register_days"]) == ("(0,10]", 107.0)
+
+
+def test_what_users_did_before_the_log_is_history_and_counts(tmp_path: Path) -> None:
+    folder = hand_written(tmp_path / "in", row(ms=86_400_000 * 3 + 5_000, play=1))
+    hour_ms, evening_ms = 3_600_000, 86_400_000 * 3 - 3_600_000
+    # User 0 was last active on the log's first UTC day, which is built: its events move to the evening before.
+    sequences = {
+        "user_id": [0, 5], "history_len": [70, 2], "last_time_ms": [86_400_000 * 3 + 1, 4_000],
+        "watch_seq": [[7, 8, 7], [8, 8]], "long_watch_seq": [[9, 8, 7], [8]], "like_seq": [[], [8]],
+    }  # fmt: skip
+    pq.write_table(pa.table(sequences), folder / "user_sequences_until_1970.parquet")
+    logs = ingest(folder, tmp_path / "logs", load_config(None, [FULL_SCENARIOS]))
+    for log, key in (("main_impressions", "impression_id"), ("main_clicks", "click_id"), ("main_orders", "order_id")):
+        events = [r for r in read_rows(logs, log) if "earlier" in r[key]]
+        assert [(r["user_id"], r["item_id"], r["event_time"] // 1000) for r in events] == [
+            ("0", "9", evening_ms - 2 * hour_ms), ("0", "8", evening_ms - hour_ms), ("0", "7", evening_ms),
+            ("5", "8", 4_000),
+        ]  # fmt: skip
+    assert len(read_rows(logs, "tab_4_impressions")) == 0
+    # Read from the newest end, the impressions are: 7 long, 8 long, 7 not (9 is in the way); 8 long, 8 not. So 3 of 5
+    # are long; with one more of each, ten impressions at 4 / 7 come on top.
+    long, other = 10 * 4 / 7, 10 * 3 / 7
+    assert (user := read_rows(logs, "users")[0])["user_earlier_impressions"] == 70.0
+    assert user["user_earlier_long_view_log_odds"] == pytest.approx(math.log((2 + long) / (1 + other)))
+    first, second = read_rows(logs, "items")
+    assert (first["item_earlier_impressions"], second["item_earlier_impressions"]) == (2.0, 3.0)
+    assert first["item_earlier_long_view_log_odds"] == pytest.approx(math.log((1 + long) / (1 + other)))
+    assert second["item_earlier_long_view_log_odds"] == pytest.approx(math.log((2 + long) / (1 + other)))
+
+
+def test_an_action_that_is_no_long_view_has_no_earlier_orders(tmp_path: Path) -> None:
+    folder = hand_written(tmp_path / "in", row(ms=86_400_000 * 3, play=1, like=1))
+    sequences = {"user_id": [0], "history_len": [1], "last_time_ms": [9], "watch_seq": [[7]], "long_watch_seq": [[7]]}
+    pq.write_table(pa.table(sequences), folder / "user_sequences_until_1970.parquet")
+    config = load_config(None, [FULL_SCENARIOS, "kuairand.order_column=is_like"])
+    logs = ingest(folder, tmp_path / "logs", config)
+    assert len(read_rows(logs, "main_clicks")) == 2
+    assert len(read_rows(logs, "main_orders")) == 1
 
 
 def refused(tmp_path: Path, input_dir: Path, *overrides: str) -> str:
@@ -215,6 +267,9 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     message = refused(tmp_path, folder, 'scenarios=["search", "recommendation"]')
     assert "source kuairand writes ['main', 'tab_0', 'tab_4', 'rest']" in message
     assert "start from jobs/configs/kuairand.toml" in message
+    pq.write_table(pa.table({"user_id": [1]}), folder / "user_sequences_until_1970.parquet")
+    assert "user_sequences_until_1970.parquet: no column history_len, last_time_ms" in refused(tmp_path, folder)
+    (folder / "user_sequences_until_1970.parquet").unlink()
     hand_written(folder, ",7,20220425,0,5,1,0,0,0,0,0,1,1,9000,0,0,0,0,1")
     assert "column user_id has 1 empty values; every row needs one" in refused(tmp_path, folder)
     (folder / "video_features_basic_pure.csv").write_text("video_id,tag\n1,2\n")
