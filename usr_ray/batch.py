@@ -113,13 +113,15 @@ class UsrBatch:
     """int64 hash of the raw request_id: groups rows for NDCG."""
     row_number_B: Tensor
     """int64 position of the row in the manifest (file order, then row order), -1 for padding."""
+    longest: int | None = None
+    """Events of the row that has most, over all its histories; None: not counted (`count_longest`)."""
 
     def __len__(self) -> int:
         return int(self.scenario_B.shape[0])
 
     def map(self, function: Any) -> UsrBatch:
         """A batch with `function` applied to every tensor."""
-        return _map(self, function)
+        return map_tensors(self, function)
 
     def to(self, device: torch.device | str) -> UsrBatch:
         """The batch on `device`; does not wait for the copy when the memory is pinned."""
@@ -128,6 +130,13 @@ class UsrBatch:
     def pin_memory(self) -> UsrBatch:
         """The batch in page-locked memory, for asynchronous copies to a GPU."""
         return self.map(lambda tensor: tensor.pin_memory())
+
+    def count_longest(self) -> UsrBatch:
+        """The batch with `longest`, which a GPU would have to be waited for: call it on the CPU."""
+        if not len(self):
+            return replace(self, longest=0)
+        lengths_B = torch.stack([h.offsets for h in self.histories]).sum(0).diff()
+        return replace(self, longest=int(lengths_B.max()))
 
     def slice_rows(self, start: int, stop: int) -> UsrBatch:
         """Rows start..stop - 1; all but the history offsets are views. For batches on the CPU."""
@@ -156,14 +165,15 @@ class UsrBatch:
         return total
 
 
-def _map(value: Any, function: Any) -> Any:
+def map_tensors(value: Any, function: Any) -> Any:
+    """`value`, of dataclasses and tuples, with `function` applied to every tensor; None and integers stay."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, tuple):
-        return tuple(_map(v, function) for v in value)
-    if value is None:
-        return None
-    return replace(value, **{f.name: _map(getattr(value, f.name), function) for f in fields(value)})
+        return tuple(map_tensors(v, function) for v in value)
+    if value is None or isinstance(value, int):
+        return value
+    return replace(value, **{f.name: map_tensors(getattr(value, f.name), function) for f in fields(value)})
 
 
 @dataclass(frozen=True, slots=True)

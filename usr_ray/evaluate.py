@@ -22,9 +22,11 @@ from usr_ray.batch import UsrBatch, UsrOutputs
 from usr_ray.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from usr_ray.config import Config, UserError
 from usr_ray.embeddings import RowSource
+from usr_ray.feed import Feed
 from usr_ray.manifest import Manifest
 from usr_ray.metrics import CellMetrics, Predictions, known_labels_only, metrics_by_scenario
 from usr_ray.model.embedding import EmbeddingTables
+from usr_ray.model.unique import UniqueIds
 from usr_ray.model.usr import UsrModel
 from usr_ray.reader import SampleReader
 from usr_ray.schema import ALL_LABELS, TASKS, UNKNOWN_ID, FeatureSpec
@@ -54,18 +56,21 @@ def evaluate(model: nn.Module, tables: RowSource, manifest: Manifest, worker: Wo
     Raises:
         EvaluationError: the model's probabilities are not numbers in [0, 1].
     """
-    integers, log_probs, labels = [], [], []
+    integers, log_probs, labels, kept = [], [], [], []
     with evaluation_reader(manifest, worker, config) as reader:
         for batch, outputs in score_batches(model, tables, reader, manifest.spec, worker.device):
             kept_B = batch.weights_B > 0
             columns = [batch.row_number_B, batch.scenario_B, batch.user_key_B, batch.request_key_B]
             columns += [batch.sparse_BF[:, _ITEM], _history_lengths(batch)]
-            integers.append(torch.stack(columns, dim=1)[kept_B].cpu())
+            integers.append(torch.stack(columns, dim=1)[kept_B])
+            labels.append(batch.labels_BT[kept_B])
+            kept.append(kept_B)
             log_p = [outputs.log_p_BT]
             if outputs.log_p_global_BT is not None:
                 log_p.append(outputs.log_p_global_BT)
-            log_probs.append(torch.cat(log_p, dim=1)[kept_B].double().cpu())
-            labels.append(batch.labels_BT[kept_B].cpu())
+            log_probs.append(torch.cat(log_p, dim=1))  # stays on the device, so that a GPU is not waited for
+    if log_probs:
+        log_probs = [torch.cat(log_probs).cpu()[torch.cat(kept)].double()]
     # A rank without a batch still takes part in every collective, with rows of the width the others have.
     has_global = worker.any_true(bool(log_probs) and log_probs[0].shape[1] > len(TASKS))
     width = 2 * len(TASKS) if has_global else len(TASKS)
@@ -100,7 +105,9 @@ def score_batches(
     spec: FeatureSpec,
     device: torch.device,
 ) -> Iterator[tuple[UsrBatch, UsrOutputs]]:
-    """(batch, outputs) of every batch of `reader`, both on `device`, with the model in evaluation mode and float32.
+    """(batch, outputs) of every batch of `reader`, with the model in evaluation mode and float32.
+
+    The batch is on the CPU, the outputs are on `device`; batches are read, their ids found and copied ahead of use.
 
     `spec` is the manifest's. Vocabularies grow after a model was trained; an id that the model has no embedding for is
     given to it as unknown, as any new value is. Ranks are not in step here, so DDP's wrapper is not called.
@@ -109,13 +116,19 @@ def score_batches(
     has_grown = any(limits[feature.name] < feature.num_embeddings for feature in spec.sparse)
     module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     was_training = module.training
+
+    def batches() -> Iterator[tuple[tuple[UsrBatch, UniqueIds], UsrBatch]]:
+        for batch in reader.batches(epoch=0):
+            known = _known_ids(batch, spec, limits) if has_grown else batch
+            yield (known.count_longest(), tables.unique_ids(known)), known
+
     module.eval()
     try:
-        for on_host in reader.batches(epoch=0):
-            batch = (_known_ids(on_host, spec, limits) if has_grown else on_host).to(device)
-            with torch.inference_mode():
-                outputs = module(batch, tables.lookup(batch))
-            yield batch, outputs
+        with Feed(batches(), device) as feed:
+            for (batch, unique), on_host in feed:
+                with torch.inference_mode():
+                    outputs = module(batch, tables.lookup(batch, unique))
+                yield on_host, outputs
     finally:
         module.train(was_training)
 

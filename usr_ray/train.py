@@ -8,20 +8,24 @@ the same global batches.
 from __future__ import annotations
 
 import datetime as dt
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from usr_ray.batch import UsrBatch
 from usr_ray.checkpoint import CheckpointStore
-from usr_ray.config import Config, UserError, end_of_us, parse_dates
+from usr_ray.config import Config, UserError
 from usr_ray.evaluate import Evaluation, evaluate
-from usr_ray.loss import row_counts, usr_loss
+from usr_ray.feed import Feed
+from usr_ray.loss import usr_loss
 from usr_ray.manifest import Manifest
+from usr_ray.model.unique import UniqueIds
 from usr_ray.order import stream_key
-from usr_ray.reader import SampleReader
+from usr_ray.train_feed import training_batches, training_reader
 from usr_ray.train_meter import Monitor, SilentMonitor, StepMeter, summarise
 from usr_ray.train_state import TrainState, share_json
 from usr_ray.worker import Worker
@@ -29,6 +33,9 @@ from usr_ray.worker import Worker
 
 class TrainError(UserError):
     """A run that cannot go on."""
+
+
+TrainFeed = Feed[tuple[UsrBatch, UniqueIds], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,28 +106,39 @@ class _Run:
             self._say(f"resumed at step {state.step} (epoch {state.epoch + 1}/{config.num_epochs})")
         best = self.store.best_valid() if config.early_stopping and self.worker.is_main else None
         self.best = share_json(self.worker, best and (best.step, best.state["log_loss"]))
-        status = "finished"
-        while True:
-            if not self._train_epoch():
-                self._say(f"stopped at step {state.step}; the same command resumes it")
-                return TrainResult("stopped", state.step, state, None)
-            evaluation, has_grown = self._evaluate()
-            if state.epoch + 1 >= config.num_epochs:
-                break
-            if has_grown:
-                status = "early_stopped"
-                break
-            state.epoch, state.epoch_step = state.epoch + 1, 0
+        batches = training_batches(
+            self.reader, state.tables, epochs=range(state.epoch, config.num_epochs), start_step=state.epoch_step,
+            num_scenarios=len(state.manifest.spec.scenarios),
+        )  # fmt: skip
+        with Feed(batches, self.worker.device) as feed:
+            status, evaluation = self._train(feed)
         steps_done = state.step
+        if status == "stopped":
+            return TrainResult(status, steps_done, state, None)
         if config.early_stopping:
             evaluation = self._restore_best(evaluation)
         return TrainResult(status, steps_done, state, evaluation)
 
-    def _train_epoch(self) -> bool:
+    def _train(self, feed: TrainFeed) -> tuple[str, Evaluation | None]:
+        """Epoch after epoch, to the end; (TrainResult.status, the last evaluation)."""
+        state, config = self.state, self.config.train
+        while True:
+            if not self._train_epoch(feed):
+                self._say(f"stopped at step {state.step}; the same command resumes it")
+                return "stopped", None
+            evaluation, has_grown = self._evaluate()
+            if state.epoch + 1 >= config.num_epochs:
+                return "finished", evaluation
+            if has_grown:
+                return "early_stopped", evaluation
+            state.epoch, state.epoch_step = state.epoch + 1, 0
+
+    def _train_epoch(self, feed: TrainFeed) -> bool:
         """Train what is left of the current epoch; False when a rank was asked to stop."""
         state, config = self.state, self.config.train
-        for batch in self.meter.timed(self.reader.batches(state.epoch, start_step=state.epoch_step)):
-            must_stop = self._step(batch)
+        num_left = self.reader.num_steps - state.epoch_step
+        for (batch, unique), counts_S in self.meter.timed(itertools.islice(feed, num_left)):
+            must_stop = self._step(batch, unique, counts_S)
             is_last = state.epoch_step == self.reader.num_steps
             must_save = state.step % config.checkpoint_every_steps == 0 or is_last or must_stop
             if state.step % config.log_every_steps == 0 or must_save:
@@ -131,19 +149,16 @@ class _Run:
                 return False
         return True
 
-    def _step(self, on_host: UsrBatch) -> bool:
+    def _step(self, batch: UsrBatch, unique: UniqueIds, counts_S: Tensor) -> bool:
         """One step; True when some rank was asked to stop: the flag travels with the row counts, so all ranks agree."""
         state, worker, config = self.state, self.worker, self.config
-        # Counted on the CPU and reduced over the CPU's group: a GPU's queue is never waited for.
-        mine = row_counts(on_host, len(state.manifest.spec.scenarios))
-        flag = mine.new_tensor([worker.should_stop()])
-        totals = worker.all_reduce_sum(torch.cat([mine, flag]))
+        # On the CPU, and reduced over the CPU's group: a GPU's queue is never waited for.
+        totals = worker.all_reduce_sum(torch.cat([counts_S, counts_S.new_tensor([worker.should_stop()])]))
         seed = stream_key(config.train.seed, state.step) >> 33
         torch.manual_seed((seed << 20) + worker.rank)  # dropout; the twins' masks take the seed itself
-        batch = (on_host.pin_memory() if worker.device.type == "cuda" else on_host).to(worker.device)
-        lookup = state.tables.lookup(batch)
+        lookup = state.tables.lookup(batch, unique)
         # torch.compile would take a new number for a new constant, and compile each step again.
-        step_seed = torch.tensor(seed, device=worker.device) if config.train.compile else seed
+        step_seed = torch.full((), seed, device=worker.device) if config.train.compile else seed
         with torch.autocast(worker.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
             outputs = state.model(batch, lookup, step_seed)
         spec, counts_S = state.manifest.spec, totals[:-1].to(worker.device, non_blocking=True)
@@ -219,26 +234,3 @@ class _Run:
     def _say(self, text: str) -> None:
         if self.worker.is_main:
             print(f"[train] {text}", flush=True)
-
-
-def training_reader(config: Config, manifest: Manifest, worker: Worker) -> SampleReader:
-    """Reads the part of the training batches that is this rank's.
-
-    A row counts when its labels were final at the train cut-off, midnight UTC after the last training date: a global
-    label that closes later has seen the held-out days.
-    """
-    last = parse_dates(config.data.train_dates or manifest.dates[-1], where="data.train_dates")[1]
-    return SampleReader(
-        manifest,
-        global_batch_size=config.train.global_batch_size,
-        group_size=config.model.contrastive.group_size,
-        rank=worker.rank,
-        world_size=worker.world_size,
-        seed=config.train.seed,
-        order=config.train.order,
-        ready_before_us=end_of_us(last) if config.data.mature_only else None,
-        mature_only=config.data.mature_only,
-        num_threads=config.train.reader_threads,
-        num_shards=config.train.reader_shards,
-        cache_dir=config.train.reader_cache or None,
-    )

@@ -5,15 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from usr_ray.batch import UsrBatch
 from usr_ray.metrics import ALL, GLOBAL, CellMetrics
 from usr_ray.schema import TASKS
 from usr_ray.worker import Worker
+
+Batch = TypeVar("Batch")
 
 
 class Monitor(Protocol):
@@ -58,7 +59,7 @@ class StepMeter:
         self._waited_s = 0.0
         self._start_s = time.perf_counter()
 
-    def timed(self, batches: Iterable[UsrBatch]) -> Iterator[UsrBatch]:
+    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches; the time it takes to get each counts as waiting. Starts a new window."""
         self._restart()
         iterator = iter(batches)

@@ -24,7 +24,7 @@ import torch
 from usr_ray.config import Config, UserError, dotted, parse_dates
 from usr_ray.files import write_whole
 from usr_ray.manifest import Manifest, build_manifest
-from usr_ray.train import training_reader
+from usr_ray.train_feed import training_reader
 from usr_ray.train_state import FIXED_KEYS, package_versions
 from usr_ray.worker import DistributedWorker
 

@@ -132,6 +132,8 @@ def rows(batch: UsrBatch, keep: Tensor | slice | list[int]) -> UsrBatch:
             )
         )
     flat = {
-        f.name: getattr(batch, f.name)[numbers] for f in dataclasses.fields(batch) if f.name != "histories"
+        f.name: getattr(batch, f.name)[numbers]
+        for f in dataclasses.fields(batch)
+        if f.name not in ("histories", "longest")
     }  # fmt: skip
     return UsrBatch(histories=tuple(histories), **flat)

@@ -30,7 +30,7 @@ LAYERS = [
     {"schema"},
     {"config", "config_fields", "config_etl", "config_model"},
     {"batch", "cli", "files"},
-    {"manifest", "order", "reader", "cache", "model", "loss", "metrics", "optim", "checkpoint", "baseline"},
+    {"manifest", "order", "reader", "cache", "model", "loss", "metrics", "optim", "checkpoint", "baseline", "feed"},
     {"worker", "evaluate", "embeddings"},
     {"train", "export", "score"},
     {"trainer", "tune", "monitoring", "report"},

@@ -24,7 +24,8 @@ from usr_ray.metrics import CellMetrics
 from usr_ray.model.embedding import EmbeddingTables, Lookup
 from usr_ray.model.usr import UsrModel
 from usr_ray.schema import FeatureSpec
-from usr_ray.train import TrainError, TrainResult, train, training_reader
+from usr_ray.train import TrainError, TrainResult, train
+from usr_ray.train_feed import training_reader
 from usr_ray.train_meter import SilentMonitor, summarise
 from usr_ray.worker import LocalWorker
 

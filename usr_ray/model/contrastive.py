@@ -31,7 +31,9 @@ _EXCLUDED = -1e30
 
 
 def _row_keys(row_number_B: Tensor, step_seed: int | Tensor, stream: int) -> Tensor:
-    step = hash_keys(hash_keys(row_number_B.new_tensor(stream), step_seed), 0)
+    # A fill, not a copy of a number from the host, which a GPU's queue would be waited for.
+    start = torch.full((), stream, dtype=torch.int64, device=row_number_B.device)
+    step = hash_keys(hash_keys(start, step_seed), 0)
     return hash_keys(step, row_number_B)
 
 
@@ -49,7 +51,7 @@ def feature_mask(widths: Sequence[int], row_number_B: Tensor, step_seed: int | T
     keys_B1 = _row_keys(row_number_B, step_seed, _FEATURE_STREAM).unsqueeze(1)
     features_F = torch.arange(len(widths), device=row_number_B.device)
     keep_BF = to_uniform(hash_keys(keys_B1, features_F)) >= rate
-    return keep_BF.repeat_interleave(torch.tensor(widths, device=keep_BF.device), dim=1, output_size=sum(widths))
+    return torch.cat([k_B1.expand(-1, width) for k_B1, width in zip(keep_BF.split(1, 1), widths, strict=True)], dim=1)
 
 
 def contrastive_sums(

@@ -47,7 +47,10 @@ def group_places(index_V: Tensor, num_rows: int) -> Places:
     # Half the bytes is half the time of the sort.
     dtype = torch.int16 if num_rows < 2**15 else torch.int32 if num_rows < 2**31 else torch.int64
     order_V = torch.sort(index_V.to(dtype), stable=True).indices
-    counts_U = torch.bincount(index_V, minlength=num_rows)
+    if index_V.is_cpu:
+        counts_U = torch.bincount(index_V, minlength=num_rows)
+    else:  # on a GPU bincount first waits for the largest index
+        counts_U = index_V.new_zeros(num_rows).scatter_add_(0, index_V, torch.ones_like(index_V))
     return Places(index_V, order_V, counts_U.cumsum(0) - counts_U)
 
 

@@ -96,11 +96,16 @@ class Grid:
         return marks_P.view_as(self.valid_BL)
 
 
-def lay_out(events: Events) -> Grid:
-    """The grid of a batch's events; L is at least 1. On a GPU this waits for the longest row's length."""
+def lay_out(events: Events, longest: int | None = None) -> Grid:
+    """The grid of a batch's events; L = max(longest, 1).
+
+    `longest` is UsrBatch.longest; None: counted here, which waits for a GPU.
+    """
     num_events_B1, row_starts_B = events.num_events_B.unsqueeze(1), events.rows.starts_G
     num_rows = row_starts_B.shape[0]
-    longest = max(int(num_events_B1.max()), 1) if num_rows else 1
+    if longest is None:
+        longest = int(num_events_B1.max()) if num_rows else 1
+    longest = max(longest, 1)
     position_L = torch.arange(longest, device=row_starts_B.device)
     # An empty slot starts where the row's events end.
     starts_P = (row_starts_B.unsqueeze(1) + torch.minimum(position_L, num_events_B1)).flatten()

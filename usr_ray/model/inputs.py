@@ -93,7 +93,8 @@ class InputNetwork(nn.Module):
         if self.dense_affine_2F is not None:
             dense_BF = batch.dense_BF * self.dense_affine_2F[0] + self.dense_affine_2F[1]
             parts.append(dense_BF)
-            context.append(dense_BF[:, self.dense_context])
+            # Slices: a list of columns would be copied to a GPU, and waited for, in each step.
+            context += [dense_BF[:, i : i + 1] for i in self.dense_context]
         query_BD = columns[QUERY_TABLE]
         if self.has_interactions:
             parts += self.interact(columns, mean_item(items, events))

@@ -146,7 +146,7 @@ class UsrModel(nn.Module):
         if self.interest is None:
             interests_BVD = self._pool(inputs, events)
         else:
-            grid = lay_out(events)
+            grid = lay_out(events, batch.longest)
             keep_BL = None
             if self.training and self.twins_interest:
                 keep_BL = grid.mark(event_mask(events, batch.row_number_B, step_seed, rate))
