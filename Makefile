@@ -12,6 +12,10 @@ export PATH := $(BIN):$(PATH)
 export SPARK_LOCAL_IP := 127.0.0.1
 export SPARK_CONF_DIR := $(CURDIR)/cluster/spark/conf
 
+# TorchRec on the CPU, for train.embedding_strategy = "sharded" (docs/embeddings.md). Without --no-deps it would bring
+# FBGEMM's CUDA build (500 MB), which the extra [sharded] is for. No wheel for this machine: everything else works.
+SHARDED := torchrec fbgemm-gpu-cpu tensordict torchmetrics lightning-utilities pyre-extensions typing-inspect pyvers orjson
+
 # ---- what `make demo` runs on -------------------------------------------------------------------------------
 SOURCE ?= simulated
 INPUT  ?=
@@ -45,6 +49,8 @@ $(VENV)/.ready: constraints.txt setup.cfg pyproject.toml cluster/spark/install_d
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --constraint constraints.txt --editable '.[etl,train,serve,dev]' > $(VENV)/pip.log 2>&1 \
 	  || { tail -20 $(VENV)/pip.log >&2; echo "error: the packages of constraints.txt could not be installed (all of pip's words: $(VENV)/pip.log)" >&2; exit 2; }
+	@$(BIN)/python -m pip install --constraint constraints.txt --no-deps $(SHARDED) >> $(VENV)/pip.log 2>&1 \
+	  || echo "setup: no TorchRec for this machine (see $(VENV)/pip.log); only embedding_strategy = \"sharded\" needs it"
 	@$(BIN)/python cluster/spark/install_delta_jars.py
 	@touch $@
 	@echo "setup: done"

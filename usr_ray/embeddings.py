@@ -52,8 +52,11 @@ class RowSource(Protocol):
 class Embeddings(RowSource, Protocol):
     """The tables and their optimiser as one rank sees them."""
 
-    def apply_gradients(self, lookup: Lookup, *, scale: float) -> None:
-        """(all) After the backward: one step on the rows of all ranks, at `scale` times the learning rate."""
+    def set_rate(self, scale: float) -> None:
+        """Steps whose lookup comes from now on are taken at `scale` times the learning rate (warm-up)."""
+
+    def apply_gradients(self, lookup: Lookup) -> None:
+        """(all) After the backward: one step on the rows of all ranks."""
 
     def memory(self) -> EmbeddingMemory:
         """Bytes that this rank holds."""
@@ -84,10 +87,15 @@ class ReplicatedEmbeddings(EmbeddingTables):
         super().__init__(spec, config.model.embedding_dim, config.train.seed, worker.device)
         self.worker = worker
         self.optimizer = build_row_optimizer(self.tables, config.train)
+        self._scale = 1.0
 
-    def apply_gradients(self, lookup: Lookup, *, scale: float) -> None:
+    def set_rate(self, scale: float) -> None:
         """See Embeddings."""
-        self.optimizer.step(exchange_tables(self.worker, lookup.updates()), scale=scale)
+        self._scale = scale
+
+    def apply_gradients(self, lookup: Lookup) -> None:
+        """See Embeddings."""
+        self.optimizer.step(exchange_tables(self.worker, lookup.updates()), scale=self._scale)
 
     def memory(self) -> EmbeddingMemory:
         """See Embeddings."""

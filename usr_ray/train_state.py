@@ -43,6 +43,9 @@ class TrainState:
         order: SampleReader.fingerprint: what fixes the global batches, so that (epoch, step) means the same rows.
     """
 
+    step: int
+    """Steps of the whole run."""
+
     def __init__(self, config: Config, manifest: Manifest, worker: Worker, *, order: str) -> None:
         self.config = config
         self.manifest = manifest
@@ -56,8 +59,7 @@ class TrainState:
         self.model = worker.wrap_model(compiled)  # type: ignore[arg-type]
         """What a training step calls."""
         self.dense = DenseAdamW(self.module, config.train)
-        self.step = 0
-        """Steps of the whole run."""
+        self._at_step(0)
         self.epoch = 0
         self.epoch_step = 0
         """Steps of the current epoch; all of them while the epoch waits for its evaluation."""
@@ -68,11 +70,15 @@ class TrainState:
         Returns:
             The norm of the dense gradients before clipping, a scalar on the device. All ranks must call it.
         """
-        scale = warmup_scale(self.step, self.config.train.warmup_steps)
-        norm = self.dense.step(scale=scale)
-        self.tables.apply_gradients(lookup, scale=scale)
-        self.step, self.epoch_step = self.step + 1, self.epoch_step + 1
+        norm = self.dense.step(scale=warmup_scale(self.step, self.config.train.warmup_steps))
+        self.tables.apply_gradients(lookup)
+        self.epoch_step += 1
+        self._at_step(self.step + 1)
         return norm
+
+    def _at_step(self, step: int) -> None:
+        self.step = step
+        self.tables.set_rate(warmup_scale(step, self.config.train.warmup_steps))
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state by name. All ranks must call it; sharded tables are whole on rank 0 alone."""
@@ -141,7 +147,7 @@ class TrainState:
                 tensors[name] = worker.broadcast(_empty(shape, dtype) if own is None else own)
         self.module.load_state_dict(_part(tensors, "model"))
         self.dense.load_state_tensors(_part(tensors, "adamw"))
-        self.step = header["step"]
+        self._at_step(header["step"])
         self.epoch, self.epoch_step = header["cursor"]["epoch"], header["cursor"]["step"]
         return True
 
