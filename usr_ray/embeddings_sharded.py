@@ -1,8 +1,11 @@
 """Tables whose rows are spread over the ranks, on TorchRec and FBGEMM: for tables that one worker cannot hold.
 
-Of a table of N rows, rank r of W holds rows r c .. (r + 1) c - 1, c = ceil(N / W), and their optimiser state. A step
-sends each rank's unique ids to the rows' owners, brings the rows back, and after the backward sends the gradients to
-the owners, where FBGEMM sums them and takes the step of row-wise Adagrad (docs/embeddings.md has the bytes).
+Row i of a table belongs to rank i modulo W, with its optimiser state. A step sends each rank's unique ids to the rows'
+owners, brings the rows back, and after the backward sends the gradients to the owners, where FBGEMM sums them and takes
+the step of row-wise Adagrad (docs/embeddings.md has the bytes).
+
+TorchRec cuts a table into W blocks of c = ceil(N / W) rows, one a rank. Vocabularies put frequent values first and new
+ones last, so blocks of ids would have one rank serve most of each batch: row i is kept at place (i mod W) c + i div W.
 
 TorchRec's EmbeddingCollection is given unique ids, table by table, and not the features: what a batch repeats (an item
 that is in many histories) crosses the wire once, and one table serves a feature and its histories without a second copy
@@ -49,11 +52,9 @@ class _Shard:
     """What this rank holds of one tensor of the state."""
 
     rows: Tensor
-    """(n, D) weights or (n) accumulators, the very memory that FBGEMM trains."""
+    """(c, D) weights or (c) accumulators, the very memory that FBGEMM trains: row k is row k W + rank of the table."""
     shape: tuple[int, ...]
     """Of the whole tensor; the first dimension is N."""
-    starts: tuple[int, ...]
-    """First row of every rank, and N."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +81,13 @@ class ShardedEmbeddings:
         self.dim = config.model.embedding_dim
         self.learning_rate = config.train.embedding_learning_rate
         self._num_rows = {f.name: f.num_embeddings for f in spec.sparse}
+        self._num_held = {name: -(-size // worker.world_size) for name, size in self._num_rows.items()}
+        """c by table."""
         self._module = self._build(config)
         self._shards = self._find_shards()
-        for name in self._num_rows:
-            shard = self._shards[f"{WEIGHTS}/{name}"]
-            start, end = shard.starts[worker.rank : worker.rank + 2]
-            shard.rows.copy_(fresh_rows(name, start, end, dim=self.dim, seed=config.train.seed))
+        for name, size in self._num_rows.items():
+            rows = fresh_rows(name, worker.rank, size, worker.world_size, dim=self.dim, seed=config.train.seed)
+            self._shards[f"{WEIGHTS}/{name}"].rows[: rows.shape[0]] = rows
 
     def _build(self, config: Config) -> ShardedEmbeddingCollection:
         """TorchRec's module: one table and one feature for each name, all by rows, trained in the backward."""
@@ -93,8 +95,10 @@ class ShardedEmbeddings:
         comm_ops.set_gradient_division(False)
         device = self.worker.device
         tables = [
-            EmbeddingConfig(name=name, feature_names=[name], num_embeddings=size, embedding_dim=self.dim)
-            for name, size in self._num_rows.items()
+            EmbeddingConfig(
+                name=name, feature_names=[name], num_embeddings=held * self.worker.world_size, embedding_dim=self.dim
+            )
+            for name, held in self._num_held.items()
         ]
         sharder = EmbeddingCollectionSharder(
             fused_params={
@@ -125,10 +129,12 @@ class ShardedEmbeddings:
             warnings.simplefilter("ignore", FutureWarning)  # TorchRec's own use of ShardedTensor
             state = self._module.fused_optimizer.state_dict()["state"]
         shards = {}
-        for name in self._num_rows:
+        for name, size in self._num_rows.items():
             key = f"embeddings.{name}.weight"
-            shards[f"{WEIGHTS}/{name}"] = _shard(weights[key])
-            shards[f"{RowwiseAdagrad.part}/{name}"] = _shard(state[key][f"{name}.momentum1"])
+            (table,) = weights[key].local_shards()
+            (sums,) = state[key][f"{name}.momentum1"].local_shards()
+            shards[f"{WEIGHTS}/{name}"] = _Shard(table.tensor.detach(), (size, self.dim))
+            shards[f"{RowwiseAdagrad.part}/{name}"] = _Shard(sums.tensor.detach(), (size,))
         return shards
 
     def num_rows(self) -> dict[str, int]:
@@ -142,7 +148,7 @@ class ShardedEmbeddings:
     def lookup(self, batch: UsrBatch, unique: UniqueIds | None = None) -> ShardedLookup:
         """See Embeddings. TorchRec has the host wait for a GPU here, to size what the ranks send one another."""
         found = (self.unique_ids(batch) if unique is None else unique).tables
-        wanted = [ids.ids_U[1:] for ids in found]
+        wanted = [self._places(name, ids.ids_U[1:]) for name, ids in zip(self._num_rows, found, strict=True)]
         features = KeyedJaggedTensor(
             keys=list(self._num_rows),
             values=torch.cat(wanted),
@@ -160,6 +166,11 @@ class ShardedEmbeddings:
                 rows_UD.requires_grad_()
             tables[name] = TableLookup(ids.ids_U, rows_UD, ids.column_B, ids.events)
         return ShardedLookup(tables, sources)
+
+    def _places(self, name: str, ids_U: Tensor) -> Tensor:
+        """Where TorchRec's table keeps these rows."""
+        num_ranks = self.worker.world_size
+        return ids_U % num_ranks * self._num_held[name] + ids_U // num_ranks
 
     def set_rate(self, scale: float) -> None:
         """See Embeddings. FBGEMM keeps the rate of the forward for the step that its backward takes."""
@@ -189,36 +200,39 @@ class ShardedEmbeddings:
     def state_tensors(self) -> dict[str, Tensor]:
         """See Embeddings: whole tensors in rank 0's memory (not its GPU's), nothing on the others."""
         whole = {}
+        num_ranks = self.worker.world_size
         for name, shard in self._shards.items():
             if self.worker.is_main:
                 whole[name] = torch.empty(shard.shape, dtype=shard.rows.dtype)
-                whole[name][: shard.starts[1]] = shard.rows
-            for rank in range(1, self.worker.world_size):
-                for first in range(shard.starts[rank], shard.starts[rank + 1], _PIECE_ROWS):
-                    last = min(first + _PIECE_ROWS, shard.starts[rank + 1])
-                    if self.worker.rank == rank:
-                        dist.send(shard.rows[first - shard.starts[rank] : last - shard.starts[rank]], dst=0)
-                    elif self.worker.is_main:
-                        piece = shard.rows.new_empty((last - first, *shard.shape[1:]))
-                        dist.recv(piece, src=rank)
-                        whole[name][first:last] = piece
+            for rank in range(num_ranks):
+                num_rows = len(range(rank, shard.shape[0], num_ranks))
+                for first in range(0, num_rows, _PIECE_ROWS):
+                    last = min(first + _PIECE_ROWS, num_rows)
+                    piece = self._piece_of(rank, shard, first, last)
+                    if self.worker.is_main:
+                        whole[name][rank + first * num_ranks : rank + last * num_ranks : num_ranks] = piece
         return whole
+
+    def _piece_of(self, rank: int, shard: _Shard, first: int, last: int) -> Tensor:
+        """Rows first .. last - 1 of what `rank` holds, on rank 0; of no meaning elsewhere."""
+        mine = shard.rows[first:last]
+        if rank == self.worker.rank:
+            if rank > 0:
+                dist.send(mine.contiguous(), dst=0)
+            return mine
+        piece = torch.empty_like(mine)
+        if self.worker.is_main:
+            dist.recv(piece, src=rank)
+        return piece
 
     def load_rows(self, name: str, first: int, rows: Tensor) -> None:
         """See Embeddings."""
-        shard = self._shards[name]
-        start, end = shard.starts[self.worker.rank : self.worker.rank + 2]
-        low, high = max(first, start), min(first + rows.shape[0], end)
-        if low < high:
-            shard.rows[low - start : high - start] = rows[low - first : high - first].to(shard.rows.device)
-
-
-def _shard(whole: dist._shard.sharded_tensor.ShardedTensor) -> _Shard:
-    """The part that this rank has of one of TorchRec's sharded tensors, which it spreads by rank in order."""
-    metadata = whole.metadata()
-    starts = [shard.shard_offsets[0] for shard in metadata.shards_metadata]
-    (local,) = whole.local_shards()
-    return _Shard(local.tensor.detach(), tuple(metadata.size), (*starts, metadata.size[0]))
+        num_ranks = self.worker.world_size
+        skipped = (self.worker.rank - first) % num_ranks
+        mine = rows[skipped::num_ranks]
+        start = (first + skipped) // num_ranks
+        held = self._shards[name].rows
+        held[start : start + mine.shape[0]] = mine.to(held.device)
 
 
 for _name in ("torchrec", "torch.fx._symbolic_trace"):

@@ -160,6 +160,7 @@ def shard_state(worker: LocalWorker, folder: Path) -> dict[str, torch.Tensor]:
         {f"fresh/{n}": t for n, t in fresh.items()}
         | {f"written/{n}": t for n, t in written.items()}
         | {"memory": torch.tensor([memory.weight_bytes, memory.optimizer_bytes])}
+        | {"held": embeddings._shards["tables/item_id"].rows}
         | {"replicated": torch.tensor(len(embeddings.replicated_tensors()))}
     )
 
@@ -172,9 +173,11 @@ def test_shards_start_like_whole_tables_and_take_any_piece(tmp_path: Path) -> No
         assert torch.equal(first[f"fresh/{name}"], tensor)
         numbers = torch.arange(tensor.numel(), dtype=torch.float32).reshape(tensor.shape)
         assert torch.equal(first[f"written/{name}"], numbers)
-    # 41 rows a table over two ranks are 21 and 20; six tables of 4 floats a row, and one accumulator.
-    assert first["memory"].tolist() == [6 * 21 * 16, 6 * 21 * 4]
-    assert second["memory"].tolist() == [6 * 20 * 16, 6 * 20 * 4]
+    # 41 rows a table are 21 places on each of two ranks; six tables of 4 floats a row, and one accumulator.
+    assert first["memory"].tolist() == second["memory"].tolist() == [6 * 21 * 16, 6 * 21 * 4]
+    # Rows take turns, so that the frequent ones, which come first, are shared: row i begins with the number 4 i.
+    assert first["held"][:3, 0].tolist() == [0, 8, 16]
+    assert second["held"][:3, 0].tolist() == [4, 12, 20]
     assert (whole.memory().weight_bytes, whole.memory().optimizer_bytes) == (6 * 41 * 16, 6 * 41 * 4)
     assert first["replicated"] == 0
 

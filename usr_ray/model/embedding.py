@@ -170,20 +170,23 @@ class EmbeddingTables:
             self.tables[name] = torch.cat([table_ND, fresh_ND.to(self.device)])
 
 
-def fresh_rows(name: str, first: int, end: int, *, dim: int, seed: int) -> Tensor:
-    """Rows first..end - 1 of a table as they start, float32 on the CPU: uniform with mean 0 and standard deviation
-    INIT_STD; the padding row zero. A pure function of its arguments, row by row.
+def fresh_rows(name: str, first: int, end: int, step: int = 1, *, dim: int, seed: int) -> Tensor:
+    """Rows first, first + step, .. below `end` of a table as they start, float32 on the CPU.
+
+    Uniform with mean 0 and standard deviation INIT_STD, the padding row zero: a pure function of the arguments, row by
+    row.
     """
-    rows_ND = torch.empty((end - first, dim), dtype=torch.float32)
+    numbers = range(first, end, step)
+    rows_ND = torch.empty((len(numbers), dim), dtype=torch.float32)
     table_seed = hash_keys(torch.tensor(seed), zlib.crc32(name.encode()))
     columns_D = torch.arange(dim)
-    for start in range(first, end, _INIT_CHUNK_ROWS):
-        stop = min(start + _INIT_CHUNK_ROWS, end)
-        row_hash_N1 = hash_keys(table_seed, torch.arange(start, stop)).unsqueeze(1)
+    for start in range(0, len(numbers), _INIT_CHUNK_ROWS):
+        chunk = numbers[start : start + _INIT_CHUNK_ROWS]
+        row_hash_N1 = hash_keys(table_seed, torch.arange(chunk.start, chunk.stop, step)).unsqueeze(1)
         uniform_ND = to_uniform(hash_keys(row_hash_N1, columns_D))
-        rows_ND[start - first : stop - first] = (uniform_ND * 2 - 1) * (INIT_STD * 3**0.5)
-    if first <= PADDING_ID < end:
-        rows_ND[PADDING_ID - first] = 0
+        rows_ND[start : start + len(chunk)] = (uniform_ND * 2 - 1) * (INIT_STD * 3**0.5)
+    if PADDING_ID in numbers:
+        rows_ND[numbers.index(PADDING_ID)] = 0
     return rows_ND
 
 

@@ -1,0 +1,25 @@
+"""Tables in docs/ that are made from the numbers of benchmarks/results: replaced whole, between two comment lines."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; all columns but the first to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def put_table(document: str, name: str, text: str) -> None:
+    """Write `text` between the lines `<!-- NAME -->` and `<!-- /NAME -->` of docs/DOCUMENT."""
+    path = DOCS / document
+    before = path.read_text(encoding="utf-8")
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    if not pattern.search(before):
+        raise SystemExit(f"{path} has no place for a table: write the lines <!-- {name} --> and <!-- /{name} -->")
+    path.write_text(pattern.sub(lambda m: m[1] + text + "\n" + m[2], before), encoding="utf-8")
