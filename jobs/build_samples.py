@@ -9,8 +9,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from etl.driver_stderr import print_error
-from usr_ray.cli import job_config, job_parser, run_job
-from usr_ray.config import UserError, parse_dates
+from usr_ray.cli import job_config, job_dates, job_parser, run_job
+from usr_ray.config import UserError
 
 
 def parse_watermark(text: str) -> dt.datetime:
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     parser = job_parser(__doc__ or "")
     parser.add_argument("--logs", required=True, metavar="DIR", help="folder with one entry per log")
     parser.add_argument("--lake", required=True, metavar="DIR", help="where the tables are; made if it is not there")
-    parser.add_argument("--dates", metavar="A:B", help="UTC dates to build, both included")
+    parser.add_argument("--dates", metavar="A:B", help="UTC dates to build, both included; today-N counts back")
     parser.add_argument(
         "--restate", action="store_true", help="build again what late events changed: of all dates built, or of --dates"
     )
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     config = job_config(arguments)
     if not arguments.dates and not arguments.restate:
         raise UserError("build_samples.py: --dates is missing; name the UTC dates to build as A:B, or give --restate")
-    first, last = parse_dates(arguments.dates, where="--dates") if arguments.dates else (None, None)
+    first, last = job_dates(arguments.dates, where="--dates") if arguments.dates else (None, None)
     watermark = parse_watermark(arguments.watermark) if arguments.watermark else None
 
     # Spark takes seconds to load: a wrong command line or configuration is reported without it.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import datetime as dt
+import re
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from usr_ray.config import Config, UserError, load_config
+from usr_ray.config import Config, UserError, load_config, parse_dates
 
 EXIT_OK, EXIT_FAILURE, EXIT_USER_ERROR = 0, 1, 2
 
@@ -33,6 +35,25 @@ def job_parser(description: str) -> argparse.ArgumentParser:
 def job_config(arguments: argparse.Namespace) -> Config:
     """The checked configuration of parsed arguments."""
     return load_config(arguments.config, arguments.overrides)
+
+
+def job_dates(text: str, *, where: str, today: dt.date | None = None) -> tuple[dt.date, dt.date]:
+    """First and last UTC date of "A:B" or "A"; a scheduled job writes today or today-N for a date.
+
+    Args:
+        text: of the command line.
+        where: the flag, for messages.
+        today: None: now, in UTC.
+
+    Raises:
+        ConfigError: no date, or the range is empty.
+    """
+    start = today or dt.datetime.now(dt.UTC).date()
+
+    def date(match: re.Match[str]) -> str:
+        return (start - dt.timedelta(days=int(match[1] or 0))).isoformat()
+
+    return parse_dates(re.sub(r"\btoday(?:-(\d{1,4}))?(?=:|$)", date, text), where=where)
 
 
 def print_error(line: str) -> None:

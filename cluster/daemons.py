@@ -1,0 +1,103 @@
+"""Background processes of this machine's clusters: started in a session of their own, found again, ended. Linux."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import secrets
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.local_ray import end_session
+from usr_ray.config import UserError
+from usr_ray.files import write_whole
+
+_LOG_LINES = 15
+
+
+class Daemon:
+    """One process: `<state>/<name>.json` notes its pid and what else is worth knowing, `<name>.log` is its output."""
+
+    def __init__(self, state: Path, name: str) -> None:
+        self.name = name
+        self.note_file, self.log_file = state / f"{name}.json", state / f"{name}.log"
+
+    def running(self) -> dict[str, Any] | None:
+        """What `start` noted, while the process lives; a pid that was given to another process since does not count."""
+        try:
+            note = json.loads(self.note_file.read_text(encoding="utf-8"))
+            fields = Path(f"/proc/{note['pid']}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
+        except (OSError, ValueError):
+            return None
+        return note if int(fields[19]) == note["started"] and fields[0] != "Z" else None
+
+    def start(self, command: Sequence[str], environment: Mapping[str, str], **note: Any) -> subprocess.Popen[bytes]:
+        """Start it; UserError when it runs already. Secrets go into files or `environment`, never into `command`."""
+        if self.running():
+            raise UserError(f"{self.name}: runs already ({self.note_file}); stop it first")
+        self.note_file.parent.mkdir(parents=True, exist_ok=True)
+        with self.log_file.open("wb") as log:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=dict(environment), start_new_session=True
+            )
+        stat = Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
+        write_whole(self.note_file, json.dumps({"pid": process.pid, "started": int(stat[19]), **note}) + "\n")
+        return process
+
+    def wait(self, process: subprocess.Popen[bytes], is_up: Callable[[], bool], *, timeout_s: float) -> None:
+        """Wait until `is_up`; when that does not come, end the process and show the end of its log (RuntimeError)."""
+        end = time.monotonic() + timeout_s
+        while process.poll() is None and time.monotonic() < end:
+            if is_up():
+                return
+            time.sleep(0.3)
+        tail = self.log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
+        self.stop()
+        raise RuntimeError(f"{self.name} did not come up; the end of its log:\n" + "\n".join(tail))
+
+    def stop(self) -> bool:
+        """End it with all that it started; False when it did not run."""
+        note = self.running()
+        if note is not None:
+            end_session(note["pid"])
+        self.note_file.unlink(missing_ok=True)
+        return note is not None
+
+
+def check_private(host: str, *, flag: str) -> None:
+    """UserError unless the address is the loopback or of a private network: neither Ray nor Spark has TLS here."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError as error:
+        raise UserError(f"{flag} {host}: not an IP address; give the machine's in its private network") from error
+    if not address.is_private or address.is_unspecified:
+        raise UserError(
+            f"{flag} {host}: is not an address of a private network; whoever reaches these ports with the secret runs "
+            "code here, and nothing is encrypted: use an address such as 10.0.0.5, or a tunnel"
+        )
+
+
+def answers(host: str, port: int) -> bool:
+    """True when something listens there."""
+    try:
+        with socket.create_connection((host, port), timeout=1):
+            return True
+    except OSError:
+        return False
+
+
+def private_file(path: Path, text: str | None = None) -> str:
+    """The content of a file that only its owner may read; made of `text`, or of a new secret, unless it is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(secrets.token_hex(32) if text is None else text)
+    if path.stat().st_mode & 0o077:
+        path.chmod(0o600)
+    return path.read_text(encoding="utf-8").strip()

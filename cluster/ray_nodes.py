@@ -1,0 +1,139 @@
+"""A Ray cluster of several plain machines: a head, workers, one token. Linux; Ray on one machine is local_ray.py.
+
+    python cluster/ray_nodes.py head   --host 10.0.0.5
+    scp -p ~/.ray/auth_token 10.0.0.6:.ray/                                  the token, to each worker's machine
+    python cluster/ray_nodes.py worker --host 10.0.0.6 --head 10.0.0.5:6379  there
+    python cluster/ray_nodes.py status                                        on the head's machine
+    python cluster/ray_nodes.py stop                                          on each machine
+
+The machines must be able to speak to each other on all ports, and nobody else to them: Ray has no TLS. The dashboard
+and its job server listen on the head's loopback alone; from elsewhere `ssh -L 8265:127.0.0.1:8265 10.0.0.5`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from cluster.daemons import Daemon, answers, check_private
+from cluster.local_ray import api, train_runs
+from usr_ray.cli import JobParser, run_job
+from usr_ray.config import UserError
+from usr_ray.trainer_environment import LOOPBACK, RAY_ENVIRONMENT, ensure_token, token_file
+
+START_TIMEOUT_S = 90.0
+
+
+def start_command(arguments: argparse.Namespace) -> list[str]:
+    """`ray start` of a head or a worker; the token is not in it."""
+    command = [
+        str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats",
+        "--node-ip-address", arguments.host, "--metrics-export-port", str(arguments.metrics_port),
+        "--object-store-memory", str(int(arguments.object_store_gb * 1e9)),
+    ]  # fmt: skip
+    if arguments.action == "head":
+        command += ["--head", "--port", str(arguments.port), "--dashboard-host", LOOPBACK,
+                    "--dashboard-port", str(arguments.dashboard_port)]  # fmt: skip
+    else:
+        command += ["--address", arguments.head]
+    for name in ("num_cpus", "num_gpus"):
+        if getattr(arguments, name) is not None:
+            command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+    return command
+
+
+def node_environment() -> dict[str, str]:
+    """The environment of Ray's processes and of the jobs they start: this Python, token authentication."""
+    inherited = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    own = {"RAY_AUTH_MODE": "token", "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"}
+    return inherited | RAY_ENVIRONMENT | own
+
+
+def start(arguments: argparse.Namespace) -> None:
+    """Start a head or a worker and wait until it is there.
+
+    Raises:
+        UserError: no address, a public one, no token on a worker's machine, or a node of this name runs already.
+    """
+    if not arguments.host:
+        raise UserError(f"{arguments.action}: --host is missing; give this machine's address in its private network")
+    check_private(arguments.host, flag="--host")
+    node = Daemon(arguments.state_dir, arguments.action)
+    if arguments.action == "head":
+        token = ensure_token()
+        process = node.start(start_command(arguments), node_environment(), address=f"{arguments.host}:{arguments.port}",
+                             dashboard_port=arguments.dashboard_port, metrics_port=arguments.metrics_port)  # fmt: skip
+        node.wait(process, lambda: _head_is_up(arguments.dashboard_port, token), timeout_s=START_TIMEOUT_S)
+        status(arguments)
+        return
+    if not arguments.head:
+        raise UserError("worker: --head is missing; give the address that `ray_nodes.py head` printed")
+    if not token_file().exists() and not os.environ.get("RAY_AUTH_TOKEN"):
+        raise UserError(
+            f"worker: no token in {token_file()}; copy the head's: scp -p HEAD:.ray/auth_token {token_file()}"
+        )
+    ensure_token()  # sees to it that only its owner can read it
+    process = node.start(start_command(arguments), node_environment(), address=arguments.host, head=arguments.head)
+    started = time.monotonic()
+    # `ray start` leaves at once when the head refuses it; one that stays has joined.
+    node.wait(process, lambda: time.monotonic() - started > 8, timeout_s=START_TIMEOUT_S)
+    print(f"worker:     {arguments.host} joined {arguments.head}; log {node.log_file}")
+
+
+def _head_is_up(port: int, token: str) -> bool:
+    try:
+        return answers(LOOPBACK, port) and bool(api(port, "/nodes?view=summary", token)["data"]["summary"])
+    except OSError:
+        return False
+
+
+def status(arguments: argparse.Namespace) -> None:
+    """Print what runs on this machine and, on the head's, the nodes and training runs; UserError when nothing runs."""
+    nodes = {name: Daemon(arguments.state_dir, name).running() for name in ("head", "worker")}
+    if not any(nodes.values()):
+        raise UserError(f"no Ray node of {arguments.state_dir} runs here; start one: ray_nodes.py head --host ADDRESS")
+    if nodes["worker"]:
+        print(f"worker:     {nodes['worker']['address']}, of {nodes['worker']['head']}")
+    if nodes["head"]:
+        head, token = nodes["head"], ensure_token()
+        print(f"head:       {head['address']}, pid {head['pid']}; token in {token_file()}")
+        print(f"submit to:  http://{LOOPBACK}:{head['dashboard_port']} (RAY_AUTH_MODE=token; loopback only)")
+        for node in api(head["dashboard_port"], "/nodes?view=summary", token)["data"]["summary"]:
+            raylet = node.get("raylet", {})
+            print(f"node:       {raylet.get('nodeManagerAddress', node.get('ip'))} {raylet.get('state', '')}")
+        for run in train_runs(head["dashboard_port"], token):
+            print(f"run:        {run['name']} {run['status']}, attempt {len(run['attempts'])}")
+
+
+def stop(arguments: argparse.Namespace) -> None:
+    """End this machine's nodes, a worker before the head; running jobs end with the head."""
+    for name in ("worker", "head"):
+        ended = Daemon(arguments.state_dir, name).stop()
+        print(f"{name}: {'stopped' if ended else 'did not run'}")
+
+
+def main(argv: list[str]) -> None:
+    parser = JobParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("head", "worker", "status", "stop"))
+    parser.add_argument("--host", default="", help="this machine's address in its private network")
+    parser.add_argument("--head", default="", metavar="HOST:PORT", help="the head's address, for a worker")
+    parser.add_argument("--num-cpus", type=int, help="logical CPUs; default: this machine's")
+    parser.add_argument("--num-gpus", type=int, help="GPUs; default: this machine's")
+    parser.add_argument("--object-store-gb", type=float, default=0.5, help="training keeps nothing there")
+    parser.add_argument("--port", type=int, default=6379, help="of the head")
+    parser.add_argument("--dashboard-port", type=int, default=8265)
+    parser.add_argument("--metrics-port", type=int, default=8080)
+    parser.add_argument("--state-dir", type=Path, default=ROOT / ".cache" / "ray_nodes", help="pids and logs")
+    arguments = parser.parse_args(argv)
+    arguments.state_dir = arguments.state_dir.resolve()
+    {"head": start, "worker": start, "status": status, "stop": stop}[arguments.action](arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main))
