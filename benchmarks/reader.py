@@ -30,7 +30,7 @@ import torch
 from deltalake import DeltaTable, WriterProperties, write_deltalake
 
 from usr_ray.manifest import Manifest, build_manifest
-from usr_ray.order import shuffle_quality
+from usr_ray.order_quality import shuffle_quality
 from usr_ray.reader import SampleReader
 from usr_ray.reader_decode import RowGroupDecoder
 from usr_ray.schema import ALL_LABELS, FEATURE_SPEC_PROPERTY, SAMPLES, DenseFeature, FeatureSpec, SparseFeature

@@ -103,6 +103,14 @@ class TrainConfig:
     """L2 on the rows touched in a step."""
     warmup_steps: int = 0
     """Steps over which both learning rates grow linearly to their value."""
+    schedule: str = "none"
+    """After the warm-up both rates stay ('none'), or fall to 0 at the run's end along a half 'cosine' or a line
+    ('linear'). A larger num_epochs moves the end, and so raises the rates of a run that goes on."""
+    warm_start: str = ""
+    """Run directory (its best checkpoint, else its newest) or checkpoint to take model and tables from; '': fresh ones.
+    Tables that grew since get fresh rows behind the old ones."""
+    warm_start_optimizer: bool = True
+    """Take the state of both optimisers too; False: model and tables alone."""
     precision: str = "float32"
     """'float32', or 'bf16': autocast of the dense part; weights, tables, log probabilities and loss stay float32."""
     compile: bool = False
@@ -118,12 +126,14 @@ class TrainConfig:
     worker decodes only its own part of a large table; with 1 every worker decodes every row. Part of the order."""
     reader_cache: str = ""
     """Folder on a local disk for decoded row groups, for epochs after the first; '': none."""
+    evaluate_every_epochs: int = 1
+    """Epochs from one evaluation on eval_dates to the next; the last epoch always has one."""
     early_stopping: bool = False
     """Keep the weights of the epoch with the best mean log loss on eval_dates, and stop when it grows."""
 
     def __post_init__(self) -> None:
         for key in ("num_epochs", "global_batch_size", "checkpoint_every_steps", "keep_checkpoints",
-                    "log_every_steps", "reader_threads", "reader_shards", "learning_rate",
+                    "log_every_steps", "reader_threads", "reader_shards", "learning_rate", "evaluate_every_epochs",
                     "embedding_learning_rate"):  # fmt: skip
             require(getattr(self, key) > 0, f"train.{key} must be positive, got {getattr(self, key)}")
         require(self.global_batch_size % self.reader_shards == 0,
@@ -131,6 +141,8 @@ class TrainConfig:
                  f"({self.global_batch_size})")  # fmt: skip
         require(self.order in ("shuffled", "by_date"),
                  f"train.order must be 'shuffled' or 'by_date', got {self.order!r}")  # fmt: skip
+        require(self.schedule in ("none", "cosine", "linear"),
+                f"train.schedule must be 'none', 'cosine' or 'linear', got {self.schedule!r}")  # fmt: skip
         for key, choices in (("embedding_optimizer", ("rowwise_adagrad", "rowwise_adam")),
                              ("embedding_strategy", ("replicated", "sharded"))):  # fmt: skip
             require(getattr(self, key) in choices,

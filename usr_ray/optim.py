@@ -12,6 +12,7 @@ Shape letters: U unique ids, N ids that may repeat, D embedding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -127,9 +128,9 @@ def sum_in_place(packed_N: Tensor, grads_ND: Tensor) -> Update:
 
 
 class DenseAdamW:
-    """AdamW on a module's parameters (fused), with gradient clipping; its state goes by parameter name.
+    """AdamW on a module's parameters, with gradient clipping; its state goes by parameter name.
 
-    Weight decay spares vectors (biases, norms), as is usual.
+    Fused on the devices that can. Weight decay spares vectors (biases, norms), as is usual.
     """
 
     def __init__(self, module: nn.Module, config: TrainConfig) -> None:
@@ -139,7 +140,8 @@ class DenseAdamW:
         matrices = [p for p in self.parameters.values() if p.dim() > 1]
         vectors = [p for p in self.parameters.values() if p.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.learning_rate, fused=True)
+        fused = all(p.device.type in ("cpu", "cuda") for p in self.parameters.values())
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.learning_rate, fused=fused)
 
     def zero_grad(self) -> None:
         """Drop the gradients."""
@@ -177,9 +179,18 @@ class DenseAdamW:
             self.optimizer.state[parameter][part] = tensor.to(parameter.device, copy=True)
 
 
-def warmup_scale(step: int, warmup_steps: int) -> float:
-    """Share of the learning rates (dense and tables) used in step 0, 1, ..: linear up to 1 at `warmup_steps`."""
-    return min(1.0, (step + 1) / warmup_steps) if warmup_steps > 0 else 1.0
+def rate_scale(step: int, config: TrainConfig, total_steps: int) -> float:
+    """Share of the learning rates (dense and tables) used in step 0, 1, .. of a run of `total_steps`.
+
+    Linear up to 1 over train.warmup_steps, then by train.schedule: 1, or from 1 down towards 0, which would be reached
+    one step after the last, along a half cosine or a line.
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "none":
+        return 1.0
+    done = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
+    return (1 + math.cos(math.pi * min(done, 1.0))) / 2 if config.schedule == "cosine" else max(1 - done, 0.0)
 
 
 @torch.no_grad()

@@ -25,6 +25,8 @@ BLOCK_ROWS = 1 << 18
 ORDERS = ("shuffled", "by_date", "file")
 
 IntArray = NDArray[np.int64]
+_BLOCK_BITS = 24
+"""Blocks of one date: 2^24 of 2^18 rows or more."""
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -73,6 +75,8 @@ class EpochOrder:
     """K + 1: block k holds groups_G[block_groups[k]:block_groups[k + 1]]."""
     block_starts: IntArray
     """K + 1: rows before each block, and at the end the rows of the epoch."""
+    block_ids: IntArray
+    """K: what names a block in the key of its permutation: its number, or under 'by_date' (date, number inside it)."""
     num_shards: int
     key: int
     is_shuffled: bool
@@ -104,7 +108,8 @@ def epoch_order(
         group_rows_G: rows of each row group, in manifest order.
         group_days_G: any integer that grows with the row group's date.
         kind: 'shuffled': row groups permuted over all dates; 'by_date': dates ascending, row groups permuted inside
-            each, no block spans two dates; 'file': manifest order, nothing permuted.
+            each, no block spans two dates, and a date's order is the same whatever other dates there are; 'file':
+            manifest order, nothing permuted.
         seed: of the run.
         epoch: 0 and up; 'file' is the same in every epoch.
         block_rows: a block ends with the row group that reaches block_rows * num_shards; what is left of a date (or
@@ -118,15 +123,23 @@ def epoch_order(
     groups = np.arange(len(rows)) if kind == "file" else permutation(len(rows), stream_key(key, -1))
     segments = np.array([0, len(rows)])
     if kind == "by_date":
-        groups = groups[np.argsort(days[groups], kind="stable")]
+        groups = np.argsort(days, kind="stable")
         segments = np.concatenate([[0], np.flatnonzero(np.diff(days[groups])) + 1, [len(rows)]])
+        for first, last in itertools.pairwise(segments):
+            day = int(days[groups[first]])
+            groups[first:last] = groups[first:last][permutation(int(last - first), stream_key(key, -1, day))]
     ordered_rows = rows[groups]
     starts = np.concatenate([[0], np.cumsum(ordered_rows)])
-    cuts = [0]
+    cuts, ids = [0], []
     for first, last in itertools.pairwise(segments):
-        cuts += _cut_blocks(starts, int(first), int(last), min_rows=block_rows * num_shards)
-    block_groups = np.array(cuts, dtype=np.int64)
-    return EpochOrder(groups, ordered_rows, block_groups, starts[block_groups], num_shards, key, kind != "file")
+        ends = _cut_blocks(starts, int(first), int(last), min_rows=block_rows * num_shards)
+        day = int(days[groups[first]]) if kind == "by_date" else 0
+        ids += [(day << _BLOCK_BITS) + number for number in range(len(ends))]
+        cuts += ends
+    block_groups, block_ids = np.array(cuts, dtype=np.int64), np.array(ids, dtype=np.int64)
+    return EpochOrder(
+        groups, ordered_rows, block_groups, starts[block_groups], block_ids, num_shards, key, kind != "file"
+    )
 
 
 def _cut_blocks(starts: IntArray, first: int, last: int, *, min_rows: int) -> list[int]:
@@ -226,7 +239,8 @@ def block_share(order: EpochOrder, block: int, share: RankShare, start_step: int
         step, slot = np.divmod(position, batch)
         slot += shard * batch - share.first
         mine = (slot >= 0) & (slot < share.num_rows) & (step >= start_step)
-        row = permutation(count, stream_key(order.key, block, shard)) if order.is_shuffled else np.arange(count)
+        block_id = int(order.block_ids[block])
+        row = permutation(count, stream_key(order.key, block_id, shard)) if order.is_shuffled else np.arange(count)
         places.append((step * share.num_rows + slot)[mine])
         rows.append(row[mine] + span_starts[shard])
     place, row = np.concatenate(places), np.concatenate(rows)
@@ -249,26 +263,3 @@ def block_rows_by_group(order: EpochOrder, block: int, rows: IntArray) -> list[t
             inside = sorted_rows[a:b] - (ends[n] - order.group_rows_G[first + n])
             found.append((int(order.groups_G[first + n]), inside, by_row[a:b]))
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class ShuffleQuality:
-    """How well an order mixes. A uniform random order has displacement 1 and autocorrelation 0; file order 0 and ~1."""
-
-    displacement: float
-    """Mean |position - row| over its expectation for a uniform permutation, N / 3."""
-    autocorrelation: float
-    """Correlation of a value (by default the row's number) with that of the row that comes next."""
-
-
-def shuffle_quality(rows_N: ArrayLike, values_N: ArrayLike | None = None) -> ShuffleQuality:
-    """Measure an order: rows_N are row numbers 0..N - 1 in the order they are read; values_N, if given, in file order.
-
-    A constant value has autocorrelation 0.
-    """
-    rows = np.asarray(rows_N, dtype=np.int64)
-    values = (rows if values_N is None else np.asarray(values_N)[rows]).astype(np.float64)
-    displacement = float(np.abs(rows - np.arange(len(rows))).mean() / (len(rows) / 3))
-    centred = values - values.mean()
-    variance = float(centred @ centred)
-    return ShuffleQuality(displacement, float(centred[:-1] @ centred[1:]) / variance if variance > 0 else 0.0)

@@ -27,6 +27,7 @@ from usr_ray import order as ordering
 from usr_ray.batch import UsrBatch
 from usr_ray.batch_builder import BatchBuilder, take_rows
 from usr_ray.manifest import Manifest, usable_row_groups
+from usr_ray.order_quality import ShuffleQuality, epoch_quality
 from usr_ray.reader_decode import RowGroupDecoder
 
 MAX_BYTES_IN_FLIGHT = 1 << 30
@@ -93,12 +94,7 @@ class SampleReader:
         self._decoder = RowGroupDecoder(
             manifest, ready_before_us=ready_before_us, mature_only=mature_only, cache_dir=cache_dir
         )
-        self._order: dict[str, Any] = {
-            "kind": order,
-            "seed": seed,
-            "block_rows": block_rows,
-            "num_shards": num_shards,
-        }
+        self._order: dict[str, Any] = {"kind": order, "seed": seed, "block_rows": block_rows, "num_shards": num_shards}
         self._max_bytes_in_flight = max_bytes_in_flight
         self._num_threads = num_threads
         self._executor: ThreadPoolExecutor | None = None
@@ -126,9 +122,17 @@ class SampleReader:
 
     def epoch_order(self, epoch: int) -> ordering.EpochOrder:
         """Blocks of an epoch, over the row groups that are read."""
-        rows = [ref.row_group.num_rows for ref in self._refs]
+        rows, days = self._rows_and_days()
+        return ordering.epoch_order(rows, days, epoch=epoch, **self._order)
+
+    def _rows_and_days(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         dates = np.array([self._manifest.files[ref.file].date for ref in self._refs], dtype="datetime64[D]")
-        return ordering.epoch_order(rows, dates.astype(np.int64), epoch=epoch, **self._order)
+        return np.array([ref.row_group.num_rows for ref in self._refs]), dates.astype(np.int64)
+
+    def shuffle_quality(self, epoch: int = 0) -> ShuffleQuality:
+        """How well the order of an epoch mixes the rows that are read, and their dates; reads nothing."""
+        (rows, days), batch = self._rows_and_days(), self._share.global_batch_size
+        return epoch_quality(self.epoch_order(epoch), rows.cumsum() - rows, days, global_batch_size=batch)
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[UsrBatch]:
         """Batches of this rank in an epoch from `start_step` on; starting late costs no more than starting at 0.
@@ -167,13 +171,9 @@ class SampleReader:
         return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
     def _build_block(
-        self,
-        order: ordering.EpochOrder,
-        block: int,
-        start_step: int,
-        executor: ThreadPoolExecutor,
+        self, order: ordering.EpochOrder, block: int, start_step: int, executor: ThreadPoolExecutor,
         stop: threading.Event,
-    ) -> _Block:
+    ) -> _Block:  # fmt: skip
         """Decode a block's row groups and lay this rank's rows out in the order they are used."""
         places, rows = ordering.block_share(order, block, self._share, start_step)
         groups = ordering.block_rows_by_group(order, block, rows)

@@ -22,6 +22,7 @@ from usr_ray import report_curves, report_funnel, report_plots, report_stats, re
 from usr_ray.config import UserError
 from usr_ray.files import write_whole
 from usr_ray.metrics import ALL, GLOBAL
+from usr_ray.order_quality import order_text
 from usr_ray.report_data import RunRecord, read_etl_reports, read_run
 from usr_ray.report_stats import Gap
 from usr_ray.schema import TASKS
@@ -99,6 +100,7 @@ def _facts(run: RunRecord) -> list[tuple[str, str, bool]]:
         ("Outcome", " ".join(str(record.get("outcome") or record.get("status") or "").split("_")), False),
         ("Steps", f"{record['step']:,}" if "step" in record else None, False),
         ("Workers", run.config.get("ray", {}).get("num_workers"), False),
+        ("Order of the rows", order_text(record["shuffle"]) if record.get("shuffle") else None, False),
         ("Training dates", _with_rows(data.get("train_dates"), rows.get("train")), False),
         ("Held-out dates", _with_rows(about.get("dates") or data.get("eval_dates"), None), False),
         ("Samples table", f"version {version}" if version is not None else None, False),

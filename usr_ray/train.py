@@ -69,7 +69,7 @@ def train(
         config: the whole configuration.
         worker: this rank.
         train_manifest: rows to train on; those whose labels close after the end of data.train_dates have weight 0.
-        eval_manifest: held-out rows, evaluated after each epoch; None: no evaluation.
+        eval_manifest: held-out rows, for train.evaluate_every_epochs; None: no evaluation.
         run_dir: on storage that rank 0 can write.
         monitor: told of steps, evaluations and checkpoints.
 
@@ -92,9 +92,11 @@ class _Run:
         self.config, self.worker, self.monitor = config, worker, monitor
         self.eval_manifest = eval_manifest
         self.reader = training_reader(config, train_manifest, worker)
-        self.state = TrainState(config, train_manifest, worker, order=self.reader.fingerprint)
-        self.store = CheckpointStore(run_dir / "checkpoints", keep_last=config.train.keep_checkpoints)
         self.total_steps = config.train.num_epochs * self.reader.num_steps
+        self.state = TrainState(
+            config, train_manifest, worker, order=self.reader.fingerprint, total_steps=self.total_steps
+        )
+        self.store = CheckpointStore(run_dir / "checkpoints", keep_last=config.train.keep_checkpoints)
         self.meter = StepMeter(worker)
         self.best: tuple[int, float] | None = None
         """Step and log loss of the best epoch so far, with early stopping."""
@@ -104,6 +106,8 @@ class _Run:
         state, config = self.state, self.config.train
         if state.restore(self.store.newest_valid() if self.worker.is_main else None, self.worker):
             self._say(f"resumed at step {state.step} (epoch {state.epoch + 1}/{config.num_epochs})")
+        elif config.warm_start:
+            self._say(f"warm start from {state.warm_start(config.warm_start, self.worker)}")
         best = self.store.best_valid() if config.early_stopping and self.worker.is_main else None
         self.best = share_json(self.worker, best and (best.step, best.state["log_loss"]))
         batches = training_batches(
@@ -126,8 +130,11 @@ class _Run:
             if not self._train_epoch(feed):
                 self._say(f"stopped at step {state.step}; the same command resumes it")
                 return "stopped", None
-            evaluation, has_grown = self._evaluate()
-            if state.epoch + 1 >= config.num_epochs:
+            evaluation, has_grown = None, False
+            is_last = state.epoch + 1 >= config.num_epochs
+            if is_last or (state.epoch + 1) % config.evaluate_every_epochs == 0:
+                evaluation, has_grown = self._evaluate()
+            if is_last:
                 return "finished", evaluation
             if has_grown:
                 return "early_stopped", evaluation

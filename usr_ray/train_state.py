@@ -14,17 +14,18 @@ from torch import Tensor
 import usr_ray
 from usr_ray.checkpoint import Checkpoint, CheckpointError
 from usr_ray.config import Config
-from usr_ray.embeddings import build_embeddings, check_shapes
+from usr_ray.embeddings import WEIGHTS, build_embeddings, check_shapes
 from usr_ray.manifest import Manifest
 from usr_ray.model.embedding import Lookup
 from usr_ray.model.usr import UsrModel
-from usr_ray.optim import DenseAdamW, replica_hash, warmup_scale
+from usr_ray.optim import DenseAdamW, rate_scale, replica_hash
+from usr_ray.train_warm_start import find_checkpoint, warm_start_refusal
 from usr_ray.worker import Worker
 
 FORMAT = 1
 FIXED_KEYS = (
     "model", "train.seed", "train.global_batch_size", "train.order", "train.reader_shards", "train.embedding_optimizer",
-    "data.mature_only",
+    "train.warm_start", "train.warm_start_optimizer", "data.mature_only",
 )  # fmt: skip
 """Configuration that gives the weights and the cursor their meaning: a resumed run must have it as it was."""
 _PIECE_BYTES = 1 << 26
@@ -41,15 +42,17 @@ class TrainState:
         manifest: the training rows; its spec sizes the tables, its hash is part of the cursor.
         worker: this rank. All ranks build the state together.
         order: SampleReader.fingerprint: what fixes the global batches, so that (epoch, step) means the same rows.
+        total_steps: of the run, for train.schedule.
     """
 
     step: int
     """Steps of the whole run."""
 
-    def __init__(self, config: Config, manifest: Manifest, worker: Worker, *, order: str) -> None:
+    def __init__(self, config: Config, manifest: Manifest, worker: Worker, *, order: str, total_steps: int = 0) -> None:
         self.config = config
         self.manifest = manifest
         self.order = order
+        self.total_steps = total_steps
         torch.manual_seed(config.train.seed)
         self.module = UsrModel(manifest.spec, config.model)
         """The dense part itself: what is saved, exported and evaluated."""
@@ -70,7 +73,7 @@ class TrainState:
         Returns:
             The norm of the dense gradients before clipping, a scalar on the device. All ranks must call it.
         """
-        norm = self.dense.step(scale=warmup_scale(self.step, self.config.train.warmup_steps))
+        norm = self.dense.step(scale=rate_scale(self.step, self.config.train, self.total_steps))
         self.tables.apply_gradients(lookup)
         self.epoch_step += 1
         self._at_step(self.step + 1)
@@ -78,7 +81,7 @@ class TrainState:
 
     def _at_step(self, step: int) -> None:
         self.step = step
-        self.tables.set_rate(warmup_scale(step, self.config.train.warmup_steps))
+        self.tables.set_rate(rate_scale(step, self.config.train, self.total_steps))
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state by name. All ranks must call it; sharded tables are whole on rank 0 alone."""
@@ -128,18 +131,47 @@ class TrainState:
         """
         header: dict[str, Any] = {}
         if checkpoint is not None:
-            shapes = {n: [str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in checkpoint.tensors.items()}
-            header = {"step": checkpoint.step, "tensors": shapes, "cursor": checkpoint.state.get("cursor", {})}
+            header = {"step": checkpoint.step, "tensors": _shapes(checkpoint), "cursor": checkpoint.state.get("cursor")}
             header["refusal"] = refusal(checkpoint, self.config, self.manifest, self.order)
         header = share_json(worker, header)
         if not header:
             return False
         if header["refusal"]:
             raise CheckpointError(header["refusal"])
-        of_tables = self.tables.state_shapes()
-        check_shapes(of_tables, {name: tuple(shape) for name, (_, shape) in header["tensors"].items()})
-        tensors = {}
-        for name, (dtype, shape) in header["tensors"].items():
+        check_shapes(self.tables.state_shapes(), {n: tuple(shape) for n, (_, shape) in header["tensors"].items()})
+        self._receive(checkpoint, header["tensors"], worker)
+        self._at_step(header["step"])
+        self.epoch, self.epoch_step = header["cursor"]["epoch"], header["cursor"]["step"]
+        return True
+
+    def warm_start(self, path: str, worker: Worker) -> str:
+        """Take model and tables, and by train.warm_start_optimizer both optimisers, from another run; its checkpoint.
+
+        The step and the epoch stay 0. Rows that a table has beyond the old ones keep the values of a fresh table.
+
+        Raises:
+            CheckpointError: on every rank: there is no checkpoint, or it is of another model or of other features.
+        """
+        checkpoint = None
+        header: dict[str, Any] = {}
+        if worker.is_main:
+            try:
+                checkpoint = find_checkpoint(path)
+                header = {"path": str(checkpoint.path), "tensors": _shapes(checkpoint)}
+                header["refusal"] = warm_start_refusal(checkpoint.state, path, self.config, self.manifest)
+            except CheckpointError as error:
+                header = {"refusal": str(error)}
+        header = share_json(worker, header)
+        if header["refusal"]:
+            raise CheckpointError(header["refusal"])
+        parts = ("",) if self.config.train.warm_start_optimizer else ("model/", f"{WEIGHTS}/")
+        self._receive(checkpoint, {n: s for n, s in header["tensors"].items() if n.startswith(parts)}, worker)
+        return str(header["path"])
+
+    def _receive(self, checkpoint: Checkpoint | None, shapes: Mapping[str, Any], worker: Worker) -> None:
+        """The named tensors of rank 0's checkpoint, on every rank."""
+        of_tables, tensors = self.tables.state_shapes(), {}
+        for name, (dtype, shape) in shapes.items():
             own = checkpoint.tensors[name] if checkpoint is not None and worker.is_main else None
             if name in of_tables:
                 self._receive_rows(name, own, dtype, shape, worker)
@@ -147,9 +179,6 @@ class TrainState:
                 tensors[name] = worker.broadcast(_empty(shape, dtype) if own is None else own)
         self.module.load_state_dict(_part(tensors, "model"))
         self.dense.load_state_tensors(_part(tensors, "adamw"))
-        self._at_step(header["step"])
-        self.epoch, self.epoch_step = header["cursor"]["epoch"], header["cursor"]["step"]
-        return True
 
     def _receive_rows(self, name: str, own: Tensor | None, dtype: str, shape: list[int], worker: Worker) -> None:
         """Take over one table's tensor piece by piece, so that no rank has to hold the whole of a sharded one."""
@@ -185,6 +214,10 @@ def refusal(checkpoint: Checkpoint, config: Config, manifest: Manifest, order: s
     if saved["cursor"]["order"] != order:
         return f"checkpoint {checkpoint.path}: the rows come in another order than when it was written; {way_out}"
     return None
+
+
+def _shapes(checkpoint: Checkpoint) -> dict[str, list[Any]]:
+    return {n: [str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in checkpoint.tensors.items()}
 
 
 def share_json(worker: Worker, value: Any) -> Any:

@@ -32,6 +32,7 @@ from usr_ray.config import Config, RayConfig, UserError, parse_duration_us
 from usr_ray.files import write_whole
 from usr_ray.metrics import CellMetrics
 from usr_ray.monitoring import RayMonitor
+from usr_ray.order_quality import order_text
 from usr_ray.train import train
 from usr_ray.trainer_environment import OWN, SUBMITTED
 from usr_ray.trainer_plan import RunPlan, load_manifest, mark_finished, plan_run, write_plan
@@ -100,13 +101,15 @@ def run(
         TrainingFailedError: more failures than ray.max_failures.
     """
     if cluster == SUBMITTED:
-        _refuse_relative({"--lake": lake, "--run-dir": run_dir})
+        warm_start = {"train.warm_start": config.train.warm_start} if config.train.warm_start else {}
+        _refuse_relative({"--lake": lake, "--run-dir": run_dir} | warm_start)
     plan = plan_run(config, lake, run_dir, command=command)
     if plan.is_finished:
         print(f"{plan.run_dir}: this run is finished (step {plan.record['step']:,}); its result:")
         return _summary(plan, plan.record["outcome"], plan.record["step"], was_finished=True)
     with ray_session(config.ray, cluster=cluster), _only_one(plan.run_dir):
         write_plan(plan)
+        print(f"{plan.run_dir}: rows {order_text(plan.record['shuffle'])}", flush=True)
         outcome, step = _fit(plan)
     if outcome != "stopped":
         mark_finished(plan, outcome=outcome, step=step)

@@ -14,7 +14,7 @@ import datetime as dt
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ import torch
 from usr_ray.config import Config, UserError, dotted, parse_dates
 from usr_ray.files import write_whole
 from usr_ray.manifest import Manifest, build_manifest
+from usr_ray.order_quality import ShuffleQuality
 from usr_ray.train_feed import training_reader
 from usr_ray.train_state import FIXED_KEYS, package_versions
+from usr_ray.train_warm_start import check_warm_start
 from usr_ray.worker import DistributedWorker
 
 CONFIG_FILE = "config.json"
@@ -82,6 +84,9 @@ def plan_run(config: Config, lake: Path | str, run_dir: Path | str, *, command: 
         )
     if config.train.early_stopping and not config.data.eval_dates:
         raise UserError("train.early_stopping watches data.eval_dates, which is empty; set one or switch off the other")
+    if config.train.warm_start:  # a whole path, since workers have working directories of their own
+        whole = str(Path(config.train.warm_start).absolute())
+        config = replace(config, train=replace(config.train, warm_start=whole))
     record = _read_record(folder)
     if record is None:
         manifests = {s: _build(config, lake, split=s) for s in SPLITS}
@@ -93,9 +98,10 @@ def plan_run(config: Config, lake: Path | str, run_dir: Path | str, *, command: 
             record["status"] = RUNNING  # more epochs, for example
     train_manifest = manifests["train"]
     assert train_manifest is not None
-    _check_rows(config, train_manifest)
+    shuffle = _check_rows(config, train_manifest)
     record |= {
         "config": config.to_dict(),
+        "shuffle": {"order": config.train.order, **{k: round(v, 4) for k, v in asdict(shuffle).items()}},
         "table": {"uri": train_manifest.table_uri, "version": train_manifest.version},
         "manifests": {s: _about(m) for s, m in manifests.items() if m is not None},
         "packages": package_versions() | _installed(_MORE_PACKAGES),
@@ -137,13 +143,17 @@ class _Shape(DistributedWorker):
         self._world_size = world_size
 
 
-def _check_rows(config: Config, manifest: Manifest) -> None:
+def _check_rows(config: Config, manifest: Manifest) -> ShuffleQuality:
+    """Refuse what the workers would; how well the first epoch's order mixes the rows and their dates."""
     if manifest.spec.scenarios != config.scenarios:
         raise UserError(
             f"scenarios: the configuration has {list(config.scenarios)}, the table at {manifest.table_uri} has "
             f"{list(manifest.spec.scenarios)}; train with the configuration the table was built with"
         )
-    training_reader(config, manifest, _Shape(config.ray.num_workers)).close()
+    if config.train.warm_start:
+        check_warm_start(config, manifest)
+    with training_reader(config, manifest, _Shape(config.ray.num_workers)) as reader:
+        return reader.shuffle_quality()
 
 
 def _build(config: Config, lake: Path | str, *, split: str) -> Manifest | None:

@@ -233,6 +233,7 @@ REFUSED = [
     ("model.contrastive.feature_weight=-1", "model.contrastive.feature_weight must not be negative, got -1.0"),
     ("model.contrastive.mask_rate=1", "model.contrastive.mask_rate must be in (0, 1), got 1.0"),
     # Training
+    ("train.schedule=step", "train.schedule must be 'none', 'cosine' or 'linear', got 'step'"),
     ("train.order=random", "train.order must be 'shuffled' or 'by_date', got 'random'"),
     ("train.embedding_optimizer=adam",
      "train.embedding_optimizer must be 'rowwise_adagrad' or 'rowwise_adam', got 'adam'"),

@@ -18,10 +18,10 @@ from usr_ray.optim import (
     Update,
     exchange,
     exchange_tables,
+    rate_scale,
     replica_hash,
     sum_by_id,
     sum_in_place,
-    warmup_scale,
 )
 from usr_ray.optim_rows import ROW_OPTIMIZERS, RowwiseAdagrad, RowwiseAdam
 from usr_ray.worker import LocalWorker
@@ -273,7 +273,7 @@ def test_adamw_takes_the_step_of_its_formula() -> None:
     optimizer = DenseAdamW(model, config)
     dense_loss(model, 0).backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    norm = optimizer.step(scale=warmup_scale(0, config.warmup_steps))
+    norm = optimizer.step(scale=rate_scale(0, config, 10))
     rate = 0.01 / 4
     for name, parameter in model.named_parameters():
         decay = 0.5 if parameter.dim() > 1 else 0.0
@@ -314,10 +314,19 @@ def test_adamw_state_survives_a_checkpoint_bit_for_bit() -> None:
         assert torch.equal(mine, theirs)
 
 
-@pytest.mark.parametrize(("step", "scale"), [(0, 0.25), (1, 0.5), (3, 1.0), (99, 1.0)])
-def test_warm_up_is_linear(step: int, scale: float) -> None:
-    assert warmup_scale(step, 4) == scale
-    assert warmup_scale(step, 0) == 1.0
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("none", {0: 0.25, 1: 0.5, 3: 1.0, 4: 1.0, 99: 1.0}),
+        # 8 steps after the warm-up: step 6 has gone 2 of them, step 8 half the way.
+        ("linear", {0: 0.25, 3: 1.0, 4: 1.0, 6: 0.75, 8: 0.5, 11: 0.125, 12: 0.0, 13: 0.0}),
+        ("cosine", {0: 0.25, 3: 1.0, 4: 1.0, 6: (1 + 0.5**0.5) / 2, 8: 0.5, 10: (1 - 0.5**0.5) / 2, 12: 0.0, 13: 0.0}),
+    ],
+)
+def test_rates_rise_in_the_warm_up_and_fall_by_the_schedule(schedule: str, expected: dict[int, float]) -> None:
+    config = TrainConfig(warmup_steps=4, schedule=schedule)
+    assert {step: rate_scale(step, config, 12) for step in expected} == pytest.approx(expected)
+    assert rate_scale(0, TrainConfig(schedule=schedule), 12) == 1.0
 
 
 def test_the_replica_hash_sees_every_bit() -> None:

@@ -22,9 +22,9 @@ from usr_ray.order import (
     num_steps,
     permutation,
     rank_share,
-    shuffle_quality,
     stream_key,
 )
+from usr_ray.order_quality import shuffle_quality
 
 pytestmark = pytest.mark.unit
 
@@ -228,17 +228,18 @@ def test_with_shards_a_rank_reads_only_its_own_row_groups() -> None:
     assert groups_read(4) == 4
 
 
-def test_shuffle_quality_tells_file_order_from_a_random_one() -> None:
-    rows = np.arange(10_000)
-    file_order = shuffle_quality(rows)
-    assert file_order.displacement == 0
-    assert file_order.autocorrelation > 0.99
-    uniform = shuffle_quality(np.random.default_rng(0).permutation(10_000))
-    assert uniform.displacement == pytest.approx(1, abs=0.03)
-    assert uniform.autocorrelation == pytest.approx(0, abs=0.03)
-    assert shuffle_quality(rows, np.zeros(10_000)).autocorrelation == 0
-    # By hand: order 2 0 1 moves rows by 2, 1, 1, against 3 / 3.
-    assert shuffle_quality([2, 0, 1]).displacement == pytest.approx(4 / 3)
+def test_by_date_the_order_of_a_date_does_not_depend_on_the_others() -> None:
+    def rows_of(days: list[int], wanted: int) -> list[tuple[int, int]]:
+        """(row group of the wanted day, row) in the order they are read."""
+        order = epoch_order([64] * len(days), days, kind="by_date", seed=3, epoch=1, block_rows=128)
+        steps = walk(order, world_size=1, global_batch_size=64, group_size=64)
+        first = days.index(wanted)
+        return [(g - first, row) for ranks in steps for batch in ranks for g, row in batch if days[g] == wanted]
+
+    alone = rows_of([7] * 5, 7)
+    assert len(alone) == 5 * 64
+    assert rows_of([5, 5, 6, *[7] * 5, 9], 7) == alone
+    assert rows_of([6] * 5, 6) != alone
 
 
 def test_block_shuffle_mixes_nearly_as_well_as_a_uniform_one() -> None:

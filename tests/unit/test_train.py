@@ -133,11 +133,21 @@ def test_the_loss_falls_and_the_numbers_are_reported(
     assert re.search(r"epoch 1/6 step 8/48 loss [\d.]+ [\d,]+ samples/s data stall \d+% left 0:00:\d\d", lines[0])
 
 
+def test_evaluations_come_as_often_as_asked_and_at_the_end(
+    manifests: tuple[Manifest, Manifest], tmp_path: Path
+) -> None:
+    watcher = Watcher()
+    result = run(make_config(train_num_epochs=3, train_evaluate_every_epochs=2), manifests, tmp_path, watcher)
+    assert watcher.evaluations == [2 * NUM_STEPS, 3 * NUM_STEPS]
+    assert result.evaluation is not None
+
+
 @pytest.mark.parametrize("stop_at", [1, 5, NUM_STEPS, NUM_STEPS + 3])
 def test_a_run_stopped_at_any_step_resumes_bit_for_bit(
     manifests: tuple[Manifest, Manifest], tmp_path: Path, stop_at: int
 ) -> None:
-    config = make_config(train_num_epochs=2, train_log_every_steps=1, train_warmup_steps=6, model_dropout=0.2)
+    config = make_config(train_num_epochs=2, train_log_every_steps=1, train_warmup_steps=6,
+                         train_schedule="cosine", model_dropout=0.2)  # fmt: skip
     unbroken = run(config, (manifests[0], None), tmp_path / "unbroken")
     worker = LocalWorker("cpu")
     stopped = run(config, (manifests[0], None), tmp_path / "run", Watcher(worker, stop_at), worker)
