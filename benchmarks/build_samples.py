@@ -1,0 +1,247 @@
+"""How fast are samples built: by our job, by plain Spark SQL and by DuckDB, from the same logs to equal rows?
+
+    python benchmarks/build_samples.py [--sizes 1e6,3e6,10e6] [--repeats 3,2,1] [--work DIR] [--memory 4g]
+    python benchmarks/build_samples.py --sizes 3e6 --append        one size a call; the results add up
+    python benchmarks/build_samples.py --sizes 3e6,10e6 --bot --systems ours --append
+    python benchmarks/build_samples.py --report                    table, plot and docs/scale.md's numbers from the JSON
+
+Each system runs in a process of its own, in turn, on two cores; its samples are compared with ours row for row before its
+time counts. Ours starts from an empty lake and does all of its work (vocabularies, rejects, account, reports, checks);
+the others take the vocabularies as a ready table and write the samples only. Results: results/build_samples.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from build_samples_data import CONFIG, ROOT, make_logs
+from build_samples_measure import measure, spark_metrics
+from build_samples_report import write_report
+from build_samples_sql import Query, run_duckdb, run_spark_sql
+
+from usr_ray.config import Config, load_config
+from usr_ray.files import write_whole
+
+RESULTS = Path(__file__).parent / "results" / "build_samples.json"
+SYSTEMS = ("ours", "spark_sql", "duckdb")
+LEFT_OUT = {"duckdb": {"user_key", "request_key"}}
+"""Columns of Spark's xxhash64, which DuckDB has not: it writes hashes of its own there, which are not compared."""
+WATERMARK = "2026-01-10T03:00:00Z"
+TIMEOUT_S = 3600.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """One system on one size of logs, in a folder of its own."""
+
+    system: str
+    size: int
+    bot: bool
+    folder: Path
+    query: Query
+
+    def spark(self, cores: int, memory: str) -> list[str]:
+        """spark-submit with the options that both Spark systems have."""
+        # C1 alone (cluster/spark/conf) is for jobs of seconds; these run for minutes.
+        options = {
+            "spark.driver.extraJavaOptions": "-XX:ReservedCodeCacheSize=256m",
+            "spark.driver.memory": memory,
+            "spark.local.dir": str(self.folder / "spark"),
+            "spark.eventLog.enabled": "true",
+            "spark.eventLog.compress": "false",
+            "spark.eventLog.rolling.enabled": "false",
+            "spark.eventLog.dir": str(self.folder / "events"),
+        }
+        words = [word for key, value in options.items() for word in ("--conf", f"{key}={value}")]
+        return ["spark-submit", "--master", f"local[{cores}]", *words]
+
+    def command(self, cores: int, memory: str) -> list[str]:
+        """What is started and measured."""
+        query = self.query
+        if self.system == "ours":
+            return [
+                *self.spark(cores, memory), "jobs/build_samples.py", "--config", str(CONFIG), "--logs", str(query.logs),
+                "--lake", str(self.folder / "lake"), "--dates", f"{query.first}:{query.last}",
+                "--watermark", query.watermark,
+            ]  # fmt: skip
+        one = [__file__, "--one", self.system, "--logs", str(query.logs), "--output", str(query.output),
+               "--vocabularies", str(query.vocabularies), "--cores", str(cores), "--memory", memory]  # fmt: skip
+        return [*self.spark(cores, memory), *one] if self.system == "spark_sql" else [sys.executable, *one]
+
+    @property
+    def samples(self) -> Path:
+        """Where its samples are."""
+        return self.folder / "lake" / "samples" if self.system == "ours" else self.query.output
+
+
+def perform(run: Run, *, cores: int, memory: str) -> dict[str, Any]:
+    """Run a system from nothing; its row of the results."""
+    from build_samples_check import files_of
+
+    shutil.rmtree(run.folder, ignore_errors=True)
+    (run.folder / "events").mkdir(parents=True)
+    env = os.environ | {
+        "SPARK_LOCAL_IP": "127.0.0.1", "PYTHONPATH": str(ROOT), "SPARK_CONF_DIR": str(ROOT / "cluster" / "spark" / "conf")
+    }  # fmt: skip
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    usage = measure(run.command(cores, memory), cwd=ROOT, env=env, timeout_s=TIMEOUT_S)
+    sizes = [Path(path).stat().st_size for path in files_of(run.samples)]
+    row = {key: value for key, value in asdict(usage).items() if key != "lines"}
+    row = {"system": run.system, "impressions": run.size, "bot": run.bot} | {
+        key: round(value, 2) if isinstance(value, float) else value for key, value in row.items()
+    }
+    row |= {"output_bytes": sum(sizes), "output_files": len(sizes)}
+    if run.system != "duckdb":
+        row["spark"] = spark_metrics(run.folder / "events")
+    row["progress"] = [line for line in usage.lines if line.startswith("[")]
+    return row
+
+
+def export_vocabularies(lake: Path, target: Path) -> None:
+    """The vocabularies that our build fitted, as one Parquet file: what the other two start from."""
+    import pyarrow.parquet as pq
+    from deltalake import DeltaTable
+
+    target.mkdir(parents=True, exist_ok=True)
+    pq.write_table(DeltaTable(str(lake / "vocabularies")).to_pyarrow_table(), target / "vocabularies.parquet")
+
+
+def measure_size(
+    size: int, *, bot: bool, systems: list[str], repeats: int, arguments: argparse.Namespace,
+    say: Callable[[str], None], save: Callable[[dict[str, Any]], None],
+) -> None:  # fmt: skip
+    """All systems on logs of one size, in turn, each repeated; every system's rows are compared with ours once."""
+    from build_samples_check import check_equal
+
+    config = load_config(CONFIG, ())
+    work = arguments.work
+    logs = make_logs(work, size, bot=bot, config=config)
+    vocabularies = work / "vocabularies" / logs.name
+    say(f"{logs.name}: logs are ready")
+    for repeat in range(repeats):
+        done: dict[str, Path] = {}
+        for system in systems:
+            folder = work / "runs" / f"{logs.name}-{system}"
+            query = Query(logs, vocabularies, folder / "samples", *_dates(config), WATERMARK)
+            run = Run(system, size, bot, folder, query)
+            row = perform(run, cores=arguments.cores, memory=arguments.memory)
+            say(f"{logs.name}, run {repeat + 1} of {repeats}, {system}: {row['wall_s']:.1f} s, processor "
+                f"{row['cpu_s']:.1f} s, peak {row['peak_bytes'] / 1e9:.2f} GB")  # fmt: skip
+            done[system] = run.samples
+            if system == "ours":
+                export_vocabularies(folder / "lake", vocabularies)
+            if repeat == 0 and system != systems[0]:
+                compared = check_equal({systems[0]: done[systems[0]], system: run.samples}, LEFT_OUT)
+                row["equal_to_ours"] = compared[system]
+                say(f"{logs.name}: {system} and {systems[0]} agree on {compared[system]['rows']:,} rows")
+            save(row)
+            if system != systems[0]:
+                shutil.rmtree(folder)
+        shutil.rmtree(work / "runs")
+
+
+def _dates(config: Config) -> tuple[str, str]:
+    first = dt.date.fromisoformat(config.simulated.first_date)
+    return first.isoformat(), (first + dt.timedelta(days=config.simulated.num_days - 1)).isoformat()
+
+
+def run_one(arguments: argparse.Namespace) -> None:
+    """The process that is measured: one rival, on the logs it is given."""
+    config = load_config(CONFIG, ())
+    query = Query(arguments.logs, arguments.vocabularies, arguments.output, *_dates(config), WATERMARK)
+    if arguments.one == "duckdb":
+        run_duckdb(query, config, threads=arguments.cores, memory=arguments.memory.upper() + "B")
+        return
+    from etl.session import build_spark
+
+    spark = build_spark("benchmark: plain Spark SQL")
+    try:
+        run_spark_sql(spark, query, config)
+    finally:
+        spark.stop()
+
+
+def environment(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the numbers depend on."""
+    return {
+        "date": dt.date.today().isoformat(),
+        "machine": {"cpus": os.cpu_count(), "processor": platform.processor() or platform.machine()},
+        "settings": {"cores": arguments.cores, "spark_driver_memory": arguments.memory, "config": CONFIG.name},
+        "versions": {name: metadata.version(name) for name in ("pyspark", "delta-spark", "duckdb", "pyarrow", "numpy")},
+    }
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="1e6,3e6,10e6", help="impressions, separated by commas")
+    parser.add_argument("--repeats", default="3,2,1", help="runs of each system at each size")
+    parser.add_argument("--systems", default=",".join(SYSTEMS), help="which ones; the first is what others must equal")
+    parser.add_argument("--bot", action="store_true", help="with one user of a million events")
+    parser.add_argument("--work", type=Path, help="folder for logs and lakes; kept (default: a temporary one)")
+    parser.add_argument("--cores", type=int, default=2)
+    parser.add_argument("--memory", default="4g", help="Spark's driver memory and DuckDB's memory limit")
+    parser.add_argument("--append", action="store_true", help="keep the runs of other sizes that were recorded before")
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--one", choices=SYSTEMS[1:], help=argparse.SUPPRESS)
+    parser.add_argument("--logs", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--vocabularies", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse(argv)
+    if arguments.one:
+        run_one(arguments)
+        return
+    if not arguments.report:
+        with tempfile.TemporaryDirectory(prefix="usr-ray-bench-") as folder:
+            arguments.work = (arguments.work or Path(folder)).resolve()
+            measure_all(arguments)
+    write_report(json.loads(arguments.output.read_text(encoding="utf-8")), ROOT / "docs")
+
+
+def measure_all(arguments: argparse.Namespace) -> None:
+    """Measure every size; the results file is whole after each run."""
+    sizes = [int(float(word)) for word in arguments.sizes.split(",")]
+    repeats = [int(word) for word in arguments.repeats.split(",")]
+    repeats += repeats[-1:] * (len(sizes) - len(repeats))
+    systems = arguments.systems.split(",")
+    started = time.monotonic()
+    result = environment(arguments) | {"runs": []}
+    if arguments.append and arguments.output.exists():
+        before = json.loads(arguments.output.read_text(encoding="utf-8"))
+        redone = {(system, size, arguments.bot) for system in systems for size in sizes}
+        result["runs"] = [
+            row for row in before["runs"] if (row["system"], row["impressions"], row["bot"]) not in redone
+        ]
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - started:7.1f} s] {text}", flush=True)
+
+    def save(row: dict[str, Any]) -> None:
+        result["runs"].append(row)
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(arguments.output, json.dumps(result, indent=1) + "\n")
+
+    for size, times in zip(sizes, repeats, strict=False):
+        measure_size(size, bot=arguments.bot, systems=systems, repeats=times, arguments=arguments, say=say, save=save)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
