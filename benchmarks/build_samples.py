@@ -5,9 +5,9 @@
     python benchmarks/build_samples.py --sizes 3e6,10e6 --bot --systems ours --append
     python benchmarks/build_samples.py --report                    table, plot and docs/scale.md's numbers from the JSON
 
-Each system runs in a process of its own, in turn, on two cores; its samples are compared with ours row for row before its
-time counts. Ours starts from an empty lake and does all of its work (vocabularies, rejects, account, reports, checks);
-the others take the vocabularies as a ready table and write the samples only. Results: results/build_samples.json.
+Each system runs in a process of its own, in turn, on two cores; its samples are compared with ours row for row before
+its time counts. Ours starts from an empty lake and does all of its work (vocabularies, rejects, account, reports,
+checks); the others take the vocabularies as a ready table and write the samples only. Results: results/build_samples.json.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -32,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from build_samples_data import CONFIG, ROOT, make_logs
 from build_samples_measure import measure, spark_metrics
 from build_samples_report import write_report
-from build_samples_sql import Query, run_duckdb, run_spark_sql
+from build_samples_sql import Query, export_vocabularies, run_duckdb, run_spark_sql
 
 from usr_ray.config import Config, load_config
 from usr_ray.files import write_whole
@@ -79,8 +80,11 @@ class Run:
                 "--lake", str(self.folder / "lake"), "--dates", f"{query.first}:{query.last}",
                 "--watermark", query.watermark,
             ]  # fmt: skip
-        one = [__file__, "--one", self.system, "--logs", str(query.logs), "--output", str(query.output),
-               "--vocabularies", str(query.vocabularies), "--cores", str(cores), "--memory", memory]  # fmt: skip
+        one = [
+            str(Path(__file__).resolve()), "--one", self.system, "--logs", str(query.logs),
+            "--output", str(query.output), "--vocabularies", str(query.vocabularies),
+            "--cores", str(cores), "--memory", memory,
+        ]  # fmt: skip
         return [*self.spark(cores, memory), *one] if self.system == "spark_sql" else [sys.executable, *one]
 
     @property
@@ -96,8 +100,10 @@ def perform(run: Run, *, cores: int, memory: str) -> dict[str, Any]:
     shutil.rmtree(run.folder, ignore_errors=True)
     (run.folder / "events").mkdir(parents=True)
     env = os.environ | {
-        "SPARK_LOCAL_IP": "127.0.0.1", "PYTHONPATH": str(ROOT), "SPARK_CONF_DIR": str(ROOT / "cluster" / "spark" / "conf")
-    }  # fmt: skip
+        "SPARK_LOCAL_IP": "127.0.0.1",
+        "PYTHONPATH": str(ROOT),
+        "SPARK_CONF_DIR": str(ROOT / "cluster" / "spark" / "conf"),
+    }
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     usage = measure(run.command(cores, memory), cwd=ROOT, env=env, timeout_s=TIMEOUT_S)
     sizes = [Path(path).stat().st_size for path in files_of(run.samples)]
@@ -110,15 +116,6 @@ def perform(run: Run, *, cores: int, memory: str) -> dict[str, Any]:
         row["spark"] = spark_metrics(run.folder / "events")
     row["progress"] = [line for line in usage.lines if line.startswith("[")]
     return row
-
-
-def export_vocabularies(lake: Path, target: Path) -> None:
-    """The vocabularies that our build fitted, as one Parquet file: what the other two start from."""
-    import pyarrow.parquet as pq
-    from deltalake import DeltaTable
-
-    target.mkdir(parents=True, exist_ok=True)
-    pq.write_table(DeltaTable(str(lake / "vocabularies")).to_pyarrow_table(), target / "vocabularies.parquet")
 
 
 def measure_size(
@@ -244,4 +241,6 @@ def measure_all(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    # A killed benchmark must not leave its systems behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     main(sys.argv[1:])

@@ -1,7 +1,7 @@
 """Are two builds of the samples equal, row for row and column by column? Not a benchmark itself: DuckDB reads both.
 
-The rows are compared by a sum and an exclusive or of their 64-bit hashes over all compared columns, which no order of the
-rows changes; where they differ, the first rows that do are shown, column by column.
+The rows are compared by a sum and an exclusive or of their 64-bit hashes over all compared columns, which no order of
+the rows changes; where they differ, the first rows that do are shown, column by column.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Logs for benchmarks/build_samples.py: the simulated shop at any size, with or without a bot. Not a benchmark itself."""
+"""Logs for benchmarks/build_samples.py: the simulated shop at any size, with or without a bot.
+
+Not a benchmark itself.
+"""
 
 from __future__ import annotations
 

@@ -1,12 +1,14 @@
-"""One process and all it starts: seconds, processor time, memory; and what Spark's event log says. Not a benchmark itself.
+"""One process and all it starts: seconds, processor time, memory; and what Spark's event log says.
 
-Memory is the proportional set size (PSS) of the whole tree: pages that Spark's forked Python workers share count once.
+Not a benchmark itself. Memory is the proportional set size (PSS) of the whole tree: pages that Spark's forked Python
+workers share count once.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -91,15 +93,19 @@ def measure(command: Sequence[str], *, cwd: Path, env: dict[str, str], timeout_s
     )
     watcher = threading.Thread(target=_watch, args=(process.pid, usage, stop), daemon=True)
     watcher.start()
-    timer = threading.Timer(timeout_s, lambda: os.killpg(process.pid, 15))
+    timer = threading.Timer(timeout_s, lambda: os.killpg(process.pid, signal.SIGTERM))
     timer.start()
     assert process.stdout is not None
-    usage.lines = [line.rstrip() for line in process.stdout]
-    code = process.wait()
-    usage.wall_s = time.perf_counter() - started
-    timer.cancel()
-    stop.set()
-    watcher.join()
+    try:
+        usage.lines = [line.rstrip() for line in process.stdout]
+        code = process.wait()
+        usage.wall_s = time.perf_counter() - started
+    finally:
+        timer.cancel()
+        stop.set()
+        watcher.join()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
     if code:
         tail = "\n".join(usage.lines[-25:])
         raise RunFailedError(f"exit code {code} after {usage.wall_s:.0f} s of {' '.join(command)}\n{tail}")

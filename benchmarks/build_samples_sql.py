@@ -55,6 +55,15 @@ class Query:
         return [statement for statement in text.split(";") if statement.strip()]
 
 
+def export_vocabularies(lake: Path, target: Path) -> None:
+    """The vocabularies that our build fitted, as one Parquet file: what the other two start from."""
+    import pyarrow.parquet as pq
+    from deltalake import DeltaTable
+
+    target.mkdir(parents=True, exist_ok=True)
+    pq.write_table(DeltaTable(str(lake / "vocabularies")).to_pyarrow_table(), target / "vocabularies.parquet")
+
+
 def run_spark_sql(spark: SparkSession, query: Query, config: Config) -> None:
     """Write the samples as a Delta table partitioned by date."""
     from pyspark.sql import functions as F
