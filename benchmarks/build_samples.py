@@ -7,7 +7,8 @@
 
 Each system runs in a process of its own, in turn, on two cores; its samples are compared with ours row for row before
 its time counts. Ours starts from an empty lake and does all of its work (vocabularies, rejects, account, reports,
-checks); the others take the vocabularies as a ready table and write the samples only. Results: results/build_samples.json.
+checks); the others take the vocabularies as a ready table and write the samples only. Results:
+results/build_samples.json.
 """
 
 from __future__ import annotations
