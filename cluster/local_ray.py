@@ -40,7 +40,7 @@ from usr_ray.trainer_environment import (
     token_file,
 )
 
-START_TIMEOUT_S, STOP_TIMEOUT_S = 90.0, 15.0
+START_TIMEOUT_S, STOP_TIMEOUT_S = 180.0, 15.0
 
 _MORE_NODES = f"""
 import os
@@ -136,7 +136,8 @@ class LocalRay:
                 pid = self._launch(arguments, name, [
                     "--address", f"{LOOPBACK}:{head['port']}", "--dashboard-agent-listen-port", "0"])  # fmt: skip
                 (self.state / f"{name}.json").write_text(json.dumps({"pid": pid}) + "\n", encoding="utf-8")
-        self._wait(head, token, num_nodes=1 + len(self.nodes()))
+                self._wait(head, token, num_nodes=2 + len(running))  # one after the other: each start takes a core
+                running = self.nodes()
         self.status()
         address = f"http://{LOOPBACK}:{head['dashboard_port']}"
         print(f"submit:     RAY_AUTH_MODE=token ray job submit --address {address} --working-dir . -- \\")
