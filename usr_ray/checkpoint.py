@@ -69,8 +69,9 @@ class CheckpointStore:
         self.keep_last = keep_last
 
     def save(
-        self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, best: bool = False
-    ) -> Path | None:
+        self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, best: bool = False,
+        must: bool = False,
+    ) -> Path | None:  # fmt: skip
         """Write one checkpoint as a unit and drop what it replaces.
 
         Args:
@@ -78,13 +79,15 @@ class CheckpointStore:
             tensors: any shapes, dtypes and devices; copied to the CPU as they are.
             state: JSON values; NaN and infinity are refused, since JSON has none.
             best: write it as the run's best checkpoint, in place of the former best, instead of as one of the last k.
+            must: the run's result depends on it.
 
         Returns:
             The checkpoint's directory, or None when the storage is full: then a warning says so, nothing
             half-written is left, and the earlier checkpoints are as they were.
 
         Raises:
-            OSError: any other failure to write. ValueError: `state` is not JSON.
+            CheckpointError: the storage is full and `must`. OSError: any other failure to write.
+            ValueError: `state` is not JSON.
         """
         if step < 0:
             raise ValueError(f"step must not be negative, got {step}")
@@ -101,9 +104,14 @@ class CheckpointStore:
             shutil.rmtree(temporary, ignore_errors=True)
             if error.errno not in STORAGE_FULL:
                 raise
-            _log.warning(
-                "checkpoint of step %d not written to %s: %s; training goes on and the earlier checkpoints stay; free "
-                "space on this storage", step, self.directory, error.strerror)  # fmt: skip
+            shortage = _shortage(error, self.directory, tensors)
+            problem = f"checkpoint of step {step} not written to {self.directory}: {shortage}"
+            if must:
+                raise CheckpointError(
+                    f"{problem}; without it the run has no result: free space on this storage and run the same "
+                    "command, which goes on from the newest checkpoint there"
+                ) from error
+            _log.warning("%s; training goes on and the earlier checkpoints stay: free space on this storage", problem)
             return None
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -184,6 +192,13 @@ class CheckpointStore:
             doomed = self.directory / f"{name}.tmp-pruned"
             (self.directory / name).rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _shortage(error: OSError, directory: Path, tensors: Mapping[str, Tensor]) -> str:
+    """What the storage said, what a checkpoint needs and what is left there."""
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    left = shutil.disk_usage(next(path for path in (directory, *directory.parents) if path.exists())).free
+    return f"the storage is full ({error.strerror}; {needed / 1e6:,.1f} MB needed, {left / 1e6:,.1f} MB free)"
 
 
 def _write(folder: Path, tensors: Mapping[str, Tensor], state: str) -> None:

@@ -65,10 +65,15 @@ class DataConfig:
     """'A:B', both included. Vocabularies are fitted on these dates and training reads these dates."""
     eval_dates: str = ""
     """'A:B', held out; after train_dates."""
+    table_version: int = -1
+    """Version of the samples table to train on; -1: the newest when the run starts. The run then stays on it."""
     mature_only: bool = True
     """Read only rows whose labels are final (is_mature); for training, final at the end of train_dates."""
 
     def __post_init__(self) -> None:
+        require(
+            self.table_version >= -1, f"data.table_version must be -1 (newest) or a version, got {self.table_version}"
+        )
         for key in ("train_dates", "eval_dates"):
             if getattr(self, key):
                 parse_dates(getattr(self, key), where=f"data.{key}")

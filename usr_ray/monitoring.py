@@ -5,16 +5,20 @@ The loop calls the same three hooks on every rank (train.Monitor): rank 0 keeps 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from usr_ray.checkpoint import STORAGE_FULL
 from usr_ray.files import write_whole
 from usr_ray.metrics import CellMetrics
 
+_log = logging.getLogger(__name__)
 HISTORY_FILE, TENSORBOARD_DIR = "history.jsonl", "tensorboard"
 RANK_GAUGES = {
     "step": ("usr_ray_step", "Steps done of the whole run"),
@@ -54,31 +58,48 @@ class FileMonitor:
         self._history = run_dir / HISTORY_FILE
         self._events_dir = run_dir / TENSORBOARD_DIR
         self._writer: Any = None
+        self._is_full = False
 
     def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """See train.Monitor."""
         numbers = {key: _finite(value) for key, value in metrics.items()}
-        self._add(step, {"kind": "train", "step": step, "time": _now(), **numbers})
-        for key, value in metrics.items():
-            self._writer.add_scalar(key if "/" in key else f"train/{key}", value, step)
-        self._writer.flush()
+        events = {key if "/" in key else f"train/{key}": value for key, value in metrics.items()}
+        self._write(step, {"kind": "train", "step": step, "time": _now(), **numbers}, events)
 
     def on_evaluation(self, step: int, metrics: CellMetrics) -> None:
         """See train.Monitor."""
         numbers = {f"{cell}/{task}/{name}": value for cell, task, name, value in _flat(metrics)}
-        self._add(step, {"kind": "eval", "step": step, "time": _now(), **numbers})
-        for key, value in numbers.items():
-            if value is not None:
-                self._writer.add_scalar(f"eval/{key}", value, step)
-        self._writer.flush()
+        events = {f"eval/{key}": value for key, value in numbers.items() if value is not None}
+        self._write(step, {"kind": "eval", "step": step, "time": _now(), **numbers}, events)
 
     def on_checkpoint(self, step: int, path: Path | None) -> None:
         """See train.Monitor; checkpoints are on disk, not in the history."""
 
     def close(self) -> None:
-        """Flush and close the event file."""
-        if self._writer is not None:
-            self._writer.close()
+        """Flush and close the event file; what a full storage does not take is lost, as a warning has said."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with contextlib.suppress(*([OSError] if self._is_full else [])):
+                writer.close()
+
+    def _write(self, step: int, row: dict[str, Any], events: Mapping[str, float]) -> None:
+        """One line and its events. A full storage must not end a sound run: the line is lost, with one warning."""
+        try:
+            self._add(step, row)
+            for key, value in events.items():
+                self._writer.add_scalar(key, value, step)
+            self._writer.flush()
+        except OSError as error:
+            if error.errno not in STORAGE_FULL:
+                raise
+            if not self._is_full:
+                _log.warning(
+                    "step %d not noted in %s: the storage is full (%s); training goes on, the lines until there is "
+                    "room again are lost: free space on this storage", step, self._history, error.strerror)  # fmt: skip
+            self._is_full = True
+            self.close()  # the next line opens anew, and first removes what was cut short
+        else:
+            self._is_full = False
 
     def _add(self, step: int, row: dict[str, Any]) -> None:
         if self._writer is None:

@@ -202,7 +202,9 @@ class _Run:
             return
         best = best_log_loss is not None
         described = state.describe(self.worker) | ({"log_loss": best_log_loss} if best else {})
-        path = self.store.save(state.step, tensors, described, best=best)
+        # Steps in between can be trained again; the last one's weights, or the best one's, are the result.
+        must = best or state.step == self.total_steps
+        path = self.store.save(state.step, tensors, described, best=best, must=must)
         self.monitor.on_checkpoint(state.step, path)
 
     def _evaluate(self) -> tuple[Evaluation | None, bool]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import fcntl
-import json
 import logging
 import math
 import os
@@ -29,14 +28,15 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, Tr
 from ray.train.torch import TorchTrainer, get_device
 
 from usr_ray.config import Config, RayConfig, UserError, parse_duration_us
-from usr_ray.files import write_whole
 from usr_ray.metrics import CellMetrics
 from usr_ray.monitoring import RayMonitor
 from usr_ray.order_quality import order_text
 from usr_ray.train import train
 from usr_ray.trainer_environment import OWN, SUBMITTED
 from usr_ray.trainer_plan import RunPlan, load_manifest, mark_finished, plan_run, write_plan
+from usr_ray.trainer_refusal import read_refusal, reserve_refusal, write_refusal
 from usr_ray.trainer_result import print_result, write_result
+from usr_ray.trainer_rollcall import RollCall
 from usr_ray.trainer_session import START_ATTEMPTS, ray_session
 from usr_ray.trainer_stop import (
     StoppableTorchConfig,
@@ -49,7 +49,7 @@ from usr_ray.trainer_stop import (
 from usr_ray.worker import DistributedWorker
 
 RAY_DIR = "ray"
-_REFUSED, _STOP = "refused.json", "stop"
+_REFUSED, _STOP, _ROLLS = "refused.json", "stop", "rolls"
 """Files of an attempt: what a worker refused, and the wish to stop."""
 
 
@@ -107,6 +107,9 @@ def run(
     if plan.is_finished:
         print(f"{plan.run_dir}: this run is finished (step {plan.record['step']:,}); its result:")
         return _summary(plan, plan.record["outcome"], plan.record["step"], was_finished=True)
+    if len(plan.record["attempts"]) > 1:
+        table = plan.record["table"]
+        print(f"{plan.run_dir}: goes on with version {table['version']} of {table['uri']}, on which it was started")
     with ray_session(config.ray, cluster=cluster), _only_one(plan.run_dir):
         write_plan(plan)
         print(f"{plan.run_dir}: rows {order_text(plan.record['shuffle'])}", flush=True)
@@ -176,15 +179,16 @@ def _fit(plan: RunPlan) -> tuple[str, int]:
         ),
     )
     refused, stop_file = storage / name / _REFUSED, storage / name / _STOP
+    reserve_refusal(refused)
     open_stop_file(stop_file)
     try:
         result = _fit_in_background(trainer, stop_file)
     except TrainingFailedError as error:
-        if refused.exists():
-            raise UserError(json.loads(refused.read_text(encoding="utf-8"))) from error
+        if (message := read_refusal(refused)) is not None:
+            raise UserError(message) from error
         raise
-    if refused.exists():
-        raise UserError(json.loads(refused.read_text(encoding="utf-8")))
+    if (message := read_refusal(refused)) is not None:
+        raise UserError(message)
     shutil.rmtree(storage, ignore_errors=True)  # what Ray keeps of an attempt; nothing reads it again
     returned: dict[str, Any] = result.return_value  # type: ignore[attr-defined]
     return returned["outcome"], returned["step"]
@@ -224,11 +228,11 @@ def train_worker(settings: Mapping[str, Any]) -> dict[str, Any]:
     """One rank of an attempt. Runs in a thread of a Ray worker process, again after each restart of the group.
 
     A UserError is not worth a restart, but a rank that just ended would leave the others waiting for it. So it is
-    written down and raised: Ray ends the group, and the ranks of the next one see it and leave at once.
+    written down and raised: Ray ends the group, and the ranks of the next one leave at once (trainer_refusal.py).
     """
     run_dir, config = Path(settings["run_dir"]), Config.from_dict(settings["config"])
     refused = run_dir / RAY_DIR / settings["attempt"] / _REFUSED
-    if refused.exists():
+    if read_refusal(refused) is not None:
         return {"outcome": "refused", "step": 0}
     logging.getLogger().setLevel(logging.WARNING)  # Ray logs a line for every report
     # Ray sets OMP_NUM_THREADS to the CPUs reserved, of which there may be fewer than the machine has.
@@ -240,15 +244,16 @@ def train_worker(settings: Mapping[str, Any]) -> dict[str, Any]:
         train_manifest, eval_manifest = load_manifest(run_dir, "train"), load_manifest(run_dir, "eval")
         assert train_manifest is not None
         stop_file = refused.with_name(_STOP)
-        with watch_stop_file(stop_file, worker.request_stop) if worker.is_main else contextlib.nullcontext():
+        rolls = RollCall(refused.with_name(_ROLLS), worker.rank, worker.world_size, timeout=config.ray.timeout)
+        watch = watch_stop_file(stop_file, worker.request_stop) if worker.is_main else contextlib.nullcontext()
+        with watch, rolls.answered():
             result = train(
                 config, worker, train_manifest=train_manifest, eval_manifest=eval_manifest, run_dir=run_dir,
                 monitor=monitor,
             )  # fmt: skip
     except UserError as error:
         with contextlib.suppress(OSError):
-            refused.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(refused, json.dumps(str(error)))
+            write_refusal(refused, str(error))
         raise
     finally:
         monitor.close()

@@ -35,6 +35,7 @@ RUNNING, FINISHED = "running", "finished"
 SPLITS = ("train", "eval")
 _FIXED = ("scenarios", "data", *FIXED_KEYS)
 """What gives the run its meaning: another value needs another run directory."""
+_VERSION_KEY = "data.table_version"
 _TRAINED_FROM = ("scenarios", "data", "model", "train")
 """Sections that training computes from; with any other change a finished run stays finished."""
 _MORE_PACKAGES = ("ray", "deltalake")
@@ -89,10 +90,11 @@ def plan_run(config: Config, lake: Path | str, run_dir: Path | str, *, command: 
         config = replace(config, train=replace(config.train, warm_start=whole))
     record = _read_record(folder)
     if record is None:
-        manifests = {s: _build(config, lake, split=s) for s in SPLITS}
+        manifests = _build_all(config, lake)
         record = {"created": _now(), "status": RUNNING, "attempts": []}
     else:
         _refuse_other_run(config, record, folder)
+        _refuse_other_version(config, record, folder)
         manifests = {s: _saved_manifest(lake, folder, record, split=s) for s in SPLITS}
         if _meaning(config.to_dict()) != _meaning(record["config"]):
             record["status"] = RUNNING  # more epochs, for example
@@ -156,10 +158,16 @@ def _check_rows(config: Config, manifest: Manifest) -> ShuffleQuality:
         return reader.shuffle_quality()
 
 
-def _build(config: Config, lake: Path | str, *, split: str) -> Manifest | None:
-    key = f"{split}_dates"
-    text = getattr(config.data, key)
-    return build_manifest(lake, dates=parse_dates(text, where=f"data.{key}")) if text else None
+def _build_all(config: Config, lake: Path | str) -> dict[str, Manifest | None]:
+    """The rows of each split, all of one version: the table may advance while they are looked up."""
+    manifests: dict[str, Manifest | None] = {}
+    version = config.data.table_version if config.data.table_version >= 0 else None
+    for split in SPLITS:
+        text = getattr(config.data, f"{split}_dates")
+        dates = parse_dates(text, where=f"data.{split}_dates") if text else None
+        manifests[split] = built = build_manifest(lake, dates=dates, version=version) if dates else None
+        version = built.version if built else version
+    return manifests
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:
@@ -178,12 +186,24 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
 def _refuse_other_run(config: Config, record: Mapping[str, Any], folder: Path) -> None:
     saved, now = dotted(record["config"]), dotted(config.to_dict())
     for key in [*saved, *(k for k in now if k not in saved)]:
+        if key == _VERSION_KEY:
+            continue
         is_fixed = any(key == fixed or key.startswith(f"{fixed}.") for fixed in _FIXED)
         if is_fixed and saved.get(key) != now.get(key):
             raise UserError(
                 f"--run-dir {folder}: holds a run with {key} = {saved.get(key)!r}, this command has {now.get(key)!r}; "
                 "set it back to go on with that run, or use another --run-dir"
             )
+
+
+def _refuse_other_version(config: Config, record: Mapping[str, Any], folder: Path) -> None:
+    """A run stays on the version it was started on, whichever is the newest now."""
+    pinned, asked = record["table"]["version"], config.data.table_version
+    if asked not in (-1, pinned):
+        raise UserError(
+            f"--run-dir {folder}: holds a run on version {pinned} of the table, this command has {_VERSION_KEY} = "
+            f"{asked}; leave it out to go on with that run, or use another --run-dir"
+        )
 
 
 def _saved_manifest(lake: Path | str, folder: Path, record: Mapping[str, Any], *, split: str) -> Manifest | None:
@@ -218,7 +238,8 @@ def _about(manifest: Manifest) -> dict[str, Any]:
 
 
 def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key in _TRAINED_FROM}
+    keys = dotted({section: config[section] for section in _TRAINED_FROM})
+    return {key: value for key, value in keys.items() if key != _VERSION_KEY}  # the run is pinned, asked or not
 
 
 def _write_record(run_dir: Path, record: Mapping[str, Any]) -> None:

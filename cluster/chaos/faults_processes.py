@@ -29,7 +29,7 @@ def worker_killed(bench: Bench) -> Seen:
 
 def main_worker_killed(bench: Bench) -> Seen:
     """Rank 0, which writes the files, is killed in the second epoch."""
-    return _struck(bench, "main-worker-killed", Strike(kind="kill_self", step=STRIKE_STEP * 2 + 3, rank=0))
+    return _struck(bench, "main-worker-killed", Strike(kind="kill_self", step=2 * STRIKE_STEP, rank=0))
 
 
 def driver_killed(bench: Bench) -> Seen:

@@ -88,16 +88,18 @@ def snapshot_torn(bench: Bench) -> Seen:
 
 
 def disk_full_for_a_while(bench: Bench) -> Seen:
-    """The run directory's storage is full from step 12 to step 27."""
+    """The run directory's storage is full for fifteen steps of the first epoch."""
     case = bench.case("disk-full-for-a-while")
     with small_disk(bench, case / "disk", megabytes=64) as disk:
-        strike = disk.strike(step=12, until=27)
+        strike = disk.strike(step=14, until=29)
         ended = bench.train(case, strike=strike, run_dir=disk.folder / "run")
         seen = bench.compare(Seen(), case, ended, run_dir=disk.folder / "run")
     warned = re.findall(r"checkpoint of step (\d+) not written to \S+: (.*)", ended.output)
     steps = sorted({int(step) for step, _ in warned})
     seen.note(
-        "warned", steps == [15, 20, 25], f"warned at steps {steps}: '{warned[0][1][:110]}'" if warned else "no warning"
+        "warned",
+        {15, 20, 25} <= set(steps),
+        f"warned at steps {steps}: '{warned[0][1][:110]}'" if warned else "no warning",
     )
     return seen
 
@@ -106,7 +108,7 @@ def disk_full_to_the_end(bench: Bench) -> Seen:
     """The run directory's storage is full from the second epoch on; then it is freed."""
     case = bench.case("disk-full-to-the-end")
     with small_disk(bench, case / "disk", megabytes=64) as disk:
-        ended = bench.train(case, strike=disk.strike(step=42), run_dir=disk.folder / "run")
+        ended = bench.train(case, strike=disk.strike(step=44), run_dir=disk.folder / "run")
         seen = Seen()
         bench.expect_end(seen, ended, 2)
         seen.note("line", "the storage is full" in ended.error, f"'{ended.error[:160]}'")

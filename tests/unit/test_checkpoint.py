@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import re
 import resource
 import subprocess
 from collections.abc import Iterator
@@ -163,11 +164,21 @@ def test_storage_that_refuses_to_grow_keeps_the_older_checkpoint(
     store.save(10, tensors_of(10), STATE)
     with caplog.at_level(logging.WARNING):
         assert store.save(20, {"table": torch.zeros(100_000)}, STATE) is None
-    assert "checkpoint of step 20 not written" in caplog.text
-    assert "free space on this storage" in caplog.text
+    assert re.search(
+        r"checkpoint of step 20 not written to \S+/checkpoints: the storage is full \(File too large; 0\.4 MB needed, "
+        r"[\d,.]+ MB free\); training goes on and the earlier checkpoints stay: free space on this storage",
+        caplog.text,
+    )
     assert names(store) == ["step-00000010"]
     assert store.newest_valid() is not None
     assert store.save(30, tensors_of(30), STATE) is not None
+
+
+def test_a_checkpoint_that_must_be_written_is_refused_in_one_line(store: CheckpointStore, small_files: None) -> None:
+    store.save(10, tensors_of(10), STATE)
+    with pytest.raises(CheckpointError, match=r"step 20 not written .*without it the run has no result: free space"):
+        store.save(20, {"table": torch.zeros(100_000)}, STATE, must=True)
+    assert names(store) == ["step-00000010"]
 
 
 @pytest.mark.parametrize("file", ["state.json", "SHA256SUMS"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,31 @@ def test_a_resumed_run_notes_every_step_once(tmp_path: Path) -> None:
     losses = [json.loads(line).get("loss") for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert losses == [2.0, None, 1.0, 1.0, 1.0]
     assert scalars(tmp_path, "train/loss") == [(10, 2.0), (20, 1.0), (30, 1.0), (40, 1.0)]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's writer thread
+def test_a_full_disk_costs_lines_but_neither_the_run_nor_the_lines_after(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wide = {f"loss/term-{n}": 0.123456789 for n in range(300)}
+    monitor = FileMonitor(tmp_path)
+    monitor.on_step(1, wide)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        for step in (2, 3, 4):
+            monitor.on_step(step, wide)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert len((tmp_path / "history.jsonl").read_text()) <= 20_000
+    monitor.on_step(5, wide)
+    monitor.close()
+    found = rows(tmp_path)
+    assert found[0] == ("train", 1)
+    assert found[-1] == ("train", 5)
+    assert len(found) < 5, "a line was lost, else this shows nothing"
+    assert scalars(tmp_path, "loss/term-7")[-1][0] == 5
+    assert caplog.text.count("the storage is full (File too large); training goes on") == 1
 
 
 def test_an_evaluation_that_comes_first_after_a_resume_keeps_the_log_line_of_its_step(tmp_path: Path) -> None:

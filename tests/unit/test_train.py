@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import errno
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from deltalake import DeltaTable
 
 from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
 from tests.unit.two_ranks import run_ranks
+from usr_ray import checkpoint
 from usr_ray.batch import UsrBatch, UsrOutputs
 from usr_ray.checkpoint import CheckpointError, CheckpointStore
 from usr_ray.config import Config, ConfigError
@@ -168,14 +170,53 @@ def test_a_torn_checkpoint_costs_steps_but_no_bits(manifests: tuple[Manifest, Ma
     assert [step for step, _ in watcher.checkpoints] == [NUM_STEPS], "steps 7 and 8 again, from the checkpoint of 6"
 
 
-def test_a_full_disk_does_not_end_the_run(
+def fill_disk(monkeypatch: pytest.MonkeyPatch, *, steps: set[int]) -> None:
+    """The storage takes no tensors of the checkpoints of these steps."""
+
+    def write(folder: Path, tensors: Mapping[str, torch.Tensor], state: str, *, whole: Any = checkpoint._write) -> None:
+        if int(folder.name.split("-")[1].split(".")[0]) in steps:
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+        whole(folder, tensors, state)
+
+    monkeypatch.setattr(checkpoint, "_write", write)
+
+
+def test_a_full_disk_costs_checkpoints_but_not_the_run(
     manifests: tuple[Manifest, Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(CheckpointStore, "save", lambda *_, **__: None)
+    fill_disk(monkeypatch, steps={3, 6})
     watcher = Watcher()
-    result = run(make_config(), (manifests[0], None), tmp_path, watcher)
+    result = run(make_config(train_checkpoint_every_steps=3), (manifests[0], None), tmp_path, watcher)
     assert result.status == "finished"
-    assert watcher.checkpoints == [(NUM_STEPS, None)]
+    last = tmp_path / "checkpoints" / f"step-{NUM_STEPS:08d}"
+    assert watcher.checkpoints == [(3, None), (6, None), (NUM_STEPS, last)]
+
+
+def test_a_run_whose_last_checkpoint_finds_no_room_has_no_result_until_it_is_resumed(
+    manifests: tuple[Manifest, Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finished without its last weights, it would be evaluated and scored with older ones."""
+    config = make_config(train_checkpoint_every_steps=3)
+    unbroken = run(config, (manifests[0], None), tmp_path / "unbroken")
+    with monkeypatch.context() as full:
+        fill_disk(full, steps={NUM_STEPS})
+        with pytest.raises(CheckpointError, match=rf"step {NUM_STEPS} not written .* run the same command"):
+            run(config, (manifests[0], None), tmp_path / "run")
+    assert CheckpointStore(tmp_path / "run" / "checkpoints").steps() == [3, 6]
+    assert_equal_states(unbroken, run(config, (manifests[0], None), tmp_path / "run"))
+
+
+def test_a_best_epoch_that_finds_no_room_is_not_passed_over(
+    manifests: tuple[Manifest, Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Path, *_: Any, whole: Any = checkpoint._write) -> None:
+        if folder.name.startswith("best-"):
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+        whole(folder, *_)
+
+    monkeypatch.setattr(checkpoint, "_write", refuse)
+    with pytest.raises(CheckpointError, match="without it the run has no result"):
+        run(make_config(train_num_epochs=2, train_early_stopping=True), manifests, tmp_path)
 
 
 def test_a_finished_run_started_again_only_evaluates(manifests: tuple[Manifest, Manifest], tmp_path: Path) -> None:

@@ -7,14 +7,16 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import deltalake
 import pytest
 
 from tests.unit.samples_table import samples_arrow, samples_spec, write_samples
+from usr_ray import trainer_plan
 from usr_ray.cli import run_job
 from usr_ray.config import Config, UserError, load_config
-from usr_ray.manifest import Manifest
+from usr_ray.manifest import Manifest, build_manifest
 from usr_ray.trainer_environment import ADDRESS, OWN, SUBMITTED, prepare_environment
 from usr_ray.trainer_plan import RunPlan, load_manifest, mark_finished, plan_run, write_plan
 
@@ -128,6 +130,59 @@ def test_the_same_command_reads_the_same_rows_after_the_table_moved_on(lake: Pat
     assert len(again.record["attempts"]) == 2
     fresh = plan_run(config(), lake, tmp_path / "other")
     assert fresh.train_manifest.sha256 != first.train_manifest.sha256
+
+
+def append_rows(lake: Path, *, seed: int = 7) -> None:
+    more = samples_arrow(samples_spec(), num_rows=90, num_days=5, seed=seed)
+    deltalake.write_deltalake(str(lake / "samples"), more, mode="append")
+
+
+def test_a_run_reads_the_version_that_is_asked_for(lake: Path, tmp_path: Path) -> None:
+    old = started(lake, tmp_path / "run")
+    append_rows(lake)
+    version = old.train_manifest.version
+    pinned = started(lake, tmp_path / "pinned", f"data.table_version={version}")
+    assert pinned.train_manifest.sha256 == old.train_manifest.sha256
+    assert pinned.eval_manifest is not None
+    assert pinned.eval_manifest.version == version
+    assert started(lake, tmp_path / "newest").train_manifest.version == version + 1
+    with pytest.raises(UserError, match=r"samples: the Delta table cannot be opened at version 99"):
+        plan_run(config("data.table_version=99"), lake, tmp_path / "none")
+
+
+def test_a_run_stays_on_its_version_and_another_one_is_refused(lake: Path, tmp_path: Path) -> None:
+    plan = started(lake, tmp_path / "run")
+    version = plan.train_manifest.version
+    append_rows(lake)
+    mark_finished(plan, outcome="finished", step=7)
+    assert plan_run(config(f"data.table_version={version}"), lake, tmp_path / "run").is_finished, (
+        "asked for what it has"
+    )
+    with pytest.raises(
+        UserError,
+        match=rf"holds a run on version {version} of the table, this command has data.table_version = {version + 1}; "
+        "leave it out to go on with that run, or use another --run-dir",
+    ):
+        plan_run(config(f"data.table_version={version + 1}"), lake, tmp_path / "run")
+
+
+def test_a_table_that_advances_while_a_run_is_planned_gives_both_splits_one_version(
+    lake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build_then_advance(*arguments: Any, **options: Any) -> Manifest:
+        built = build_manifest(*arguments, **options)
+        append_rows(lake, seed=built.version)
+        return built
+
+    monkeypatch.setattr(trainer_plan, "build_manifest", build_then_advance)
+    plan = plan_run(config(), lake, tmp_path / "run")
+    assert plan.eval_manifest is not None
+    assert plan.eval_manifest.version == plan.train_manifest.version
+
+
+def test_a_version_below_the_newest_mark_is_refused() -> None:
+    with pytest.raises(UserError, match=r"data.table_version must be -1 \(newest\) or a version, got -2"):
+        config("data.table_version=-2")
 
 
 def test_a_lake_that_was_moved_is_recognised_and_another_one_refused(lake: Path, tmp_path: Path) -> None:
