@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test unit check bench clean require-jdk require-python
+.PHONY: help setup demo test unit check bench chaos clean require-jdk require-python
 
 PYTHON ?= python3
 VENV   := .venv
@@ -30,6 +30,7 @@ help:  ## this list
 	@echo
 	@echo "  make demo SOURCE=kuairand INPUT=DIR      the demo on KuaiRand-Pure's files (also kuaisearch, kuaisar, jdsearch)"
 	@echo "  make demo LOGS=DIR CONFIG=FILE           the demo on your own logs (docs/tables.md says what they look like)"
+	@echo "  make chaos FAULT=\"worker-killed slow-rank\"   some faults; ADDRESS=http://HOST:8265 WORK=SHARED_DIR: on your cluster"
 	@echo "  make demo SET=\"train.num_epochs=2\"       with overrides of the configuration, separated by spaces"
 
 setup: $(VENV)/.ready  ## virtual environment and Delta jars (done once; the other targets call it)
@@ -74,6 +75,10 @@ check: setup  ## lint, formatting, types, import directions
 
 bench: setup require-jdk  ## benchmarks: ratios inside one run, written to benchmarks/results
 	@for script in benchmarks/*.py; do echo "== $$script"; python $$script; done
+
+chaos: setup require-jdk  ## faults on purpose: kills, torn and full storage, hanging ranks, bad tables; a table of what came of each
+	@python jobs/chaos.py $(foreach f,$(FAULT),--fault $(f)) $(if $(ADDRESS),--address $(ADDRESS)) \
+	  $(if $(filter command line environment,$(origin WORK)),--work $(WORK))
 
 clean:  ## remove runs and caches (not the virtual environment)
 	rm -rf runs .cache build spark-warehouse .pytest_cache .mypy_cache .ruff_cache

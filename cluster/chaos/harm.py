@@ -73,7 +73,7 @@ def change_table_schema(table: Path, name: str) -> None:  # noqa: ARG001
 
 
 def map_columns(table: Path, name: str) -> None:  # noqa: ARG001
-    """A new version with column mapping: its files hold physical names, so by name every column reads as null."""
+    """A new version with column mapping switched on: from now on files may hold other names than the table's."""
 
     def change(action: dict[str, Any]) -> None:
         if "protocol" in action:
@@ -82,11 +82,8 @@ def map_columns(table: Path, name: str) -> None:  # noqa: ARG001
             action["metaData"]["configuration"]["delta.columnMapping.mode"] = "name"
             schema = json.loads(action["metaData"]["schemaString"])
             for number, field in enumerate(schema["fields"], 1):
-                physical = f"col-{number}"
-                field["metadata"] = {
-                    "delta.columnMapping.id": number,
-                    "delta.columnMapping.physicalName": physical,
-                }
+                mapped = {"delta.columnMapping.id": number, "delta.columnMapping.physicalName": field["name"]}
+                field["metadata"] = mapped
             action["metaData"]["schemaString"] = json.dumps(schema)
 
     _commit(table, _current(table, change))

@@ -28,7 +28,7 @@ from usr_ray.batch import UsrBatch
 from usr_ray.config import Config
 from usr_ray.manifest import Manifest
 from usr_ray.reader import SampleReader
-from usr_ray.train import training_reader
+from usr_ray.train_feed import training_reader
 from usr_ray.worker import Worker
 
 STRIKE_FILE, STRUCK_FILE, BATCHES, KILL_DRIVER = "strike.json", "struck", "batches", "kill-driver"

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -59,6 +60,12 @@ def listening_addresses(pid: int) -> list[str]:
     return [fields[1].split(":")[0] for fields in lines if fields[3] == "0A" and fields[9] in inodes]
 
 
+def command_of(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return (Path("/proc") / str(pid) / "cmdline").read_text()
+    return ""
+
+
 class Head:
     """The script on ports of the test's own."""
 
@@ -68,10 +75,11 @@ class Head:
         # The metrics of a node are refreshed every ten seconds by default, longer than this training takes.
         self.environment = {**os.environ, "RAY_metrics_report_interval_ms": "500"}
 
-    def call(self, action: str) -> subprocess.CompletedProcess[str]:
+    def call(self, action: str, *more: str) -> subprocess.CompletedProcess[str]:
         flags = {"--port": self.port, "--dashboard-port": self.dashboard, "--metrics-port": self.metrics}
         flags |= {"--num-cpus": 2, "--state-dir": self.state}
         command = [sys.executable, "cluster/local_ray.py", action, *(str(w) for pair in flags.items() for w in pair)]
+        command += more
         return subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, check=False)
 
     def scrape(self) -> str:
@@ -217,10 +225,26 @@ def test_a_submitted_training_can_be_stopped_gone_on_with_and_watched(head: Head
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
+def test_a_further_node_that_is_lost_comes_back_with_start(head: Head) -> None:
+    started = head.call("start", "--nodes", "2")
+    first = re.search(r"node-1: +pid (\d+)", started.stdout)
+    assert first, started.stdout + started.stderr
+    listening = [address for pid in session_processes(int(first[1])) for address in listening_addresses(pid)]
+    assert set(listening) == LOOPBACK_HEX
+    raylet = next(pid for pid in session_processes(int(first[1])) if "raylet/raylet" in command_of(pid))
+    os.kill(raylet, signal.SIGKILL)
+    wait_for(lambda: not session_processes(int(first[1])))
+    again = re.search(r"node-1: +pid (\d+)", head.call("start", "--nodes", "2").stdout)
+    assert again
+    assert again[1] != first[1]
+    assert leader(head)
+
+
 def test_stop_leaves_nothing_behind(head: Head) -> None:
-    pid = leader(head)
+    pids = [int(pid) for pid in re.findall(r"pid (\d+)", head.call("status").stdout)]
+    assert len(pids) >= 2, "the head and the node of the test before"
     assert head.call("stop").stdout == "Ray stopped\n"
-    assert session_processes(pid) == []
+    assert [process for pid in pids for process in session_processes(pid)] == []
     again = head.call("status")
     assert again.returncode == 2
     assert again.stderr == "error: Ray is not running; start it: python cluster/local_ray.py start\n"
