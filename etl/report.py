@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any
 
@@ -13,6 +13,7 @@ from pyspark.sql import functions as F
 
 import usr_ray
 from etl.account import UNDATED, Account
+from etl.cold_start import cold_report, cold_start, cold_sums
 from usr_ray.config import Config
 from usr_ray.schema import ALL_LABELS, FIRST_ID, PARTITION_COLUMN, UNKNOWN_ID, FeatureSpec
 
@@ -58,6 +59,8 @@ class SampleCounts:
     """(date, feature) -> impressions whose value has an id of its own."""
     present: Mapping[tuple[str, str], int]
     """(date, feature) -> impressions that have a value at all."""
+    cold: Mapping[tuple[str, str], Mapping[str, int | None]] = field(default_factory=dict)
+    """(date, scenario) -> impressions of each kind of etl.cold_start.COLD; null where it cannot be known."""
 
     def scenario(self, scenario: str) -> Funnel:
         """Sums over all dates."""
@@ -68,8 +71,8 @@ class SampleCounts:
         return sum((f for (d, _), f in self.funnels.items() if d == date), Funnel())
 
 
-def count_samples(samples: DataFrame, spec: FeatureSpec) -> SampleCounts:
-    """Read the labels and ids of written samples back and add them up."""
+def count_samples(samples: DataFrame, spec: FeatureSpec, *, hashed: bool) -> SampleCounts:
+    """Read the labels and ids of written samples (`etl.cold_start.mark_new`) back and add them up."""
     sums = [F.sum(F.col(name)).cast("bigint").alias(name) for name in ALL_LABELS]
     features = [feature for feature in spec.sparse if feature.owner != "context" or feature.name != "event_hour"]
     covered = [
@@ -77,9 +80,10 @@ def count_samples(samples: DataFrame, spec: FeatureSpec) -> SampleCounts:
         for f in features
         for what, floor in (("known", FIRST_ID), ("present", UNKNOWN_ID))
     ]
+    whole = [F.count("*").alias("rows"), F.sum(F.col("is_mature").cast("bigint")).alias("mature")]
     rows = (
         samples.groupBy(F.col(PARTITION_COLUMN).cast("string").alias("date"), "scenario")
-        .agg(F.count("*").alias("rows"), F.sum(F.col("is_mature").cast("bigint")).alias("mature"), *sums, *covered)
+        .agg(*whole, *sums, *covered, *cold_sums(spec))
         .collect()
     )
     funnels = {(row["date"], row["scenario"]): _funnel(row) for row in rows}
@@ -90,7 +94,8 @@ def count_samples(samples: DataFrame, spec: FeatureSpec) -> SampleCounts:
             place = (row["date"], feature.name)
             known[place] = known.get(place, 0) + row[f"known_{feature.name}"]
             present[place] = present.get(place, 0) + row[f"present_{feature.name}"]
-    return SampleCounts(funnels, known, present)
+    cold = {(row["date"], row["scenario"]): cold_start(row, hashed=hashed) for row in rows}
+    return SampleCounts(funnels, known, present, cold)
 
 
 def date_report(
@@ -113,6 +118,11 @@ def date_report(
         },
         "vocabulary_coverage": {
             f: _rate(counts.known.get((date, f), 0), counts.present.get((date, f), 0)) for f in features
+        },
+        "cold_start": {
+            s: cold_report(found, counts.funnels[date, s].impressions)
+            for s in config.scenarios
+            if (found := counts.cold.get((date, s))) is not None
         },
         "num_embeddings": {feature.name: feature.num_embeddings for feature in spec.sparse},
     }

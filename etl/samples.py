@@ -15,6 +15,7 @@ from pyspark.sql.pandas.types import to_arrow_schema
 
 from etl.account import UNDATED, Account
 from etl.checks import AccountingError, DataCheckError
+from etl.cold_start import mark_new
 from etl.encoding import encoded_events, own_columns, profile_columns
 from etl.fingerprint import date_fingerprint
 from etl.inputs import Inputs, audited, day_of, iso_time, make_plan, num_tasks, read_inputs
@@ -117,7 +118,8 @@ def write_dates(job: Job, dates: Sequence[dt.date], reported: Sequence[dt.date])
         replace_dates(frame, path, any_date_condition(PARTITION_COLUMN, dates))
     version = table_version(spark, path)
     written = spark.read.format("delta").option("versionAsOf", version).load(path)
-    counts = count_samples(written.filter(any_date_condition(PARTITION_COLUMN, reported)), job.plan.spec)
+    rows = mark_new(written.filter(any_date_condition(PARTITION_COLUMN, reported)), written, job.config, reported)
+    counts = count_samples(rows, job.plan.spec, hashed=job.config.vocabulary.kind == "hash")
     for date, needed in job.inputs.num_impressions(names).items():
         if counts.date(date).impressions != needed:
             raise AccountingError(f"samples of {date}: {counts.date(date).impressions} rows written, {needed} came in")

@@ -18,7 +18,7 @@ import jinja2
 from markupsafe import Markup
 
 import usr_ray
-from usr_ray import report_curves, report_funnel, report_plots, report_stats, report_text
+from usr_ray import report_cold, report_curves, report_funnel, report_plots, report_stats, report_text
 from usr_ray.config import UserError
 from usr_ray.files import write_whole
 from usr_ray.metrics import ALL, GLOBAL
@@ -64,6 +64,9 @@ def render(run: RunRecord, etl_reports: list[dict[str, Any]]) -> str:
         "footer": f"Written {dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M} UTC by usr-ray {usr_ray.__version__}; "
         "this file needs no network.",
         "funnel": report_funnel.funnel(etl_reports, run.scenarios),
+        "cold": report_cold.cold_part(
+            etl_reports, run.scenarios, str(run.config.get("data", {}).get("train_dates") or "")
+        ),
         "config_json": json.dumps(run.config, indent=2),
         "packages": sorted((run.record.get("packages") or {}).items()),
         **_metrics_part(run, gaps),

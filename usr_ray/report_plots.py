@@ -5,6 +5,7 @@ matplotlib draws with the light palette; every colour is then replaced by `var(-
 
 from __future__ import annotations
 
+import datetime as dt
 import html
 import io
 import re
@@ -85,6 +86,40 @@ def line_plot(lines: Sequence[Line], *, label: str, percent: bool = False, from_
             axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=num_columns, handlelength=1.2, borderaxespad=0.2)
 
     return _svg(draw, label=label)
+
+
+@dataclass(frozen=True, slots=True)
+class DateLine:
+    """One line over dates; dates without a value are left out."""
+
+    name: str
+    place: int
+    """Of its colour."""
+    points: Sequence[tuple[dt.date, float]]
+
+
+def date_plot(lines: Sequence[DateLine], *, label: str, last_trained: dt.date | None = None) -> str:
+    """Shares over dates; one line needs no legend. What lies right of the dashed line was not trained on."""
+    dates = sorted({date for line in lines for date, _ in line.points})
+
+    def draw(axes: Axes) -> None:
+        for line in lines:
+            places = [dates.index(date) for date, _ in line.points]
+            shares = [y for _, y in line.points]
+            axes.plot(places, shares, "o-", color=series_colour(line.place), label=line.name, markersize=4)
+        if last_trained is not None and dates[0] <= last_trained < dates[-1]:
+            edge = sum(date <= last_trained for date in dates) - 0.5
+            axes.axvline(edge, color=COLOURS["muted"], linewidth=1, linestyle=(0, (4, 3)))
+        shown = range(0, len(dates), max(1, -(-len(dates) // 7)))
+        axes.set_xticks(list(shown), [f"{dates[place]:%d %b}" for place in shown])
+        axes.set_xlim(-0.5, len(dates) - 0.5)
+        axes.set_ylim(0, 1.08 * max(0.01, *(y for line in lines for _, y in line.points)))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g}%"))
+        if len(lines) > 1:
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, handlelength=1.2, borderaxespad=0.2)
+
+    return _svg(draw, label=label, size=(6.5, 2.7))
 
 
 def calibration_plot(bins: Sequence[Bin], *, colour: str, label: str) -> str:

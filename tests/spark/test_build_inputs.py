@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +101,9 @@ def test_hashed_ids_need_no_vocabulary_and_spread_over_the_buckets(
     build(spark, logs, tmp_path / "lake", "vocabulary.kind='hash'", "vocabulary.num_buckets=50")
     assert not (tmp_path / "lake" / "vocabularies").exists()
     hashed = {row["impression_id"]: row for row in rows_of(tmp_path / "lake" / "samples")}
+    report = json.loads((tmp_path / "lake" / "reports" / f"{DATES[3]}.json").read_text())["cold_start"]["search"]
+    assert (report["unknown_item"], report["share"]["unknown_user"]) == (None, None), "a hashed id is never unknown"
+    assert report["no_history"] is not None
     by_value: dict[str, set[int]] = {}
     for key, row in {row["impression_id"]: row for row in rows_of(lake / "samples")}.items():
         mine = hashed[key]
@@ -126,6 +130,19 @@ def test_vocabularies_are_fitted_on_the_training_dates_only(spark: SparkSession,
     found = {r["value"]: r["count"] for r in rows_of(tmp_path / "lake" / "vocabularies") if r["feature"] == "item_id"}
     assert found == {item: count for item, count in shown.items() if count >= 3}
     assert {r["item_id_index"] == 1 for r in rows if r["item_id"] not in found} == {True}
+    users = {row["user_id"] for row in rows if row["impression_date"] in DATES[:2]}
+    for place, date in enumerate(DATES):
+        report = json.loads((tmp_path / "lake" / "reports" / f"{date}.json").read_text())["cold_start"]
+        mine = [row for row in rows if row["impression_date"] == date]
+        new = [row for row in mine if row["item_id"] not in shown]
+        assert sum(cell["new_item"] for cell in report.values()) == len(new)
+        assert sum(cell["new_user"] for cell in report.values()) == sum(row["user_id"] not in users for row in mine)
+        assert bool(new) == (place >= 2)
+    # A daily build after the training dates, in a lake that never saw them: nobody can say what is new.
+    build(spark, logs, tmp_path / "late", f"data.train_dates='{DATES[0]}'", first=3)
+    (report,) = (tmp_path / "late" / "reports").glob("*.json")
+    cells = json.loads(report.read_text())["cold_start"].values()
+    assert {cell[name] for cell in cells for name in ("new_user", "new_item")} == {None}
 
 
 def change(folder: Path, log: str, edit: Callable[[pa.Table], pa.Table]) -> None:

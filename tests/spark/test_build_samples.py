@@ -281,6 +281,17 @@ def test_reports_add_up(lake: Path, shop: Shop, wanted: Expected, samples: dict)
             assert found["impressions"] == len(mine)
             assert found["click_rate"] == clicks / len(mine)
             assert found["p_click_given_click_global"] == clicks / union
+            cold = report["cold_start"][scenario]
+            assert cold["unknown_item"] == sum(r["item_id_index"] == 1 for r in mine)
+            assert cold["unknown_user"] == sum(r["user_id_index"] == 1 for r in mine)
+            events = [sum(len(r[f"{s}_history_actions"]) for s in SCENARIOS) for r in mine]
+            assert cold["no_history"] == events.count(0)
+            asked = [r["query_index"] for r in mine if r["query"] is not None]
+            assert (cold["unknown_query"], cold["with_query"]) == (asked.count(1), len(asked))
+            assert cold["share"]["unknown_query"] == (asked.count(1) / len(asked) if asked else None)
+            assert (cold["new_user"], cold["new_item"]) == (0, 0), "every date is fitted on"
+    unknown = sum(r["cold_start"][s]["unknown_item"] for r in reports for s in SCENARIOS)
+    assert unknown > 20
 
 
 def test_a_rerun_gives_the_same_table_and_other_partitions_too(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jobs import report as job
-from usr_ray import report_funnel, report_text
+from usr_ray import report_cold, report_funnel, report_text
 from usr_ray.cli import run_job
 from usr_ray.config import Config
 from usr_ray.evaluate_files import write_metrics, write_predictions
@@ -277,6 +277,40 @@ def test_global_labels_that_say_nothing_new_are_a_warning():
     funnel = report_funnel.funnel([etl_report("2026-01-07", scenarios={"search": row})], SCENARIOS)
     assert len(funnel["warnings"]) == 1
     assert "Search: 99.0% of the rows clicked in any scenario were clicked in this one" in funnel["warnings"][0]
+
+
+def cold(impressions, unknown_item, new_item, unknown_query=None, with_query=0):
+    share = {"unknown_item": unknown_item / impressions, "no_history": 0.5, "new_item": None, "unknown_query": None}
+    return {"impressions": impressions, "unknown_user": 0, "unknown_item": unknown_item, "no_history": impressions // 2,
+            "new_user": 0, "new_item": new_item, "unknown_query": unknown_query, "with_query": with_query,
+            "share": share}  # fmt: skip
+
+
+def test_cold_impressions_are_added_up_before_and_after_the_last_training_date():
+    reports = [
+        etl_report("2026-01-06", cold_start={"search": cold(100, 10, 0, 5, 50)}),
+        etl_report("2026-01-08", cold_start={"search": cold(100, 40, None, 1, 10)}) | {
+            "vocabulary_coverage": {"item_id": 0.6}
+        },
+        etl_report("2026-01-07", cold_start={"search": cold(300, 20, 30, 0, 40)}),
+        etl_report("2026-01-05"),
+    ]  # fmt: skip
+    part = report_cold.cold_part(reports, SCENARIOS, "2026-01-01:2026-01-06")
+    before, after = part["rows"]
+    assert (before["scenario"], before["span"], before["impressions"]) == ("Search", "to the last training date", 100)
+    assert dict(zip(part["headings"], before["values"], strict=True)) == {
+        "unknown user": "0.0%", "unknown item": "10.0%", "unknown query": "10.0%", "no history": "50.0%",
+        "new user": "0.0%", "new item": "0.0%",
+    }  # fmt: skip
+    # 60 of 400; 1 of 50 queries; one date cannot say what is new.
+    assert after["impressions"] == 400
+    assert after["values"] == ["0.0%", "15.0%", "2.0%", "50.0%", "0.0%", report_text.DASH]
+    titles = [plot["title"] for plot in part["plots"]]
+    assert titles == ["Impressions with an unknown item", "Impressions with no history",
+                      "Values that have an id of their own"]  # fmt: skip
+    assert "06 Jan" in part["plots"][0]["svg"] and "10%" in part["plots"][0]["svg"]  # noqa: PT018
+    assert [row["span"] for row in report_cold.cold_part(reports, SCENARIOS, "")["rows"]] == ["all dates"]
+    assert report_cold.cold_part([etl_report("2026-01-05")], SCENARIOS, "") is None
 
 
 def test_orders_that_no_log_knows_are_words_and_no_zero():

@@ -1,0 +1,82 @@
+"""Cold users and items: how many impressions of a date and scenario a model has to rank knowing little or nothing."""
+
+from __future__ import annotations
+
+import datetime as dt
+import operator
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from typing import Any
+
+from pyspark.sql import Column, DataFrame, Row
+from pyspark.sql import functions as F
+
+from usr_ray.config import Config, parse_dates
+from usr_ray.schema import PARTITION_COLUMN, UNKNOWN_ID, FeatureSpec, index_column
+
+COLD = ("unknown_user", "unknown_item", "unknown_query", "no_history", "new_user", "new_item")
+"""Kinds of cold impressions: the value has no id of its own; no event before; no training impression of it."""
+WITH_QUERY = "with_query"
+"""Impressions that have a query: what `unknown_query` is a part of."""
+
+
+def mark_new(samples: DataFrame, table: DataFrame, config: Config, dates: Sequence[dt.date]) -> DataFrame:
+    """Add is_new_user and is_new_item: no impression of the training dates has the user, or the item.
+
+    False on the training dates themselves; null where the table holds none of them yet, so that nothing can be said.
+
+    Args:
+        samples: rows of `dates`.
+        table: the whole samples table.
+        config: names the training dates; without any, all dates are.
+        dates: dates of `samples`.
+    """
+    nothing_new = {name: F.lit(False) for name in ("is_new_user", "is_new_item")}
+    if not config.data.train_dates:
+        return samples.withColumns(nothing_new)
+    first, last = parse_dates(config.data.train_dates, where="data.train_dates")
+    if all(first <= date <= last for date in dates):
+        return samples.withColumns(nothing_new)
+    is_fitted = F.col(PARTITION_COLUMN).between(F.lit(first), F.lit(last))
+    fitted = table.filter(is_fitted)
+    if fitted.isEmpty():
+        return samples.withColumns(dict.fromkeys(nothing_new, F.lit(None).cast("boolean")))
+    for key, name in (("user_id", "is_new_user"), ("item_id", "is_new_item")):
+        seen = fitted.select(key).distinct().withColumn("_seen", F.lit(True))
+        is_new = ~is_fitted & F.col("_seen").isNull()
+        samples = samples.join(seen, on=key, how="left").withColumn(name, is_new).drop("_seen")
+    return samples
+
+
+def cold_sums(spec: FeatureSpec) -> list[Column]:
+    """Sums over rows of `mark_new`, one a name of COLD and one of WITH_QUERY."""
+    no_events = [F.size(history.item_ids) == 0 for history in spec.histories]
+    is_cold = {
+        **{f"unknown_{key}": F.col(index_column(name)) == UNKNOWN_ID
+           for key, name in (("user", "user_id"), ("item", "item_id"), ("query", "query"))},
+        "no_history": reduce(operator.and_, no_events),
+        "new_user": F.col("is_new_user"),
+        "new_item": F.col("is_new_item"),
+        WITH_QUERY: F.col(index_column("query")) >= UNKNOWN_ID,
+    }  # fmt: skip
+    return [F.sum(condition.cast("bigint")).alias(name) for name, condition in is_cold.items()]
+
+
+def cold_start(row: Row, *, hashed: bool) -> dict[str, int | None]:
+    """Counts of COLD and WITH_QUERY of one group; null where nobody can know: hashed ids are never unknown."""
+    return {
+        name: None if hashed and name.startswith("unknown_") else row[name] for name in (*COLD, WITH_QUERY)
+    }  # fmt: skip
+
+
+def cold_report(counts: Mapping[str, int | None], impressions: int) -> dict[str, Any]:
+    """`cold_start` of one scenario in `reports/<date>.json`: counts, and shares of the impressions under `share`.
+
+    The share of unknown queries is one of the impressions with a query; a share of nothing is null.
+    """
+
+    def share(name: str) -> float | None:
+        count, whole = counts[name], (counts[WITH_QUERY] if name == "unknown_query" else impressions)
+        return count / whole if count is not None and whole else None
+
+    return {"impressions": impressions, **counts, "share": {name: share(name) for name in COLD}}
