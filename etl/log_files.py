@@ -10,6 +10,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from etl.checks import DataCheckError
 from etl.mapping import map_columns
+from etl.parquet_times import with_instants
 from usr_ray.config import LogConfig
 
 _SUFFIXES = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json"}
@@ -48,12 +49,10 @@ class LogFolder:
         paths = self._matches(log, entry) if mapping and mapping.path else [f"{self._root}/{entry}"]
         kind = (mapping and mapping.format) or self._format(log, paths)
         try:
-            raw = self._open(paths, kind, mapping.separator if mapping else ",")
+            raw = self._open(paths, kind, mapping or LogConfig())
             return (map_columns(raw, log, mapping) if mapping else raw), kind
         except (AnalysisException, PySparkException, Py4JJavaError) as error:
             cause = str(error).strip().splitlines()[0][:300]
-            if "NANOS" in str(error):
-                cause = "its timestamps are in nanoseconds; write microseconds (pyarrow: coerce_timestamps='us')"
             raise DataCheckError(f"log {log}: cannot be read as {kind}: {cause}") from error
 
     def _matches(self, log: str, entry: str) -> list[str]:
@@ -67,16 +66,18 @@ class LogFolder:
             )
         return paths
 
-    def _open(self, paths: list[str], kind: str, separator: str) -> DataFrame:
+    def _open(self, paths: list[str], kind: str, mapping: LogConfig) -> DataFrame:
         reader = self._spark.read
         if kind == "csv":
             # RFC 4180: quotes are doubled, and a quoted field may hold line breaks and be of any length. Without
             # enforceSchema=False files whose columns stand in another order would be read as if they did not.
-            return reader.csv(paths, header=True, sep=separator, escape='"', multiLine=True, maxCharsPerColumn=-1,
-                              inferSchema=False, enforceSchema=False)  # fmt: skip
+            return reader.csv(paths, header=True, sep=mapping.separator, encoding=mapping.encoding, escape='"',
+                              multiLine=True, maxCharsPerColumn=-1, inferSchema=False,
+                              enforceSchema=False)  # fmt: skip
         if kind == "json":
             return reader.json(paths, primitivesAsString=True)
-        return reader.format(kind).load(paths[0] if len(paths) == 1 else paths)
+        raw = reader.format(kind).load(paths[0] if len(paths) == 1 else paths)
+        return with_instants(self._spark, raw, paths) if kind == "parquet" else raw
 
     def _entry(self, log: str) -> str | None:
         names = [n for n in self._entries or [] if n == log or (n.startswith(f"{log}.") and _suffix(n))]

@@ -104,11 +104,32 @@ def read_features(
     """
     raw, _ = folder.read(log)
     check_columns(log, raw.columns, [key, *categories, *numbers])
+    _check_numbers(raw, log, numbers)
     return raw.select(
         _text(raw, log, key).alias(key),
         *(_category(raw, log, name).alias(name) for name in categories),
         *(_number(raw, log, name).alias(name) for name in numbers),
     )
+
+
+def _check_numbers(raw: DataFrame, log: str, numbers: Sequence[str]) -> None:
+    """A column of text that is mostly no number, such as 12,50, would become null without a word."""
+    texts = [name for name in numbers if isinstance(raw.schema[name].dataType, T.StringType)]
+    if not texts:
+        return
+    sums = []
+    for name in texts:
+        value = F.nullif(F.trim(F.col(f"`{name}`")), F.lit(""))
+        unread = value.isNotNull() & value.try_cast("double").isNull()
+        sums += [F.count(value), F.count_if(unread), F.min(F.when(unread, value))]
+    found = raw.agg(*(column.alias(str(n)) for n, column in enumerate(sums))).collect()[0]
+    for place, name in enumerate(texts):
+        given, unreadable, example = found[3 * place : 3 * place + 3]
+        if 2 * unreadable > given:
+            raise DataCheckError(
+                f"log {log}: column '{name}' is no number in {unreadable:,} of {given:,} rows, such as {example!r}; "
+                f"write 1234.50, or name it in logs.{log}.decimal_comma"
+            )
 
 
 def _event_rows(log: EventLog, raw: DataFrame, *, text: bool, contexts: dict[str, bool], config: Config) -> DataFrame:
@@ -184,7 +205,8 @@ def _text(raw: DataFrame, log: str, column: str) -> Column:
     kind = raw.schema[column].dataType
     if isinstance(kind, T.NullType):
         return _null("string")
-    if not isinstance(kind, (T.StringType, *_INTEGERS)):
+    is_unsigned = isinstance(kind, T.DecimalType) and kind.scale == 0  # what Spark makes of a 64-bit one
+    if not is_unsigned and not isinstance(kind, (T.StringType, *_INTEGERS)):
         raise _wrong_type(log, column, kind, "string or integer")
     return F.nullif(F.col(column).cast("string"), F.lit(""))
 

@@ -48,6 +48,16 @@ def map_columns(raw: DataFrame, log: str, mapping: LogConfig) -> DataFrame:
         if source in raw.columns:
             targets[as_written(name)] = _own(source)
             targets[name] = _instant(raw, log, source, mapping)
+    for name in mapping.decimal_comma:
+        number = mapping.columns.get(name, name)
+        if not isinstance(number, str) or number not in raw.columns:
+            raise DataCheckError(
+                f"log {log}: logs.{log}.decimal_comma names '{name}', which is not there; there are: "
+                f"{', '.join([*mapping.columns, *raw.columns])}; name one of those"
+            )
+        # Spaces too stand between thousands, as 1 234,50 with a no-break space.
+        whole = F.regexp_replace(_own(number).cast("string"), r"[.\s\u00a0\u202f]", "")
+        targets[name] = F.regexp_replace(whole, ",", ".")
     targets |= {name: F.lit(value) for name, value in mapping.constants.items()}
     # Spark's names ignore case: an own column of a target's name, however written, would make it ambiguous.
     hidden = {name.lower() for name in targets}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,8 +54,12 @@ class LogConfig:
     """'parquet', 'delta', 'csv' or 'json' (one object a line); empty: what the file names end with."""
     separator: str = ","
     """Between the fields of a CSV line."""
+    encoding: str = "UTF-8"
+    """Of CSV: 'UTF-8', 'ISO-8859-1', 'windows-1252' or another."""
     columns: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     """Column of the contract or feature -> own column; of several own columns the values are joined by '|'."""
+    decimal_comma: tuple[str, ...] = ()
+    """Number columns, by their name in the contract, written as 1.234,50."""
     constants: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     """Column -> its value in every row; '' is null."""
     where: Mapping[str, str | int | bool | tuple[str, ...]] = field(default_factory=dict)
@@ -69,6 +74,8 @@ class LogConfig:
         require(self.format in ("", *LOG_FORMATS),
                 f"{where}.format must be one of {', '.join(LOG_FORMATS)}, got {self.format!r}")  # fmt: skip
         require(len(self.separator) == 1, f"{where}.separator must be one character, got {self.separator!r}")
+        require(_is_encoding(self.encoding),
+                f"{where}.encoding {self.encoding!r} is unknown; write it as 'UTF-8' or 'ISO-8859-1'")  # fmt: skip
         doubled = sorted(set(self.columns) & set(self.constants))
         require(not doubled, f"{where}: {', '.join(doubled)} is in columns and in constants; keep one of them")
         for key in ("event_time", "ingest_time"):
@@ -82,6 +89,14 @@ class LogConfig:
                 f"'%d.%m.%Y %H:%M:%S', got {self.time_format!r}")  # fmt: skip
         require(_is_time_zone(self.time_zone),
                 f"{where}.time_zone {self.time_zone!r} is unknown; write it as 'UTC' or 'Europe/Berlin'")  # fmt: skip
+
+
+def _is_encoding(name: str) -> bool:
+    try:
+        codecs.lookup(name)
+    except LookupError:
+        return False
+    return True
 
 
 def _is_time_zone(name: str) -> bool:

@@ -49,7 +49,9 @@ def cold_part(
         for num_rows, values in [_sums([r["cold_start"].get(name) or {} for r in part])]
         if num_rows
     ]  # fmt: skip
-    return {"headings": list(KINDS.values()), "rows": rows, "note": NOTE, "plots": _plots(reports, scenarios, last)}
+    caption = "Share by UTC date." if last is None else "Share by UTC date; right of the dashed line: not trained on."
+    return {"headings": list(KINDS.values()), "rows": rows, "note": NOTE, "caption": caption,
+            "plots": _plots(reports, scenarios, last)}  # fmt: skip
 
 
 def _sums(cells: Sequence[Mapping[str, Any]]) -> tuple[int, list[str]]:

@@ -156,11 +156,6 @@ def retyped(column: str, values: Any) -> Callable[[pa.Table], pa.Table]:
     return lambda t: t.set_column(t.schema.get_field_index(column), column, pa.array([values] * t.num_rows))
 
 
-def nanoseconds(table: pa.Table) -> pa.Table:
-    place = table.schema.get_field_index("event_time")
-    return table.set_column(place, "event_time", table["event_time"].cast(pa.timestamp("ns", tz="UTC")))
-
-
 def spoil(what: str, folder: Path) -> None:
     """Break one thing of a folder of logs."""
     if what == "no folder":
@@ -187,8 +182,6 @@ def spoil(what: str, folder: Path) -> None:
         change(folder, "feed_impressions", retyped("position", True))
     elif what == "feature as list":
         change(folder, "users", retyped("city", ["a"]))
-    elif what == "nanoseconds":
-        change(folder, "related_clicks", nanoseconds)
     elif what == "two formats":
         (folder / "feed_clicks" / "b.csv").write_text("click_id\n")
     elif what == "unknown format":
@@ -218,7 +211,6 @@ def spoil(what: str, folder: Path) -> None:
         ("id as number", "log search_clicks: column 'user_id' is double, needed string or integer; cast it"),
         ("position as text", "log feed_impressions: column 'position' is boolean, needed integer; cast it"),
         ("feature as list", "log users: column 'city' is array<string>, needed a single value .*; cast it"),
-        ("nanoseconds", "log related_clicks: cannot be read .* in nanoseconds; write microseconds"),
         ("two formats", "log feed_clicks: .* holds csv, parquet; needed one of Parquet, Delta, CSV"),
         ("unknown format", "log feed_clicks: .* holds a.xlsx; needed one of Parquet, Delta, CSV"),
         ("twice", "log orders: .* has orders and orders.csv; keep one of them"),

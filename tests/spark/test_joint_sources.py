@@ -252,15 +252,14 @@ def test_jdsearch_from_real_rows_to_trained_steps(spark: SparkSession, tmp_path:
         gaps = [float(gap) for gap in row.history_time_list.split("_")]
         days = (mine.event_time - pd.Timestamp("2022-11-01", tz="UTC")).total_seconds()
         for scenario, part in events.items():
-            actions = [a for kind in part.kind for a in ((1, 2) if kind == "ORD" else (1,))]
-            assert mine[f"{scenario}_history_actions"].tolist() == actions
-            ages = mine[f"{scenario}_history_ages_s"].tolist()
-            since = [
-                sum(gaps[place + 1 :]) + days
-                for place in part.index
-                for _ in ((1, 2) if part.kind[place] == "ORD" else (1,))
-            ]
-            assert ages == pytest.approx(since)
+            # Newest last; of one time, the clicks before the orders.
+            expected = sorted(
+                (-sum(gaps[place + 1 :]) - days, action)
+                for place, kind in part.kind.items()
+                for action in ((1, 2) if kind == "ORD" else (1,))
+            )
+            assert mine[f"{scenario}_history_actions"].tolist() == [action for _, action in expected]
+            assert mine[f"{scenario}_history_ages_s"].tolist() == pytest.approx([-since for since, _ in expected])
 
     products = pd.read_csv(REAL_JDSEARCH / "product_meta_data_sample.txt", sep="\t", dtype=str, quoting=3)
     known = rows.item_id.isin(set(products.wid))

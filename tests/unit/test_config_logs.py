@@ -41,9 +41,10 @@ def test_every_scenario_has_its_logs() -> None:
         ("logs.serch_clicks.path=x", "unknown log 'logs.serch_clicks'; with these scenarios there can be: search_impr"),
         (
             "logs.orders.colums={a='b'}",
-            "unknown key 'logs.orders.colums'; logs.orders has: path, format, separator, col",
+            "unknown key 'logs.orders.colums'; logs.orders has: path, format, separator, enc",
         ),
         ("logs.orders.format=xlsx", "logs.orders.format must be one of parquet, delta, csv, json, got 'xlsx'"),
+        ("logs.orders.encoding=latin-99", "logs.orders.encoding 'latin-99' is unknown; write it as 'UTF-8' or 'ISO-8"),
         ("logs.orders.separator=';;'", "logs.orders.separator must be one character, got ';;'"),
         (
             "logs.orders.time_format=seconds",
