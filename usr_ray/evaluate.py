@@ -248,6 +248,7 @@ def check_spec(trained: FeatureSpec, table: FeatureSpec) -> None:
         "query_scenarios": (trained.query_scenarios, table.query_scenarios),
         "categories": (tuple(f.name for f in trained.sparse), tuple(f.name for f in table.sparse)),
         "numbers": (tuple(f.name for f in trained.dense), tuple(f.name for f in table.dense)),
+        "labels.no_order_scenarios": (trained.no_order_scenarios, table.no_order_scenarios),
         "histories.length": (trained.history_length, table.history_length),
     }
     for name, (of_model, of_table) in pairs.items():
