@@ -244,7 +244,7 @@ def test_a_scenario_whose_orders_no_log_knows_has_no_ctcvr(lake, manifest, alone
 def test_a_head_that_learnt_no_orders_is_not_measured_on_a_lake_that_knows_them(manifest):
     trained = replace(manifest.spec, no_order_scenarios=("search",))
     with pytest.raises(
-        EvaluationError, match="labels.no_order_scenarios of the samples table is none, but the model was"
+        EvaluationError, match=r"labels.no_order_scenarios of the samples table is none, but the model was"
     ):
         check_spec(trained, manifest.spec)
     check_spec(trained, trained)
