@@ -139,6 +139,17 @@ def build_embeddings(spec: FeatureSpec, config: Config, worker: Worker) -> Embed
     return ReplicatedEmbeddings(spec, config, worker)
 
 
+def describe_memory(embeddings: Embeddings, config: Config, worker: Worker) -> str:
+    """One line for the start of a run: what the tables are and what a worker holds of them."""
+    sizes, memory = embeddings.num_rows(), embeddings.memory()
+    strategy = config.train.embedding_strategy if worker.world_size > 1 else "replicated"
+    return (
+        f"{len(sizes)} embedding tables, {sum(sizes.values()):,} rows of {config.model.embedding_dim}, {strategy}: "
+        f"{memory.weight_bytes / 1e6:,.1f} MB of weights and {memory.optimizer_bytes / 1e6:,.1f} MB of optimiser state "
+        f"on each of {worker.world_size} workers"
+    )
+
+
 def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse a checkpoint whose tables or optimiser states are not those of this run.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from usr_ray.batch import UsrBatch
 from usr_ray.checkpoint import CheckpointStore
 from usr_ray.config import Config, UserError
+from usr_ray.embeddings import describe_memory
 from usr_ray.evaluate import Evaluation, evaluate
 from usr_ray.feed import Feed
 from usr_ray.loss import usr_loss
@@ -104,6 +105,7 @@ class _Run:
     def run(self) -> TrainResult:
         """Resume, train epoch after epoch, evaluate after each."""
         state, config = self.state, self.config.train
+        self._say(describe_memory(state.tables, self.config, self.worker))
         if state.restore(self.store.newest_valid() if self.worker.is_main else None, self.worker):
             self._say(f"resumed at step {state.step} (epoch {state.epoch + 1}/{config.num_epochs})")
         elif config.warm_start:

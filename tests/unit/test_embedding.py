@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.unit.random_batches import make_batch, make_config, make_spec, rows
+from usr_ray.batch import map_tensors
 from usr_ray.loss import row_counts, usr_loss
 from usr_ray.model.counter_random import hash_keys, to_uniform
 from usr_ray.model.embedding import EmbeddingTables
@@ -58,7 +59,7 @@ def test_ids_found_ahead_of_the_step_give_the_same_lookup() -> None:
         copies.append(tensor)
         return tensor.clone()
 
-    ahead, now = tables.lookup(batch, unique_ids(batch, tables.num_rows()).map(copy)), tables.lookup(batch)
+    ahead, now = tables.lookup(batch, map_tensors(unique_ids(batch, tables.num_rows()), copy)), tables.lookup(batch)
     # ids and column of six tables, three tensors of places of the two with histories
     assert len(copies) == 6 * 2 + 2 * 3
     for name, table in now.tables.items():

@@ -22,7 +22,7 @@ from tests.unit.two_ranks import run_ranks
 from usr_ray.batch import UsrBatch
 from usr_ray.checkpoint import CheckpointError
 from usr_ray.config import Config, ConfigError
-from usr_ray.embeddings import Embeddings, ReplicatedEmbeddings, build_embeddings, check_shapes
+from usr_ray.embeddings import Embeddings, ReplicatedEmbeddings, build_embeddings, check_shapes, describe_memory
 from usr_ray.loss import row_counts, usr_loss
 from usr_ray.model.unique import EmbeddingError, unique_ids
 from usr_ray.model.usr import UsrModel
@@ -231,6 +231,18 @@ def test_adam_resumes_bit_for_bit_and_only_as_adam(tmp_path: Path) -> None:
 def test_one_worker_holds_everything_under_either_name() -> None:
     embeddings = build_embeddings(SPEC, strategy_config(embedding_strategy="sharded"), LocalWorker("cpu"))
     assert isinstance(embeddings, ReplicatedEmbeddings)
+
+
+def test_a_run_says_what_its_tables_take() -> None:
+    config = strategy_config(embedding_optimizer="rowwise_adam")
+    worker = LocalWorker("cpu")
+    # 16 bytes of weights a row; Adam's state is another 16 and 8.
+    spec = make_spec(num_embeddings=41_000)
+    line = describe_memory(build_embeddings(spec, config, worker), config, worker)
+    assert line == (
+        "6 embedding tables, 246,000 rows of 4, replicated: 3.9 MB of weights and 5.9 MB of optimiser state on each of "
+        "1 workers"
+    )
 
 
 class TwoRanks(LocalWorker):

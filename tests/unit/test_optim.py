@@ -218,6 +218,17 @@ def test_the_sum_that_a_gpu_need_not_wait_for_gives_every_row_the_same_bits() ->
 
 
 @pytest.mark.parametrize("kind", ["rowwise_adagrad", "rowwise_adam"])
+def test_the_exchange_and_the_step_ask_a_gpu_for_nothing(kind: str) -> None:
+    """On meta tensors, which have no values: whatever the host would wait for fails."""
+    with torch.device("meta"):
+        ids, grads = sum_in_place(torch.zeros(40, dtype=torch.int64), torch.zeros(40, DIM))
+        assert (ids.shape, grads.shape) == ((40,), (40, DIM))
+        table = torch.zeros(NUM_ROWS, DIM)
+    optimizer = ROW_OPTIMIZERS[kind]({"t": table}, learning_rate=0.1, weight_decay=DECAY)
+    optimizer.step({"t": (ids[3:9], grads[3:9])}, scale=0.5)
+
+
+@pytest.mark.parametrize("kind", ["rowwise_adagrad", "rowwise_adam"])
 def test_padding_ids_in_an_update_change_nothing(kind: str) -> None:
     plain, padded = (ROW_OPTIMIZERS[kind](start_tables(), learning_rate=0.1, weight_decay=DECAY) for _ in range(2))
     for _ in range(2):

@@ -10,7 +10,7 @@ Shape letters: B rows of the batch, N rows of a table, U rows of a table used in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -49,27 +49,6 @@ class UniqueIds:
 
     tables: tuple[TableIds, ...]
     """In the order of FeatureSpec.sparse."""
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> UniqueIds:
-        """The same with `function` applied to every tensor."""
-
-        def places(p: Places) -> Places:
-            return Places(function(p.index_V), function(p.order_V), function(p.starts_U))
-
-        return UniqueIds(
-            tuple(
-                TableIds(function(t.ids_U), function(t.column_B), None if t.events is None else places(t.events))
-                for t in self.tables
-            )
-        )
-
-    def to(self, device: torch.device | str) -> UniqueIds:
-        """On `device`; does not wait for the copy when the memory is pinned."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> UniqueIds:
-        """In page-locked memory, for asynchronous copies to a GPU."""
-        return self.map(lambda tensor: tensor.pin_memory())
 
 
 def unique_ids(batch: UsrBatch, num_rows: Mapping[str, int]) -> UniqueIds:
