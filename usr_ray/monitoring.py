@@ -25,6 +25,7 @@ RANK_GAUGES = {
     "step_s": ("usr_ray_step_seconds", "Seconds a step"),
     "samples_per_s": ("usr_ray_samples_per_s", "Rows that count, over all ranks, per second"),
     "data_stall": ("usr_ray_data_stall_fraction", "Share of this rank's time spent waiting for batches"),
+    "exchange_bytes": ("usr_ray_exchange_bytes_per_step", "Other ranks' ids and row gradients received, bytes a step"),
 }
 """Key of a log step's numbers -> (metric, description), for every rank; Ray exports each as ray_<metric>."""
 RUN_GAUGES = {

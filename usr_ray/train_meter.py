@@ -57,6 +57,7 @@ class StepMeter:
         self._num_steps = 0
         self._num_rows = 0.0
         self._waited_s = 0.0
+        self._start_bytes = self._worker.received_bytes
         self._start_s = time.perf_counter()
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -92,7 +93,9 @@ class StepMeter:
         Returns:
             The names of `add`: mean over the window's steps of each term, summed over all ranks. "gradient_norm": the
             window's largest, before clipping. "samples_per_s": rows that count, over all ranks. "step_s": seconds a
-            step. "data_stall": share of this rank's time spent waiting for batches, 0 to 1. Empty without steps.
+            step. "data_stall": share of this rank's time spent waiting for batches, 0 to 1. "exchange_bytes": what this
+            rank received a step of the others' ids and row gradients (Worker.received_bytes; sharded tables exchange
+            inside TorchRec, uncounted). Empty without steps.
         """
         if self._sums is None or self._norm is None:
             return {}
@@ -104,6 +107,7 @@ class StepMeter:
             "samples_per_s": self._num_rows / wall_s,
             "step_s": wall_s / self._num_steps,
             "data_stall": min(self._waited_s / wall_s, 1.0),
+            "exchange_bytes": (self._worker.received_bytes - self._start_bytes) / self._num_steps,
         }
         self._restart()
         return metrics

@@ -42,6 +42,10 @@ class Worker(Protocol):
     def is_main(self) -> bool:
         """True on rank 0: the one that writes files and prints."""
 
+    @property
+    def received_bytes(self) -> int:
+        """Bytes of other ranks' rows that `all_gather_rows` has brought here so far, padding included."""
+
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """The sum of every rank's tensor (same shape and dtype on all); the argument is left as it was."""
 
@@ -77,6 +81,7 @@ class DistributedWorker:
         self._device = torch.device(device)
         self._stop = threading.Event()
         self._rank, self._world_size = 0, 1
+        self._received_bytes = 0
         self._control: dist.ProcessGroup | None = None
         if dist.is_available() and dist.is_initialized():
             self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
@@ -104,6 +109,11 @@ class DistributedWorker:
         """True on rank 0."""
         return self._rank == 0
 
+    @property
+    def received_bytes(self) -> int:
+        """See Worker."""
+        return self._received_bytes
+
     def _group(self, tensor: Tensor) -> dist.ProcessGroup | None:
         return self._control if tensor.device.type == "cpu" else None
 
@@ -129,6 +139,7 @@ class DistributedWorker:
         mine = rows.new_zeros((longest, *rows.shape[1:]))
         mine[: rows.shape[0]] = rows.detach()
         gathered = rows.new_empty((self._world_size * longest, *rows.shape[1:]))
+        self._received_bytes += gathered.nbytes - mine.nbytes
         dist.all_gather_single(gathered, mine, group=self._group(rows))
         return torch.cat([gathered[r * longest : r * longest + n] for r, n in enumerate(num_rows)])
 

@@ -73,6 +73,7 @@ def _collectives(worker: DistributedWorker) -> dict[str, torch.Tensor]:
         "all_empty": all_empty,
         "main_value": main_value,
         "flags": flags,
+        "received_bytes": torch.tensor(worker.received_bytes),
     }
 
 
@@ -101,5 +102,7 @@ def test_two_ranks_of_torchrun_sum_gather_agree_and_sum_gradients(tmp_path: Path
         assert got["all_empty"].shape == (0, 4)
         assert got["main_value"].tolist() == [7]
         assert got["flags"].tolist() == [True, False]
+        # Two gathers, each of the other rank's 3 rows: 3 x 2 floats, then 3 whole numbers; an empty one costs nothing.
+        assert got["received_bytes"] == 3 * 2 * 4 + 3 * 8
         assert got["start"].tolist() == [[0.0, 0.0]]
         assert got["gradient"].tolist() == [[11.0, 22.0]], "summed over ranks, not averaged"
