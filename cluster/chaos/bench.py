@@ -22,17 +22,17 @@ NUM_EPOCHS = 2
 SETTINGS = (
     f"train.num_epochs={NUM_EPOCHS}",
     "train.global_batch_size=128",
-    "train.checkpoint_every_steps=5",
+    "train.checkpoint_every_steps=4",
     "train.keep_checkpoints=4",
-    "train.log_every_steps=5",
+    "train.log_every_steps=4",
     "train.reader_threads=1",
     "model.contrastive.group_size=32",
     "ray.timeout='60 s'",
     "ray.dashboard=false",
 )
-"""Steps of hundredths of a second, a checkpoint every five of them."""
+"""Steps of hundredths of a second, a checkpoint every four of them."""
 STRIKE_STEP = 19
-"""In the first epoch, past three checkpoints. Batches are drawn a few steps before they are trained on."""
+"""In the first epoch, past four checkpoints. Batches are drawn a few steps before they are trained on."""
 
 
 GOES_ON = "goes on by itself; batches, rows and weights as unbroken"
@@ -96,8 +96,7 @@ class Bench:
         return folder
 
     def train(
-        self, case: Path, *overrides: str, strike: Strike | None = None, lake: Path | None = None,
-        run_dir: Path | None = None,
+        self, case: Path, *overrides: str, strike: Strike | None = None, lake: Path | None = None
     ) -> Ended:  # fmt: skip
         """Run the training job of a case to its end; a strike of an earlier call is over."""
         (case / "strike.json").unlink(missing_ok=True)
@@ -105,7 +104,7 @@ class Bench:
             strike.save(case)
         command = [sys.executable, "cluster/chaos/train_job.py", case, *self.arguments]
         command += [word for setting in (*SETTINGS, *overrides) for word in ("--set", setting)]
-        command += ["--lake", lake or self.lake, "--run-dir", run_dir or case / "run"]
+        command += ["--lake", lake or self.lake, "--run-dir", case / "run"]
         started = time.monotonic()
         with (case / "log").open("ab") as log:
             begins = log.tell()
@@ -142,16 +141,14 @@ class Bench:
         shutil.copytree(source, case, dirs_exist_ok=True)
         return case
 
-    def compare(
-        self, seen: Seen, case: Path, ended: Ended, *, tolerance: float = 0.0, run_dir: Path | None = None
-    ) -> Seen:  # fmt: skip
+    def compare(self, seen: Seen, case: Path, ended: Ended, *, tolerance: float = 0.0) -> Seen:
         """Note whether the case ended as the unbroken run did."""
         unbroken = self.unbroken()
         self.expect_end(seen, ended, 0)
         if ended.code == 0:
             note_batches(seen, case, unbroken)
-            note_rows(seen, case, run_dir or case / "run", num_epochs=NUM_EPOCHS)
-            note_weights(seen, run_dir or case / "run", unbroken / "run", tolerance=tolerance)
+            note_rows(seen, case, case / "run", num_epochs=NUM_EPOCHS)
+            note_weights(seen, case / "run", unbroken / "run", tolerance=tolerance)
         return seen
 
     def expect_end(self, seen: Seen, ended: Ended, code: int) -> None:

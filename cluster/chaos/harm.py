@@ -123,8 +123,13 @@ def tear_checkpoints(folder: Path) -> list[str]:
     return [path.name for path in newest]
 
 
-def tear_json(folder: Path) -> int:
-    """Cut every JSON file under `folder` in half, as Ray's snapshot is by a crash in its in-place writing; how many."""
+def tear_snapshots(folder: Path) -> int:
+    """Cut what Ray and we keep of each attempt in `folder`, as a crash in the midst of a write in place does; how many.
+
+    Ray writes its snapshot when it is handed checkpoints. Ours are our own, so there is none: a torn one is put there.
+    """
+    for attempt in folder.iterdir():
+        (attempt / "checkpoint_manager_snapshot.json").write_text('{"version": 1, "checkpoint_results": [{"metr')
     files = [path for path in folder.rglob("*.json") if path.is_file()]
     for path in files:
         os.truncate(path, path.stat().st_size // 2)

@@ -1,0 +1,29 @@
+"""A few faults of `make chaos` on the tests' own Ray; all of them take ten minutes and belong to the command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster.chaos import report
+from cluster.chaos.bench import Bench
+from tests.ray.conftest import OVERRIDES
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def bench(cluster: None, lake: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    import ray
+
+    arguments = tuple(word for override in OVERRIDES for word in ("--set", override))
+    address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    return Bench(tmp_path_factory.mktemp("chaos"), lake, arguments, address)
+
+
+@pytest.mark.parametrize("name", ["killed-in-checkpoint", "hanging-rank", "changed-schema-during"])
+def test_what_comes_of_a_fault_is_what_is_expected(bench: Bench, name: str) -> None:
+    (fault,) = report.choose([name])
+    seen = fault.observe(bench)
+    assert seen.is_right, "; ".join(seen.words)
