@@ -30,6 +30,7 @@ from usr_ray.config_fields import (
     ConfigError,
     UserError,
     build,
+    complete,
     dotted,
     end_of_us,
     override_key,
@@ -232,6 +233,11 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dictionaries, as saved in config.json."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def completed(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """`raw` as an earlier version saved it, with the defaults of keys that have come since; nothing is checked."""
+        return complete(raw, cls().to_dict())
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Config:

@@ -82,6 +82,15 @@ def dotted(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def complete(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries with the entries of `defaults` that `raw` lacks."""
+    both = {**defaults, **raw}
+    return {
+        key: complete(value, defaults.get(key) or {}) if isinstance(value, Mapping) else value
+        for key, value in both.items()
+    }
+
+
 def require(condition: bool, message: str) -> None:
     """Raise ConfigError(message) unless `condition`."""
     if not condition:

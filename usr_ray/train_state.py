@@ -207,9 +207,9 @@ def refusal(checkpoint: Checkpoint, config: Config, manifest: Manifest, order: s
         )
     if saved["spec"] != json.loads(manifest.spec.to_json()):
         return f"checkpoint {checkpoint.path}: the table's features changed since it was written; {way_out}"
-    now = config.to_dict()
+    then, now = Config.completed(saved["config"]), config.to_dict()
     for key in FIXED_KEYS:
-        for path, old, new in _differences(key, _lookup(saved["config"], key), _lookup(now, key)):
+        for path, old, new in _differences(key, _lookup(then, key), _lookup(now, key)):
             return f"checkpoint {checkpoint.path}: it has {path} = {old!r}, this run {new!r}; set it back, or {way_out}"
     if saved["cursor"]["order"] != order:
         return f"checkpoint {checkpoint.path}: the rows come in another order than when it was written; {way_out}"

@@ -96,7 +96,7 @@ def plan_run(config: Config, lake: Path | str, run_dir: Path | str, *, command: 
         _refuse_other_run(config, record, folder)
         _refuse_other_version(config, record, folder)
         manifests = {s: _saved_manifest(lake, folder, record, split=s) for s in SPLITS}
-        if _meaning(config.to_dict()) != _meaning(record["config"]):
+        if _meaning(config.to_dict()) != _meaning(Config.completed(record["config"])):
             record["status"] = RUNNING  # more epochs, for example
     train_manifest = manifests["train"]
     assert train_manifest is not None
@@ -184,7 +184,7 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def _refuse_other_run(config: Config, record: Mapping[str, Any], folder: Path) -> None:
-    saved, now = dotted(record["config"]), dotted(config.to_dict())
+    saved, now = dotted(Config.completed(record["config"])), dotted(config.to_dict())
     for key in [*saved, *(k for k in now if k not in saved)]:
         if key == _VERSION_KEY:
             continue

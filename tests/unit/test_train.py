@@ -29,6 +29,7 @@ from usr_ray.schema import FeatureSpec
 from usr_ray.train import TrainError, TrainResult, train
 from usr_ray.train_feed import training_reader
 from usr_ray.train_meter import SilentMonitor, summarise
+from usr_ray.train_state import refusal
 from usr_ray.worker import LocalWorker
 
 pytestmark = pytest.mark.unit
@@ -352,6 +353,19 @@ def test_a_checkpoint_of_other_rows_or_another_model_is_refused(
     with pytest.raises(CheckpointError, match=message) as raised:
         run(config, (manifest_change(manifests[0]), None), finished_run)
     assert "\n" not in str(raised.value)
+
+
+def test_a_checkpoint_without_keys_that_came_later_is_gone_on_with(
+    finished_run: Path, manifests: tuple[Manifest, Manifest]
+) -> None:
+    found = CheckpointStore(finished_run / "checkpoints").newest_valid()
+    assert found is not None
+    order = training_reader(make_config(), manifests[0], LocalWorker("cpu")).fingerprint
+    del found.state["config"]["model"]["multitask"], found.state["config"]["train"]["reader_shards"]
+    assert refusal(found, make_config(), manifests[0], order) is None
+    assert "train.reader_shards = 1, this run 2" in str(
+        refusal(found, make_config(train_reader_shards=2), manifests[0], order)
+    )
 
 
 def test_other_learning_rates_and_more_epochs_may_continue(

@@ -213,6 +213,22 @@ def test_another_run_is_refused_in_the_same_directory(lake: Path, tmp_path: Path
     assert (tmp_path / "run" / "config.json").read_text() == before
 
 
+def test_keys_that_came_with_a_newer_version_do_not_end_an_older_run(lake: Path, tmp_path: Path) -> None:
+    """What an older version did not know, it did as the default does."""
+    mark_finished(started(lake, tmp_path / "run"), outcome="finished", step=7)
+    path = tmp_path / "run" / "config.json"
+    record = json.loads(path.read_text())
+    del (
+        record["config"]["data"]["mature_only"],
+        record["config"]["model"]["interest"],
+        record["config"]["train"]["order"],
+    )
+    path.write_text(json.dumps(record))
+    assert plan_run(config(), lake, tmp_path / "run").is_finished
+    with pytest.raises(UserError, match=r"holds a run with train.order = 'shuffled', this command has 'by_date'"):
+        plan_run(config("train.order=by_date"), lake, tmp_path / "run")
+
+
 def test_a_finished_run_stays_finished_unless_it_is_to_train_more(lake: Path, tmp_path: Path) -> None:
     plan = started(lake, tmp_path / "run")
     assert not plan_run(config(), lake, tmp_path / "run").is_finished
