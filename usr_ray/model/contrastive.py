@@ -96,7 +96,7 @@ def _unit(vectors_BSD: Tensor) -> Tensor:
 class _Unit(torch.autograd.Function):
     """v / (|v| + floor). Autograd's own backward takes nine passes over the widest tensors of a step, this one four.
 
-    With u the result, s = 1 / (|v| + floor) and g its gradient: dv = s (g - u (g.u) (|v| + floor) / |v|); at v = 0, s g.
+    With u the result, s = 1 / (|v| + floor) and g its gradient: dv = s (g - u (g.u) (|v| + floor) / |v|), and s g at 0.
     """
 
     @staticmethod
