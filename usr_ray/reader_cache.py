@@ -61,8 +61,9 @@ class RowGroupCache:
                 is_first, self._is_writable = self._is_writable, False
             if is_first:
                 warnings.warn(
-                    f"train.reader_cache: {self._folder} cannot be written ({one_line(error)}); "
-                    "the rest is decoded from Parquet in every epoch",
+                    f"train.reader_cache: {self._folder} cannot be written ({one_line(error)}; "
+                    f"{table.nbytes / 1e6:,.1f} MB needed for a row group); the rest is decoded from Parquet in every "
+                    "epoch: free space there, or name a folder with more",
                     stacklevel=2,
                 )
 
