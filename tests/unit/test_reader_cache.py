@@ -100,7 +100,7 @@ def test_a_full_disk_warns_once_and_the_reading_goes_on(
     monkeypatch.setattr("usr_ray.reader_cache.os.replace", full)
     with pytest.warns(
         UserWarning,
-        match=r"train.reader_cache: .*No space left on device; [\d.]+ MB needed .*decoded from Parquet .*free space there",
+        match=r"train.reader_cache: .*No space left on device; [\d.]+ MB needed .*from Parquet .*free space there",
     ) as caught:
         assert equal(read(manifest, cache_dir=tmp_path, num_threads=1), plain)
     assert len(caught) == 1
