@@ -61,6 +61,7 @@ def run_all(faults: Sequence[Fault], bench: Bench, *, heal: Callable[[], None] |
             "seconds": round(seconds, 1), "longest_job_s": round(bench.longest_s, 1), "verdict": verdict,
             "checks": seen.checks,
         })  # fmt: skip
+        save(rows, bench.work)  # after each: an hour's table is not lost to an interrupt
         if heal:
             with contextlib.redirect_stdout(io.StringIO()):
                 heal()
@@ -86,15 +87,19 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(rows: Sequence[dict[str, Any]], work: Path) -> None:
-    """Print the table and write it with its circumstances to `work`."""
+def save(rows: Sequence[dict[str, Any]], work: Path) -> str:
+    """Write the table with its circumstances to `work`; one line of counts."""
     counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in (GOOD, BAD, SKIPPED)}
     about = {
         "at": f"{dt.datetime.now(dt.UTC):%Y-%m-%d}", "cpus": os.cpu_count(), "machine": platform.machine(),
         "versions": package_versions(), "seconds": round(sum(row["seconds"] for row in rows)), **counts,
     }  # fmt: skip
-    text = table(rows)
     write_whole(work / JSON_FILE, json.dumps({"about": about, "faults": list(rows)}, indent=1) + "\n")
-    write_whole(work / TABLE_FILE, text)
-    total = f"{counts[GOOD]} good, {counts[BAD]} bad, {counts[SKIPPED]} skipped in {about['seconds']} s"
-    print(f"\n{text}\n{total}; written to {work / TABLE_FILE} and {JSON_FILE}", flush=True)
+    write_whole(work / TABLE_FILE, table(rows))
+    return f"{counts[GOOD]} good, {counts[BAD]} bad, {counts[SKIPPED]} skipped in {about['seconds']} s"
+
+
+def write(rows: Sequence[dict[str, Any]], work: Path) -> None:
+    """Print the table, and say where it was written."""
+    total = save(rows, work)
+    print(f"\n{table(rows)}\n{total}; written to {work / TABLE_FILE} and {JSON_FILE}", flush=True)
