@@ -148,3 +148,13 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"source kuaisar writes \['search', 'recommendation'\]"):
         ingest(folder, tmp_path / "logs", 'scenarios=["feed"]')
     assert not (tmp_path / "logs").exists()
+
+
+def test_orders_of_search_that_nobody_logged_are_said_unless_the_configuration_says_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = hand_written(tmp_path / "in")
+    ingest(folder, tmp_path / "logs")
+    assert 'no log search_orders: set labels.no_order_scenarios = ["search"]' in capsys.readouterr().err
+    ingest(folder, tmp_path / "again", 'labels.no_order_scenarios=["search"]')
+    assert "search_orders" not in capsys.readouterr().err
