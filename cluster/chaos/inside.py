@@ -23,7 +23,7 @@ from unittest.mock import patch
 import torch
 
 from cluster.chaos import harm
-from usr_ray import checkpoint, trainer
+from usr_ray import checkpoint
 from usr_ray.batch import UsrBatch
 from usr_ray.config import Config
 from usr_ray.manifest import Manifest
@@ -57,6 +57,8 @@ class Strike:
 
 def train_worker(settings: Mapping[str, Any]) -> dict[str, Any]:
     """usr_ray.trainer.train_worker, watched."""
+    from usr_ray import trainer  # imports ray, which reads the environment: whoever reads this module may not be ready
+
     case = Path(settings["run_dir"]).parent
 
     def watched(config: Config, manifest: Manifest, worker: Worker) -> SampleReader:
