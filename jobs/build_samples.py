@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from etl.driver_stderr import print_error
 from usr_ray.cli import job_config, job_dates, job_parser, run_job
-from usr_ray.config import UserError
+from usr_ray.config import UserError, check_address
 
 
 def parse_watermark(text: str) -> dt.datetime:
@@ -32,6 +32,8 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--watermark", metavar="ISO", help="labels are final up to here (default: newest event)")
     arguments = parser.parse_args(argv)
+    for flag in ("logs", "lake"):
+        check_address(getattr(arguments, flag), flag=f"--{flag}")
     config = job_config(arguments)
     if not arguments.dates and not arguments.restate:
         raise UserError("build_samples.py: --dates is missing; name the UTC dates to build as A:B, or give --restate")

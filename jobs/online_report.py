@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from usr_ray.cli import job_config, job_parser, run_job
-from usr_ray.config import UserError, parse_dates
+from usr_ray.config import UserError, check_address, parse_dates
 
 
 def main(argv: list[str]) -> None:
@@ -32,6 +32,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--bucket-column", metavar="NAME", help="of the impressions logs; online.bucket_column")
     parser.add_argument("--control", metavar="NAME", help="bucket to compare with; online.control")
     arguments = parser.parse_args(argv)
+    for flag in ("logs", "lake"):
+        check_address(getattr(arguments, flag), flag=f"--{flag}")
     for key, value in (("bucket_column", arguments.bucket_column), ("control", arguments.control)):
         if value is not None:
             arguments.overrides.append(f"online.{key}={json.dumps(value)}")

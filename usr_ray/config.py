@@ -30,6 +30,7 @@ from usr_ray.config_fields import (
     ConfigError,
     UserError,
     build,
+    check_address,
     complete,
     dotted,
     end_of_us,
@@ -53,8 +54,8 @@ __all__ = [
     "BACKBONES", "DAY_US", "Config", "ConfigError", "ContrastiveConfig", "DataConfig", "FeaturesConfig",
     "GeneratorConfig", "HistoriesConfig", "InterestConfig", "JdSearchConfig", "KuaiRandConfig", "KuaiSarConfig",
     "KuaiSearchConfig", "LabelsConfig", "LogConfig", "ModelConfig", "MultitaskConfig", "OnlineConfig", "RayConfig",
-    "SimulatedConfig", "TrainConfig", "UserError", "VocabularyConfig", "dotted", "end_of_us", "load_config",
-    "parse_date", "parse_dates", "parse_duration_us",
+    "SimulatedConfig", "TrainConfig", "UserError", "VocabularyConfig", "check_address", "dotted", "end_of_us",
+    "load_config", "parse_date", "parse_dates", "parse_duration_us",
 ]  # fmt: skip
 
 

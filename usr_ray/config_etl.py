@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -102,6 +103,11 @@ class FeaturesConfig:
 
     def __post_init__(self) -> None:
         names = [name for f in dataclasses.fields(self) for name in getattr(self, f.name)]
+        # Delta has no such columns, and the names are part of a table property that is set by a statement of SQL.
+        strange = [name for name in names if not name or re.search(r"[\s,;{}()=`'\"\\$]", name)]
+        require(
+            not strange, f"features: {strange[:1]!r} cannot name a column; map it to a plain name in [logs] columns"
+        )
         doubled = sorted({name for name in names if names.count(name) > 1})
         require(not doubled, f"features: {', '.join(doubled)} named more than once; rename the column in one log")
 

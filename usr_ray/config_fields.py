@@ -97,6 +97,24 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def check_address(text: str, *, flag: str) -> None:
+    """A folder, or an object store's address, that can be saved with a run, shown in logs and named in SQL.
+
+    Raises:
+        UserError: it holds a key or options (they belong into the environment), or a character that would end a quoted
+            name or be replaced inside one (backtick, control characters, ${).
+    """
+    if re.search(r"[`\x00-\x1f\x7f]|\$\{", text):
+        raise UserError(f"{flag} {text!r}: a path must hold no backtick, no control character and no ${{; rename it")
+    scheme, has_scheme, rest = text.partition("://")
+    user, at, _ = rest.partition("/")[0].rpartition("@")
+    if has_scheme and ((at and ":" in user) or "?" in rest or "#" in rest):
+        raise UserError(
+            f"{flag} {scheme}://...: an address must hold no key and no option, since it is saved with the run; name "
+            "them in the environment (docs/cluster.md, object stores) and give the bucket and folder alone"
+        )
+
+
 def override_key(raw: dict[str, Any], override: str) -> None:
     """Apply one `a.b=c` to nested dictionaries; c is TOML, or a bare word."""
     key, equals, text = override.partition("=")

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from usr_ray.config import UserError
+from usr_ray.export_archive import ArchiveError, refuse_pickles
 from usr_ray.files import file_sha256
 
 FORMAT = 1
@@ -85,6 +86,10 @@ class ExportedModel:
         else:
             import torch
 
+            try:
+                refuse_pickles(path / PT2)
+            except ArchiveError as error:
+                raise ExportError(f"{path / PT2}: {error}; export the run again (jobs/export.py)") from error
             self._module = torch.export.load(path / PT2).module()
 
     def predict(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from usr_ray.config import DAY_US, UserError
+from usr_ray.config import DAY_US, UserError, check_address
 
 REBUILD = "rebuild its date with jobs/build_samples.py"
 STORE_HINT = "check the address, and the store's keys and endpoint in the environment (docs/cluster.md, object stores)"
@@ -55,18 +55,12 @@ def table_address(lake: Path | str, table: str) -> str:
     """Where a table of the lake is: a whole path, or `<lake>/<table>` of an object store's address, as it was written.
 
     Raises:
-        UserError: the address holds a key or options; both would be saved with the run and shown in its logs.
+        UserError: see check_address.
     """
     text = str(lake)
+    check_address(text, flag="--lake")
     if "://" not in text:
         return str((Path(text) / table).resolve())
-    scheme, _, rest = text.partition("://")
-    user, at, _ = rest.partition("/")[0].rpartition("@")
-    if (at and ":" in user) or "?" in rest or "#" in rest:
-        raise UserError(
-            f"--lake {scheme}://...: an address must hold no key and no option, since it is saved with the run; name "
-            "them in the environment (docs/cluster.md, object stores) and give the bucket and folder alone"
-        )
     return f"{text.rstrip('/')}/{table}"
 
 
@@ -88,7 +82,13 @@ def open_filesystem(table_uri: str) -> tuple[pafs.FileSystem, str]:
 
 
 def join_path(table_path: str, path: str) -> str:
-    """Path of a table's file: `path` itself if absolute."""
+    """Path of a table's file: `path` itself if absolute, as a shallow clone names it.
+
+    Raises:
+        DataError: the path climbs out of the table.
+    """
+    if ".." in path.split("/"):
+        raise DataError(f"{table_path}: its log names the file {path!r}, which is outside of the table; {REBUILD}")
     return path if path.startswith("/") else f"{table_path.rstrip('/')}/{path}"
 
 
