@@ -20,7 +20,8 @@ from etl.fingerprint import date_fingerprint
 from etl.inputs import audited, day_of, make_plan, read_inputs
 from etl.report_files import read_reports
 from etl.samples import Job, Progress, accounted, described, write_dates
-from etl.tables import Lake, check_same_meaning
+from etl.table_checks import check_tables
+from etl.tables import Lake
 from etl.vocabulary import existing_vocabularies, feature_spec
 from usr_ray.config import Config
 
@@ -49,7 +50,7 @@ def restate_samples(
         DataCheckError: nothing was built yet, the configuration has changed, or a log cannot be used.
     """
     lake = request.lake
-    check_same_meaning(spark, lake, config)
+    check_tables(spark, lake, config)
     reports = {date: report for date, report in read_reports(spark, lake).items() if _asked_for(request, date)}
     if not reports:
         raise DataCheckError(f"--restate: {lake.root} has no reports of the dates asked for; build them with --dates")

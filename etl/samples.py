@@ -21,10 +21,10 @@ from etl.fingerprint import date_fingerprint
 from etl.inputs import Inputs, audited, day_of, iso_time, make_plan, num_tasks, read_inputs
 from etl.report import SampleCounts, count_samples, date_report, funnel_lines, warnings_of
 from etl.report_files import write_report
+from etl.table_checks import check_tables
 from etl.tables import (
     Lake,
     any_date_condition,
-    check_same_meaning,
     prepare_samples,
     replace_dates,
     samples_schema,
@@ -91,7 +91,7 @@ def build_samples(spark: SparkSession, config: Config, request: BuildRequest, pr
             configuration. Nothing has been written then.
     """
     lake = request.lake
-    check_same_meaning(spark, lake, config)
+    check_tables(spark, lake, config)
     inputs = read_inputs(spark, config, request.logs)
     progress(described(inputs.account))
     shown = _dates_with_impressions(request, inputs.account)

@@ -26,6 +26,13 @@ DELTA_PACKAGE = "io.delta:delta-spark_4.2_2.13:4.4.0"
 MIN_JAVA = 17
 CHUNK_BATCH_ROWS = 32_768
 """Rows of one Arrow batch between Spark and the Python pass."""
+ROW_GROUP_ROWS = 131_072
+"""Rows of a Parquet row group, at most: the smallest unit a trainer reads."""
+ROW_GROUP_BYTES = 256 << 20
+"""Bytes of a row group, at most; wide enough for ROW_GROUP_ROWS rows with full histories."""
+
+MIN_FILE_BYTES, MAX_FILE_BYTES = 128 << 20, 512 << 20
+"""OPTIMIZE merges files of a date below the one size into files of up to the other."""
 
 _SHIPPED = ("etl/**/*.py", "usr_ray/__init__.py", "usr_ray/schema.py", "usr_ray/config*.py")
 """What the Python workers need of this package."""
@@ -47,6 +54,13 @@ DEFAULTS = {
     "spark.sql.autoBroadcastJoinThreshold": str(32 << 20),
     "spark.sql.execution.arrow.maxRecordsPerBatch": str(CHUNK_BATCH_ROWS),
     "spark.sql.parquet.compression.codec": "zstd",
+    # Options of a DataFrameWriter do not reach Delta's Parquet files, and OPTIMIZE has none: so they stand here.
+    "spark.hadoop.parquet.block.row.count.limit": str(ROW_GROUP_ROWS),
+    "spark.hadoop.parquet.block.size": str(ROW_GROUP_BYTES),
+    "spark.databricks.delta.optimize.minFileSize": str(MIN_FILE_BYTES),
+    "spark.databricks.delta.optimize.maxFileSize": str(MAX_FILE_BYTES),
+    # Delta's own check knows one week and no runs; etl/maintain.py knows who still needs a file.
+    "spark.databricks.delta.retentionDurationCheck.enabled": "false",
     "spark.log.level": "WARN",
     "spark.ui.showConsoleProgress": "false",
 }

@@ -13,8 +13,7 @@ from delta.tables import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import types as T
 
-from etl.checks import DataCheckError
-from usr_ray.config import Config, dotted
+from usr_ray.config import Config
 from usr_ray.schema import (
     ALL_LABELS,
     FEATURE_SPEC_PROPERTY,
@@ -27,16 +26,21 @@ from usr_ray.schema import (
     index_column,
 )
 
+TABLES = (SAMPLES, REJECTS, VOCABULARIES)
+"""Delta tables of a lake."""
 CONFIG_PROPERTY = "usr_ray.etl_config"
 """Delta table property of the samples: the configuration keys that decide what a row means."""
-ROW_GROUP_ROWS = 131_072
-MAX_ROW_GROUP_BYTES = 256 << 20
 
-_TABLE_PROPERTIES = {
-    "delta.enableDeletionVectors": "false",
-    "delta.columnMapping.mode": "none",
-    "delta.dataSkippingStatsColumns": "event_time,scenario_index",
+SWITCHED_OFF = {"delta.enableDeletionVectors": "false", "delta.columnMapping.mode": "none"}
+"""What must stay off in every table: readers outside of Spark would read such tables wrong without an error."""
+TABLE_PROPERTIES = SWITCHED_OFF | {
+    # Time travel, and a VACUUM that knows when a file left the table, reach back this far.
+    "delta.logRetentionDuration": "interval 60 days",
+    "delta.deletedFileRetentionDuration": "interval 60 days",
 }
+"""Properties of every table of a lake."""
+STATISTICS = {SAMPLES: "event_time,scenario_index", REJECTS: "log", VOCABULARIES: "id"}
+"""Columns whose least and greatest values Delta keeps for each file: what readers and builds filter by."""
 
 REJECTS_SCHEMA = T.StructType([
     T.StructField("log", T.StringType(), nullable=False),
@@ -121,24 +125,6 @@ def row_meaning(config: Config) -> dict[str, Any]:
     return meaning
 
 
-def check_same_meaning(spark: SparkSession, lake: Lake, config: Config) -> None:
-    """An existing samples table was built with the same keys.
-
-    Raises:
-        DataCheckError: naming the first key that differs.
-    """
-    if not lake.has(spark, SAMPLES):
-        return
-    properties = table_properties(spark, lake.path(SAMPLES))
-    before, now = dotted(json.loads(properties.get(CONFIG_PROPERTY, "{}"))), dotted(row_meaning(config))
-    for key in sorted(now.keys() | before.keys()):
-        if before.get(key) != now.get(key):
-            raise DataCheckError(
-                f"{lake.path(SAMPLES)}: built with {key} = {json.dumps(before.get(key))}, the configuration has "
-                f"{json.dumps(now.get(key))}; rows of both would mix: take the old value or build into a new --lake"
-            )
-
-
 def table_properties(spark: SparkSession, path: str) -> dict[str, str]:
     """Properties of a Delta table."""
     return dict(DeltaTable.forPath(spark, path).detail().select("properties").collect()[0][0])
@@ -153,12 +139,12 @@ def prepare_samples(spark: SparkSession, lake: Lake, spec: FeatureSpec, config: 
     """Create the samples table, or update its feature spec: before data is committed that needs it."""
     path = lake.path(SAMPLES)
     if not lake.has(spark, SAMPLES):
-        properties = _TABLE_PROPERTIES | {
+        properties = {
             FEATURE_SPEC_PROPERTY: spec.to_json(),
             CONFIG_PROPERTY: json.dumps(row_meaning(config), sort_keys=True),
         }
         properties |= {f"delta.constraints.{name}": rule for name, rule in label_constraints().items()}
-        _create(spark, path, samples_schema(spec), PARTITION_COLUMN, properties)
+        _create(spark, lake, SAMPLES, samples_schema(spec), PARTITION_COLUMN, properties)
     elif table_properties(spark, path).get(FEATURE_SPEC_PROPERTY) != spec.to_json():
         # The spec is JSON of names checked by the configuration; quotes are doubled for SQL all the same.
         value = spec.to_json().replace("\\", "\\\\").replace("'", "\\'")
@@ -167,14 +153,7 @@ def prepare_samples(spark: SparkSession, lake: Lake, spec: FeatureSpec, config: 
 
 def replace_dates(frame: DataFrame, path: str, condition: str) -> None:
     """Replace the rows that meet `condition` by `frame`, in one commit; nothing else of the table changes."""
-    (
-        frame.write.format("delta")
-        .mode("overwrite")
-        .option("replaceWhere", condition)
-        .option("parquet.block.row.count.limit", ROW_GROUP_ROWS)
-        .option("parquet.block.size", MAX_ROW_GROUP_BYTES)
-        .save(path)
-    )
+    frame.write.format("delta").mode("overwrite").option("replaceWhere", condition).save(path)
 
 
 def dates_condition(column: str, first: dt.date, last: dt.date) -> str:
@@ -197,9 +176,7 @@ def write_rejects(spark: SparkSession, lake: Lake, rejects: DataFrame, condition
     """Replace the rejects that meet `condition`; creates the table."""
     path = lake.path(REJECTS)
     if not lake.has(spark, REJECTS):
-        _create(
-            spark, path, REJECTS_SCHEMA, "date", dict(_TABLE_PROPERTIES) | {"delta.dataSkippingStatsColumns": "log"}
-        )
+        _create(spark, lake, REJECTS, REJECTS_SCHEMA, "date")
     replace_dates(rejects, path, condition)
 
 
@@ -207,20 +184,21 @@ def append_vocabularies(spark: SparkSession, lake: Lake, entries: DataFrame) -> 
     """Append ids; creates the table."""
     path = lake.path(VOCABULARIES)
     if not lake.has(spark, VOCABULARIES):
-        _create(
-            spark,
-            path,
-            VOCABULARIES_SCHEMA,
-            "feature",
-            dict(_TABLE_PROPERTIES) | {"delta.dataSkippingStatsColumns": "id"},
-        )
+        _create(spark, lake, VOCABULARIES, VOCABULARIES_SCHEMA, "feature")
     entries.write.format("delta").mode("append").save(path)
 
 
 def _create(
-    spark: SparkSession, path: str, schema: T.StructType, partition: str, properties: Mapping[str, str]
+    spark: SparkSession,
+    lake: Lake,
+    table: str,
+    schema: T.StructType,
+    partition: str,
+    properties: Mapping[str, str] | None = None,
 ) -> None:
-    builder = DeltaTable.createIfNotExists(spark).location(path).addColumns(schema).partitionedBy(partition)
-    for key, value in properties.items():
+    builder = DeltaTable.createIfNotExists(spark).location(lake.path(table))
+    builder = builder.addColumns(schema).partitionedBy(partition)
+    every = {**TABLE_PROPERTIES, "delta.dataSkippingStatsColumns": STATISTICS[table], **(properties or {})}
+    for key, value in every.items():
         builder = builder.property(key, value)
     builder.execute()

@@ -42,6 +42,8 @@ SAMPLES = "samples"
 VOCABULARIES = "vocabularies"
 REJECTS = "rejects"
 REPORTS = "reports"
+PINS = "pins"
+"""Folder of a lake: one JSON file a run that has begun and not finished, with the samples' files that it reads."""
 PARTITION_COLUMN = "impression_date"
 FEATURE_SPEC_PROPERTY = "usr_ray.feature_spec"
 """Delta table property of `<lake>/samples` with the FeatureSpec as JSON.

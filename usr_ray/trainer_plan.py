@@ -25,6 +25,7 @@ from usr_ray.config import Config, UserError, dotted, parse_dates
 from usr_ray.files import write_whole
 from usr_ray.manifest import Manifest, build_manifest
 from usr_ray.order_quality import ShuffleQuality
+from usr_ray.pins import remove_pin, write_pin
 from usr_ray.train_feed import training_reader
 from usr_ray.train_state import FIXED_KEYS, package_versions
 from usr_ray.train_warm_start import check_warm_start
@@ -113,17 +114,22 @@ def plan_run(config: Config, lake: Path | str, run_dir: Path | str, *, command: 
 
 
 def write_plan(plan: RunPlan) -> None:
-    """Make the run directory and write its manifests and config.json, each whole or not at all, config.json last."""
+    """Make the run directory and write its manifests and config.json, each whole or not at all, config.json last.
+
+    The lake gets a pin, so that nobody deletes the files of the run's table version before `mark_finished`.
+    """
     plan.run_dir.mkdir(parents=True, exist_ok=True)
     plan.train_manifest.save(manifest_path(plan.run_dir, "train"))
     if plan.eval_manifest is not None:
         plan.eval_manifest.save(manifest_path(plan.run_dir, "eval"))
+    write_pin([m for m in (plan.train_manifest, plan.eval_manifest) if m is not None], plan.run_dir)
     _write_record(plan.run_dir, plan.record)
 
 
 def mark_finished(plan: RunPlan, *, outcome: str, step: int) -> None:
-    """Note in config.json that the result is there. `outcome`: as in train.TrainResult.status."""
+    """Note in config.json that the result is there; take back the pin. `outcome`: as in train.TrainResult.status."""
     _write_record(plan.run_dir, plan.record | {"status": FINISHED, "outcome": outcome, "step": step, "ended": _now()})
+    remove_pin(plan.train_manifest.table_uri, plan.run_dir)
 
 
 def manifest_path(run_dir: Path, split: str) -> Path:

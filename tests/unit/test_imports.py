@@ -31,7 +31,7 @@ LAYERS = [
     {"config", "config_fields", "config_etl", "config_model"},
     {"batch", "cli", "files"},
     {"manifest", "order", "reader", "cache", "model", "loss", "metrics", "optim", "checkpoint", "baseline", "feed"},
-    {"worker", "evaluate", "embeddings"},
+    {"worker", "evaluate", "embeddings", "pins"},
     {"train", "export", "score"},
     {"trainer", "tune", "monitoring", "report"},
 ]

@@ -1,0 +1,112 @@
+"""Kill -9 at any moment leaves the old or the new version whole, and the rerun ends where an undisturbed build ends."""
+
+from __future__ import annotations
+
+import datetime as dt
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from pyspark.sql import SparkSession
+
+from etl.restate import RestateRequest, restate_samples
+from etl.samples import BuildRequest, Progress, build_samples
+from etl.tables import Lake
+from tests.spark.killed_build import (
+    DATES,
+    OVERRIDES,
+    RESTATE,
+    WATERMARK,
+    Reader,
+    Watch,
+    content,
+    digest,
+    killed_at,
+    rows,
+    worlds,
+)
+from tests.spark.shop import DAYS, START, logs_of, write_logs
+from usr_ray.config import load_config
+from usr_ray.manifest import build_manifest
+from usr_ray.reader import SampleReader
+from usr_ray.schema import SAMPLES
+
+pytestmark = pytest.mark.spark
+
+SETTINGS = load_config(None, OVERRIDES)
+QUIET = Progress(write=lambda line: None)
+FIRST, LAST = START.date(), START.date() + dt.timedelta(days=DAYS - 1)
+
+
+@dataclass(frozen=True)
+class Lakes:
+    """Logs of two moments, and the lakes that builds which nobody disturbed made of them."""
+
+    logs: Path
+    late_logs: Path
+    old: Path
+    new: Path
+
+
+def build(spark: SparkSession, logs: Path, lake: Path) -> None:
+    request = BuildRequest(logs=str(logs), lake=Lake(str(lake)), first=FIRST, last=LAST,
+                           watermark=dt.datetime.fromisoformat(WATERMARK))  # fmt: skip
+    build_samples(spark, SETTINGS, request, QUIET)
+
+
+def restate(spark: SparkSession, logs: Path, lake: Path) -> None:
+    request = RestateRequest(logs=str(logs), lake=Lake(str(lake)), watermark=dt.datetime.fromisoformat(WATERMARK))
+    restate_samples(spark, SETTINGS, request, QUIET)
+
+
+@pytest.fixture(scope="module")
+def lakes(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Lakes:
+    work = tmp_path_factory.mktemp("killed")
+    shop, late = worlds()
+    found = Lakes(write_logs(logs_of(shop), work / "logs"), write_logs(logs_of(late), work / "late"),
+                  work / "old", work / "new")  # fmt: skip
+    build(spark, found.logs, found.old)
+    shutil.copytree(found.old, found.new)
+    restate(spark, found.late_logs, found.new)
+    assert content(found.old)[SAMPLES] != content(found.new)[SAMPLES]
+    return found
+
+
+def test_a_build_that_is_killed_leaves_nothing_or_all(spark: SparkSession, lakes: Lakes, tmp_path: Path) -> None:
+    lake, whole = tmp_path / "lake", rows(lakes.old, SAMPLES)
+    killed_at(Watch(lake).data_files_are_written, lakes.logs, lake, *DATES)
+    assert rows(lake, SAMPLES) == []
+    # The next build finds what the dead one left behind, and is killed in its turn.
+    killed_at(Watch(lake).samples_are_committed, lakes.logs, lake, *DATES)
+    assert rows(lake, SAMPLES) == whole
+    build(spark, lakes.logs, lake)
+    assert content(lake) == content(lakes.old)
+
+
+def test_a_restatement_that_is_killed_leaves_the_old_or_the_new_version_whole(
+    spark: SparkSession, lakes: Lakes, tmp_path: Path
+) -> None:
+    lake = Path(shutil.copytree(lakes.old, tmp_path / "lake"))
+    old, new = rows(lakes.old, SAMPLES), rows(lakes.new, SAMPLES)
+    manifest = build_manifest(lake, dates=(FIRST, LAST))
+
+    with Reader(lake) as reader:
+        killed_at(Watch(lake).data_files_are_written, lakes.late_logs, lake, *RESTATE)
+        assert rows(lake, SAMPLES) == old
+        killed_at(Watch(lake).samples_are_committed, lakes.late_logs, lake, *RESTATE)
+        assert rows(lake, SAMPLES) == new
+        killed_at(Watch(lake).reports_are_written, lakes.late_logs, lake, *RESTATE)
+        assert rows(lake, SAMPLES) == new
+        restate(spark, lakes.late_logs, lake)
+    assert content(lake) == content(lakes.new)
+    # Two dates changed in one commit: whoever read all the while saw both or neither.
+    assert reader.seen == [digest(old), digest(new)]
+    assert reader.num_reads > 20
+
+    # A trainer that was pinned before all this reads on, row for row.
+    samples = SampleReader(
+        manifest, global_batch_size=32, group_size=32, rank=0, world_size=1, seed=0, order="file", mature_only=False
+    )
+    numbers = [n for batch in samples.batches(0) for n in batch.row_number_B.tolist() if n >= 0]
+    assert numbers == list(range(len(old)))
