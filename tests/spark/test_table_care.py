@@ -199,7 +199,6 @@ def test_delta_refuses_rows_that_break_a_label_rule_whoever_writes_them(
     spark: SparkSession, lake: Path, name: str
 ) -> None:
     """Plain Spark, none of our code: each row breaks one rule, and the others as little as can be."""
-    low, _, high = name.partition("_le_")
     # In the order is_click, is_order, is_click_global, is_order_global.
     bad = {
         "is_click_is_0_or_1": (0.5, 0, 1, 0), "is_order_is_0_or_1": (1, 0.5, 1, 1),

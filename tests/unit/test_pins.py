@@ -9,6 +9,7 @@ import deltalake
 import pytest
 
 from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
+from tests.unit.test_tables_doc import documented_keys
 from usr_ray.config import load_config
 from usr_ray.manifest import build_manifest
 from usr_ray.pins import pin_name, write_pin
@@ -34,6 +35,7 @@ def test_a_run_holds_its_files_from_its_start_until_it_is_finished(lake: Path, t
     (path,) = (lake / "pins").iterdir()
     pin = json.loads(path.read_text())
     assert path.name.startswith("my_run-")
+    assert set(pin) == documented_keys("pins")
     assert (pin["run"], pin["version"]) == (str(tmp_path / "my run"), deltalake.DeltaTable(lake / "samples").version())
     files = deltalake.DeltaTable(lake / "samples").get_add_actions(flatten=True)
     days = files["partition.impression_date"].to_pylist()
