@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import AnalysisException, PySparkException
 from pyspark.sql import DataFrame, SparkSession
 
 from etl.checks import DataCheckError
+from etl.log_drift import check_same_columns
 from etl.mapping import map_columns
 from etl.parquet_times import with_instants
 from usr_ray.config import LogConfig
@@ -33,11 +34,16 @@ class LogFolder:
         """True where the folder has an entry for the log, or the configuration maps it."""
         return log in self._mappings or self._entry(log) is not None
 
-    def read(self, log: str) -> tuple[DataFrame, str]:
+    def read(self, log: str, columns: Iterable[str] = ()) -> tuple[DataFrame, str]:
         """The log's rows and its format: as they stand (text formats as strings throughout), or as they are mapped.
 
+        Args:
+            log: its name.
+            columns: what the caller reads of it, by the contract's names: the same in all files of a Parquet log.
+
         Raises:
-            DataCheckError: the log is missing, empty, of no known format or of two, unreadable, or not as mapped.
+            DataCheckError: the log is missing, empty, of no known format or of two, unreadable, not as mapped, or of
+                files that differ in a column.
         """
         mapping = self._mappings.get(log)
         entry = (mapping and mapping.path) or self._entry(log)
@@ -49,6 +55,8 @@ class LogFolder:
         paths = self._matches(log, entry) if mapping and mapping.path else [f"{self._root}/{entry}"]
         kind = (mapping and mapping.format) or self._format(log, paths)
         try:
+            if kind == "parquet":
+                check_same_columns(self._spark, log, paths, _own_columns(columns, mapping))
             raw = self._open(paths, kind, mapping or LogConfig())
             return (map_columns(raw, log, mapping) if mapping else raw), kind
         except (AnalysisException, PySparkException, Py4JJavaError) as error:
@@ -125,6 +133,14 @@ class LogFolder:
 
     def _file_system(self, path):  # type: ignore[no-untyped-def]
         return path.getFileSystem(self._spark.sparkContext._jsc.hadoopConfiguration())  # type: ignore[union-attr]
+
+
+def _own_columns(columns: Iterable[str], mapping: LogConfig | None) -> set[str]:
+    """The log's own names of these columns, and of those that a mapping filters by."""
+    if mapping is None:
+        return set(columns)
+    own = [mapping.columns.get(name, name) for name in columns if name not in mapping.constants]
+    return {name for names in own for name in ([names] if isinstance(names, str) else names)} | set(mapping.where)
 
 
 def _suffix(name: str) -> str | None:

@@ -84,7 +84,9 @@ def read_events(config: Config, folder: LogFolder, logs: Sequence[EventLog]) -> 
     Raises:
         DataCheckError: a log or column is missing or has the wrong type; nothing has been computed yet.
     """
-    frames = [(log, *folder.read(log.name)) for log in logs]
+    context = (*config.features.context_categories, *config.features.context_numbers)
+    optional = {KIND_IMPRESSION: ("position", "ingest_time", *context)}
+    frames = [(log, *folder.read(log.name, [*log.required, *optional.get(log.kind, ["ingest_time"])])) for log in logs]
     contexts = _context_columns(config, [raw for log, raw, _ in frames if log.kind == KIND_IMPRESSION])
     result: DataFrame | None = None
     for log, raw, kind in frames:
@@ -102,7 +104,7 @@ def read_features(
     Raises:
         DataCheckError: the table or a column that the configuration names is missing or has the wrong type.
     """
-    raw, _ = folder.read(log)
+    raw, _ = folder.read(log, [key, *categories, *numbers])
     check_columns(log, raw.columns, [key, *categories, *numbers])
     _check_numbers(raw, log, numbers)
     return raw.select(

@@ -152,6 +152,11 @@ def change(folder: Path, log: str, edit: Callable[[pa.Table], pa.Table]) -> None
     pq.write_table(edit(table), folder / log / "a.parquet")
 
 
+def edit_file(path: Path, edit: Callable[[pa.Table], pa.Table]) -> None:
+    """Change one file of a log, as a collector does between two days."""
+    pq.write_table(edit(pq.ParquetFile(path).read()), path)
+
+
 def retyped(column: str, values: Any) -> Callable[[pa.Table], pa.Table]:
     return lambda t: t.set_column(t.schema.get_field_index(column), column, pa.array([values] * t.num_rows))
 
@@ -193,6 +198,10 @@ def spoil(what: str, folder: Path) -> None:
     elif what == "not parquet":
         (folder / "users" / "a.parquet").write_text("no parquet")
         (folder / "users" / "b.parquet").unlink()
+    elif what == "column that comes and goes":
+        edit_file(folder / "search_impressions" / "b.parquet", lambda t: t.drop_columns(["query"]))
+    elif what == "type that changes":
+        edit_file(folder / "feed_impressions" / "b.parquet", retyped("depth", "3"))
     elif what == "keyless users":
         change(folder, "users", retyped("user_id", None))
 
@@ -215,6 +224,14 @@ def spoil(what: str, folder: Path) -> None:
         ("unknown format", "log feed_clicks: .* holds a.xlsx; needed one of Parquet, Delta, CSV"),
         ("twice", "log orders: .* has orders and orders.csv; keep one of them"),
         ("not parquet", "log users: cannot be read as parquet: "),
+        (
+            "column that comes and goes",
+            "log search_impressions: column 'query' is (string|missing) in .*1 of 2 files.* (string|missing) in .*; write",
+        ),
+        (
+            "type that changes",
+            "log feed_impressions: column 'depth' is (string|double) in .* and (string|double) in .*; write",
+        ),
         ("keyless users", "log users: column 'user_id' is null on all 10 rows; needed one row per key"),
     ],
 )
