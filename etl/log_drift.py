@@ -53,7 +53,7 @@ def check_same_columns(spark: SparkSession, log: str, paths: Sequence[str], colu
 
 
 def column_kinds(schema: str) -> dict[str, str]:
-    """Lower-case name -> type of each top-level column of a Parquet schema as text; all forms of a timestamp are one."""
+    """Lower-case name -> type of each top-level column of a Parquet schema (text); all kinds of timestamp are one."""
     found = {}
     for physical, name, logical in _COLUMN.findall(schema):
         kind = logical if logical and physical != "group" else physical
