@@ -2,8 +2,8 @@
 
     python -m tests.spark.killed_build --kills 30 --work DIR
 
-kills as many restatements at random moments, runs each again to its end, and compares every table with that of a build
-that nobody disturbed. `test_build_killed.py` does the same at chosen moments.
+kills as many restatements at random moments, most of them while something is being written, runs each again to its
+end, and compares every table with that of a build that nobody disturbed. `test_build_killed.py` has chosen moments.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import datetime as dt
 import hashlib
 import json
 import os
@@ -26,16 +27,27 @@ from pathlib import Path
 
 import deltalake
 from deltalake.exceptions import TableNotFoundError
+from pyspark.sql import SparkSession
 
-from tests.spark.shop import CONFIG, DAYS, MINUTE, START, Shop, logs_of, random_shop, write_logs
+from etl.restate import RestateRequest, restate_samples
+from etl.samples import BuildRequest, Progress, build_samples
+from etl.session import build_spark
+from etl.tables import Lake
+from tests.spark.shop import DAYS, MINUTE, START, Shop, logs_of, random_shop, write_logs
+from usr_ray.config import load_config
 from usr_ray.schema import REJECTS, REPORTS, SAMPLES, VOCABULARIES
 
 ROOT = Path(__file__).resolve().parents[2]
-OVERRIDES = (*CONFIG, "vocabulary.min_count=2")
-LAST_DAY = "2026-01-04"
-DATES = ("--dates", f"2026-01-01:{LAST_DAY}")
-RESTATE = ("--restate",)
-WATERMARK = "2026-01-04T12:00:00+00:00"
+OVERRIDES = (
+    'scenarios=["search","feed"]', 'query_scenarios=["search"]', 'labels.click_window="30 minutes"',
+    'labels.order_window="300 minutes"', "histories.length=4", "vocabulary.min_count=2",
+)  # fmt: skip
+"""Two of the shop's scenarios and no features: what is tested does not depend on how wide a row is."""
+SETTINGS = load_config(None, OVERRIDES)
+FIRST, LAST = START.date(), START.date() + dt.timedelta(days=DAYS - 1)
+DATES, RESTATE = ("--dates", f"{FIRST}:{LAST}"), ("--restate",)
+WATERMARK = START + dt.timedelta(days=3, hours=12)
+QUIET = Progress(write=lambda line: None)
 Point = Callable[[], bool]
 
 
@@ -48,7 +60,6 @@ def worlds() -> tuple[Shop, Shop]:
     late.world.click("late", shown["user"], shown["item"], 1, shown["time"] + MINUTE, shown["id"], known=int(2.9 * day))
     late.world.order("late", shown["user"], shown["item"], shown["time"] + 2 * MINUTE, known=int(2.9 * day))
     late.world.click("wild", shown["user"], "no such item", 1, 10 * MINUTE)
-    assert (START.date().isoformat(), DAYS) == ("2026-01-01", 4)
     return shop, late
 
 
@@ -56,7 +67,7 @@ def start(logs: Path, lake: Path, *what: str) -> subprocess.Popen[str]:
     """jobs/build_samples.py in a session of its own."""
     overrides = [word for override in OVERRIDES for word in ("--set", override)]
     command = [sys.executable, "jobs/build_samples.py", "--logs", str(logs), "--lake", str(lake),
-               "--watermark", WATERMARK, *what, *overrides]  # fmt: skip
+               "--watermark", WATERMARK.isoformat(), *what, *overrides]  # fmt: skip
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -167,13 +178,15 @@ class Reader(threading.Thread):
         self.join()
 
 
-def finished(logs: Path, lake: Path, *what: str) -> float:
-    """Run a build to its end; seconds."""
-    started = time.monotonic()
-    process = start(logs, lake, *what)
-    output = process.communicate()[0]
-    assert process.returncode == 0, output
-    return time.monotonic() - started
+def build(spark: SparkSession, logs: Path, lake: Path) -> None:
+    """Build all dates in this process, undisturbed."""
+    request = BuildRequest(logs=str(logs), lake=Lake(str(lake)), first=FIRST, last=LAST, watermark=WATERMARK)
+    build_samples(spark, SETTINGS, request, QUIET)
+
+
+def restate(spark: SparkSession, logs: Path, lake: Path) -> None:
+    """Restate in this process, undisturbed."""
+    restate_samples(spark, SETTINGS, RestateRequest(logs=str(logs), lake=Lake(str(lake)), watermark=WATERMARK), QUIET)
 
 
 def main() -> None:
@@ -186,31 +199,38 @@ def main() -> None:
     work: Path = arguments.work
     shop, late = worlds()
     logs, late_logs = write_logs(logs_of(shop), work / "logs"), write_logs(logs_of(late), work / "late")
-    finished(logs, work / "old", *DATES)
+    spark = build_spark("kills", {"spark.master": "local[2]", "spark.log.level": "ERROR"})
+    build(spark, logs, work / "old")
     shutil.copytree(work / "old", work / "new")
-    length_s = finished(late_logs, work / "new", *RESTATE)
+    restate(spark, late_logs, work / "new")
     old, new = content(work / "old"), content(work / "new")
     assert old[SAMPLES] != new[SAMPLES]
-    print(f"a restatement takes {length_s:.1f} s", flush=True)
     draw, outcomes = random.Random(arguments.seed), {"old": 0, "new": 0}
     for n in range(arguments.kills):
-        lake = work / "killed"
+        lake = work / f"killed-{n}"  # a path of its own: Spark here remembers what it saw under a path
         shutil.copytree(work / "old", lake)
-        # Nothing is written in the first third, while the JVM starts and the logs are read.
-        moment_s = draw.uniform(length_s / 3, length_s)
+        watch, delay_s = Watch(lake), draw.uniform(0, 2)
+        after = draw.choice(["start", "data files", "commit", "first report"])
+        points = {"start": lambda: True, "data files": watch.data_files_are_written,
+                  "commit": watch.samples_are_committed, "first report": watch.reports_are_written}  # fmt: skip
+        if after == "start":
+            delay_s *= 10
         process = start(late_logs, lake, *RESTATE)
-        with Reader(lake) as reader, contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=moment_s)
-        kill(process)
+        with Reader(lake) as reader:
+            while process.poll() is None and not points[after]():
+                time.sleep(0.001)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=delay_s)
+            kill(process)
         names = {digest(old[SAMPLES]): "old", digest(new[SAMPLES]): "new"}
         assert set(reader.seen) <= set(names), "a reader saw a mixture"
         left = names[digest(rows(lake, SAMPLES))]
         outcomes[left] += 1
-        finished(late_logs, lake, *RESTATE)
+        restate(spark, late_logs, lake)
         again = content(lake)
         assert again == new, [table for table in new if again[table] != new[table]]
-        print(f"kill {n + 1} at {moment_s:.1f} s (exit {process.returncode}): {left} version, {reader.num_reads} "
-              "reads; the rerun gave the table of an undisturbed build", flush=True)  # fmt: skip
+        print(f"kill {n + 1}, {delay_s:.2f} s after the {after} (exit {process.returncode}): {left} version, "
+              f"{reader.num_reads} reads; the rerun gave the table of an undisturbed build", flush=True)  # fmt: skip
         shutil.rmtree(lake)
     print(f"{arguments.kills} kills: {outcomes['old']} left the old version, {outcomes['new']} the new one")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,33 +9,27 @@ from pathlib import Path
 import pytest
 from pyspark.sql import SparkSession
 
-from etl.restate import RestateRequest, restate_samples
-from etl.samples import BuildRequest, Progress, build_samples
-from etl.tables import Lake
 from tests.spark.killed_build import (
     DATES,
-    OVERRIDES,
+    FIRST,
+    LAST,
     RESTATE,
-    WATERMARK,
     Reader,
     Watch,
+    build,
     content,
     digest,
     killed_at,
+    restate,
     rows,
     worlds,
 )
-from tests.spark.shop import DAYS, START, logs_of, write_logs
-from usr_ray.config import load_config
+from tests.spark.shop import logs_of, write_logs
 from usr_ray.manifest import build_manifest
 from usr_ray.reader import SampleReader
 from usr_ray.schema import SAMPLES
 
 pytestmark = pytest.mark.spark
-
-SETTINGS = load_config(None, OVERRIDES)
-QUIET = Progress(write=lambda line: None)
-FIRST, LAST = START.date(), START.date() + dt.timedelta(days=DAYS - 1)
 
 
 @dataclass(frozen=True)
@@ -47,17 +40,6 @@ class Lakes:
     late_logs: Path
     old: Path
     new: Path
-
-
-def build(spark: SparkSession, logs: Path, lake: Path) -> None:
-    request = BuildRequest(logs=str(logs), lake=Lake(str(lake)), first=FIRST, last=LAST,
-                           watermark=dt.datetime.fromisoformat(WATERMARK))  # fmt: skip
-    build_samples(spark, SETTINGS, request, QUIET)
-
-
-def restate(spark: SparkSession, logs: Path, lake: Path) -> None:
-    request = RestateRequest(logs=str(logs), lake=Lake(str(lake)), watermark=dt.datetime.fromisoformat(WATERMARK))
-    restate_samples(spark, SETTINGS, request, QUIET)
 
 
 @pytest.fixture(scope="module")
