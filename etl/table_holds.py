@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyspark.errors import AnalysisException
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
@@ -64,13 +63,13 @@ def holds_of_pins(spark: SparkSession, lake: Lake) -> list[Hold]:
     Raises:
         DataCheckError: a pin cannot be read.
     """
-    try:
-        texts = spark.read.text(f"{lake.path(PINS)}/*.json", wholetext=True)
-        rows = texts.select("value", F.input_file_name().alias("path")).collect()
-    except AnalysisException:  # no such folder
+    folder = lake.path(PINS)
+    system, hadoop_path = _file_system(spark, folder)
+    if not system.exists(hadoop_path):
         return []
+    texts = spark.read.text(folder, wholetext=True, pathGlobFilter="*.json")
     found = []
-    for row in sorted(rows, key=lambda row: row["path"]):
+    for row in sorted(texts.select("value", F.input_file_name().alias("path")).collect(), key=lambda row: row["path"]):
         version, files, raw = _parse(row["value"], row["path"])
         name = row["path"].rpartition("/")[2].removesuffix(".json")
         found.append(Hold(run=f"{raw.get('run')}", status="running", version=version, files=files, pin=name))
@@ -83,12 +82,17 @@ def remove_pin(spark: SparkSession, lake: Lake, name: str) -> None:
     Raises:
         DataCheckError: there is none.
     """
-    context = spark.sparkContext
-    path = context._jvm.org.apache.hadoop.fs.Path(f"{lake.path(PINS)}/{name}.json")  # type: ignore[union-attr]
-    system = path.getFileSystem(context._jsc.hadoopConfiguration())  # type: ignore[union-attr]
+    system, path = _file_system(spark, f"{lake.path(PINS)}/{name}.json")
     if not system.delete(path, False):
         there = ", ".join(str(hold.pin) for hold in holds_of_pins(spark, lake)) or "none"
         raise DataCheckError(f"--unpin {name}: {lake.root} has no such pin; it has: {there}")
+
+
+def _file_system(spark: SparkSession, path: str) -> tuple[Any, Any]:
+    """Hadoop's file system of a path, and the path as Hadoop's."""
+    context = spark.sparkContext
+    hadoop = context._jvm.org.apache.hadoop.fs.Path(path)  # type: ignore[union-attr]
+    return hadoop.getFileSystem(context._jsc.hadoopConfiguration()), hadoop  # type: ignore[union-attr]
 
 
 def _read(path: Path) -> tuple[int, frozenset[str]]:
