@@ -27,7 +27,7 @@ class Hold:
     run: str
     """Its directory."""
     status: str
-    """'running' (or stopped before its end), 'finished', 'unknown'."""
+    """As in config.json ('running' where it has not come to its end), or of a pin: 'not finished'."""
     version: int
     """Of the samples table."""
     files: frozenset[str]
@@ -72,7 +72,7 @@ def holds_of_pins(spark: SparkSession, lake: Lake) -> list[Hold]:
     for row in sorted(texts.select("value", F.input_file_name().alias("path")).collect(), key=lambda row: row["path"]):
         version, files, raw = _parse(row["value"], row["path"])
         name = row["path"].rpartition("/")[2].removesuffix(".json")
-        found.append(Hold(run=f"{raw.get('run')}", status="running", version=version, files=files, pin=name))
+        found.append(Hold(run=f"{raw.get('run')}", status="not finished", version=version, files=files, pin=name))
     return found
 
 
