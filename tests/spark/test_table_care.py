@@ -220,6 +220,7 @@ def alter(clause: str, table: str = SAMPLES) -> Callable[[SparkSession, Path], N
 
 def foreign(spark: SparkSession, lake: Path) -> None:
     shutil.rmtree(lake / SAMPLES)
+    spark.sparkContext._jvm.org.apache.spark.sql.delta.DeltaLog.clearCache()  # type: ignore[union-attr]
     spark.range(3).write.format("delta").save(f"{lake}/{SAMPLES}")
 
 
