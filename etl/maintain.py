@@ -28,6 +28,7 @@ _UNIT_DAYS = {"minute": 1 / 1440, "hour": 1 / 24, "day": 1.0, "week": 7.0}
 _FOOTERS = 32
 """Files whose row groups are counted, at most."""
 _HOUR_US = DAY_US // 24
+_INVENTORY = "path string, length bigint, isDir boolean, modificationTime bigint"
 _LISTED = ("table", "version", "files", "MB", "median MB", "rows a row group", "old files", "old MB")
 
 
@@ -203,9 +204,9 @@ def _vacuum(spark: SparkSession, request: MaintainRequest, table: str, doomed: S
         return f"{table}: VACUUM deletes {len(deleted):,} files older than {request.keep_us / DAY_US:g} days{saved}"
     inventory = ""
     if kept:
-        # Only files of the inventory are looked at.
-        name = F.element_at(F.split("path", "/"), -1)
-        _files(spark, path).filter(~name.isin(sorted(kept))).createOrReplaceTempView("deletable_files")
+        # Only files of the inventory are looked at. Made anew of its rows: Delta wants every column nullable.
+        files = [row for row in _files(spark, path).collect() if _name(row["path"]) not in kept]
+        spark.createDataFrame(files, _INVENTORY).createOrReplaceTempView("deletable_files")
         inventory = "USING INVENTORY (SELECT path, length, isDir, modificationTime FROM deletable_files)"
     spark.sql(f"VACUUM delta.`{path}` {inventory} {_retain(request)}").collect()
     return f"{table}: VACUUM deleted {len(deleted):,} files older than {request.keep_us / DAY_US:g} days{saved}"
