@@ -29,7 +29,7 @@ from usr_ray.evaluate import evaluation_reader
 from usr_ray.metrics import Predictions, auc
 from usr_ray.reader import SampleReader
 from usr_ray.schema import TASKS, FeatureSpec
-from usr_ray.train import training_reader
+from usr_ray.train_feed import training_reader
 from usr_ray.worker import LocalWorker
 
 ROOT = Path(__file__).parents[1]
