@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test unit check bench chaos clean require-jdk require-python
+.PHONY: help setup demo test unit check audit bench chaos clean require-jdk require-python
 
 PYTHON ?= python3
 VENV   := .venv
@@ -71,7 +71,11 @@ check: setup  ## lint, formatting, types, import directions
 	@ruff format --check .
 	@mypy
 	@cd benchmarks && mypy --ignore-missing-imports --explicit-package-bases *.py
-	@python -m pytest tests/unit/test_imports.py tests/unit/test_house.py
+	@python -m pytest tests/unit/test_imports.py tests/unit/test_house.py tests/unit/test_cluster_security.py
+
+audit: setup  ## known flaws of the pinned packages (asks PyPI, so it needs the network)
+	@[ -x .cache/audit/bin/pip-audit ] || { $(BIN)/python -m venv .cache/audit && .cache/audit/bin/pip install --quiet pip-audit==2.10.1; }
+	@.cache/audit/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip --progress-spinner off
 
 bench: setup require-jdk  ## benchmarks: ratios inside one run, written to benchmarks/results
 	@for script in benchmarks/*.py; do echo "== $$script"; python $$script; done

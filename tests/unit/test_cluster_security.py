@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import datetime as dt
+import importlib.metadata
 import io
 import json
 import pickle
@@ -129,6 +131,23 @@ def test_a_table_whose_log_names_a_file_outside_is_refused(path: str) -> None:
 
 def test_a_file_name_with_dots_is_no_way_out() -> None:
     assert join_path("/lake/samples", "impression_date=2026-01-01/part..0.parquet").startswith("/lake/samples/imp")
+
+
+# ---- dependencies
+
+
+def test_what_is_installed_is_what_constraints_name() -> None:
+    """`make audit` asks for known flaws of these versions; it would be wrong of others."""
+    pins = dict(
+        line.split("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").split() if "==" in line
+    )
+    other = {}
+    for package, pinned in pins.items():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # of an extra that is not installed here
+            found = importlib.metadata.version(package)
+            if found.partition("+")[0] != pinned:  # +cpu: the same version, built otherwise
+                other[package] = f"{found}, pinned {pinned}"
+    assert other == {}, "run: make setup"
 
 
 # ---- an exported model
