@@ -56,6 +56,7 @@ def write_record(run_dir, **changes):
         "table": {"uri": "/data/lake/samples", "version": 41},
         "manifests": {"train": {"num_rows": 98_765}},
         "packages": {"usr_ray": "9.8.7", "torch": "2.14.1"},
+        "shuffle": {"order": "by_date", "neighbour_distance": 0.254, "correlation": 0.874},
     }
     (run_dir / "config.json").write_text(json.dumps(record | changes))
 
@@ -173,6 +174,7 @@ def test_the_numbers_of_the_run_are_there(run_dir, text):
                 assert f"{split[cell]['ctr'][key]:.{decimals}f}" in text
     assert str(metrics["eval"]["search"]["ctr"]["num_positives"]) in text
     for fact in ("USR on SharedBottom", "version 42", "best-00001000", "1,234", "1 h 02 min", "98,765 rows", "9.8.7",
+                 "by_date: neighbours 25% as far apart as in a full shuffle",
                  "2026-01-09 10:00 UTC", "2026-01-07 to 2026-01-08", "/data/lake/samples"):  # fmt: skip
         assert fact in text
     assert "The model ranks held-out clicks with an AUC of" in text

@@ -53,6 +53,18 @@ def started(lake: Path, run_dir: Path, *overrides: str) -> RunPlan:
     return plan
 
 
+def test_the_record_says_how_well_the_rows_are_mixed(shared_lake: Path, tmp_path: Path) -> None:
+    dates = ("data.train_dates='2026-01-01:2026-01-04'", "data.eval_dates=''")
+    shuffled, by_date = (
+        plan_run(config(*dates, f"train.order={order}"), shared_lake, tmp_path / order).record["shuffle"]
+        for order in ("shuffled", "by_date")
+    )
+    assert (shuffled["order"], by_date["order"]) == ("shuffled", "by_date")
+    # Three dates of about 80 rows whose labels are final: one block, mixed as a whole, or by date each in its third.
+    assert abs(shuffled["correlation"]) < 0.3 < 0.8 < by_date["correlation"]
+    assert shuffled["neighbour_distance"] > 0.8 > by_date["neighbour_distance"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -61,6 +73,7 @@ def started(lake: Path, run_dir: Path, *overrides: str) -> RunPlan:
         (["data.train_dates='2025-01-01:2025-01-02'"], r"no rows in 2025-01-01:2025-01-02.*2026-01-01 to 2026-01-05"),
         (["data.eval_dates='2027-01-01:2027-01-02'"], r"no rows in 2027-01-01:2027-01-02"),
         (["scenarios=['search', 'live']"], r"scenarios: the configuration has \['search', 'live'\], the table"),
+        (["train.warm_start='nowhere'"], r"train.warm_start /\S+/nowhere: is no run directory with a whole checkpoint"),
         (["ray.num_workers=5"], r"5 workers cannot share a global batch of 4 groups.*lower ray.num_workers"),
     ],
 )

@@ -9,14 +9,12 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("ray")
-
-from usr_ray.trainer_stop import ask_to_stop, open_stop_file, sigterm_sets, watch_stop_file
-
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.ray
 
 
 def test_the_first_sigterm_sets_the_event_and_a_second_one_does_what_it_did_before() -> None:
+    from usr_ray.trainer_stop import sigterm_sets
+
     taken: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: taken.append(number))
     try:
@@ -34,6 +32,8 @@ def test_the_first_sigterm_sets_the_event_and_a_second_one_does_what_it_did_befo
 
 
 def test_the_watcher_calls_once_the_file_says_so_and_ends_with_its_block(tmp_path: Path) -> None:
+    from usr_ray.trainer_stop import ask_to_stop, open_stop_file, watch_stop_file
+
     path, stopped = tmp_path / "attempt" / "stop", threading.Event()
     open_stop_file(path)
     with watch_stop_file(path, stopped.set):
@@ -44,6 +44,8 @@ def test_the_watcher_calls_once_the_file_says_so_and_ends_with_its_block(tmp_pat
 
 
 def test_a_file_that_is_not_there_is_no_wish(tmp_path: Path) -> None:
+    from usr_ray.trainer_stop import watch_stop_file
+
     stopped = threading.Event()
     with watch_stop_file(tmp_path / "stop", stopped.set):
         assert not stopped.wait(0.5)
