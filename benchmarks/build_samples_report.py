@@ -56,8 +56,8 @@ def table(cells: dict[Cell, Row]) -> list[str]:
         )  # fmt: skip
         lines.append(
             f"| {size / 1e6:g} M{' + bot' if bot else ''} | {NAMES[system]} | {row['runs']} | {row['wall_s']:.0f} | "
-            f"{row['cpu_s']:.0f} | {num_rows(size, bot) / row['wall_s']:,.0f} | {row['peak_bytes'] / 1e9:.2f} | {shuffled} "
-            f"{row['output_bytes'] / 1e6:,.0f} |"
+            f"{row['cpu_s']:.0f} | {num_rows(size, bot) / row['wall_s']:,.0f} | {row['peak_bytes'] / 1e9:.2f} | "
+            f"{shuffled} {row['output_bytes'] / 1e6:,.0f} |"
         )
     return lines
 
