@@ -123,14 +123,6 @@ class UsrBatch:
         """A batch with `function` applied to every tensor."""
         return map_tensors(self, function)
 
-    def to(self, device: torch.device | str) -> UsrBatch:
-        """The batch on `device`; does not wait for the copy when the memory is pinned."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> UsrBatch:
-        """The batch in page-locked memory, for asynchronous copies to a GPU."""
-        return self.map(lambda tensor: tensor.pin_memory())
-
     def count_longest(self) -> UsrBatch:
         """The batch with `longest`, which a GPU would have to be waited for: call it on the CPU."""
         if not len(self):

@@ -167,4 +167,3 @@ def test_num_bytes_counts_every_tensor() -> None:
     batch = padding_batch(SPEC, 2)
     # A row: 4 labels and a weight, 2 numbers (float32); scenario, 5 ids, 2 keys, row number (int64); offsets 3 x 2.
     assert batch.num_bytes() == 2 * (4 * 4 + 4 + 2 * 4 + 8 + 5 * 8 + 2 * 8 + 8) + 2 * 3 * 8
-    assert example().to("cpu").num_bytes() == example().num_bytes()
