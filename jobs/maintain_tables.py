@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from etl.driver_stderr import print_error
 from usr_ray.cli import JobParser, run_job
-from usr_ray.config import DAY_US, UserError, parse_duration_us
+from usr_ray.config import DAY_US, UserError, check_address, parse_duration_us
 
 
 def main(argv: list[str]) -> None:
@@ -33,6 +33,7 @@ def main(argv: list[str]) -> None:
                         help="remove a pin that a run left in the lake; repeatable")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
     arguments = parser.parse_args(argv)
+    check_address(arguments.lake, flag="--lake")
     keep_us = parse_duration_us(arguments.keep, where="--keep")
     if arguments.keep_pinned and not arguments.vacuum:
         raise UserError("maintain_tables.py: --keep-pinned says how to --vacuum; give both, or neither")

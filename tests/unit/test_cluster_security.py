@@ -77,6 +77,8 @@ def test_sql_is_made_of_constants_and_checked_names_only() -> None:
         "etl/tables.py": {"path", "FEATURE_SPEC_PROPERTY", "value"},  # check_address; a constant; quotes are doubled
         "etl/account.py": {"c"},  # of constants in the same function
         "etl/parquet_times.py": {"own"},  # backticks are doubled
+        # A lake's path, whose job calls check_address, and a table's name of schema.py; a number; a constant.
+        "etl/maintain.py": {"path", "request.lake.path(shape.table)", "_retain(request)", "inventory"},
     }
     for path in sorted((ROOT / "etl").rglob("*.py")):
         for called, call in calls(path):
@@ -86,6 +88,13 @@ def test_sql_is_made_of_constants_and_checked_names_only() -> None:
                 names = {ast.unparse(n.value) for n in ast.walk(argument) if isinstance(n, ast.FormattedValue)}
                 names |= {argument.id} if isinstance(argument, ast.Name) else set()
                 assert names <= known.get(name(path), set()), f"{name(path)}:{call.lineno} gives {names} to {called}"
+
+
+def test_every_job_that_gives_spark_a_path_has_checked_it() -> None:
+    for path in sorted((ROOT / "jobs").glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if "Lake(arguments.lake)" in text:
+            assert "check_address(" in text, path.name
 
 
 @pytest.mark.parametrize("bad", ["a'b", 'a"b', "a`b", "a b", "a;b", "${env:HOME}", "a\\b", "a,b", "a\nb", ""])
