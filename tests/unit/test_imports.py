@@ -33,7 +33,7 @@ LAYERS = [
     {"manifest", "order", "reader", "cache", "model", "loss", "metrics", "optim", "checkpoint", "baseline", "feed"},
     {"worker", "evaluate", "embeddings", "pins"},
     {"train", "export", "score"},
-    {"trainer", "tune", "monitoring", "report"},
+    {"trainer", "tune", "monitoring", "report", "mlflow"},
 ]
 
 

@@ -1,0 +1,38 @@
+"""Put a run directory into MLflow: parameters, the numbers of every step, files. Again: only what is new.
+
+python jobs/log_mlflow.py --run-dir DIR [--tracking-uri URI] [--experiment NAME]
+
+Without --tracking-uri into a folder `mlruns` beside the run directory. A server's user and password: the environment's
+MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD. Needs usr-ray[mlflow].
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from usr_ray.cli import JobParser, run_job
+from usr_ray.mlflow_log import client, log_run
+
+
+def main(argv: list[str]) -> None:
+    parser = JobParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help="the --run-dir of jobs/train.py")
+    parser.add_argument("--tracking-uri", metavar="URI", help="default: the folder mlruns beside the run directory")
+    parser.add_argument("--experiment", default="usr-ray", metavar="NAME", help="made when it is not there")
+    arguments = parser.parse_args(argv)
+    # MLflow asks for a database where it finds a folder, and reports its use to its makers.
+    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    run_dir: Path = arguments.run_dir.resolve()
+    uri = arguments.tracking_uri or (run_dir.parent / "mlruns").as_uri()
+    run_id, num_added = log_run(run_dir, client(uri), experiment=arguments.experiment)
+    print(f"{run_dir}: {num_added:,} numbers added to run {run_id} of experiment {arguments.experiment} in {uri}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main))
