@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import datetime as dt
+import gzip
 import json
+import math
 import shutil
 import zoneinfo
 from dataclasses import replace
@@ -18,6 +20,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from etl.checks import DataCheckError
 from etl.log_files import LogFolder
+from etl.logs import read_features
 from etl.mapping import as_written, map_columns
 from etl.samples import BuildRequest, Progress, build_samples
 from etl.tables import Lake
@@ -289,6 +292,64 @@ def test_parquet_times_of_every_unit_are_read(spark: SparkSession, tmp_path: Pat
         assert found[0]["event_time"].replace(tzinfo=UTC) == expected.replace(tzinfo=UTC), name
         assert found[1]["event_time"] is None
         assert (found[0]["n"], found[1]["n"]) == (1, 2), "a bigint that is no time stays one"
+
+
+def test_one_events_file_of_a_german_shop(spark: SparkSession, tmp_path: Path) -> None:
+    """Gzip, windows-1252, semicolons, epoch milliseconds, a decimal comma; views, clicks and orders in one file."""
+    lines = ["typ;zeit;vorgang;ansicht;kunde;artikel;ort;suchwort"]
+    start = 1_774_736_000_000  # 2026-03-28T22:13:20Z
+    for n in range(40):
+        at, who = start + n * 60_000, f"k{n % 4};a{n % 5}"
+        lines.append(f"gesehen;{at};v{n};;{who};{'suche' if n % 2 else 'start'};{'Schuhgröße' if n % 2 else ''}")
+        if n % 4 < 2:
+            lines.append(f"geklickt;{at + 1000};c{n};v{n};{who};{'suche' if n % 2 else 'start'};")
+        if n % 8 == 1:
+            lines.append(f"gekauft;{at + 2000};o{n};;{who};;")
+    (tmp_path / "ereignisse-1.csv.gz").write_bytes(gzip.compress(("\n".join(lines) + "\n").encode("windows-1252")))
+    prices = ["12,50", "1.234,50", "7", "", "1\u00a0999,99"]
+    catalogue = ["artikel;preis", *(f"a{n};{price}" for n, price in enumerate(prices))]
+    (tmp_path / "katalog.csv").write_bytes(("\n".join(catalogue) + "\n").encode("windows-1252"))
+    common = 'separator = ";"\nencoding = "windows-1252"\n'
+    text = 'scenarios = ["suche", "start"]\nquery_scenarios = ["suche"]\n[vocabulary]\nmin_count = 1\n'
+    text += '[features]\nitem_numbers = ["price"]\n'
+    columns = 'user_id = "kunde", item_id = "artikel", event_time = "zeit"'
+    for scenario in ("suche", "start"):
+        for kind, word, more in (
+            ("impressions", "gesehen", 'impression_id = "vorgang", request_id = "vorgang", query = "suchwort"'),
+            ("clicks", "geklickt", 'click_id = "vorgang", impression_id = "ansicht"'),
+        ):
+            text += f'[logs.{scenario}_{kind}]\npath = "ereignisse-*.csv.gz"\ntime_format = "ms"\n{common}'
+            text += f'where = {{ typ = "{word}", ort = "{scenario}" }}\ncolumns = {{ {columns}, {more} }}\n'
+    text += f'[logs.orders]\npath = "ereignisse-*.csv.gz"\ntime_format = "ms"\n{common}where = {{ typ = "gekauft" }}\n'
+    text += f'columns = {{ {columns}, order_id = "vorgang" }}\n'
+    text += f'[logs.items]\npath = "katalog.csv"\n{common}columns = {{ item_id = "artikel", price = "preis" }}\n'
+    (tmp_path / "german.toml").write_text(text + 'decimal_comma = ["price"]\n', encoding="utf-8")
+    config = load_config(tmp_path / "german.toml")
+    request = BuildRequest(logs=str(tmp_path), lake=Lake(str(tmp_path / "lake")), first=dt.date(2026, 3, 28),
+                           last=dt.date(2026, 3, 28))  # fmt: skip
+    build_samples(spark, config, request, Progress(write=lambda line: None))
+    found = samples_of(spark, tmp_path / "lake")
+    assert found.keys() == {f"v{n}" for n in range(40)}
+    for n in range(40):
+        row = found[f"v{n}"]
+        assert row["event_time"].replace(tzinfo=UTC) == dt.datetime.fromtimestamp(start / 1000 + 60 * n, UTC)
+        assert (row["is_click"], row["is_order"]) == (float(n % 4 < 2), float(n % 8 == 1))
+        assert row["query"] == ("Schuhgröße" if n % 2 else None)
+        price = (12.5, 1234.5, 7.0, 0.0, 1999.99)[n % 5]
+        assert row["price_scaled"] == pytest.approx(math.log1p(price), rel=1e-6)
+
+    items = replace(config.logs["items"], decimal_comma=())
+    folder = LogFolder(spark, str(tmp_path), {"items": items})
+    message = (
+        r"log items: column 'price' is no number in 3 of 4 rows, such as '1.234,50'; write 1234.50, or name it in logs"
+    )
+    with pytest.raises(DataCheckError, match=message):
+        read_features(folder, "items", "item_id", [], ["price"])
+    items = replace(config.logs["items"], decimal_comma=("weight",))
+    with pytest.raises(
+        DataCheckError, match=r"logs.items.decimal_comma names 'weight', which is not there; there are: "
+    ):
+        LogFolder(spark, str(tmp_path), {"items": items}).read("items")
 
 
 def test_a_csv_with_a_byte_order_mark_is_read(spark: SparkSession, tmp_path: Path) -> None:
