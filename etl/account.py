@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import datetime as dt
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import pyarrow as pa
-from pyspark.sql import Column, DataFrame
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql.pandas.types import from_arrow_schema
 
-from etl.checks import DataCheckError, LogCount
-from etl.events import KIND_CLICK, KIND_IMPRESSION
-from etl.fingerprint import Cell
+from etl.checks import AccountingError, DataCheckError, LogCount, check_accounting
+from etl.events import KIND_IMPRESSION
 from etl.logs import EventLog
+from etl.packs import ACCOUNT, CELL, REJECT
 from etl.session import kept
-from etl.user_pass import AUDIT_SCHEMA, CELL_DAYS, SORT_COLUMNS, PassPlan, audit
+from etl.staging import staged
+from etl.user_pass import UNUSABLE
 
 UNDATED = "undated"
 """Stands for the date of a row whose time is missing or cannot be read, and of the users and items tables."""
-_SLIM = (*SORT_COLUMNS, "known_time", "impression_id")
-_NO_CONTENT = ("log", "known_time", "reason", "row_json")
-"""Columns that an impression's content hash leaves out; for clicks and orders, known_time decides about histories."""
+_EPOCH = dt.date(1970, 1, 1)
 
 
 @dataclass(slots=True)
@@ -35,8 +32,10 @@ class Account:
     newest: dt.datetime | None = None
     """Newest usable event_time of all logs."""
     impression_dates: set[str] = field(default_factory=set)
-    cells: list[Cell] = field(default_factory=list)
-    """Fingerprints of what was used, to find the dates that late events change."""
+    cells: dict[tuple[str, int], int] = field(default_factory=dict)
+    """(fingerprint, day since 1970) -> hash of the samples of the day (etl/fingerprint.py)."""
+    whole_from: dt.date | None = None
+    """Of earlier dates only some rows were read, as a margin. None: of none."""
     num_unusable: int = 0
     """Rows without a key or a time that can be read."""
 
@@ -50,79 +49,48 @@ class Account:
     def dates_without_impressions(self) -> list[dt.date]:
         """Dates on which the logs hold clicks or orders only: no build could ever name them."""
         dates = {date for _, date in self.counts if date != UNDATED} - self.impression_dates
-        return sorted(dt.date.fromisoformat(date) for date in dates)
+        found = sorted(dt.date.fromisoformat(date) for date in dates)
+        return [date for date in found if self.whole_from is None or date >= self.whole_from]
 
 
-def account_of(events: DataFrame, duplicates: DataFrame, logs: Sequence[EventLog]) -> Account:
-    """Count the rows that came in, the unusable ones and the duplicates: two small aggregations."""
-    account = Account()
-    shown = {log.name for log in logs if log.kind == KIND_IMPRESSION}
-    day = F.to_date("event_time").alias("date")
-    intake = events.groupBy("log", day, "reason").agg(F.count("*").alias("rows"), F.max("event_time").alias("newest"))
-    for row in intake.collect():
-        place = (row["log"], _name(row["date"]))
-        account.counts[place] += LogCount(rows_in=row["rows"])
-        if row["reason"] is not None:
-            account.add_rejects(*place, row["reason"], row["rows"])
+def add_pass(account: Account, spark: SparkSession, folder: str, logs: Sequence[EventLog], num_usable: int) -> None:
+    """Add what the pass found to the account: three small aggregations of what it staged.
+
+    Args:
+        account: grows.
+        spark: the session.
+        folder: where the pass staged its rows.
+        logs: the event logs.
+        num_usable: usable rows that another count found.
+
+    Raises:
+        AccountingError: rows were lost or made up on the way.
+    """
+    names = {(log.kind, log.scenario): log.name for log in logs}
+    usable = 0
+    sums = (F.sum("num_rows").alias("rows"), F.max("event_time").alias("newest"))
+    for row in staged(spark, folder, ACCOUNT).groupBy("what", "kind", "scenario", "day").agg(*sums).collect():
+        place = (names[row["kind"], row["scenario"]], _name(row["day"]))
+        if row["what"] == UNUSABLE:
+            account.counts[place] += LogCount(rows_in=row["rows"])
             account.num_unusable += row["rows"]
             continue
-        newest = row["newest"].replace(tzinfo=dt.UTC)
-        account.newest = newest if account.newest is None else max(account.newest, newest)
-        if row["log"] in shown:
-            account.impression_dates.add(place[1])
-    for row in duplicates.groupBy("log", day).count().collect():
-        account.counts[row["log"], _name(row["date"])] += LogCount(duplicates=row["count"])
-    return account
-
-
-def audit_events(unique: DataFrame, logs: Sequence[EventLog], plan: PassPlan, num_partitions: int) -> DataFrame:
-    """Attribute every click and order line once, before anything is written.
-
-    Returns:
-        Rows (log, date, reason, num_rows, row): a rejected row each with `row` as JSON, and one row per chunk, log and
-        date with the number of rows used (`reason` null); and the fingerprint's cells (`hash` not null).
-    """
-
-    def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        return audit(batches, plan)
-
-    names = F.create_map(*(c for log in logs for c in (F.lit(f"{log.kind} {log.scenario}"), F.lit(log.name))))
-    return kept(
-        unique.select(*_SLIM, _row_hash(unique).alias("row_hash"))
-        .repartition(num_partitions, "user_id")
-        .sortWithinPartitions(*SORT_COLUMNS)
-        .mapInArrow(run, from_arrow_schema(AUDIT_SCHEMA))
-        .select(
-            F.element_at(names, F.concat_ws(" ", "kind", "scenario")).alias("log"),
-            F.date_from_unix_date(F.col("day").cast("int")).alias("date"),
-            "reason",
-            "num_rows",
-            *CELL_DAYS,
-            "hash",
-            F.when(F.col("reason").isNotNull(), _row_json()).alias("row"),
-        )
-    )
-
-
-def add_audit(account: Account, audited: DataFrame) -> None:
-    """Add the used and the rejected rows and the cells of `audit_events` to the account."""
-    sums = [F.sum("num_rows").alias("rows"), F.bit_xor("hash").alias("hash")]
-    for row in audited.groupBy("log", "date", "reason", *CELL_DAYS).agg(*sums).collect():
-        if row["hash"] is not None:
-            shown, first, last, visible = (row[name] for name in CELL_DAYS)
-            account.cells.append(Cell(shown, first, last, None if visible < 0 else visible, row["hash"] % (1 << 64)))
-        elif row["reason"] is None:
-            account.counts[row["log"], _name(row["date"])] += LogCount(used=row["rows"])
-        else:
-            account.add_rejects(row["log"], _name(row["date"]), row["reason"], row["rows"])
-
-
-def _row_hash(unique: DataFrame) -> Column:
-    """Hash of what a row says; of an impression, without the time at which it became known."""
-    content = sorted(set(unique.columns) - set(_NO_CONTENT))
-    known = F.when(F.col("kind") != KIND_IMPRESSION, F.col("known_time"))
-    # A null leaves xxhash64 as it was: each column's place is hashed with it, so that values cannot change places.
-    return F.xxhash64(known, *(F.struct(F.lit(n), F.col(name)) for n, name in enumerate(content)))
+        account.counts[place] += LogCount(**{row["what"]: row["rows"]})
+        if row["what"] == "rows_in":
+            usable += row["rows"]
+            newest = row["newest"].replace(tzinfo=dt.UTC)
+            account.newest = newest if account.newest is None else max(account.newest, newest)
+            if row["kind"] == KIND_IMPRESSION:
+                account.impression_dates.add(place[1])
+    rejects = staged(spark, folder, REJECT).groupBy("kind", "scenario", "reason", _day().alias("day"))
+    for row in rejects.agg(F.sum(F.coalesce("num_rows", F.lit(1))).alias("rows")).collect():
+        log = names[row["kind"], row["scenario"]]
+        account.add_rejects(log, _name(row["day"]), row["reason"], row["rows"])
+    cells = staged(spark, folder, CELL).groupBy("what", "day").agg(F.bit_xor("hash").alias("hash"))
+    account.cells = {(row["what"], row["day"]): row["hash"] for row in cells.collect()}
+    if usable != num_usable:
+        raise AccountingError(f"{usable} usable rows reached the pass, {num_usable} were read; please report this")
+    check_accounting(account.counts)
 
 
 def unique_features(table: DataFrame, log: str, key: str, account: Account) -> DataFrame:
@@ -150,17 +118,9 @@ def unique_features(table: DataFrame, log: str, key: str, account: Account) -> D
     return unique.drop("_rows")
 
 
-def _row_json() -> Column:
-    """A rejected click or order line as it is named in its log."""
-    rest = ["user_id", "item_id", "event_time", "nullif(known_time, event_time) as ingest_time"]
-    click = ["id as click_id", "impression_id", *rest]
-    order = ["id as order_id", *rest]
-
-    def as_json(columns: list[str]) -> Column:
-        return F.to_json(F.struct(*(F.expr(c) for c in columns)))
-
-    return F.when(F.col("kind") == KIND_CLICK, as_json(click)).otherwise(as_json(order))
+def _day() -> Column:
+    return F.unix_date(F.to_date("event_time")).cast("bigint")
 
 
-def _name(date: dt.date | None) -> str:
-    return UNDATED if date is None else date.isoformat()
+def _name(day: int | None) -> str:
+    return UNDATED if day is None else (_EPOCH + dt.timedelta(days=day)).isoformat()

@@ -41,6 +41,14 @@ class LabelRules:
     day_span: bool = False
     credit_impression: bool = False
 
+    @property
+    def reach(self) -> int:
+        """How far before an instant the rows lie that decide about the clicks and orders at or after it.
+
+        An order reaches back to its click, that to its impression, and each of the three may be corrected by the skew.
+        """
+        return self.click_window + self.order_window + 3 * self.clock_skew
+
     @classmethod
     def from_config(cls, labels: LabelsConfig) -> LabelRules:
         """The rules of a checked configuration."""

@@ -1,38 +1,61 @@
-"""Exact and key duplicates: the earliest (event_time, known_time) stays (contract 1)."""
+"""Exact and key duplicates: the earliest (event_time, known_time) stays (contract 1).
+
+Rows of one user with one key meet in the pass, which sets the later ones aside (etl/chunks.py). What the pass cannot
+see is a key that rows of several users have: one count of 64-bit hashes, without any text, finds those few.
+"""
 
 from __future__ import annotations
 
-from pyspark.sql import DataFrame, Window
+from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
-from etl.events import KIND_CLICK, KIND_ORDER, NO_SCENARIO
+from etl.chunks import FOREIGN, KEY_HASH, USER_KEY
+from etl.events import KIND_CLICK, KIND_ORDER, KIND_PAST_CLICK, KIND_PAST_ORDER, NO_SCENARIO
 from etl.session import kept
 
-_NUMBER, _HASH = "_number", "_hash"
+_JOINED = (KEY_HASH, "kind", "scenario", "id", "item_id", "user_id")
 
 
-def split_duplicates(events: DataFrame) -> tuple[DataFrame, DataFrame]:
-    """Unique rows and their duplicates, both with the columns of `events`; the two together are `events`.
+def key_hash() -> Column:
+    """Hash of the key: impression_id over all scenarios, click_id inside a log, (order_id, item_id) over order logs.
 
-    The key is impression_id over all scenarios, click_id inside a log, and (order_id, item_id) over all order logs,
-    where a row of `<scenario>_orders` wins over the same row of `orders`. Only keys whose hash occurs twice are sorted,
-    so that clean logs pay for one count of 64-bit hashes; equal hashes of unequal keys are told apart.
+    A click_id need only be unique in its log, so the scenario makes part of its key; an order line's key has its item.
+    """
+    scope = F.when(F.col("kind").isin(KIND_CLICK, KIND_PAST_CLICK), F.col("scenario"))
+    part = F.when(F.col("kind").isin(KIND_ORDER, KIND_PAST_ORDER), F.col("item_id"))
+    # A null leaves xxhash64 as it was; the structs keep the two apart.
+    return F.xxhash64("kind", F.struct(F.lit(1), scope), "id", F.struct(F.lit(2), part))
+
+
+def mark_foreign(events: DataFrame) -> tuple[DataFrame, int]:
+    """Add `is_foreign`: true where another user's row has the same key and comes first; and the number of usable rows.
+
+    Of the rows of a key the earliest (event_time, known_time) wins, then a scenario's order log over the shop's, then
+    by content; rows of the winner's user are left to the pass.
 
     Args:
-        events: usable event rows (`reason` is null).
+        events: all event rows with `user_key`; usable where `reason` is null.
     """
-    # A click_id need only be unique in its log; the scenario makes part of its key. An order line's key has its item.
+    usable = events.filter(F.col("reason").isNull())
+    hashed = usable.select(key_hash().alias(KEY_HASH), USER_KEY)
+    found = hashed.groupBy(KEY_HASH).agg(
+        F.count("*").alias("rows"), F.min(USER_KEY).alias("least"), F.max(USER_KEY).alias("most")
+    )
+    shared = F.col("least") != F.col("most")
+    sums = found.agg(F.sum("rows").alias("rows"), F.sum(shared.cast("int")).alias("shared")).collect()[0]
+    num_rows, num_shared = int(sums["rows"] or 0), int(sums["shared"] or 0)
+    if not num_shared:
+        return events.withColumn(FOREIGN, F.lit(False)), num_rows
+    doubled = kept(found.filter(shared).select(KEY_HASH))
+    rows = usable.withColumn(KEY_HASH, key_hash()).join(doubled, on=KEY_HASH, how="left_semi")
     scope = F.when(F.col("kind") == KIND_CLICK, F.col("scenario"))
     part = F.when(F.col("kind") == KIND_ORDER, F.col("item_id"))
-    hashed = events.withColumn(_HASH, F.xxhash64("kind", scope, "id", part))
-    doubled = kept(hashed.groupBy(_HASH).count().filter(F.col("count") > 1).select(_HASH))
-    if doubled.isEmpty():
-        return events, events.filter(F.lit(False))
-    marked = hashed.join(doubled.withColumn("_doubled", F.lit(True)), on=_HASH, how="left")
-    single = marked.filter(F.col("_doubled").isNull())
-    others = sorted(set(events.columns) - {"event_time", "known_time", "scenario"})
     shop_last = F.nullif(F.col("scenario"), F.lit(NO_SCENARIO)).asc_nulls_last()
+    others = sorted(set(events.columns) - {"event_time", "known_time", "scenario", "reason", "row_json", USER_KEY})
     order = Window.partitionBy("kind", scope, "id", part).orderBy("event_time", "known_time", shop_last, *others)
-    ranked = kept(marked.filter("_doubled").withColumn(_NUMBER, F.row_number().over(order)))
-    first, rest = ranked.filter(F.col(_NUMBER) == 1), ranked.filter(F.col(_NUMBER) > 1)
-    return single.select(events.columns).unionByName(first.select(events.columns)), rest.select(events.columns)
+    winner = F.first("user_id").over(order)
+    lost = rows.withColumn("_winner", winner).filter(F.col("user_id") != F.col("_winner")).select(*_JOINED).distinct()
+    marked = events.withColumn(KEY_HASH, key_hash()).join(
+        kept(lost).withColumn(FOREIGN, F.lit(True)), on=list(_JOINED), how="left"
+    )
+    return marked.withColumn(FOREIGN, F.coalesce(FOREIGN, F.lit(False))).drop(KEY_HASH), num_rows

@@ -1,153 +1,127 @@
-"""The event rows of the one shuffle: impressions with their encoded columns, slim clicks and orders, user profiles.
+"""Codes of the packs to ids and features: one join of the values with the vocabularies, one with users and items.
 
-Items, queries and context values are joined by value before the shuffle (Spark broadcasts what is small). A user's
-values ride in the shuffle as a row of their own, because the pass sees all rows of a user together.
+What is joined are the distinct values of a chunk, not its rows; each pack then carries the lookups of its chunk.
 """
 
 from __future__ import annotations
 
-import datetime as dt
-from collections.abc import Sequence
+from collections.abc import Iterator
 
+import pyarrow as pa
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
+from pyspark.sql import types as T
+from pyspark.sql.pandas.types import to_arrow_schema
 
-from etl.events import KIND_IMPRESSION, KIND_PROFILE
-from etl.user_pass import SORT_COLUMNS, PassPlan
-from etl.vocabulary import Vocabularies, encode, hash_index, scale
-from usr_ray.config import DAY_US, Config
-from usr_ray.schema import PADDING_ID, UNKNOWN_ID, index_column, scaled_column
+from etl.sample_rows import RowPlan, sample_rows
+from etl.tables import samples_schema
+from etl.vocabulary import EVENT_HOUR, Vocabularies, encode, hash_index, scale
+from usr_ray.config import Config
+from usr_ray.schema import FIRST_ID, PADDING_ID, PARTITION_COLUMN, UNKNOWN_ID, index_column
 
-_SLIM = (*SORT_COLUMNS, "known_time", "impression_id")
-"""What every event row has."""
-_RAW = ("request_id", "query", "position")
-_NO_TIME = dt.datetime(1, 1, 1)
-"""Puts a user's profile before all events of the user."""
-
-
-def profile_columns(config: Config, names: Sequence[str]) -> tuple[str, ...]:
-    """Sample columns that come from the user's profile row."""
-    features = config.features
-    columns = [index_column(name) for name in features.user_categories]
-    columns += [scaled_column(name) for name in features.user_numbers]
-    if config.vocabulary.kind == "fit":
-        columns.append(index_column("user_id"))
-    return tuple(name for name in names if name in columns)
+_AFTER_PASS = ("scenario", PARTITION_COLUMN, "user_key", "request_key", index_column(EVENT_HOUR))
+"""Columns that Spark adds behind the packs."""
+_MAX_BROADCAST_VALUES = 1_000_000
+"""Values of all chunks together that are sent to every task; more of them travel with their packs in a shuffle."""
 
 
-def own_columns(config: Config, names: Sequence[str]) -> tuple[str, ...]:
-    """Sample columns that the impression's own event row carries."""
-    others = set(profile_columns(config, names))
-    carried = {"user_id", "item_id", "event_time", *_RAW}
-    encoded = {n for n in names if n.endswith(("_index", "_scaled")) and n != index_column("scenario")}
-    return tuple(name for name in names if name in (carried | encoded) - others)
+def pack_features(config: Config) -> tuple[str, ...]:
+    """Features whose codes packs hold."""
+    return ("user_id", "item_id", "query", *config.features.context_categories)
 
 
-def encoded_events(
-    unique: DataFrame,
-    users: DataFrame | None,
-    items: DataFrame | None,
+def sample_frame(
+    packs: DataFrame,
+    values: DataFrame,
+    tables: tuple[DataFrame | None, DataFrame | None],
     known: Vocabularies,
     config: Config,
-    plan: PassPlan,
+    plan: RowPlan,
 ) -> DataFrame:
-    """Impressions, clicks, orders and profiles in one frame; columns that a kind lacks are null."""
-    shown = F.col("kind") == KIND_IMPRESSION
-    relevant = unique.filter(F.col("event_time") < F.timestamp_micros(F.lit(_last_relevant(plan))))
-    frames = [
-        _impressions(relevant.filter(shown), items, known, config, plan),
-        relevant.filter(~shown).select(*_SLIM),
-    ]
-    profiles = _profiles(users, known, config)
-    if profiles is not None:
-        frames.append(profiles)
-    result = frames[0]
-    for frame in frames[1:]:
-        result = result.unionByName(frame, allowMissingColumns=True)
-    return result
+    """The samples of the planned days, in the columns of the table.
+
+    Args:
+        packs: `pack` rows of the pass.
+        values: `value` rows of the pass.
+        tables: users and items, one row a key, where the configuration names features of theirs.
+        known: the vocabularies, this build's included.
+        config: names the features.
+        plan: what is written.
+    """
+    schema = samples_schema(plan.spec)
+    inner = T.StructType([column for column in schema if column.name not in _AFTER_PASS])
+    arrow_schema = to_arrow_schema(inner, timezone="UTC")
+
+    def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        return sample_rows(batches, plan, arrow_schema)
+
+    lookups = _lookups(values, tables, known, config)
+    if values.count() <= _MAX_BROADCAST_VALUES:
+        lookups = F.broadcast(lookups)
+    rows = packs.select("chunk", "targets", "events").join(lookups, on="chunk", how="inner").mapInArrow(run, inner)
+    names = F.array(*(F.lit(s) for s in config.scenarios))
+    added = {
+        "scenario": F.element_at(names, (F.col(index_column("scenario")) + 1).cast("int")),
+        PARTITION_COLUMN: F.to_date("event_time"),
+        "user_key": F.xxhash64("user_id"),
+        # A row without a request is a request of its own: null must not throw all such rows together.
+        "request_key": F.xxhash64(F.coalesce("request_id", "impression_id")),
+        index_column(EVENT_HOUR): (F.hour("event_time") + FIRST_ID).cast("bigint"),
+    }
+    return rows.select(*(added[name].alias(name) if name in added else F.col(name) for name in schema.names))
 
 
-def _last_relevant(plan: PassPlan) -> int:
-    """Events from here on cannot touch a sample: later than every window of the last impression."""
-    rules = plan.rules
-    end = (max(plan.days) + 1) * DAY_US
-    return end + max(rules.global_window, rules.click_window) + rules.order_window + rules.clock_skew + 1
-
-
-def _impressions(
-    shown: DataFrame, items: DataFrame | None, known: Vocabularies, config: Config, plan: PassPlan
+def _lookups(
+    values: DataFrame, tables: tuple[DataFrame | None, DataFrame | None], known: Vocabularies, config: Config
 ) -> DataFrame:
+    """One row a chunk: `lookups`, a list of (feature, code, value, ids, numbers), one for every code of the chunk."""
     features = config.features
-    is_sample = F.unix_date(F.to_date("event_time")).isin(list(plan.days))
-    frame = encode(shown, ["query", *features.context_categories], known, config.vocabulary)
-    for name in features.context_numbers:
-        frame = frame.withColumn(scaled_column(name), scale(F.col(name)))
-    profile = _keyed("item_id", items, features.item_categories, features.item_numbers, known, config)
-    if profile is not None:
-        frame = frame.join(profile, on="item_id", how="left")
-    columns = {index_column("query"): F.col(index_column("query"))}
-    columns |= _filled("item_id", features.item_categories, features.item_numbers)
+    names = pack_features(config)
+    number = F.lit(None).cast("int")
+    for n, name in enumerate(names):
+        number = F.when(F.col("feature") == name, F.lit(n)).otherwise(number)
+    rows = values.select("chunk", "feature", "code", "value")
     if config.vocabulary.kind == "hash":
-        columns[index_column("item_id")] = hash_index(F.col("item_id"), config.vocabulary)
-        columns[index_column("user_id")] = hash_index(F.col("user_id"), config.vocabulary)
-    for name in features.context_categories:
-        columns[index_column(name)] = F.col(index_column(name))
-    for name in features.context_numbers:
-        columns[scaled_column(name)] = F.col(scaled_column(name))
-    return frame.select(
-        *_SLIM,
-        # Impressions that are context only need not carry their text through the shuffle.
-        *(F.when(is_sample, F.col(name)).alias(name) for name in _RAW),
-        *(column.alias(name) for name, column in columns.items()),
-    )
+        rows = rows.withColumn("id", hash_index(F.col("value"), config.vocabulary))
+    else:
+        rows = rows.join(known.entries.select("feature", "value", "id"), on=["feature", "value"], how="left")
+        rows = rows.withColumn("id", F.coalesce("id", F.lit(UNKNOWN_ID).cast("bigint")))
+    ids, numbers = F.array("id"), F.array().cast("array<float>")
+    users, items = tables
+    for key, table, categories, scaled in (
+        ("user_id", users, features.user_categories, features.user_numbers),
+        ("item_id", items, features.item_categories, features.item_numbers),
+    ):
+        if table is None:
+            continue
+        owned = _owned(table, key, categories, scaled, known, config).withColumn("feature", F.lit(key))
+        rows = rows.join(owned, on=["feature", "value"], how="left")
+        mine = F.col("feature") == key
+        # A key without a row has padding for its categories and 0 for its numbers.
+        padding = F.array(*[F.lit(PADDING_ID)] * len(categories)).cast("array<bigint>")
+        zeros = F.array(*[F.lit(0.0)] * len(scaled)).cast("array<float>")
+        ids = F.when(mine, F.concat(ids, F.coalesce(f"{key}_ids", padding))).otherwise(ids)
+        numbers = F.when(mine, F.coalesce(f"{key}_numbers", zeros)).otherwise(numbers)
+    entry = F.struct(number.alias("feature"), "code", "value", ids.alias("ids"), numbers.alias("numbers"))
+    return rows.groupBy("chunk").agg(F.collect_list(entry).alias("lookups"))
 
 
-def _filled(key: str, categories: Sequence[str], numbers: Sequence[str]) -> dict[str, Column]:
-    columns = {index_column(key): F.coalesce(index_column(key), F.lit(UNKNOWN_ID).cast("bigint"))}
-    columns |= {index_column(n): F.coalesce(index_column(n), F.lit(PADDING_ID).cast("bigint")) for n in categories}
-    return columns | {scaled_column(n): F.coalesce(scaled_column(n), F.lit(0.0).cast("float")) for n in numbers}
-
-
-def _profiles(users: DataFrame | None, known: Vocabularies, config: Config) -> DataFrame | None:
-    features = config.features
-    profile = _keyed("user_id", users, features.user_categories, features.user_numbers, known, config)
-    if profile is None:
-        return None
-    columns = _filled("user_id", features.user_categories, features.user_numbers)
-    if config.vocabulary.kind == "hash":
-        del columns[index_column("user_id")]
-    return profile.select(
-        "user_id",
-        F.lit(_NO_TIME).alias("event_time"),
-        F.lit(_NO_TIME).alias("known_time"),
-        F.lit(KIND_PROFILE).alias("kind"),
-        F.lit("").alias("id"),
-        F.lit("").alias("item_id"),
-        F.lit(-1).alias("scenario"),
-        *(column.alias(name) for name, column in columns.items()),
-    )
-
-
-def _keyed(
+def _owned(
+    table: DataFrame,
     key: str,
-    table: DataFrame | None,
-    categories: Sequence[str],
-    numbers: Sequence[str],
+    categories: tuple[str, ...],
+    numbers: tuple[str, ...],
     known: Vocabularies,
     config: Config,
-) -> DataFrame | None:
-    """One row per user or item: its id and its encoded features; None where there is neither."""
-    profile = None
-    if table is not None:
-        encoded = encode(table, categories, known, config.vocabulary)
-        profile = encoded.select(
-            key,
-            *(index_column(name) for name in categories),
-            *(scale(F.col(name)).alias(scaled_column(name)) for name in numbers),
-        )
-    if config.vocabulary.kind == "hash":
-        return profile
-    ids = known.entries.filter(F.col("feature") == key).select(
-        F.col("value").alias(key), F.col("id").alias(index_column(key))
+) -> DataFrame:
+    """One row per user or item: `value` (its key), `<key>_ids` and `<key>_numbers`."""
+
+    def listed(columns: list[Column], kind: str) -> Column:
+        return F.array(*columns).cast(f"array<{kind}>")
+
+    encoded = encode(table, categories, known, config.vocabulary)
+    return encoded.select(
+        F.col(key).alias("value"),
+        listed([F.col(index_column(name)) for name in categories], "bigint").alias(f"{key}_ids"),
+        listed([scale(F.col(name)) for name in numbers], "float").alias(f"{key}_numbers"),
     )
-    return ids if profile is None else ids.join(profile, on=key, how="full_outer")

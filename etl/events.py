@@ -12,8 +12,12 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-KIND_PROFILE, KIND_IMPRESSION, KIND_CLICK, KIND_ORDER = 0, 1, 2, 3
-"""Kinds of rows, in the order of equal times: a click precedes an order, as ACTION_CLICK precedes ACTION_ORDER."""
+KIND_IMPRESSION, KIND_CLICK, KIND_ORDER = 1, 2, 3
+KIND_PAST_CLICK, KIND_PAST_ORDER = 4, 5
+"""Kinds of rows, in the order of equal times: a click precedes an order, as ACTION_CLICK precedes ACTION_ORDER.
+
+Past clicks and orders are history events that an earlier build attributed (etl/state.py), not rows of the logs.
+"""
 NO_SCENARIO = -1
 """Scenario of an order line whose shop does not know the scenario."""
 
@@ -48,9 +52,9 @@ class Events:
         """
         size = rows.num_rows
         kind = _ints(rows["kind"])
-        user_code = _codes(rows["user_id"])
+        user_code = codes(rows["user_id"])
         user = np.cumsum(np.diff(user_code, prepend=user_code[:1]) != 0)
-        item = _codes(rows["item_id"])
+        item = codes(rows["item_id"])
         impressions = np.flatnonzero(kind == KIND_IMPRESSION)
         clicks = np.flatnonzero(kind == KIND_CLICK)
         names = rows["impression_id"].take(pa.array(clicks)).combine_chunks()
@@ -63,8 +67,8 @@ class Events:
         has_name[clicks] = names.is_valid().to_numpy(zero_copy_only=False)
         return cls(
             user=user,
-            time=_micros(rows["event_time"]),
-            known=_micros(rows["known_time"]),
+            time=micros(rows["event_time"]),
+            known=micros(rows["known_time"]),
             kind=kind,
             scenario=_ints(rows["scenario"]),
             item=item,
@@ -123,14 +127,21 @@ def _ints(column: pa.ChunkedArray | pa.Array) -> Ints:
     return column.to_numpy().astype(np.int64, copy=False)
 
 
-def _micros(column: pa.ChunkedArray) -> Ints:
+def micros(column: pa.ChunkedArray) -> Ints:
+    """Microseconds since 1970 of a timestamp column without nulls."""
     return column.cast(pa.timestamp("us", tz="UTC")).cast(pa.int64()).to_numpy()
 
 
-def _codes(column: pa.ChunkedArray) -> Ints:
+def codes(column: pa.ChunkedArray) -> Ints:
     """Codes equal where the strings are equal; a null is a value of its own."""
     encoded = column.combine_chunks().dictionary_encode(null_encoding="encode")
     return _ints(encoded.indices)
+
+
+def codes_and_values(column: pa.ChunkedArray) -> tuple[Ints, pa.Array]:
+    """Code of every row, -1 where it is null, and the values that the codes stand for."""
+    encoded = column.combine_chunks().dictionary_encode()
+    return _ints(pc.fill_null(encoded.indices, -1)), encoded.dictionary
 
 
 def _ranks(ids: pa.ChunkedArray, items: pa.ChunkedArray) -> Ints:

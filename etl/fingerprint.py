@@ -1,101 +1,85 @@
-"""What the rows of a date were made from, in a few numbers: finds the dates that late events have changed.
+"""What the rows of a date are, in three numbers: finds the dates that late events have changed.
 
-Every used row has a 64-bit hash of its content. The outcome of a click is its hash mixed with its impression's, that
-of an order with its click's. Hashes are combined by exclusive or, so that the order of rows and the chunks do not
-matter. A date's rows can differ only if one of its fingerprints does.
+Each impression has a 64-bit hash of its own content; its labels and each of its histories are mixed with it. The rows
+of a date are combined by exclusive or, so that neither their order nor the chunks matter. A date's rows differ exactly
+if one of its fingerprints does (or two hashes of 64 bits agree by chance): a late event that changes no row of a date
+touches no fingerprint of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from etl.attribution import Attribution, LabelRules
-from etl.events import KIND_IMPRESSION, Events, Ints
+from etl.attribution import LabelRules
+from etl.events import Ints
+from etl.labels import Labels
 from usr_ray.config import DAY_US
 
+Hashes = NDArray[np.uint64]
+FINGERPRINTS = ("impressions", "labels", "histories")
 _WHITE = np.uint64(0x9E3779B97F4A7C15)
 _MIXERS = ((np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)), (np.uint64(27), np.uint64(0x94D049BB133111EB)))
+_BASE = 0xD6E8FEB86659FD93
+_INVERSE = pow(_BASE, -1, 1 << 64)
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """Rows with the same days (since 1970) and the exclusive or of their hashes."""
-
-    impression_day: int
-    """Day of the impression that the row is or belongs to: its own labels."""
-    first_label_day: int
-    """From this day on an impression may have the click inside its global window ..."""
-    last_label_day: int
-    """... up to the day of the click."""
-    visible_day: int | None
-    """First day on which an impression can have the event in its history; None for an impression."""
-    hash: int
+def label_hashes(row_hash: Hashes, labels: Labels) -> Hashes:
+    """Hash of each impression's labels and of the times of its first click and order."""
+    bits = labels.is_click + 2 * labels.is_order + 4 * labels.is_click_global + 8 * labels.is_order_global
+    mixed = mix(row_hash, bits.astype(np.uint64))
+    return mix(mix(mixed, labels.click_time.view(np.uint64)), labels.order_time.view(np.uint64))
 
 
-def cells(events: Events, attribution: Attribution, row_hash: Ints, rules: LabelRules) -> tuple[Ints, Ints]:
-    """The days (4, cells) of a chunk, in the order of `Cell` and -1 for no visible_day, and the hash of each cell.
+def event_hashes(value_hash: Hashes, action: Ints, time: Ints) -> Hashes:
+    """Hash of what a history shows of an event: its item and query (`value_hash`), action and time."""
+    return mix(value_hash, (time * 4 + action).view(np.uint64))
+
+
+def span_hashes(events: Hashes, first: Ints, count: Ints) -> Hashes:
+    """Hash of each run events[first:first + count]: a polynomial in its events, so that their order counts."""
+    # Prefix sums of events[j] * BASE^j, shifted back by BASE^-first: uint64 wraps round, and BASE is odd.
+    powers = _powers(_BASE, len(events) + 1)
+    back = _powers(_INVERSE, len(events) + 1)
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(events * powers[:-1], dtype=np.uint64)])
+    return mix((sums[first + count] - sums[first]) * back[first], count.view(np.uint64))
+
+
+def combined(days: Ints, hashes: Hashes) -> dict[int, int]:
+    """Day -> exclusive or of the hashes of its rows, as a signed 64-bit number."""
+    if not len(days):
+        return {}
+    order = np.argsort(days, kind="stable")
+    found, starts = np.unique(days[order], return_index=True)
+    return dict(
+        zip(found.tolist(), np.bitwise_xor.reduceat(hashes[order], starts).view(np.int64).tolist(), strict=True)
+    )
+
+
+def date_fingerprint(
+    day: int, cells: Mapping[tuple[str, int], int], rules: LabelRules, watermark: int
+) -> dict[str, Any]:
+    """The fingerprints of a day: unequal ones mean that its rows differ.
 
     Args:
-        events: one chunk.
-        attribution: of the same chunk.
-        row_hash: hash of each row's content.
-        rules: their global window says how far back a click reaches.
-    """
-    content = row_hash.view(np.uint64)
-    shown, clicks, orders = events.rows(KIND_IMPRESSION), attribution.click_rows, attribution.order_rows
-    click_hash = _mix(content[clicks], content[attribution.click_impressions])
-    # The parent of an order line is its click; where it was credited without one, its impression.
-    parent_hash = content[attribution.order_impressions]
-    parent_time = events.time[attribution.order_impressions]
-    if len(clicks):
-        has_click = attribution.order_clicks >= 0
-        parent_hash = np.where(has_click, click_hash[attribution.order_clicks], parent_hash)
-        parent_time = np.where(has_click, attribution.click_times[attribution.order_clicks], parent_time)
-    hashes = np.concatenate([content[shown], click_hash, _mix(content[orders], parent_hash)])
-
-    impression_time = events.time[np.concatenate([shown, attribution.click_impressions, attribution.order_impressions])]
-    label_time = np.concatenate([events.time[shown], attribution.click_times, parent_time])
-    visible_time = np.concatenate([
-        np.full(len(shown), -1),
-        np.maximum(events.known[clicks], attribution.click_times),
-        np.maximum(events.known[orders], attribution.order_times),
-    ])  # fmt: skip
-    first_label_time = label_time if rules.day_span else label_time - rules.global_window
-    days = np.stack([impression_time, first_label_time, label_time, visible_time]) // DAY_US
-    return _combine(days, hashes)
-
-
-def date_fingerprint(day: int, all_cells: Iterable[Cell], rules: LabelRules, watermark: int) -> dict[str, Any]:
-    """What the samples of a day were made from: unequal fingerprints mean that the rows may differ.
+        day: since 1970.
+        cells: (fingerprint, day) -> exclusive or of all its rows.
+        rules: say until when the labels of a day can change.
+        watermark: microseconds.
 
     Returns:
-        `impressions`, `labels`, `histories`: exclusive or of hashes, as hexadecimal; `final_until`: microseconds, the
-        watermark as far as it decides about the maturity of this day's rows.
+        `impressions`, `labels`, `histories`: as hexadecimal; `final_until`: microseconds, the watermark as far as it
+        decides about the maturity of this day's rows.
     """
-    impressions = labels = histories = 0
-    for cell in all_cells:
-        if cell.visible_day is None:
-            impressions ^= cell.hash if cell.impression_day == day else 0
-            continue
-        if cell.impression_day == day or cell.first_label_day <= day <= cell.last_label_day:
-            labels ^= cell.hash
-        if cell.visible_day <= day:
-            histories ^= cell.hash
     final = (day + 1) * DAY_US + rules.global_window + rules.order_window
-    return {
-        "impressions": f"{impressions:016x}",
-        "labels": f"{labels:016x}",
-        "histories": f"{histories:016x}",
-        "final_until": min(watermark, final),
-    }
+    hashes = {name: f"{cells.get((name, day), 0) % (1 << 64):016x}" for name in FINGERPRINTS}
+    return hashes | {"final_until": min(watermark, final)}
 
 
-def _mix(first: NDArray[np.uint64], second: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mix(first: Hashes, second: Hashes) -> Hashes:
     """A hash of an ordered pair (splitmix64's finaliser); numpy's integers wrap round."""
     mixed = first * _WHITE + second
     for shift, factor in _MIXERS:
@@ -103,10 +87,7 @@ def _mix(first: NDArray[np.uint64], second: NDArray[np.uint64]) -> NDArray[np.ui
     return mixed ^ (mixed >> np.uint64(31))
 
 
-def _combine(days: Ints, hashes: NDArray[np.uint64]) -> tuple[Ints, Ints]:
-    if not len(hashes):
-        return days, hashes.view(np.int64)
-    places, owner = np.unique(days, axis=1, return_inverse=True)
-    order = np.argsort(owner.ravel(), kind="stable")
-    starts = np.searchsorted(owner.ravel()[order], np.arange(places.shape[1]))
-    return places, np.bitwise_xor.reduceat(hashes[order], starts).view(np.int64)
+def _powers(base: int, size: int) -> Hashes:
+    factors = np.full(size, base, dtype=np.uint64)
+    factors[:1] = 1
+    return np.cumprod(factors, dtype=np.uint64)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from etl.attribution import Attribution
-from etl.events import Bools, Events, GroupedTimes, Ints
+from etl.events import KIND_ORDER, Bools, Events, GroupedTimes, Ints
 from usr_ray.schema import ACTION_CLICK, ACTION_ORDER
 
 _MAX_GATHER = 1 << 22
@@ -26,7 +26,9 @@ class HistoryEvents:
     known: Ints
     action: Ints
     impression: Ints
-    """Row of the impression that the event belongs to: its item and query are the event's."""
+    """Row that has the event's item and query: the impression it belongs to, or a past event's own."""
+    row: Ints
+    """The event's own row."""
     index: GroupedTimes
     latest_known: Ints
     """Latest `known` of the user's events up to and including this one."""
@@ -40,14 +42,27 @@ class Ranges:
     offsets: Ints
 
 
-def history_events(events: Events, attribution: Attribution, scenario: int) -> HistoryEvents:
-    """The events attributed to one scenario: every click at its time, every credited order line at its own."""
-    of_clicks = events.scenario[attribution.click_impressions] == scenario
-    of_orders = events.scenario[attribution.order_impressions] == scenario
-    rows = np.concatenate([attribution.click_rows[of_clicks], attribution.order_rows[of_orders]])
-    time = np.concatenate([attribution.click_times[of_clicks], attribution.order_times[of_orders]])
+def history_events(
+    events: Events, attribution: Attribution, scenario: int, since: int = np.iinfo(np.int64).min
+) -> HistoryEvents:
+    """The events attributed to one scenario: every click at its time, every credited order line at its own.
+
+    Args:
+        events: one chunk.
+        attribution: of the same chunk.
+        scenario: its position in the configuration's scenarios.
+        since: microseconds; earlier events come from the chunk's past events, not from its clicks and orders.
+    """
+    of_clicks = (events.scenario[attribution.click_impressions] == scenario) & (attribution.click_times >= since)
+    of_orders = (events.scenario[attribution.order_impressions] == scenario) & (attribution.order_times >= since)
+    past = np.flatnonzero((events.kind > KIND_ORDER) & (events.scenario == scenario) & (events.time < since))
+    rows = np.concatenate([past, attribution.click_rows[of_clicks], attribution.order_rows[of_orders]])
+    time = np.concatenate([events.time[past], attribution.click_times[of_clicks], attribution.order_times[of_orders]])
     action = np.repeat([ACTION_CLICK, ACTION_ORDER], [of_clicks.sum(), of_orders.sum()])
-    impression = np.concatenate([attribution.click_impressions[of_clicks], attribution.order_impressions[of_orders]])
+    action = np.concatenate([events.kind[past] - KIND_ORDER, action])
+    impression = np.concatenate([
+        past, attribution.click_impressions[of_clicks], attribution.order_impressions[of_orders]
+    ])  # fmt: skip
     user = events.user[rows]
     # Clicks and orders come sorted by (time, id) each, clicks first, and lexsort is stable: ties stay by (action, id).
     order = np.lexsort((time, user))
@@ -58,9 +73,33 @@ def history_events(events: Events, attribution: Attribution, scenario: int) -> H
         known=known,
         action=action[order],
         impression=impression[order],
+        row=rows[order],
         index=GroupedTimes(user, time[order]),
         latest_known=_running_max(user, known),
     )
+
+
+def last_spans(history: HistoryEvents, users: Ints, times: Ints, length: int) -> tuple[Ints, Ints, Bools]:
+    """The last `length` events strictly before each time as (first, count), and where some were not known by then.
+
+    Arguments as for `last_events`. The events of a row marked late are not the ones of its span.
+    """
+    start = history.index.start(users)
+    stop = history.index.before(users, times)
+    counts = np.minimum(stop - start, length)
+    late = np.zeros(len(users), dtype=np.bool_)
+    if len(history.user):
+        late = (stop > start) & (history.latest_known[stop - 1] > times)
+    return stop - counts, counts, late
+
+
+def num_visible(history: HistoryEvents, users: Ints, times: Ints) -> Ints:
+    """How many of a user's events lie strictly before each time and were known by it.
+
+    What is visible only grows, so that two times of a user with equal numbers see the same events.
+    """
+    visible = GroupedTimes(history.user, np.maximum(history.known, history.time + 1))
+    return visible.until(users, times) - visible.start(users)
 
 
 def last_events(history: HistoryEvents, users: Ints, times: Ints, length: int) -> Ranges:

@@ -1,8 +1,8 @@
 """Late events: find the dates whose rows they change, and build those again; the others stay as they are.
 
-Each report keeps a fingerprint of what its date was made from. The current logs give new fingerprints in one slim pass
-without histories; dates whose fingerprints differ are touched. The vocabularies stay as they are, so that the restated
-dates equal those of a full rebuild over the same vocabularies, row for row.
+Each report keeps a fingerprint of the rows of its date. The pass over the current logs gives new ones; dates whose
+fingerprints differ are touched, and what the pass has staged of them is written. The vocabularies stay as they are, so
+that the restated dates equal those of a full rebuild over the same vocabularies, row for row.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ from etl.account import UNDATED, Account
 from etl.attribution import LabelRules
 from etl.checks import DataCheckError
 from etl.fingerprint import date_fingerprint
-from etl.inputs import audited, day_of, make_plan, read_inputs
+from etl.inputs import day_of, make_plan, open_logs, run_pass
+from etl.packs import EVENT, VALUE
 from etl.report_files import read_reports
-from etl.samples import Job, Progress, accounted, described, write_dates
+from etl.samples import Job, Progress, accounted, described, row_plan, write_dates
+from etl.staging import staging_folder
+from etl.state import find_state, write_state
 from etl.table_checks import check_tables
 from etl.tables import Lake
 from etl.vocabulary import existing_vocabularies, feature_spec
@@ -54,27 +57,32 @@ def restate_samples(
     reports = {date: report for date, report in read_reports(spark, lake).items() if _asked_for(request, date)}
     if not reports:
         raise DataCheckError(f"--restate: {lake.root} has no reports of the dates asked for; build them with --dates")
-    inputs = read_inputs(spark, config, request.logs)
-    progress(described(inputs.account))
-    plan = make_plan(config, inputs, request.watermark)
-    rows = audited(spark, inputs, plan)
-    progress(accounted(inputs.account))
-
-    touched = touched_dates(reports, inputs.account, plan.rules, plan.watermark)
-    recounted = [
-        date for date, report in reports.items() if date in touched or _recounted(date, report, inputs.account)
-    ]
-    for date, reasons in touched.items():
-        progress(f"{date}: changed {', '.join(reasons)}")
-    if not recounted:
-        progress(f"nothing to restate in {len(reports)} dates")
-        return {}
-    known = existing_vocabularies(spark, config, lake)
-    days = tuple(day_of(date) for date in touched)
-    plan = replace(plan, spec=feature_spec(config, known.max_ids), days=days)
-    job = Job(spark=spark, config=config, lake=lake, inputs=inputs, audited=rows, plan=plan, known=known,
-              progress=progress)  # fmt: skip
-    write_dates(job, _dates(touched), _dates(recounted))
+    logs = open_logs(spark, config, request.logs)
+    progress(f"reading {len(logs.logs)} event logs")
+    plan = make_plan(config, tuple(map(day_of, reports)))
+    with staging_folder(spark, lake) as folder:
+        inputs = run_pass(spark, logs, plan, folder)
+        progress(described(inputs.account))
+        progress(accounted(inputs.account))
+        # Events may have changed that only dates yet to come show.
+        before = find_state(spark, config, lake, dt.date.max)
+        last = max(dt.date.fromisoformat(max(reports)), before.complete_until or dt.date.min)
+        whole = replace(before, since=None, complete_until=last if before.complete_until else None)
+        write_state(spark, config, lake, whole, inputs.staged(EVENT), inputs.staged(VALUE), last)
+        known = existing_vocabularies(spark, config, lake)
+        rows = row_plan(config, feature_spec(config, known.max_ids), inputs.account, request.watermark, plan.days)
+        touched = touched_dates(reports, inputs.account, plan.rules, rows.watermark)
+        recounted = [
+            date for date, report in reports.items() if date in touched or _recounted(date, report, inputs.account)
+        ]
+        for date, reasons in touched.items():
+            progress(f"{date}: changed {', '.join(reasons)}")
+        if not recounted:
+            progress(f"nothing to restate in {len(reports)} dates")
+            return {}
+        rows = replace(rows, days=tuple(map(day_of, touched)))
+        job = Job(spark=spark, config=config, lake=lake, inputs=inputs, plan=rows, known=known, progress=progress)
+        write_dates(job, _dates(touched), _dates(recounted))
     return touched
 
 

@@ -4,40 +4,36 @@ from __future__ import annotations
 
 import datetime as dt
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
-import pyarrow as pa
-from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql import functions as F
-from pyspark.sql import types as T
-from pyspark.sql.pandas.types import to_arrow_schema
+from pyspark.sql import SparkSession
 
 from etl.account import UNDATED, Account
+from etl.attribution import LabelRules
 from etl.checks import AccountingError, DataCheckError
 from etl.cold_start import mark_new
-from etl.encoding import encoded_events, own_columns, profile_columns
+from etl.encoding import pack_features, sample_frame
 from etl.fingerprint import date_fingerprint
-from etl.inputs import Inputs, audited, day_of, iso_time, make_plan, num_tasks, read_inputs
+from etl.inputs import Inputs, day_of, iso_time, make_plan, open_logs, run_pass, watermark_of
+from etl.packs import EVENT, PACK, VALUE
 from etl.report import SampleCounts, count_samples, date_report, funnel_lines, warnings_of
 from etl.report_files import write_report
+from etl.sample_rows import RowPlan
+from etl.staging import staging_folder
+from etl.state import State, find_state, past_events, value_counts, write_state
 from etl.table_checks import check_tables
 from etl.tables import (
     Lake,
     any_date_condition,
     prepare_samples,
     replace_dates,
-    samples_schema,
     table_version,
     write_rejects,
 )
-from etl.user_pass import SORT_COLUMNS, PassPlan, samples
-from etl.vocabulary import EVENT_HOUR, Vocabularies, grow_vocabularies
+from etl.vocabulary import Vocabularies, grow_vocabularies
 from usr_ray.config import Config
-from usr_ray.schema import FIRST_ID, PARTITION_COLUMN, SAMPLES, index_column
-
-_AFTER_PASS = ("scenario", PARTITION_COLUMN, "user_key", "request_key", index_column(EVENT_HOUR))
-"""Columns that Spark adds behind the pass."""
+from usr_ray.schema import FIRST_ID, PARTITION_COLUMN, SAMPLES, FeatureSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,8 +73,7 @@ class Job:
     config: Config
     lake: Lake
     inputs: Inputs
-    audited: DataFrame
-    plan: PassPlan
+    plan: RowPlan
     known: Vocabularies
     progress: Progress
 
@@ -92,20 +87,44 @@ def build_samples(spark: SparkSession, config: Config, request: BuildRequest, pr
     """
     lake = request.lake
     check_tables(spark, lake, config)
-    inputs = read_inputs(spark, config, request.logs)
-    progress(described(inputs.account))
-    shown = _dates_with_impressions(request, inputs.account)
-    plan = make_plan(config, inputs, request.watermark)
-    rows = audited(spark, inputs, plan)
-    progress(accounted(inputs.account))
+    logs = open_logs(spark, config, request.logs)
+    progress(f"reading {len({log.name for log in logs.logs})} event logs")
+    dates = [date.isoformat() for date in request.dates]
+    state = find_state(spark, config, lake, request.first)
+    plan = make_plan(config, tuple(map(day_of, dates)), state.since_us)
+    first_row = state.first_row(plan.rules, whole_days=bool(plan.max_user_day_rows))
+    past = None if first_row is None else past_events(spark, lake, state)
+    progress(read_from(state, first_row))
+    with staging_folder(spark, lake) as folder:
+        inputs = run_pass(spark, logs, plan, folder, first_row=first_row, past=past)
+        progress(described(inputs.account))
+        progress(accounted(inputs.account))
+        _check_dates(request, inputs.account)
+        counts = value_counts(spark, lake, state, inputs.staged(VALUE))
+        known, spec = grow_vocabularies(spark, config, lake, counts, (inputs.users, inputs.items), dates)
+        prepare_samples(spark, lake, spec, config)
+        progress("vocabularies: " + ", ".join(f"{f.name} {f.num_embeddings - FIRST_ID:,}" for f in spec.sparse))
+        rows = row_plan(config, spec, inputs.account, request.watermark, plan.days)
+        job = Job(spark=spark, config=config, lake=lake, inputs=inputs, plan=rows, known=known, progress=progress)
+        found = write_dates(job, request.dates, request.dates)
+        write_state(spark, config, lake, state, inputs.staged(EVENT), inputs.staged(VALUE), request.last)
+        return found
 
-    known, spec = grow_vocabularies(spark, config, lake, inputs.impressions, (inputs.users, inputs.items), shown)
-    prepare_samples(spark, lake, spec, config)
-    progress("vocabularies: " + ", ".join(f"{f.name} {f.num_embeddings - FIRST_ID:,}" for f in spec.sparse))
-    plan = replace(plan, spec=spec, days=tuple(day_of(date.isoformat()) for date in request.dates))
-    job = Job(spark=spark, config=config, lake=lake, inputs=inputs, audited=rows, plan=plan, known=known,
-              progress=progress)  # fmt: skip
-    return write_dates(job, request.dates, request.dates)
+
+def row_plan(
+    config: Config, spec: FeatureSpec, account: Account, watermark: dt.datetime | None, days: Sequence[int]
+) -> RowPlan:
+    """How the rows of some days are written; the watermark is by default the newest event of all logs."""
+    features = config.features
+    return RowPlan(
+        rules=LabelRules.from_config(config.labels),
+        spec=spec,
+        watermark=watermark_of(account, watermark),
+        days=tuple(days),
+        features=pack_features(config),
+        owned_categories={"user_id": features.user_categories, "item_id": features.item_categories},
+        owned_numbers={"user_id": features.user_numbers, "item_id": features.item_numbers},
+    )
 
 
 def write_dates(job: Job, dates: Sequence[dt.date], reported: Sequence[dt.date]) -> SampleCounts:
@@ -114,7 +133,10 @@ def write_dates(job: Job, dates: Sequence[dt.date], reported: Sequence[dt.date])
     path = lake.path(SAMPLES)
     names = {date.isoformat() for date in dates}
     if dates:
-        frame = sample_frame(job.inputs, job.config, job.known, job.plan, num_tasks(spark, job.inputs, names))
+        inputs = job.inputs
+        frame = sample_frame(
+            inputs.staged(PACK), inputs.staged(VALUE), (inputs.users, inputs.items), job.known, job.config, job.plan
+        )
         replace_dates(frame, path, any_date_condition(PARTITION_COLUMN, dates))
     version = table_version(spark, path)
     written = spark.read.format("delta").option("versionAsOf", version).load(path)
@@ -143,30 +165,11 @@ def write_dates(job: Job, dates: Sequence[dt.date], reported: Sequence[dt.date])
     return counts
 
 
-def sample_frame(inputs: Inputs, config: Config, known: Vocabularies, plan: PassPlan, num_partitions: int) -> DataFrame:
-    """The samples of the planned days, in the columns of the table."""
-    schema = samples_schema(plan.spec)
-    inner = T.StructType([column for column in schema if column.name not in _AFTER_PASS])
-    arrow_schema = to_arrow_schema(inner, timezone="UTC")
-    plan = replace(
-        plan, own_columns=own_columns(config, inner.names), profile_columns=profile_columns(config, inner.names)
-    )
-
-    def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        return samples(batches, plan, arrow_schema)
-
-    events = encoded_events(inputs.unique, inputs.users, inputs.items, known, config, plan)
-    rows = events.repartition(num_partitions, "user_id").sortWithinPartitions(*SORT_COLUMNS).mapInArrow(run, inner)
-    names = F.array(*(F.lit(s) for s in config.scenarios))
-    added = {
-        "scenario": F.element_at(names, (F.col(index_column("scenario")) + 1).cast("int")),
-        PARTITION_COLUMN: F.to_date("event_time"),
-        "user_key": F.xxhash64("user_id"),
-        # A row without a request is a request of its own: null must not throw all such rows together.
-        "request_key": F.xxhash64(F.coalesce("request_id", "impression_id")),
-        index_column(EVENT_HOUR): (F.hour("event_time") + FIRST_ID).cast("bigint"),
-    }
-    return rows.select(*(added[name].alias(name) if name in added else F.col(name) for name in schema.names))
+def read_from(state: State, first_row: int | None) -> str:
+    """A progress line about what is read instead of being attributed again."""
+    if first_row is None:
+        return "no state of earlier dates: all logs are read"
+    return f"events before {state.since} are known; the logs are read from {iso_time(first_row)} on"
 
 
 def described(account: Account) -> str:
@@ -183,11 +186,10 @@ def accounted(account: Account) -> str:
     return f"attributed: {used:,} events used, {rejects:,} rejected, {duplicates:,} duplicates"
 
 
-def _dates_with_impressions(request: BuildRequest, account: Account) -> list[str]:
-    found = sorted(d for d in account.impression_dates if request.first.isoformat() <= d <= request.last.isoformat())
-    if found:
-        return found
+def _check_dates(request: BuildRequest, account: Account) -> None:
     dates = account.impression_dates
+    if any(request.first.isoformat() <= date <= request.last.isoformat() for date in dates):
+        return
     there = f"{min(dates)}:{max(dates)}" if dates else "none"
     reasons = sorted({reason for by_reason in account.reasons.values() for reason in by_reason})
     hint = f" (rows were rejected as: {', '.join(reasons)})" if reasons and not dates else ""
@@ -199,9 +201,6 @@ def _dates_with_impressions(request: BuildRequest, account: Account) -> list[str
 
 def _write_rejects(job: Job, dates: Sequence[dt.date]) -> None:
     """Rejects of the given dates, of rows without a date, and of dates that have no impressions and so no build."""
-    rejected = job.audited.filter(F.col("reason").isNotNull()).select("log", "reason", "row", "date")
-    if job.inputs.account.num_unusable:
-        rejected = rejected.unionByName(job.inputs.unusable)
     every = sorted({*dates, *job.inputs.account.dates_without_impressions})
     condition = " OR ".join(["date IS NULL", *([any_date_condition("date", every)] if every else [])])
-    write_rejects(job.spark, job.lake, rejected.filter(condition), condition)
+    write_rejects(job.spark, job.lake, job.inputs.rejects.filter(condition), condition)

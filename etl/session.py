@@ -33,6 +33,8 @@ ROW_GROUP_BYTES = 256 << 20
 
 MIN_FILE_BYTES, MAX_FILE_BYTES = 128 << 20, 512 << 20
 """OPTIMIZE merges files of a date below the one size into files of up to the other."""
+CHUNK_BATCH_BYTES = 32 << 20
+"""And its bytes, about: a pack of the second pass is one row of some megabytes."""
 
 _SHIPPED = ("etl/**/*.py", "usr_ray/__init__.py", "usr_ray/schema.py", "usr_ray/config*.py")
 """What the Python workers need of this package."""
@@ -53,6 +55,7 @@ DEFAULTS = {
     "spark.sql.adaptive.enabled": "true",
     "spark.sql.autoBroadcastJoinThreshold": str(32 << 20),
     "spark.sql.execution.arrow.maxRecordsPerBatch": str(CHUNK_BATCH_ROWS),
+    "spark.sql.execution.arrow.maxBytesPerBatch": str(CHUNK_BATCH_BYTES),
     "spark.sql.parquet.compression.codec": "zstd",
     # Options of a DataFrameWriter do not reach Delta's Parquet files, and OPTIMIZE has none: so they stand here.
     "spark.hadoop.parquet.block.row.count.limit": str(ROW_GROUP_ROWS),

@@ -26,7 +26,8 @@ from usr_ray.schema import (
     index_column,
 )
 
-TABLES = (SAMPLES, REJECTS, VOCABULARIES)
+STATE = "state"
+TABLES = (SAMPLES, REJECTS, VOCABULARIES, STATE)
 """Delta tables of a lake."""
 CONFIG_PROPERTY = "usr_ray.etl_config"
 """Delta table property of the samples: the configuration keys that decide what a row means."""
@@ -39,7 +40,7 @@ TABLE_PROPERTIES = SWITCHED_OFF | {
     "delta.deletedFileRetentionDuration": "interval 60 days",
 }
 """Properties of every table of a lake."""
-STATISTICS = {SAMPLES: "event_time,scenario_index", REJECTS: "log", VOCABULARIES: "id"}
+STATISTICS = {SAMPLES: "event_time,scenario_index", REJECTS: "log", VOCABULARIES: "id", STATE: "part"}
 """Columns whose least and greatest values Delta keeps for each file: what readers and builds filter by."""
 
 REJECTS_SCHEMA = T.StructType([
@@ -119,6 +120,8 @@ def row_meaning(config: Config) -> dict[str, Any]:
     # "60 minutes" is "1 hour", and an empty global window is the click window.
     for name in ("click_window", "order_window", "global_window", "clock_skew"):
         meaning["labels"][name] = f"{getattr(config.labels, f'{name}_us') / 1e6:g} s"
+    if config.limits.max_user_events_per_day:
+        meaning["limits"] = raw["limits"]
     meaning["vocabulary"] = {"kind": config.vocabulary.kind}
     if config.vocabulary.kind == "hash":
         meaning["vocabulary"]["num_buckets"] = config.vocabulary.num_buckets
@@ -144,16 +147,22 @@ def prepare_samples(spark: SparkSession, lake: Lake, spec: FeatureSpec, config: 
             CONFIG_PROPERTY: json.dumps(row_meaning(config), sort_keys=True),
         }
         properties |= {f"delta.constraints.{name}": rule for name, rule in label_constraints().items()}
-        _create(spark, lake, SAMPLES, samples_schema(spec), PARTITION_COLUMN, properties)
+        create_table(spark, lake, SAMPLES, samples_schema(spec), PARTITION_COLUMN, properties)
     elif table_properties(spark, path).get(FEATURE_SPEC_PROPERTY) != spec.to_json():
         # The spec is JSON of names checked by the configuration; quotes are doubled for SQL all the same.
         value = spec.to_json().replace("\\", "\\\\").replace("'", "\\'")
         spark.sql(f"ALTER TABLE delta.`{path}` SET TBLPROPERTIES ('{FEATURE_SPEC_PROPERTY}' = '{value}')")
 
 
-def replace_dates(frame: DataFrame, path: str, condition: str) -> None:
-    """Replace the rows that meet `condition` by `frame`, in one commit; nothing else of the table changes."""
-    frame.write.format("delta").mode("overwrite").option("replaceWhere", condition).save(path)
+def replace_dates(frame: DataFrame, path: str, condition: str, metadata: str = "") -> None:
+    """Replace the rows that meet `condition` by `frame`, in one commit; nothing else of the table changes.
+
+    `metadata` is a text that the commit carries (`userMetadata` in the table's history).
+    """
+    writer = frame.write.format("delta").mode("overwrite").option("replaceWhere", condition)
+    if metadata:
+        writer = writer.option("userMetadata", metadata)
+    writer.save(path)
 
 
 def dates_condition(column: str, first: dt.date, last: dt.date) -> str:
@@ -176,7 +185,7 @@ def write_rejects(spark: SparkSession, lake: Lake, rejects: DataFrame, condition
     """Replace the rejects that meet `condition`; creates the table."""
     path = lake.path(REJECTS)
     if not lake.has(spark, REJECTS):
-        _create(spark, lake, REJECTS, REJECTS_SCHEMA, "date")
+        create_table(spark, lake, REJECTS, REJECTS_SCHEMA, "date")
     replace_dates(rejects, path, condition)
 
 
@@ -184,11 +193,11 @@ def append_vocabularies(spark: SparkSession, lake: Lake, entries: DataFrame) -> 
     """Append ids; creates the table."""
     path = lake.path(VOCABULARIES)
     if not lake.has(spark, VOCABULARIES):
-        _create(spark, lake, VOCABULARIES, VOCABULARIES_SCHEMA, "feature")
+        create_table(spark, lake, VOCABULARIES, VOCABULARIES_SCHEMA, "feature")
     entries.write.format("delta").mode("append").save(path)
 
 
-def _create(
+def create_table(
     spark: SparkSession,
     lake: Lake,
     table: str,
@@ -196,6 +205,7 @@ def _create(
     partition: str,
     properties: Mapping[str, str] | None = None,
 ) -> None:
+    """Create one of a lake's tables, where there is none yet."""
     builder = DeltaTable.createIfNotExists(spark).location(lake.path(table))
     builder = builder.addColumns(schema).partitionedBy(partition)
     every = {**TABLE_PROPERTIES, "delta.dataSkippingStatsColumns": STATISTICS[table], **(properties or {})}

@@ -57,23 +57,16 @@ def value_features(config: Config) -> tuple[tuple[str, str], ...]:
     )
 
 
-def count_values(impressions: DataFrame, users: DataFrame | None, items: DataFrame | None, config: Config) -> DataFrame:
+def count_values(per_date: DataFrame, users: DataFrame | None, items: DataFrame | None, config: Config) -> DataFrame:
     """Impressions that carry each value: columns feature, value, count. Nulls are no value.
 
     Args:
-        impressions: unique impressions of the fitting dates with user_id, item_id, query and the context categories.
+        per_date: impressions of the fitting dates that carry a value: feature, value, date, count.
         users: one row per user, or None where the configuration names no feature of theirs.
         items: one row per item, or None likewise.
         config: names the features.
     """
-    direct = ["user_id", "item_id", "query", *config.features.context_categories]
-    counts = kept(
-        impressions.select(direct)
-        .unpivot([], [F.col(name) for name in direct], "feature", "value")
-        .filter(F.col("value").isNotNull())
-        .groupBy("feature", "value")
-        .count()
-    )
+    counts = kept(per_date.groupBy("feature", "value").agg(F.sum("count").alias("count")))
     result = counts
     for key, table, names in (
         ("user_id", users, config.features.user_categories),
@@ -122,11 +115,23 @@ def existing_vocabularies(spark: SparkSession, config: Config, lake: Lake) -> Vo
     return read_vocabularies(spark, path, table_version(spark, path) if there else None)
 
 
+def fitting_dates(spark: SparkSession, config: Config, lake: Lake, dates: Iterable[str]) -> set[str]:
+    """The dates that the vocabularies are fitted on: those built and those to build, inside the training dates."""
+    fitting = set(dates)
+    if lake.has(spark, SAMPLES):
+        rows = spark.read.format("delta").load(lake.path(SAMPLES)).select(PARTITION_COLUMN).distinct().collect()
+        fitting |= {row[0].isoformat() for row in rows}
+    if config.data.train_dates:
+        first, last = parse_dates(config.data.train_dates, where="data.train_dates")
+        fitting = {date for date in fitting if first.isoformat() <= date <= last.isoformat()}
+    return fitting
+
+
 def grow_vocabularies(
     spark: SparkSession,
     config: Config,
     lake: Lake,
-    impressions: DataFrame,
+    per_date: DataFrame,
     tables: tuple[DataFrame | None, DataFrame | None],
     dates: Iterable[str],
 ) -> tuple[Vocabularies, FeatureSpec]:
@@ -136,22 +141,16 @@ def grow_vocabularies(
         spark: the session.
         config: names the features and the training dates.
         lake: its vocabularies grow.
-        impressions: unique impressions of all logs.
+        per_date: impressions that carry a value: feature, value, date, count; of every fitting date.
         tables: users and items, where the configuration names features of theirs.
         dates: dates that are being built; with those built before, they are the ones fitted on.
     """
     known = existing_vocabularies(spark, config, lake)
     if config.vocabulary.kind == "hash":
         return known, feature_spec(config, {})
-    fitting = set(dates)
-    if lake.has(spark, SAMPLES):
-        rows = spark.read.format("delta").load(lake.path(SAMPLES)).select(PARTITION_COLUMN).distinct().collect()
-        fitting |= {row[0].isoformat() for row in rows}
-    if config.data.train_dates:
-        first, last = parse_dates(config.data.train_dates, where="data.train_dates")
-        fitting = {date for date in fitting if first.isoformat() <= date <= last.isoformat()}
-    shown = impressions.filter(F.to_date("event_time").isin([dt.date.fromisoformat(d) for d in sorted(fitting)]))
-    fresh, max_ids = new_entries(count_values(shown, *tables, config), known, config.vocabulary.min_count)
+    fitting = [dt.date.fromisoformat(date) for date in sorted(fitting_dates(spark, config, lake, dates))]
+    counted = per_date.filter(F.col("date").isin(fitting))
+    fresh, max_ids = new_entries(count_values(counted, *tables, config), known, config.vocabulary.min_count)
     if max_ids != known.max_ids:
         append_vocabularies(spark, lake, fresh)
         known = Vocabularies(kept(spark.read.format("delta").load(lake.path(VOCABULARIES))), max_ids)

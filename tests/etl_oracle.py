@@ -5,6 +5,7 @@ Times are whole microseconds. A row is a dict; `scenario` is its position in the
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ class Windows:
     skew: int = 0
     day_span: bool = False
     credit_impression: bool = False
+    max_user_day_rows: int = 0
 
 
 @dataclass
@@ -54,6 +56,8 @@ class Expected:
     rejects: dict[tuple[str, str, str], str]
     """("click" or "order", id, item) -> reason."""
     duplicates: dict[str, int]
+    capped: int = 0
+    """Rows of users' days beyond the limit."""
 
 
 def unique(rows: list[Row], key: tuple[str, ...]) -> list[Row]:
@@ -71,6 +75,12 @@ def expected(world: World, windows: Windows, *, num_scenarios: int, length: int,
     impressions = unique(world.impressions, ("id",))
     clicks = unique(world.clicks, ("scenario", "id"))
     orders = unique(world.orders, ("id", "item"))
+    duplicates = {
+        "impressions": len(world.impressions) - len(impressions),
+        "clicks": len(world.clicks) - len(clicks),
+        "orders": len(world.orders) - len(orders),
+    }
+    impressions, clicks, orders, capped = without_giants(impressions, clicks, orders, windows.max_user_day_rows)
     rejects: dict[tuple[str, str, str], str] = {}
     good_clicks, good_orders = [], []
     for click in clicks:
@@ -93,12 +103,16 @@ def expected(world: World, windows: Windows, *, num_scenarios: int, length: int,
     samples = {
         i["id"]: sample(i, good_clicks, good_orders, windows, num_scenarios, length, watermark) for i in impressions
     }
-    duplicates = {
-        "impressions": len(world.impressions) - len(impressions),
-        "clicks": len(world.clicks) - len(clicks),
-        "orders": len(world.orders) - len(orders),
-    }
-    return Expected(samples, rejects, duplicates)
+    return Expected(samples, rejects, duplicates, capped)
+
+
+def without_giants(impressions: list[Row], clicks: list[Row], orders: list[Row], most: int) -> tuple:
+    """limits.max_user_events_per_day: a day on which a user has more rows is taken out whole, before anything else."""
+    every = [*impressions, *clicks, *orders]
+    rows = Counter((row["user"], row["time"] // DAY) for row in every)
+    over = {place for place, count in rows.items() if most and count > most}
+    kept = [[r for r in part if (r["user"], r["time"] // DAY) not in over] for part in (impressions, clicks, orders)]
+    return *kept, len(every) - sum(map(len, kept))
 
 
 def find_impression(click: Row, impressions: list[Row], w: Windows) -> tuple[Row | None, str]:

@@ -22,6 +22,7 @@ from usr_ray.config_etl import (
     KuaiSarConfig,
     KuaiSearchConfig,
     LabelsConfig,
+    LimitsConfig,
     SimulatedConfig,
     VocabularyConfig,
 )
@@ -191,6 +192,7 @@ class Config:
     logs: Mapping[str, LogConfig] = field(default_factory=dict)
     """Logs that are made from the shop's own files; the others are entries of the --logs folder."""
     histories: HistoriesConfig = field(default_factory=HistoriesConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     data: DataConfig = field(default_factory=DataConfig)

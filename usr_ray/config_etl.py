@@ -74,6 +74,19 @@ class HistoriesConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LimitsConfig:
+    """Users that are no people (docs/tables.md, rejects)."""
+
+    max_user_events_per_day: int = 0
+    """Log rows (impressions, clicks, order lines) of a user on a UTC day; a day with more is taken out. 0: off."""
+
+    def __post_init__(self) -> None:
+        require(self.max_user_events_per_day >= 0,
+                f"limits.max_user_events_per_day must not be negative (0: no limit), got {self.max_user_events_per_day}"
+                )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class VocabularyConfig:
     """How raw ids become rows of an embedding table."""
 

@@ -93,7 +93,9 @@ def random_shop(seed: int, num_impressions: int = 500) -> Shop:
         for _ in range(len(rows) // 12):
             rows.append(dict(pick(rows)))  # exact duplicates
         for _ in range(len(rows) // 25):
-            rows.append(pick(rows) | {"time": int(rng.integers(DAYS * 24 * 60)) * MINUTE, "user": pick(users)})
+            row = pick(rows)  # within half a day: builds that read the state see no duplicates further apart
+            time = row["time"] + int(rng.integers(-720, 720)) * MINUTE + 1
+            rows.append(row | {"time": min(max(time, 0), DAYS * 1440 * MINUTE - 1), "user": pick(users)})
     for row in (*world.impressions, *world.clicks, *world.orders):
         row["known"] = max(row["known"], row["time"])
     time = moment(90 * MINUTE)

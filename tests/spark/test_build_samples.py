@@ -295,7 +295,7 @@ def test_reports_add_up(lake: Path, shop: Shop, wanted: Expected, samples: dict)
 
 
 def test_a_rerun_gives_the_same_table_and_other_partitions_too(
-    spark: SparkSession, lake: Path, logs: Path, tmp_path: Path
+    spark: SparkSession, lake: Path, logs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def content() -> tuple:
         return (
@@ -305,6 +305,7 @@ def test_a_rerun_gives_the_same_table_and_other_partitions_too(
         )
 
     before, version = content(), table_version(spark, str(lake / "samples"))
+    monkeypatch.setattr("etl.inputs.MAX_ROWS_PER_TASK", 90)  # more than ten tasks instead of two
     spark.conf.set("spark.sql.shuffle.partitions", "5")
     spark.conf.set("spark.sql.autoBroadcastJoinThreshold", "-1")
     try:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import datetime as dt
+import hashlib
+import os
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from etl.attribution import REASONS, LabelRules, attribute
@@ -14,6 +18,13 @@ from etl.events import KIND_CLICK, KIND_IMPRESSION, KIND_ORDER, NO_SCENARIO, Eve
 from etl.histories import history_events, last_events
 from etl.labels import NO_TIME, label, mature
 from tests.etl_oracle import Expected, Windows, World
+
+
+def depth(examples: int) -> Any:
+    """Settings of a hypothesis test: a few worlds by default, thousands with HYPOTHESIS_PROFILE=deep."""
+    factor = 50 if os.environ.get("HYPOTHESIS_PROFILE") == "deep" else 1
+    return settings(max_examples=examples * factor, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
 
 NOON = int(dt.datetime(2026, 1, 1, 23, 59, 50, tzinfo=dt.UTC).timestamp()) * 1_000_000
 """Close to midnight, so that worlds of some seconds hold two UTC days."""
@@ -43,6 +54,73 @@ def table(world: World) -> pa.Table:
             result.schema.get_field_index(name), name, result[name].cast(pa.timestamp("us", tz="UTC"))
         )
     return result
+
+
+def event_rows(world: World) -> pa.Table:
+    """The rows of a world as Spark hands them to the pass: grouped by user_key, hashed, duplicates of others marked."""
+    queries = {(i["id"], i["user"], i["time"]): i["query"] for i in world.impressions}
+    extra: dict[str, list[Any]] = {name: [] for name in _EXTRA.names}
+    rows = table(world).to_pylist()
+    winners: dict[Any, tuple] = {}
+    for row in rows:
+        key = key_of(row)
+        rank = (row["event_time"], row["known_time"], row["scenario"] % 99, row["user_id"])
+        winners[key] = min(winners.get(key, (rank, row["user_id"])), (rank, row["user_id"]))
+    for row in rows:
+        shown = row["kind"] == KIND_IMPRESSION
+        time = (row["event_time"] - dt.datetime(1970, 1, 1, tzinfo=dt.UTC)) // dt.timedelta(microseconds=1)
+        query = queries[row["id"], row["user_id"], time] if shown else None
+        content = sorted((k, str(v)) for k, v in row.items() if k != "known_time")
+        extra["user_key"].append(number_of(row["user_id"]))
+        extra["key_hash"].append(number_of(key_of(row)))
+        extra["row_hash"].append(number_of((content, query)) if shown else 0)
+        extra["value_hash"].append(number_of((row["item_id"], query)))
+        extra["is_foreign"].append(winners[key_of(row)][1] != row["user_id"])
+        extra["query"].append(query)
+        for name in ("reason", "row_json", "request_id", "position"):
+            extra[name].append(None)
+    result = table(world)
+    for name, values in extra.items():
+        result = result.append_column(name, pa.array(values, _EXTRA.field(name).type))
+    return result.sort_by("user_key")
+
+
+def key_of(row: dict[str, Any]) -> tuple:
+    """The key of a row as the pass gets it."""
+    kind = row["kind"]
+    return (kind, row["scenario"] if kind == KIND_CLICK else None, row["id"],
+            row["item_id"] if kind == KIND_ORDER else None)  # fmt: skip
+
+
+def number_of(content: Any) -> int:
+    """A 64-bit hash."""
+    digest = hashlib.blake2b(repr(content).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+_EXTRA = pa.schema([
+    *((name, pa.int64()) for name in ("user_key", "key_hash", "row_hash", "value_hash")), ("is_foreign", pa.bool_()),
+    *((name, pa.string()) for name in ("query", "reason", "row_json", "request_id")), ("position", pa.int32()),
+])  # fmt: skip
+
+
+def duplicated(draw: Any, world: World) -> World:
+    """The world with some rows twice: as they were, at another time, or of another user."""
+    again = copy.deepcopy(world)
+    for rows in (again.impressions, again.clicks, again.orders):
+        # Copies at times of their own: of full ties over users the contract does not say which row stays.
+        for n, row in enumerate(draw(st.lists(st.sampled_from(rows), max_size=2)) if rows else []):
+            how = draw(st.sampled_from(["same", "later", "user", "shelf"]))
+            changes: dict[str, Any] = {}
+            if how == "later":
+                changes = {"time": row["time"] + SECOND, "known": row["known"] + 2 * SECOND}
+            elif how == "user":
+                time = row["time"] + draw(st.sampled_from([-1, 1])) * (2 * n + 1) * SECOND // 2
+                changes = {"user": draw(users), "time": time, "known": time}
+            elif how == "shelf" and rows is again.orders:
+                changes = {"scenario": None}
+            rows.append(row | changes)
+    return again
 
 
 def rules_of(windows: Windows) -> LabelRules:

@@ -12,6 +12,7 @@ from etl.account import Account
 from etl.attribution import REASONS
 from etl.report import SampleCounts, date_report
 from etl.session import MAX_FILE_BYTES, MIN_FILE_BYTES, ROW_GROUP_ROWS
+from etl.state import STATE_SCHEMA
 from etl.tables import (
     CONFIG_PROPERTY,
     REJECTS_SCHEMA,
@@ -22,6 +23,7 @@ from etl.tables import (
     label_constraints,
     samples_schema,
 )
+from etl.user_pass import OVER_LIMIT
 from usr_ray.config import load_config
 from usr_ray.schema import (
     FEATURE_SPEC_PROPERTY,
@@ -82,13 +84,16 @@ def test_samples_columns_types_and_nulls_are_documented() -> None:
     assert documented("samples") == written(samples_schema(spec()))
 
 
-@pytest.mark.parametrize(("title", "schema"), [("vocabularies", VOCABULARIES_SCHEMA), ("rejects", REJECTS_SCHEMA)])
+@pytest.mark.parametrize(
+    ("title", "schema"),
+    [("vocabularies", VOCABULARIES_SCHEMA), ("rejects", REJECTS_SCHEMA), ("state", STATE_SCHEMA)],
+)
 def test_the_other_tables_are_documented(title: str, schema: T.StructType) -> None:
     assert documented(title) == written(schema)
 
 
 def test_every_reason_of_a_reject_is_documented() -> None:
-    assert {reason for reason in REASONS if f"`{reason}`" not in section("rejects")} == set()
+    assert {reason for reason in (*REASONS, OVER_LIMIT) if f"`{reason}`" not in section("rejects")} == set()
 
 
 def test_the_constraints_are_documented_rule_by_rule() -> None:

@@ -1,0 +1,154 @@
+"""Packs to rows of the samples table: codes become ids, spans become lists. In Spark's Python workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from etl.attribution import LabelRules
+from etl.events import Ints
+from etl.labels import NO_TIME, mature
+from etl.packs import EVENT_COLUMNS, unpack
+from usr_ray.config import DAY_US
+from usr_ray.schema import ALL_LABELS, PADDING_ID, FeatureSpec, index_column, scaled_column
+
+_OUTPUT_ROWS = 16_384
+_TIMESTAMP = pa.timestamp("us", tz="UTC")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowPlan:
+    """What the rows need beside the packs."""
+
+    rules: LabelRules
+    spec: FeatureSpec
+    watermark: int
+    """Microseconds."""
+    days: tuple[int, ...]
+    """Impressions of these days (since 1970, UTC) are written."""
+    features: tuple[str, ...]
+    """Feature of each number in a lookup: user_id, item_id, query, then the context categories."""
+    owned_categories: dict[str, tuple[str, ...]]
+    """Of `user_id` and `item_id`: categories that come with them, in the order of a lookup's `ids` behind the first."""
+    owned_numbers: dict[str, tuple[str, ...]]
+    """Likewise for a lookup's `numbers`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """What the codes of one feature of a chunk stand for: position is code + 1, position 0 is null."""
+
+    text: pa.Array
+    ids: np.ndarray
+    """(codes + 1, 1 + categories)."""
+    numbers: np.ndarray
+    """(codes + 1, numbers)."""
+
+
+def sample_rows(batches: Iterable[pa.RecordBatch], plan: RowPlan, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Rows of the planned days, in the order of the packs.
+
+    Args:
+        batches: rows with `targets` and `events` (a pack) and `lookups`: a list of (feature, code, value, ids, numbers)
+            structures with every code of the pack's chunk.
+        plan: what is written.
+        schema: columns of the result.
+    """
+    for batch in batches:
+        for targets, events, lookups in zip(
+            batch.column("targets"), batch.column("events"), batch.column("lookups"), strict=True
+        ):
+            rows = unpack(targets)
+            if plan.days:
+                rows = rows.filter(pa.array(np.isin(rows["event_time"].to_numpy() // DAY_US, plan.days)))
+            if not rows.num_rows:
+                continue
+            found = _lookups(lookups.values, plan)
+            flat = {name: column.to_numpy() for name, column in zip(EVENT_COLUMNS, unpack(events).columns, strict=True)}
+            flat["item_id"] = found["item_id"].ids[flat["item_id"] + 1, 0]
+            flat["query"] = found["query"].ids[flat["query"] + 1, 0]
+            for start in range(0, rows.num_rows, _OUTPUT_ROWS):
+                part = rows.slice(start, _OUTPUT_ROWS).combine_chunks()
+                output = _own_columns(part, found, plan) | _history_columns(part, flat, plan.spec)
+                arrays = [output[field.name].cast(field.type) for field in schema]
+                yield pa.RecordBatch.from_arrays(
+                    [a.combine_chunks() if isinstance(a, pa.ChunkedArray) else a for a in arrays], schema=schema
+                )
+
+
+def _lookups(entries: pa.StructArray, plan: RowPlan) -> dict[str, Lookup]:
+    feature, code = (entries.field(name).to_numpy(zero_copy_only=False) for name in ("feature", "code"))
+    result = {}
+    for number, name in enumerate(plan.features):
+        rows = np.flatnonzero(feature == number)
+        size = int(code[rows].max(initial=-1)) + 2
+        place = np.zeros(size, dtype=np.int64)
+        place[code[rows] + 1] = rows
+        there = np.zeros(size, dtype=np.bool_)
+        there[code[rows] + 1] = True
+        picked = pa.array(place, mask=~there)
+        width = 1 + len(plan.owned_categories.get(name, ()))
+        ids = np.full((size, width), PADDING_ID, dtype=np.int64)
+        numbers = np.zeros((size, len(plan.owned_numbers.get(name, ()))), dtype=np.float32)
+        some = entries.take(pa.array(rows))
+        ids[code[rows] + 1] = some.field("ids").flatten().to_numpy().reshape(-1, width)
+        if numbers.shape[1]:
+            numbers[code[rows] + 1] = some.field("numbers").flatten().to_numpy().reshape(-1, numbers.shape[1])
+        text = entries.field("value").take(picked)
+        result[name] = Lookup(text, ids, numbers)
+    return result
+
+
+def _own_columns(rows: pa.Table, found: dict[str, Lookup], plan: RowPlan) -> dict[str, pa.Array]:
+    time = rows["event_time"].to_numpy()
+    columns = {name: rows[name] for name in ("impression_id", "request_id", "position", *ALL_LABELS)}
+    columns |= {scaled_column(f.name): rows[f.name] for f in plan.spec.dense if f.owner == "context"}
+    columns["event_time"] = _times(time)
+    columns["is_mature"] = pa.array(mature(time, plan.watermark, plan.rules))
+    columns["click_time"], columns["order_time"] = (
+        _times(rows[name].to_numpy()) for name in ("click_time", "order_time")
+    )
+    columns[index_column("scenario")] = rows["scenario"]
+    for name, lookup in found.items():
+        places = rows[name].to_numpy() + 1
+        if name in ("user_id", "item_id", "query"):
+            columns[name] = lookup.text.take(pa.array(places))
+        ids = lookup.ids[places]
+        for n, column in enumerate((name, *plan.owned_categories.get(name, ()))):
+            columns[index_column(column)] = pa.array(ids[:, n])
+        for n, column in enumerate(plan.owned_numbers.get(name, ())):
+            columns[scaled_column(column)] = pa.array(lookup.numbers[places, n])
+    return columns
+
+
+def _history_columns(rows: pa.Table, flat: dict[str, Ints], spec: FeatureSpec) -> dict[str, pa.Array]:
+    times = rows["event_time"].to_numpy()
+    columns: dict[str, pa.Array] = {}
+    for k, names in enumerate(spec.histories):
+        first, count = rows[f"first_{k}"].to_numpy(), rows[f"count_{k}"].to_numpy()
+        offsets = np.concatenate([[0], np.cumsum(count)])
+        places = np.arange(offsets[-1]) + np.repeat(first - offsets[:-1], count)
+        ages = np.repeat(times, count) - flat["time"][places]
+        lists: dict[str, np.ndarray] = {
+            names.item_ids: flat["item_id"][places],
+            names.actions: flat["action"][places],
+            names.ages_s: (ages / 1e6).astype(np.float32),
+        }
+        if names.query_ids is not None:
+            lists[names.query_ids] = flat["query"][places]
+        edges = pa.array(offsets.astype(np.int32))
+        for name, numbers in lists.items():
+            columns[name] = pa.ListArray.from_arrays(edges, pa.array(numbers), type=list_type(numbers.dtype))
+    return columns
+
+
+def list_type(kind: np.dtype) -> pa.ListType:
+    """Arrow type of a history column: a list of non-null numbers."""
+    return pa.list_(pa.field("element", pa.from_numpy_dtype(kind), nullable=False))
+
+
+def _times(times: Ints) -> pa.Array:
+    return pa.array(times, mask=times == NO_TIME).cast(_TIMESTAMP)
