@@ -21,6 +21,13 @@ from etl.tables import Lake
 STAGING = "_staging"
 _SCHEMA = from_arrow_schema(EMITTED)
 _WRITERS = "spark.sql.maxConcurrentOutputFileWriters"
+_FILES = {
+    "compression": "snappy",  # packs are compressed already
+    "parquet.block.size": str(32 << 20),
+    # A pack has megabytes: by default the writer would look at its memory after a hundred of them.
+    "parquet.block.size.row.check.min": "1",
+    "parquet.page.size.row.check.min": "1",
+}
 _STALE = dt.timedelta(days=1)
 """A folder of this age belongs to a build that was killed."""
 _NUM_PARTS = len((ACCOUNT, REJECT, CELL, VALUE, EVENT, PACK))
@@ -52,7 +59,7 @@ def stage(frame: DataFrame, folder: str) -> None:
     # A task keeps a file per part open; without this Spark would sort all rows by part first.
     conf.set(_WRITERS, str(_NUM_PARTS))
     try:
-        frame.write.partitionBy("part").option("compression", "snappy").parquet(folder)
+        frame.write.partitionBy("part").options(**_FILES).parquet(folder)
     finally:
         conf.set(_WRITERS, before)
 
