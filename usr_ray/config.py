@@ -50,13 +50,14 @@ from usr_ray.config_model import (
     ModelConfig,
     MultitaskConfig,
 )
+from usr_ray.config_tune import SpaceConfig, TuneConfig
 
 __all__ = [
     "BACKBONES", "DAY_US", "Config", "ConfigError", "ContrastiveConfig", "DataConfig", "FeaturesConfig",
     "GeneratorConfig", "HistoriesConfig", "InterestConfig", "JdSearchConfig", "KuaiRandConfig", "KuaiSarConfig",
     "KuaiSearchConfig", "LabelsConfig", "LogConfig", "ModelConfig", "MultitaskConfig", "OnlineConfig", "RayConfig",
-    "SimulatedConfig", "TrainConfig", "UserError", "VocabularyConfig", "check_address", "dotted", "end_of_us",
-    "load_config", "parse_date", "parse_dates", "parse_duration_us",
+    "SimulatedConfig", "SpaceConfig", "TrainConfig", "TuneConfig", "UserError", "VocabularyConfig", "check_address",
+    "dotted", "end_of_us", "load_config", "parse_date", "parse_dates", "parse_duration_us",
 ]  # fmt: skip
 
 
@@ -200,6 +201,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     ray: RayConfig = field(default_factory=RayConfig)
     online: OnlineConfig = field(default_factory=OnlineConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
     simulated: SimulatedConfig = field(default_factory=SimulatedConfig)
     kuairand: KuaiRandConfig = field(default_factory=KuaiRandConfig)
     kuaisearch: KuaiSearchConfig = field(default_factory=KuaiSearchConfig)

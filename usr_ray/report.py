@@ -54,8 +54,6 @@ def write_report(run_dir: Path, lake: Path | str | None = None, output: Path | N
 
 def render(run: RunRecord, etl_reports: list[dict[str, Any]]) -> str:
     """The page as text."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = resources.files(usr_ray).joinpath("templates/report.html.j2").read_text(encoding="utf-8")
     gaps = _gaps(run)
     context = {
         "title": model_name(run.config),
@@ -73,7 +71,14 @@ def render(run: RunRecord, etl_reports: list[dict[str, Any]]) -> str:
         **report_curves.curves_part(run.history, run.scenarios),
         **_predictions_part(run),
     }
-    return environment.from_string(template).render(context)
+    return load_template("report.html.j2").render(context)
+
+
+def load_template(name: str) -> jinja2.Template:
+    """A page of usr_ray/templates; what it forgets to be given is an error, and texts are escaped."""
+    folder = resources.files(usr_ray).joinpath("templates")
+    loader = jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8"))
+    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, loader=loader).get_template(name)
 
 
 def model_name(config: Mapping[str, Any]) -> str:

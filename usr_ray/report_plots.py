@@ -85,7 +85,7 @@ def line_plot(lines: Sequence[Line], *, label: str, percent: bool = False, from_
             num_columns = 4 if sum(len(line.name) for line in lines) < 45 else 2
             axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=num_columns, handlelength=1.2, borderaxespad=0.2)
 
-    return _svg(draw, label=label)
+    return draw_svg(draw, label=label)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ def date_plot(lines: Sequence[DateLine], *, label: str, last_trained: dt.date | 
         if len(lines) > 1:
             axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, handlelength=1.2, borderaxespad=0.2)
 
-    return _svg(draw, label=label, size=(6.5, 2.7))
+    return draw_svg(draw, label=label, size=(6.5, 2.7))
 
 
 def calibration_plot(bins: Sequence[Bin], *, colour: str, label: str) -> str:
@@ -137,7 +137,7 @@ def calibration_plot(bins: Sequence[Bin], *, colour: str, label: str) -> str:
             axis.set_major_locator(MaxNLocator(5))
             axis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:g}%"))
 
-    return _svg(draw, label=label, size=(6.5, 4.0))
+    return draw_svg(draw, label=label, size=(6.5, 4.0))
 
 
 def roc_plot(curves: Sequence[tuple[str, str, bool, tuple[NDArray, NDArray]]], *, label: str) -> str:
@@ -151,10 +151,11 @@ def roc_plot(curves: Sequence[tuple[str, str, bool, tuple[NDArray, NDArray]]], *
         axes.set(xlim=(0, 1), ylim=(0, 1.01), xlabel="false positive rate", ylabel="true positive rate")
         axes.legend(loc="lower right", handlelength=1.6)
 
-    return _svg(draw, label=label, size=(6.5, 5.0))
+    return draw_svg(draw, label=label, size=(6.5, 5.0))
 
 
-def _svg(draw: Callable[[Axes], None], *, label: str, size: tuple[float, float] = (6.5, 3.1)) -> str:
+def draw_svg(draw: Callable[[Axes], None], *, label: str, size: tuple[float, float] = (6.5, 3.1)) -> str:
+    """An inline <svg> of what `draw` draws on the axes; `label` is what a screen reader says, size in inches."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)

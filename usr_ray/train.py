@@ -222,7 +222,8 @@ class _Run:
         if evaluation.metrics is not None:
             self.monitor.on_evaluation(state.step, evaluation.metrics)
         summary = share_json(self.worker, evaluation.metrics and summarise(evaluation.metrics))
-        self.worker.report({"step": state.step} | {k: v for k, v in summary.items() if v is not None})
+        known = {k: v for k, v in summary.items() if v is not None}
+        self.worker.report({"step": state.step, "epoch": state.epoch + 1} | known)
         self._say(f"evaluation after epoch {state.epoch + 1}: " + ", ".join(f"{k} {v}" for k, v in summary.items()))
         log_loss = summary["log_loss"]
         if not self.config.train.early_stopping or log_loss is None:

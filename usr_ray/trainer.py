@@ -83,8 +83,9 @@ class RayWorker(DistributedWorker):
 
 
 def run(
-    config: Config, lake: Path | str, run_dir: Path | str, *, cluster: str = OWN, command: Sequence[str] = ()
-) -> RunSummary:
+    config: Config, lake: Path | str, run_dir: Path | str, *, cluster: str = OWN, command: Sequence[str] = (),
+    callbacks: Sequence[Any] = (),
+) -> RunSummary:  # fmt: skip
     """Train on the table in `lake`, or go on with what `run_dir` holds, and print the metrics on the held-out rows.
 
     Args:
@@ -94,6 +95,7 @@ def run(
         cluster: what `trainer_environment.prepare_environment` returned. A Ray that this process is connected to
             already is used as it is.
         command: noted in config.json.
+        callbacks: of Ray Train's RunConfig; Tune hears of the evaluations through one.
 
     Raises:
         UserError: see plan_run; a submitted job's path is relative; another process trains in this directory; a worker
@@ -113,7 +115,7 @@ def run(
     with ray_session(config.ray, cluster=cluster), _only_one(plan.run_dir):
         write_plan(plan)
         print(f"{plan.run_dir}: rows {order_text(plan.record['shuffle'])}", flush=True)
-        outcome, step = _fit(plan)
+        outcome, step = _fit(plan, callbacks)
     if outcome != "stopped":
         mark_finished(plan, outcome=outcome, step=step)
     print(f"{plan.run_dir}: {outcome} at step {step:,}")
@@ -150,7 +152,7 @@ def _only_one(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def _fit(plan: RunPlan) -> tuple[str, int]:
+def _fit(plan: RunPlan, callbacks: Sequence[Any]) -> tuple[str, int]:
     """(outcome, steps) of the worker group."""
     config = plan.config.ray
     stem = re.sub(r"[^A-Za-z0-9_.-]", "_", plan.run_dir.name)
@@ -175,6 +177,7 @@ def _fit(plan: RunPlan) -> tuple[str, int]:
             name=name,
             storage_path=str(storage),
             failure_config=failures,
+            callbacks=list(callbacks),
             logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
         ),
     )

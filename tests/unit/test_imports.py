@@ -21,6 +21,7 @@ ONLY_IN = {
         "usr_ray/trainer_session.py",
         "usr_ray/trainer_stop.py",
         "usr_ray/tune.py",
+        "usr_ray/study.py",
         "usr_ray/monitoring.py",
     },
     "deltalake": {"usr_ray/manifest.py", "usr_ray/score_table.py"},
@@ -28,12 +29,12 @@ ONLY_IN = {
 # Lower layers first; a module imports its own layer's package mates never, lower layers always.
 LAYERS = [
     {"schema"},
-    {"config", "config_fields", "config_etl", "config_model"},
+    {"config", "config_fields", "config_etl", "config_model", "config_tune"},
     {"batch", "cli", "files"},
     {"manifest", "order", "reader", "cache", "model", "loss", "metrics", "optim", "checkpoint", "baseline", "feed"},
     {"worker", "evaluate", "embeddings", "pins"},
     {"train", "export", "score"},
-    {"trainer", "tune", "monitoring", "report", "mlflow"},
+    {"trainer", "study", "tune", "monitoring", "report", "mlflow"},
 ]
 
 

@@ -1,0 +1,49 @@
+"""Run a study: a declared grid of trainings on one table, then a table of results and a report.
+
+python jobs/study.py --study NAME|FILE.toml --config FILE --lake DIR --run-dir DIR [--scale small|full] [--set a.b=c]
+
+NAME is one of jobs/studies. The same command goes on where it was cut off; finished trials are read back, failed ones
+are tried again. Studies of simulated worlds (similarity, label_quality, scenarios) take no --lake. See docs/studies.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from usr_ray.cli import EXIT_FAILURE, job_config, job_parser, run_job
+from usr_ray.study_grid import SCALES, load_study
+from usr_ray.trainer_environment import prepare_environment
+
+
+def main(argv: list[str]) -> None:
+    parser = job_parser(__doc__ or "")
+    parser.add_argument("--study", required=True, metavar="NAME", help="of jobs/studies, or a TOML file")
+    parser.add_argument("--lake", metavar="DIR", help="the lake of jobs/build_samples.py")
+    parser.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help="trials, results and report go here")
+    parser.add_argument("--scale", choices=SCALES, default="full", help="small: minutes on two cores")
+    arguments = parser.parse_args(argv)
+    study = load_study(arguments.study, scale=arguments.scale, folder=ROOT / "jobs" / "studies")
+    cluster = prepare_environment(dashboard=job_config(arguments).ray.dashboard)
+    from usr_ray.study import run_study  # imports ray, which reads the environment
+    from usr_ray.study_record import Base
+    from usr_ray.study_report import write_study_report
+
+    base = Base(arguments.config, tuple(arguments.overrides))
+    result = run_study(
+        study, base, arguments.lake, arguments.run_dir, cluster=cluster, command=["jobs/study.py", *argv]
+    )
+    print(f"results: {result.results}")
+    if result.num_finished:
+        print(f"report: {write_study_report(arguments.run_dir, study)}")
+    for name, why in result.failures.items():
+        print(f"failed: {name}: {why}", file=sys.stderr)
+    if result.failures:
+        sys.exit(EXIT_FAILURE)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main))

@@ -1,0 +1,88 @@
+"""A study on the tests' own Ray: trials at once, a failure kept by name, going on, and a trial on two workers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from deltalake import DeltaTable
+
+from tests.ray.conftest import OVERRIDES
+from tests.unit.samples_table import samples_spec, write_samples
+from usr_ray.schema import SAMPLES
+from usr_ray.study_grid import expand, parse_study
+from usr_ray.study_record import Base, trial_dir
+from usr_ray.worker import LocalWorker
+
+pytestmark = pytest.mark.ray
+
+SETS = (*OVERRIDES, "train.num_epochs=1")
+GRID: dict[str, Any] = {
+    "seeds": [0, 1],
+    "axes": [
+        {
+            "name": "rate",
+            # A loss that is not a number: this trial fails on purpose.
+            "values": {"sound": {}, "diverging": {"train.learning_rate": 1e30, "train.gradient_clip": 0.0}},
+        }
+    ],
+}
+
+
+@pytest.fixture
+def own_lake(tmp_path: Path) -> Path:
+    write_samples(tmp_path / "lake", samples_spec(), num_rows=1500, num_days=6)
+    return tmp_path / "lake"
+
+
+def test_failures_are_kept_and_a_second_call_runs_only_what_has_no_result(
+    cluster: None, own_lake: Path, tmp_path: Path
+) -> None:
+    from usr_ray.study import run_study, train_alone
+
+    study, base, run_dir = parse_study(GRID, name="rates", scale="full"), Base(None, SETS), tmp_path / "study"
+    first = run_study(study, base, str(own_lake), run_dir)
+    assert (first.num_finished, len(first.failures)) == (2, 2)
+    assert all("diverged" in why and "diverging" in name for name, why in first.failures.items())
+    rows = pq.read_table(first.results).to_pylist()
+    assert {row["status"] for row in rows if "diverging" in row["trial_id"]} == {"failed"}
+    sound = [row for row in rows if row["status"] == "finished"]
+    # 2 seeds x (2 scenarios + global + all) x 2 tasks
+    assert len(sound) == 16
+    assert all(row["num_samples"] > 0 and row["table_version"] == 1 for row in sound)
+
+    # The table moves on, the grid changes, and one new trial was cut off after a step: it goes on from its checkpoint,
+    # finished trials are read back, and all stay on the pinned version.
+    DeltaTable(own_lake / SAMPLES).alter.set_table_properties({"more": "1"}, raise_if_not_exists=False)
+    before = {row["trial_id"]: (trial_files(run_dir, row["trial_id"])) for row in sound}
+    calm = {**GRID, "axes": [{"name": "rate", "values": {"sound": {}, "slow": {"train.learning_rate": 1e-4}}}]}
+    study = parse_study(calm, name="rates", scale="full")
+    half = next(trial for trial in expand(study) if trial.point == {"rate": "slow"})
+    cut_off = LocalWorker("cpu")
+    cut_off.request_stop()
+    config = base.config(study.resources, half, table_version=1)
+    train_alone(config, str(own_lake), trial_dir(run_dir, half), cut_off)
+    second = run_study(study, base, str(own_lake), run_dir)
+    assert (second.num_finished, second.failures) == (4, {})
+    assert "resumed at step 1 " in (trial_dir(run_dir, half) / "train.log").read_text()
+    assert before == {name: trial_files(run_dir, name) for name in before}
+    assert {row["table_version"] for row in pq.read_table(second.results).to_pylist()} == {1}
+
+
+def trial_files(run_dir: Path, trial_id: str) -> dict[str, int]:
+    return {p.name: p.stat().st_mtime_ns for p in (run_dir / "trials" / trial_id).iterdir() if p.is_file()}
+
+
+def test_a_trial_on_two_workers_runs_beside_no_other_on_two_cpus(cluster: None, own_lake: Path, tmp_path: Path) -> None:
+    from usr_ray.study import run_study
+
+    raw = {"seeds": [0, 1], "resources": {"num_workers": 2}, "axes": [{"name": "x", "values": {"only": {}}}]}
+    study = parse_study(raw, name="two", scale="full")
+    result = run_study(study, Base(None, SETS), str(own_lake), tmp_path / "study")
+    assert (result.num_finished, result.failures) == (2, {})
+    folder = trial_dir(tmp_path / "study", expand(study)[0])
+    assert json.loads((folder / "config.json").read_text())["config"]["ray"]["num_workers"] == 2
+    assert not (folder / "checkpoints").exists(), "a finished trial's checkpoints take room for nothing"
