@@ -9,9 +9,11 @@ data.train_dates and compared on data.eval_dates, which the search has not seen 
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import json
 import logging
-import math
+import time
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +22,15 @@ from typing import Any
 import ray
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
-from ray.tune.schedulers import ASHAScheduler
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from usr_ray.config import Config, UserError, dotted
+from usr_ray.config import Config, UserError
 from usr_ray.config_tune import METRICS, SpaceConfig, TuneConfig
 from usr_ray.files import write_whole
 from usr_ray.study import LOG_FILE, StudyResult, num_slots, run_study, train_alone
 from usr_ray.study_grid import Axis, Comparison, Resources, Study
-from usr_ray.study_record import Base, now
-from usr_ray.study_worlds import table_version
+from usr_ray.study_record import Base, failure_of, note_failure, now
 from usr_ray.trainer import run
 from usr_ray.trainer_environment import OWN
 from usr_ray.trainer_session import ray_session
@@ -45,6 +46,7 @@ from usr_ray.tune_space import (
     trial_config,
     with_values,
 )
+from usr_ray.tune_trials import as_row, open_search, read_points, write_search, write_values
 from usr_ray.worker import LocalWorker
 
 SEARCH_FILE, BEST_FILE, TRIALS_DIR, RAY_DIR, FINAL_DIR = "search.json", "best.toml", "trials", "ray", "final"
@@ -80,15 +82,15 @@ def run_search(base: Base, lake: str, run_dir: Path, *, cluster: str = OWN, comm
         UserError: the space, dates, lake or directory cannot be used; every trial failed.
     """
     config, run_dir = load_search(base.config_path, base.overrides), Path(run_dir).absolute()
-    record = _open(config, lake, run_dir, base, command)
+    record = open_search(config, lake, run_dir, base, command)
     dates = choosing_dates(config)
     print(f"trials train on {dates.train}, {dates.choose} chooses, {config.data.eval_dates} judges", flush=True)
     with ray_session(config.ray, cluster=cluster):
         points = _search(config, lake, run_dir, record["table_version"])
         choice = choose(points, config)
-        record |= {"trials": [_as_row(point) for point in points], "chosen": choice.point.trial_id, "ended": now()}
+        record |= {"trials": [as_row(point) for point in points], "chosen": choice.point.trial_id, "ended": now()}
         record["best"] = {"value": choice.value, "overrides": choice.overrides()}
-        _write(run_dir, record)
+        write_search(run_dir, record)
         best = run_dir / BEST_FILE
         write_whole(best, _best_toml(config, choice, record))
         print(
@@ -121,40 +123,6 @@ def _resources(config: Config) -> Resources:
         cpus_per_worker=config.ray.cpus_per_worker,
         max_concurrent=config.tune.max_concurrent,
     )
-
-
-def _open(config: Config, lake: str, run_dir: Path, base: Base, command: Sequence[str]) -> dict[str, Any]:
-    """The record of a new search, written, or of the one to go on with."""
-    path, meaning = run_dir / SEARCH_FILE, config.to_dict()
-    if path.is_file():
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            saved, found_lake, _ = dotted(Config.completed(record["config"])), record["lake"], record["table_version"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise TuneError(f"{path}: cannot be read ({error}); use another --run-dir, or remove this one") from error
-        for key, value in dotted(meaning).items():
-            if not key.startswith("ray.") and saved.get(key) != value:
-                raise TuneError(
-                    f"--run-dir {run_dir}: holds a search with {key} = {saved.get(key)!r}, this command has {value!r}; "
-                    "set it back to go on with that search, or use another --run-dir"
-                )
-        if found_lake != lake:
-            raise TuneError(
-                f"--run-dir {run_dir}: holds a search on {found_lake}, this command names {lake}; name that one"
-            )
-        return record
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise TuneError(f"--run-dir {run_dir}: is there and holds no search; name a new or empty folder")
-    record = {"created": now(), "command": list(command), "config": meaning, "lake": lake,
-              "table_version": table_version(lake, base), "train_seed": config.train.seed}  # fmt: skip
-    trial_config(config, {}, table_version=record["table_version"])
-    run_dir.mkdir(parents=True, exist_ok=True)
-    _write(run_dir, record)
-    return record
-
-
-def _write(run_dir: Path, record: Mapping[str, Any]) -> None:
-    write_whole(run_dir / SEARCH_FILE, json.dumps(record, indent=2) + "\n")
 
 
 def _best_toml(config: Config, choice: Choice, record: Mapping[str, Any]) -> str:
@@ -197,34 +165,78 @@ def _search(config: Config, lake: str, run_dir: Path, version: int) -> list[Trie
                 name=_EXPERIMENT,
                 storage_path=str(storage),
                 verbose=0,
-                failure_config=tune.FailureConfig(max_failures=0),
+                callbacks=[_Progress()],
             ),
         )
     print(f"{config.tune.num_trials} trials, {slots} at once, {resources.num_workers} workers each", flush=True)
     results = tuner.fit()
-    return [_tried(results[n], config) for n in range(len(results))]
+    lost = {
+        Path(result.path).name.removeprefix("trial_"): str(result.error).strip().splitlines()[-1]
+        for result in (results[n] for n in range(len(results)))
+        if result.error and result.path
+    }
+    return read_points(run_dir / TRIALS_DIR, config, lost)
+
+
+class _Progress(tune.Callback):
+    """A line for each trial that ended, with the time left."""
+
+    def __init__(self) -> None:
+        self._total, self._num_ended, self._start_s = 0, 0, time.monotonic()
+
+    # Tune passes everything by name.
+    def setup(self, **info: Any) -> None:  # type: ignore[override]
+        """See tune.Callback; also at the start of a search that goes on, from which its time is counted."""
+        self._total, self._num_ended, self._start_s = info.get("total_num_samples") or 0, 0, time.monotonic()
+
+    def on_trial_complete(self, **info: Any) -> None:  # type: ignore[override]
+        """See tune.Callback."""
+        trial = info["trial"]
+        self._ended(trial, f"ended after {(trial.last_result or {}).get('epoch', 0)} epochs")
+
+    def on_trial_error(self, **info: Any) -> None:  # type: ignore[override]
+        """See tune.Callback."""
+        self._ended(info["trial"], "FAILED")
+
+    def _ended(self, trial: Any, how: str) -> None:
+        self._num_ended += 1
+        per_trial_s = (time.monotonic() - self._start_s) / self._num_ended
+        left = dt.timedelta(seconds=round(per_trial_s * max(0, self._total - self._num_ended)))
+        print(f"[{self._num_ended}/{self._total}] {trial.trial_id} {how}; at most {left} left", flush=True)
 
 
 def _tune_config(config: Config, slots: int) -> tune.TuneConfig:
     settings: TuneConfig = config.tune
     default = default_point(config)
-    longest = _most_epochs(config)
-    scheduler = ASHAScheduler(
-        time_attr="epoch",
-        max_t=longest,
-        grace_period=min(settings.grace_epochs, longest),
-        reduction_factor=settings.reduction,
-    )
     return tune.TuneConfig(
         metric=settings.metric,
         mode=METRICS[settings.metric],
         num_samples=settings.num_trials,
-        scheduler=scheduler,
+        scheduler=_scheduler(config),
         search_alg=BasicVariantGenerator(
             points_to_evaluate=[default] if default else None, random_state=settings.seed, max_concurrent=slots
         ),
         trial_name_creator=lambda trial: f"trial_{trial.trial_id}",
         trial_dirname_creator=lambda trial: f"trial_{trial.trial_id}",
+    )
+
+
+def _scheduler(config: Config) -> Any:
+    """ASHA for trials in processes of their own; trials of several workers all run to their end.
+
+    Ray ends a trial that ASHA stops by killing its driver. In 2.60 the placement group of its worker group then stays
+    until an actor of Ray's has asked the dashboard whether the controller is dead, for ever where there is none, and
+    the next trial waits for those CPUs. max_t lies beyond the last epoch, since there too ASHA would kill: a trial
+    that is just writing its result.
+    """
+    longest = _most_epochs(config)
+    if config.ray.num_workers > 1 or longest == 1:
+        return FIFOScheduler()
+    return ASHAScheduler(
+        time_attr="epoch",
+        max_t=longest + 1,
+        grace_period=min(config.tune.grace_epochs, longest),
+        reduction_factor=config.tune.reduction,
     )
 
 
@@ -263,10 +275,9 @@ def run_trial(values: Mapping[str, Any], *, config: Mapping[str, Any], lake: str
     Raises:
         RuntimeError: of what a UserError said, so that Tune notes one line.
     """
-    given = Config.from_dict(config)
-    own = trial_config(given, values, table_version=version)
+    own = trial_config(Config.from_dict(config), values, table_version=version)
     run_dir = Path(folder) / tune.get_context().get_trial_id()
-    run_dir.mkdir(parents=True, exist_ok=True)
+    write_values(run_dir, values, num_epochs=own.train.num_epochs)
     with (run_dir / LOG_FILE).open("a", encoding="utf-8", buffering=1) as log, contextlib.redirect_stdout(log):
         try:
             if own.ray.num_workers == 1:
@@ -274,26 +285,8 @@ def run_trial(values: Mapping[str, Any], *, config: Mapping[str, Any], lake: str
             else:
                 run(own, lake, run_dir, callbacks=[TuneReportCallback()])
         except UserError as error:
-            raise RuntimeError(" ".join(str(error).split())) from None
-
-
-def _tried(result: Any, config: Config) -> TriedPoint:
-    """A trial as its reports tell it."""
-    values = dict(result.config)
-    by_epoch: dict[int, float] = {}
-    frame = result.metrics_dataframe
-    if frame is not None and "epoch" in frame:
-        for row in frame.to_dict("records"):  # a trial that was cut off reports some epochs again
-            by_epoch[int(row["epoch"])] = float(row.get(config.tune.metric, math.nan))
-    error = str(result.error).strip().splitlines()[-1] if result.error else ""
-    epochs = int(values.get("train.num_epochs", config.train.num_epochs))
-    trial_id = Path(result.path).name.removeprefix("trial_")
-    curve = tuple(by_epoch.get(epoch, math.nan) for epoch in range(1, max(by_epoch, default=0) + 1))
-    return TriedPoint(trial_id, values, curve, epochs, error)
-
-
-def _as_row(point: TriedPoint) -> dict[str, Any]:
-    return {
-        "trial_id": point.trial_id, "status": point.status, "values": dict(point.values), "error": point.error,
-        "curve": [value if math.isfinite(value) else None for value in point.curve], "num_epochs": point.num_epochs,
-    }  # fmt: skip
+            note_failure(run_dir, " ".join(str(error).split()))
+            raise RuntimeError(failure_of(run_dir)) from None
+        except Exception as error:
+            note_failure(run_dir, f"{type(error).__name__}: {error}", traceback.format_exc())
+            raise

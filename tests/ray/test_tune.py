@@ -12,7 +12,7 @@ from tests.unit.samples_table import samples_spec, write_samples
 from usr_ray.config import load_config
 from usr_ray.study_record import Base
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]  # trials that wait for each other's CPUs wait for ever
 
 SETS = (
     *OVERRIDES,
