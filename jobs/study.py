@@ -33,9 +33,13 @@ def main(argv: list[str]) -> None:
     from usr_ray.study_report import write_study_report
 
     base = Base(arguments.config, tuple(arguments.overrides))
-    result = run_study(
-        study, base, arguments.lake, arguments.run_dir, cluster=cluster, command=["jobs/study.py", *argv]
-    )
+    try:
+        result = run_study(
+            study, base, arguments.lake, arguments.run_dir, cluster=cluster, command=["jobs/study.py", *argv]
+        )
+    except KeyboardInterrupt:
+        print(f"{arguments.run_dir}: the same command goes on with the trials that have no result", file=sys.stderr)
+        raise
     print(f"results: {result.results}")
     if result.num_finished:
         print(f"report: {write_study_report(arguments.run_dir, study)}")

@@ -44,8 +44,7 @@ def main(argv: list[str]) -> None:
     from usr_ray.tune_report import write_search_report
 
     base = Base(arguments.config, tuple(arguments.overrides))
-    lake = arguments.lake if "://" in arguments.lake else str(Path(arguments.lake).resolve())
-    result = run_search(base, lake, arguments.run_dir, cluster=cluster, command=["jobs/tune.py", *argv])
+    result = run_search(base, arguments.lake, arguments.run_dir, cluster=cluster, command=["jobs/tune.py", *argv])
     failed = [point for point in result.points if point.error]
     for point in failed:
         print(f"failed: {point.trial_id}: {point.error}", file=sys.stderr)

@@ -22,6 +22,7 @@ import torch
 
 from usr_ray.config import Config, UserError
 from usr_ray.monitoring import RayMonitor
+from usr_ray.pins import remove_pin, write_pin
 from usr_ray.study_grid import Resources, Study, StudyError, Trial, expand
 from usr_ray.study_record import (
     FAILURE_FILE,
@@ -35,10 +36,10 @@ from usr_ray.study_record import (
     write_record,
     write_results,
 )
-from usr_ray.study_worlds import World, prepare_worlds, table_version
+from usr_ray.study_worlds import World, pinned_rows, prepare_worlds, table_version, whole_path
 from usr_ray.train import train
-from usr_ray.trainer import run
-from usr_ray.trainer_environment import OWN
+from usr_ray.trainer import refuse_relative, run
+from usr_ray.trainer_environment import OWN, SUBMITTED
 from usr_ray.trainer_plan import load_manifest, mark_finished, plan_run, write_plan
 from usr_ray.trainer_result import write_result
 from usr_ray.trainer_session import ray_session
@@ -76,8 +77,11 @@ def run_study(
     Raises:
         UserError: a trial's configuration, the lake or the directory cannot be used; nothing has been trained then.
     """
-    run_dir = Path(run_dir).absolute()
     _check_lake(study, lake)
+    if cluster == SUBMITTED:
+        refuse_relative({"--run-dir": run_dir} | ({"--lake": lake} if lake else {}))
+    run_dir = Path(run_dir).absolute()
+    lake = whole_path(lake) if lake else None
     trials = expand(study)
     for trial in trials:
         base.config(study.resources, trial)  # every mistake in the grid is found before anything is trained
@@ -91,6 +95,9 @@ def run_study(
         for name, world in worlds.items()
     }
     write_record(run_dir, record)
+    pinned = [pinned_rows(table["lake"], base, table["version"]) for table in tables.values()] if todo else []
+    for manifests in pinned:  # trials to come read these files too, and have no pin of their own yet
+        write_pin(manifests, run_dir)
     jobs = [
         Job(
             trial,
@@ -108,6 +115,9 @@ def run_study(
     folders = {trial.trial_id: trial_dir(run_dir, trial) for trial in trials}
     unfinished = {name: folder for name, folder in folders.items() if not is_finished(folder)}
     failures = {name: failure_of(folder) or "no result" for name, folder in unfinished.items()}
+    if not failures:
+        for manifests in pinned:
+            remove_pin(manifests[0].table_uri, run_dir)
     return StudyResult(path, len(trials) - len(failures), failures)
 
 

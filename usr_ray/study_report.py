@@ -86,7 +86,7 @@ def verdict_sentences(trials: Trials, found: Sequence[Contrast]) -> list[str]:
         clear = ", ".join(f"{kind} in {counts[kind]}" for kind in ("better", "worse") if counts[kind])
         rest = len(own) - counts["better"] - counts["worse"]
         if not clear:
-            text = f"{label} against {against}: no difference holds after correction, in none of {len(own)} comparisons"
+            text = f"{label} against {against}: a difference holds after correction in none of {len(own)} comparisons"
         else:
             text = f"{label} against {against}: {clear} of {len(own)} comparisons after correction"
             text += f"; in the other {rest} the intervals do not tell" if rest else ""

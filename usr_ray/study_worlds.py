@@ -16,7 +16,7 @@ from pathlib import Path
 
 from usr_ray.config import load_config, parse_dates
 from usr_ray.files import write_whole
-from usr_ray.manifest import build_manifest
+from usr_ray.manifest import Manifest, build_manifest
 from usr_ray.study_grid import Resources, Study, StudyError, Trial, as_sets
 from usr_ray.study_record import Base
 from usr_ray.trainer_environment import ROOT
@@ -43,6 +43,22 @@ def table_version(lake: str, base: Base) -> int:
         raise StudyError("data.train_dates and data.eval_dates must both be set: a study compares on held-out dates")
     dates = parse_dates(data.train_dates, where="data.train_dates")
     return build_manifest(lake, dates=dates, version=config_version).version
+
+
+def pinned_rows(lake: str, base: Base, version: int) -> list[Manifest]:
+    """The rows to train on and the held-out ones, for a pin on their files.
+
+    Raises:
+        UserError: as build_manifest.
+    """
+    data = base.config(Resources()).data
+    spans = {"data.train_dates": data.train_dates, "data.eval_dates": data.eval_dates}
+    return [build_manifest(lake, dates=parse_dates(text, where=key), version=version) for key, text in spans.items()]
+
+
+def whole_path(lake: str) -> str:
+    """A lake as processes with other working directories find it."""
+    return lake if "://" in lake else str(Path(lake).resolve())
 
 
 def _asked_version(base: Base) -> int | None:

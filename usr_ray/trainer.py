@@ -104,7 +104,7 @@ def run(
     """
     if cluster == SUBMITTED:
         warm_start = {"train.warm_start": config.train.warm_start} if config.train.warm_start else {}
-        _refuse_relative({"--lake": lake, "--run-dir": run_dir} | warm_start)
+        refuse_relative({"--lake": lake, "--run-dir": run_dir} | warm_start)
     plan = plan_run(config, lake, run_dir, command=command)
     if plan.is_finished:
         print(f"{plan.run_dir}: this run is finished (step {plan.record['step']:,}); its result:")
@@ -122,7 +122,8 @@ def run(
     return _summary(plan, outcome, step, was_finished=False)
 
 
-def _refuse_relative(paths: Mapping[str, Path | str]) -> None:
+def refuse_relative(paths: Mapping[str, Path | str]) -> None:
+    """UserError for a path, by its flag, that a submitted job would look for in its uploaded copy."""
     for flag, path in paths.items():
         if "://" not in str(path) and not Path(path).is_absolute():
             raise UserError(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
-import json
 import logging
 import time
 import traceback
@@ -28,23 +27,26 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 from usr_ray.config import Config, UserError
 from usr_ray.config_tune import METRICS, SpaceConfig, TuneConfig
 from usr_ray.files import write_whole
+from usr_ray.pins import remove_pin, write_pin
 from usr_ray.study import LOG_FILE, StudyResult, num_slots, run_study, train_alone
-from usr_ray.study_grid import Axis, Comparison, Resources, Study
+from usr_ray.study_grid import Resources, Study
 from usr_ray.study_record import Base, failure_of, note_failure, now
-from usr_ray.trainer import run
-from usr_ray.trainer_environment import OWN
+from usr_ray.study_worlds import pinned_rows, whole_path
+from usr_ray.trainer import refuse_relative, run
+from usr_ray.trainer_environment import OWN, SUBMITTED
 from usr_ray.trainer_session import ray_session
 from usr_ray.tune_space import (
     Choice,
     TriedPoint,
     TuneError,
+    best_toml,
     choose,
     choosing_dates,
-    config_toml,
     default_point,
+    final_study,
     load_search,
+    search_resources,
     trial_config,
-    with_values,
 )
 from usr_ray.tune_trials import as_row, open_search, read_points, write_search, write_values
 from usr_ray.worker import LocalWorker
@@ -81,64 +83,38 @@ def run_search(base: Base, lake: str, run_dir: Path, *, cluster: str = OWN, comm
     Raises:
         UserError: the space, dates, lake or directory cannot be used; every trial failed.
     """
-    config, run_dir = load_search(base.config_path, base.overrides), Path(run_dir).absolute()
+    config = load_search(base.config_path, base.overrides)
+    if cluster == SUBMITTED:
+        refuse_relative({"--lake": lake, "--run-dir": run_dir})
+    lake, run_dir = whole_path(lake), Path(run_dir).absolute()
     record = open_search(config, lake, run_dir, base, command)
     dates = choosing_dates(config)
     print(f"trials train on {dates.train}, {dates.choose} chooses, {config.data.eval_dates} judges", flush=True)
     with ray_session(config.ray, cluster=cluster):
+        manifests = pinned_rows(lake, base, record["table_version"])
+        write_pin(manifests, run_dir)
         points = _search(config, lake, run_dir, record["table_version"])
         choice = choose(points, config)
         record |= {"trials": [as_row(point) for point in points], "chosen": choice.point.trial_id, "ended": now()}
         record["best"] = {"value": choice.value, "overrides": choice.overrides()}
         write_search(run_dir, record)
         best = run_dir / BEST_FILE
-        write_whole(best, _best_toml(config, choice, record))
+        write_whole(best, best_toml(config, choice, record))
         print(
             f"chosen: {choice.overrides()} with {config.tune.metric} {choice.value:.5f}; written to {best}", flush=True
         )
         study = final_study(config, choice)
         pinned = Base(base.config_path, (*base.overrides, f"data.table_version={record['table_version']}"))
         final = run_study(study, pinned, lake, run_dir / FINAL_DIR, cluster=cluster, command=command)
+    for folder in [run_dir, *(run_dir / TRIALS_DIR / point.trial_id for point in points)]:
+        remove_pin(manifests[0].table_uri, folder)  # a trial that ASHA stopped could not take its own back
     return TuneResult(choice, points, best, final, study)
-
-
-def final_study(config: Config, choice: Choice) -> Study:
-    """The study of two points that judges the choice."""
-    return Study(
-        name="final",
-        title="Tuned against given",
-        question=f"Does the configuration chosen by {config.tune.metric} beat the given one on dates that it was not "
-        "chosen on?",
-        seeds=config.tune.final_seeds,
-        base={},
-        axes=(Axis("configuration", {"given": {}, "tuned": choice.overrides()}),),
-        comparisons=(Comparison(axis="configuration", of=("tuned",), against="given"),),
-        resources=_resources(config),
-    )
-
-
-def _resources(config: Config) -> Resources:
-    return Resources(
-        num_workers=config.ray.num_workers,
-        cpus_per_worker=config.ray.cpus_per_worker,
-        max_concurrent=config.tune.max_concurrent,
-    )
-
-
-def _best_toml(config: Config, choice: Choice, record: Mapping[str, Any]) -> str:
-    best = with_values(config, choice.overrides())
-    return config_toml(
-        best,
-        comment=f"Chosen by jobs/tune.py: trial {choice.point.trial_id}, {config.tune.metric} {choice.value:.6f} on "
-        f"{choosing_dates(config).choose}.\nTable version {record['table_version']}, train.seed {config.train.seed}.\n"
-        f"Found: {json.dumps(choice.overrides())}",
-    )
 
 
 def _search(config: Config, lake: str, run_dir: Path, version: int) -> list[TriedPoint]:
     """Every trial that was drawn, run to its end or until ASHA stopped it."""
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    resources, storage = _resources(config), run_dir / RAY_DIR
+    resources, storage = search_resources(config), run_dir / RAY_DIR
     slots = num_slots(resources, ray.cluster_resources(), use_gpu=config.ray.use_gpu)
     trainable = tune.with_resources(
         tune.with_parameters(

@@ -7,6 +7,7 @@ them, and data.eval_dates judges the choice once, after the search.
 from __future__ import annotations
 
 import datetime as dt
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 from usr_ray.config import Config, UserError, dotted, load_config, parse_dates
 from usr_ray.config_fields import override_key
 from usr_ray.config_tune import METRICS, SpaceConfig
-from usr_ray.study_grid import as_sets, toml_value
+from usr_ray.study_grid import Axis, Comparison, Resources, Study, as_sets, toml_value
 
 _NOT_TUNED = ("data.", "tune.", "train.seed", "ray.", "scenarios", "query_scenarios", "labels.", "histories.",
               "vocabulary.", "features.", "logs.", "train.evaluate_every_epochs", "train.warm_start")  # fmt: skip
@@ -240,3 +241,38 @@ def load_search(path: Any, overrides: Sequence[str]) -> Config:
     choosing_dates(config)
     check_space(config)
     return config
+
+
+def final_study(config: Config, choice: Choice) -> Study:
+    """The study of two points that judges the choice."""
+    return Study(
+        name="final",
+        title="Tuned against given",
+        question=f"Does the configuration chosen by {config.tune.metric} beat the given one on dates that it was not "
+        "chosen on?",
+        seeds=config.tune.final_seeds,
+        base={},
+        axes=(Axis("configuration", {"given": {}, "tuned": choice.overrides()}),),
+        comparisons=(Comparison(axis="configuration", of=("tuned",), against="given"),),
+        resources=search_resources(config),
+    )
+
+
+def search_resources(config: Config) -> Resources:
+    """What a trial takes, in the words of a study."""
+    return Resources(
+        num_workers=config.ray.num_workers,
+        cpus_per_worker=config.ray.cpus_per_worker,
+        max_concurrent=config.tune.max_concurrent,
+    )
+
+
+def best_toml(config: Config, choice: Choice, record: Mapping[str, Any]) -> str:
+    """The chosen configuration as jobs/train.py takes it; `record`: search.json."""
+    best = with_values(config, choice.overrides())
+    return config_toml(
+        best,
+        comment=f"Chosen by jobs/tune.py: trial {choice.point.trial_id}, {config.tune.metric} {choice.value:.6f} on "
+        f"{choosing_dates(config).choose}.\nTable version {record['table_version']}, train.seed {config.train.seed}.\n"
+        f"Found: {json.dumps(choice.overrides())}",
+    )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from usr_ray.cli import EXIT_USER_ERROR, run_job
 from usr_ray.config import ConfigError, load_config
 from usr_ray.study_grid import SCALES, StudyError, as_sets, compared_labels, expand, load_study, parse_study, toml_value
 
@@ -143,3 +145,24 @@ def test_values_are_written_as_toml_reads_them() -> None:
         "true", "3", "1e+30", "0.05", '"a b"', "[1, 2]", '["x"]'
     ]  # fmt: skip
     assert as_sets({"a.b": False}) == ["a.b=false"]
+
+
+@pytest.mark.parametrize(
+    ("job", "arguments", "line"),
+    [
+        ("study", ["--study", "mian", "--run-dir", "x"], "error: --study mian: no such study; choose from: ablation,"),
+        ("study", ["--study", "main"], "error: study.py: the following arguments are required: --run-dir; see --help"),
+        (
+            "tune",
+            ["--lake", "x", "--run-dir", "y"],
+            "error: data.train_dates is empty; a search needs days to train on",
+        ),
+    ],
+)
+def test_a_wrong_command_is_one_line_and_starts_nothing(
+    job: str, arguments: list[str], line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", [f"{job}.py"])
+    main = importlib.import_module(f"jobs.{job}").main
+    assert run_job(main, arguments) == EXIT_USER_ERROR
+    assert capsys.readouterr().err.startswith(line)

@@ -9,6 +9,7 @@ import pytest
 
 from usr_ray.config import Config, ConfigError, load_config
 from usr_ray.config_tune import SpaceConfig
+from usr_ray.study_grid import expand
 from usr_ray.tune_space import (
     TriedPoint,
     TuneError,
@@ -16,6 +17,7 @@ from usr_ray.tune_space import (
     choosing_dates,
     config_toml,
     default_point,
+    final_study,
     importance,
     load_search,
     trial_config,
@@ -125,3 +127,15 @@ def test_a_written_configuration_reads_back_equal(path: Path, tmp_path: Path) ->
     written.write_text(config_toml(given, comment="Chosen.\nTwice."), encoding="utf-8")
     assert written.read_text(encoding="utf-8").startswith("# Chosen.\n# Twice.\n")
     assert load_config(written) == given
+
+
+def test_the_choice_is_judged_against_the_given_configuration_on_the_reporting_dates() -> None:
+    given = config(RATE, "tune.final_seeds=[4, 5]", "train.num_epochs=3")
+    choice = choose([point("a", 0.5, 0.4, 0.6, **{"train.learning_rate": 0.002})], given)
+    study = final_study(given, choice)
+    assert [(t.point["configuration"], t.seed) for t in expand(study)] == [
+        ("given", 4), ("tuned", 4), ("given", 5), ("tuned", 5)
+    ]  # fmt: skip
+    tuned = expand(study)[1].overrides
+    assert tuned == {"train.learning_rate": 0.002, "train.num_epochs": 2, "train.seed": 4}
+    assert not any(key.startswith("data.") for key in tuned), "trained on all of the dates, reported on eval_dates"
