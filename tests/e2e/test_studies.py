@@ -1,0 +1,119 @@
+"""A study and a search from the first file to the last, trial by trial in this process (tests/ray has Ray's part)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.unit.samples_table import samples_spec, write_samples
+from usr_ray import study as study_module
+from usr_ray import tune as tune_module
+from usr_ray.config import Config, load_config
+from usr_ray.study_grid import Resources, StudyError, parse_study
+from usr_ray.study_record import Base
+from usr_ray.study_report import write_study_report
+from usr_ray.study_vectors import view_vectors
+from usr_ray.tune_report import write_search_report
+from usr_ray.tune_trials import read_points
+
+pytestmark = pytest.mark.e2e
+
+SETS = (
+    "data.train_dates='2026-01-01:2026-01-02'", "data.eval_dates='2026-01-03'", "train.global_batch_size=128",
+    "train.checkpoint_every_steps=100", "train.log_every_steps=2", "train.reader_threads=1", "model.hidden=[8]",
+    "model.tower_hidden=[4]", "model.embedding_dim=4", "model.contrastive.group_size=32", "ray.dashboard=false",
+    "ray.num_workers=1",
+)  # fmt: skip
+
+
+@pytest.fixture
+def lake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    def run_here(jobs: Sequence[study_module.Job], resources: Resources, *, cluster: str) -> None:
+        for job in jobs:
+            study_module.run_trial(job)
+
+    monkeypatch.setattr(study_module, "run_jobs", run_here)
+    torch.set_num_threads(1)
+    write_samples(tmp_path / "lake", samples_spec(label_delay_us=3_600_000_000), num_rows=900, num_days=4)
+    return tmp_path / "lake"
+
+
+def pins(lake: Path) -> list[Path]:
+    return [p for p in lake.rglob("*.json") if "pin" in p.parent.name]
+
+
+def test_a_study_trains_compares_draws_and_gives_back_its_pins(lake: Path, tmp_path: Path) -> None:
+    axis = {"name": "cl", "values": {"with": {}, "rate": {"train.learning_rate": 1e30, "train.gradient_clip": 0.0}}}
+    raw = {"seeds": [0], "slices": True, "representations": True, "axes": [axis],
+           "comparisons": [{"axis": "cl", "against": "with"}]}  # fmt: skip
+    study, run_dir = parse_study(raw, name="small", scale="full"), tmp_path / "run"
+    first = study_module.run_study(study, Base(None, SETS), str(lake), run_dir)
+    ((failed, why),) = first.failures.items()
+    assert (first.num_finished, failed.startswith("rate-s0-")) == (1, True)
+    assert "diverged" in why
+    assert len(pins(lake)) > 0, "the failed trial may be tried again, on the same files"
+    page = write_study_report(run_dir, study).read_text(encoding="utf-8")
+    assert "i by PCA: with" in page
+    assert failed in page
+
+    off = {"model.contrastive.interest_weight": 0.0, "model.contrastive.feature_weight": 0.0}
+    calm = {**raw, "axes": [{"name": "cl", "values": {"with": {}, "rate": off}}]}
+    study = parse_study(calm, name="small", scale="full")
+    second = study_module.run_study(study, Base(None, SETS), str(lake), run_dir)
+    assert (second.num_finished, second.failures) == (2, {})
+    assert not [p for p in pins(lake) if p.name.startswith("run-")]
+    page = write_study_report(run_dir, study).read_text(encoding="utf-8")
+    assert "user seen in training" in page
+    (with_loss,) = (run_dir / "trials").glob("with-s0-*")
+    vectors = view_vectors(with_loss, num_rows=50)
+    assert {name: v.shape[:2] for name, v in vectors.items()} == {"i": (50, 2), "f": (50, 2)}
+
+
+def test_a_study_needs_a_lake_or_makes_its_own(lake: Path, tmp_path: Path) -> None:
+    plain = parse_study({"seeds": [0], "axes": [{"name": "x", "values": {"only": {}}}]}, name="p", scale="full")
+    with pytest.raises(StudyError, match=r"--lake is missing: study p trains on a table of jobs/build_samples.py"):
+        study_module.run_study(plain, Base(None, SETS), None, tmp_path / "run")
+    axis = {"name": "s", "path": "simulated.similarity", "values": [0.0], "world": True}
+    worlds = parse_study({"seeds": [0], "axes": [axis]}, name="w", scale="full")
+    with pytest.raises(StudyError, match=r"study w makes worlds of its own; leave --lake out"):
+        study_module.run_study(worlds, Base(None, SETS), str(lake), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_search_chooses_judges_and_reports(lake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reports: list[dict[str, float]] = []
+    drawn: list[dict[str, Any]] = [{"model.embedding_dim": 4}, {"model.embedding_dim": 8}]
+
+    def search_here(config: Config, lake: str, run_dir: Path, version: int) -> list[Any]:
+        for n, values in enumerate(drawn):
+            context = SimpleNamespace(get_trial_id=lambda n=n: f"t_{n:05d}")
+            monkeypatch.setattr(tune_module.tune, "get_context", lambda context=context: context)
+            tune_module.run_trial(
+                values, config=config.to_dict(), lake=lake, folder=str(run_dir / "trials"), version=version
+            )
+        return read_points(run_dir / "trials", config)
+
+    monkeypatch.setattr(tune_module.tune, "report", reports.append)
+    monkeypatch.setattr(tune_module, "_search", search_here)
+    sets = (*SETS, "tune.final_seeds=[0]", 'tune.space={"model.embedding_dim" = {kind = "int", low = 4, high = 8}}')
+    monkeypatch.setattr(tune_module, "ray_session", lambda *_, **__: contextlib.nullcontext())
+    result = tune_module.run_search(Base(None, sets), str(lake), tmp_path / "run")
+    assert [report["epoch"] for report in reports] == [1, 1], "what ASHA counts by"
+    assert [report["log_loss"] for report in reports] == pytest.approx([point.curve[0] for point in result.points])
+    best = load_config(result.best_config)
+    assert best.model.embedding_dim == result.choice.point.values["model.embedding_dim"]
+    assert (best.data.train_dates, best.data.eval_dates) == ("2026-01-01:2026-01-02", "2026-01-03")
+    trained = json.loads((tmp_path / "run" / "trials" / "t_00000" / "config.json").read_text())["config"]["data"]
+    assert (trained["train_dates"], trained["eval_dates"]) == ("2026-01-01:2026-01-01", "2026-01-02:2026-01-02")
+    assert result.final.failures == {}
+    assert not pins(lake)
+    page = write_search_report(tmp_path / "run", load_config(None, sets), result).read_text(encoding="utf-8")
+    assert "Trials by parallel coordinates" in page
+    assert "2026-01-03, which no trial has seen" in page
