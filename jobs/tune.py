@@ -23,7 +23,7 @@ TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     # Ours tells of the search; Ray's table of trials repeats itself every few seconds.
     "RAY_AIR_NEW_OUTPUT": "0",
-    # Trials write into the run directory, and the search is ours to go on with.
+    # A relative path in the configuration means the same in a trial as in jobs/train.py.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
 

@@ -86,7 +86,8 @@ def run_study(
     for trial in trials:
         base.config(study.resources, trial)  # every mistake in the grid is found before anything is trained
     record = open_study(run_dir, study, base, lake=str(lake or ""), command=command)
-    write_record(run_dir, record)
+    if study.has_worlds:
+        write_record(run_dir, record)  # the worlds are built in its directory; else nothing is written for a wrong lake
     todo = [trial for trial in trials if not is_finished(trial_dir(run_dir, trial))]
     print(f"{study.name}: {len(trials)} trials, {len(trials) - len(todo)} of them finished already", flush=True)
     worlds = prepare_worlds(study, base, trials, run_dir) if study.has_worlds else {"": World(str(lake))}

@@ -15,7 +15,7 @@ import torch
 from tests.unit.samples_table import samples_spec, write_samples
 from usr_ray import study as study_module
 from usr_ray import tune as tune_module
-from usr_ray.config import Config, load_config
+from usr_ray.config import Config, UserError, load_config
 from usr_ray.study_grid import Resources, StudyError, parse_study
 from usr_ray.study_record import Base
 from usr_ray.study_report import write_study_report
@@ -84,7 +84,9 @@ def test_a_study_needs_a_lake_or_makes_its_own(lake: Path, tmp_path: Path) -> No
     worlds = parse_study({"seeds": [0], "axes": [axis]}, name="w", scale="full")
     with pytest.raises(StudyError, match=r"study w makes worlds of its own; leave --lake out"):
         study_module.run_study(worlds, Base(None, SETS), str(lake), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match=r"--lake: no Delta table at .*pond/samples"):
+        study_module.run_study(plain, Base(None, SETS), str(tmp_path / "pond"), tmp_path / "run")
+    assert not (tmp_path / "run").exists(), "or the next command would be told that it names another lake"
 
 
 def test_a_search_chooses_judges_and_reports(lake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
