@@ -149,9 +149,7 @@ def _second_copies(rows: pa.Table) -> Bools:
     table = key
     for name, column in (*rank.items(), *((f"rest_{name}", some[name]) for name in rest)):
         table = table.append_column(name, column)
-    sort = pc.sort_indices(
-        table, sort_keys=[(name, "ascending") for name in table.column_names], null_placement="at_start"
-    ).to_numpy()
+    sort = pc.sort_indices(table, sort_keys=[(name, "ascending", "at_start") for name in table.column_names]).to_numpy()
     first = np.ones(len(sort), dtype=np.bool_)
     if len(sort) > 1:
         sorted_key = key.take(pa.array(sort))

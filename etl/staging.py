@@ -48,8 +48,10 @@ def staging_folder(spark: SparkSession, lake: Lake) -> Iterator[str]:
         yield folder
     finally:
         system.delete(hadoop.Path(folder), True)
-        if system.exists(hadoop.Path(root)) and not len(system.listStatus(hadoop.Path(root))):
-            system.delete(hadoop.Path(root), False)
+        # A build that is refused leaves nothing behind, not even the folder of a lake that was not there.
+        for path in (hadoop.Path(root), hadoop.Path(root).getParent()):
+            if system.exists(path) and not len(system.listStatus(path)):
+                system.delete(path, False)
 
 
 def stage(frame: DataFrame, folder: str) -> None:
