@@ -104,7 +104,8 @@ def fit(cells: dict[Cell, Row], system: str, value: str) -> tuple[float, float] 
     points = [(size / 1e6, row[value]) for (name, size, bot), row in cells.items() if name == system and not bot]
     if len(points) < 2:
         return None
-    slope, start = np.polyfit(*zip(*points, strict=True), deg=1)
+    millions, values = np.array(points).T
+    slope, start = np.polyfit(millions, values, deg=1)
     return float(start), float(slope)
 
 

@@ -84,7 +84,11 @@ def run_duckdb(query: Query, config: Config, *, threads: int, memory: str) -> No
     """Write the samples as Parquet files partitioned by date."""
     import duckdb
 
-    settings = {"threads": threads, "memory_limit": memory, "temp_directory": f"{query.output}.spill"}
+    settings: dict[str, str | bool | int | float | list[str]] = {
+        "threads": threads,
+        "memory_limit": memory,
+        "temp_directory": f"{query.output}.spill",
+    }
     with duckdb.connect(config=settings) as connection:
         connection.execute("SET TimeZone = 'UTC'")
         connection.execute("SET preserve_insertion_order = false")
