@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -23,3 +25,12 @@ def put_table(document: str, name: str, text: str) -> None:
     if not pattern.search(before):
         raise SystemExit(f"{path} has no place for a table: write the lines <!-- {name} --> and <!-- /{name} -->")
     path.write_text(pattern.sub(lambda m: m[1] + text + "\n" + m[2], before), encoding="utf-8")
+
+
+def record(report: Mapping[str, Any], text: str, output: Path, *, document: str, place: Path) -> None:
+    """Write the report as JSON and print its table; only a report in its own place goes into the document."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(report, indent=2) + "\n")
+    print(text)
+    if output == place:
+        put_table(document, place.stem, text)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
-import json
 import os
 import platform
 import socket
@@ -31,7 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from benchmarks.doc_tables import markdown, put_table
+from benchmarks.doc_tables import markdown, record
 from usr_ray.config import Config
 from usr_ray.embeddings import build_embeddings
 from usr_ray.model.unique import TableIds, UniqueIds
@@ -153,11 +152,7 @@ def main() -> None:
                      "backend": "gloo", "threads": 1},
         "results": results,
     }  # fmt: skip
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
-    print(table(report))
-    if arguments.output == RESULTS:
-        put_table("embeddings.md", "embedding_wire", table(report))
+    record(report, table(report), arguments.output, document="embeddings.md", place=RESULTS)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import argparse
 import dataclasses
 import datetime as dt
 import gc
-import json
 import os
 import platform
 import statistics
@@ -32,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.doc_tables import markdown, put_table
+from benchmarks.doc_tables import markdown, record
 from usr_ray.batch import UsrBatch
 from usr_ray.config import Config
 from usr_ray.export_check import drawn_batch
@@ -172,11 +171,7 @@ def main() -> None:
         },
         "results": results,
     }  # fmt: skip
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
-    print(table(report))
-    if arguments.output == RESULTS:
-        put_table("embeddings.md", "table_size", table(report))
+    record(report, table(report), arguments.output, document="embeddings.md", place=RESULTS)
 
 
 if __name__ == "__main__":
