@@ -9,3 +9,5 @@ CONF = Path(__file__).resolve().parents[1] / "cluster" / "spark" / "conf"
 os.environ.setdefault("SPARK_CONF_DIR", str(CONF))
 os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ray reads it once, when it is first imported; tests/ray sets it too late for a process in which a unit test was first.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
