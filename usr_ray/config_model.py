@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from usr_ray.config_fields import require
 
 BACKBONES = ("shared_bottom", "mmoe", "ple", "star", "m2m", "apg")
+_OWN_BACKBONE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +87,9 @@ class ModelConfig:
     """USR round a backbone."""
 
     backbone: str = "shared_bottom"
+    """One of BACKBONES, or "module:Class" of your own (examples/add_a_backbone), importable on every machine."""
+    backbone_options: Mapping[str, float] = field(default_factory=dict)
+    """Numbers for a backbone of your own; the six have keys of their own below."""
     embedding_dim: int = 16
     """d."""
     trigger_dim: int = 16
@@ -119,8 +125,13 @@ class ModelConfig:
     contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
 
     def __post_init__(self) -> None:
-        require(self.backbone in BACKBONES,
-                 f"model.backbone {self.backbone!r} is not known; choose from: {', '.join(BACKBONES)}")  # fmt: skip
+        is_own = _OWN_BACKBONE.fullmatch(self.backbone) is not None
+        require(self.backbone in BACKBONES or is_own,
+                 f"model.backbone {self.backbone!r} is not known; choose from: {', '.join(BACKBONES)}; or name a class "
+                 "of your own as module:Class")  # fmt: skip
+        require(is_own or not self.backbone_options,
+                f"model.backbone_options is for a backbone of your own (module:Class), got {self.backbone!r}; "
+                "leave it out")  # fmt: skip
         for key in ("embedding_dim", "trigger_dim", "recent_queries", "num_experts", "num_task_experts", "num_levels",
                     "meta_depth", "meta_view_dim", "apg_rank"):  # fmt: skip
             require(getattr(self, key) > 0, f"model.{key} must be positive, got {getattr(self, key)}")

@@ -25,6 +25,7 @@ from usr_ray.embeddings import RowSource
 from usr_ray.feed import Feed
 from usr_ray.manifest import Manifest
 from usr_ray.metrics import CellMetrics, Predictions, known_labels_only, metrics_by_scenario
+from usr_ray.model.backbones import OwnBackboneError
 from usr_ray.model.embedding import EmbeddingTables
 from usr_ray.model.unique import UniqueIds
 from usr_ray.model.usr import UsrModel
@@ -210,6 +211,7 @@ def load_run(run_dir: Path, device: torch.device | str = "cpu") -> TrainedRun:
 
     Raises:
         EvaluationError: no such directory, or no valid checkpoint in it. CheckpointError: it is another version's.
+        OwnBackboneError: its backbone is a class of the user's that is not on this machine.
     """
     if not run_dir.is_dir():
         raise EvaluationError(f"--run-dir {run_dir}: no such directory; name the --run-dir of jobs/train.py")
@@ -222,6 +224,8 @@ def load_run(run_dir: Path, device: torch.device | str = "cpu") -> TrainedRun:
         spec = FeatureSpec.from_json(json.dumps(checkpoint.state["spec"]))
         module = UsrModel(spec, config.model)
         module.load_state_dict(_part(checkpoint, "model"))
+    except OwnBackboneError:  # says itself what is missing
+        raise
     except (KeyError, ValueError, RuntimeError, UserError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(

@@ -24,6 +24,7 @@ import torch
 from usr_ray.config import Config, UserError, dotted, parse_dates
 from usr_ray.files import write_whole
 from usr_ray.manifest import Manifest, build_manifest
+from usr_ray.model.backbones import check_own_backbone
 from usr_ray.order_quality import ShuffleQuality
 from usr_ray.pins import remove_pin, write_pin
 from usr_ray.train_feed import training_reader
@@ -158,6 +159,7 @@ def _check_rows(config: Config, manifest: Manifest) -> ShuffleQuality:
             f"scenarios: the configuration has {list(config.scenarios)}, the table at {manifest.table_uri} has "
             f"{list(manifest.spec.scenarios)}; train with the configuration the table was built with"
         )
+    check_own_backbone(config.model, num_scenarios=len(config.scenarios))
     if config.train.warm_start:
         check_warm_start(config, manifest)
     with training_reader(config, manifest, _Shape(config.ray.num_workers)) as reader:

@@ -219,7 +219,11 @@ REFUSED = [
      "jdsearch.base_time must be midnight UTC, got '2022-11-01T01:00:00+00:00': no history may share its date"),
     ("jdsearch.base_time=then", "jdsearch.base_time: 'then' is not a time"),
     # Model
-    ("model.backbone=dnn", "model.backbone 'dnn' is not known; choose from: shared_bottom, mmoe, ple, star, m2m, apg"),
+    ("model.backbone=dnn", "model.backbone 'dnn' is not known; choose from: shared_bottom, mmoe, ple, star, m2m, apg; "
+     "or name a class of your own as module:Class"),
+    ("model.backbone=mine:", "model.backbone 'mine:' is not known"),
+    ("model.backbone_options.depth=2", "model.backbone_options is for a backbone of your own (module:Class), got "
+     "'shared_bottom'; leave it out"),
     ("model.hidden=[]", "model.hidden is empty; give at least one width, for example [64]"),
     ("model.hidden=[64, 0]", "model.hidden must hold positive widths, got [64, 0]"),
     ("model.tower_hidden=[-1]", "model.tower_hidden must hold positive widths, got [-1]"),

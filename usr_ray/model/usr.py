@@ -18,7 +18,6 @@ from torch.nn.functional import embedding
 from usr_ray.batch import UsrBatch, UsrOutputs
 from usr_ray.config import ModelConfig
 from usr_ray.model.backbones import BackboneInput, build_backbone
-from usr_ray.model.backbones.apg import APG
 from usr_ray.model.contrastive import event_mask, feature_mask
 from usr_ray.model.embedding import Lookup
 from usr_ray.model.generator import FeatureGenerator
@@ -173,8 +172,7 @@ class UsrModel(nn.Module):
         folded = copy.deepcopy(self)
         if folded.interest is not None:
             folded.interest.fold()
-        if isinstance(folded.backbone, APG):
-            folded.backbone.fold()
+        folded.backbone.fold()
         return folded
 
 

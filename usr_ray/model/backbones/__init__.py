@@ -1,4 +1,4 @@
-"""The six backbones behind one interface: BackboneInput in, the row's own logits (B, T) out."""
+"""The six backbones, and your own, behind one interface: BackboneInput in, the row's own logits (B, T) out."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from usr_ray.model.backbones.apg import APG
 from usr_ray.model.backbones.interface import Backbone, BackboneDims, BackboneInput
 from usr_ray.model.backbones.m2m import M2M
 from usr_ray.model.backbones.mmoe import MMoE
+from usr_ray.model.backbones.own import OwnBackboneError, check_backbone, own_backbone
 from usr_ray.model.backbones.ple import PLE
 from usr_ray.model.backbones.shared_bottom import SharedBottom
 from usr_ray.model.backbones.star import STAR
 
-__all__ = ["Backbone", "BackboneInput", "build_backbone"]
+__all__ = ["Backbone", "BackboneDims", "BackboneInput", "OwnBackboneError", "build_backbone", "check_own_backbone"]
 
 _KINDS: dict[str, Callable[[ModelConfig, BackboneDims], Backbone]] = {
     "shared_bottom": SharedBottom,
@@ -31,11 +32,25 @@ def build_backbone(
     """The backbone named by `config.backbone`, with weights drawn from torch's global generator.
 
     Args:
-        config: sizes; `config.backbone` is one of usr_ray.config.BACKBONES, which ModelConfig has checked.
+        config: sizes; `config.backbone` is one of usr_ray.config.BACKBONES, or "module:Class".
         input_dim: width of x_BD.
         scenario_dim: width of scenario_embedding_BE.
         trigger_dim: width of trigger_BZ; may be 0.
         num_scenarios: S, one or more.
+
+    Raises:
+        OwnBackboneError: there is no such module or class, or it is no Backbone.
     """
     dims = BackboneDims(input_dim, scenario_dim, trigger_dim, num_scenarios)
-    return _KINDS[config.backbone](config, dims)
+    kind = _KINDS.get(config.backbone) or own_backbone(config.backbone)
+    return kind(config, dims)
+
+
+def check_own_backbone(config: ModelConfig, *, num_scenarios: int) -> None:
+    """Refuse a backbone of the user's that breaks the interface, on a few rows, before any process starts.
+
+    Raises:
+        OwnBackboneError: as `build_backbone`, or it does not do what `Backbone` promises.
+    """
+    if config.backbone not in _KINDS:
+        check_backbone(config, own_backbone(config.backbone), num_scenarios=num_scenarios)

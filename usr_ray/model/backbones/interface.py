@@ -38,7 +38,7 @@ class BackboneDims:
 
 
 class Backbone(nn.Module):
-    """Base of the six backbones.
+    """Base of the six backbones, and of yours: `__init__(config, dims)` as theirs, then `forward`.
 
     A row's logits depend on that row alone in evaluation, and every parameter takes part in the graph of every
     forward, whatever the scenarios of the batch: DistributedDataParallel needs no search for unused parameters.
@@ -47,3 +47,6 @@ class Backbone(nn.Module):
     def forward(self, inputs: BackboneInput) -> Tensor:
         """Logits (B, T) of CTR and CTCVR, each row's in its own scenario; the dtype of x_BD."""
         raise NotImplementedError
+
+    def fold(self) -> None:
+        """Turn into fewer parameters with the same outputs, in place, before an export; by default nothing is done."""
