@@ -1,6 +1,7 @@
 """Run a study: a declared grid of trainings on one table, then a table of results and a report.
 
-python jobs/study.py --study NAME|FILE.toml --config FILE --lake DIR --run-dir DIR [--scale small|full] [--set a.b=c]
+python jobs/study.py --study NAME|FILE.toml --config FILE --lake DIR --run-dir DIR [--scale small|full]
+    [--seeds 0 1 2] [--set a.b=c]
 
 NAME is one of jobs/studies. The same command goes on where it was cut off; finished trials are read back, failed ones
 are tried again. Studies of simulated worlds (similarity, label_quality, scenarios) take no --lake. See docs/studies.md.
@@ -25,8 +26,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--lake", metavar="DIR", help="the lake of jobs/build_samples.py")
     parser.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help="trials, results and report go here")
     parser.add_argument("--scale", choices=SCALES, default="full", help="small: minutes on two cores")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="in place of the study's; more may follow")
     arguments = parser.parse_args(argv)
-    study = load_study(arguments.study, scale=arguments.scale, folder=ROOT / "jobs" / "studies")
+    study = load_study(arguments.study, scale=arguments.scale, folder=ROOT / "jobs" / "studies", seeds=arguments.seeds)
     cluster = prepare_environment(dashboard=job_config(arguments).ray.dashboard)
     from usr_ray.study import run_study  # imports ray, which reads the environment
     from usr_ray.study_record import Base

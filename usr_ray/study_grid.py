@@ -1,10 +1,8 @@
 """A declared study: a TOML file with axes, seeds and comparisons, and the trials that it expands into. No Ray.
 
-    [[axes]]                       every combination of the axes' values is a point, every point runs with every seed
-    name = "backbone"
-    values = { mmoe = { "model.backbone" = "mmoe" }, ple = { "model.backbone" = "ple" } }
-
-docs/studies.md has the whole format.
+[[axes]]                       every combination of the axes' values is a point, every point runs with every seed
+name = "backbone"                         (docs/studies.md has the whole format)
+values = { mmoe = { "model.backbone" = "mmoe" }, ple = { "model.backbone" = "ple" } }
 """
 
 from __future__ import annotations
@@ -64,7 +62,7 @@ class Resources:
     """What one trial takes, and how many run at once."""
 
     num_workers: int = 1
-    """Of each trial: 1 runs the loop in the trial's own process, more run Ray Train's worker group."""
+    """Of each trial. 1: the loop runs in the trial's own process; more: Ray Train's worker group."""
     cpus_per_worker: float = 1.0
     max_concurrent: int = 0
     """Trials at once; 0: as many as the cluster's CPUs (or GPUs) hold."""
@@ -133,8 +131,8 @@ def toml_value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def load_study(source: str, *, scale: str, folder: Path) -> Study:
-    """The study of a TOML file, or of `<folder>/<source>.toml` for a name.
+def load_study(source: str, *, scale: str, folder: Path, seeds: Sequence[int] | None = None) -> Study:
+    """The study of a TOML file, or of `<folder>/<source>.toml` for a name; `seeds` take the place of the file's.
 
     Raises:
         StudyError: no such study, no TOML, an unknown key, an axis without values, a comparison of nothing.
@@ -148,7 +146,8 @@ def load_study(source: str, *, scale: str, folder: Path) -> Study:
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise StudyError(f"--study {path}: not TOML ({error})") from error
     try:
-        return parse_study(raw, name=path.stem, scale=scale)
+        study = parse_study(raw, name=path.stem, scale=scale)
+        return replace(study, seeds=_seeds(list(seeds), "--seeds")) if seeds else study
     except ConfigError as error:
         raise StudyError(f"--study {path}: {error}") from error
 
@@ -176,15 +175,10 @@ def parse_study(raw: Mapping[str, Any], *, name: str, scale: str) -> Study:
         require(axis_name in names, f"small.axes.{axis_name}: no such axis; the study has: {', '.join(names)}")
         place = names.index(axis_name)
         axes[place] = replace(axes[place], values=_kept(axes[place], labels))
-    seeds = small.get("seeds", raw.get("seeds", []))
-    require(
-        isinstance(seeds, list) and bool(seeds) and all(type(s) is int and s >= 0 for s in seeds),
-        f"seeds must be a list of whole numbers, for example [0, 1, 2, 3, 4], got {seeds!r}",
-    )
-    require(len(set(seeds)) == len(seeds), f"seeds has doubles: {seeds}")
+    seeds = _seeds(small.get("seeds", raw.get("seeds", [])), "seeds")
     comparisons = [build(Comparison, c, path=f"comparisons[{n}]") for n, c in enumerate(raw.get("comparisons", []))]
     study = Study(
-        name=name, title=str(raw.get("title", name)), question=str(raw.get("question", "")), seeds=tuple(seeds),
+        name=name, title=str(raw.get("title", name)), question=str(raw.get("question", "")), seeds=seeds,
         base={**_flat(raw.get("base", {}), "base"), **_flat(small.get("base", {}), "small.base")},
         axes=tuple(axes), comparisons=tuple(comparisons),
         resources=build(Resources, raw.get("resources", {}), path="resources"),
@@ -194,6 +188,13 @@ def parse_study(raw: Mapping[str, Any], *, name: str, scale: str) -> Study:
     _check_comparisons(study)
     require(study.has_worlds or not study.world, "world has overrides, but no axis has world = true")
     return study
+
+
+def _seeds(seeds: Any, where: str) -> tuple[int, ...]:
+    is_list = isinstance(seeds, list) and bool(seeds) and all(type(s) is int and s >= 0 for s in seeds)
+    require(is_list, f"{where} must be a list of whole numbers, for example [0, 1, 2, 3, 4], got {seeds!r}")
+    require(len(set(seeds)) == len(seeds), f"{where} has doubles: {seeds}")
+    return tuple(seeds)
 
 
 def _axis(raw: Any) -> Axis:

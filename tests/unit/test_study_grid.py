@@ -122,6 +122,13 @@ def test_worlds_cannot_be_compared_with_each_other() -> None:
         )
 
 
+def test_seeds_of_the_command_line_take_the_place_of_the_files(tmp_path: Path) -> None:
+    study = load_study("main", scale="full", folder=STUDIES, seeds=[7, 9])
+    assert (study.seeds, len(expand(study))) == ((7, 9), 24)
+    with pytest.raises(StudyError, match=r"main\.toml: --seeds has doubles: \[7, 7\]"):
+        load_study("main", scale="full", folder=STUDIES, seeds=[7, 7])
+
+
 def test_an_unknown_study_is_told_which_there_are(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match=r"--study mian: no such study; choose from: ablation, .*main"):
         load_study("mian", scale="full", folder=STUDIES)
