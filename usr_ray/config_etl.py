@@ -144,6 +144,9 @@ class SimulatedConfig:
     0.5: the others have no earlier request to repeat). Both share the pair's own interest, beyond taste."""
     global_noise: float = 0.0
     """Share of cross exposures with an interest of their own, so that a global label tells less of the row's click."""
+    link_loss: float = 0.0
+    """Share of cross exposures that are logged under their scenario's own id of the item, as where scenarios keep
+    catalogues apart. Nothing then links the pair: the first row's global label loses the click."""
     duplicate_rate: float = 0.01
     """Share of log rows written twice, as real collectors do."""
     late_rate: float = 0.01
@@ -156,7 +159,7 @@ class SimulatedConfig:
     def __post_init__(self) -> None:
         for key in ("num_impressions", "num_days", "num_users", "num_items", "num_queries", "num_categories"):
             require(getattr(self, key) > 0, f"simulated.{key} must be positive, got {getattr(self, key)}")
-        for key in ("similarity", "cross_exposure", "global_noise", "duplicate_rate", "late_rate",
+        for key in ("similarity", "cross_exposure", "global_noise", "link_loss", "duplicate_rate", "late_rate",
                     "unnamed_click_rate", "new_item_share"):  # fmt: skip
             require(0 <= getattr(self, key) <= 1, f"simulated.{key} must be in [0, 1], got {getattr(self, key)}")
         require(self.seed >= 0, f"simulated.seed must not be negative, got {self.seed}")

@@ -170,10 +170,10 @@ def _contrast_section(title: str, found: Sequence[Contrast], plots: Sequence[dic
 
 
 def _comparison_plots(trials: Trials, found: Sequence[Contrast]) -> list[dict[str, Any]]:
-    """By scenario and task: a heat map over two numeric axes, a line over one, else a forest."""
-    numeric = [a for a in trials.study.axes if a.numbers is not None and len(a.values) > 1]
+    """By scenario and task: a heat map over two further axes, a line over one of numbers, else a forest."""
     compared = {c.axis for c in found}
-    over = [axis.name for axis in numeric if axis.name not in compared]
+    others = [axis for axis in trials.study.axes if axis.name not in compared and len(axis.values) > 1]
+    over = [axis.name for axis in others]
     plots = []
     for scenario, task in dict.fromkeys((c.scenario, c.task) for c in found):
         own = [c for c in found if (c.scenario, c.task) == (scenario, task) and c.gap is not None]
@@ -184,7 +184,7 @@ def _comparison_plots(trials: Trials, found: Sequence[Contrast]) -> list[dict[st
         if len(over) == 2 and single:
             svg = heat_map({(dict(c.at)[over[0]], dict(c.at)[over[1]]): (c.gap.value, c.verdict in ("better", "worse"))
                             for c in own if c.gap}, label=title, x_axis=over[0], y_axis=over[1])  # fmt: skip
-        elif len(over) == 1:
+        elif len(others) == 1 and others[0].numbers is not None:
             svg = axis_plot(_gap_curves(own, over[0]), label=title, x_axis=over[0], y_axis="AUC gap", dashed_at=0.0)
         else:
             svg = forest_plot(_bars(own), label=title, axis="AUC gap")

@@ -1,11 +1,12 @@
 """Lakes of a study: simulated worlds, one for each combination of its world axes, built by the two ETL jobs.
 
-Spark runs in processes of its own, one world after the other, so neither this process nor Ray's need a JVM. A world
+Spark runs in a process of its own, one world after the other, so neither this process nor Ray's need a JVM. A world
 that is whole is kept and used again; one that was cut off is built anew.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -67,43 +68,46 @@ def _asked_version(base: Base) -> int | None:
 
 
 def prepare_worlds(study: Study, base: Base, trials: Sequence[Trial], run_dir: Path) -> dict[str, World]:
-    """The lake of each world that the trials name; builds those that are not there.
+    """The lake of each world that the trials name; builds those that are not there, in one Spark process.
 
     Raises:
-        StudyError: no spark-submit, or an ETL job failed (its output is in the world's build.log).
+        StudyError: no spark-submit, or an ETL job failed (what Spark said is in worlds/spark.log).
     """
-    of_world = {trial.world: trial for trial in trials}
-    worlds = {}
-    for place, (name, trial) in enumerate(of_world.items()):
-        folder = run_dir / WORLDS_DIR / name
-        if not (folder / _READY).is_file():
-            print(f"{study.name}: building world {place + 1} of {len(of_world)}, {name}", flush=True)
-            _build(folder, base, trial)
-        worlds[name] = World(str(folder / "lake"))
-    return worlds
+    folders = {trial.world: run_dir / WORLDS_DIR / trial.world for trial in trials}
+    missing = {trial.world: trial for trial in trials if not (folders[trial.world] / _READY).is_file()}
+    if missing:
+        print(f"{study.name}: {len(missing)} of {len(folders)} worlds to build", flush=True)
+        _build([(folders[name], trial) for name, trial in missing.items()], base, run_dir / WORLDS_DIR)
+    return {name: World(str(folder / "lake")) for name, folder in folders.items()}
 
 
-def _build(folder: Path, base: Base, trial: Trial) -> None:
+def _build(worlds: Sequence[tuple[Path, Trial]], base: Base, folder: Path) -> None:
     submit = shutil.which("spark-submit", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     if submit is None:
         raise StudyError("a study of worlds needs Spark, and no spark-submit is beside this Python; run `make setup`")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    log = folder / "build.log"
-    for job in build_commands(folder, base, trial):
-        with log.open("a", encoding="utf-8") as output:
-            done = subprocess.run(
-                [submit, *job], cwd=ROOT, env=_environment(), stdout=output, stderr=subprocess.STDOUT, check=False
-            )
-        if done.returncode:
-            last = next(
-                (s for s in reversed(log.read_text(encoding="utf-8").splitlines()) if s.startswith("error:")), ""
-            )
-            raise StudyError(
-                f"world {folder.name}: {job[0]} failed ({last or f'exit code {done.returncode}'}); see {log}"
-            )
-    shutil.rmtree(folder / "logs", ignore_errors=True)
-    write_whole(folder / _READY, "")
+    plan, log = folder / "plan.json", folder / "spark.log"
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = [
+        {"folder": str(world), "mark": _READY, "commands": build_commands(world, base, trial)}
+        for world, trial in worlds
+    ]
+    write_whole(plan, json.dumps(entries, indent=2) + "\n")
+    command = [submit, "jobs/build_worlds.py", "--plan", str(plan)]
+    error = ""
+    with (
+        log.open("w", encoding="utf-8", buffering=1) as output,
+        subprocess.Popen(
+            command, cwd=ROOT, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            output.write(line)
+            if line.startswith("world "):
+                print(f"  {line}", end="", flush=True)
+            error = line.strip().removeprefix("error: ") if line.startswith("error: ") else error
+    if process.returncode:
+        raise StudyError(f"{error or f'jobs/build_worlds.py failed with exit code {process.returncode}'}; see {log}")
 
 
 def build_commands(folder: Path, base: Base, trial: Trial) -> list[list[str]]:

@@ -133,11 +133,11 @@ class LateOrders:
             np.concatenate([self.time_us, other.time_us]),
         )
 
-    def without_credit(self, day: SimulatedDay, num_items: int, order_window_us: int) -> LateOrders:
+    def without_credit(self, day: SimulatedDay, num_listings: int, order_window_us: int) -> LateOrders:
         """Those that no click of the day could earn. The others are never logged: their label is 0 either way."""
-        pair = self.user * num_items + self.item
+        pair = self.user * num_listings + self.item
         clicked_N = day.outcomes.is_click_N
-        click_pair = day.user_N[clicked_N] * num_items + day.shown.item_N[clicked_N]
+        click_pair = day.user_N[clicked_N] * num_listings + day.shown.listing_N[clicked_N]
         click_us = day.start_us + day.outcomes.click_time_us_N[clicked_N]
         met = np.isin(click_pair, pair)  # a handful: late orders are few
         clicks: dict[int, list[int]] = defaultdict(list)
@@ -160,7 +160,8 @@ class SimulatedSource:
         """Write users, items, and day by day impressions, clicks, orders and truth. `input_dir` is not read."""
         settings = config.simulated
         world = make_world(config)
-        write_profiles(world, writer)
+        num_catalogues = 1 + len(config.scenarios) if settings.link_loss else 1
+        write_profiles(world, writer, num_catalogues)
         for log in [f"{name}_{kind}" for name in config.scenarios for kind in ("impressions", "clicks")]:
             writer.declare(log)
         late = LateOrders(*(np.array([], dtype=np.int64) for _ in range(4)))
@@ -168,7 +169,8 @@ class SimulatedSource:
         for day in simulate_days(world, config):
             rows = DayRows(day, settings, config.scenarios, num_before)
             rows.write_events(writer)
-            late = (late + rows.late_orders()).without_credit(day, world.num_items, config.labels.order_window_us)
+            late = late + rows.late_orders()
+            late = late.without_credit(day, num_catalogues * world.num_items, config.labels.order_window_us)
             is_last = day.number == settings.num_days - 1
             is_due = (late.time_us < day.end_us) | is_last
             rows.write_orders(writer, late.where(is_due))
@@ -188,8 +190,9 @@ def closing_order(last: SimulatedDay, config: Config) -> dict[str, list[str] | n
     return {**order, "event_time": np.array([close_us + 1_000_000])}
 
 
-def write_profiles(world: World, writer: LogWriter) -> None:
+def write_profiles(world: World, writer: LogWriter, num_catalogues: int) -> None:
     """The users and items logs: what a shop knows of them, weakly informative of their tastes."""
+    item = np.tile(np.arange(world.num_items), num_catalogues)
     writer.append(
         "users",
         {
@@ -202,10 +205,10 @@ def write_profiles(world: World, writer: LogWriter) -> None:
     writer.append(
         "items",
         {
-            "item_id": text_column("i", np.arange(world.num_items)),
-            "category_id": text_column("c", world.item_category_I),
-            "brand_id": text_column("b", world.item_brand_I),
-            "price": world.item_price_I,
+            "item_id": text_column("i", np.arange(len(item))),
+            "category_id": text_column("c", world.item_category_I[item]),
+            "brand_id": text_column("b", world.item_brand_I[item]),
+            "price": world.item_price_I[item],
         },
     )
 
@@ -222,7 +225,7 @@ class DayRows:
     def _event(self, rows: np.ndarray, time_us: np.ndarray) -> dict[str, pa.Array | np.ndarray]:
         return {
             "user_id": text_column("u", self.day.user_N[rows]),
-            "item_id": text_column("i", self.day.shown.item_N[rows]),
+            "item_id": text_column("i", self.day.shown.listing_N[rows]),
             "event_time": self.day.start_us + time_us,
         }
 
@@ -274,7 +277,7 @@ class DayRows:
         """The day's orders that come after their window."""
         rows = np.flatnonzero(self.day.outcomes.is_late_order_N)
         time_us = self.day.start_us + self.day.outcomes.order_time_us_N[rows]
-        return LateOrders(self.num_before + rows, self.day.user_N[rows], self.day.shown.item_N[rows], time_us)
+        return LateOrders(self.num_before + rows, self.day.user_N[rows], self.day.shown.listing_N[rows], time_us)
 
     def write_orders(self, writer: LogWriter, late: LateOrders) -> None:
         """Append the day's orders (one order_id a request's basket) and the late ones that are due."""

@@ -51,6 +51,8 @@ class Exposures:
     interest_N: np.ndarray
     is_copy_N: np.ndarray
     """True for a cross exposure: the item was shown to the user in another scenario minutes before."""
+    listing_N: np.ndarray
+    """What the logs call the item: its number or, behind all numbers, its scenario's (simulated.link_loss)."""
 
 
 def day_size(config: SimulatedConfig, day: int) -> int:
@@ -139,7 +141,9 @@ def draw_exposures(world: World, config: SimulatedConfig, day: int, plan: Schedu
     is_noise_N = rng.random(N) < config.global_noise
     interest_N = PAIR_INTEREST_STD * rng.standard_normal(N)
     interest_N = interest_N[_roots(np.where(is_noise_N, np.arange(N), pointer_N))]
-    return Exposures(request_N, position_N, item_N, interest_N, is_copy_N)
+    is_unlinked_N = is_copy_N & (rng.random(N) < config.link_loss)
+    listing_N = item_N + np.where(is_unlinked_N, world.num_items * (1 + plan.scenario_R[request_N]), 0)
+    return Exposures(request_N, position_N, item_N, interest_N, is_copy_N, listing_N)
 
 
 def _source_requests(plan: Schedule, global_window_us: int) -> np.ndarray:

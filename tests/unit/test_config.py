@@ -147,6 +147,7 @@ SHARES = (
     "similarity",
     "cross_exposure",
     "global_noise",
+    "link_loss",
     "duplicate_rate",
     "late_rate",
     "unnamed_click_rate",

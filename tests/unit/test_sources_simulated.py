@@ -63,10 +63,12 @@ def recovered(logs: Path, config: Config) -> Labels:
          "simulated.unnamed_click_rate=0.5", "simulated.duplicate_rate=0.2"),
         ("labels.click_window=10 minutes", "labels.order_window=72 hours", "labels.global_window=5 hours",
          "simulated.num_users=40", "simulated.late_rate=0.3"),
+        ("simulated.link_loss=0.5", "simulated.num_users=25", "simulated.num_items=40", "simulated.late_rate=0.2",
+         "simulated.cross_exposure=0.5"),
         ('scenarios=["feed"]', "query_scenarios=[]"),
         ('scenarios=["search", "feed", "cart", "home"]', 'query_scenarios=["search", "cart"]'),
     ],
-    ids=["default", "crowded", "other windows", "one scenario", "four scenarios"],
+    ids=["default", "crowded", "other windows", "lost links", "one scenario", "four scenarios"],
 )  # fmt: skip
 def test_attribution_gives_back_exactly_the_drawn_labels(tmp_path: Path, overrides: tuple[str, ...]) -> None:
     config = small_config(*overrides)
@@ -253,6 +255,26 @@ def test_global_noise_takes_the_shared_interest_away() -> None:
     assert clean > 0.95
     assert 0.35 < noisy < 0.65
     assert abs(blind) < 0.05
+
+
+def test_link_loss_takes_the_other_scenarios_click_out_of_the_global_label(tmp_path: Path) -> None:
+    own, shares = [], []
+    for loss in (0.0, 0.5, 1.0):
+        config = small_config(
+            f"simulated.link_loss={loss}", "simulated.cross_exposure=0.45", "simulated.num_items=1000",
+            "simulated.num_users=400",
+        )  # fmt: skip
+        labels = recovered(write_logs(tmp_path / str(loss), config), config)
+        own.append((labels.is_click, labels.is_order))
+        shares.append(len(labels.is_click) / len(labels.is_click_global))
+    assert own[0] == own[1] == own[2], "no row's own label depends on what its item is called"
+    assert shares[0] < 0.75
+    assert shares[0] + 0.05 < shares[1] < shares[2] - 0.05
+    assert shares[2] > 0.88  # the rest met the item again by chance
+    items = {row["item_id"]: row for row in read_rows(tmp_path / "1.0", "items")}
+    assert len(items) == 3_000
+    assert items["i1003"] | {"item_id": "i3"} == items["i3"], "search's id of an item has its features"
+    assert len(read_rows(tmp_path / "0.0", "items")) == 1_000
 
 
 def test_the_same_seed_writes_the_same_bytes_and_another_seed_does_not(tmp_path: Path) -> None:

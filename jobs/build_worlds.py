@@ -1,0 +1,61 @@
+"""Build simulated lakes one after the other in one JVM: spark-submit jobs/build_worlds.py --plan FILE.
+
+jobs/study.py runs it for the studies that make worlds (usr_ray/study_worlds.py writes the plan). Each world is the two
+ETL jobs with their own command lines; the JVM is started, and its code compiled, once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from etl.driver_stderr import print_error
+from jobs import build_samples, ingest_logs
+from usr_ray.cli import job_parser, run_job
+from usr_ray.config import UserError
+from usr_ray.files import write_whole
+
+JOBS: dict[str, Callable[[list[str]], None]] = {
+    "jobs/ingest_logs.py": ingest_logs.main,
+    "jobs/build_samples.py": build_samples.main,
+}
+
+
+def build_world(world: dict) -> None:
+    """Run a world's jobs with their output in its build.log; a world that is whole ends up with its mark.
+
+    Raises:
+        UserError: a job refused its arguments or its data; names the world.
+    """
+    folder = Path(world["folder"])
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with (folder / "build.log").open("w", encoding="utf-8", buffering=1) as log:
+        for name, *arguments in world["commands"]:
+            print(f"$ {name} {' '.join(arguments)}", file=log)
+            try:
+                with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                    JOBS[name](arguments)
+            except UserError as error:
+                raise UserError(f"world {folder.name}: {name}: {error}") from error
+    shutil.rmtree(folder / "logs", ignore_errors=True)
+    write_whole(folder / world["mark"], "")
+
+
+def main(argv: list[str]) -> None:
+    parser = job_parser(__doc__ or "")
+    parser.add_argument("--plan", type=Path, required=True, metavar="FILE", help="JSON of usr_ray.study_worlds")
+    worlds = json.loads(parser.parse_args(argv).plan.read_text(encoding="utf-8"))
+    for place, world in enumerate(worlds, start=1):
+        print(f"world {place} of {len(worlds)}: {Path(world['folder']).name}", flush=True)
+        build_world(world)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main, report=print_error))
