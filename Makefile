@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test unit check audit bench chaos clean require-jdk require-python
+.PHONY: help setup demo test unit check audit bench chaos docs clean require-jdk require-python
 
 PYTHON ?= python3
 VENV   := .venv
@@ -48,7 +48,7 @@ require-jdk:
 $(VENV)/.ready: constraints.txt setup.cfg pyproject.toml cluster/spark/install_delta_jars.py | require-python require-jdk
 	@echo "setup: virtual environment in $(VENV) (a few minutes the first time; torch is large)"
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --constraint constraints.txt --editable '.[etl,train,serve,dev]' > $(VENV)/pip.log 2>&1 \
+	@$(BIN)/python -m pip install --constraint constraints.txt --editable '.[etl,train,serve,docs,dev]' > $(VENV)/pip.log 2>&1 \
 	  || { tail -20 $(VENV)/pip.log >&2; echo "error: the packages of constraints.txt could not be installed (all of pip's words: $(VENV)/pip.log)" >&2; exit 2; }
 	@$(BIN)/python -m pip install --constraint constraints.txt --no-deps $(SHARDED) >> $(VENV)/pip.log 2>&1 \
 	  || echo "setup: no TorchRec for this machine (see $(VENV)/pip.log); only embedding_strategy = \"sharded\" needs it"
@@ -83,6 +83,9 @@ bench: setup require-jdk  ## benchmarks: ratios inside one run, written to bench
 chaos: setup require-jdk  ## faults on purpose: kills, torn and full storage, hanging ranks, bad tables; a table of what came of each
 	@python jobs/chaos.py $(foreach f,$(FAULT),--fault $(f)) $(if $(ADDRESS),--address $(ADDRESS)) \
 	  $(if $(filter command line environment,$(origin WORK)),--work $(WORK))
+
+docs: setup  ## the documentation as HTML: guides, and the API reference from the docstrings, in build/docs
+	@python docs/site/build.py
 
 clean:  ## remove runs and caches (not the virtual environment)
 	rm -rf runs .cache build spark-warehouse .pytest_cache .mypy_cache .ruff_cache

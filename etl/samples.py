@@ -128,7 +128,11 @@ def row_plan(
 
 
 def write_dates(job: Job, dates: Sequence[dt.date], reported: Sequence[dt.date]) -> SampleCounts:
-    """Replace the samples of `dates`, and the rejects and reports of `reported` (which holds them all)."""
+    """Replace the samples of `dates`, and the rejects and reports of `reported` (which holds them all).
+
+    Raises:
+        AccountingError: rows in and rows out do not add up.
+    """
     spark, lake, account = job.spark, job.lake, job.inputs.account
     path = lake.path(SAMPLES)
     names = {date.isoformat() for date in dates}

@@ -14,7 +14,7 @@ from usr_ray.config import UserError, check_address
 
 
 def parse_watermark(text: str) -> dt.datetime:
-    """An instant in ISO 8601; UTC where it names no zone."""
+    """An instant in ISO 8601; UTC where it names no zone. UserError otherwise."""
     try:
         moment = dt.datetime.fromisoformat(text)
     except ValueError as error:

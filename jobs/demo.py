@@ -27,7 +27,7 @@ class StepFailed(SystemExit):
 
 
 def fresh_folder(work: Path) -> None:
-    """Empty the demo's own folder. A folder that the demo did not make is never touched."""
+    """Empty the demo's own folder. A folder that the demo did not make is never touched (UserError)."""
     if work.exists() and any(work.iterdir()):
         if not (work / MARKER).exists():
             raise UserError(f"--work {work}: is not empty and no earlier demo's; name an empty or a new folder")

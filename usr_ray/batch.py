@@ -36,6 +36,9 @@ class History:
         Args:
             max_length: L, columns of the result; pass FeatureSpec.history_length to drop no event.
             align: 'right': the newest event is always in column L - 1; 'left': the oldest kept event is in column 0.
+
+        Raises:
+            ValueError: another `align`.
         """
         if align not in ("left", "right"):
             raise ValueError(f"align must be 'left' or 'right', got {align!r}")

@@ -116,7 +116,7 @@ def check_address(text: str, *, flag: str) -> None:
 
 
 def override_key(raw: dict[str, Any], override: str) -> None:
-    """Apply one `a.b=c` to nested dictionaries; c is TOML, or a bare word."""
+    """Apply one `a.b=c` to nested dictionaries; c is TOML, or a bare word; ConfigError where that cannot be."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {override!r}: write it as section.key=value")

@@ -112,7 +112,7 @@ def known_values(entries: pa.Table, spec: FeatureSpec, lake: Path | str) -> pa.T
 
 
 def model_id(checkpoint: Checkpoint) -> str:
-    """16 hex digits that name the checkpoint's tensors: the head of their SHA-256."""
+    """16 hex digits that name the checkpoint's tensors: the head of their SHA-256. AssertionError if not verified."""
     for line in (checkpoint.path / SUMS).read_text(encoding="utf-8").splitlines():
         digest, _, name = line.partition("  ")
         if name == TENSORS:

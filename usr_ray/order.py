@@ -102,7 +102,7 @@ def epoch_order(
     block_rows: int = BLOCK_ROWS,
     num_shards: int = 1,
 ) -> EpochOrder:
-    """The order of one epoch.
+    """The order of one epoch; UserError for an unknown kind.
 
     Args:
         group_rows_G: rows of each row group, in manifest order.

@@ -67,7 +67,7 @@ class RowGroupDecoder:
         )
 
     def read(self, ref: RowGroupRef, *, use_threads: bool = False) -> pa.Table:
-        """The needed columns of a row group, as stored in Parquet."""
+        """The needed columns of a row group, as stored in Parquet; DataError where the file has changed."""
         path = join_path(self._table_path, self._manifest.files[ref.file].path)
         try:
             with pq.ParquetFile(

@@ -31,7 +31,7 @@ def artifact(jar: str) -> str:
 
 
 def hadoop_version(jars: Path) -> str:
-    """Version of the Hadoop client among Spark's jars."""
+    """Version of the Hadoop client among Spark's jars; UserError where there is none."""
     for jar in jars.glob("hadoop-client-api-*.jar"):
         return jar.stem.removeprefix("hadoop-client-api-")
     raise UserError(f"{jars}: holds no hadoop-client-api jar; install pyspark from PyPI, which brings it")

@@ -79,7 +79,7 @@ class Standalone:
         master.wait(process, lambda: self._page() is not None, timeout_s=START_TIMEOUT_S)
 
     def start_worker(self, name: str, master: str) -> None:
-        """Start a worker; it joins by itself, now or when the master comes."""
+        """Start a worker; it joins by itself, now or when the master comes. UserError without the master's secret."""
         arguments = self.arguments
         if not (self.state / "secret").exists():
             raise UserError(f"worker: no secret in {self.state / 'secret'}; copy the master's file there (scp -p)")
@@ -91,7 +91,7 @@ class Standalone:
         Daemon(self.state, name).wait(process, work.exists, timeout_s=START_TIMEOUT_S)
 
     def start_all(self) -> None:
-        """A master and --workers workers here, and wait until the workers have joined."""
+        """A master and --workers workers here, and wait until they have joined (else RuntimeError)."""
         self.start_master()
         for number in range(1, self.arguments.workers + 1):
             self.start_worker(f"worker-{number}", f"spark://{self.arguments.host}:{self.arguments.port}")

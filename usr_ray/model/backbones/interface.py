@@ -32,9 +32,13 @@ class BackboneDims:
     """The sizes a backbone is built for."""
 
     input_dim: int
+    """Width of x_BD."""
     scenario_dim: int
+    """Width of scenario_embedding_BE."""
     trigger_dim: int
+    """Width of trigger_BZ; may be 0."""
     num_scenarios: int
+    """S, one or more."""
 
 
 class Backbone(nn.Module):
