@@ -1,0 +1,258 @@
+"""The daily run, as cron calls it: build, restate, train on, judge, export, publish, score. Resumable; one at a time.
+
+    python jobs/daily.py --config FILE --logs DIR --lake DIR --work DIR [--date today-1] [--watermark ISO] [--set a.b=c]
+    python jobs/daily.py --work DIR --status             the days and the model in use
+    python jobs/daily.py --work DIR --use 2026-01-05     go back to the model of that day
+
+The same command again goes on at the first step that is not done. --step NAME runs one step alone (for a scheduler
+that has its own steps; examples/airflow). Exit codes: 0 done; 2 a mistake or a day that cannot be judged yet, one line;
+1 a step failed; 3 done, but the new model was not better and the one before stays in use. docs/operations.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from usr_ray.cli import EXIT_OK, EXIT_USER_ERROR, job_config, job_dates, job_parser, run_job
+from usr_ray.config import Config, UserError, check_address
+from usr_ray.daily import (
+    DONE,
+    FAILED,
+    HELD,
+    PROMOTED,
+    RUNNING,
+    SKIPPED,
+    STEPS,
+    DayPlan,
+    DayState,
+    check_labels,
+    judge,
+    locked,
+    plan_day,
+    read_current,
+    read_json,
+    status_table,
+    use_model,
+    write_current,
+)
+from usr_ray.report_data import read_etl_reports
+
+EXIT_HELD = 3
+
+
+class StepFailed(SystemExit):
+    """A job ended with an exit code other than 0; it has already said why."""
+
+
+class Day:
+    """One day's steps; each may be run again, and does nothing twice."""
+
+    def __init__(self, arguments: argparse.Namespace, config: Config, lock: int) -> None:
+        self.arguments, self.lock = arguments, lock
+        self.work: Path = arguments.work.resolve()
+        day = job_dates(arguments.date, where="--date")[1]
+        self.state = DayState(self.work, day.isoformat())
+        self.plan: DayPlan = self.state.plan(
+            plan_day(config, day, built_dates(arguments.lake), read_current(self.work))
+        )
+        self.run_dir = self.work / "runs" / self.plan.day
+        self.export_dir = self.work / "exports" / self.plan.day
+
+    def run(self, steps: tuple[str, ...]) -> int:
+        """Run what is not over yet, in order; the exit code."""
+        for step in steps:
+            late = [s for s in STEPS[: STEPS.index(step)] if not self.state.is_over(s)]
+            if late:
+                raise UserError(f"--step {step}: {late[0]} of {self.plan.day} is not done; run it first")
+            if self.state.is_over(step):
+                print(f"{self.plan.day} {step}: {self.state.record['steps'][step]['status']} before", flush=True)
+                continue
+            started = time.monotonic()
+            self.state.note(step, RUNNING)
+            action: Callable[[], str | None] = getattr(self, step)
+            try:
+                why = action()
+            except BaseException as error:
+                self.state.note(step, FAILED, why=" ".join(str(error).split())[:300])
+                raise
+            seconds = round(time.monotonic() - started, 1)
+            self.state.note(step, SKIPPED if why else DONE, why=why or "", seconds=seconds)
+            print(f"{self.plan.day} {step}: {f'skipped, {why}' if why else f'done in {seconds:.0f} s'}", flush=True)
+        return EXIT_HELD if self.state.verdict == HELD else EXIT_OK
+
+    def build(self) -> None:
+        """The day, and dates before it that are missing."""
+        self._build("--dates", f"{self.plan.build_first}:{self.plan.day}")
+
+    def restate(self) -> None:
+        """Earlier dates that late events, or the passing of time, have changed."""
+        self._build("--restate")
+
+    def train(self) -> str | None:
+        """Go on from the model in use, over the dates whose labels have become final since."""
+        plan = self.plan
+        if not plan.train_first:
+            return f"no date up to {plan.train_last} is new to the model in use"
+        check_labels(read_etl_reports(self.arguments.lake), plan)
+        overrides = {
+            "data.train_dates": f"{plan.train_first}:{plan.train_last}",
+            "data.eval_dates": plan.held_out,
+            # The plan keeps training and held-out labels apart; the cut-off inside a run would drop the last days.
+            "data.mature_only": "false",
+            "train.warm_start": str(self.work / plan.warm_start) if plan.warm_start else "",
+        }
+        self._python("train", "jobs/train.py", "--lake", self.arguments.lake, "--run-dir", self.run_dir,
+                     *self._settings(overrides))  # fmt: skip
+        return None
+
+    def judge(self) -> str | None:
+        """Both models on the held-out day; the verdict."""
+        if not self.plan.train_first:
+            return "no new model"
+        current = read_current(self.work)
+        evaluations = [self._evaluate("candidate", self.run_dir)]
+        if current is not None:
+            evaluations.append(self._evaluate("in-use", self.work / current["run"]))
+        results = [read_json(path) for path in evaluations]
+        is_good, why = judge(results[0], results[1] if current else None, self.arguments.tolerance)
+        self.state.decide(PROMOTED if is_good else HELD, why)
+        print(f"{self.plan.day} verdict: {self.state.verdict} ({why})", flush=True)
+        return None
+
+    def export(self) -> str | None:
+        """The programs of the new model."""
+        if self.state.verdict != PROMOTED:
+            return "no new model"
+        if not (self.export_dir / "manifest.json").exists():  # it appears whole or not at all
+            self._python("export", "jobs/export.py", "--run-dir", self.run_dir, "--lake", self.arguments.lake,
+                         "--output", self.export_dir)  # fmt: skip
+        return None
+
+    def publish(self) -> str | None:
+        """Put the new model into use."""
+        if self.state.verdict != PROMOTED:
+            return "no new model"
+        write_current(self.work, name=self.plan.day, trained_to=self.plan.train_last,
+                      why=self.state.record["verdict"]["why"])  # fmt: skip
+        return None
+
+    def score(self) -> str | None:
+        """The day's rows by the model in use; a table for each model."""
+        current = read_current(self.work)
+        if current is None:
+            return "no model is in use yet"
+        self._python("score", "jobs/score.py", "--run-dir", self.work / current["run"], "--lake", self.arguments.lake,
+                     "--dates", self.plan.day,
+                     "--output", self.work / "scores" / Path(current["run"]).name)  # fmt: skip
+        return None
+
+    def _build(self, *words: str) -> None:
+        watermark = ["--watermark", self.arguments.watermark] if self.arguments.watermark else []
+        fitted = {"data.train_dates": f"{self.plan.fit_first}:{self.plan.day}", "data.eval_dates": ""}
+        self._call("restate" if "--restate" in words else "build", shlex.split(self.arguments.spark_submit),
+                   "jobs/build_samples.py", "--logs", self.arguments.logs, "--lake", self.arguments.lake, *words,
+                   *watermark, *self._settings(fitted))  # fmt: skip
+
+    def _evaluate(self, name: str, run_dir: Path) -> Path:
+        output = self.state.folder / f"{name}.json"
+        self._python("judge", "jobs/evaluate.py", "--run-dir", run_dir, "--lake", self.arguments.lake,
+                     "--dates", self.plan.held_out, "--output", output)  # fmt: skip
+        return output
+
+    def _settings(self, overrides: dict[str, str]) -> list[str]:
+        own = [*self.arguments.overrides, *(f"{key}={value}" for key, value in overrides.items())]
+        return ["--config", str(self.arguments.config), *(word for line in own for word in ("--set", line))]
+
+    def _python(self, step: str, *words: str | Path) -> None:
+        self._call(step, [sys.executable], *words)
+
+    def _call(self, step: str, program: list[str], *words: str | Path) -> None:
+        """Run a job, its output here and in <step>.log; it holds the lock too, should this driver die before it."""
+        command = [*program, *map(str, words)]
+        log = self.state.folder / f"{step}.log"
+        print(f"$ {shlex.join(command)}", flush=True)
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"$ {shlex.join(command)}\n")
+            process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                       errors="replace", pass_fds=[self.lock])  # fmt: skip
+            assert process.stdout is not None
+            try:
+                for line in process.stdout:
+                    file.write(line)
+                    print(line, end="", flush=True)
+                code = process.wait()
+            except KeyboardInterrupt:
+                process.terminate()  # a training saves the step in progress
+                process.wait()
+                raise
+        if code != 0:
+            print(f"{self.plan.day}: stopped, step {step} ended with exit code {code} ({log}); the same command goes "
+                  "on there", file=sys.stderr, flush=True)  # fmt: skip
+            raise StepFailed(EXIT_USER_ERROR if code == EXIT_USER_ERROR else 1)
+
+
+def built_dates(lake: str) -> set[dt.date]:
+    """Dates that the lake holds a report of; none where there is no lake yet."""
+    try:
+        return {dt.date.fromisoformat(str(report["date"])) for report in read_etl_reports(lake)}
+    except UserError as error:
+        if "no such directory" in str(error):
+            return set()
+        raise
+
+
+def main(argv: list[str]) -> None:
+    parser = job_parser(__doc__ or "")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "--work", type=Path, required=True, metavar="DIR", help="state, runs, exports and scores go here"
+    )
+    parser.add_argument("--logs", metavar="DIR", help="folder with one entry per log")
+    parser.add_argument("--lake", metavar="DIR", help="where the tables are")
+    parser.add_argument("--date", default="today-1", help="newest complete UTC day of the logs (today-1)")
+    parser.add_argument("--watermark", metavar="ISO", help="the logs are complete up to here (default: newest event)")
+    parser.add_argument("--tolerance", type=float, default=0.005, metavar="X",
+                        help="relative increase of the log loss that a new model may have (0.005)")  # fmt: skip
+    parser.add_argument("--spark-submit", default="spark-submit", metavar="WORDS",
+                        help="how Spark is called (spark-submit); with options, in one word")  # fmt: skip
+    parser.add_argument("--step", choices=STEPS, help="this step alone")
+    parser.add_argument("--status", action="store_true", help="show the days and the model in use")
+    parser.add_argument("--use", metavar="DATE", help="put the model of that day into use")
+    arguments = parser.parse_args(argv)
+    if arguments.status:
+        print(status_table(arguments.work))
+        return
+    if arguments.use:
+        with locked(arguments.work):
+            use_model(arguments.work, arguments.use)
+        print(status_table(arguments.work))
+        return
+    for name in ("config", "logs", "lake"):
+        if getattr(arguments, name) is None:
+            raise UserError(f"daily.py: --{name} is missing; see --help")
+    for name in ("logs", "lake"):
+        address = getattr(arguments, name)
+        check_address(address, flag=f"--{name}")
+        setattr(arguments, name, address if "://" in address else str(Path(address).resolve()))
+    arguments.config = arguments.config.resolve()
+    config = job_config(arguments)
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # a scheduler's stop is an interruption
+    with locked(arguments.work) as lock:
+        code = Day(arguments, config, lock).run((arguments.step,) if arguments.step else STEPS)
+    if code:
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main))
