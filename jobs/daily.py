@@ -70,7 +70,7 @@ class Day:
         self.export_dir = self.work / "exports" / self.plan.day
 
     def run(self, steps: tuple[str, ...]) -> int:
-        """Run what is not over yet, in order; the exit code."""
+        """Run what is not over yet, in order; the exit code. UserError where a step before is not done."""
         for step in steps:
             late = [s for s in STEPS[: STEPS.index(step)] if not self.state.is_over(s)]
             if late:
