@@ -60,11 +60,14 @@ demo: setup require-jdk  ## logs -> Delta -> 2-worker training of USR -> evaluat
 	@python jobs/demo.py --source $(SOURCE) --config $(CONFIG) --work $(WORK) \
 	  $(if $(INPUT),--input $(INPUT)) $(if $(LOGS),--logs $(LOGS)) $(OVERRIDES)
 
+# A process a core for the unit tests, whole files at a time. Spark and Ray use the cores themselves: one process.
+UNIT := -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder tests/unit
+
 test: setup require-jdk  ## every test
-	@python -m pytest tests/unit tests/spark tests/ray tests/e2e
+	@failed=0; python -m pytest $(UNIT) || failed=1; python -m pytest tests/spark tests/ray tests/e2e || failed=1; exit $$failed
 
 unit: setup  ## the tests that need neither JVM nor Ray (seconds)
-	@python -m pytest tests/unit
+	@python -m pytest $(UNIT)
 
 check: setup  ## lint, formatting, types, import directions
 	@ruff check .

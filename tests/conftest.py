@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -11,3 +12,9 @@ os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Ray reads it once, when it is first imported; tests/ray sets it too late for a process in which a unit test was first.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: the garbage collector need not walk through torch again and again."""
+    gc.collect()
+    gc.freeze()

@@ -12,9 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
 
+from jobs import score as job
 from tests.e2e.conftest import ROOT, Run
 from tests.unit.export_runs import make_run
 from tests.unit.samples_table import samples_spec, write_samples
+from usr_ray.cli import run_job
 from usr_ray.config import parse_dates
 from usr_ray.evaluate_files import read_predictions
 from usr_ray.manifest import build_manifest
@@ -74,7 +76,7 @@ def command(run_dir: Path, lake: Path, output: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(("moment", "num_left"), [("half-way", 2), ("before the commit", 2), ("after the commit", 1)])
-def test_a_killed_job_goes_on_without_doubled_or_missing_rows(run, lake, run_dir, tmp_path, moment, num_left):
+def test_a_killed_job_goes_on_without_doubled_or_missing_rows(lake, run_dir, tmp_path, capsys, moment, num_left):
     output = tmp_path / "scores"
     words = command(run_dir, lake, output)
     killed = subprocess.run(
@@ -85,10 +87,10 @@ def test_a_killed_job_goes_on_without_doubled_or_missing_rows(run, lake, run_dir
     left = DeltaTable(output).to_pyarrow_table()
     assert 0 < left.num_rows < NUM_ROWS
     assert len(set(left["impression_date"].to_pylist())) == 3 - num_left
-    done = run(sys.executable, "jobs/score.py", *words)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert f"{3 - num_left} of 3 dates are done already" in done.stdout
-    assert f"({num_left} of {num_left}): written" in done.stdout
+    assert run_job(job.main, words) == 0
+    printed = capsys.readouterr().out
+    assert f"{3 - num_left} of 3 dates are done already" in printed
+    assert f"({num_left} of {num_left}): written" in printed
     ids = DeltaTable(output).to_pyarrow_table()["impression_id"].to_pylist()
     assert sorted(ids) == sorted(f"i{n}" for n in range(NUM_ROWS))
 

@@ -1,4 +1,4 @@
-"""A small Ray for a module, a small table, and ways to kill parts of a run."""
+"""A small Ray for the folder, a small table, and ways to kill parts of a run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def small_config(*overrides: str) -> Config:
     return load_config(None, [*OVERRIDES, *overrides])
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def _environment() -> Iterator[None]:
     """What jobs/train.py sets before it imports ray; taken back for the tests of other folders."""
     before = dict(os.environ)
@@ -50,9 +50,9 @@ def _environment() -> Iterator[None]:
     os.environ.update(before)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def cluster() -> Iterator[None]:
-    """Two logical CPUs, no dashboard. usr_ray.trainer uses a Ray that this process is connected to."""
+    """Two logical CPUs, no dashboard; one for all. usr_ray.trainer uses a Ray that this process is connected to."""
     import ray
 
     ray.init(

@@ -1,8 +1,7 @@
-"""A study on the tests' own Ray: trials at once, a failure kept by name, going on, and a trial on two workers."""
+"""A study on the tests' own Ray: trials at once, a failure kept by name, and going on."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +73,3 @@ def test_failures_are_kept_and_a_second_call_runs_only_what_has_no_result(
 
 def trial_files(run_dir: Path, trial_id: str) -> dict[str, int]:
     return {p.name: p.stat().st_mtime_ns for p in (run_dir / "trials" / trial_id).iterdir() if p.is_file()}
-
-
-def test_a_trial_on_two_workers_runs_beside_no_other_on_two_cpus(cluster: None, own_lake: Path, tmp_path: Path) -> None:
-    from usr_ray.study import run_study
-
-    raw = {"seeds": [0, 1], "resources": {"num_workers": 2}, "axes": [{"name": "x", "values": {"only": {}}}]}
-    study = parse_study(raw, name="two", scale="full")
-    result = run_study(study, Base(None, SETS), str(own_lake), tmp_path / "study")
-    assert (result.num_finished, result.failures) == (2, {})
-    folder = trial_dir(tmp_path / "study", expand(study)[0])
-    assert json.loads((folder / "config.json").read_text())["config"]["ray"]["num_workers"] == 2
-    assert not (folder / "checkpoints").exists(), "a finished trial's checkpoints take room for nothing"

@@ -211,14 +211,14 @@ def test_two_trainings_in_one_directory_are_refused(cluster: None, lake: Path, t
             run(small_config(), lake, tmp_path / "run")
 
 
-def test_more_gpus_than_the_machine_has_are_refused_before_ray_starts(lake: Path, tmp_path: Path) -> None:
+def test_more_gpus_than_the_machine_has_are_refused_before_ray_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
     from usr_ray.config import RayConfig
     from usr_ray.trainer_session import ray_session
 
     config = RayConfig(use_gpu=True, num_workers=torch.cuda.device_count() + 1)
-    import ray
-
-    if ray.is_initialized():
-        ray.shutdown()
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # the folder's own Ray stays as it is
+    monkeypatch.delattr(ray, "init")
     with pytest.raises(UserError, match=r"ray.use_gpu: .* need a GPU each"), ray_session(config, cluster="own"):
         pass

@@ -1,4 +1,8 @@
-"""Kill -9 at any moment leaves the old or the new version whole, and the rerun ends where an undisturbed build ends."""
+"""Kill -9 at any moment leaves the old or the new version whole, and the rerun ends where an undisturbed build ends.
+
+Two moments, either side of the one commit: while data files of a first build are being written, and after the commit of
+a restatement. `python -m tests.spark.killed_build --kills 30 --work DIR` kills restatements in all four stretches.
+"""
 
 from __future__ import annotations
 
@@ -56,12 +60,10 @@ def lakes(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Lake
 
 
 def test_a_build_that_is_killed_leaves_nothing_or_all(spark: SparkSession, lakes: Lakes, tmp_path: Path) -> None:
-    lake, whole = tmp_path / "lake", rows(lakes.old, SAMPLES)
+    lake = tmp_path / "lake"
     killed_at(Watch(lake).data_files_are_written, lakes.logs, lake, *DATES)
     assert rows(lake, SAMPLES) == []
-    # The next build finds what the dead one left behind, and is killed in its turn.
-    killed_at(Watch(lake).samples_are_committed, lakes.logs, lake, *DATES)
-    assert rows(lake, SAMPLES) == whole
+    # The next build finds what the dead one left behind.
     build(spark, lakes.logs, lake)
     assert content(lake) == content(lakes.old)
 
@@ -74,11 +76,7 @@ def test_a_restatement_that_is_killed_leaves_the_old_or_the_new_version_whole(
     manifest = build_manifest(lake, dates=(FIRST, LAST))
 
     with Reader(lake) as reader:
-        killed_at(Watch(lake).data_files_are_written, lakes.late_logs, lake, *RESTATE)
-        assert rows(lake, SAMPLES) == old
         killed_at(Watch(lake).samples_are_committed, lakes.late_logs, lake, *RESTATE)
-        assert rows(lake, SAMPLES) == new
-        killed_at(Watch(lake).reports_are_written, lakes.late_logs, lake, *RESTATE)
         assert rows(lake, SAMPLES) == new
         restate(spark, lakes.late_logs, lake)
     assert content(lake) == content(lakes.new)

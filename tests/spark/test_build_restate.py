@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import deltalake
@@ -73,6 +74,15 @@ def shop() -> Shop:
 
 
 @pytest.fixture(scope="module")
+def built(spark: SparkSession, shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The shop's logs, and the lake of all four dates built from them."""
+    work = tmp_path_factory.mktemp("restate")
+    logs = write_logs(logs_of(shop), work / "logs")
+    build(spark, logs, work / "lake")
+    return logs, work / "lake"
+
+
+@pytest.fixture(scope="module")
 def late(shop: Shop) -> Shop:
     """The shop some days later: an order of day 1 that became known late on day 2, a duplicate, a click of nothing."""
     result = copy.deepcopy(shop)
@@ -86,11 +96,10 @@ def late(shop: Shop) -> Shop:
 
 
 def test_late_events_change_the_touched_dates_and_equal_a_full_rebuild(
-    spark: SparkSession, shop: Shop, late: Shop, tmp_path: Path
+    spark: SparkSession, shop: Shop, late: Shop, built: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    lake, fresh = tmp_path / "lake", tmp_path / "fresh"
-    logs = write_logs(logs_of(shop), tmp_path / "logs")
-    build(spark, logs, lake)
+    logs, fresh = built[0], tmp_path / "fresh"
+    lake = Path(shutil.copytree(built[1], tmp_path / "lake"))
     first_files = files(lake)
 
     state = deltalake.DeltaTable(str(lake / "state")).version()
@@ -116,10 +125,11 @@ def test_late_events_change_the_touched_dates_and_equal_a_full_rebuild(
     assert restate(spark, late_logs, lake)[1][-1].endswith("nothing to restate in 4 dates")
 
 
-def test_a_later_watermark_restates_the_dates_it_closes(spark: SparkSession, shop: Shop, tmp_path: Path) -> None:
-    lake, fresh = tmp_path / "lake", tmp_path / "fresh"
-    logs = write_logs(logs_of(shop), tmp_path / "logs")
-    build(spark, logs, lake)
+def test_a_later_watermark_restates_the_dates_it_closes(
+    spark: SparkSession, built: tuple[Path, Path], tmp_path: Path
+) -> None:
+    logs, fresh = built[0], tmp_path / "fresh"
+    lake = Path(shutil.copytree(built[1], tmp_path / "lake"))
     touched, _ = restate(spark, logs, lake, watermark=WATERMARK.replace(day=9))
     # Labels close six hours after the impression: up to noon of day 3, days 0 and 1 were final, and day 2 was too.
     assert touched == {str(DATES[3]): ["final_until"]}

@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 import datetime as dt
 import hashlib
-import os
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from etl.attribution import REASONS, LabelRules, attribute
@@ -18,13 +16,6 @@ from etl.events import KIND_CLICK, KIND_IMPRESSION, KIND_ORDER, NO_SCENARIO, Eve
 from etl.histories import history_events, last_events
 from etl.labels import NO_TIME, label, mature
 from tests.etl_oracle import Expected, Windows, World
-
-
-def depth(examples: int) -> Any:
-    """Settings of a hypothesis test: a few worlds by default, thousands with HYPOTHESIS_PROFILE=deep."""
-    factor = 50 if os.environ.get("HYPOTHESIS_PROFILE") == "deep" else 1
-    return settings(max_examples=examples * factor, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-
 
 NOON = int(dt.datetime(2026, 1, 1, 23, 59, 50, tzinfo=dt.UTC).timestamp()) * 1_000_000
 """Close to midnight, so that worlds of some seconds hold two UTC days."""

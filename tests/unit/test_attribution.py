@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.etl_oracle import Expected, Windows, World, expected
 from tests.unit.etl_worlds import NOON, SECOND, run_kernel, windows_of, worlds
+from tests.unit.examples import depth
 
 pytestmark = pytest.mark.unit
 
@@ -20,7 +21,7 @@ def kernel(world: World, windows: Windows = RULES) -> Expected:
     return run_kernel(world, windows, num_scenarios=2, length=50, watermark=T + 100 * HOUR)
 
 
-@settings(max_examples=600, deadline=None)
+@depth(150)
 @given(world=worlds(), windows=windows_of(), length=st.integers(1, 4), wait=st.integers(0, 40))
 def test_the_kernel_says_what_the_contract_says(world: World, windows: Windows, length: int, wait: int) -> None:
     watermark = NOON + wait * SECOND
@@ -32,7 +33,7 @@ def test_the_kernel_says_what_the_contract_says(world: World, windows: Windows, 
 
 @pytest.mark.parametrize("num_scenarios", [1, 4])
 def test_any_number_of_scenarios(num_scenarios: int) -> None:
-    @settings(max_examples=120, deadline=None)
+    @depth(40)
     @given(world=worlds(num_scenarios=num_scenarios), windows=windows_of())
     def check(world: World, windows: Windows) -> None:
         found = run_kernel(world, windows, num_scenarios=num_scenarios, length=3, watermark=NOON)

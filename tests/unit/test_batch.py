@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit.examples import depth
 from tests.unit.samples_table import samples_spec
 from usr_ray.batch import History, UsrBatch
 from usr_ray.batch_builder import BatchBuilder, padding_batch, take_rows
@@ -74,7 +75,7 @@ def check_shape(batch: UsrBatch) -> None:
 LISTS = st.lists(st.lists(st.integers(1, 99), max_size=6), min_size=0, max_size=7)
 
 
-@settings(max_examples=60, deadline=None)
+@depth(30)
 @given(lists=LISTS, max_length=st.integers(1, 8), has_queries=st.booleans())
 def test_padded_history_keeps_the_newest_events_at_either_end(
     lists: list[list[int]], max_length: int, has_queries: bool
@@ -135,7 +136,7 @@ def test_rows_are_taken_in_any_order_and_more_than_once() -> None:
     assert [row_values(taken, n) for n in range(4)] == [row_values(whole, b) for b in rows]
 
 
-@settings(max_examples=60, deadline=None)
+@depth(30)
 @given(
     lists=st.lists(st.lists(st.integers(1, 99), max_size=4), min_size=1, max_size=12),
     num_padding=st.integers(0, 3),

@@ -5,13 +5,13 @@ from __future__ import annotations
 import ast
 import contextlib
 import datetime as dt
+import functools
 import importlib.metadata
 import io
 import json
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,11 @@ TRUSTED_LOAD = {"usr_ray/export_runtime.py": "torch.export.load"}
 """Behind refuse_pickles, and behind the checksums of the directory."""
 
 
-def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
+@functools.cache
+def calls(path: Path) -> list[tuple[str, ast.Call]]:
     """(dotted name, call) of every call in a file."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call):
-            yield ast.unparse(node.func), node
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    return [(ast.unparse(node.func), node) for node in nodes if isinstance(node, ast.Call)]
 
 
 def name(path: Path) -> str:

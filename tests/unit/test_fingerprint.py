@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from etl.fingerprint import date_fingerprint
 from etl.user_pass import PassPlan, first_pass
 from tests.etl_oracle import DAY, Windows, World, expected
-from tests.unit.etl_worlds import NOON, SECOND, depth, event_rows, lags, rules_of, seconds, windows_of, worlds
+from tests.unit.etl_worlds import NOON, SECOND, event_rows, lags, rules_of, seconds, windows_of, worlds
+from tests.unit.examples import depth
 
 pytestmark = pytest.mark.unit
 
@@ -60,7 +61,7 @@ def changed(before: World, after: World, windows: Windows, marks: tuple[int, int
     return {(new.get(k) or old[k])[0] for k in old.keys() | new.keys() if old.get(k) != new.get(k)}
 
 
-@depth(60)
+@depth(30)
 @given(world=worlds(max_rows=8), windows=windows_of(), later=st.integers(0, 2), data=st.data())
 def test_no_change_of_a_row_goes_unseen(world: World, windows: Windows, later: int, data: st.DataObject) -> None:
     after = copy.deepcopy(world)

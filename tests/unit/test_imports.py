@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ LAYERS = [
 ]
 
 
+@functools.cache
 def imported_modules(path: Path) -> set[str]:
     """Every dotted module name that a file imports, wherever in the file the statement stands."""
     modules: set[str] = set()

@@ -6,11 +6,12 @@ import datetime as dt
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from etl.labels import mature
 from tests.etl_oracle import DAY, Windows, World
 from tests.unit.etl_worlds import NOON, SECOND, rules_of, run_kernel, windows_of, worlds
+from tests.unit.examples import depth
 from usr_ray.schema import LABEL_ORDER
 
 pytestmark = pytest.mark.unit
@@ -57,7 +58,7 @@ def test_the_first_click_and_the_first_order_give_the_times() -> None:
     assert (row["click_time"], row["order_time"]) == (T + 10, T + 70)
 
 
-@settings(max_examples=150, deadline=None)
+@depth(50)
 @given(world=worlds(), windows=windows_of())
 def test_the_order_of_the_labels_holds_on_every_row(world: World, windows: Windows) -> None:
     for row in run_kernel(world, windows, num_scenarios=2, length=1, watermark=NOON).samples.values():

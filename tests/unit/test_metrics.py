@@ -9,10 +9,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
+from tests.unit.examples import depth
 from usr_ray import metrics as m
 from usr_ray.metrics import Predictions, compute_metrics, known_labels_only, metrics_by_scenario
 
@@ -102,7 +103,7 @@ def test_ndcg_of_a_tie_is_the_mean_over_its_orders():
     assert m.ndcg_at_k(labels, np.full(3, 0.5), np.zeros(3), k=2) == pytest.approx(np.mean(by_order))
 
 
-@settings(max_examples=150, deadline=None)
+@depth(60)
 @given(ROWS)
 def test_auc_and_gauc_equal_pair_counting_with_ties(rows):
     labels, probs, users = columns(rows)
@@ -113,7 +114,7 @@ def test_auc_and_gauc_equal_pair_counting_with_ties(rows):
     assert m.gauc(labels, probs, users) == (None if expected is None else pytest.approx(expected))
 
 
-@settings(max_examples=100, deadline=None)
+@depth(40)
 @given(ROWS)
 def test_metrics_equal_scikit_learn(rows):
     labels, probs, requests = columns(rows)
@@ -128,7 +129,7 @@ def test_metrics_equal_scikit_learn(rows):
     assert value == (pytest.approx(np.mean(ndcgs)) if ndcgs else None)
 
 
-@settings(max_examples=50, deadline=None)
+@depth(30)
 @given(ROWS, st.randoms())
 def test_metrics_do_not_depend_on_the_order_of_rows(rows, random):
     shuffled = list(rows)

@@ -8,9 +8,10 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit.examples import depth
 from usr_ray.config import UserError
 from usr_ray.order import (
     EpochOrder,
@@ -89,7 +90,7 @@ def test_keys_of_other_numbers_or_another_order_differ() -> None:
     assert len(keys) == 8
 
 
-@settings(max_examples=60, deadline=None)
+@depth(30)
 @given(
     group_rows=st.lists(st.integers(1, 40), min_size=1, max_size=12),
     kind=st.sampled_from(["shuffled", "by_date", "file"]),

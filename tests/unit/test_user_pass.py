@@ -18,7 +18,8 @@ from etl.chunks import whole_users
 from etl.sample_rows import RowPlan, list_type, sample_rows
 from etl.user_pass import OVER_LIMIT, PassPlan, first_pass
 from tests.etl_oracle import Expected, Windows, World, expected, unique
-from tests.unit.etl_worlds import NOON, SECOND, depth, duplicated, event_rows, number_of, rules_of, windows_of, worlds
+from tests.unit.etl_worlds import NOON, SECOND, duplicated, event_rows, number_of, rules_of, windows_of, worlds
+from tests.unit.examples import depth
 from usr_ray.config import DAY_US
 from usr_ray.schema import FeatureSpec, SparseFeature, index_column
 
@@ -96,7 +97,7 @@ def micros(time: dt.datetime | None) -> int | None:
     return None if time is None else (time - dt.datetime(1970, 1, 1, tzinfo=dt.UTC)) // dt.timedelta(microseconds=1)
 
 
-@depth(60)
+@depth(25)
 @given(lengths=st.lists(st.integers(1, 9), max_size=12), size=st.integers(1, 7), chunk_rows=st.integers(1, 15))
 def test_chunks_are_whole_users_in_order(lengths: list[int], size: int, chunk_rows: int) -> None:
     users = [n for n, length in enumerate(lengths) for _ in range(length)]
@@ -115,7 +116,7 @@ def test_memory_is_bounded_by_the_chunk_when_users_are_small() -> None:
     assert max(c.num_rows for c in whole_users(batches(rows, 10), 50)) <= 60
 
 
-@depth(60)
+@depth(25)
 @given(world=worlds(num_scenarios=3), windows=windows_of(), size=st.integers(1, 9), chunk_rows=st.integers(1, 20),
        most=st.sampled_from([0, 0, 1, 2, 5]), data=st.data())  # fmt: skip
 def test_rows_and_account_equal_the_oracle_whatever_the_chunks(
@@ -186,7 +187,7 @@ def past_rows(parts: dict[str, list[dict[str, Any]]], schema: pa.Schema) -> pa.T
     return pa.Table.from_pylist(rows, schema=schema)
 
 
-@depth(60)
+@depth(25)
 @given(world=worlds(num_scenarios=3), windows=windows_of(), chunk_rows=st.integers(1, 20), data=st.data())
 def test_a_day_built_on_earlier_events_equals_a_build_from_the_beginning(
     world: World, windows: Windows, chunk_rows: int, data: st.DataObject
@@ -219,7 +220,7 @@ def test_a_day_built_on_earlier_events_equals_a_build_from_the_beginning(
     assert sorted(map(str, again)) == sorted(map(str, named))
 
 
-@depth(40)
+@depth(25)
 @given(world=worlds(num_scenarios=3), windows=windows_of(), cuts=st.tuples(st.integers(1, 20), st.integers(1, 20)))
 def test_fingerprints_do_not_depend_on_the_chunks(world: World, windows: Windows, cuts: tuple[int, int]) -> None:
     def cells(chunk_rows: int) -> dict[tuple, int]:

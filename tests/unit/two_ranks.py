@@ -13,7 +13,7 @@ import socket
 import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import torch
@@ -45,11 +45,13 @@ def run_ranks(function: RankFunction, world_size: int, folder: Path) -> list[dic
 
 
 @functools.cache
-def _ranks(world_size: int) -> list[tuple[SpawnProcess, Connection]]:
+def _ranks(world_size: int) -> list[tuple[ForkServerProcess, Connection]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
+    # Forked off a process that has imported torch and the loop once, not once a rank.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "usr_ray.train", "pytest"])
     ranks = []
     for rank in range(world_size):
         ours, theirs = context.Pipe()
