@@ -60,8 +60,8 @@ demo: setup require-jdk  ## logs -> Delta -> 2-worker training of USR -> evaluat
 	@python jobs/demo.py --source $(SOURCE) --config $(CONFIG) --work $(WORK) \
 	  $(if $(INPUT),--input $(INPUT)) $(if $(LOGS),--logs $(LOGS)) $(OVERRIDES)
 
-# A process a core for the unit tests, whole files at a time. Spark and Ray use the cores themselves: one process.
-UNIT := -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder tests/unit
+# A process a core for the unit tests (tests/unit/conftest.py shares them out). Spark and Ray use the cores themselves: one process.
+UNIT := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder tests/unit
 
 test: setup require-jdk  ## every test
 	@failed=0; python -m pytest $(UNIT) || failed=1; python -m pytest tests/spark tests/ray tests/e2e || failed=1; exit $$failed

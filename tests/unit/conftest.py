@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,12 +10,14 @@ import pytest
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Whole files, whose fixtures are then made once; but the tests of two ranks together, which share those ranks."""
-    from xdist.scheduler import LoadGroupScheduling
+    """Whole files, whose fixtures are then made once; the files that use two_ranks together, which share those ranks."""
+    from xdist.scheduler import LoadScopeScheduling
 
-    class ByFileOrGroup(LoadGroupScheduling):  # type: ignore[misc]
+    class ByFile(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
-            scope: str = super()._split_scope(nodeid)
-            return scope.split("::", 1)[0]
+            file = nodeid.split("::", 1)[0]
+            return "two ranks" if file in with_ranks else file
 
-    return ByFileOrGroup(config, log)
+    files = Path(__file__).parent.glob("test_*.py")
+    with_ranks = {f.relative_to(config.rootpath).as_posix() for f in files if "import run_ranks" in f.read_text()}
+    return ByFile(config, log)

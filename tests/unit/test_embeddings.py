@@ -128,7 +128,6 @@ def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
         torch.testing.assert_close(got[name].float(), tensor, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "rowwise_adam"])
 def test_replicated_tables_on_one_and_two_ranks_equal_dense_ones(tmp_path: Path, optimizer: str) -> None:
     function = functools.partial(train_tables, strategy="replicated", optimizer=optimizer)
@@ -139,7 +138,6 @@ def test_replicated_tables_on_one_and_two_ranks_equal_dense_ones(tmp_path: Path,
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.xdist_group("ranks")
 @needs_torchrec
 def test_sharded_tables_on_two_ranks_equal_dense_ones(tmp_path: Path) -> None:
     function = functools.partial(train_tables, strategy="sharded", optimizer="rowwise_adagrad")
@@ -167,7 +165,6 @@ def shard_state(worker: LocalWorker, folder: Path) -> dict[str, torch.Tensor]:
     )
 
 
-@pytest.mark.xdist_group("ranks")
 @needs_torchrec
 def test_shards_start_like_whole_tables_and_take_any_piece(tmp_path: Path) -> None:
     whole = ReplicatedEmbeddings(SPEC, strategy_config(), LocalWorker("cpu"))
@@ -196,7 +193,6 @@ def sharded_run(worker: LocalWorker, folder: Path, *, stop_at: int) -> dict[str,
     return {"step": torch.tensor(result.step), "evaluated": torch.tensor(has_metrics)} | result.state.tensors()
 
 
-@pytest.mark.xdist_group("ranks")
 @needs_torchrec
 def test_a_run_goes_on_with_the_other_strategy_and_another_number_of_workers(tmp_path: Path) -> None:
     """Two workers sharded, then one replicated, then two sharded, against one that never stopped."""

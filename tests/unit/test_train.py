@@ -275,7 +275,6 @@ def _two_ranks(worker: LocalWorker, folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.xdist_group("ranks")
 def test_two_ranks_agree_bitwise_with_each_other_and_closely_with_one(
     lake: Path, manifests: tuple[Manifest, Manifest], tmp_path: Path
 ) -> None:
