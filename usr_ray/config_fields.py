@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import functools
 import re
 import tomllib
 import types
@@ -133,11 +134,15 @@ def override_key(raw: dict[str, Any], override: str) -> None:
     raw[last] = value
 
 
+_hints = functools.cache(typing.get_type_hints)
+"""Of a dataclass; a study makes hundreds of configurations."""
+
+
 def build(kind: type, raw: Any, *, path: str) -> Any:
     """A dataclass of type `kind` from nested dictionaries; ConfigError naming the dotted path of what does not fit."""
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{path} must be a section, got {raw!r}")
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     unknown = sorted(set(raw) - set(hints))
     if unknown:
         where = f"{path}." if path else ""

@@ -10,7 +10,7 @@ import pytest
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Whole files, whose fixtures are then made once; the files that use two_ranks together, which share those ranks."""
+    """Whole files, whose fixtures are then made once; those that use two_ranks together, since they share the ranks."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):  # type: ignore[misc]

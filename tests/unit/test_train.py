@@ -145,13 +145,21 @@ def test_evaluations_come_as_often_as_asked_and_at_the_end(
     assert result.evaluation is not None
 
 
+@pytest.fixture(scope="module")
+def unbroken(manifests: tuple[Manifest, Manifest], tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    return run(stoppable_config(), (manifests[0], None), tmp_path_factory.mktemp("unbroken"))
+
+
+def stoppable_config() -> Config:
+    return make_config(train_num_epochs=2, train_log_every_steps=1, train_warmup_steps=6, train_schedule="cosine",
+                       model_dropout=0.2)  # fmt: skip
+
+
 @pytest.mark.parametrize("stop_at", [1, 5, NUM_STEPS, NUM_STEPS + 3])
 def test_a_run_stopped_at_any_step_resumes_bit_for_bit(
-    manifests: tuple[Manifest, Manifest], tmp_path: Path, stop_at: int
+    manifests: tuple[Manifest, Manifest], unbroken: TrainResult, tmp_path: Path, stop_at: int
 ) -> None:
-    config = make_config(train_num_epochs=2, train_log_every_steps=1, train_warmup_steps=6,
-                         train_schedule="cosine", model_dropout=0.2)  # fmt: skip
-    unbroken = run(config, (manifests[0], None), tmp_path / "unbroken")
+    config = stoppable_config()
     worker = LocalWorker("cpu")
     stopped = run(config, (manifests[0], None), tmp_path / "run", Watcher(worker, stop_at), worker)
     # The flag is seen with the row counts of the step after the one it was raised in.
