@@ -18,3 +18,8 @@ def pytest_collection_finish() -> None:
     """What has been imported stays: the garbage collector need not walk through torch again and again."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Or extension modules would call leaked what is only frozen."""
+    gc.unfreeze()
