@@ -1,10 +1,11 @@
 """Run a study: a declared grid of trainings on one table, then a table of results and a report.
 
 python jobs/study.py --study NAME|FILE.toml --config FILE --lake DIR --run-dir DIR [--scale small|full]
-    [--seeds 0 1 2] [--set a.b=c]
+    [--seeds 0 1 2] [--input DIR] [--set a.b=c]
 
 NAME is one of jobs/studies. The same command goes on where it was cut off; finished trials are read back, failed ones
-are tried again. Studies of simulated worlds (similarity, label_quality, scenarios) take no --lake. See docs/studies.md.
+are tried again. Studies of worlds (similarity, label_quality, scenarios, scenarios_kuairand) take no --lake, the last
+one takes --input with KuaiRand's files. See docs/studies.md.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ def main(argv: list[str]) -> None:
     parser = job_parser(__doc__ or "")
     parser.add_argument("--study", required=True, metavar="NAME", help="of jobs/studies, or a TOML file")
     parser.add_argument("--lake", metavar="DIR", help="the lake of jobs/build_samples.py")
+    parser.add_argument("--input", type=Path, metavar="DIR", help="files of the data set a study makes worlds of")
     parser.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help="trials, results and report go here")
     parser.add_argument("--scale", choices=SCALES, default="full", help="small: minutes on two cores")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="in place of the study's; more may follow")
@@ -37,8 +39,9 @@ def main(argv: list[str]) -> None:
     base = Base(arguments.config, tuple(arguments.overrides))
     try:
         result = run_study(
-            study, base, arguments.lake, arguments.run_dir, cluster=cluster, command=["jobs/study.py", *argv]
-        )
+            study, base, arguments.lake, arguments.run_dir, input_dir=arguments.input, cluster=cluster,
+            command=["jobs/study.py", *argv],
+        )  # fmt: skip
     except KeyboardInterrupt:
         print(f"{arguments.run_dir}: the same command goes on with the trials that have no result", file=sys.stderr)
         raise

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from usr_ray.config_fields import require
 
+SEARCHES = ("random", "optuna")
 SPACE_KINDS = ("log_uniform", "uniform", "int", "choice")
 METRICS = {"log_loss": "min", "ctr_auc": "max", "ctcvr_auc": "max"}
 """What train.train reports after each epoch (train_meter.summarise) -> which way is better."""
@@ -41,6 +42,8 @@ class SpaceConfig:
 class TuneConfig:
     """jobs/tune.py."""
 
+    search: str = "random"
+    """'random', or 'optuna': its tree-structured Parzen estimator learns from ended trials (extra [optuna])."""
     num_trials: int = 16
     """Combinations that are tried; the first is the configuration as it is, where the space holds it."""
     metric: str = "log_loss"
@@ -61,6 +64,7 @@ class TuneConfig:
     """Dotted path -> values: [tune.space."train.learning_rate"]."""
 
     def __post_init__(self) -> None:
+        require(self.search in SEARCHES, f"tune.search must be one of {', '.join(SEARCHES)}, got {self.search!r}")
         for key in ("num_trials", "choose_days", "grace_epochs"):
             require(getattr(self, key) > 0, f"tune.{key} must be positive, got {getattr(self, key)}")
         require(self.reduction > 1, f"tune.reduction must be at least 2, got {self.reduction}")

@@ -23,7 +23,7 @@ import torch
 from usr_ray.config import Config, UserError
 from usr_ray.monitoring import RayMonitor
 from usr_ray.pins import remove_pin, write_pin
-from usr_ray.study_grid import Resources, Study, StudyError, Trial, expand
+from usr_ray.study_grid import SIMULATED, Resources, Study, StudyError, Trial, expand
 from usr_ray.study_record import (
     FAILURE_FILE,
     Base,
@@ -62,7 +62,14 @@ class StudyResult:
 
 
 def run_study(
-    study: Study, base: Base, lake: str | None, run_dir: Path, *, cluster: str = OWN, command: Sequence[str] = ()
+    study: Study,
+    base: Base,
+    lake: str | None,
+    run_dir: Path,
+    *,
+    input_dir: Path | None = None,
+    cluster: str = OWN,
+    command: Sequence[str] = (),
 ) -> StudyResult:
     """Run what is not finished of a study, and write results.parquet.
 
@@ -71,13 +78,14 @@ def run_study(
         base: configuration file and overrides that every trial starts from.
         lake: folder with the samples table; None for a study that makes its own worlds.
         run_dir: a new folder, or that of the same study.
+        input_dir: the data set's files, for a study that makes worlds of real logs.
         cluster: what trainer_environment.prepare_environment returned.
         command: noted in study.json.
 
     Raises:
         UserError: a trial's configuration, the lake or the directory cannot be used; nothing has been trained then.
     """
-    _check_lake(study, lake)
+    _check_source(study, lake, input_dir)
     if cluster == SUBMITTED:
         refuse_relative({"--run-dir": run_dir} | ({"--lake": lake} if lake else {}))
     run_dir = Path(run_dir).absolute()
@@ -90,7 +98,7 @@ def run_study(
         write_record(run_dir, record)  # the worlds are built in its directory; else nothing is written for a wrong lake
     todo = [trial for trial in trials if not is_finished(trial_dir(run_dir, trial))]
     print(f"{study.name}: {len(trials)} trials, {len(trials) - len(todo)} of them finished already", flush=True)
-    worlds = prepare_worlds(study, base, trials, run_dir) if study.has_worlds else {"": World(str(lake))}
+    worlds = prepare_worlds(study, base, trials, run_dir, input_dir) if study.has_worlds else {"": World(str(lake))}
     record["tables"] = tables = {
         name: record["tables"].get(name) or {"lake": world.lake, "version": table_version(world.lake, base)}
         for name, world in worlds.items()
@@ -122,11 +130,20 @@ def run_study(
     return StudyResult(path, len(trials) - len(failures), failures)
 
 
-def _check_lake(study: Study, lake: str | None) -> None:
+def _check_source(study: Study, lake: str | None, input_dir: Path | None) -> None:
     if study.has_worlds and lake:
         raise StudyError(f"--lake {lake}: study {study.name} makes worlds of its own; leave --lake out")
     if not study.has_worlds and not lake:
         raise StudyError(f"--lake is missing: study {study.name} trains on a table of jobs/build_samples.py; name it")
+    is_real = study.source != SIMULATED
+    if input_dir is None and is_real:
+        raise StudyError(
+            f"--input is missing: study {study.name} makes its worlds of {study.source}'s files; name their folder"
+        )
+    if input_dir is not None and not is_real:
+        raise StudyError(f"--input {input_dir}: study {study.name} reads no data set; leave --input out")
+    if input_dir is not None and not input_dir.is_dir():
+        raise StudyError(f"--input {input_dir}: no such folder; name the one with {study.source}'s files")
 
 
 @dataclass(frozen=True, slots=True)

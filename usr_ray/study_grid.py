@@ -20,6 +20,7 @@ from typing import Any
 from usr_ray.config_fields import ConfigError, UserError, build, require
 
 SCALES = ("small", "full")
+SIMULATED = "simulated"
 OTHERS = "*"
 """In a comparison: each value of the axis but the one compared against."""
 
@@ -87,7 +88,9 @@ class Study:
     comparisons: tuple[Comparison, ...]
     resources: Resources = field(default_factory=Resources)
     world: Mapping[str, Any] = field(default_factory=dict)
-    """Overrides of every simulated world; of use with a world axis only."""
+    """Overrides of every world; of use with a world axis only."""
+    source: str = SIMULATED
+    """Data set that worlds are ingested from (etl/sources); all but the simulated one need its files."""
     slices: bool = False
     """Measure by length of the history, and by whether user and item were in the training rows."""
     representations: bool = False
@@ -152,7 +155,7 @@ def load_study(source: str, *, scale: str, folder: Path, seeds: Sequence[int] | 
         raise StudyError(f"--study {path}: {error}") from error
 
 
-_KEYS = ("title", "question", "seeds", "base", "axes", "comparisons", "resources", "world", "slices",
+_KEYS = ("title", "question", "seeds", "base", "axes", "comparisons", "resources", "world", "source", "slices",
          "representations", "small")  # fmt: skip
 _SMALL_KEYS = ("seeds", "base", "world", "axes")
 
@@ -173,26 +176,27 @@ def parse_study(raw: Mapping[str, Any], *, name: str, scale: str) -> Study:
     require(len(set(names)) == len(names), f"axes: {', '.join(names)} has doubles")
     for axis_name, labels in small.get("axes", {}).items():
         require(axis_name in names, f"small.axes.{axis_name}: no such axis; the study has: {', '.join(names)}")
-        place = names.index(axis_name)
-        axes[place] = replace(axes[place], values=_kept(axes[place], labels))
-    seeds = _seeds(small.get("seeds", raw.get("seeds", [])), "seeds")
+        axes = [replace(a, values=_kept(a, labels)) if a.name == axis_name else a for a in axes]
     comparisons = [build(Comparison, c, path=f"comparisons[{n}]") for n, c in enumerate(raw.get("comparisons", []))]
     study = Study(
-        name=name, title=str(raw.get("title", name)), question=str(raw.get("question", "")), seeds=seeds,
+        name=name, title=str(raw.get("title", name)), question=str(raw.get("question", "")),
+        seeds=_seeds(small.get("seeds", raw.get("seeds", [])), "seeds"),
         base={**_flat(raw.get("base", {}), "base"), **_flat(small.get("base", {}), "small.base")},
         axes=tuple(axes), comparisons=tuple(comparisons),
         resources=build(Resources, raw.get("resources", {}), path="resources"),
         world={**_flat(raw.get("world", {}), "world"), **_flat(small.get("world", {}), "small.world")},
-        slices=raw.get("slices", False) is True, representations=raw.get("representations", False) is True,
+        source=str(raw.get("source", SIMULATED)), representations=raw.get("representations", False) is True,
+        slices=raw.get("slices", False) is True,
     )  # fmt: skip
     _check_comparisons(study)
-    require(study.has_worlds or not study.world, "world has overrides, but no axis has world = true")
+    is_spare = not study.has_worlds and (study.world or study.source != SIMULATED)
+    require(not is_spare, "world or source is set, but no axis has world = true")
     return study
 
 
 def _seeds(seeds: Any, where: str) -> tuple[int, ...]:
-    is_list = isinstance(seeds, list) and bool(seeds) and all(type(s) is int and s >= 0 for s in seeds)
-    require(is_list, f"{where} must be a list of whole numbers, for example [0, 1, 2, 3, 4], got {seeds!r}")
+    fits = isinstance(seeds, list) and seeds and all(type(s) is int and s >= 0 for s in seeds)
+    require(bool(fits), f"{where} must be a list of whole numbers, for example [0, 1, 2, 3, 4], got {seeds!r}")
     require(len(set(seeds)) == len(seeds), f"{where} has doubles: {seeds}")
     return tuple(seeds)
 
@@ -227,16 +231,14 @@ def _check_comparisons(study: Study) -> None:
     axes = {axis.name: axis for axis in study.axes}
     for n, comparison in enumerate(study.comparisons):
         where = f"comparisons[{n}]"
-        require(
-            comparison.axis in axes, f"{where}.axis {comparison.axis!r} is no axis; the study has: {', '.join(axes)}"
-        )
+        names = ", ".join(axes)
+        require(comparison.axis in axes, f"{where}.axis {comparison.axis!r} is no axis; the study has: {names}")
         require(not axes[comparison.axis].is_world,
                 f"{where}.axis {comparison.axis!r} changes the rows: compare at equal worlds")  # fmt: skip
         labels = axes[comparison.axis].values
         for label in (comparison.against, *(o for o in comparison.of if o != OTHERS)):
-            require(
-                label in labels, f"{where}: {label!r} is not among the values of {comparison.axis}: {', '.join(labels)}"
-            )
+            known = ", ".join(labels)
+            require(label in labels, f"{where}: {label!r} is not among the values of {comparison.axis}: {known}")
 
 
 def _only(raw: Any, keys: Sequence[str], where: str) -> None:

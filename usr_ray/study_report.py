@@ -31,15 +31,10 @@ from usr_ray.study_analysis import (
 from usr_ray.study_grid import Study
 from usr_ray.study_plots import Bar, Curve, axis_plot, forest_plot, heat_map
 from usr_ray.study_record import failure_of, read_record, trial_dir
+from usr_ray.study_tables import VERDICTS, contrast_section, glance_section, means_table
 from usr_ray.study_vectors import collapse, collapse_section, picture_section, pictures
 
 REPORT_FILE = "report.html"
-VERDICTS = {
-    "better": "▲ better", "worse": "▼ worse", "unsure": "≈ not sure after correction", "even": "≈ no clear difference",
-    "few": "? too few positives to tell", "none": "undefined",
-}  # fmt: skip
-_CLASSES = {"better": "beats", "worse": "loses", "unsure": "even", "even": "even", "few": "few", "none": "few"}
-_METRICS = (("auc", "AUC"), ("gauc", "GAUC"), ("log_loss", "Log loss"), ("pcoc", "PCOC"))
 
 
 def write_study_report(run_dir: Path, study: Study, output: Path | None = None, **extra: Any) -> Path:
@@ -99,6 +94,8 @@ def verdict_sentences(trials: Trials, found: Sequence[Contrast]) -> list[str]:
             f"Only {num_seeds} seed{'s' * (num_seeds > 1)}: gaps between models are often 0.001 to 0.01, so read this "
             "as a trial run of the study, not as its answer."
         )
+    if found and num_seeds == 1:
+        sentences.append("With one seed the intervals know the users only, not what another seed would have given.")
     return sentences or ["The study declares no comparison; the tables have its numbers."]
 
 
@@ -125,9 +122,10 @@ def _sections(trials: Trials, found: Sequence[Contrast]) -> list[dict[str, Any]]
     averages = means(trials)
     sections = []
     if whole:
-        sections.append(_contrast_section("Comparisons", whole, _comparison_plots(trials, whole)))
+        sections.append(glance_section(whole))
+        sections.append(contrast_section("Comparisons", whole, _comparison_plots(trials, whole)))
     if sliced:
-        sections.append(_contrast_section("Parts of the rows: history, new users and items", sliced,
+        sections.append(contrast_section("Parts of the rows: history, new users and items", sliced,
                                           [_slice_plot(sliced, task) for task in ("ctr", "ctcvr")]))  # fmt: skip
     sections.append(_means_section(trials, averages))
     spreads = collapse(trials)
@@ -136,37 +134,6 @@ def _sections(trials: Trials, found: Sequence[Contrast]) -> list[dict[str, Any]]
     if trials.study.representations:
         sections.append(picture_section(pictures(trials)))
     return sections
-
-
-def _contrast_section(title: str, found: Sequence[Contrast], plots: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    is_sliced = any(c.part != WHOLE for c in found)
-    rows = [
-        {
-            "class": _CLASSES[c.verdict],
-            "values": [
-                f"{c.label} against {c.against}", point_name(c.at) or report_text.DASH,
-                *([c.part] if is_sliced else []),
-                report_text.cell_task(c.scenario, c.task),
-                *([report_text.DASH] * 4 if c.gap is None else [
-                    report_text.signed(c.gap.value), f"{c.gap.low:+.4f} to {c.gap.high:+.4f}", f"{c.gap.seed_sd:.4f}",
-                    f"{c.adjusted_p:.3f}"]),
-                VERDICTS[c.verdict],
-            ],
-        }
-        for c in found
-    ]  # fmt: skip
-    return {
-        "title": title,
-        "note": f"AUC of the first minus AUC of the second, on the same rows and seeds. The 95% interval knows the "
-        f"seeds and the users (method in docs/studies.md); p is Holm's, over the {len(found)} comparisons below. "
-        "An interval that holds 0 means that these data cannot tell, not that there is no difference.",
-        "plots": [plot for plot in plots if plot],
-        "table": {
-            "head": ["Comparison", "At", *(["Rows"] if is_sliced else []), "Cell", "AUC gap", "95% interval",
-                     "SD over seeds", "p (Holm)", "Verdict"],
-            "num_left": 4 if is_sliced else 3, "rows": rows,
-        },
-    }  # fmt: skip
 
 
 def _comparison_plots(trials: Trials, found: Sequence[Contrast]) -> list[dict[str, Any]]:
@@ -208,7 +175,7 @@ def _gap_curves(found: Sequence[Contrast], axis: str) -> list[Curve]:
 def _bars(found: Sequence[Contrast]) -> list[Bar]:
     labels = list(dict.fromkeys(c.label for c in found))
     return [
-        Bar(", ".join(filter(None, (point_name(c.at), c.label, "" if c.part == WHOLE else c.part))), c.gap.value,
+        Bar(", ".join(filter(None, (point_name(c.at), c.label if len(labels) > 1 or not c.at else ""))), c.gap.value,
             c.gap.low, c.gap.high, labels.index(c.label), c.verdict in ("better", "worse"))
         for c in found if c.gap is not None
     ]  # fmt: skip
@@ -230,22 +197,12 @@ def _slice_plot(found: Sequence[Contrast], task: str) -> dict[str, Any]:
 
 
 def _means_section(trials: Trials, averages: Mapping[Point, Mapping[tuple[str, str, str], Mean]]) -> dict[str, Any]:
-    rows = []
-    for point, entries in averages.items():
-        for scenario, task in dict.fromkeys(key[:2] for key in entries):
-            values = [entries.get((scenario, task, name)) for name, _ in _METRICS]
-            if any(values):
-                shown = [f"{m.value:.4f} ± {m.sd:.4f}" if m else report_text.DASH for m in values]
-                rows.append({"class": "", "values": [point_name(point), report_text.cell_name(scenario),
-                                                     report_text.TASK_NAMES[task], *shown,
-                                                     str(len(trials.by_point[point]))]})  # fmt: skip
     return {
         "title": "Every point",
         "note": "Mean ± standard deviation over the seeds, on the held-out rows. Totals pool the scenarios.",
         "plots": _mean_plots(trials, averages),
-        "table": {"head": ["Point", "Scenario", "Task", *(name for _, name in _METRICS), "Seeds"], "num_left": 3,
-                  "rows": rows},
-    }  # fmt: skip
+        "table": means_table(trials, averages),
+    }
 
 
 def _mean_plots(trials: Trials, averages: Mapping[Point, Mapping[tuple[str, str, str], Mean]]) -> list[dict[str, Any]]:

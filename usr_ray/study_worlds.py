@@ -1,4 +1,4 @@
-"""Lakes of a study: simulated worlds, one for each combination of its world axes, built by the two ETL jobs.
+"""Lakes of a study: worlds, one for each combination of its world axes, built by the two ETL jobs.
 
 Spark runs in a process of its own, one world after the other, so neither this process nor Ray's need a JVM. A world
 that is whole is kept and used again; one that was cut off is built anew.
@@ -11,14 +11,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from usr_ray.config import load_config, parse_dates
 from usr_ray.files import write_whole
 from usr_ray.manifest import Manifest, build_manifest
-from usr_ray.study_grid import Resources, Study, StudyError, Trial, as_sets
+from usr_ray.study_grid import SIMULATED, Resources, Study, StudyError, Trial, as_sets
 from usr_ray.study_record import Base
 from usr_ray.trainer_environment import ROOT
 
@@ -67,7 +67,9 @@ def _asked_version(base: Base) -> int | None:
     return version if version >= 0 else None
 
 
-def prepare_worlds(study: Study, base: Base, trials: Sequence[Trial], run_dir: Path) -> dict[str, World]:
+def prepare_worlds(
+    study: Study, base: Base, trials: Sequence[Trial], run_dir: Path, input_dir: Path | None = None
+) -> dict[str, World]:
     """The lake of each world that the trials name; builds those that are not there, in one Spark process.
 
     Raises:
@@ -77,20 +79,21 @@ def prepare_worlds(study: Study, base: Base, trials: Sequence[Trial], run_dir: P
     missing = {trial.world: trial for trial in trials if not (folders[trial.world] / _READY).is_file()}
     if missing:
         print(f"{study.name}: {len(missing)} of {len(folders)} worlds to build", flush=True)
-        _build([(folders[name], trial) for name, trial in missing.items()], base, run_dir / WORLDS_DIR)
+        commands = {
+            str(folders[name]): build_commands(folders[name], base, trial, source=study.source, input_dir=input_dir)
+            for name, trial in missing.items()
+        }
+        _build(commands, run_dir / WORLDS_DIR)
     return {name: World(str(folder / "lake")) for name, folder in folders.items()}
 
 
-def _build(worlds: Sequence[tuple[Path, Trial]], base: Base, folder: Path) -> None:
+def _build(worlds: Mapping[str, list[list[str]]], folder: Path) -> None:
     submit = shutil.which("spark-submit", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     if submit is None:
         raise StudyError("a study of worlds needs Spark, and no spark-submit is beside this Python; run `make setup`")
     plan, log = folder / "plan.json", folder / "spark.log"
     folder.mkdir(parents=True, exist_ok=True)
-    entries = [
-        {"folder": str(world), "mark": _READY, "commands": build_commands(world, base, trial)}
-        for world, trial in worlds
-    ]
+    entries = [{"folder": world, "mark": _READY, "commands": commands} for world, commands in worlds.items()]
     write_whole(plan, json.dumps(entries, indent=2) + "\n")
     command = [submit, "jobs/build_worlds.py", "--plan", str(plan)]
     error = ""
@@ -110,8 +113,11 @@ def _build(worlds: Sequence[tuple[Path, Trial]], base: Base, folder: Path) -> No
         raise StudyError(f"{error or f'jobs/build_worlds.py failed with exit code {process.returncode}'}; see {log}")
 
 
-def build_commands(folder: Path, base: Base, trial: Trial) -> list[list[str]]:
+def build_commands(
+    folder: Path, base: Base, trial: Trial, *, source: str = SIMULATED, input_dir: Path | None = None
+) -> list[list[str]]:
     """Arguments of the two jobs that make the world of a trial in `folder`."""
+    files = ["--input", str(Path(input_dir).absolute())] if input_dir else []
     data = base.config(Resources(), trial).data
     first = parse_dates(data.train_dates, where="data.train_dates")[0]
     last = parse_dates(data.eval_dates, where="data.eval_dates")[1]
@@ -119,7 +125,7 @@ def build_commands(folder: Path, base: Base, trial: Trial) -> list[list[str]]:
     config = ["--config", str(Path(base.config_path).absolute())] if base.config_path else []
     common = [*config, "--logs", str(folder / "logs"), *sets]
     return [
-        ["jobs/ingest_logs.py", "--source", "simulated", *common],
+        ["jobs/ingest_logs.py", "--source", source, *files, *common],
         ["jobs/build_samples.py", "--lake", str(folder / "lake"), "--dates", f"{first}:{last}", *common],
     ]
 

@@ -1,4 +1,4 @@
-"""A search for hyper-parameters on Ray Tune: random draws, ASHA, trials of one or of several workers, resumable.
+"""A search for hyper-parameters on Ray Tune: random draws or Optuna's, ASHA, trials of one or more workers, resumable.
 
 Each trial is a driver function. With one worker it runs the loop in its own process; with more it reserves no CPU and
 starts Ray Train's worker group, and as many trials run at once as the cluster holds worker groups: so no driver waits
@@ -22,6 +22,7 @@ import ray
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+from ray.tune.search import ConcurrencyLimiter, SearchAlgorithm, Searcher
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from usr_ray.config import Config, UserError
@@ -181,17 +182,25 @@ class _Progress(tune.Callback):
         print(f"[{self._num_ended}/{self._total}] {trial.trial_id} {how}; at most {left} left", flush=True)
 
 
+def _search_algorithm(config: Config, slots: int) -> SearchAlgorithm | Searcher:
+    """What draws the trials; the configuration as it is comes first, where the space holds it."""
+    settings, default = config.tune, default_point(config)
+    first = [default] if default else None
+    if settings.search == "random":
+        return BasicVariantGenerator(points_to_evaluate=first, random_state=settings.seed, max_concurrent=slots)
+    from ray.tune.search.optuna import OptunaSearch  # load_search has seen that Optuna is installed
+
+    return ConcurrencyLimiter(OptunaSearch(points_to_evaluate=first, seed=settings.seed), max_concurrent=slots)
+
+
 def _tune_config(config: Config, slots: int) -> tune.TuneConfig:
     settings: TuneConfig = config.tune
-    default = default_point(config)
     return tune.TuneConfig(
         metric=settings.metric,
         mode=METRICS[settings.metric],
         num_samples=settings.num_trials,
         scheduler=_scheduler(config),
-        search_alg=BasicVariantGenerator(
-            points_to_evaluate=[default] if default else None, random_state=settings.seed, max_concurrent=slots
-        ),
+        search_alg=_search_algorithm(config, slots),
         trial_name_creator=lambda trial: f"trial_{trial.trial_id}",
         trial_dirname_creator=lambda trial: f"trial_{trial.trial_id}",
     )

@@ -7,6 +7,7 @@ them, and data.eval_dates judges the choice once, after the search.
 from __future__ import annotations
 
 import datetime as dt
+import importlib.util
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -235,11 +236,16 @@ def load_search(path: Any, overrides: Sequence[str]) -> Config:
     """The configuration of a search, checked.
 
     Raises:
-        UserError: as load_config, choosing_dates and check_space.
+        UserError: as load_config, choosing_dates and check_space; the search's package is missing.
     """
     config = load_config(path, overrides)
     choosing_dates(config)
     check_space(config)
+    if config.tune.search == "optuna" and importlib.util.find_spec("optuna") is None:
+        raise TuneError(
+            "tune.search is 'optuna' and that package is not installed; set tune.search='random', or run: "
+            "pip install --constraint constraints.txt '.[optuna]'"
+        )
     return config
 
 

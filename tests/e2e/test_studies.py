@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -16,10 +19,21 @@ from tests.unit.samples_table import samples_spec, write_samples
 from usr_ray import study as study_module
 from usr_ray import tune as tune_module
 from usr_ray.config import Config, UserError, load_config
-from usr_ray.study_grid import Resources, StudyError, parse_study
+from usr_ray.study_grid import (
+    SIMULATED,
+    Resources,
+    Study,
+    StudyError,
+    Trial,
+    compared_labels,
+    expand,
+    load_study,
+    parse_study,
+)
 from usr_ray.study_record import Base
 from usr_ray.study_report import write_study_report
 from usr_ray.study_vectors import view_vectors
+from usr_ray.study_worlds import World, prepare_worlds
 from usr_ray.tune_report import write_search_report
 from usr_ray.tune_trials import read_points
 
@@ -33,6 +47,13 @@ SETS = (
 )  # fmt: skip
 
 
+STUDIES = Path(__file__).resolve().parents[2] / "jobs" / "studies"
+TINY_WORLD = {
+    "simulated.num_impressions": 3000, "simulated.num_days": 4, "simulated.num_users": 80, "simulated.num_items": 60,
+    "simulated.num_queries": 24, "simulated.cross_exposure": 0.45,
+}  # fmt: skip
+
+
 @pytest.fixture
 def lake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def run_here(jobs: Sequence[study_module.Job], resources: Resources, *, cluster: str) -> None:
@@ -43,6 +64,61 @@ def lake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch.set_num_threads(1)
     write_samples(tmp_path / "lake", samples_spec(label_delay_us=3_600_000_000), num_rows=900, num_days=4)
     return tmp_path / "lake"
+
+
+def world_lakes(folder: Path, real: bool) -> Callable[..., dict[str, World]]:
+    """In place of prepare_worlds: a table with the scenarios of each world, or, if `real`, worlds of Spark's."""
+
+    def prepare(study: Study, base: Base, trials: Sequence[Trial], run_dir: Path, input_dir: Path | None) -> Any:
+        if real:
+            return prepare_worlds(study, base, trials, run_dir, input_dir)
+        worlds = {}
+        for trial in trials:
+            config, lake = base.config(study.resources, trial), folder / trial.world
+            if trial.world not in worlds:
+                spec = samples_spec(scenarios=config.scenarios, label_delay_us=3_600_000_000)
+                write_samples(lake, spec, num_rows=900, num_days=4)
+            worlds[trial.world] = World(str(lake))
+        return worlds
+
+    return prepare
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in STUDIES.glob("*.toml")))
+def test_every_declared_study_runs_and_reports_at_small_scale(
+    name: str, lake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = load_study(name, scale="small", folder=STUDIES, seeds=[0])
+    is_real = name == "label_quality"  # Spark makes these worlds; the others' are tables with their scenarios
+    if is_real:
+        kept = {"similarity": ("1.0",), "labels": ("clean", "lost 1.0")}
+        axes = [replace(a, values={k: a.values[k] for k in kept.get(a.name, a.values)}) for a in study.axes]
+        study = replace(study, axes=tuple(axes), world=TINY_WORLD)
+    monkeypatch.setattr(study_module, "prepare_worlds", world_lakes(tmp_path / "lakes", real=is_real))
+    result = study_module.run_study(
+        study, Base(None, SETS), None if study.has_worlds else str(lake), tmp_path / "run",
+        input_dir=tmp_path if study.source != SIMULATED else None,
+    )  # fmt: skip
+    trials = expand(study)
+    assert (result.num_finished, result.failures) == (len(trials), {})
+    assert set(pq.read_table(result.results)["trial_id"].to_pylist()) == {trial.trial_id for trial in trials}
+    page = write_study_report(tmp_path / "run", study).read_text(encoding="utf-8")
+    assert study.title in html.unescape(page)
+    assert "At a glance" in page
+    assert page.count("<svg") >= 4, "a picture for each scenario and task"
+    for comparison in study.comparisons:
+        for label, against in compared_labels(study, comparison):
+            assert f"{label} against {against}" in page
+    if is_real:
+        clean, lost = (click_share(tmp_path / "run" / "worlds" / world) for world in sorted({t.world for t in trials}))
+        assert clean + 0.05 < lost, "without links the global label is the row's own"
+
+
+def click_share(world: Path) -> float:
+    """P(is_click | is_click_global) of a world, over its dates and scenarios."""
+    reports = [json.loads(path.read_text())["scenarios"] for path in (world / "lake" / "reports").glob("*.json")]
+    clicks, wider = (sum(s[key] for r in reports for s in r.values()) for key in ("clicks", "clicks_global"))
+    return clicks / wider
 
 
 def pins(lake: Path) -> list[Path]:

@@ -70,3 +70,20 @@ def test_trials_of_two_workers_each_take_turns_on_two_cpus(cluster: None, own_la
     records = [json.loads(path.read_text()) for path in trials.glob("*/config.json")]
     assert [record["config"]["ray"]["num_workers"] for record in records] == [2, 2]
     assert not list(trials.glob("*/checkpoints")), "a finished trial's checkpoints take room for nothing"
+
+
+def test_optuna_tries_the_given_configuration_first_and_then_draws_inside_the_space() -> None:
+    pytest.importorskip("optuna", reason="Optuna is an extra: pip install '.[optuna]'")
+    from usr_ray.config_tune import METRICS
+    from usr_ray.tune import _search_algorithm, draw
+
+    config = load_config(None, [*SETS, "tune.search='optuna'"])
+    search = _search_algorithm(config, slots=2)
+    space = {path: draw(of) for path, of in config.tune.space.items()}
+    assert search.set_search_properties(config.tune.metric, METRICS[config.tune.metric], space)
+    first = search.suggest("a")
+    assert first == {"train.learning_rate": 0.001, "model.embedding_dim": 8}
+    assert search.suggest("b")["model.embedding_dim"] in range(4, 9)
+    assert search.suggest("c") is None, "two trials at once"
+    search.on_trial_complete("a", {"log_loss": 0.5})
+    assert search.suggest("c")["train.learning_rate"] in (0.001, 1e30)

@@ -106,7 +106,7 @@ def test_a_star_compares_every_other_value() -> None:
         ({"small": {"axes": {"backbone": ["star"]}}}, r"small.axes.backbone: star is not among mmoe, ple"),
         ({"small": {"axes": {"x": ["star"]}}}, r"small.axes.x: no such axis; the study has: backbone, glmt"),
         ({"resources": {"num_workers": 0}}, r"resources.num_workers must be positive, got 0"),
-        ({"world": {"simulated.seed": 1}}, r"world has overrides, but no axis has world = true"),
+        ({"world": {"simulated.seed": 1}}, r"world or source is set, but no axis has world = true"),
     ],
 )
 def test_a_mistake_in_a_study_is_one_line(change: dict[str, Any], message: str) -> None:
@@ -142,7 +142,7 @@ def test_an_unknown_study_is_told_which_there_are(tmp_path: Path) -> None:
 def test_the_declared_studies_make_configurations(path: Path, scale: str) -> None:
     study = load_study(path.stem, scale=scale, folder=STUDIES)
     for trial in expand(study):
-        load_config(ROOT / "jobs" / "configs" / "simulated.toml", trial.to_sets())
+        load_config(ROOT / "jobs" / "configs" / f"{study.source}.toml", trial.to_sets())
     assert len(study.seeds) >= 5 or scale == "small"
     assert study.comparisons
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
 
 from usr_ray import study as study_module
 from usr_ray import study_worlds
-from usr_ray.study_grid import Resources, StudyError, expand, parse_study
+from usr_ray.study_grid import Resources, StudyError, expand, load_study, parse_study
 from usr_ray.study_record import Base
 from usr_ray.study_worlds import build_commands
 
 pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -55,6 +58,25 @@ def test_a_world_is_built_from_the_same_configuration_as_it_is_trained_with(tmp_
         ("age",),
         3,
     )
+
+
+def test_worlds_of_real_logs_need_their_files(tmp_path: Path) -> None:
+    real = load_study("scenarios_kuairand", scale="small", folder=ROOT / "jobs" / "studies")
+    base = Base(ROOT / "jobs" / "configs" / "kuairand.toml", ())
+    five = next(trial for trial in expand(real) if trial.point["scenarios"] == "5")
+    assert base.config(Resources(), five).kuairand.tab_groups["tab_6"] == (6,)
+    ingest, _ = build_commands(tmp_path / "w", base, five, source=real.source, input_dir=tmp_path / "files")
+    assert ingest[:5] == ["jobs/ingest_logs.py", "--source", "kuairand", "--input", str(tmp_path / "files")]
+    run = functools.partial(study_module.run_study, lake=None, run_dir=tmp_path / "run")
+    with pytest.raises(
+        StudyError, match=r"--input is missing: study scenarios_kuairand makes its worlds of kuairand's"
+    ):
+        run(real, base)
+    with pytest.raises(StudyError, match=r"--input .*nowhere: no such folder; name the one with kuairand's files"):
+        run(real, base, input_dir=tmp_path / "nowhere")
+    made = load_study("scenarios", scale="small", folder=ROOT / "jobs" / "studies")
+    with pytest.raises(StudyError, match=r"study scenarios reads no data set; leave --input out"):
+        run(made, base, input_dir=tmp_path)
 
 
 def test_a_world_that_cannot_be_built_says_where_to_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

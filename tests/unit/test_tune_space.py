@@ -78,6 +78,15 @@ def test_a_space_that_cannot_be_drawn_from_is_refused(space: str, message: str) 
         config(f'tune.space={{"train.learning_rate" = {space}}}')
 
 
+def test_a_search_by_a_package_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(TuneError, match=r"tune.search is 'optuna' and that package is not installed; set tune.search="):
+        load_search(None, [*DATES, RATE, "tune.search='optuna'"])
+    assert load_search(None, [*DATES, RATE]).tune.search == "random"
+    with pytest.raises(ConfigError, match=r"tune.search must be one of random, optuna, got 'grid'"):
+        config("tune.search='grid'")
+
+
 def test_the_given_configuration_is_tried_first_where_the_space_holds_it() -> None:
     assert default_point(config(RATE)) == {"train.learning_rate": 0.001}
     outside = 'tune.space={"train.learning_rate" = {kind = "uniform", low = 0.1, high = 0.2}}'
