@@ -84,7 +84,7 @@ def verdict_sentences(trials: Trials, found: Sequence[Contrast]) -> list[str]:
             text = f"{label} against {against}: a difference holds after correction in none of {len(own)} comparisons"
         else:
             text = f"{label} against {against}: {clear} of {len(own)} comparisons after correction"
-            text += f"; in the other {rest} the intervals do not tell" if rest else ""
+            text += f"; in {rest} the interval does not tell" if rest else ""
         gaps = [c.gap.value for c in own if c.gap is not None]
         if gaps:
             text += f" (AUC gap {report_text.signed(min(gaps))} to {report_text.signed(max(gaps))})"

@@ -76,7 +76,9 @@ def world_lakes(folder: Path, real: bool) -> Callable[..., dict[str, World]]:
         for trial in trials:
             config, lake = base.config(study.resources, trial), folder / trial.world
             if trial.world not in worlds:
-                spec = samples_spec(scenarios=config.scenarios, label_delay_us=3_600_000_000)
+                spec = samples_spec(
+                    scenarios=config.scenarios, query_scenarios=config.query_scenarios, label_delay_us=3_600_000_000
+                )
                 write_samples(lake, spec, num_rows=900, num_days=4)
             worlds[trial.world] = World(str(lake))
         return worlds
@@ -94,9 +96,10 @@ def test_every_declared_study_runs_and_reports_at_small_scale(
         kept = {"similarity": ("1.0",), "labels": ("clean", "lost 1.0")}
         axes = [replace(a, values={k: a.values[k] for k in kept.get(a.name, a.values)}) for a in study.axes]
         study = replace(study, axes=tuple(axes), world=TINY_WORLD)
+    sets = (*SETS, "query_scenarios=[]") if study.source != SIMULATED else SETS
     monkeypatch.setattr(study_module, "prepare_worlds", world_lakes(tmp_path / "lakes", real=is_real))
     result = study_module.run_study(
-        study, Base(None, SETS), None if study.has_worlds else str(lake), tmp_path / "run",
+        study, Base(None, sets), None if study.has_worlds else str(lake), tmp_path / "run",
         input_dir=tmp_path if study.source != SIMULATED else None,
     )  # fmt: skip
     trials = expand(study)
