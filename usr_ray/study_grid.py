@@ -21,8 +21,7 @@ from usr_ray.config_fields import ConfigError, UserError, build, require
 
 SCALES = ("small", "full")
 SIMULATED = "simulated"
-OTHERS = "*"
-"""In a comparison: each value of the axis but the one compared against."""
+OTHERS = "*"  # in a comparison: each value of the axis but the one compared against
 
 
 class StudyError(UserError):
