@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from cluster.chaos.observe import Seen
 from usr_ray.trainer_plan import load_manifest
 
 HARM_TIMEOUT_S = 90.0
-"""From the start of the job until all ranks have stopped."""
+"""From the harm (or, when the table is harmed first, from the job's start) until all ranks have stopped."""
 
 
 def table_advanced(bench: Bench) -> Seen:
@@ -76,13 +77,16 @@ def harmed_during(bench: Bench, kind: str) -> Seen:
     case = bench.case(f"{kind}-during")
     lake = harm.copy_lake(bench.lake, case / "lake")
     ended = bench.train(case, lake=lake, strike=Strike(kind="harm_table", options={"harm": kind}))
+    ended_at = time.time()
     seen = Seen()
     bench.expect_end(seen, ended, 2)
     struck = (case / "struck").exists()
     seen.note("struck", struck, "struck both ranks" if struck else "the fault never struck")
     missing = [word for word in (harm.first_file(lake), "row group") if word not in ended.error]
     _note_line(seen, ended.error, missing, lake)
-    seen.note("time", ended.seconds <= HARM_TIMEOUT_S, f"all ranks stopped within {ended.seconds:.0f} s")
+    if struck:  # a busy machine may take long to start a job; that is not the subject
+        seconds = ended_at - (case / "struck").stat().st_mtime
+        seen.note("time", seconds <= HARM_TIMEOUT_S, f"all ranks stopped within {seconds:.0f} s of it")
     return seen
 
 
