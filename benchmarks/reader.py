@@ -5,31 +5,37 @@
     MIMALLOC_PURGE_DELAY=-1 python benchmarks/reader.py ...      Arrow keeps freed pages (see docs/operations.md)
 
 Writes a samples table (20 categorical features, two histories of 0-50 events, four labels) into a temporary folder,
-then reads it whole in each way, in turn, and reports the median of the rates in benchmarks/results/reader.json.
+then reads it whole in each way, in turn. Writes benchmarks/results/reader.json and the table in docs/speed.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime as dt
-import json
 import os
-import platform
+import shutil
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import deltalake
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import numpy as np
 import pyarrow as pa
 import torch
 from deltalake import DeltaTable, WriterProperties, write_deltalake
+from numpy.typing import NDArray
 
+from benchmarks.doc_tables import markdown, record
+from benchmarks.interleaved import header, interval, ratio, spread, verdict
 from usr_ray.manifest import Manifest, build_manifest
+from usr_ray.order import BLOCK_ROWS
 from usr_ray.order_quality import shuffle_quality
 from usr_ray.reader import SampleReader
 from usr_ray.reader_decode import RowGroupDecoder
@@ -40,7 +46,13 @@ RESULTS = Path(__file__).parent / "results" / "reader.json"
 ROW_GROUP_ROWS = 65_536
 NUM_DAYS = 4
 FIRST_DAY = dt.date(2026, 1, 1)
+DATES = (FIRST_DAY, FIRST_DAY + dt.timedelta(days=NUM_DAYS - 1))
 BATCH_ROWS, GROUP_ROWS = 8192, 128
+BARE, TO_TENSORS, SHUFFLED = "pyarrow decode", "pyarrow decode to tensors", "reader, shuffled"
+FIRST_EPOCH, CACHED = "reader, shuffled, writing the cache", "reader, shuffled, from the cache"
+RAY, RAY_SHUFFLED = "ray data, numpy batches, no shuffle", "ray data, numpy batches, local shuffle"
+AIMS = ((SHUFFLED, TO_TENSORS, 0.7), (SHUFFLED, RAY, 2.0), (SHUFFLED, RAY_SHUFFLED, 3.0), (CACHED, FIRST_EPOCH, 3.0))
+"""A way, the way it is compared with, and how many times its rate is aimed at."""
 
 
 def benchmark_spec() -> FeatureSpec:
@@ -59,7 +71,12 @@ def benchmark_spec() -> FeatureSpec:
     )
 
 
-def write_table(lake: Path, spec: FeatureSpec, num_rows: int) -> None:
+def skewed_ids(rng: np.random.Generator, count: int, limit: int) -> NDArray[np.int64]:
+    """Ids below `limit` whose popularity falls as a power of the rank, as on real logs (full dictionaries)."""
+    return (rng.random(count) ** 4 * (limit - 1)).astype(np.int64)
+
+
+def write_table(lake: Path, spec: FeatureSpec, num_rows: int, *, longest: int = 50) -> None:
     rng = np.random.default_rng(0)
     per_day = num_rows // NUM_DAYS
     for day in range(NUM_DAYS):
@@ -78,17 +95,16 @@ def write_table(lake: Path, spec: FeatureSpec, num_rows: int) -> None:
             "user_key": rng.integers(0, 1 << 62, per_day),
             "request_key": rng.integers(0, 1 << 62, per_day),
         }
-        # Popularity falls as a power of the rank, so that dictionaries are as full as on real logs.
-        columns |= {f.column: (rng.random(per_day) ** 4 * 499_999).astype(np.int64) for f in spec.sparse}
+        columns |= {f.column: skewed_ids(rng, per_day, f.num_embeddings) for f in spec.sparse}
         columns |= {f.column: rng.standard_normal(per_day).astype(np.float32) for f in spec.dense}
         for history in spec.histories:
-            offsets = np.concatenate([[0], np.cumsum(rng.integers(0, 51, per_day))]).astype(np.int32)
+            offsets = np.concatenate([[0], np.cumsum(rng.integers(0, longest + 1, per_day))]).astype(np.int32)
             events = int(offsets[-1])
-            lists = {history.item_ids: (rng.random(events) ** 4 * 499_999).astype(np.int64)}
+            lists = {history.item_ids: skewed_ids(rng, events, 500_000)}
             lists |= {history.actions: rng.integers(1, 3, events)}
             lists |= {history.ages_s: (rng.integers(1, 600_000, events) / 2).astype(np.float32)}
             if history.query_ids:
-                lists[history.query_ids] = (rng.random(events) ** 4 * 499_999).astype(np.int64)
+                lists[history.query_ids] = skewed_ids(rng, events, 500_000)
             columns |= {name: pa.ListArray.from_arrays(pa.array(offsets), pa.array(v)) for name, v in lists.items()}
         writer = WriterProperties(max_row_group_size=ROW_GROUP_ROWS)
         write_deltalake(
@@ -128,8 +144,8 @@ def read_batches(manifest: Manifest, num_threads: int, **options: object) -> int
     return num_rows
 
 
-def ray_data_batches(manifest: Manifest, batch_format: str) -> int:
-    """Ray Data over the same files and columns; no shuffle, no tensors of the histories."""
+def ray_data_batches(manifest: Manifest, batch_format: str, shuffle_rows: int | None = None) -> int:
+    """Ray Data over the same files and columns, with or without its local shuffle; no tensors of the histories."""
     import ray
 
     if not ray.is_initialized():
@@ -144,18 +160,26 @@ def ray_data_batches(manifest: Manifest, batch_format: str) -> int:
     columns = RowGroupDecoder(manifest, ready_before_us=None, mature_only=True).columns
     files = [f"{manifest.table_uri}/{file.path}" for file in manifest.files]
     dataset = ray.data.read_parquet(files, columns=columns, partitioning=None)
-    return sum(
-        len(batch["user_key"]) for batch in dataset.iter_batches(batch_size=BATCH_ROWS, batch_format=batch_format)
+    batches = dataset.iter_batches(
+        batch_size=BATCH_ROWS, batch_format=batch_format, local_shuffle_buffer_size=shuffle_rows
     )
+    return sum(len(batch["user_key"]) for batch in batches)
+
+
+def fill_cache(manifest: Manifest, num_threads: int, cache_dir: Path) -> int:
+    """A first epoch, which writes the cache."""
+    shutil.rmtree(cache_dir, ignore_errors=True)
+    return read_batches(manifest, num_threads, cache_dir=cache_dir)
 
 
 def contestants(manifest: Manifest, num_threads: int, with_ray: bool, cache_dir: Path) -> dict[str, Callable[[], int]]:
     ways: dict[str, Callable[[], int]] = {
-        "pyarrow decode": lambda: decode_only(manifest, num_threads),
-        "pyarrow decode to tensors": lambda: decode_to_tensors(manifest, num_threads),
-        "reader, shuffled": lambda: read_batches(manifest, num_threads),
+        BARE: lambda: decode_only(manifest, num_threads),
+        TO_TENSORS: lambda: decode_to_tensors(manifest, num_threads),
+        SHUFFLED: lambda: read_batches(manifest, num_threads),
         "reader, file order": lambda: read_batches(manifest, num_threads, order="file"),
-        "reader, shuffled, from the cache": lambda: read_batches(manifest, num_threads, cache_dir=cache_dir),
+        FIRST_EPOCH: lambda: fill_cache(manifest, num_threads, cache_dir),
+        CACHED: lambda: read_batches(manifest, num_threads, cache_dir=cache_dir),
         "reader, rank 0 of 4": lambda: 4 * read_batches(manifest, num_threads, rank=0, world_size=4),
         "reader, rank 0 of 4, 4 shards": lambda: (
             4 * read_batches(manifest, num_threads, rank=0, world_size=4, num_shards=4)
@@ -163,7 +187,9 @@ def contestants(manifest: Manifest, num_threads: int, with_ray: bool, cache_dir:
     }
     if with_ray:
         ways["ray data, arrow batches, no shuffle"] = lambda: ray_data_batches(manifest, "pyarrow")
-        ways["ray data, numpy batches, no shuffle"] = lambda: ray_data_batches(manifest, "numpy")
+        ways[RAY] = lambda: ray_data_batches(manifest, "numpy")
+        # As many rows as a block of ours at least: its shuffle is then as wide as ours.
+        ways[RAY_SHUFFLED] = lambda: ray_data_batches(manifest, "numpy", BLOCK_ROWS)
     return ways
 
 
@@ -186,33 +212,55 @@ class Timing:
 def measure(ways: dict[str, Callable[[], int]], num_rows: int, repeats: int) -> dict[str, list[Timing]]:
     """Timings of every way, the ways taking turns so that a busy moment of the machine meets them all."""
     timings: dict[str, list[Timing]] = {name: [] for name in ways}
-    for way in ways.values():
-        way()  # warm: page cache, imports, allocator
-    for _ in range(repeats):
+    for number in range(1 + repeats):  # once for page cache, imports, allocator
         for name, way in ways.items():
             start, cpu_start = time.perf_counter(), time.process_time()
             read = way()
             wall_s, cpu_s = time.perf_counter() - start, time.process_time() - cpu_start
             assert read >= num_rows, f"{name} read {read} of {num_rows} rows"
-            timings[name].append(Timing(num_rows / wall_s, cpu_s / num_rows * 1e6))
+            if number:
+                timings[name].append(Timing(num_rows / wall_s, cpu_s / num_rows * 1e6))
     return timings
 
 
-def summary(timings: dict[str, list[Timing]]) -> dict[str, dict[str, object]]:
+def summary(timings: dict[str, list[Timing]]) -> dict[str, Any]:
+    """By way: rows a second, processor seconds, ratio to a decode to tensors; and the ratios that are aimed at."""
     rates = {name: [t.rows_per_second for t in found] for name, found in timings.items()}
-    bare, tensors = (statistics.median(rates[name]) for name in ("pyarrow decode", "pyarrow decode to tensors"))
-    return {
+    ways = {
         name: {
-            "rows_per_second": round(statistics.median(rates[name])),
-            "rows_per_second_min_max": [round(min(rates[name])), round(max(rates[name]))],
-            "ratio_to_pyarrow_decode": round(statistics.median(rates[name]) / bare, 3),
-            "ratio_to_pyarrow_decode_to_tensors": round(statistics.median(rates[name]) / tensors, 3),
+            "rows_per_second": interval(rates[name]),
+            "ratio_to_pyarrow_decode_to_tensors": ratio(rates[name], rates[TO_TENSORS]),
             "cpu_seconds_per_million_rows": round(
                 statistics.median(t.cpu_seconds_per_million_rows for t in timings[name]), 2
             ),
         }
         for name in timings
     }
+    aims = [
+        {"way": way, "beside": other, "aim": aim, "ratio": ratio(rates[way], rates[other])}
+        for way, other, aim in AIMS
+        if other in rates
+    ]
+    return {"ways": ways, "aims": aims}
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """Rates of all ways, then the aims."""
+    rows = [
+        [
+            name,
+            spread(way["rows_per_second"], 0),
+            spread(way["ratio_to_pyarrow_decode_to_tensors"]) + "x",
+            f"{way['cpu_seconds_per_million_rows']:.2f}",
+        ]
+        for name, way in report["results"]["ways"].items()
+    ]
+    aims = [
+        [f"{a['way']} / {a['beside']}", spread(a["ratio"]) + "x", verdict(a["ratio"]["median"], at_least=a["aim"])]
+        for a in report["results"]["aims"]
+    ]
+    head = ["way", "rows/s", "times decode to tensors", "processor s a million rows"]
+    return markdown(head, rows) + "\n\n" + markdown(["rates compared", "ratio", "aim"], aims)
 
 
 def main() -> None:
@@ -230,32 +278,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         lake = Path(folder)
         write_table(lake, benchmark_spec(), num_rows)
-        manifest = build_manifest(lake, dates=(FIRST_DAY, FIRST_DAY + dt.timedelta(days=NUM_DAYS - 1)))
+        manifest = build_manifest(lake, dates=DATES)
         ways = contestants(manifest, arguments.threads, arguments.ray, lake / "cache")
         quality = quality_of_shuffle(manifest)
         timings = measure(ways, num_rows, arguments.repeats)
-    versions = {"python": platform.python_version(), "pyarrow": pa.__version__, "numpy": np.__version__}
-    versions |= {"torch": torch.__version__, "deltalake": deltalake.__version__}
-    result = {
-        "question": "rows per second of one rank over a whole table in the page cache",
-        "date": dt.date.today().isoformat(),
-        "machine": {"cpus": os.cpu_count(), "processor": platform.processor() or platform.machine()},
-        "load_average": os.getloadavg(),
-        "versions": versions,
-        "settings": {
-            "rows": num_rows,
-            "repeats": arguments.repeats,
-            "threads": arguments.threads,
-            "batch_rows": BATCH_ROWS,
-            "row_group_rows": ROW_GROUP_ROWS,
-            "MIMALLOC_PURGE_DELAY": os.environ.get("MIMALLOC_PURGE_DELAY"),
-        },
-        "shuffle_quality": {name: round(value, 4) for name, value in quality.items()},
-        "results": summary(timings),
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+    settings = {
+        "rows": num_rows, "repeats": arguments.repeats, "threads": arguments.threads, "batch_rows": BATCH_ROWS,
+        "row_group_rows": ROW_GROUP_ROWS, "MIMALLOC_PURGE_DELAY": os.environ.get("MIMALLOC_PURGE_DELAY"),
+    }  # fmt: skip
+    packages = ("pyarrow", "numpy", "torch", "deltalake", "ray")
+    report = header("rows per second of one rank over a whole table in the page cache", settings, packages)
+    report |= {"shuffle_quality": {name: round(value, 4) for name, value in quality.items()}}
+    report |= {"results": summary(timings)}
+    record(report, table(report), arguments.output, document="speed.md", place=RESULTS)
 
 
 if __name__ == "__main__":
