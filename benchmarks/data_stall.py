@@ -34,6 +34,7 @@ from usr_ray.feed import Feed
 from usr_ray.manifest import Manifest, build_manifest
 from usr_ray.train_feed import training_batches, training_reader
 
+TABLE_ROWS = 50_000
 RESULTS = Path(__file__).parent / "results" / "data_stall.json"
 MODELS: Mapping[str, Mapping[str, Any]] = {"plain": PLAIN, "usr": {}}
 AIMS = {"cpu": 0.05, "cuda": 0.10}
@@ -142,7 +143,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     settings = {k: v for k, v in vars(arguments).items() if k != "output"}
     with tempfile.TemporaryDirectory() as folder:
-        write_table(Path(folder), benchmark_spec(), arguments.rows)
+        write_table(Path(folder), benchmark_spec(TABLE_ROWS), arguments.rows)
         manifest = build_manifest(Path(folder), dates=DATES)
         results = []
         for name in arguments.models:

@@ -29,6 +29,7 @@ from benchmarks.doc_tables import markdown, record
 from benchmarks.interleaved import header, interval, ratio, spread, take_turns, verdict
 from usr_ray.config import Config
 
+TABLE_ROWS = 50_000
 RESULTS = Path(__file__).parent / "results" / "launchers.json"
 AIM = 0.95
 PLAIN, TORCHRUN, RAY = "plain", "torchrun", "TorchTrainer"
@@ -102,7 +103,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     results = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_table(folder, benchmark_spec(), arguments.rows)
+        write_table(folder, benchmark_spec(TABLE_ROWS), arguments.rows)
         for workers in arguments.workers:
             names = [PLAIN, TORCHRUN, RAY] if workers == 1 else [TORCHRUN, RAY]
             ways: dict[str, Callable[[], float]] = {

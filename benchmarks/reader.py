@@ -55,14 +55,14 @@ AIMS = ((SHUFFLED, TO_TENSORS, 0.7), (SHUFFLED, RAY, 2.0), (SHUFFLED, RAY_SHUFFL
 """A way, the way it is compared with, and how many times its rate is aimed at."""
 
 
-def benchmark_spec() -> FeatureSpec:
+def benchmark_spec(num_embeddings: int = 500_000) -> FeatureSpec:
     names = ["user_id", "item_id", "query", "event_hour", *(f"category_{n}" for n in range(16))]
     owners = {"user_id": "user", "item_id": "item", "query": "query"}
     return FeatureSpec(
         scenarios=("search", "recommendation"),
         query_scenarios=("search",),
         sparse=tuple(
-            SparseFeature(name=n, column=f"{n}_index", num_embeddings=500_000, owner=owners.get(n, "context"))
+            SparseFeature(name=n, column=f"{n}_index", num_embeddings=num_embeddings, owner=owners.get(n, "context"))
             for n in names
         ),
         dense=tuple(DenseFeature(name=f"number_{n}", column=f"number_{n}_scaled", owner="item") for n in range(4)),
@@ -100,11 +100,11 @@ def write_table(lake: Path, spec: FeatureSpec, num_rows: int, *, longest: int = 
         for history in spec.histories:
             offsets = np.concatenate([[0], np.cumsum(rng.integers(0, longest + 1, per_day))]).astype(np.int32)
             events = int(offsets[-1])
-            lists = {history.item_ids: skewed_ids(rng, events, 500_000)}
+            lists = {history.item_ids: skewed_ids(rng, events, spec.sparse_feature("item_id").num_embeddings)}
             lists |= {history.actions: rng.integers(1, 3, events)}
             lists |= {history.ages_s: (rng.integers(1, 600_000, events) / 2).astype(np.float32)}
             if history.query_ids:
-                lists[history.query_ids] = skewed_ids(rng, events, 500_000)
+                lists[history.query_ids] = skewed_ids(rng, events, spec.sparse_feature("query").num_embeddings)
             columns |= {name: pa.ListArray.from_arrays(pa.array(offsets), pa.array(v)) for name, v in lists.items()}
         writer = WriterProperties(max_row_group_size=ROW_GROUP_ROWS)
         write_deltalake(

@@ -35,6 +35,7 @@ from usr_ray.train_meter import SilentMonitor
 from usr_ray.train_state import TrainState
 from usr_ray.worker import LocalWorker
 
+TABLE_ROWS = 50_000
 RESULTS = Path(__file__).parent / "results" / "resume.json"
 
 
@@ -78,7 +79,7 @@ def time_to_first_step(config: Config, manifest: Manifest, origin: Path, expecte
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    write_table(folder, benchmark_spec(), arguments.rows)
+    write_table(folder, benchmark_spec(TABLE_ROWS), arguments.rows)
     manifest = build_manifest(folder, dates=DATES)
     config = Config.from_dict(
         {"train": {"global_batch_size": arguments.batch_rows, "num_epochs": 1, "log_every_steps": 1}}
