@@ -14,6 +14,7 @@ Shape letters: B rows, S views, D vector, V events, F features, C columns, N gro
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,45 +77,99 @@ def contrastive_sums(
     Returns:
         A scalar, and (S) without a gradient; float32 (float64 for float64 vectors).
     """
-    unit_SNGD = _groups(_unit(vectors_BSD), group_size)
+    vectors_NGSD = _groups(vectors_BSD, group_size)
     valid_NG, counted_NG = (_fill(flag_B, group_size).unflatten(0, (-1, group_size)) for flag_B in (valid_B, counted_B))
-    variance_S = _variance_sums(unit_SNGD.detach(), valid_NG, counted_NG)
     if twins_BSD is None:
-        return torch.zeros_like(variance_S[0]), variance_S
-    positive_SNG = (unit_SNGD * _groups(_unit(twins_BSD), group_size)).sum(3) / temperature
-    loss_SNG = softplus(_negatives(unit_SNGD, valid_NG, temperature) - positive_SNG)
-    return torch.where(valid_NG, loss_SNG, 0).sum(), variance_S
+        scale_NGS = _scale(vectors_NGSD.detach())[1]
+        loss = scale_NGS.new_zeros(())
+    else:
+        loss_NGS, scale_NGS = _Contrast.apply(  # type: ignore[no-untyped-call]
+            vectors_NGSD, _groups(twins_BSD, group_size), valid_NG, temperature
+        )
+        loss = loss_NGS.sum()
+    return loss, _variance_sums(vectors_NGSD.detach(), scale_NGS, valid_NG, counted_NG)
 
 
-def _unit(vectors_BSD: Tensor) -> Tensor:
-    unit_BSD: Tensor = _Unit.apply(  # type: ignore[no-untyped-call]
-        vectors_BSD.to(torch.promote_types(vectors_BSD.dtype, torch.float32))
-    )
-    return unit_BSD
+def _scale(vectors_NGSD: Tensor) -> tuple[Tensor, Tensor]:
+    """|v|, and the factor 1 / (|v| + floor) that makes v a unit vector; (N, G, S) each."""
+    norm_NGS = torch.linalg.vector_norm(vectors_NGSD, dim=3)
+    return norm_NGS, 1 / (norm_NGS + _NORM_FLOOR)
 
 
-class _Unit(torch.autograd.Function):
-    """v / (|v| + floor). Autograd's own backward takes nine passes over the widest tensors of a step, this one four.
+class _Contrast(torch.autograd.Function):
+    """The loss of every (row, view), (N, G, S), zero for rows that are not valid; and the factors of `_scale`.
 
-    With u the result, s = 1 / (|v| + floor) and g its gradient: dv = s (g - u (g.u) (|v| + floor) / |v|), and s g at 0.
+    A cosine is v.n times both vectors' factors, so unit vectors are never built, and the backward is written out: with
+    g the gradient of v at fixed factors, dv = g - v (g.v) factor / |v|. Autograd's own passes over the widest tensors
+    of a step three times as often.
     """
 
     @staticmethod
-    def forward(ctx: Any, vectors_BSD: Tensor) -> Tensor:
-        norm_BS1 = torch.linalg.vector_norm(vectors_BSD, dim=2, keepdim=True)
-        unit_BSD = vectors_BSD / (norm_BS1 + _NORM_FLOOR)
-        ctx.save_for_backward(unit_BSD, norm_BS1)
-        return unit_BSD
+    def forward(
+        ctx: Any, vectors_NGSD: Tensor, twins_NGSD: Tensor, valid_NG: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        norm_NGS, scale_NGS = _scale(vectors_NGSD)
+        twin_norm_NGS, twin_scale_NGS = _scale(twins_NGSD)
+        dot_NGS = (vectors_NGSD * twins_NGSD).sum(3)
+        # Finite also when doubled: an invalid row's own result is a number too, dropped at the end.
+        floor_NG = (~valid_NG).to(scale_NGS.dtype) * _EXCLUDED
+        floor_NGG = floor_NG.unsqueeze(1) + floor_NG.unsqueeze(2)
+        views, scales = vectors_NGSD.unbind(2), scale_NGS.unbind(2)
+        logs: list[list[Tensor]] = [[] for _ in views]
+        kept: list[Tensor] = []
+        # Row g, column h of a pair's matrix serves anchor g of one view and anchor h of the other.
+        for one, other in itertools.combinations(range(len(views)), 2):
+            score_NGG = torch.bmm(views[one], views[other].transpose(1, 2))
+            score_NGG.mul_((scales[one] / temperature).unsqueeze(2)).mul_(scales[other].unsqueeze(1)).add_(floor_NGG)
+            for view, dim in ((one, 2), (other, 1)):
+                largest = score_NGG.amax(dim, keepdim=True)
+                weight_NGG = (score_NGG - largest).exp_()
+                total = weight_NGG.sum(dim, keepdim=True)
+                logs[view].append((largest + total.log()).squeeze(dim))
+                kept += [weight_NGG, total]
+        pairs_NGSP = torch.stack([torch.stack(parts, dim=2) for parts in logs], dim=2)
+        negatives_NGS = pairs_NGSP.logsumexp(3)
+        margin_NGS = negatives_NGS - dot_NGS * scale_NGS * twin_scale_NGS / temperature
+        ctx.save_for_backward(
+            vectors_NGSD, twins_NGSD, valid_NG, norm_NGS, scale_NGS, twin_norm_NGS, twin_scale_NGS, dot_NGS, margin_NGS,
+            (pairs_NGSP - negatives_NGS.unsqueeze(3)).exp_(), *kept,
+        )  # fmt: skip
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(scale_NGS)
+        return torch.where(valid_NG.unsqueeze(2), softplus(margin_NGS), 0), scale_NGS
 
     @staticmethod
     @once_differentiable  # type: ignore[misc]
-    def backward(ctx: Any, grad_BSD: Tensor) -> Tensor:
-        unit_BSD, norm_BS1 = ctx.saved_tensors
-        along_BS1 = (grad_BSD * unit_BSD).sum(2, keepdim=True)
-        along_BS1 *= (norm_BS1 + _NORM_FLOOR) / norm_BS1.clamp(min=torch.finfo(norm_BS1.dtype).tiny)
-        # At v = 0 the factor is infinite and the product with it is not used.
-        along_BS1 = torch.where(norm_BS1 > 0, along_BS1, 0)
-        return torch.addcmul(grad_BSD, unit_BSD, along_BS1, value=-1).div_(norm_BS1 + _NORM_FLOOR)
+    def backward(ctx: Any, grad_NGS: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (vectors_NGSD, twins_NGSD, valid_NG, norm_NGS, scale_NGS, twin_norm_NGS, twin_scale_NGS, dot_NGS, margin_NGS,
+         share_NGSP, *kept) = ctx.saved_tensors  # fmt: skip
+        pull_NGS = torch.where(valid_NG.unsqueeze(2), grad_NGS * torch.sigmoid(margin_NGS), 0)
+        push_NGS = -pull_NGS * scale_NGS * twin_scale_NGS / ctx.temperature
+        grad_twins_NGSD = vectors_NGSD * push_NGS.unsqueeze(3)
+        along_NGS = push_NGS * dot_NGS * _per_norm(twin_scale_NGS, twin_norm_NGS)
+        grad_twins_NGSD.addcmul_(twins_NGSD, along_NGS.unsqueeze(3), value=-1)
+        views, scales = vectors_NGSD.unbind(2), scale_NGS.unbind(2)
+        grads = [twin * push.unsqueeze(2) for twin, push in zip(twins_NGSD.unbind(2), push_NGS.unbind(2), strict=True)]
+        pull_NGSP, used = pull_NGS.unsqueeze(3) * share_NGSP, [0] * len(views)
+        matrices = iter(kept)
+        for one, other in itertools.combinations(range(len(views)), 2):
+            parts = []
+            for view, dim in ((one, 2), (other, 1)):
+                weight_NGG, total = next(matrices), next(matrices)
+                parts.append(weight_NGG * (pull_NGSP[:, :, view, used[view]].unsqueeze(dim) / total))
+                used[view] += 1
+            grad_NGG = parts[0].add_(parts[1])
+            grad_NGG.mul_((scales[one] / ctx.temperature).unsqueeze(2)).mul_(scales[other].unsqueeze(1))
+            grads[one] = torch.baddbmm(grads[one], grad_NGG, views[other])
+            grads[other] = torch.baddbmm(grads[other], grad_NGG.transpose(1, 2), views[one])
+        grad_NGSD = torch.stack(grads, dim=2)
+        along_NGS = (grad_NGSD * vectors_NGSD).sum(3) * _per_norm(scale_NGS, norm_NGS)
+        return grad_NGSD.addcmul_(vectors_NGSD, along_NGS.unsqueeze(3), value=-1), grad_twins_NGSD, None, None
+
+
+def _per_norm(scale_NGS: Tensor, norm_NGS: Tensor) -> Tensor:
+    """The factor over the norm, 0 at v = 0."""
+    return torch.where(norm_NGS > 0, scale_NGS / norm_NGS.clamp(min=torch.finfo(norm_NGS.dtype).tiny), 0)
 
 
 def _fill(values: Tensor, group_size: int) -> Tensor:
@@ -124,29 +179,16 @@ def _fill(values: Tensor, group_size: int) -> Tensor:
 
 
 def _groups(values_BSD: Tensor, group_size: int) -> Tensor:
-    """(S, N, G, D), the last group filled up with zeros."""
-    return _fill(values_BSD, group_size).transpose(0, 1).unflatten(1, (-1, group_size))
+    """(N, G, S, D), at least float32, the last group filled up with zeros."""
+    values_BSD = values_BSD.to(torch.promote_types(values_BSD.dtype, torch.float32))
+    return _fill(values_BSD, group_size).unflatten(0, (-1, group_size))
 
 
-def _variance_sums(unit_SNGD: Tensor, valid_NG: Tensor, counted_NG: Tensor) -> Tensor:
-    weight_N1G = valid_NG.unsqueeze(1).to(unit_SNGD.dtype)
-    count_N = weight_N1G.sum((1, 2))
-    mean_SND = (weight_N1G @ unit_SNGD).squeeze(2) / count_N.clamp(min=1).unsqueeze(1)
-    variance_SN = torch.where(count_N > 0, 1 - mean_SND.square().sum(2), 0)
-    return (variance_SN * counted_NG.sum(1)).sum(1)
-
-
-def _negatives(unit_SNGD: Tensor, valid_NG: Tensor, temperature: float) -> Tensor:
-    """Log of the sum over the other views' valid vectors of exp(cos / tau), (S, N, G)."""
-    views = unit_SNGD.unbind(0)
-    parts: list[list[Tensor]] = [[] for _ in views]
-    # Finite also when doubled: an invalid row's own result is a number too, dropped by the caller.
-    floor_NG = (~valid_NG).to(unit_SNGD.dtype) * _EXCLUDED
-    floor_NGG = floor_NG.unsqueeze(1) + floor_NG.unsqueeze(2)
-    # Row g, column h of a pair's matrix serves anchor g of one view and anchor h of the other.
-    for one in range(len(views)):
-        for other in range(one + 1, len(views)):
-            score_NGG = torch.baddbmm(floor_NGG, views[one], views[other].transpose(1, 2), alpha=1 / temperature)
-            parts[one].append(score_NGG.logsumexp(2))
-            parts[other].append(score_NGG.logsumexp(1))
-    return torch.stack([torch.stack(part).logsumexp(0) for part in parts])
+def _variance_sums(vectors_NGSD: Tensor, scale_NGS: Tensor, valid_NG: Tensor, counted_NG: Tensor) -> Tensor:
+    count_N = valid_NG.to(scale_NGS.dtype).sum(1)
+    weight_NGS = torch.where(valid_NG.unsqueeze(2), scale_NGS, 0)
+    views = zip(vectors_NGSD.unbind(2), weight_NGS.unbind(2), strict=True)
+    sum_NSD = torch.cat([torch.bmm(weight_NG.unsqueeze(1), view_NGD) for view_NGD, weight_NG in views], dim=1)
+    mean_NSD = sum_NSD / count_N.clamp(min=1).view(-1, 1, 1)
+    variance_NS = torch.where(count_N.unsqueeze(1) > 0, 1 - mean_NSD.square().sum(2), 0)
+    return (variance_NS * counted_NG.sum(1).unsqueeze(1)).sum(0)
