@@ -109,7 +109,7 @@ def test_tables_that_do_not_fit_are_counted() -> None:
 
 def test_the_row_of_a_scenario_is_picked_by_masks() -> None:
     class Towers(torch.nn.Module):
-        def forward(self, x: dict[str, torch.Tensor]) -> torch.Tensor:  # noqa: ARG002
+        def forward(self, x: dict[str, torch.Tensor]) -> torch.Tensor:
             return torch.tensor([[1.0, 2.0, 3.0, 4.0]]).repeat(2, 1)
 
     found = peers.ByScenario(Towers())({"scenario": torch.tensor([1, 0])})

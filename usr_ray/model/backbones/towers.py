@@ -63,10 +63,22 @@ class StackedMLP(nn.Module):
         """(N, B, output_dim) of an input (B, I) shared by all, or (N, B, I) with one for each."""
         h_NBI = x
         for layer, (weight_NIO, bias_N1O) in enumerate(zip(self.weights_NIO, self.biases_N1O, strict=True)):
-            h_NBI = torch.matmul(h_NBI, weight_NIO) + bias_N1O
+            is_shared = h_NBI.dim() == 2
+            h_NBI = (_shared_layer if is_shared else _own_layer)(h_NBI, weight_NIO, bias_N1O)
             if layer < self.num_hidden:
                 h_NBI = self.dropout(torch.relu(h_NBI))
         return h_NBI
+
+
+def _shared_layer(x_BI: Tensor, weight_NIO: Tensor, bias_N1O: Tensor) -> Tensor:
+    """(N, B, O) of one input for all N: one wide product, where a batched one would first copy the input N times."""
+    wide_IM = weight_NIO.transpose(0, 1).flatten(1)
+    h_BNO = torch.addmm(bias_N1O.flatten(), x_BI, wide_IM).unflatten(1, (weight_NIO.shape[0], -1))
+    return h_BNO.transpose(0, 1)
+
+
+def _own_layer(x_NBI: Tensor, weight_NIO: Tensor, bias_N1O: Tensor) -> Tensor:
+    return torch.baddbmm(bias_N1O, x_NBI, weight_NIO)
 
 
 class CellTowers(nn.Module):
