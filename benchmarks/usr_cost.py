@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +82,19 @@ def operators(step: Step, batch: Any, *, repeats: int = 5) -> list[dict[str, Any
             step.timed(batch)
     times = [(e.key, e.self_device_time_total if on_gpu else e.self_cpu_time_total, e.count)
              for e in profiled.key_averages()]  # fmt: skip
+    return shares(times, repeats)
+
+
+def shares(times: Sequence[tuple[str, float, int]], repeats: int) -> list[dict[str, Any]]:
+    """The operators of most time, then all others together, of (name, time, calls) over `repeats` steps."""
+    ordered = sorted(times, key=lambda entry: -entry[1])
     total = sum(time for _, time, _ in times)
-    largest = sorted(times, key=lambda entry: -entry[1])[:_NUM_OPERATORS]
-    found = [
-        {"operator": key.removeprefix("aten::"), "share": round(time / total, 4), "calls_a_step": count / repeats}
-        for key, time, count in largest
+    others = ordered[_NUM_OPERATORS:]
+    rest = [("all others", sum(time for _, time, _ in others), sum(calls for *_, calls in others))]
+    return [
+        {"operator": name.removeprefix("aten::"), "share": round(time / total, 4), "calls_a_step": calls / repeats}
+        for name, time, calls in ordered[:_NUM_OPERATORS] + rest
     ]
-    rest = [(time, count) for key, time, count in times if key not in {k for k, *_ in largest}]
-    share, calls = (sum(values) for values in zip(*rest, strict=True))
-    return [*found, {"operator": "all others", "share": round(share / total, 4), "calls_a_step": calls / repeats}]
 
 
 def table(report: Mapping[str, Any]) -> str:

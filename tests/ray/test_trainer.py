@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -86,10 +87,22 @@ def test_the_same_command_on_a_finished_run_says_so_and_trains_nothing(
     assert (unbroken / "config.json").read_text() == before
 
 
-def test_one_worker_trains_what_two_train(unbroken: Path, lake: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "override",
+    [
+        "ray.num_workers=1",
+        pytest.param("train.embedding_strategy='sharded'", marks=pytest.mark.skipif(
+            importlib.util.find_spec("torchrec") is None,
+            reason="TorchRec is not installed; `make setup` does it (setup.cfg, extra [sharded])",
+        )),
+    ],
+)  # fmt: skip
+def test_one_worker_and_two_with_sharded_tables_train_what_two_train(
+    override: str, unbroken: Path, lake: Path, tmp_path: Path
+) -> None:
     from usr_ray.trainer import run
 
-    run(small_config("ray.num_workers=1"), lake, tmp_path / "run")
+    run(small_config(override), lake, tmp_path / "run")
     one, two = weights(tmp_path / "run"), weights(unbroken)
     assert set(one) == set(two)
     for name, tensor in one.items():

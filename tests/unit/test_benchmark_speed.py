@@ -26,6 +26,8 @@ def test_the_tables_of_the_document_are_those_of_the_results(module: Any) -> Non
     name, render = module.RESULTS.stem, module.table
     found = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", DOC.read_text(encoding="utf-8"), re.DOTALL)
     assert found is not None, f"{DOC} has no table {name}"
+    if not module.RESULTS.exists():
+        pytest.skip(f"{module.RESULTS.name} is not recorded yet: run benchmarks/{name}.py")
     assert found[1] == render(json.loads(module.RESULTS.read_text(encoding="utf-8"))) + "\n"
 
 
@@ -75,7 +77,7 @@ def full_length(history: Any, row: int) -> int:
     return int(history.offsets[row + 1] - history.offsets[row])
 
 
-def test_a_timed_step_trains_and_the_profile_adds_up() -> None:
+def test_a_timed_step_trains() -> None:
     case = dataclasses.replace(step_cases.CASES["demo"], batch_rows=128)
     step = step_cases.Step(case.spec, SMALL_MODEL)
     batch = case.draw(0)
@@ -84,9 +86,13 @@ def test_a_timed_step_trains_and_the_profile_adds_up() -> None:
     assert clock_s > 0
     assert step.state.step == 1
     assert any(not p.equal(before[name]) for name, p in step.state.module.named_parameters())
-    found = usr_cost.operators(step, batch, repeats=1)
-    assert found[-1]["operator"] == "all others"
-    assert sum(entry["share"] for entry in found) == pytest.approx(1, abs=0.01)
+
+
+def test_a_profile_keeps_the_largest_operators_and_adds_the_others_up() -> None:
+    found = usr_cost.shares([(f"aten::op{n}", float(n), 2 * n) for n in range(14)], repeats=2)  # 0 + .. + 13 = 91
+    assert [entry["operator"] for entry in found] == [*(f"op{n}" for n in range(13, 1, -1)), "all others"]
+    assert found[0] == {"operator": "op13", "share": round(13 / 91, 4), "calls_a_step": 13}
+    assert found[-1] == {"operator": "all others", "share": round(1 / 91, 4), "calls_a_step": 1}
 
 
 def test_every_part_of_usr_is_a_model_of_its_own() -> None:
