@@ -13,9 +13,12 @@ and its job server listen on the head's loopback alone; from elsewhere `ssh -L 8
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import os
+import socket
+import struct
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +31,8 @@ from usr_ray.config import UserError
 from usr_ray.trainer_environment import LOOPBACK, RAY_ENVIRONMENT, ensure_token, token_file
 
 START_TIMEOUT_S = 90.0
+JOINED = "Ray runtime started"
+_FIRST_ADDRESS = 0x8915  # SIOCGIFADDR of Linux
 
 
 def start_command(arguments: argparse.Namespace) -> list[str]:
@@ -48,11 +53,26 @@ def start_command(arguments: argparse.Namespace) -> list[str]:
     return command
 
 
-def node_environment() -> dict[str, str]:
-    """The environment of Ray's processes and of the jobs they start: this Python, token authentication."""
+def device_of(host: str) -> str:
+    """The network device that has an address, '' where none has it as its first one."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):
+                found = fcntl.ioctl(probe, _FIRST_ADDRESS, struct.pack("256s", name.encode()[:15]))[20:24]
+                if found == socket.inet_aton(host):
+                    return name
+    return ""
+
+
+def node_environment(host: str) -> dict[str, str]:
+    """The environment of Ray's processes and of the jobs they start: this Python, token authentication, the device."""
     inherited = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     own = {"RAY_AUTH_MODE": "token", "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"}
-    return inherited | RAY_ENVIRONMENT | own
+    # Gloo takes the address that the machine's name has, and Debian gives it one of the loopback: no other machine
+    # could connect to it.
+    device = device_of(host)
+    gloo = {"GLOO_SOCKET_IFNAME": device} if device else {}
+    return gloo | inherited | RAY_ENVIRONMENT | own
 
 
 def start(arguments: argparse.Namespace) -> None:
@@ -67,7 +87,8 @@ def start(arguments: argparse.Namespace) -> None:
     node = Daemon(arguments.state_dir, arguments.action)
     if arguments.action == "head":
         token = ensure_token()
-        process = node.start(start_command(arguments), node_environment(), address=f"{arguments.host}:{arguments.port}",
+        process = node.start(start_command(arguments), node_environment(arguments.host),
+                             address=f"{arguments.host}:{arguments.port}",
                              dashboard_port=arguments.dashboard_port, metrics_port=arguments.metrics_port)  # fmt: skip
         node.wait(process, lambda: _head_is_up(arguments.dashboard_port, token), timeout_s=START_TIMEOUT_S)
         status(arguments)
@@ -79,10 +100,10 @@ def start(arguments: argparse.Namespace) -> None:
             f"worker: no token in {token_file()}; copy the head's: scp -p HEAD:.ray/auth_token {token_file()}"
         )
     ensure_token()  # sees to it that only its owner can read it
-    process = node.start(start_command(arguments), node_environment(), address=arguments.host, head=arguments.head)
-    started = time.monotonic()
-    # `ray start` leaves at once when the head refuses it; one that stays has joined.
-    node.wait(process, lambda: time.monotonic() - started > 8, timeout_s=START_TIMEOUT_S)
+    process = node.start(start_command(arguments), node_environment(arguments.host), address=arguments.host,
+                         head=arguments.head)  # fmt: skip
+    # `ray start` says so once the node is registered, and leaves when the head refuses it.
+    node.wait(process, lambda: JOINED in node.log_file.read_text(errors="replace"), timeout_s=START_TIMEOUT_S)
     print(f"worker:     {arguments.host} joined {arguments.head}; log {node.log_file}")
 
 

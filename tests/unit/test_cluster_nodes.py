@@ -142,7 +142,7 @@ def test_secrets_are_in_files_of_their_owner_and_in_no_command_line(tmp_path: Pa
     assert command[command.index("--dashboard-host") + 1] == "127.0.0.1"
     assert command[command.index("--num-cpus") + 1] == "3"
     assert "--num-gpus" not in command
-    assert ray_nodes.node_environment()["RAY_AUTH_MODE"] == "token"
+    assert ray_nodes.node_environment("127.0.0.1")["RAY_AUTH_MODE"] == "token"
 
 
 TODAY = dt.date(2026, 3, 1)
@@ -165,3 +165,12 @@ def test_a_scheduled_job_may_count_days_back(text: str, first: dt.date, last: dt
 def test_other_words_for_dates_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--dates: "):
         job_dates(text, where="--dates", today=TODAY)
+
+
+def test_gloo_is_told_the_device_of_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian's /etc/hosts gives the machine's name a loopback address, at which other machines find nobody."""
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    assert ray_nodes.node_environment("127.0.0.1")["GLOO_SOCKET_IFNAME"] == "lo"
+    assert "GLOO_SOCKET_IFNAME" not in ray_nodes.node_environment("198.51.100.7")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    assert ray_nodes.node_environment("127.0.0.1")["GLOO_SOCKET_IFNAME"] == "ib0"
