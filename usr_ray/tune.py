@@ -190,6 +190,7 @@ def _search_algorithm(config: Config, slots: int) -> SearchAlgorithm | Searcher:
         return BasicVariantGenerator(points_to_evaluate=first, random_state=settings.seed, max_concurrent=slots)
     from ray.tune.search.optuna import OptunaSearch  # load_search has seen that Optuna is installed
 
+    logging.getLogger("optuna").setLevel(logging.WARNING)
     return ConcurrencyLimiter(OptunaSearch(points_to_evaluate=first, seed=settings.seed), max_concurrent=slots)
 
 

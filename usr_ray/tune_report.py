@@ -47,8 +47,8 @@ def search_section(config: Config, points: Sequence[TriedPoint], chosen: TriedPo
     shown: list[tuple[float | None, TriedPoint]] = [*scored, *((None, point) for point in failed)]
     rows = [
         {"class": "beats" if point == chosen else "",
-         "values": [point.trial_id, point.status, *(_value(point.values[key]) for key in keys),
-                    report_text.DASH if value is None else f"{value:.5f}", f"{len(point.curve)} of {point.num_epochs}",
+         "values": [point.trial_id, point.status, report_text.DASH if value is None else f"{value:.5f}",
+                    f"{len(point.curve)} of {point.num_epochs}", *(_value(point.values[key]) for key in keys),
                     "chosen" if point == chosen else point.error[:80]]}
         for value, point in shown
     ]  # fmt: skip
@@ -59,7 +59,7 @@ def search_section(config: Config, points: Sequence[TriedPoint], chosen: TriedPo
         lines = [[*(_place(config, key, point.values[key]) for key in keys), value] for value, point in scored]
         best = next((n for n, (_, point) in enumerate(scored) if point == chosen), 0)
         plots.append({"title": title, "svg": Markup(parallel_plot(dimensions, lines, best, label=title)),
-                      "caption": "Each line is a trial; the bold one was chosen."})  # fmt: skip
+                      "is_wide": True, "caption": "Each line is a trial; the bold one was chosen."})  # fmt: skip
     shares = importance(points, config.tune.space, minimise=minimise)
     if shares:
         title = f"What went with {metric}"
@@ -70,8 +70,14 @@ def search_section(config: Config, points: Sequence[TriedPoint], chosen: TriedPo
         "title": "Search", "plots": plots,
         "note": f"{metric} on the choosing dates, best epoch of each trial; {'lower' if minimise else 'higher'} is "
         "better. The chosen value is the best of many draws, so it flatters: see the comparison below.",
-        "table": {"head": ["Trial", "Status", *keys, metric, "Epochs", ""], "num_left": 2, "rows": rows},
+        "table": {"head": ["Trial", "Status", metric, "Epochs", *_short(keys), ""], "num_left": 2, "rows": rows},
     }  # fmt: skip
+
+
+def _short(keys: Sequence[str]) -> list[str]:
+    """The last words of the keys, as a column's head; whole keys where two end alike."""
+    ends = [key.rsplit(".", 1)[-1].replace("_", " ") for key in keys]
+    return ends if len(set(ends)) == len(ends) else list(keys)
 
 
 def _best(point: TriedPoint, *, minimise: bool) -> float | None:
