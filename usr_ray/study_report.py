@@ -31,7 +31,7 @@ from usr_ray.study_analysis import (
 from usr_ray.study_grid import Study
 from usr_ray.study_plots import Bar, Curve, axis_plot, forest_plot, heat_map
 from usr_ray.study_record import failure_of, read_record, trial_dir
-from usr_ray.study_tables import VERDICTS, contrast_section, glance_section, means_table
+from usr_ray.study_tables import VERDICTS, contrast_section, glance_section, means_table, pair_name
 from usr_ray.study_vectors import collapse, collapse_section, picture_section, pictures
 
 REPORT_FILE = "report.html"
@@ -77,13 +77,14 @@ def verdict_sentences(trials: Trials, found: Sequence[Contrast]) -> list[str]:
     sentences = []
     for axis, label, against in dict.fromkeys((c.axis, c.label, c.against) for c in found):
         own = [c for c in found if (c.axis, c.label, c.against) == (axis, label, against)]
+        pair = pair_name(axis, label, against)
         counts = {kind: sum(c.verdict == kind for c in own) for kind in VERDICTS}
         clear = ", ".join(f"{kind} in {counts[kind]}" for kind in ("better", "worse") if counts[kind])
         rest = len(own) - counts["better"] - counts["worse"]
         if not clear:
-            text = f"{label} against {against}: a difference holds after correction in none of {len(own)} comparisons"
+            text = f"{pair}: a difference holds after correction in none of {len(own)} comparisons"
         else:
-            text = f"{label} against {against}: {clear} of {len(own)} comparisons after correction"
+            text = f"{pair}: {clear} of {len(own)} comparisons after correction"
             text += f"; in {rest} the interval does not tell" if rest else ""
         gaps = [c.gap.value for c in own if c.gap is not None]
         if gaps:

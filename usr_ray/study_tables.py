@@ -18,12 +18,18 @@ _MANY_ROWS = 12
 """A table of more comparisons is folded behind the one at a glance."""
 
 
+def pair_name(axis: str, label: str, against: str) -> str:
+    """'usr against plain'; with the axis where the label is a number: 'd 8 against 16'."""
+    is_number = label.replace(".", "", 1).isdigit()
+    return f"{axis} {label} against {against}" if is_number else f"{label} against {against}"
+
+
 def glance_section(found: Sequence[Contrast]) -> dict[str, Any]:
     """A row for each compared point, a column for each scenario and task: the gap and its verdict."""
     cells = list(dict.fromkeys((c.scenario, c.task) for c in found))
     groups: dict[tuple[str, ...], dict[tuple[str, str], Contrast]] = {}
     for c in found:
-        groups.setdefault((f"{c.label} against {c.against}", point_name(c.at)), {})[c.scenario, c.task] = c
+        groups.setdefault((pair_name(c.axis, c.label, c.against), point_name(c.at)), {})[c.scenario, c.task] = c
     rows = []
     for (pair, at), own in groups.items():
         shown = [own.get(cell) for cell in cells]
@@ -55,7 +61,7 @@ def contrast_section(title: str, found: Sequence[Contrast], plots: Sequence[dict
         {
             "class": CLASSES[c.verdict],
             "values": [
-                *([f"{c.label} against {c.against}"] if len(pairs) > 1 or not has_at else []),
+                *([pair_name(c.axis, c.label, c.against)] if len(pairs) > 1 or not has_at else []),
                 *([point_name(c.at)] if has_at else []),
                 *([c.part] if is_sliced else []),
                 report_text.cell_task(c.scenario, c.task), *_numbers(c), VERDICTS[c.verdict],
