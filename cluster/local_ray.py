@@ -124,6 +124,8 @@ class LocalRay:
             for name, port in head.items():
                 _refuse_port_in_use("--" + name.replace("_", "-"), port)
             head["pid"] = self._launch(arguments, "head", [
+                # The agent takes jobs; at its fixed port it fails silently beside another Ray on this machine.
+                "--dashboard-agent-listen-port", "0",
                 "--head", "--dashboard-host", LOOPBACK, "--port", str(arguments.port),
                 "--dashboard-port", str(arguments.dashboard_port),
                 "--metrics-export-port", str(arguments.metrics_port)])  # fmt: skip
