@@ -84,7 +84,7 @@ class Day:
             try:
                 why = action()
             except BaseException as error:
-                self.state.note(step, FAILED, why=" ".join(str(error).split())[:300])
+                self.state.note(step, FAILED, why=" ".join((str(error) or type(error).__name__).split())[:300])
                 raise
             seconds = round(time.monotonic() - started, 1)
             self.state.note(step, SKIPPED if why else DONE, why=why or "", seconds=seconds)
