@@ -221,8 +221,13 @@ def _with(study: Study, at: Point, axis: str, label: str) -> Point:
 
 
 def point_name(point: Point | Mapping[str, str]) -> str:
-    """'mmoe, usr': the labels of a point."""
-    return ", ".join(dict(point).values())
+    """'mmoe, usr': the labels of a point; a number with its axis, 'd 16'."""
+    return ", ".join(value_name(axis, label) for axis, label in dict(point).items())
+
+
+def value_name(axis: str, label: str) -> str:
+    """'usr', or 'd 16' where the label alone is a number."""
+    return f"{axis} {label}" if label.replace(".", "", 1).isdigit() else label
 
 
 TOTALS = (GLOBAL, ALL)

@@ -157,7 +157,8 @@ def _comparison_plots(trials: Trials, found: Sequence[Contrast]) -> list[dict[st
         else:
             svg = forest_plot(_bars(own), label=title, axis="AUC gap")
         plots.append({"title": title, "svg": Markup(svg),
-                      "caption": "Filled or starred: holds after correction. Bars: 95% intervals."})  # fmt: skip
+                      "caption": "A star: holds after correction." if len(over) == 2 and single else
+                      "Filled: holds after correction. Bars: 95% intervals."})  # fmt: skip
     return plots
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from usr_ray import report_text
-from usr_ray.study_analysis import WHOLE, Contrast, Mean, Point, Trials, point_name
+from usr_ray.study_analysis import WHOLE, Contrast, Mean, Point, Trials, point_name, value_name
 
 VERDICTS = {
     "better": "▲ better", "worse": "▼ worse", "unsure": "≈ not sure", "even": "≈ no clear gap",
@@ -20,8 +20,7 @@ _MANY_ROWS = 12
 
 def pair_name(axis: str, label: str, against: str) -> str:
     """'usr against plain'; with the axis where the label is a number: 'd 8 against 16'."""
-    is_number = label.replace(".", "", 1).isdigit()
-    return f"{axis} {label} against {against}" if is_number else f"{label} against {against}"
+    return f"{value_name(axis, label)} against {against}"
 
 
 def glance_section(found: Sequence[Contrast]) -> dict[str, Any]:
