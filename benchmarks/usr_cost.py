@@ -1,7 +1,7 @@
 """What does USR cost beside its plain backbone, part by part, and where does the time of its step go?
 
     python benchmarks/usr_cost.py [--cases demo large] [--backbones shared_bottom mmoe] [--steps 15] [--threads 1]
-                                  [--device cuda] [--compile]
+                                  [--device cuda] [--compile] [--append]
 
 Whole training steps (lookup, forward, loss, backward, both optimisers) on the same drawn batches, the models in turn
 on each batch; ratios by processor time on a CPU, since neighbours shake the clock, and by the clock on a GPU. `plain`
@@ -11,6 +11,7 @@ is the backbone on the mean of the histories. Writes benchmarks/results/usr_cost
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -124,6 +125,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true", help="torch.compile the dense part of all models")
+    parser.add_argument("--append", action="store_true", help="what was recorded of other cases stays")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -134,6 +136,10 @@ def main() -> None:
             results.append(measure(case, backbone, arguments))
             usr = results[-1]["parts"]["USR"]["ratio"]
             print(f"{case}, {backbone}: USR {spread(usr)}x plain", flush=True)
+    if arguments.append and arguments.output.exists():
+        new = {(entry["case"], entry["backbone"]) for entry in results}
+        old = json.loads(arguments.output.read_text())["results"]
+        results = [entry for entry in old if (entry["case"], entry["backbone"]) not in new] + results
     report = header("time of a training step of USR beside its plain backbone", settings) | {"results": results}
     record(report, table(report), arguments.output, document="speed.md", place=RESULTS)
 
