@@ -68,7 +68,9 @@ def commands(text: str) -> Iterator[tuple[str, list[str]]]:
             # In a table a command ends where the columns of blanks begin.
             arguments = re.split(r"\s{3,}\w|&&|;", found[2], maxsplit=1)[0]
             try:
-                words = shlex.split(re.sub(r"[\[\]]", " ", arguments), comments=True)
+                # [--flag X] is optional; [0, 1] behind an equals sign is a value
+                plain = re.sub(r"(=\[[^\]]*\])|[\[\]]", lambda found: found[1] or " ", arguments)
+                words = shlex.split(plain, comments=True)
             except ValueError:  # prose with an apostrophe
                 words = arguments.split()
             yield found[1].removeprefix("/opt/usr-ray/"), words
