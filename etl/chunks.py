@@ -18,6 +18,8 @@ from usr_ray.config import DAY_US
 
 USER_KEY = "user_key"
 """xxhash64(user_id): rows of a user have one key, and the rows of a key arrive next to each other."""
+REQUEST_KEY = "request_key"
+"""xxhash64 of the request, or of the impression where it has none: a request of its own, not one with all such rows."""
 KEY_HASH = "key_hash"
 """Hash of a row's own key (etl/duplicates.py)."""
 FOREIGN = "is_foreign"
@@ -162,7 +164,7 @@ def _second_copies(rows: pa.Table) -> Bools:
     return again
 
 
-_SAME_FOR_KEY = {USER_KEY, KEY_HASH, FOREIGN, "reason", "row_json", "event_time", "known_time", "scenario",
+_SAME_FOR_KEY = {USER_KEY, REQUEST_KEY, KEY_HASH, FOREIGN, "reason", "row_json", "event_time", "known_time", "scenario",
                  "row_hash", "value_hash"}  # fmt: skip
 """Columns that cannot tell two rows of one key and one time apart, or are a function of the others."""
 

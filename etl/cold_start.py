@@ -4,20 +4,57 @@ from __future__ import annotations
 
 import datetime as dt
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
 from pyspark.sql import Column, DataFrame, Row
 from pyspark.sql import functions as F
 
+from etl.sample_counts import COLD, WITH_QUERY
 from usr_ray.config import Config, parse_dates
 from usr_ray.schema import PARTITION_COLUMN, UNKNOWN_ID, FeatureSpec, index_column
 
-COLD = ("unknown_user", "unknown_item", "unknown_query", "no_history", "new_user", "new_item")
-"""Kinds of cold impressions: the value has no id of its own; no event before; no training impression of it."""
-WITH_QUERY = "with_query"
-"""Impressions that have a query: what `unknown_query` is a part of."""
+_EPOCH = dt.date(1970, 1, 1)
+_OWNERS = ("user_id", "item_id")
+
+
+def fitted_samples(table: DataFrame, config: Config, without: Collection[dt.date]) -> DataFrame | None:
+    """Rows of the training dates, without those of some dates; None where there are none."""
+    rows = table.filter(_is_fitted(config))
+    if without:
+        rows = rows.filter(~F.col(PARTITION_COLUMN).isin(*without))
+    return None if rows.isEmpty() else rows
+
+
+def seen_values(values: DataFrame, table: DataFrame | None, dates: Sequence[dt.date]) -> DataFrame:
+    """`feature`, `value` of the users and items that have an impression on the training dates, each once.
+
+    Args:
+        values: `value` rows of the pass that makes the rows of `dates`.
+        table: samples of other training dates (`fitted_samples`).
+        dates: training dates that are being written.
+    """
+    days = F.array(*(F.lit((date - _EPOCH).days) for date in dates)).cast("array<bigint>")
+    of_pass = values.filter(F.col("feature").isin(*_OWNERS) & F.arrays_overlap("days", days))
+    seen = of_pass.select("feature", "value")
+    if table is not None:
+        owned = F.explode(F.array(*(F.struct(F.lit(k).alias("feature"), F.col(k).alias("value")) for k in _OWNERS)))
+        seen = seen.unionByName(table.select(owned.alias("seen")).select("seen.*"))
+    return seen.distinct()
+
+
+def _is_fitted(config: Config) -> Column:
+    first, last = parse_dates(config.data.train_dates, where="data.train_dates")
+    return F.col(PARTITION_COLUMN).between(F.lit(first), F.lit(last))
+
+
+def is_fitting(config: Config, date: dt.date) -> bool:
+    """True for a training date; every date is one where the configuration names none."""
+    if not config.data.train_dates:
+        return True
+    first, last = parse_dates(config.data.train_dates, where="data.train_dates")
+    return first <= date <= last
 
 
 def mark_new(samples: DataFrame, table: DataFrame, config: Config, dates: Sequence[dt.date]) -> DataFrame:
@@ -32,14 +69,10 @@ def mark_new(samples: DataFrame, table: DataFrame, config: Config, dates: Sequen
         dates: dates of `samples`.
     """
     nothing_new = {name: F.lit(False) for name in ("is_new_user", "is_new_item")}
-    if not config.data.train_dates:
+    if all(is_fitting(config, date) for date in dates):
         return samples.withColumns(nothing_new)
-    first, last = parse_dates(config.data.train_dates, where="data.train_dates")
-    if all(first <= date <= last for date in dates):
-        return samples.withColumns(nothing_new)
-    is_fitted = F.col(PARTITION_COLUMN).between(F.lit(first), F.lit(last))
-    fitted = table.filter(is_fitted)
-    if fitted.isEmpty():
+    is_fitted, fitted = _is_fitted(config), fitted_samples(table, config, ())
+    if fitted is None:
         return samples.withColumns(dict.fromkeys(nothing_new, F.lit(None).cast("boolean")))
     for key, name in (("user_id", "is_new_user"), ("item_id", "is_new_item")):
         seen = fitted.select(key).distinct().withColumn("_seen", F.lit(True))
@@ -62,7 +95,7 @@ def cold_sums(spec: FeatureSpec) -> list[Column]:
     return [F.sum(condition.cast("bigint")).alias(name) for name, condition in is_cold.items()]
 
 
-def cold_start(row: Row, *, hashed: bool) -> dict[str, int | None]:
+def cold_start(row: Mapping[str, Any] | Row, *, hashed: bool) -> dict[str, int | None]:
     """Counts of COLD and WITH_QUERY of one group; null where nobody can know: hashed ids are never unknown."""
     return {
         name: None if hashed and name.startswith("unknown_") else row[name] for name in (*COLD, WITH_QUERY)

@@ -10,17 +10,14 @@ from collections.abc import Iterator
 import pyarrow as pa
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
-from pyspark.sql import types as T
 from pyspark.sql.pandas.types import to_arrow_schema
 
 from etl.sample_rows import RowPlan, sample_rows
 from etl.tables import samples_schema
-from etl.vocabulary import EVENT_HOUR, Vocabularies, encode, hash_index, scale
+from etl.vocabulary import Vocabularies, encode, hash_index, scale
 from usr_ray.config import Config
-from usr_ray.schema import FIRST_ID, PADDING_ID, PARTITION_COLUMN, UNKNOWN_ID, index_column
+from usr_ray.schema import PADDING_ID, UNKNOWN_ID, index_column
 
-_AFTER_PASS = ("scenario", PARTITION_COLUMN, "user_key", "request_key", index_column(EVENT_HOUR))
-"""Columns that Spark adds behind the packs."""
 _MAX_BROADCAST_VALUES = 1_000_000
 """Values of all chunks together that are sent to every task; more of them travel with their packs in a shuffle."""
 
@@ -30,15 +27,15 @@ def pack_features(config: Config) -> tuple[str, ...]:
     return ("user_id", "item_id", "query", *config.features.context_categories)
 
 
-def sample_frame(
+def encoded_packs(
     packs: DataFrame,
     values: DataFrame,
     tables: tuple[DataFrame | None, DataFrame | None],
     known: Vocabularies,
     config: Config,
-    plan: RowPlan,
+    seen: DataFrame | bool | None = True,
 ) -> DataFrame:
-    """The samples of the planned days, in the columns of the table.
+    """Every pack with the lookups of its chunk: what `sample_rows` reads.
 
     Args:
         packs: `pack` rows of the pass.
@@ -46,35 +43,33 @@ def sample_frame(
         tables: users and items, one row a key, where the configuration names features of theirs.
         known: the vocabularies, this build's included.
         config: names the features.
-        plan: what is written.
+        seen: users and items of the training dates (etl/cold_start.py); True: all are; None: nobody can know.
     """
+    lookups = _lookups(values, tables, known, config, seen)
+    if values.count() <= _MAX_BROADCAST_VALUES:
+        lookups = F.broadcast(lookups)
+    return packs.select("chunk", "targets", "events").join(lookups, on="chunk", how="inner")
+
+
+def sample_frame(encoded: DataFrame, plan: RowPlan) -> DataFrame:
+    """The samples of the planned days, in the columns of the table; for storage that only Spark can write to."""
     schema = samples_schema(plan.spec)
-    inner = T.StructType([column for column in schema if column.name not in _AFTER_PASS])
-    arrow_schema = to_arrow_schema(inner, timezone="UTC")
+    arrow_schema = to_arrow_schema(schema, timezone="UTC")
 
     def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         return sample_rows(batches, plan, arrow_schema)
 
-    lookups = _lookups(values, tables, known, config)
-    if values.count() <= _MAX_BROADCAST_VALUES:
-        lookups = F.broadcast(lookups)
-    rows = packs.select("chunk", "targets", "events").join(lookups, on="chunk", how="inner").mapInArrow(run, inner)
-    names = F.array(*(F.lit(s) for s in config.scenarios))
-    added = {
-        "scenario": F.element_at(names, (F.col(index_column("scenario")) + 1).cast("int")),
-        PARTITION_COLUMN: F.to_date("event_time"),
-        "user_key": F.xxhash64("user_id"),
-        # A row without a request is a request of its own: null must not throw all such rows together.
-        "request_key": F.xxhash64(F.coalesce("request_id", "impression_id")),
-        index_column(EVENT_HOUR): (F.hour("event_time") + FIRST_ID).cast("bigint"),
-    }
-    return rows.select(*(added[name].alias(name) if name in added else F.col(name) for name in schema.names))
+    return encoded.mapInArrow(run, schema)
 
 
 def _lookups(
-    values: DataFrame, tables: tuple[DataFrame | None, DataFrame | None], known: Vocabularies, config: Config
+    values: DataFrame,
+    tables: tuple[DataFrame | None, DataFrame | None],
+    known: Vocabularies,
+    config: Config,
+    seen: DataFrame | bool | None,
 ) -> DataFrame:
-    """One row a chunk: `lookups`, a list of (feature, code, value, ids, numbers), one for every code of the chunk."""
+    """One row a chunk: `lookups`, a list of (feature, code, value, ids, numbers, is_new), one for every code of it."""
     features = config.features
     names = pack_features(config)
     number = F.lit(None).cast("int")
@@ -102,7 +97,13 @@ def _lookups(
         zeros = F.array(*[F.lit(0.0)] * len(scaled)).cast("array<float>")
         ids = F.when(mine, F.concat(ids, F.coalesce(f"{key}_ids", padding))).otherwise(ids)
         numbers = F.when(mine, F.coalesce(f"{key}_numbers", zeros)).otherwise(numbers)
-    entry = F.struct(number.alias("feature"), "code", "value", ids.alias("ids"), numbers.alias("numbers"))
+    is_new = F.lit(None if seen is None else False).cast("boolean")
+    if isinstance(seen, DataFrame):
+        rows = rows.join(seen.withColumn("_seen", F.lit(True)), on=["feature", "value"], how="left")
+        is_new = F.col("_seen").isNull()
+    entry = F.struct(
+        number.alias("feature"), "code", "value", ids.alias("ids"), numbers.alias("numbers"), is_new.alias("is_new")
+    )
     return rows.groupBy("chunk").agg(F.collect_list(entry).alias("lookups"))
 
 

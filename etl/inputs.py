@@ -14,7 +14,7 @@ from pyspark.sql.pandas.types import from_arrow_schema
 
 from etl.account import Account, add_pass, unique_features
 from etl.attribution import LabelRules
-from etl.chunks import KEY_HASH, USER_KEY
+from etl.chunks import KEY_HASH, REQUEST_KEY, USER_KEY
 from etl.duplicates import key_hash, mark_foreign
 from etl.events import KIND_CLICK, KIND_IMPRESSION
 from etl.log_files import LogFolder
@@ -161,7 +161,8 @@ def run_pass(
     num_tasks = max(spark.sparkContext.defaultParallelism, -(-num_usable // MAX_ROWS_PER_TASK))
     grouped = rows.repartition(num_tasks, USER_KEY).sortWithinPartitions(USER_KEY)
     hashed = grouped.withColumns({
-        KEY_HASH: key_hash(), "row_hash": _row_hash(plan), "value_hash": _hash_of(["item_id", "query"]),
+        KEY_HASH: key_hash(), REQUEST_KEY: F.xxhash64(F.coalesce("request_id", "id")), "row_hash": _row_hash(plan),
+        "value_hash": _hash_of(["item_id", "query"]),
     })  # fmt: skip
     stage(hashed.mapInArrow(run, from_arrow_schema(EMITTED)), folder)
     add_pass(logs.account, spark, folder, logs.logs, num_usable)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any
 
-from pyspark.sql import DataFrame, Row
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 import usr_ray
 from etl.account import UNDATED, Account
 from etl.cold_start import cold_report, cold_start, cold_sums
+from etl.sample_counts import counted_features
 from usr_ray.config import Config
 from usr_ray.schema import ALL_LABELS, FIRST_ID, PARTITION_COLUMN, UNKNOWN_ID, FeatureSpec
 
@@ -60,7 +61,16 @@ class SampleCounts:
     present: Mapping[tuple[str, str], int]
     """(date, feature) -> impressions that have a value at all."""
     cold: Mapping[tuple[str, str], Mapping[str, int | None]] = field(default_factory=dict)
-    """(date, scenario) -> impressions of each kind of etl.cold_start.COLD; null where it cannot be known."""
+    """(date, scenario) -> impressions of each kind of etl.sample_counts.COLD; null where it cannot be known."""
+
+    def __or__(self, other: SampleCounts) -> SampleCounts:
+        """Those of other dates too."""
+        return SampleCounts(
+            funnels={**self.funnels, **other.funnels},
+            known={**self.known, **other.known},
+            present={**self.present, **other.present},
+            cold={**self.cold, **other.cold},
+        )
 
     def scenario(self, scenario: str) -> Funnel:
         """Sums over all dates."""
@@ -74,7 +84,7 @@ class SampleCounts:
 def count_samples(samples: DataFrame, spec: FeatureSpec, *, hashed: bool) -> SampleCounts:
     """Read the labels and ids of written samples (`etl.cold_start.mark_new`) back and add them up."""
     sums = [F.sum(F.col(name)).cast("bigint").alias(name) for name in ALL_LABELS]
-    features = [feature for feature in spec.sparse if feature.owner != "context" or feature.name != "event_hour"]
+    features = counted_features(spec)
     covered = [
         F.sum((F.col(f.column) >= floor).cast("bigint")).alias(f"{what}_{f.name}")
         for f in features
@@ -86,15 +96,24 @@ def count_samples(samples: DataFrame, spec: FeatureSpec, *, hashed: bool) -> Sam
         .agg(*whole, *sums, *covered, *cold_sums(spec))
         .collect()
     )
-    funnels = {(row["date"], row["scenario"]): _funnel(row) for row in rows}
+    return sample_counts([row.asDict() for row in rows], spec, hashed=hashed)
+
+
+def sample_counts(rows: Iterable[Mapping[str, Any]], spec: FeatureSpec, *, hashed: bool) -> SampleCounts:
+    """Sums of each date and scenario (etl/sample_counts.py) in the form that the reports want."""
+    funnels: dict[tuple[str, str], Funnel] = {}
     known: dict[tuple[str, str], int] = {}
     present: dict[tuple[str, str], int] = {}
+    cold: dict[tuple[str, str], Mapping[str, int | None]] = {}
     for row in rows:
-        for feature in features:
+        group = (row["date"], row["scenario"])
+        clicks, orders, clicks_global, orders_global = (row[name] for name in ALL_LABELS)
+        funnels[group] = Funnel(row["rows"], clicks, orders, clicks_global, orders_global, row["mature"])
+        cold[group] = cold_start(row, hashed=hashed)
+        for feature in counted_features(spec):
             place = (row["date"], feature.name)
             known[place] = known.get(place, 0) + row[f"known_{feature.name}"]
             present[place] = present.get(place, 0) + row[f"present_{feature.name}"]
-    cold = {(row["date"], row["scenario"]): cold_start(row, hashed=hashed) for row in rows}
     return SampleCounts(funnels, known, present, cold)
 
 
@@ -181,11 +200,6 @@ def warnings_of(counts: SampleCounts, spec: FeatureSpec, logs: Collection[str]) 
     if not any(funnel.mature for funnel in counts.funnels.values()):
         result.append("no row is mature: training will refuse these dates; build again with a later --watermark")
     return result
-
-
-def _funnel(row: Row) -> Funnel:
-    clicks, orders, clicks_global, orders_global = (row[name] for name in ALL_LABELS)
-    return Funnel(row["rows"], clicks, orders, clicks_global, orders_global, row["mature"])
 
 
 def _rows(account: Account, date: str) -> dict[str, dict[str, int]]:

@@ -7,17 +7,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
 
 from etl.account import UNDATED, Account
 from etl.attribution import LabelRules
 from etl.checks import AccountingError, DataCheckError
-from etl.cold_start import mark_new
-from etl.encoding import pack_features, sample_frame
+from etl.cold_start import fitted_samples, is_fitting, mark_new, seen_values
+from etl.commits import replace_samples
+from etl.encoding import encoded_packs, pack_features
 from etl.fingerprint import date_fingerprint
 from etl.inputs import Inputs, day_of, iso_time, make_plan, open_logs, run_pass, watermark_of
 from etl.packs import EVENT, PACK, VALUE
-from etl.report import SampleCounts, count_samples, date_report, funnel_lines, warnings_of
+from etl.report import SampleCounts, count_samples, date_report, funnel_lines, sample_counts, warnings_of
 from etl.report_files import write_report
 from etl.sample_rows import RowPlan
 from etl.staging import staging_folder
@@ -27,7 +28,6 @@ from etl.tables import (
     Lake,
     any_date_condition,
     prepare_samples,
-    replace_dates,
     table_version,
     write_rejects,
 )
@@ -136,16 +136,7 @@ def write_dates(job: Job, dates: Sequence[dt.date], reported: Sequence[dt.date])
     spark, lake, account = job.spark, job.lake, job.inputs.account
     path = lake.path(SAMPLES)
     names = {date.isoformat() for date in dates}
-    if dates:
-        inputs = job.inputs
-        frame = sample_frame(
-            inputs.staged(PACK), inputs.staged(VALUE), (inputs.users, inputs.items), job.known, job.config, job.plan
-        )
-        replace_dates(frame, path, any_date_condition(PARTITION_COLUMN, dates))
-    version = table_version(spark, path)
-    written = spark.read.format("delta").option("versionAsOf", version).load(path)
-    rows = mark_new(written.filter(any_date_condition(PARTITION_COLUMN, reported)), written, job.config, reported)
-    counts = count_samples(rows, job.plan.spec, hashed=job.config.vocabulary.kind == "hash")
+    version, counts = _write_samples(job, dates, reported)
     for date, needed in job.inputs.num_impressions(names).items():
         if counts.date(date).impressions != needed:
             raise AccountingError(f"samples of {date}: {counts.date(date).impressions} rows written, {needed} came in")
@@ -167,6 +158,38 @@ def write_dates(job: Job, dates: Sequence[dt.date], reported: Sequence[dt.date])
         job.progress.write(f"warning: {warning}")
     job.progress.write(f"{path}: version {version}")
     return counts
+
+
+def _write_samples(job: Job, dates: Sequence[dt.date], reported: Sequence[dt.date]) -> tuple[int, SampleCounts]:
+    """Replace the rows of `dates`; the table's version, and what it holds on the `reported` ones."""
+    path, spec, inputs = job.lake.path(SAMPLES), job.plan.spec, job.inputs
+    hashed = job.config.vocabulary.kind == "hash"
+    version, written = table_version(job.spark, path), None
+    if dates:
+        values = inputs.staged(VALUE)
+        encoded = encoded_packs(
+            inputs.staged(PACK), values, (inputs.users, inputs.items), job.known, job.config,
+            _seen(job, values, dates),
+        )  # fmt: skip
+        version, written = replace_samples(job.spark, path, encoded, job.plan, dates)
+    counts = sample_counts(written or (), spec, hashed=hashed)
+    others = reported if written is None else sorted(set(reported) - set(dates))
+    if others:
+        table = job.spark.read.format("delta").option("versionAsOf", version).load(path)
+        rows = mark_new(table.filter(any_date_condition(PARTITION_COLUMN, others)), table, job.config, others)
+        counts |= count_samples(rows, spec, hashed=hashed)
+    return version, counts
+
+
+def _seen(job: Job, values: DataFrame, dates: Sequence[dt.date]) -> DataFrame | bool | None:
+    """Users and items of the training dates (etl/cold_start.py); True: all are; None: there is no training date yet."""
+    fitting = {date for date in dates if is_fitting(job.config, date)}
+    if len(fitting) == len(dates):
+        return True
+    table = fitted_samples(job.spark.read.format("delta").load(job.lake.path(SAMPLES)), job.config, fitting)
+    if table is None and not any(job.inputs.num_impressions({date.isoformat() for date in fitting}).values()):
+        return None
+    return seen_values(values, table, sorted(fitting))
 
 
 def read_from(state: State, first_row: int | None) -> str:

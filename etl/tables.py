@@ -128,14 +128,27 @@ def row_meaning(config: Config) -> dict[str, Any]:
     return meaning
 
 
+def delta_snapshot(spark: SparkSession, path: str) -> Any:
+    """The newest snapshot of a Delta table, in the JVM; unlike DESCRIBE and the history it needs no Spark job."""
+    jvm = spark.sparkContext._jvm
+    assert jvm is not None  # a started session has one
+    nothing = jvm.scala.Option.empty()
+    return jvm.org.apache.spark.sql.delta.DeltaLog.forTable(spark._jsparkSession, path).update(False, nothing, nothing)
+
+
 def table_properties(spark: SparkSession, path: str) -> dict[str, str]:
     """Properties of a Delta table."""
-    return dict(DeltaTable.forPath(spark, path).detail().select("properties").collect()[0][0])
+    configuration = delta_snapshot(spark, path).metadata().configuration().iterator()
+    found = {}
+    while configuration.hasNext():
+        pair = configuration.next()
+        found[pair._1()] = pair._2()
+    return found
 
 
 def table_version(spark: SparkSession, path: str) -> int:
     """Newest version of a Delta table."""
-    return int(DeltaTable.forPath(spark, path).history(1).select("version").collect()[0][0])
+    return int(delta_snapshot(spark, path).version())
 
 
 def prepare_samples(spark: SparkSession, lake: Lake, spec: FeatureSpec, config: Config) -> None:

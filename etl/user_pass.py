@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from etl.attribution import REASONS, Attribution, LabelRules, attribute
-from etl.chunks import Cleaned, cleaned, days_of, whole_users
+from etl.chunks import REQUEST_KEY, USER_KEY, Cleaned, cleaned, days_of, whole_users
 from etl.events import KIND_IMPRESSION, KIND_ORDER, Events, Ints, codes_and_values
 from etl.fingerprint import combined, label_hashes
 from etl.histories import HistoryEvents, history_events
@@ -187,7 +187,7 @@ def _target_columns(
     rows: pa.Table, events: Events, labels: Labels, targets: Ints, part: slice, values: Dictionaries, plan: PassPlan
 ) -> dict[str, pa.Array | np.ndarray]:
     picked = pa.array(targets[part])
-    names = ("request_id", "position", *plan.numbers)
+    names = ("request_id", "position", USER_KEY, REQUEST_KEY, *plan.numbers)
     columns: dict[str, pa.Array | np.ndarray] = {name: rows[name].take(picked).combine_chunks() for name in names}
     columns["impression_id"] = rows["id"].take(picked).combine_chunks()
     columns |= values.used(targets[part])

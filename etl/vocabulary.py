@@ -14,6 +14,7 @@ from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from etl.checks import DataCheckError
+from etl.sample_rows import EVENT_HOUR, NUM_HOURS
 from etl.session import kept
 from etl.tables import Lake, append_vocabularies, table_version
 from usr_ray.config import Config, VocabularyConfig, parse_dates
@@ -31,8 +32,6 @@ from usr_ray.schema import (
     scaled_column,
 )
 
-EVENT_HOUR = "event_hour"
-NUM_HOURS = 24
 VOCABULARY_SCHEMA = "feature string, value string, id bigint, count bigint"
 
 

@@ -67,6 +67,7 @@ def event_rows(world: World) -> pa.Table:
         extra["row_hash"].append(number_of((content, query)) if shown else 0)
         extra["value_hash"].append(number_of((row["item_id"], query)))
         extra["is_foreign"].append(winners[key_of(row)][1] != row["user_id"])
+        extra["request_key"].append(number_of(row["id"]))
         extra["query"].append(query)
         for name in ("reason", "row_json", "request_id", "position"):
             extra[name].append(None)
@@ -90,7 +91,8 @@ def number_of(content: Any) -> int:
 
 
 _EXTRA = pa.schema([
-    *((name, pa.int64()) for name in ("user_key", "key_hash", "row_hash", "value_hash")), ("is_foreign", pa.bool_()),
+    *((name, pa.int64()) for name in ("user_key", "request_key", "key_hash", "row_hash", "value_hash")),
+    ("is_foreign", pa.bool_()),
     *((name, pa.string()) for name in ("query", "reason", "row_json", "request_id")), ("position", pa.int32()),
 ])  # fmt: skip
 

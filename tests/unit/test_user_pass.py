@@ -80,10 +80,11 @@ def written(parts: dict[str, list[dict[str, Any]]], windows: Windows) -> list[di
         lookups[row["chunk"]].append({
             "feature": FEATURES.index(feature), "code": row["code"], "value": row["value"],
             "ids": [IDS[feature].get(row["value"], 1)], "numbers": [],
+            "is_new": None,
         })  # fmt: skip
     entry = pa.struct([
         ("feature", pa.int32()), ("code", pa.int32()), ("value", TEXT), ("ids", pa.list_(LONG)),
-        ("numbers", pa.list_(FLOAT)),
+        ("numbers", pa.list_(FLOAT)), ("is_new", pa.bool_()),
     ])  # fmt: skip
     schema = pa.schema([("targets", pa.binary()), ("events", pa.binary()), ("lookups", pa.list_(entry))])
     packs = [{**row, "lookups": lookups[row["chunk"]]} for row in parts["pack"]]
@@ -180,7 +181,7 @@ def past_rows(parts: dict[str, list[dict[str, Any]]], schema: pa.Schema) -> pa.T
         if micros(event["event_time"]) < MIDNIGHT:
             row = dict.fromkeys(schema.names) | {name: event[name] for name in ("user_id", "id", "item_id", "kind")}
             row |= {name: event[name] for name in ("scenario", "event_time", "known_time")}
-            row |= {"query": event["value"], "user_key": number_of(event["user_id"]), "row_hash": 0}
+            row |= {"query": event["value"], "user_key": number_of(event["user_id"]), "row_hash": 0, "request_key": 0}
             row |= {"is_foreign": False, "key_hash": number_of(tuple(event.items()))}
             row["value_hash"] = number_of((event["item_id"], event["value"]))
             rows.append(row)
