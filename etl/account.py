@@ -54,7 +54,7 @@ class Account:
 
 
 def add_pass(account: Account, spark: SparkSession, folder: str, logs: Sequence[EventLog], num_usable: int) -> None:
-    """Add what the pass found to the account: three small aggregations of what it staged.
+    """Add what the pass found to the account: one small aggregation of what it staged.
 
     Args:
         account: grows.
@@ -68,26 +68,31 @@ def add_pass(account: Account, spark: SparkSession, folder: str, logs: Sequence[
     """
     names = {(log.kind, log.scenario): log.name for log in logs}
     usable = 0
-    sums = (F.sum("num_rows").alias("rows"), F.max("event_time").alias("newest"))
-    for row in staged(spark, folder, ACCOUNT).groupBy("what", "kind", "scenario", "day").agg(*sums).collect():
+    small = staged(spark, folder, ACCOUNT, REJECT, CELL)
+    day = F.when(F.col("part") == REJECT, _day()).otherwise(F.col("day"))
+    sums = small.groupBy("part", "what", "kind", "scenario", "reason", day.alias("day")).agg(
+        F.sum(F.coalesce("num_rows", F.lit(1))).alias("rows"),
+        F.max("event_time").alias("newest"),
+        F.bit_xor("hash").alias("hash"),
+    )
+    for row in sums.collect():
+        if row["part"] == CELL:
+            account.cells[row["what"], row["day"]] = row["hash"]
+            continue
         place = (names[row["kind"], row["scenario"]], _name(row["day"]))
-        if row["what"] == UNUSABLE:
+        if row["part"] == REJECT:
+            account.add_rejects(*place, row["reason"], row["rows"])
+        elif row["what"] == UNUSABLE:
             account.counts[place] += LogCount(rows_in=row["rows"])
             account.num_unusable += row["rows"]
-            continue
-        account.counts[place] += LogCount(**{row["what"]: row["rows"]})
-        if row["what"] == "rows_in":
-            usable += row["rows"]
-            newest = row["newest"].replace(tzinfo=dt.UTC)
-            account.newest = newest if account.newest is None else max(account.newest, newest)
-            if row["kind"] == KIND_IMPRESSION:
-                account.impression_dates.add(place[1])
-    rejects = staged(spark, folder, REJECT).groupBy("kind", "scenario", "reason", _day().alias("day"))
-    for row in rejects.agg(F.sum(F.coalesce("num_rows", F.lit(1))).alias("rows")).collect():
-        log = names[row["kind"], row["scenario"]]
-        account.add_rejects(log, _name(row["day"]), row["reason"], row["rows"])
-    cells = staged(spark, folder, CELL).groupBy("what", "day").agg(F.bit_xor("hash").alias("hash"))
-    account.cells = {(row["what"], row["day"]): row["hash"] for row in cells.collect()}
+        else:
+            account.counts[place] += LogCount(**{row["what"]: row["rows"]})
+            if row["what"] == "rows_in":
+                usable += row["rows"]
+                newest = row["newest"].replace(tzinfo=dt.UTC)
+                account.newest = newest if account.newest is None else max(account.newest, newest)
+                if row["kind"] == KIND_IMPRESSION:
+                    account.impression_dates.add(place[1])
     if usable != num_usable:
         raise AccountingError(f"{usable} usable rows reached the pass, {num_usable} were read; please report this")
     check_accounting(account.counts)
@@ -101,13 +106,17 @@ def unique_features(table: DataFrame, log: str, key: str, account: Account) -> D
     """
     values = [c for c in table.columns if c != key]
     unique = kept(
-        table.filter(F.col(key).isNotNull())
-        .groupBy(key)
+        table.groupBy(key)
         .agg(F.min(F.struct(*values)).alias("_values"), F.count("*").alias("_rows"))
         .select(key, "_values.*", "_rows")
     )
-    num_rows = table.count()
-    counted = unique.agg(F.count("*").alias("keys"), F.coalesce(F.sum("_rows"), F.lit(0)).alias("rows")).collect()[0]
+    is_null = F.col(key).isNull()
+    counted = unique.agg(
+        F.count(key).alias("keys"),
+        F.coalesce(F.sum(F.when(~is_null, F.col("_rows"))), F.lit(0)).alias("rows"),
+        F.coalesce(F.sum("_rows"), F.lit(0)).alias("all_rows"),
+    ).collect()[0]
+    num_rows = counted["all_rows"]
     if not counted["keys"]:
         raise DataCheckError(f"log {log}: column '{key}' is null on all {num_rows} rows; needed one row per key")
     account.counts[log, UNDATED] += LogCount(
@@ -115,7 +124,7 @@ def unique_features(table: DataFrame, log: str, key: str, account: Account) -> D
     )
     if num_rows > counted["rows"]:
         account.add_rejects(log, UNDATED, f"null_{key}", num_rows - counted["rows"])
-    return unique.drop("_rows")
+    return unique.filter(~is_null).drop("_rows")
 
 
 def _day() -> Column:

@@ -6,6 +6,10 @@ see is a key that rows of several users have: one count of 64-bit hashes, withou
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import pyarrow as pa
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
@@ -37,16 +41,14 @@ def mark_foreign(events: DataFrame) -> tuple[DataFrame, int]:
         events: all event rows with `user_key`; usable where `reason` is null.
     """
     usable = events.filter(F.col("reason").isNull())
-    hashed = usable.select(key_hash().alias(KEY_HASH), USER_KEY)
-    found = hashed.groupBy(KEY_HASH).agg(
-        F.count("*").alias("rows"), F.min(USER_KEY).alias("least"), F.max(USER_KEY).alias("most")
-    )
-    shared = F.col("least") != F.col("most")
-    sums = found.agg(F.sum("rows").alias("rows"), F.sum(shared.cast("int")).alias("shared")).collect()[0]
-    num_rows, num_shared = int(sums["rows"] or 0), int(sums["shared"] or 0)
+    # By numpy: Spark would build a hash map of keys that hardly ever meet before it sends them to where they might.
+    hashed = usable.select(key_hash().alias(KEY_HASH), USER_KEY).repartition(KEY_HASH)
+    found = kept(hashed.mapInArrow(_shared_keys, f"{KEY_HASH} bigint, rows bigint"))
+    sums = found.agg(F.sum("rows").alias("rows"), F.count(KEY_HASH).alias("shared")).collect()[0]
+    num_rows, num_shared = int(sums["rows"] or 0), int(sums["shared"])
     if not num_shared:
         return events.withColumn(FOREIGN, F.lit(False)), num_rows
-    doubled = kept(found.filter(shared).select(KEY_HASH))
+    doubled = found.select(KEY_HASH).filter(F.col(KEY_HASH).isNotNull())
     rows = usable.withColumn(KEY_HASH, key_hash()).join(doubled, on=KEY_HASH, how="left_semi")
     scope = F.when(F.col("kind") == KIND_CLICK, F.col("scenario"))
     part = F.when(F.col("kind") == KIND_ORDER, F.col("item_id"))
@@ -59,3 +61,18 @@ def mark_foreign(events: DataFrame) -> tuple[DataFrame, int]:
         kept(lost).withColumn(FOREIGN, F.lit(True)), on=list(_JOINED), how="left"
     )
     return marked.withColumn(FOREIGN, F.coalesce(FOREIGN, F.lit(False))).drop(KEY_HASH), num_rows
+
+
+def _shared_keys(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Keys that several users have, each once with 0 rows; and the number of all rows, without a key."""
+    arrived = [(batch.column(KEY_HASH).to_numpy(), batch.column(USER_KEY).to_numpy()) for batch in batches]
+    if not arrived:
+        return
+    key, user = (np.concatenate(columns) for columns in zip(*arrived, strict=True))
+    order = np.argsort(key, kind="stable")
+    key, user = key[order], user[order]
+    shared = np.unique(key[1:][(key[1:] == key[:-1]) & (user[1:] != user[:-1])])
+    keys = pa.concat_arrays([pa.nulls(1, pa.int64()), pa.array(shared, pa.int64())])
+    num_rows = np.zeros(len(keys), dtype=np.int64)
+    num_rows[0] = len(key)
+    yield pa.RecordBatch.from_arrays([keys, pa.array(num_rows)], names=[KEY_HASH, "rows"])

@@ -11,7 +11,7 @@ from pyspark.sql import DataFrame, SparkSession
 from etl.checks import DataCheckError
 from etl.log_drift import check_same_columns
 from etl.mapping import map_columns
-from etl.parquet_times import with_instants
+from etl.parquet_times import first_schema, with_instants
 from usr_ray.config import LogConfig
 
 _SUFFIXES = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json"}
@@ -84,6 +84,8 @@ class LogFolder:
                               enforceSchema=False)  # fmt: skip
         if kind == "json":
             return reader.json(paths, primitivesAsString=True)
+        schema = first_schema(self._spark, paths) if kind == "parquet" else None
+        reader = reader if schema is None else reader.schema(schema)
         raw = reader.format(kind).load(paths[0] if len(paths) == 1 else paths)
         return with_instants(self._spark, raw, paths) if kind == "parquet" else raw
 

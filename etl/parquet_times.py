@@ -1,12 +1,36 @@
-"""Parquet times in nanoseconds, as pandas writes them: Spark has no such type and gives the bare number."""
+"""The columns of a Parquet log, from its first file's footer, without a Spark job.
+
+And its times in nanoseconds, as pandas writes them: Spark has no such type and gives the bare number.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
+
+
+def first_schema(spark: SparkSession, paths: Sequence[str]) -> T.StructType | None:
+    """The schema that Spark would find, which asks an executor for the footer of one file; None where there is no file.
+
+    That all files agree is checked elsewhere (etl/log_drift.py).
+    """
+    jvm, conf = spark.sparkContext._jvm, spark.sparkContext._jsc.hadoopConfiguration()  # type: ignore[union-attr]
+    file = next((found for path in paths if (found := _first_file(jvm, conf, path)) is not None), None)
+    if file is None:
+        return None
+    hadoop, parquet = jvm.org.apache.parquet.hadoop, jvm.org.apache.spark.sql.execution.datasources.parquet  # type: ignore[union-attr]
+    reader = hadoop.ParquetFileReader.open(hadoop.util.HadoopInputFile.fromPath(file, conf))
+    try:
+        footer = hadoop.Footer(file, reader.getFooter())
+    finally:
+        reader.close()
+    converter = parquet.ParquetToSparkSchemaConverter(spark._jsparkSession.sessionState().conf())
+    schema = parquet.ParquetFileFormat.readSchemaFromFooter(footer, converter)
+    return T.StructType.fromJson(json.loads(schema.json()))
 
 
 def with_instants(spark: SparkSession, raw: DataFrame, paths: Sequence[str]) -> DataFrame:

@@ -66,9 +66,9 @@ def stage(frame: DataFrame, folder: str) -> None:
         conf.set(_WRITERS, before)
 
 
-def staged(spark: SparkSession, folder: str, part: str) -> DataFrame:
-    """The rows of one part; none where the pass emitted none."""
-    return spark.read.schema(_SCHEMA).parquet(folder).filter(F.col("part") == part)
+def staged(spark: SparkSession, folder: str, *parts: str) -> DataFrame:
+    """The rows of some parts; none where the pass emitted none."""
+    return spark.read.schema(_SCHEMA).parquet(folder).filter(F.col("part").isin(*parts))
 
 
 def _file_system(spark: SparkSession, path: str) -> tuple[Any, Any]:
