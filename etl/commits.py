@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
-from delta.exceptions import DeltaConcurrentModificationException
+from delta import exceptions as delta_exceptions
 from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.sql.pandas.types import from_arrow_schema, to_arrow_schema
 
@@ -32,6 +32,16 @@ from etl.tables import (
 from usr_ray.schema import PARTITION_COLUMN
 
 _CONSTRAINT = "delta.constraints."
+_CONFLICTS = (  # in Java they have a class in common, in Python they have not
+    delta_exceptions.DeltaConcurrentModificationException,
+    delta_exceptions.ConcurrentWriteException,
+    delta_exceptions.MetadataChangedException,
+    delta_exceptions.ProtocolChangedException,
+    delta_exceptions.ConcurrentAppendException,
+    delta_exceptions.ConcurrentDeleteReadException,
+    delta_exceptions.ConcurrentDeleteDeleteException,
+    delta_exceptions.ConcurrentTransactionException,
+)
 
 
 def replace_samples(
@@ -126,7 +136,7 @@ class Replacement:
         )
         try:
             return int(self._transaction.commit(self._jvm.PythonUtils.toSeq(actions), operation))
-        except DeltaConcurrentModificationException as error:
+        except _CONFLICTS as error:
             raise DataCheckError(
                 f"{self._path}: another job has changed this table since this build began ({type(error).__name__}); "
                 "nothing of it was overwritten: let the other one end, and build again"
