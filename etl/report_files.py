@@ -38,7 +38,8 @@ def write_report(spark: SparkSession, lake: Lake, name: str, report: Mapping[str
 def read_reports(spark: SparkSession, lake: Lake) -> dict[str, dict[str, Any]]:
     """Date -> report, of every date built so far."""
     try:
-        rows = spark.read.text(f"{lake.path(REPORTS)}/*.json", wholetext=True).collect()
+        # A filter, not a pattern in the path: for that Spark warns, with a stack, that it cannot look the folder up.
+        rows = spark.read.option("pathGlobFilter", "*.json").text(lake.path(REPORTS), wholetext=True).collect()
     except AnalysisException:  # no such folder
         return {}
     reports = [json.loads(row[0]) for row in rows]
