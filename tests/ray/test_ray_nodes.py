@@ -118,4 +118,5 @@ def test_a_job_on_three_machines_streams_stops_goes_on_and_its_end_arrives(clust
     assert "finished at step" in cluster.printed("second")
     assert cluster.record("second")["driver_exit_code"] == 0
     ranks = set(re.findall(r"ip=(10\.83\.47\.\d)", cluster.printed("second")))
-    assert ranks >= {cluster.machines.address(1), cluster.machines.address(2)}, "one worker on each machine"
+    # A machine has one CPU, so two workers are on two of them; Ray leaves the address out for the head's own.
+    assert ranks & {cluster.machines.address(1), cluster.machines.address(2)}, "a worker on another machine"
