@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.doc_tables import markdown, record
-from benchmarks.interleaved import header, interval, ratio, spread, take_turns, verdict
+from benchmarks.doc_tables import markdown
+from benchmarks.interleaved import header, interval, publish, ratio, settings_of, spread, take_turns, verdict
 from benchmarks.reader import DATES, benchmark_spec, write_table
 from benchmarks.step_cases import PLAIN, Step
 from usr_ray.batch import map_tensors
@@ -141,7 +141,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    settings = {k: v for k, v in vars(arguments).items() if k != "output"}
     with tempfile.TemporaryDirectory() as folder:
         write_table(Path(folder), benchmark_spec(TABLE_ROWS), arguments.rows)
         manifest = build_manifest(Path(folder), dates=DATES)
@@ -149,9 +148,10 @@ def main() -> None:
         for name in arguments.models:
             results.append(measure(manifest, name, arguments))
             print(results[-1], flush=True)
-    report = header("share of a training step spent waiting for the reader", settings, ("torch", "pyarrow"))
-    report["results"] = results
-    record(report, table(report), arguments.output, document="speed.md", place=RESULTS)
+    report = header(
+        "share of a training step spent waiting for the reader", settings_of(arguments), ("torch", "pyarrow")
+    )
+    publish(report, results, table, output=arguments.output, place=RESULTS)
 
 
 if __name__ == "__main__":

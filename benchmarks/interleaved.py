@@ -6,6 +6,7 @@ the rounds, each of which had both ways side by side.
 
 from __future__ import annotations
 
+import argparse
 import datetime as dt
 import math
 import os
@@ -13,7 +14,10 @@ import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
+
+from benchmarks.doc_tables import record
 
 _COVERAGE = 0.95
 
@@ -77,3 +81,16 @@ def header(question: str, settings: Mapping[str, Any], packages: Sequence[str] =
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
         "settings": dict(settings),
     }  # fmt: skip
+
+
+def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """A script's arguments, but where its result goes."""
+    return {name: value for name, value in vars(arguments).items() if name != "output"}
+
+
+def publish(
+    report: dict[str, Any], results: Any, table: Callable[[dict[str, Any]], str], *, output: Path, place: Path
+) -> None:
+    """Write a `header` with its results as JSON, print its table and put it into docs/speed.md (doc_tables.record)."""
+    report |= {"results": results}
+    record(report, table(report), output, document="speed.md", place=place)

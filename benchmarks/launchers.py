@@ -25,8 +25,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.doc_tables import markdown, record
-from benchmarks.interleaved import header, interval, ratio, spread, take_turns, verdict
+from benchmarks.doc_tables import markdown
+from benchmarks.interleaved import header, interval, publish, ratio, spread, take_turns, verdict
 from usr_ray.config import Config
 
 TABLE_ROWS = 50_000
@@ -148,8 +148,7 @@ def main() -> None:
     settings = {k: getattr(arguments, k) for k in ("rows", "batch_rows", "rounds", "workers")}
     results = measure(arguments)
     report = header("steady samples a second of one function started three ways", settings, ("torch", "ray"))
-    report["results"] = results
-    record(report, table(report), arguments.output, document="speed.md", place=RESULTS)
+    publish(report, results, table, output=arguments.output, place=RESULTS)
 
 
 if __name__ == "__main__":

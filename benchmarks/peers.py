@@ -41,8 +41,8 @@ from torch_rechub.models.multi_task import MMOE, SharedBottom
 from torch_rechub.trainers import MTLTrainer
 from torch_rechub.utils.data import DataGenerator
 
-from benchmarks.doc_tables import markdown, record
-from benchmarks.interleaved import header, interval, ratio, spread, take_turns, verdict
+from benchmarks.doc_tables import markdown
+from benchmarks.interleaved import header, interval, publish, ratio, settings_of, spread, take_turns, verdict
 from benchmarks.reader import DATES, skewed_ids, write_table
 from benchmarks.step_cases import PLAIN, Step
 from usr_ray.feed import Feed
@@ -211,7 +211,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    settings = {k: v for k, v in vars(arguments).items() if k != "output"}
     results = []
     for model_name in arguments.models:
         small_s: dict[str, float] = {}
@@ -220,9 +219,10 @@ def main() -> None:
             if rows == SMALL:
                 small_s = {n: way["measured_step_s"]["median"] for n, way in results[-1]["ways"].items()}
             print(results[-1], flush=True)
-    report = header("samples a second of training beside the peers' way", settings, ("torch", "torch-rechub"))
-    report["results"] = results
-    record(report, table(report), arguments.output, document="speed.md", place=RESULTS)
+    report = header(
+        "samples a second of training beside the peers' way", settings_of(arguments), ("torch", "torch-rechub")
+    )
+    publish(report, results, table, output=arguments.output, place=RESULTS)
 
 
 if __name__ == "__main__":

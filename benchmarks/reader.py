@@ -32,14 +32,15 @@ import torch
 from deltalake import DeltaTable, WriterProperties, write_deltalake
 from numpy.typing import NDArray
 
-from benchmarks.doc_tables import markdown, record
-from benchmarks.interleaved import header, interval, ratio, spread, verdict
+from benchmarks.doc_tables import markdown
+from benchmarks.interleaved import header, interval, publish, ratio, spread, verdict
+from benchmarks.step_cases import spec_of
 from usr_ray.manifest import Manifest, build_manifest
 from usr_ray.order import BLOCK_ROWS
 from usr_ray.order_quality import shuffle_quality
 from usr_ray.reader import SampleReader
 from usr_ray.reader_decode import RowGroupDecoder
-from usr_ray.schema import ALL_LABELS, FEATURE_SPEC_PROPERTY, SAMPLES, DenseFeature, FeatureSpec, SparseFeature
+from usr_ray.schema import ALL_LABELS, FEATURE_SPEC_PROPERTY, SAMPLES, FeatureSpec
 from usr_ray.trainer_environment import LOOPBACK, prepare_environment
 
 RESULTS = Path(__file__).parent / "results" / "reader.json"
@@ -58,17 +59,8 @@ AIMS = ((SHUFFLED, TO_TENSORS, 0.7), (SHUFFLED, RAY, 2.0), (SHUFFLED, RAY_SHUFFL
 def benchmark_spec(num_embeddings: int = 500_000) -> FeatureSpec:
     names = ["user_id", "item_id", "query", "event_hour", *(f"category_{n}" for n in range(16))]
     owners = {"user_id": "user", "item_id": "item", "query": "query"}
-    return FeatureSpec(
-        scenarios=("search", "recommendation"),
-        query_scenarios=("search",),
-        sparse=tuple(
-            SparseFeature(name=n, column=f"{n}_index", num_embeddings=num_embeddings, owner=owners.get(n, "context"))
-            for n in names
-        ),
-        dense=tuple(DenseFeature(name=f"number_{n}", column=f"number_{n}_scaled", owner="item") for n in range(4)),
-        history_length=50,
-        label_delay_us=0,
-    )
+    sizes = {name: (num_embeddings, owners.get(name, "context")) for name in names}
+    return spec_of(sizes, [f"number_{n}" for n in range(4)])
 
 
 def skewed_ids(rng: np.random.Generator, count: int, limit: int) -> NDArray[np.int64]:
@@ -289,8 +281,7 @@ def main() -> None:
     packages = ("pyarrow", "numpy", "torch", "deltalake", "ray")
     report = header("rows per second of one rank over a whole table in the page cache", settings, packages)
     report |= {"shuffle_quality": {name: round(value, 4) for name, value in quality.items()}}
-    report |= {"results": summary(timings)}
-    record(report, table(report), arguments.output, document="speed.md", place=RESULTS)
+    publish(report, summary(timings), table, output=arguments.output, place=RESULTS)
 
 
 if __name__ == "__main__":

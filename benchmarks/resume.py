@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.doc_tables import markdown, record
-from benchmarks.interleaved import header, interval, ratio, spread, take_turns
+from benchmarks.doc_tables import markdown
+from benchmarks.interleaved import header, interval, publish, ratio, settings_of, spread, take_turns
 from benchmarks.reader import DATES, benchmark_spec, write_table
 from usr_ray.checkpoint import CheckpointStore
 from usr_ray.config import Config
@@ -117,12 +117,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    settings = {k: v for k, v in vars(arguments).items() if k != "output"}
     with tempfile.TemporaryDirectory() as folder:
         results = measure(arguments, Path(folder))
-    report = header("time from the call of train to the first step of a resumed run", settings, ("torch", "pyarrow"))
-    report["results"] = results
-    record(report, table(report), arguments.output, document="speed.md", place=RESULTS)
+    report = header(
+        "time from the call of train to the first step of a resumed run", settings_of(arguments), ("torch", "pyarrow")
+    )
+    publish(report, results, table, output=arguments.output, place=RESULTS)
 
 
 if __name__ == "__main__":

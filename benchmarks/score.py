@@ -28,6 +28,7 @@ import numpy as np
 import onnxruntime
 import torch
 
+from benchmarks.step_cases import spec_of
 from usr_ray.batch import UsrBatch
 from usr_ray.checkpoint import CheckpointStore
 from usr_ray.config import BACKBONES, Config
@@ -37,7 +38,7 @@ from usr_ray.export_check import drawn_batch, training_probabilities
 from usr_ray.export_model import padded_inputs
 from usr_ray.export_runtime import ExportedModel
 from usr_ray.manifest import make_manifest
-from usr_ray.schema import DenseFeature, FeatureSpec, SparseFeature
+from usr_ray.schema import FeatureSpec
 from usr_ray.train_state import TrainState
 from usr_ray.worker import LocalWorker
 
@@ -50,17 +51,7 @@ def benchmark_spec() -> FeatureSpec:
     sizes = {"user_id": (200_000, "user"), "item_id": (100_000, "item"), "query": (50_000, "query")}
     sizes |= {"event_hour": (26, "context")}
     sizes |= {f"category_{n}": (1_000, "item" if n % 2 else "user") for n in range(8)}
-    return FeatureSpec(
-        scenarios=("search", "recommendation"),
-        query_scenarios=("search",),
-        sparse=tuple(
-            SparseFeature(name=name, column=f"{name}_index", num_embeddings=size, owner=owner)
-            for name, (size, owner) in sizes.items()
-        ),
-        dense=tuple(DenseFeature(name=f"number_{n}", column=f"number_{n}_scaled", owner="item") for n in range(4)),
-        history_length=50,
-        label_delay_us=0,
-    )
+    return spec_of(sizes, [f"number_{n}" for n in range(4)])
 
 
 def exported_run(folder: Path, backbone: str) -> TrainedRun:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,8 @@ class Case:
         return batch.count_longest()
 
 
-def _spec(sizes: Mapping[str, tuple[int, str]]) -> FeatureSpec:
+def spec_of(sizes: Mapping[str, tuple[int, str]], numbers: Sequence[str] = ("price", "age")) -> FeatureSpec:
+    """Two scenarios and a query; `sizes`: ids and owner of each feature by its name; `numbers`: of the item."""
     return FeatureSpec(
         scenarios=("search", "recommendation"),
         query_scenarios=("search",),
@@ -68,7 +69,7 @@ def _spec(sizes: Mapping[str, tuple[int, str]]) -> FeatureSpec:
             SparseFeature(name=n, column=f"{n}_index", num_embeddings=size, owner=owner)
             for n, (size, owner) in sizes.items()
         ),
-        dense=tuple(DenseFeature(name=n, column=f"{n}_scaled", owner="item") for n in ("price", "age")),
+        dense=tuple(DenseFeature(name=n, column=f"{n}_scaled", owner="item") for n in numbers),
         history_length=50,
         label_delay_us=0,
     )
@@ -91,8 +92,8 @@ def _shorten(history: History, mean_events: int, generator: torch.Generator) -> 
 
 
 CASES = {
-    "demo": Case("demo", _spec(_DEMO_SIZES), 1024, {}, mean_events=14),
-    "large": Case("large", _spec(_LARGE_SIZES), 4096, {"hidden": (256, 128), "tower_hidden": (64,)}),
+    "demo": Case("demo", spec_of(_DEMO_SIZES), 1024, {}, mean_events=14),
+    "large": Case("large", spec_of(_LARGE_SIZES), 4096, {"hidden": (256, 128), "tower_hidden": (64,)}),
 }
 """By name; 14 before the cut at the events that are there, 11 after it."""
 

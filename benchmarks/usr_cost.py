@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.doc_tables import markdown, record
-from benchmarks.interleaved import header, interval, ratio, spread, verdict
+from benchmarks.doc_tables import markdown
+from benchmarks.interleaved import header, interval, publish, ratio, settings_of, spread, verdict
 from benchmarks.step_cases import CASES, PLAIN, Step
 
 RESULTS = Path(__file__).parent / "results" / "usr_cost.json"
@@ -129,7 +129,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    settings = {k: v for k, v in vars(arguments).items() if k != "output"}
     results = []
     for case in arguments.cases:
         for backbone in arguments.backbones:
@@ -140,8 +139,8 @@ def main() -> None:
         new = {(entry["case"], entry["backbone"]) for entry in results}
         old = json.loads(arguments.output.read_text())["results"]
         results = [entry for entry in old if (entry["case"], entry["backbone"]) not in new] + results
-    report = header("time of a training step of USR beside its plain backbone", settings) | {"results": results}
-    record(report, table(report), arguments.output, document="speed.md", place=RESULTS)
+    report = header("time of a training step of USR beside its plain backbone", settings_of(arguments))
+    publish(report, results, table, output=arguments.output, place=RESULTS)
 
 
 if __name__ == "__main__":

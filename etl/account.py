@@ -17,10 +17,10 @@ from etl.packs import ACCOUNT, CELL, REJECT
 from etl.session import kept
 from etl.staging import staged
 from etl.user_pass import UNUSABLE
+from usr_ray.config import date_of
 
 UNDATED = "undated"
 """Stands for the date of a row whose time is missing or cannot be read, and of the users and items tables."""
-_EPOCH = dt.date(1970, 1, 1)
 
 
 @dataclass(slots=True)
@@ -132,4 +132,4 @@ def _day() -> Column:
 
 
 def _name(day: int | None) -> str:
-    return UNDATED if day is None else (_EPOCH + dt.timedelta(days=day)).isoformat()
+    return UNDATED if day is None else date_of(day).isoformat()

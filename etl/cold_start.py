@@ -12,10 +12,9 @@ from pyspark.sql import Column, DataFrame, Row
 from pyspark.sql import functions as F
 
 from etl.sample_counts import COLD, WITH_QUERY
-from usr_ray.config import Config, parse_dates
+from usr_ray.config import Config, day_number, parse_dates
 from usr_ray.schema import PARTITION_COLUMN, UNKNOWN_ID, FeatureSpec, index_column
 
-_EPOCH = dt.date(1970, 1, 1)
 _OWNERS = ("user_id", "item_id")
 
 
@@ -35,7 +34,7 @@ def seen_values(values: DataFrame, table: DataFrame | None, dates: Sequence[dt.d
         table: samples of other training dates (`fitted_samples`).
         dates: training dates that are being written.
     """
-    days = F.array(*(F.lit((date - _EPOCH).days) for date in dates)).cast("array<bigint>")
+    days = F.array(*(F.lit(day_number(date)) for date in dates)).cast("array<bigint>")
     of_pass = values.filter(F.col("feature").isin(*_OWNERS) & F.arrays_overlap("days", days))
     seen = of_pass.select("feature", "value")
     if table is not None:

@@ -23,6 +23,7 @@ from etl.sample_files import FILES, FilePlan, write_sample_files
 from etl.sample_rows import RowPlan
 from etl.tables import (
     any_date_condition,
+    delta_log,
     label_constraints,
     replace_dates,
     samples_schema,
@@ -110,9 +111,8 @@ class Replacement:
         jvm = spark.sparkContext._jvm
         assert jvm is not None  # a started session has one
         self._jvm = jvm
-        session = spark._jsparkSession
-        self._transaction = jvm.org.apache.spark.sql.delta.DeltaLog.forTable(session, path).startTransaction()
-        predicate = session.sessionState().sqlParser().parseExpression(condition)
+        self._transaction = delta_log(spark, path).startTransaction()
+        predicate = spark._jsparkSession.sessionState().sqlParser().parseExpression(condition)
         self._replaced = self._transaction.filterFiles(self._seq([predicate]), False)
 
     def commit(self, files: Sequence[Row]) -> int:

@@ -23,7 +23,7 @@ from etl.packs import EMITTED, REJECT
 from etl.staging import stage, staged
 from etl.user_pass import PassPlan, first_pass
 from etl.vocabulary import scale
-from usr_ray.config import DAY_US, Config
+from usr_ray.config import DAY_US, Config, date_of, day_number
 
 MAX_ROWS_PER_TASK = 1 << 22
 """Event rows of one task of the pass, about; every core has one task at least."""
@@ -148,7 +148,7 @@ def run_pass(
     read = logs.events
     if first_row is not None:
         read = read.filter(time.isNull() | (time >= F.timestamp_micros(F.lit(first_row))))
-        logs.account.whole_from = _date_of(-(-first_row // DAY_US))
+        logs.account.whole_from = date_of(-(-first_row // DAY_US))
     rows, num_usable = mark_foreign(read.select(*_OF_PASS, *plan.categories, *scaled, key.alias(USER_KEY)))
     if past is not None:
         past = past.withColumn(USER_KEY, F.xxhash64("user_id"))
@@ -176,11 +176,7 @@ def watermark_of(account: Account, asked: dt.datetime | None) -> int:
 
 def day_of(date: str) -> int:
     """Days since 1970 of YYYY-MM-DD."""
-    return (dt.date.fromisoformat(date) - _EPOCH.date()).days
-
-
-def _date_of(day: int) -> dt.date:
-    return _EPOCH.date() + dt.timedelta(days=day)
+    return day_number(dt.date.fromisoformat(date))
 
 
 def iso_time(micros: int) -> str:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from etl.events import Bools
+from etl.sample_rows import EVENT_HOUR
 from usr_ray.schema import ALL_LABELS, FIRST_ID, UNKNOWN_ID, FeatureSpec, SparseFeature, index_column
 
 COLD = ("unknown_user", "unknown_item", "unknown_query", "no_history", "new_user", "new_item")
@@ -24,7 +25,7 @@ WITH_QUERY = "with_query"
 
 def counted_features(spec: FeatureSpec) -> list[SparseFeature]:
     """Features whose values can be unknown or missing."""
-    return [feature for feature in spec.sparse if feature.name != "event_hour"]
+    return [feature for feature in spec.sparse if feature.name != EVENT_HOUR]
 
 
 def count_rows(batch: pa.RecordBatch, spec: FeatureSpec, new: dict[str, Bools | None]) -> dict[int, dict[str, Any]]:

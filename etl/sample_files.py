@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 
 from etl.events import Bools
 from etl.sample_counts import add_counts, count_rows
-from etl.sample_rows import OUTPUT_ROWS, DayRows, RowPlan, day_rows
+from etl.sample_rows import DayRows, RowPlan, day_rows
+from usr_ray.config import date_of
 from usr_ray.schema import ALL_LABELS, LABEL_ORDER, PARTITION_COLUMN, index_column
 
 FILES = pa.schema([
@@ -36,7 +37,6 @@ STATISTICS = ("event_time", index_column("scenario"))
 _DISTINCT = ("impression_id", "request_id", "event_time", "click_time", "order_time", "request_key")
 """Columns with hardly a value twice: a dictionary of them is built in vain."""
 _AGES = "_history_ages_s"
-_EPOCH = dt.date(1970, 1, 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +75,7 @@ def write_sample_files(
     try:
         for some in day_rows(batches, rows):
             if some.day not in files:
-                files[some.day] = _File(_EPOCH + dt.timedelta(days=some.day), rows, schema, plan)
+                files[some.day] = _File(date_of(some.day), rows, schema, plan)
             files[some.day].add(some)
         for day in sorted(files):
             yield files[day].finish()
@@ -133,11 +133,10 @@ class _File:
             num_rows = min(left, some.rows.num_rows)
             if num_rows < some.rows.num_rows:
                 self.held.insert(0, some.slice(num_rows))
-            for start in range(0, num_rows, OUTPUT_ROWS):
-                part = some.slice(start, min(OUTPUT_ROWS, num_rows - start))
-                for batch in part.batches(self.rows, self.schema):
-                    self._look_at(batch, part.new)
-                    group.append(batch)
+            for part in some.slice(0, num_rows).parts():
+                batch = part.batch(self.rows, self.schema)
+                self._look_at(batch, part.new)
+                group.append(batch)
             left -= num_rows
         self.num_held -= size
         self.num_rows += size

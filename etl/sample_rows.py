@@ -28,7 +28,7 @@ EVENT_HOUR = "event_hour"
 NUM_HOURS = 24
 _HOUR_US = DAY_US // NUM_HOURS
 _NEW = {"new_user": "user_id", "new_item": "item_id"}
-OUTPUT_ROWS = 16_384
+_OUTPUT_ROWS = 16_384
 """Rows that are written out at once: bounds memory."""
 _TIMESTAMP = pa.timestamp("us", tz="UTC")
 
@@ -84,15 +84,19 @@ class DayRows:
         found = {name: (self.found[key].is_new, self.rows[key].to_numpy() + 1) for name, key in _NEW.items()}
         return {name: None if is_new is None else is_new[places] for name, (is_new, places) in found.items()}
 
-    def batches(self, plan: RowPlan, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-        """The rows written out."""
-        for start in range(0, self.rows.num_rows, OUTPUT_ROWS):
-            part = self.rows.slice(start, OUTPUT_ROWS).combine_chunks()
-            output = _own_columns(part, self.found, plan) | _history_columns(part, self.events, plan.spec)
-            arrays = [output[field.name].cast(field.type) for field in schema]
-            yield pa.RecordBatch.from_arrays(
-                [a.combine_chunks() if isinstance(a, pa.ChunkedArray) else a for a in arrays], schema=schema
-            )
+    def parts(self) -> Iterator[DayRows]:
+        """The rows, as many at a time as are written out at once."""
+        for start in range(0, self.rows.num_rows, _OUTPUT_ROWS):
+            yield self.slice(start, _OUTPUT_ROWS)
+
+    def batch(self, plan: RowPlan, schema: pa.Schema) -> pa.RecordBatch:
+        """The rows written out; for one of `parts`."""
+        rows = self.rows.combine_chunks()
+        output = _own_columns(rows, self.found, plan) | _history_columns(rows, self.events, plan.spec)
+        arrays = [output[field.name].cast(field.type) for field in schema]
+        return pa.RecordBatch.from_arrays(
+            [a.combine_chunks() if isinstance(a, pa.ChunkedArray) else a for a in arrays], schema=schema
+        )
 
 
 def sample_rows(batches: Iterable[pa.RecordBatch], plan: RowPlan, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
@@ -104,7 +108,8 @@ def sample_rows(batches: Iterable[pa.RecordBatch], plan: RowPlan, schema: pa.Sch
         schema: columns of the result.
     """
     for rows in day_rows(batches, plan):
-        yield from rows.batches(plan, schema)
+        for part in rows.parts():
+            yield part.batch(plan, schema)
 
 
 def day_rows(batches: Iterable[pa.RecordBatch], plan: RowPlan) -> Iterator[DayRows]:

@@ -164,7 +164,7 @@ def _write_samples(job: Job, dates: Sequence[dt.date], reported: Sequence[dt.dat
     """Replace the rows of `dates`; the table's version, and what it holds on the `reported` ones."""
     path, spec, inputs = job.lake.path(SAMPLES), job.plan.spec, job.inputs
     hashed = job.config.vocabulary.kind == "hash"
-    version, written = table_version(job.spark, path), None
+    written = None
     if dates:
         values = inputs.staged(VALUE)
         encoded = encoded_packs(
@@ -172,6 +172,8 @@ def _write_samples(job: Job, dates: Sequence[dt.date], reported: Sequence[dt.dat
             _seen(job, values, dates),
         )  # fmt: skip
         version, written = replace_samples(job.spark, path, encoded, job.plan, dates)
+    else:
+        version = table_version(job.spark, path)
     counts = sample_counts(written or (), spec, hashed=hashed)
     others = reported if written is None else sorted(set(reported) - set(dates))
     if others:

@@ -21,7 +21,7 @@ from etl.attribution import LabelRules
 from etl.chunks import FOREIGN
 from etl.packs import EVENT, VALUE
 from etl.tables import STATE, Lake, create_table, replace_dates, row_meaning
-from usr_ray.config import DAY_US, Config
+from usr_ray.config import DAY_US, Config, day_number
 
 STATE_SCHEMA = T.StructType([
     T.StructField("part", T.StringType(), nullable=False),
@@ -42,7 +42,6 @@ DUPLICATE_SPAN = DAY_US
 """Rows of one key that are further apart are not seen as duplicates by a build that reads the state."""
 _HARMLESS = ("OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES")
 """Operations that leave the rows as they are."""
-_EPOCH = dt.date(1970, 1, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +58,7 @@ class State:
     @property
     def since_us(self) -> int | None:
         """`since` in microseconds since 1970."""
-        return None if self.since is None else (self.since - _EPOCH).days * DAY_US
+        return None if self.since is None else day_number(self.since) * DAY_US
 
     def first_row(self, rules: LabelRules, *, whole_days: bool) -> int | None:
         """Microseconds since 1970 from which the logs are needed; None: all."""

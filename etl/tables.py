@@ -128,12 +128,17 @@ def row_meaning(config: Config) -> dict[str, Any]:
     return meaning
 
 
-def delta_snapshot(spark: SparkSession, path: str) -> Any:
-    """The newest snapshot of a Delta table, in the JVM; unlike DESCRIBE and the history it needs no Spark job."""
+def delta_log(spark: SparkSession, path: str) -> Any:
+    """The log of a Delta table, in the JVM."""
     jvm = spark.sparkContext._jvm
     assert jvm is not None  # a started session has one
-    nothing = jvm.scala.Option.empty()
-    return jvm.org.apache.spark.sql.delta.DeltaLog.forTable(spark._jsparkSession, path).update(False, nothing, nothing)
+    return jvm.org.apache.spark.sql.delta.DeltaLog.forTable(spark._jsparkSession, path)
+
+
+def delta_snapshot(spark: SparkSession, path: str) -> Any:
+    """The newest snapshot of a Delta table, in the JVM; unlike DESCRIBE and the history it needs no Spark job."""
+    nothing = spark.sparkContext._jvm.scala.Option.empty()  # type: ignore[union-attr]
+    return delta_log(spark, path).update(False, nothing, nothing)
 
 
 def table_properties(spark: SparkSession, path: str) -> dict[str, str]:

@@ -33,6 +33,8 @@ from usr_ray.config_fields import (
     build,
     check_address,
     complete,
+    date_of,
+    day_number,
     dotted,
     end_of_us,
     override_key,
@@ -57,7 +59,7 @@ __all__ = [
     "GeneratorConfig", "HistoriesConfig", "InterestConfig", "JdSearchConfig", "KuaiRandConfig", "KuaiSarConfig",
     "KuaiSearchConfig", "LabelsConfig", "LogConfig", "ModelConfig", "MultitaskConfig", "OnlineConfig", "RayConfig",
     "SimulatedConfig", "SpaceConfig", "TrainConfig", "TuneConfig", "UserError", "VocabularyConfig", "check_address",
-    "dotted", "end_of_us", "load_config", "parse_date", "parse_dates", "parse_duration_us",
+    "date_of", "day_number", "dotted", "end_of_us", "load_config", "parse_date", "parse_dates", "parse_duration_us",
 ]  # fmt: skip
 
 

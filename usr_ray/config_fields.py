@@ -25,6 +25,7 @@ class ConfigError(UserError):
 
 
 DAY_US = 86_400_000_000
+_EPOCH = dt.date(1970, 1, 1)
 _UNITS_US = {
     "us": 1, "microsecond": 1, "ms": 1000, "millisecond": 1000, "s": 1_000_000, "second": 1_000_000,
     "m": 60_000_000, "min": 60_000_000, "minute": 60_000_000, "h": 3_600_000_000, "hour": 3_600_000_000,
@@ -70,9 +71,19 @@ def parse_instant_us(text: str, *, where: str) -> int:
     return (instant - dt.datetime(1970, 1, 1, tzinfo=dt.UTC)) // dt.timedelta(microseconds=1)
 
 
+def day_number(date: dt.date) -> int:
+    """Days since 1970."""
+    return (date - _EPOCH).days
+
+
+def date_of(number: int) -> dt.date:
+    """The date that is so many days after 1970-01-01."""
+    return _EPOCH + dt.timedelta(days=number)
+
+
 def end_of_us(day: dt.date) -> int:
     """End of a UTC day in microseconds since 1970; labels of training rows up to that day must be final by then."""
-    return (day.toordinal() - dt.date(1970, 1, 1).toordinal() + 1) * DAY_US
+    return (day_number(day) + 1) * DAY_US
 
 
 def dotted(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

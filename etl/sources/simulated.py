@@ -9,7 +9,6 @@ memory at a time.
 
 from __future__ import annotations
 
-import datetime as dt
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -32,7 +31,7 @@ from etl.sources.simulated_world import (
     sigmoid,
 )
 from etl.sources.writer import LogWriter, text_column
-from usr_ray.config import DAY_US, Config, SimulatedConfig, parse_date
+from usr_ray.config import DAY_US, Config, SimulatedConfig, day_number, parse_date
 
 PILOT_DAY = 1 << 20
 PILOT_IMPRESSIONS = 40_000
@@ -95,7 +94,7 @@ def simulate_days(world: World, config: Config) -> Iterator[SimulatedDay]:
     """Iterate over the SimulatedDays, first to last; each is a function of the seed and its number."""
     settings, windows = config.simulated, label_windows(config)
     first = parse_date(settings.first_date, where="simulated.first_date")
-    epoch_us = (first - dt.date(1970, 1, 1)).days * DAY_US
+    epoch_us = day_number(first) * DAY_US
     plan = draw_schedule(world, settings, 0, day_size(settings, 0))
     for number in range(settings.num_days):
         next_us_U = np.full(len(world.user_weight_U), NO_REQUEST_US)
