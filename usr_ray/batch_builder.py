@@ -7,7 +7,8 @@ events move by one copy of memory instead of one indexed read an event (three ti
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -85,7 +86,7 @@ def take_rows(batch: UsrBatch, rows: IntArray) -> UsrBatch:
 
 
 class BatchBuilder:
-    """Fills a batch from pieces: `add` each piece (from any thread, places disjoint), then `finish` once."""
+    """Fills a batch from pieces: `add` each piece (from any thread, places disjoint), then `finish` or `start` once."""
 
     def __init__(self, spec: FeatureSpec, num_rows: int) -> None:
         """A batch of `num_rows` rows; places that no piece fills become padding."""
@@ -110,8 +111,12 @@ class BatchBuilder:
         events = {(n, name): _as_bytes(h, name) for n, h in enumerate(rows.histories) for name in _fields(h)}
         self._pieces.append((places, events))
 
-    def finish(self, run: Callable[..., Iterable[Any]] = map) -> UsrBatch:
-        """The batch; `run` maps a function over a list, for example Executor.map to gather in several threads."""
+    def finish(self) -> UsrBatch:
+        """The batch, in this thread."""
+        return self.start(_at_once)()
+
+    def start(self, submit: Callable[..., Future[Tensor]]) -> Callable[[], UsrBatch]:
+        """Hand the gathers to `submit` (Executor.submit), the work of `finish`; returns what waits for the batch."""
         source = np.full(len(self._batch), -1, dtype=np.int64)
         first = 0
         for places, _ in self._pieces:
@@ -123,22 +128,32 @@ class BatchBuilder:
             padding = padding_batch(self._spec, 1)
             for name in _ROW_FIELDS:
                 getattr(self._batch, name).numpy()[missing] = getattr(padding, name).numpy()
-        if not self._pieces:
-            return self._batch
         if np.array_equal(source, np.arange(first)):
             index = None  # file order: nothing moves
-        jobs = list(self._pieces[0][1])
+        pieces, self._pieces = [events for _, events in self._pieces], []
 
         def gather(job: tuple[int, str]) -> Tensor:
             # Taken out of the pieces, so that decoded memory goes back field by field.
-            return _gather([events.pop(job) for _, events in self._pieces], job[1], index)
+            return _gather([events.pop(job) for events in pieces], job[1], index)
 
-        found: list[dict[str, Tensor]] = [{} for _ in self._lengths]
-        for (n, name), values in zip(jobs, run(gather, jobs), strict=True):
-            found[n][name] = values
-        self._pieces.clear()
-        histories = tuple(_history(values, lengths) for values, lengths in zip(found, self._lengths, strict=True))
-        return replace(self._batch, histories=histories)
+        gathers = {job: submit(gather, job) for job in (list(pieces[0]) if pieces else [])}
+
+        def wait() -> UsrBatch:
+            if not gathers:
+                return self._batch
+            found: list[dict[str, Tensor]] = [{} for _ in self._lengths]
+            for (n, name), values in gathers.items():
+                found[n][name] = values.result()
+            histories = tuple(_history(values, lengths) for values, lengths in zip(found, self._lengths, strict=True))
+            return replace(self._batch, histories=histories)
+
+        return wait
+
+
+def _at_once(function: Callable[..., Tensor], *arguments: Any) -> Future[Tensor]:
+    future: Future[Tensor] = Future()
+    future.set_result(function(*arguments))
+    return future
 
 
 def _fields(history: History) -> list[str]:

@@ -14,9 +14,8 @@ import queue
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,14 @@ from numpy.typing import NDArray
 
 from usr_ray import order as ordering
 from usr_ray.batch import UsrBatch
-from usr_ray.batch_builder import BatchBuilder, take_rows
+from usr_ray.batch_builder import BatchBuilder
 from usr_ray.manifest import Manifest, usable_row_groups
 from usr_ray.order_quality import ShuffleQuality, epoch_quality
+from usr_ray.reader_blocks import CLOSED, MAX_BYTES_IN_FLIGHT, Block, BlockReader, Plan
 from usr_ray.reader_decode import RowGroupDecoder
 
-MAX_BYTES_IN_FLIGHT = 1 << 30
-"""Uncompressed bytes of the row groups being decoded at one time; one row group is decoded whatever its size."""
 _BLOCKS_IN_MEMORY = 2
 _POLL_S = 0.1
-_CLOSED = "the reader was closed while its batches were in use"
 
 
 class SampleReader:
@@ -95,7 +92,10 @@ class SampleReader:
             manifest, ready_before_us=ready_before_us, mature_only=mature_only, cache_dir=cache_dir
         )
         self._order: dict[str, Any] = {"kind": order, "seed": seed, "block_rows": block_rows, "num_shards": num_shards}
-        self._max_bytes_in_flight = max_bytes_in_flight
+        self._blocks = BlockReader(
+            manifest.spec, self._refs, self._decoder, self._share, num_threads=num_threads,
+            max_bytes_in_flight=max_bytes_in_flight,
+        )  # fmt: skip
         self._num_threads = num_threads
         self._executor: ThreadPoolExecutor | None = None
         self._streams: weakref.WeakSet[_Stream] = weakref.WeakSet()
@@ -170,50 +170,6 @@ class SampleReader:
         fixed = [self._manifest.sha256, spec.label_delay_us, spec.label_day_span, self._order, *values]
         return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
-    def _build_block(
-        self, order: ordering.EpochOrder, block: int, start_step: int, executor: ThreadPoolExecutor,
-        stop: threading.Event,
-    ) -> _Block:  # fmt: skip
-        """Decode a block's row groups and lay this rank's rows out in the order they are used."""
-        places, rows = ordering.block_share(order, block, self._share, start_step)
-        groups = ordering.block_rows_by_group(order, block, rows)
-        builder = BatchBuilder(self._manifest.spec, len(places))
-        # A row group is decoded by one thread, unless there are threads to spare.
-        use_threads = len(groups) < self._num_threads
-        running: deque[tuple[Future[None], int]] = deque()
-        num_bytes = 0
-
-        def decode(group: int, inside: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
-            if stop.is_set():
-                raise RuntimeError(_CLOSED)
-            decoded = self._decoder.decode(self._refs[group], use_threads=use_threads)
-            # Only this rank's rows are kept, so that W workers on one machine hold a block once, not W times.
-            builder.add(decoded if len(inside) == len(decoded) else take_rows(decoded, inside), targets)
-
-        try:
-            for group, inside, targets in groups:
-                size = self._refs[group].row_group.num_bytes
-                while running and num_bytes + size > self._max_bytes_in_flight:
-                    future, finished_bytes = running.popleft()
-                    future.result()
-                    num_bytes -= finished_bytes
-                running.append((executor.submit(decode, group, inside, targets), size))
-                num_bytes += size
-            while running:
-                running.popleft()[0].result()
-        finally:
-            for future, _ in running:
-                future.cancel()
-        return _Block(block, places, builder.finish(executor.map))
-
-
-@dataclass(slots=True)
-class _Block:
-    index: int
-    places: NDArray[np.int64]
-    """step * rows + position in the batch, for every row of `rows`, ascending."""
-    rows: UsrBatch
-
 
 class _Stream:
     """One pass over an epoch: a thread that builds blocks ahead, and the batches cut from them."""
@@ -226,13 +182,13 @@ class _Stream:
         self._stop = threading.Event()
         self._num_extra = 0
         self._free = threading.Semaphore(_BLOCKS_IN_MEMORY)
-        self._ready: queue.SimpleQueue[_Block | BaseException] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[Callable[[], Block] | BaseException] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._produce, name="usr-ray-reader", daemon=True)
 
     def batches(self) -> Iterator[UsrBatch]:
         """The batches; a generator, so that leaving it early ends the thread."""
         self._thread.start()
-        held: deque[_Block] = deque()
+        held: deque[Block] = deque()
         newest = ordering.first_block(self._order, self._start_step, self._reader._share) - 1
         rows = self._reader.batch_size
         try:
@@ -259,25 +215,36 @@ class _Stream:
 
     def _produce(self) -> None:
         first = ordering.first_block(self._order, self._start_step, self._reader._share)
+        if first >= self._order.num_blocks:  # the end of the epoch
+            return
         try:
+            planned = self._plan(first)
             for block in range(first, self._order.num_blocks):
                 while not self._free.acquire(timeout=_POLL_S):
                     if self._stop.is_set():
                         break
                 if self._stop.is_set():
-                    raise RuntimeError(_CLOSED)
-                built = self._reader._build_block(self._order, block, self._start_step, self._executor, self._stop)
-                self._ready.put(built)
+                    raise RuntimeError(CLOSED)
+                plan = planned.result()
+                if block + 1 < self._order.num_blocks:  # made while this one is decoded
+                    planned = self._plan(block + 1)
+                self._ready.put(self._reader._blocks.build(plan, self._executor, self._stop))
         except BaseException as error:  # it belongs to the thread that uses the batches
             self._ready.put(error)
 
-    def _next_block(self) -> _Block:
+    def _plan(self, block: int) -> Future[Plan]:
+        return self._executor.submit(self._reader._blocks.plan, self._order, block, self._start_step)
+
+    def _next_block(self) -> Block:
         block = self._ready.get()
         if isinstance(block, BaseException):
             raise block
-        return block
+        try:
+            return block()
+        except CancelledError as error:
+            raise RuntimeError(CLOSED) from error
 
-    def _drop(self, held: deque[_Block], place: int) -> None:
+    def _drop(self, held: deque[Block], place: int) -> None:
         while held and (not len(held[0].places) or held[0].places[-1] < place):
             held.popleft()
             if self._num_extra:
@@ -285,7 +252,7 @@ class _Stream:
             else:
                 self._free.release()
 
-    def _cut(self, held: deque[_Block], first: int, last: int) -> UsrBatch:
+    def _cut(self, held: deque[Block], first: int, last: int) -> UsrBatch:
         """The batch of places first..last - 1: a view of one block, or the rows of several put together."""
         pieces = []
         for block in held:

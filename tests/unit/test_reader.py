@@ -280,8 +280,10 @@ def test_two_passes_may_be_read_at_the_same_time(manifest: Manifest) -> None:
 def test_no_more_than_two_blocks_are_built_ahead_of_use(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     with SampleReader(manifest, **{**SIZES, "block_rows": 40}) as reader:
         built: list[int] = []
-        build = reader._build_block
-        monkeypatch.setattr(reader, "_build_block", lambda *values: built.append(values[1]) or build(*values))
+        build = reader._blocks.build
+        monkeypatch.setattr(
+            reader._blocks, "build", lambda plan, *others: built.append(plan.block) or build(plan, *others)
+        )
         batches = reader.batches(0)
         next(batches)
         deadline = time.monotonic() + 5
