@@ -1,6 +1,6 @@
 """Does Ray's TorchTrainer slow the training loop down beside torchrun and a plain process?
 
-    python benchmarks/launchers.py [--rows 65536] [--rounds 3] [--workers 1 2]
+    python benchmarks/launchers.py [--rows 32768] [--rounds 3] [--workers 1 2]
 
 The same function, usr_ray.train.train, on the same table and configuration, started three ways: `plain` (one process),
 `torchrun` and `TorchTrainer` (usr_ray.trainer.run, as jobs/train.py does, with a Ray of its own). Each run is a
@@ -34,11 +34,12 @@ RESULTS = Path(__file__).parent / "results" / "launchers.json"
 AIM = 0.95
 PLAIN, TORCHRUN, RAY = "plain", "torchrun", "TorchTrainer"
 _SKIPPED_WINDOWS = 1
+_LONGEST_RUN_S = 240
 
 
 def config_of(workers: int, batch_rows: int) -> Config:
-    """One epoch, a log window of 8 steps, no evaluation and one checkpoint."""
-    train = {"global_batch_size": batch_rows, "num_epochs": 1, "log_every_steps": 8, "checkpoint_every_steps": 10**6,
+    """One epoch, a log window of 4 steps, no evaluation and one checkpoint."""
+    train = {"global_batch_size": batch_rows, "num_epochs": 1, "log_every_steps": 4, "checkpoint_every_steps": 10**6,
              "reader_threads": 1}  # fmt: skip
     data = {"train_dates": "2026-01-01:2026-01-03", "eval_dates": "2026-01-04:2026-01-04"}
     return Config.from_dict({"data": data, "train": train, "ray": {"num_workers": workers, "dashboard": False}})
@@ -91,9 +92,17 @@ def launch(way: str, workers: int, folder: Path, arguments: argparse.Namespace) 
     start = [sys.executable]
     if way == TORCHRUN:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
-    done = subprocess.run([*start, *own], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{way} with {workers} workers failed:\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
+    # Into a file: a pipe stays open, and would be waited for, as long as any process that Ray left behind.
+    with (folder / "output.txt").open("w+") as output:
+        ended = ""
+        try:
+            done = subprocess.run([*start, *own], stdout=output, stderr=output, check=False, timeout=_LONGEST_RUN_S)
+            ended = f"failed with {done.returncode}" if done.returncode else ""
+        except subprocess.TimeoutExpired:
+            ended = f"was not done after {_LONGEST_RUN_S} s (give fewer --rows?)"
+        if ended:
+            output.seek(0)
+            raise SystemExit(f"{way} with {workers} workers {ended}:\n{output.read()[-5000:]}")
     return steady_rate(run_dir)
 
 
@@ -133,7 +142,7 @@ def table(report: Mapping[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=65_536, help="of the table; three quarters are trained on")
+    parser.add_argument("--rows", type=int, default=32_768, help="of the table; three quarters are trained on")
     parser.add_argument("--batch-rows", type=int, default=1024, help="of a step over all workers")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])

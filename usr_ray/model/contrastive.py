@@ -100,8 +100,8 @@ class _Contrast(torch.autograd.Function):
     """The loss of every (row, view), (N, G, S), zero for rows that are not valid; and the factors of `_scale`.
 
     A cosine is v.n times both vectors' factors, so unit vectors are never built, and the backward is written out: with
-    g the gradient of v at fixed factors, dv = g - v (g.v) factor / |v|. Autograd's own passes over the widest tensors
-    of a step three times as often.
+    g the gradient of v at fixed factors, dv = g - v (g.v) factor / |v|, and g.v is a sum over the dots kept.
+    Autograd's own passes over the widest tensors of a step three times as often.
     """
 
     @staticmethod
@@ -119,8 +119,10 @@ class _Contrast(torch.autograd.Function):
         kept: list[Tensor] = []
         # Row g, column h of a pair's matrix serves anchor g of one view and anchor h of the other.
         for one, other in itertools.combinations(range(len(views)), 2):
-            score_NGG = torch.bmm(views[one], views[other].transpose(1, 2))
-            score_NGG.mul_((scales[one] / temperature).unsqueeze(2)).mul_(scales[other].unsqueeze(1)).add_(floor_NGG)
+            dots_NGG = torch.bmm(views[one], views[other].transpose(1, 2))
+            kept.append(dots_NGG)
+            score_NGG = dots_NGG * (scales[one] / temperature).unsqueeze(2)
+            score_NGG.mul_(scales[other].unsqueeze(1)).add_(floor_NGG)
             for view, dim in ((one, 2), (other, 1)):
                 largest = score_NGG.amax(dim, keepdim=True)
                 weight_NGG = (score_NGG - largest).exp_()
@@ -146,24 +148,27 @@ class _Contrast(torch.autograd.Function):
         pull_NGS = torch.where(valid_NG.unsqueeze(2), grad_NGS * torch.sigmoid(margin_NGS), 0)
         push_NGS = -pull_NGS * scale_NGS * twin_scale_NGS / ctx.temperature
         grad_twins_NGSD = vectors_NGSD * push_NGS.unsqueeze(3)
-        along_NGS = push_NGS * dot_NGS * _per_norm(twin_scale_NGS, twin_norm_NGS)
+        pushed_NGS = push_NGS * dot_NGS
+        along_NGS = pushed_NGS * _per_norm(twin_scale_NGS, twin_norm_NGS)
         grad_twins_NGSD.addcmul_(twins_NGSD, along_NGS.unsqueeze(3), value=-1)
-        views, scales = vectors_NGSD.unbind(2), scale_NGS.unbind(2)
-        grads = [twin * push.unsqueeze(2) for twin, push in zip(twins_NGSD.unbind(2), push_NGS.unbind(2), strict=True)]
+        grad_NGSD = twins_NGSD * push_NGS.unsqueeze(3)
+        views, scales, grads = vectors_NGSD.unbind(2), scale_NGS.unbind(2), grad_NGSD.unbind(2)
+        along = list(pushed_NGS.unbind(2))
         pull_NGSP, used = pull_NGS.unsqueeze(3) * share_NGSP, [0] * len(views)
         matrices = iter(kept)
         for one, other in itertools.combinations(range(len(views)), 2):
-            parts = []
+            dots_NGG, parts = next(matrices), []
             for view, dim in ((one, 2), (other, 1)):
                 weight_NGG, total = next(matrices), next(matrices)
                 parts.append(weight_NGG * (pull_NGSP[:, :, view, used[view]].unsqueeze(dim) / total))
                 used[view] += 1
             grad_NGG = parts[0].add_(parts[1])
             grad_NGG.mul_((scales[one] / ctx.temperature).unsqueeze(2)).mul_(scales[other].unsqueeze(1))
-            grads[one] = torch.baddbmm(grads[one], grad_NGG, views[other])
-            grads[other] = torch.baddbmm(grads[other], grad_NGG.transpose(1, 2), views[one])
-        grad_NGSD = torch.stack(grads, dim=2)
-        along_NGS = (grad_NGSD * vectors_NGSD).sum(3) * _per_norm(scale_NGS, norm_NGS)
+            grads[one].baddbmm_(grad_NGG, views[other])
+            grads[other].baddbmm_(grad_NGG.transpose(1, 2), views[one])
+            grad_NGG.mul_(dots_NGG)
+            along[one], along[other] = along[one] + grad_NGG.sum(2), along[other] + grad_NGG.sum(1)
+        along_NGS = torch.stack(along, dim=2) * _per_norm(scale_NGS, norm_NGS)
         return grad_NGSD.addcmul_(vectors_NGSD, along_NGS.unsqueeze(3), value=-1), grad_twins_NGSD, None, None
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 class FeatureGenerator(nn.Module):
     """Elementwise gates on f, one for each column. The last layer starts at zero, so every gate starts at 1.
 
-    The first layer is kept as two factors, on z_k and on f, so that the product with f is done once for all views.
+    The first layer is kept as two factors, on z_k and on f, so that the product with f is done once for all views and
+    that with z_k once for a row and its twin.
     """
 
     def __init__(self, trigger_dim: int, feature_dim: int, hidden: int) -> None:
@@ -27,8 +28,16 @@ class FeatureGenerator(nn.Module):
 
     def forward(self, trigger_BVZ: Tensor, features_BC: Tensor) -> Tensor:
         """f_k of every view: (B, V, C)."""
+        return self._scale(self.trigger_layer(trigger_BVZ), features_BC)
+
+    def with_twin(self, trigger_BVZ: Tensor, features_BC: Tensor, keep_BC: Tensor) -> tuple[Tensor, Tensor]:
+        """f_k of every view, and that of the twin which sees only the columns of `keep_BC`; (B, V, C) each."""
+        trigger_BVH = self.trigger_layer(trigger_BVZ)
+        return self._scale(trigger_BVH, features_BC), self._scale(trigger_BVH, features_BC * keep_BC)
+
+    def _scale(self, trigger_BVH: Tensor, features_BC: Tensor) -> Tensor:
         # Without the stop of the gradient the gates would pull the embeddings towards what is easy to gate.
         shared_B1H = self.feature_layer(features_BC.detach()).unsqueeze(1)
-        hidden_BVH = torch.relu(self.trigger_layer(trigger_BVZ) + shared_B1H)
-        half_gates_BVC: Tensor = torch.sigmoid(self.gate_layer(hidden_BVH))
+        logits_BVC = self.gate_layer(torch.relu(trigger_BVH + shared_B1H))
+        half_gates_BVC: Tensor = torch.sigmoid(logits_BVC)
         return half_gates_BVC * (2 * features_BC).unsqueeze(1)

@@ -152,11 +152,11 @@ class UsrModel(nn.Module):
             interests_BVD, interests_twin_BVD = self.interest(inputs, z_BVZ, events, grid, keep_BL)
         if self.generator is None:
             features_BVC = inputs.features_BC.unsqueeze(1)
+        elif self.training and self.twins_features:
+            keep_BC = feature_mask(self.inputs.feature_widths, batch.row_number_B, step_seed, rate)
+            features_BVC, features_twin_BVC = self.generator.with_twin(z_BVZ, inputs.features_BC, keep_BC)
         else:
             features_BVC = self.generator(z_BVZ, inputs.features_BC)
-            if self.training and self.twins_features:
-                keep_BC = feature_mask(self.inputs.feature_widths, batch.row_number_B, step_seed, rate)
-                features_twin_BVC = self.generator(z_BVZ, inputs.features_BC * keep_BC)
         return _Views(interests_BVD, features_BVC, interests_twin_BVD, features_twin_BVC)
 
     def _with_views(self, outputs: UsrOutputs, views: _Views) -> UsrOutputs:
