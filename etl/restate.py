@@ -17,16 +17,17 @@ from etl.account import UNDATED, Account
 from etl.attribution import LabelRules
 from etl.checks import DataCheckError
 from etl.fingerprint import date_fingerprint
-from etl.inputs import day_of, make_plan, open_logs, run_pass
+from etl.inputs import Inputs, day_of, make_plan, open_logs, run_pass
 from etl.packs import EVENT, VALUE
 from etl.report_files import read_reports
-from etl.samples import Job, Progress, accounted, described, row_plan, write_dates
+from etl.samples import Job, Progress, accounted, described, read_from, row_plan, write_dates
 from etl.staging import staging_folder
-from etl.state import find_state, write_state
+from etl.state import DUPLICATE_SPAN, find_state, past_events, write_state
 from etl.table_checks import check_tables
 from etl.tables import Lake
 from etl.vocabulary import existing_vocabularies, feature_spec
 from usr_ray.config import Config
+from usr_ray.schema import SAMPLES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +37,8 @@ class RestateRequest:
     logs: str
     lake: Lake
     first: dt.date | None = None
-    """None: every date built so far."""
+    """None: every date built so far. With a date the logs are read from it on only, and what lies before is taken from
+    the state, so that they need not reach back to the beginning."""
     last: dt.date | None = None
     watermark: dt.datetime | None = None
 
@@ -50,7 +52,8 @@ def restate_samples(
         Restated date -> what has changed of it (`impressions`, `labels`, `histories`, `final_until`).
 
     Raises:
-        DataCheckError: nothing was built yet, the configuration has changed, or a log cannot be used.
+        DataCheckError: nothing was built yet, the configuration has changed, a log cannot be used, or the logs hold a
+            date no longer that would be built again.
     """
     lake = request.lake
     check_tables(spark, lake, config)
@@ -59,15 +62,21 @@ def restate_samples(
         raise DataCheckError(f"--restate: {lake.root} has no reports of the dates asked for; build them with --dates")
     logs = open_logs(spark, config, request.logs)
     progress(f"reading {len(logs.logs)} event logs")
-    plan = make_plan(config, tuple(map(day_of, reports)))
+    state = find_state(spark, config, lake, request.first or dt.date.max)
+    if request.first is None:
+        state = replace(state, since=None)  # everything before is attributed again
+    plan = make_plan(config, tuple(map(day_of, reports)), state.since_us)
+    first_row = state.first_row(plan.rules, whole_days=bool(plan.max_user_day_rows))
+    past = None if first_row is None else past_events(spark, lake, state)
+    progress(read_from(state, first_row))
     with staging_folder(spark, lake) as folder:
-        inputs = run_pass(spark, logs, plan, folder)
+        inputs = run_pass(spark, logs, plan, folder, first_row=first_row, past=past)
         progress(described(inputs.account))
         progress(accounted(inputs.account))
+        _check_logs(lake, reports, inputs, plan.rules)
         # Events may have changed that only dates yet to come show.
-        before = find_state(spark, config, lake, dt.date.max)
-        last = max(dt.date.fromisoformat(max(reports)), before.complete_until or dt.date.min)
-        whole = replace(before, since=None, complete_until=last if before.complete_until else None)
+        last = max(dt.date.fromisoformat(max(reports)), state.complete_until or dt.date.min)
+        whole = replace(state, complete_until=last if state.complete_until else None)
         write_state(spark, config, lake, whole, inputs.staged(EVENT), inputs.staged(VALUE), last)
         known = existing_vocabularies(spark, config, lake)
         rows = row_plan(config, feature_spec(config, known.max_ids), inputs.account, request.watermark, plan.days)
@@ -107,6 +116,25 @@ def _recounted(date: str, report: dict[str, Any], account: Account) -> bool:
     reasons = {log: found for (log, day), found in account.reasons.items() if day == date}
     undated = {log: asdict(count) for (log, day), count in account.counts.items() if day == UNDATED}
     return now != report["rows"] or reasons != report["rejects"] or undated != report["undated"]["rows"]
+
+
+def _check_logs(lake: Lake, reports: dict[str, dict[str, Any]], inputs: Inputs, rules: LabelRules) -> None:
+    """Refuse to replace a date by nothing because its logs have been cleared away."""
+    held = {date for date, report in reports.items() if any(s["impressions"] for s in report["scenarios"].values())}
+    shown = inputs.num_impressions(held)
+    gone = sorted(date for date in held if not shown[date])
+    if gone:
+        # The first dates that the logs still hold have lost what went before their own clicks and orders.
+        margin = dt.timedelta(days=1, microseconds=rules.reach + DUPLICATE_SPAN)
+        last_cut = (dt.datetime.fromisoformat(gone[-1]) + margin).date().isoformat()
+        whole = sorted(date for date in held if date > last_cut)
+        way_out = (
+            f"name the dates whose logs are whole: --dates {whole[0]}:{whole[-1]}" if whole else "name other --logs"
+        )
+        raise DataCheckError(
+            f"--restate: the logs hold no impression of {', '.join(gone[:3])}{' ...' if len(gone) > 3 else ''}, which "
+            f"{lake.path(SAMPLES)} holds and would lose; {way_out}"
+        )
 
 
 def _asked_for(request: RestateRequest, date: str) -> bool:

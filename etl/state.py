@@ -107,7 +107,7 @@ def write_state(
 ) -> None:
     """Replace the state from `state.since` to `last`; in one commit, which says until when it is complete now.
 
-    A state that was made whole and would stay as it is is left alone.
+    A state that would stay as it is is left alone, where it was made whole or this replaces a part that is there.
 
     Args:
         spark: the session.
@@ -142,6 +142,10 @@ def write_state(
     if state.since is None and until == last:
         content = _content(frame)
         if (content, until) == (state.content, state.complete_until):
+            return
+    elif state.since is not None and until == state.complete_until:
+        there = spark.read.format("delta").option("versionAsOf", state.version).load(path).filter(condition)
+        if _content(there) == _content(frame):
             return
     mark = {"complete_until": until.isoformat(), "meaning": row_meaning(config), "content": content}
     replace_dates(frame, path, condition, metadata=json.dumps(mark, sort_keys=True))

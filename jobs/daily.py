@@ -97,7 +97,9 @@ class Day:
 
     def restate(self) -> None:
         """Earlier dates that late events, or the passing of time, have changed."""
-        self._build("--restate")
+        days = self.arguments.restate_days
+        first = dt.date.fromisoformat(self.plan.day) - dt.timedelta(days=days - 1)
+        self._build("--restate", *(["--dates", f"{first}:{self.plan.day}"] if days else []))
 
     def train(self) -> str | None:
         """Go on from the model in use, over the dates whose labels have become final since."""
@@ -222,6 +224,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--lake", metavar="DIR", help="where the tables are")
     parser.add_argument("--date", default="today-1", help="newest complete UTC day of the logs (today-1)")
     parser.add_argument("--watermark", metavar="ISO", help="the logs are complete up to here (default: newest event)")
+    parser.add_argument("--restate-days", type=int, default=0, metavar="N",
+                        help="late events are looked for in the last N dates only (all dates)")  # fmt: skip
     parser.add_argument("--tolerance", type=float, default=0.005, metavar="X",
                         help="relative increase of the log loss that a new model may have (0.005)")  # fmt: skip
     parser.add_argument("--spark-submit", default="spark-submit", metavar="WORDS",

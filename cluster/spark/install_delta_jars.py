@@ -1,7 +1,7 @@
 """Put Delta Lake's jars next to Spark's own, once, so that every later `spark-submit` needs no network and no flag.
 
 Spark's own resolver (Ivy) fetches them from Maven Central into a cache inside the project. On a cluster the same jars
-come with `--packages` or with the image instead; see cluster/README.md.
+come with `--packages` or with the image instead; see docs/cluster.md.
 """
 
 from __future__ import annotations

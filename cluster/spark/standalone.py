@@ -138,15 +138,10 @@ class Standalone:
             "SPARK_CONF_DIR": str(ROOT / "cluster" / "spark" / "conf"),  # for log4j2; its defaults are not read
             "SPARK_LOCAL_IP": self.arguments.host,  # the only thing that Spark's pages heed
             "SPARK_DAEMON_MEMORY": "512m",
+            "SPARK_DAEMON_JAVA_OPTS": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",  # they do little
         }
-        whole = [
-            str(home / "bin" / "spark-class"),
-            command[0],
-            "--properties-file",
-            str(self.daemon_conf),
-            *command[1:],
-        ]
-        return daemon.start(whole, environment, **note)
+        spark_class, properties = str(home / "bin" / "spark-class"), ["--properties-file", str(self.daemon_conf)]
+        return daemon.start([spark_class, command[0], *properties, *command[1:]], environment, **note)
 
     def _page(self) -> dict[str, Any] | None:
         url = f"http://{self.arguments.host}:{self.arguments.ui_port}/json/"

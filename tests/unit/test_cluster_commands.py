@@ -153,10 +153,20 @@ def test_both_sides_name_the_same_lake_and_configuration() -> None:
         assert len({words[words.index(flag) + 1] for words in lists}) == 1
 
 
+def anchors(page: Path) -> set[str]:
+    """Where a link into a page can lead: its headings, as GitHub writes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_of_the_documents_lead_somewhere() -> None:
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text(encoding="utf-8")):
-            assert (path.parent / target).exists(), f"{path.name}: {target}"
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md")]
+    for path in [*pages, ROOT / "benchmarks" / "README.md"]:
+        for target in re.findall(r"\]\((?!https?:)([^)]+)\)", path.read_text(encoding="utf-8")):
+            file, _, anchor = target.partition("#")
+            page = path.parent / file if file else path
+            assert page.exists(), f"{path.name}: {target}"
+            assert not anchor or anchor in anchors(page), f"{path.name}: {target}"
     for path in (ROOT / "docs" / "cluster.md", ROOT / "docs" / "security.md", ROOT / "docs" / "monitoring.md"):
         for named in re.findall(r"`((?:cluster|jobs|docs|tests)/[\w./-]+\.\w+)`", path.read_text(encoding="utf-8")):
             assert (ROOT / named).exists(), f"{path.name}: {named}"

@@ -183,6 +183,13 @@ def test_a_first_day_builds_from_the_beginning_and_publishes(shop: Shop, capsys:
     assert shop.calls() == []
 
 
+def test_late_events_can_be_looked_for_in_the_last_days_only(shop: Shop) -> None:
+    shop.tell(loss={"2026-01-06": 0.4})
+    assert shop.day("2026-01-06", "--restate-days", "3") == 0
+    restate = shop.calls()[1]
+    assert restate[restate.index("--dates") + 1] == "2026-01-04:2026-01-06"
+
+
 def test_the_next_day_goes_on_from_the_model_in_use_and_a_worse_one_is_held_back(
     shop: Shop, capsys: pytest.CaptureFixture[str]
 ) -> None:
