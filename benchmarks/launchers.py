@@ -1,6 +1,6 @@
 """Does Ray's TorchTrainer slow the training loop down beside torchrun and a plain process?
 
-    python benchmarks/launchers.py [--rows 32768] [--rounds 3] [--workers 1 2]
+    python benchmarks/launchers.py [--rows 32768] [--rounds 3] [--workers 1 2] [--append]
 
 The same function, usr_ray.train.train, on the same table and configuration, started three ways: `plain` (one process),
 `torchrun` and `TorchTrainer` (usr_ray.trainer.run, as jobs/train.py does, with a Ray of its own). Each run is a
@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("--batch-rows", type=int, default=1024, help="of a step over all workers")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--append", action="store_true", help="what was recorded of other numbers of workers stays")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--as", dest="way", choices=[PLAIN, TORCHRUN, RAY], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -154,8 +155,13 @@ def main() -> None:
     if arguments.way:
         run_here(arguments.way, arguments.folder, arguments.run_dir, arguments.workers[0], arguments.batch_rows)
         return
-    settings = {k: getattr(arguments, k) for k in ("rows", "batch_rows", "rounds", "workers")}
+    settings = {k: getattr(arguments, k) for k in ("rows", "batch_rows", "rounds")}
     results = measure(arguments)
+    if arguments.append and arguments.output.exists():
+        old = json.loads(arguments.output.read_text())["results"]
+        results = sorted(
+            [r for r in old if r["workers"] not in arguments.workers] + results, key=lambda r: r["workers"]
+        )
     report = header("steady samples a second of one function started three ways", settings, ("torch", "ray"))
     publish(report, results, table, output=arguments.output, place=RESULTS)
 
