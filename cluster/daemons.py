@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import time
@@ -13,11 +15,37 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.local_ray import end_session
 from usr_ray.config import UserError
 from usr_ray.files import write_whole
 
+STOP_TIMEOUT_S = 15.0
 _LOG_LINES = 15
+
+
+def session_processes(leader: int) -> list[int]:
+    """Processes of the session that a daemon leads. Ray's workers leave the process group, but never the session."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
+            except OSError:
+                continue
+            if int(fields[3]) == leader and fields[0] != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def end_session(leader: int) -> None:
+    """End a session, politely, then for good; detached actors outlive Ray's own end."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(leader, signal.SIGTERM)
+    end = time.monotonic() + STOP_TIMEOUT_S
+    while session_processes(leader) and time.monotonic() < end:
+        time.sleep(0.2)
+    for pid in session_processes(leader):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 class Daemon:
@@ -34,7 +62,7 @@ class Daemon:
             fields = Path(f"/proc/{note['pid']}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
         except (OSError, ValueError):
             return None
-        return note if int(fields[19]) == note["started"] and fields[0] != "Z" else None
+        return note if int(fields[19]) == note.get("started") and fields[0] != "Z" else None
 
     def start(self, command: Sequence[str], environment: Mapping[str, str], **note: Any) -> subprocess.Popen[bytes]:
         """Start it; UserError when it runs already. Secrets go into files or `environment`, never into `command`."""

@@ -14,22 +14,20 @@ loss of a node does. `start` brings lost ones back.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import signal
 import socket
-import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from usr_ray.cli import run_job
+from cluster.daemons import Daemon
+from usr_ray.cli import JobParser, run_job
 from usr_ray.config import UserError
 from usr_ray.trainer_environment import (
     API_SERVER,
@@ -40,7 +38,7 @@ from usr_ray.trainer_environment import (
     token_file,
 )
 
-START_TIMEOUT_S, STOP_TIMEOUT_S = 180.0, 15.0
+START_TIMEOUT_S = 180.0
 
 _MORE_NODES = f"""
 import os
@@ -71,90 +69,65 @@ def train_runs(port: int, token: str) -> list[dict]:
         return []
 
 
-def session_processes(leader: int) -> list[int]:
-    """Processes of the session that `start` opened. Workers leave the process group, but never the session."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
-            except OSError:
-                continue
-            if int(fields[3]) == leader and fields[0] != "Z":
-                found.append(int(entry.name))
-    return found
-
-
-def end_session(leader: int) -> None:
-    """End a session, politely, then for good; detached actors outlive Ray's own end."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(leader, signal.SIGTERM)
-    end = time.monotonic() + STOP_TIMEOUT_S
-    while session_processes(leader) and time.monotonic() < end:
-        time.sleep(0.2)
-    for pid in session_processes(leader):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+def _num_alive(port: int, token: str) -> int:
+    """Nodes that have registered: jobs can be submitted once an agent has, later than the dashboard itself."""
+    try:
+        nodes = api(port, "/nodes?view=summary", token)["data"]["summary"]
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            raise
+        return 0
+    except (OSError, KeyError):
+        return 0
+    return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
 
 
 class LocalRay:
     """The head node, and further nodes if any, whose pids and logs are kept in `state`."""
 
     def __init__(self, state: Path) -> None:
-        self.state = state
-        self.pid_file, self.log_file = state / "head.json", state / "head.log"
-
-    def running(self) -> dict | None:
-        """What `start` noted (pid, ports) while the head lives, else None."""
-        head = _living(self.pid_file)
-        return head if head and "--head" in head["command"] and str(head["port"]) in head["command"] else None
+        self.state, self.head = state, Daemon(state, "head")
 
     def nodes(self) -> dict[str, int]:
         """Name and pid of the living nodes besides the head."""
-        found = {path.stem: _living(path) for path in sorted(self.state.glob("node-*.json"))}
-        return {name: node["pid"] for name, node in found.items() if node and "--address" in node["command"]}
+        names = sorted(path.stem for path in self.state.glob("node-*.json"))
+        return {name: note["pid"] for name in names if (note := Daemon(self.state, name).running())}
 
     def start(self, arguments: argparse.Namespace) -> None:
-        """Start what does not run yet, and wait until all of it answers."""
-        head = self.running()
-        token = ensure_token()
+        """Start what does not run yet, and wait until all of it answers; when one of it does not, end everything."""
+        token, head = ensure_token(), self.head.running()
         if head is None:
-            head = {"port": arguments.port, "dashboard_port": arguments.dashboard_port}
-            head["metrics_port"] = arguments.metrics_port
+            head = {name: getattr(arguments, name) for name in ("port", "dashboard_port", "metrics_port")}
             for name, port in head.items():
                 _refuse_port_in_use("--" + name.replace("_", "-"), port)
-            head["pid"] = self._launch(arguments, "head", [
+            self._launch(self.head, head, arguments, token, [
                 # The agent takes jobs; at its fixed port it fails silently beside another Ray on this machine.
                 "--dashboard-agent-listen-port", "0",
                 "--head", "--dashboard-host", LOOPBACK, "--port", str(arguments.port),
                 "--dashboard-port", str(arguments.dashboard_port),
                 "--metrics-export-port", str(arguments.metrics_port)])  # fmt: skip
-            self.pid_file.write_text(json.dumps(head) + "\n", encoding="utf-8")
-            self._wait(head, token, num_nodes=1)
-        running = self.nodes()
-        for name in [f"node-{n}" for n in range(1, arguments.nodes)]:
-            if name not in running:
+        for number in range(1, arguments.nodes):
+            node = Daemon(self.state, f"node-{number}")
+            if node.running() is None:  # one after the other: each start takes a core
                 # Ports of its own choice: the fixed ones are the head's.
-                pid = self._launch(arguments, name, [
+                self._launch(node, head, arguments, token, [
                     "--address", f"{LOOPBACK}:{head['port']}", "--dashboard-agent-listen-port", "0"])  # fmt: skip
-                (self.state / f"{name}.json").write_text(json.dumps({"pid": pid}) + "\n", encoding="utf-8")
-                self._wait(head, token, num_nodes=2 + len(running))  # one after the other: each start takes a core
-                running = self.nodes()
         self.status()
         address = f"http://{LOOPBACK}:{head['dashboard_port']}"
         print(f"submit:     RAY_AUTH_MODE=token ray job submit --address {address} --working-dir . -- \\")
         print("                python jobs/train.py --config FILE --lake DIR --run-dir DIR")
         print("stop:       python cluster/local_ray.py stop")
 
-    def _launch(self, arguments: argparse.Namespace, name: str, flags: list[str]) -> int:
-        """Start a node and return the pid that leads its session; its log is <name>.log."""
-        ray = [str(Path(sys.executable).parent / "ray")] if "--head" in flags else [sys.executable, "-c", _MORE_NODES]
+    def _launch(
+        self, node: Daemon, head: dict[str, Any], arguments: argparse.Namespace, token: str, flags: list[str]
+    ) -> None:
+        """Start a node and wait until as many have registered as run."""
+        ray = [str(Path(sys.executable).parent / "ray")] if node is self.head else [sys.executable, "-c", _MORE_NODES]
         command = [*ray, "start", "--block", "--disable-usage-stats",
                    "--node-ip-address", LOOPBACK, *flags,
                    "--object-store-memory", str(int(arguments.object_store_gb * 1e9))]  # fmt: skip
         if arguments.num_cpus:
             command += ["--num-cpus", str(arguments.num_cpus)]
-        self.state.mkdir(parents=True, exist_ok=True)
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
         # A submitted job runs `python`: this one, with ray and torch, whatever the shell's PATH says.
         environment |= {
@@ -163,52 +136,30 @@ class LocalRay:
             API_SERVER: f"http://{LOOPBACK}:{arguments.dashboard_port}",
             "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
         }
-        with (self.state / f"{name}.log").open("w", encoding="utf-8") as log:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
-                                       start_new_session=True)  # fmt: skip
-        return process.pid
-
-    def _wait(self, head: dict, token: str, *, num_nodes: int) -> None:
-        """Until so many nodes have registered; everything is ended again when one of them dies or takes too long."""
-        end = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < end:
-            try:
-                # Jobs can be submitted once an agent has registered, later than the dashboard itself.
-                summary = api(head["dashboard_port"], "/nodes?view=summary", token)["data"]["summary"]
-                if sum(node["raylet"].get("state") == "ALIVE" for node in summary) >= num_nodes:
-                    return
-            except urllib.error.HTTPError as error:
-                if error.code in (401, 403):
-                    break
-            except (OSError, KeyError):
-                pass
-            time.sleep(0.5)  # first, since a process that has just begun has no command line yet
-            if self.running() is None or 1 + len(self.nodes()) < num_nodes:
-                break
-        logs = sorted(self.state.glob("*.log"), key=lambda path: path.stat().st_mtime)
-        tail = logs[-1].read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
-        self._end()
-        raise RuntimeError(f"Ray did not come up; the end of {logs[-1]}:\n" + "\n".join(tail))
+        try:
+            process = node.start(command, environment, **(head if node is self.head else {}))
+            port = head["dashboard_port"]
+            node.wait(process, lambda: _num_alive(port, token) > len(self.nodes()), timeout_s=START_TIMEOUT_S)
+        except BaseException:
+            self._end()
+            raise
 
     def stop(self) -> None:
         """End the nodes and the head with all of their sessions: politely, then for good. Running jobs end with it."""
-        was_running = self.running() is not None
-        self._end()
-        print("Ray stopped" if was_running else "Ray is not running (not started by this script)")
+        print("Ray stopped" if self._end() else "Ray is not running (not started by this script)")
 
-    def _end(self) -> None:
-        head = self.running()
-        for pid in [*self.nodes().values(), *([head["pid"]] if head else [])]:
-            end_session(pid)
-        for path in (*self.state.glob("node-*.json"), self.pid_file):
-            path.unlink(missing_ok=True)
+    def _end(self) -> bool:
+        """End everything; True where the head ran."""
+        for path in self.state.glob("node-*.json"):
+            Daemon(self.state, path.stem).stop()
+        return self.head.stop()
 
     def status(self) -> None:
         """Print where everything is; UserError when the head does not run."""
-        head = self.running()
+        head = self.head.running()
         if head is None:
             raise UserError("Ray is not running; start it: python cluster/local_ray.py start")
-        print(f"Ray runs:   pid {head['pid']}, {LOOPBACK}:{head['port']}, log {self.log_file}")
+        print(f"Ray runs:   pid {head['pid']}, {LOOPBACK}:{head['port']}, log {self.head.log_file}")
         for name, pid in self.nodes().items():
             print(f"{name + ':':<12}pid {pid}, log {self.state / (name + '.log')}")
         print(f"dashboard:  http://{LOOPBACK}:{head['dashboard_port']} (asks for the token in {token_file()})")
@@ -221,16 +172,6 @@ class LocalRay:
             )
 
 
-def _living(pid_file: Path) -> dict | None:
-    """What was noted of a process, with its `command` line, while it lives. A pid may belong to another one by now."""
-    try:
-        noted = json.loads(pid_file.read_text(encoding="utf-8"))
-        words = Path(f"/proc/{noted['pid']}/cmdline").read_text(encoding="utf-8").split("\0")
-    except (OSError, ValueError):
-        return None
-    return {**noted, "command": words} if "start" in words else None
-
-
 def _refuse_port_in_use(flag: str, port: int) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -241,7 +182,7 @@ def _refuse_port_in_use(flag: str, port: int) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = JobParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("start", "stop", "status"))
     parser.add_argument("--nodes", type=int, default=1, help="nodes as processes, the head included")
     parser.add_argument("--num-cpus", type=int, default=0, help="logical CPUs of a node; default: this machine's")

@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.local_ray import api, session_processes, train_runs
+from cluster.daemons import session_processes
+from cluster.local_ray import api, train_runs
 from tests.ray.conftest import OVERRIDES, newest_step, small_config, wait_for, weights
 from tests.unit.samples_table import samples_spec, write_samples
 from tests.unit.two_ranks import run_ranks
@@ -179,12 +180,11 @@ def _unbroken(worker: LocalWorker, folder: Path) -> dict[str, torch.Tensor]:
     return result.state.tensors()
 
 
-# Epochs long enough that a stop, which takes a second or two to arrive, falls inside the first.
-LONG_RUN = ("train.num_epochs=2", "train.checkpoint_every_steps=1000")
+LONG_RUN = ("train.num_epochs=4", "train.checkpoint_every_steps=1000")
 
 
 def test_a_submitted_training_can_be_stopped_gone_on_with_and_watched(head: Head, tmp_path: Path) -> None:
-    write_samples(tmp_path / "lake", samples_spec(), num_rows=48_000, num_days=6)
+    write_samples(tmp_path / "lake", samples_spec(), num_rows=12_000, num_days=6)
     job = submit(head, tmp_path, "first", *LONG_RUN)
     wait_for(lambda: steps_logged(tmp_path / "run") >= 10 or job.poll() is not None)
     stopped = subprocess.run(ray_job(head, "stop", "first"), env=TOKEN_MODE, capture_output=True, text=True, check=True)

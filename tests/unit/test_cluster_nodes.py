@@ -30,7 +30,7 @@ def mode(path: Path) -> int:
 def test_a_daemon_is_found_again_and_ended_with_what_it_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.local_ray.STOP_TIMEOUT_S", 0.2)  # the child does not end by itself
+    monkeypatch.setattr("cluster.daemons.STOP_TIMEOUT_S", 0.2)  # the child does not end by itself
     script = f"import subprocess, sys; subprocess.run({SLEEP!r})"
     daemon = Daemon(tmp_path / "state", "worker-1")
     process = daemon.start([sys.executable, "-c", script], dict(os.environ), port=7)
