@@ -1,0 +1,108 @@
+"""cluster/spark/standalone.py as a user has it: a master and two workers, a job by spark-submit on their executors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import deltalake
+import pytest
+
+from cluster.daemons import session_processes
+from tests.e2e.conftest import ROOT, run_command
+from usr_ray.trainer_environment import free_port
+
+pytestmark = pytest.mark.spark
+
+EXAMPLE = ROOT / "examples" / "own_logs"
+PLAIN = ("features.context_categories=[]", "features.item_categories=[]", "features.item_numbers=[]")
+QUICK = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
+
+
+@dataclass(frozen=True)
+class Standalone:
+    """The script on ports of the test's own."""
+
+    state: Path
+    port: int
+    page: int
+
+    def call(self, action: str) -> CompletedProcess[str]:
+        own = ["--state-dir", self.state, "--port", str(self.port), "--ui-port", str(self.page)]
+        return run_command(sys.executable, "cluster/spark/standalone.py", action, "--workers", "2",
+                           "--executor-memory", "700m", *own)  # fmt: skip
+
+    def build(self, lake: Path, *settings: str) -> CompletedProcess[str]:
+        """The command that `start` prints, with a small driver, for one day of two scenarios without features."""
+        return run_command(
+            "spark-submit", "--master", f"spark://127.0.0.1:{self.port}",
+            "--properties-file", self.state / "submit.conf", "--driver-memory", "1g", "--driver-java-options", QUICK,
+            "--conf", f"spark.executor.extraJavaOptions={QUICK}", "--conf", "spark.sql.shuffle.partitions=2",
+            "--conf", "spark.dynamicAllocation.minExecutors=2",
+            "jobs/build_samples.py", "--config", EXAMPLE / "own_logs.toml", "--logs", EXAMPLE,
+            "--lake", lake, "--dates", "2026-03-28",
+            *(word for setting in (*PLAIN, *settings) for word in ("--set", setting)),
+        )  # fmt: skip
+
+    def applications(self) -> list[dict[str, Any]]:
+        """What the master knows of those that have ended."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.page}/json/", timeout=5) as response:
+            return json.load(response)["completedapps"]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standalone]:
+    cluster = Standalone(tmp_path_factory.mktemp("standalone"), free_port(17077), free_port(18081))
+    started = cluster.call("start")
+    try:
+        assert started.returncode == 0, started.stdout + started.stderr
+        assert "2 alive, 2 cores" in started.stdout
+        yield cluster
+    finally:
+        cluster.call("stop")
+
+
+def content(folder: Path) -> dict[str, str]:
+    """Every file of a folder and the hash of what it holds."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_a_job_runs_on_the_executors_and_ends_with_its_own_exit_code(cluster: Standalone, tmp_path: Path) -> None:
+    lake = tmp_path / "lake"
+    built = cluster.build(lake)
+    assert built.returncode == 0, built.stdout[-2000:] + built.stderr[-2000:]
+    samples = deltalake.DeltaTable(lake / "samples").to_pyarrow_table(columns=["is_click"])
+    # Lines of events/2026-03-28.csv: 48 views, 12 clicks, none of them twice.
+    assert (samples.num_rows, sum(samples["is_click"].to_pylist())) == (48, 12)
+    whole = content(lake)
+
+    wrong = cluster.build(lake, "histories.length=7")
+    assert wrong.returncode == 2, wrong.stdout[-2000:] + wrong.stderr[-2000:]
+    (line,) = re.findall(r"^error: (.*)$", wrong.stderr, re.M)
+    assert re.match(r"\S+samples: built with histories.length = \d+, the configuration has 7; ", line), line
+    assert "Traceback" not in wrong.stderr + wrong.stdout
+    assert content(lake) == whole
+
+    # The mistake was found by looking at the table, on the workers as well.
+    first, second = sorted(cluster.applications(), key=lambda application: application["starttime"])
+    assert first["cores"] == 2, "an executor on each worker"
+    assert (first["state"], second["state"]) == ("FINISHED", "FINISHED")
+
+
+def test_stop_leaves_nothing_behind(cluster: Standalone) -> None:
+    pids = [int(pid) for pid in re.findall(r"pid (\d+)", cluster.call("status").stdout)]
+    assert len(pids) == 3
+    assert cluster.call("stop").stdout == "worker-1: stopped\nworker-2: stopped\nmaster: stopped\n"
+    assert [process for pid in pids for process in session_processes(pid)] == []
+    again = cluster.call("status")
+    assert again.returncode == 2
+    assert re.fullmatch(r"error: no Spark daemon of \S+ runs here; start it: standalone.py start\n", again.stderr)
