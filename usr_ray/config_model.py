@@ -48,7 +48,7 @@ class MultitaskConfig:
     enabled: bool = True
     variant: str = "A"
     """A: p_ctcvr,k = p_ctcvr,g sig(b_k); B: p_ctcvr,k = p_ctr,k sig(b_k)."""
-    alpha: float = 0.5
+    alpha: float = 0.1
     """Weight of the global tasks in the loss."""
     hidden: tuple[int, ...] = (64, 32)
     """MLP of the global heads, on the joined views."""

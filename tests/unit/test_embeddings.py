@@ -123,9 +123,10 @@ def dense_reference(optimizer: str) -> dict[str, torch.Tensor]:
 
 
 def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Not to the last digits: Adam moves a row by its rate however small its gradient, so rounding grows over steps."""
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(got[name].float(), tensor, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(got[name].float(), tensor, rtol=1e-3, atol=5e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "rowwise_adam"])
