@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test unit check audit bench chaos docs clean require-jdk require-python
+.PHONY: help setup demo test test-all unit check audit bench chaos docs clean require-jdk require-python
 
 PYTHON ?= python3
 VENV   := .venv
@@ -26,7 +26,7 @@ SET    ?=
 OVERRIDES  = $(foreach s,$(SET),--set $(s))
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
 	@echo
 	@echo "  make demo SOURCE=kuairand INPUT=DIR      the demo on KuaiRand-Pure's files (also kuaisearch, kuaisar, jdsearch)"
 	@echo "  make demo LOGS=DIR CONFIG=FILE           the demo on your own logs (docs/tables.md says what they look like)"
@@ -60,11 +60,15 @@ demo: setup require-jdk  ## logs -> Delta -> 2-worker training of USR -> evaluat
 	@python jobs/demo.py --source $(SOURCE) --config $(CONFIG) --work $(WORK) \
 	  $(if $(INPUT),--input $(INPUT)) $(if $(LOGS),--logs $(LOGS)) $(OVERRIDES)
 
-# A process a core for the unit tests (tests/unit/conftest.py shares them out). Spark and Ray use the cores themselves: one process.
+# A process a core for the unit tests (tests/unit/conftest.py shares them out). Then Spark in one process and Ray in another,
+# side by side (tests/lanes.py): each alone leaves a third of two cores idle.
 UNIT := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder tests/unit
 
-test: setup require-jdk  ## every test
-	@failed=0; python -m pytest $(UNIT) || failed=1; python -m pytest tests/spark tests/ray tests/e2e || failed=1; exit $$failed
+test: setup require-jdk  ## the tests: unit, then Spark and Ray side by side (under 20 minutes on two cores)
+	@failed=0; python -m pytest $(UNIT) || failed=1; python tests/lanes.py || failed=1; exit $$failed
+
+test-all: setup require-jdk  ## and those marked slow: deeper repetitions of what `make test` shows
+	@failed=0; python -m pytest $(UNIT) -m "slow or not slow" || failed=1; python tests/lanes.py -m "slow or not slow" || failed=1; exit $$failed
 
 unit: setup  ## the tests that need neither JVM nor Ray (seconds)
 	@python -m pytest $(UNIT)

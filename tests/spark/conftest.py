@@ -1,4 +1,8 @@
-"""One small Spark session for all tests of this folder; the JVM's options are those of cluster/spark/conf."""
+"""One small Spark session for all tests of this folder; the JVM's options are those of cluster/spark/conf.
+
+Plans are interpreted: compiling classes for plans of a hundred rows took a quarter of a build's processor time. Builds
+with compiled plans, Spark's default, are those of the jobs in tests/e2e and in test_build_killed.py.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,8 @@ def spark() -> Iterator[SparkSession]:
         "spark.driver.memory": "1g",
         "spark.sql.shuffle.partitions": "2",
         "spark.log.level": "ERROR",
+        "spark.sql.codegen.wholeStage": "false",
+        "spark.sql.codegen.factoryMode": "NO_CODEGEN",
     }
     session = build_spark("tests", options)
     yield session

@@ -26,10 +26,13 @@ pytestmark = pytest.mark.spark
 SMALL = "vocabulary.min_count=3"
 
 
-def build(spark: SparkSession, logs: Path, lake: Path, *overrides: str, first: int = 0, last: int = 3) -> list[str]:
+def build(
+    spark: SparkSession, logs: Path, lake: Path, *overrides: str, first: int = 0, last: int = 3,
+    watermark: dt.datetime = WATERMARK,
+) -> list[str]:  # fmt: skip
     lines: list[str] = []
     request = BuildRequest(
-        logs=str(logs), lake=Lake(str(lake)), first=DATES[first], last=DATES[last], watermark=WATERMARK
+        logs=str(logs), lake=Lake(str(lake)), first=DATES[first], last=DATES[last], watermark=watermark
     )
     build_samples(spark, load_config(None, (*CONFIG, SMALL, *overrides)), request, Progress(write=lines.append))
     return lines
@@ -56,39 +59,40 @@ def lake(spark: SparkSession, logs: Path, tmp_path_factory: pytest.TempPathFacto
     return path
 
 
-def test_csv_json_lines_and_delta_logs_give_the_same_table(
+def test_csv_json_lines_delta_and_integer_ids_give_the_same_table(
     spark: SparkSession, shop: Shop, logs: Path, lake: Path, tmp_path: Path
 ) -> None:
+    """A scenario a format, orders and features in two: every kind of log is once in text."""
     everything = logs_of(shop)
-    csv = write_logs(everything, tmp_path / "csv", "csv")
-    mixed = write_logs({k: rows for k, rows in everything.items() if "clicks" in k}, tmp_path / "mixed", "json")
-    for log in everything:
-        if "clicks" not in log and (logs / log).exists():
-            spark.read.parquet(str(logs / log)).write.format("delta").save(str(mixed / log))
-    for name, folder in (("csv", csv), ("mixed", mixed)):
-        build(spark, folder, tmp_path / f"lake-{name}")
-        assert content(tmp_path / f"lake-{name}") == content(lake), name
-
-
-def test_integer_ids_are_read_as_strings(spark: SparkSession, logs: Path, lake: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(logs, tmp_path / "logs"))
-    for folder in copy.iterdir():
-        table = pq.read_table(folder)
-        if "item_id" in table.column_names:
-            place = table.schema.get_field_index("item_id")
-            shutil.rmtree(folder)
-            folder.mkdir()
-            pq.write_table(table.set_column(place, "item_id", table["item_id"].cast(pa.int32())), folder / "a.parquet")
-    build(spark, copy, tmp_path / "lake")
+    csv = {log: rows for log, rows in everything.items() if log.startswith("search") or log == "users"}
+    lines = {log: rows for log, rows in everything.items() if log.startswith("feed")}
+    mixed = write_logs(csv, tmp_path / "mixed", "csv")
+    for path in write_logs(lines, tmp_path / "lines", "json").iterdir():
+        path.rename(mixed / path.name)
+    left = [folder for folder in logs.iterdir() if folder.name not in {**csv, **lines}]
+    assert {"related_impressions", "related_clicks", "orders", "items"} <= {folder.name for folder in left}
+    for folder in left:
+        whole = pq.read_table(folder)
+        place = whole.schema.get_field_index("item_id")
+        whole = whole.set_column(place, "item_id", whole["item_id"].cast(pa.int32()))
+        (tmp_path / folder.name).mkdir()
+        pq.write_table(whole, tmp_path / folder.name / "a.parquet")
+        frame = spark.read.parquet(str(tmp_path / folder.name))
+        frame.write.format("parquet" if folder.name == "items" else "delta").save(str(mixed / folder.name))
+    build(spark, mixed, tmp_path / "lake")
     assert content(tmp_path / "lake") == content(lake)
 
 
-def test_an_unreadable_time_in_a_text_log_is_rejected(spark: SparkSession, shop: Shop, tmp_path: Path) -> None:
+def test_an_unreadable_time_in_a_text_log_is_rejected_and_no_mature_row_is_a_warning(
+    spark: SparkSession, shop: Shop, tmp_path: Path
+) -> None:
     folder = write_logs(logs_of(shop), tmp_path / "csv", "csv")
     with (folder / "feed_clicks.csv").open("a") as file:
         file.write('"x9","","u1","3","the day before yesterday","2026-01-01T00:00:00"\n')
         file.write('"x8","","u1","3","2026-01-01T00:00:00","soon"\n')
-    build(spark, folder, tmp_path / "lake")
+    lines = build(spark, folder, tmp_path / "lake", watermark=dt.datetime(2026, 1, 1, tzinfo=dt.UTC))
+    assert any(line.startswith("warning: no row is mature") for line in lines)
+    assert not any(row["is_mature"] for row in rows_of(tmp_path / "lake" / "samples"))
     rejects = {row["reason"]: row for row in rows_of(tmp_path / "lake" / "rejects") if row["log"] == "feed_clicks"}
     assert '"event_time":"the day before yesterday"' in rejects["unparsable_event_time"]["row"]
     assert rejects["unparsable_event_time"]["date"] is None
@@ -272,14 +276,3 @@ def test_a_table_of_another_configuration_is_not_mixed_into(
     with pytest.raises(DataCheckError, match=message + ".*take the old value or build into a new --lake"):
         build(spark, logs, lake, override)
     assert content(lake) == before
-
-
-def test_no_mature_row_is_a_warning_and_no_error(spark: SparkSession, logs: Path, tmp_path: Path) -> None:
-    lines: list[str] = []
-    request = BuildRequest(
-        logs=str(logs), lake=Lake(str(tmp_path / "lake")), first=DATES[0], last=DATES[3],
-        watermark=dt.datetime(2026, 1, 1, tzinfo=dt.UTC),
-    )  # fmt: skip
-    build_samples(spark, load_config(None, CONFIG), request, Progress(write=lines.append))
-    assert any(line.startswith("warning: no row is mature") for line in lines)
-    assert not any(row["is_mature"] for row in rows_of(tmp_path / "lake" / "samples"))

@@ -182,24 +182,14 @@ def test_rejects_and_the_account_add_up(spark: SparkSession, lake: Path) -> None
     assert feed["p_click_given_click_global"] == pytest.approx(1 / 2)  # r1 and r2 are clicked somewhere, r2 here
 
 
-def test_maturity_counts_the_windows_to_the_watermark(spark: SparkSession, logs: Path, tmp_path: Path) -> None:
-    lake = build(spark, logs, tmp_path / "lake", watermark=at(12) + dt.timedelta(hours=25))
-    mature = {name: row["is_mature"] for name, row in rows_by_id(spark, lake).items()}
+def test_maturity_counts_the_windows_to_the_watermark_and_a_lake_may_have_a_relative_path(
+    spark: SparkSession, logs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    build(spark, logs, Path("here/lake"), watermark=at(12) + dt.timedelta(hours=25))
+    mature = {name: row["is_mature"] for name, row in rows_by_id(spark, tmp_path / "here" / "lake").items()}
     # 25 h after 12:00 is the watermark itself: closed at both ends.
     assert mature == {"s1": True, "s2": True, "r1": True, "s3": True, "r2": False, "s4": False, "r3": False}
-
-
-def test_a_rerun_changes_nothing_and_other_partitions_neither(spark: SparkSession, logs: Path, lake: Path) -> None:
-    before = table(spark, lake).orderBy("impression_id").collect()
-    entries = table(spark, lake, "vocabularies").orderBy("feature", "id").collect()
-    spark.conf.set("spark.sql.shuffle.partitions", "5")
-    try:
-        build(spark, logs, lake, first=dt.date(2026, 1, 2), last=dt.date(2026, 1, 2))
-        build(spark, logs, lake)
-    finally:
-        spark.conf.set("spark.sql.shuffle.partitions", "2")
-    assert table(spark, lake).orderBy("impression_id").collect() == before
-    assert table(spark, lake, "vocabularies").orderBy("feature", "id").collect() == entries
 
 
 def test_delta_itself_refuses_labels_out_of_order(spark: SparkSession, lake: Path) -> None:
@@ -228,11 +218,3 @@ def test_an_order_without_click_may_credit_the_impression(spark: SparkSession, t
     lake = build(spark, folder, tmp_path / "lake", "labels.order_without_click=credit_impression")
     rows = rows_by_id(spark, lake)
     assert {n: (r["is_click"], r["is_order"]) for n, r in rows.items()} == {"s1": (0, 0), "r1": (1, 1)}
-
-
-def test_a_lake_may_be_named_by_a_relative_path(
-    spark: SparkSession, logs: Path, lake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    build(spark, logs, Path("here/lake"))
-    assert table(spark, tmp_path / "here" / "lake").count() == table(spark, lake).count() == 7

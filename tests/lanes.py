@@ -1,0 +1,100 @@
+"""The tests that need a JVM or Ray, in two processes side by side: one waits where the other computes.
+
+    python tests/lanes.py [words for pytest, such as -m slow]
+
+Each lane writes to its own file, and the file is printed when the lane has ended: what failed stands together. The exit
+code is 1 if any lane failed. Ctrl-C (or SIGTERM) ends both, with what they started.
+
+Everything that starts a Ray is in one lane: a machine has one list of clusters for Prometheus and one "cluster that was
+started last" (docs/decisions.md), so two at once would be a test of that.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+ROOT = Path(__file__).resolve().parents[1]
+LOGS = ROOT / ".cache" / "tests"
+WITHOUT_RAY = ("tests/e2e/test_export.py", "tests/e2e/test_studies.py")
+LANES = {
+    "spark": ("tests/spark", *WITHOUT_RAY),
+    "ray": ("tests/ray", "tests/e2e", *(f"--ignore={path}" for path in WITHOUT_RAY)),
+}
+"""Lane -> what pytest is told to run. A new file of these folders is in one of them by itself."""
+REPORT_EVERY_S = 60
+TIME_TO_END_S = 60
+
+
+def start(name: str, words: list[str]) -> subprocess.Popen[bytes]:
+    """A lane in a process group of its own: Ctrl-C at the terminal reaches this process alone, which tells the lanes."""
+    command = [sys.executable, "-m", "pytest", "--durations=15", "-o", f"cache_dir=.cache/pytest-{name}", *LANES[name]]
+    with (LOGS / f"{name}.log").open("wb") as log:
+        return subprocess.Popen([*command, *words], cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+
+
+def end(lanes: dict[str, subprocess.Popen[bytes]]) -> None:
+    """As Ctrl-C does it, so that fixtures take down what they started; by force what is left after a while."""
+    for number in (signal.SIGINT, signal.SIGKILL):
+        for process in lanes.values():
+            if process.poll() is None:
+                os.killpg(process.pid, number)
+        until = time.monotonic() + TIME_TO_END_S
+        while any(process.poll() is None for process in lanes.values()) and time.monotonic() < until:
+            time.sleep(0.1)
+
+
+def last_line(name: str) -> str:
+    """What a lane has said last: pytest's dots and its share."""
+    lines = (LOGS / f"{name}.log").read_text(encoding="utf-8", errors="replace").splitlines()
+    return lines[-1][-100:] if lines else "begins"
+
+
+def follow(lanes: dict[str, subprocess.Popen[bytes]]) -> int:
+    """Print each lane as it ends, and now and then how far the others are; 1 if any failed."""
+    started = reported = time.monotonic()
+    codes: dict[str, int] = {}
+    while len(codes) < len(lanes):
+        time.sleep(0.2)
+        seconds = time.monotonic() - started
+        for name, process in lanes.items():
+            if name not in codes and process.poll() is not None:
+                codes[name] = process.returncode
+                print(f"\n== lane {name}: exit code {process.returncode} after {seconds:.0f} s", flush=True)
+                sys.stdout.write((LOGS / f"{name}.log").read_text(encoding="utf-8", errors="replace"))
+                sys.stdout.flush()
+        if time.monotonic() - reported > REPORT_EVERY_S:
+            reported = time.monotonic()
+            left = (f"{name} {last_line(name)}" for name in lanes if name not in codes)
+            print(f"{seconds:5.0f} s: {'; '.join(left)}", flush=True)
+    return int(any(codes.values()))
+
+
+def main(words: list[str]) -> int:
+    """Run both lanes; the exit code."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    LOGS.mkdir(parents=True, exist_ok=True)
+    lanes: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        for name in LANES:
+            lanes[name] = start(name, words)
+        return follow(lanes)
+    except KeyboardInterrupt:
+        print("\nended on request; both lanes are told to end", file=sys.stderr, flush=True)
+        end(lanes)
+        return 130
+    finally:
+        end(lanes)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
