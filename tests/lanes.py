@@ -32,7 +32,7 @@ TIME_TO_END_S = 60
 
 
 def start(name: str, words: list[str]) -> subprocess.Popen[bytes]:
-    """A lane in a process group of its own: Ctrl-C at the terminal reaches this process alone, which tells the lanes."""
+    """A lane in a process group of its own: Ctrl-C at the terminal reaches this process, and it tells the lanes."""
     command = [sys.executable, "-m", "pytest", "--durations=15", "-o", f"cache_dir=.cache/pytest-{name}", *LANES[name]]
     with (LOGS / f"{name}.log").open("wb") as log:
         return subprocess.Popen([*command, *words], cwd=ROOT, stdout=log, stderr=log, start_new_session=True)

@@ -114,6 +114,7 @@ def test_the_report_is_one_file_without_network(smoke: Path) -> None:
 
 
 def test_a_finished_run_says_so_and_keeps_its_result(smoke: Path, run: Run) -> None:
+    assert not list((smoke / "lake" / "pins").iterdir()), "it has taken back its pin"
     before = (smoke / "run" / "metrics.json").read_text()
     done = run(sys.executable, "jobs/train.py", "--config", SMOKE, "--lake", smoke / "lake", "--run-dir", smoke / "run")
     assert done.returncode == 0, done.stderr[-2000:]

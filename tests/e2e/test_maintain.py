@@ -1,4 +1,7 @@
-"""jobs/maintain_tables.py on a lake on which a real run was trained."""
+"""jobs/maintain_tables.py under spark-submit, on a lake on which a real run was trained.
+
+Slow: tests/spark/test_table_care.py has the job and its line in the folder's own session.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import pytest
 
 from tests.e2e.conftest import Run
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 
 def test_vacuum_is_refused_in_one_line_that_names_the_run_and_its_version(

@@ -16,9 +16,10 @@ from tests.e2e.conftest import Run
 pytestmark = pytest.mark.e2e
 
 
-def demo(run: Run, work: Path, source: str, input_dir: Path) -> list[dict[str, Any]]:
+def demo(run: Run, work: Path, source: str, input_dir: Path, *settings: str) -> list[dict[str, Any]]:
     done = run(sys.executable, "jobs/demo.py", "--source", source, "--input", input_dir,
-               "--config", f"jobs/configs/{source}.toml", "--work", work, timeout_s=560)  # fmt: skip
+               "--config", f"jobs/configs/{source}.toml", "--work", work, "--set", "ray.dashboard=false",
+               *(word for setting in settings for word in ("--set", setting)), timeout_s=560)  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert (work / "run" / "report.html").stat().st_size > 10_000
     return [json.loads(p.read_text()) for p in sorted((work / "lake" / "reports").glob("*.json"))]
@@ -66,7 +67,7 @@ def test_kuairand_runs_through_and_adds_up(run: Run, real_logs: Path, tmp_path: 
 @pytest.mark.timeout(600)
 def test_kuaisearch_runs_through_and_adds_up(run: Run, real_logs: Path, tmp_path: Path) -> None:
     source = real_logs / "kuaisearch-demo"
-    reports = demo(run, tmp_path / "work", "kuaisearch", source)
+    reports = demo(run, tmp_path / "work", "kuaisearch", source, "ray.num_workers=1")
     sessions = [json.loads(line) for line in (source / "recall.jsonl").read_text().splitlines()]
     shown, clicks, orders = (totals(reports, kind) for kind in ("_impressions", "_clicks", "orders"))
     for total in (shown, clicks, orders):

@@ -190,6 +190,7 @@ def test_a_killed_driver_is_gone_on_with_by_the_same_command(unbroken: Path, lak
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow  # tests/ray/test_chaos.py has the same of a changed file, with the job's exit code
 def test_what_a_worker_refuses_is_the_users_one_line(cluster: None, lake: Path, tmp_path: Path) -> None:
     from usr_ray.trainer import run
     from usr_ray.trainer_plan import plan_run, write_plan

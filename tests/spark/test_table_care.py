@@ -21,6 +21,8 @@ from etl.session import ROW_GROUP_ROWS
 from etl.table_checks import check_tables
 from etl.tables import Lake, label_constraints, prepare_samples, replace_dates, samples_schema, write_rejects
 from etl.vocabulary import feature_spec
+from jobs import maintain_tables
+from usr_ray.cli import run_job
 from usr_ray.config import DAY_US, Config, load_config, parse_dates
 from usr_ray.manifest import build_manifest
 from usr_ray.pins import pin_name, write_pin
@@ -121,7 +123,9 @@ def test_row_groups_have_the_size_that_trainers_read_well(spark: SparkSession, l
     assert 64_000 <= ROW_GROUP_ROWS <= 256_000
 
 
-def test_vacuum_refuses_to_delete_what_a_run_is_pinned_to(spark: SparkSession, lake: Path, tmp_path: Path) -> None:
+def test_vacuum_refuses_to_delete_what_a_run_is_pinned_to(
+    spark: SparkSession, lake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "runs" / "tuesday" / "usr"
     start_run(lake, run, status="finished")
     write_day(spark, lake, DAYS[1])
@@ -131,9 +135,16 @@ def test_vacuum_refuses_to_delete_what_a_run_is_pinned_to(spark: SparkSession, l
         rf"{lake}/samples: VACUUM would delete 4 files of version 2, to which the run {run} \(finished\) is pinned; "
         "give a longer --keep, or --keep-pinned .*, or leave it out of --runs"
     )
-    for dry_run in (True, False):
-        with pytest.raises(DataCheckError, match=message):
-            care(spark, lake, **request, dry_run=dry_run)
+    with pytest.raises(DataCheckError, match=message):
+        care(spark, lake, **request, dry_run=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(SparkSession, "stop", lambda self: None)  # the other tests' session
+        words = ["--lake", str(lake), "--runs", str(tmp_path / "runs"), "--vacuum", "--keep", "0 s"]
+        assert run_job(maintain_tables.main, words) == 2
+    printed = capsys.readouterr()
+    (line,) = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+    assert re.search(message, line)
+    assert "rows a row group" in printed.out
     assert files_on_disk(lake) == there
 
     # Young files stay anyway, and a run whose dates did not change needs nothing old.
