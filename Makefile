@@ -64,7 +64,7 @@ demo: setup require-jdk  ## logs -> Delta -> 2-worker training of USR -> evaluat
 # side by side (tests/lanes.py): each alone leaves a third of two cores idle.
 UNIT := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder tests/unit
 
-test: setup require-jdk  ## the tests: unit, then Spark and Ray side by side (under 20 minutes on two cores)
+test: setup require-jdk  ## the tests: unit, then Spark and Ray side by side
 	@failed=0; python -m pytest $(UNIT) || failed=1; python tests/lanes.py || failed=1; exit $$failed
 
 test-all: setup require-jdk  ## and those marked slow: deeper repetitions of what `make test` shows

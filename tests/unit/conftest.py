@@ -1,4 +1,4 @@
-"""How the unit tests are shared out to the processes of `make unit` (pytest-xdist); nothing else runs in several."""
+"""How the unit tests are shared out to the processes of `make unit` (pytest-xdist); tests/lanes.py has the rest."""
 
 from __future__ import annotations
 
