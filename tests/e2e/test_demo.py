@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import deltalake
+import numpy as np
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
@@ -15,9 +16,12 @@ from sklearn.metrics import roc_auc_score
 
 from tests.e2e.conftest import Run
 from usr_ray.config import load_config, parse_dates
+from usr_ray.evaluate_files import read_predictions
+from usr_ray.export_model import padded_inputs
+from usr_ray.export_runtime import ExportedModel
 from usr_ray.manifest import build_manifest
 from usr_ray.reader import SampleReader
-from usr_ray.schema import ALL_LABELS, LABEL_ORDER, index_column
+from usr_ray.schema import ALL_LABELS, LABEL_ORDER, FeatureSpec, index_column
 
 pytestmark = pytest.mark.e2e
 
@@ -137,3 +141,27 @@ def test_auc_lies_below_the_truth(smoke: Path) -> None:
     oracle = roc_auc_score(joined["is_click"], joined["p_click"])
     assert len(joined) == split["all"]["ctr"]["num_samples"]
     assert 0.5 < split["all"]["ctr"]["auc"] < oracle + 0.01
+
+
+def test_the_demo_served_equals_the_demo_evaluated(smoke: Path, run: Run, tmp_path: Path) -> None:
+    done = run(sys.executable, "jobs/export.py", "--run-dir", smoke / "run", "--lake", smoke / "lake",
+               "--output", tmp_path / "out")  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    spec = FeatureSpec.from_json((tmp_path / "out" / "feature_spec.json").read_text())
+    predictions, _, about = read_predictions(smoke / "run" / "predictions.parquet", spec.scenarios)
+    dates = parse_dates(about["dates"], where="dates")
+    model = ExportedModel(tmp_path / "out")
+    with SampleReader(build_manifest(smoke / "lake", dates=dates), global_batch_size=64, group_size=16, order="file",
+                      mature_only=False) as reader:  # fmt: skip
+        found = np.concatenate(
+            [
+                model.predict({n: v.numpy() for n, v in padded_inputs(batch, spec).items()})["p_ctr"][
+                    batch.row_number_B >= 0
+                ]
+                for batch in reader.batches(0)
+            ]
+        )
+    expected = predictions.probs_NT[:, 0]
+    np.testing.assert_allclose(found[predictions.row_number_N], expected, rtol=0, atol=1e-5)
+    entries = pq.read_table(tmp_path / "out" / "vocabularies.parquet")
+    assert set(entries["feature"].to_pylist()) == {f.name for f in spec.sparse} - {"event_hour"}

@@ -6,8 +6,6 @@ import datetime as dt
 import hashlib
 import json
 import os
-import sys
-from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -19,14 +17,11 @@ from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from safetensors.torch import load_file
 
 from jobs import export as job
-from tests.e2e.conftest import Run
 from tests.unit.export_runs import MODELS, NAMES, PLAIN, make_run
 from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
 from tests.unit.test_export_model import vocabulary
 from usr_ray.cli import run_job
-from usr_ray.config import parse_dates
 from usr_ray.evaluate import load_run
-from usr_ray.evaluate_files import read_predictions
 from usr_ray.export import export_run
 from usr_ray.export_check import training_probabilities
 from usr_ray.export_model import padded_inputs
@@ -186,23 +181,3 @@ def test_a_changed_file_is_refused(exported, tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"other")
     with pytest.raises(ExportError, match=r"model.onnx: missing or changed since the export; export the run again"):
         ExportedModel(tmp_path)
-
-
-def test_the_demo_served_equals_the_demo_evaluated(smoke: Path, run: Run, tmp_path: Path) -> None:
-    done = run(sys.executable, "jobs/export.py", "--run-dir", smoke / "run", "--lake", smoke / "lake",
-               "--output", tmp_path / "out")  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    spec = FeatureSpec.from_json((tmp_path / "out" / "feature_spec.json").read_text())
-    predictions, _, about = read_predictions(smoke / "run" / "predictions.parquet", spec.scenarios)
-    dates = parse_dates(about["dates"], where="dates")
-    model = ExportedModel(tmp_path / "out")
-    found = np.concatenate(
-        [
-            model.predict(arrays(batch, spec))["p_ctr"][batch.row_number_B >= 0]
-            for batch in batches(smoke / "lake", dates)
-        ]
-    )
-    expected = predictions.probs_NT[:, 0]
-    np.testing.assert_allclose(found[predictions.row_number_N], expected, rtol=0, atol=1e-5)
-    entries = pq.read_table(tmp_path / "out" / "vocabularies.parquet")
-    assert set(entries["feature"].to_pylist()) == {f.name for f in spec.sparse} - {"event_hour"}
