@@ -61,6 +61,10 @@ def plain_model() -> UsrModel:
     return UsrModel(SPEC, make_config())
 
 
+# Adam moves a row by its rate however small its gradient; with a larger loss rounding stays within the bounds below.
+LOSS = make_config(multitask={"alpha": 0.5})
+
+
 def train_tables(worker: LocalWorker, folder: Path, *, strategy: str, optimizer: str) -> dict[str, torch.Tensor]:
     """Five steps of the tables under a USR that itself stays as it is; the state of a checkpoint, on rank 0."""
     embeddings = build_embeddings(
@@ -72,7 +76,7 @@ def train_tables(worker: LocalWorker, folder: Path, *, strategy: str, optimizer:
         counts = worker.all_reduce_sum(row_counts(batch, 2))
         embeddings.set_rate(SCALES[step])
         lookup = embeddings.lookup(batch, embeddings.unique_ids(batch) if step % 2 else None)
-        usr_loss(model(batch, lookup, step), batch, counts, make_config()).total.backward()
+        usr_loss(model(batch, lookup, step), batch, counts, LOSS).total.backward()
         embeddings.apply_gradients(lookup)
     with torch.inference_mode():  # as an evaluation looks up, between steps
         lookup = embeddings.lookup(share(global_batch(0), worker))
@@ -96,7 +100,7 @@ def dense_reference(optimizer: str) -> dict[str, torch.Tensor]:
         lookup = start.lookup(batch)
         by_autograd = {n: dataclasses.replace(t, rows_UD=dense[n][t.ids_U]) for n, t in lookup.tables.items()}
         outputs = model(batch, dataclasses.replace(lookup, tables=by_autograd), step)
-        usr_loss(outputs, batch, row_counts(batch, 2), make_config()).total.backward()
+        usr_loss(outputs, batch, row_counts(batch, 2), LOSS).total.backward()
         rate = RATE * SCALES[step]
         for name, leaf in dense.items():
             used = torch.zeros(len(leaf), dtype=torch.bool)
@@ -123,10 +127,9 @@ def dense_reference(optimizer: str) -> dict[str, torch.Tensor]:
 
 
 def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Not to the last digits: Adam moves a row by its rate however small its gradient, so rounding grows over steps."""
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(got[name].float(), tensor, rtol=1e-3, atol=5e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(got[name].float(), tensor, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "rowwise_adam"])
