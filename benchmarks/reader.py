@@ -98,7 +98,7 @@ def write_table(lake: Path, spec: FeatureSpec, num_rows: int, *, longest: int = 
             if history.query_ids:
                 lists[history.query_ids] = skewed_ids(rng, events, spec.sparse_feature("query").num_embeddings)
             columns |= {name: pa.ListArray.from_arrays(pa.array(offsets), pa.array(v)) for name, v in lists.items()}
-        writer = WriterProperties(max_row_group_size=ROW_GROUP_ROWS)
+        writer = WriterProperties(max_row_group_size=ROW_GROUP_ROWS, compression="ZSTD")
         write_deltalake(
             lake / SAMPLES, pa.table(columns), partition_by=["impression_date"], mode="append", writer_properties=writer
         )

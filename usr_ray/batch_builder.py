@@ -7,6 +7,7 @@ events move by one copy of memory instead of one indexed read an event (three ti
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
@@ -26,6 +27,8 @@ IntArray = NDArray[np.int64]
 _ROW_FIELDS = ("labels_BT", "weights_B", "scenario_B", "sparse_BF", "dense_BF", "user_key_B", "request_key_B",
                "row_number_B")  # fmt: skip
 _EVENT_FIELDS = ("item_ids_V", "actions_V", "ages_s_V", "query_ids_V")
+_SPARE = 1.05
+"""Room for events beyond what the rows so far lead to expect: row groups differ a little."""
 
 
 def padding_batch(spec: FeatureSpec, num_rows: int) -> UsrBatch:
@@ -80,7 +83,10 @@ def take_rows(batch: UsrBatch, rows: IntArray) -> UsrBatch:
     histories = []
     for history in batch.histories:
         lengths = np.diff(history.offsets.numpy())[rows]
-        values = {name: _gather([_as_bytes(history, name)], name, pa.array(rows)) for name in _fields(history)}
+        names = [name for name in _EVENT_FIELDS if getattr(history, name) is not None]
+        offsets = history.offsets.numpy()
+        strings = {name: _as_bytes(getattr(history, name).numpy(), offsets) for name in names}
+        values = {name: _gather([strings[name]], name, pa.array(rows)) for name in names}
         histories.append(_history(values, lengths))
     return UsrBatch(**fields, histories=tuple(histories))
 
@@ -93,10 +99,12 @@ class BatchBuilder:
         self._spec = spec
         self._batch = _rows_to_fill(spec, num_rows)
         self._lengths = [np.zeros(num_rows, dtype=np.int64) for _ in spec.histories]
-        self._pieces: list[tuple[IntArray, dict[tuple[int, str], pa.Array]]] = []
+        self._events = [_Events(num_rows) for _ in spec.histories]
+        self._places: list[IntArray] = []
+        self._lock = threading.Lock()
 
     def add(self, rows: UsrBatch, places: IntArray) -> None:
-        """Put row n of `rows` at places[n]."""
+        """Put row n of `rows` at places[n]; `rows` is not needed any more then."""
         first, last = (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0)
         is_run = last - first == len(places) and bool((np.diff(places) == 1).all())
         index = torch.from_numpy(places)
@@ -108,8 +116,12 @@ class BatchBuilder:
                 target.index_copy_(0, index, values)  # half the time of numpy's
         for lengths, history in zip(self._lengths, rows.histories, strict=True):
             lengths[places] = np.diff(history.offsets.numpy())
-        events = {(n, name): _as_bytes(h, name) for n, h in enumerate(rows.histories) for name in _fields(h)}
-        self._pieces.append((places, events))
+        with self._lock:
+            self._places.append(places)
+            rooms = [events.reserve(h) for events, h in zip(self._events, rows.histories, strict=True)]
+        for room, history in zip(rooms, rows.histories, strict=True):
+            for name, target_V in room.items():
+                np.copyto(target_V, _values(history, name))
 
     def finish(self) -> UsrBatch:
         """The batch, in this thread."""
@@ -119,7 +131,7 @@ class BatchBuilder:
         """Hand the gathers to `submit` (Executor.submit), the work of `finish`; returns what waits for the batch."""
         source = np.full(len(self._batch), -1, dtype=np.int64)
         first = 0
-        for places, _ in self._pieces:
+        for places in self._places:
             source[places] = np.arange(first, first + len(places))
             first += len(places)
         missing = source < 0
@@ -130,34 +142,68 @@ class BatchBuilder:
                 getattr(self._batch, name).numpy()[missing] = getattr(padding, name).numpy()
         if np.array_equal(source, np.arange(first)):
             index = None  # file order: nothing moves
-        pieces, self._pieces = [events for _, events in self._pieces], []
-
-        def gather(job: tuple[int, str]) -> Tensor:
-            # Taken out of the pieces, so that decoded memory goes back field by field.
-            return _gather([events.pop(job) for events in pieces], job[1], index)
-
-        gathers = {job: submit(gather, job) for job in (list(pieces[0]) if pieces else [])}
+        gathers = [{f: submit(events.take, f, index) for f in events.fields} for events in self._events]
 
         def wait() -> UsrBatch:
-            if not gathers:
+            if not self._places:
                 return self._batch
-            found: list[dict[str, Tensor]] = [{} for _ in self._lengths]
-            for (n, name), values in gathers.items():
-                found[n][name] = values.result()
+            found = [{name: values.result() for name, values in history.items()} for history in gathers]
             histories = tuple(_history(values, lengths) for values, lengths in zip(found, self._lengths, strict=True))
             return replace(self._batch, histories=histories)
 
         return wait
 
 
+class _Events:
+    """The events of one history, piece after piece in a few large chunks, until all rows are there to be permuted.
+
+    A piece is copied while it is fresh from decoding, and its memory serves the next decode: copying all pieces at the
+    end, out of memory that has gone cold, costs twice as much (benchmarks/reader.py).
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        """Room for `num_rows` rows, made when the first of them tell how long they are."""
+        self._rows_left = num_rows
+        self._chunks: list[dict[str, NDArray[Any]]] = []
+        self._used: list[int] = []
+        self._offsets: list[list[IntArray]] = []
+
+    @property
+    def fields(self) -> list[str]:
+        """Names of the fields that the pieces have, as History calls them."""
+        return list(self._chunks[0]) if self._chunks else []
+
+    def reserve(self, history: History) -> dict[str, NDArray[Any]]:
+        """By field where the events of a piece go. One thread at a time."""
+        offsets = history.offsets.numpy()
+        num_rows, count = len(offsets) - 1, int(offsets[-1] - offsets[0])
+        if not self._chunks or self._used[-1] + count > len(self._chunks[-1]["item_ids_V"]):
+            # The rows to come are about as long as these. Where they are longer, they get a chunk of their own.
+            room = max(count, math.ceil(_SPARE * count * self._rows_left / max(num_rows, 1)))
+            names = [name for name in _EVENT_FIELDS if getattr(history, name) is not None]
+            chunk = {name: empty_array((room,), getattr(history, name).numpy().dtype.type) for name in names}
+            self._chunks.append(chunk)
+            self._used.append(0)
+            self._offsets.append([np.zeros(1, dtype=np.int64)])
+        start = self._used[-1]
+        self._used[-1] = start + count
+        self._offsets[-1].append(offsets[1:] - offsets[0] + start)
+        self._rows_left -= num_rows
+        return {name: values[start : start + count] for name, values in self._chunks[-1].items()}
+
+    def take(self, name: str, index: pa.Array | None) -> Tensor:
+        """One field of the rows `index`, numbered as they were reserved: once, for its memory is given back."""
+        chunks = [
+            _as_bytes(chunk.pop(name), np.concatenate(offsets))
+            for chunk, offsets in zip(self._chunks, self._offsets, strict=True)
+        ]
+        return _gather(chunks, name, index)
+
+
 def _at_once(function: Callable[..., Tensor], *arguments: Any) -> Future[Tensor]:
     future: Future[Tensor] = Future()
     future.set_result(function(*arguments))
     return future
-
-
-def _fields(history: History) -> list[str]:
-    return [name for name in _EVENT_FIELDS if getattr(history, name) is not None]
 
 
 def _history(values: dict[str, Tensor], lengths: IntArray) -> History:
@@ -167,12 +213,16 @@ def _history(values: dict[str, Tensor], lengths: IntArray) -> History:
     return History(**fields, offsets=torch.from_numpy(offsets))
 
 
-def _as_bytes(history: History, name: str) -> pa.Array:
-    """One field, each row's events as one string of bytes over the same memory."""
-    values = getattr(history, name)
-    offsets = pa.py_buffer(history.offsets.numpy() * values.element_size())
+def _values(history: History, name: str) -> NDArray[Any]:
+    """One field of all events that the offsets span."""
+    values: NDArray[Any] = getattr(history, name).numpy()
+    return values[int(history.offsets[0]) : int(history.offsets[-1])]
+
+
+def _as_bytes(values: NDArray[Any], offsets: IntArray) -> pa.Array:
+    """One field of events, each row's as one string of bytes over the same memory."""
     return pa.Array.from_buffers(
-        pa.large_binary(), len(history.offsets) - 1, [None, offsets, pa.py_buffer(values.numpy())]
+        pa.large_binary(), len(offsets) - 1, [None, pa.py_buffer(offsets * values.itemsize), pa.py_buffer(values)]
     )
 
 

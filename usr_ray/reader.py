@@ -92,11 +92,8 @@ class SampleReader:
             manifest, ready_before_us=ready_before_us, mature_only=mature_only, cache_dir=cache_dir
         )
         self._order: dict[str, Any] = {"kind": order, "seed": seed, "block_rows": block_rows, "num_shards": num_shards}
-        self._blocks = BlockReader(
-            manifest.spec, self._refs, self._decoder, self._share, num_threads=num_threads,
-            max_bytes_in_flight=max_bytes_in_flight,
-        )  # fmt: skip
         self._num_threads = num_threads
+        self._max_bytes_in_flight = max_bytes_in_flight
         self._executor: ThreadPoolExecutor | None = None
         self._streams: weakref.WeakSet[_Stream] = weakref.WeakSet()
         self.epoch_order(0)  # refuses an unknown order now, not in the first step
@@ -177,12 +174,16 @@ class _Stream:
     def __init__(self, reader: SampleReader, executor: ThreadPoolExecutor, epoch: int, start_step: int) -> None:
         self._reader = reader
         self._executor = executor
+        self._blocks = BlockReader(
+            reader._manifest.spec, reader._refs, reader._decoder, reader._share, executor=executor,
+            num_threads=reader._num_threads, max_bytes_in_flight=reader._max_bytes_in_flight,
+        )  # fmt: skip
         self._order = reader.epoch_order(epoch)
         self._start_step = start_step
         self._stop = threading.Event()
         self._num_extra = 0
         self._free = threading.Semaphore(_BLOCKS_IN_MEMORY)
-        self._ready: queue.SimpleQueue[Callable[[], Block] | BaseException] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[Future[Callable[[], Block]] | BaseException] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._produce, name="usr-ray-reader", daemon=True)
 
     def batches(self) -> Iterator[UsrBatch]:
@@ -210,6 +211,7 @@ class _Stream:
     def close(self) -> None:
         """End the thread and wait for it."""
         self._stop.set()
+        self._blocks.close()
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
@@ -228,19 +230,19 @@ class _Stream:
                 plan = planned.result()
                 if block + 1 < self._order.num_blocks:  # made while this one is decoded
                     planned = self._plan(block + 1)
-                self._ready.put(self._reader._blocks.build(plan, self._executor, self._stop))
+                self._ready.put(self._blocks.build(plan))
         except BaseException as error:  # it belongs to the thread that uses the batches
             self._ready.put(error)
 
     def _plan(self, block: int) -> Future[Plan]:
-        return self._executor.submit(self._reader._blocks.plan, self._order, block, self._start_step)
+        return self._executor.submit(self._blocks.plan, self._order, block, self._start_step)
 
     def _next_block(self) -> Block:
         block = self._ready.get()
         if isinstance(block, BaseException):
             raise block
         try:
-            return block()
+            return block.result()()
         except CancelledError as error:
             raise RuntimeError(CLOSED) from error
 

@@ -23,6 +23,7 @@ from usr_ray.config import DAY_US, UserError
 from usr_ray.manifest import Manifest, build_manifest
 from usr_ray.manifest_files import DataError
 from usr_ray.reader import SampleReader
+from usr_ray.reader_blocks import BlockReader
 from usr_ray.schema import ALL_LABELS
 
 pytestmark = pytest.mark.unit
@@ -278,12 +279,10 @@ def test_two_passes_may_be_read_at_the_same_time(manifest: Manifest) -> None:
 
 
 def test_no_more_than_two_blocks_are_built_ahead_of_use(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[int] = []
+    build = BlockReader.build
+    monkeypatch.setattr(BlockReader, "build", lambda blocks, plan: built.append(plan.block) or build(blocks, plan))
     with SampleReader(manifest, **{**SIZES, "block_rows": 40}) as reader:
-        built: list[int] = []
-        build = reader._blocks.build
-        monkeypatch.setattr(
-            reader._blocks, "build", lambda plan, *others: built.append(plan.block) or build(plan, *others)
-        )
         batches = reader.batches(0)
         next(batches)
         deadline = time.monotonic() + 5
