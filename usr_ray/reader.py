@@ -2,8 +2,8 @@
 
 A block (order.py) is decoded by a few threads while the block before it is being used. Each decoded row group is
 reduced at once to the rows of this rank; the block's rows are laid out in the order they are used, so that a step's
-batch is a view of them. In memory at most: two blocks of this rank's rows, and the decoded columns of one of them
-while it is laid out.
+batch is a view of them. In memory at most: two blocks of this rank's rows, the events of one of them once more while
+it is laid out, and the row groups being decoded.
 """
 
 from __future__ import annotations

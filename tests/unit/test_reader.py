@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import gc
 import shutil
 import threading
 import time
@@ -292,6 +293,21 @@ def test_no_more_than_two_blocks_are_built_ahead_of_use(manifest: Manifest, monk
         assert built == [0, 1]
         assert len(list(batches)) == 15
         assert built == list(range(reader.epoch_order(0).num_blocks))
+
+
+def test_an_epoch_that_was_read_gives_its_memory_back_without_the_garbage_collector(manifest: Manifest) -> None:
+    """A cycle of references would keep every block until Python looks for cycles: gigabytes on a large table."""
+    gc.collect()
+    gc.disable()
+    try:
+        before = pa.total_allocated_bytes()
+        with SampleReader(manifest, **{**SIZES, "block_rows": 40}) as reader:
+            kept = list(reader.batches(0))
+            assert pa.total_allocated_bytes() > before
+            del kept
+        assert pa.total_allocated_bytes() == before
+    finally:
+        gc.enable()
 
 
 def test_leaving_early_and_closing_end_the_threads(manifest: Manifest) -> None:
