@@ -95,11 +95,15 @@ class Day:
         """The day, and dates before it that are missing."""
         self._build("--dates", f"{self.plan.build_first}:{self.plan.day}")
 
-    def restate(self) -> None:
+    def restate(self) -> str | None:
         """Earlier dates that late events, or the passing of time, have changed."""
+        dates = built_dates(self.arguments.lake)
+        if all(self.plan.build_first <= date.isoformat() <= self.plan.day for date in dates):
+            return "all dates are of this day's build"
         days = self.arguments.restate_days
         first = dt.date.fromisoformat(self.plan.day) - dt.timedelta(days=days - 1)
         self._build("--restate", *(["--dates", f"{first}:{self.plan.day}"] if days else []))
+        return None
 
     def train(self) -> str | None:
         """Go on from the model in use, over the dates whose labels have become final since."""

@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
     settings += [word for override in arguments.overrides for word in ("--set", override)]
     if arguments.logs is None:
         where = ["--input", str(arguments.input)] if arguments.input else []
-        step("ingest", "spark-submit", "jobs/ingest_logs.py", "--source", arguments.source, *where,
+        step("ingest", sys.executable, "jobs/ingest_logs.py", "--source", arguments.source, *where,
              "--logs", str(logs), *settings)  # fmt: skip
     step("build samples", "spark-submit", "jobs/build_samples.py", "--logs", str(logs), "--lake", str(lake),
          "--dates", build_dates(config), *settings)  # fmt: skip

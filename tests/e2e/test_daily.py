@@ -24,6 +24,7 @@ def test_a_first_day_ends_with_a_model_in_use_and_its_scores(smoke: Path, run: R
              "--logs", smoke / "logs", "--lake", tmp_path / "lake", *work, "--date", "2026-01-04"]  # fmt: skip
     done = run(*daily)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "restate: skipped, all dates are of this day's build" in done.stdout
     # Labels are final after 5 hours, so the 3rd is held out; those of the 1st closed on the 2nd, before it began.
     record = json.loads((tmp_path / "work" / "runs" / "2026-01-04" / "config.json").read_text())
     assert record["status"] == "finished"

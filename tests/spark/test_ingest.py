@@ -16,10 +16,10 @@ pytestmark = pytest.mark.spark
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def submit(*words: str | Path) -> subprocess.CompletedProcess[str]:
+def submit(*words: str | Path, program: str = "spark-submit") -> subprocess.CompletedProcess[str]:
     tools = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "SPARK_LOCAL_IP": "127.0.0.1"}
-    command = ["spark-submit", "jobs/ingest_logs.py", *map(str, words)]
+    command = [program, "jobs/ingest_logs.py", *map(str, words)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180, check=False)
 
 
@@ -37,7 +37,8 @@ def test_spark_submit_writes_logs_then_refuses_to_overwrite_them_then_does(tmp_p
     assert errors == [f"error: --logs {tmp_path / 'logs'}: is not empty; name a new folder or add --overwrite"]
     assert not any("Traceback" in line for line in lines)
 
-    again = submit(*words, "--overwrite", "--set", "simulated.num_impressions=4000")
+    # As make demo calls it: the job needs no JVM.
+    again = submit(*words, "--overwrite", "--set", "simulated.num_impressions=4000", program=sys.executable)
     assert again.returncode == 0, again.stderr[-2000:]
     assert pq.read_table(tmp_path / "logs" / "truth").num_rows == 4_000
     marker = json.loads((tmp_path / "logs" / "_ingest.json").read_text())

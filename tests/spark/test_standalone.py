@@ -40,13 +40,13 @@ class Standalone:
         return run_command(sys.executable, "cluster/spark/standalone.py", action, "--workers", "2",
                            "--executor-memory", "700m", *own)  # fmt: skip
 
-    def build(self, lake: Path, *settings: str) -> CompletedProcess[str]:
+    def build(self, lake: Path, *settings: str, executors: int) -> CompletedProcess[str]:
         """The command that `start` prints, with a small driver, for one day of two scenarios without features."""
         return run_command(
             "spark-submit", "--master", f"spark://127.0.0.1:{self.port}",
             "--properties-file", self.state / "submit.conf", "--driver-memory", "1g", "--driver-java-options", QUICK,
             "--conf", f"spark.executor.extraJavaOptions={QUICK}", "--conf", "spark.sql.shuffle.partitions=2",
-            "--conf", "spark.dynamicAllocation.minExecutors=2",
+            "--conf", f"spark.dynamicAllocation.minExecutors={executors}",
             "jobs/build_samples.py", "--config", EXAMPLE / "own_logs.toml", "--logs", EXAMPLE,
             "--lake", lake, "--dates", "2026-03-28",
             *(word for setting in (*PLAIN, *settings) for word in ("--set", setting)),
@@ -78,14 +78,14 @@ def content(folder: Path) -> dict[str, str]:
 
 def test_a_job_runs_on_the_executors_and_ends_with_its_own_exit_code(cluster: Standalone, tmp_path: Path) -> None:
     lake = tmp_path / "lake"
-    built = cluster.build(lake)
+    built = cluster.build(lake, executors=2)
     assert built.returncode == 0, built.stdout[-2000:] + built.stderr[-2000:]
     samples = deltalake.DeltaTable(lake / "samples").to_pyarrow_table(columns=["is_click"])
     # Lines of events/2026-03-28.csv: 48 views, 12 clicks, none of them twice.
     assert (samples.num_rows, sum(samples["is_click"].to_pylist())) == (48, 12)
     whole = content(lake)
 
-    wrong = cluster.build(lake, "histories.length=7")
+    wrong = cluster.build(lake, "histories.length=7", executors=1)
     assert wrong.returncode == 2, wrong.stdout[-2000:] + wrong.stderr[-2000:]
     (line,) = re.findall(r"^error: (.*)$", wrong.stderr, re.M)
     assert re.match(r"\S+samples: built with histories.length = \d+, the configuration has 7; ", line), line

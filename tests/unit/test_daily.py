@@ -164,11 +164,12 @@ def test_a_first_day_builds_from_the_beginning_and_publishes(shop: Shop, capsys:
     shop.tell(loss={"2026-01-06": 0.4})
     assert shop.day("2026-01-06") == 0
     calls = shop.calls()
-    assert names(calls) == ["build_samples", "build_samples", "train", "evaluate", "export", "score"]
-    build, restate, train, evaluate, _, score = calls
+    assert names(calls) == ["build_samples", "train", "evaluate", "export", "score"]
+    build, train, evaluate, _, score = calls
     assert build[build.index("--dates") + 1] == "2026-01-01:2026-01-06"
     assert setting(build, "data.train_dates") == "2026-01-01:2026-01-06"
-    assert "--restate" in restate
+    assert "--restate" not in build
+    assert "restate: skipped, all dates are of this day's build" in (printed := capsys.readouterr().out)
     assert setting(train, "data.train_dates") == "2026-01-01:2026-01-01"
     assert setting(train, "data.eval_dates") == "2026-01-04"
     assert setting(train, "train.warm_start") == ""
@@ -177,17 +178,33 @@ def test_a_first_day_builds_from_the_beginning_and_publishes(shop: Shop, capsys:
     current = read_current(shop.work)
     assert current is not None
     assert (current["run"], current["trained_to"], current["before"]) == ("runs/2026-01-06", "2026-01-01", [])
-    assert "train says something" in capsys.readouterr().out
+    assert "train says something" in printed
     assert "train says something" in (shop.work / "days" / "2026-01-06" / "train.log").read_text()
     assert shop.day("2026-01-06") == 0  # once more: nothing is left to do
     assert shop.calls() == []
 
 
 def test_late_events_can_be_looked_for_in_the_last_days_only(shop: Shop) -> None:
-    shop.tell(loss={"2026-01-06": 0.4})
-    assert shop.day("2026-01-06", "--restate-days", "3") == 0
+    shop.tell(loss={"2026-01-06": 0.4, "2026-01-07": 0.4})
+    assert shop.day("2026-01-06") == 0
+    shop.calls()
+    assert shop.day("2026-01-07", "--restate-days", "3") == 0
     restate = shop.calls()[1]
-    assert restate[restate.index("--dates") + 1] == "2026-01-04:2026-01-06"
+    assert "--restate" in restate
+    assert restate[restate.index("--dates") + 1] == "2026-01-05:2026-01-07"
+
+
+def test_dates_that_are_there_before_a_first_day_are_looked_at_again(shop: Shop) -> None:
+    shop.tell(loss={"2026-01-06": 0.4})
+    reports = shop.root.parent / "lake" / "reports"
+    reports.mkdir(parents=True)
+    (reports / "2026-01-01.json").write_text(json.dumps({"date": "2026-01-01", "watermark": "W", "scenarios": {
+        "search": {"impressions": 10, "mature": 10}}}))  # fmt: skip
+    assert shop.day("2026-01-06") == 0
+    build, restate = shop.calls()[:2]
+    assert build[build.index("--dates") + 1] == "2026-01-02:2026-01-06"
+    assert "--restate" in restate
+    assert "--dates" not in restate
 
 
 def test_the_next_day_goes_on_from_the_model_in_use_and_a_worse_one_is_held_back(
@@ -199,6 +216,7 @@ def test_the_next_day_goes_on_from_the_model_in_use_and_a_worse_one_is_held_back
     assert shop.day("2026-01-07") == 3
     calls = shop.calls()
     assert names(calls) == ["build_samples", "build_samples", "train", "evaluate", "evaluate", "score"]
+    assert "--restate" in calls[1]
     assert calls[0][calls[0].index("--dates") + 1] == "2026-01-07:2026-01-07"
     assert setting(calls[2], "train.warm_start") == str(shop.work / "runs" / "2026-01-06")
     assert calls[-1][calls[-1].index("--run-dir") + 1] == str(shop.work / "runs" / "2026-01-06")
@@ -221,7 +239,7 @@ def test_a_failed_step_ends_with_its_code_and_the_same_command_goes_on_there(
         shop.tell(loss={"2026-01-06": 0.4}, exit={"train": code})
         assert shop.day("2026-01-06") == expected
         assert f"stopped, step train ended with exit code {code}" in capsys.readouterr().err
-    assert names(shop.calls()) == ["build_samples", "build_samples", "train", "train", "train"]
+    assert names(shop.calls()) == ["build_samples", "train", "train", "train"]
     assert shop.status("2026-01-06")["steps"]["train"]["status"] == "failed"
     shop.tell(loss={"2026-01-06": 0.4})
     assert shop.day("2026-01-06") == 0
@@ -243,7 +261,7 @@ def test_steps_can_be_run_one_by_one_in_order(shop: Shop, capsys: pytest.Capture
     assert shop.day("2026-01-06", "--step", "train") == 2
     assert capsys.readouterr().err == "error: --step train: build of 2026-01-06 is not done; run it first\n"
     assert [shop.day("2026-01-06", "--step", step) for step in STEPS] == [0] * len(STEPS)
-    assert names(shop.calls()) == ["build_samples", "build_samples", "train", "evaluate", "export", "score"]
+    assert names(shop.calls()) == ["build_samples", "train", "evaluate", "export", "score"]
 
 
 def test_an_older_model_can_be_put_into_use_again(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
