@@ -143,13 +143,15 @@ def test_a_killed_worker_costs_only_the_steps_since_the_checkpoint(
     assert steps == list(range(5, STEPS + 1, 5)), "each step once, although some were trained twice"
 
 
-def test_a_worker_asked_to_end_saves_and_ends_the_run_with_all_others(
+def test_a_worker_asked_to_end_ends_the_run_with_all_others_and_a_killed_driver_is_gone_on_with(
     unbroken: Path, lake: Path, tmp_path: Path
 ) -> None:
+    """Each part goes on with the last; the second one as a user runs the job, alone with a Ray of its own, killed."""
     from usr_ray.trainer import run
 
     run_dir = tmp_path / "run"
-    config = small_config("train.checkpoint_every_steps=1000")  # but at the end of each epoch, of 10 steps
+    by_epoch = "train.checkpoint_every_steps=1000"  # but at the end of each epoch, of 10 steps
+    config = small_config(by_epoch)
 
     def terminate() -> None:
         wait_for(lambda: newest_step(run_dir) >= 10)
@@ -162,29 +164,21 @@ def test_a_worker_asked_to_end_saves_and_ends_the_run_with_all_others(
     assert stopped.outcome == "stopped"
     assert 10 < stopped.step < STEPS, "the signal came after the end; make the run longer"
     assert newest_step(run_dir) == stopped.step
-    assert run(config, lake, run_dir).outcome == "finished"
-    expected, found = weights(unbroken), weights(run_dir)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
-
-def test_a_killed_driver_is_gone_on_with_by_the_same_command(unbroken: Path, lake: Path, tmp_path: Path) -> None:
-    """Alone, with a Ray of its own: the job as a user runs it."""
-    run_dir = tmp_path / "run"
-    overrides = [word for override in OVERRIDES for word in ("--set", override)]
+    overrides = [word for override in (*OVERRIDES, by_epoch) for word in ("--set", override)]
     command = [sys.executable, "jobs/train.py", "--lake", lake, "--run-dir", run_dir, *overrides]
     log = tmp_path / "log"
     with log.open("w") as file:
         job = subprocess.Popen([str(word) for word in command], cwd=ROOT, stdout=file, stderr=file)
         try:
-            wait_for(lambda: newest_step(run_dir) >= 15 or job.poll() is not None)
+            wait_for(lambda: newest_step(run_dir) > stopped.step or job.poll() is not None)
         finally:
             job.kill()
             job.wait()
-    step = newest_step(run_dir)
-    assert 15 <= step < STEPS, log.read_text()[-2000:]
-    from usr_ray.trainer import run
+    assert f"resumed at step {stopped.step} " in log.read_text()
+    assert stopped.step < newest_step(run_dir) < STEPS, log.read_text()[-2000:]
 
-    summary = run(small_config(), lake, run_dir)
+    summary = run(config, lake, run_dir)
     assert (summary.outcome, summary.step, summary.was_finished) == ("finished", STEPS, False)
     expected, found = weights(unbroken), weights(run_dir)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
