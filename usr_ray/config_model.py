@@ -67,7 +67,7 @@ class ContrastiveConfig:
     feature_weight: float = 0.02
     """l2; 0 switches CL(f) off."""
     temperature: float = 0.2
-    """tau."""
+    """tau, at least 0.002."""
     group_size: int = 128
     """Rows whose vectors serve one another as negatives: fixed, so that the loss does not depend on the workers."""
     mask_rate: float = 0.2
@@ -79,6 +79,9 @@ class ContrastiveConfig:
                     f"model.contrastive.{key} must not be negative, got {getattr(self, key)}")  # fmt: skip
         for key in ("temperature", "group_size"):
             require(getattr(self, key) > 0, f"model.contrastive.{key} must be positive, got {getattr(self, key)}")
+        # e^(1 / tau), of which the loss adds up many, must be a number.
+        require(self.temperature >= 0.002,
+                f"model.contrastive.temperature must be at least 0.002, got {self.temperature}")  # fmt: skip
         require(0 < self.mask_rate < 1, f"model.contrastive.mask_rate must be in (0, 1), got {self.mask_rate}")
 
 

@@ -140,27 +140,29 @@ class _Interest(nn.Module):
         self.cores = interest.cores
         self.scale = 1 / math.sqrt(interest.output_dim)
         inner_q, outer = interest.inner["q"](), interest.outer
-        self.target_HK = nn.Parameter(inner_q.T.detach().contiguous(), requires_grad=False)
-        self.join_KK = nn.Parameter((outer["q"]().T @ outer["k"]()).detach(), requires_grad=False)
+        self.inner_q_KH = nn.Parameter(inner_q.detach().clone(), requires_grad=False)
+        self.join_KK = nn.Parameter((outer["k"]().T @ outer["q"]()).detach(), requires_grad=False)
         self.value_KD = nn.Parameter(outer["v"]().T.detach().contiguous(), requires_grad=False)
         self.empty_D = interest.empty_D
 
     def forward(self, target_BH: Tensor, z_BVZ: Tensor, pairs_BEK: Tensor, mask_BE: Tensor) -> Tensor:
         """i_k of the views whose triggers are given, (B, V, D)."""
         query_core, key_core, value_core = self.cores(z_BVZ)
-        query_BVK = _apply(query_core, (target_BH @ self.target_HK).unsqueeze(1)) @ self.join_KK
-        query_BVK = _apply(key_core.transpose(2, 3), query_BVK) * self.scale
+        query_KVB = _apply(query_core, (self.inner_q_KH @ target_BH.T).unsqueeze(1))
+        query_KVB = (self.join_KK @ query_KVB.flatten(1)).view_as(query_KVB)
+        query_BVK = (_apply(key_core.transpose(0, 1), query_KVB) * self.scale).permute(2, 1, 0)
         key_BEK, value_BEK = pairs_BEK.chunk(2, dim=2)
         score_BVE = torch.matmul(query_BVK, key_BEK.transpose(1, 2))
         floor = torch.finfo(score_BVE.dtype).min
         weight_BVE = torch.where(mask_BE.unsqueeze(1), score_BVE, floor).softmax(dim=2)
-        interest_BVD = _apply(value_core, torch.matmul(weight_BVE, value_BEK)) @ self.value_KD
+        inner_KVB = _apply(value_core, torch.matmul(weight_BVE, value_BEK).permute(2, 1, 0))
+        interest_BVD = inner_KVB.permute(2, 1, 0) @ self.value_KD
         return torch.where(mask_BE.any(1).view(-1, 1, 1), interest_BVD, self.empty_D)
 
 
 def _apply(core: Tensor, vector: Tensor) -> Tensor:
-    """(I + core) vector, (.., K)."""
-    return vector + (core * vector.unsqueeze(-2)).sum(-1)
+    """(I + core) vector of every row: (K, K, V, B) and (K, V, B)."""
+    return vector + (core * vector).sum(1)
 
 
 class ServingModel(nn.Module):

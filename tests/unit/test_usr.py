@@ -310,6 +310,7 @@ def test_bfloat16_autocast_gives_finite_float32_outputs_and_gradients(switches: 
         ("multitask", {"alpha": -1.0}, "model.multitask.alpha must not be negative, got -1.0"),
         ("contrastive", {"interest_weight": -1.0}, "model.contrastive.interest_weight must not be negative, got -1.0"),
         ("contrastive", {"temperature": 0.0}, "model.contrastive.temperature must be positive, got 0.0"),
+        ("contrastive", {"temperature": 0.001}, "model.contrastive.temperature must be at least 0.002, got 0.001"),
         ("contrastive", {"group_size": 0}, "model.contrastive.group_size must be positive, got 0"),
         ("contrastive", {"mask_rate": 1.0}, r"model.contrastive.mask_rate must be in \(0, 1\), got 1.0"),
     ],

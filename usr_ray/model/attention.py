@@ -36,9 +36,10 @@ class _MaskedAttention(torch.autograd.Function):
     def forward(ctx: Any, query_BVK: Tensor, pairs_BLK: Tensor, valid_BML: Tensor) -> Tensor:
         key_BLK, value_BLK = pairs_BLK.split(query_BVK.shape[2], dim=2)
         score_B1VL = torch.bmm(query_BVK, key_BLK.transpose(1, 2)).unsqueeze(1)
-        # A finite floor: a softmax over nothing but -inf would be NaN.
-        floor = torch.finfo(score_B1VL.dtype).min
-        weight_BMVL = torch.where(valid_BML.unsqueeze(2), score_B1VL, floor).softmax(dim=3)
+        # A finite floor: a softmax over nothing but -inf would be NaN. Added, which is faster than to choose; a score is
+        # nothing beside it.
+        floor_BML = (~valid_BML).to(score_B1VL.dtype).mul_(torch.finfo(score_B1VL.dtype).min / 2)
+        weight_BMVL = (score_B1VL + floor_BML.unsqueeze(2)).softmax(dim=3)
         ctx.save_for_backward(query_BVK, pairs_BLK, weight_BMVL)
         return torch.bmm(weight_BMVL.flatten(1, 2), value_BLK)
 
@@ -47,6 +48,7 @@ class _MaskedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_BWK: Tensor) -> tuple[Tensor, Tensor, None]:
         query_BVK, pairs_BLK, weight_BMVL = ctx.saved_tensors
         num_queries, size = query_BVK.shape[1:]
+        grad_BWK = grad_BWK.contiguous()
         key_BLK, value_BLK = pairs_BLK.split(size, dim=2)
         grad_weight_BMVL = torch.bmm(grad_BWK, value_BLK.transpose(1, 2)).view_as(weight_BMVL) * weight_BMVL
         grad_score_BMVL = torch.addcmul(grad_weight_BMVL, weight_BMVL, grad_weight_BMVL.sum(3, keepdim=True), value=-1)

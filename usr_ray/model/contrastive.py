@@ -29,8 +29,8 @@ from usr_ray.model.history import Events
 _EVENT_STREAM, _FEATURE_STREAM = 1, 2
 _NORM_FLOOR = 1e-6
 """Added to norms, so that the gradient of a zero vector is finite."""
-_EXCLUDED = -1e30
-"""Score of what is no negative; its exponential is 0."""
+_LARGEST_SCORE = 60
+"""e^60 added up over a group is a float32."""
 
 
 def _row_keys(row_number_B: Tensor, step_seed: int | Tensor, stream: int) -> Tensor:
@@ -50,10 +50,13 @@ def event_mask(events: Events, row_number_B: Tensor, step_seed: int | Tensor, ra
 
 
 def feature_mask(widths: Sequence[int], row_number_B: Tensor, step_seed: int | Tensor, rate: float) -> Tensor:
-    """Bool (B, C): the columns of f a twin sees; a feature's `widths[i]` columns stay or go together."""
+    """Float32 (B, C): 1 for the columns of f a twin sees, else 0; a feature's `widths[i]` columns stay or go together.
+
+    Numbers to multiply by, not bool: a product of both kinds takes three times as long.
+    """
     keys_B1 = _row_keys(row_number_B, step_seed, _FEATURE_STREAM).unsqueeze(1)
     features_F = torch.arange(len(widths), device=row_number_B.device)
-    keep_BF = to_uniform(hash_keys(keys_B1, features_F)) >= rate
+    keep_BF = (to_uniform(hash_keys(keys_B1, features_F)) >= rate).float()
     return torch.cat([k_B1.expand(-1, width) for k_B1, width in zip(keep_BF.split(1, 1), widths, strict=True)], dim=1)
 
 
@@ -111,41 +114,37 @@ class _Contrast(torch.autograd.Function):
         norm_NGS, scale_NGS = _scale(vectors_NGSD)
         twin_norm_NGS, twin_scale_NGS = _scale(twins_NGSD)
         dot_NGS = (vectors_NGSD * twins_NGSD).sum(3)
-        # Finite also when doubled: an invalid row's own result is a number too, dropped at the end.
-        floor_NG = (~valid_NG).to(scale_NGS.dtype) * _EXCLUDED
-        floor_NGG = floor_NG.unsqueeze(1) + floor_NG.unsqueeze(2)
+        # Scores lie in [-1 / tau, 1 / tau], so their exponentials need no shift where the type can hold the largest.
+        dtype = scale_NGS.dtype if 1 / temperature < _LARGEST_SCORE else torch.float64
+        valid_NG1 = valid_NG.to(dtype).unsqueeze(2)
         views, scales = vectors_NGSD.unbind(2), scale_NGS.unbind(2)
-        logs: list[list[Tensor]] = [[] for _ in views]
+        totals = [torch.zeros_like(valid_NG1)] * len(views)
         kept: list[Tensor] = []
         # Row g, column h of a pair's matrix serves anchor g of one view and anchor h of the other.
         for one, other in itertools.combinations(range(len(views)), 2):
             dots_NGG = torch.bmm(views[one], views[other].transpose(1, 2))
-            kept.append(dots_NGG)
             score_NGG = dots_NGG * (scales[one] / temperature).unsqueeze(2)
-            score_NGG.mul_(scales[other].unsqueeze(1)).add_(floor_NGG)
-            for view, dim in ((one, 2), (other, 1)):
-                largest = score_NGG.amax(dim, keepdim=True)
-                weight_NGG = (score_NGG - largest).exp_()
-                total = weight_NGG.sum(dim, keepdim=True)
-                logs[view].append((largest + total.log()).squeeze(dim))
-                kept += [weight_NGG, total]
-        pairs_NGSP = torch.stack([torch.stack(parts, dim=2) for parts in logs], dim=2)
-        negatives_NGS = pairs_NGSP.logsumexp(3)
-        margin_NGS = negatives_NGS - dot_NGS * scale_NGS * twin_scale_NGS / temperature
+            weight_NGG = score_NGG.mul_(scales[other].unsqueeze(1)).to(dtype).exp_()
+            totals[one] = totals[one] + torch.bmm(weight_NGG, valid_NG1)
+            totals[other] = totals[other] + torch.bmm(valid_NG1.transpose(1, 2), weight_NGG).transpose(1, 2)
+            kept += [dots_NGG, weight_NGG]
+        # An invalid row may have no negatives at all; its result is a number too, dropped at the end.
+        total_NGS = torch.cat(totals, dim=2).clamp_(min=torch.finfo(dtype).tiny)
+        margin_NGS = total_NGS.log().to(scale_NGS.dtype) - dot_NGS * scale_NGS * twin_scale_NGS / temperature
         ctx.save_for_backward(
-            vectors_NGSD, twins_NGSD, valid_NG, norm_NGS, scale_NGS, twin_norm_NGS, twin_scale_NGS, dot_NGS, margin_NGS,
-            (pairs_NGSP - negatives_NGS.unsqueeze(3)).exp_(), *kept,
+            vectors_NGSD, twins_NGSD, valid_NG1, norm_NGS, scale_NGS, twin_norm_NGS, twin_scale_NGS, dot_NGS,
+            margin_NGS, total_NGS, *kept,
         )  # fmt: skip
         ctx.temperature = temperature
         ctx.mark_non_differentiable(scale_NGS)
-        return torch.where(valid_NG.unsqueeze(2), softplus(margin_NGS), 0), scale_NGS
+        return softplus(margin_NGS) * valid_NG1.to(margin_NGS.dtype), scale_NGS
 
     @staticmethod
     @once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, grad_NGS: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        (vectors_NGSD, twins_NGSD, valid_NG, norm_NGS, scale_NGS, twin_norm_NGS, twin_scale_NGS, dot_NGS, margin_NGS,
-         share_NGSP, *kept) = ctx.saved_tensors  # fmt: skip
-        pull_NGS = torch.where(valid_NG.unsqueeze(2), grad_NGS * torch.sigmoid(margin_NGS), 0)
+        (vectors_NGSD, twins_NGSD, valid_NG1, norm_NGS, scale_NGS, twin_norm_NGS, twin_scale_NGS, dot_NGS, margin_NGS,
+         total_NGS, *kept) = ctx.saved_tensors  # fmt: skip
+        pull_NGS = grad_NGS * torch.sigmoid(margin_NGS) * valid_NG1.to(margin_NGS.dtype)
         push_NGS = -pull_NGS * scale_NGS * twin_scale_NGS / ctx.temperature
         grad_twins_NGSD = vectors_NGSD * push_NGS.unsqueeze(3)
         pushed_NGS = push_NGS * dot_NGS
@@ -154,15 +153,14 @@ class _Contrast(torch.autograd.Function):
         grad_NGSD = twins_NGSD * push_NGS.unsqueeze(3)
         views, scales, grads = vectors_NGSD.unbind(2), scale_NGS.unbind(2), grad_NGSD.unbind(2)
         along = list(pushed_NGS.unbind(2))
-        pull_NGSP, used = pull_NGS.unsqueeze(3) * share_NGSP, [0] * len(views)
+        shares = (pull_NGS / total_NGS).split(1, dim=2)
         matrices = iter(kept)
         for one, other in itertools.combinations(range(len(views)), 2):
-            dots_NGG, parts = next(matrices), []
-            for view, dim in ((one, 2), (other, 1)):
-                weight_NGG, total = next(matrices), next(matrices)
-                parts.append(weight_NGG * (pull_NGSP[:, :, view, used[view]].unsqueeze(dim) / total))
-                used[view] += 1
-            grad_NGG = parts[0].add_(parts[1])
+            dots_NGG, weight_NGG = next(matrices), next(matrices)
+            # share of g's anchor for each valid h, and of h's anchor for each valid g: one product of rank two.
+            left_NG2 = torch.cat([shares[one], valid_NG1], dim=2)
+            right_NG2 = torch.cat([valid_NG1, shares[other]], dim=2)
+            grad_NGG = torch.bmm(left_NG2, right_NG2.transpose(1, 2)).mul_(weight_NGG).to(dots_NGG.dtype)
             grad_NGG.mul_((scales[one] / ctx.temperature).unsqueeze(2)).mul_(scales[other].unsqueeze(1))
             grads[one].baddbmm_(grad_NGG, views[other])
             grads[other].baddbmm_(grad_NGG.transpose(1, 2), views[one])

@@ -27,17 +27,21 @@ class FeatureGenerator(nn.Module):
         nn.init.zeros_(self.gate_layer.bias)
 
     def forward(self, trigger_BVZ: Tensor, features_BC: Tensor) -> Tensor:
-        """f_k of every view: (B, V, C)."""
-        return self._scale(self.trigger_layer(trigger_BVZ), features_BC)
+        """f_k of every view: (B, V, C), one view after the other in memory."""
+        return self._scale(self._of_trigger(trigger_BVZ), features_BC)
 
     def with_twin(self, trigger_BVZ: Tensor, features_BC: Tensor, keep_BC: Tensor) -> tuple[Tensor, Tensor]:
         """f_k of every view, and that of the twin which sees only the columns of `keep_BC`; (B, V, C) each."""
-        trigger_BVH = self.trigger_layer(trigger_BVZ)
-        return self._scale(trigger_BVH, features_BC), self._scale(trigger_BVH, features_BC * keep_BC)
+        trigger_VBH = self._of_trigger(trigger_BVZ)
+        return self._scale(trigger_VBH, features_BC), self._scale(trigger_VBH, features_BC * keep_BC)
 
-    def _scale(self, trigger_BVH: Tensor, features_BC: Tensor) -> Tensor:
+    def _of_trigger(self, trigger_BVZ: Tensor) -> Tensor:
+        trigger_VBH: Tensor = self.trigger_layer(trigger_BVZ.transpose(0, 1))
+        return trigger_VBH
+
+    def _scale(self, trigger_VBH: Tensor, features_BC: Tensor) -> Tensor:
         # Without the stop of the gradient the gates would pull the embeddings towards what is easy to gate.
-        shared_B1H = self.feature_layer(features_BC.detach()).unsqueeze(1)
-        logits_BVC = self.gate_layer(torch.relu(trigger_BVH + shared_B1H))
-        half_gates_BVC: Tensor = torch.sigmoid(logits_BVC)
-        return half_gates_BVC * (2 * features_BC).unsqueeze(1)
+        shared_BH = self.feature_layer(features_BC.detach())
+        half_gates_VBC = torch.sigmoid(self.gate_layer(torch.relu(trigger_VBH + shared_BH)))
+        # Views first: what all views share is then added and multiplied in long runs, and each view lies in one piece.
+        return (half_gates_VBC * (2 * features_BC)).transpose(0, 1)

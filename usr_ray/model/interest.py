@@ -7,6 +7,8 @@ W is never built. V_K h_j and V_V h_j are K numbers an event, the same for all v
 side, since (W_Q t).(U_K S_K v_j) = (S_K' U_K' W_Q t).v_j, and U_V S_V come after the sum over events. What a view adds
 for an event is then one product of K numbers for its score and one for its value.
 
+What depends on the view has its rows last, (K, K, V, B): K is 8, and loops over 8 numbers are the slow ones.
+
 Shape letters: B rows, V views (events where the name says so), L longest row, Z trigger, H target and event vector,
 K rank, P inner size of an over-parameterised product, D interest, O and I outer sizes, M masks (all events, and those
 the twin sees).
@@ -15,9 +17,11 @@ the twin sees).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from usr_ray.model.attention import masked_attention
 from usr_ray.model.embedding import INIT_STD
@@ -61,8 +65,11 @@ class GeneratedCores(nn.Module):
         nn.init.zeros_(self.generate.bias)
 
     def forward(self, trigger_BVZ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Q's, K's and V's, (B, V, K, K) each."""
-        query, key, value = self.generate(trigger_BVZ).unflatten(-1, (3, self.rank, self.rank)).unbind(2)
+        """Q's, K's and V's, (K, K, V, B) each."""
+        num_rows, num_views, _ = trigger_BVZ.shape
+        trigger_ZN = trigger_BVZ.transpose(0, 1).flatten(0, 1).T
+        cores = torch.addmm(self.generate.bias.unsqueeze(1), self.generate.weight, trigger_ZN)
+        query, key, value = cores.view(3, self.rank, self.rank, num_views, num_rows).unbind(0)
         return query, key, value
 
 
@@ -84,17 +91,22 @@ class InterestExtractor(nn.Module):
         """Interests (B, V, d), and those of the twin that sees only the events of `keep_BL` (None without it)."""
         query_core, key_core, value_core = self.cores(trigger_BVZ)
         # S_K' U_K' U_Q S_Q V_Q t: all that a score needs of the row and the view.
-        inner_B1K = (inputs.target_BH @ self.inner["q"]().T).unsqueeze(1)
-        query_BVK = _apply(query_core, inner_B1K) @ (self.outer["q"]().T @ self.outer["k"]())
-        query_BVK = _apply(key_core.transpose(2, 3), query_BVK) / math.sqrt(self.output_dim)
+        inner_K1B = (self.inner["q"]() @ inputs.target_BH.T).unsqueeze(1)
+        query_KVB = _apply(query_core, inner_K1B)
+        query_KVB = ((self.outer["k"]().T @ self.outer["q"]()) @ query_KVB.flatten(1)).view_as(query_KVB)
+        query_KVB = _apply(key_core.transpose(0, 1), query_KVB) / math.sqrt(self.output_dim)
         valid_BML = grid.valid_BL.unsqueeze(1)
         if keep_BL is not None:
             valid_BML = torch.stack([grid.valid_BL, keep_BL & grid.valid_BL], dim=1)
-        read_BMVK = masked_attention(query_BVK, self._project_events(inputs, grid), valid_BML)
-        interest_BMVD = _apply(value_core.unsqueeze(1), read_BMVK) @ self.outer["v"]().T
-        has_events_B111 = (events.num_events_B > 0).view(-1, 1, 1, 1)
-        interest_BMVD = torch.where(has_events_B111, interest_BMVD, self.empty_D.to(interest_BMVD.dtype))
-        return interest_BMVD[:, 0], None if keep_BL is None else interest_BMVD[:, 1]
+        read_BMVK = masked_attention(
+            query_KVB.permute(2, 1, 0).contiguous(), self._project_events(inputs, grid), valid_BML
+        )
+        inner_KMVB = _apply(value_core.unsqueeze(2), read_BMVK.permute(3, 1, 2, 0))
+        interest_MVBD = (inner_KMVB.flatten(1).T @ self.outer["v"]().T).unflatten(0, inner_KMVB.shape[1:])
+        has_events_B1 = (events.num_events_B > 0).unsqueeze(1)
+        interest_MVBD = torch.where(has_events_B1, interest_MVBD, self.empty_D.to(interest_MVBD.dtype))
+        seen = interest_MVBD.transpose(1, 2).unbind(0)
+        return seen[0], None if keep_BL is None else seen[1]
 
     def fold(self) -> None:
         """Multiply the over-parameterised products out, in place: the same outputs, fewer parameters, for serving."""
@@ -115,8 +127,28 @@ class InterestExtractor(nn.Module):
 
 
 def _apply(core: Tensor, vector: Tensor) -> Tensor:
-    """(I + core) vector, (.., K). A sum of K products: K is too small for a batched matmul to pay."""
-    return vector + (core * vector.unsqueeze(-2)).sum(-1)
+    """(I + core) vector of every row: (K, K, ..., B) and (K, ..., B); the dimensions between broadcast."""
+    applied: Tensor = _Apply.apply(core, vector)  # type: ignore[no-untyped-call]
+    return applied
+
+
+class _Apply(torch.autograd.Function):
+    """Written out, because gradients would otherwise come with the rows first and keep that order in every pass."""
+
+    @staticmethod
+    def forward(ctx: Any, core: Tensor, vector: Tensor) -> Tensor:
+        vector = vector.contiguous()
+        ctx.save_for_backward(core, vector)
+        return (core * vector).sum(1).add_(vector)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        core, vector = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_vector = (core * grad.unsqueeze(1)).sum(0).add_(grad)
+        grad_core = grad.unsqueeze(1) * vector
+        return grad_core.sum_to_size(core.shape), grad_vector.sum_to_size(vector.shape)
 
 
 class PooledHistory(nn.Module):

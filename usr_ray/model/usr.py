@@ -25,6 +25,7 @@ from usr_ray.model.history import Events, lay_out, list_events
 from usr_ray.model.inputs import InputNetwork, Inputs, Trigger
 from usr_ray.model.interest import InterestExtractor, PooledHistory
 from usr_ray.model.multitask import GlobalHeads, global_outputs, scenario_outputs
+from usr_ray.model.views import own_and_all
 from usr_ray.schema import FeatureSpec
 
 
@@ -113,14 +114,16 @@ class UsrModel(nn.Module):
             last_BX = scenario_BE
         else:
             z_BSZ = self.trigger(inputs, batch.scenario_B, self.scenario_embedding_SE, events)
-            trigger_BZ = last_BX = _select(z_BSZ, batch.scenario_B)
+            trigger_BZ, all_BZ = own_and_all(z_BSZ, batch.scenario_B)
+            last_BX = trigger_BZ
             all_views = self.global_heads is not None or (
                 self.training and (self.twins_interest or self.twins_features)
             )
             views = self._views(batch, inputs, events, z_BSZ if all_views else trigger_BZ.unsqueeze(1), step_seed)
-            joined = [z_BSZ.flatten(1), scenario_BE]
+            joined = [*all_BZ, scenario_BE]
             own_B = batch.scenario_B if all_views else None
-        i_BD, f_BC = _select(views.interests_BVD, own_B), _select(views.features_BVC, own_B)
+        i_BD, all_BD = own_and_all(views.interests_BVD, own_B)
+        f_BC, all_BC = own_and_all(views.features_BVC, own_B)
         logits_BT = self.backbone(
             BackboneInput(
                 torch.cat([i_BD, f_BC, last_BX], dim=1), batch.scenario_B, scenario_BE, trigger_BZ, batch.weights_B
@@ -129,7 +132,7 @@ class UsrModel(nn.Module):
         if self.global_heads is None:
             outputs = scenario_outputs(logits_BT)
         else:
-            joined_BJ = torch.cat([views.interests_BVD.flatten(1), views.features_BVC.flatten(1), *joined], dim=1)
+            joined_BJ = torch.cat([*all_BD, *all_BC, *joined], dim=1)
             outputs = global_outputs(logits_BT, self.global_heads(joined_BJ), self.config.multitask.variant)
         return self._with_views(outputs, views)
 
@@ -174,12 +177,3 @@ class UsrModel(nn.Module):
             folded.interest.fold()
         folded.backbone.fold()
         return folded
-
-
-def _select(views_BVX: Tensor, view_B: Tensor | None) -> Tensor:
-    """(B, X): each row's own view; None or a single view: the first."""
-    if view_B is None or views_BVX.shape[1] == 1:
-        return views_BVX[:, 0]
-    num_rows, num_views, _ = views_BVX.shape
-    own_B = torch.arange(num_rows, device=view_B.device) * num_views + view_B
-    return embedding(own_B, views_BVX.flatten(0, 1))
