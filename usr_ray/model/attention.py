@@ -36,8 +36,8 @@ class _MaskedAttention(torch.autograd.Function):
     def forward(ctx: Any, query_BVK: Tensor, pairs_BLK: Tensor, valid_BML: Tensor) -> Tensor:
         key_BLK, value_BLK = pairs_BLK.split(query_BVK.shape[2], dim=2)
         score_B1VL = torch.bmm(query_BVK, key_BLK.transpose(1, 2)).unsqueeze(1)
-        # A finite floor: a softmax over nothing but -inf would be NaN. Added, which is faster than to choose; a score is
-        # nothing beside it.
+        # A finite floor: a softmax over nothing but -inf would be NaN. Added, which is faster than to choose: beside it
+        # a score is nothing.
         floor_BML = (~valid_BML).to(score_B1VL.dtype).mul_(torch.finfo(score_B1VL.dtype).min / 2)
         weight_BMVL = (score_B1VL + floor_BML.unsqueeze(2)).softmax(dim=3)
         ctx.save_for_backward(query_BVK, pairs_BLK, weight_BMVL)
