@@ -82,12 +82,10 @@ def take_rows(batch: UsrBatch, rows: IntArray) -> UsrBatch:
     fields: dict[str, Any] = {name: getattr(batch, name)[index] for name in _ROW_FIELDS}
     histories = []
     for history in batch.histories:
-        lengths = np.diff(history.offsets.numpy())[rows]
-        names = [name for name in _EVENT_FIELDS if getattr(history, name) is not None]
         offsets = history.offsets.numpy()
-        strings = {name: _as_bytes(getattr(history, name).numpy(), offsets) for name in names}
-        values = {name: _gather([strings[name]], name, pa.array(rows)) for name in names}
-        histories.append(_history(values, lengths))
+        strings = {name: _as_bytes(events, offsets) for name, events in _fields(history).items()}
+        values = {name: _gather([string], name, pa.array(rows)) for name, string in strings.items()}
+        histories.append(_history(values, np.diff(offsets)[rows]))
     return UsrBatch(**fields, histories=tuple(histories))
 
 
@@ -120,8 +118,9 @@ class BatchBuilder:
             self._places.append(places)
             rooms = [events.reserve(h) for events, h in zip(self._events, rows.histories, strict=True)]
         for room, history in zip(rooms, rows.histories, strict=True):
-            for name, target_V in room.items():
-                np.copyto(target_V, _values(history, name))
+            start, stop = int(history.offsets[0]), int(history.offsets[-1])
+            for name, events in _fields(history).items():
+                np.copyto(room[name], events[start:stop])
 
     def finish(self) -> UsrBatch:
         """The batch, in this thread."""
@@ -180,9 +179,8 @@ class _Events:
         if not self._chunks or self._used[-1] + count > len(self._chunks[-1]["item_ids_V"]):
             # The rows to come are about as long as these. Where they are longer, they get a chunk of their own.
             room = max(count, math.ceil(_SPARE * count * self._rows_left / max(num_rows, 1)))
-            names = [name for name in _EVENT_FIELDS if getattr(history, name) is not None]
-            chunk = {name: empty_array((room,), getattr(history, name).numpy().dtype.type) for name in names}
-            self._chunks.append(chunk)
+            fields = _fields(history).items()
+            self._chunks.append({name: empty_array((room,), events.dtype.type) for name, events in fields})
             self._used.append(0)
             self._offsets.append([np.zeros(1, dtype=np.int64)])
         start = self._used[-1]
@@ -206,17 +204,16 @@ def _at_once(function: Callable[..., Tensor], *arguments: Any) -> Future[Tensor]
     return future
 
 
+def _fields(history: History) -> dict[str, NDArray[Any]]:
+    """The fields that a history has, over the same memory."""
+    return {name: getattr(history, name).numpy() for name in _EVENT_FIELDS if getattr(history, name) is not None}
+
+
 def _history(values: dict[str, Tensor], lengths: IntArray) -> History:
     offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
     fields: dict[str, Any] = {"query_ids_V": None, **values}
     return History(**fields, offsets=torch.from_numpy(offsets))
-
-
-def _values(history: History, name: str) -> NDArray[Any]:
-    """One field of all events that the offsets span."""
-    values: NDArray[Any] = getattr(history, name).numpy()
-    return values[int(history.offsets[0]) : int(history.offsets[-1])]
 
 
 def _as_bytes(values: NDArray[Any], offsets: IntArray) -> pa.Array:

@@ -180,7 +180,6 @@ class _Stream:
         )  # fmt: skip
         self._order = reader.epoch_order(epoch)
         self._start_step = start_step
-        self._stop = threading.Event()
         self._num_extra = 0
         self._free = threading.Semaphore(_BLOCKS_IN_MEMORY)
         self._ready: queue.SimpleQueue[Future[Callable[[], Block]] | BaseException] = queue.SimpleQueue()
@@ -210,7 +209,6 @@ class _Stream:
 
     def close(self) -> None:
         """End the thread and wait for it."""
-        self._stop.set()
         self._blocks.close()
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join()
@@ -223,9 +221,9 @@ class _Stream:
             planned = self._plan(first)
             for block in range(first, self._order.num_blocks):
                 while not self._free.acquire(timeout=_POLL_S):
-                    if self._stop.is_set():
+                    if self._blocks.is_closed:
                         break
-                if self._stop.is_set():
+                if self._blocks.is_closed:
                     raise RuntimeError(CLOSED)
                 plan = planned.result()
                 if block + 1 < self._order.num_blocks:  # made while this one is decoded

@@ -57,6 +57,9 @@ class BlockReader:
         max_bytes_in_flight: bound on what is decoded at one time.
     """
 
+    is_closed: bool
+    """`close` was called."""
+
     def __init__(
         self,
         spec: FeatureSpec,
@@ -73,7 +76,7 @@ class BlockReader:
         self._max_bytes_in_flight = max_bytes_in_flight
         self._in_flight: list[int] = []
         self._changed = threading.Condition()
-        self._is_closed = False
+        self.is_closed = False
 
     def plan(self, order: ordering.EpochOrder, block: int, start_step: int) -> Plan:
         """What the rank takes from a block for the steps from `start_step` on; reads nothing."""
@@ -98,7 +101,7 @@ class BlockReader:
         left = len(plan.groups)
 
         def decode(group: int, inside: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
-            if self._is_closed:
+            if self.is_closed:
                 raise RuntimeError(CLOSED)
             decoded = self._decoder.decode(self._refs[group], use_threads=use_threads)
             # Only this rank's rows are kept, so that W workers on one machine hold a block once, not W times.
@@ -136,7 +139,7 @@ class BlockReader:
     def close(self) -> None:
         """Decode no row group that is not begun yet."""
         with self._changed:
-            self._is_closed = True
+            self.is_closed = True
             self._changed.notify()
 
     def _make_room(self, num_bytes: int) -> None:
@@ -147,10 +150,10 @@ class BlockReader:
 
         def is_room() -> bool:
             is_small = sum(self._in_flight) + num_bytes <= self._max_bytes_in_flight
-            return self._is_closed or not self._in_flight or (is_small and len(self._in_flight) <= self._num_threads)
+            return self.is_closed or not self._in_flight or (is_small and len(self._in_flight) <= self._num_threads)
 
         with self._changed:
             self._changed.wait_for(is_room)
-            if self._is_closed:
+            if self.is_closed:
                 raise RuntimeError(CLOSED)
             self._in_flight.append(num_bytes)
