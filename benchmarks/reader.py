@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -46,7 +46,8 @@ from usr_ray.trainer_environment import LOOPBACK, prepare_environment
 RESULTS = Path(__file__).parent / "results" / "reader.json"
 ROW_GROUP_ROWS = 65_536
 NUM_DAYS = 4
-COMPRESSION = "ZSTD"
+Compression = Literal["ZSTD", "SNAPPY", "UNCOMPRESSED"]
+COMPRESSION: Compression = "ZSTD"
 """Of the samples table as the ETL writes it."""
 FIRST_DAY = dt.date(2026, 1, 1)
 DATES = (FIRST_DAY, FIRST_DAY + dt.timedelta(days=NUM_DAYS - 1))
@@ -74,7 +75,7 @@ def skewed_ids(rng: np.random.Generator, count: int, limit: int) -> NDArray[np.i
 
 
 def write_table(
-    lake: Path, spec: FeatureSpec, num_rows: int, *, longest: int = 50, compression: str = COMPRESSION
+    lake: Path, spec: FeatureSpec, num_rows: int, *, longest: int = 50, compression: Compression = COMPRESSION
 ) -> None:
     rng = np.random.default_rng(0)
     per_day = num_rows // NUM_DAYS
@@ -267,7 +268,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--compression", default=COMPRESSION, help="of the Parquet files, e.g. UNCOMPRESSED")
+    parser.add_argument(
+        "--compression", choices=get_args(Compression), default=COMPRESSION, help="of the Parquet files"
+    )
     parser.add_argument("--ray", action="store_true", help="also measure Ray Data (starts a local Ray)")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
