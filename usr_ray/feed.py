@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from usr_ray.batch import map_tensors
+from usr_ray.threads import compute_alone
 
 _ALIGNMENT = 256
 """Bytes; what CUDA's allocator gives, enough for every vectorised load."""
@@ -193,6 +194,8 @@ class Feed(Generic[Moved, Kept]):
 
     def _run(self) -> None:
         outcome: BaseException = _EndError()
+        if self._device.type == "cpu":
+            compute_alone()
         try:
             if self._device.type == "cuda":
                 torch.cuda.set_device(self._device)  # each thread has its own

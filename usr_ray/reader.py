@@ -29,6 +29,7 @@ from usr_ray.manifest import Manifest, usable_row_groups
 from usr_ray.order_quality import ShuffleQuality, epoch_quality
 from usr_ray.reader_blocks import CLOSED, MAX_BYTES_IN_FLIGHT, Block, BlockReader, Plan
 from usr_ray.reader_decode import RowGroupDecoder
+from usr_ray.threads import compute_alone
 
 _BLOCKS_IN_MEMORY = 2
 _POLL_S = 0.1
@@ -143,7 +144,9 @@ class SampleReader:
         if not 0 <= start_step <= self.num_steps:
             raise ValueError(f"start_step {start_step} is not in 0..{self.num_steps}")
         if self._executor is None:
-            self._executor = ThreadPoolExecutor(self._num_threads, thread_name_prefix="usr-ray-decode")
+            self._executor = ThreadPoolExecutor(
+                self._num_threads, thread_name_prefix="usr-ray-decode", initializer=compute_alone
+            )
         stream = _Stream(self, self._executor, epoch, start_step)
         self._streams.add(stream)
         return stream.batches()
