@@ -18,13 +18,13 @@ class History:
     """One scenario's events before each row, jagged: row b owns values[offsets[b]:offsets[b + 1]], newest last."""
 
     item_ids_V: Tensor
-    """int64, encoded item ids."""
+    """Encoded item ids, of any integer type; the reader gives int32, or int64 where the table's ids need it."""
     actions_V: Tensor
-    """int64, 1 click, 2 order."""
+    """1 click, 2 order, of any integer type; the reader gives int8."""
     ages_s_V: Tensor
     """float32, seconds before the impression, > 0."""
     query_ids_V: Tensor | None
-    """int64, encoded queries; None where the scenario has no queries."""
+    """Encoded queries, as item_ids_V; None where the scenario has no queries."""
     offsets: Tensor
     """int64, B + 1, starts at 0."""
 
@@ -83,13 +83,13 @@ class PaddedHistory:
     """A history as dense tensors; places without an event hold 0 and mask False."""
 
     item_ids_BL: Tensor
-    """int64 (B, L)."""
+    """(B, L), of the history's type."""
     actions_BL: Tensor
-    """int64 (B, L)."""
+    """(B, L), of the history's type."""
     ages_s_BL: Tensor
     """float32 (B, L)."""
     query_ids_BL: Tensor | None
-    """int64 (B, L); None where the scenario has no queries."""
+    """(B, L), of the history's type; None where the scenario has no queries."""
     mask_BL: Tensor
     """bool (B, L), True where there is an event; events run from oldest to newest."""
 
@@ -105,7 +105,7 @@ class UsrBatch:
     scenario_B: Tensor
     """int64, position in FeatureSpec.scenarios."""
     sparse_BF: Tensor
-    """int64 (B, F), encoded ids in the order of FeatureSpec.sparse."""
+    """(B, F), encoded ids in the order of FeatureSpec.sparse, of any integer type; the reader gives int32 or int64."""
     dense_BF: Tensor
     """float32 (B, F), in the order of FeatureSpec.dense; F may be 0."""
     histories: tuple[History, ...]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -27,8 +27,28 @@ IntArray = NDArray[np.int64]
 _ROW_FIELDS = ("labels_BT", "weights_B", "scenario_B", "sparse_BF", "dense_BF", "user_key_B", "request_key_B",
                "row_number_B")  # fmt: skip
 _EVENT_FIELDS = ("item_ids_V", "actions_V", "ages_s_V", "query_ids_V")
+EventTypes = Mapping[str, "np.dtype[Any]"]
+"""Type of each of _EVENT_FIELDS in a batch."""
 _SPARE = 1.05
 """Room for events beyond what the rows so far lead to expect: row groups differ a little."""
+
+
+def id_type(*num_embeddings: int) -> np.dtype[Any]:
+    """Type of ids of such tables: the table's own int64 would move twice the bytes through the shuffle."""
+    return np.dtype(np.int32 if max(num_embeddings) <= 2**31 else np.int64)
+
+
+def event_types(spec: FeatureSpec) -> EventTypes:
+    """The narrowest types that hold the events of `spec`."""
+    items, queries = (id_type(spec.sparse_feature(name).num_embeddings) for name in ("item_id", "query"))
+    return {
+        "item_ids_V": items, "actions_V": np.dtype(np.int8), "ages_s_V": np.dtype(np.float32), "query_ids_V": queries
+    }  # fmt: skip
+
+
+def sparse_type(spec: FeatureSpec) -> np.dtype[Any]:
+    """Type of UsrBatch.sparse_BF."""
+    return id_type(*(feature.num_embeddings for feature in spec.sparse))
 
 
 def padding_batch(spec: FeatureSpec, num_rows: int) -> UsrBatch:
@@ -45,18 +65,23 @@ def _rows_to_fill(spec: FeatureSpec, num_rows: int) -> UsrBatch:
     def rows(dtype: type, *width: int) -> Tensor:
         return torch.from_numpy(empty_array((num_rows, *width), dtype))
 
+    types = event_types(spec)
+
+    def no_events(name: str) -> Tensor:
+        return torch.from_numpy(np.zeros(0, types[name]))
+
     return UsrBatch(
         labels_BT=rows(np.float32, len(ALL_LABELS)),
         weights_B=rows(np.float32),
         scenario_B=rows(np.int64),
-        sparse_BF=rows(np.int64, len(spec.sparse)),
+        sparse_BF=rows(sparse_type(spec).type, len(spec.sparse)),
         dense_BF=rows(np.float32, len(spec.dense)),
         histories=tuple(
             History(
-                item_ids_V=torch.zeros(0, dtype=torch.int64),
-                actions_V=torch.zeros(0, dtype=torch.int64),
-                ages_s_V=torch.zeros(0),
-                query_ids_V=torch.zeros(0, dtype=torch.int64) if columns.query_ids else None,
+                item_ids_V=no_events("item_ids_V"),
+                actions_V=no_events("actions_V"),
+                ages_s_V=no_events("ages_s_V"),
+                query_ids_V=no_events("query_ids_V") if columns.query_ids else None,
                 offsets=torch.zeros(num_rows + 1, dtype=torch.int64),
             )
             for columns in spec.histories
@@ -84,7 +109,8 @@ def take_rows(batch: UsrBatch, rows: IntArray) -> UsrBatch:
     for history in batch.histories:
         offsets = history.offsets.numpy()
         strings = {name: _as_bytes(events, offsets) for name, events in _fields(history).items()}
-        values = {name: _gather([string], name, pa.array(rows)) for name, string in strings.items()}
+        types = {name: events.dtype for name, events in _fields(history).items()}
+        values = {name: _gather([string], types[name], pa.array(rows)) for name, string in strings.items()}
         histories.append(_history(values, np.diff(offsets)[rows]))
     return UsrBatch(**fields, histories=tuple(histories))
 
@@ -97,7 +123,7 @@ class BatchBuilder:
         self._spec = spec
         self._batch = _rows_to_fill(spec, num_rows)
         self._lengths = [np.zeros(num_rows, dtype=np.int64) for _ in spec.histories]
-        self._events = [_Events(num_rows) for _ in spec.histories]
+        self._events = [_Events(num_rows, event_types(spec)) for _ in spec.histories]
         self._places: list[IntArray] = []
         self._lock = threading.Lock()
 
@@ -120,7 +146,7 @@ class BatchBuilder:
         for room, history in zip(rooms, rows.histories, strict=True):
             start, stop = int(history.offsets[0]), int(history.offsets[-1])
             for name, events in _fields(history).items():
-                np.copyto(room[name], events[start:stop])
+                np.copyto(room[name], events[start:stop], casting="same_kind")  # narrower: the ids were checked
 
     def finish(self) -> UsrBatch:
         """The batch, in this thread."""
@@ -160,9 +186,9 @@ class _Events:
     end, out of memory that has gone cold, costs twice as much (benchmarks/reader.py).
     """
 
-    def __init__(self, num_rows: int) -> None:
+    def __init__(self, num_rows: int, types: EventTypes) -> None:
         """Room for `num_rows` rows, made when the first of them tell how long they are."""
-        self._rows_left = num_rows
+        self._rows_left, self._types = num_rows, types
         self._chunks: list[dict[str, NDArray[Any]]] = []
         self._used: list[int] = []
         self._offsets: list[list[IntArray]] = []
@@ -179,8 +205,7 @@ class _Events:
         if not self._chunks or self._used[-1] + count > len(self._chunks[-1]["item_ids_V"]):
             # The rows to come are about as long as these. Where they are longer, they get a chunk of their own.
             room = max(count, math.ceil(_SPARE * count * self._rows_left / max(num_rows, 1)))
-            fields = _fields(history).items()
-            self._chunks.append({name: empty_array((room,), events.dtype.type) for name, events in fields})
+            self._chunks.append({name: empty_array((room,), self._types[name].type) for name in _fields(history)})
             self._used.append(0)
             self._offsets.append([np.zeros(1, dtype=np.int64)])
         start = self._used[-1]
@@ -195,7 +220,7 @@ class _Events:
             _as_bytes(chunk.pop(name), np.concatenate(offsets))
             for chunk, offsets in zip(self._chunks, self._offsets, strict=True)
         ]
-        return _gather(chunks, name, index)
+        return _gather(chunks, self._types[name], index)
 
 
 def _at_once(function: Callable[..., Tensor], *arguments: Any) -> Future[Tensor]:
@@ -223,13 +248,13 @@ def _as_bytes(values: NDArray[Any], offsets: IntArray) -> pa.Array:
     )
 
 
-def _gather(pieces: list[pa.Array], name: str, index: pa.Array | None) -> Tensor:
+def _gather(pieces: list[pa.Array], dtype: np.dtype[Any], index: pa.Array | None) -> Tensor:
     """The rows `index` of `_as_bytes` arrays laid end to end; a null row is empty, None takes all rows in turn."""
     laid_out = pieces[0] if len(pieces) == 1 else pa.concat_arrays(pieces)
     pieces.clear()
     taken = laid_out if index is None else pc.take(laid_out, index, boundscheck=False)
-    kind = pa.float32() if name == "ages_s_V" else pa.int64()
     num_bytes = int(np.frombuffer(taken.buffers()[1], dtype=np.int64)[len(taken)])
     if num_bytes == 0:
-        return torch.empty(0, dtype=torch.float32 if name == "ages_s_V" else torch.int64)
-    return torch.from_dlpack(pa.Array.from_buffers(kind, num_bytes * 8 // kind.bit_width, [None, taken.buffers()[2]]))
+        return torch.from_numpy(np.zeros(0, dtype))
+    kind = pa.from_numpy_dtype(dtype)
+    return torch.from_dlpack(pa.Array.from_buffers(kind, num_bytes // dtype.itemsize, [None, taken.buffers()[2]]))

@@ -46,7 +46,7 @@ def padded_inputs(batch: UsrBatch, spec: FeatureSpec) -> dict[str, Tensor]:
         if names.query_ids is not None:
             assert padded.query_ids_BL is not None
             inputs[names.query_ids] = padded.query_ids_BL
-    return inputs
+    return {name: inputs[name].to(dtype) for name, (dtype, _) in input_shapes(spec).items()}
 
 
 def input_shapes(spec: FeatureSpec) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from usr_ray.batch import History, UsrBatch
-from usr_ray.batch_builder import empty_array
+from usr_ray.batch_builder import empty_array, sparse_type
 from usr_ray.manifest import Manifest, RowGroupRef, labels_close_us, model_columns
 from usr_ray.manifest_files import REBUILD, DataError, join_path, one_line, open_filesystem
 from usr_ray.reader_cache import RowGroupCache
@@ -104,7 +104,7 @@ def table_to_batch(
     ready_before_us: int | None = None,
     mature_only: bool = False,
 ) -> UsrBatch:
-    """Rows of a samples table as a checked batch.
+    """Rows of a samples table as a checked batch; the events are as wide as in the table (BatchBuilder narrows them).
 
     Args:
         table: the columns of `manifest.model_columns`; is_mature only if mature_only, event_time only if
@@ -130,7 +130,7 @@ def table_to_batch(
         labels_BT=torch.from_numpy(columns.labels()),
         weights_B=torch.from_numpy(weights_B),
         scenario_B=torch.from_dlpack(columns.ids("scenario_index", len(spec.scenarios), "scenarios")),
-        sparse_BF=torch.from_numpy(_stack(ids, table.num_rows, np.int64)),
+        sparse_BF=torch.from_numpy(_stack(ids, table.num_rows, sparse_type(spec).type)),
         dense_BF=torch.from_numpy(_stack(numbers, table.num_rows, np.float32)),
         histories=tuple(columns.history(names, spec) for names in spec.histories),
         user_key_B=torch.from_dlpack(columns.scalars("user_key")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ def batch_of(first_row: int, histories: list[list[list[int]]]) -> UsrBatch:
         labels_BT=(row[:, None] + torch.arange(4)).float(),
         weights_B=torch.ones(len(row)),
         scenario_B=row % 2,
-        sparse_BF=row[:, None] * 10 + torch.arange(len(SPEC.sparse)),
+        sparse_BF=(row[:, None] * 10 + torch.arange(len(SPEC.sparse))).int(),
         dense_BF=row[:, None] / 4 + torch.arange(len(SPEC.dense)),
         histories=(history_of(histories[0]), history_of(histories[1], has_queries=False)),
         user_key_B=-row,
@@ -62,14 +63,17 @@ def row_values(batch: UsrBatch, b: int) -> dict[str, Any]:
     return values
 
 
-def check_shape(batch: UsrBatch) -> None:
+def check_shape(batch: UsrBatch, *, items: torch.dtype = torch.int64, actions: torch.dtype = torch.int64) -> None:
+    assert batch.sparse_BF.dtype == torch.int32
     for history in batch.histories:
+        assert history.query_ids_V is None or history.query_ids_V.dtype == items
+        assert (history.item_ids_V.dtype, history.actions_V.dtype) == (items, actions)
         assert history.offsets[0] == 0
         assert len(history.offsets) == len(batch) + 1
         for field in (history.item_ids_V, history.actions_V, history.ages_s_V, history.query_ids_V):
             assert field is None or len(field) == history.offsets[-1]
         assert history.ages_s_V.dtype == torch.float32
-        assert history.item_ids_V.dtype == history.actions_V.dtype == history.offsets.dtype == torch.int64
+        assert history.offsets.dtype == torch.int64
 
 
 LISTS = st.lists(st.lists(st.integers(1, 99), max_size=6), min_size=0, max_size=7)
@@ -104,7 +108,7 @@ def test_padded_refuses_an_unknown_side() -> None:
 
 def test_padding_rows_count_nothing() -> None:
     batch = padding_batch(SPEC, 3)
-    check_shape(batch)
+    check_shape(batch, items=torch.int32, actions=torch.int8)
     assert len(batch) == 3
     assert batch.row_number_B.tolist() == [-1, -1, -1]
     for name in ROW_FIELDS:
@@ -151,7 +155,7 @@ def test_rows_of_several_batches_land_in_their_places(lists: list[list[int]], nu
     builder.add(whole.slice_rows(0, cut), places[:cut])
     builder.add(whole.slice_rows(cut, len(lists)), places[cut:])
     built = builder.finish()
-    check_shape(built)
+    check_shape(built, items=torch.int32, actions=torch.int8)
     padding = padding_batch(SPEC, 1)
     source = {int(place): n for n, place in enumerate(places)}
     for b in range(len(built)):
@@ -166,5 +170,36 @@ def test_a_batch_of_no_rows_is_all_padding() -> None:
 
 def test_num_bytes_counts_every_tensor() -> None:
     batch = padding_batch(SPEC, 2)
-    # A row: 4 labels and a weight, 2 numbers (float32); scenario, 5 ids, 2 keys, row number (int64); offsets 3 x 2.
-    assert batch.num_bytes() == 2 * (4 * 4 + 4 + 2 * 4 + 8 + 5 * 8 + 2 * 8 + 8) + 2 * 3 * 8
+    # A row: 4 labels and a weight, 2 numbers (float32); 5 ids (int32); scenario, 2 keys, row number (int64).
+    # Offsets 3 x 2.
+    assert batch.num_bytes() == 2 * (4 * 4 + 4 + 2 * 4 + 5 * 4 + 8 + 2 * 8 + 8) + 2 * 3 * 8
+
+
+def test_ids_are_as_wide_as_their_largest_table_needs() -> None:
+    """2^31 rows have the ids 0..2^31 - 1, the most that int32 holds."""
+
+    def types(**sizes: int) -> tuple[torch.dtype, torch.dtype, torch.dtype | None]:
+        sparse = tuple(replace(f, num_embeddings=sizes.get(f.name, 10)) for f in SPEC.sparse)
+        batch = padding_batch(replace(SPEC, sparse=sparse), 1)
+        search = batch.histories[0]
+        assert search.query_ids_V is not None
+        return batch.sparse_BF.dtype, search.item_ids_V.dtype, search.query_ids_V.dtype
+
+    assert types(item_id=2**31) == (torch.int32, torch.int32, torch.int32)
+    assert types(item_id=2**31 + 1) == (torch.int64, torch.int64, torch.int32)
+    assert types(query=2**31 + 1) == (torch.int64, torch.int32, torch.int64)
+    assert types(user_id=2**31 + 1) == (torch.int64, torch.int32, torch.int32)
+
+
+def test_wide_ids_keep_their_value_through_the_builder() -> None:
+    large = 2**31
+    sparse = tuple(replace(f, num_embeddings=large + 1) for f in SPEC.sparse)
+    whole = batch_of(5, [[[1, 2], [3]], [[4], []]])
+    search = replace(whole.histories[0], item_ids_V=torch.tensor([1, large, 3]))
+    wide = torch.tensor([[large - 1, large, 0, 0, 0], [1, 2, 3, 4, 5]])
+    whole = replace(whole, sparse_BF=wide, histories=(search, whole.histories[1]))
+    builder = BatchBuilder(replace(SPEC, sparse=sparse), 2)
+    builder.add(whole, np.array([1, 0]))
+    built = builder.finish()
+    assert built.sparse_BF.tolist() == wide.tolist()[::-1]
+    assert built.histories[0].item_ids_V.tolist() == [3, 1, large]

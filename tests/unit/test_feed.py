@@ -109,6 +109,7 @@ class SlowCopies:
         self.pending: dict[int, tuple[Tensor, Tensor]] = {}
         self.allocated: list[Tensor] = []
         self.num_copies = 0
+        self.lock = threading.Lock()
 
     def allocate(self, num_bytes: int) -> Tensor:
         self.allocated.append(torch.zeros(num_bytes, dtype=torch.uint8))
@@ -122,9 +123,11 @@ class SlowCopies:
         return on_device, SlowEvent(self, self.num_copies - 1)
 
     def finish(self, number: int) -> None:
-        if number in self.pending:
-            buffer, on_device = self.pending.pop(number)
-            on_device.copy_(buffer)
+        # Whoever waits for a copy that another thread has begun to finish waits for its end, as on a device.
+        with self.lock:
+            if number in self.pending:
+                buffer, on_device = self.pending.pop(number)
+                on_device.copy_(buffer)
 
     def hand_over(self, on_device: Tensor, event: SlowEvent) -> None:
         self.log.append(f"hand over {event.number}")
