@@ -8,9 +8,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from usr_ray.schema import TASKS
 
@@ -61,24 +63,56 @@ class StackedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, B, output_dim) of an input (B, I) shared by all, or (N, B, I) with one for each."""
-        h_NBI = x
+        num_stacked, h = self.weights_NIO[0].shape[0], x
         for layer, (weight_NIO, bias_N1O) in enumerate(zip(self.weights_NIO, self.biases_N1O, strict=True)):
-            is_shared = h_NBI.dim() == 2
-            h_NBI = (_shared_layer if is_shared else _own_layer)(h_NBI, weight_NIO, bias_N1O)
+            if h.dim() == 3:
+                h = torch.baddbmm(bias_N1O, h, weight_NIO)
+            elif layer == 0:
+                h = _shared_layer(h, weight_NIO, bias_N1O)
+            else:
+                h = _apart_layer(h, weight_NIO, bias_N1O)
             if layer < self.num_hidden:
-                h_NBI = self.dropout(torch.relu(h_NBI))
-        return h_NBI
+                h = self.dropout(torch.relu_(h))
+        return h if h.dim() == 3 else _apart(h, num_stacked)
+
+
+def _apart(h_BM: Tensor, num_stacked: int) -> Tensor:
+    """(N, B, O) of outputs side by side, over the same memory."""
+    return h_BM.unflatten(1, (num_stacked, -1)).transpose(0, 1)
 
 
 def _shared_layer(x_BI: Tensor, weight_NIO: Tensor, bias_N1O: Tensor) -> Tensor:
-    """(N, B, O) of one input for all N: one wide product, where a batched one would first copy the input N times."""
-    wide_IM = weight_NIO.transpose(0, 1).flatten(1)
-    h_BNO = torch.addmm(bias_N1O.flatten(), x_BI, wide_IM).unflatten(1, (weight_NIO.shape[0], -1))
-    return h_BNO.transpose(0, 1)
+    """(B, N O), side by side: one wide product, where a batched one would first copy the input N times."""
+    return torch.addmm(bias_N1O.flatten(), x_BI, weight_NIO.transpose(0, 1).flatten(1))
 
 
-def _own_layer(x_NBI: Tensor, weight_NIO: Tensor, bias_N1O: Tensor) -> Tensor:
-    return torch.baddbmm(bias_N1O, x_NBI, weight_NIO)
+def _apart_layer(h_BM: Tensor, weight_NIO: Tensor, bias_N1O: Tensor) -> Tensor:
+    """(N, B, O) of inputs (B, N I) side by side."""
+    device = h_BM.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_BM.dtype
+    out_NBO: Tensor = _Apart.apply(  # type: ignore[no-untyped-call]
+        h_BM.to(dtype), weight_NIO.to(dtype), bias_N1O.to(dtype)
+    )
+    return out_NBO
+
+
+class _Apart(torch.autograd.Function):
+    """Autograd's own backward would lay the gradient of the inputs out apart, then copy it side by side."""
+
+    @staticmethod
+    def forward(ctx: Any, h_BM: Tensor, weight_NIO: Tensor, bias_N1O: Tensor) -> Tensor:
+        ctx.save_for_backward(h_BM, weight_NIO)
+        return torch.baddbmm(bias_N1O, _apart(h_BM, weight_NIO.shape[0]), weight_NIO)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc]
+    def backward(ctx: Any, grad_NBO: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h_BM, weight_NIO = ctx.saved_tensors
+        num_stacked = weight_NIO.shape[0]
+        grad_BM = torch.empty_like(h_BM)
+        torch.bmm(grad_NBO, weight_NIO.transpose(1, 2), out=_apart(grad_BM, num_stacked))
+        grad_weight_NIO = torch.bmm(_apart(h_BM, num_stacked).transpose(1, 2), grad_NBO)
+        return grad_BM, grad_weight_NIO, grad_NBO.sum(dim=1, keepdim=True)
 
 
 class CellTowers(nn.Module):
