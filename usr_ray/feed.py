@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from usr_ray.batch import map_tensors
-from usr_ray.threads import compute_alone
+from usr_ray.process import compute_alone
 
 _ALIGNMENT = 256
 """Bytes; what CUDA's allocator gives, enough for every vectorised load."""

@@ -27,9 +27,9 @@ from usr_ray.batch import UsrBatch
 from usr_ray.batch_builder import BatchBuilder
 from usr_ray.manifest import Manifest, usable_row_groups
 from usr_ray.order_quality import ShuffleQuality, epoch_quality
+from usr_ray.process import compute_alone
 from usr_ray.reader_blocks import CLOSED, MAX_BYTES_IN_FLIGHT, Block, BlockReader, Plan
 from usr_ray.reader_decode import RowGroupDecoder
-from usr_ray.threads import compute_alone
 
 _BLOCKS_IN_MEMORY = 2
 _POLL_S = 0.1

@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from usr_ray.process import keep_freed_memory
+
 DEFAULT_TIMEOUT = dt.timedelta(minutes=5)
 """A collective that takes longer is a failure, not a hang (torch's own default is 30 minutes)."""
 
@@ -74,10 +76,12 @@ class Worker(Protocol):
 class DistributedWorker:
     """Worker on torch.distributed, or on nothing when no process group is set up (then world_size is 1).
 
-    The process group belongs to whoever set it up (torchrun through LocalWorker, Ray Train through RayWorker).
+    The process group belongs to whoever set it up (torchrun through LocalWorker, Ray Train through RayWorker). The
+    process keeps the memory that it frees from then on (usr_ray/process.py).
     """
 
     def __init__(self, device: torch.device | str = "cpu", *, timeout: dt.timedelta = DEFAULT_TIMEOUT) -> None:
+        keep_freed_memory()
         self._device = torch.device(device)
         self._stop = threading.Event()
         self._rank, self._world_size = 0, 1

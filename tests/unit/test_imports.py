@@ -31,7 +31,7 @@ ONLY_IN = {
 LAYERS = [
     {"schema"},
     {"config", "config_fields", "config_etl", "config_model", "config_tune"},
-    {"batch", "cli", "files", "daily", "threads"},
+    {"batch", "cli", "files", "daily", "process"},
     {"manifest", "order", "reader", "cache", "model", "loss", "metrics", "optim", "checkpoint", "baseline", "feed"},
     {"worker", "evaluate", "embeddings", "pins"},
     {"train", "export", "score"},

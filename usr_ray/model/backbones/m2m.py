@@ -43,7 +43,7 @@ class M2M(Backbone):
 
     def forward(self, inputs: BackboneInput) -> Tensor:
         """Logits (B, T)."""
-        experts_BGH = self.experts(inputs.x_BD).transpose(0, 1)
+        experts_BGH = self.experts(inputs.x_BD)
         view_BP = self.scenario_view(torch.cat([inputs.scenario_embedding_BE, inputs.trigger_BZ], dim=-1))
         h_BTH = self.attention(experts_BGH, self.task_view(self.task_embedding_TP), view_BP)
         for meta in self.towers:

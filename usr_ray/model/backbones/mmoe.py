@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from usr_ray.config import ModelConfig
 from usr_ray.model.backbones.interface import Backbone, BackboneDims, BackboneInput
-from usr_ray.model.backbones.towers import NUM_TASKS, CellTowers, StackedMLP, glorot_uniform_
+from usr_ray.model.backbones.towers import (
+    NUM_TASKS,
+    CellTowers,
+    StackedMLP,
+    glorot_uniform_,
+    shares_of,
+    side_by_side,
+)
 
 
 class MMoE(Backbone):
@@ -29,8 +36,7 @@ class MMoE(Backbone):
 
     def forward(self, inputs: BackboneInput) -> Tensor:
         """Logits (B, T)."""
-        experts_GBH = self.experts(inputs.x_BD)
-        shares_CBG = torch.matmul(inputs.x_BD, self.gates_CIG).softmax(dim=-1)
-        mixed_CBH = torch.einsum("cbg,gbh->cbh", shares_CBG, experts_GBH)
-        logits_BT: Tensor = self.towers(mixed_CBH, inputs.scenario_B)
+        experts_BGH = self.experts(inputs.x_BD)
+        logits_BCG = (inputs.x_BD @ side_by_side(self.gates_CIG)).unflatten(1, self.gates_CIG.shape[::2])
+        logits_BT: Tensor = self.towers(torch.bmm(shares_of(logits_BCG), experts_BGH), inputs.scenario_B)
         return logits_BT

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 
 from usr_ray.config import ModelConfig
 from usr_ray.model.backbones.interface import Backbone, BackboneDims, BackboneInput
-from usr_ray.model.backbones.towers import NUM_TASKS, CellTowers, StackedMLP, glorot_uniform_
+from usr_ray.model.backbones.towers import (
+    NUM_TASKS,
+    CellTowers,
+    StackedMLP,
+    glorot_uniform_,
+    shares_of,
+    side_by_side,
+)
 
 
 class ExtractionLevel(nn.Module):
@@ -45,25 +52,28 @@ class ExtractionLevel(nn.Module):
             glorot_uniform_(self.shared_gate_IG)
 
     def forward(self, cells: Tensor, shared_BI: Tensor) -> tuple[Tensor, Tensor]:
-        """The cells' (C, B, H) and the shared (B, H) outputs of a level.
+        """The cells' (B, C, H) and the shared (B, H) outputs of a level.
 
         Args:
-            cells: x_c, (C, B, I); or (B, I) in the first level, where all cells see the same input.
+            cells: x_c, (B, C, I); or (B, I) in the first level, where all cells see the same input.
             shared_BI: x_S. The last level gives it back unchanged.
         """
-        # Expert n of cell c is number c * N + n of the stack.
-        expert_inputs = cells.repeat_interleave(self.num_task_experts, dim=0) if cells.dim() == 3 else cells
-        own_CNBH = self.task_experts(expert_inputs).unflatten(0, (-1, self.num_task_experts))
-        shared_MBH = self.shared_experts(shared_BI)
-        shares_CBG = torch.matmul(cells, self.task_gates_CIG).softmax(dim=-1)
-        own_CBN, common_CBM = shares_CBG.split([self.num_task_experts, shared_MBH.shape[0]], dim=-1)
-        cells_CBH = torch.einsum("cbn,cnbh->cbh", own_CBN, own_CNBH)
-        cells_CBH = cells_CBH + torch.einsum("cbm,mbh->cbh", common_CBM, shared_MBH)
+        gates_CIG = self.task_gates_CIG
+        if cells.dim() == 2:
+            expert_inputs = cells
+            logits_BCG = (cells @ side_by_side(gates_CIG)).unflatten(1, gates_CIG.shape[::2])
+        else:  # expert n of cell c is number c * N + n of the stack
+            expert_inputs = cells.repeat_interleave(self.num_task_experts, dim=1)
+            logits_BCG = torch.einsum("bci,cig->bcg", cells, gates_CIG)
+        own_BCNH = self.task_experts(expert_inputs).unflatten(1, (-1, self.num_task_experts))
+        shared_BMH = self.shared_experts(shared_BI)
+        own_BCN, common_BCM = shares_of(logits_BCG).split([self.num_task_experts, shared_BMH.shape[1]], dim=2)
+        cells_BCH = torch.einsum("bcn,bcnh->bch", own_BCN, own_BCNH) + torch.bmm(common_BCM, shared_BMH)
         if self.shared_gate_IG is None:
-            return cells_CBH, shared_BI
-        all_GBH = torch.cat([own_CNBH.flatten(0, 1), shared_MBH])
+            return cells_BCH, shared_BI
+        all_BGH = torch.cat([own_BCNH.flatten(1, 2), shared_BMH], dim=1)
         shares_BG = (shared_BI @ self.shared_gate_IG).softmax(dim=-1)
-        return cells_CBH, torch.einsum("bg,gbh->bh", shares_BG, all_GBH)
+        return cells_BCH, torch.einsum("bg,bgh->bh", shares_BG, all_BGH)
 
 
 class PLE(Backbone):

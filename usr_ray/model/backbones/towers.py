@@ -1,6 +1,6 @@
-"""Many MLPs of one shape as one batched product: the experts and the towers of the backbones.
+"""Many MLPs of one shape side by side: the experts and the towers of the backbones, and the shares of experts.
 
-Shape letters: N stacked MLPs, B rows, I inputs, O outputs, S scenarios, T tasks, C = S * T cells.
+Shape letters: N stacked MLPs, B rows, I inputs, O outputs, S scenarios, T tasks, C = S * T cells, G experts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def glorot_uniform_(weight_XIO: Tensor) -> None:
 class StackedMLP(nn.Module):
     """N independent MLPs of one shape, ReLU and dropout after each hidden layer.
 
-    One batched product a layer in place of N small ones. All N run on every row: the parameters of a scenario that
+    A row's N vectors lie side by side in memory. All N run on every row: the parameters of a scenario that
     is absent from a batch are in the graph and get a zero gradient.
 
     Starts as model/mlp.py does: He-uniform hidden weights, Glorot-uniform output weights, zero biases.
@@ -62,57 +62,72 @@ class StackedMLP(nn.Module):
             (he_uniform_ if layer < self.num_hidden else glorot_uniform_)(weight_NIO)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, B, output_dim) of an input (B, I) shared by all, or (N, B, I) with one for each."""
-        num_stacked, h = self.weights_NIO[0].shape[0], x
+        """(B, N, output_dim) of an input (B, I) shared by all, or (B, N, I) with one for each."""
+        is_shared, h_BM = x.dim() == 2, x.flatten(1)
         for layer, (weight_NIO, bias_N1O) in enumerate(zip(self.weights_NIO, self.biases_N1O, strict=True)):
-            if h.dim() == 3:
-                h = torch.baddbmm(bias_N1O, h, weight_NIO)
-            elif layer == 0:
-                h = _shared_layer(h, weight_NIO, bias_N1O)
-            else:
-                h = _apart_layer(h, weight_NIO, bias_N1O)
+            h_BM = (_shared_layer if is_shared and layer == 0 else _own_layer)(h_BM, weight_NIO, bias_N1O)
             if layer < self.num_hidden:
-                h = self.dropout(torch.relu_(h))
-        return h if h.dim() == 3 else _apart(h, num_stacked)
-
-
-def _apart(h_BM: Tensor, num_stacked: int) -> Tensor:
-    """(N, B, O) of outputs side by side, over the same memory."""
-    return h_BM.unflatten(1, (num_stacked, -1)).transpose(0, 1)
+                # In place on the product itself: on a view of it autograd would copy it back and forth.
+                h_BM = self.dropout(torch.relu_(h_BM))
+        return h_BM.unflatten(1, (-1, self.output_dim))
 
 
 def _shared_layer(x_BI: Tensor, weight_NIO: Tensor, bias_N1O: Tensor) -> Tensor:
-    """(B, N O), side by side: one wide product, where a batched one would first copy the input N times."""
-    return torch.addmm(bias_N1O.flatten(), x_BI, weight_NIO.transpose(0, 1).flatten(1))
+    """(B, N O) of one input for all N: one wide product, where a batched one would first copy the input N times."""
+    return torch.addmm(bias_N1O.flatten(), x_BI, side_by_side(weight_NIO))
 
 
-def _apart_layer(h_BM: Tensor, weight_NIO: Tensor, bias_N1O: Tensor) -> Tensor:
-    """(N, B, O) of inputs (B, N I) side by side."""
-    device = h_BM.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_BM.dtype
-    out_NBO: Tensor = _Apart.apply(  # type: ignore[no-untyped-call]
-        h_BM.to(dtype), weight_NIO.to(dtype), bias_N1O.to(dtype)
+def _own_layer(x_BM: Tensor, weight_NIO: Tensor, bias_N1O: Tensor) -> Tensor:
+    """(B, N O) of inputs (B, N I)."""
+    device = x_BM.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_BM.dtype
+    out_BM: Tensor = _OwnLayer.apply(  # type: ignore[no-untyped-call]
+        x_BM.to(dtype), weight_NIO.to(dtype), bias_N1O.to(dtype)
     )
-    return out_NBO
+    return out_BM
 
 
-class _Apart(torch.autograd.Function):
-    """Autograd's own backward would lay the gradient of the inputs out apart, then copy it side by side."""
+class _OwnLayer(torch.autograd.Function):
+    """A product for each of the N, straight into its place beside the others, and so in the backward.
+
+    A batched product puts one of the N after the other, and every pass between two layers would then copy or stride.
+    """
 
     @staticmethod
-    def forward(ctx: Any, h_BM: Tensor, weight_NIO: Tensor, bias_N1O: Tensor) -> Tensor:
-        ctx.save_for_backward(h_BM, weight_NIO)
-        return torch.baddbmm(bias_N1O, _apart(h_BM, weight_NIO.shape[0]), weight_NIO)
+    def forward(ctx: Any, x_BM: Tensor, weight_NIO: Tensor, bias_N1O: Tensor) -> Tensor:
+        ctx.save_for_backward(x_BM, weight_NIO)
+        num_stacked, _, width = weight_NIO.shape
+        out_BM = x_BM.new_empty((x_BM.shape[0], num_stacked * width))
+        torch.baddbmm(bias_N1O, _apart(x_BM, num_stacked), weight_NIO, out=_apart(out_BM, num_stacked))
+        return out_BM
 
     @staticmethod
     @once_differentiable  # type: ignore[misc]
-    def backward(ctx: Any, grad_NBO: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        h_BM, weight_NIO = ctx.saved_tensors
+    def backward(ctx: Any, grad_BM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x_BM, weight_NIO = ctx.saved_tensors
         num_stacked = weight_NIO.shape[0]
-        grad_BM = torch.empty_like(h_BM)
-        torch.bmm(grad_NBO, weight_NIO.transpose(1, 2), out=_apart(grad_BM, num_stacked))
-        grad_weight_NIO = torch.bmm(_apart(h_BM, num_stacked).transpose(1, 2), grad_NBO)
-        return grad_BM, grad_weight_NIO, grad_NBO.sum(dim=1, keepdim=True)
+        grad_x_BM, grad_NBO = x_BM.new_empty(x_BM.shape), _apart(grad_BM, num_stacked)
+        torch.bmm(grad_NBO, weight_NIO.transpose(1, 2), out=_apart(grad_x_BM, num_stacked))
+        grad_weight_NIO = torch.bmm(_apart(x_BM, num_stacked).transpose(1, 2), grad_NBO)
+        return grad_x_BM, grad_weight_NIO, grad_NBO.sum(dim=1, keepdim=True)
+
+
+def _apart(wide_BM: Tensor, num_stacked: int) -> Tensor:
+    """(N, B, O) over the same memory."""
+    return wide_BM.unflatten(1, (num_stacked, -1)).transpose(0, 1)
+
+
+def side_by_side(weight_NIO: Tensor) -> Tensor:
+    """(I, N O): N linear maps of one input as one."""
+    return weight_NIO.transpose(0, 1).flatten(1)
+
+
+def shares_of(logits_BCG: Tensor) -> Tensor:
+    """Softmax over the experts, (B, C, G).
+
+    With the rows last in memory: over the few experts of one cell at a time it takes three times as long.
+    """
+    return logits_BCG.permute(1, 2, 0).contiguous().softmax(dim=1).permute(2, 0, 1).contiguous()
 
 
 class CellTowers(nn.Module):
@@ -124,8 +139,8 @@ class CellTowers(nn.Module):
         self.towers = StackedMLP(num_scenarios * NUM_TASKS, input_dim, hidden, output_dim=1, dropout=dropout)
 
     def forward(self, h: Tensor, scenario_B: Tensor) -> Tensor:
-        """Logits (B, T) of an input (B, I) shared by all cells, or (C, B, I) with one for each."""
-        logits_BC = self.towers(h).squeeze(-1).transpose(0, 1)
+        """Logits (B, T) of an input (B, I) shared by all cells, or (B, C, I) with one for each."""
+        logits_BC = self.towers(h).squeeze(-1)
         return select_scenario(logits_BC.unflatten(1, (self.num_scenarios, NUM_TASKS)), scenario_B)
 
 

@@ -1,0 +1,98 @@
+"""usr_ray/process.py: torch computes with one thread beside the step; memory that is freed stays."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from usr_ray.feed import Feed
+from usr_ray.process import compute_alone
+
+
+@pytest.fixture(autouse=True)
+def three_threads() -> Iterator[None]:
+    """A number that no machine has by itself."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def in_new_thread(function: Callable[[], int]) -> int:
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(function).result()
+
+
+def alone() -> int:
+    compute_alone()
+    return torch.get_num_threads()
+
+
+def test_only_the_thread_that_asks_computes_alone() -> None:
+    assert in_new_thread(alone) == 1
+    assert torch.get_num_threads() == 3
+    assert in_new_thread(torch.get_num_threads) == 3
+
+
+def test_threads_that_ask_at_once_leave_the_number_of_later_ones() -> None:
+    with ThreadPoolExecutor(8, initializer=compute_alone) as executor:
+        found = [executor.submit(torch.get_num_threads) for _ in range(64)]
+    assert {f.result() for f in found} == {1}
+    assert torch.get_num_threads() == 3
+    assert in_new_thread(torch.get_num_threads) == 3
+
+
+def test_a_feed_on_a_cpu_computes_alone() -> None:
+    def source() -> Iterator[tuple[torch.Tensor, int]]:
+        yield torch.zeros(1), torch.get_num_threads()
+
+    with Feed(source(), torch.device("cpu")) as feed:
+        assert [kept for _, kept in feed] == [1]
+    assert torch.get_num_threads() == 3
+
+
+# Rounds of a hundred tensors of a megabyte, all freed at the end of each, as a step frees what it made; faults a round,
+# in the main thread and in another, which has a heap of its own.
+ROUNDS = """
+import resource, threading, torch
+from usr_ray.worker import LocalWorker
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def rounds():
+    found = []
+    for _ in range(6):
+        before = faults()
+        tensors = [torch.zeros(1 << 18) for _ in range(100)]
+        del tensors
+        found.append(faults() - before)
+    print(max(found[2:]))
+
+def both():
+    rounds()
+    thread = threading.Thread(target=rounds)
+    thread.start()
+    thread.join()
+
+both()
+LocalWorker("cpu")
+both()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc, whose settings these are")
+def test_a_worker_keeps_the_memory_that_a_step_frees() -> None:
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", ROUNDS], capture_output=True, text=True, cwd=root, check=True)
+    main_before, thread_before, main_kept, thread_kept = (int(line) for line in done.stdout.split())
+    # The main thread's heap may keep its pages by luck of what lies above them, another thread's does not.
+    assert thread_before > 1000, f"nothing to show here: {main_before}, {thread_before} faults a round"
+    assert max(main_kept, thread_kept) < 100
