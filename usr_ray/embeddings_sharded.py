@@ -147,8 +147,8 @@ class ShardedEmbeddings:
 
     def lookup(self, batch: UsrBatch, unique: UniqueIds | None = None) -> ShardedLookup:
         """See Embeddings. TorchRec has the host wait for a GPU here, to size what the ranks send one another."""
-        found = (self.unique_ids(batch) if unique is None else unique).tables
-        wanted = [self._places(name, ids.ids_U[1:]) for name, ids in zip(self._num_rows, found, strict=True)]
+        found = self.unique_ids(batch) if unique is None else unique
+        wanted = [self._places(name, ids.ids_U[1:]) for name, ids in zip(self._num_rows, found.tables, strict=True)]
         features = KeyedJaggedTensor(
             keys=list(self._num_rows),
             values=torch.cat(wanted),
@@ -160,12 +160,12 @@ class ShardedEmbeddings:
             vectors = self._module(features)
             sources = tuple(vectors[name].values() for name in self._num_rows)
         tables = {}
-        for name, ids, source_UD in zip(self._num_rows, found, sources, strict=True):
+        for name, ids, source_UD in zip(self._num_rows, found.tables, sources, strict=True):
             rows_UD = torch.cat([source_UD.new_zeros(1, self.dim), source_UD.detach()])
             if with_grad:
                 rows_UD.requires_grad_()
             tables[name] = TableLookup(ids.ids_U, rows_UD, ids.column_B, ids.events)
-        return ShardedLookup(tables, sources)
+        return ShardedLookup(tables, found.columns, sources)
 
     def _places(self, name: str, ids_U: Tensor) -> Tensor:
         """Where TorchRec's table keeps these rows."""

@@ -29,6 +29,7 @@ from usr_ray.evaluate import EvaluationError, check_spec, evaluate, load_run
 from usr_ray.evaluate_files import metrics_text, read_predictions, write_metrics, write_predictions
 from usr_ray.manifest import build_manifest
 from usr_ray.metrics import metrics_by_scenario
+from usr_ray.model.gather import ColumnOrder
 from usr_ray.model.unique import UniqueIds
 from usr_ray.schema import ALL_LABELS, SAMPLES, UNKNOWN_ID
 from usr_ray.train_state import TrainState
@@ -119,7 +120,7 @@ class NoTables:
         return self.sizes
 
     def unique_ids(self, batch):
-        return UniqueIds(())
+        return UniqueIds((), ColumnOrder(torch.zeros(0), torch.zeros(0)))
 
     def lookup(self, batch, unique):
         self.batches.append(batch)

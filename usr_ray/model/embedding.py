@@ -18,7 +18,7 @@ from torch import Tensor
 
 from usr_ray.batch import UsrBatch
 from usr_ray.model.counter_random import hash_keys, to_uniform
-from usr_ray.model.gather import Places
+from usr_ray.model.gather import ColumnOrder, Places
 from usr_ray.model.unique import EmbeddingError, TableIds, UniqueIds, unique_ids
 from usr_ray.schema import PADDING_ID, FeatureSpec
 
@@ -52,6 +52,8 @@ class Lookup:
 
     tables: dict[str, TableLookup]
     """Table name -> its rows of this step, in the order of FeatureSpec.sparse."""
+    columns: ColumnOrder
+    """See UniqueIds."""
 
     def updates(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Table name -> (ids_U, gradient (U, D)) of the rows to train, after the backward; padding is left out."""
@@ -101,7 +103,8 @@ class EmbeddingTables:
             EmbeddingError: see `unique_ids`.
         """
         found = self.unique_ids(batch) if unique is None else unique
-        return Lookup({n: self._rows(self.tables[n], ids) for n, ids in zip(self.tables, found.tables, strict=True)})
+        tables = {n: self._rows(self.tables[n], ids) for n, ids in zip(self.tables, found.tables, strict=True)}
+        return Lookup(tables, found.columns)
 
     def _rows(self, table_ND: Tensor, ids: TableIds) -> TableLookup:
         rows_UD = table_ND.index_select(0, ids.ids_U)

@@ -3,11 +3,13 @@
 torch's own backward of a gather of 200,000 rows adds them one at a time (25 ms on one core, one table); grouped by
 row beforehand it is a segmented sum (1 ms), and the same order of additions every time, on a GPU as well.
 
-Shape letters: U rows of a weight, V places (history events), C columns, G groups of places.
+Shape letters: U rows of a weight, V places (history events), C columns, G groups of places, B rows of the batch,
+F features, D embedding.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +42,34 @@ class Groups:
     """int64 permutation of the places that puts those of one group side by side, groups ascending."""
     starts_G: Tensor
     """int64: group g is places order_V[starts_G[g]:starts_G[g + 1]]; it may be empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnOrder:
+    """Which values of a batch's features take each row of their weights; value b * F + f is row b's of feature f."""
+
+    order_V: Tensor
+    """int64 permutation of the B * F values that sorts them by weight, then by row of it, ties by value."""
+    starts_U: Tensor
+    """int64: row u of all weights laid end to end is taken by values order_V[starts_U[u]:starts_U[u + 1]]."""
+
+
+def order_columns(columns: Sequence[Tensor], sizes: Sequence[int]) -> ColumnOrder:
+    """Of the rows (B) that each feature takes of its weight, of which the weight has `sizes[f]`."""
+    first_rows = [0, *itertools.accumulate(sizes)]
+    index_BF = torch.stack([c_B + first for c_B, first in zip(columns, first_rows, strict=False)], dim=1)
+    places = group_places(index_BF.flatten(), first_rows[-1])
+    return ColumnOrder(places.order_V, places.starts_U)
+
+
+def take_columns(
+    weights: Sequence[Tensor], columns: Sequence[Tensor], order: ColumnOrder
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """(B, F D): the rows that the features take of their weights (U_f, D), side by side; and (B, D) of each feature."""
+    block_BM, *alone = _TakeColumns.apply(  # type: ignore[no-untyped-call]
+        len(weights), *weights, *columns, order.order_V, order.starts_U
+    )
+    return block_BM, tuple(alone)
 
 
 def group_places(index_V: Tensor, num_rows: int) -> Places:
@@ -99,3 +129,35 @@ class _PoolSum(torch.autograd.Function):
             for order_V, starts_U, dtype in zip(rest[:half], rest[half:], ctx.dtypes, strict=True)
         ]
         return (None, *grads, *[None] * (ctx.num_inputs - len(grads)))
+
+
+class _TakeColumns(torch.autograd.Function):
+    """One segmented sum for the gradients of all features' rows."""
+
+    @staticmethod
+    def forward(ctx: Any, num_weights: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        weights, columns = tensors[:num_weights], tensors[num_weights:-2]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors[-2:])
+        ctx.sizes = [weight_UD.shape[0] for weight_UD in weights]
+        alone = [weight_UD.index_select(0, c_B) for weight_UD, c_B in zip(weights, columns, strict=True)]
+        return torch.cat(alone, dim=1), *alone
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        order_V, starts_U = ctx.saved_tensors
+        num_weights = len(ctx.sizes)
+        grad_block_BM, *alone = grads
+        some = next((g for g in alone if g is not None), None)
+        if grad_block_BM is not None:
+            grad_BFD = grad_block_BM.clone(memory_format=torch.contiguous_format).unflatten(1, (num_weights, -1))
+        elif some is not None:
+            grad_BFD = some.new_zeros((some.shape[0], num_weights, some.shape[1]))
+        else:
+            return (None,) * (3 + 2 * num_weights)
+        for grad_FD, grad_BD in zip(grad_BFD.unbind(1), alone, strict=True):
+            if grad_BD is not None:
+                grad_FD.add_(grad_BD)
+        grads_UD = _bag(order_V, grad_BFD.flatten(0, 1), starts_U).split(ctx.sizes)
+        return None, *grads_UD, *[None] * (num_weights + 2)

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding
 
 from usr_ray.batch import UsrBatch
 from usr_ray.config import ModelConfig
 from usr_ray.model.embedding import INIT_STD, Lookup, TableLookup
-from usr_ray.model.gather import Groups, Places, group_places, pool_sum
+from usr_ray.model.gather import Groups, Places, group_places, pool_sum, take_columns
 from usr_ray.model.history import EventKinds, Events
 from usr_ray.model.unique import ITEM_TABLE, QUERY_TABLE
 from usr_ray.schema import FeatureSpec
@@ -84,12 +83,11 @@ class InputNetwork(nn.Module):
         items, queries = lookup.tables[ITEM_TABLE], lookup.tables[QUERY_TABLE]
         # In the query table, padding is not "nothing" but the learned e_noq.
         queries_UD = torch.cat([self.no_query_D.unsqueeze(0), queries.rows_UD[1:]])
-        columns = {}
-        for name in self.names:
-            table: TableLookup = lookup.tables[name]
-            columns[name] = embedding(table.column_B, queries_UD if table is queries else table.rows_UD)
-        sparse = list(columns.values())
-        parts, context = list(sparse), [sparse[i] for i in self.sparse_context]
+        tables = [lookup.tables[name] for name in self.names]
+        weights = [queries_UD if table is queries else table.rows_UD for table in tables]
+        sparse_BC, sparse = take_columns(weights, [table.column_B for table in tables], lookup.columns)
+        columns = dict(zip(self.names, sparse, strict=True))
+        parts, context = [sparse_BC], [sparse[i] for i in self.sparse_context]
         if self.dense_affine_2F is not None:
             dense_BF = batch.dense_BF * self.dense_affine_2F[0] + self.dense_affine_2F[1]
             parts.append(dense_BF)

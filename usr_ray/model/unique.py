@@ -18,7 +18,7 @@ from torch import Tensor
 
 from usr_ray.batch import UsrBatch
 from usr_ray.config import UserError
-from usr_ray.model.gather import Places, group_places
+from usr_ray.model.gather import ColumnOrder, Places, group_places, order_columns
 from usr_ray.schema import PADDING_ID
 
 ITEM_TABLE = "item_id"
@@ -49,6 +49,8 @@ class UniqueIds:
 
     tables: tuple[TableIds, ...]
     """In the order of FeatureSpec.sparse."""
+    columns: ColumnOrder
+    """Of the rows' own values, column_B of each table."""
 
 
 def unique_ids(batch: UsrBatch, num_rows: Mapping[str, int]) -> UniqueIds:
@@ -68,7 +70,8 @@ def unique_ids(batch: UsrBatch, num_rows: Mapping[str, int]) -> UniqueIds:
             [torch.zeros_like(h.item_ids_V) if h.query_ids_V is None else h.query_ids_V for h in batch.histories]
         ),
     }
-    return UniqueIds(tuple(_table_ids(n, size, columns[n], histories.get(n)) for n, size in num_rows.items()))
+    tables = tuple(_table_ids(n, size, columns[n], histories.get(n)) for n, size in num_rows.items())
+    return UniqueIds(tables, order_columns([t.column_B for t in tables], [t.ids_U.shape[0] for t in tables]))
 
 
 def _table_ids(name: str, num_rows: int, column_B: Tensor, history_V: Tensor | None) -> TableIds:

@@ -80,7 +80,8 @@ def _shared_layer(x_BI: Tensor, weight_NIO: Tensor, bias_N1O: Tensor) -> Tensor:
 def _own_layer(x_BM: Tensor, weight_NIO: Tensor, bias_N1O: Tensor) -> Tensor:
     """(B, N O) of inputs (B, N I)."""
     device = x_BM.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_BM.dtype
+    is_mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if is_mixed else x_BM.dtype
     out_BM: Tensor = _OwnLayer.apply(  # type: ignore[no-untyped-call]
         x_BM.to(dtype), weight_NIO.to(dtype), bias_N1O.to(dtype)
     )
@@ -88,18 +89,15 @@ def _own_layer(x_BM: Tensor, weight_NIO: Tensor, bias_N1O: Tensor) -> Tensor:
 
 
 class _OwnLayer(torch.autograd.Function):
-    """A product for each of the N, straight into its place beside the others, and so in the backward.
+    """Its backward puts the gradient of each of the N straight into its place beside the others.
 
-    A batched product puts one of the N after the other, and every pass between two layers would then copy or stride.
+    Autograd's own would put one after the other, and the passes of the layer below would copy and stride.
     """
 
     @staticmethod
     def forward(ctx: Any, x_BM: Tensor, weight_NIO: Tensor, bias_N1O: Tensor) -> Tensor:
         ctx.save_for_backward(x_BM, weight_NIO)
-        num_stacked, _, width = weight_NIO.shape
-        out_BM = x_BM.new_empty((x_BM.shape[0], num_stacked * width))
-        torch.baddbmm(bias_N1O, _apart(x_BM, num_stacked), weight_NIO, out=_apart(out_BM, num_stacked))
-        return out_BM
+        return torch.cat(torch.baddbmm(bias_N1O, _apart(x_BM, weight_NIO.shape[0]), weight_NIO).unbind(0), dim=1)
 
     @staticmethod
     @once_differentiable  # type: ignore[misc]
