@@ -7,13 +7,16 @@ the rounds, each of which had both ways side by side.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime as dt
 import math
+import multiprocessing
 import os
 import platform
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,44 @@ def take_turns(ways: Mapping[str, Callable[[], float]], rounds: int, *, warm: in
             if number >= warm:
                 found[name].append(value)
     return found
+
+
+@contextlib.contextmanager
+def own_process(make: Callable[..., Callable[[], float]], *arguments: Any) -> Iterator[Callable[[], float]]:
+    """A way in a process of its own, where no other way's allocator, threads or settings reach it.
+
+    Args:
+        make: called there as make(stack, *arguments), with an ExitStack for what is to be closed; returns the way.
+        arguments: as they can be pickled.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, make, arguments))
+    process.start()
+    theirs.close()
+
+    def way() -> float:
+        ours.send("go")
+        try:
+            return float(ours.recv())
+        except EOFError:
+            raise SystemExit(
+                f"the process of {make.__name__}{arguments} has ended; what it printed stands above"
+            ) from None
+
+    try:
+        yield way
+    finally:
+        ours.close()
+        process.join()
+
+
+def _serve(pipe: Connection, make: Callable[..., Callable[[], float]], arguments: tuple[Any, ...]) -> None:
+    with contextlib.ExitStack() as stack:
+        way = make(stack, *arguments)
+        with contextlib.suppress(EOFError):
+            while pipe.recv():
+                pipe.send(way())
 
 
 def interval(values: Sequence[float]) -> dict[str, float]:

@@ -11,6 +11,8 @@ towers of 32 (2 scenarios x 2 tasks). The same ids, drawn by popularity.
   same loader and Adam, every row through every scenario's towers, the row's own picked by masks.
 - usr_ray: batches from a Delta table through the reader, the plain backbone (no part of USR), row-wise Adagrad.
 
+Each way has a process of its own, as its users start it; they take turns.
+
 Peers keep four floats for each weight, 38 GB at 15 tables of 10 million rows. Where `--memory-gb` does not hold that,
 only some tables get the full size, and the time of all 15 follows from the line through both sizes (the JSON has
 the measured numbers and `tables_at_size`). Writes benchmarks/results/peers.json and the table in docs/speed.md.
@@ -20,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import io
 import itertools
 import statistics
@@ -42,7 +43,17 @@ from torch_rechub.trainers import MTLTrainer
 from torch_rechub.utils.data import DataGenerator
 
 from benchmarks.doc_tables import markdown
-from benchmarks.interleaved import header, interval, publish, ratio, settings_of, spread, take_turns, verdict
+from benchmarks.interleaved import (
+    header,
+    interval,
+    own_process,
+    publish,
+    ratio,
+    settings_of,
+    spread,
+    take_turns,
+    verdict,
+)  # fmt: skip
 from benchmarks.reader import DATES, skewed_ids, write_table
 from benchmarks.step_cases import PLAIN, Step
 from usr_ray.feed import Feed
@@ -90,8 +101,12 @@ class ByScenario(nn.Module):
         return found_BT
 
 
-def peer(model_name: str, sizes: list[int], num_steps: int, *, by_scenario: bool) -> Callable[[], float]:
+def peer(
+    stack: contextlib.ExitStack,  # noqa: ARG001  # there is nothing to close
+    num_threads: int, model_name: str, sizes: list[int], num_steps: int, by_scenario: bool,
+) -> Callable[[], float]:  # fmt: skip
     """A function that trains `num_steps` batches the peers' way and returns the seconds of one."""
+    torch.set_num_threads(num_threads)
     rng, num_rows = np.random.default_rng(0), num_steps * BATCH_ROWS
     features = [
         RechubFeature(n, vocab_size=size, embed_dim=DIM) for n, size in zip(feature_names(), sizes, strict=True)
@@ -133,9 +148,11 @@ def our_spec(sizes: list[int]) -> FeatureSpec:
 
 
 def ours(
-    model_name: str, sizes: list[int], num_steps: int, folder: Path, stack: contextlib.ExitStack
+    stack: contextlib.ExitStack, num_threads: int, model_name: str, sizes: list[int], num_steps: int
 ) -> Callable[[], float]:
     """A function that trains `num_steps` batches from a table without histories; seconds of one."""
+    torch.set_num_threads(num_threads)
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     spec = our_spec(sizes)
     write_table(folder, spec, 64 * BATCH_ROWS, longest=0)
     manifest = build_manifest(folder, dates=DATES)
@@ -160,15 +177,14 @@ def measure(model_name: str, rows: int, small_s: Mapping[str, float], arguments:
     num_tables = tables_that_fit(rows, arguments.memory_gb)
     sizes = table_rows(rows, num_tables)
     num_steps = arguments.steps if rows < 1_000_000 else 2
+    shape = (arguments.threads, model_name, sizes)
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         ways = {
-            name: peer(model_name, sizes, num_steps, by_scenario=name != "torch-rechub")
+            name: stack.enter_context(own_process(peer, *shape, num_steps, name != "torch-rechub"))
             for name in ("torch-rechub", "scenario-wise")
         }
-        ways[OURS] = ours(model_name, sizes, arguments.steps, folder, stack)
+        ways[OURS] = stack.enter_context(own_process(ours, *shape, arguments.steps))
         found = take_turns(ways, arguments.rounds)
-    gc.collect()
     whole = {}
     for name, times in found.items():
         small = small_s.get(name, statistics.median(times))
@@ -210,7 +226,6 @@ def main() -> None:
     parser.add_argument("--memory-gb", type=float, default=2.6, help="for the tables of one peer")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     results = []
     for model_name in arguments.models:
         small_s: dict[str, float] = {}
