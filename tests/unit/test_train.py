@@ -115,6 +115,34 @@ def assert_equal_states(one: TrainResult, other: TrainResult) -> None:
     assert not different
 
 
+def test_a_compiled_model_trains_as_the_plain_one(
+    manifests: tuple[Manifest, Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Dynamo traces it, with torch's own kernels; what Inductor makes of it needs minutes and a compiler."""
+    compiled_modules: list[torch.nn.Module] = []
+    compile_model = torch.compile
+
+    def with_own_kernels(module: torch.nn.Module) -> torch.nn.Module:
+        compiled_modules.append(module)
+        return compile_model(module, backend="eager")  # type: ignore[return-value]
+
+    monkeypatch.setattr(torch, "compile", with_own_kernels)
+    changes = {"model_backbone": "mmoe", "train_global_batch_size": 512}
+    plain = run(make_config(**changes), (manifests[0], None), tmp_path / "plain")
+    assert not compiled_modules
+    torch.compiler.reset()
+    try:
+        compiled = run(make_config(**changes, train_compile=True), (manifests[0], None), tmp_path / "compiled")
+        assert compiled_modules == [compiled.state.module]
+        assert len(torch._dynamo.utils.counters["stats"]), "nothing was traced"
+    finally:
+        torch.compiler.reset()
+    mine, theirs = compiled.state.tensors(), plain.state.tensors()
+    assert mine.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(mine[name], tensor, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
 def test_the_loss_falls_and_the_numbers_are_reported(
     manifests: tuple[Manifest, Manifest], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
