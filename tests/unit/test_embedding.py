@@ -14,7 +14,7 @@ from usr_ray.batch import map_tensors
 from usr_ray.loss import row_counts, usr_loss
 from usr_ray.model.counter_random import hash_keys, to_uniform
 from usr_ray.model.embedding import EmbeddingTables
-from usr_ray.model.gather import Groups, group_places, order_columns, pool_sum, take_columns
+from usr_ray.model.gather import ColumnOrder, Groups, column_starts, group_places, pool_sum, take_columns
 from usr_ray.model.unique import EmbeddingError, unique_ids
 from usr_ray.model.usr import UsrModel
 
@@ -48,6 +48,24 @@ def test_a_lookup_holds_each_used_row_once_with_padding_first() -> None:
         assert torch.equal(table.rows_UD, tables.tables[name][table.ids_U])
         assert table.rows_UD.is_leaf
         assert table.rows_UD.requires_grad
+    # Value b * F + f is row b's of feature f: those of each row of each table, one after the other.
+    num_features, order, starts = len(lookup.tables), [], []
+    for number, table in enumerate(lookup.tables.values()):
+        for u in range(len(table.ids_U)):
+            starts.append(len(order))
+            order += [b * num_features + number for b in range(len(batch)) if table.column_B[b] == u]
+    assert lookup.columns.order_V.tolist() == order
+    assert lookup.columns.starts_U.tolist() == starts
+
+
+def test_a_batch_without_rows_uses_padding_alone() -> None:
+    spec = make_spec()
+    lookup = EmbeddingTables(spec, 4, seed=3).lookup(make_batch(spec).slice_rows(0, 0))
+    for table in lookup.tables.values():
+        assert table.ids_U.tolist() == [0]
+        assert len(table.column_B) == 0
+    assert len(lookup.columns.order_V) == 0
+    assert lookup.columns.starts_U.tolist() == [0] * len(spec.sparse)
 
 
 def test_ids_found_ahead_of_the_step_give_the_same_lookup() -> None:
@@ -216,10 +234,9 @@ def test_columns_take_their_rows_and_send_gradients_back() -> None:
     weights = [torch.randn(3, 2, dtype=torch.float64, requires_grad=True),
                torch.randn(5, 2, dtype=torch.float64, requires_grad=True)]  # fmt: skip
     columns = [torch.tensor([2, 1, 2, 1]), torch.tensor([4, 0, 1, 0])]
-    order = order_columns(columns, [3, 5])
     # Values, row by row: (2, 4), (1, 0), (2, 1), (1, 0); those of the first weight's rows, then the second's.
-    assert order.order_V.tolist() == [2, 6, 0, 4, 3, 7, 5, 1]
-    assert order.starts_U.tolist() == [0, 0, 2, 4, 6, 7, 7, 7]
+    order = ColumnOrder(torch.tensor([2, 6, 0, 4, 3, 7, 5, 1]), torch.tensor([0, 0, 2, 4, 6, 7, 7, 7]))
+    assert torch.equal(column_starts([(columns[0], 3), (columns[1], 5)]), order.starts_U)
     block, alone = take_columns(weights, columns, order)
     expected = torch.cat([w[c] for w, c in zip(weights, columns, strict=True)], dim=1)
     assert torch.equal(block, expected)

@@ -54,12 +54,11 @@ class ColumnOrder:
     """int64: row u of all weights laid end to end is taken by values order_V[starts_U[u]:starts_U[u + 1]]."""
 
 
-def order_columns(columns: Sequence[Tensor], sizes: Sequence[int]) -> ColumnOrder:
-    """Of the rows (B) that each feature takes of its weight, of which the weight has `sizes[f]`."""
-    first_rows = [0, *itertools.accumulate(sizes)]
-    index_BF = torch.stack([c_B + first for c_B, first in zip(columns, first_rows, strict=False)], dim=1)
-    places = group_places(index_BF.flatten(), first_rows[-1])
-    return ColumnOrder(places.order_V, places.starts_U)
+def column_starts(columns: Sequence[tuple[Tensor, int]]) -> Tensor:
+    """ColumnOrder.starts_U, of the row (B) that each value of a feature takes of its weight and the weight's rows."""
+    first_rows = [0, *itertools.accumulate(size for _, size in columns)]
+    index_V = torch.cat([c_B + first for (c_B, _), first in zip(columns, first_rows, strict=False)])
+    return _starts(index_V, first_rows[-1])
 
 
 def take_columns(
@@ -76,12 +75,16 @@ def group_places(index_V: Tensor, num_rows: int) -> Places:
     """Places of an index into a weight of `num_rows` rows. The sort is stable, so the result is deterministic."""
     # Half the bytes is half the time of the sort.
     dtype = torch.int16 if num_rows < 2**15 else torch.int32 if num_rows < 2**31 else torch.int64
-    order_V = torch.sort(index_V.to(dtype), stable=True).indices
+    return Places(index_V, torch.sort(index_V.to(dtype), stable=True).indices, _starts(index_V, num_rows))
+
+
+def _starts(index_V: Tensor, num_rows: int) -> Tensor:
+    """int64 (U): how many places take a row before this one."""
     if index_V.is_cpu:
         counts_U = torch.bincount(index_V, minlength=num_rows)
     else:  # on a GPU bincount first waits for the largest index
         counts_U = index_V.new_zeros(num_rows).scatter_add_(0, index_V, torch.ones_like(index_V))
-    return Places(index_V, order_V, counts_U.cumsum(0) - counts_U)
+    return counts_U.cumsum(0) - counts_U
 
 
 def pool_sum(weights: Sequence[Tensor], places: Sequence[Places], groups: Groups) -> Tensor:

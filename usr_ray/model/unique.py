@@ -5,12 +5,13 @@ is a pure function of the batch, which a reader's thread can run on the host ahe
 its result neither sorts nor waits (EmbeddingTables.lookup).
 
 Shape letters: B rows of the batch, N rows of a table, U rows of a table used in this step, V events of all histories
-(scenario after scenario), F features.
+(scenario after scenario), F features (their values V = F * B where they are sorted).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from usr_ray.batch import UsrBatch
 from usr_ray.config import UserError
-from usr_ray.model.gather import ColumnOrder, Places, group_places, order_columns
+from usr_ray.model.gather import ColumnOrder, Places, column_starts, group_places
 from usr_ray.schema import PADDING_ID
 
 ITEM_TABLE = "item_id"
@@ -63,30 +64,80 @@ def unique_ids(batch: UsrBatch, num_rows: Mapping[str, int]) -> UniqueIds:
     Raises:
         EmbeddingError: an id is outside its table: the samples table grew after this run's manifest.
     """
-    columns = dict(zip(num_rows, batch.sparse_BF.unbind(1), strict=True))
+    if batch.sparse_BF.is_cpu and len(batch):
+        lowest_F, highest_F = torch.aminmax(batch.sparse_BF, dim=0)
+        for (name, size), *ends in zip(num_rows.items(), lowest_F.tolist(), highest_F.tolist(), strict=True):
+            _check_range(name, size, *ends)
     histories = {
         ITEM_TABLE: torch.cat([h.item_ids_V for h in batch.histories]),
         QUERY_TABLE: torch.cat(
             [torch.zeros_like(h.item_ids_V) if h.query_ids_V is None else h.query_ids_V for h in batch.histories]
         ),
     }
-    tables = tuple(_table_ids(n, size, columns[n], histories.get(n)) for n, size in num_rows.items())
-    return UniqueIds(tables, order_columns([t.column_B for t in tables], [t.ids_U.shape[0] for t in tables]))
+    own = _sort_columns(batch.sparse_BF, list(num_rows.values()))
+    tables = tuple(
+        _with_events(name, size, batch.sparse_BF[:, f], histories[name]) if name in histories else own.table(f)
+        for f, (name, size) in enumerate(num_rows.items())
+    )
+    columns = [(table.column_B, table.ids_U.shape[0]) for table in tables]
+    return UniqueIds(tables, ColumnOrder(own.order_V, column_starts(columns)))
 
 
-def _table_ids(name: str, num_rows: int, column_B: Tensor, history_V: Tensor | None) -> TableIds:
+def _with_events(name: str, num_rows: int, column_B: Tensor, history_V: Tensor) -> TableIds:
+    """The ids of a table that histories use as well."""
     # The padding id comes first, so that index 0 is padding whether the batch has any or not.
-    parts = [column_B.new_full((1,), PADDING_ID), column_B, *([] if history_V is None else [history_V])]
+    parts = [column_B.new_full((1,), PADDING_ID), column_B, history_V]
     # Half the bytes is half the time of the sort inside unique.
     ids = torch.cat([p.int() for p in parts] if num_rows <= 2**31 else parts)
     unique, index = torch.unique(ids, return_inverse=True)
-    # A CUDA gather traps ids outside the table by itself; reading them here would make the queue wait.
-    if not unique.is_cuda and (int(unique[0]) < 0 or int(unique[-1]) >= num_rows):
-        wrong = int(unique[0]) if int(unique[0]) < 0 else int(unique[-1])
-        raise EmbeddingError(
-            f"table {name}: the batch has id {wrong}, the table has {num_rows} rows; the samples table "
-            "does not belong to this run's feature spec: build the manifest again, or grow the tables"
-        )
+    if unique.is_cpu:
+        _check_range(name, num_rows, int(unique[0]), int(unique[-1]))
     num_own = 1 + column_B.shape[0]
-    events = None if history_V is None else group_places(index[num_own:], unique.shape[0])
-    return TableIds(unique.long(), index[1:num_own], events)
+    return TableIds(unique.long(), index[1:num_own], group_places(index[num_own:], unique.shape[0]))
+
+
+def _check_range(name: str, num_rows: int, lowest: int, highest: int) -> None:
+    # A CUDA gather traps ids outside the table by itself; reading them there would make the queue wait.
+    if lowest < 0 or highest >= num_rows:
+        raise EmbeddingError(
+            f"table {name}: the batch has id {lowest if lowest < 0 else highest}, the table has {num_rows} rows; the "
+            "samples table does not belong to this run's feature spec: build the manifest again, or grow the tables"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _SortedColumns:
+    """The own values of all features, each feature's sorted by id, ties by row."""
+
+    ids_FB: Tensor
+    is_first_FB: Tensor
+    """bool: the id differs from the one before."""
+    place_FB: Tensor
+    """int64, of each row's value: how many different ids of its feature are smaller, padding counted always."""
+    order_V: Tensor
+    """See ColumnOrder."""
+
+    def table(self, feature: int) -> TableIds:
+        """The ids of a table that no history uses."""
+        ids_U = self.ids_FB[feature].masked_select(self.is_first_FB[feature]).long()
+        others_U = ids_U[ids_U != PADDING_ID]
+        return TableIds(torch.cat([others_U.new_full((1,), PADDING_ID), others_U]), self.place_FB[feature], None)
+
+
+def _sort_columns(sparse_BF: Tensor, sizes: Sequence[int]) -> _SortedColumns:
+    """One sort for all features: of torch's, one of many numbers is faster than many of few (radix)."""
+    num_rows, num_features = sparse_BF.shape
+    features_F1 = torch.arange(num_features, device=sparse_BF.device).unsqueeze(1)
+    # Each feature's ids lie above those of the features before it, so its sorted values stay together.
+    starts = [0, *itertools.accumulate(sizes)]
+    dtype = torch.int32 if starts[-1] <= 2**31 else torch.int64
+    start_F1 = torch.stack([torch.full((), n, dtype=dtype, device=sparse_BF.device) for n in starts[:-1]]).unsqueeze(1)
+    keys_V = (sparse_BF.T.to(dtype) + start_F1).flatten()
+    sorted_V, order_V = torch.sort(keys_V, stable=True)
+    ids_FB = sorted_V.view(num_features, num_rows) - start_F1
+    row_FB = order_V.view(num_features, num_rows) - features_F1 * num_rows
+    is_first_FB = torch.ones_like(ids_FB, dtype=torch.bool)
+    torch.ne(ids_FB[:, 1:], ids_FB[:, :-1], out=is_first_FB[:, 1:])
+    smaller_FB = is_first_FB.cumsum(1) - (ids_FB[:, :1] == PADDING_ID).long()
+    place_FB = torch.empty_like(row_FB).scatter_(1, row_FB, smaller_FB)
+    return _SortedColumns(ids_FB, is_first_FB, place_FB, (row_FB * num_features + features_F1).flatten())
