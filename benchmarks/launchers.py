@@ -1,6 +1,6 @@
 """Does Ray's TorchTrainer slow the training loop down beside torchrun and a plain process?
 
-    python benchmarks/launchers.py [--rows 32768] [--rounds 3] [--workers 1 2] [--append]
+    python benchmarks/launchers.py [--rows 196608] [--rounds 5] [--workers 1 2] [--append]
 
 The same function, usr_ray.train.train, on the same table and configuration, started three ways: `plain` (one process),
 `torchrun` and `TorchTrainer` (usr_ray.trainer.run, as jobs/train.py does, with a Ray of its own). Each run is a
@@ -142,9 +142,9 @@ def table(report: Mapping[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=32_768, help="of the table; three quarters are trained on")
+    parser.add_argument("--rows", type=int, default=196_608, help="of the table; three quarters are trained on")
     parser.add_argument("--batch-rows", type=int, default=1024, help="of a step over all workers")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--append", action="store_true", help="what was recorded of other numbers of workers stays")
     parser.add_argument("--output", type=Path, default=RESULTS)
