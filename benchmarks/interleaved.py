@@ -55,10 +55,10 @@ def own_process(make: Callable[..., Callable[[], float]], *arguments: Any) -> It
     theirs.close()
 
     def way() -> float:
-        ours.send("go")
         try:
+            ours.send("go")
             return float(ours.recv())
-        except EOFError:
+        except (EOFError, OSError):
             raise SystemExit(
                 f"the process of {make.__name__}{arguments} has ended; what it printed stands above"
             ) from None
@@ -73,9 +73,12 @@ def own_process(make: Callable[..., Callable[[], float]], *arguments: Any) -> It
 def _serve(pipe: Connection, make: Callable[..., Callable[[], float]], arguments: tuple[Any, ...]) -> None:
     with contextlib.ExitStack() as stack:
         way = make(stack, *arguments)
-        with contextlib.suppress(EOFError):
-            while pipe.recv():
-                pipe.send(way())
+        while True:
+            try:
+                pipe.recv()
+            except EOFError:
+                return
+            pipe.send(way())
 
 
 def interval(values: Sequence[float]) -> dict[str, float]:

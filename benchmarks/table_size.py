@@ -60,7 +60,7 @@ def spec_of(num_rows: int) -> FeatureSpec:
 def spread_ids(batch: UsrBatch, num_rows: int) -> UsrBatch:
     """The batch of a table of NUM_DIFFERENT rows with its ids spread over one of `num_rows`; padding stays 0."""
     factor = num_rows // NUM_DIFFERENT
-    columns_F = torch.tensor([factor, factor, factor, 1])
+    columns_F = torch.tensor([factor, factor, factor, 1], dtype=batch.sparse_BF.dtype)
     histories = tuple(
         dataclasses.replace(
             h,

@@ -133,7 +133,8 @@ class BatchBuilder:
         is_run = last - first == len(places) and bool((np.diff(places) == 1).all())
         index = torch.from_numpy(places)
         for name in _ROW_FIELDS:
-            target, values = getattr(self._batch, name), getattr(rows, name)
+            target = getattr(self._batch, name)
+            values = getattr(rows, name).to(target.dtype)
             if is_run:
                 target[first:last] = values
             else:

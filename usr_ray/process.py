@@ -1,4 +1,4 @@
-"""What training asks of its own process: threads that leave the step's alone, and memory that stays.
+"""What a worker asks of its own process: threads that leave the step's alone, and memory that stays.
 
 Nothing here is needed for a right result; each spares a CPU's step what the machine would otherwise do beside it.
 """
@@ -38,17 +38,15 @@ def compute_alone() -> None:
         undo.join()
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory() -> None:
     """Have this process keep the memory that it frees, up to the most it ever used, instead of giving it back.
 
     A step frees at its end what the next one allocates again. glibc gives such memory back to the kernel, and every
     page of it then costs a fault and 4,096 zeros: a tenth of the time of USR's step on a CPU (docs/speed.md).
-
-    Returns:
-        False where the C library is not glibc: nothing has changed then.
+    Without effect where the C library is not glibc.
     """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    wanted = {_M_MMAP_THRESHOLD: _LARGEST_MMAP_THRESHOLD, _M_TRIM_THRESHOLD: _NEVER, _M_TOP_PAD: _HEAP_BYTES}
-    return all(mallopt(option, value) for option, value in wanted.items())
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+        mallopt(_M_TRIM_THRESHOLD, _NEVER)
+        mallopt(_M_TOP_PAD, _HEAP_BYTES)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import re
 import statistics
@@ -29,6 +31,32 @@ def test_the_tables_of_the_document_are_those_of_the_results(module: Any) -> Non
     if not module.RESULTS.exists():
         pytest.skip(f"{module.RESULTS.name} is not recorded yet: run benchmarks/{name}.py")
     assert found[1] == render(json.loads(module.RESULTS.read_text(encoding="utf-8"))) + "\n"
+
+
+def _counting(
+    stack: contextlib.ExitStack, first: float, closed: Path
+) -> Callable[[], float]:  # runs in its own process
+    stack.callback(closed.touch)
+    numbers = itertools.count(first)
+
+    def way() -> float:
+        number = next(numbers)
+        if number > first + 1:
+            raise ValueError("no more")
+        return number
+
+    return way
+
+
+def test_a_way_in_a_process_of_its_own_is_called_closed_and_missed_when_it_dies(tmp_path: Path) -> None:
+    with interleaved.own_process(_counting, 5.0, tmp_path / "closed") as way:
+        assert [way(), way()] == [5.0, 6.0]
+    assert (tmp_path / "closed").exists()
+    with (
+        pytest.raises(SystemExit, match=r"the process of _counting\(7\.0, .*\) has ended"),
+        interleaved.own_process(_counting, 7.0, tmp_path / "other") as way,
+    ):
+        assert [way(), way(), way()] == []
 
 
 def test_ways_take_turns_and_every_other_round_goes_backwards() -> None:

@@ -8,12 +8,17 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
 from usr_ray.feed import Feed
+from usr_ray.manifest import build_manifest
 from usr_ray.process import compute_alone
+from usr_ray.reader import SampleReader
+from usr_ray.reader_decode import RowGroupDecoder
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +52,23 @@ def test_threads_that_ask_at_once_leave_the_number_of_later_ones() -> None:
     assert {f.result() for f in found} == {1}
     assert torch.get_num_threads() == 3
     assert in_new_thread(torch.get_num_threads) == 3
+
+
+def test_the_readers_threads_compute_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_samples(tmp_path, samples_spec(), num_rows=100, num_days=1)
+    found: list[int] = []
+    decode = RowGroupDecoder.decode
+
+    def watched(self: RowGroupDecoder, *arguments: Any, **options: Any) -> Any:
+        found.append(torch.get_num_threads())
+        return decode(self, *arguments, **options)
+
+    monkeypatch.setattr(RowGroupDecoder, "decode", watched)
+    manifest = build_manifest(tmp_path, dates=(FIRST_DATE, FIRST_DATE))
+    with SampleReader(manifest, global_batch_size=32, group_size=8, mature_only=False) as reader:
+        assert len(list(reader.batches(0))) == 4
+    assert set(found) == {1}
+    assert torch.get_num_threads() == 3
 
 
 def test_a_feed_on_a_cpu_computes_alone() -> None:
@@ -94,5 +116,6 @@ def test_a_worker_keeps_the_memory_that_a_step_frees() -> None:
     done = subprocess.run([sys.executable, "-c", ROUNDS], capture_output=True, text=True, cwd=root, check=True)
     main_before, thread_before, main_kept, thread_kept = (int(line) for line in done.stdout.split())
     # The main thread's heap may keep its pages by luck of what lies above them, another thread's does not.
-    assert thread_before > 8_000, f"nothing to show here: {main_before}, {thread_before} faults a round"
+    if thread_before < 8_000:
+        pytest.skip(f"{main_before} and {thread_before} faults a round: huge pages, or another allocator")
     assert main_kept + thread_kept < 5_000

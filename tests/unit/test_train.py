@@ -131,6 +131,7 @@ def test_a_compiled_model_trains_as_the_plain_one(
     plain = run(make_config(**changes), (manifests[0], None), tmp_path / "plain")
     assert not compiled_modules
     torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
     try:
         compiled = run(make_config(**changes, train_compile=True), (manifests[0], None), tmp_path / "compiled")
         assert compiled_modules == [compiled.state.module]

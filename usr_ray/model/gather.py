@@ -4,7 +4,7 @@ torch's own backward of a gather of 200,000 rows adds them one at a time (25 ms 
 row beforehand it is a segmented sum (1 ms), and the same order of additions every time, on a GPU as well.
 
 Shape letters: U rows of a weight, V places (history events), C columns, G groups of places, B rows of the batch,
-F features, D embedding.
+F features, D embedding, M = F * D.
 """
 
 from __future__ import annotations

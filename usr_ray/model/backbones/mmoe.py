@@ -17,9 +17,8 @@ from usr_ray.model.backbones.towers import (
     NUM_TASKS,
     CellTowers,
     StackedMLP,
+    gate_shares,
     glorot_uniform_,
-    shares_of,
-    side_by_side,
 )
 
 
@@ -37,6 +36,6 @@ class MMoE(Backbone):
     def forward(self, inputs: BackboneInput) -> Tensor:
         """Logits (B, T)."""
         experts_BGH = self.experts(inputs.x_BD)
-        logits_BCG = (inputs.x_BD @ side_by_side(self.gates_CIG)).unflatten(1, self.gates_CIG.shape[::2])
-        logits_BT: Tensor = self.towers(torch.bmm(shares_of(logits_BCG), experts_BGH), inputs.scenario_B)
+        mixed_BCH = torch.bmm(gate_shares(inputs.x_BD, self.gates_CIG), experts_BGH)
+        logits_BT: Tensor = self.towers(mixed_BCH, inputs.scenario_B)
         return logits_BT

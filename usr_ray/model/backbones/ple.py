@@ -21,9 +21,9 @@ from usr_ray.model.backbones.towers import (
     NUM_TASKS,
     CellTowers,
     StackedMLP,
+    gate_shares,
     glorot_uniform_,
     shares_of,
-    side_by_side,
 )
 
 
@@ -61,13 +61,13 @@ class ExtractionLevel(nn.Module):
         gates_CIG = self.task_gates_CIG
         if cells.dim() == 2:
             expert_inputs = cells
-            logits_BCG = (cells @ side_by_side(gates_CIG)).unflatten(1, gates_CIG.shape[::2])
+            shares_BCG = gate_shares(cells, gates_CIG)
         else:  # expert n of cell c is number c * N + n of the stack
             expert_inputs = cells.repeat_interleave(self.num_task_experts, dim=1)
-            logits_BCG = torch.einsum("bci,cig->bcg", cells, gates_CIG)
+            shares_BCG = shares_of(torch.einsum("bci,cig->bcg", cells, gates_CIG))
         own_BCNH = self.task_experts(expert_inputs).unflatten(1, (-1, self.num_task_experts))
         shared_BMH = self.shared_experts(shared_BI)
-        own_BCN, common_BCM = shares_of(logits_BCG).split([self.num_task_experts, shared_BMH.shape[1]], dim=2)
+        own_BCN, common_BCM = shares_BCG.split([self.num_task_experts, shared_BMH.shape[1]], dim=2)
         cells_BCH = torch.einsum("bcn,bcnh->bch", own_BCN, own_BCNH) + torch.bmm(common_BCM, shared_BMH)
         if self.shared_gate_IG is None:
             return cells_BCH, shared_BI

@@ -1,6 +1,7 @@
 """Many MLPs of one shape side by side: the experts and the towers of the backbones, and the shares of experts.
 
-Shape letters: N stacked MLPs, B rows, I inputs, O outputs, S scenarios, T tasks, C = S * T cells, G experts.
+Shape letters: N stacked MLPs, B rows, I inputs, O outputs, S scenarios, T tasks, C = S * T cells, G experts,
+M = N * I or N * O, the vectors of a row side by side.
 """
 
 from __future__ import annotations
@@ -89,24 +90,23 @@ def _own_layer(x_BM: Tensor, weight_NIO: Tensor, bias_N1O: Tensor) -> Tensor:
 
 
 class _OwnLayer(torch.autograd.Function):
-    """Its backward puts the gradient of each of the N straight into its place beside the others.
+    """Its inputs, outputs and their gradients lie side by side, as the passes before and after it want them.
 
-    Autograd's own would put one after the other, and the passes of the layer below would copy and stride.
+    Autograd's own backward would leave the gradients of the N one after the other, and ReLU's would stride over them.
     """
 
     @staticmethod
     def forward(ctx: Any, x_BM: Tensor, weight_NIO: Tensor, bias_N1O: Tensor) -> Tensor:
         ctx.save_for_backward(x_BM, weight_NIO)
-        return torch.cat(torch.baddbmm(bias_N1O, _apart(x_BM, weight_NIO.shape[0]), weight_NIO).unbind(0), dim=1)
+        return _together(torch.baddbmm(bias_N1O, _apart(x_BM, weight_NIO.shape[0]), weight_NIO))
 
     @staticmethod
     @once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, grad_BM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x_BM, weight_NIO = ctx.saved_tensors
-        num_stacked = weight_NIO.shape[0]
-        grad_x_BM, grad_NBO = x_BM.new_empty(x_BM.shape), _apart(grad_BM, num_stacked)
-        torch.bmm(grad_NBO, weight_NIO.transpose(1, 2), out=_apart(grad_x_BM, num_stacked))
-        grad_weight_NIO = torch.bmm(_apart(x_BM, num_stacked).transpose(1, 2), grad_NBO)
+        grad_NBO = _apart(grad_BM, weight_NIO.shape[0])
+        grad_x_BM = _together(torch.bmm(grad_NBO, weight_NIO.transpose(1, 2)))
+        grad_weight_NIO = torch.bmm(_apart(x_BM, weight_NIO.shape[0]).transpose(1, 2), grad_NBO)
         return grad_x_BM, grad_weight_NIO, grad_NBO.sum(dim=1, keepdim=True)
 
 
@@ -115,9 +115,19 @@ def _apart(wide_BM: Tensor, num_stacked: int) -> Tensor:
     return wide_BM.unflatten(1, (num_stacked, -1)).transpose(0, 1)
 
 
+def _together(apart_NBO: Tensor) -> Tensor:
+    """(B, N O), copied."""
+    return torch.cat(apart_NBO.unbind(0), dim=1)
+
+
 def side_by_side(weight_NIO: Tensor) -> Tensor:
     """(I, N O): N linear maps of one input as one."""
     return weight_NIO.transpose(0, 1).flatten(1)
+
+
+def gate_shares(x_BI: Tensor, gates_CIG: Tensor) -> Tensor:
+    """What each cell takes of each expert, (B, C, G), by linear gates on one input of all cells."""
+    return shares_of((x_BI @ side_by_side(gates_CIG)).unflatten(1, gates_CIG.shape[::2]))
 
 
 def shares_of(logits_BCG: Tensor) -> Tensor:
