@@ -53,7 +53,7 @@ from benchmarks.interleaved import (
     spread,
     take_turns,
     verdict,
-)  # fmt: skip
+)
 from benchmarks.reader import DATES, skewed_ids, write_table
 from benchmarks.step_cases import PLAIN, Step
 from usr_ray.feed import Feed

@@ -87,13 +87,16 @@ def _with_events(name: str, num_rows: int, column_B: Tensor, history_V: Tensor) 
     """The ids of a table that histories use as well."""
     # The padding id comes first, so that index 0 is padding whether the batch has any or not.
     parts = [column_B.new_full((1,), PADDING_ID), column_B, history_V]
-    # Half the bytes is half the time of the sort inside unique.
-    ids = torch.cat([p.int() for p in parts] if num_rows <= 2**31 else parts)
-    unique, index = torch.unique(ids, return_inverse=True)
+    unique, index = torch.unique(torch.cat([p.to(_key_type(num_rows)) for p in parts]), return_inverse=True)
     if unique.is_cpu:
         _check_range(name, num_rows, int(unique[0]), int(unique[-1]))
     num_own = 1 + column_B.shape[0]
     return TableIds(unique.long(), index[1:num_own], group_places(index[num_own:], unique.shape[0]))
+
+
+def _key_type(num_ids: int) -> torch.dtype:
+    """To sort the ids 0..num_ids - 1 by: half the bytes is half the time."""
+    return torch.int32 if num_ids <= 2**31 else torch.int64
 
 
 def _check_range(name: str, num_rows: int, lowest: int, highest: int) -> None:
@@ -130,8 +133,8 @@ def _sort_columns(sparse_BF: Tensor, sizes: Sequence[int]) -> _SortedColumns:
     features_F1 = torch.arange(num_features, device=sparse_BF.device).unsqueeze(1)
     # Each feature's ids lie above those of the features before it, so its sorted values stay together.
     starts = [0, *itertools.accumulate(sizes)]
-    dtype = torch.int32 if starts[-1] <= 2**31 else torch.int64
-    start_F1 = torch.stack([torch.full((), n, dtype=dtype, device=sparse_BF.device) for n in starts[:-1]]).unsqueeze(1)
+    dtype = _key_type(starts[-1])
+    start_F1 = torch.tensor(starts[:-1], dtype=dtype, device=sparse_BF.device).unsqueeze(1)
     keys_V = (sparse_BF.T.to(dtype) + start_F1).flatten()
     sorted_V, order_V = torch.sort(keys_V, stable=True)
     ids_FB = sorted_V.view(num_features, num_rows) - start_F1
