@@ -78,7 +78,7 @@ check: setup  ## lint, formatting, types, import directions
 	@ruff format --check .
 	@mypy
 	@cd benchmarks && mypy --ignore-missing-imports --explicit-package-bases *.py
-	@python -m pytest tests/unit/test_imports.py tests/unit/test_house.py tests/unit/test_cluster_security.py
+	@python -m pytest tests/unit/test_imports.py tests/unit/test_house.py tests/unit/cluster/test_security.py
 
 audit: setup  ## known flaws of the pinned packages (asks PyPI, so it needs the network)
 	@[ -x .cache/audit/bin/pip-audit ] || { $(BIN)/python -m venv .cache/audit && .cache/audit/bin/pip install --quiet pip-audit==2.10.1; }

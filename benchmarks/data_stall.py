@@ -29,10 +29,10 @@ from benchmarks.doc_tables import markdown
 from benchmarks.interleaved import header, interval, publish, ratio, settings_of, spread, take_turns, verdict
 from benchmarks.reader import DATES, benchmark_spec, write_table
 from benchmarks.step_cases import PLAIN, Step
-from usr_ray.batch import map_tensors
-from usr_ray.feed import Feed
-from usr_ray.manifest import Manifest, build_manifest
-from usr_ray.train_feed import training_batches, training_reader
+from usr_ray.data.batch import map_tensors
+from usr_ray.data.feed import Feed
+from usr_ray.data.manifest import Manifest, build_manifest
+from usr_ray.training.rows import training_batches, training_reader
 
 TABLE_ROWS = 50_000
 RESULTS = Path(__file__).parent / "results" / "data_stall.json"

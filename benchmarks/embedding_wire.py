@@ -32,11 +32,11 @@ import torch.multiprocessing as mp
 
 from benchmarks.doc_tables import markdown, record
 from usr_ray.config import Config
-from usr_ray.embeddings import build_embeddings
 from usr_ray.model.gather import ColumnOrder
 from usr_ray.model.unique import TableIds, UniqueIds
 from usr_ray.schema import FeatureSpec, SparseFeature
-from usr_ray.worker import LocalWorker
+from usr_ray.training.embeddings import build_embeddings
+from usr_ray.training.worker import LocalWorker
 
 RESULTS = Path(__file__).parent / "results" / "embedding_wire.json"
 STRATEGIES = ("replicated", "sharded")

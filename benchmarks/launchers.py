@@ -2,8 +2,9 @@
 
     python benchmarks/launchers.py [--rows 196608] [--rounds 5] [--workers 1 2] [--append]
 
-The same function, usr_ray.train.train, on the same table and configuration, started three ways: `plain` (one process),
-`torchrun` and `TorchTrainer` (usr_ray.trainer.run, as jobs/train.py does, with a Ray of its own). Each run is a
+The same function, usr_ray.training.loop.train, on the same table and configuration, started three ways: `plain` (one
+process),
+`torchrun` and `TorchTrainer` (usr_ray.launch.trainer.run, as jobs/train.py does, with a Ray of its own). Each run is a
 process of its own; the ways take turns. Samples a second are the run's own (history.jsonl), over the global batch,
 of the log windows after the first: steady state, without start and stop. Writes benchmarks/results/launchers.json and
 the table in docs/speed.md.
@@ -49,23 +50,23 @@ def run_here(way: str, folder: Path, run_dir: Path, workers: int, batch_rows: in
     """What a started process does: one run."""
     config = config_of(workers, batch_rows)
     if way == RAY:
-        from usr_ray.trainer_environment import prepare_environment
+        from usr_ray.launch.environment import prepare_environment
 
         cluster = prepare_environment(dashboard=False)
-        from usr_ray.trainer import run
+        from usr_ray.launch.trainer import run
 
         run(config, folder, run_dir, cluster=cluster)
         return
     import torch
 
     from benchmarks.reader import DATES
-    from usr_ray.manifest import build_manifest
-    from usr_ray.monitoring import FileMonitor
-    from usr_ray.train import train
-    from usr_ray.train_meter import SilentMonitor
-    from usr_ray.worker import LocalWorker
+    from usr_ray.data.manifest import build_manifest
+    from usr_ray.launch.monitor import FileMonitor
+    from usr_ray.training.loop import train
+    from usr_ray.training.monitor import SilentMonitor
+    from usr_ray.training.worker import LocalWorker
 
-    # As the trainer's workers do (usr_ray/trainer.py).
+    # As the trainer's workers do (usr_ray/launch/trainer.py).
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
     worker = LocalWorker("cuda" if torch.cuda.is_available() else "cpu")
     run_dir.mkdir(parents=True, exist_ok=True)

@@ -25,12 +25,12 @@ from learning_runs import PLAIN, Data, Runs, StoppedError, gaps, mean_auc, save,
 from torch import Tensor, nn
 
 from usr_ray.config import BACKBONES
-from usr_ray.evaluate import evaluation_reader
-from usr_ray.metrics import Predictions, auc
-from usr_ray.reader import SampleReader
+from usr_ray.data.reader import SampleReader
+from usr_ray.evaluation.metrics import Predictions, auc
 from usr_ray.schema import TASKS, FeatureSpec
-from usr_ray.train_feed import training_reader
-from usr_ray.worker import LocalWorker
+from usr_ray.training.evaluate import evaluation_reader
+from usr_ray.training.rows import training_reader
+from usr_ray.training.worker import LocalWorker
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "learning_kuairand.json"

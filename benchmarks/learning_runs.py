@@ -24,13 +24,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from usr_ray.baseline import _Ranked, popularity_baseline, read_training_rows
 from usr_ray.config import Config, end_of_us, load_config, parse_dates
-from usr_ray.manifest import Manifest, build_manifest
-from usr_ray.metrics import Predictions, auc
+from usr_ray.data.manifest import Manifest, build_manifest
+from usr_ray.evaluation.baseline import _Ranked, popularity_baseline, read_training_rows
+from usr_ray.evaluation.metrics import Predictions, auc
 from usr_ray.schema import TASKS
-from usr_ray.train import train
-from usr_ray.worker import LocalWorker
+from usr_ray.training.loop import train
+from usr_ray.training.worker import LocalWorker
 
 PLAIN = ("model.interest.enabled=false", "model.generator.enabled=false", "model.multitask.enabled=false")
 NUM_RESAMPLES = 200

@@ -25,8 +25,8 @@ from deltalake import DeltaTable
 from learning_runs import PLAIN, Data, Runs, gaps, mean_auc, save, show_gap, train_seeds
 
 from usr_ray.config import BACKBONES, load_config
-from usr_ray.metrics import Predictions
-from usr_ray.reader_decode import RowGroupDecoder
+from usr_ray.data.decode import RowGroupDecoder
+from usr_ray.evaluation.metrics import Predictions
 from usr_ray.schema import TASKS
 
 ROOT = Path(__file__).parents[1]

@@ -56,10 +56,10 @@ from benchmarks.interleaved import (
 )
 from benchmarks.reader import DATES, skewed_ids, write_table
 from benchmarks.step_cases import PLAIN, Step
-from usr_ray.feed import Feed
-from usr_ray.manifest import build_manifest
+from usr_ray.data.feed import Feed
+from usr_ray.data.manifest import build_manifest
 from usr_ray.schema import FeatureSpec, SparseFeature
-from usr_ray.train_feed import training_batches, training_reader
+from usr_ray.training.rows import training_batches, training_reader
 
 RESULTS = Path(__file__).parent / "results" / "peers.json"
 BATCH_ROWS, NUM_FEATURES, DIM = 4096, 15, 16

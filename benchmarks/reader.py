@@ -35,13 +35,13 @@ from numpy.typing import NDArray
 from benchmarks.doc_tables import markdown
 from benchmarks.interleaved import header, interval, publish, ratio, spread, verdict
 from benchmarks.step_cases import spec_of
-from usr_ray.manifest import Manifest, build_manifest
-from usr_ray.order import BLOCK_ROWS
-from usr_ray.order_quality import shuffle_quality
-from usr_ray.reader import SampleReader
-from usr_ray.reader_decode import RowGroupDecoder
+from usr_ray.data.decode import RowGroupDecoder
+from usr_ray.data.manifest import Manifest, build_manifest
+from usr_ray.data.order import BLOCK_ROWS
+from usr_ray.data.order_quality import shuffle_quality
+from usr_ray.data.reader import SampleReader
+from usr_ray.launch.environment import LOOPBACK, prepare_environment
 from usr_ray.schema import ALL_LABELS, FEATURE_SPEC_PROPERTY, SAMPLES, FeatureSpec
-from usr_ray.trainer_environment import LOOPBACK, prepare_environment
 
 RESULTS = Path(__file__).parent / "results" / "reader.json"
 ROW_GROUP_ROWS = 65_536

@@ -2,7 +2,8 @@
 
     python benchmarks/resume.py [--rows 524288] [--positions 0 0.25 0.5 0.9] [--rounds 5]
 
-A checkpoint of each position is written into a run directory of its own, and `usr_ray.train.train` is called on a copy
+A checkpoint of each position is written into a run directory of its own, and `usr_ray.training.loop.train` is called
+on a copy
 of it with a worker that was already asked to stop: it restores, opens the reader at the position, takes one step, and
 ends. The time is from the call to the end of that first step; positions take turns. Writes
 benchmarks/results/resume.json and the table in docs/speed.md.
@@ -26,14 +27,14 @@ import torch
 from benchmarks.doc_tables import markdown
 from benchmarks.interleaved import header, interval, publish, ratio, settings_of, spread, take_turns
 from benchmarks.reader import DATES, benchmark_spec, write_table
-from usr_ray.checkpoint import CheckpointStore
 from usr_ray.config import Config
-from usr_ray.manifest import Manifest, build_manifest
-from usr_ray.train import train
-from usr_ray.train_feed import training_reader
-from usr_ray.train_meter import SilentMonitor
-from usr_ray.train_state import TrainState
-from usr_ray.worker import LocalWorker
+from usr_ray.data.manifest import Manifest, build_manifest
+from usr_ray.training.checkpoint import CheckpointStore
+from usr_ray.training.loop import train
+from usr_ray.training.monitor import SilentMonitor
+from usr_ray.training.rows import training_reader
+from usr_ray.training.state import TrainState
+from usr_ray.training.worker import LocalWorker
 
 TABLE_ROWS = 50_000
 RESULTS = Path(__file__).parent / "results" / "resume.json"

@@ -29,18 +29,18 @@ import onnxruntime
 import torch
 
 from benchmarks.step_cases import spec_of
-from usr_ray.batch import UsrBatch
-from usr_ray.checkpoint import CheckpointStore
 from usr_ray.config import BACKBONES, Config
-from usr_ray.evaluate import TrainedRun, load_run
-from usr_ray.export import TOLERANCE, export_run
-from usr_ray.export_check import drawn_batch, training_probabilities
-from usr_ray.export_model import padded_inputs
-from usr_ray.export_runtime import ExportedModel
-from usr_ray.manifest import make_manifest
+from usr_ray.data.batch import UsrBatch
+from usr_ray.data.manifest import make_manifest
 from usr_ray.schema import FeatureSpec
-from usr_ray.train_state import TrainState
-from usr_ray.worker import LocalWorker
+from usr_ray.serving.check import drawn_batch, training_probabilities
+from usr_ray.serving.export import TOLERANCE, export_run
+from usr_ray.serving.model import padded_inputs
+from usr_ray.serving.runtime import ExportedModel
+from usr_ray.training.checkpoint import CheckpointStore
+from usr_ray.training.evaluate import TrainedRun, load_run
+from usr_ray.training.state import TrainState
+from usr_ray.training.worker import LocalWorker
 
 RESULTS = Path(__file__).parent / "results" / "score.json"
 NUM_LATENCY_ROWS = 64

@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 
-from usr_ray.batch import History, UsrBatch, map_tensors
 from usr_ray.config import Config
-from usr_ray.export_check import drawn_batch
-from usr_ray.loss import row_counts, usr_loss
-from usr_ray.manifest import make_manifest
+from usr_ray.data.batch import History, UsrBatch, map_tensors
+from usr_ray.data.manifest import make_manifest
 from usr_ray.model.unique import UniqueIds
 from usr_ray.schema import DenseFeature, FeatureSpec, SparseFeature
-from usr_ray.train_state import TrainState
-from usr_ray.worker import LocalWorker
+from usr_ray.serving.check import drawn_batch
+from usr_ray.training.loss import row_counts, usr_loss
+from usr_ray.training.state import TrainState
+from usr_ray.training.worker import LocalWorker
 
 PLAIN = {"interest": {"enabled": False}, "generator": {"enabled": False}, "multitask": {"enabled": False}}
 """All parts of USR off: the backbone alone, with the mean of the histories."""
@@ -99,7 +99,7 @@ CASES = {
 
 
 class Step:
-    """Model, tables and optimisers of one rank; a call takes one training step as usr_ray.train does."""
+    """Model, tables and optimisers of one rank; a call takes one training step as usr_ray.training.loop does."""
 
     def __init__(
         self, spec: FeatureSpec, model: Mapping[str, Any], *, train: Mapping[str, Any] | None = None,

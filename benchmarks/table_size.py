@@ -32,14 +32,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks.doc_tables import markdown, record
-from usr_ray.batch import UsrBatch
 from usr_ray.config import Config
-from usr_ray.export_check import drawn_batch
-from usr_ray.loss import row_counts, usr_loss
-from usr_ray.manifest import make_manifest
+from usr_ray.data.batch import UsrBatch
+from usr_ray.data.manifest import make_manifest
 from usr_ray.schema import FeatureSpec, SparseFeature
-from usr_ray.train_state import TrainState
-from usr_ray.worker import LocalWorker
+from usr_ray.serving.check import drawn_batch
+from usr_ray.training.loss import row_counts, usr_loss
+from usr_ray.training.state import TrainState
+from usr_ray.training.worker import LocalWorker
 
 RESULTS = Path(__file__).parent / "results" / "table_size.json"
 NUM_DIFFERENT = 100_000

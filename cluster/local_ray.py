@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 from cluster.daemons import Daemon
 from usr_ray.cli import JobParser, run_job
 from usr_ray.config import UserError
-from usr_ray.trainer_environment import (
+from usr_ray.launch.environment import (
     API_SERVER,
     LOCAL_ENVIRONMENT,
     LOOPBACK,

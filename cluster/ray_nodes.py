@@ -28,7 +28,7 @@ from cluster.daemons import Daemon, answers, check_private
 from cluster.local_ray import api, train_runs
 from usr_ray.cli import JobParser, run_job
 from usr_ray.config import UserError
-from usr_ray.trainer_environment import LOOPBACK, RAY_ENVIRONMENT, ensure_token, token_file
+from usr_ray.launch.environment import LOOPBACK, RAY_ENVIRONMENT, ensure_token, token_file
 
 START_TIMEOUT_S = 90.0
 JOINED = "Ray runtime started"

@@ -36,7 +36,7 @@ MIN_FILE_BYTES, MAX_FILE_BYTES = 128 << 20, 512 << 20
 CHUNK_BATCH_BYTES = 32 << 20
 """And its bytes, about: a pack of the second pass is one row of some megabytes."""
 
-_SHIPPED = ("etl/**/*.py", "usr_ray/__init__.py", "usr_ray/schema.py", "usr_ray/config*.py")
+_SHIPPED = ("etl/**/*.py", "usr_ray/__init__.py", "usr_ray/schema.py", "usr_ray/config/*.py")
 """What the Python workers need of this package."""
 
 REQUIRED = {
@@ -45,7 +45,7 @@ REQUIRED = {
     "spark.sql.session.timeZone": "UTC",
     "spark.sql.ansi.enabled": "true",
     "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
-    "spark.sql.legacy.parquet.nanosAsLong": "true",  # etl/parquet_times.py makes timestamps of them
+    "spark.sql.legacy.parquet.nanosAsLong": "true",  # etl/logs/parquet_times.py makes timestamps of them
     "spark.sql.legacy.javaCharsets": "true",  # else windows-1252 is refused (logs.<log>.encoding)
     "spark.databricks.delta.properties.defaults.enableDeletionVectors": "false",
     "spark.databricks.delta.properties.defaults.columnMapping.mode": "none",
@@ -62,7 +62,7 @@ DEFAULTS = {
     "spark.hadoop.parquet.block.size": str(ROW_GROUP_BYTES),
     "spark.databricks.delta.optimize.minFileSize": str(MIN_FILE_BYTES),
     "spark.databricks.delta.optimize.maxFileSize": str(MAX_FILE_BYTES),
-    # Delta's own check knows one week and no runs; etl/maintain.py knows who still needs a file.
+    # Delta's own check knows one week and no runs; etl/lake/maintain.py knows who still needs a file.
     "spark.databricks.delta.retentionDurationCheck.enabled": "false",
     "spark.log.level": "WARN",
     "spark.ui.showConsoleProgress": "false",

@@ -41,10 +41,10 @@ def main(argv: list[str]) -> None:
     watermark = parse_watermark(arguments.watermark) if arguments.watermark else None
 
     # Spark takes seconds to load: a wrong command line or configuration is reported without it.
-    from etl.restate import RestateRequest, restate_samples
-    from etl.samples import BuildRequest, Progress, build_samples
+    from etl.build.restate import RestateRequest, restate_samples
+    from etl.build.samples import BuildRequest, Progress, build_samples
+    from etl.lake.tables import Lake
     from etl.session import build_spark
-    from etl.tables import Lake
 
     progress = Progress(write=lambda line: print(line, flush=True))
     spark = build_spark("usr-ray build samples")

@@ -1,6 +1,7 @@
 """Build simulated lakes one after the other in one JVM: spark-submit jobs/build_worlds.py --plan FILE.
 
-jobs/study.py runs it for the studies that make worlds (usr_ray/study_worlds.py writes the plan). Each world is the two
+jobs/study.py runs it for the studies that make worlds (usr_ray/experiments/worlds.py writes the plan). Each world is
+the two
 ETL jobs with their own command lines; the JVM is started, and its code compiled, once.
 """
 
@@ -50,7 +51,7 @@ def build_world(world: dict) -> None:
 
 def main(argv: list[str]) -> None:
     parser = job_parser(__doc__ or "")
-    parser.add_argument("--plan", type=Path, required=True, metavar="FILE", help="JSON of usr_ray.study_worlds")
+    parser.add_argument("--plan", type=Path, required=True, metavar="FILE", help="JSON of usr_ray.experiments.worlds")
     worlds = json.loads(parser.parse_args(argv).plan.read_text(encoding="utf-8"))
     for place, world in enumerate(worlds, start=1):
         print(f"world {place} of {len(worlds)}: {Path(world['folder']).name}", flush=True)

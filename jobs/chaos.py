@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from usr_ray.cli import JobParser, run_job
 from usr_ray.config import load_config
-from usr_ray.trainer_environment import LOCAL_ENVIRONMENT, LOOPBACK, SUBMITTED, free_port, prepare_environment
+from usr_ray.launch.environment import LOCAL_ENVIRONMENT, LOOPBACK, SUBMITTED, free_port, prepare_environment
 
 CONFIG = ROOT / "jobs" / "configs" / "smoke.toml"
 NUM_NODES = 3

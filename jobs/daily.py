@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from usr_ray.cli import EXIT_OK, EXIT_USER_ERROR, job_config, job_dates, job_parser, run_job
 from usr_ray.config import Config, UserError, check_address
-from usr_ray.daily import (
+from usr_ray.operations.daily import (
     DONE,
     FAILED,
     HELD,
@@ -46,7 +46,7 @@ from usr_ray.daily import (
     use_model,
     write_current,
 )
-from usr_ray.report_data import read_etl_reports
+from usr_ray.runs.read import read_etl_reports
 
 EXIT_HELD = 3
 

@@ -16,11 +16,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from usr_ray import __version__
-from usr_ray.baseline import popularity_baseline, read_training_rows
 from usr_ray.cli import JobParser, run_job
 from usr_ray.config import Config, UserError, end_of_us, parse_dates
-from usr_ray.evaluate import TrainedRun, check_spec, evaluate, load_run
-from usr_ray.evaluate_files import (
+from usr_ray.data.manifest import Manifest, build_manifest
+from usr_ray.evaluation.baseline import popularity_baseline, read_training_rows
+from usr_ray.evaluation.files import (
     BASELINE_SPLIT,
     PREDICTIONS_FILE,
     SPLIT,
@@ -28,9 +28,9 @@ from usr_ray.evaluate_files import (
     write_metrics,
     write_predictions,
 )
-from usr_ray.manifest import Manifest, build_manifest
-from usr_ray.metrics import Predictions, metrics_by_scenario
-from usr_ray.worker import LocalWorker
+from usr_ray.evaluation.metrics import Predictions, metrics_by_scenario
+from usr_ray.training.evaluate import TrainedRun, check_spec, evaluate, load_run
+from usr_ray.training.worker import LocalWorker
 
 
 def baseline_of(config: Config, lake: str, held_out: Manifest, predictions: Predictions) -> Predictions | None:

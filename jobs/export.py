@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from usr_ray.cli import JobParser, run_job
-from usr_ray.export import export_run
+from usr_ray.serving.export import export_run
 
 
 def main(argv: list[str]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from usr_ray.cli import JobParser, run_job
-from usr_ray.mlflow_log import client, log_run
+from usr_ray.operations.mlflow import client, log_run
 
 
 def main(argv: list[str]) -> None:

@@ -39,9 +39,9 @@ def main(argv: list[str]) -> None:
         raise UserError("maintain_tables.py: --keep-pinned says how to --vacuum; give both, or neither")
 
     # Spark takes seconds to load: a wrong command line is reported without it.
-    from etl.maintain import MaintainRequest, maintain
+    from etl.lake.maintain import MaintainRequest, maintain
+    from etl.lake.tables import Lake
     from etl.session import build_spark
-    from etl.tables import Lake
 
     request = MaintainRequest(
         lake=Lake(arguments.lake), runs=arguments.runs, optimize=arguments.optimize, vacuum=arguments.vacuum,

@@ -44,12 +44,12 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--output {output}: is a file; name a folder")
 
     # Spark takes seconds to load: a wrong command line or configuration is reported without it.
-    from etl.online import experiment_counts
-    from etl.online_page import report_page
-    from etl.online_report import experiment_report
-    from etl.online_text import report_lines
+    from etl.build.experiment import experiment_counts
+    from etl.lake.tables import Lake
+    from etl.online.page import report_page
+    from etl.online.report import experiment_report
+    from etl.online.text import report_lines
     from etl.session import build_spark
-    from etl.tables import Lake
 
     spark = build_spark("usr-ray online report")
     try:

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from usr_ray.cli import JobParser, run_job
-from usr_ray.report import write_report
+from usr_ray.reporting.run import write_report
 
 
 def main(argv: list[str]) -> None:

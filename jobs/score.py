@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from usr_ray.cli import JobParser, run_job
 from usr_ray.config import parse_dates
-from usr_ray.score import score_dates
-from usr_ray.worker import LocalWorker
+from usr_ray.serving.score import score_dates
+from usr_ray.training.worker import LocalWorker
 
 
 def main(argv: list[str]) -> None:

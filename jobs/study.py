@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from usr_ray.cli import EXIT_FAILURE, job_config, job_parser, run_job
-from usr_ray.study_grid import SCALES, load_study
-from usr_ray.trainer_environment import prepare_environment
+from usr_ray.experiments.grid import SCALES, load_study
+from usr_ray.launch.environment import prepare_environment
 
 
 def main(argv: list[str]) -> None:
@@ -32,9 +32,9 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     study = load_study(arguments.study, scale=arguments.scale, folder=ROOT / "jobs" / "studies", seeds=arguments.seeds)
     cluster = prepare_environment(dashboard=job_config(arguments).ray.dashboard)
-    from usr_ray.study import run_study  # imports ray, which reads the environment
-    from usr_ray.study_record import Base
-    from usr_ray.study_report import write_study_report
+    from usr_ray.experiments.record import Base
+    from usr_ray.experiments.study import run_study  # imports ray, which reads the environment
+    from usr_ray.reporting.study import write_study_report
 
     base = Base(arguments.config, tuple(arguments.overrides))
     try:

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from usr_ray.cli import EXIT_FAILURE, job_config, job_parser, run_job
-from usr_ray.trainer_environment import prepare_environment
+from usr_ray.launch.environment import prepare_environment
 
 
 def main(argv: list[str]) -> None:
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     config = job_config(arguments)
     cluster = prepare_environment(dashboard=config.ray.dashboard)
-    from usr_ray.trainer import run  # imports ray, which reads the environment
+    from usr_ray.launch.trainer import run  # imports ray, which reads the environment
 
     try:
         summary = run(config, arguments.lake, arguments.run_dir, cluster=cluster, command=["jobs/train.py", *argv])

@@ -15,8 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from usr_ray.cli import EXIT_FAILURE, job_parser, run_job
-from usr_ray.trainer_environment import prepare_environment
-from usr_ray.tune_space import load_search
+from usr_ray.experiments.space import load_search
+from usr_ray.launch.environment import prepare_environment
 
 TUNE_ENVIRONMENT = {
     # An AUC is undefined where a class is missing, and is not reported then; Tune would end the search for it.
@@ -39,9 +39,9 @@ def main(argv: list[str]) -> None:
     cluster = prepare_environment(dashboard=config.ray.dashboard)
     for name, value in TUNE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    from usr_ray.study_record import Base
-    from usr_ray.tune import run_search  # imports ray, which reads the environment
-    from usr_ray.tune_report import write_search_report
+    from usr_ray.experiments.record import Base
+    from usr_ray.experiments.search import run_search  # imports ray, which reads the environment
+    from usr_ray.reporting.search import write_search_report
 
     base = Base(arguments.config, tuple(arguments.overrides))
     result = run_search(base, arguments.lake, arguments.run_dir, cluster=cluster, command=["jobs/tune.py", *argv])

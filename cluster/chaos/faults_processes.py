@@ -9,7 +9,7 @@ from pathlib import Path
 from cluster.chaos.bench import GOES_ON, NUM_EPOCHS, RESUMES, STRIKE_STEP, Bench, Fault, kill_driver, note_struck
 from cluster.chaos.inside import ANY_RANK, Strike
 from cluster.chaos.observe import Seen, note_rows
-from usr_ray.checkpoint import CheckpointStore
+from usr_ray.training.checkpoint import CheckpointStore
 
 
 def unbroken(bench: Bench) -> Seen:

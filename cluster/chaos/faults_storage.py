@@ -14,7 +14,7 @@ from cluster.chaos import harm
 from cluster.chaos.bench import GOES_ON, RESUMES, STRIKE_STEP, Bench, Fault, note_struck
 from cluster.chaos.inside import ANY_RANK, Strike
 from cluster.chaos.observe import Seen
-from usr_ray.checkpoint import CheckpointStore
+from usr_ray.training.checkpoint import CheckpointStore
 
 _MOST_BYTES = 200_000
 """Where no file system can be mounted: no file of a training process may grow beyond this."""

@@ -10,7 +10,7 @@ from cluster.chaos import harm
 from cluster.chaos.bench import RESUMES, STRIKE_STEP, Bench, Fault, note_struck
 from cluster.chaos.inside import Strike
 from cluster.chaos.observe import Seen
-from usr_ray.trainer_plan import load_manifest
+from usr_ray.runs.plan import load_manifest
 
 HARM_TIMEOUT_S = 90.0
 """From the harm (or, when the table is harmed first, from the job's start) until all ranks have stopped."""

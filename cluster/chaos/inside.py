@@ -1,6 +1,7 @@
 """Inside the training processes of a chaos run: every step's rows are noted, and one fault strikes at a named step.
 
-The product knows nothing of this. `train_worker` stands in for usr_ray.trainer's in the driver (train_job.py), and in
+The product knows nothing of this. `train_worker` stands in for usr_ray.launch.trainer's in the driver
+(train_job.py), and in
 the worker it wraps the one function that opens the training rows, so a run without chaos pays nothing.
 
     <case>/strike.json                 what is to happen, to which rank, before which step
@@ -23,13 +24,13 @@ from unittest.mock import patch
 import torch
 
 from cluster.chaos import harm
-from usr_ray import checkpoint
-from usr_ray.batch import UsrBatch
 from usr_ray.config import Config
-from usr_ray.manifest import Manifest
-from usr_ray.reader import SampleReader
-from usr_ray.train_feed import training_reader
-from usr_ray.worker import Worker
+from usr_ray.data.batch import UsrBatch
+from usr_ray.data.manifest import Manifest
+from usr_ray.data.reader import SampleReader
+from usr_ray.training import checkpoint
+from usr_ray.training.rows import training_reader
+from usr_ray.training.worker import Worker
 
 STRIKE_FILE, STRUCK_FILE, BATCHES, KILL_DRIVER = "strike.json", "struck", "batches", "kill-driver"
 HOLD_S = 600.0
@@ -56,7 +57,7 @@ class Strike:
 
 
 def train_worker(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """usr_ray.trainer.train_worker, watched."""
+    """usr_ray.launch.trainer.train_worker, watched."""
     from usr_ray import trainer  # imports ray, which reads the environment: whoever reads this module may not be ready
 
     case = Path(settings["run_dir"]).parent
@@ -64,7 +65,7 @@ def train_worker(settings: Mapping[str, Any]) -> dict[str, Any]:
     def watched(config: Config, manifest: Manifest, worker: Worker) -> SampleReader:
         return _watch(case, config, manifest, worker)
 
-    with patch("usr_ray.train.training_reader", watched):
+    with patch("usr_ray.training.loop.training_reader", watched):
         return trainer.train_worker(settings)
 
 

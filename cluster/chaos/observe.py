@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from cluster.chaos.inside import BATCHES
-from usr_ray.checkpoint import CheckpointStore
-from usr_ray.trainer_plan import load_manifest
+from usr_ray.runs.plan import load_manifest
+from usr_ray.training.checkpoint import CheckpointStore
 
 Rows = tuple[int, ...]
 

@@ -19,7 +19,7 @@ from cluster.chaos.bench import Bench, Fault
 from cluster.chaos.observe import Seen
 from usr_ray.config import UserError
 from usr_ray.files import write_whole
-from usr_ray.train_state import package_versions
+from usr_ray.training.state import package_versions
 
 FAULTS: tuple[Fault, ...] = (*faults_processes.FAULTS, *faults_storage.FAULTS, *faults_table.FAULTS)
 GOOD, BAD, SKIPPED = "good", "bad", "skipped"

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from usr_ray.cli import run_job
-from usr_ray.trainer_environment import prepare_environment
+from usr_ray.launch.environment import prepare_environment
 
 
 def _die_when_asked(case: Path, file: str) -> None:

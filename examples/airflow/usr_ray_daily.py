@@ -12,7 +12,7 @@ import datetime as dt
 from airflow.providers.standard.operators.bash import BashOperator
 from airflow.sdk import DAG
 
-STEPS = ("build", "restate", "train", "judge", "export", "publish", "score")  # usr_ray.daily.STEPS
+STEPS = ("build", "restate", "train", "judge", "export", "publish", "score")  # usr_ray.operations.daily.STEPS
 # The day before the run, whichever timetable Airflow makes of the schedule.
 DAY = "{{ macros.ds_add(data_interval_end | ds, -1) }}"
 COMMAND = (

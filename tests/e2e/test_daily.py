@@ -1,4 +1,5 @@
-"""jobs/daily.py on real jobs: one day from logs to scores. Its other ways are in tests/unit/test_daily.py."""
+"""jobs/daily.py on real jobs: one day from logs to scores. Its other ways are in
+tests/unit/operations/test_daily.py."""
 
 from __future__ import annotations
 

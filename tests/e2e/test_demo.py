@@ -16,12 +16,12 @@ from sklearn.metrics import roc_auc_score
 
 from tests.e2e.conftest import Run
 from usr_ray.config import load_config, parse_dates
-from usr_ray.evaluate_files import read_predictions
-from usr_ray.export_model import padded_inputs
-from usr_ray.export_runtime import ExportedModel
-from usr_ray.manifest import build_manifest
-from usr_ray.reader import SampleReader
+from usr_ray.data.manifest import build_manifest
+from usr_ray.data.reader import SampleReader
+from usr_ray.evaluation.files import read_predictions
 from usr_ray.schema import ALL_LABELS, LABEL_ORDER, FeatureSpec, index_column
+from usr_ray.serving.model import padded_inputs
+from usr_ray.serving.runtime import ExportedModel
 
 pytestmark = pytest.mark.e2e
 

@@ -19,16 +19,16 @@ from safetensors.torch import load_file
 from jobs import export as job
 from tests.unit.export_runs import MODELS, NAMES, PLAIN, make_run
 from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
-from tests.unit.test_export_model import vocabulary
+from tests.unit.serving.test_export_model import vocabulary
 from usr_ray.cli import run_job
-from usr_ray.evaluate import load_run
-from usr_ray.export import export_run
-from usr_ray.export_check import training_probabilities
-from usr_ray.export_model import padded_inputs
-from usr_ray.export_runtime import ExportedModel, ExportError
-from usr_ray.manifest import build_manifest
-from usr_ray.reader import SampleReader
+from usr_ray.data.manifest import build_manifest
+from usr_ray.data.reader import SampleReader
 from usr_ray.schema import FeatureSpec
+from usr_ray.serving.check import training_probabilities
+from usr_ray.serving.export import export_run
+from usr_ray.serving.model import padded_inputs
+from usr_ray.serving.runtime import ExportedModel, ExportError
+from usr_ray.training.evaluate import load_run
 
 pytestmark = pytest.mark.e2e
 
@@ -151,7 +151,7 @@ def test_the_programs_themselves_refuse_a_scenario_they_lack(lake, exported, sce
 
 
 def test_large_weights_lie_beside_the_onnx_file(lake, exported, tmp_path, monkeypatch):
-    monkeypatch.setattr("usr_ray.export._EXTERNAL_BYTES", 100)
+    monkeypatch.setattr("usr_ray.serving.export._EXTERNAL_BYTES", 100)
     manifest = export_run(exported / "run", tmp_path / "out")
     assert {"model.onnx", "model.onnx.data"} <= set(manifest["files"])
     inputs = arrays(next(batches(lake)), samples_spec())
@@ -164,7 +164,7 @@ def test_an_export_that_cannot_be_written_leaves_nothing(lake, exported, tmp_pat
     words = ["--run-dir", str(exported / "run"), "--output", str(tmp_path / "new" / "out")]
     assert run_job(job.main, [*words, "--lake", str(tmp_path)]) == 2
     assert "no Delta table at" in capsys.readouterr().err
-    monkeypatch.setattr("usr_ray.export.largest_differences", lambda *_: {"model.onnx": float("nan")})
+    monkeypatch.setattr("usr_ray.serving.export.largest_differences", lambda *_: {"model.onnx": float("nan")})
     assert run_job(job.main, words) == 1
     assert "differs from the training model" in capsys.readouterr().err
     assert not any((tmp_path / "new").iterdir())

@@ -18,8 +18,8 @@ from tests.unit.export_runs import make_run
 from tests.unit.samples_table import samples_spec, write_samples
 from usr_ray.cli import run_job
 from usr_ray.config import parse_dates
-from usr_ray.evaluate_files import read_predictions
-from usr_ray.manifest import build_manifest
+from usr_ray.data.manifest import build_manifest
+from usr_ray.evaluation.files import read_predictions
 
 pytestmark = pytest.mark.e2e
 
@@ -28,7 +28,8 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 from jobs import score as job
-from usr_ray import score, score_table
+from usr_ray.serving import score
+from usr_ray.serving import score_table
 from usr_ray.cli import run_job
 
 moment = sys.argv.pop(1)

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from tests.unit.samples_table import samples_spec, write_samples
-from usr_ray import study as study_module
-from usr_ray import tune as tune_module
 from usr_ray.config import Config, UserError, load_config
-from usr_ray.study_grid import (
+from usr_ray.experiments import search as tune_module
+from usr_ray.experiments import study as study_module
+from usr_ray.experiments.grid import (
     SIMULATED,
     Resources,
     Study,
@@ -30,12 +30,12 @@ from usr_ray.study_grid import (
     load_study,
     parse_study,
 )
-from usr_ray.study_record import Base
-from usr_ray.study_report import write_study_report
-from usr_ray.study_vectors import view_vectors
-from usr_ray.study_worlds import World, prepare_worlds
-from usr_ray.tune_report import write_search_report
-from usr_ray.tune_trials import read_points
+from usr_ray.experiments.record import Base
+from usr_ray.experiments.search_record import read_points
+from usr_ray.experiments.worlds import World, prepare_worlds
+from usr_ray.reporting.search import write_search_report
+from usr_ray.reporting.study import write_study_report
+from usr_ray.reporting.study_vectors import view_vectors
 
 pytestmark = pytest.mark.e2e
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from tests.unit.samples_table import samples_spec, write_samples
-from usr_ray.checkpoint import CheckpointStore
 from usr_ray.config import Config, load_config
-from usr_ray.trainer_environment import LOOPBACK, prepare_environment
+from usr_ray.launch.environment import LOOPBACK, prepare_environment
+from usr_ray.training.checkpoint import CheckpointStore
 
 OVERRIDES = (
     "data.train_dates='2026-01-01:2026-01-03'",
@@ -52,7 +52,7 @@ def _environment() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """Two logical CPUs, no dashboard. usr_ray.trainer uses a Ray that this process is connected to."""
+    """Two logical CPUs, no dashboard. usr_ray.launch.trainer uses a Ray that this process is connected to."""
     import ray
 
     ray.init(

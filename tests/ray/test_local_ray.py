@@ -24,11 +24,11 @@ from cluster.local_ray import api, train_runs
 from tests.ray.conftest import OVERRIDES, newest_step, small_config, wait_for, weights
 from tests.unit.samples_table import samples_spec, write_samples
 from tests.unit.two_ranks import run_ranks
-from usr_ray.train import train
-from usr_ray.train_feed import training_reader
-from usr_ray.trainer_environment import ensure_token
-from usr_ray.trainer_plan import load_manifest, plan_run
-from usr_ray.worker import LocalWorker
+from usr_ray.launch.environment import ensure_token
+from usr_ray.runs.plan import load_manifest, plan_run
+from usr_ray.training.loop import train
+from usr_ray.training.rows import training_reader
+from usr_ray.training.worker import LocalWorker
 
 pytestmark = pytest.mark.ray
 

@@ -17,7 +17,7 @@ from tests.ray.conftest import OVERRIDES, newest_step, wait_for
 from tests.ray.network_namespaces import Machines
 from tests.ray.test_local_ray import steps_logged
 from tests.unit.samples_table import samples_spec, write_samples
-from usr_ray.trainer_environment import ensure_token
+from usr_ray.launch.environment import ensure_token
 
 pytestmark = pytest.mark.ray
 
@@ -53,7 +53,7 @@ class Cluster:
         """What the job server keeps of a job."""
         script = (
             "import json, sys; sys.path.insert(0, '.'); from cluster.local_ray import api; "
-            "from usr_ray.trainer_environment import ensure_token; "
+            "from usr_ray.launch.environment import ensure_token; "
             "print(json.dumps(api(8265, f'/api/jobs/{sys.argv[1]}', ensure_token())))"
         )
         done = self.on(0, sys.executable, "-c", script, name)

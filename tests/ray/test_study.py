@@ -11,10 +11,10 @@ from deltalake import DeltaTable
 
 from tests.ray.conftest import OVERRIDES
 from tests.unit.samples_table import samples_spec, write_samples
+from usr_ray.experiments.grid import expand, parse_study
+from usr_ray.experiments.record import Base, trial_dir
 from usr_ray.schema import SAMPLES
-from usr_ray.study_grid import expand, parse_study
-from usr_ray.study_record import Base, trial_dir
-from usr_ray.worker import LocalWorker
+from usr_ray.training.worker import LocalWorker
 
 pytestmark = pytest.mark.ray
 
@@ -40,7 +40,7 @@ def own_lake(tmp_path: Path) -> Path:
 def test_failures_are_kept_and_a_second_call_runs_only_what_has_no_result(
     cluster: None, own_lake: Path, tmp_path: Path
 ) -> None:
-    from usr_ray.study import run_study, train_alone
+    from usr_ray.experiments.study import run_study, train_alone
 
     study, base, run_dir = parse_study(GRID, name="rates", scale="full"), Base(None, SETS), tmp_path / "study"
     first = run_study(study, base, str(own_lake), run_dir)

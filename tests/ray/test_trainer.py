@@ -45,7 +45,7 @@ def evaluation(run_dir: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def unbroken(cluster: None, lake: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on two workers that nothing happened to."""
-    from usr_ray.trainer import run
+    from usr_ray.launch.trainer import run
 
     run_dir = tmp_path_factory.mktemp("unbroken") / "run"
     summary = run(small_config(), lake, run_dir)
@@ -77,7 +77,7 @@ def test_every_log_step_and_evaluation_is_in_the_history_and_in_tensorboard(unbr
 def test_the_same_command_on_a_finished_run_says_so_and_trains_nothing(
     unbroken: Path, lake: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from usr_ray.trainer import run
+    from usr_ray.launch.trainer import run
 
     before = (unbroken / "config.json").read_text()
     summary = run(small_config(), lake, unbroken)
@@ -100,7 +100,7 @@ def test_the_same_command_on_a_finished_run_says_so_and_trains_nothing(
 def test_one_worker_and_two_with_sharded_tables_train_what_two_train(
     override: str, unbroken: Path, lake: Path, tmp_path: Path
 ) -> None:
-    from usr_ray.trainer import run
+    from usr_ray.launch.trainer import run
 
     run(small_config(override), lake, tmp_path / "run")
     one, two = weights(tmp_path / "run"), weights(unbroken)
@@ -118,7 +118,7 @@ def test_one_worker_and_two_with_sharded_tables_train_what_two_train(
 def test_a_killed_worker_costs_only_the_steps_since_the_checkpoint(
     unbroken: Path, lake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from usr_ray.trainer import run
+    from usr_ray.launch.trainer import run
 
     run_dir = tmp_path / "run"
     killed: list[int] = []
@@ -147,7 +147,7 @@ def test_a_worker_asked_to_end_ends_the_run_with_all_others_and_a_killed_driver_
     unbroken: Path, lake: Path, tmp_path: Path
 ) -> None:
     """Each part goes on with the last; the second one as a user runs the job, alone with a Ray of its own, killed."""
-    from usr_ray.trainer import run
+    from usr_ray.launch.trainer import run
 
     run_dir = tmp_path / "run"
     by_epoch = "train.checkpoint_every_steps=1000"  # but at the end of each epoch, of 10 steps
@@ -190,8 +190,8 @@ def test_a_worker_asked_to_end_ends_the_run_with_all_others_and_a_killed_driver_
 
 @pytest.mark.slow  # tests/ray/test_chaos.py has the same of a changed file, with the job's exit code
 def test_what_a_worker_refuses_is_the_users_one_line(cluster: None, lake: Path, tmp_path: Path) -> None:
-    from usr_ray.trainer import run
-    from usr_ray.trainer_plan import plan_run, write_plan
+    from usr_ray.launch.trainer import run
+    from usr_ray.runs.plan import plan_run, write_plan
 
     own_lake = Path(shutil.copytree(lake, tmp_path / "lake"))
     plan = plan_run(small_config(), own_lake, tmp_path / "run")
@@ -204,7 +204,7 @@ def test_what_a_worker_refuses_is_the_users_one_line(cluster: None, lake: Path, 
 
 @pytest.mark.parametrize("flag", ["--lake", "--run-dir"])
 def test_a_submitted_job_needs_whole_paths(flag: str, lake: Path, tmp_path: Path) -> None:
-    from usr_ray.trainer import run
+    from usr_ray.launch.trainer import run
 
     paths = {"--lake": lake, "--run-dir": tmp_path / "run"} | {flag: Path("runs/demo")}
     with pytest.raises(UserError, match=rf"{flag} runs/demo: is relative, .*; give the whole path"):
@@ -214,7 +214,7 @@ def test_a_submitted_job_needs_whole_paths(flag: str, lake: Path, tmp_path: Path
 def test_two_trainings_in_one_directory_are_refused(cluster: None, lake: Path, tmp_path: Path) -> None:
     import fcntl
 
-    from usr_ray.trainer import run
+    from usr_ray.launch.trainer import run
 
     (tmp_path / "run").mkdir()
     with (tmp_path / "run" / ".lock").open("w") as held:
@@ -227,7 +227,7 @@ def test_more_gpus_than_the_machine_has_are_refused_before_ray_starts(monkeypatc
     import ray
 
     from usr_ray.config import RayConfig
-    from usr_ray.trainer_session import ray_session
+    from usr_ray.launch.session import ray_session
 
     config = RayConfig(use_gpu=True, num_workers=torch.cuda.device_count() + 1)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)  # the folder's own Ray stays as it is

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.ray
 
 
 def test_the_first_sigterm_sets_the_event_and_a_second_one_does_what_it_did_before() -> None:
-    from usr_ray.trainer_stop import sigterm_sets
+    from usr_ray.launch.stop import sigterm_sets
 
     taken: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: taken.append(number))
@@ -32,7 +32,7 @@ def test_the_first_sigterm_sets_the_event_and_a_second_one_does_what_it_did_befo
 
 
 def test_the_watcher_calls_once_the_file_says_so_and_ends_with_its_block(tmp_path: Path) -> None:
-    from usr_ray.trainer_stop import ask_to_stop, open_stop_file, watch_stop_file
+    from usr_ray.launch.stop import ask_to_stop, open_stop_file, watch_stop_file
 
     path, stopped = tmp_path / "attempt" / "stop", threading.Event()
     open_stop_file(path)
@@ -44,7 +44,7 @@ def test_the_watcher_calls_once_the_file_says_so_and_ends_with_its_block(tmp_pat
 
 
 def test_a_file_that_is_not_there_is_no_wish(tmp_path: Path) -> None:
-    from usr_ray.trainer_stop import watch_stop_file
+    from usr_ray.launch.stop import watch_stop_file
 
     stopped = threading.Event()
     with watch_stop_file(tmp_path / "stop", stopped.set):

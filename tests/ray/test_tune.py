@@ -10,7 +10,7 @@ import pytest
 from tests.ray.conftest import OVERRIDES
 from tests.unit.samples_table import samples_spec, write_samples
 from usr_ray.config import load_config
-from usr_ray.study_record import Base
+from usr_ray.experiments.record import Base
 
 pytestmark = pytest.mark.ray
 
@@ -35,7 +35,7 @@ def own_lake(tmp_path: Path) -> Path:
 def test_a_search_keeps_failures_chooses_on_its_own_dates_and_writes_a_configuration(
     cluster: None, own_lake: Path, tmp_path: Path
 ) -> None:
-    from usr_ray.tune import run_search
+    from usr_ray.experiments.search import run_search
 
     run_dir = tmp_path / "search"
     result = run_search(Base(None, (*SETS, "ray.num_workers=1")), str(own_lake), run_dir)
@@ -59,7 +59,7 @@ def test_a_search_keeps_failures_chooses_on_its_own_dates_and_writes_a_configura
 
 def test_trials_of_two_workers_each_take_turns_on_two_cpus(cluster: None, own_lake: Path, tmp_path: Path) -> None:
     """Two of a search and then two of a study: trials that wait for each other's CPUs would wait for ever."""
-    from usr_ray.tune import run_search
+    from usr_ray.experiments.search import run_search
 
     sets = (*OVERRIDES, "train.num_epochs=1", "tune.num_trials=2", "tune.final_seeds=[0]",
             'tune.space={"model.embedding_dim" = {kind = "int", low = 4, high = 8}}')  # fmt: skip
@@ -74,8 +74,8 @@ def test_trials_of_two_workers_each_take_turns_on_two_cpus(cluster: None, own_la
 
 def test_optuna_tries_the_given_configuration_first_and_then_draws_inside_the_space() -> None:
     pytest.importorskip("optuna", reason="Optuna is an extra: pip install '.[optuna]'")
-    from usr_ray.config_tune import METRICS
-    from usr_ray.tune import _search_algorithm, draw
+    from usr_ray.config.tune import METRICS
+    from usr_ray.experiments.search import _search_algorithm, draw
 
     config = load_config(None, [*SETS, "tune.search='optuna'"])
     search = _search_algorithm(config, slots=2)

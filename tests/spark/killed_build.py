@@ -29,10 +29,10 @@ import deltalake
 from deltalake.exceptions import TableNotFoundError
 from pyspark.sql import SparkSession
 
-from etl.restate import RestateRequest, restate_samples
-from etl.samples import BuildRequest, Progress, build_samples
+from etl.build.restate import RestateRequest, restate_samples
+from etl.build.samples import BuildRequest, Progress, build_samples
+from etl.lake.tables import Lake
 from etl.session import build_spark
-from etl.tables import Lake
 from tests.spark.shop import DAYS, MINUTE, START, Shop, logs_of, random_shop, write_logs
 from usr_ray.config import load_config
 from usr_ray.schema import REJECTS, REPORTS, SAMPLES, VOCABULARIES

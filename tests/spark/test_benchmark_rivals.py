@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import SparkSession
 
-from etl.samples import BuildRequest, Progress, build_samples
+from etl.build.samples import BuildRequest, Progress, build_samples
+from etl.lake.tables import Lake
 from etl.sources.writer import CLICKS, IMPRESSIONS, ORDERS, TIMESTAMP
-from etl.tables import Lake
 from tests.etl_oracle import Expected, Windows, World, expected
 from usr_ray.config import load_config
 

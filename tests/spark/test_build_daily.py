@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from pyspark.sql import SparkSession
 
-from etl.samples import BuildRequest, Progress, build_samples
-from etl.state import State, find_state
-from etl.tables import Lake
+from etl.build.samples import BuildRequest, Progress, build_samples
+from etl.build.state import State, find_state
+from etl.lake.tables import Lake
 from tests.spark.shop import CONFIG, Shop, logs_of, random_shop, write_logs
 from tests.spark.test_build_samples import DATES, WATERMARK, rows_of
 from usr_ray.config import load_config

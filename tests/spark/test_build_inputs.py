@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import SparkSession
 
+from etl.build.samples import BuildRequest, Progress, build_samples
 from etl.checks import DataCheckError
-from etl.samples import BuildRequest, Progress, build_samples
-from etl.tables import Lake
+from etl.lake.tables import Lake
 from tests.spark.shop import CONFIG, Shop, logs_of, random_shop, write_logs
 from tests.spark.test_build_samples import DATES, WATERMARK, rows_of
 from usr_ray.config import load_config

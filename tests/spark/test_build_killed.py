@@ -29,8 +29,8 @@ from tests.spark.killed_build import (
     worlds,
 )
 from tests.spark.shop import logs_of, write_logs
-from usr_ray.manifest import build_manifest
-from usr_ray.reader import SampleReader
+from usr_ray.data.manifest import build_manifest
+from usr_ray.data.reader import SampleReader
 from usr_ray.schema import SAMPLES
 
 pytestmark = pytest.mark.spark

@@ -12,10 +12,10 @@ import deltalake
 import pytest
 from pyspark.sql import SparkSession
 
+from etl.build.restate import RestateRequest, restate_samples
+from etl.build.samples import BuildRequest, Progress, build_samples
 from etl.checks import DataCheckError
-from etl.restate import RestateRequest, restate_samples
-from etl.samples import BuildRequest, Progress, build_samples
-from etl.tables import Lake
+from etl.lake.tables import Lake
 from tests.etl_oracle import expected, unique
 from tests.spark.shop import CONFIG, MINUTE, WINDOWS, Shop, logs_of, micros, moment, random_shop, write_logs
 from tests.spark.test_build_samples import DATES, WATERMARK, rows_of
@@ -70,7 +70,7 @@ def changed_dates(before: Shop, after: Shop) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def shop() -> Shop:
-    """Without duplicates that are days apart, which a build on the state does not see (etl/state.py)."""
+    """Without duplicates that are days apart, which a build on the state does not see (etl/build/state.py)."""
     shop = random_shop(5, num_impressions=150)
     for rows in (shop.world.impressions, shop.world.clicks, shop.world.orders):
         first: dict[str, int] = {}

@@ -15,8 +15,8 @@ import pytest
 from delta.tables import DeltaTable
 from pyspark.sql import SparkSession
 
-from etl.samples import BuildRequest, Progress, build_samples
-from etl.tables import Lake, table_version
+from etl.build.samples import BuildRequest, Progress, build_samples
+from etl.lake.tables import Lake, table_version
 from tests.etl_oracle import Expected, expected
 from tests.spark.shop import (
     CONFIG,
@@ -305,7 +305,7 @@ def test_a_rerun_gives_the_same_table_and_other_partitions_too(
         )
 
     before, version = content(), table_version(spark, str(lake / "samples"))
-    monkeypatch.setattr("etl.inputs.MAX_ROWS_PER_TASK", 90)  # more than ten tasks instead of two
+    monkeypatch.setattr("etl.build.inputs.MAX_ROWS_PER_TASK", 90)  # more than ten tasks instead of two
     spark.conf.set("spark.sql.shuffle.partitions", "5")
     spark.conf.set("spark.sql.autoBroadcastJoinThreshold", "-1")
     try:

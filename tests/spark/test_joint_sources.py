@@ -15,19 +15,19 @@ import pytest
 import torch
 from pyspark.sql import SparkSession
 
+from etl.build.samples import BuildRequest, Progress, build_samples
 from etl.checks import DataCheckError
-from etl.log_files import LogFolder
-from etl.logs import event_logs
-from etl.samples import BuildRequest, Progress, build_samples
+from etl.lake.tables import Lake
+from etl.logs.events import event_logs
+from etl.logs.files import LogFolder
 from etl.sources.jdsearch import JdSearchSource
 from etl.sources.kuaisar import KuaiSarSource
 from etl.sources.writer import LogWriter, Source
-from etl.tables import Lake
 from usr_ray.config import Config, load_config, parse_dates
-from usr_ray.manifest import build_manifest
-from usr_ray.train import TrainResult, train
-from usr_ray.train_meter import SilentMonitor
-from usr_ray.worker import LocalWorker
+from usr_ray.data.manifest import build_manifest
+from usr_ray.training.loop import TrainResult, train
+from usr_ray.training.monitor import SilentMonitor
+from usr_ray.training.worker import LocalWorker
 
 pytestmark = pytest.mark.spark
 

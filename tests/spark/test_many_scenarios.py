@@ -14,12 +14,12 @@ import torch
 from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 
-from etl.samples import BuildRequest, Progress, build_samples
-from etl.tables import Lake
+from etl.build.samples import BuildRequest, Progress, build_samples
+from etl.lake.tables import Lake
 from usr_ray.config import Config, load_config
-from usr_ray.manifest import build_manifest
-from usr_ray.train import train
-from usr_ray.worker import LocalWorker
+from usr_ray.data.manifest import build_manifest
+from usr_ray.training.loop import train
+from usr_ray.training.worker import LocalWorker
 
 pytestmark = pytest.mark.spark
 

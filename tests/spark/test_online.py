@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from pyspark.sql import SparkSession
 
+from etl.build.experiment import ALL, combinations, counts_of, experiment_counts, user_counts
+from etl.build.samples import BuildRequest, Progress, build_samples
 from etl.checks import DataCheckError
-from etl.online import ALL, combinations, counts_of, experiment_counts, user_counts
-from etl.samples import BuildRequest, Progress, build_samples
-from etl.tables import Lake
+from etl.lake.tables import Lake
 from jobs import online_report
 from usr_ray.config import load_config
 

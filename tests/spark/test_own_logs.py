@@ -18,12 +18,12 @@ import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 
+from etl.build.samples import BuildRequest, Progress, build_samples
 from etl.checks import DataCheckError
-from etl.log_files import LogFolder
-from etl.logs import read_features
-from etl.mapping import as_written, map_columns
-from etl.samples import BuildRequest, Progress, build_samples
-from etl.tables import Lake
+from etl.lake.tables import Lake
+from etl.logs.events import read_features
+from etl.logs.files import LogFolder
+from etl.logs.mapping import as_written, map_columns
 from usr_ray.config import LogConfig, load_config
 
 pytestmark = pytest.mark.spark

@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import SparkSession
 
-from etl.account import Account
+from etl.build.account import Account
+from etl.build.commits import Replacement, _takes_files, replace_samples
+from etl.build.sample_files import FILES
+from etl.build.samples import BuildRequest, build_samples, row_plan
 from etl.checks import DataCheckError
-from etl.commits import Replacement, _takes_files, replace_samples
-from etl.sample_files import FILES
-from etl.samples import BuildRequest, build_samples, row_plan
-from etl.tables import Lake, any_date_condition, delta_snapshot, replace_dates, table_properties
-from etl.vocabulary import feature_spec
+from etl.features.vocabulary import feature_spec
+from etl.lake.tables import Lake, any_date_condition, delta_snapshot, replace_dates, table_properties
 from tests.spark.killed_build import FIRST, LAST, QUIET, SETTINGS, WATERMARK, worlds
 from tests.spark.shop import logs_of, write_logs
 from usr_ray.schema import PARTITION_COLUMN, SAMPLES
@@ -60,7 +60,7 @@ def test_both_writers_make_the_same_rows_statistics_and_reports(
     spark: SparkSession, logs: Path, lake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:  # as if the lake were in an object store
-        patched.setattr("etl.commits._takes_files", lambda path, properties: False)
+        patched.setattr("etl.build.commits._takes_files", lambda path, properties: False)
         build(spark, logs, f"{tmp_path}/lake")
     of_spark, of_workers = adds(tmp_path / "lake" / SAMPLES), adds(lake / SAMPLES)
     assert {"c000" in file["path"] for file in of_spark} == {True}  # named by Spark's writer

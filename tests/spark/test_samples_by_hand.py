@@ -13,8 +13,8 @@ import pytest
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from etl.samples import BuildRequest, Progress, build_samples
-from etl.tables import Lake
+from etl.build.samples import BuildRequest, Progress, build_samples
+from etl.lake.tables import Lake
 from usr_ray.config import Config, load_config
 
 pytestmark = pytest.mark.spark

@@ -18,7 +18,7 @@ import pytest
 
 from cluster.daemons import session_processes
 from tests.e2e.conftest import ROOT, run_command
-from usr_ray.trainer_environment import free_port
+from usr_ray.launch.environment import free_port
 
 pytestmark = pytest.mark.spark
 

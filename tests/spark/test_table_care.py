@@ -16,16 +16,16 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from etl.checks import DataCheckError
-from etl.maintain import MaintainRequest, maintain
+from etl.features.vocabulary import feature_spec
+from etl.lake.checks import check_tables
+from etl.lake.maintain import MaintainRequest, maintain
+from etl.lake.tables import Lake, label_constraints, prepare_samples, replace_dates, samples_schema, write_rejects
 from etl.session import ROW_GROUP_ROWS
-from etl.table_checks import check_tables
-from etl.tables import Lake, label_constraints, prepare_samples, replace_dates, samples_schema, write_rejects
-from etl.vocabulary import feature_spec
 from jobs import maintain_tables
 from usr_ray.cli import run_job
 from usr_ray.config import DAY_US, Config, load_config, parse_dates
-from usr_ray.manifest import build_manifest
-from usr_ray.pins import pin_name, write_pin
+from usr_ray.data.manifest import build_manifest
+from usr_ray.data.pins import pin_name, write_pin
 from usr_ray.schema import ALL_LABELS, REJECTS, SAMPLES
 
 pytestmark = pytest.mark.spark
@@ -274,7 +274,7 @@ def test_a_table_of_another_version_of_the_code_is_refused(
     spark: SparkSession, lake: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if this version had a column more, and another rule."""
-    import etl.table_checks as checks
+    import etl.lake.checks as checks
 
     monkeypatch.setattr(checks, "samples_schema", lambda spec: samples_schema(spec).add("is_ad", "boolean", False))
     with pytest.raises(DataCheckError, match="column 'is_ad' is missing, this version of the ETL writes boolean not n"):

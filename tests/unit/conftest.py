@@ -18,6 +18,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             file = nodeid.split("::", 1)[0]
             return "two ranks" if file in with_ranks else file
 
-    files = Path(__file__).parent.glob("test_*.py")
+    files = Path(__file__).parent.rglob("test_*.py")
     with_ranks = {f.relative_to(config.rootpath).as_posix() for f in files if "import run_ranks" in f.read_text()}
     return ByFile(config, log)

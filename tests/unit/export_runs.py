@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from tests.unit.samples_table import FIRST_DATE
-from usr_ray.checkpoint import CheckpointStore
 from usr_ray.config import BACKBONES, Config
-from usr_ray.manifest import build_manifest
-from usr_ray.train_state import TrainState
-from usr_ray.worker import LocalWorker
+from usr_ray.data.manifest import build_manifest
+from usr_ray.training.checkpoint import CheckpointStore
+from usr_ray.training.state import TrainState
+from usr_ray.training.worker import LocalWorker
 
 PLAIN = {"interest": {"enabled": False}, "generator": {"enabled": False}, "multitask": {"enabled": False}}
 MODELS = [(backbone, is_plain) for backbone in BACKBONES for is_plain in (False, True)]

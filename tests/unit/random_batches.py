@@ -7,9 +7,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from usr_ray.batch import History, UsrBatch
 from usr_ray.config import ModelConfig
-from usr_ray.config_model import ContrastiveConfig, GeneratorConfig, InterestConfig, MultitaskConfig
+from usr_ray.config.model import ContrastiveConfig, GeneratorConfig, InterestConfig, MultitaskConfig
+from usr_ray.data.batch import History, UsrBatch
 from usr_ray.schema import DenseFeature, FeatureSpec, SparseFeature, index_column, scaled_column
 
 NAMES = ("search", "recommendation", "feed", "mail", "home", "cart", "ads", "live")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from usr_ray.batch import UsrBatch
+from usr_ray.data.batch import UsrBatch
 from usr_ray.model.embedding import EmbeddingTables
 from usr_ray.model.usr import UsrModel
 from usr_ray.schema import FeatureSpec

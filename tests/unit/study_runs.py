@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from usr_ray.evaluate_files import PREDICTIONS_FILE, SPLIT, write_metrics, write_predictions
-from usr_ray.metrics import Predictions, metrics_by_scenario
-from usr_ray.study_grid import Study, Trial, expand
-from usr_ray.study_record import Base, open_study, trial_dir, write_record
+from usr_ray.evaluation.files import PREDICTIONS_FILE, SPLIT, write_metrics, write_predictions
+from usr_ray.evaluation.metrics import Predictions, metrics_by_scenario
+from usr_ray.experiments.grid import Study, Trial, expand
+from usr_ray.experiments.record import Base, open_study, trial_dir, write_record
 
 SETS = ("data.train_dates='2026-01-01:2026-01-03'", "data.eval_dates='2026-01-04'")
 BASE = Base(None, SETS)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from usr_ray.worker import LocalWorker
+from usr_ray.training.worker import LocalWorker
 
 RankFunction = Callable[[LocalWorker, Path], Mapping[str, torch.Tensor]]
 TIMEOUT_S = 300
@@ -51,7 +51,7 @@ def _ranks(world_size: int) -> list[tuple[ForkServerProcess, Connection]]:
         port = probe.getsockname()[1]
     # Forked off a process that has imported torch and the loop once, not once a rank.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "usr_ray.train", "pytest"])
+    context.set_forkserver_preload(["torch._dynamo", "usr_ray.training.loop", "pytest"])
     ranks = []
     for rank in range(world_size):
         ours, theirs = context.Pipe()

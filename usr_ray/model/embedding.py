@@ -1,7 +1,8 @@
 """Embedding tables outside the module: one step looks up, trains and exchanges the rows it uses and no others.
 
 The tables are plain tensors, so DDP never sees them and no dense gradient of a table ever exists. `lookup` copies the
-rows of a batch into leaf tensors; after the backward their `.grad` is what the optimiser applies (usr_ray/optim.py).
+rows of a batch into leaf tensors; after the backward their `.grad` is what the optimiser applies
+(usr_ray/training/optimizers.py).
 
 Shape letters: B rows of the batch, N rows of a table, U rows of a table used in this step, D embedding, V events of
 all histories (scenario after scenario), S scenarios, F features.
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from usr_ray.batch import UsrBatch
+from usr_ray.data.batch import UsrBatch
 from usr_ray.model.counter_random import hash_keys, to_uniform
 from usr_ray.model.gather import ColumnOrder, Places
 from usr_ray.model.unique import EmbeddingError, TableIds, UniqueIds, unique_ids
@@ -25,6 +26,18 @@ from usr_ray.schema import PADDING_ID, FeatureSpec
 INIT_STD = 0.05
 """Standard deviation of a fresh row: of the order of row-wise Adagrad's first step."""
 _INIT_CHUNK_ROWS = 1 << 20
+
+
+WEIGHTS = "tables"
+"""First part of the names of the tables in a checkpoint; an optimiser's state has RowOptimizer.part."""
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingMemory:
+    """What one rank holds, whatever the batch."""
+
+    weight_bytes: int
+    optimizer_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from usr_ray.batch import UsrBatch
+from usr_ray.data.batch import UsrBatch
 from usr_ray.model.gather import Groups, Places, group_places
 from usr_ray.schema import NUM_ACTIONS
 

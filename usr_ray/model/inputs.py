@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from usr_ray.batch import UsrBatch
 from usr_ray.config import ModelConfig
+from usr_ray.data.batch import UsrBatch
 from usr_ray.model.embedding import INIT_STD, Lookup, TableLookup
 from usr_ray.model.gather import Groups, Places, group_places, pool_sum, take_columns
 from usr_ray.model.history import EventKinds, Events

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from usr_ray.batch import UsrOutputs
 from usr_ray.config import MultitaskConfig
+from usr_ray.data.batch import UsrOutputs
 from usr_ray.model.mlp import MLP
 from usr_ray.schema import TASKS
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from usr_ray.batch import UsrBatch
 from usr_ray.config import UserError
+from usr_ray.data.batch import UsrBatch
 from usr_ray.model.gather import ColumnOrder, Places, column_starts, group_places
 from usr_ray.schema import PADDING_ID
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from usr_ray.batch import UsrBatch, UsrOutputs
 from usr_ray.config import ModelConfig
+from usr_ray.data.batch import UsrBatch, UsrOutputs
 from usr_ray.model.backbones import BackboneInput, build_backbone
 from usr_ray.model.contrastive import event_mask, feature_mask
 from usr_ray.model.embedding import Lookup

@@ -1,0 +1,225 @@
+"""Counts of an experiment from a lake and the logs' bucket column: one row a user, then users of equal counts together.
+
+The labels are those of the samples table, so a click and an order mean the same online as in training; the bucket is
+the impressions logs', joined by impression. Only counts leave Spark.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import reduce
+
+import numpy as np
+import pyarrow as pa
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from etl.checks import DataCheckError
+from etl.kernel.attribution import KIND_IMPRESSION
+from etl.lake.tables import Lake, dates_condition
+from etl.logs.events import EventLog, event_logs, read_events
+from etl.logs.files import LogFolder
+from etl.online.stats import Cell
+from usr_ray.config import Config
+from usr_ray.schema import PARTITION_COLUMN, SAMPLES
+
+ALL = "all"
+"""The scenarios together: a user who clicked in any of them clicked."""
+MAX_COMBINATIONS = 4_000_000
+"""Rows that the driver takes: combinations of counts, of which millions of users have some thousands."""
+
+_IN_EXPERIMENT, _NO_BUCKET, _SEVERAL, _UNPLANNED = "in the experiment", "no bucket", "several buckets", "unplanned"
+_USERS = "\nusers"
+"""Stands for a scenario in the rows that count users by status; no scenario can have this name."""
+
+
+@dataclass(slots=True)
+class ExperimentCounts:
+    """What the statistics need, and where everything else went."""
+
+    cells: dict[str, dict[str, Cell]] = field(default_factory=dict)
+    """scenario or ALL -> bucket -> its exposed users."""
+    num_users: int = 0
+    """Users of the planned buckets, exposed in these dates."""
+    several_buckets: int = 0
+    """Users seen in more than one bucket: left out."""
+    no_bucket: int = 0
+    """Users none of whose impressions has a bucket: outside the experiment."""
+    unplanned: dict[str, int] = field(default_factory=dict)
+    """Bucket that online.shares does not name -> its users: left out."""
+    num_impressions: int = 0
+    impressions_without_bucket: int = 0
+    """Of users who are in the experiment otherwise too: shown before they were, or by another surface."""
+    impressions_not_mature: int = 0
+    """Their labels can still change: left out."""
+    without_column: tuple[str, ...] = ()
+    """Scenarios whose impressions log has no bucket column: left out."""
+
+    @property
+    def buckets(self) -> list[str]:
+        """Every bucket that has users, by name."""
+        return sorted(self.cells.get(ALL, {}))
+
+
+def experiment_counts(
+    spark: SparkSession, config: Config, *, logs: str, lake: Lake, dates: tuple[dt.date, dt.date]
+) -> ExperimentCounts:
+    """Count the experiment's impressions, clicks and orders on the dates, both included.
+
+    Raises:
+        DataCheckError: no impressions log has the bucket column, the lake has no samples, no impression of these
+            dates has a bucket, or there are too many combinations of counts.
+    """
+    folder = LogFolder(spark, logs, config.logs)
+    shown = [log for log in event_logs(config, folder) if log.kind == KIND_IMPRESSION]
+    having = _logs_with_bucket(config, folder, shown)
+    if not lake.has(spark, SAMPLES):
+        raise DataCheckError(f"--lake {lake.root}: has no samples table; run jobs/build_samples.py first")
+    samples = spark.read.format("delta").load(lake.path(SAMPLES)).filter(dates_condition(PARTITION_COLUMN, *dates))
+    buckets = bucket_of_impressions(config, folder, having, dates)
+    scenarios = [config.scenarios[log.scenario] for log in having]
+    users = user_counts(samples, buckets, scenarios, mature_only=config.data.mature_only)
+    rows = combinations(users, scenarios, config.online.shares).limit(MAX_COMBINATIONS + 1).toArrow()
+    if rows.num_rows > MAX_COMBINATIONS:
+        raise DataCheckError(
+            f"--dates {dates[0]}:{dates[1]}: users have more than {MAX_COMBINATIONS:,} combinations of impressions, "
+            "clicks and orders; name fewer dates, or leave machines out of the logs"
+        )
+    counts = counts_of(rows)
+    counts.without_column = tuple(config.scenarios[log.scenario] for log in shown if log not in having)
+    if not counts.cells:
+        raise DataCheckError(
+            f"--dates {dates[0]}:{dates[1]}: no usable impression has a bucket in '{config.online.bucket_column}' "
+            f"({counts.no_bucket:,} users have none, {counts.several_buckets:,} several; unplanned buckets: "
+            f"{counts.unplanned or 'none'}; {counts.impressions_not_mature:,} impressions are not mature); "
+            "check the dates, the column and online.shares"
+        )
+    return counts
+
+
+def bucket_of_impressions(
+    config: Config, folder: LogFolder, logs: list[EventLog], dates: tuple[dt.date, dt.date]
+) -> DataFrame:
+    """Grain: one row per (scenario, impression_id) of the logs on the dates. Columns: these, low and high bucket.
+
+    A log may hold an impression twice; low and high differ where its copies name different buckets. Null: no bucket.
+    """
+    column = config.online.bucket_column
+    own = replace(config, features=replace(config.features, context_categories=(column,), context_numbers=()))
+    events = read_events(own, folder, logs).filter(F.col("reason").isNull())
+    names = F.array(*(F.lit(s) for s in config.scenarios))
+    return (
+        events.filter(dates_condition("to_date(event_time)", *dates))
+        .groupBy(F.element_at(names, F.col("scenario") + 1).alias("scenario"), F.col("id").alias("impression_id"))
+        .agg(F.min(_quoted(column)).alias("low"), F.max(_quoted(column)).alias("high"))
+    )
+
+
+def user_counts(samples: DataFrame, buckets: DataFrame, scenarios: list[str], *, mature_only: bool) -> DataFrame:
+    """Grain: one row per user of the samples in these scenarios.
+
+    Columns: low and high bucket of all impressions (null: none has one), per scenario `<s>_impressions`, `<s>_clicks`
+    and `<s>_orders` over the impressions that have a bucket and, if asked, final labels; not_mature and without_bucket
+    count the others.
+    """
+    rows = samples.filter(F.col("scenario").isin(scenarios)).join(buckets, ["scenario", "impression_id"], "left")
+    has_bucket = F.col("low").isNotNull()
+    is_final = F.col("is_mature") if mature_only else F.lit(True)
+    sums = []
+    for scenario in scenarios:
+        counted = has_bucket & is_final & (F.col("scenario") == scenario)
+        sums += [
+            F.count_if(counted).alias(f"{scenario}_impressions"),
+            F.count_if(counted & (F.col("is_click") > 0)).alias(f"{scenario}_clicks"),
+            F.count_if(counted & (F.col("is_order") > 0)).alias(f"{scenario}_orders"),
+        ]
+    return rows.groupBy("user_id").agg(
+        F.min("low").alias("low"),
+        F.max("high").alias("high"),
+        *sums,
+        F.count_if(has_bucket & ~is_final).alias("not_mature"),
+        F.count_if(~has_bucket).alias("without_bucket"),
+    )
+
+
+def combinations(users: DataFrame, scenarios: list[str], shares: Mapping[str, float]) -> DataFrame:
+    """Users of equal (status, bucket, scenario, impressions, clicks, orders) together, with their number.
+
+    Beside the scenarios and ALL there is a row per (status, bucket) that counts users and the impressions left out.
+    """
+    planned = F.col("low").isin(list(shares)) if shares else F.lit(True)
+    status = (
+        F.when(F.col("low").isNull(), _NO_BUCKET)
+        .when(F.col("low") != F.col("high"), _SEVERAL)
+        .when(~planned, _UNPLANNED)
+        .otherwise(_IN_EXPERIMENT)
+    )
+    sides = ("impressions", "clicks", "orders")
+    total = [reduce(lambda a, b: a + b, [F.col(f"{s}_{side}") for s in scenarios]) for side in sides]
+    places = [(s, [F.col(f"{s}_{side}") for side in sides]) for s in scenarios] + [(ALL, total)]
+    zero = F.lit(0).cast("bigint")
+    none = [zero, zero]
+    entries = [_entry(name, values, none) for name, values in places]
+    exposed = F.filter(F.array(*entries), lambda entry: (status == _IN_EXPERIMENT) & (entry["impressions"] > 0))
+    tally = F.array(_entry(_USERS, [zero, zero, zero], [F.col("not_mature"), F.col("without_bucket")]))
+    is_one = status.isin(_IN_EXPERIMENT, _UNPLANNED)
+    long = users.select(
+        status.alias("status"), F.when(is_one, F.col("low")).alias("bucket"), F.inline(F.concat(exposed, tally))
+    )
+    return long.groupBy("status", "bucket", "scenario", *sides).agg(
+        F.count("*").alias("users"),
+        F.sum("not_mature").alias("not_mature"),
+        F.sum("without_bucket").alias("without_bucket"),
+    )
+
+
+def counts_of(rows: pa.Table) -> ExperimentCounts:
+    """The counts of the collected `combinations`."""
+    counts = ExperimentCounts()
+    is_tally = pa.compute.equal(rows["scenario"], _USERS)
+    for row in rows.filter(is_tally).to_pylist():
+        if row["status"] == _NO_BUCKET:
+            counts.no_bucket += row["users"]
+        elif row["status"] == _SEVERAL:
+            counts.several_buckets += row["users"]
+        elif row["status"] == _UNPLANNED:
+            counts.unplanned[row["bucket"]] = row["users"]
+        else:
+            counts.impressions_not_mature += row["not_mature"]
+            counts.impressions_without_bucket += row["without_bucket"]
+    cells = rows.filter(pa.compute.invert(is_tally))
+    for place in cells.group_by(["scenario", "bucket"]).aggregate([]).to_pylist():
+        same = pa.compute.and_(
+            pa.compute.equal(cells["scenario"], place["scenario"]), pa.compute.equal(cells["bucket"], place["bucket"])
+        )
+        part = cells.filter(same)
+        columns = (part[name].to_numpy().astype(np.int64) for name in ("impressions", "clicks", "orders", "users"))
+        counts.cells.setdefault(place["scenario"], {})[place["bucket"]] = Cell(*columns)
+    everyone = counts.cells.get(ALL, {})
+    counts.num_users = sum(cell.num_users for cell in everyone.values())
+    counts.num_impressions = sum(cell.sum_of(cell.impressions_K) for cell in everyone.values())
+    return counts
+
+
+def _logs_with_bucket(config: Config, folder: LogFolder, logs: list[EventLog]) -> list[EventLog]:
+    column = config.online.bucket_column
+    columns = {log.name: folder.read(log.name)[0].columns for log in logs}
+    having = [log for log in logs if column in columns[log.name]]
+    if not having:
+        there = "; ".join(f"{name} has {', '.join(names)}" for name, names in columns.items())
+        raise DataCheckError(
+            f"--bucket-column {column}: is in no impressions log ({there}); name the column that holds the bucket"
+        )
+    return having
+
+
+def _entry(name: str, counts: list[Column], others: list[Column]) -> Column:
+    keys = ("impressions", "clicks", "orders", "not_mature", "without_bucket")
+    values = zip(keys, [*counts, *others], strict=True)
+    return F.struct(F.lit(name).alias("scenario"), *(value.alias(key) for key, value in values))
+
+
+def _quoted(column: str) -> str:
+    return "`" + column.replace("`", "``") + "`"

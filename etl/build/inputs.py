@@ -1,0 +1,209 @@
+"""The inputs of a build: logs opened and checked, and every row attributed or rejected once, in one shuffle."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+from pyspark import TaskContext
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import from_arrow_schema
+
+from etl.build.account import Account, add_pass, unique_features
+from etl.build.staging import stage, staged
+from etl.features.vocabulary import scale
+from etl.kernel.attribution import LabelRules
+from etl.kernel.chunks import KEY_HASH, REQUEST_KEY, USER_KEY
+from etl.kernel.events import KIND_CLICK, KIND_IMPRESSION
+from etl.kernel.packs import EMITTED, REJECT
+from etl.kernel.user_pass import PassPlan, first_pass
+from etl.logs.duplicates import key_hash, mark_foreign
+from etl.logs.events import EventLog, event_logs, read_events, read_features
+from etl.logs.files import LogFolder
+from usr_ray.config import DAY_US, Config, date_of, day_number
+
+MAX_ROWS_PER_TASK = 1 << 22
+"""Event rows of one task of the pass, about; every core has one task at least."""
+_EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+_BEGINNING = -(1 << 63)
+_OF_PASS = ("user_id", "event_time", "known_time", "kind", "scenario", "id", "item_id", "impression_id", "request_id",
+            "position", "query", "reason", "row_json")  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Logs:
+    """Opened and checked logs; nothing is computed yet but the feature tables."""
+
+    logs: tuple[EventLog, ...]
+    events: DataFrame
+    users: DataFrame | None
+    items: DataFrame | None
+    account: Account
+    """Of the feature tables; the pass adds the events."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What the pass found, staged, and the account of every row."""
+
+    spark: SparkSession
+    folder: str
+    logs: tuple[EventLog, ...]
+    users: DataFrame | None
+    items: DataFrame | None
+    account: Account
+
+    def staged(self, part: str) -> DataFrame:
+        """Rows of one part of what the pass emitted (etl/kernel/packs.py)."""
+        return staged(self.spark, self.folder, part)
+
+    @property
+    def rejects(self) -> DataFrame:
+        """Rows that could not be used, in the columns of the rejects table."""
+        names = F.create_map(*(c for log in self.logs for c in (F.lit(f"{log.kind} {log.scenario}"), F.lit(log.name))))
+        return self.staged(REJECT).select(
+            F.element_at(names, F.concat_ws(" ", "kind", "scenario")).alias("log"),
+            "reason",
+            F.coalesce("row", _row_json()).alias("row"),
+            F.to_date("event_time").alias("date"),
+        )
+
+    def num_impressions(self, dates: set[str]) -> dict[str, int]:
+        """Impressions that came in on each of the dates."""
+        shown = dict.fromkeys(dates, 0)
+        for (log, date), count in self.account.counts.items():
+            if date in dates and log.endswith("_impressions"):
+                shown[date] += count.used
+        return shown
+
+
+def open_logs(spark: SparkSession, config: Config, logs_dir: str) -> Logs:
+    """Open, check and cast all logs.
+
+    Raises:
+        DataCheckError: a log or a column is missing or has the wrong type.
+    """
+    folder = LogFolder(spark, logs_dir, config.logs)
+    logs = event_logs(config, folder)
+    events = read_events(config, folder, logs)
+    features = config.features
+    account = Account()
+    tables: dict[str, DataFrame] = {}
+    for log, key, categories, numbers in (
+        ("users", "user_id", features.user_categories, features.user_numbers),
+        ("items", "item_id", features.item_categories, features.item_numbers),
+    ):
+        if categories or numbers:
+            tables[log] = read_features(folder, log, key, categories, numbers)
+    unique = {
+        log: unique_features(table, log, "user_id" if log == "users" else "item_id", account)
+        for log, table in tables.items()
+    }
+    return Logs(logs, events, unique.get("users"), unique.get("items"), account)
+
+
+def make_plan(config: Config, days: tuple[int, ...], since_us: int | None = None) -> PassPlan:
+    """The plan of a pass over the logs of a configuration; `since_us` as in `PassPlan.since`, None: all."""
+    return PassPlan(
+        rules=LabelRules.from_config(config.labels),
+        num_scenarios=len(config.scenarios),
+        history_length=config.histories.length,
+        days=days,
+        since=_BEGINNING if since_us is None else since_us,
+        categories=config.features.context_categories,
+        numbers=config.features.context_numbers,
+        max_user_day_rows=config.limits.max_user_events_per_day,
+    )
+
+
+def run_pass(
+    spark: SparkSession,
+    logs: Logs,
+    plan: PassPlan,
+    folder: str,
+    *,
+    first_row: int | None = None,
+    past: DataFrame | None = None,
+) -> Inputs:
+    """Attribute every row once and stage what comes of it, before anything else is written; the account adds up.
+
+    Args:
+        spark: the session.
+        logs: what to read.
+        plan: what to do with it.
+        folder: where the rows are staged.
+        first_row: microseconds; earlier rows of the logs are not read. None: all are.
+        past: history events before `plan.since` (etl/build/state.py).
+
+    Raises:
+        AccountingError: rows were lost or made up on the way.
+    """
+    scaled = [scale(F.col(name)).alias(name) for name in plan.numbers]
+    # Rows without a user are spread by their content; they meet nobody.
+    key = F.when(F.col("reason").isNull(), F.xxhash64("user_id")).otherwise(F.xxhash64("row_json"))
+    time = F.col("event_time")
+    read = logs.events
+    if first_row is not None:
+        read = read.filter(time.isNull() | (time >= F.timestamp_micros(F.lit(first_row))))
+        logs.account.whole_from = date_of(-(-first_row // DAY_US))
+    rows, num_usable = mark_foreign(read.select(*_OF_PASS, *plan.categories, *scaled, key.alias(USER_KEY)))
+    if past is not None:
+        past = past.withColumn(USER_KEY, F.xxhash64("user_id"))
+        rows = rows.unionByName(past, allowMissingColumns=True)
+
+    def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        context = TaskContext.get()
+        return first_pass(batches, plan, context.partitionId() if context else 0)
+
+    num_tasks = max(spark.sparkContext.defaultParallelism, -(-num_usable // MAX_ROWS_PER_TASK))
+    grouped = rows.repartition(num_tasks, USER_KEY).sortWithinPartitions(USER_KEY)
+    hashed = grouped.withColumns({
+        KEY_HASH: key_hash(), REQUEST_KEY: F.xxhash64(F.coalesce("request_id", "id")), "row_hash": _row_hash(plan),
+        "value_hash": _hash_of(["item_id", "query"]),
+    })  # fmt: skip
+    stage(hashed.mapInArrow(run, from_arrow_schema(EMITTED)), folder)
+    add_pass(logs.account, spark, folder, logs.logs, num_usable)
+    return Inputs(spark, folder, logs.logs, logs.users, logs.items, logs.account)
+
+
+def watermark_of(account: Account, asked: dt.datetime | None) -> int:
+    """Microseconds since 1970; by default the newest event of all logs."""
+    return ((asked or account.newest or _EPOCH) - _EPOCH) // dt.timedelta(microseconds=1)
+
+
+def day_of(date: str) -> int:
+    """Days since 1970 of YYYY-MM-DD."""
+    return day_number(dt.date.fromisoformat(date))
+
+
+def iso_time(micros: int) -> str:
+    """ISO 8601 of microseconds since 1970."""
+    return (_EPOCH + dt.timedelta(microseconds=micros)).isoformat()
+
+
+def _row_hash(plan: PassPlan) -> Column:
+    """Hash of what an impression says, but for the time at which it became known; 0 for clicks and orders."""
+    content = sorted({*_OF_PASS, *plan.categories, *plan.numbers} - {"known_time", "reason", "row_json"})
+    return F.when(F.col("kind") == KIND_IMPRESSION, _hash_of(content)).otherwise(F.lit(0).cast("bigint"))
+
+
+def _hash_of(columns: list[str]) -> Column:
+    # A null leaves xxhash64 as it was: each column's place is hashed with it, so that values cannot change places.
+    return F.xxhash64(*(F.struct(F.lit(n), F.col(name)) for n, name in enumerate(columns)))
+
+
+def _row_json() -> Column:
+    """A rejected click or order line as it is named in its log; of a user's day beyond the limit: who and how many."""
+    rest = ["user_id", "item_id", "event_time", "nullif(known_time, event_time) as ingest_time"]
+    click = ["id as click_id", "impression_id", *rest]
+    order = ["id as order_id", *rest]
+
+    def as_json(columns: list[str]) -> Column:
+        return F.to_json(F.struct(*(F.expr(c) for c in columns)))
+
+    capped = as_json(["user_id", "num_rows as rows"])
+    of_kind = F.when(F.col("kind") == KIND_CLICK, as_json(click)).otherwise(as_json(order))
+    return F.when(F.col("num_rows").isNotNull(), capped).otherwise(of_kind)

@@ -1,0 +1,237 @@
+"""build_samples(): logs -> samples, vocabularies, rejects and reports; all of a user in one shuffle and one pass."""
+
+from __future__ import annotations
+
+import datetime as dt
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from pyspark.sql import DataFrame, SparkSession
+
+from etl.build.account import UNDATED, Account
+from etl.build.cold_start import fitted_samples, is_fitting, mark_new, seen_values
+from etl.build.commits import replace_samples
+from etl.build.inputs import Inputs, day_of, iso_time, make_plan, open_logs, run_pass, watermark_of
+from etl.build.report import SampleCounts, count_samples, date_report, funnel_lines, sample_counts, warnings_of
+from etl.build.report_files import write_report
+from etl.build.staging import staging_folder
+from etl.build.state import State, find_state, past_events, value_counts, write_state
+from etl.checks import AccountingError, DataCheckError
+from etl.features.encoding import encoded_packs, pack_features
+from etl.features.vocabulary import Vocabularies, grow_vocabularies
+from etl.kernel.attribution import LabelRules
+from etl.kernel.fingerprint import date_fingerprint
+from etl.kernel.packs import EVENT, PACK, VALUE
+from etl.kernel.rows import RowPlan
+from etl.lake.checks import check_tables
+from etl.lake.tables import (
+    Lake,
+    any_date_condition,
+    prepare_samples,
+    table_version,
+    write_rejects,
+)
+from usr_ray.config import Config
+from usr_ray.schema import FIRST_ID, PARTITION_COLUMN, SAMPLES, FeatureSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildRequest:
+    """What to build from where."""
+
+    logs: str
+    lake: Lake
+    first: dt.date
+    last: dt.date
+    watermark: dt.datetime | None = None
+    """None: the newest event_time of all logs."""
+
+    @property
+    def dates(self) -> list[dt.date]:
+        """All dates from first to last."""
+        return [self.first + dt.timedelta(days=n) for n in range((self.last - self.first).days + 1)]
+
+
+@dataclass(slots=True)
+class Progress:
+    """Prints a line per stage with the seconds since the start."""
+
+    write: Callable[[str], None] = print
+    started: float = field(default_factory=time.monotonic)
+
+    def __call__(self, text: str) -> None:
+        """Print one line."""
+        self.write(f"[{time.monotonic() - self.started:6.1f} s] {text}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What every step of a build needs."""
+
+    spark: SparkSession
+    config: Config
+    lake: Lake
+    inputs: Inputs
+    plan: RowPlan
+    known: Vocabularies
+    progress: Progress
+
+
+def build_samples(spark: SparkSession, config: Config, request: BuildRequest, progress: Progress) -> SampleCounts:
+    """Build the samples of the requested dates; a rerun replaces them by equal rows.
+
+    Raises:
+        DataCheckError: a log is missing or unusable, the dates hold no impression, or the table was built with another
+            configuration. Nothing has been written then.
+    """
+    lake = request.lake
+    check_tables(spark, lake, config)
+    logs = open_logs(spark, config, request.logs)
+    progress(f"reading {len({log.name for log in logs.logs})} event logs")
+    dates = [date.isoformat() for date in request.dates]
+    state = find_state(spark, config, lake, request.first)
+    plan = make_plan(config, tuple(map(day_of, dates)), state.since_us)
+    first_row = state.first_row(plan.rules, whole_days=bool(plan.max_user_day_rows))
+    past = None if first_row is None else past_events(spark, lake, state)
+    progress(read_from(state, first_row))
+    with staging_folder(spark, lake) as folder:
+        inputs = run_pass(spark, logs, plan, folder, first_row=first_row, past=past)
+        progress(described(inputs.account))
+        progress(accounted(inputs.account))
+        _check_dates(request, inputs.account)
+        counts = value_counts(spark, lake, state, inputs.staged(VALUE))
+        known, spec = grow_vocabularies(spark, config, lake, counts, (inputs.users, inputs.items), dates)
+        prepare_samples(spark, lake, spec, config)
+        progress("vocabularies: " + ", ".join(f"{f.name} {f.num_embeddings - FIRST_ID:,}" for f in spec.sparse))
+        rows = row_plan(config, spec, inputs.account, request.watermark, plan.days)
+        job = Job(spark=spark, config=config, lake=lake, inputs=inputs, plan=rows, known=known, progress=progress)
+        found = write_dates(job, request.dates, request.dates)
+        write_state(spark, config, lake, state, inputs.staged(EVENT), inputs.staged(VALUE), request.last)
+        return found
+
+
+def row_plan(
+    config: Config, spec: FeatureSpec, account: Account, watermark: dt.datetime | None, days: Sequence[int]
+) -> RowPlan:
+    """How the rows of some days are written; the watermark is by default the newest event of all logs."""
+    features = config.features
+    return RowPlan(
+        rules=LabelRules.from_config(config.labels),
+        spec=spec,
+        watermark=watermark_of(account, watermark),
+        days=tuple(days),
+        features=pack_features(config),
+        owned_categories={"user_id": features.user_categories, "item_id": features.item_categories},
+        owned_numbers={"user_id": features.user_numbers, "item_id": features.item_numbers},
+    )
+
+
+def write_dates(job: Job, dates: Sequence[dt.date], reported: Sequence[dt.date]) -> SampleCounts:
+    """Replace the samples of `dates`, and the rejects and reports of `reported` (which holds them all).
+
+    Raises:
+        AccountingError: rows in and rows out do not add up.
+    """
+    spark, lake, account = job.spark, job.lake, job.inputs.account
+    path = lake.path(SAMPLES)
+    names = {date.isoformat() for date in dates}
+    version, counts = _write_samples(job, dates, reported)
+    for date, needed in job.inputs.num_impressions(names).items():
+        if counts.date(date).impressions != needed:
+            raise AccountingError(f"samples of {date}: {counts.date(date).impressions} rows written, {needed} came in")
+    job.progress(f"samples: {sum(counts.date(n).impressions for n in names):,} rows of {len(names)} dates, "
+                 f"table version {version}")  # fmt: skip
+    _write_rejects(job, reported)
+    build = {"watermark": iso_time(job.plan.watermark), "table_version": version}
+    known_dates = account.impression_dates | {date for date, _ in counts.funnels}
+    shown = sorted(date.isoformat() for date in reported if date.isoformat() in known_dates)
+    for date in shown:
+        fingerprint = date_fingerprint(day_of(date), account.cells, job.plan.rules, job.plan.watermark)
+        report = date_report(date, account=account, counts=counts, config=job.config, spec=job.plan.spec,
+                             build=build | {"fingerprint": fingerprint})  # fmt: skip
+        write_report(spark, lake, date, report)
+    job.progress(f"rejects and {len(shown)} reports written")
+    for line in funnel_lines(counts, job.plan.spec):
+        job.progress.write(line)
+    for warning in warnings_of(counts, job.plan.spec, [log.name for log in job.inputs.logs]):
+        job.progress.write(f"warning: {warning}")
+    job.progress.write(f"{path}: version {version}")
+    return counts
+
+
+def _write_samples(job: Job, dates: Sequence[dt.date], reported: Sequence[dt.date]) -> tuple[int, SampleCounts]:
+    """Replace the rows of `dates`; the table's version, and what it holds on the `reported` ones."""
+    path, spec, inputs = job.lake.path(SAMPLES), job.plan.spec, job.inputs
+    hashed = job.config.vocabulary.kind == "hash"
+    written = None
+    if dates:
+        values = inputs.staged(VALUE)
+        encoded = encoded_packs(
+            inputs.staged(PACK), values, (inputs.users, inputs.items), job.known, job.config,
+            _seen(job, values, dates),
+        )  # fmt: skip
+        version, written = replace_samples(job.spark, path, encoded, job.plan, dates)
+    else:
+        version = table_version(job.spark, path)
+    counts = sample_counts(written or (), spec, hashed=hashed)
+    others = reported if written is None else sorted(set(reported) - set(dates))
+    if others:
+        table = job.spark.read.format("delta").option("versionAsOf", version).load(path)
+        rows = mark_new(table.filter(any_date_condition(PARTITION_COLUMN, others)), table, job.config, others)
+        counts |= count_samples(rows, spec, hashed=hashed)
+    return version, counts
+
+
+def _seen(job: Job, values: DataFrame, dates: Sequence[dt.date]) -> DataFrame | bool | None:
+    """Users and items of the training dates (etl/build/cold_start.py); True: all are; None: there is no training
+    date yet.
+    """
+    fitting = {date for date in dates if is_fitting(job.config, date)}
+    if len(fitting) == len(dates):
+        return True
+    table = fitted_samples(job.spark.read.format("delta").load(job.lake.path(SAMPLES)), job.config, fitting)
+    if table is None and not any(job.inputs.num_impressions({date.isoformat() for date in fitting}).values()):
+        return None
+    return seen_values(values, table, sorted(fitting))
+
+
+def read_from(state: State, first_row: int | None) -> str:
+    """A progress line about what is read instead of being attributed again."""
+    if first_row is None:
+        return "no state of earlier dates: all logs are read"
+    return f"events before {state.since} are known; the logs are read from {iso_time(first_row)} on"
+
+
+def described(account: Account) -> str:
+    """A progress line about the rows that came in."""
+    rows_in = sum(count.rows_in for count in account.counts.values())
+    return f"read {rows_in:,} rows of {len({log for log, _ in account.counts})} logs"
+
+
+def accounted(account: Account) -> str:
+    """A progress line about where the rows went."""
+    used = sum(count.used for (_, date), count in account.counts.items() if date != UNDATED)
+    rejects = sum(count.rejects for count in account.counts.values())
+    duplicates = sum(count.duplicates for count in account.counts.values())
+    return f"attributed: {used:,} events used, {rejects:,} rejected, {duplicates:,} duplicates"
+
+
+def _check_dates(request: BuildRequest, account: Account) -> None:
+    dates = account.impression_dates
+    if any(request.first.isoformat() <= date <= request.last.isoformat() for date in dates):
+        return
+    there = f"{min(dates)}:{max(dates)}" if dates else "none"
+    reasons = sorted({reason for by_reason in account.reasons.values() for reason in by_reason})
+    hint = f" (rows were rejected as: {', '.join(reasons)})" if reasons and not dates else ""
+    raise DataCheckError(
+        f"--dates {request.first}:{request.last}: the logs hold no impression on these dates; "
+        f"they hold impressions on {there}{hint}; name dates of those"
+    )
+
+
+def _write_rejects(job: Job, dates: Sequence[dt.date]) -> None:
+    """Rejects of the given dates, of rows without a date, and of dates that have no impressions and so no build."""
+    every = sorted({*dates, *job.inputs.account.dates_without_impressions})
+    condition = " OR ".join(["date IS NULL", *([any_date_condition("date", every)] if every else [])])
+    write_rejects(job.spark, job.lake, job.inputs.rejects.filter(condition), condition)

@@ -1,0 +1,77 @@
+"""Where a build keeps what the pass found until every check has passed: a folder of the lake's own storage.
+
+Executors write it like any table, so that a lost one costs its tasks only and memory does not grow with the logs.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import from_arrow_schema
+
+from etl.kernel.packs import ACCOUNT, CELL, EMITTED, EVENT, PACK, REJECT, VALUE
+from etl.lake.tables import Lake
+
+STAGING = "_staging"
+_SCHEMA = from_arrow_schema(EMITTED)
+_WRITERS = "spark.sql.maxConcurrentOutputFileWriters"
+_FILES = {
+    "compression": "snappy",  # packs are compressed already
+    "parquet.block.size": str(32 << 20),
+    # A pack has megabytes: by default the writer would look at its memory after a hundred of them.
+    "parquet.block.size.row.check.min": "1",
+    "parquet.page.size.row.check.min": "1",
+}
+_STALE = dt.timedelta(days=1)
+"""A folder of this age belongs to a build that was killed."""
+_NUM_PARTS = len((ACCOUNT, REJECT, CELL, VALUE, EVENT, PACK))
+
+
+@contextmanager
+def staging_folder(spark: SparkSession, lake: Lake) -> Iterator[str]:
+    """A new folder below the lake, removed at the end; those that killed builds left behind are removed too."""
+    root = lake.path(STAGING)
+    system, hadoop = _file_system(spark, root)
+    now = dt.datetime.now(dt.UTC)
+    if system.exists(hadoop.Path(root)):
+        for status in system.listStatus(hadoop.Path(root)):
+            if now.timestamp() - status.getModificationTime() / 1000 > _STALE.total_seconds():
+                system.delete(status.getPath(), True)
+    folder = f"{root}/{now:%Y%m%dT%H%M%S}-{uuid.uuid4().hex}"
+    try:
+        yield folder
+    finally:
+        system.delete(hadoop.Path(folder), True)
+        # A build that is refused leaves nothing behind, not even the folder of a lake that was not there.
+        for path in (hadoop.Path(root), hadoop.Path(root).getParent()):
+            if system.exists(path) and not len(system.listStatus(path)):
+                system.delete(path, False)
+
+
+def stage(frame: DataFrame, folder: str) -> None:
+    """Write what the pass emits, each part into a folder of its own."""
+    conf = frame.sparkSession.conf
+    before = conf.get(_WRITERS, "0") or "0"
+    # A task keeps a file per part open; without this Spark would sort all rows by part first.
+    conf.set(_WRITERS, str(_NUM_PARTS))
+    try:
+        frame.write.partitionBy("part").options(**_FILES).parquet(folder)
+    finally:
+        conf.set(_WRITERS, before)
+
+
+def staged(spark: SparkSession, folder: str, *parts: str) -> DataFrame:
+    """The rows of some parts; none where the pass emitted none."""
+    return spark.read.schema(_SCHEMA).parquet(folder).filter(F.col("part").isin(*parts))
+
+
+def _file_system(spark: SparkSession, path: str) -> tuple[Any, Any]:
+    context = spark.sparkContext
+    hadoop = context._jvm.org.apache.hadoop.fs  # type: ignore[union-attr]
+    return hadoop.Path(path).getFileSystem(context._jsc.hadoopConfiguration()), hadoop  # type: ignore[union-attr]

@@ -1,0 +1,128 @@
+"""Codes of the packs to ids and features: one join of the values with the vocabularies, one with users and items.
+
+What is joined are the distinct values of a chunk, not its rows; each pack then carries the lookups of its chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pyarrow as pa
+from pyspark.sql import Column, DataFrame
+from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import to_arrow_schema
+
+from etl.features.vocabulary import Vocabularies, encode, hash_index, scale
+from etl.kernel.rows import RowPlan, sample_rows
+from etl.lake.tables import samples_schema
+from usr_ray.config import Config
+from usr_ray.schema import PADDING_ID, UNKNOWN_ID, index_column
+
+_MAX_BROADCAST_VALUES = 1_000_000
+"""Values of all chunks together that are sent to every task; more of them travel with their packs in a shuffle."""
+
+
+def pack_features(config: Config) -> tuple[str, ...]:
+    """Features whose codes packs hold."""
+    return ("user_id", "item_id", "query", *config.features.context_categories)
+
+
+def encoded_packs(
+    packs: DataFrame,
+    values: DataFrame,
+    tables: tuple[DataFrame | None, DataFrame | None],
+    known: Vocabularies,
+    config: Config,
+    seen: DataFrame | bool | None = True,
+) -> DataFrame:
+    """Every pack with the lookups of its chunk: what `sample_rows` reads.
+
+    Args:
+        packs: `pack` rows of the pass.
+        values: `value` rows of the pass.
+        tables: users and items, one row a key, where the configuration names features of theirs.
+        known: the vocabularies, this build's included.
+        config: names the features.
+        seen: users and items of the training dates (etl/build/cold_start.py); True: all are; None: nobody can know.
+    """
+    lookups = _lookups(values, tables, known, config, seen)
+    if values.count() <= _MAX_BROADCAST_VALUES:
+        lookups = F.broadcast(lookups)
+    return packs.select("chunk", "targets", "events").join(lookups, on="chunk", how="inner")
+
+
+def sample_frame(encoded: DataFrame, plan: RowPlan) -> DataFrame:
+    """The samples of the planned days, in the columns of the table; for storage that only Spark can write to."""
+    schema = samples_schema(plan.spec)
+    arrow_schema = to_arrow_schema(schema, timezone="UTC")
+
+    def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        return sample_rows(batches, plan, arrow_schema)
+
+    return encoded.mapInArrow(run, schema)
+
+
+def _lookups(
+    values: DataFrame,
+    tables: tuple[DataFrame | None, DataFrame | None],
+    known: Vocabularies,
+    config: Config,
+    seen: DataFrame | bool | None,
+) -> DataFrame:
+    """One row a chunk: `lookups`, a list of (feature, code, value, ids, numbers, is_new), one for every code of it."""
+    features = config.features
+    names = pack_features(config)
+    number = F.lit(None).cast("int")
+    for n, name in enumerate(names):
+        number = F.when(F.col("feature") == name, F.lit(n)).otherwise(number)
+    rows = values.select("chunk", "feature", "code", "value")
+    if config.vocabulary.kind == "hash":
+        rows = rows.withColumn("id", hash_index(F.col("value"), config.vocabulary))
+    else:
+        rows = rows.join(known.entries.select("feature", "value", "id"), on=["feature", "value"], how="left")
+        rows = rows.withColumn("id", F.coalesce("id", F.lit(UNKNOWN_ID).cast("bigint")))
+    ids, numbers = F.array("id"), F.array().cast("array<float>")
+    users, items = tables
+    for key, table, categories, scaled in (
+        ("user_id", users, features.user_categories, features.user_numbers),
+        ("item_id", items, features.item_categories, features.item_numbers),
+    ):
+        if table is None:
+            continue
+        owned = _owned(table, key, categories, scaled, known, config).withColumn("feature", F.lit(key))
+        rows = rows.join(owned, on=["feature", "value"], how="left")
+        mine = F.col("feature") == key
+        # A key without a row has padding for its categories and 0 for its numbers.
+        padding = F.array(*[F.lit(PADDING_ID)] * len(categories)).cast("array<bigint>")
+        zeros = F.array(*[F.lit(0.0)] * len(scaled)).cast("array<float>")
+        ids = F.when(mine, F.concat(ids, F.coalesce(f"{key}_ids", padding))).otherwise(ids)
+        numbers = F.when(mine, F.coalesce(f"{key}_numbers", zeros)).otherwise(numbers)
+    is_new = F.lit(None if seen is None else False).cast("boolean")
+    if isinstance(seen, DataFrame):
+        rows = rows.join(seen.withColumn("_seen", F.lit(True)), on=["feature", "value"], how="left")
+        is_new = F.col("_seen").isNull()
+    entry = F.struct(
+        number.alias("feature"), "code", "value", ids.alias("ids"), numbers.alias("numbers"), is_new.alias("is_new")
+    )
+    return rows.groupBy("chunk").agg(F.collect_list(entry).alias("lookups"))
+
+
+def _owned(
+    table: DataFrame,
+    key: str,
+    categories: tuple[str, ...],
+    numbers: tuple[str, ...],
+    known: Vocabularies,
+    config: Config,
+) -> DataFrame:
+    """One row per user or item: `value` (its key), `<key>_ids` and `<key>_numbers`."""
+
+    def listed(columns: list[Column], kind: str) -> Column:
+        return F.array(*columns).cast(f"array<{kind}>")
+
+    encoded = encode(table, categories, known, config.vocabulary)
+    return encoded.select(
+        F.col(key).alias("value"),
+        listed([F.col(index_column(name)) for name in categories], "bigint").alias(f"{key}_ids"),
+        listed([scale(F.col(name)) for name in numbers], "float").alias(f"{key}_numbers"),
+    )

@@ -1,0 +1,1 @@
+"""Whole users in numpy and Arrow: attribution, labels, histories; no pyspark."""

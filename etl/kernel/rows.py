@@ -1,0 +1,220 @@
+"""Packs to rows of the samples table: codes become ids, spans become lists. In Spark's Python workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+
+from etl.kernel.attribution import LabelRules
+from etl.kernel.chunks import REQUEST_KEY, USER_KEY
+from etl.kernel.events import Ints
+from etl.kernel.labels import NO_TIME, mature
+from etl.kernel.packs import EVENT_COLUMNS, unpack
+from usr_ray.config import DAY_US
+from usr_ray.schema import (
+    ALL_LABELS,
+    FIRST_ID,
+    PADDING_ID,
+    PARTITION_COLUMN,
+    FeatureSpec,
+    index_column,
+    scaled_column,
+)
+
+EVENT_HOUR = "event_hour"
+NUM_HOURS = 24
+_HOUR_US = DAY_US // NUM_HOURS
+_NEW = {"new_user": "user_id", "new_item": "item_id"}
+_OUTPUT_ROWS = 16_384
+"""Rows that are written out at once: bounds memory."""
+_TIMESTAMP = pa.timestamp("us", tz="UTC")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowPlan:
+    """What the rows need beside the packs."""
+
+    rules: LabelRules
+    spec: FeatureSpec
+    watermark: int
+    """Microseconds."""
+    days: tuple[int, ...]
+    """Impressions of these days (since 1970, UTC) are written."""
+    features: tuple[str, ...]
+    """Feature of each number in a lookup: user_id, item_id, query, then the context categories."""
+    owned_categories: dict[str, tuple[str, ...]]
+    """Of `user_id` and `item_id`: categories that come with them, in the order of a lookup's `ids` behind the first."""
+    owned_numbers: dict[str, tuple[str, ...]]
+    """Likewise for a lookup's `numbers`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """What the codes of one feature of a chunk stand for: position is code + 1, position 0 is null."""
+
+    text: pa.Array
+    ids: np.ndarray
+    """(codes + 1, 1 + categories)."""
+    numbers: np.ndarray
+    """(codes + 1, numbers)."""
+    is_new: np.ndarray | None
+    """(codes + 1,) bool: no impression of the training dates has the value; None where nobody can know."""
+
+
+@dataclass(frozen=True, slots=True)
+class DayRows:
+    """Impressions of one pack and day, not written out yet: a row is some 150 bytes here and 800 with its histories."""
+
+    day: int
+    rows: pa.Table
+    events: dict[str, np.ndarray]
+    """Of the whole pack: EVENT_COLUMNS, as ids."""
+    found: dict[str, Lookup]
+
+    def slice(self, start: int, size: int | None = None) -> DayRows:
+        """Some of the rows."""
+        return replace(self, rows=self.rows.slice(start, size))
+
+    @property
+    def new(self) -> dict[str, np.ndarray | None]:
+        """`new_user` and `new_item` of every row."""
+        found = {name: (self.found[key].is_new, self.rows[key].to_numpy() + 1) for name, key in _NEW.items()}
+        return {name: None if is_new is None else is_new[places] for name, (is_new, places) in found.items()}
+
+    def parts(self) -> Iterator[DayRows]:
+        """The rows, as many at a time as are written out at once."""
+        for start in range(0, self.rows.num_rows, _OUTPUT_ROWS):
+            yield self.slice(start, _OUTPUT_ROWS)
+
+    def batch(self, plan: RowPlan, schema: pa.Schema) -> pa.RecordBatch:
+        """The rows written out; for one of `parts`."""
+        rows = self.rows.combine_chunks()
+        output = _own_columns(rows, self.found, plan) | _history_columns(rows, self.events, plan.spec)
+        arrays = [output[field.name].cast(field.type) for field in schema]
+        return pa.RecordBatch.from_arrays(
+            [a.combine_chunks() if isinstance(a, pa.ChunkedArray) else a for a in arrays], schema=schema
+        )
+
+
+def sample_rows(batches: Iterable[pa.RecordBatch], plan: RowPlan, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Rows of the planned days, in the order of the packs and of their days.
+
+    Args:
+        batches: packs with their lookups, as for `day_rows`.
+        plan: what is written.
+        schema: columns of the result.
+    """
+    for rows in day_rows(batches, plan):
+        for part in rows.parts():
+            yield part.batch(plan, schema)
+
+
+def day_rows(batches: Iterable[pa.RecordBatch], plan: RowPlan) -> Iterator[DayRows]:
+    """The rows of every pack, split by day.
+
+    Args:
+        batches: rows with `targets` and `events` (a pack) and `lookups`: a list of (feature, code, value, ids, numbers,
+            is_new) structures with every code of the pack's chunk.
+        plan: what is written.
+    """
+    for batch in batches:
+        for targets, events, lookups in zip(
+            batch.column("targets"), batch.column("events"), batch.column("lookups"), strict=True
+        ):
+            rows = unpack(targets)
+            day = rows["event_time"].to_numpy() // DAY_US
+            days = [number for number in np.unique(day).tolist() if not plan.days or number in plan.days]
+            if not days:
+                continue
+            found = _lookups(lookups.values, plan)
+            flat = {name: column.to_numpy() for name, column in zip(EVENT_COLUMNS, unpack(events).columns, strict=True)}
+            flat["item_id"] = found["item_id"].ids[flat["item_id"] + 1, 0]
+            flat["query"] = found["query"].ids[flat["query"] + 1, 0]
+            for number in days:
+                yield DayRows(number, rows.filter(pa.array(day == number)), flat, found)
+
+
+def _lookups(entries: pa.StructArray, plan: RowPlan) -> dict[str, Lookup]:
+    feature, code = (entries.field(name).to_numpy(zero_copy_only=False) for name in ("feature", "code"))
+    result = {}
+    for number, name in enumerate(plan.features):
+        rows = np.flatnonzero(feature == number)
+        size = int(code[rows].max(initial=-1)) + 2
+        place = np.zeros(size, dtype=np.int64)
+        place[code[rows] + 1] = rows
+        there = np.zeros(size, dtype=np.bool_)
+        there[code[rows] + 1] = True
+        picked = pa.array(place, mask=~there)
+        width = 1 + len(plan.owned_categories.get(name, ()))
+        ids = np.full((size, width), PADDING_ID, dtype=np.int64)
+        numbers = np.zeros((size, len(plan.owned_numbers.get(name, ()))), dtype=np.float32)
+        some = entries.take(pa.array(rows))
+        ids[code[rows] + 1] = some.field("ids").flatten().to_numpy().reshape(-1, width)
+        if numbers.shape[1]:
+            numbers[code[rows] + 1] = some.field("numbers").flatten().to_numpy().reshape(-1, numbers.shape[1])
+        text = entries.field("value").take(picked)
+        new = some.field("is_new")
+        is_new = None if new.null_count else np.zeros(size, dtype=np.bool_)
+        if is_new is not None:
+            is_new[code[rows] + 1] = new.to_numpy(zero_copy_only=False)
+        result[name] = Lookup(text, ids, numbers, is_new)
+    return result
+
+
+def _own_columns(rows: pa.Table, found: dict[str, Lookup], plan: RowPlan) -> dict[str, pa.Array]:
+    time = rows["event_time"].to_numpy()
+    columns = {name: rows[name] for name in ("impression_id", "request_id", "position", *ALL_LABELS)}
+    columns |= {scaled_column(f.name): rows[f.name] for f in plan.spec.dense if f.owner == "context"}
+    columns["event_time"] = _times(time)
+    columns["is_mature"] = pa.array(mature(time, plan.watermark, plan.rules))
+    columns["click_time"], columns["order_time"] = (
+        _times(rows[name].to_numpy()) for name in ("click_time", "order_time")
+    )
+    columns |= {name: rows[name] for name in (USER_KEY, REQUEST_KEY)}
+    columns[PARTITION_COLUMN] = pa.array((time // DAY_US).astype(np.int32)).cast(pa.date32())
+    columns["scenario"] = pa.array(plan.spec.scenarios).take(rows["scenario"])
+    columns[index_column("scenario")] = rows["scenario"]
+    columns[index_column(EVENT_HOUR)] = pa.array(time // _HOUR_US % NUM_HOURS + FIRST_ID)
+    for name, lookup in found.items():
+        places = rows[name].to_numpy() + 1
+        if name in ("user_id", "item_id", "query"):
+            columns[name] = lookup.text.take(pa.array(places))
+        ids = lookup.ids[places]
+        for n, column in enumerate((name, *plan.owned_categories.get(name, ()))):
+            columns[index_column(column)] = pa.array(ids[:, n])
+        for n, column in enumerate(plan.owned_numbers.get(name, ())):
+            columns[scaled_column(column)] = pa.array(lookup.numbers[places, n])
+    return columns
+
+
+def _history_columns(rows: pa.Table, flat: dict[str, Ints], spec: FeatureSpec) -> dict[str, pa.Array]:
+    times = rows["event_time"].to_numpy()
+    columns: dict[str, pa.Array] = {}
+    for k, names in enumerate(spec.histories):
+        first, count = rows[f"first_{k}"].to_numpy(), rows[f"count_{k}"].to_numpy()
+        offsets = np.concatenate([[0], np.cumsum(count)])
+        places = np.arange(offsets[-1]) + np.repeat(first - offsets[:-1], count)
+        ages = np.repeat(times, count) - flat["time"][places]
+        lists: dict[str, np.ndarray] = {
+            names.item_ids: flat["item_id"][places],
+            names.actions: flat["action"][places],
+            names.ages_s: (ages / 1e6).astype(np.float32),
+        }
+        if names.query_ids is not None:
+            lists[names.query_ids] = flat["query"][places]
+        edges = pa.array(offsets.astype(np.int32))
+        for name, numbers in lists.items():
+            columns[name] = pa.ListArray.from_arrays(edges, pa.array(numbers), type=list_type(numbers.dtype))
+    return columns
+
+
+def list_type(kind: np.dtype) -> pa.ListType:
+    """Arrow type of a history column: a list of non-null numbers."""
+    return pa.list_(pa.field("element", pa.from_numpy_dtype(kind), nullable=False))
+
+
+def _times(times: Ints) -> pa.Array:
+    return pa.array(times, mask=times == NO_TIME).cast(_TIMESTAMP)

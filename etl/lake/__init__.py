@@ -1,0 +1,1 @@
+"""The Delta tables, their checks and their care."""

@@ -1,0 +1,246 @@
+"""Read the logs of the contract, cast them, and set aside what cannot be used.
+
+All logs become one frame of event rows, so that whatever follows is one pass over one frame: rows in, duplicates,
+rejects, and the one shuffle by user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pyspark.sql import Column, DataFrame
+from pyspark.sql import functions as F
+from pyspark.sql import types as T
+
+from etl.checks import DataCheckError, check_columns
+from etl.kernel.events import KIND_CLICK, KIND_IMPRESSION, KIND_ORDER, NO_SCENARIO
+from etl.logs.files import TEXT_FORMATS, LogFolder
+from etl.logs.mapping import TIMES, as_written
+from usr_ray.config import Config
+
+_INTEGERS = (T.ByteType, T.ShortType, T.IntegerType, T.LongType)
+_ATOMIC = (T.StringType, T.BooleanType, T.NumericType, T.DateType)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EventLog:
+    """One event log and how its rows are keyed."""
+
+    name: str
+    kind: int
+    scenario: int
+    key: str
+    """Column of the row's own id."""
+    required: tuple[str, ...]
+
+
+def event_logs(config: Config, folder: LogFolder) -> tuple[EventLog, ...]:
+    """The event logs the configuration asks for, in the order in which equal keys prefer them.
+
+    Raises:
+        DataCheckError: an impressions or clicks log is missing, there is no orders log at all, or there is one of a
+            scenario that labels.no_order_scenarios says to have none.
+    """
+    logs = []
+    for number, scenario in enumerate(config.scenarios):
+        query = ("query",) if scenario in config.query_scenarios else ()
+        logs.append(EventLog(
+            name=f"{scenario}_impressions", kind=KIND_IMPRESSION, scenario=number, key="impression_id",
+            required=("impression_id", "request_id", "user_id", "item_id", "event_time", *query),
+        ))  # fmt: skip
+        logs.append(EventLog(
+            name=f"{scenario}_clicks", kind=KIND_CLICK, scenario=number, key="click_id",
+            required=("click_id", "impression_id", "user_id", "item_id", "event_time"),
+        ))  # fmt: skip
+    orders = [(f"{scenario}_orders", number) for number, scenario in enumerate(config.scenarios)]
+    found = [(name, number) for name, number in [*orders, ("orders", NO_SCENARIO)] if folder.has(name)]
+    unknown = config.labels.no_order_scenarios
+    for name, number in found:
+        of_log = config.scenarios if number == NO_SCENARIO else (config.scenarios[number],)
+        refuted = ", ".join(scenario for scenario in of_log if scenario in unknown)
+        if refuted:
+            raise DataCheckError(
+                f"log {name}: gives orders to {refuted}, of which labels.no_order_scenarios says that no log knows "
+                "any; take the scenario out of the list, or the log out of --logs"
+            )
+    if not found and len(unknown) < len(config.scenarios):
+        folder.read("orders")  # says what is missing and what there is
+    logs += [
+        EventLog(name=name, kind=KIND_ORDER, scenario=number, key="order_id",
+                 required=("order_id", "user_id", "item_id", "event_time"))
+        for name, number in found
+    ]  # fmt: skip
+    return tuple(logs)
+
+
+def read_events(config: Config, folder: LogFolder, logs: Sequence[EventLog]) -> DataFrame:
+    """All event rows as one frame, one row per log row, nothing dropped.
+
+    Columns: log, kind, scenario, id, item_id, user_id, event_time, known_time, impression_id (that a click names),
+    request_id, position, query, the context features by their own names (categories string, numbers double), `reason`
+    (null: usable) and `row_json` (the row as it stood, where it is not usable).
+
+    Raises:
+        DataCheckError: a log or column is missing or has the wrong type; nothing has been computed yet.
+    """
+    context = (*config.features.context_categories, *config.features.context_numbers)
+    optional = {KIND_IMPRESSION: ("position", "ingest_time", *context)}
+    frames = [(log, *folder.read(log.name, [*log.required, *optional.get(log.kind, ["ingest_time"])])) for log in logs]
+    contexts = _context_columns(config, [raw for log, raw, _ in frames if log.kind == KIND_IMPRESSION])
+    result: DataFrame | None = None
+    for log, raw, kind in frames:
+        frame = _event_rows(log, raw, text=kind in TEXT_FORMATS, contexts=contexts, config=config)
+        result = frame if result is None else result.unionByName(frame)
+    assert result is not None  # a configuration has at least one scenario
+    return result
+
+
+def read_features(
+    folder: LogFolder, log: str, key: str, categories: Sequence[str], numbers: Sequence[str]
+) -> DataFrame:
+    """The `users` or `items` table: its key, category columns as strings, number columns as doubles; doubles kept.
+
+    Raises:
+        DataCheckError: the table or a column that the configuration names is missing or has the wrong type.
+    """
+    raw, _ = folder.read(log, [key, *categories, *numbers])
+    check_columns(log, raw.columns, [key, *categories, *numbers])
+    _check_numbers(raw, log, numbers)
+    return raw.select(
+        _text(raw, log, key).alias(key),
+        *(_category(raw, log, name).alias(name) for name in categories),
+        *(_number(raw, log, name).alias(name) for name in numbers),
+    )
+
+
+def _check_numbers(raw: DataFrame, log: str, numbers: Sequence[str]) -> None:
+    """A column of text that is mostly no number, such as 12,50, would become null without a word."""
+    texts = [name for name in numbers if isinstance(raw.schema[name].dataType, T.StringType)]
+    if not texts:
+        return
+    sums = []
+    for name in texts:
+        value = F.nullif(F.trim(F.col(f"`{name}`")), F.lit(""))
+        unread = value.isNotNull() & value.try_cast("double").isNull()
+        sums += [F.count(value), F.count_if(unread), F.min(F.when(unread, value))]
+    found = raw.agg(*(column.alias(str(n)) for n, column in enumerate(sums))).collect()[0]
+    for place, name in enumerate(texts):
+        given, unreadable, example = found[3 * place : 3 * place + 3]
+        if 2 * unreadable > given:
+            raise DataCheckError(
+                f"log {log}: column '{name}' is no number in {unreadable:,} of {given:,} rows, such as {example!r}; "
+                f"write 1234.50, or name it in logs.{log}.decimal_comma"
+            )
+
+
+def _event_rows(log: EventLog, raw: DataFrame, *, text: bool, contexts: dict[str, bool], config: Config) -> DataFrame:
+    check_columns(log.name, raw.columns, log.required)
+    shown = log.kind == KIND_IMPRESSION
+    has_query = shown and config.scenarios[log.scenario] in config.query_scenarios
+    event_time = _time(raw, log.name, "event_time", text=text)
+    ingest_time = _time(raw, log.name, "ingest_time", text=text) if "ingest_time" in raw.columns else None
+    null_time = F.lit(None).cast("timestamp")
+    columns = {
+        "id": _text(raw, log.name, log.key),
+        "item_id": _text(raw, log.name, "item_id"),
+        "user_id": _text(raw, log.name, "user_id"),
+        "event_time": event_time,
+        "known_time": F.coalesce(ingest_time, event_time) if ingest_time is not None else event_time,
+        "impression_id": _text(raw, log.name, "impression_id") if log.kind == KIND_CLICK else _null("string"),
+        "request_id": _text(raw, log.name, "request_id") if shown else _null("string"),
+        "position": _position(raw, log.name) if shown else _null("int"),
+        "query": _text(raw, log.name, "query") if has_query else _null("string"),
+    }
+    for name, is_category in contexts.items():
+        there = shown and name in raw.columns
+        cast = _category if is_category else _number
+        columns[name] = cast(raw, log.name, name) if there else _null("string" if is_category else "double")
+    # A mapped time that cannot be read is null: whether there was one stands beside it.
+    given = {name: as_written(name) if as_written(name) in raw.columns else name for name in TIMES}
+    tests = [
+        (columns["id"].isNull(), f"null_{log.key}"),
+        (columns["user_id"].isNull(), "null_user_id"),
+        (columns["item_id"].isNull(), "null_item_id"),
+        (F.col(given["event_time"]).isNull(), "null_event_time"),
+        (event_time.isNull(), "unparsable_event_time"),
+    ]
+    if ingest_time is not None:
+        tests.append((F.col(given["ingest_time"]).isNotNull() & ingest_time.isNull(), "unparsable_ingest_time"))
+    reason = F.coalesce(*(F.when(test, F.lit(name)) for test, name in tests))
+    return raw.select(
+        F.lit(log.name).alias("log"),
+        F.lit(log.kind).alias("kind"),
+        F.lit(log.scenario).alias("scenario"),
+        *(column.alias(name) for name, column in columns.items()),
+        reason.alias("reason"),
+        F.when(reason.isNotNull(), F.to_json(F.struct(*(F.col(f"`{c}`") for c in raw.columns)))).alias("row_json"),
+    ).withColumn("known_time", F.coalesce("known_time", null_time))
+
+
+def _context_columns(config: Config, impressions: Sequence[DataFrame]) -> dict[str, bool]:
+    """Context features -> is it a category. Each must be in one impressions log at least; elsewhere it is null."""
+    wanted = dict.fromkeys(config.features.context_categories, True)
+    wanted |= dict.fromkeys(config.features.context_numbers, False)
+    there = {column for frame in impressions for column in frame.columns}
+    for name in wanted:
+        if name not in there:
+            raise DataCheckError(
+                f"features: the context feature '{name}' is in no impressions log; "
+                f"they have: {', '.join(sorted(there))}; correct the name or add the column"
+            )
+    return wanted
+
+
+def _null(kind: str) -> Column:
+    return F.lit(None).cast(kind)
+
+
+def _wrong_type(log: str, column: str, found: T.DataType, needed: str) -> DataCheckError:
+    return DataCheckError(
+        f"log {log}: column '{column}' is {found.simpleString()}, needed {needed}; cast it in the log"
+    )
+
+
+def _text(raw: DataFrame, log: str, column: str) -> Column:
+    """An id as a string; integers are written out, an empty string is a null."""
+    kind = raw.schema[column].dataType
+    if isinstance(kind, T.NullType):
+        return _null("string")
+    is_unsigned = isinstance(kind, T.DecimalType) and kind.scale == 0  # what Spark makes of a 64-bit one
+    if not is_unsigned and not isinstance(kind, (T.StringType, *_INTEGERS)):
+        raise _wrong_type(log, column, kind, "string or integer")
+    return F.nullif(F.col(column).cast("string"), F.lit(""))
+
+
+def _time(raw: DataFrame, log: str, column: str, *, text: bool) -> Column:
+    """An instant; text formats hold ISO 8601 (UTC where no zone is named), null where it cannot be read."""
+    kind = raw.schema[column].dataType
+    if isinstance(kind, T.StringType) and text:
+        return F.col(column).try_cast("timestamp")
+    if not isinstance(kind, T.TimestampType | T.TimestampNTZType):
+        raise _wrong_type(log, column, kind, "timestamp (UTC, microseconds)")
+    return F.col(column).cast("timestamp")
+
+
+def _position(raw: DataFrame, log: str) -> Column:
+    if "position" not in raw.columns:
+        return _null("int")
+    kind = raw.schema["position"].dataType
+    if not isinstance(kind, (T.StringType, T.NullType, *_INTEGERS)):
+        raise _wrong_type(log, "position", kind, "integer")
+    return F.col("position").try_cast("int")
+
+
+def _category(raw: DataFrame, log: str, column: str) -> Column:
+    kind = raw.schema[column].dataType
+    if not isinstance(kind, (T.NullType, *_ATOMIC)):
+        raise _wrong_type(log, column, kind, "a single value (string, number, boolean or date)")
+    return F.nullif(F.col(column).cast("string"), F.lit(""))
+
+
+def _number(raw: DataFrame, log: str, column: str) -> Column:
+    kind = raw.schema[column].dataType
+    if not isinstance(kind, (T.NullType, T.StringType, T.BooleanType, T.NumericType)):
+        raise _wrong_type(log, column, kind, "number")
+    return F.col(column).try_cast("double")

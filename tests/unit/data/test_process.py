@@ -1,0 +1,121 @@
+"""usr_ray/data/process.py: torch computes with one thread beside the step; memory that is freed stays."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
+from usr_ray.data.decode import RowGroupDecoder
+from usr_ray.data.feed import Feed
+from usr_ray.data.manifest import build_manifest
+from usr_ray.data.process import compute_alone
+from usr_ray.data.reader import SampleReader
+
+
+@pytest.fixture(autouse=True)
+def three_threads() -> Iterator[None]:
+    """A number that no machine has by itself."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def in_new_thread(function: Callable[[], int]) -> int:
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(function).result()
+
+
+def alone() -> int:
+    compute_alone()
+    return torch.get_num_threads()
+
+
+def test_only_the_thread_that_asks_computes_alone() -> None:
+    assert in_new_thread(alone) == 1
+    assert torch.get_num_threads() == 3
+    assert in_new_thread(torch.get_num_threads) == 3
+
+
+def test_threads_that_ask_at_once_leave_the_number_of_later_ones() -> None:
+    with ThreadPoolExecutor(8, initializer=compute_alone) as executor:
+        found = [executor.submit(torch.get_num_threads) for _ in range(64)]
+    assert {f.result() for f in found} == {1}
+    assert torch.get_num_threads() == 3
+    assert in_new_thread(torch.get_num_threads) == 3
+
+
+def test_the_readers_threads_compute_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_samples(tmp_path, samples_spec(), num_rows=100, num_days=1)
+    found: list[int] = []
+    decode = RowGroupDecoder.decode
+
+    def watched(self: RowGroupDecoder, *arguments: Any, **options: Any) -> Any:
+        found.append(torch.get_num_threads())
+        return decode(self, *arguments, **options)
+
+    monkeypatch.setattr(RowGroupDecoder, "decode", watched)
+    manifest = build_manifest(tmp_path, dates=(FIRST_DATE, FIRST_DATE))
+    with SampleReader(manifest, global_batch_size=32, group_size=8, mature_only=False) as reader:
+        assert len(list(reader.batches(0))) == 4
+    assert set(found) == {1}
+    assert torch.get_num_threads() == 3
+
+
+def test_a_feed_on_a_cpu_computes_alone() -> None:
+    def source() -> Iterator[tuple[torch.Tensor, int]]:
+        yield torch.zeros(1), torch.get_num_threads()
+
+    with Feed(source(), torch.device("cpu")) as feed:
+        assert [kept for _, kept in feed] == [1]
+    assert torch.get_num_threads() == 3
+
+
+# Rounds of sixteen tensors of sixteen megabytes (4,096 pages), all freed at the end of each, as a step frees what it
+# made; faults a round, in the main thread and in another, which has a heap of its own.
+ROUNDS = """
+import resource, threading, torch
+from usr_ray.training.worker import LocalWorker
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def rounds():
+    found = []
+    for _ in range(6):
+        before = faults()
+        tensors = [torch.zeros(1 << 22) for _ in range(16)]
+        del tensors
+        found.append(faults() - before)
+    print(max(found[2:]))
+
+def both():
+    rounds()
+    thread = threading.Thread(target=rounds)
+    thread.start()
+    thread.join()
+
+both()
+LocalWorker("cpu")
+both()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc, whose settings these are")
+def test_a_worker_keeps_the_memory_that_a_step_frees() -> None:
+    root = Path(__file__).resolve().parents[3]
+    done = subprocess.run([sys.executable, "-c", ROUNDS], capture_output=True, text=True, cwd=root, check=True)
+    main_before, thread_before, main_kept, thread_kept = (int(line) for line in done.stdout.split())
+    # The main thread's heap may keep its pages by luck of what lies above them, another thread's does not.
+    if thread_before < 8_000:
+        pytest.skip(f"{main_before} and {thread_before} faults a round: huge pages, or another allocator")
+    assert main_kept + thread_kept < 5_000

@@ -1,0 +1,100 @@
+"""What the session says of a machine without the right Java or packages; and what a build prints. No JVM is started."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+import pytest
+
+import etl.session as session
+from etl.build.account import Account
+from etl.build.report import Funnel, SampleCounts, date_report, funnel_lines, warnings_of
+from etl.features.vocabulary import feature_spec
+from usr_ray.config import Config, UserError, load_config
+from usr_ray.schema import FeatureSpec
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("", "none"), ('java version "1.8.0_392"', "Java 8"), ('openjdk version "11.0.2" 2019', "Java 11")],
+)
+def test_an_old_or_missing_java_is_named_with_the_way_out(text: str, found: str) -> None:
+    with pytest.raises(UserError, match=f"java: found {found}, needed JDK 17 or newer; install it"):
+        session._check_java(text)
+
+
+@pytest.mark.parametrize("text", ['openjdk version "17.0.15" 2025-04-15', 'openjdk version "21" 2023-09-19'])
+def test_a_new_java_is_fine(text: str) -> None:
+    session._check_java(text)
+
+
+@pytest.mark.parametrize(("package", "version"), [("pyspark", "4.3.0"), ("delta-spark", "4.4.1"), ("pyspark", None)])
+def test_another_pyspark_or_delta_is_named(monkeypatch: pytest.MonkeyPatch, package: str, version: str | None) -> None:
+    real = metadata.version
+
+    def fake(name: str) -> str:
+        if name == package and version is None:
+            raise metadata.PackageNotFoundError(name)
+        return version if name == package and version else real(name)
+
+    monkeypatch.setattr(session.metadata, "version", fake)
+    with pytest.raises(UserError, match=f"{package}: found {version or 'none'}, needed 4[.].*pip install"):
+        session._check_packages()
+
+
+COUNTS = SampleCounts(
+    {("2026-01-01", "search"): Funnel(100, 20, 5, 40, 10, 0), ("2026-01-02", "search"): Funnel(100, 20, 5, 40, 5, 7),
+     ("2026-01-01", "feed"): Funnel(10, 2, 0, 2, 0, 0)}, {}, {},
+)  # fmt: skip
+
+
+def config_of(*scenarios: str, no_orders: str = "[]") -> Config:
+    names = ", ".join(f'"{name}"' for name in scenarios)
+    return load_config(None, [f"scenarios=[{names}]", f"labels.no_order_scenarios={no_orders}"])
+
+
+def spec_of(*scenarios: str, no_orders: str = "[]") -> FeatureSpec:
+    return feature_spec(config_of(*scenarios, no_orders=no_orders), {})
+
+
+def test_the_funnel_adds_up_dates_per_scenario() -> None:
+    header, search, feed = (line.split() for line in funnel_lines(COUNTS, spec_of("search", "feed")))
+    assert header[:4] == ["scenario", "impressions", "clicks", "orders"]
+    assert search == ["search", "200", "40", "10", "80", "15", "7", "0.5000", "0.6667"]
+    assert feed == ["feed", "10", "2", "0", "2", "0", "0", "1.0000", "-"]
+
+
+def test_a_global_label_that_says_nothing_new_is_warned_of() -> None:
+    assert len(warnings_of(COUNTS, spec_of("search"), ["orders"])) == 0
+    (warning,) = warnings_of(COUNTS, spec_of("search", "feed"), ["orders"])
+    assert warning.startswith("feed: P(is_click | is_click_global) = 1.0000 > 0.98")
+
+
+def test_no_mature_row_is_warned_of() -> None:
+    immature = SampleCounts({("2026-01-01", "search"): Funnel(100, 20, 5, 40, 10, 0)}, {}, {})
+    assert "no row is mature" in warnings_of(immature, spec_of("search"), ["search_orders"])[-1]
+
+
+def test_orders_that_no_log_knows_are_a_dash_and_no_zero() -> None:
+    config, spec = config_of("search", "feed", no_orders='["feed"]'), spec_of("search", "feed", no_orders='["feed"]')
+    *_, feed, note = funnel_lines(COUNTS, spec)
+    assert feed.split() == ["feed", "10", "2", "-", "2", "-", "0", "1.0000", "-"]
+    assert note == "no orders in this source: feed (CTCVR is not trained there)"
+    report = date_report("2026-01-01", account=Account(), counts=COUNTS, config=config, spec=spec, build={})
+    unknown = ("orders", "orders_global", "order_rate", "order_rate_global", "p_order_given_order_global")
+    assert {key for key, value in report["scenarios"]["feed"].items() if value is None} == set(unknown)
+    assert all(report["scenarios"]["search"][key] is not None for key in unknown)
+
+
+def test_a_scenario_whose_orders_no_log_holds_is_warned_of_unless_that_is_said() -> None:
+    of_feed = [w for w in warnings_of(COUNTS, spec_of("search", "feed"), ["search_orders"]) if "no log" in w]
+    assert of_feed == [
+        "feed: no log holds its orders, so is_order is 0 on every row and will be trained on; if they are "
+        "not known rather than none, name it in labels.no_order_scenarios"
+    ]
+    said = spec_of("search", "feed", no_orders='["feed"]')
+    assert not any("no log" in w for w in warnings_of(COUNTS, said, ["search_orders"]))
+    every = spec_of("search", "feed", no_orders='["search", "feed"]')
+    assert not any("order" in w for w in warnings_of(COUNTS, every, []))

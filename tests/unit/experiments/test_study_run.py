@@ -1,0 +1,97 @@
+"""How many trials of a study run at once, and how its worlds are built."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+
+from usr_ray.experiments import study as study_module
+from usr_ray.experiments import worlds as study_worlds
+from usr_ray.experiments.grid import Resources, StudyError, expand, load_study, parse_study
+from usr_ray.experiments.record import Base
+from usr_ray.experiments.worlds import build_commands
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.mark.parametrize(
+    ("resources", "present", "slots"),
+    [
+        (Resources(), {"CPU": 2.0}, 2),
+        (Resources(num_workers=2), {"CPU": 2.0}, 1),
+        (Resources(num_workers=2), {"CPU": 7.0}, 3),
+        (Resources(max_concurrent=1), {"CPU": 8.0}, 1),
+        (Resources(cpus_per_worker=0.1), {"CPU": 0.3}, 3),
+    ],
+)
+def test_as_many_trials_run_as_have_all_their_workers(
+    resources: Resources, present: dict[str, float], slots: int
+) -> None:
+    assert study_module.num_slots(resources, present, use_gpu=False) == slots
+
+
+def test_a_trial_that_never_fits_is_refused() -> None:
+    with pytest.raises(StudyError, match=r"a trial needs 4 CPU, 4 GPU, the cluster has 8 CPU, 1 GPU; lower"):
+        study_module.num_slots(Resources(num_workers=4), {"CPU": 8.0, "GPU": 1.0}, use_gpu=True)
+
+
+def test_a_world_is_built_from_the_same_configuration_as_it_is_trained_with(tmp_path: Path) -> None:
+    axis = {"name": "similarity", "path": "simulated.similarity", "values": [0.25], "world": True}
+    raw = {"seeds": [0], "world": {"simulated.num_impressions": 5000}, "base": {"train.num_epochs": 3}, "axes": [axis]}
+    (trial,) = expand(parse_study(raw, name="w", scale="full"))
+    base = Base(tmp_path / "c.toml", ("features.user_numbers=['age']",))
+    (tmp_path / "c.toml").write_text("data.train_dates = '2026-01-01:2026-01-03'\ndata.eval_dates = '2026-01-04'\n")
+    ingest, build = build_commands(tmp_path / "w", base, trial)
+    shared = ["--config", str(tmp_path / "c.toml"), "--logs", str(tmp_path / "w" / "logs"),
+              "--set", "features.user_numbers=['age']", "--set", "simulated.num_impressions=5000",
+              "--set", "simulated.similarity=0.25"]  # fmt: skip
+    assert ingest == ["jobs/ingest_logs.py", "--source", "simulated", *shared]
+    lake = str(tmp_path / "w" / "lake")
+    assert build == ["jobs/build_samples.py", "--lake", lake, "--dates", "2026-01-01:2026-01-04", *shared]
+    trained = base.config(Resources(), trial)
+    assert (trained.simulated.similarity, trained.features.user_numbers, trained.train.num_epochs) == (
+        0.25,
+        ("age",),
+        3,
+    )
+
+
+def test_worlds_of_real_logs_need_their_files(tmp_path: Path) -> None:
+    real = load_study("scenarios_kuairand", scale="small", folder=ROOT / "jobs" / "studies")
+    base = Base(ROOT / "jobs" / "configs" / "kuairand.toml", ())
+    five = next(trial for trial in expand(real) if trial.point["scenarios"] == "5")
+    assert base.config(Resources(), five).kuairand.tab_groups["tab_6"] == (6,)
+    ingest, _ = build_commands(tmp_path / "w", base, five, source=real.source, input_dir=tmp_path / "files")
+    assert ingest[:5] == ["jobs/ingest_logs.py", "--source", "kuairand", "--input", str(tmp_path / "files")]
+    run = functools.partial(study_module.run_study, lake=None, run_dir=tmp_path / "run")
+    with pytest.raises(
+        StudyError, match=r"--input is missing: study scenarios_kuairand makes its worlds of kuairand's"
+    ):
+        run(real, base)
+    with pytest.raises(StudyError, match=r"--input .*nowhere: no such folder; name the one with kuairand's files"):
+        run(real, base, input_dir=tmp_path / "nowhere")
+    made = load_study("scenarios", scale="small", folder=ROOT / "jobs" / "studies")
+    with pytest.raises(StudyError, match=r"study scenarios reads no data set; leave --input out"):
+        run(made, base, input_dir=tmp_path)
+
+
+def test_a_world_that_cannot_be_built_says_where_to_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    axis = {"name": "similarity", "path": "simulated.similarity", "values": [0.25], "world": True}
+    study = parse_study({"seeds": [0], "axes": [axis]}, name="w", scale="full")
+    base = Base(None, ("data.train_dates='2026-01-01'", "data.eval_dates='2026-01-02'"))
+    submit = tmp_path / "spark-submit"
+    submit.write_text("#!/bin/sh\necho starting\necho 'error: world a: jobs/ingest_logs.py: seed is odd'\nexit 2\n")
+    submit.chmod(0o755)
+    monkeypatch.setattr(study_worlds.shutil, "which", lambda *_, **__: str(submit))
+    with pytest.raises(StudyError, match=r"^world a: jobs/ingest_logs.py: seed is odd; see .*spark.log$"):
+        study_worlds.prepare_worlds(study, base, expand(study), tmp_path / "run")
+    submit.write_text("#!/bin/sh\nexit 137\n")
+    with pytest.raises(StudyError, match=r"^jobs/build_worlds.py failed with exit code 137; see .*spark.log$"):
+        study_worlds.prepare_worlds(study, base, expand(study), tmp_path / "run")
+    monkeypatch.setattr(study_worlds.shutil, "which", lambda *_, **__: None)
+    with pytest.raises(StudyError, match=r"a study of worlds needs Spark, and no spark-submit is beside this Python"):
+        study_worlds.prepare_worlds(study, base, expand(study), tmp_path / "run")

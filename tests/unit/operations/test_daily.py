@@ -1,0 +1,311 @@
+"""The daily driver with jobs faked at the process boundary: order, resumption, the gate, the lock, what is refused."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import daily as job
+from usr_ray.cli import run_job
+from usr_ray.config import UserError, load_config
+from usr_ray.operations.daily import STEPS, check_labels, judge, label_lag, plan_day, read_current
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).resolve().parents[3]
+BEGIN = ("data.train_dates=2026-01-01",)
+FAKE = """
+import json, pathlib, sys, time, datetime as dt
+here = pathlib.Path(__file__).resolve().parent.parent
+name, words = pathlib.Path(sys.argv[0]).stem, sys.argv[1:]
+told = json.loads((here / "told.json").read_text())
+with (here / "calls.jsonl").open("a") as file:
+    file.write(json.dumps([name, *words]) + "\\n")
+flag = lambda f: words[words.index(f) + 1]
+if name == "build_samples":
+    reports = pathlib.Path(flag("--lake")) / "reports"
+    reports.mkdir(parents=True, exist_ok=True)
+    if "--dates" in words:
+        first, _, last = flag("--dates").partition(":")
+        day = dt.date.fromisoformat(first)
+        while day.isoformat() <= last:
+            final = 10 if day.isoformat() not in told.get("open", []) else 7
+            (reports / f"{day}.json").write_text(json.dumps({"date": str(day), "watermark": "W",
+                "scenarios": {"search": {"impressions": 10, "mature": final}}}))
+            day += dt.timedelta(days=1)
+elif name == "evaluate":
+    loss = told["loss"][pathlib.Path(flag("--run-dir")).name]
+    cell = {"log_loss": loss, "auc": 0.7}
+    pathlib.Path(flag("--output")).write_text(json.dumps({"eval": {"all": {"ctr": cell, "ctcvr": cell}}}))
+elif name == "export":
+    output = pathlib.Path(flag("--output"))
+    output.mkdir(parents=True)
+    (output / "manifest.json").write_text("{}")
+print(name, "says something")
+(here / "up").touch()
+time.sleep(told.get("sleep", {}).get(name, 0))
+sys.exit(told.get("exit", {}).get(name, 0))
+"""
+
+
+class Shop:
+    """A folder with jobs that note how they were called and leave what the real ones leave."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root, self.work = folder / "root", folder / "work"
+        (self.root / "jobs").mkdir(parents=True)
+        for name in ("build_samples", "train", "evaluate", "export", "score"):
+            (self.root / "jobs" / f"{name}.py").write_text(FAKE)
+        (folder / "shop.toml").write_text('[data]\ntrain_dates = "2026-01-01"\n')
+        self.argv = ["--config", str(folder / "shop.toml"), "--logs", str(folder), "--lake", str(folder / "lake"),
+                     "--work", str(self.work), "--spark-submit", sys.executable]  # fmt: skip
+        self.tell(loss={})
+
+    def tell(self, **told: Any) -> None:
+        (self.root / "told.json").write_text(json.dumps({"loss": {}, **told}))
+
+    def day(self, date: str, *more: str) -> int:
+        try:
+            return run_job(job.main, [*self.argv, "--date", date, *more])
+        except SystemExit as left:  # a step's code, or that the model was held back
+            return int(left.code or 0)
+
+    def calls(self) -> list[list[str]]:
+        path = self.root / "calls.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        path.unlink(missing_ok=True)
+        return lines
+
+    def status(self, date: str) -> dict[str, Any]:
+        return json.loads((self.work / "days" / date / "status.json").read_text())
+
+
+@pytest.fixture
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shop:
+    shop = Shop(tmp_path)
+    monkeypatch.setattr(job, "ROOT", shop.root)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own
+    return shop
+
+
+def names(calls: list[list[str]]) -> list[str]:
+    return [call[0] for call in calls]
+
+
+def setting(call: list[str], key: str) -> str:
+    return [word.partition("=")[2] for word in call if word.startswith(f"{key}=")][-1]
+
+
+def test_dates_are_trained_on_once_and_never_with_labels_that_saw_the_held_out_day() -> None:
+    config = load_config(None, BEGIN)
+    assert label_lag(config) == 2  # 1 hour + 24 hours
+    assert label_lag(load_config(None, [*BEGIN, "labels.order_window=23 hours"])) == 1
+    built = {dt.date(2026, 1, n) for n in range(1, 10)}
+    plan = plan_day(config, dt.date(2026, 1, 12), built, {"trained_to": "2026-01-05", "run": "runs/2026-01-10"})
+    # Day 12: labels of the 10th are final; those of the 7th closed on the 9th, before the 10th began.
+    assert (plan.build_first, plan.train_first, plan.train_last, plan.held_out) == (
+        "2026-01-10", "2026-01-06", "2026-01-07", "2026-01-10",
+    )  # fmt: skip
+    assert plan.warm_start == "runs/2026-01-10"
+    again = plan_day(config, dt.date(2026, 1, 12), built, {"trained_to": "2026-01-07", "run": "runs/2026-01-12"})
+    assert again.train_first == ""
+    first = plan_day(config, dt.date(2026, 1, 6), set(), None)
+    assert (first.build_first, first.train_first, first.train_last, first.warm_start) == (
+        "2026-01-01", "2026-01-01", "2026-01-01", "",
+    )  # fmt: skip
+
+
+def test_what_cannot_be_planned_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"^data.train_dates is empty; its first date says where "):
+        plan_day(load_config(None), dt.date(2026, 1, 6), set(), None)
+    with pytest.raises(UserError, match=r"^--date 2025-12-31: lies before 2026-01-01, the first date of data.train_da"):
+        plan_day(load_config(None, BEGIN), dt.date(2025, 12, 31), set(), None)
+    plan = plan_day(load_config(None, BEGIN), dt.date(2026, 1, 6), set(), None)
+    with pytest.raises(
+        UserError, match=r"^day 2026-01-06: 2026-01-01 is not in the lake; build it: jobs/build_samples"
+    ):
+        check_labels([], plan)
+
+
+def evaluation(ctr: float | None, ctcvr: float | None, auc: float | None = 0.7) -> dict[str, Any]:
+    cells = {"ctr": {"log_loss": ctr, "auc": auc}, "ctcvr": {"log_loss": ctcvr, "auc": auc}}
+    return {"eval": {"all": cells}}
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "is_good"),
+    [
+        (evaluation(0.40, 0.10), evaluation(0.40, 0.10), True),
+        (evaluation(0.4019, 0.10), evaluation(0.40, 0.10), True),  # within half a percent
+        (evaluation(0.4021, 0.10), evaluation(0.40, 0.10), False),
+        (evaluation(0.30, 0.11), evaluation(0.40, 0.10), False),  # one task bought with the other
+        (evaluation(0.30, None), evaluation(0.40, None), True),  # no orders on the day
+        (evaluation(0.30, None), evaluation(0.40, 0.10), False),
+        (evaluation(None, None), evaluation(None, None), False),
+        (evaluation(0.6, 0.1, auc=0.51), None, True),
+        (evaluation(0.6, 0.1, auc=0.5), None, False),
+        (evaluation(0.6, 0.1, auc=None), None, False),
+    ],
+)
+def test_the_gate_lets_no_task_get_worse(new: dict[str, Any], old: dict[str, Any] | None, is_good: bool) -> None:
+    assert judge(new, old, 0.005)[0] is is_good
+
+
+def test_a_first_day_builds_from_the_beginning_and_publishes(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
+    shop.tell(loss={"2026-01-06": 0.4})
+    assert shop.day("2026-01-06") == 0
+    calls = shop.calls()
+    assert names(calls) == ["build_samples", "train", "evaluate", "export", "score"]
+    build, train, evaluate, _, score = calls
+    assert build[build.index("--dates") + 1] == "2026-01-01:2026-01-06"
+    assert setting(build, "data.train_dates") == "2026-01-01:2026-01-06"
+    assert "--restate" not in build
+    assert "restate: skipped, all dates are of this day's build" in (printed := capsys.readouterr().out)
+    assert setting(train, "data.train_dates") == "2026-01-01:2026-01-01"
+    assert setting(train, "data.eval_dates") == "2026-01-04"
+    assert setting(train, "train.warm_start") == ""
+    assert evaluate[evaluate.index("--dates") + 1] == "2026-01-04"
+    assert score[score.index("--output") + 1] == str(shop.work / "scores" / "2026-01-06")
+    current = read_current(shop.work)
+    assert current is not None
+    assert (current["run"], current["trained_to"], current["before"]) == ("runs/2026-01-06", "2026-01-01", [])
+    assert "train says something" in printed
+    assert "train says something" in (shop.work / "days" / "2026-01-06" / "train.log").read_text()
+    assert shop.day("2026-01-06") == 0  # once more: nothing is left to do
+    assert shop.calls() == []
+
+
+def test_late_events_can_be_looked_for_in_the_last_days_only(shop: Shop) -> None:
+    shop.tell(loss={"2026-01-06": 0.4, "2026-01-07": 0.4})
+    assert shop.day("2026-01-06") == 0
+    shop.calls()
+    assert shop.day("2026-01-07", "--restate-days", "3") == 0
+    restate = shop.calls()[1]
+    assert "--restate" in restate
+    assert restate[restate.index("--dates") + 1] == "2026-01-05:2026-01-07"
+
+
+def test_dates_that_are_there_before_a_first_day_are_looked_at_again(shop: Shop) -> None:
+    shop.tell(loss={"2026-01-06": 0.4})
+    reports = shop.root.parent / "lake" / "reports"
+    reports.mkdir(parents=True)
+    (reports / "2026-01-01.json").write_text(json.dumps({"date": "2026-01-01", "watermark": "W", "scenarios": {
+        "search": {"impressions": 10, "mature": 10}}}))  # fmt: skip
+    assert shop.day("2026-01-06") == 0
+    build, restate = shop.calls()[:2]
+    assert build[build.index("--dates") + 1] == "2026-01-02:2026-01-06"
+    assert "--restate" in restate
+    assert "--dates" not in restate
+
+
+def test_the_next_day_goes_on_from_the_model_in_use_and_a_worse_one_is_held_back(
+    shop: Shop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shop.tell(loss={"2026-01-06": 0.4, "2026-01-07": 0.5, "2026-01-08": 0.3})
+    assert shop.day("2026-01-06") == 0
+    shop.calls()
+    assert shop.day("2026-01-07") == 3
+    calls = shop.calls()
+    assert names(calls) == ["build_samples", "build_samples", "train", "evaluate", "evaluate", "score"]
+    assert "--restate" in calls[1]
+    assert calls[0][calls[0].index("--dates") + 1] == "2026-01-07:2026-01-07"
+    assert setting(calls[2], "train.warm_start") == str(shop.work / "runs" / "2026-01-06")
+    assert calls[-1][calls[-1].index("--run-dir") + 1] == str(shop.work / "runs" / "2026-01-06")
+    assert shop.status("2026-01-07")["verdict"]["why"].startswith("ctr log loss 0.50000, in use 0.40000")
+    assert shop.day("2026-01-08") == 0
+    train = shop.calls()[2]
+    assert setting(train, "data.train_dates") == "2026-01-02:2026-01-03"  # also what the held model had learned from
+    capsys.readouterr()
+    assert run_job(job.main, ["--work", str(shop.work), "--status"]) == 0
+    table = capsys.readouterr().out
+    assert "2026-01-07" in table
+    assert "held" in table
+    assert "in use: runs/2026-01-08" in table
+
+
+def test_a_failed_step_ends_with_its_code_and_the_same_command_goes_on_there(
+    shop: Shop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for code, expected in ((2, 2), (1, 1), (137, 1)):
+        shop.tell(loss={"2026-01-06": 0.4}, exit={"train": code})
+        assert shop.day("2026-01-06") == expected
+        assert f"stopped, step train ended with exit code {code}" in capsys.readouterr().err
+    assert names(shop.calls()) == ["build_samples", "train", "train", "train"]
+    assert shop.status("2026-01-06")["steps"]["train"]["status"] == "failed"
+    shop.tell(loss={"2026-01-06": 0.4})
+    assert shop.day("2026-01-06") == 0
+    assert names(shop.calls()) == ["train", "evaluate", "export", "score"]
+
+
+def test_open_labels_are_not_trained_on(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
+    shop.tell(open=["2026-01-04"])
+    assert shop.day("2026-01-06") == 2
+    assert capsys.readouterr().err == (
+        "error: day 2026-01-06: labels of 2026-01-04 are final for 7 of 10 rows only (the logs reach to W); wait "
+        "for the logs, or name how far they are complete with --watermark\n"
+    )
+    assert "train" not in names(shop.calls())
+
+
+def test_steps_can_be_run_one_by_one_in_order(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
+    shop.tell(loss={"2026-01-06": 0.4})
+    assert shop.day("2026-01-06", "--step", "train") == 2
+    assert capsys.readouterr().err == "error: --step train: build of 2026-01-06 is not done; run it first\n"
+    assert [shop.day("2026-01-06", "--step", step) for step in STEPS] == [0] * len(STEPS)
+    assert names(shop.calls()) == ["build_samples", "train", "evaluate", "export", "score"]
+
+
+def test_an_older_model_can_be_put_into_use_again(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
+    shop.tell(loss={"2026-01-06": 0.4, "2026-01-07": 0.3})
+    assert [shop.day(date) for date in ("2026-01-06", "2026-01-07")] == [0, 0]
+    shop.calls()
+    assert run_job(job.main, ["--work", str(shop.work), "--use", "2026-01-06"]) == 0
+    current = read_current(shop.work)
+    assert current is not None
+    assert current["run"] == "runs/2026-01-06"
+    assert [before["run"] for before in current["before"]] == ["runs/2026-01-06", "runs/2026-01-07"]
+    capsys.readouterr()
+    assert run_job(job.main, ["--work", str(shop.work), "--use", "2026-01-05"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: --use 2026-01-05: {shop.work} has no exported model of that day; there are: 2026-01-06, 2026-01-07\n"
+    )
+
+
+def test_two_cannot_run_and_a_step_that_outlives_its_driver_keeps_the_lock(
+    shop: Shop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shop.tell(sleep={"build_samples": 8})
+    script = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); from pathlib import Path; from jobs import daily; "
+        "from usr_ray.cli import run_job; daily.ROOT = Path(sys.argv.pop(1)); sys.exit(run_job(daily.main))"
+    )
+    driver = subprocess.Popen(
+        [sys.executable, "-c", script, str(ROOT), str(shop.root), *shop.argv, "--date", "2026-01-06"],
+        stdout=subprocess.DEVNULL,
+    )
+    end = time.monotonic() + 60
+    while not (shop.root / "up").exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    assert shop.day("2026-01-06") == 2
+    assert f"a daily run is under way (pid {driver.pid} on " in capsys.readouterr().err
+
+
+def test_what_is_missing_or_damaged_is_one_line(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_job(job.main, ["--work", str(shop.work)]) == 2
+    assert capsys.readouterr().err == "error: daily.py: --config is missing; see --help\n"
+    shop.work.mkdir()
+    (shop.work / "current.json").write_text("{")
+    assert shop.day("2026-01-06") == 2
+    assert "current.json: is damaged (" in capsys.readouterr().err

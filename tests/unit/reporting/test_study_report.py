@@ -1,0 +1,172 @@
+"""Comparisons and the report of a study whose trials are made up: who is better is known."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.unit.study_runs import BASE, finish, rows, write_study
+from usr_ray.evaluation.baseline import TrainingRows
+from usr_ray.evaluation.metrics import auc
+from usr_ray.evaluation.statistics import PairedGap
+from usr_ray.experiments.analysis import Contrast, Trials, contrasts, corrected, mean_of, means, rows_by_part
+from usr_ray.experiments.grid import Study, StudyError, expand, parse_study
+from usr_ray.experiments.record import note_failure, open_study, trial_dir, write_record
+from usr_ray.reporting.study import verdict_sentences, write_study_report
+from usr_ray.reporting.study_vectors import collapse, principal_components, separation
+
+pytestmark = pytest.mark.unit
+
+RAW: dict[str, Any] = {
+    "title": "Clear and <blurred>",
+    "seeds": [0, 1, 2, 3, 4],
+    "axes": [
+        {"name": "model", "values": {"blurred": {}, "clear": {"model.dropout": 0.1}, "same": {"model.dropout": 0.2}}},
+        {"name": "d", "path": "model.embedding_dim", "values": [8, 16]},
+    ],
+    "comparisons": [{"axis": "model", "of": ["clear", "same"], "against": "blurred"}],
+}
+NOISES = {"blurred": 2.5, "clear": 0.1, "same": 2.5}
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    return parse_study(RAW, name="blur", scale="full")
+
+
+@pytest.fixture(scope="module")
+def run_dir(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("study")
+    write_study(run_dir, study, NOISES, "model")
+    return run_dir
+
+
+def test_each_comparison_is_made_at_equal_values_of_the_other_axes(study: Study, run_dir: Path) -> None:
+    found = contrasts(Trials(run_dir, study))
+    assert len(found) == 2 * 2 * 2 * 2  # labels x d x scenarios x tasks
+    clear = next(c for c in found if (c.label, c.scenario, c.task, c.at) == ("clear", "search", "ctr", (("d", "8"),)))
+    truth = [rows(noise, seed) for noise in (0.1, 2.5) for seed in range(5)]
+    own = truth[0].scenario_N == 0
+    areas = [auc(p.labels_NT[own, 0], p.probs_NT[own, 0]) or 0.0 for p in truth]
+    assert clear.gap is not None
+    assert clear.gap.by_seed == pytest.approx([areas[n] - areas[n + 5] for n in range(5)])
+    assert clear.verdict == "better"
+    assert {c.verdict for c in found if c.label == "clear"} == {"better"}
+    assert {c.verdict for c in found if c.label == "same"} == {"even"}, "the same probabilities: no gap at all"
+
+
+def test_means_are_over_the_seeds(study: Study, run_dir: Path) -> None:
+    trials = Trials(run_dir, study)
+    point = next(p for p in trials.by_point if dict(p) == {"model": "clear", "d": "8"})
+    values = [trials.metrics(t)["search"]["ctr"]["auc"] for t in trials.by_point[point].values()]
+    assert means(trials)[point]["search", "ctr", "auc"] == mean_of([float(v) for v in values if v is not None])
+    assert ("global", "ctr", "auc") not in means(trials)[point], "undefined is left out"
+    assert (mean_of([1.0, 2.0, 3.0]).value, mean_of([1.0, 2.0, 3.0]).sd, mean_of([4.0]).sd) == (2.0, 1.0, 0.0)
+
+
+def test_a_failed_seed_is_left_out_on_both_sides_and_named(study: Study, tmp_path: Path) -> None:
+    write_record(tmp_path, open_study(tmp_path, study, BASE, lake="/lake", command=[]))
+    for trial in expand(study):
+        if trial.point["model"] == "clear" and trial.seed == 1:
+            note_failure(trial_dir(tmp_path, trial), "the loss is <nan>")
+        else:
+            finish(tmp_path, study, trial, rows(NOISES[trial.point["model"]], trial.seed))
+    clear = next(c for c in contrasts(Trials(tmp_path, study)) if c.label == "clear")
+    assert clear.gap is not None
+    assert len(clear.gap.by_seed) == 4
+    page = write_study_report(tmp_path, study).read_text(encoding="utf-8")
+    assert "2 trials without a result" in page
+    assert "the loss is &lt;nan&gt;" in page
+
+
+def test_rows_that_differ_are_never_compared(study: Study, tmp_path: Path) -> None:
+    for trial in expand(study):
+        predictions = rows(1.0, trial.seed)
+        if trial.point["model"] == "clear":
+            predictions = replace(predictions, row_number_N=predictions.row_number_N + 1)
+        finish(tmp_path, study, trial, predictions)
+    with pytest.raises(
+        StudyError, match=r"trial blurred-8-s0-\w+: was evaluated on other rows than those it is compared"
+    ):
+        contrasts(Trials(tmp_path, study))
+
+
+def test_nothing_finished_is_one_line(study: Study, tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=r"no trial of study blur is finished; run jobs/study.py"):
+        Trials(tmp_path, study)
+
+
+def gap(value: float, half: float, p_value: float, num_rarer: int = 100) -> PairedGap:
+    return PairedGap(value, value - half, value + half, p_value, (value,), 0.0, half / 2, 50, num_rarer)
+
+
+def contrast(of: PairedGap | None) -> Contrast:
+    return Contrast("model", "a", "b", (), "search", "ctr", "all rows", of)
+
+
+def test_verdicts_hold_after_correction_only() -> None:
+    found = corrected([
+        contrast(gap(0.02, 0.01, 0.001)), contrast(gap(-0.02, 0.01, 0.002)), contrast(gap(0.01, 0.009, 0.04)),
+        contrast(gap(0.001, 0.01, 0.8)), contrast(gap(0.3, 0.1, 0.0, num_rarer=7)), contrast(None),
+    ])  # fmt: skip
+    assert [c.verdict for c in found] == ["better", "worse", "unsure", "even", "few", "none"]
+    # Four have enough rows: 0.001 x 4, 0.002 x 3, 0.04 x 2.
+    assert [c.adjusted_p for c in found[:4]] == pytest.approx([0.004, 0.006, 0.08, 0.8])
+
+
+def test_the_words_claim_no_more_than_the_intervals(study: Study, run_dir: Path) -> None:
+    trials = Trials(run_dir, study)
+    words = verdict_sentences(trials, contrasts(trials))
+    assert words[0].startswith("clear against blurred: better in 8 of 8 comparisons after correction (AUC gap +0.")
+    assert words[1].startswith("same against blurred: a difference holds after correction in none of 8 comparisons")
+    assert len(words) == 2
+    few = parse_study({**RAW, "seeds": [0, 1]}, name="blur", scale="full")  # the same trials, two seeds of them
+    words = verdict_sentences(Trials(run_dir, few), contrasts(Trials(run_dir, few)))
+    assert words[2].startswith("Only 2 seeds: gaps between models are often 0.001 to 0.01")
+
+
+def test_the_page_needs_no_network_and_escapes_what_it_shows(study: Study, run_dir: Path, tmp_path: Path) -> None:
+    page = write_study_report(run_dir, study, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "Clear and &lt;blurred&gt;" in page
+    assert not re.search(r"https?://|<script|<img|<link", page)
+    assert page.count("<svg") >= 4
+    assert "/lake version 4" in page
+    assert "▲ better" in page
+    assert "near collapse" in page
+
+
+def test_the_alarm_reads_the_last_step_and_leaves_out_what_is_off(study: Study, run_dir: Path) -> None:
+    assert set(map(str, collapse(Trials(run_dir, study)).values())) == {"{'i, search': 0.02}"}
+
+
+def test_parts_of_the_rows_by_history_and_by_what_training_saw() -> None:
+    predictions = rows(1.0, 0)
+    trained = TrainingRows(
+        scenario_N=np.zeros(2, np.int64), user_key_N=predictions.user_key_N[:2], item_id_N=predictions.item_id_N[:2],
+        labels_NT=np.zeros((2, 4), np.float32),
+    )  # fmt: skip
+    parts = rows_by_part(predictions, trained)
+    lengths = predictions.history_length_N
+    assert int(parts["0 past events"].sum()) == int((lengths == 0).sum())
+    assert int(parts["21 or more past events"].sum()) == int((lengths > 20).sum())
+    seen = [user in predictions.user_key_N[:2] for user in predictions.user_key_N]
+    assert parts["user seen in training"].tolist() == seen
+    assert (parts["item new"] != parts["item seen in training"]).all()
+
+
+def test_separation_and_components_by_hand() -> None:
+    # Two rows, views e1 and e2: inside distance 0, outside 1, so 1. Mixed up: inside 1, outside 1/2, so -1/2.
+    apart = np.array([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]]])
+    mixed = np.array([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]]])
+    assert separation(apart) == pytest.approx(1.0)
+    assert separation(mixed) == pytest.approx(-0.5)
+    points, shares = principal_components(
+        np.array([[0.0, 3.0, 0.0], [0.0, -3.0, 0.0], [1.0, 0.0, 0.0], [-1.0, 0.0, 0.0]])
+    )
+    assert np.abs(points[:2, 0]) == pytest.approx([3, 3])
+    assert shares == pytest.approx([0.9, 0.1])

@@ -1,0 +1,287 @@
+"""What is checked and pinned before Ray starts: messages, the same rows on resume, the files of a run directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import deltalake
+import pytest
+
+from tests.unit.samples_table import samples_arrow, samples_spec, write_samples
+from usr_ray.cli import run_job
+from usr_ray.config import Config, UserError, load_config
+from usr_ray.data.manifest import Manifest, build_manifest
+from usr_ray.launch.environment import ADDRESS, OWN, SUBMITTED, prepare_environment
+from usr_ray.runs import plan as trainer_plan
+from usr_ray.runs.plan import RunPlan, load_manifest, mark_finished, plan_run, write_plan
+
+pytestmark = pytest.mark.unit
+
+BASE = (
+    "data.train_dates='2026-01-01:2026-01-02'",
+    "data.eval_dates='2026-01-03:2026-01-03'",
+    "train.global_batch_size=64",
+    "model.contrastive.group_size=16",
+)
+
+
+def config(*overrides: str) -> Config:
+    return load_config(None, [*BASE, *overrides])
+
+
+@pytest.fixture(scope="module")
+def shared_lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    lake = tmp_path_factory.mktemp("lake")
+    write_samples(lake, samples_spec(), num_rows=400, num_days=5)
+    return lake
+
+
+@pytest.fixture
+def lake(shared_lake: Path, tmp_path: Path) -> Path:
+    """A table of the test's own, so that it may change it."""
+    return Path(shutil.copytree(shared_lake, tmp_path / "lake"))
+
+
+def started(lake: Path, run_dir: Path, *overrides: str) -> RunPlan:
+    plan = plan_run(config(*overrides), lake, run_dir, command=["train"])
+    write_plan(plan)
+    return plan
+
+
+def test_the_record_says_how_well_the_rows_are_mixed(shared_lake: Path, tmp_path: Path) -> None:
+    dates = ("data.train_dates='2026-01-01:2026-01-04'", "data.eval_dates=''")
+    shuffled, by_date = (
+        plan_run(config(*dates, f"train.order={order}"), shared_lake, tmp_path / order).record["shuffle"]
+        for order in ("shuffled", "by_date")
+    )
+    assert (shuffled["order"], by_date["order"]) == ("shuffled", "by_date")
+    # Three dates of about 80 rows whose labels are final: one block, mixed as a whole, or by date each in its third.
+    assert abs(shuffled["correlation"]) < 0.3 < 0.8 < by_date["correlation"]
+    assert shuffled["neighbour_distance"] > 0.8 > by_date["neighbour_distance"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.train_dates=''"], r"data.train_dates is empty; .*--set data.train_dates="),
+        (["train.early_stopping=true", "data.eval_dates=''"], r"train.early_stopping watches data.eval_dates"),
+        (["data.train_dates='2025-01-01:2025-01-02'"], r"no rows in 2025-01-01:2025-01-02.*2026-01-01 to 2026-01-05"),
+        (["data.eval_dates='2027-01-01:2027-01-02'"], r"no rows in 2027-01-01:2027-01-02"),
+        (["scenarios=['search', 'live']"], r"scenarios: the configuration has \['search', 'live'\], the table"),
+        (["train.warm_start='nowhere'"], r"train.warm_start /\S+/nowhere: is no run directory with a whole checkpoint"),
+        (["ray.num_workers=5"], r"5 workers cannot share a global batch of 4 groups.*lower ray.num_workers"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    shared_lake: Path, tmp_path: Path, overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    assert run_job(lambda argv: plan_run(config(*overrides), shared_lake, run_dir) and None, []) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line), line
+    assert not run_dir.exists()
+
+
+def test_no_table_names_the_job_that_makes_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no Delta table at .*; run jobs/build_samples.py"):
+        plan_run(config(), tmp_path / "nowhere", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_that_never_matured_are_refused(tmp_path: Path) -> None:
+    write_samples(tmp_path / "lake", samples_spec(label_delay_us=10**15), num_rows=200, num_days=3)
+    with pytest.raises(UserError, match=r"none of the .* rows is mature"):
+        plan_run(config(), tmp_path / "lake", tmp_path / "run")
+
+
+def test_a_run_dir_must_be_a_folder_that_can_be_written(shared_lake: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is not a folder that can be written"):
+        plan_run(config(), shared_lake, tmp_path / "file" / "run")
+    with pytest.raises(UserError, match="must be a folder that every machine of the cluster sees"):
+        plan_run(config(), shared_lake, "s3://bucket/run")
+
+
+def test_a_run_dir_of_something_else_is_refused(shared_lake: Path, tmp_path: Path) -> None:
+    for text, message in (("{", "cannot be read"), ("{}", "not written by jobs/train.py")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=f"{message}.*use another --run-dir"):
+            plan_run(config(), shared_lake, tmp_path)
+
+
+def test_the_plan_is_written_whole(lake: Path, tmp_path: Path) -> None:
+    plan = started(lake, tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert record["config"] == plan.config.to_dict()
+    assert record["table"] == {"uri": str(lake / "samples"), "version": plan.train_manifest.version}
+    assert record["manifests"]["train"]["sha256"] == plan.train_manifest.sha256
+    assert record["manifests"]["eval"]["first_date"] == "2026-01-03"
+    assert {"torch", "ray", "deltalake", "pyarrow", "python", "usr_ray"} <= set(record["packages"])
+    assert [attempt["command"] for attempt in record["attempts"]] == [["train"]]
+    assert load_manifest(tmp_path / "run", "train") == plan.train_manifest
+    left = sorted(os.listdir(tmp_path / "run"))
+    assert left == ["config.json", "manifest-eval.json", "manifest-train.json"]
+
+
+def test_without_held_out_dates_there_is_no_held_out_manifest(lake: Path, tmp_path: Path) -> None:
+    assert started(lake, tmp_path / "run", "data.eval_dates=''").eval_manifest is None
+    assert load_manifest(tmp_path / "run", "eval") is None
+
+
+def test_the_same_command_reads_the_same_rows_after_the_table_moved_on(lake: Path, tmp_path: Path) -> None:
+    first = started(lake, tmp_path / "run")
+    more = samples_arrow(samples_spec(), num_rows=90, num_days=5, seed=7)
+    deltalake.write_deltalake(str(lake / "samples"), more, mode="append")
+    again = started(lake, tmp_path / "run")
+    assert again.train_manifest == first.train_manifest
+    assert again.eval_manifest == first.eval_manifest
+    assert len(again.record["attempts"]) == 2
+    fresh = plan_run(config(), lake, tmp_path / "other")
+    assert fresh.train_manifest.sha256 != first.train_manifest.sha256
+
+
+def append_rows(lake: Path, *, seed: int = 7) -> None:
+    more = samples_arrow(samples_spec(), num_rows=90, num_days=5, seed=seed)
+    deltalake.write_deltalake(str(lake / "samples"), more, mode="append")
+
+
+def test_a_run_reads_the_version_that_is_asked_for(lake: Path, tmp_path: Path) -> None:
+    old = started(lake, tmp_path / "run")
+    append_rows(lake)
+    version = old.train_manifest.version
+    pinned = started(lake, tmp_path / "pinned", f"data.table_version={version}")
+    assert pinned.train_manifest.sha256 == old.train_manifest.sha256
+    assert pinned.eval_manifest is not None
+    assert pinned.eval_manifest.version == version
+    assert started(lake, tmp_path / "newest").train_manifest.version == version + 1
+    with pytest.raises(UserError, match=r"samples: the Delta table cannot be opened at version 99"):
+        plan_run(config("data.table_version=99"), lake, tmp_path / "none")
+
+
+def test_a_run_stays_on_its_version_and_another_one_is_refused(lake: Path, tmp_path: Path) -> None:
+    plan = started(lake, tmp_path / "run")
+    version = plan.train_manifest.version
+    append_rows(lake)
+    mark_finished(plan, outcome="finished", step=7)
+    assert plan_run(config(f"data.table_version={version}"), lake, tmp_path / "run").is_finished, (
+        "asked for what it has"
+    )
+    with pytest.raises(
+        UserError,
+        match=rf"holds a run on version {version} of the table, this command has data.table_version = {version + 1}; "
+        "leave it out to go on with that run, or use another --run-dir",
+    ):
+        plan_run(config(f"data.table_version={version + 1}"), lake, tmp_path / "run")
+
+
+def test_a_table_that_advances_while_a_run_is_planned_gives_both_splits_one_version(
+    lake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build_then_advance(*arguments: Any, **options: Any) -> Manifest:
+        built = build_manifest(*arguments, **options)
+        append_rows(lake, seed=built.version)
+        return built
+
+    monkeypatch.setattr(trainer_plan, "build_manifest", build_then_advance)
+    plan = plan_run(config(), lake, tmp_path / "run")
+    assert plan.eval_manifest is not None
+    assert plan.eval_manifest.version == plan.train_manifest.version
+
+
+def test_a_version_below_the_newest_mark_is_refused() -> None:
+    with pytest.raises(UserError, match=r"data.table_version must be -1 \(newest\) or a version, got -2"):
+        config("data.table_version=-2")
+
+
+def test_a_lake_that_was_moved_is_recognised_and_another_one_refused(lake: Path, tmp_path: Path) -> None:
+    first = started(lake, tmp_path / "run")
+    moved = Path(shutil.move(lake, tmp_path / "moved"))
+    again = plan_run(config(), moved, tmp_path / "run")
+    assert again.train_manifest.sha256 == first.train_manifest.sha256
+    assert again.train_manifest.table_uri == str(moved / "samples")
+    write_samples(tmp_path / "foreign", samples_spec(), num_rows=300, num_days=5, seed=3)
+    with pytest.raises(UserError, match=r"holds other rows than .*; name that lake, or use another --run-dir"):
+        plan_run(config(), tmp_path / "foreign", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("override", "found"),
+    [
+        ("data.train_dates='2026-01-01:2026-01-01'", "data.train_dates"),
+        ("data.eval_dates=''", "data.eval_dates"),
+        ("model.embedding_dim=8", "model.embedding_dim"),
+        ("train.seed=5", "train.seed"),
+    ],
+)
+def test_another_run_is_refused_in_the_same_directory(lake: Path, tmp_path: Path, override: str, found: str) -> None:
+    started(lake, tmp_path / "run")
+    before = (tmp_path / "run" / "config.json").read_text()
+    with pytest.raises(UserError, match=rf"holds a run with {found} = .*; set it back .*or use another --run-dir"):
+        plan_run(config(override), lake, tmp_path / "run")
+    assert (tmp_path / "run" / "config.json").read_text() == before
+
+
+def test_keys_that_came_with_a_newer_version_do_not_end_an_older_run(lake: Path, tmp_path: Path) -> None:
+    """What an older version did not know, it did as the default does."""
+    mark_finished(started(lake, tmp_path / "run"), outcome="finished", step=7)
+    path = tmp_path / "run" / "config.json"
+    record = json.loads(path.read_text())
+    del (
+        record["config"]["data"]["mature_only"],
+        record["config"]["model"]["interest"],
+        record["config"]["train"]["order"],
+    )
+    path.write_text(json.dumps(record))
+    assert plan_run(config(), lake, tmp_path / "run").is_finished
+    with pytest.raises(UserError, match=r"holds a run with train.order = 'shuffled', this command has 'by_date'"):
+        plan_run(config("train.order=by_date"), lake, tmp_path / "run")
+
+
+def test_a_finished_run_stays_finished_unless_it_is_to_train_more(lake: Path, tmp_path: Path) -> None:
+    plan = started(lake, tmp_path / "run")
+    assert not plan_run(config(), lake, tmp_path / "run").is_finished
+    mark_finished(plan, outcome="finished", step=7)
+    again = plan_run(config("ray.num_workers=1"), lake, tmp_path / "run")
+    assert again.is_finished
+    assert again.record["step"] == 7
+    assert not plan_run(config("train.num_epochs=3"), lake, tmp_path / "run").is_finished
+
+
+def test_a_manifest_changed_by_hand_is_refused(lake: Path, tmp_path: Path) -> None:
+    plan = started(lake, tmp_path / "run")
+    path = tmp_path / "run" / "manifest-train.json"
+    path.write_text(path.read_text().replace(plan.train_manifest.files[0].path, "elsewhere.parquet"))
+    with pytest.raises(UserError, match="hash does not match"):
+        plan_run(config(), lake, tmp_path / "run")
+    assert isinstance(plan.train_manifest, Manifest)
+
+
+def test_alone_everything_stays_on_the_loopback_with_a_token_of_the_owners(tmp_path: Path) -> None:
+    token = tmp_path / "auth_token"
+    environment = {"RAY_AUTH_TOKEN_PATH": str(token), "PYTHONPATH": "mine"}
+    assert prepare_environment(environment) == OWN
+    assert environment["RAY_AUTH_MODE"] == "token"
+    assert environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
+    assert environment["PYTHONPATH"].split(os.pathsep)[-1] == "mine"
+    assert len(token.read_text()) == 64
+    assert token.stat().st_mode & 0o777 == 0o600
+    first = token.read_text()
+    token.chmod(0o644)
+    prepare_environment(environment)
+    assert token.read_text() == first
+    assert token.stat().st_mode & 0o077 == 0
+
+
+def test_inside_a_cluster_its_network_and_token_are_left_alone() -> None:
+    environment = {"RAY_ADDRESS": "10.0.0.1:6379"}
+    assert prepare_environment(environment) == ADDRESS
+    assert "RAY_AUTH_MODE" not in environment
+    assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in environment
+    assert "PYTHONPATH" not in environment
+    job = {"RAY_ADDRESS": "x", "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"working_dir": "gcs://a"}})}
+    assert prepare_environment(job) == SUBMITTED

@@ -1,0 +1,218 @@
+"""The serving model against the training model, on batches read from Delta; its inputs by hand."""
+
+from __future__ import annotations
+
+import datetime as dt
+import functools
+import math
+from dataclasses import replace
+
+import pyarrow as pa
+import pytest
+import torch
+
+from tests.unit.export_runs import MODELS, NAMES, PLAIN, make_run
+from tests.unit.random_batches import make_batch, make_spec
+from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
+from usr_ray.data.manifest import build_manifest
+from usr_ray.data.reader import SampleReader
+from usr_ray.model.history import NUM_AGES
+from usr_ray.schema import UNKNOWN_ID
+from usr_ray.serving.check import drawn_batch, training_probabilities
+from usr_ray.serving.export import ExportError, export_run, known_values, model_id
+from usr_ray.serving.model import GLOBAL_PROBABILITIES, ServingModel, input_shapes, padded_inputs
+from usr_ray.serving.runtime import ExportedModel, require_packages, verified_manifest
+from usr_ray.training.evaluate import load_run
+
+pytestmark = pytest.mark.unit
+
+torch.set_num_threads(1)  # rows this few are slower on more threads
+DATES = (FIRST_DATE, FIRST_DATE + dt.timedelta(days=1))
+
+
+def make_lake(folder, **spec):
+    write_samples(folder, samples_spec(**spec), num_rows=100, num_days=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lake(tmp_path_factory):
+    return make_lake(tmp_path_factory.mktemp("lake"))
+
+
+@functools.cache
+def real_batches(lake, size=64):
+    """Batches of all rows, the last one with padding rows."""
+    manifest = build_manifest(lake, dates=DATES)
+    with SampleReader(manifest, global_batch_size=size, group_size=16, order="file", mature_only=False) as reader:
+        return list(reader.batches(0))
+
+
+def both(run, batch):
+    """(training model's, serving model's) probabilities by name."""
+    with torch.inference_mode():
+        expected = training_probabilities(run.module(batch, run.tables.lookup(batch)))
+    return expected, ServingModel(run.module, run.tables, run.spec)(padded_inputs(batch, run.spec))
+
+
+def assert_parity(run, lake):
+    num_rows = 0
+    for batch in real_batches(lake):
+        expected, found = both(run, batch)
+        assert set(found) == set(expected)
+        for name, value in expected.items():
+            assert value.std() > 1e-4  # rows differ, so that agreement says something
+            torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5)
+        num_rows += len(batch)
+    assert num_rows >= 100
+
+
+@pytest.mark.parametrize(("backbone", "is_plain"), MODELS, ids=NAMES)
+def test_every_backbone_serves_what_it_was_trained_to_say(lake, tmp_path, backbone, is_plain):
+    assert_parity(load_run(make_run(tmp_path, lake, backbone=backbone, **(PLAIN if is_plain else {}))), lake)
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {"interest": {"enabled": False}},
+        {"generator": {"enabled": False}},
+        {"multitask": {"enabled": False}},
+        {"multitask": {"variant": "B"}},
+        {"interest": {"enabled": False}, "generator": {"enabled": False}},
+        {"recent_queries": 50},
+    ],
+    ids=str,
+)
+def test_every_switch_is_served(lake, tmp_path, switches):
+    run = load_run(make_run(tmp_path, lake, **switches))
+    assert_parity(run, lake)
+    has_global = ServingModel(run.module, run.tables, run.spec).output_names[2:] == GLOBAL_PROBABILITIES
+    assert has_global == switches.get("multitask", {}).get("enabled", True)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"scenarios": ("feed",), "query_scenarios": ()},
+        {"scenarios": ("a", "b", "c"), "query_scenarios": ("a", "c")},
+    ],
+    ids=["one scenario without queries", "three scenarios, two with queries"],
+)
+def test_any_number_of_scenarios_is_served(tmp_path, spec):
+    lake = make_lake(tmp_path / "lake", **spec)
+    assert_parity(load_run(make_run(tmp_path / "run", lake, backbone="star")), lake)
+
+
+def test_a_row_alone_equals_the_row_in_a_batch(lake, tmp_path):
+    run = load_run(make_run(tmp_path, lake, backbone="m2m"))
+    model = ServingModel(run.module, run.tables, run.spec)
+    inputs = padded_inputs(real_batches(lake, 16)[0], run.spec)
+    together = model(inputs)
+    for row in range(16):
+        alone = model({name: value[row : row + 1] for name, value in inputs.items()})
+        for name, value in alone.items():
+            torch.testing.assert_close(value, together[name][row : row + 1], rtol=0, atol=1e-6)
+
+
+def test_the_training_model_is_left_as_it_was(lake, tmp_path):
+    run = load_run(make_run(tmp_path, lake, backbone="apg"))
+    before = {name: value.clone() for name, value in run.module.state_dict().items()}
+    model = ServingModel(run.module, run.tables, run.spec)
+    after = run.module.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    names = [name for name in model.state_dict() if "backbone" in name and "factors" in name]
+    assert len(names) == 2 * 4  # U and V of two bottom layers and of a tower layer of each task: one matrix each
+    assert all(parameter.requires_grad for parameter in run.module.parameters())
+
+
+def test_ids_that_no_table_holds_are_unknown(lake, tmp_path):
+    run = load_run(make_run(tmp_path, lake))
+    model = ServingModel(run.module, run.tables, run.spec)
+    inputs = padded_inputs(real_batches(lake, 16)[0], run.spec)
+    unknown, outside = dict(inputs), dict(inputs)
+    is_event = inputs["search_history_actions"] > 0
+    unknown["sparse"] = torch.full_like(inputs["sparse"], UNKNOWN_ID)
+    outside["sparse"] = torch.full_like(inputs["sparse"], 10**12)
+    outside["sparse"][:, 1] = -3
+    for name in ("search_history_item_ids", "search_history_query_ids"):
+        unknown[name] = torch.where(is_event, UNKNOWN_ID, 0)
+        outside[name] = torch.where(is_event, 10**12, 0)
+    for name, value in model(outside).items():
+        assert torch.equal(value, model(unknown)[name])
+        assert not torch.equal(value, model(inputs)[name])
+
+
+def test_age_buckets_are_exact_at_powers_of_two(lake, tmp_path):
+    run = load_run(make_run(tmp_path, lake))
+    ages = [0.0, 0.5, 1e9, 2.0**31 - 1, -5.0, *(2.0**n - 1 + step for n in range(1, 23) for step in (-0.5, 0, 0.5))]
+    expected = [math.frexp(1 + max(age, 0.0))[1] - 1 for age in ages]
+    buckets = ServingModel(run.module, run.tables, run.spec).events._age_buckets
+    assert buckets(torch.tensor(ages)).tolist() == expected
+    assert buckets(torch.tensor([2.0**40, math.inf, math.nan])).tolist() == [NUM_AGES - 1] * 3
+
+
+def test_inputs_are_padded_on_the_left_in_the_order_of_the_spec():
+    spec = make_spec()
+    batch = make_batch(spec, 4, num_padding=0)
+    inputs = padded_inputs(batch, spec)
+    assert {name: (value.dtype, tuple(value.shape[1:])) for name, value in inputs.items()} == input_shapes(spec)
+    assert list(inputs) == list(input_shapes(spec))
+    history = batch.histories[1]
+    events = history.item_ids_V[history.offsets[2] : history.offsets[3]].tolist()
+    assert inputs["recommendation_history_item_ids"][2].tolist() == [0] * (6 - len(events)) + events
+    assert "recommendation_history_query_ids" not in inputs
+    assert "dense" not in input_shapes(make_spec(dense=False))
+
+
+def test_drawn_rows_cover_scenarios_histories_and_ids():
+    spec = make_spec()
+    batch = drawn_batch(spec, 64)
+    assert set(batch.scenario_B.tolist()) == {0, 1}
+    lengths = batch.histories[0].offsets.diff()
+    assert (int(lengths.min()), int(lengths.max())) == (0, spec.history_length)
+    assert int(batch.sparse_BF.max()) < 40
+
+
+def vocabulary(**sizes):
+    rows = [(name, f"{name}-{n}", n) for name, size in sizes.items() for n in range(2, size)]
+    return pa.table(dict(zip(("feature", "value", "id"), zip(*rows, strict=True), strict=True)))
+
+
+SIZES = {"user_id": 32, "item_id": 42, "query": 22, "brand": 8}
+
+
+def test_values_newer_than_the_model_are_left_out_of_its_vocabularies():
+    grown = vocabulary(**SIZES | {"item_id": 50, "colour": 9})
+    kept = known_values(grown, samples_spec(), "lake")
+    assert kept.sort_by([("feature", "ascending"), ("id", "ascending")]) == vocabulary(**dict(sorted(SIZES.items())))
+
+
+def test_vocabularies_of_another_lake_are_refused():
+    with pytest.raises(ExportError, match=r"^--lake other: has 38 values of item_id where the model has 40 embeddings"):
+        known_values(vocabulary(**SIZES | {"item_id": 40}), samples_spec(), "other")
+
+
+def test_exports_that_cannot_be_are_refused_in_one_line(lake, tmp_path):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").touch()
+    with pytest.raises(ExportError, match=r"--output .*used: is not empty; name another directory"):
+        export_run(tmp_path, tmp_path / "used")
+    with pytest.raises(ExportError, match=r"not installed here: no_such_package; install usr-ray\[serve\]"):
+        require_packages("json", "no_such_package")
+    with pytest.raises(ExportError, match=r"holds no readable manifest.json; export the run again"):
+        verified_manifest(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format": 9}')
+    with pytest.raises(ExportError, match="format 9, this version reads 1"):
+        verified_manifest(tmp_path)
+    with pytest.raises(ExportError, match="runtime 'tf' is not known; choose from: torch, onnx"):
+        ExportedModel(tmp_path, runtime="tf")
+
+
+def test_a_model_is_named_by_its_weights(lake, tmp_path):
+    one = load_run(make_run(tmp_path / "one", lake)).checkpoint
+    same = load_run(make_run(tmp_path / "same", lake, step=9)).checkpoint
+    other = load_run(make_run(tmp_path / "other", lake, seed=1)).checkpoint
+    assert model_id(one) == model_id(replace(one)) == model_id(same) != model_id(other)
+    assert len(model_id(one)) == 16

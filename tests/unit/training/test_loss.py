@@ -1,0 +1,216 @@
+"""The loss: by hand, against loops, and the same however rows are spread over ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+
+from tests.unit.model.test_contrastive import slow_loss
+from tests.unit.random_batches import NO_CL, PLAIN, make_batch, make_config, make_spec, rows
+from usr_ray.data.batch import UsrOutputs
+from usr_ray.model.embedding import EmbeddingTables
+from usr_ray.model.multitask import global_outputs
+from usr_ray.model.usr import UsrModel
+from usr_ray.training.loss import LabelOrderError, LossTerms, check_label_order, row_counts, usr_loss
+
+pytestmark = pytest.mark.unit
+
+
+def outputs_of(probs: list[list[float]], global_probs: list[list[float]] | None = None) -> UsrOutputs:
+    p, g = torch.tensor(probs), None if global_probs is None else torch.tensor(global_probs)
+    return UsrOutputs(p.log(), (1 - p).log(), None if g is None else g.log(), None if g is None else (1 - g).log())
+
+
+def hand_batch():
+    """Search, recommendation, search and a row of weight 0 that would spoil every mean."""
+    batch = rows(make_batch(make_spec(), 6, max_length=0, num_padding=0), [0, 1, 2, 3])
+    return dataclasses.replace(
+        batch,
+        labels_BT=torch.tensor([[1.0, 0, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]]),
+        weights_B=torch.tensor([1.0, 1, 1, 0]),
+    )
+
+
+def test_each_cell_is_the_mean_over_its_own_rows() -> None:
+    probs = [[0.5, 0.2], [0.1, 0.3], [0.25, 0.4], [0.01, 0.01]]
+    global_probs = [[0.6, 0.3], [0.7, 0.35], [0.5, 0.45], [0.01, 0.01]]
+    batch, config = hand_batch(), make_config(multitask={"alpha": 0.5}, contrastive=NO_CL)
+    counts_S = row_counts(batch, 2)
+    assert counts_S.tolist() == [2, 1]
+    terms = usr_loss(outputs_of(probs, global_probs), batch, counts_S, config)
+    log = math.log
+    cells = [[-(log(0.5) + log(0.75)) / 2, -(log(0.8) + log(0.6)) / 2], [-log(0.9), -log(0.7)]]
+    torch.testing.assert_close(terms.cells_ST, torch.tensor(cells))
+    overall = [-(log(0.6) + log(0.7) + log(0.5)) / 3, -(log(0.3) + log(0.65) + log(0.55)) / 3]
+    torch.testing.assert_close(terms.global_T, torch.tensor(overall))
+    assert float(terms.total) == pytest.approx(sum(map(sum, cells)) + 0.5 * sum(overall), rel=1e-5)
+
+
+def test_weights_by_rows_let_every_row_count_the_same() -> None:
+    probs = [[0.5, 0.2], [0.1, 0.3], [0.25, 0.4], [0.01, 0.01]]
+    batch, config = hand_batch(), make_config(contrastive=NO_CL, scenario_weights="rows")
+    terms = usr_loss(outputs_of(probs), batch, row_counts(batch, 2), config)
+    log = math.log
+    over_rows = -(log(0.5) + log(0.9) + log(0.75) + log(0.8) + log(0.7) + log(0.6)) / 3
+    assert float(terms.total) == pytest.approx(2 * over_rows, rel=1e-5), "two scenarios, as with equal weights"
+    assert float(terms.cells_ST[1, 0]) == pytest.approx(-log(0.9), rel=1e-5), "what is logged stays a cell's own mean"
+
+
+def test_a_label_that_no_log_knows_is_neither_a_row_nor_a_zero() -> None:
+    """Recommendation knows no orders: no CTCVR cell of it, and a global CTCVR over the search rows alone."""
+    probs = [[0.5, 0.2], [0.1, 0.3], [0.25, 0.4], [0.01, 0.01]]
+    global_probs = [[0.6, 0.3], [0.7, 0.35], [0.5, 0.45], [0.01, 0.01]]
+    batch, config = hand_batch(), make_config(multitask={"alpha": 0.5}, contrastive=NO_CL)
+    counts_S, known = row_counts(batch, 2), ((True, True), (True, False))
+    terms = usr_loss(outputs_of(probs, global_probs), batch, counts_S, config, known_labels=known)
+    log = math.log
+    cells = [[-(log(0.5) + log(0.75)) / 2, -(log(0.8) + log(0.6)) / 2], [-log(0.9), 0]]
+    torch.testing.assert_close(terms.cells_ST, torch.tensor(cells))
+    overall = [-(log(0.6) + log(0.7) + log(0.5)) / 3, -(log(0.3) + log(0.55)) / 2]
+    torch.testing.assert_close(terms.global_T, torch.tensor(overall))
+    assert float(terms.total) == pytest.approx(sum(map(sum, cells)) + 0.5 * sum(overall), rel=1e-5)
+    assert "loss/recommendation/ctcvr" not in terms.named(("search", "recommendation"), known)
+    assert "loss/recommendation/ctr" in terms.named(("search", "recommendation"), known)
+
+
+def test_nothing_the_model_says_of_an_unknown_label_moves_it() -> None:
+    batch, config, known = hand_batch(), make_config(contrastive=NO_CL), ((True, True), (True, False))
+    logits_BT, global_BT = torch.zeros(4, 2, requires_grad=True), torch.zeros(4, 2, requires_grad=True)
+    outputs = global_outputs(logits_BT, global_BT, "B")
+    usr_loss(outputs, batch, row_counts(batch, 2), config, known_labels=known).total.backward()
+    assert logits_BT.grad is not None
+    assert global_BT.grad is not None
+    assert logits_BT.grad[1, 1] == 0, "b_k of the masked row"
+    assert global_BT.grad[1, 1] == 0, "b_g of the masked row"
+    assert (logits_BT.grad[[0, 2]] != 0).all()
+    assert logits_BT.grad[1, 0] != 0, "its click still teaches"
+
+
+def test_no_scenario_with_orders_leaves_clicks_alone_in_the_loss() -> None:
+    batch, known = hand_batch(), ((True, False), (True, False))
+    global_probs = [[0.6, 0.3], [0.7, 0.35], [0.5, 0.45], [0.01, 0.01]]
+    terms = usr_loss(outputs_of([[0.5, 0.2]] * 4, global_probs), batch, row_counts(batch, 2),
+                     make_config(contrastive=NO_CL), known_labels=known)  # fmt: skip
+    assert terms.cells_ST[:, 1].tolist() == [0, 0]
+    assert terms.global_T[1] == 0
+    assert terms.total.isfinite()
+
+
+def test_without_glmt_there_is_no_global_term() -> None:
+    batch = hand_batch()
+    terms = usr_loss(outputs_of([[0.5, 0.2]] * 4), batch, row_counts(batch, 2), make_config(contrastive=NO_CL))
+    assert terms.global_T.tolist() == [0, 0]
+    torch.testing.assert_close(terms.total, terms.cells_ST.sum())
+
+
+def test_a_scenario_absent_everywhere_adds_nothing() -> None:
+    batch = hand_batch()
+    counts_S = row_counts(batch, 3)
+    assert counts_S.tolist() == [2, 1, 0]
+    terms = usr_loss(outputs_of([[0.5, 0.2]] * 4), batch, counts_S, make_config())
+    assert terms.cells_ST[2].tolist() == [0, 0]
+    assert terms.total.isfinite()
+
+
+def step(model: UsrModel, tables: EmbeddingTables, batch, counts_S, config, known=None) -> tuple[LossTerms, dict, dict]:
+    """Loss terms and gradients of one rank."""
+    model.zero_grad()
+    lookup = tables.lookup(batch)
+    terms = usr_loss(model(batch, lookup, 11), batch, counts_S, config, known_labels=known)
+    terms.total.backward()
+    dense = {n: p.grad.clone() for n, p in model.named_parameters()}
+    sparse = {n: torch.zeros_like(t).index_add(0, *lookup.updates()[n]) for n, t in tables.tables.items()}
+    return terms, dense, sparse
+
+
+@pytest.mark.parametrize("cuts", [[8], [4, 16]], ids=["two ranks", "three ranks"])
+@pytest.mark.parametrize(
+    ("switches", "unknown"),
+    [({}, ()), ({"multitask": {"variant": "B"}}, ()), (PLAIN, ()), ({}, ("search",))],
+    ids=["USR", "variant B", "plain", "search knows no orders"],
+)
+def test_shares_of_ranks_add_up_to_the_loss_and_gradients_of_one(
+    cuts: list[int], switches: dict, unknown: tuple[str, ...]
+) -> None:
+    spec, config = dataclasses.replace(make_spec(), no_order_scenarios=unknown), make_config(**switches)
+    batch = make_batch(spec, 20, num_padding=3)
+    torch.manual_seed(0)
+    model, tables = UsrModel(spec, config), EmbeddingTables(spec, 4, seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+        for table in tables.tables.values():
+            table[1:] *= 10
+    edges = [0, *cuts, 20]
+    parts = [rows(batch, slice(a, b)) for a, b in itertools.pairwise(edges)]
+    counts_S = row_counts(batch, 2)
+    assert torch.equal(sum(row_counts(p, 2) for p in parts), counts_S)
+    whole_terms, *whole_grads = step(model, tables, batch, counts_S, config, spec.known_labels)
+    shares = [step(model, tables, part, counts_S, config, spec.known_labels) for part in parts]
+    for name, value in whole_terms.named(spec.scenarios).items():
+        torch.testing.assert_close(sum(s[0].named(spec.scenarios)[name] for s in shares), value, rtol=1e-4, atol=1e-6)
+    for number, grads in enumerate(whole_grads, start=1):
+        for name, grad in grads.items():
+            torch.testing.assert_close(sum(s[number][name] for s in shares), grad, rtol=1e-3, atol=1e-6)
+    assert (whole_terms.cells_ST[0, 1] == 0) == bool(unknown)
+    if not switches:
+        assert whole_terms.contrastive_interest > 0
+        assert whole_terms.contrastive_feature > 0
+        assert 0 < whole_terms.variance_interest_S.min() <= whole_terms.variance_interest_S.max() < 1
+
+
+def test_contrastive_terms_are_means_over_rows_and_views() -> None:
+    torch.manual_seed(0)
+    config = make_config()
+    batch = make_batch(make_spec(), 8, num_padding=1)
+    vectors = [torch.randn(8, 2, 3) for _ in range(4)]
+    outputs = dataclasses.replace(outputs_of([[0.5, 0.5]] * 8), interests_BSD=vectors[0], interests_twin_BSD=vectors[1],
+                                  features_BSD=vectors[2], features_twin_BSD=vectors[3])  # fmt: skip
+    terms = usr_loss(outputs, batch, row_counts(batch, 2), config)
+    lengths_B = sum(h.offsets.diff() for h in batch.histories)
+    with_events = ((lengths_B > 0) & (batch.weights_B > 0)).tolist()
+    assert with_events.count(True) < 7, "row 0 has no events"
+    tau, group = config.contrastive.temperature, config.contrastive.group_size
+    # Rows without events are no anchors of CL(i), but count in the mean; padding counts in neither.
+    interest = slow_loss(vectors[0], vectors[1], with_events, group, tau) / (7 * 2)
+    feature = slow_loss(vectors[2], vectors[3], (batch.weights_B > 0).tolist(), group, tau) / (7 * 2)
+    assert float(terms.contrastive_interest) == pytest.approx(interest, rel=1e-4)
+    assert float(terms.contrastive_feature) == pytest.approx(feature, rel=1e-4)
+    cells = float(terms.cells_ST.sum())
+    assert float(terms.total) == pytest.approx(cells + 0.3 * interest + 0.2 * feature, rel=1e-4)
+
+
+def test_terms_have_names_for_every_scenario_and_task() -> None:
+    batch = hand_batch()
+    terms = usr_loss(outputs_of([[0.5, 0.2]] * 4), batch, row_counts(batch, 2), make_config())
+    named = terms.named(("search", "recommendation"))
+    for name in ("loss", "loss/search/ctr", "loss/recommendation/ctcvr", "loss/global/ctr", "contrastive/interest",
+                 "contrastive/feature", "variance/interest/search", "variance/feature/recommendation"):  # fmt: skip
+        assert name in named
+    assert all(value.shape == () and not value.requires_grad for value in named.values())
+
+
+@pytest.mark.parametrize(
+    ("labels", "pair"),
+    [
+        ([0.0, 1, 1, 1], "is_order <= is_click"),
+        ([1.0, 0, 0, 0], "is_click <= is_click_global"),
+        ([1.0, 1, 1, 0], "is_order <= is_order_global"),
+        ([0.0, 0, 0, 1], "is_order_global <= is_click_global"),
+    ],
+)
+def test_labels_that_cannot_be_are_refused_when_asked(labels: list[float], pair: str) -> None:
+    batch = hand_batch()
+    check_label_order(batch)
+    batch.labels_BT[1] = torch.tensor(labels)
+    arguments = outputs_of([[0.5, 0.2]] * 4), batch, row_counts(batch, 2), make_config()
+    message = rf"loss: 1 rows of the batch break {pair} \(first: row_number 101 in the manifest\); .* build these dates"
+    with pytest.raises(LabelOrderError, match=message):
+        usr_loss(*arguments, check_labels=True)
+    usr_loss(*arguments)
+    batch.weights_B[1] = 0
+    check_label_order(batch)

@@ -1,0 +1,173 @@
+"""Going on from another run's weights: day after day, with vocabularies that grew; and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import pytest
+import torch
+from deltalake import DeltaTable, WriterProperties, write_deltalake
+
+from tests.unit.samples_table import FIRST_DATE, samples_arrow, samples_spec, write_samples
+from tests.unit.training.test_loop import assert_equal_states, make_config, run
+from usr_ray.config import Config
+from usr_ray.data.manifest import Manifest, build_manifest
+from usr_ray.model.embedding import EmbeddingTables
+from usr_ray.schema import FEATURE_SPEC_PROPERTY, SAMPLES, FeatureSpec
+from usr_ray.training.checkpoint import CheckpointError
+from usr_ray.training.state import TrainState
+from usr_ray.training.warm_start import check_warm_start, find_checkpoint
+from usr_ray.training.worker import LocalWorker
+
+pytestmark = pytest.mark.unit
+
+DAYS = [FIRST_DATE + dt.timedelta(days=n) for n in range(3)]
+ROWS_A_DAY = 128
+NO_DRAWS = {"group_size": 16, "interest_weight": 0.0, "feature_weight": 0.0}
+"""Without twins: their masks are drawn by step, and a run of one day counts its own."""
+
+
+@pytest.fixture(scope="module")
+def even_days(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three dates of 128 rows, in row groups of 32: whole batches of 64."""
+    folder, spec = tmp_path_factory.mktemp("even"), samples_spec()
+    table = samples_arrow(spec, num_rows=600, num_days=3)
+    for day in DAYS:
+        rows = table.filter(pc.equal(table["impression_date"], day)).slice(0, ROWS_A_DAY)
+        assert rows.num_rows == ROWS_A_DAY
+        properties = WriterProperties(max_row_group_size=32, write_batch_size=32)
+        write_deltalake(
+            folder / SAMPLES, rows, partition_by=["impression_date"], mode="append", writer_properties=properties
+        )
+    DeltaTable(folder / SAMPLES).alter.set_table_properties(
+        {FEATURE_SPEC_PROPERTY: spec.to_json()}, raise_if_not_exists=False
+    )
+    return folder
+
+
+def by_date(first: dt.date, last: dt.date, **changes: Any) -> Config:
+    return make_config(
+        data_train_dates=f"{first}:{last}", data_eval_dates="", data_mature_only=False, train_order="by_date",
+        model_contrastive=NO_DRAWS, **changes,
+    )  # fmt: skip
+
+
+def test_a_run_for_each_day_ends_as_one_run_by_date(even_days: Path, tmp_path: Path) -> None:
+    all_days = build_manifest(even_days, dates=(DAYS[0], DAYS[-1]))
+    whole = run(by_date(DAYS[0], DAYS[-1]), (all_days, None), tmp_path / "whole")
+    before = ""
+    for day in DAYS:
+        folder = tmp_path / f"{day}"
+        config = by_date(day, day, train_warm_start=before)
+        daily = run(config, (build_manifest(even_days, dates=(day, day)), None), folder)
+        before = str(folder)
+    assert (whole.step, daily.step) == (6, 2)
+    assert_equal_states(whole, daily)
+
+
+def test_a_stopped_run_goes_on_from_itself_and_not_from_its_warm_start(even_days: Path, tmp_path: Path) -> None:
+    manifest = build_manifest(even_days, dates=(DAYS[0], DAYS[0]))
+    run(by_date(DAYS[0], DAYS[0]), (manifest, None), tmp_path / "first")
+    config = by_date(DAYS[0], DAYS[0], train_warm_start=str(tmp_path / "first"), train_num_epochs=2)
+    unbroken = run(config, (manifest, None), tmp_path / "unbroken")
+    asked = LocalWorker("cpu")
+    asked.request_stop()
+    assert run(config, (manifest, None), tmp_path / "run", None, asked).step == 1
+    assert_equal_states(unbroken, run(config, (manifest, None), tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
+    """(a finished run, its rows)."""
+    lake, run_dir = tmp_path_factory.mktemp("lake"), tmp_path_factory.mktemp("run")
+    write_samples(lake, samples_spec(), num_rows=300, num_days=3)
+    manifest = build_manifest(lake, dates=(DAYS[0], DAYS[-1]))
+    run(make_config(), (manifest, None), run_dir)
+    return run_dir, manifest
+
+
+def with_spec(manifest: Manifest, spec: FeatureSpec) -> Manifest:
+    return dataclasses.replace(manifest, spec=spec)
+
+
+def resized(spec: FeatureSpec, sizes: dict[str, int]) -> FeatureSpec:
+    sparse = [dataclasses.replace(f, num_embeddings=sizes.get(f.name, f.num_embeddings)) for f in spec.sparse]
+    return dataclasses.replace(spec, sparse=tuple(sparse))
+
+
+@pytest.mark.parametrize("with_optimizer", [True, False])
+def test_tables_that_grew_hold_the_old_rows_and_then_fresh_ones(
+    earlier: tuple[Path, Manifest], with_optimizer: bool
+) -> None:
+    run_dir, manifest = earlier
+    grown = with_spec(manifest, resized(manifest.spec, {"item_id": 60, "query": 33}))
+    config = make_config(train_warm_start=str(run_dir), train_warm_start_optimizer=with_optimizer)
+    worker = LocalWorker("cpu")
+    state = TrainState(config, grown, worker, order="")
+    assert Path(state.warm_start(str(run_dir), worker)).parent == run_dir / "checkpoints"
+    old, new = find_checkpoint(str(run_dir)).tensors, state.tensors()
+    fresh = EmbeddingTables(grown.spec, config.model.embedding_dim, config.train.seed).state_dict()
+    assert {name: len(fresh[name]) for name in ("item_id", "query", "user_id")} == {
+        "item_id": 60, "query": 33, "user_id": 32,
+    }  # fmt: skip
+    for name, table in fresh.items():
+        size = len(old[f"tables/{name}"])
+        assert torch.equal(new[f"tables/{name}"], torch.cat([old[f"tables/{name}"], table[size:]]))
+        sums = old[f"adagrad/{name}"] if with_optimizer else torch.zeros(size)
+        assert torch.equal(new[f"adagrad/{name}"], torch.cat([sums, torch.zeros(len(table) - size)]))
+    assert all(torch.equal(new[name], old[name]) for name in old if name.startswith("model/"))
+    assert any(name.startswith("adamw/") for name in new) == with_optimizer
+    assert (state.step, state.epoch) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("config", "spec_change", "message"),
+    [
+        (make_config(), lambda s: resized(s, {"item_id": 41}),
+         "item_id had 42 ids, .* has 41; vocabularies only grow, so this is an older table; name another, or set"),
+        (make_config(), lambda s: dataclasses.replace(s, history_length=9),
+         r"its features are not those of .* \(histories.length: 5, the table has 9\); name another"),
+        (make_config(), lambda s: dataclasses.replace(s, sparse=s.sparse[:-1]),
+         r"\(categories: user_id, item_id, query, event_hour, brand, the table has user_id, .*event_hour\)"),
+        (make_config(), lambda s: dataclasses.replace(s, label_delay_us=1), "labels' delay in microseconds"),
+        (make_config(model_embedding_dim=8), lambda s: s, "it has model.embedding_dim = 4, this run 8; set it so, or"),
+        (make_config(train_embedding_optimizer="rowwise_adam"), lambda s: s,
+         "it has train.embedding_optimizer = 'rowwise_adagrad', this run 'rowwise_adam'"),
+    ],
+)  # fmt: skip
+def test_weights_that_do_not_fit_are_refused_at_plan_time_and_by_the_workers(
+    earlier: tuple[Path, Manifest], config: Config, spec_change: Any, message: str
+) -> None:
+    run_dir, manifest = earlier
+    other = with_spec(manifest, spec_change(manifest.spec))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, warm_start=str(run_dir)))
+    with pytest.raises(CheckpointError, match=message) as planned:
+        check_warm_start(config, other)
+    worker = LocalWorker("cpu")
+    with pytest.raises(CheckpointError, match=message) as raised:
+        TrainState(config, other, worker, order="").warm_start(str(run_dir), worker)
+    assert str(planned.value) == str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_optimisers_kind_may_change_when_its_state_is_left_behind(earlier: tuple[Path, Manifest]) -> None:
+    run_dir, manifest = earlier
+    config = make_config(
+        train_warm_start=str(run_dir), train_warm_start_optimizer=False, train_embedding_optimizer="rowwise_adam"
+    )
+    check_warm_start(config, manifest)
+
+
+def test_a_folder_without_a_checkpoint_is_refused(earlier: tuple[Path, Manifest], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is no run directory with a whole checkpoint, and no checkpoint; name"):
+        check_warm_start(make_config(train_warm_start=str(tmp_path / "nothing")), earlier[1])
+
+
+def test_a_checkpoint_itself_may_be_named(earlier: tuple[Path, Manifest]) -> None:
+    newest = find_checkpoint(str(earlier[0])).path
+    assert find_checkpoint(str(newest)).path == newest
+    check_warm_start(make_config(train_warm_start=str(newest)), earlier[1])

@@ -1,0 +1,87 @@
+"""One configuration for a whole run; the sections are the modules beside this one. Standard library only."""
+
+from usr_ray.config.etl import (
+    FeaturesConfig,
+    HistoriesConfig,
+    JdSearchConfig,
+    KuaiRandConfig,
+    KuaiSarConfig,
+    KuaiSearchConfig,
+    LabelsConfig,
+    SimulatedConfig,
+    VocabularyConfig,
+)
+from usr_ray.config.fields import (
+    DAY_US,
+    ConfigError,
+    UserError,
+    check_address,
+    date_of,
+    day_number,
+    dotted,
+    end_of_us,
+    parse_date,
+    parse_dates,
+    parse_duration_us,
+)
+from usr_ray.config.logs import (
+    LogConfig,
+    OnlineConfig,
+)
+from usr_ray.config.model import (
+    BACKBONES,
+    ContrastiveConfig,
+    GeneratorConfig,
+    InterestConfig,
+    ModelConfig,
+    MultitaskConfig,
+)
+from usr_ray.config.root import (
+    Config,
+    DataConfig,
+    RayConfig,
+    TrainConfig,
+    load_config,
+)
+from usr_ray.config.tune import (
+    SpaceConfig,
+    TuneConfig,
+)
+
+__all__ = [
+    "BACKBONES",
+    "Config",
+    "ConfigError",
+    "ContrastiveConfig",
+    "DAY_US",
+    "DataConfig",
+    "FeaturesConfig",
+    "GeneratorConfig",
+    "HistoriesConfig",
+    "InterestConfig",
+    "JdSearchConfig",
+    "KuaiRandConfig",
+    "KuaiSarConfig",
+    "KuaiSearchConfig",
+    "LabelsConfig",
+    "LogConfig",
+    "ModelConfig",
+    "MultitaskConfig",
+    "OnlineConfig",
+    "RayConfig",
+    "SimulatedConfig",
+    "SpaceConfig",
+    "TrainConfig",
+    "TuneConfig",
+    "UserError",
+    "VocabularyConfig",
+    "check_address",
+    "date_of",
+    "day_number",
+    "dotted",
+    "end_of_us",
+    "load_config",
+    "parse_date",
+    "parse_dates",
+    "parse_duration_us",
+]

@@ -1,0 +1,162 @@
+"""Configuration of the shop's own logs (`[logs.<log>]`) and of the experiment report (`[online]`). Stdlib only."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from usr_ray.config.fields import require
+
+TIME_UNITS_NS = {"s": 1_000_000_000, "ms": 1_000_000, "us": 1_000, "ns": 1}
+"""time_format of a number -> nanoseconds of its unit."""
+ISO = "iso"
+LOG_FORMATS = ("parquet", "delta", "csv", "json")
+
+_LENIENT = {"Y": "y", "m": "M", "d": "d", "H": "H", "I": "h", "M": "m", "S": "s", "j": "D"}
+_FIXED = {"Y": "yyyy", "m": "MM", "d": "dd", "H": "HH", "I": "hh", "M": "mm", "S": "ss", "j": "DDD"}
+_OTHER = {"y": "yy", "f": "SSSSSS", "b": "MMM", "B": "MMMM", "a": "E", "A": "EEEE", "p": "a", "z": "[XXX][XX][X]"}
+
+
+def spark_time_pattern(text: str) -> str:
+    """Spark's pattern for a strptime one: "%d.%m.%Y %H:%M" -> "d'.'M'.'y' 'H':'m".
+
+    Numbers between other text may lack their leading zero; numbers that touch ("%Y%m%d") have their full width.
+
+    Raises:
+        ValueError: a code that Spark cannot parse, a lone %, or no code at all.
+    """
+    parts = re.findall(r"%(.)|([^%]+)|(%)", text, flags=re.DOTALL)
+    if not any(code for code, _, _ in parts):
+        raise ValueError("it has no %-code")
+    pattern = ""
+    for place, (code, literal, _) in enumerate(parts):
+        touches = any(0 <= n < len(parts) and parts[n][0] in _FIXED for n in (place - 1, place + 1))
+        if literal or code == "%":
+            pattern += "'" + (literal or "%").replace("'", "''") + "'"
+        elif code in _FIXED:
+            pattern += (_FIXED if touches else _LENIENT)[code]
+        elif code in _OTHER:
+            pattern += _OTHER[code]
+        else:
+            raise ValueError(f"%{code} is not among %{' %'.join([*_FIXED, *_OTHER])}")
+    return pattern
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogConfig:
+    """How one log of the contract is made from the shop's own files (docs/own-logs.md); logs may share files."""
+
+    path: str = ""
+    """File, folder or glob, below --logs unless it starts with / or names a file system; empty: the log's own entry."""
+    format: str = ""
+    """'parquet', 'delta', 'csv' or 'json' (one object a line); empty: what the file names end with."""
+    separator: str = ","
+    """Between the fields of a CSV line."""
+    encoding: str = "UTF-8"
+    """Of CSV: 'UTF-8', 'ISO-8859-1', 'windows-1252' or another."""
+    columns: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
+    """Column of the contract or feature -> own column; of several own columns the values are joined by '|'."""
+    decimal_comma: tuple[str, ...] = ()
+    """Number columns, by their name in the contract, written as 1.234,50."""
+    constants: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    """Column -> its value in every row; '' is null."""
+    where: Mapping[str, str | int | bool | tuple[str, ...]] = field(default_factory=dict)
+    """Own column -> the value, or one of the values, that a row of this log has in it."""
+    time_format: str = ISO
+    """Of event_time and ingest_time: 'iso', a number's unit ('s', 'ms', 'us', 'ns'), or a strptime pattern."""
+    time_zone: str = "UTC"
+    """Of times that do not name their own, such as 'Europe/Berlin'."""
+
+    def check(self, where: str) -> None:
+        """Raise ConfigError, naming `where`, unless every value can be used."""
+        require(self.format in ("", *LOG_FORMATS),
+                f"{where}.format must be one of {', '.join(LOG_FORMATS)}, got {self.format!r}")  # fmt: skip
+        require(len(self.separator) == 1, f"{where}.separator must be one character, got {self.separator!r}")
+        require(_is_encoding(self.encoding),
+                f"{where}.encoding {self.encoding!r} is unknown; write it as 'UTF-8' or 'ISO-8859-1'")  # fmt: skip
+        doubled = sorted(set(self.columns) & set(self.constants))
+        require(not doubled, f"{where}: {', '.join(doubled)} is in columns and in constants; keep one of them")
+        for key in ("event_time", "ingest_time"):
+            require(key not in self.constants, f"{where}.constants.{key} would be the time of every row; name a column")
+            require(isinstance(self.columns.get(key, ""), str), f"{where}.columns.{key} must be one column")
+        for key in ("columns", "where"):
+            empty = [name for name, value in getattr(self, key).items() if value in ("", ())]
+            require(not empty, f"{where}.{key}.{''.join(empty[:1])} is empty; name at least one")
+        require(_is_time_format(self.time_format),
+                f"{where}.time_format must be 'iso', 's', 'ms', 'us', 'ns' or a pattern of strptime such as "
+                f"'%d.%m.%Y %H:%M:%S', got {self.time_format!r}")  # fmt: skip
+        require(_is_time_zone(self.time_zone),
+                f"{where}.time_zone {self.time_zone!r} is unknown; write it as 'UTC' or 'Europe/Berlin'")  # fmt: skip
+
+
+def _is_encoding(name: str) -> bool:
+    try:
+        codecs.lookup(name)
+    except LookupError:
+        return False
+    return True
+
+
+def _is_time_zone(name: str) -> bool:
+    import zoneinfo  # here: few configurations need it, and it reads the machine's own set-up
+
+    def known(zone: str) -> bool:
+        try:
+            zoneinfo.ZoneInfo(zone)
+        except (ValueError, OSError, zoneinfo.ZoneInfoNotFoundError):
+            return False
+        return True
+
+    # A machine without a time zone database cannot tell; Spark brings its own.
+    return name == "UTC" or known(name) or not known("Europe/London")
+
+
+def _is_time_format(text: str) -> bool:
+    if text == ISO or text in TIME_UNITS_NS:
+        return True
+    try:
+        spark_time_pattern(text)
+    except ValueError:
+        return False
+    return True
+
+
+def log_names(scenarios: Sequence[str]) -> list[str]:
+    """Every log that the contract knows with these scenarios."""
+    return [f"{s}_{kind}" for s in scenarios for kind in ("impressions", "clicks", "orders")] + [
+        "orders", "users", "items"]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OnlineConfig:
+    """The report on an experiment that the shop has run (docs/online.md)."""
+
+    bucket_column: str = "bucket"
+    """Column of the impressions logs with the experiment's bucket; null: the impression is outside the experiment."""
+    control: str = ""
+    """Bucket the others are compared with; empty: the first by name."""
+    shares: Mapping[str, float] = field(default_factory=dict)
+    """Bucket -> planned share of users, in any unit; empty: every bucket found was planned to be as large."""
+    confidence: float = 0.95
+    """Of every interval; 1 - confidence is also the level of Holm's verdicts."""
+    num_resamples: int = 1000
+    """Of the bootstrap."""
+    seed: int = 0
+    """Of the bootstrap."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.bucket_column), "online.bucket_column is empty; name a column of the impressions logs")
+        require(0.5 <= self.confidence < 1, f"online.confidence must be in [0.5, 1), got {self.confidence}")
+        require(self.num_resamples >= 100, f"online.num_resamples must be at least 100, got {self.num_resamples}")
+        require(self.seed >= 0, f"online.seed must not be negative, got {self.seed}")
+        wrong = {name: share for name, share in self.shares.items() if not 0 < share < float("inf")}
+        require(not wrong, f"online.shares must be positive, got {wrong}")
+        require(
+            len(self.shares) != 1,
+            f"online.shares names one bucket, {''.join(self.shares)}; an experiment has two or more",
+        )
+        require(not (self.shares and self.control) or self.control in self.shares,
+                f"online.control {self.control!r} is not in online.shares, which has: {', '.join(self.shares)}"
+                )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Delta to batches: manifest, global order, decoding, feed."""

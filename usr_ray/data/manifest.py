@@ -1,0 +1,300 @@
+"""The files and row groups of one pinned version of a samples table, under one hash.
+
+A manifest fixes what a run reads: it names every file, its row groups and their row counts, so that training needs
+neither the Delta log nor the package `deltalake` again, and a checkpoint can say exactly which rows it has seen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import hashlib
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from usr_ray.config import DAY_US, UserError
+from usr_ray.data.manifest_files import (
+    STORE_HINT,
+    DataError,
+    DataFile,
+    RowGroup,
+    one_line,
+    open_filesystem,
+    read_footer,
+    table_address,
+    whole_line,
+)
+from usr_ray.files import write_whole
+from usr_ray.schema import ALL_LABELS, FEATURE_SPEC_PROPERTY, PARTITION_COLUMN, SAMPLES, VOCABULARIES, FeatureSpec
+
+FORMAT = 1
+"""Of the JSON file; another number is refused."""
+_FOOTER_THREADS = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowGroupRef:
+    """Where a row group is: in the manifest and in the numbering of rows."""
+
+    file: int
+    """Position in Manifest.files."""
+    index: int
+    """Position in the file."""
+    first_row: int
+    """row_number of its first row: rows of the manifest before it, pruned row groups included."""
+    row_group: RowGroup
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What a run reads. Files are sorted by (date, path); a row's number is its position in that order."""
+
+    table_uri: str
+    version: int
+    spec: FeatureSpec
+    files: tuple[DataFile, ...]
+    sha256: str
+    """Of everything that fixes the order of rows; not of table_uri (a copy of the table reads alike) or version."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all files."""
+        return sum(group.num_rows for file in self.files for group in file.row_groups)
+
+    @property
+    def dates(self) -> tuple[str, ...]:
+        """Dates that have files, ascending."""
+        return tuple(sorted({file.date for file in self.files}))
+
+    def row_groups(self) -> Iterator[RowGroupRef]:
+        """Every row group in the order of the row numbers."""
+        first_row = 0
+        for position, file in enumerate(self.files):
+            for index, group in enumerate(file.row_groups):
+                yield RowGroupRef(file=position, index=index, first_row=first_row, row_group=group)
+                first_row += group.num_rows
+
+    def save(self, path: Path | str) -> None:
+        """Write the manifest as JSON, whole or not at all."""
+        raw = {"format": FORMAT, **dataclasses.asdict(self), "spec": json.loads(self.spec.to_json())}
+        write_whole(Path(path), json.dumps(raw, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path | str) -> Manifest:
+        """Read a manifest written by `save`; needs no Delta package.
+
+        Raises:
+            UserError: the file is missing, is no manifest, or was changed by hand.
+        """
+        try:
+            raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"manifest {path}: cannot be read ({error.strerror}); build one from the lake") from error
+        except ValueError as error:
+            raise UserError(f"manifest {path}: not JSON ({error}); build it again from the lake") from error
+        try:
+            if raw["format"] != FORMAT:
+                raise ValueError(f"format {raw['format']}, this version reads {FORMAT}")
+            manifest = make_manifest(
+                table_uri=raw["table_uri"],
+                version=raw["version"],
+                spec=FeatureSpec.from_json(json.dumps(raw["spec"])),
+                files=[_file_from_dict(file) for file in raw["files"]],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"manifest {path}: not a manifest ({error}); build it again from the lake") from error
+        if manifest.sha256 != raw["sha256"]:
+            raise UserError(f"manifest {path}: its hash does not match its files; build it again from the lake")
+        return manifest
+
+
+def make_manifest(*, table_uri: str, version: int, spec: FeatureSpec, files: list[DataFile]) -> Manifest:
+    """A manifest of these files, sorted by (date, path) and hashed."""
+    ordered = tuple(sorted(files, key=lambda file: (file.date, file.path)))
+    fixed = [FORMAT, [dataclasses.asdict(file) for file in ordered]]
+    sha256 = hashlib.sha256(json.dumps(fixed, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return Manifest(table_uri=table_uri, version=version, spec=spec, files=ordered, sha256=sha256)
+
+
+def _file_from_dict(raw: dict[str, Any]) -> DataFile:
+    return DataFile(**{**raw, "row_groups": tuple(RowGroup(**group) for group in raw["row_groups"])})
+
+
+def labels_close_us(event_time_us: NDArray[np.int64], spec: FeatureSpec) -> NDArray[np.int64]:
+    """When a row's labels are final (contract 2.6): t + W_g + W_o, or the end of t's UTC day + W_g + W_o ("day" span).
+
+    The second is never too early: clicks of the day and of the click window end before it by W_o or more.
+    """
+    start = (event_time_us // DAY_US + 1) * DAY_US if spec.label_day_span else event_time_us
+    return start + spec.label_delay_us
+
+
+def usable_row_groups(manifest: Manifest, *, ready_before_us: int | None, mature_only: bool) -> list[RowGroupRef]:
+    """Row groups that may hold a row that counts: some mature row, and labels that close by ready_before_us.
+
+    Raises:
+        DataError: there is none, so a run would train on nothing.
+    """
+    usable = []
+    for ref in manifest.row_groups():
+        earliest = labels_close_us(np.array([ref.row_group.min_event_time_us]), manifest.spec)[0]
+        if (ready_before_us is None or earliest <= ready_before_us) and (ref.row_group.has_mature or not mature_only):
+            usable.append(ref)
+    if usable:
+        return usable
+    where = f"{manifest.table_uri}, {manifest.dates[0]} to {manifest.dates[-1]}"
+    if mature_only and not any(ref.row_group.has_mature for ref in manifest.row_groups()):
+        raise DataError(
+            f"{where}: none of the {manifest.num_rows} rows is mature; rebuild the dates with a later --watermark, "
+            "or set data.mature_only=false to read labels that may still change"
+        )
+    cut_off = dt.datetime.fromtimestamp((ready_before_us or 0) / 1e6, tz=dt.UTC)
+    raise DataError(
+        f"{where}: no row's labels are final by {cut_off:%Y-%m-%dT%H:%M:%SZ} (they close "
+        f"{manifest.spec.label_delay_us / 3.6e9:g} hours after the impression); take more days"
+    )
+
+
+def model_columns(spec: FeatureSpec) -> dict[str, str]:
+    """Every column that training reads, with its Delta type, in reading order; arrays as 'array<long>'."""
+    columns = dict.fromkeys(ALL_LABELS, "float")
+    columns |= {"is_mature": "boolean", "event_time": "timestamp", "scenario_index": "long"}
+    columns |= {feature.column: "long" for feature in spec.sparse}
+    columns |= {feature.column: "float" for feature in spec.dense}
+    for history in spec.histories:
+        columns |= {history.item_ids: "array<long>", history.actions: "array<long>", history.ages_s: "array<float>"}
+        if history.query_ids:
+            columns[history.query_ids] = "array<long>"
+    return columns | {"user_key": "long", "request_key": "long"}
+
+
+def build_manifest(lake: Path | str, *, dates: tuple[dt.date, dt.date], version: int | None = None) -> Manifest:
+    """The manifest of `<lake>/samples` for the dates first..last (both included).
+
+    Args:
+        lake: folder, or URI that both Delta and Arrow can open.
+        dates: first and last impression_date.
+        version: of the Delta table; None: the newest.
+
+    Raises:
+        UserError: no table or version there, or no files in these dates.
+        DataError: a table that would be read wrong (column mapping, deletion vectors), that training does not
+            understand (feature spec or columns missing, wrong types), or with a file missing or damaged.
+    """
+    table_uri = table_address(lake, SAMPLES)
+    table = _open_table(table_uri, version)
+    spec = _check_table(table, table_uri)
+    adds = pa.table(table.get_add_actions(flatten=True))
+    days = adds.column(f"partition.{PARTITION_COLUMN}").to_pylist()
+    chosen = [n for n, day in enumerate(days) if day is not None and dates[0] <= day <= dates[1]]
+    if not chosen:
+        known = [day for day in days if day is not None]
+        span = f"the table holds {min(known)} to {max(known)}" if known else "the table is empty"
+        raise UserError(f"{table_uri}: no rows in {dates[0]}:{dates[1]}; {span}: build these dates or choose others")
+    names = adds.column("path").to_pylist()
+    _refuse_deletion_vectors(table, table_uri, [names[n] for n in chosen])
+    sizes = adds.column("size_bytes").to_pylist()
+    counts = adds.column("num_records").to_pylist() if "num_records" in adds.column_names else [None] * len(names)
+    filesystem, table_path = open_filesystem(table_uri)
+
+    def footer(n: int) -> DataFile:
+        return read_footer(filesystem, table_path, names[n], date=days[n], size_bytes=sizes[n], num_rows=counts[n])
+
+    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
+        files = [file for file in pool.map(footer, chosen) if file.row_groups]
+    if not files:
+        raise UserError(f"{table_uri}: no rows in {dates[0]}:{dates[1]}; its files of these dates are empty")
+    return make_manifest(table_uri=table_uri, version=table.version(), spec=spec, files=files)
+
+
+def read_vocabularies(lake: Path | str) -> pa.Table:
+    """Columns feature, value (string) and id (int64) of `<lake>/vocabularies`. Raises UserError: there is none."""
+    table = _open_table(table_address(lake, VOCABULARIES), None)
+    return table.to_pyarrow_table(columns=["feature", "value", "id"])
+
+
+def _open_table(table_uri: str, version: int | None) -> Any:
+    try:
+        from deltalake import DeltaTable
+        from deltalake.exceptions import DeltaError, TableNotFoundError
+    except ImportError as error:
+        raise UserError(
+            "the package deltalake is not installed here: install usr-ray[train] or use a manifest file built elsewhere"
+        ) from error
+    try:
+        return DeltaTable(table_uri, version=version)
+    except TableNotFoundError as error:
+        raise UserError(
+            f"--lake: no Delta table at {table_uri}; run jobs/build_samples.py on this lake first"
+        ) from error
+    except (DeltaError, OSError) as error:
+        at = "" if version is None else f" at version {version}"
+        hint = f"; {STORE_HINT}" if "://" in table_uri else ""
+        raise UserError(f"{table_uri}: the Delta table cannot be opened{at} ({whole_line(error)}){hint}") from error
+
+
+def _check_table(table: Any, table_uri: str) -> FeatureSpec:
+    """Refuse what would be read wrong without an error; return the table's feature spec."""
+    properties = table.metadata().configuration
+    mode = properties.get("delta.columnMapping.mode", "none")
+    if mode != "none":
+        # Files then hold physical names; read by logical name every column would come back all null.
+        raise DataError(
+            f"{table_uri}: delta.columnMapping.mode is {mode!r}, which is not read here; rewrite the table without it"
+        )
+    if PARTITION_COLUMN not in table.metadata().partition_columns:
+        raise DataError(f"{table_uri}: not partitioned by {PARTITION_COLUMN}; build it with jobs/build_samples.py")
+    if FEATURE_SPEC_PROPERTY not in properties:
+        raise DataError(
+            f"{table_uri}: the table property {FEATURE_SPEC_PROPERTY} is missing, so the model's inputs are unknown; "
+            "build the table with jobs/build_samples.py"
+        )
+    try:
+        spec = FeatureSpec.from_json(properties[FEATURE_SPEC_PROPERTY])
+    except ValueError as error:
+        raise DataError(
+            f"{table_uri}: the table property {FEATURE_SPEC_PROPERTY} cannot be read ({one_line(error)}); "
+            "build the table with this version of jobs/build_samples.py"
+        ) from error
+    found = {field["name"]: _type_name(field["type"]) for field in json.loads(table.schema().to_json())["fields"]}
+    wrong = [
+        f"{name} is {found.get(name, 'missing')}, needed {needed}"
+        for name, needed in model_columns(spec).items()
+        if found.get(name) != needed
+    ]
+    if wrong:
+        raise DataError(f"{table_uri}: wrong columns: {'; '.join(wrong)}; rebuild the table with jobs/build_samples.py")
+    return spec
+
+
+def _type_name(delta_type: Any) -> str:
+    if isinstance(delta_type, dict):
+        inner = f"<{_type_name(delta_type['elementType'])}>" if delta_type["type"] == "array" else ""
+        return f"{delta_type['type']}{inner}"
+    return str(delta_type)
+
+
+def _refuse_deletion_vectors(table: Any, table_uri: str, names: list[str]) -> None:
+    """File lists ignore deletion vectors, so deleted rows would be trained on."""
+    if "deletionVectors" not in (table.protocol().reader_features or []):
+        return
+    try:
+        marked = [str(path) for path in pa.table(table.deletion_vectors()).column("filepath").to_pylist()]
+    except Exception as error:  # a vector that cannot be decoded is still a vector in use
+        marked, reason = names, f" ({one_line(error)})"
+    else:
+        reason = ""
+    found = [name for name in names if any(path.endswith(name) for path in marked)]
+    if found:
+        raise DataError(
+            f"{table_uri}: deletion vectors are in use, for example on {found[0]}{reason}, and are not read here; run "
+            "REORG TABLE ... APPLY (PURGE) on the table"
+        )

@@ -1,0 +1,1 @@
+"""Metrics, baselines and statistics; numpy and scipy, no torch."""

@@ -1,0 +1,138 @@
+"""Files of an evaluation: predictions.parquet (a row each) and evaluation-<dates>.json (metrics). No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from usr_ray.evaluation.metrics import CellMetrics, Predictions
+from usr_ray.files import write_whole
+from usr_ray.schema import ALL_LABELS, TASKS
+
+PREDICTIONS_FILE = "predictions.parquet"
+SPLIT, BASELINE_SPLIT = "eval", "eval_popularity"
+"""Splits of an evaluation file: the model, and the popularity baseline on the same rows."""
+_ABOUT = b"usr_ray.evaluation"
+
+
+def write_metrics(path: Path, splits: Mapping[str, CellMetrics]) -> None:
+    """Splits in the shape of metrics.json (contract, section 4); undefined is null. Appears whole or not at all."""
+    write_whole(path, json.dumps(dict(splits), indent=2, allow_nan=False) + "\n")
+
+
+def metrics_text(splits: Mapping[str, CellMetrics]) -> str:
+    """A table for the terminal: a line for each scenario, task and split; '-' where a metric is undefined.
+
+    Below it, a line for each scenario and task whose labels are not known.
+    """
+    lines: list[tuple[str, ...]] = [
+        ("scenario", "task", "scorer", "AUC", "GAUC", "log loss", "PCOC", "samples", "positives")
+    ]
+    for cell, tasks in splits[SPLIT].items():
+        for task in tasks:
+            for split, cells in splits.items():
+                m = cells[cell][task]
+                values = ["-" if m[key] is None else f"{m[key]:.4f}" for key in ("auc", "gauc", "log_loss", "pcoc")]
+                counts = [f"{m[key]:,}" for key in ("num_samples", "num_positives")]
+                lines.append((cell, task, "popularity" if split == BASELINE_SPLIT else "model", *values, *counts))
+    widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
+    table = [
+        "  ".join(
+            text.ljust(w) if place < 3 else text.rjust(w)
+            for place, (text, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    unknown = [
+        f"{cell} {task}: the logs know no orders of these {m['num_unknown']:,} rows"
+        for cell, tasks in splits[SPLIT].items()
+        for task, m in tasks.items()
+        if m["num_samples"] == 0 and m.get("num_unknown")
+    ]
+    return "\n".join([*table, *unknown])
+
+
+def write_predictions(
+    path: Path,
+    predictions: Predictions,
+    scenarios: Sequence[str],
+    *,
+    baseline: Predictions | None = None,
+    about: Mapping[str, Any],
+) -> None:
+    """One Parquet row per evaluated row; `about` (dates, checkpoint, table version) goes into the file's metadata.
+
+    Columns: row_number, scenario, the four labels (null where not known), prob_ctr, prob_ctcvr, prob_ctr_global,
+    prob_ctcvr_global (null without global heads), popularity_ctr and so on (only with `baseline`), user_key,
+    request_key, item_id (encoded), history_length.
+    """
+    columns: dict[str, Any] = {
+        "row_number": predictions.row_number_N,
+        "scenario": pa.DictionaryArray.from_arrays(predictions.scenario_N.astype(np.int32), list(scenarios)),
+    }
+    columns |= {
+        label: pa.array(predictions.labels_NT[:, place], from_pandas=True) for place, label in enumerate(ALL_LABELS)
+    }
+    columns |= _prob_columns("prob", predictions)
+    if baseline is not None:
+        columns |= _prob_columns("popularity", baseline)
+    columns |= {
+        "user_key": predictions.user_key_N,
+        "request_key": predictions.request_key_N,
+        "item_id": predictions.item_id_N,
+        "history_length": predictions.history_length_N,
+    }
+    metadata = {_ABOUT: json.dumps(dict(about)).encode()}
+    partial = path.with_name(f"{path.name}.partial")
+    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), partial, compression="zstd")
+    partial.replace(path)
+
+
+def _prob_columns(prefix: str, predictions: Predictions) -> dict[str, Any]:
+    columns: dict[str, Any] = {}
+    for place, task in enumerate(TASKS):
+        columns[f"{prefix}_{task}"] = predictions.probs_NT[:, place]
+        probs_NT = predictions.global_probs_NT
+        columns[f"{prefix}_{task}_global"] = (
+            pa.nulls(len(predictions), pa.float64()) if probs_NT is None else probs_NT[:, place]
+        )
+    return columns
+
+
+def read_predictions(path: Path, scenarios: Sequence[str]) -> tuple[Predictions, Predictions | None, dict[str, Any]]:
+    """Inverse of `write_predictions`: (model, baseline or None, about)."""
+    table = pq.read_table(path)
+    names = np.array(table["scenario"].cast(pa.string()).to_pylist(), dtype=object)
+    scenario_N = np.full(table.num_rows, -1, dtype=np.int64)
+    for index, scenario in enumerate(scenarios):
+        scenario_N[names == scenario] = index
+
+    def column(name: str) -> NDArray:
+        return table[name].to_numpy()
+
+    def predictions(prefix: str) -> Predictions:
+        has_global = table[f"{prefix}_{TASKS[0]}_global"].null_count == 0
+        return Predictions(
+            row_number_N=column("row_number"),
+            scenario_N=scenario_N,
+            labels_NT=np.stack([column(label) for label in ALL_LABELS], axis=1),
+            probs_NT=np.stack([column(f"{prefix}_{task}") for task in TASKS], axis=1),
+            global_probs_NT=np.stack([column(f"{prefix}_{task}_global") for task in TASKS], axis=1)
+            if has_global
+            else None,
+            user_key_N=column("user_key"),
+            request_key_N=column("request_key"),
+            item_id_N=column("item_id"),
+            history_length_N=column("history_length"),
+        )
+
+    about = json.loads((table.schema.metadata or {}).get(_ABOUT, b"{}"))
+    baseline = predictions("popularity") if f"popularity_{TASKS[0]}" in table.column_names else None
+    return predictions("prob"), baseline, about

@@ -1,0 +1,1 @@
+"""Studies and searches: many trials on Ray."""

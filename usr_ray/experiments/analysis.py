@@ -1,0 +1,233 @@
+"""From the trials of a study to its numbers: means over seeds, compared points, slices. No Ray.
+
+Shape letters: N rows, R seeds.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from usr_ray.config import Config, end_of_us, parse_dates
+from usr_ray.evaluation.baseline import TrainingRows, read_training_rows
+from usr_ray.evaluation.files import PREDICTIONS_FILE, SPLIT, read_predictions
+from usr_ray.evaluation.metrics import ALL, GLOBAL, CellMetrics, Predictions
+from usr_ray.evaluation.report_stats import HISTORY_BUCKETS, MIN_ROWS, cell_rows
+from usr_ray.evaluation.statistics import PairedGap, holm, paired_auc_gap
+from usr_ray.experiments.grid import Study, StudyError, Trial, compared_labels, expand
+from usr_ray.experiments.record import is_finished, trial_dir
+from usr_ray.runs.folder import METRICS_FILE
+from usr_ray.runs.plan import CONFIG_FILE, load_manifest
+from usr_ray.schema import TASKS
+
+LEVEL = 0.05
+WHOLE = "all rows"
+Point = tuple[tuple[str, str], ...]
+"""(axis, label) of each axis, in the order of the study."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """A metric of a point, over its seeds."""
+
+    value: float
+    sd: float
+    """Sample standard deviation over the seeds; 0 for one."""
+    num_seeds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Contrast:
+    """One value of an axis against another, in one cell and one part of the rows."""
+
+    axis: str
+    label: str
+    against: str
+    at: Point
+    """The other axes."""
+    scenario: str
+    task: str
+    part: str
+    gap: PairedGap | None
+    """None: undefined, or no seed that both sides finished."""
+    adjusted_p: float = 1.0
+    """Holm's, over every contrast of the study on all rows (slices: over the slices)."""
+
+    @property
+    def verdict(self) -> str:
+        """'better' or 'worse' (after correction), 'unsure' (the interval alone leaves out 0), 'even', 'few', 'none'."""
+        if self.gap is None:
+            return "none"
+        if self.gap.num_rarer < MIN_ROWS:
+            return "few"
+        if self.adjusted_p < LEVEL:
+            return "better" if self.gap.value > 0 else "worse"
+        return "unsure" if self.gap.low > 0 or self.gap.high < 0 else "even"
+
+
+class Trials:
+    """The finished trials of a study in its directory."""
+
+    def __init__(self, run_dir: Path, study: Study) -> None:
+        self.run_dir, self.study = run_dir, study
+        self.all = expand(study)
+        self.finished = [trial for trial in self.all if is_finished(trial_dir(run_dir, trial))]
+        if not self.finished:
+            raise StudyError(f"--run-dir {run_dir}: no trial of study {study.name} is finished; run jobs/study.py")
+        self.by_point: dict[Point, dict[int, Trial]] = {}
+        for trial in self.finished:
+            self.by_point.setdefault(tuple(trial.point.items()), {})[trial.seed] = trial
+        self.predictions: Callable[[str], Predictions] = functools.lru_cache(maxsize=24)(self._predictions)
+
+    def config(self, trial: Trial) -> Config:
+        """As the trial was run."""
+        record = json.loads((trial_dir(self.run_dir, trial) / CONFIG_FILE).read_text(encoding="utf-8"))
+        return Config.from_dict(Config.completed(record["config"]))
+
+    def scenarios(self, point: Point) -> tuple[str, ...]:
+        """Of the point's table."""
+        return self.config(next(iter(self.by_point[point].values()))).scenarios
+
+    def metrics(self, trial: Trial) -> CellMetrics:
+        """metrics.json of a finished trial."""
+        return json.loads((trial_dir(self.run_dir, trial) / METRICS_FILE).read_text(encoding="utf-8"))[SPLIT]
+
+    def _predictions(self, trial_id: str) -> Predictions:
+        trial = next(t for t in self.finished if t.trial_id == trial_id)
+        path = trial_dir(self.run_dir, trial) / PREDICTIONS_FILE
+        return read_predictions(path, self.config(trial).scenarios)[0]
+
+    def training_rows(self, trial: Trial) -> TrainingRows:
+        """What the trial was trained on, four columns of it."""
+        config, manifest = self.config(trial), load_manifest(trial_dir(self.run_dir, trial), "train")
+        assert manifest is not None
+        last = parse_dates(config.data.train_dates, where="data.train_dates")[1]
+        return read_training_rows(manifest, ready_before_us=end_of_us(last), mature_only=config.data.mature_only)
+
+
+def means(trials: Trials) -> dict[Point, dict[tuple[str, str, str], Mean]]:
+    """Point -> (scenario or total, task, metric) -> mean over its seeds; metrics defined with every seed."""
+    found = {}
+    for point, by_seed in trials.by_point.items():
+        cells = [trials.metrics(trial) for trial in by_seed.values()]
+        entries = {}
+        for scenario, tasks in cells[0].items():
+            for task, metrics in tasks.items():
+                for name in metrics:
+                    values = [c[scenario][task].get(name) for c in cells]
+                    known = [float(v) for v in values if v is not None]
+                    if known and len(known) == len(values):
+                        entries[scenario, task, name] = mean_of(known)
+        found[point] = entries
+    return found
+
+
+def mean_of(values: Sequence[float]) -> Mean:
+    """Mean and sample standard deviation."""
+    return Mean(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0, len(values))
+
+
+def contrasts(trials: Trials) -> list[Contrast]:
+    """Every comparison that the study declares, on all rows; then, with `slices`, on parts: two corrected families."""
+    whole: list[Contrast] = []
+    parts: list[Contrast] = []
+    for comparison in trials.study.comparisons:
+        for label, against in compared_labels(trials.study, comparison):
+            for at in _others(trials.study, comparison.axis):
+                ours = trials.by_point.get(_with(trials.study, at, comparison.axis, label), {})
+                theirs = trials.by_point.get(_with(trials.study, at, comparison.axis, against), {})
+                shared = [seed for seed in ours if seed in theirs]
+                names = (comparison.axis, label, against, at)
+                pair = [(ours[seed], theirs[seed]) for seed in shared]
+                whole += _compare(trials, names, pair, sliced=False)
+                if trials.study.slices:
+                    parts += _compare(trials, names, pair, sliced=True)
+    return corrected(whole) + corrected(parts)
+
+
+def corrected(found: Sequence[Contrast]) -> list[Contrast]:
+    """The contrasts with Holm's p-values, those that have a gap being one family."""
+    defined = [n for n, contrast in enumerate(found) if contrast.gap is not None and contrast.gap.num_rarer >= MIN_ROWS]
+    adjusted = dict(zip(defined, holm([found[n].gap.p_value for n in defined]), strict=True))  # type: ignore[union-attr]
+    return [replace(contrast, adjusted_p=adjusted.get(n, 1.0)) for n, contrast in enumerate(found)]
+
+
+def _compare(
+    trials: Trials, names: tuple[str, str, str, Point], pairs: Sequence[tuple[Trial, Trial]], *, sliced: bool
+) -> Iterator[Contrast]:
+    if not pairs:
+        return
+    scenarios = trials.config(pairs[0][0]).scenarios
+    first = trials.predictions(pairs[0][0].trial_id)
+    masks = rows_by_part(first, trials.training_rows(pairs[0][0])) if sliced else {WHOLE: np.ones(len(first), bool)}
+    for part, mask in masks.items():
+        sides = [[_masked(trials, t, mask, first) for t in side] for side in zip(*pairs, strict=True)]
+        for scenario in scenarios:
+            for place, task in enumerate(TASKS):
+                yield Contrast(*names, scenario, task, part, _gap(sides, scenario, place, scenarios))
+
+
+def _gap(
+    sides: Sequence[Sequence[Predictions]], scenario: str, task: int, scenarios: Sequence[str]
+) -> PairedGap | None:
+    cells = [[cell_rows(rows, scenario, task, scenarios) for rows in side] for side in sides]
+    ours, theirs = ([cell for cell in side if cell is not None] for side in cells)  # None is for global cells alone
+    labels, _, users = ours[0]
+    return paired_auc_gap(labels, np.stack([c[1] for c in ours]), np.stack([c[1] for c in theirs]), users)
+
+
+def _masked(trials: Trials, trial: Trial, mask_N: NDArray[np.bool_], first: Predictions) -> Predictions:
+    rows = trials.predictions(trial.trial_id)
+    if not np.array_equal(rows.row_number_N, first.row_number_N):
+        raise StudyError(f"trial {trial.trial_id}: was evaluated on other rows than those it is compared with")
+    columns = {
+        name: value[mask_N]
+        for name in ("row_number_N", "scenario_N", "labels_NT", "probs_NT", "user_key_N", "request_key_N", "item_id_N",
+                     "history_length_N")
+        for value in [getattr(rows, name)]
+    }  # fmt: skip
+    return replace(rows, **columns, global_probs_NT=None)
+
+
+def rows_by_part(rows: Predictions, trained: TrainingRows) -> dict[str, NDArray[np.bool_]]:
+    """Name -> rows: by events in the user's histories, and by whether the training rows have the user and the item."""
+    parts = {}
+    for first, last in HISTORY_BUCKETS:
+        name = str(first) if first == last else f"{first}-{last}" if last is not None else f"{first} or more"
+        upper = np.inf if last is None else last
+        parts[f"{name} past events"] = (rows.history_length_N >= first) & (rows.history_length_N <= upper)
+    knows_user_N = np.isin(rows.user_key_N, trained.user_key_N)
+    knows_item_N = np.isin(rows.item_id_N, trained.item_id_N)
+    parts["user seen in training"], parts["user new"] = knows_user_N, ~knows_user_N
+    parts["item seen in training"], parts["item new"] = knows_item_N, ~knows_item_N
+    return {name: mask for name, mask in parts.items() if mask.any()}
+
+
+def _others(study: Study, axis: str) -> list[Point]:
+    """The combinations of the other axes that the grid has."""
+    points = [tuple((name, label) for name, label in trial.point.items() if name != axis) for trial in expand(study)]
+    return list(dict.fromkeys(points))
+
+
+def _with(study: Study, at: Point, axis: str, label: str) -> Point:
+    labels = {**dict(at), axis: label}
+    return tuple((a.name, labels[a.name]) for a in study.axes)
+
+
+def point_name(point: Point | Mapping[str, str]) -> str:
+    """'mmoe, usr': the labels of a point; a number with its axis, 'd 16'."""
+    return ", ".join(value_name(axis, label) for axis, label in dict(point).items())
+
+
+def value_name(axis: str, label: str) -> str:
+    """'usr', or 'd 16' where the label alone is a number."""
+    return f"{axis} {label}" if label.replace(".", "", 1).isdigit() else label
+
+
+TOTALS = (GLOBAL, ALL)

@@ -1,0 +1,300 @@
+"""A declared study: a TOML file with axes, seeds and comparisons, and the trials that it expands into. No Ray.
+
+[[axes]]                       every combination of the axes' values is a point, every point runs with every seed
+name = "backbone"                         (docs/studies.md has the whole format)
+values = { mmoe = { "model.backbone" = "mmoe" }, ple = { "model.backbone" = "ple" } }
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from usr_ray.config.fields import ConfigError, UserError, build, require
+
+SCALES = ("small", "full")
+SIMULATED = "simulated"
+OTHERS = "*"  # in a comparison: each value of the axis but the one compared against
+
+
+class StudyError(UserError):
+    """A study that cannot be read or run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One dimension of the grid."""
+
+    name: str
+    values: Mapping[str, Mapping[str, Any]]
+    """Label of a value -> its overrides by dotted path."""
+    is_world: bool = False
+    """Its overrides change the table: each combination of world axes has a lake of its own."""
+
+    @property
+    def numbers(self) -> list[float] | None:
+        """The labels as numbers, for a plot's axis; None where one is no number."""
+        try:
+            return [float(label) for label in self.values]
+        except ValueError:
+            return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """Which values of an axis are set against which, at equal values of the other axes."""
+
+    axis: str
+    of: tuple[str, ...] = (OTHERS,)
+    """Labels; '*': all but `against`."""
+    against: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resources:
+    """What one trial takes, and how many run at once."""
+
+    num_workers: int = 1
+    """Of each trial. 1: the loop runs in the trial's own process; more: Ray Train's worker group."""
+    cpus_per_worker: float = 1.0
+    max_concurrent: int = 0
+    """Trials at once; 0: as many as the cluster's CPUs (or GPUs) hold."""
+
+    def __post_init__(self) -> None:
+        require(self.num_workers > 0, f"resources.num_workers must be positive, got {self.num_workers}")
+        require(self.cpus_per_worker > 0, f"resources.cpus_per_worker must be positive, got {self.cpus_per_worker}")
+        require(self.max_concurrent >= 0, f"resources.max_concurrent must not be negative, got {self.max_concurrent}")
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """A study at one scale."""
+
+    name: str
+    title: str
+    question: str
+    seeds: tuple[int, ...]
+    base: Mapping[str, Any]
+    """Overrides of every trial."""
+    axes: tuple[Axis, ...]
+    comparisons: tuple[Comparison, ...]
+    resources: Resources = field(default_factory=Resources)
+    world: Mapping[str, Any] = field(default_factory=dict)
+    """Overrides of every world; of use with a world axis only."""
+    source: str = SIMULATED
+    """Data set that worlds are ingested from (etl/sources); all but the simulated one need its files."""
+    slices: bool = False
+    """Measure by length of the history, and by whether user and item were in the training rows."""
+    representations: bool = False
+    """Keep the models, and draw i_k and f_k of held-out rows."""
+
+    @property
+    def has_worlds(self) -> bool:
+        """The study makes its own lakes."""
+        return any(axis.is_world for axis in self.axes)
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One training: a point of the grid and a seed."""
+
+    trial_id: str
+    """Readable, and ending in a digest of world, overrides and seed: the same trial has the same id in any grid."""
+    point: Mapping[str, str]
+    """Axis -> label of its value."""
+    overrides: Mapping[str, Any]
+    """By dotted path, the seed among them."""
+    seed: int
+    world: str
+    """Id of its world; '' for a lake that was given."""
+    world_overrides: Mapping[str, Any]
+
+    def to_sets(self) -> list[str]:
+        """The overrides as `--set` takes them."""
+        return as_sets(self.overrides)
+
+
+def as_sets(overrides: Mapping[str, Any]) -> list[str]:
+    """Overrides by dotted path as `a.b=c`, c in TOML."""
+    return [f"{key}={toml_value(value)}" for key, value in overrides.items()]
+
+
+def toml_value(value: Any) -> str:
+    """A value as TOML writes it; strings, numbers, booleans and lists of them."""
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(toml_value(v) for v in value) + "]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def load_study(source: str, *, scale: str, folder: Path, seeds: Sequence[int] | None = None) -> Study:
+    """The study of a TOML file, or of `<folder>/<source>.toml` for a name; `seeds` take the place of the file's.
+
+    Raises:
+        StudyError: no such study, no TOML, an unknown key, an axis without values, a comparison of nothing.
+    """
+    path = Path(source) if source.endswith(".toml") else folder / f"{source}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.toml")))
+        raise StudyError(f"--study {source}: no such study; choose from: {known}; or name a TOML file")
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise StudyError(f"--study {path}: not TOML ({error})") from error
+    try:
+        study = parse_study(raw, name=path.stem, scale=scale)
+        return replace(study, seeds=_seeds(list(seeds), "--seeds")) if seeds else study
+    except ConfigError as error:
+        raise StudyError(f"--study {path}: {error}") from error
+
+
+_KEYS = ("title", "question", "seeds", "base", "axes", "comparisons", "resources", "world", "source", "slices",
+         "representations", "small")  # fmt: skip
+_SMALL_KEYS = ("seeds", "base", "world", "axes")
+
+
+def parse_study(raw: Mapping[str, Any], *, name: str, scale: str) -> Study:
+    """A study from the dictionaries of its TOML; with scale 'small' the section [small] replaces seeds, adds to base
+    and world, and keeps only the values it names of an axis.
+
+    Raises:
+        ConfigError: as load_study.
+    """
+    _only(raw, _KEYS, "the study")
+    small = raw.get("small", {}) if scale == "small" else {}
+    _only(small, _SMALL_KEYS, "small")
+    axes = [_axis(a) for a in raw.get("axes", [])]
+    require(bool(axes), "axes is empty; give at least one [[axes]] with a name and values")
+    names = [axis.name for axis in axes]
+    require(len(set(names)) == len(names), f"axes: {', '.join(names)} has doubles")
+    for axis_name, labels in small.get("axes", {}).items():
+        require(axis_name in names, f"small.axes.{axis_name}: no such axis; the study has: {', '.join(names)}")
+        axes = [replace(a, values=_kept(a, labels)) if a.name == axis_name else a for a in axes]
+    comparisons = [build(Comparison, c, path=f"comparisons[{n}]") for n, c in enumerate(raw.get("comparisons", []))]
+    study = Study(
+        name=name, title=str(raw.get("title", name)), question=str(raw.get("question", "")),
+        seeds=_seeds(small.get("seeds", raw.get("seeds", [])), "seeds"),
+        base={**_flat(raw.get("base", {}), "base"), **_flat(small.get("base", {}), "small.base")},
+        axes=tuple(axes), comparisons=tuple(comparisons),
+        resources=build(Resources, raw.get("resources", {}), path="resources"),
+        world={**_flat(raw.get("world", {}), "world"), **_flat(small.get("world", {}), "small.world")},
+        source=str(raw.get("source", SIMULATED)), representations=raw.get("representations", False) is True,
+        slices=raw.get("slices", False) is True,
+    )  # fmt: skip
+    _check_comparisons(study)
+    is_spare = not study.has_worlds and (study.world or study.source != SIMULATED)
+    require(not is_spare, "world or source is set, but no axis has world = true")
+    return study
+
+
+def _seeds(seeds: Any, where: str) -> tuple[int, ...]:
+    fits = isinstance(seeds, list) and seeds and all(type(s) is int and s >= 0 for s in seeds)
+    require(bool(fits), f"{where} must be a list of whole numbers, for example [0, 1, 2, 3, 4], got {seeds!r}")
+    require(len(set(seeds)) == len(seeds), f"{where} has doubles: {seeds}")
+    return tuple(seeds)
+
+
+def _axis(raw: Any) -> Axis:
+    require(isinstance(raw, Mapping) and isinstance(raw.get("name"), str), f"axes: each needs a name, got {raw!r}")
+    where = f"axes.{raw['name']}"
+    _only(raw, ("name", "path", "values", "world"), where)
+    values, path = raw.get("values"), raw.get("path")
+    if isinstance(path, str) and isinstance(values, list):
+        labelled = {str(v): {path: v} for v in values}
+        require(len(labelled) == len(values), f"{where}.values has doubles: {values}")
+    else:
+        require(
+            isinstance(values, Mapping) and path is None,
+            f"{where}: give a path and a list of values, or a table of values: label -> overrides",
+        )
+        labelled = {label: _flat(overrides, f"{where}.values.{label}") for label, overrides in values.items()}
+    require(bool(labelled), f"{where}.values is empty")
+    return Axis(raw["name"], labelled, is_world=raw.get("world", False) is True)
+
+
+def _kept(axis: Axis, labels: Any) -> dict[str, Mapping[str, Any]]:
+    wanted = [str(label) for label in labels] if isinstance(labels, list) else []
+    strays = [label for label in wanted if label not in axis.values]
+    found = ", ".join(strays) or repr(labels)
+    require(bool(wanted) and not strays, f"small.axes.{axis.name}: {found} is not among {', '.join(axis.values)}")
+    return {label: axis.values[label] for label in wanted}
+
+
+def _check_comparisons(study: Study) -> None:
+    axes = {axis.name: axis for axis in study.axes}
+    for n, comparison in enumerate(study.comparisons):
+        where = f"comparisons[{n}]"
+        names = ", ".join(axes)
+        require(comparison.axis in axes, f"{where}.axis {comparison.axis!r} is no axis; the study has: {names}")
+        require(not axes[comparison.axis].is_world,
+                f"{where}.axis {comparison.axis!r} changes the rows: compare at equal worlds")  # fmt: skip
+        labels = axes[comparison.axis].values
+        for label in (comparison.against, *(o for o in comparison.of if o != OTHERS)):
+            known = ", ".join(labels)
+            require(label in labels, f"{where}: {label!r} is not among the values of {comparison.axis}: {known}")
+
+
+def _only(raw: Any, keys: Sequence[str], where: str) -> None:
+    require(isinstance(raw, Mapping), f"{where} must be a section, got {raw!r}")
+    unknown = sorted(set(raw) - set(keys))
+    require(not unknown, f"unknown key '{''.join(unknown[:1])}' in {where}; it has: {', '.join(keys)}")
+
+
+def _flat(raw: Any, where: str) -> dict[str, Any]:
+    """Overrides by dotted path; nested sections are allowed too."""
+    require(isinstance(raw, Mapping), f"{where} must be a table of overrides, got {raw!r}")
+    flat: dict[str, Any] = {}
+    for key, value in raw.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key}.{inner}": v for inner, v in _flat(value, f"{where}.{key}").items()}
+        else:
+            flat[key] = value
+    require("train.seed" not in flat, f"{where}: train.seed is set by seeds; leave it out")
+    return flat
+
+
+def expand(study: Study) -> list[Trial]:
+    """Every trial of the grid: all points with the first seed, then with the next, so that an early look compares."""
+    trials = []
+    for seed in study.seeds:
+        for labels in itertools.product(*(axis.values for axis in study.axes)):
+            point = {axis.name: label for axis, label in zip(study.axes, labels, strict=True)}
+            trials.append(_trial(study, point, seed))
+    return trials
+
+
+def _trial(study: Study, point: Mapping[str, str], seed: int) -> Trial:
+    overrides, of_world, world_labels = dict(study.base), dict(study.world), []
+    for axis in study.axes:
+        chosen = axis.values[point[axis.name]]
+        overrides |= chosen
+        if axis.is_world:
+            of_world |= chosen
+            world_labels.append(f"{axis.name}-{point[axis.name]}")
+    world = f"{_slug('-'.join(world_labels))}-{_digest(of_world)}" if study.has_worlds else ""
+    # The table was built with these; the trial's configuration names the same scenarios.
+    overrides = {**of_world, **overrides, "train.seed": seed}
+    digest = _digest({"world": world, "overrides": overrides})
+    name = _slug("-".join(point.values()))
+    return Trial(f"{name}-s{seed}-{digest}", dict(point), overrides, seed, world, of_world)
+
+
+def compared_labels(study: Study, comparison: Comparison) -> list[tuple[str, str]]:
+    """(label, label it is set against) of each pair of a comparison."""
+    axis = next(a for a in study.axes if a.name == comparison.axis)
+    chosen = list(axis.values) if OTHERS in comparison.of else list(comparison.of)
+    return [(label, comparison.against) for label in chosen if label != comparison.against]
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")[:80]
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]

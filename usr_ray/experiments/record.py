@@ -1,0 +1,232 @@
+"""What a study leaves on disk, and what of it is done already. No Ray.
+
+    <run-dir>/study.json           the declared grid, the base configuration, lakes and their pinned versions
+    <run-dir>/trials/<trial-id>/   a run directory as of jobs/train.py, with train.log; failure.json where it failed
+    <run-dir>/results.parquet      a row for each trial, split, scenario and task
+
+The same command on the same directory reads finished trials back, goes on with half-done ones and tries failed ones
+again.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from usr_ray.config import Config, ConfigError, dotted, load_config
+from usr_ray.evaluation.files import SPLIT
+from usr_ray.experiments.grid import Resources, Study, StudyError, Trial
+from usr_ray.files import write_whole
+from usr_ray.runs.folder import METRICS_FILE
+from usr_ray.runs.plan import CONFIG_FILE, FINISHED
+
+STUDY_FILE, RESULTS_FILE, FAILURE_FILE, TRIALS_DIR = "study.json", "results.parquet", "failure.json", "trials"
+_NOT_MEANT = ("ray.", "data.table_version", "online.", "tune.")
+"""Keys that may differ when a study goes on: where it runs, not what it computes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """What the trials have in common, as the command line gave it."""
+
+    config_path: Path | None
+    overrides: tuple[str, ...]
+
+    def config(self, resources: Resources, trial: Trial | None = None, *, table_version: int = -1) -> Config:
+        """The configuration of a trial; None: of none, the defaults that the study starts from.
+
+        Raises:
+            StudyError: the trial's overrides do not make a configuration.
+        """
+        sets = [
+            *self.overrides,
+            *(trial.to_sets() if trial else []),
+            f"ray.num_workers={resources.num_workers}",
+            f"ray.cpus_per_worker={float(resources.cpus_per_worker)}",
+            f"data.table_version={table_version}",
+        ]
+        try:
+            return load_config(self.config_path, sets)
+        except ConfigError as error:
+            raise (StudyError(f"trial {trial.trial_id}: {error}") if trial else error) from error
+
+
+def open_study(run_dir: Path, study: Study, base: Base, *, lake: str, command: Sequence[str]) -> dict[str, Any]:
+    """The record of a new study, or of the one that `run_dir` holds; writes nothing.
+
+    Raises:
+        StudyError: the directory holds something else, or a study on another base configuration or lake.
+    """
+    config = base.config(study.resources).to_dict()
+    record = {
+        "study": study.name, "title": study.title, "created": now(), "config": config, "lake": lake, "tables": {},
+        "commands": [],
+    }  # fmt: skip
+    path = run_dir / STUDY_FILE
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            saved, old_lake, _ = Config.completed(found["config"]), found["lake"], found["tables"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StudyError(f"{path}: cannot be read ({error}); use another --run-dir, or remove this one") from error
+        _refuse_other(run_dir, dotted(saved), dotted(config))
+        if old_lake != lake:
+            raise StudyError(
+                f"--run-dir {run_dir}: holds a study on {old_lake or 'worlds of its own'}, this command names "
+                f"{lake or 'none'}; name that one, or use another --run-dir"
+            )
+        record = found
+    elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise StudyError(f"--run-dir {run_dir}: is there and holds no study; name a new or empty folder")
+    return record | {
+        "study": study.name,
+        "grid": asdict(study),
+        "commands": [*record["commands"], {"started": now(), "command": list(command)}],
+        "python": platform.python_version(),
+    }
+
+
+def _refuse_other(run_dir: Path, saved: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    for key in [*saved, *(k for k in config if k not in saved)]:
+        if not key.startswith(_NOT_MEANT) and saved.get(key) != config.get(key):
+            raise StudyError(
+                f"--run-dir {run_dir}: holds a study with {key} = {saved.get(key)!r}, this command has "
+                f"{config.get(key)!r}; set it back to go on with that study, or use another --run-dir"
+            )
+
+
+def write_record(run_dir: Path, record: Mapping[str, Any]) -> None:
+    """Write study.json, whole."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_whole(run_dir / STUDY_FILE, json.dumps(record, indent=2) + "\n")
+
+
+def read_record(run_dir: Path) -> dict[str, Any]:
+    """study.json; StudyError where there is none."""
+    try:
+        return json.loads((run_dir / STUDY_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StudyError(f"--run-dir {run_dir}: holds no study ({error}); run jobs/study.py first") from error
+
+
+def trial_dir(run_dir: Path, trial: Trial) -> Path:
+    """The run directory of a trial."""
+    return run_dir / TRIALS_DIR / trial.trial_id
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run directory holds a result."""
+    record = _read(folder / CONFIG_FILE)
+    return record.get("status") == FINISHED and (folder / METRICS_FILE).is_file()
+
+
+def note_failure(folder: Path, error: str, trace: str = "") -> None:
+    """Keep what a trial failed of; a later success takes it away."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / FAILURE_FILE, json.dumps({"error": error, "traceback": trace, "time": now()}, indent=2) + "\n")
+
+
+def failure_of(folder: Path) -> str:
+    """What a trial failed of; '' when it did not, or not yet run."""
+    return str(_read(folder / FAILURE_FILE).get("error", ""))
+
+
+def result_rows(run_dir: Path, trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """A row for each trial x split x scenario x task; one row with `status` and `error` for a trial without a result.
+
+    Metrics are null where undefined. `overrides`, `point` and `packages` are JSON.
+    """
+    rows = []
+    for trial in trials:
+        folder = trial_dir(run_dir, trial)
+        record, error = _read(folder / CONFIG_FILE), failure_of(folder)
+        status = FINISHED if is_finished(folder) else "failed" if error else "open"
+        shared = {
+            "trial_id": trial.trial_id,
+            "status": status,
+            "error": error if status == "failed" else None,
+            "seed": trial.seed,
+            "point": json.dumps(trial.point),
+            "world": trial.world or None,
+            "overrides": json.dumps(dict(trial.overrides)),
+            "table_uri": record.get("table", {}).get("uri"),
+            "table_version": record.get("table", {}).get("version"),
+            "steps": record.get("step"),
+            "seconds": _seconds(record),
+            "packages": json.dumps(record.get("packages", {})),
+        }
+        if status != FINISHED:
+            rows.append(shared)
+            continue
+        for split, cells in _read(folder / METRICS_FILE).items():
+            for scenario, tasks in cells.items():
+                for task, metrics in tasks.items():
+                    rows.append({**shared, "split": split, "scenario": scenario, "task": task, **metrics})
+    return rows
+
+
+_TEXTS = (
+    "trial_id",
+    "status",
+    "error",
+    "point",
+    "world",
+    "overrides",
+    "table_uri",
+    "packages",
+    "split",
+    "scenario",
+    "task",
+)
+_COUNTS = ("seed", "table_version", "steps", "num_samples", "num_positives", "num_unknown")
+
+
+def write_results(run_dir: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """results.parquet of `result_rows`, whole or not at all."""
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    kinds = {**dict.fromkeys(_TEXTS, pa.string()), **dict.fromkeys(_COUNTS, pa.int64())}
+    table = pa.table({n: pa.array([row.get(n) for row in rows], kinds.get(n, pa.float64())) for n in names})
+    path = run_dir / RESULTS_FILE
+    partial = path.with_name(f"{path.name}.partial")
+    pq.write_table(table, partial, compression="zstd")
+    partial.replace(path)
+    return path
+
+
+def table_version_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, set[int]]:
+    """Table -> versions that finished trials were trained on: one each, or something is wrong."""
+    found: dict[str, set[int]] = {}
+    for row in rows:
+        if row["status"] == FINISHED and row.get("split") == SPLIT:
+            found.setdefault(row["table_uri"], set()).add(row["table_version"])
+    return found
+
+
+def _seconds(record: Mapping[str, Any]) -> float | None:
+    """Of the last attempt: earlier ones were cut off at an unknown time."""
+    attempts = record.get("attempts") or []
+    if not (attempts and record.get("ended")):
+        return None
+    return (
+        dt.datetime.fromisoformat(record["ended"]) - dt.datetime.fromisoformat(attempts[-1]["started"])
+    ).total_seconds()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,115 @@
+"""A search in its run directory: its record, and its trials as their own folders tell it, whatever Ray kept. No Ray.
+
+<run-dir>/search.json                configuration, lake, table version, seed; at the end every trial and the choice
+<run-dir>/trials/<id>/trial.json     the drawn values and the epochs to train
+<run-dir>/trials/<id>/history.jsonl  an evaluation on the choosing dates after each epoch (launch/monitor.py)
+<run-dir>/trials/<id>/failure.json   what it failed of
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from usr_ray.config import Config, dotted
+from usr_ray.evaluation.metrics import CellMetrics
+from usr_ray.experiments.record import Base, failure_of, now
+from usr_ray.experiments.space import TriedPoint, TuneError, trial_config
+from usr_ray.experiments.worlds import table_version
+from usr_ray.files import write_whole
+from usr_ray.launch.monitor import HISTORY_FILE
+from usr_ray.training.monitor import summarise
+
+TRIAL_FILE, SEARCH_FILE = "trial.json", "search.json"
+
+
+def write_values(folder: Path, values: Mapping[str, Any], *, num_epochs: int) -> None:
+    """Note what a trial tries, before it trains."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / TRIAL_FILE, json.dumps({"values": dict(values), "num_epochs": num_epochs}) + "\n")
+
+
+def read_points(trials_dir: Path, config: Config, lost: Mapping[str, str] | None = None) -> list[TriedPoint]:
+    """Every trial that was begun, in the order drawn.
+
+    Args:
+        trials_dir: their folders; Ray's ids end in a running number.
+        config: of the search; names the metric.
+        lost: trial id -> why, of trials whose process ended before it could say so.
+    """
+    points = []
+    for path in sorted(trials_dir.glob(f"*/{TRIAL_FILE}"), key=lambda p: (p.parent.name[-5:], p.parent.name)):
+        folder, raw = path.parent, json.loads(path.read_text(encoding="utf-8"))
+        error = failure_of(folder) or (lost or {}).get(folder.name, "")
+        curve = read_curve(folder / HISTORY_FILE, config.tune.metric)
+        points.append(TriedPoint(folder.name, raw["values"], curve, raw["num_epochs"], error))
+    return points
+
+
+def read_curve(history: Path, metric: str) -> tuple[float, ...]:
+    """`metric` (config_tune.METRICS) of each evaluation in history.jsonl, in order; NaN where undefined."""
+    lines = history.read_text(encoding="utf-8").splitlines() if history.is_file() else []
+    rows = [row for line in lines if (row := json.loads(line)).get("kind") == "eval"]
+    values = [summarise(_cells(row))[metric] for row in sorted(rows, key=lambda row: row["step"])]
+    return tuple(math.nan if value is None else value for value in values)
+
+
+def _cells(row: Mapping[str, Any]) -> CellMetrics:
+    """The metrics that monitoring.FileMonitor wrote as '<cell>/<task>/<metric>'."""
+    cells: CellMetrics = {}
+    for key, value in row.items():
+        cell, _, rest = key.partition("/")
+        task, _, name = rest.partition("/")
+        if name:
+            cells.setdefault(cell, {}).setdefault(task, {})[name] = value
+    return cells
+
+
+def open_search(config: Config, lake: str, run_dir: Path, base: Base, command: Sequence[str]) -> dict[str, Any]:
+    """search.json of a new search, written, or of the one to go on with.
+
+    Raises:
+        UserError: the directory holds something else, or another search; the table cannot be read.
+    """
+    path, meaning = run_dir / SEARCH_FILE, config.to_dict()
+    if path.is_file():
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            saved, found_lake, _ = dotted(Config.completed(record["config"])), record["lake"], record["table_version"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise TuneError(f"{path}: cannot be read ({error}); use another --run-dir, or remove this one") from error
+        for key, value in dotted(meaning).items():
+            if not key.startswith("ray.") and saved.get(key) != value:
+                raise TuneError(
+                    f"--run-dir {run_dir}: holds a search with {key} = {saved.get(key)!r}, this command has {value!r}; "
+                    "set it back to go on with that search, or use another --run-dir"
+                )
+        if found_lake != lake:
+            raise TuneError(
+                f"--run-dir {run_dir}: holds a search on {found_lake}, this command names {lake}; name that one"
+            )
+        return record
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise TuneError(f"--run-dir {run_dir}: is there and holds no search; name a new or empty folder")
+    record = {"created": now(), "command": list(command), "config": meaning, "lake": lake,
+              "table_version": table_version(lake, base), "train_seed": config.train.seed}  # fmt: skip
+    trial_config(config, {}, table_version=record["table_version"])
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_search(run_dir, record)
+    return record
+
+
+def write_search(run_dir: Path, record: Mapping[str, Any]) -> None:
+    """Write search.json, whole."""
+    write_whole(run_dir / SEARCH_FILE, json.dumps(record, indent=2) + "\n")
+
+
+def as_row(point: TriedPoint) -> dict[str, Any]:
+    """A trial as search.json has it; undefined is null."""
+    return {
+        "trial_id": point.trial_id, "status": point.status, "values": dict(point.values), "error": point.error,
+        "curve": [None if math.isnan(value) else value for value in point.curve], "num_epochs": point.num_epochs,
+    }  # fmt: skip

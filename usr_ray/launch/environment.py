@@ -1,0 +1,119 @@
+"""What must stand in the environment before `ray` is imported: loopback, token, states of Train runs.
+
+Standard library only. Jobs call it; no module of the library changes the environment on its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import sys
+from collections.abc import MutableMapping
+from pathlib import Path
+
+LOOPBACK = "127.0.0.1"
+OWN, SUBMITTED, ADDRESS = "own", "submitted", "address"
+ROOT = Path(__file__).resolve().parents[2]
+
+API_SERVER = "RAY_API_SERVER_ADDRESS"
+"""Where Ray's own actors ask for states.
+
+Left to itself, Ray asks the cluster that `ray start` named last on this machine: a dead one costs a traceback, another
+live one says that our run is gone, and the run's placement group is removed.
+"""
+DASHBOARD_PORT = 8265
+
+RAY_ENVIRONMENT = {
+    # Read by whoever builds the TorchTrainer; without it the dashboard's /api/train/v2/runs/v1 knows no run.
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
+    # Ray logs each printed line once more.
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # `ray job stop` kills what has not ended by then; a step, its checkpoint and Ray's farewell take more than its 3 s.
+    "RAY_JOB_STOP_WAIT_TIME_S": "60",
+    # Arrow's allocator gives each freed block back to the kernel at once, and a third of the reader's time then goes
+    # into page faults. Read when pyarrow is loaded.
+    "MIMALLOC_PURGE_DELAY": "-1",
+}
+"""Good on any cluster."""
+
+LOCAL_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",
+    # Ray replaces a node address of 127.0.0.1 by the machine's outward one, and then GCS, raylet and workers listen on
+    # every interface. Only this switch, meant for laptops whose firewall asks questions, keeps the loopback address.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # Otherwise a stop waits 30 s for running jobs to notice.
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+    # Watches for nodes that a cloud takes back; there is one node, and it is ours.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+"""Only for a Ray that lives on this machine alone."""
+
+
+def prepare_environment(environment: MutableMapping[str, str] | None = None, *, dashboard: bool = True) -> str:
+    """Fill what is not set, and see that there is a token. Call it before `ray` is imported.
+
+    Args:
+        environment: None: this process's.
+        dashboard: whether a Ray of our own will have one (config ray.dashboard).
+
+    Returns:
+        OWN: the job is to start a Ray of its own; SUBMITTED: it runs inside a cluster that has its working directory
+        (`ray job submit --working-dir`); ADDRESS: it is to connect to RAY_ADDRESS and bring usr_ray along.
+    """
+    environment = os.environ if environment is None else environment
+    own = not environment.get("RAY_ADDRESS")
+    wanted = RAY_ENVIRONMENT | (LOCAL_ENVIRONMENT if own else {})
+    if own and sys.platform == "linux":
+        wanted = wanted | {"GLOO_SOCKET_IFNAME": "lo"}
+    if own and dashboard:
+        wanted = {**wanted, API_SERVER: f"http://{LOOPBACK}:{free_port(DASHBOARD_PORT)}"}
+    if own and not dashboard:  # the actor that keeps the states asks the dashboard, and complains without end
+        wanted = {**wanted, "RAY_TRAIN_ENABLE_STATE_TRACKING": "0"}
+    if own:
+        # Workers import usr_ray from where this job does, installed or not; a submitted job has its working directory.
+        paths = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+        ensure_token(environment)
+    for name, value in wanted.items():
+        environment.setdefault(name, value)
+    if own:
+        return OWN
+    job = json.loads(environment.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    return SUBMITTED if job.get("runtime_env", {}).get("working_dir") else ADDRESS
+
+
+def free_port(first: int) -> int:
+    """The first port from `first` on that nothing on the loopback listens at."""
+    for port in range(first, first + 100):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):
+                probe.bind((LOOPBACK, port))
+                return port
+    return first
+
+
+def token_file(environment: MutableMapping[str, str] | None = None) -> Path:
+    """Where Ray looks for the token: $RAY_AUTH_TOKEN_PATH, else ~/.ray/auth_token."""
+    environment = os.environ if environment is None else environment
+    return Path(environment.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+
+
+def ensure_token(environment: MutableMapping[str, str] | None = None) -> str:
+    """The token in use; made when there is none, readable by its owner only (Ray's own generator leaves it to all)."""
+    environment = os.environ if environment is None else environment
+    if environment.get("RAY_AUTH_TOKEN"):
+        return environment["RAY_AUTH_TOKEN"]
+    path = token_file(environment)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(secrets.token_hex(32))
+    if path.stat().st_mode & 0o077:
+        path.chmod(0o600)
+    return path.read_text(encoding="utf-8").strip()

@@ -1,0 +1,82 @@
+"""The Ray that a run uses: the one that is there, or one of its own for as long as it trains."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+import torch
+
+from usr_ray.config import RayConfig, UserError
+from usr_ray.launch.environment import ADDRESS, API_SERVER, DASHBOARD_PORT, LOOPBACK, OWN, ROOT, SUBMITTED
+
+_OBJECT_STORE_BYTES = 200_000_000
+"""Nothing of a run goes through Ray's object store but its configuration."""
+START_ATTEMPTS = 10
+"""Times that Ray may wait a minute for the workers' CPUs or GPUs before the run gives up."""
+
+
+@contextlib.contextmanager
+def ray_session(config: RayConfig, *, cluster: str) -> Iterator[None]:
+    """A connection to Ray for the length of the block; one that is there already is used and left as it is.
+
+    Raises:
+        UserError: ray.use_gpu on a machine with fewer GPUs than workers, or the cluster of RAY_ADDRESS is not there.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    num_gpus = torch.cuda.device_count()
+    if cluster == OWN and config.use_gpu and num_gpus < config.num_workers:
+        raise UserError(
+            f"ray.use_gpu: {config.num_workers} workers need a GPU each, this machine has {num_gpus}; set "
+            "ray.num_workers to that number, ray.use_gpu=false, or submit the job to a cluster"
+        )
+    try:
+        context = ray.init(**_init_arguments(config, cluster))
+    except ConnectionError as error:
+        raise UserError(
+            f"RAY_ADDRESS: no Ray answers there ({str(error).splitlines()[0]}); start it or unset"
+        ) from error
+    try:
+        if config.dashboard or cluster != OWN:
+            print(f"Ray dashboard: http://{context.dashboard_url}", flush=True)
+        _note_missing_resources(config)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _init_arguments(config: RayConfig, cluster: str) -> dict[str, Any]:
+    if cluster == SUBMITTED:
+        return {}
+    if cluster == ADDRESS:  # workers elsewhere have no usr_ray unless this job brings it
+        return {"runtime_env": {"py_modules": [str(ROOT / "usr_ray")]}}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {
+        "address": "local",
+        "num_cpus": max(cores, math.ceil(config.num_workers * config.cpus_per_worker)),  # more workers share them
+        "object_store_memory": _OBJECT_STORE_BYTES,
+        "include_dashboard": config.dashboard,
+        "dashboard_host": LOOPBACK,
+        "dashboard_port": int(os.environ.get(API_SERVER, f":{DASHBOARD_PORT}").rpartition(":")[2]),
+        "_node_ip_address": LOOPBACK,
+        "logging_level": logging.WARNING,
+    }
+
+
+def _note_missing_resources(config: RayConfig) -> None:
+    """Say why nothing will happen for a while; an autoscaler may still bring the machines."""
+    present = ray.cluster_resources()
+    needed = {"CPU": config.num_workers * config.cpus_per_worker}
+    if config.use_gpu:
+        needed["GPU"] = float(config.num_workers)
+    for name, count in needed.items():
+        if present.get(name, 0) < count:
+            text = f"waiting: the workers need {count:g} {name}, the cluster has {present.get(name, 0):g}; gives up"
+            print(f"{text} in {START_ATTEMPTS} minutes unless machines are added (ray.num_workers)", flush=True)

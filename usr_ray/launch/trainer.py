@@ -1,0 +1,271 @@
+"""Training on Ray: the loop on a group of Ray Train workers, its restarts, and what is left in the run directory.
+
+Ray starts, watches and restarts the workers. Everything a run needs to go on is ours (training/checkpoint.py,
+runs/plan.py):
+each attempt has a Ray run name of its own, so nothing that Ray left behind can block or change it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import fcntl
+import logging
+import math
+import os
+import re
+import shutil
+import threading
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchTrainer, get_device
+
+from usr_ray.config import Config, RayConfig, UserError, parse_duration_us
+from usr_ray.data.order_quality import order_text
+from usr_ray.evaluation.metrics import CellMetrics
+from usr_ray.launch.environment import OWN, SUBMITTED
+from usr_ray.launch.monitor import RayMonitor
+from usr_ray.launch.refusal import read_refusal, reserve_refusal, write_refusal
+from usr_ray.launch.rollcall import RollCall
+from usr_ray.launch.session import START_ATTEMPTS, ray_session
+from usr_ray.launch.stop import (
+    StoppableTorchConfig,
+    ask_to_stop,
+    open_stop_file,
+    sigterm_sets,
+    watch_stop_file,
+    worker_was_asked,
+)
+from usr_ray.runs.folder import print_result, write_result
+from usr_ray.runs.plan import RunPlan, load_manifest, mark_finished, plan_run, write_plan
+from usr_ray.training.loop import train
+from usr_ray.training.worker import DistributedWorker
+
+RAY_DIR = "ray"
+_REFUSED, _STOP, _ROLLS = "refused.json", "stop", "rolls"
+"""Files of an attempt: what a worker refused, and the wish to stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """What a call of `run` ended with."""
+
+    run_dir: Path
+    outcome: str
+    """'finished', 'early_stopped' or 'stopped' (train.TrainResult.status)."""
+    step: int
+    metrics: CellMetrics | None
+    """On the held-out rows; None without held-out dates or when stopped."""
+    was_finished: bool
+    """The run directory held the result already; nothing was trained."""
+
+
+class RayWorker(DistributedWorker):
+    """A rank of Ray Train's worker group, which has set up the process group."""
+
+    def __init__(self, timeout: dt.timedelta) -> None:
+        super().__init__(get_device(), timeout=timeout)
+
+    def should_stop(self) -> bool:
+        """See Worker; also after a SIGTERM to this process."""
+        return worker_was_asked.is_set() or super().should_stop()
+
+    def report(self, metrics: Mapping[str, float]) -> None:
+        """Hand numbers to Ray Train, for Tune. A barrier that takes up to two seconds: once an epoch, not each step."""
+        ray.train.report(dict(metrics))
+
+
+def run(
+    config: Config, lake: Path | str, run_dir: Path | str, *, cluster: str = OWN, command: Sequence[str] = (),
+    callbacks: Sequence[Any] = (),
+) -> RunSummary:  # fmt: skip
+    """Train on the table in `lake`, or go on with what `run_dir` holds, and print the metrics on the held-out rows.
+
+    Args:
+        config: the resolved configuration.
+        lake: where the samples table is; every worker must see it under this name.
+        run_dir: where everything of the run goes; every worker must see it under this name.
+        cluster: what `trainer_environment.prepare_environment` returned. A Ray that this process is connected to
+            already is used as it is.
+        command: noted in config.json.
+        callbacks: of Ray Train's RunConfig; Tune hears of the evaluations through one.
+
+    Raises:
+        UserError: see plan_run; a submitted job's path is relative; another process trains in this directory; a worker
+            refused its data or checkpoint.
+        TrainingFailedError: more failures than ray.max_failures.
+    """
+    if cluster == SUBMITTED:
+        warm_start = {"train.warm_start": config.train.warm_start} if config.train.warm_start else {}
+        refuse_relative({"--lake": lake, "--run-dir": run_dir} | warm_start)
+    plan = plan_run(config, lake, run_dir, command=command)
+    if plan.is_finished:
+        print(f"{plan.run_dir}: this run is finished (step {plan.record['step']:,}); its result:")
+        return _summary(plan, plan.record["outcome"], plan.record["step"], was_finished=True)
+    if len(plan.record["attempts"]) > 1:
+        table = plan.record["table"]
+        print(f"{plan.run_dir}: goes on with version {table['version']} of {table['uri']}, on which it was started")
+    with ray_session(config.ray, cluster=cluster), _only_one(plan.run_dir):
+        write_plan(plan)
+        print(f"{plan.run_dir}: rows {order_text(plan.record['shuffle'])}", flush=True)
+        outcome, step = _fit(plan, callbacks)
+    if outcome != "stopped":
+        mark_finished(plan, outcome=outcome, step=step)
+    print(f"{plan.run_dir}: {outcome} at step {step:,}")
+    return _summary(plan, outcome, step, was_finished=False)
+
+
+def refuse_relative(paths: Mapping[str, Path | str]) -> None:
+    """UserError for a path, by its flag, that a submitted job would look for in its uploaded copy."""
+    for flag, path in paths.items():
+        if "://" not in str(path) and not Path(path).is_absolute():
+            raise UserError(
+                f"{flag} {path}: is relative, and a submitted job runs in an uploaded copy of the working directory, "
+                "which is thrown away; give the whole path"
+            )
+
+
+def _summary(plan: RunPlan, outcome: str, step: int, *, was_finished: bool) -> RunSummary:
+    metrics = None
+    if plan.eval_manifest is not None and outcome != "stopped":
+        metrics = print_result(plan.run_dir)
+    return RunSummary(plan.run_dir, outcome, step, metrics, was_finished)
+
+
+@contextlib.contextmanager
+def _only_one(run_dir: Path) -> Iterator[None]:
+    """Two trainings in one directory would overwrite each other's checkpoints. The lock ends with the process."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"--run-dir {run_dir}: another process trains here; wait for it, or use another") from error
+        except OSError:  # this storage knows no locks
+            pass
+        yield
+
+
+def _fit(plan: RunPlan, callbacks: Sequence[Any]) -> tuple[str, int]:
+    """(outcome, steps) of the worker group."""
+    config = plan.config.ray
+    stem = re.sub(r"[^A-Za-z0-9_.-]", "_", plan.run_dir.name)
+    name = f"{stem}-{dt.datetime.now(dt.UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
+    storage = plan.run_dir / RAY_DIR
+    resources = {"CPU": config.cpus_per_worker} | ({"GPU": 1.0} if config.use_gpu else {})
+    failures = FailureConfig(
+        max_failures=config.max_failures,
+        controller_failure_limit=START_ATTEMPTS,  # type: ignore[call-arg]
+    )
+    trainer = TorchTrainer(
+        train_worker,  # type: ignore[arg-type]
+        # Shown in the dashboard, so the configuration is in it and nothing large.
+        train_loop_config={"run_dir": str(plan.run_dir), "attempt": name, "config": plan.config.to_dict()},
+        torch_config=StoppableTorchConfig(
+            backend="nccl" if config.use_gpu else "gloo", timeout_s=math.ceil(_timeout(config).total_seconds())
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=config.num_workers, use_gpu=config.use_gpu, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=str(storage),
+            failure_config=failures,
+            callbacks=list(callbacks),
+            logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
+        ),
+    )
+    refused, stop_file = storage / name / _REFUSED, storage / name / _STOP
+    reserve_refusal(refused)
+    open_stop_file(stop_file)
+    try:
+        result = _fit_in_background(trainer, stop_file)
+    except TrainingFailedError as error:
+        if (message := read_refusal(refused)) is not None:
+            raise UserError(message) from error
+        raise
+    if (message := read_refusal(refused)) is not None:
+        raise UserError(message)
+    shutil.rmtree(storage, ignore_errors=True)  # what Ray keeps of an attempt; nothing reads it again
+    returned: dict[str, Any] = result.return_value  # type: ignore[attr-defined]
+    return returned["outcome"], returned["step"]
+
+
+def _fit_in_background(trainer: TorchTrainer, stop_file: Path) -> Any:
+    """trainer.fit(), leaving the signals to this thread: SIGTERM asks the workers to save and leave, Ctrl-C ends Ray.
+
+    In the main thread Ray takes Ctrl-C and aborts politely, in half a minute and with pages of tracebacks, and saves
+    nothing for it.
+    """
+    outcome: list[Any] = []
+
+    def fit() -> None:
+        try:
+            outcome.append(trainer.fit())
+        except BaseException as error:  # raised again in the caller's thread
+            outcome.append(error)
+
+    thread = threading.Thread(target=fit, name="fit", daemon=True)
+    asked = threading.Event()
+    with sigterm_sets(asked):
+        thread.start()
+        was_told = False
+        while thread.is_alive():
+            thread.join(0.1)
+            if asked.is_set() and not was_told:
+                was_told = True
+                print("SIGTERM: the workers save a checkpoint and stop; a second one ends them at once", flush=True)
+                ask_to_stop(stop_file)
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
+
+
+def train_worker(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """One rank of an attempt. Runs in a thread of a Ray worker process, again after each restart of the group.
+
+    A UserError is not worth a restart, but a rank that just ended would leave the others waiting for it. So it is
+    written down and raised: Ray ends the group, and the ranks of the next one leave at once (refusal.py).
+    """
+    run_dir, config = Path(settings["run_dir"]), Config.from_dict(settings["config"])
+    refused = run_dir / RAY_DIR / settings["attempt"] / _REFUSED
+    if read_refusal(refused) is not None:
+        return {"outcome": "refused", "step": 0}
+    logging.getLogger().setLevel(logging.WARNING)  # Ray logs a line for every report
+    # Ray sets OMP_NUM_THREADS to the CPUs reserved, of which there may be fewer than the machine has.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // ray.train.get_context().get_local_world_size()))
+    worker = RayWorker(_timeout(config.ray))
+    monitor = RayMonitor(run_dir, run_name=run_dir.name, rank=worker.rank)
+    try:
+        train_manifest, eval_manifest = load_manifest(run_dir, "train"), load_manifest(run_dir, "eval")
+        assert train_manifest is not None
+        stop_file = refused.with_name(_STOP)
+        rolls = RollCall(refused.with_name(_ROLLS), worker.rank, worker.world_size, timeout=config.ray.timeout)
+        watch = watch_stop_file(stop_file, worker.request_stop) if worker.is_main else contextlib.nullcontext()
+        with watch, rolls.answered():
+            result = train(
+                config, worker, train_manifest=train_manifest, eval_manifest=eval_manifest, run_dir=run_dir,
+                monitor=monitor,
+            )  # fmt: skip
+    except UserError as error:
+        with contextlib.suppress(OSError):
+            write_refusal(refused, str(error))
+        raise
+    finally:
+        monitor.close()
+    if worker.is_main and eval_manifest is not None:
+        write_result(run_dir, config, result, eval_manifest)
+    return {"outcome": result.status, "step": result.step}
+
+
+def _timeout(config: RayConfig) -> dt.timedelta:
+    return dt.timedelta(microseconds=parse_duration_us(config.timeout, where="ray.timeout"))

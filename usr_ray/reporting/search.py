@@ -1,0 +1,99 @@
+"""The report of a search: every trial, what mattered, and the choice judged on other dates than it was made on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
+
+from usr_ray.config import Config
+from usr_ray.config.tune import METRICS
+from usr_ray.experiments.space import TriedPoint, choosing_dates, importance
+from usr_ray.reporting import page as report_text
+from usr_ray.reporting.study import REPORT_FILE, write_study_report
+from usr_ray.reporting.study_plots import Dimension, bars_plot, parallel_plot
+
+if TYPE_CHECKING:  # tune imports Ray; the report of a search needs none
+    from usr_ray.experiments.search import TuneResult
+
+FINAL_DIR = "final"
+
+
+def write_search_report(run_dir: Path, config: Config, result: TuneResult) -> Path:
+    """Write `<run_dir>/report.html` and return its path."""
+    dates, choice = choosing_dates(config), result.choice
+    changed = ", ".join(f"{path} = {_value(value)}" for path, value in choice.overrides().items())
+    lead = [
+        f"{len(result.points)} trials trained on {dates.train.replace(':', ' to ')}; "
+        f"{dates.choose.replace(':', ' to ')} chose {changed} with {config.tune.metric} {choice.value:.4f}. "
+        f"The choice is judged on {config.data.eval_dates.replace(':', ' to ')}, which no trial has seen:"
+    ]
+    sections = [search_section(config, result.points, choice.point)]
+    return write_study_report(
+        run_dir / FINAL_DIR, result.study, Path(run_dir) / REPORT_FILE, lead=lead, sections=sections
+    )
+
+
+def search_section(config: Config, points: Sequence[TriedPoint], chosen: TriedPoint) -> dict[str, Any]:
+    """The trials as a table, parallel coordinates and importance."""
+    metric, minimise = config.tune.metric, METRICS[config.tune.metric] == "min"
+    keys = list(config.tune.space)
+    found = [(value, point) for point in points if (value := _best(point, minimise=minimise)) is not None]
+    scored = sorted(found, key=lambda pair: pair[0] if minimise else -pair[0])
+    failed = [point for point in points if _best(point, minimise=minimise) is None]
+    shown: list[tuple[float | None, TriedPoint]] = [*scored, *((None, point) for point in failed)]
+    rows = [
+        {"class": "beats" if point == chosen else "",
+         "values": [point.trial_id, point.status, report_text.DASH if value is None else f"{value:.5f}",
+                    f"{len(point.curve)} of {point.num_epochs}", *(_value(point.values[key]) for key in keys),
+                    "chosen" if point == chosen else point.error[:80]]}
+        for value, point in shown
+    ]  # fmt: skip
+    plots = []
+    if len(scored) > 1:
+        title = "Trials by parallel coordinates"
+        dimensions = [*(_dimension(config, key) for key in keys), Dimension(metric, is_log=False)]
+        lines = [[*(_place(config, key, point.values[key]) for key in keys), value] for value, point in scored]
+        best = next((n for n, (_, point) in enumerate(scored) if point == chosen), 0)
+        plots.append({"title": title, "svg": Markup(parallel_plot(dimensions, lines, best, label=title)),
+                      "is_wide": True, "caption": "Each line is a trial; the bold one was chosen."})  # fmt: skip
+    shares = importance(points, config.tune.space, minimise=minimise)
+    if shares:
+        title = f"What went with {metric}"
+        plots.append({"title": title, "svg": Markup(bars_plot(shares, label=title, axis="strength of association")),
+                      "caption": "Rank correlation (choices: correlation ratio of ranks) over the trials drawn: an "
+                      "association, and a weak one where trials are few."})  # fmt: skip
+    return {
+        "title": "Search", "plots": plots,
+        "note": f"{metric} on the choosing dates, best epoch of each trial; {'lower' if minimise else 'higher'} is "
+        "better. The chosen value is the best of many draws, so it flatters: see the comparison below.",
+        "table": {"head": ["Trial", "Status", metric, "Epochs", *_short(keys), ""], "num_left": 2, "rows": rows},
+    }  # fmt: skip
+
+
+def _short(keys: Sequence[str]) -> list[str]:
+    """The last words of the keys, as a column's head; whole keys where two end alike."""
+    ends = [key.rsplit(".", 1)[-1].replace("_", " ") for key in keys]
+    return ends if len(set(ends)) == len(ends) else list(keys)
+
+
+def _best(point: TriedPoint, *, minimise: bool) -> float | None:
+    known = [value for value in point.curve if math.isfinite(value)]
+    return (min if minimise else max)(known) if known else None
+
+
+def _dimension(config: Config, key: str) -> Dimension:
+    space = config.tune.space[key]
+    return Dimension(key, is_log=space.kind == "log_uniform", labels=tuple(map(str, space.values)))
+
+
+def _place(config: Config, key: str, value: Any) -> float:
+    space = config.tune.space[key]
+    return float(space.values.index(value)) if space.kind == "choice" else float(value)
+
+
+def _value(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,1 @@
+"""The one place that knows the names and JSON of a run directory."""

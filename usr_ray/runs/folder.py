@@ -1,0 +1,44 @@
+"""The result of a run in its directory: metrics.json and predictions.parquet on the held-out rows. No Ray."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from pathlib import Path
+
+from usr_ray import __version__
+from usr_ray.config import Config
+from usr_ray.data.manifest import Manifest
+from usr_ray.evaluation.files import PREDICTIONS_FILE, SPLIT, metrics_text, write_metrics, write_predictions
+from usr_ray.evaluation.metrics import CellMetrics
+from usr_ray.training.loop import TrainResult
+
+METRICS_FILE = "metrics.json"
+
+
+def write_result(run_dir: Path, config: Config, result: TrainResult, held_out: Manifest) -> None:
+    """metrics.json and predictions.parquet of the trained weights on the held-out rows; nothing when stopped.
+
+    Called by rank 0; the metrics come last, so where they are the predictions are too.
+    """
+    evaluation = result.evaluation
+    if evaluation is None or evaluation.metrics is None or evaluation.predictions is None:
+        return
+    about = {
+        "dates": config.data.eval_dates,
+        "step": result.state.step,
+        "table_uri": held_out.table_uri,
+        "table_version": held_out.version,
+        "manifest_sha256": held_out.sha256,
+        "evaluated_at": f"{dt.datetime.now(dt.UTC):%Y-%m-%dT%H:%M:%SZ}",
+        "usr_ray": __version__,
+    }
+    write_predictions(run_dir / PREDICTIONS_FILE, evaluation.predictions, held_out.spec.scenarios, about=about)
+    write_metrics(run_dir / METRICS_FILE, {SPLIT: evaluation.metrics})
+
+
+def print_result(run_dir: Path) -> CellMetrics:
+    """Print the metrics of a finished run and return them."""
+    splits = json.loads((run_dir / METRICS_FILE).read_text(encoding="utf-8"))
+    print(metrics_text(splits))
+    return splits[SPLIT]

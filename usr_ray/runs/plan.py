@@ -1,0 +1,258 @@
+"""What a run is before any process starts: configuration, pinned rows, run directory. No Ray.
+
+    <run-dir>/config.json          resolved configuration, table version, manifest hashes, packages, attempts, status
+    <run-dir>/manifest-train.json  the rows to train on; manifest-eval.json: the held-out rows
+
+Every mistake a user can make is found here, before anything is written. The same command on the same directory goes on
+with the run it holds, on the rows that the run was started on, however far the table has moved since.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from usr_ray.config import Config, UserError, dotted, parse_dates
+from usr_ray.data.manifest import Manifest, build_manifest
+from usr_ray.data.order_quality import ShuffleQuality
+from usr_ray.data.pins import remove_pin, write_pin
+from usr_ray.files import write_whole
+from usr_ray.model.backbones import check_own_backbone
+from usr_ray.training.rows import training_reader
+from usr_ray.training.state import FIXED_KEYS, package_versions
+from usr_ray.training.warm_start import check_warm_start
+from usr_ray.training.worker import DistributedWorker
+
+CONFIG_FILE = "config.json"
+RUNNING, FINISHED = "running", "finished"
+SPLITS = ("train", "eval")
+_FIXED = ("scenarios", "data", *FIXED_KEYS)
+"""What gives the run its meaning: another value needs another run directory."""
+_VERSION_KEY = "data.table_version"
+_TRAINED_FROM = ("scenarios", "data", "model", "train")
+"""Sections that training computes from; with any other change a finished run stays finished."""
+_MORE_PACKAGES = ("ray", "deltalake")
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """A run that can be started: everything is checked, nothing is written yet."""
+
+    config: Config
+    run_dir: Path
+    """Absolute, since workers have working directories of their own."""
+    train_manifest: Manifest
+    eval_manifest: Manifest | None
+    """None without data.eval_dates: nothing is evaluated."""
+    record: dict[str, Any]
+    """config.json as it will be written; `status` tells whether there is anything left to do."""
+
+    @property
+    def is_finished(self) -> bool:
+        """The directory holds this run's result already."""
+        return self.record["status"] == FINISHED
+
+
+def plan_run(config: Config, lake: Path | str, run_dir: Path | str, *, command: Sequence[str] = ()) -> RunPlan:
+    """Check everything that can be checked without starting Ray; writes nothing.
+
+    Args:
+        config: the resolved configuration.
+        lake: folder (or object-store address) with the samples table.
+        run_dir: a new folder, or that of a run to go on with.
+        command: noted in config.json.
+
+    Raises:
+        UserError: no dates, no table, no rows, no rows that count, a batch that these workers cannot share, a run
+            directory that cannot be used or holds another run.
+    """
+    if "://" in str(run_dir):
+        raise UserError(f"--run-dir {run_dir}: must be a folder that every machine of the cluster sees, not an address")
+    folder = Path(run_dir).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"--run-dir {run_dir}: {existing} is not a folder that can be written; name another")
+    if not config.data.train_dates:
+        raise UserError(
+            "data.train_dates is empty; name the dates to train on: --set data.train_dates=2026-01-01:2026-01-06"
+        )
+    if config.train.early_stopping and not config.data.eval_dates:
+        raise UserError("train.early_stopping watches data.eval_dates, which is empty; set one or switch off the other")
+    if config.train.warm_start:  # a whole path, since workers have working directories of their own
+        whole = str(Path(config.train.warm_start).absolute())
+        config = replace(config, train=replace(config.train, warm_start=whole))
+    record = _read_record(folder)
+    if record is None:
+        manifests = _build_all(config, lake)
+        record = {"created": _now(), "status": RUNNING, "attempts": []}
+    else:
+        _refuse_other_run(config, record, folder)
+        _refuse_other_version(config, record, folder)
+        manifests = {s: _saved_manifest(lake, folder, record, split=s) for s in SPLITS}
+        if _meaning(config.to_dict()) != _meaning(Config.completed(record["config"])):
+            record["status"] = RUNNING  # more epochs, for example
+    train_manifest = manifests["train"]
+    assert train_manifest is not None
+    shuffle = _check_rows(config, train_manifest)
+    record |= {
+        "config": config.to_dict(),
+        "shuffle": {"order": config.train.order, **{k: round(v, 4) for k, v in asdict(shuffle).items()}},
+        "table": {"uri": train_manifest.table_uri, "version": train_manifest.version},
+        "manifests": {s: _about(m) for s, m in manifests.items() if m is not None},
+        "packages": package_versions() | _installed(_MORE_PACKAGES),
+    }
+    record["attempts"] = [*record["attempts"], {"started": _now(), "command": list(command)}]
+    return RunPlan(config, folder, train_manifest, manifests["eval"], record)
+
+
+def write_plan(plan: RunPlan) -> None:
+    """Make the run directory and write its manifests and config.json, each whole or not at all, config.json last.
+
+    The lake gets a pin, so that nobody deletes the files of the run's table version before `mark_finished`.
+    """
+    plan.run_dir.mkdir(parents=True, exist_ok=True)
+    plan.train_manifest.save(manifest_path(plan.run_dir, "train"))
+    if plan.eval_manifest is not None:
+        plan.eval_manifest.save(manifest_path(plan.run_dir, "eval"))
+    write_pin([m for m in (plan.train_manifest, plan.eval_manifest) if m is not None], plan.run_dir)
+    _write_record(plan.run_dir, plan.record)
+
+
+def mark_finished(plan: RunPlan, *, outcome: str, step: int) -> None:
+    """Note in config.json that the result is there; take back the pin. `outcome`: as in train.TrainResult.status."""
+    _write_record(plan.run_dir, plan.record | {"status": FINISHED, "outcome": outcome, "step": step, "ended": _now()})
+    remove_pin(plan.train_manifest.table_uri, plan.run_dir)
+
+
+def manifest_path(run_dir: Path, split: str) -> Path:
+    """File of the rows of a split, 'train' or 'eval'."""
+    return run_dir / f"manifest-{split}.json"
+
+
+def load_manifest(run_dir: Path, split: str) -> Manifest | None:
+    """The saved rows of a split; None when the run has none (no held-out dates)."""
+    path = manifest_path(run_dir, split)
+    return Manifest.load(path) if split == "train" or path.exists() else None
+
+
+class _Shape(DistributedWorker):
+    """Rank 0 of so many workers, as far as cutting batches is concerned."""
+
+    def __init__(self, world_size: int) -> None:
+        super().__init__(torch.device("cpu"))
+        self._world_size = world_size
+
+
+def _check_rows(config: Config, manifest: Manifest) -> ShuffleQuality:
+    """Refuse what the workers would; how well the first epoch's order mixes the rows and their dates."""
+    if manifest.spec.scenarios != config.scenarios:
+        raise UserError(
+            f"scenarios: the configuration has {list(config.scenarios)}, the table at {manifest.table_uri} has "
+            f"{list(manifest.spec.scenarios)}; train with the configuration the table was built with"
+        )
+    check_own_backbone(config.model, num_scenarios=len(config.scenarios))
+    if config.train.warm_start:
+        check_warm_start(config, manifest)
+    with training_reader(config, manifest, _Shape(config.ray.num_workers)) as reader:
+        return reader.shuffle_quality()
+
+
+def _build_all(config: Config, lake: Path | str) -> dict[str, Manifest | None]:
+    """The rows of each split, all of one version: the table may advance while they are looked up."""
+    manifests: dict[str, Manifest | None] = {}
+    version = config.data.table_version if config.data.table_version >= 0 else None
+    for split in SPLITS:
+        text = getattr(config.data, f"{split}_dates")
+        dates = parse_dates(text, where=f"data.{split}_dates") if text else None
+        manifests[split] = built = build_manifest(lake, dates=dates, version=version) if dates else None
+        version = built.version if built else version
+    return manifests
+
+
+def _read_record(folder: Path) -> dict[str, Any] | None:
+    path = folder / CONFIG_FILE
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); use another --run-dir, or remove this one") from error
+    if not isinstance(record, dict) or not {"config", "table", "manifests", "attempts", "status"} <= set(record):
+        raise UserError(f"{path}: not written by jobs/train.py; use another --run-dir, or remove this one")
+    return record
+
+
+def _refuse_other_run(config: Config, record: Mapping[str, Any], folder: Path) -> None:
+    saved, now = dotted(Config.completed(record["config"])), dotted(config.to_dict())
+    for key in [*saved, *(k for k in now if k not in saved)]:
+        if key == _VERSION_KEY:
+            continue
+        is_fixed = any(key == fixed or key.startswith(f"{fixed}.") for fixed in _FIXED)
+        if is_fixed and saved.get(key) != now.get(key):
+            raise UserError(
+                f"--run-dir {folder}: holds a run with {key} = {saved.get(key)!r}, this command has {now.get(key)!r}; "
+                "set it back to go on with that run, or use another --run-dir"
+            )
+
+
+def _refuse_other_version(config: Config, record: Mapping[str, Any], folder: Path) -> None:
+    """A run stays on the version it was started on, whichever is the newest now."""
+    pinned, asked = record["table"]["version"], config.data.table_version
+    if asked not in (-1, pinned):
+        raise UserError(
+            f"--run-dir {folder}: holds a run on version {pinned} of the table, this command has {_VERSION_KEY} = "
+            f"{asked}; leave it out to go on with that run, or use another --run-dir"
+        )
+
+
+def _saved_manifest(lake: Path | str, folder: Path, record: Mapping[str, Any], *, split: str) -> Manifest | None:
+    """The rows the run was started on, wherever the lake is now."""
+    if split not in record["manifests"]:
+        return None
+    saved = Manifest.load(manifest_path(folder, split))
+    here = str(lake).rstrip("/") if "://" in str(lake) else str(Path(lake).resolve())
+    if saved.table_uri.rpartition("/")[0] == here:
+        return saved
+    first, last = parse_dates(record["config"]["data"][f"{split}_dates"], where=f"data.{split}_dates")
+    moved = build_manifest(lake, dates=(first, last), version=saved.version)
+    if moved.sha256 != saved.sha256:
+        raise UserError(
+            f"--lake {lake}: holds other rows than {saved.table_uri} version {saved.version}, on which the run in "
+            f"{folder} was started; name that lake, or use another --run-dir"
+        )
+    return moved
+
+
+def _installed(packages: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _about(manifest: Manifest) -> dict[str, Any]:
+    dates = manifest.dates
+    return {"sha256": manifest.sha256, "num_rows": manifest.num_rows, "first_date": dates[0], "last_date": dates[-1]}
+
+
+def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
+    keys = dotted({section: config[section] for section in _TRAINED_FROM})
+    return {key: value for key, value in keys.items() if key != _VERSION_KEY}  # the run is pinned, asked or not
+
+
+def _write_record(run_dir: Path, record: Mapping[str, Any]) -> None:
+    write_whole(run_dir / CONFIG_FILE, json.dumps(record, indent=2) + "\n")
+
+
+def _now() -> str:
+    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")

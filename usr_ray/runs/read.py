@@ -1,0 +1,145 @@
+"""What a report is made of: the files of a run directory and of a lake, read once, with gaps where a file is absent."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyarrow.fs import FileSelector, FileType
+
+from usr_ray.config import UserError
+from usr_ray.data.manifest_files import STORE_HINT, open_filesystem, table_address, whole_line
+from usr_ray.evaluation.files import BASELINE_SPLIT, PREDICTIONS_FILE, SPLIT, read_predictions
+from usr_ray.evaluation.metrics import CellMetrics, Predictions
+from usr_ray.schema import REPORTS
+
+CONFIG_FILE, METRICS_FILE, HISTORY_FILE = "config.json", "metrics.json", "history.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """A run directory."""
+
+    run_dir: Path
+    record: Mapping[str, Any]
+    """config.json: the resolved configuration under 'config', beside it versions, command and times."""
+    history: list[dict[str, Any]]
+    """history.jsonl: one object a log step, in order of steps."""
+    metrics: CellMetrics | None
+    """Of the file written last: an evaluation's, or metrics.json of the end of training."""
+    metrics_file: str
+    """Name of the file that `metrics` is from."""
+    baseline_metrics: CellMetrics | None
+    predictions: Predictions | None
+    baseline: Predictions | None
+    about: Mapping[str, Any]
+    """Metadata of the predictions: dates, step, table version."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The resolved configuration."""
+        return self.record.get("config", self.record)
+
+    @property
+    def scenarios(self) -> tuple[str, ...]:
+        """Scenarios in the order of the configuration."""
+        return tuple(self.config["scenarios"])
+
+
+def read_run(run_dir: Path) -> RunRecord:
+    """Everything that is there of a run; only config.json must be.
+
+    Raises:
+        UserError: the directory or its config.json is missing, or a file in it cannot be read.
+    """
+    if not run_dir.is_dir():
+        raise UserError(f"--run-dir {run_dir}: no such directory; name the --run-dir of jobs/train.py")
+    if not (run_dir / CONFIG_FILE).is_file():
+        raise UserError(f"--run-dir {run_dir}: holds no {CONFIG_FILE}, so no run was started here; run jobs/train.py")
+    record = read_json(run_dir / CONFIG_FILE)
+    scenarios = tuple(record.get("config", record).get("scenarios", ()))
+    if not scenarios:
+        raise UserError(f"{run_dir / CONFIG_FILE}: has no scenarios; this is no run's configuration")
+    metrics, baseline_metrics, metrics_file = _newest_metrics(run_dir)
+    predictions = baseline = None
+    about: Mapping[str, Any] = {}
+    path = run_dir / PREDICTIONS_FILE
+    if path.is_file():
+        try:
+            predictions, baseline, about = read_predictions(path, scenarios)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); run jobs/evaluate.py again") from error
+    return RunRecord(
+        run_dir=run_dir,
+        record=record,
+        history=read_history(run_dir / HISTORY_FILE),
+        metrics=metrics,
+        metrics_file=metrics_file,
+        baseline_metrics=baseline_metrics,
+        predictions=predictions,
+        baseline=baseline,
+        about=about,
+    )
+
+
+def read_json(path: Path) -> Any:
+    """Content of a JSON file; UserError naming the file when it cannot be read."""
+    try:
+        return _parsed(path.read_bytes(), path)
+    except OSError as error:
+        raise UserError(f"{path}: is not readable JSON ({error}); remove it or write it again") from error
+
+
+def _parsed(text: bytes, where: Path | str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where}: is not readable JSON ({error}); remove it or write it again") from error
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """Rows of history.jsonl by step, the newest row of a step that a resumed run went through twice.
+
+    A last line that a crash cut short is left out; a missing file is an empty history.
+    """
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows[str(row.get("kind", "train")), row["step"]] = row
+    return sorted(rows.values(), key=lambda row: row["step"])
+
+
+def read_etl_reports(lake: Path | str | None) -> list[dict[str, Any]]:
+    """`<lake>/reports/*.json`, by file name; none without a lake. The lake may be in an object store.
+
+    Raises:
+        UserError: the lake is missing, or a report cannot be read.
+    """
+    if lake is None:
+        return []
+    filesystem, folder = open_filesystem(table_address(lake, REPORTS))
+    try:
+        if filesystem.get_file_info(folder.rpartition("/")[0]).type != FileType.Directory:
+            raise UserError(f"--lake {lake}: no such directory; name the --lake of jobs/build_samples.py")
+        found = filesystem.get_file_info(FileSelector(folder, allow_not_found=True))
+        names = sorted(info.path for info in found if info.path.endswith(".json"))
+        texts = [(name, filesystem.open_input_stream(name).read()) for name in names]
+    except OSError as error:
+        raise UserError(f"--lake {lake}: cannot be reached ({whole_line(error)}); {STORE_HINT}") from error
+    return [_parsed(text, name) for name, text in texts]
+
+
+def _newest_metrics(run_dir: Path) -> tuple[CellMetrics | None, CellMetrics | None, str]:
+    files = [*run_dir.glob(METRICS_FILE), *sorted(run_dir.glob("evaluation-*.json"))]
+    for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        splits = read_json(path)
+        if splits.get(SPLIT):
+            return splits[SPLIT], splits.get(BASELINE_SPLIT), path.name
+    return None, None, ""

@@ -1,0 +1,76 @@
+"""The exported files beside the training model on drawn rows: all scenarios, all ids, full and empty histories.
+
+Shape letters: B rows, V events of one history.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from usr_ray.data.batch import History, UsrBatch, UsrOutputs
+from usr_ray.schema import ACTION_ORDER, ALL_LABELS, FeatureSpec
+from usr_ray.serving.model import GLOBAL_PROBABILITIES, PROBABILITIES, padded_inputs
+from usr_ray.serving.runtime import RUNTIMES, ExportedModel
+from usr_ray.training.evaluate import TrainedRun
+
+_NUM_ROWS = 64
+_LONGEST_AGE_S = 1e8
+
+
+def drawn_batch(spec: FeatureSpec, num_rows: int, *, seed: int = 0) -> UsrBatch:
+    """Rows with valid ids, numbers and histories of 0 to history_length events; the labels are all 0."""
+    g = torch.Generator().manual_seed(seed)
+
+    def ids(limit: int, *shape: int) -> Tensor:
+        return torch.randint(0, limit, shape, generator=g)
+
+    histories = []
+    for names in spec.histories:
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), ids(spec.history_length + 1, num_rows).cumsum(0)])
+        num_events = int(offsets[-1])
+        num_queries = spec.sparse_feature("query").num_embeddings
+        histories.append(
+            History(
+                item_ids_V=ids(spec.sparse_feature("item_id").num_embeddings, num_events),
+                actions_V=1 + ids(ACTION_ORDER, num_events),
+                ages_s_V=_LONGEST_AGE_S ** torch.rand(num_events, generator=g),
+                query_ids_V=None if names.query_ids is None else ids(num_queries, num_events),
+                offsets=offsets,
+            )
+        )
+    return UsrBatch(
+        labels_BT=torch.zeros(num_rows, len(ALL_LABELS)),
+        weights_B=torch.ones(num_rows),
+        scenario_B=torch.arange(num_rows) % len(spec.scenarios),
+        sparse_BF=torch.stack([ids(feature.num_embeddings, num_rows) for feature in spec.sparse], dim=1),
+        dense_BF=torch.randn(num_rows, len(spec.dense), generator=g),
+        histories=tuple(histories),
+        user_key_B=torch.arange(num_rows),
+        request_key_B=torch.arange(num_rows),
+        row_number_B=torch.arange(num_rows),
+    )
+
+
+def training_probabilities(outputs: UsrOutputs) -> dict[str, Tensor]:
+    """The training model's probabilities (B) under the names of the exported model's outputs."""
+    probs = dict(zip(PROBABILITIES, outputs.log_p_BT.exp().unbind(1), strict=True))
+    if outputs.log_p_global_BT is not None:
+        probs |= dict(zip(GLOBAL_PROBABILITIES, outputs.log_p_global_BT.exp().unbind(1), strict=True))
+    return probs
+
+
+def largest_differences(directory: Path, run: TrainedRun) -> dict[str, float]:
+    """File -> largest absolute difference of a probability from the training model's, on drawn rows; NaN stays NaN."""
+    batch = drawn_batch(run.spec, _NUM_ROWS)
+    with torch.inference_mode():
+        expected = training_probabilities(run.module(batch, run.tables.lookup(batch)))
+    inputs = {name: value.numpy() for name, value in padded_inputs(batch, run.spec).items()}
+    differences = {}
+    for runtime, name in RUNTIMES.items():
+        found = ExportedModel(directory, runtime=runtime).predict(inputs)
+        worst = [(torch.from_numpy(found[key]) - value).abs().max() for key, value in expected.items()]
+        differences[name] = float(torch.stack(worst).max())
+    return differences

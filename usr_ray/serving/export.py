@@ -1,0 +1,188 @@
+"""A run as a directory that serves it: the model in two formats, its weights, vocabularies, feature spec, a manifest.
+
+    model.pt2            torch.export program          inputs by name, any number of rows
+    model.onnx           the same for ONNX runtimes     (model.onnx.data beside it where the tables are large)
+    weights.safetensors  folded weights and tables by name, for any other runtime
+    vocabularies.parquet (feature, value, id) of every value that the model has an embedding for
+    feature_spec.json    the inputs' meaning
+    manifest.json        files with their SHA-256, inputs and outputs with their shapes, run and table it comes from
+
+The directory appears whole or not at all, and only after both programs have given the training model's probabilities.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import logging
+import os
+import shutil
+import uuid
+import warnings
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import save_file
+
+from usr_ray import __version__
+from usr_ray.data.manifest import read_vocabularies
+from usr_ray.files import file_sha256, sync
+from usr_ray.schema import FIRST_ID, FeatureSpec
+from usr_ray.serving.check import largest_differences
+from usr_ray.serving.model import ServingModel, input_shapes
+from usr_ray.serving.runtime import (
+    FEATURE_SPEC,
+    FORMAT,
+    MANIFEST,
+    ONNX,
+    PT2,
+    VOCABULARIES,
+    WEIGHTS,
+    ExportError,
+    require_packages,
+)
+from usr_ray.training.checkpoint import SUMS, TENSORS, Checkpoint
+from usr_ray.training.evaluate import TrainedRun, load_run
+
+TOLERANCE = 1e-5
+"""Largest difference of a probability from the training model's."""
+_EXTERNAL_BYTES = 1_500_000_000
+"""Weights from which on ONNX keeps them in a file of their own; its messages end at 2 GB."""
+_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "numpy")
+
+
+def export_run(run_dir: Path, output_dir: Path, lake: Path | str | None = None) -> dict[str, Any]:
+    """Export the model of a run's best checkpoint (its newest one where none was marked best).
+
+    Args:
+        run_dir: of jobs/train.py.
+        output_dir: where to write; absent or empty.
+        lake: whose vocabularies go with the model; None: none do. Not read for vocabulary.kind = "hash".
+
+    Returns:
+        The content of manifest.json.
+
+    Raises:
+        ExportError: `output_dir` is in use, a package is missing, or the lake is not the run's.
+        UserError: no run, no checkpoint, no vocabularies.
+    """
+    require_packages("onnx", "onnxscript", "onnxruntime")
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ExportError(f"--output {output_dir}: is not empty; name another directory, or delete this one")
+    run = load_run(run_dir)
+    vocabularies = None
+    if lake is not None and run.config.vocabulary.kind != "hash":
+        vocabularies = known_values(read_vocabularies(lake), run.spec, lake)
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output_dir.with_name(f".{output_dir.name}.tmp-{uuid.uuid4().hex}")
+    temporary.mkdir()
+    try:
+        manifest = _write(temporary, run, vocabularies)
+        os.replace(temporary, output_dir)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return manifest
+
+
+def known_values(entries: pa.Table, spec: FeatureSpec, lake: Path | str) -> pa.Table:
+    """The entries that the model has an embedding for: vocabularies grow after a training, and never renumber.
+
+    Raises:
+        ExportError: a feature's ids are not exactly those of its table: the lake is another one.
+    """
+    parts = []
+    for feature in spec.sparse:
+        mask = pc.and_(pc.equal(entries["feature"], feature.name), pc.less(entries["id"], feature.num_embeddings))
+        part = entries.filter(mask)
+        num_values = feature.num_embeddings - FIRST_ID
+        if part.num_rows == 0 and not pc.any(pc.equal(entries["feature"], feature.name)).as_py():
+            continue  # event_hour, and features without a value, have no entries
+        if part.num_rows != num_values:
+            raise ExportError(
+                f"--lake {lake}: has {part.num_rows} values of {feature.name} where the model has {num_values} "
+                "embeddings; name the lake that the run was trained on"
+            )
+        parts.append(part.sort_by("id"))
+    return pa.concat_tables(parts) if parts else entries.slice(0, 0)
+
+
+def model_id(checkpoint: Checkpoint) -> str:
+    """16 hex digits that name the checkpoint's tensors: the head of their SHA-256. AssertionError if not verified."""
+    for line in (checkpoint.path / SUMS).read_text(encoding="utf-8").splitlines():
+        digest, _, name = line.partition("  ")
+        if name == TENSORS:
+            return digest[:16]
+    raise AssertionError(f"{checkpoint.path}: was verified when it was loaded")
+
+
+def _write(folder: Path, run: TrainedRun, vocabularies: pa.Table | None) -> dict[str, Any]:
+    model = ServingModel(run.module, run.tables, run.spec)
+    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, folder / WEIGHTS)
+    write_programs(model, run.spec, folder)
+    (folder / FEATURE_SPEC).write_text(run.spec.to_json() + "\n", encoding="utf-8")
+    if vocabularies is not None:
+        pq.write_table(vocabularies, folder / VOCABULARIES, compression="zstd")
+    manifest = _describe(folder, run, model)
+    _write_manifest(folder, manifest)
+    # The files themselves are opened as a user would, so that what was checked is what is served.
+    differences = largest_differences(folder, run)
+    wrong = {name: value for name, value in differences.items() if not value <= TOLERANCE}
+    if wrong:
+        raise RuntimeError(f"the exported model differs from the training model: {wrong}, allowed {TOLERANCE}")
+    manifest["largest_difference_from_training_model"] = differences
+    _write_manifest(folder, manifest)
+    for path in [*folder.iterdir(), folder]:
+        sync(path)
+    return manifest
+
+
+def write_programs(model: ServingModel, spec: FeatureSpec, folder: Path) -> None:
+    """model.pt2 and model.onnx, each for any number of rows."""
+    # Two rows: torch.export takes a size of 1 for a constant.
+    example = {name: torch.zeros((2, *shape), dtype=dtype) for name, (dtype, shape) in input_shapes(spec).items()}
+    rows = torch.export.Dim("rows")
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of torchvision, which nothing here uses
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(model, (example,), dynamic_shapes=({name: {0: rows} for name in example},))
+        torch.export.save(program, folder / PT2)
+        onnx_program = torch.onnx.export(
+            program, dynamo=True, input_names=list(example), output_names=list(model.output_names), verbose=False
+        )
+        assert onnx_program is not None
+        num_bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+        onnx_program.save(str(folder / ONNX), external_data=num_bytes > _EXTERNAL_BYTES)
+
+
+def _describe(folder: Path, run: TrainedRun, model: ServingModel) -> dict[str, Any]:
+    files = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
+    vocabulary = run.config.vocabulary
+    inputs = [
+        {"name": name, "dtype": str(dtype).removeprefix("torch."), "shape": ["rows", *shape]}
+        for name, (dtype, shape) in input_shapes(run.spec).items()
+    ]
+    return {
+        "format": FORMAT,
+        "files": {path.name: {"sha256": file_sha256(path), "bytes": path.stat().st_size} for path in files},
+        "inputs": inputs,
+        "outputs": [{"name": name, "dtype": "float32", "shape": ["rows"]} for name in model.output_names],
+        "sparse": [{"name": f.name, "num_embeddings": f.num_embeddings} for f in run.spec.sparse],
+        "dense": [f.name for f in run.spec.dense],
+        "scenarios": list(run.spec.scenarios),
+        "vocabulary": {"kind": vocabulary.kind}
+        | ({"num_buckets": vocabulary.num_buckets} if vocabulary.kind == "hash" else {}),
+        "checkpoint": {"name": run.checkpoint.path.name, "step": run.checkpoint.step, "id": model_id(run.checkpoint)},
+        "table": run.checkpoint.state.get("table"),
+        "model": run.config.to_dict()["model"],
+        "exported_at": f"{dt.datetime.now(dt.UTC):%Y-%m-%dT%H:%M:%SZ}",
+        "versions": {"usr_ray": __version__} | {package: metadata.version(package) for package in _PACKAGES},
+    }
+
+
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,130 @@
+"""An export directory as its users open it: checked files, and a model that takes and gives numpy arrays.
+
+Needs torch for model.pt2, or onnxruntime (and no torch) for model.onnx.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from usr_ray.config import UserError
+from usr_ray.files import file_sha256
+from usr_ray.serving.archive import ArchiveError, refuse_pickles
+
+FORMAT = 1
+"""Of manifest.json; another number is refused."""
+MANIFEST, PT2, ONNX = "manifest.json", "model.pt2", "model.onnx"
+WEIGHTS, FEATURE_SPEC, VOCABULARIES = "weights.safetensors", "feature_spec.json", "vocabularies.parquet"
+RUNTIMES = {"torch": PT2, "onnx": ONNX}
+
+
+class ExportError(UserError):
+    """A model that cannot be exported, or an export directory that cannot be used as it is."""
+
+
+def require_packages(*packages: str) -> None:
+    """Raise ExportError, naming the extra that brings them, when one of `packages` is not installed here."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(f"not installed here: {', '.join(missing)}; install usr-ray[serve]")
+
+
+def verified_manifest(directory: Path) -> dict[str, Any]:
+    """manifest.json of an export directory, after every file it names was read and found as it was written.
+
+    Raises:
+        ExportError: no export there, of another format, or a file that is missing or was changed.
+    """
+    way_out = "export the run again with jobs/export.py"
+    try:
+        manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{directory}: holds no readable {MANIFEST}; {way_out}") from error
+    if manifest.get("format") != FORMAT:
+        raise ExportError(f"{directory}: format {manifest.get('format')}, this version reads {FORMAT}; {way_out}")
+    for name, file in manifest["files"].items():
+        path = directory / name
+        if not path.is_file() or file_sha256(path) != file["sha256"]:
+            raise ExportError(f"{path}: missing or changed since the export; {way_out}")
+    return manifest
+
+
+class ExportedModel:
+    """A verified export, ready to score.
+
+    Args:
+        directory: of jobs/export.py.
+        runtime: 'torch' (model.pt2) or 'onnx' (model.onnx).
+        num_threads: of one call, for 'onnx' only; torch's own setting holds for 'torch'.
+
+    Raises:
+        ExportError: see `verified_manifest`; an unknown runtime; its package is not installed.
+    """
+
+    def __init__(self, directory: Path | str, *, runtime: str = "onnx", num_threads: int = 1) -> None:
+        if runtime not in RUNTIMES:
+            raise ExportError(f"runtime {runtime!r} is not known; choose from: {', '.join(RUNTIMES)}")
+        require_packages("onnxruntime" if runtime == "onnx" else "torch")
+        path = Path(directory)
+        self.manifest = verified_manifest(path)
+        self._outputs = [output["name"] for output in self.manifest["outputs"]]
+        self._module: Any = None
+        self._session: Any = None
+        if runtime == "onnx":
+            import onnxruntime
+
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = num_threads
+            self._session = onnxruntime.InferenceSession(str(path / ONNX), options, providers=["CPUExecutionProvider"])
+        else:
+            import torch
+
+            try:
+                refuse_pickles(path / PT2)
+            except ArchiveError as error:
+                raise ExportError(f"{path / PT2}: {error}; export the run again (jobs/export.py)") from error
+            self._module = torch.export.load(path / PT2).module()
+
+    def predict(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
+        """Output name -> float32 (rows) of inputs by name (manifest.json lists names, types and shapes).
+
+        Raises:
+            ExportError: an input is missing, unknown, or of another type or shape; a scenario that the model lacks.
+        """
+        self._check(inputs)
+        if self._session is not None:
+            values = self._session.run(self._outputs, dict(inputs))
+            return dict(zip(self._outputs, values, strict=True))
+        import torch
+
+        tensors = {i["name"]: torch.from_numpy(inputs[i["name"]]) for i in self.manifest["inputs"]}
+        with torch.inference_mode():
+            outputs = self._module(tensors)
+        return {name: outputs[name].numpy() for name in self._outputs}
+
+    def _check(self, inputs: Mapping[str, NDArray[Any]]) -> None:
+        wanted = {i["name"]: i for i in self.manifest["inputs"]}
+        if set(inputs) != set(wanted):
+            missing, unknown = sorted(set(wanted) - set(inputs)), sorted(set(inputs) - set(wanted))
+            raise ExportError(
+                f"inputs: missing {', '.join(missing) or 'none'}, unknown {', '.join(unknown) or 'none'}; the model "
+                f"takes: {', '.join(wanted)}"
+            )
+        num_rows = next(iter(inputs.values())).shape[0]
+        for name, value in inputs.items():
+            dtype, shape = wanted[name]["dtype"], (num_rows, *wanted[name]["shape"][1:])
+            if value.shape != shape or value.dtype != dtype:
+                raise ExportError(f"input {name}: is {value.dtype} {value.shape}; the model takes {dtype} {shape}")
+        scenarios = inputs["scenario"]
+        if num_rows and not 0 <= scenarios.min() <= scenarios.max() < len(self.manifest["scenarios"]):
+            raise ExportError(
+                f"input scenario: holds {scenarios.min()} to {scenarios.max()}; the model has scenarios 0 to "
+                f"{len(self.manifest['scenarios']) - 1}"
+            )

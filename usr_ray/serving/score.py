@@ -1,0 +1,207 @@
+"""Scores of every row of a samples table's dates, in a Delta table: exactly one row a row, whatever happens on the way.
+
+Shape letters: B rows of a batch.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from usr_ray.data.manifest import Manifest, build_manifest, make_manifest
+from usr_ray.data.manifest_files import REBUILD, DataError, join_path, one_line, open_filesystem
+from usr_ray.serving.check import training_probabilities
+from usr_ray.serving.export import model_id
+from usr_ray.serving.model import GLOBAL_PROBABILITIES, PROBABILITIES
+from usr_ray.serving.score_table import SCORES_SCHEMA, ScoreError, ScoreTable
+from usr_ray.training.evaluate import TrainedRun, check_spec, evaluation_reader, load_run, score_batches
+from usr_ray.training.worker import Worker
+
+_REPORT_EVERY_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What a job did."""
+
+    num_rows: int
+    """Rows scored by this job."""
+    dates: tuple[dt.date, ...]
+    """Dates written by this job."""
+    skipped: tuple[dt.date, ...]
+    """Dates that were done before."""
+    step: int
+    """Of the checkpoint."""
+
+
+def score_dates(
+    run_dir: Path,
+    lake: Path | str,
+    dates: tuple[dt.date, dt.date],
+    output: Path,
+    worker: Worker,
+    *,
+    report: Callable[[str], None] = print,
+) -> Scored:
+    """Score all rows of the dates first..last (both included), mature or not, into the Delta table `output`.
+
+    One commit a date. Dates that the table already holds of this model and this version of the samples table are
+    skipped; any other date, cut off or of an older version, is written as a whole.
+
+    Raises:
+        UserError: no run, no checkpoint, no rows in the dates, a lake of other features, an output of another model;
+            or a ScoreError: a model that gives no probabilities, more than one process.
+    """
+    if worker.world_size > 1:
+        raise ScoreError("jobs/score.py runs in one process; share the dates over several jobs with their own --output")
+    run = load_run(run_dir, worker.device)
+    manifest = build_manifest(lake, dates=dates)
+    check_spec(run.spec, manifest.spec)
+    table = ScoreTable(output, model_id=model_id(run.checkpoint), model_step=run.checkpoint.step)
+    of_date = {dt.date.fromisoformat(date): _only(manifest, date) for date in manifest.dates}
+    for date in sorted(table.dates() - set(of_date)):
+        if dates[0] <= date <= dates[1]:  # its rows have left the samples table
+            table.remove_date(date)
+            report(f"{date}: no longer in the samples table; its scores are deleted")
+    skipped = [
+        date
+        for date, part in of_date.items()
+        if table.is_done(date, table_version=manifest.version, num_rows=part.num_rows)
+    ]
+    todo = {date: part for date, part in of_date.items() if date not in skipped}
+    if skipped:
+        report(f"{len(skipped)} of {len(of_date)} dates are done already")
+    progress = _Progress(sum(part.num_rows for part in todo.values()), report)
+    for number, (date, part) in enumerate(todo.items(), start=1):
+        progress.start(f"{date} ({number} of {len(todo)})")
+        table.write_date(date, score_rows(run, part, worker, progress.add))
+        progress.finish()
+    return Scored(progress.num_done, tuple(todo), tuple(skipped), run.checkpoint.step)
+
+
+def _only(manifest: Manifest, date: str) -> Manifest:
+    files = [file for file in manifest.files if file.date == date]
+    return make_manifest(table_uri=manifest.table_uri, version=manifest.version, spec=manifest.spec, files=files)
+
+
+def score_rows(
+    run: TrainedRun, manifest: Manifest, worker: Worker, add_rows: Callable[[int], None]
+) -> Iterator[pa.RecordBatch]:
+    """Batches of SCORES_SCHEMA of all rows of a manifest of one date, in file order.
+
+    Raises:
+        DataError: a file cannot be read or breaks the contract. ScoreError: a probability is not a number.
+        RuntimeError: rows would be missing or doubled.
+    """
+    config = replace(run.config, data=replace(run.config.data, mature_only=False))
+    identity = model_id(run.checkpoint)
+    scenarios = pa.array(manifest.spec.scenarios)
+    date = dt.date.fromisoformat(manifest.dates[0])
+    names = _RawRows(manifest)
+    num_done = 0
+    with evaluation_reader(manifest, worker, config) as reader:
+        for batch, outputs in score_batches(run.module, run.tables, reader, manifest.spec, worker.device):
+            numbers_B = batch.row_number_B.cpu()
+            num_rows = int((numbers_B >= 0).sum())  # the last batch ends in padding
+            if not torch.equal(numbers_B[:num_rows], torch.arange(num_done, num_done + num_rows)):
+                raise RuntimeError(f"rows {num_done} and after of {manifest.table_uri} did not come in file order")
+            probs = {name: p[:num_rows].float().cpu() for name, p in training_probabilities(outputs).items()}
+            for name, prob_B in probs.items():
+                if not bool((prob_B <= 1).all()):
+                    raise ScoreError(
+                        f"{name} is not a number on a row of {date}, so the model has diverged; train with a lower "
+                        "train.learning_rate or train.gradient_clip"
+                    )
+            raw = names.take(num_rows)
+            columns = {
+                "impression_id": raw["impression_id"],
+                "scenario": scenarios.take(pa.array(batch.scenario_B[:num_rows].cpu().numpy())),
+                "event_time": raw["event_time"],
+                "impression_date": pa.repeat(pa.scalar(date, pa.date32()), num_rows),
+                **{name: pa.array(probs[name].numpy()) for name in PROBABILITIES},
+                **{
+                    name: pa.array(probs[name].numpy()) if name in probs else pa.nulls(num_rows, pa.float32())
+                    for name in GLOBAL_PROBABILITIES
+                },
+                "model_id": pa.repeat(identity, num_rows),
+                "model_step": pa.repeat(pa.scalar(run.checkpoint.step, pa.int64()), num_rows),
+                "table_version": pa.repeat(pa.scalar(manifest.version, pa.int64()), num_rows),
+            }
+            yield from pa.table(columns, schema=SCORES_SCHEMA).combine_chunks().to_batches()
+            num_done += num_rows
+            add_rows(num_rows)
+    if num_done != manifest.num_rows:
+        raise RuntimeError(f"{manifest.table_uri}, {date}: {num_done} rows scored, {manifest.num_rows} expected")
+
+
+class _RawRows:
+    """impression_id and event_time of the rows of a manifest, in its order, in pieces of any size."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._filesystem, self._table_path = open_filesystem(manifest.table_uri)
+        self._groups = self._read()
+        self._rest: pa.Table = pa.table(
+            {name: pa.array([], SCORES_SCHEMA.field(name).type) for name in ("impression_id", "event_time")}
+        )
+
+    def take(self, num_rows: int) -> pa.Table:
+        """The next `num_rows` rows."""
+        while self._rest.num_rows < num_rows:
+            self._rest = pa.concat_tables([self._rest, next(self._groups)])
+        taken, self._rest = self._rest.slice(0, num_rows), self._rest.slice(num_rows)
+        return taken
+
+    def _read(self) -> Iterator[pa.Table]:
+        for file in self._manifest.files:
+            path = join_path(self._table_path, file.path)
+            try:
+                with pq.ParquetFile(path, filesystem=self._filesystem, coerce_int96_timestamp_unit="us") as opened:
+                    for index in range(opened.metadata.num_row_groups):
+                        rows = opened.read_row_group(index, columns=["impression_id", "event_time"])
+                        yield pa.table(
+                            {n: rows[n].cast(SCORES_SCHEMA.field(n).type) for n in ("impression_id", "event_time")}
+                        )
+            except (pa.ArrowException, OSError, KeyError) as error:
+                raise DataError(f"{path}: impression_id cannot be read ({one_line(error)}); {REBUILD}") from error
+
+
+class _Progress:
+    """Lines with the rate and the time left, at the end of each date and every few seconds between."""
+
+    def __init__(self, num_rows: int, report: Callable[[str], None]) -> None:
+        self._total, self._report = num_rows, report
+        self.num_done = 0
+        self._start = self._last = time.monotonic()
+        self._name = ""
+
+    def start(self, name: str) -> None:
+        """Begin a date."""
+        self._name = name
+
+    def add(self, num_rows: int) -> None:
+        """Count rows of the current date."""
+        self.num_done += num_rows
+        if time.monotonic() - self._last >= _REPORT_EVERY_S:
+            self._line("")
+
+    def finish(self) -> None:
+        """End a date."""
+        self._line(": written")
+
+    def _line(self, done: str) -> None:
+        self._last = time.monotonic()
+        rate = self.num_done / max(self._last - self._start, 1e-9)
+        left = dt.timedelta(seconds=round((self._total - self.num_done) / max(rate, 1e-9)))
+        share = self.num_done / max(self._total, 1)
+        self._report(
+            f"{self._name}{done}; {self.num_done:,} of {self._total:,} rows, {share:.0%}; {rate:,.0f} rows/s, "
+            f"about {left} left"
+        )

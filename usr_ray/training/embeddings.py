@@ -1,0 +1,153 @@
+"""The embedding tables of a run with their optimiser: one interface, two strategies (docs/embeddings.md).
+
+`replicated`: every rank holds all tables and takes the same steps; ranks exchange the gradients of a step's rows.
+`sharded`: every rank holds its share of each table's rows (usr_ray/training/embeddings_sharded.py, on TorchRec).
+
+Both take the same steps to float tolerance and write the same checkpoints: whole tables and whole optimiser states by
+name, so a run may go on with the other strategy or with another number of workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from usr_ray.config import Config
+from usr_ray.data.batch import UsrBatch
+from usr_ray.model.embedding import WEIGHTS, EmbeddingMemory, EmbeddingTables, Lookup
+from usr_ray.model.unique import EmbeddingError, UniqueIds
+from usr_ray.schema import FeatureSpec
+from usr_ray.training.optimizer_rows import build_row_optimizer
+from usr_ray.training.optimizers import exchange_tables
+from usr_ray.training.worker import Worker
+
+
+class RowSource(Protocol):
+    """Tables as a model sees them. All ranks must call the methods marked (all) together."""
+
+    def num_rows(self) -> dict[str, int]:
+        """Table name -> N, rows of the whole table."""
+
+    def unique_ids(self, batch: UsrBatch) -> UniqueIds:
+        """What a lookup must know of a batch: from any thread, on the batch's own device, ahead of the step."""
+
+    def lookup(self, batch: UsrBatch, unique: UniqueIds | None = None) -> Lookup:
+        """(all) The rows that `batch` uses, as leaves; `unique` is `unique_ids(batch)` on the tables' device."""
+
+
+class Embeddings(RowSource, Protocol):
+    """The tables and their optimiser as one rank sees them."""
+
+    def set_rate(self, scale: float) -> None:
+        """Steps whose lookup comes from now on are taken at `scale` times the learning rate (warm-up)."""
+
+    def apply_gradients(self, lookup: Lookup) -> None:
+        """(all) After the backward: one step on the rows of all ranks."""
+
+    def memory(self) -> EmbeddingMemory:
+        """Bytes that this rank holds."""
+
+    def replicated_tensors(self) -> dict[str, Tensor]:
+        """What must be bitwise equal on all ranks, by name."""
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of everything that a checkpoint holds; the first dimension is the rows of the table."""
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """(all) The whole of it by name, for a checkpoint; on ranks other than 0 it may be empty."""
+
+    def load_rows(self, name: str, first: int, rows: Tensor) -> None:
+        """Overwrite rows first, first + 1, .. of one of `state_shapes`, as far as this rank holds them."""
+
+
+class ReplicatedEmbeddings(EmbeddingTables):
+    """All tables on every rank, each with the same row-wise optimiser, kept equal by exchanging (ids, gradients).
+
+    Args:
+        spec: names and sizes of the tables.
+        config: model.embedding_dim, train.seed and train.embedding_*.
+        worker: this rank.
+    """
+
+    def __init__(self, spec: FeatureSpec, config: Config, worker: Worker) -> None:
+        super().__init__(spec, config.model.embedding_dim, config.train.seed, worker.device)
+        self.worker = worker
+        self.optimizer = build_row_optimizer(self.tables, config.train)
+        self._scale = 1.0
+
+    def set_rate(self, scale: float) -> None:
+        """See Embeddings."""
+        self._scale = scale
+
+    def apply_gradients(self, lookup: Lookup) -> None:
+        """See Embeddings."""
+        self.optimizer.step(exchange_tables(self.worker, lookup.updates()), scale=self._scale)
+
+    def memory(self) -> EmbeddingMemory:
+        """See Embeddings."""
+        weights, state = self.tables.values(), self.optimizer.state_tensors().values()
+        return EmbeddingMemory(sum(t.nbytes for t in weights), sum(t.nbytes for t in state))
+
+    def replicated_tensors(self) -> dict[str, Tensor]:
+        """See Embeddings: all of them."""
+        return self.state_tensors()
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See Embeddings."""
+        return {name: tuple(tensor.shape) for name, tensor in self.state_tensors().items()}
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """See Embeddings; views, not copies, and on every rank."""
+        weights = {f"{WEIGHTS}/{name}": table for name, table in self.tables.items()}
+        part = self.optimizer.part
+        return weights | {f"{part}/{name}": tensor for name, tensor in self.optimizer.state_tensors().items()}
+
+    def load_rows(self, name: str, first: int, rows: Tensor) -> None:
+        """See Embeddings."""
+        self.state_tensors()[name][first : first + rows.shape[0]] = rows.to(self.device)
+
+
+def build_embeddings(spec: FeatureSpec, config: Config, worker: Worker) -> Embeddings:
+    """The tables of a run, by `train.embedding_strategy`. One worker's share is everything: then both are replicated.
+
+    Raises:
+        EmbeddingError: 'sharded' without the packages of the extra [sharded].
+    """
+    if config.train.embedding_strategy == "sharded" and worker.world_size > 1:
+        try:
+            from usr_ray.training.embeddings_sharded import ShardedEmbeddings
+        except (ImportError, OSError) as error:  # OSError: FBGEMM's library was built for another torch
+            raise EmbeddingError(
+                "train.embedding_strategy 'sharded' needs TorchRec and FBGEMM, which cannot be loaded "
+                f"({str(error).splitlines()[0]}); install the extra [sharded] (docs/embeddings.md) or set 'replicated'"
+            ) from error
+        return ShardedEmbeddings(spec, config, worker)
+    return ReplicatedEmbeddings(spec, config, worker)
+
+
+def describe_memory(embeddings: Embeddings, config: Config, worker: Worker) -> str:
+    """One line for the start of a run: what the tables are and what a worker holds of them."""
+    sizes, memory = embeddings.num_rows(), embeddings.memory()
+    strategy = config.train.embedding_strategy if worker.world_size > 1 else "replicated"
+    return (
+        f"{len(sizes)} embedding tables, {sum(sizes.values()):,} rows of {config.model.embedding_dim}, {strategy}: "
+        f"{memory.weight_bytes / 1e6:,.1f} MB of weights and {memory.optimizer_bytes / 1e6:,.1f} MB of optimiser state "
+        f"on each of {worker.world_size} workers"
+    )
+
+
+def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a checkpoint whose tables or optimiser states are not those of this run.
+
+    Raises:
+        EmbeddingError: a name is missing, or has another shape.
+    """
+    for name, shape in expected.items():
+        if name not in found:
+            raise EmbeddingError(f"checkpoint: {name} is missing; use a checkpoint of a run with the same features "
+                                 "and train.embedding_optimizer")  # fmt: skip
+        if found[name] != shape:
+            raise EmbeddingError(f"checkpoint: {name} is {found[name]}, this run needs {shape}; use a checkpoint of "
+                                 "the same features and model.embedding_dim")  # fmt: skip

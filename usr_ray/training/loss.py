@@ -1,0 +1,195 @@
+"""The loss of USR: cells, global tasks and contrastive terms (method, section 3).
+
+total = sum over (k, task) of mean BCE on the rows of k + alpha * sum over tasks of mean global BCE on all rows
+        + l1 * mean CL(i) + l2 * mean CL(f)
+
+Where a scenario's logs know no orders, its rows have no label of CTCVR, neither their own nor the global one: the cell
+is left out, and the global mean is over the rows that have the label.
+
+Every mean divides by a count over ALL ranks, handed in, so the sum of the ranks' totals is the global loss whatever
+the mix of scenarios on each: gradients are summed over ranks, never averaged.
+
+Shape letters: B rows, S scenarios, T tasks (schema.TASKS).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from usr_ray.config import ModelConfig, UserError
+from usr_ray.data.batch import UsrBatch, UsrOutputs
+from usr_ray.model.contrastive import contrastive_sums
+from usr_ray.schema import ALL_LABELS, LABEL_ORDER, LABELS, TASKS
+
+KnownLabels = Sequence[Sequence[bool]]
+"""FeatureSpec.known_labels: (S, T), False where the rows of a scenario have no label of a task."""
+
+
+class LabelOrderError(UserError):
+    """A row whose labels cannot be: contract 2.5."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossTerms:
+    """A rank's share of the global loss and of its parts; shares of all ranks add up. All but total detached."""
+
+    total: Tensor
+    """float scalar with a graph."""
+    cells_ST: Tensor
+    """Mean BCE of each (scenario, task); 0 where the label is not known."""
+    global_T: Tensor
+    """Mean BCE of each global task, before alpha; zeros without GLMT."""
+    contrastive_interest: Tensor
+    """Mean CL(i) of a (row, view), before its weight; zero when it is off."""
+    contrastive_feature: Tensor
+    """Mean CL(f), likewise."""
+    variance_interest_S: Tensor
+    """Variance of i_k inside a group of rows, one a view, in [0, 1]; near 0 is collapse. Zeros without IE."""
+    variance_feature_S: Tensor
+    """The same of f_k; zeros without FG."""
+
+    def named(self, scenarios: Sequence[str], known_labels: KnownLabels | None = None) -> dict[str, Tensor]:
+        """Scalars by name: 'loss', 'loss/<scenario>|global/<task>', 'contrastive/..', 'variance/../<scenario>'.
+
+        A cell without labels (`known_labels`, as in `usr_loss`) is left out: its 0 would look like a perfect fit.
+        """
+        named = {"loss": self.total.detach()}
+        for scenario, name in enumerate(scenarios):
+            known = [True] * len(TASKS) if known_labels is None else known_labels[scenario]
+            cells = {f"loss/{name}/{task}": self.cells_ST[scenario, t] for t, task in enumerate(TASKS) if known[t]}
+            named |= cells
+        named |= {f"loss/global/{task}": self.global_T[t] for t, task in enumerate(TASKS)}
+        named |= {"contrastive/interest": self.contrastive_interest, "contrastive/feature": self.contrastive_feature}
+        for scenario, name in enumerate(scenarios):
+            named[f"variance/interest/{name}"] = self.variance_interest_S[scenario]
+            named[f"variance/feature/{name}"] = self.variance_feature_S[scenario]
+        return named
+
+
+def row_counts(batch: UsrBatch, num_scenarios: int) -> Tensor:
+    """Weight of this rank's rows by scenario, float64 (S); summed over ranks it is the `counts` of `usr_loss`."""
+    counts_S = torch.zeros(num_scenarios, dtype=torch.float64, device=batch.weights_B.device)
+    return counts_S + (_one_hot(batch.scenario_B, num_scenarios) * batch.weights_B.double()).sum(1)
+
+
+def usr_loss(
+    outputs: UsrOutputs,
+    batch: UsrBatch,
+    counts_S: Tensor,
+    config: ModelConfig,
+    *,
+    known_labels: KnownLabels | None = None,
+    check_labels: bool = False,
+) -> LossTerms:
+    """A rank's share of the global loss.
+
+    Args:
+        outputs: what the model says of `batch`.
+        batch: rows of this rank; rows of weight 0 take no part. Its first row starts a contrastive group.
+        counts_S: `row_counts` summed over all ranks. A scenario that is absent everywhere adds nothing.
+        config: weights, temperature and group size.
+        known_labels: FeatureSpec.known_labels, (S, T); None: every scenario knows every task's label.
+        check_labels: look for rows that break the label order first; on a GPU this waits for the queue.
+
+    Raises:
+        LabelOrderError: `check_labels` and a row has, say, an order without a click.
+    """
+    if check_labels:
+        check_label_order(batch)
+    # bfloat16 has 8 bits: a sum of thousands of rows would stop growing.
+    with torch.autocast(batch.weights_B.device.type, enabled=False):
+        return _usr_loss(outputs, batch, counts_S, config, known_labels)
+
+
+def _usr_loss(
+    outputs: UsrOutputs, batch: UsrBatch, counts_S: Tensor, config: ModelConfig, known_labels: KnownLabels | None
+) -> LossTerms:
+    labels_BT, dtype = batch.labels_BT, outputs.log_p_BT.dtype
+    known_ST = _known(known_labels, counts_S)
+    # A label that is not known has weight 0: its logits stay in the graph, so DDP finds every parameter.
+    weights_BT = batch.weights_B.to(dtype).unsqueeze(1) * known_ST.to(dtype)[batch.scenario_B]
+    # In float64 until here: a count above 2^24 is no float32.
+    per_row_S = (1 / counts_S.clamp(min=1)).to(dtype)
+    per_row = (1 / counts_S.sum().clamp(min=1)).to(dtype)
+    per_known_row_T = (1 / (counts_S @ known_ST.to(counts_S.dtype)).clamp(min=1)).to(dtype)
+    bce_BT = _bce(outputs.log_p_BT, outputs.log_not_p_BT, labels_BT[:, : len(LABELS)]) * weights_BT
+    # A product, not an index_add: the order of the additions is fixed on a GPU as well.
+    cells_ST = (_one_hot(batch.scenario_B, counts_S.shape[0]).to(dtype) @ bce_BT) * per_row_S.unsqueeze(1)
+    global_T = torch.zeros_like(cells_ST[0])
+    if outputs.log_p_global_BT is not None and outputs.log_not_p_global_BT is not None:
+        global_BT = _bce(outputs.log_p_global_BT, outputs.log_not_p_global_BT, labels_BT[:, len(LABELS) :])
+        global_T = (global_BT * weights_BT).sum(0) * per_known_row_T
+    # A row without events has the same learned vector in every view: there is nothing to tell apart.
+    counted_B = batch.weights_B > 0
+    with_events_B = counted_B & (torch.stack([h.offsets.diff() for h in batch.histories]).sum(0) > 0)
+    interest, variance_interest_S = (
+        part * per_row
+        for part in _contrastive(outputs.interests_BSD, outputs.interests_twin_BSD, with_events_B, counted_B, config)
+    )
+    feature, variance_feature_S = (
+        part * per_row
+        for part in _contrastive(outputs.features_BSD, outputs.features_twin_BSD, counted_B, counted_B, config)
+    )
+    cl = config.contrastive
+    weighted_ST = cells_ST
+    if config.scenario_weights == "rows":  # the same total weight, one for each scenario, by their shares of the rows
+        weighted_ST = cells_ST * (counts_S / counts_S.mean().clamp(min=1)).to(dtype).unsqueeze(1)
+    total = weighted_ST.sum() + config.multitask.alpha * global_T.sum()
+    total = total + cl.interest_weight * interest + cl.feature_weight * feature
+    return LossTerms(
+        total, cells_ST.detach(), global_T.detach(), interest.detach(), feature.detach(),
+        variance_interest_S.expand_as(counts_S), variance_feature_S.expand_as(counts_S),
+    )  # fmt: skip
+
+
+def _contrastive(
+    vectors_BSD: Tensor | None, twins_BSD: Tensor | None, valid_B: Tensor, counted_B: Tensor, config: ModelConfig
+) -> tuple[Tensor, Tensor]:
+    """Loss of a row, mean over its views, and variance of each view, both added up over rows; zeros where not computed.
+
+    Both are divided by the rows that count, not by the valid ones: a row's pull on the weights then does not depend
+    on how many others have events, and one count serves all terms.
+    """
+    cl = config.contrastive
+    if vectors_BSD is None:
+        zero = torch.zeros((), device=valid_B.device)
+        return zero, zero
+    loss, variance_S = contrastive_sums(
+        vectors_BSD, twins_BSD, valid_B, counted_B, group_size=cl.group_size, temperature=cl.temperature
+    )
+    return loss / vectors_BSD.shape[1], variance_S
+
+
+def check_label_order(batch: UsrBatch) -> None:
+    """Raise LabelOrderError unless order <= click <= global click and order <= global order <= global click."""
+    for lower, upper in LABEL_ORDER:
+        wrong_B = batch.labels_BT[:, ALL_LABELS.index(lower)] > batch.labels_BT[:, ALL_LABELS.index(upper)]
+        wrong_B &= batch.weights_B > 0
+        if wrong_B.any():
+            row = int(batch.row_number_B[wrong_B][0])
+            raise LabelOrderError(
+                f"loss: {int(wrong_B.sum())} rows of the batch break {lower} <= {upper} (first: row_number {row} in "
+                "the manifest); such labels cannot be, so the samples table is damaged: build these dates again"
+            )
+
+
+def _known(known_labels: KnownLabels | None, counts_S: Tensor) -> Tensor:
+    """Bool (S, T) on the device of `counts_S`."""
+    shape = (counts_S.shape[0], len(TASKS))
+    if known_labels is None or all(map(all, known_labels)):  # made on the device: no copy in the usual case
+        return torch.ones(shape, dtype=torch.bool, device=counts_S.device)
+    return torch.tensor(known_labels, device=counts_S.device)
+
+
+def _bce(log_p_BT: Tensor, log_not_p_BT: Tensor, labels_BT: Tensor) -> Tensor:
+    labels_BT = labels_BT.to(log_p_BT.dtype)
+    return -(labels_BT * log_p_BT + (1 - labels_BT) * log_not_p_BT)
+
+
+def _one_hot(scenario_B: Tensor, num_scenarios: int) -> Tensor:
+    """Bool (S, B)."""
+    return torch.arange(num_scenarios, device=scenario_B.device).unsqueeze(1) == scenario_B

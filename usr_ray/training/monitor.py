@@ -1,0 +1,129 @@
+"""What a run says of its steps: loss terms, samples a second, time left, share of time lost waiting for data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from usr_ray.evaluation.metrics import ALL, GLOBAL, CellMetrics
+from usr_ray.schema import TASKS
+from usr_ray.training.worker import Worker
+
+Batch = TypeVar("Batch")
+
+
+class Monitor(Protocol):
+    """Who watches a run. `on_step` is called on every rank, the others on rank 0."""
+
+    def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Numbers of the steps since the last call, every train.log_every_steps."""
+
+    def on_evaluation(self, step: int, metrics: CellMetrics) -> None:
+        """One split of metrics.json, at the end of an epoch."""
+
+    def on_checkpoint(self, step: int, path: Path | None) -> None:
+        """A checkpoint was written; None: the storage is full."""
+
+
+class SilentMonitor:
+    """Watches nothing."""
+
+    def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """See Monitor."""
+
+    def on_evaluation(self, step: int, metrics: CellMetrics) -> None:
+        """See Monitor."""
+
+    def on_checkpoint(self, step: int, path: Path | None) -> None:
+        """See Monitor."""
+
+
+class StepMeter:
+    """Adds up the steps since the last `read`; sums stay on the device, so adding never waits for a GPU."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._names: tuple[str, ...] = ()
+        self._restart()
+
+    def _restart(self) -> None:
+        self._sums: Tensor | None = None
+        self._norm: Tensor | None = None
+        self._num_steps = 0
+        self._num_rows = 0.0
+        self._waited_s = 0.0
+        self._start_bytes = self._worker.received_bytes
+        self._start_s = time.perf_counter()
+
+    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches; the time it takes to get each counts as waiting. Starts a new window."""
+        self._restart()
+        iterator = iter(batches)
+        while True:
+            start_s = time.perf_counter()
+            batch = next(iterator, None)
+            self._waited_s += time.perf_counter() - start_s
+            if batch is None:
+                return
+            yield batch
+
+    def add(self, terms: Mapping[str, Tensor], norm: Tensor, *, num_rows: float) -> None:
+        """Count one step.
+
+        Args:
+            terms: this rank's share of each loss term, scalars on the device; the same names in every step.
+            norm: of the dense gradients, a scalar on the device, equal on all ranks.
+            num_rows: rows of weight > 0 over all ranks.
+        """
+        self._names = tuple(terms)
+        sums = torch.stack([term.detach().float() for term in terms.values()])
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._norm = norm.detach() if self._norm is None else torch.maximum(self._norm, norm.detach())
+        self._num_steps += 1
+        self._num_rows += num_rows
+
+    def read(self) -> dict[str, float]:
+        """The window's numbers, then a new window. All ranks must call it; the loss terms are equal on all of them.
+
+        Returns:
+            The names of `add`: mean over the window's steps of each term, summed over all ranks. "gradient_norm": the
+            window's largest, before clipping. "samples_per_s": rows that count, over all ranks. "step_s": seconds a
+            step. "data_stall": share of this rank's time spent waiting for batches, 0 to 1. "exchange_bytes": what this
+            rank received a step of the others' ids and row gradients (Worker.received_bytes; sharded tables exchange
+            inside TorchRec, uncounted). Empty without steps.
+        """
+        if self._sums is None or self._norm is None:
+            return {}
+        sums = self._worker.all_reduce_sum(self._sums).tolist()
+        wall_s = max(time.perf_counter() - self._start_s, 1e-9)
+        metrics = {name: total / self._num_steps for name, total in zip(self._names, sums, strict=True)}
+        metrics |= {
+            "gradient_norm": float(self._norm),
+            "samples_per_s": self._num_rows / wall_s,
+            "step_s": wall_s / self._num_steps,
+            "data_stall": min(self._waited_s / wall_s, 1.0),
+            "exchange_bytes": (self._worker.received_bytes - self._start_bytes) / self._num_steps,
+        }
+        self._restart()
+        return metrics
+
+
+def summarise(metrics: CellMetrics) -> dict[str, float | None]:
+    """The few numbers of an evaluation that progress, Ray Train and Tune see; None where undefined.
+
+    "log_loss": mean of the tasks' log loss over all rows, what early stopping watches. "<task>_auc": mean of the
+    scenarios' AUC, over the scenarios that have one.
+    """
+    losses = [metrics[ALL][task]["log_loss"] for task in TASKS]
+    known = [loss for loss in losses if loss is not None]
+    summary: dict[str, float | None] = {"log_loss": sum(known) / len(known) if known else None}
+    for task in TASKS:
+        aucs = [cell[task]["auc"] for name, cell in metrics.items() if name not in (ALL, GLOBAL)]
+        defined = [auc for auc in aucs if auc is not None]
+        summary[f"{task}_auc"] = sum(defined) / len(defined) if defined else None
+    return summary

@@ -1,0 +1,108 @@
+"""A run that begins with another one's weights (train.warm_start): which checkpoint, and whether it fits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from usr_ray.config import Config, dotted
+from usr_ray.data.manifest import Manifest
+from usr_ray.schema import FeatureSpec
+from usr_ray.training.checkpoint import STATE, Checkpoint, CheckpointError, CheckpointStore
+
+_WAY_OUT = "name another, or set train.warm_start='' to begin afresh"
+
+
+def find_checkpoint(path: str) -> Checkpoint:
+    """The checkpoint that `path` names: itself, or of a run directory the best one, else the newest whole one.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    folder = Path(path)
+    if (folder / STATE).is_file():
+        return CheckpointStore(folder.parent).load(folder.name)
+    store = CheckpointStore(folder / "checkpoints")
+    found = store.best_valid() or store.newest_valid()
+    if found is None:
+        raise CheckpointError(
+            f"train.warm_start {path}: is no run directory with a whole checkpoint, and no checkpoint; {_WAY_OUT}"
+        )
+    return found
+
+
+def check_warm_start(config: Config, manifest: Manifest) -> None:
+    """Refuse, before anything starts, what the workers would: reads the description of a checkpoint, not its tensors.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is of another model or of other features.
+    """
+    path = config.train.warm_start
+    of_a_run = [sorted(Path(path).glob(f"checkpoints/{kind}-*"), reverse=True) for kind in ("best", "step")]
+    for folder in [Path(path), *of_a_run[0], *of_a_run[1]]:
+        try:
+            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # torn, or being written: there may be a whole one
+            continue
+        problem = warm_start_refusal(state, path, config, manifest)
+        if problem:
+            raise CheckpointError(problem)
+        return
+    find_checkpoint(path)
+
+
+def warm_start_refusal(state: Mapping[str, Any], path: str, config: Config, manifest: Manifest) -> str | None:
+    """Why a run of `config` on `manifest` must not begin with the weights of a checkpoint: one line; None when it may.
+
+    `state` is the checkpoint's. Its features must be the table's, but vocabularies may have grown since; its model, and
+    with the optimisers' states the tables' optimiser, must be the configuration's.
+    """
+    try:
+        old = FeatureSpec.from_json(json.dumps(state["spec"]))
+        saved = dotted(state["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        return f"train.warm_start {path}: not written by this version ({error}); {_WAY_OUT}"
+    new = manifest.spec
+    sizes = {f.name: f.num_embeddings for f in new.sparse}
+    for feature in old.sparse:
+        if sizes.get(feature.name, feature.num_embeddings) < feature.num_embeddings:
+            return (
+                f"train.warm_start {path}: {feature.name} had {feature.num_embeddings} ids, {manifest.table_uri} "
+                f"version {manifest.version} has {sizes[feature.name]}; vocabularies only grow, so this is an older "
+                f"table; {_WAY_OUT}"
+            )
+    sized = replace(old, sparse=tuple(replace(f, num_embeddings=0) for f in old.sparse))
+    if sized != replace(new, sparse=tuple(replace(f, num_embeddings=0) for f in new.sparse)):
+        found = f"{manifest.table_uri}{_first(sized, new)}"
+        return f"train.warm_start {path}: its features are not those of {found}; {_WAY_OUT}"
+    fixed = ["model."] + (["train.embedding_optimizer"] if config.train.warm_start_optimizer else [])
+    now_config = dotted(config.to_dict())
+    for key in sorted(saved.keys() | now_config.keys()):
+        if key.startswith(tuple(fixed)) and saved.get(key) != now_config.get(key):
+            return (
+                f"train.warm_start {path}: it has {key} = {saved.get(key)!r}, this run {now_config.get(key)!r}; "
+                f"set it so, or {_WAY_OUT}"
+            )
+    return None
+
+
+def _first(old: FeatureSpec, new: FeatureSpec) -> str:
+    """The first part of two specs that differs, in words."""
+    pairs = {
+        "scenarios": (old.scenarios, new.scenarios),
+        "categories": ([f.name for f in old.sparse], [f.name for f in new.sparse]),
+        "numbers": ([f.name for f in old.dense], [f.name for f in new.dense]),
+        "histories.length": (old.history_length, new.history_length),
+        "labels' delay in microseconds": (old.label_delay_us, new.label_delay_us),
+    }
+    for name, (before, now) in pairs.items():
+        if before != now:
+            return f" ({name}: {_words(before)}, the table has {_words(now)})"
+    return ""
+
+
+def _words(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
