@@ -77,15 +77,34 @@ class Run:
         query = self.query
         if self.system == "ours":
             return [
-                *self.spark(cores, memory), "jobs/build_samples.py", "--config", str(CONFIG), "--logs", str(query.logs),
-                "--lake", str(self.folder / "lake"), "--dates", f"{query.first}:{query.last}",
-                "--watermark", query.watermark,
-            ]  # fmt: skip
+                *self.spark(cores, memory),
+                "jobs/build_samples.py",
+                "--config",
+                str(CONFIG),
+                "--logs",
+                str(query.logs),
+                "--lake",
+                str(self.folder / "lake"),
+                "--dates",
+                f"{query.first}:{query.last}",
+                "--watermark",
+                query.watermark,
+            ]
         one = [
-            str(Path(__file__).resolve()), "--one", self.system, "--logs", str(query.logs),
-            "--output", str(query.output), "--vocabularies", str(query.vocabularies),
-            "--cores", str(cores), "--memory", memory,
-        ]  # fmt: skip
+            str(Path(__file__).resolve()),
+            "--one",
+            self.system,
+            "--logs",
+            str(query.logs),
+            "--output",
+            str(query.output),
+            "--vocabularies",
+            str(query.vocabularies),
+            "--cores",
+            str(cores),
+            "--memory",
+            memory,
+        ]
         return [*self.spark(cores, memory), *one] if self.system == "spark_sql" else [sys.executable, *one]
 
     @property
@@ -120,9 +139,15 @@ def perform(run: Run, *, cores: int, memory: str) -> dict[str, Any]:
 
 
 def measure_size(
-    size: int, *, bot: bool, systems: list[str], repeats: int, arguments: argparse.Namespace,
-    say: Callable[[str], None], save: Callable[[dict[str, Any]], None],
-) -> None:  # fmt: skip
+    size: int,
+    *,
+    bot: bool,
+    systems: list[str],
+    repeats: int,
+    arguments: argparse.Namespace,
+    say: Callable[[str], None],
+    save: Callable[[dict[str, Any]], None],
+) -> None:
     """All systems on logs of one size, in turn, each repeated; every system's rows are compared with ours once."""
     from build_samples_check import check_equal
 
@@ -138,8 +163,10 @@ def measure_size(
             query = Query(logs, vocabularies, folder / "samples", *_dates(config), WATERMARK)
             run = Run(system, size, bot, folder, query)
             row = perform(run, cores=arguments.cores, memory=arguments.memory)
-            say(f"{logs.name}, run {repeat + 1} of {repeats}, {system}: {row['wall_s']:.1f} s, processor "
-                f"{row['cpu_s']:.1f} s, peak {row['peak_bytes'] / 1e9:.2f} GB")  # fmt: skip
+            say(
+                f"{logs.name}, run {repeat + 1} of {repeats}, {system}: {row['wall_s']:.1f} s, processor "
+                f"{row['cpu_s']:.1f} s, peak {row['peak_bytes'] / 1e9:.2f} GB"
+            )
             done[system] = run.samples
             if system == "ours":
                 export_vocabularies(folder / "lake", vocabularies)

@@ -50,10 +50,14 @@ def table(cells: dict[Cell, Row]) -> list[str]:
     ]
     for (system, size, bot), row in cells.items():
         spark = row.get("spark")
-        shuffled = "| | |" if spark is None else (
-            f"{spark['shuffle_write_bytes'] / 1e6:,.0f} | {spark['shuffle_write_bytes'] / size:,.0f} | "
-            f"{spark['spilled_disk_bytes'] / 1e6:,.0f} |"
-        )  # fmt: skip
+        shuffled = (
+            "| | |"
+            if spark is None
+            else (
+                f"{spark['shuffle_write_bytes'] / 1e6:,.0f} | {spark['shuffle_write_bytes'] / size:,.0f} | "
+                f"{spark['spilled_disk_bytes'] / 1e6:,.0f} |"
+            )
+        )
         lines.append(
             f"| {size / 1e6:g} M{' + bot' if bot else ''} | {NAMES[system]} | {row['runs']} | {row['wall_s']:.0f} | "
             f"{row['cpu_s']:.0f} | {num_rows(size, bot) / row['wall_s']:,.0f} | {row['peak_bytes'] / 1e9:.2f} | "
@@ -171,8 +175,11 @@ def draw(cells: dict[Cell, Row], path: Path) -> None:
             rows = sorted((size, row) for (s, size, b), row in cells.items() if s == system and b == bot)
             if not rows:
                 continue
-            style: Mapping[str, Any] = {"color": COLOURS[system], "marker": "s" if bot else "o",
-                                        "linestyle": "--" if bot else "-"}  # fmt: skip
+            style: Mapping[str, Any] = {
+                "color": COLOURS[system],
+                "marker": "s" if bot else "o",
+                "linestyle": "--" if bot else "-",
+            }
             label = f"{name}{', with one user of 1 M events' if bot else ''}"
             millions = [size / 1e6 for size, _ in rows]
             left.plot(millions, [row["wall_s"] for _, row in rows], label=label, **style)
@@ -199,8 +206,11 @@ def write_report(result: dict[str, Any], docs: Path) -> None:
     lines = [
         f"{result['date']}, {settings['cores']} cores ({result['machine']['processor']}), Spark's driver and DuckDB "
         f"with {settings['spark_driver_memory']} each; {versions}.",
-        "", *table(cells), "", f"![Wall time and peak memory]({PLOT})",
-    ]  # fmt: skip
+        "",
+        *table(cells),
+        "",
+        f"![Wall time and peak memory]({PLOT})",
+    ]
     for title, part in (
         ("Beside the goals", goals(cells)),
         ("How our job grows (goals: at most 1.1x linear, flat memory from 3 M to 10 M)", growth(cells)),

@@ -16,9 +16,7 @@ if TYPE_CHECKING:
     from usr_ray.config import Config
 
 FOLDER = Path(__file__).resolve().parent
-EVENT_LOGS = (
-    "search_impressions", "recommendation_impressions", "search_clicks", "recommendation_clicks", "orders",
-)  # fmt: skip
+EVENT_LOGS = ("search_impressions", "recommendation_impressions", "search_clicks", "recommendation_clicks", "orders")
 TABLES = ("users", "items")
 
 

@@ -45,8 +45,10 @@ class Rates:
 def read_rates(results: Path = RESULTS) -> Rates:
     """The rates of the recorded benchmarks: the largest build, a step on the largest tables, the training model."""
     builds = json.loads((results / "build_samples.json").read_text())
-    ours = max((run for run in builds["runs"] if run["system"] == "ours" and not run["bot"]),
-               key=lambda run: run["impressions"])  # fmt: skip
+    ours = max(
+        (run for run in builds["runs"] if run["system"] == "ours" and not run["bot"]),
+        key=lambda run: run["impressions"],
+    )
     millions = ours["impressions"] / 1e6
     steps = json.loads((results / "table_size.json").read_text())
     step = next(r for r in steps["results"] if r["optimizer"] == "rowwise_adagrad" and r["ids"] == "spread")["sizes"][
@@ -83,19 +85,28 @@ def capacity_table(rates: Rates) -> str:
     """A line for each size of a day."""
     machine = f"{CORES_A_MACHINE} cores"
     header = [
-        "rows a day", f"Spark: machines of {machine}, done in {ETL_HOURS} h", "shuffled GB", "table GB",
+        "rows a day",
+        f"Spark: machines of {machine}, done in {ETL_HOURS} h",
+        "shuffled GB",
+        "table GB",
         f"training on CPUs: workers of {machine}, one pass in {TRAIN_HOURS} h",
         f"on GPUs: samples/s of all together, one pass in {TRAIN_HOURS} h",
         f"wire, GB a worker and pass: replicated / sharded, {WORKERS} workers",
-    ]  # fmt: skip
+    ]
     lines = []
     for rows in DAYS:
         wire = [wire_bytes_a_row(WORKERS, IDS_A_ROW, EMBEDDING_DIM, sharded=s) * rows / 1e9 for s in (False, True)]
-        lines.append([
-            f"{rows:,.0f}", f"{machines(rows, rates.build_s, ETL_HOURS):,}", f"{rates.shuffle_bytes * rows / 1e9:,.1f}",
-            f"{rates.table_bytes * rows / 1e9:,.2f}", f"{machines(rows, rates.train_s, TRAIN_HOURS):,}",
-            f"{rows / TRAIN_HOURS / 3600:,.0f}", f"{wire[0]:,.1f} / {wire[1]:,.1f}",
-        ])  # fmt: skip
+        lines.append(
+            [
+                f"{rows:,.0f}",
+                f"{machines(rows, rates.build_s, ETL_HOURS):,}",
+                f"{rates.shuffle_bytes * rows / 1e9:,.1f}",
+                f"{rates.table_bytes * rows / 1e9:,.2f}",
+                f"{machines(rows, rates.train_s, TRAIN_HOURS):,}",
+                f"{rows / TRAIN_HOURS / 3600:,.0f}",
+                f"{wire[0]:,.1f} / {wire[1]:,.1f}",
+            ]
+        )
     return markdown(header, lines)
 
 

@@ -46,9 +46,10 @@ class Epochs:
 
     def __init__(self, manifest: Manifest, model: Mapping[str, Any], arguments: argparse.Namespace) -> None:
         train = {
-            "global_batch_size": arguments.batch_rows, "precision": arguments.precision,
+            "global_batch_size": arguments.batch_rows,
+            "precision": arguments.precision,
             "reader_threads": arguments.reader_threads,
-        }  # fmt: skip
+        }
         self.step = Step(manifest.spec, model, train=train, device=arguments.device)
         self.reader = training_reader(self.step.config, manifest, self.step.worker)
         self.num_steps = self.reader.num_steps - 1
@@ -103,12 +104,14 @@ def measure(manifest: Manifest, name: str, arguments: argparse.Namespace) -> dic
         found = take_turns({"read": epochs.read, "resident": epochs.reuse}, arguments.rounds)
     waiting = interval(epochs.waited[-arguments.rounds :])
     return {
-        "model": name, "steps_a_round": epochs.num_steps,
+        "model": name,
+        "steps_a_round": epochs.num_steps,
         "samples_per_s": interval([arguments.batch_rows / seconds for seconds in found["read"]]),
         "step_ms": interval([seconds * 1e3 for seconds in found["read"]]),
         "resident_step_ms": interval([seconds * 1e3 for seconds in found["resident"]]),
-        "waiting": waiting, "slower": ratio(found["read"], found["resident"]),
-    }  # fmt: skip
+        "waiting": waiting,
+        "slower": ratio(found["read"], found["resident"]),
+    }
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -116,13 +119,16 @@ def table(report: Mapping[str, Any]) -> str:
     percent = ("median", "low", "high")
     rows = [
         [
-            f"{r['model']}, {report['settings']['batch_rows']:,} rows a step", spread(r["samples_per_s"], 0),
-            spread(r["step_ms"], 1), spread(r["resident_step_ms"], 1), spread(r["slower"]) + "x",
+            f"{r['model']}, {report['settings']['batch_rows']:,} rows a step",
+            spread(r["samples_per_s"], 0),
+            spread(r["step_ms"], 1),
+            spread(r["resident_step_ms"], 1),
+            spread(r["slower"]) + "x",
             spread({key: 100 * r["waiting"][key] for key in percent}, 1) + " %",
             verdict(100 * r["waiting"]["median"], at_most=100 * aim),
         ]
         for r in report["results"]
-    ]  # fmt: skip
+    ]
     head = ["model", "samples/s", "ms a step", "on resident batches", "times resident", "waiting", "aim, %"]
     return markdown(head, rows)
 

@@ -45,8 +45,9 @@ WARM = 2
 
 def spec_of(num_rows: int) -> FeatureSpec:
     table = SparseFeature(name="item_id", column="item_id_index", num_embeddings=num_rows, owner="item")
-    return FeatureSpec(scenarios=("feed",), query_scenarios=(), sparse=(table,), dense=(), history_length=1,
-                       label_delay_us=0)  # fmt: skip
+    return FeatureSpec(
+        scenarios=("feed",), query_scenarios=(), sparse=(table,), dense=(), history_length=1, label_delay_us=0
+    )
 
 
 def loopback_bytes() -> int:
@@ -98,13 +99,17 @@ def measure_rank(rank: int, num_workers: int, port: int, arguments: argparse.Nam
             received = (loopback_bytes() - before) / num_workers / arguments.steps
             num_processors = os.cpu_count() or 1
             has_time = num_workers <= num_processors and os.getloadavg()[0] <= num_processors + 1
-            results.append({
-                "strategy": strategy, "workers": num_workers, "ids": num_ids,
-                "formula_bytes": round(formula(strategy, num_ids, arguments.dim, num_workers)),
-                "received_bytes": round(received),
-                "step_ms": round(statistics.median(times[WARM:]) * 1e3, 1) if has_time else None,
-                "memory_bytes": memory.weight_bytes + memory.optimizer_bytes,
-            })  # fmt: skip
+            results.append(
+                {
+                    "strategy": strategy,
+                    "workers": num_workers,
+                    "ids": num_ids,
+                    "formula_bytes": round(formula(strategy, num_ids, arguments.dim, num_workers)),
+                    "received_bytes": round(received),
+                    "step_ms": round(statistics.median(times[WARM:]) * 1e3, 1) if has_time else None,
+                    "memory_bytes": memory.weight_bytes + memory.optimizer_bytes,
+                }
+            )
     if rank == 0:
         queue.put(results)
     dist.destroy_process_group()
@@ -122,11 +127,15 @@ def measure(num_workers: int, arguments: argparse.Namespace) -> list[dict[str, A
 def table(report: dict) -> str:
     rows = []
     for r in sorted(report["results"], key=lambda r: (r["workers"], r["ids"], r["strategy"])):
-        rows.append([
-            f"{r['workers']} workers, {r['ids']:,} ids, {r['strategy']}",
-            f"{r['formula_bytes'] / 1e6:.2f}", f"{r['received_bytes'] / 1e6:.2f}",
-            "" if r["step_ms"] is None else f"{r['step_ms']:.0f}", f"{r['memory_bytes'] / 1e6:.0f}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"{r['workers']} workers, {r['ids']:,} ids, {r['strategy']}",
+                f"{r['formula_bytes'] / 1e6:.2f}",
+                f"{r['received_bytes'] / 1e6:.2f}",
+                "" if r["step_ms"] is None else f"{r['step_ms']:.0f}",
+                f"{r['memory_bytes'] / 1e6:.0f}",
+            ]
+        )
     return markdown(["a step of one worker", "MB by formula", "MB measured", "ms", "MB held"], rows)
 
 
@@ -144,16 +153,24 @@ def main() -> None:
         "question": "bytes that a worker receives in a step of the embedding tables, and the time of it",
         "date": dt.date.today().isoformat(),
         "machine": {
-            "cpus": os.cpu_count(), "processor": platform.processor() or platform.machine(),
+            "cpus": os.cpu_count(),
+            "processor": platform.processor() or platform.machine(),
             "load_1_min": round(os.getloadavg()[0], 1),
         },
         "versions": {
-            "python": platform.python_version(), "torch": torch.__version__, "torchrec": metadata.version("torchrec"),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchrec": metadata.version("torchrec"),
         },
-        "settings": {"rows": arguments.rows, "embedding_dim": arguments.dim, "steps": arguments.steps,
-                     "backend": "gloo", "threads": 1},
+        "settings": {
+            "rows": arguments.rows,
+            "embedding_dim": arguments.dim,
+            "steps": arguments.steps,
+            "backend": "gloo",
+            "threads": 1,
+        },
         "results": results,
-    }  # fmt: skip
+    }
     record(report, table(report), arguments.output, document="embeddings.md", place=RESULTS)
 
 

@@ -90,9 +90,11 @@ def interval(values: Sequence[float]) -> dict[str, float]:
     below = [sum(math.comb(n, i) for i in range(k + 1)) / 2**n for k in range(n)]
     outside = max([k for k in range(n // 2) if 1 - 2 * below[k] >= _COVERAGE], default=0)
     return {
-        "median": statistics.median(ordered), "low": ordered[outside], "high": ordered[n - 1 - outside],
+        "median": statistics.median(ordered),
+        "low": ordered[outside],
+        "high": ordered[n - 1 - outside],
         "coverage": round(1 - 2 * below[outside], 3) if n > 1 else 0.0,
-    }  # fmt: skip
+    }
 
 
 def ratio(of: Sequence[float], to: Sequence[float]) -> dict[str, float]:
@@ -119,12 +121,13 @@ def header(question: str, settings: Mapping[str, Any], packages: Sequence[str] =
         "question": question,
         "date": dt.date.today().isoformat(),
         "machine": {
-            "cpus": os.cpu_count(), "processor": platform.processor() or platform.machine(),
+            "cpus": os.cpu_count(),
+            "processor": platform.processor() or platform.machine(),
             "load_1_min": round(os.getloadavg()[0], 1),
         },
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
         "settings": dict(settings),
-    }  # fmt: skip
+    }
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -40,8 +40,13 @@ _LONGEST_RUN_S = 240
 
 def config_of(workers: int, batch_rows: int) -> Config:
     """One epoch, a log window of 4 steps, no evaluation and one checkpoint."""
-    train = {"global_batch_size": batch_rows, "num_epochs": 1, "log_every_steps": 4, "checkpoint_every_steps": 10**6,
-             "reader_threads": 1}  # fmt: skip
+    train = {
+        "global_batch_size": batch_rows,
+        "num_epochs": 1,
+        "log_every_steps": 4,
+        "checkpoint_every_steps": 10**6,
+        "reader_threads": 1,
+    }
     data = {"train_dates": "2026-01-01:2026-01-03", "eval_dates": "2026-01-04:2026-01-04"}
     return Config.from_dict({"data": data, "train": train, "ray": {"num_workers": workers, "dashboard": False}})
 
@@ -88,8 +93,19 @@ def steady_rate(run_dir: Path) -> float:
 def launch(way: str, workers: int, folder: Path, arguments: argparse.Namespace) -> float:
     """One run in processes of its own; its steady samples a second."""
     run_dir = folder / f"run-{uuid.uuid4().hex[:8]}"
-    own = [__file__, "--as", way, "--folder", str(folder), "--run-dir", str(run_dir), "--workers", str(workers),
-           "--batch-rows", str(arguments.batch_rows)]  # fmt: skip
+    own = [
+        __file__,
+        "--as",
+        way,
+        "--folder",
+        str(folder),
+        "--run-dir",
+        str(run_dir),
+        "--workers",
+        str(workers),
+        "--batch-rows",
+        str(arguments.batch_rows),
+    ]
     start = [sys.executable]
     if way == TORCHRUN:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
@@ -133,11 +149,13 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def table(report: Mapping[str, Any]) -> str:
     rows = [
         [
-            f"{r['workers']} worker{'s' * (r['workers'] > 1)}: {r['way']}", spread(r["samples_per_s"], 0),
-            spread(r["ratio"]) + "x", verdict(r["ratio"]["median"], at_least=AIM) if r["way"] == RAY else "",
+            f"{r['workers']} worker{'s' * (r['workers'] > 1)}: {r['way']}",
+            spread(r["samples_per_s"], 0),
+            spread(r["ratio"]) + "x",
+            verdict(r["ratio"]["median"], at_least=AIM) if r["way"] == RAY else "",
         ]
         for r in report["results"]
-    ]  # fmt: skip
+    ]
     return markdown(["started by", "samples/s, steady", "times the first", "aim"], rows)
 
 

@@ -137,8 +137,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     def add(name: str, make: Callable[[], Runs]) -> None:
         models[name] = make()
         found = mean_auc(models[name], scenarios)
-        print(f"{name:28s} {models[name].seconds:5.0f} s  "
-              + "  ".join(f"{task} {found[task]['all']:.4f}" for task in TASKS), flush=True)  # fmt: skip
+        print(
+            f"{name:28s} {models[name].seconds:5.0f} s  "
+            + "  ".join(f"{task} {found[task]['all']:.4f}" for task in TASKS),
+            flush=True,
+        )
 
     try:
         for backbone in arguments.backbones:
@@ -193,8 +196,13 @@ def show(result: dict[str, Any]) -> str:
     lines = ["| model | " + " | ".join(f"{task} {cell}" for task, cell in columns) + " |", "|---" * 11 + "|"]
     for name, entry in result["models"].items():
         lines.append(f"| {name} | " + " | ".join(f"{entry['auc'][t][c]:.4f}" for t, c in columns) + " |")
-    lines += ["", "| pooled AUC gap | " + " | ".join(f"{t} over {o}" for t in TASKS
-              for o in ("popularity", "best peer", "plain")) + " |", "|---" * 7 + "|"]  # fmt: skip
+    lines += [
+        "",
+        "| pooled AUC gap | "
+        + " | ".join(f"{t} over {o}" for t in TASKS for o in ("popularity", "best peer", "plain"))
+        + " |",
+        "|---" * 7 + "|",
+    ]
     for name, entry in result["models"].items():
         keys = [(t, k) for t in TASKS for k in ("over_popularity", "over_best_peer", "over_plain")]
         texts = [show_gap(entry[k][t]["all"]) if k in entry else "" for t, k in keys]

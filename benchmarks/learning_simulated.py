@@ -102,8 +102,11 @@ def measure_world(world: str, backbones: Sequence[str], arguments: argparse.Name
         for name, switches in ((backbone, PLAIN), (f"{backbone} + USR", ())):
             models[name] = train_seeds(data, [f"model.backbone={backbone}", *switches], seeds)
             auc = mean_auc(models[name], scenarios)
-            print(f"{world:14s} {name:24s} {models[name].seconds:4.0f} s  "
-                  + "  ".join(f"{task} {auc[task]['all']:.4f}" for task in TASKS), flush=True)  # fmt: skip
+            print(
+                f"{world:14s} {name:24s} {models[name].seconds:4.0f} s  "
+                + "  ".join(f"{task} {auc[task]['all']:.4f}" for task in TASKS),
+                flush=True,
+            )
     rows = next(iter(models.values())).rows
     models["popularity"] = Runs(rows, data.popularity(rows).probs_NT[None])
     truth = oracle(data, rows, arguments.work / world / "logs")
@@ -125,9 +128,11 @@ def show(worlds: dict[str, Any]) -> str:
     lines = ["| world | model | ctr | below oracle | ctcvr | below oracle |", "|---|---|---|---|---|---|"]
     for world, result in worlds.items():
         for name, entry in result["models"].items():
-            texts = [f"{entry['auc'][t]['all']:.4f} | "
-                     + (f"{entry['below_oracle'][t]['all']:.4f}" if "below_oracle" in entry else "")
-                     for t in TASKS]  # fmt: skip
+            texts = [
+                f"{entry['auc'][t]['all']:.4f} | "
+                + (f"{entry['below_oracle'][t]['all']:.4f}" if "below_oracle" in entry else "")
+                for t in TASKS
+            ]
             lines.append(f"| {world} | {name} | " + " | ".join(texts) + " |")
     first = next(iter(worlds.values()))["models"]["oracle"]["auc"]["ctr"]
     columns = [(task, cell) for task in TASKS for cell in first]
@@ -147,8 +152,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=list(WORLDS))
     parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=["shared_bottom"])
-    parser.add_argument("--default-backbones", nargs="+", choices=BACKBONES, default=["shared_bottom", "mmoe", "star"],
-                        help="trained on the default world besides")  # fmt: skip
+    parser.add_argument(
+        "--default-backbones",
+        nargs="+",
+        choices=BACKBONES,
+        default=["shared_bottom", "mmoe", "star"],
+        help="trained on the default world besides",
+    )
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -157,8 +167,18 @@ def main() -> None:
     for world in arguments.worlds:
         extra = arguments.default_backbones if world == "default" else []
         worlds[world] = measure_world(world, list(dict.fromkeys([*arguments.backbones, *extra])), arguments)
-        save(arguments.output, {"settings": {"seeds": arguments.seeds, "size": SIZE, "set": arguments.set,
-                                             "dials": {w: WORLDS[w] for w in worlds}}, "worlds": worlds})  # fmt: skip
+        save(
+            arguments.output,
+            {
+                "settings": {
+                    "seeds": arguments.seeds,
+                    "size": SIZE,
+                    "set": arguments.set,
+                    "dials": {w: WORLDS[w] for w in worlds},
+                },
+                "worlds": worlds,
+            },
+        )
     print(show(worlds))
 
 

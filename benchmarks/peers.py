@@ -103,8 +103,12 @@ class ByScenario(nn.Module):
 
 def peer(
     stack: contextlib.ExitStack,  # noqa: ARG001  # there is nothing to close
-    num_threads: int, model_name: str, sizes: list[int], num_steps: int, by_scenario: bool,
-) -> Callable[[], float]:  # fmt: skip
+    num_threads: int,
+    model_name: str,
+    sizes: list[int],
+    num_steps: int,
+    by_scenario: bool,
+) -> Callable[[], float]:
     """A function that trains `num_steps` batches the peers' way and returns the seconds of one."""
     torch.set_num_threads(num_threads)
     rng, num_rows = np.random.default_rng(0), num_steps * BATCH_ROWS
@@ -138,13 +142,16 @@ def peer(
 def our_spec(sizes: list[int]) -> FeatureSpec:
     owners = {"user_id": "user", "item_id": "item", "query": "query"}
     return FeatureSpec(
-        scenarios=("search", "recommendation"), query_scenarios=("search",), dense=(), history_length=1,
+        scenarios=("search", "recommendation"),
+        query_scenarios=("search",),
+        dense=(),
+        history_length=1,
         label_delay_us=0,
         sparse=tuple(
             SparseFeature(name=n, column=f"{n}_index", num_embeddings=size, owner=owners.get(n, "context"))
             for n, size in zip(feature_names(), sizes, strict=True)
         ),
-    )  # fmt: skip
+    )
 
 
 def ours(
@@ -156,8 +163,15 @@ def ours(
     spec = our_spec(sizes)
     write_table(folder, spec, 64 * BATCH_ROWS, longest=0)
     manifest = build_manifest(folder, dates=DATES)
-    model = {**PLAIN, "backbone": model_name, "hidden": HIDDEN, "tower_hidden": TOWER, "num_experts": NUM_EXPERTS,
-             "embedding_dim": DIM, "interactions": False}  # fmt: skip
+    model = {
+        **PLAIN,
+        "backbone": model_name,
+        "hidden": HIDDEN,
+        "tower_hidden": TOWER,
+        "num_experts": NUM_EXPERTS,
+        "embedding_dim": DIM,
+        "interactions": False,
+    }
     step = Step(spec, model, train={"global_batch_size": BATCH_ROWS})
     reader = stack.enter_context(training_reader(step.config, manifest, step.worker))
     source = training_batches(reader, step.state.tables, epochs=range(10**6), start_step=0, num_scenarios=2)
@@ -190,7 +204,9 @@ def measure(model_name: str, rows: int, small_s: Mapping[str, float], arguments:
         small = small_s.get(name, statistics.median(times))
         whole[name] = [max(small + (t - small) * NUM_FEATURES / num_tables, t) for t in times]
     return {
-        "model": model_name, "rows": rows, "tables_at_size": num_tables,
+        "model": model_name,
+        "rows": rows,
+        "tables_at_size": num_tables,
         "ways": {
             name: {
                 "measured_step_s": interval(found[name]),
@@ -199,7 +215,7 @@ def measure(model_name: str, rows: int, small_s: Mapping[str, float], arguments:
             }
             for name, times in whole.items()
         },
-    }  # fmt: skip
+    }
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -208,11 +224,14 @@ def table(report: Mapping[str, Any]) -> str:
         for name, way in entry["ways"].items():
             aim = AIMS.get(entry["rows"])
             partly = "" if entry["tables_at_size"] == NUM_FEATURES else f" ({entry['tables_at_size']} of 15 at size)"
-            rows.append([
-                f"{entry['model']}, {entry['rows']:,} rows a table: {name}{partly}", spread(way["samples_per_s"], 0),
-                "" if name == OURS else spread(way["ours_times"], 1) + "x",
-                "" if name == OURS or aim is None else verdict(way["ours_times"]["median"], at_least=aim),
-            ])  # fmt: skip
+            rows.append(
+                [
+                    f"{entry['model']}, {entry['rows']:,} rows a table: {name}{partly}",
+                    spread(way["samples_per_s"], 0),
+                    "" if name == OURS else spread(way["ours_times"], 1) + "x",
+                    "" if name == OURS or aim is None else verdict(way["ours_times"]["median"], at_least=aim),
+                ]
+            )
     return markdown(["training", "samples/s", "ours is faster by", "aim"], rows)
 
 

@@ -56,9 +56,12 @@ BARE, TO_TENSORS, SHUFFLED = "pyarrow decode", "pyarrow decode to tensors", "rea
 FIRST_EPOCH, CACHED = "reader, shuffled, writing the cache", "reader, shuffled, from the cache"
 RAY, RAY_SHUFFLED = "ray data, numpy batches, no shuffle", "ray data, numpy batches, local shuffle"
 AIMS = (
-    (SHUFFLED, BARE, 0.7), (SHUFFLED, TO_TENSORS, 0.7), (SHUFFLED, RAY, 2.0), (SHUFFLED, RAY_SHUFFLED, 3.0),
+    (SHUFFLED, BARE, 0.7),
+    (SHUFFLED, TO_TENSORS, 0.7),
+    (SHUFFLED, RAY, 2.0),
+    (SHUFFLED, RAY_SHUFFLED, 3.0),
     (CACHED, FIRST_EPOCH, 3.0),
-)  # fmt: skip
+)
 """A way, the way it is compared with, and how many times its rate is aimed at."""
 
 
@@ -286,10 +289,14 @@ def main() -> None:
         quality = quality_of_shuffle(manifest)
         timings = measure(ways, num_rows, arguments.repeats)
     settings = {
-        "rows": num_rows, "repeats": arguments.repeats, "threads": arguments.threads, "batch_rows": BATCH_ROWS,
-        "row_group_rows": ROW_GROUP_ROWS, "compression": arguments.compression,
+        "rows": num_rows,
+        "repeats": arguments.repeats,
+        "threads": arguments.threads,
+        "batch_rows": BATCH_ROWS,
+        "row_group_rows": ROW_GROUP_ROWS,
+        "compression": arguments.compression,
         "MIMALLOC_PURGE_DELAY": os.environ.get("MIMALLOC_PURGE_DELAY"),
-    }  # fmt: skip
+    }
     packages = ("pyarrow", "numpy", "torch", "deltalake", "ray")
     report = header("rows per second of one rank over a whole table in the page cache", settings, packages)
     report |= {"shuffle_quality": {name: round(value, 4) for name, value in quality.items()}}

@@ -173,14 +173,20 @@ def main() -> None:
             "load_1_min": round(os.getloadavg()[0], 1),
         },
         "versions": {
-            "python": platform.python_version(), "torch": torch.__version__, "onnxruntime": onnxruntime.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "onnxruntime": onnxruntime.__version__,
         },
         "settings": {
-            "calls": arguments.calls, "batch_rows": arguments.batch_rows, "repeats": arguments.repeats,
-            "threads": arguments.threads, "embedding_dim": 16, "history_length": 50,
+            "calls": arguments.calls,
+            "batch_rows": arguments.batch_rows,
+            "repeats": arguments.repeats,
+            "threads": arguments.threads,
+            "embedding_dim": 16,
+            "history_length": 50,
         },
         "results": results,
-    }  # fmt: skip
+    }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(report, indent=2) + "\n")
     print(table(results))

@@ -28,14 +28,23 @@ from usr_ray.training.worker import LocalWorker
 PLAIN = {"interest": {"enabled": False}, "generator": {"enabled": False}, "multitask": {"enabled": False}}
 """All parts of USR off: the backbone alone, with the mean of the histories."""
 _DEMO_SIZES = {
-    "user_id": (2000, "user"), "item_id": (1000, "item"), "query": (302, "query"), "event_hour": (26, "context"),
-    "age_band": (8, "user"), "city": (18, "user"), "category_id": (26, "item"), "brand_id": (122, "item"),
-}  # fmt: skip
+    "user_id": (2000, "user"),
+    "item_id": (1000, "item"),
+    "query": (302, "query"),
+    "event_hour": (26, "context"),
+    "age_band": (8, "user"),
+    "city": (18, "user"),
+    "category_id": (26, "item"),
+    "brand_id": (122, "item"),
+}
 _LARGE_SIZES = {
-    "user_id": (1_000_000, "user"), "item_id": (1_000_000, "item"), "query": (1_000_000, "query"),
-    **{f"user_{n}": (10_000, "user") for n in range(4)}, **{f"item_{n}": (10_000, "item") for n in range(4)},
+    "user_id": (1_000_000, "user"),
+    "item_id": (1_000_000, "item"),
+    "query": (1_000_000, "query"),
+    **{f"user_{n}": (10_000, "user") for n in range(4)},
+    **{f"item_{n}": (10_000, "item") for n in range(4)},
     **{f"context_{n}": (1_000, "context") for n in range(4)},
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -86,9 +95,12 @@ def _shorten(history: History, mean_events: int, generator: torch.Generator) -> 
     index_V = torch.arange(int(offsets[-1])) + (history.offsets[1:] - offsets[1:]).repeat_interleave(kept_B)
     queries = history.query_ids_V
     return History(
-        history.item_ids_V[index_V], history.actions_V[index_V], history.ages_s_V[index_V],
-        None if queries is None else queries[index_V], offsets,
-    )  # fmt: skip
+        history.item_ids_V[index_V],
+        history.actions_V[index_V],
+        history.ages_s_V[index_V],
+        None if queries is None else queries[index_V],
+        offsets,
+    )
 
 
 CASES = {
@@ -102,9 +114,13 @@ class Step:
     """Model, tables and optimisers of one rank; a call takes one training step as usr_ray.training.loop does."""
 
     def __init__(
-        self, spec: FeatureSpec, model: Mapping[str, Any], *, train: Mapping[str, Any] | None = None,
+        self,
+        spec: FeatureSpec,
+        model: Mapping[str, Any],
+        *,
+        train: Mapping[str, Any] | None = None,
         device: str = "cpu",
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.config = Config.from_dict({"model": dict(model), "train": dict(train or {})})
         self.worker = LocalWorker(device)
         manifest = make_manifest(table_uri="none", version=0, spec=spec, files=[])

@@ -52,9 +52,13 @@ def spec_of(num_rows: int) -> FeatureSpec:
     tables = [SparseFeature(name=n, column=f"{n}_index", num_embeddings=num_rows, owner=o) for n, o in owners.items()]
     hours = SparseFeature(name="event_hour", column="event_hour_index", num_embeddings=26, owner="context")
     return FeatureSpec(
-        scenarios=("search", "recommendation"), query_scenarios=("search",), sparse=(*tables, hours), dense=(),
-        history_length=50, label_delay_us=0,
-    )  # fmt: skip
+        scenarios=("search", "recommendation"),
+        query_scenarios=("search",),
+        sparse=(*tables, hours),
+        dense=(),
+        history_length=50,
+        label_delay_us=0,
+    )
 
 
 def spread_ids(batch: UsrBatch, num_rows: int) -> UsrBatch:
@@ -63,9 +67,7 @@ def spread_ids(batch: UsrBatch, num_rows: int) -> UsrBatch:
     columns_F = torch.tensor([factor, factor, factor, 1], dtype=batch.sparse_BF.dtype)
     histories = tuple(
         dataclasses.replace(
-            h,
-            item_ids_V=h.item_ids_V * factor,
-            query_ids_V=None if h.query_ids_V is None else h.query_ids_V * factor,
+            h, item_ids_V=h.item_ids_V * factor, query_ids_V=None if h.query_ids_V is None else h.query_ids_V * factor
         )
         for h in batch.histories
     )
@@ -161,16 +163,22 @@ def main() -> None:
         "question": "time of a training step by the rows of the embedding tables",
         "date": dt.date.today().isoformat(),
         "machine": {
-            "cpus": os.cpu_count(), "processor": platform.processor() or platform.machine(),
+            "cpus": os.cpu_count(),
+            "processor": platform.processor() or platform.machine(),
             "load_1_min": round(os.getloadavg()[0], 1),
         },
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "settings": {
-            "rows": arguments.rows, "batch_rows": arguments.batch_rows, "steps": arguments.steps,
-            "threads": arguments.threads, "embedding_dim": 16, "history_length": 50, "tables": 3,
+            "rows": arguments.rows,
+            "batch_rows": arguments.batch_rows,
+            "steps": arguments.steps,
+            "threads": arguments.threads,
+            "embedding_dim": 16,
+            "history_length": 50,
+            "tables": 3,
         },
         "results": results,
-    }  # fmt: skip
+    }
     record(report, table(report), arguments.output, document="embeddings.md", place=RESULTS)
 
 

@@ -63,13 +63,15 @@ def measure(case_name: str, backbone: str, arguments: argparse.Namespace) -> dic
                 cpu[name].append(cpu_s * 1e3)
     by = clock if arguments.device == "cuda" else cpu
     return {
-        "case": case_name, "backbone": backbone, "batch_rows": case.batch_rows,
+        "case": case_name,
+        "backbone": backbone,
+        "batch_rows": case.batch_rows,
         "parts": {
             name: {"clock_ms": interval(clock[name]), "cpu_ms": interval(cpu[name]), "ratio": ratio(times, by["plain"])}
             for name, times in by.items()
         },
         "operators": operators(steps["USR"], case.draw(0)),
-    }  # fmt: skip
+    }
 
 
 def operators(step: Step, batch: Any, *, repeats: int = 15) -> list[dict[str, Any]]:

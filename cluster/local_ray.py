@@ -100,18 +100,37 @@ class LocalRay:
             head = {name: getattr(arguments, name) for name in ("port", "dashboard_port", "metrics_port")}
             for name, port in head.items():
                 _refuse_port_in_use("--" + name.replace("_", "-"), port)
-            self._launch(self.head, head, arguments, token, [
-                # The agent takes jobs; at its fixed port it fails silently beside another Ray on this machine.
-                "--dashboard-agent-listen-port", "0",
-                "--head", "--dashboard-host", LOOPBACK, "--port", str(arguments.port),
-                "--dashboard-port", str(arguments.dashboard_port),
-                "--metrics-export-port", str(arguments.metrics_port)])  # fmt: skip
+            self._launch(
+                self.head,
+                head,
+                arguments,
+                token,
+                [
+                    # The agent takes jobs; at its fixed port it fails silently beside another Ray on this machine.
+                    "--dashboard-agent-listen-port",
+                    "0",
+                    "--head",
+                    "--dashboard-host",
+                    LOOPBACK,
+                    "--port",
+                    str(arguments.port),
+                    "--dashboard-port",
+                    str(arguments.dashboard_port),
+                    "--metrics-export-port",
+                    str(arguments.metrics_port),
+                ],
+            )
         for number in range(1, arguments.nodes):
             node = Daemon(self.state, f"node-{number}")
             if node.running() is None:  # one after the other: each start takes a core
                 # Ports of its own choice: the fixed ones are the head's.
-                self._launch(node, head, arguments, token, [
-                    "--address", f"{LOOPBACK}:{head['port']}", "--dashboard-agent-listen-port", "0"])  # fmt: skip
+                self._launch(
+                    node,
+                    head,
+                    arguments,
+                    token,
+                    ["--address", f"{LOOPBACK}:{head['port']}", "--dashboard-agent-listen-port", "0"],
+                )
         self.status()
         address = f"http://{LOOPBACK}:{head['dashboard_port']}"
         print(f"submit:     RAY_AUTH_MODE=token ray job submit --address {address} --working-dir . -- \\")
@@ -123,9 +142,17 @@ class LocalRay:
     ) -> None:
         """Start a node and wait until as many have registered as run."""
         ray = [str(Path(sys.executable).parent / "ray")] if node is self.head else [sys.executable, "-c", _MORE_NODES]
-        command = [*ray, "start", "--block", "--disable-usage-stats",
-                   "--node-ip-address", LOOPBACK, *flags,
-                   "--object-store-memory", str(int(arguments.object_store_gb * 1e9))]  # fmt: skip
+        command = [
+            *ray,
+            "start",
+            "--block",
+            "--disable-usage-stats",
+            "--node-ip-address",
+            LOOPBACK,
+            *flags,
+            "--object-store-memory",
+            str(int(arguments.object_store_gb * 1e9)),
+        ]
         if arguments.num_cpus:
             command += ["--num-cpus", str(arguments.num_cpus)]
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}

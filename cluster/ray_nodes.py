@@ -38,13 +38,27 @@ _FIRST_ADDRESS = 0x8915  # SIOCGIFADDR of Linux
 def start_command(arguments: argparse.Namespace) -> list[str]:
     """`ray start` of a head or a worker; the token is not in it."""
     command = [
-        str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats",
-        "--node-ip-address", arguments.host, "--metrics-export-port", str(arguments.metrics_port),
-        "--object-store-memory", str(int(arguments.object_store_gb * 1e9)),
-    ]  # fmt: skip
+        str(Path(sys.executable).parent / "ray"),
+        "start",
+        "--block",
+        "--disable-usage-stats",
+        "--node-ip-address",
+        arguments.host,
+        "--metrics-export-port",
+        str(arguments.metrics_port),
+        "--object-store-memory",
+        str(int(arguments.object_store_gb * 1e9)),
+    ]
     if arguments.action == "head":
-        command += ["--head", "--port", str(arguments.port), "--dashboard-host", LOOPBACK,
-                    "--dashboard-port", str(arguments.dashboard_port)]  # fmt: skip
+        command += [
+            "--head",
+            "--port",
+            str(arguments.port),
+            "--dashboard-host",
+            LOOPBACK,
+            "--dashboard-port",
+            str(arguments.dashboard_port),
+        ]
     else:
         command += ["--address", arguments.head]
     for name in ("num_cpus", "num_gpus"):
@@ -87,9 +101,13 @@ def start(arguments: argparse.Namespace) -> None:
     node = Daemon(arguments.state_dir, arguments.action)
     if arguments.action == "head":
         token = ensure_token()
-        process = node.start(start_command(arguments), node_environment(arguments.host),
-                             address=f"{arguments.host}:{arguments.port}",
-                             dashboard_port=arguments.dashboard_port, metrics_port=arguments.metrics_port)  # fmt: skip
+        process = node.start(
+            start_command(arguments),
+            node_environment(arguments.host),
+            address=f"{arguments.host}:{arguments.port}",
+            dashboard_port=arguments.dashboard_port,
+            metrics_port=arguments.metrics_port,
+        )
         node.wait(process, lambda: _head_is_up(arguments.dashboard_port, token), timeout_s=START_TIMEOUT_S)
         status(arguments)
         return
@@ -100,8 +118,9 @@ def start(arguments: argparse.Namespace) -> None:
             f"worker: no token in {token_file()}; copy the head's: scp -p HEAD:.ray/auth_token {token_file()}"
         )
     ensure_token()  # sees to it that only its owner can read it
-    process = node.start(start_command(arguments), node_environment(arguments.host), address=arguments.host,
-                         head=arguments.head)  # fmt: skip
+    process = node.start(
+        start_command(arguments), node_environment(arguments.host), address=arguments.host, head=arguments.head
+    )
     # `ray start` says so once the node is registered, and leaves when the head refuses it.
     node.wait(process, lambda: JOINED in node.log_file.read_text(errors="replace"), timeout_s=START_TIMEOUT_S)
     print(f"worker:     {arguments.host} joined {arguments.head}; log {node.log_file}")

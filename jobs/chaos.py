@@ -81,8 +81,17 @@ def submit(address: str, work: Path, arguments: argparse.Namespace) -> None:
     """Run this job inside the cluster at `address`, on the lake in `work`."""
     words = ["python", "jobs/chaos.py", "--work", str(work), "--timeout", str(arguments.timeout)]
     words += [word for name in arguments.fault for word in ("--fault", name)]
-    command = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", address,
-               "--working-dir", str(ROOT), "--", *words]  # fmt: skip
+    command = [
+        str(Path(sys.executable).parent / "ray"),
+        "job",
+        "submit",
+        "--address",
+        address,
+        "--working-dir",
+        str(ROOT),
+        "--",
+        *words,
+    ]
     print(f"$ {shlex.join(command)}", flush=True)
     done = subprocess.run(command, cwd=ROOT, env={"RAY_AUTH_MODE": "token", **os.environ}, check=False)
     if done.returncode != 0:

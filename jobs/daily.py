@@ -118,8 +118,15 @@ class Day:
             "data.mature_only": "false",
             "train.warm_start": str(self.work / plan.warm_start) if plan.warm_start else "",
         }
-        self._python("train", "jobs/train.py", "--lake", self.arguments.lake, "--run-dir", self.run_dir,
-                     *self._settings(overrides))  # fmt: skip
+        self._python(
+            "train",
+            "jobs/train.py",
+            "--lake",
+            self.arguments.lake,
+            "--run-dir",
+            self.run_dir,
+            *self._settings(overrides),
+        )
         return None
 
     def judge(self) -> str | None:
@@ -141,16 +148,25 @@ class Day:
         if self.state.verdict != PROMOTED:
             return "no new model"
         if not (self.export_dir / "manifest.json").exists():  # it appears whole or not at all
-            self._python("export", "jobs/export.py", "--run-dir", self.run_dir, "--lake", self.arguments.lake,
-                         "--output", self.export_dir)  # fmt: skip
+            self._python(
+                "export",
+                "jobs/export.py",
+                "--run-dir",
+                self.run_dir,
+                "--lake",
+                self.arguments.lake,
+                "--output",
+                self.export_dir,
+            )
         return None
 
     def publish(self) -> str | None:
         """Put the new model into use."""
         if self.state.verdict != PROMOTED:
             return "no new model"
-        write_current(self.work, name=self.plan.day, trained_to=self.plan.train_last,
-                      why=self.state.record["verdict"]["why"])  # fmt: skip
+        write_current(
+            self.work, name=self.plan.day, trained_to=self.plan.train_last, why=self.state.record["verdict"]["why"]
+        )
         return None
 
     def score(self) -> str | None:
@@ -158,22 +174,50 @@ class Day:
         current = read_current(self.work)
         if current is None:
             return "no model is in use yet"
-        self._python("score", "jobs/score.py", "--run-dir", self.work / current["run"], "--lake", self.arguments.lake,
-                     "--dates", self.plan.day,
-                     "--output", self.work / "scores" / Path(current["run"]).name)  # fmt: skip
+        self._python(
+            "score",
+            "jobs/score.py",
+            "--run-dir",
+            self.work / current["run"],
+            "--lake",
+            self.arguments.lake,
+            "--dates",
+            self.plan.day,
+            "--output",
+            self.work / "scores" / Path(current["run"]).name,
+        )
         return None
 
     def _build(self, *words: str) -> None:
         watermark = ["--watermark", self.arguments.watermark] if self.arguments.watermark else []
         fitted = {"data.train_dates": f"{self.plan.fit_first}:{self.plan.day}", "data.eval_dates": ""}
-        self._call("restate" if "--restate" in words else "build", shlex.split(self.arguments.spark_submit),
-                   "jobs/build_samples.py", "--logs", self.arguments.logs, "--lake", self.arguments.lake, *words,
-                   *watermark, *self._settings(fitted))  # fmt: skip
+        self._call(
+            "restate" if "--restate" in words else "build",
+            shlex.split(self.arguments.spark_submit),
+            "jobs/build_samples.py",
+            "--logs",
+            self.arguments.logs,
+            "--lake",
+            self.arguments.lake,
+            *words,
+            *watermark,
+            *self._settings(fitted),
+        )
 
     def _evaluate(self, name: str, run_dir: Path) -> Path:
         output = self.state.folder / f"{name}.json"
-        self._python("judge", "jobs/evaluate.py", "--run-dir", run_dir, "--lake", self.arguments.lake,
-                     "--dates", self.plan.held_out, "--output", output)  # fmt: skip
+        self._python(
+            "judge",
+            "jobs/evaluate.py",
+            "--run-dir",
+            run_dir,
+            "--lake",
+            self.arguments.lake,
+            "--dates",
+            self.plan.held_out,
+            "--output",
+            output,
+        )
         return output
 
     def _settings(self, overrides: dict[str, str]) -> list[str]:
@@ -190,8 +234,15 @@ class Day:
         print(f"$ {shlex.join(command)}", flush=True)
         with log.open("a", encoding="utf-8") as file:
             file.write(f"$ {shlex.join(command)}\n")
-            process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                       errors="replace", pass_fds=[self.lock])  # fmt: skip
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                pass_fds=[self.lock],
+            )
             assert process.stdout is not None
             try:
                 for line in process.stdout:
@@ -203,8 +254,12 @@ class Day:
                 process.wait()
                 raise
         if code != 0:
-            print(f"{self.plan.day}: stopped, step {step} ended with exit code {code} ({log}); the same command goes "
-                  "on there", file=sys.stderr, flush=True)  # fmt: skip
+            print(
+                f"{self.plan.day}: stopped, step {step} ended with exit code {code} ({log}); the same command goes "
+                "on there",
+                file=sys.stderr,
+                flush=True,
+            )
             raise StepFailed(EXIT_USER_ERROR if code == EXIT_USER_ERROR else 1)
 
 
@@ -228,12 +283,26 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--lake", metavar="DIR", help="where the tables are")
     parser.add_argument("--date", default="today-1", help="newest complete UTC day of the logs (today-1)")
     parser.add_argument("--watermark", metavar="ISO", help="the logs are complete up to here (default: newest event)")
-    parser.add_argument("--restate-days", type=int, default=0, metavar="N",
-                        help="late events are looked for in the last N dates only (all dates)")  # fmt: skip
-    parser.add_argument("--tolerance", type=float, default=0.005, metavar="X",
-                        help="relative increase of the log loss that a new model may have (0.005)")  # fmt: skip
-    parser.add_argument("--spark-submit", default="spark-submit", metavar="WORDS",
-                        help="how Spark is called (spark-submit); with options, in one word")  # fmt: skip
+    parser.add_argument(
+        "--restate-days",
+        type=int,
+        default=0,
+        metavar="N",
+        help="late events are looked for in the last N dates only (all dates)",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.005,
+        metavar="X",
+        help="relative increase of the log loss that a new model may have (0.005)",
+    )
+    parser.add_argument(
+        "--spark-submit",
+        default="spark-submit",
+        metavar="WORDS",
+        help="how Spark is called (spark-submit); with options, in one word",
+    )
     parser.add_argument("--step", choices=STEPS, help="this step alone")
     parser.add_argument("--status", action="store_true", help="show the days and the model in use")
     parser.add_argument("--use", metavar="DATE", help="put the model of that day into use")

@@ -74,13 +74,41 @@ def main(argv: list[str]) -> None:
     settings += [word for override in arguments.overrides for word in ("--set", override)]
     if arguments.logs is None:
         where = ["--input", str(arguments.input)] if arguments.input else []
-        step("ingest", sys.executable, "jobs/ingest_logs.py", "--source", arguments.source, *where,
-             "--logs", str(logs), *settings)  # fmt: skip
-    step("build samples", "spark-submit", "jobs/build_samples.py", "--logs", str(logs), "--lake", str(lake),
-         "--dates", build_dates(config), *settings)  # fmt: skip
+        step(
+            "ingest",
+            sys.executable,
+            "jobs/ingest_logs.py",
+            "--source",
+            arguments.source,
+            *where,
+            "--logs",
+            str(logs),
+            *settings,
+        )
+    step(
+        "build samples",
+        "spark-submit",
+        "jobs/build_samples.py",
+        "--logs",
+        str(logs),
+        "--lake",
+        str(lake),
+        "--dates",
+        build_dates(config),
+        *settings,
+    )
     step("train", sys.executable, "jobs/train.py", "--lake", str(lake), "--run-dir", str(run), *settings)
-    step("evaluate", sys.executable, "jobs/evaluate.py", "--run-dir", str(run), "--lake", str(lake),
-         "--dates", config.data.eval_dates)  # fmt: skip
+    step(
+        "evaluate",
+        sys.executable,
+        "jobs/evaluate.py",
+        "--run-dir",
+        str(run),
+        "--lake",
+        str(lake),
+        "--dates",
+        config.data.eval_dates,
+    )
     step("report", sys.executable, "jobs/report.py", "--run-dir", str(run), "--lake", str(lake))
     print(f"\ndemo: done in {time.monotonic() - started:.0f} s", flush=True)
 

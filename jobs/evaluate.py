@@ -84,8 +84,13 @@ def main(argv: list[str]) -> None:
         splits = {SPLIT: result.metrics}
         if baseline is not None:
             splits[BASELINE_SPLIT] = metrics_by_scenario(baseline, scenarios)
-        write_predictions(arguments.run_dir / PREDICTIONS_FILE, result.predictions, scenarios, baseline=baseline,
-                          about=about(run, held_out, f"{first}:{last}"))  # fmt: skip
+        write_predictions(
+            arguments.run_dir / PREDICTIONS_FILE,
+            result.predictions,
+            scenarios,
+            baseline=baseline,
+            about=about(run, held_out, f"{first}:{last}"),
+        )
         write_metrics(output, splits)
         print(metrics_text(splits))
         print(f"{run.checkpoint.path.name} on {first} to {last}: {len(result.predictions):,} rows; written to {output}")

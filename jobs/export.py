@@ -29,8 +29,10 @@ def main(argv: list[str]) -> None:
     if arguments.lake is None and manifest["vocabulary"]["kind"] != "hash":
         print("no vocabularies: name the --lake to have them in the directory")
     worst = max(manifest["largest_difference_from_training_model"].values())
-    print(f"{manifest['checkpoint']['name']} exported to {arguments.output}; probabilities within {worst:.1e} of "
-          "the training model's")  # fmt: skip
+    print(
+        f"{manifest['checkpoint']['name']} exported to {arguments.output}; probabilities within {worst:.1e} of "
+        "the training model's"
+    )
 
 
 if __name__ == "__main__":

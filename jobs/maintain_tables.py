@@ -22,15 +22,28 @@ from usr_ray.config import DAY_US, UserError, check_address, parse_duration_us
 def main(argv: list[str]) -> None:
     parser = JobParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lake", required=True, metavar="DIR", help="the lake of jobs/build_samples.py")
-    parser.add_argument("--runs", action="append", default=[], metavar="DIR",
-                        help="folder with run directories of jobs/train.py, at any depth; repeatable")  # fmt: skip
+    parser.add_argument(
+        "--runs",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="folder with run directories of jobs/train.py, at any depth; repeatable",
+    )
     parser.add_argument("--optimize", action="store_true", help="merge small files of a date; a new table version")
     parser.add_argument("--vacuum", action="store_true", help="delete files that left the tables before --keep")
     parser.add_argument("--keep", default="7 days", metavar="TIME", help="VACUUM keeps what is younger (7 days)")
-    parser.add_argument("--keep-pinned", action="store_true",
-                        help="delete around the files that runs are pinned to, instead of refusing")  # fmt: skip
-    parser.add_argument("--unpin", action="append", default=[], metavar="NAME",
-                        help="remove a pin that a run left in the lake; repeatable")  # fmt: skip
+    parser.add_argument(
+        "--keep-pinned",
+        action="store_true",
+        help="delete around the files that runs are pinned to, instead of refusing",
+    )
+    parser.add_argument(
+        "--unpin",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="remove a pin that a run left in the lake; repeatable",
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
     arguments = parser.parse_args(argv)
     check_address(arguments.lake, flag="--lake")
@@ -44,12 +57,20 @@ def main(argv: list[str]) -> None:
     from etl.session import build_spark
 
     request = MaintainRequest(
-        lake=Lake(arguments.lake), runs=arguments.runs, optimize=arguments.optimize, vacuum=arguments.vacuum,
-        keep_us=keep_us, keep_pinned=arguments.keep_pinned, unpin=arguments.unpin, dry_run=arguments.dry_run,
-    )  # fmt: skip
+        lake=Lake(arguments.lake),
+        runs=arguments.runs,
+        optimize=arguments.optimize,
+        vacuum=arguments.vacuum,
+        keep_us=keep_us,
+        keep_pinned=arguments.keep_pinned,
+        unpin=arguments.unpin,
+        dry_run=arguments.dry_run,
+    )
     if arguments.vacuum and keep_us < DAY_US:
-        print(f"warning: --keep {arguments.keep} also deletes what a build under way has written so far: make sure "
-              "that none is, and that every run is below --runs or has its pin")  # fmt: skip
+        print(
+            f"warning: --keep {arguments.keep} also deletes what a build under way has written so far: make sure "
+            "that none is, and that every run is below --runs or has its pin"
+        )
     spark = build_spark("usr-ray maintain tables")
     try:
         maintain(spark, request, lambda line: print(line, flush=True))

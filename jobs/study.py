@@ -39,9 +39,14 @@ def main(argv: list[str]) -> None:
     base = Base(arguments.config, tuple(arguments.overrides))
     try:
         result = run_study(
-            study, base, arguments.lake, arguments.run_dir, input_dir=arguments.input, cluster=cluster,
+            study,
+            base,
+            arguments.lake,
+            arguments.run_dir,
+            input_dir=arguments.input,
+            cluster=cluster,
             command=["jobs/study.py", *argv],
-        )  # fmt: skip
+        )
     except KeyboardInterrupt:
         print(f"{arguments.run_dir}: the same command goes on with the trials that have no result", file=sys.stderr)
         raise

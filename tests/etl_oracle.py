@@ -132,10 +132,11 @@ def find_impression(click: Row, impressions: list[Row], w: Windows) -> tuple[Row
             return None, "after_window"
         return shown, ""
     fitting = [
-        i for i in impressions
+        i
+        for i in impressions
         if (i["user"], i["item"], i["scenario"]) == (click["user"], click["item"], click["scenario"])
         and i["time"] - w.skew <= click["time"] <= i["time"] + w.click
-    ]  # fmt: skip
+    ]
     return (max(fitting, key=lambda i: (i["time"], i["id"])), "") if fitting else (None, "no_impression")
 
 
@@ -193,9 +194,12 @@ def history(i: Row, clicks: list[Row], orders: list[Row], scenario: int, length:
     """(item, query, action, age in microseconds), newest last."""
     events = [(c["at"], 1, (c["id"],), c) for c in clicks] + [(o["at"], 2, (o["id"], o["item"]), o) for o in orders]
     seen = [
-        e for e in events
-        if e[3]["user"] == i["user"] and e[3]["target"]["scenario"] == scenario
-        and e[0] < i["time"] and e[3]["known"] <= i["time"]
-    ]  # fmt: skip
+        e
+        for e in events
+        if e[3]["user"] == i["user"]
+        and e[3]["target"]["scenario"] == scenario
+        and e[0] < i["time"]
+        and e[3]["known"] <= i["time"]
+    ]
     seen.sort(key=lambda e: e[:3])
     return [(e[3]["item"], e[3]["target"]["query"], e[1], i["time"] - e[0]) for e in seen][-length:]

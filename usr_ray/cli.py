@@ -27,8 +27,14 @@ def job_parser(description: str) -> argparse.ArgumentParser:
     """A parser with `--config FILE` and repeatable `--set a.b=c`."""
     parser = JobParser(description=description)
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file, see jobs/configs")
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides",
-                        help="override one key by its dotted path; repeatable")  # fmt: skip
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="A.B=C",
+        dest="overrides",
+        help="override one key by its dotted path; repeatable",
+    )
     return parser
 
 

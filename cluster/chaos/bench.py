@@ -95,9 +95,7 @@ class Bench:
         folder.mkdir(parents=True)
         return folder
 
-    def train(
-        self, case: Path, *overrides: str, strike: Strike | None = None, lake: Path | None = None
-    ) -> Ended:  # fmt: skip
+    def train(self, case: Path, *overrides: str, strike: Strike | None = None, lake: Path | None = None) -> Ended:
         """Run the training job of a case to its end; a strike of an earlier call is over."""
         (case / "strike.json").unlink(missing_ok=True)
         if strike:
@@ -108,8 +106,14 @@ class Bench:
         started = time.monotonic()
         with (case / "log").open("ab") as log:
             begins = log.tell()
-            job = subprocess.Popen([str(word) for word in command], cwd=ROOT, env={**os.environ, **self.environment},
-                                   stdout=log, stderr=log, start_new_session=True)  # fmt: skip
+            job = subprocess.Popen(
+                [str(word) for word in command],
+                cwd=ROOT,
+                env={**os.environ, **self.environment},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
             try:
                 code = job.wait(self.timeout_s)
             except subprocess.TimeoutExpired:

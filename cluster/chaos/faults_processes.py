@@ -91,6 +91,10 @@ FAULTS = (
     Fault("node-killed", "loss of a whole node with a rank on it", GOES_ON, node_killed),
     Fault("slow-rank", "rank 1 sleeps 0.1 s in each step", "batches, rows and weights as unbroken", slow_rank),
     Fault("hanging-rank", "rank 1 stops for good, ray.timeout = 20 s", f"named and ended; {GOES_ON}", hanging_rank),
-    Fault("workers-2-1-2", "2 workers, killed; 1, killed; 2 to the end",
-          "batches and rows as unbroken, weights within 1e-4", workers_2_1_2),
-)  # fmt: skip
+    Fault(
+        "workers-2-1-2",
+        "2 workers, killed; 1, killed; 2 to the end",
+        "batches and rows as unbroken, weights within 1e-4",
+        workers_2_1_2,
+    ),
+)

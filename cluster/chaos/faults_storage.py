@@ -133,12 +133,24 @@ def disk_full_on_cache(bench: Bench) -> Seen:
 
 FAULTS = (
     Fault("killed-in-checkpoint", "SIGKILL of rank 0 with half a checkpoint written", GOES_ON, killed_in_checkpoint),
-    Fault("checkpoint-torn", "the three newest checkpoints torn: tensors cut, no JSON, wrong sums",
-          f"each named in a line; the newest whole one is used; {RESUMES}", checkpoint_torn),
+    Fault(
+        "checkpoint-torn",
+        "the three newest checkpoints torn: tensors cut, no JSON, wrong sums",
+        f"each named in a line; the newest whole one is used; {RESUMES}",
+        checkpoint_torn,
+    ),
     Fault("snapshot-torn", "Ray's own snapshot of the attempt torn", RESUMES, snapshot_torn),
-    Fault("disk-full-for-a-while", "storage of the run full for 15 steps", f"a line each; {GOES_ON}",
-          disk_full_for_a_while),
-    Fault("disk-full-to-the-end", "storage of the run full until the end, then freed",
-          f"exit code 2 and one line, earlier checkpoint whole; freed, {RESUMES}", disk_full_to_the_end),
+    Fault(
+        "disk-full-for-a-while",
+        "storage of the run full for 15 steps",
+        f"a line each; {GOES_ON}",
+        disk_full_for_a_while,
+    ),
+    Fault(
+        "disk-full-to-the-end",
+        "storage of the run full until the end, then freed",
+        f"exit code 2 and one line, earlier checkpoint whole; freed, {RESUMES}",
+        disk_full_to_the_end,
+    ),
     Fault("disk-full-on-cache", "storage of train.reader_cache too small", f"one line; {GOES_ON}", disk_full_on_cache),
-)  # fmt: skip
+)

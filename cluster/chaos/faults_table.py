@@ -106,15 +106,34 @@ _BEFORE = {
 _DURING = ("truncated", "zero-byte", "missing", "changed-schema", "garbled")
 
 FAULTS = (
-    Fault("table-advanced", "a new version without a date's rows while the run is on",
-          "stays on its version; batches, rows and weights as unbroken", table_advanced),
-    Fault("table-advanced-resumed", "driver killed, a new version, the same command",
-          f"stays on its version and says so; {RESUMES}; a new run reads the new version, or the one asked for",
-          table_advanced_then_resumed),
-    *(Fault(f"{kind}-before", f"table harmed before the start: {kind}",
-            "exit code 2, one line, before any worker starts", partial(harmed_before, kind=kind, needs=needs))
-      for kind, needs in _BEFORE.items()),
-    *(Fault(f"{kind}-during", f"file harmed after the plan, two ranks: {kind}",
-            "all ranks stop; exit code 2; one line with file and row group", partial(harmed_during, kind=kind))
-      for kind in _DURING),
-)  # fmt: skip
+    Fault(
+        "table-advanced",
+        "a new version without a date's rows while the run is on",
+        "stays on its version; batches, rows and weights as unbroken",
+        table_advanced,
+    ),
+    Fault(
+        "table-advanced-resumed",
+        "driver killed, a new version, the same command",
+        f"stays on its version and says so; {RESUMES}; a new run reads the new version, or the one asked for",
+        table_advanced_then_resumed,
+    ),
+    *(
+        Fault(
+            f"{kind}-before",
+            f"table harmed before the start: {kind}",
+            "exit code 2, one line, before any worker starts",
+            partial(harmed_before, kind=kind, needs=needs),
+        )
+        for kind, needs in _BEFORE.items()
+    ),
+    *(
+        Fault(
+            f"{kind}-during",
+            f"file harmed after the plan, two ranks: {kind}",
+            "all ranks stop; exit code 2; one line with file and row group",
+            partial(harmed_during, kind=kind),
+        )
+        for kind in _DURING
+    ),
+)

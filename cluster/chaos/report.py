@@ -56,11 +56,18 @@ def run_all(faults: Sequence[Fault], bench: Bench, *, heal: Callable[[], None] |
         seconds = time.monotonic() - started
         words = seen.skipped or "; ".join(seen.words)
         print(f"    {verdict} in {seconds:.0f} s: {words}", flush=True)
-        rows.append({
-            "fault": fault.name, "what": fault.what, "expected": fault.expected, "seen": words,
-            "seconds": round(seconds, 1), "longest_job_s": round(bench.longest_s, 1), "verdict": verdict,
-            "checks": seen.checks,
-        })  # fmt: skip
+        rows.append(
+            {
+                "fault": fault.name,
+                "what": fault.what,
+                "expected": fault.expected,
+                "seen": words,
+                "seconds": round(seconds, 1),
+                "longest_job_s": round(bench.longest_s, 1),
+                "verdict": verdict,
+                "checks": seen.checks,
+            }
+        )
         save(rows, bench.work)  # after each: an hour's table is not lost to an interrupt
         if heal:
             with contextlib.redirect_stdout(io.StringIO()):
@@ -91,9 +98,13 @@ def save(rows: Sequence[dict[str, Any]], work: Path) -> str:
     """Write the table with its circumstances to `work`; one line of counts."""
     counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in (GOOD, BAD, SKIPPED)}
     about = {
-        "at": f"{dt.datetime.now(dt.UTC):%Y-%m-%d}", "cpus": os.cpu_count(), "machine": platform.machine(),
-        "versions": package_versions(), "seconds": round(sum(row["seconds"] for row in rows)), **counts,
-    }  # fmt: skip
+        "at": f"{dt.datetime.now(dt.UTC):%Y-%m-%d}",
+        "cpus": os.cpu_count(),
+        "machine": platform.machine(),
+        "versions": package_versions(),
+        "seconds": round(sum(row["seconds"] for row in rows)),
+        **counts,
+    }
     write_whole(work / JSON_FILE, json.dumps({"about": about, "faults": list(rows)}, indent=1) + "\n")
     write_whole(work / TABLE_FILE, table(rows))
     return f"{counts[GOOD]} good, {counts[BAD]} bad, {counts[SKIPPED]} skipped in {about['seconds']} s"

@@ -29,12 +29,18 @@ def resolve(cache: Path, package: str) -> subprocess.CompletedProcess[str]:
         script = Path(scratch) / "nothing.py"
         script.write_text("", encoding="utf-8")
         command = [
-            str(Path(sys.executable).with_name("spark-submit")), "--master", "local[1]", "--packages", package,
-            "--conf", f"spark.jars.ivy={cache}",
+            str(Path(sys.executable).with_name("spark-submit")),
+            "--master",
+            "local[1]",
+            "--packages",
+            package,
+            "--conf",
+            f"spark.jars.ivy={cache}",
             # Ivy looks into ~/.m2 first, and a half-filled one (poms without jars) breaks the resolution.
-            "--driver-java-options", f"-Duser.home={scratch}",
+            "--driver-java-options",
+            f"-Duser.home={scratch}",
             str(script),
-        ]  # fmt: skip
+        ]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -53,8 +59,10 @@ def main() -> int:
     found = [*cache.glob("jars/io.delta_*.jar"), *cache.glob("jars/io.unitycatalog_*.jar")]
     if done.returncode != 0 or not any(version in jar.name for jar in found):
         print(done.stderr[-2000:], file=sys.stderr)
-        print(f"error: {package} could not be fetched from Maven Central; check the network or proxy and run again",
-              file=sys.stderr)  # fmt: skip
+        print(
+            f"error: {package} could not be fetched from Maven Central; check the network or proxy and run again",
+            file=sys.stderr,
+        )
         return 2
     for jar in found:
         partial = jars / f".{jar.name}.partial"

@@ -73,8 +73,15 @@ class Standalone:
         arguments = self.arguments
         self._write_settings()
         master = Daemon(self.state, "master")
-        command = [MASTER_CLASS, "--host", arguments.host, "--port", str(arguments.port),
-                   "--webui-port", str(arguments.ui_port)]  # fmt: skip
+        command = [
+            MASTER_CLASS,
+            "--host",
+            arguments.host,
+            "--port",
+            str(arguments.port),
+            "--webui-port",
+            str(arguments.ui_port),
+        ]
         process = self._launch(master, command, host=arguments.host, port=arguments.port, ui_port=arguments.ui_port)
         master.wait(process, lambda: self._page() is not None, timeout_s=START_TIMEOUT_S)
 
@@ -85,8 +92,20 @@ class Standalone:
             raise UserError(f"worker: no secret in {self.state / 'secret'}; copy the master's file there (scp -p)")
         self._write_settings()
         work = self.state / "work" / name
-        command = [WORKER_CLASS, "--host", arguments.host, "--cores", str(arguments.cores), "--memory",
-                   arguments.executor_memory, "--work-dir", str(work), "--webui-port", "0", master]  # fmt: skip
+        command = [
+            WORKER_CLASS,
+            "--host",
+            arguments.host,
+            "--cores",
+            str(arguments.cores),
+            "--memory",
+            arguments.executor_memory,
+            "--work-dir",
+            str(work),
+            "--webui-port",
+            "0",
+            master,
+        ]
         process = self._launch(Daemon(self.state, name), command, host=arguments.host, master=master)
         Daemon(self.state, name).wait(process, work.exists, timeout_s=START_TIMEOUT_S)
 

@@ -36,8 +36,10 @@ def pages() -> dict[str, str]:
         p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md")]
     )
     order = [*FIRST_PAGES, *(page for page in found if page not in FIRST_PAGES)]
-    names = {page: "index.html" if page == "README.md" else page.replace("/README", "").removesuffix(".md") + ".html"
-             for page in order}  # fmt: skip
+    names = {
+        page: "index.html" if page == "README.md" else page.replace("/README", "").removesuffix(".md") + ".html"
+        for page in order
+    }
     return {page: name.removeprefix("docs/") for page, name in names.items()}
 
 

@@ -84,21 +84,21 @@ def cold_sums(spec: FeatureSpec) -> list[Column]:
     """Sums over rows of `mark_new`, one a name of COLD and one of WITH_QUERY."""
     no_events = [F.size(history.item_ids) == 0 for history in spec.histories]
     is_cold = {
-        **{f"unknown_{key}": F.col(index_column(name)) == UNKNOWN_ID
-           for key, name in (("user", "user_id"), ("item", "item_id"), ("query", "query"))},
+        **{
+            f"unknown_{key}": F.col(index_column(name)) == UNKNOWN_ID
+            for key, name in (("user", "user_id"), ("item", "item_id"), ("query", "query"))
+        },
         "no_history": reduce(operator.and_, no_events),
         "new_user": F.col("is_new_user"),
         "new_item": F.col("is_new_item"),
         WITH_QUERY: F.col(index_column("query")) >= UNKNOWN_ID,
-    }  # fmt: skip
+    }
     return [F.sum(condition.cast("bigint")).alias(name) for name, condition in is_cold.items()]
 
 
 def cold_start(row: Mapping[str, Any] | Row, *, hashed: bool) -> dict[str, int | None]:
     """Counts of COLD and WITH_QUERY of one group; null where nobody can know: hashed ids are never unknown."""
-    return {
-        name: None if hashed and name.startswith("unknown_") else row[name] for name in (*COLD, WITH_QUERY)
-    }  # fmt: skip
+    return {name: None if hashed and name.startswith("unknown_") else row[name] for name in (*COLD, WITH_QUERY)}
 
 
 def cold_report(counts: Mapping[str, int | None], impressions: int) -> dict[str, Any]:

@@ -149,9 +149,15 @@ class Replacement:
 
 def _add_action(file: Row) -> str:
     # A name is of digits, letters and .=-_ alone, so that Delta's URL encoding leaves it as it is.
-    return json.dumps({
-        "add": {
-            "path": file["path"], "partitionValues": {PARTITION_COLUMN: file["date"]}, "size": file["size"],
-            "modificationTime": file["modified_ms"], "dataChange": True, "stats": file["stats"],
+    return json.dumps(
+        {
+            "add": {
+                "path": file["path"],
+                "partitionValues": {PARTITION_COLUMN: file["date"]},
+                "size": file["size"],
+                "modificationTime": file["modified_ms"],
+                "dataChange": True,
+                "stats": file["stats"],
+            }
         }
-    })  # fmt: skip
+    )

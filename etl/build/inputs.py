@@ -29,8 +29,21 @@ MAX_ROWS_PER_TASK = 1 << 22
 """Event rows of one task of the pass, about; every core has one task at least."""
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _BEGINNING = -(1 << 63)
-_OF_PASS = ("user_id", "event_time", "known_time", "kind", "scenario", "id", "item_id", "impression_id", "request_id",
-            "position", "query", "reason", "row_json")  # fmt: skip
+_OF_PASS = (
+    "user_id",
+    "event_time",
+    "known_time",
+    "kind",
+    "scenario",
+    "id",
+    "item_id",
+    "impression_id",
+    "request_id",
+    "position",
+    "query",
+    "reason",
+    "row_json",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,10 +173,14 @@ def run_pass(
 
     num_tasks = max(spark.sparkContext.defaultParallelism, -(-num_usable // MAX_ROWS_PER_TASK))
     grouped = rows.repartition(num_tasks, USER_KEY).sortWithinPartitions(USER_KEY)
-    hashed = grouped.withColumns({
-        KEY_HASH: key_hash(), REQUEST_KEY: F.xxhash64(F.coalesce("request_id", "id")), "row_hash": _row_hash(plan),
-        "value_hash": _hash_of(["item_id", "query"]),
-    })  # fmt: skip
+    hashed = grouped.withColumns(
+        {
+            KEY_HASH: key_hash(),
+            REQUEST_KEY: F.xxhash64(F.coalesce("request_id", "id")),
+            "row_hash": _row_hash(plan),
+            "value_hash": _hash_of(["item_id", "query"]),
+        }
+    )
     stage(hashed.mapInArrow(run, from_arrow_schema(EMITTED)), folder)
     add_pass(logs.account, spark, folder, logs.logs, num_usable)
     return Inputs(spark, folder, logs.logs, logs.users, logs.items, logs.account)

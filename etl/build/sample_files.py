@@ -27,10 +27,18 @@ from etl.kernel.rows import DayRows, RowPlan, day_rows
 from usr_ray.config import date_of
 from usr_ray.schema import ALL_LABELS, LABEL_ORDER, PARTITION_COLUMN, index_column
 
-FILES = pa.schema([
-    ("path", pa.string()), ("date", pa.string()), ("size", pa.int64()), ("modified_ms", pa.int64()),
-    ("num_rows", pa.int64()), ("stats", pa.string()), ("counts", pa.string()), ("broken", pa.string()),
-])  # fmt: skip
+FILES = pa.schema(
+    [
+        ("path", pa.string()),
+        ("date", pa.string()),
+        ("size", pa.int64()),
+        ("modified_ms", pa.int64()),
+        ("num_rows", pa.int64()),
+        ("stats", pa.string()),
+        ("counts", pa.string()),
+        ("broken", pa.string()),
+    ]
+)
 """One row a file; `path` is below the table's folder, `stats` is Delta's JSON, `counts` sums of the rows (JSON of
 etl/build/sample_counts.py), `broken` a rule that rows break."""
 STATISTICS = ("event_time", index_column("scenario"))
@@ -165,10 +173,15 @@ class _File:
         self.writer = None
         status = os.stat(self._path)
         row = {
-            "path": self.name, "date": self.date.isoformat(), "size": status.st_size,
-            "modified_ms": status.st_mtime_ns // 1_000_000, "num_rows": self.num_rows,
-            "stats": json.dumps(self._stats()), "counts": json.dumps(self.counts), "broken": self.broken,
-        }  # fmt: skip
+            "path": self.name,
+            "date": self.date.isoformat(),
+            "size": status.st_size,
+            "modified_ms": status.st_mtime_ns // 1_000_000,
+            "num_rows": self.num_rows,
+            "stats": json.dumps(self._stats()),
+            "counts": json.dumps(self.counts),
+            "broken": self.broken,
+        }
         return pa.RecordBatch.from_pylist([row], schema=FILES)
 
     def give_up(self) -> None:

@@ -25,13 +25,7 @@ from etl.kernel.fingerprint import date_fingerprint
 from etl.kernel.packs import EVENT, PACK, VALUE
 from etl.kernel.rows import RowPlan
 from etl.lake.checks import check_tables
-from etl.lake.tables import (
-    Lake,
-    any_date_condition,
-    prepare_samples,
-    table_version,
-    write_rejects,
-)
+from etl.lake.tables import Lake, any_date_condition, prepare_samples, table_version, write_rejects
 from usr_ray.config import Config
 from usr_ray.schema import FIRST_ID, PARTITION_COLUMN, SAMPLES, FeatureSpec
 
@@ -140,16 +134,24 @@ def write_dates(job: Job, dates: Sequence[dt.date], reported: Sequence[dt.date])
     for date, needed in job.inputs.num_impressions(names).items():
         if counts.date(date).impressions != needed:
             raise AccountingError(f"samples of {date}: {counts.date(date).impressions} rows written, {needed} came in")
-    job.progress(f"samples: {sum(counts.date(n).impressions for n in names):,} rows of {len(names)} dates, "
-                 f"table version {version}")  # fmt: skip
+    job.progress(
+        f"samples: {sum(counts.date(n).impressions for n in names):,} rows of {len(names)} dates, "
+        f"table version {version}"
+    )
     _write_rejects(job, reported)
     build = {"watermark": iso_time(job.plan.watermark), "table_version": version}
     known_dates = account.impression_dates | {date for date, _ in counts.funnels}
     shown = sorted(date.isoformat() for date in reported if date.isoformat() in known_dates)
     for date in shown:
         fingerprint = date_fingerprint(day_of(date), account.cells, job.plan.rules, job.plan.watermark)
-        report = date_report(date, account=account, counts=counts, config=job.config, spec=job.plan.spec,
-                             build=build | {"fingerprint": fingerprint})  # fmt: skip
+        report = date_report(
+            date,
+            account=account,
+            counts=counts,
+            config=job.config,
+            spec=job.plan.spec,
+            build=build | {"fingerprint": fingerprint},
+        )
         write_report(spark, lake, date, report)
     job.progress(f"rejects and {len(shown)} reports written")
     for line in funnel_lines(counts, job.plan.spec):
@@ -168,9 +170,8 @@ def _write_samples(job: Job, dates: Sequence[dt.date], reported: Sequence[dt.dat
     if dates:
         values = inputs.staged(VALUE)
         encoded = encoded_packs(
-            inputs.staged(PACK), values, (inputs.users, inputs.items), job.known, job.config,
-            _seen(job, values, dates),
-        )  # fmt: skip
+            inputs.staged(PACK), values, (inputs.users, inputs.items), job.known, job.config, _seen(job, values, dates)
+        )
         version, written = replace_samples(job.spark, path, encoded, job.plan, dates)
     else:
         version = table_version(job.spark, path)

@@ -23,21 +23,23 @@ from etl.kernel.packs import EVENT, VALUE
 from etl.lake.tables import STATE, Lake, create_table, replace_dates, row_meaning
 from usr_ray.config import DAY_US, Config, day_number
 
-STATE_SCHEMA = T.StructType([
-    T.StructField("part", T.StringType(), nullable=False),
-    T.StructField("date", T.DateType(), nullable=False),
-    T.StructField("user_id", T.StringType()),
-    T.StructField("scenario", T.IntegerType()),
-    T.StructField("kind", T.IntegerType()),
-    T.StructField("id", T.StringType()),
-    T.StructField("item_id", T.StringType()),
-    T.StructField("query", T.StringType()),
-    T.StructField("event_time", T.TimestampType()),
-    T.StructField("known_time", T.TimestampType()),
-    T.StructField("feature", T.StringType()),
-    T.StructField("value", T.StringType()),
-    T.StructField("count", T.LongType()),
-])  # fmt: skip
+STATE_SCHEMA = T.StructType(
+    [
+        T.StructField("part", T.StringType(), nullable=False),
+        T.StructField("date", T.DateType(), nullable=False),
+        T.StructField("user_id", T.StringType()),
+        T.StructField("scenario", T.IntegerType()),
+        T.StructField("kind", T.IntegerType()),
+        T.StructField("id", T.StringType()),
+        T.StructField("item_id", T.StringType()),
+        T.StructField("query", T.StringType()),
+        T.StructField("event_time", T.TimestampType()),
+        T.StructField("known_time", T.TimestampType()),
+        T.StructField("feature", T.StringType()),
+        T.StructField("value", T.StringType()),
+        T.StructField("count", T.LongType()),
+    ]
+)
 DUPLICATE_SPAN = DAY_US
 """Rows of one key that are further apart are not seen as duplicates by a build that reads the state."""
 _HARMLESS = ("OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES")
@@ -121,15 +123,29 @@ def write_state(
     path = lake.path(STATE)
     if not lake.has(spark, STATE):
         create_table(spark, lake, STATE, STATE_SCHEMA, "date")
-    counts = value_counts(spark, lake, State(), values).groupBy("feature", "value", "date").agg(
-        F.sum("count").alias("count")
-    )  # fmt: skip
+    counts = (
+        value_counts(spark, lake, State(), values)
+        .groupBy("feature", "value", "date")
+        .agg(F.sum("count").alias("count"))
+    )
     parts = [
-        events.select("*", _date(F.col("day")).alias("date")).drop("query", "part").withColumnRenamed("value", "query")
-        .select(F.lit(EVENT).alias("part"), "date", "user_id", "scenario", "kind", "id", "item_id", "query",
-                "event_time", "known_time"),
+        events.select("*", _date(F.col("day")).alias("date"))
+        .drop("query", "part")
+        .withColumnRenamed("value", "query")
+        .select(
+            F.lit(EVENT).alias("part"),
+            "date",
+            "user_id",
+            "scenario",
+            "kind",
+            "id",
+            "item_id",
+            "query",
+            "event_time",
+            "known_time",
+        ),
         counts.select(F.lit(VALUE).alias("part"), "*"),
-    ]  # fmt: skip
+    ]
     frame = parts[0].unionByName(parts[1], allowMissingColumns=True)
     condition = f"date <= DATE'{last}'"
     if state.since is not None:

@@ -146,17 +146,20 @@ def _second_copies(rows: pa.Table) -> Bools:
     some = rows.take(pa.array(places))
     # Equal hashes of unequal keys are told apart here.
     kind, scenario = some["kind"].to_numpy(), some["scenario"].to_numpy()
-    key = pa.table({
-        "kind": some["kind"],
-        "scope": pa.array(np.where(np.isin(kind, (KIND_CLICK, KIND_PAST_CLICK)), scenario, 0)),
-        "id": some["id"],
-        "part": pc.if_else(pa.array(np.isin(kind, (KIND_ORDER, KIND_PAST_ORDER))), some["item_id"], ""),
-        "user_id": some["user_id"],
-    })  # fmt: skip
+    key = pa.table(
+        {
+            "kind": some["kind"],
+            "scope": pa.array(np.where(np.isin(kind, (KIND_CLICK, KIND_PAST_CLICK)), scenario, 0)),
+            "id": some["id"],
+            "part": pc.if_else(pa.array(np.isin(kind, (KIND_ORDER, KIND_PAST_ORDER))), some["item_id"], ""),
+            "user_id": some["user_id"],
+        }
+    )
     rank = {
-        "rank_time": some["event_time"], "rank_known": some["known_time"],
+        "rank_time": some["event_time"],
+        "rank_known": some["known_time"],
         "rank_log": pa.array(np.where(scenario == NO_SCENARIO, np.iinfo(np.int32).max, scenario)),
-    }  # fmt: skip
+    }
     rest = [name for name in sorted(some.column_names) if name not in key.column_names and name not in _SAME_FOR_KEY]
     table = key
     for name, column in (*rank.items(), *((f"rest_{name}", some[name]) for name in rest)):
@@ -174,8 +177,19 @@ def _second_copies(rows: pa.Table) -> Bools:
     return again
 
 
-_SAME_FOR_KEY = {USER_KEY, REQUEST_KEY, KEY_HASH, FOREIGN, "reason", "row_json", "event_time", "known_time", "scenario",
-                 "row_hash", "value_hash"}  # fmt: skip
+_SAME_FOR_KEY = {
+    USER_KEY,
+    REQUEST_KEY,
+    KEY_HASH,
+    FOREIGN,
+    "reason",
+    "row_json",
+    "event_time",
+    "known_time",
+    "scenario",
+    "row_hash",
+    "value_hash",
+}
 """Columns that cannot tell two rows of one key and one time apart, or are a function of the others."""
 
 

@@ -60,9 +60,9 @@ def history_events(
     time = np.concatenate([events.time[past], attribution.click_times[of_clicks], attribution.order_times[of_orders]])
     action = np.repeat([ACTION_CLICK, ACTION_ORDER], [of_clicks.sum(), of_orders.sum()])
     action = np.concatenate([events.kind[past] - KIND_ORDER, action])
-    impression = np.concatenate([
-        past, attribution.click_impressions[of_clicks], attribution.order_impressions[of_orders]
-    ])  # fmt: skip
+    impression = np.concatenate(
+        [past, attribution.click_impressions[of_clicks], attribution.order_impressions[of_orders]]
+    )
     user = events.user[rows]
     # Clicks and orders come sorted by (time, id) each, clicks first, and lexsort is stable: ties stay by (action, id).
     order = np.lexsort((time, user))

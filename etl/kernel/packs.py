@@ -20,20 +20,37 @@ from etl.kernel.histories import HistoryEvents, last_events, last_spans, num_vis
 ACCOUNT, REJECT, CELL, VALUE, EVENT, PACK = "account", "reject", "cell", "value", "event", "pack"
 """Parts of what the pass emits."""
 _TIMESTAMP = pa.timestamp("us", tz="UTC")
-EMITTED = pa.schema([
-    ("part", pa.string()),
-    # account (`what`: rows_in, used, duplicates), rejects, and cells (`what`: the fingerprint)
-    ("what", pa.string()), ("kind", pa.int32()), ("scenario", pa.int32()), ("day", pa.int64()),
-    ("num_rows", pa.int64()), ("hash", pa.int64()), ("reason", pa.string()), ("row", pa.string()),
-    ("id", pa.string()), ("item_id", pa.string()), ("user_id", pa.string()), ("impression_id", pa.string()),
-    ("event_time", _TIMESTAMP), ("known_time", _TIMESTAMP),
-    # values: what a code of a chunk stands for, and how many impressions have it on which days; events: `value` is the
-    # query, `kind` the one of a past event
-    ("chunk", pa.string()), ("feature", pa.string()), ("code", pa.int32()), ("value", pa.string()),
-    ("days", pa.list_(pa.int64())), ("counts", pa.list_(pa.int64())),
-    # packs
-    ("targets", pa.binary()), ("events", pa.binary()),
-])  # fmt: skip
+EMITTED = pa.schema(
+    [
+        ("part", pa.string()),
+        # account (`what`: rows_in, used, duplicates), rejects, and cells (`what`: the fingerprint)
+        ("what", pa.string()),
+        ("kind", pa.int32()),
+        ("scenario", pa.int32()),
+        ("day", pa.int64()),
+        ("num_rows", pa.int64()),
+        ("hash", pa.int64()),
+        ("reason", pa.string()),
+        ("row", pa.string()),
+        ("id", pa.string()),
+        ("item_id", pa.string()),
+        ("user_id", pa.string()),
+        ("impression_id", pa.string()),
+        ("event_time", _TIMESTAMP),
+        ("known_time", _TIMESTAMP),
+        # values: what a code of a chunk stands for, and how many impressions have it on which days; events: `value` is
+        # the query, `kind` the one of a past event
+        ("chunk", pa.string()),
+        ("feature", pa.string()),
+        ("code", pa.int32()),
+        ("value", pa.string()),
+        ("days", pa.list_(pa.int64())),
+        ("counts", pa.list_(pa.int64())),
+        # packs
+        ("targets", pa.binary()),
+        ("events", pa.binary()),
+    ]
+)
 EVENT_COLUMNS = ("time", "action", "item_id", "query")
 """Columns of a pack's events; item_id and query are codes of the chunk."""
 _LATE_ROWS = 4_096
@@ -81,12 +98,18 @@ class Dictionaries:
             picked = np.flatnonzero(needed)
             if len(picked):
                 edges = pa.array(np.concatenate([[0], np.cumsum(num_days[picked])]).astype(np.int32))
-                yield emitted(VALUE, len(picked), {
-                    "chunk": pa.repeat(chunk, len(picked)), "feature": pa.repeat(name, len(picked)),
-                    "code": pa.array(picked), "value": values.take(pa.array(picked)),
-                    "days": pa.ListArray.from_arrays(edges, pa.array(places % width + first)),
-                    "counts": pa.ListArray.from_arrays(edges, pa.array(counts)),
-                })  # fmt: skip
+                yield emitted(
+                    VALUE,
+                    len(picked),
+                    {
+                        "chunk": pa.repeat(chunk, len(picked)),
+                        "feature": pa.repeat(name, len(picked)),
+                        "code": pa.array(picked),
+                        "value": values.take(pa.array(picked)),
+                        "days": pa.ListArray.from_arrays(edges, pa.array(places % width + first)),
+                        "counts": pa.ListArray.from_arrays(edges, pa.array(counts)),
+                    },
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +130,7 @@ class PackedHistories:
 
 
 def pack_histories(
-    events: Events,
-    histories: list[HistoryEvents],
-    targets: Ints,
-    values: Dictionaries,
-    value_hash: Hashes,
-    length: int,
+    events: Events, histories: list[HistoryEvents], targets: Ints, values: Dictionaries, value_hash: Hashes, length: int
 ) -> PackedHistories:
     """The histories of some impressions, every event once.
 

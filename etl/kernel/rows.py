@@ -14,15 +14,7 @@ from etl.kernel.events import Ints
 from etl.kernel.labels import NO_TIME, mature
 from etl.kernel.packs import EVENT_COLUMNS, unpack
 from usr_ray.config import DAY_US
-from usr_ray.schema import (
-    ALL_LABELS,
-    FIRST_ID,
-    PADDING_ID,
-    PARTITION_COLUMN,
-    FeatureSpec,
-    index_column,
-    scaled_column,
-)
+from usr_ray.schema import ALL_LABELS, FIRST_ID, PADDING_ID, PARTITION_COLUMN, FeatureSpec, index_column, scaled_column
 
 EVENT_HOUR = "event_hour"
 NUM_HOURS = 24

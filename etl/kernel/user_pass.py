@@ -98,18 +98,28 @@ def _counted(what: str, table: pa.Table) -> Iterator[pa.RecordBatch]:
     day = pa.array(pc.fill_null(time, 0).to_numpy() // DAY_US, mask=undated)
     grouped = pa.table({"kind": table["kind"], "scenario": table["scenario"], "day": day, "time": time})
     sums = grouped.group_by(["kind", "scenario", "day"]).aggregate([([], "count_all"), ("time", "max")])
-    yield emitted(ACCOUNT, sums.num_rows, {
-        "what": pa.repeat(what, sums.num_rows), "kind": sums["kind"], "scenario": sums["scenario"], "day": sums["day"],
-        "num_rows": sums["count_all"], "event_time": sums["time_max"].cast(pa.timestamp("us", tz="UTC")),
-    })  # fmt: skip
+    yield emitted(
+        ACCOUNT,
+        sums.num_rows,
+        {
+            "what": pa.repeat(what, sums.num_rows),
+            "kind": sums["kind"],
+            "scenario": sums["scenario"],
+            "day": sums["day"],
+            "num_rows": sums["count_all"],
+            "event_time": sums["time_max"].cast(pa.timestamp("us", tz="UTC")),
+        },
+    )
 
 
 def _unusable(rows: pa.Table) -> Iterator[pa.RecordBatch]:
     yield from _counted(UNUSABLE, rows)
     if rows.num_rows:
-        yield emitted(REJECT, rows.num_rows, {
-            "row": rows["row_json"], **{name: rows[name] for name in ("kind", "scenario", "reason", "event_time")},
-        })  # fmt: skip
+        yield emitted(
+            REJECT,
+            rows.num_rows,
+            {"row": rows["row_json"], **{name: rows[name] for name in ("kind", "scenario", "reason", "event_time")}},
+        )
 
 
 def _capped(rows: pa.Table) -> Iterator[pa.RecordBatch]:
@@ -119,10 +129,16 @@ def _capped(rows: pa.Table) -> Iterator[pa.RecordBatch]:
     grouped = rows.select(["user_id", "kind", "scenario"]).append_column("day", pa.array(days_of(rows)))
     sums = grouped.group_by(["user_id", "kind", "scenario", "day"]).aggregate([([], "count_all")])
     day = pa.array(sums["day"].to_numpy() * DAY_US).cast(pa.timestamp("us", tz="UTC"))
-    yield emitted(REJECT, sums.num_rows, {
-        "reason": pa.repeat(OVER_LIMIT, sums.num_rows), "event_time": day, "num_rows": sums["count_all"],
-        **{name: sums[name] for name in ("user_id", "kind", "scenario")},
-    })  # fmt: skip
+    yield emitted(
+        REJECT,
+        sums.num_rows,
+        {
+            "reason": pa.repeat(OVER_LIMIT, sums.num_rows),
+            "event_time": day,
+            "num_rows": sums["count_all"],
+            **{name: sums[name] for name in ("user_id", "kind", "scenario")},
+        },
+    )
 
 
 def _rejects(rows: pa.Table, attribution: Attribution) -> Iterator[pa.RecordBatch]:
@@ -161,10 +177,15 @@ def _samples(
     cells["histories"] = np.concatenate(history_hash)
     for what, hashes in cells.items():
         by_day = combined(days[is_target], hashes)
-        yield emitted(CELL, len(by_day), {
-            "what": pa.repeat(what, len(by_day)), "day": pa.array(list(by_day), pa.int64()),
-            "hash": pa.array(list(by_day.values()), pa.int64()),
-        })  # fmt: skip
+        yield emitted(
+            CELL,
+            len(by_day),
+            {
+                "what": pa.repeat(what, len(by_day)),
+                "day": pa.array(list(by_day), pa.int64()),
+                "hash": pa.array(list(by_day.values()), pa.int64()),
+            },
+        )
     yield from values.rows(chunk, shown[is_counted], days[is_counted])
 
 
@@ -176,12 +197,21 @@ def _history_rows(rows: pa.Table, history: HistoryEvents, scenario: int, since: 
         return
     own = rows.select(["user_id", "id"]).take(pa.array(history.row[fresh]))
     of_impression = rows.select(["item_id", "query"]).take(pa.array(history.impression[fresh]))
-    yield emitted(EVENT, size, {
-        "kind": pa.array(history.action[fresh] + KIND_ORDER), "scenario": pa.repeat(scenario, size),
-        "day": pa.array(history.time[fresh] // DAY_US), "user_id": own["user_id"], "id": own["id"],
-        "item_id": of_impression["item_id"], "value": of_impression["query"],
-        "event_time": pa.array(history.time[fresh]), "known_time": pa.array(history.known[fresh]),
-    })  # fmt: skip
+    yield emitted(
+        EVENT,
+        size,
+        {
+            "kind": pa.array(history.action[fresh] + KIND_ORDER),
+            "scenario": pa.repeat(scenario, size),
+            "day": pa.array(history.time[fresh] // DAY_US),
+            "user_id": own["user_id"],
+            "id": own["id"],
+            "item_id": of_impression["item_id"],
+            "value": of_impression["query"],
+            "event_time": pa.array(history.time[fresh]),
+            "known_time": pa.array(history.known[fresh]),
+        },
+    )
 
 
 def _target_columns(

@@ -38,8 +38,10 @@ def check_tables(spark: SparkSession, lake: Lake, config: Config) -> None:
         DataCheckError: naming the first table and property, configuration key, column or constraint that differs.
     """
     schemas = {
-        SAMPLES: samples_schema(feature_spec(config, {})), REJECTS: REJECTS_SCHEMA, VOCABULARIES: VOCABULARIES_SCHEMA,
-    }  # fmt: skip
+        SAMPLES: samples_schema(feature_spec(config, {})),
+        REJECTS: REJECTS_SCHEMA,
+        VOCABULARIES: VOCABULARIES_SCHEMA,
+    }
     for table, schema in schemas.items():
         if not lake.has(spark, table):
             continue

@@ -52,8 +52,14 @@ def holds_of_runs(folders: Sequence[str]) -> list[Hold]:
             manifests = sorted(Path(place).glob(_MANIFESTS))
             if manifests:
                 read = [_read(path) for path in manifests]
-                found.append(Hold(run=place, status=_status(Path(place)), version=max(hold[0] for hold in read),
-                                  files=frozenset().union(*(hold[1] for hold in read))))  # fmt: skip
+                found.append(
+                    Hold(
+                        run=place,
+                        status=_status(Path(place)),
+                        version=max(hold[0] for hold in read),
+                        files=frozenset().union(*(hold[1] for hold in read)),
+                    )
+                )
     return found
 
 

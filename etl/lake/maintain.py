@@ -67,11 +67,15 @@ class TableShape:
         """One line of the table that people read, in the order of its head."""
         mb = 1e6
         return (
-            self.table, f"{self.version}", f"{len(self.sizes):,}", f"{sum(self.sizes.values()) / mb:,.1f}",
+            self.table,
+            f"{self.version}",
+            f"{len(self.sizes):,}",
+            f"{sum(self.sizes.values()) / mb:,.1f}",
             f"{median(self.sizes.values()) / mb:,.2f}" if self.sizes else "-",
             f"{median(self.group_rows):,.0f}" if self.group_rows else "-",
-            f"{len(self.old_sizes):,}", f"{sum(self.old_sizes.values()) / mb:,.1f}",
-        )  # fmt: skip
+            f"{len(self.old_sizes):,}",
+            f"{sum(self.old_sizes.values()) / mb:,.1f}",
+        )
 
 
 def maintain(spark: SparkSession, request: MaintainRequest, report: Callable[[str], None]) -> None:
@@ -164,8 +168,11 @@ def _doomed(spark: SparkSession, request: MaintainRequest, table: str) -> list[s
             f"and what it forgets is deleted; take at most that, or set '{RETENTION_PROPERTY}' = 'interval "
             f"{-(-request.keep_us // DAY_US)} days' with ALTER TABLE ... SET TBLPROPERTIES"
         )
-    return [row[0] for row in spark.sql(f"VACUUM delta.`{path}` {_retain(request)} DRY RUN").collect()
-            if row[0].endswith(".parquet")]  # fmt: skip
+    return [
+        row[0]
+        for row in spark.sql(f"VACUUM delta.`{path}` {_retain(request)} DRY RUN").collect()
+        if row[0].endswith(".parquet")
+    ]
 
 
 def _held(doomed: Sequence[str], holds: Sequence[Hold]) -> list[tuple[Hold, frozenset[str]]]:

@@ -43,18 +43,22 @@ TABLE_PROPERTIES = SWITCHED_OFF | {
 STATISTICS = {SAMPLES: "event_time,scenario_index", REJECTS: "log", VOCABULARIES: "id", STATE: "part"}
 """Columns whose least and greatest values Delta keeps for each file: what readers and builds filter by."""
 
-REJECTS_SCHEMA = T.StructType([
-    T.StructField("log", T.StringType(), nullable=False),
-    T.StructField("reason", T.StringType(), nullable=False),
-    T.StructField("row", T.StringType(), nullable=False),
-    T.StructField("date", T.DateType()),
-])  # fmt: skip
-VOCABULARIES_SCHEMA = T.StructType([
-    T.StructField("feature", T.StringType(), nullable=False),
-    T.StructField("value", T.StringType(), nullable=False),
-    T.StructField("id", T.LongType(), nullable=False),
-    T.StructField("count", T.LongType(), nullable=False),
-])  # fmt: skip
+REJECTS_SCHEMA = T.StructType(
+    [
+        T.StructField("log", T.StringType(), nullable=False),
+        T.StructField("reason", T.StringType(), nullable=False),
+        T.StructField("row", T.StringType(), nullable=False),
+        T.StructField("date", T.DateType()),
+    ]
+)
+VOCABULARIES_SCHEMA = T.StructType(
+    [
+        T.StructField("feature", T.StringType(), nullable=False),
+        T.StructField("value", T.StringType(), nullable=False),
+        T.StructField("id", T.LongType(), nullable=False),
+        T.StructField("count", T.LongType(), nullable=False),
+    ]
+)
 
 
 @dataclass(frozen=True, slots=True)

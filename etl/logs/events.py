@@ -45,14 +45,24 @@ def event_logs(config: Config, folder: LogFolder) -> tuple[EventLog, ...]:
     logs = []
     for number, scenario in enumerate(config.scenarios):
         query = ("query",) if scenario in config.query_scenarios else ()
-        logs.append(EventLog(
-            name=f"{scenario}_impressions", kind=KIND_IMPRESSION, scenario=number, key="impression_id",
-            required=("impression_id", "request_id", "user_id", "item_id", "event_time", *query),
-        ))  # fmt: skip
-        logs.append(EventLog(
-            name=f"{scenario}_clicks", kind=KIND_CLICK, scenario=number, key="click_id",
-            required=("click_id", "impression_id", "user_id", "item_id", "event_time"),
-        ))  # fmt: skip
+        logs.append(
+            EventLog(
+                name=f"{scenario}_impressions",
+                kind=KIND_IMPRESSION,
+                scenario=number,
+                key="impression_id",
+                required=("impression_id", "request_id", "user_id", "item_id", "event_time", *query),
+            )
+        )
+        logs.append(
+            EventLog(
+                name=f"{scenario}_clicks",
+                kind=KIND_CLICK,
+                scenario=number,
+                key="click_id",
+                required=("click_id", "impression_id", "user_id", "item_id", "event_time"),
+            )
+        )
     orders = [(f"{scenario}_orders", number) for number, scenario in enumerate(config.scenarios)]
     found = [(name, number) for name, number in [*orders, ("orders", NO_SCENARIO)] if folder.has(name)]
     unknown = config.labels.no_order_scenarios
@@ -67,10 +77,15 @@ def event_logs(config: Config, folder: LogFolder) -> tuple[EventLog, ...]:
     if not found and len(unknown) < len(config.scenarios):
         folder.read("orders")  # says what is missing and what there is
     logs += [
-        EventLog(name=name, kind=KIND_ORDER, scenario=number, key="order_id",
-                 required=("order_id", "user_id", "item_id", "event_time"))
+        EventLog(
+            name=name,
+            kind=KIND_ORDER,
+            scenario=number,
+            key="order_id",
+            required=("order_id", "user_id", "item_id", "event_time"),
+        )
         for name, number in found
-    ]  # fmt: skip
+    ]
     return tuple(logs)
 
 

@@ -79,9 +79,17 @@ class LogFolder:
         if kind == "csv":
             # RFC 4180: quotes are doubled, and a quoted field may hold line breaks and be of any length. Without
             # enforceSchema=False files whose columns stand in another order would be read as if they did not.
-            return reader.csv(paths, header=True, sep=mapping.separator, encoding=mapping.encoding, escape='"',
-                              multiLine=True, maxCharsPerColumn=-1, inferSchema=False,
-                              enforceSchema=False)  # fmt: skip
+            return reader.csv(
+                paths,
+                header=True,
+                sep=mapping.separator,
+                encoding=mapping.encoding,
+                escape='"',
+                multiLine=True,
+                maxCharsPerColumn=-1,
+                inferSchema=False,
+                enforceSchema=False,
+            )
         if kind == "json":
             return reader.json(paths, primitivesAsString=True)
         schema = first_schema(self._spark, paths) if kind == "parquet" else None

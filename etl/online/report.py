@@ -162,17 +162,19 @@ def _comparisons(
                 drawn, drawn_base = draws[scenario, bucket][metric], draws[scenario, control][metric]
                 # A resample without any event of the control has no lift.
                 lifts = drawn / drawn_base - 1 if (drawn_base > 0).all() else drawn * float("nan")
-                rows.append({
-                    "scenario": scenario,
-                    "metric": metric,
-                    "bucket": bucket,
-                    "difference": _with_bootstrap(
-                        difference(treated, base, config.confidence), drawn - drawn_base, config.confidence
-                    ),
-                    "lift": _with_bootstrap(lift(treated, base, config.confidence), lifts, config.confidence),
-                    "p_value": p_value(treated, base),
-                    "is_sound": treated.is_sound and base.is_sound,
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "scenario": scenario,
+                        "metric": metric,
+                        "bucket": bucket,
+                        "difference": _with_bootstrap(
+                            difference(treated, base, config.confidence), drawn - drawn_base, config.confidence
+                        ),
+                        "lift": _with_bootstrap(lift(treated, base, config.confidence), lifts, config.confidence),
+                        "p_value": p_value(treated, base),
+                        "is_sound": treated.is_sound and base.is_sound,
+                    }
+                )
     for row, adjusted in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
         row["p_value_holm"] = adjusted
         is_valid = ratios[ALL].is_ok and ratios[row["scenario"]].is_ok

@@ -67,25 +67,40 @@ def ratio_table(report: Mapping[str, Any]) -> Table:
 def bucket_table(report: Mapping[str, Any]) -> Table:
     """Every metric of every bucket with both intervals."""
     rows = [
-        [scenario, metric.upper(), bucket, f"{cell['num_users']:,}", f"{cell['num_impressions']:,}",
-         percent(cell[metric]["value"]), *intervals(cell[metric], percent)]
+        [
+            scenario,
+            metric.upper(),
+            bucket,
+            f"{cell['num_users']:,}",
+            f"{cell['num_impressions']:,}",
+            percent(cell[metric]["value"]),
+            *intervals(cell[metric], percent),
+        ]
         for scenario in report["sample_ratio"]
         for metric in METRICS
         for bucket, cells in report["buckets"].items()
         if (cell := cells.get(scenario))
-    ]  # fmt: skip
+    ]
     return ["scenario", "metric", "bucket", "users", "impressions", "value", "interval", "bootstrap"], rows
 
 
 def comparison_table(report: Mapping[str, Any]) -> Table:
     """Difference and lift of every bucket against the control, p-values and the verdict."""
     rows = [
-        [row["scenario"], row["metric"].upper(), row["bucket"],
-         points(row["difference"]["value"]), *intervals(row["difference"], points),
-         gain(row["lift"]["value"]), *intervals(row["lift"], gain),
-         p_text(row["p_value"]), p_text(row["p_value_holm"]), row["verdict"]]
+        [
+            row["scenario"],
+            row["metric"].upper(),
+            row["bucket"],
+            points(row["difference"]["value"]),
+            *intervals(row["difference"], points),
+            gain(row["lift"]["value"]),
+            *intervals(row["lift"], gain),
+            p_text(row["p_value"]),
+            p_text(row["p_value_holm"]),
+            row["verdict"],
+        ]
         for row in report["comparisons"]
-    ]  # fmt: skip
+    ]
     names = ["scenario", "metric", "bucket", "difference", "interval", "bootstrap", "lift", "interval", "bootstrap"]
     return [*names, "p", "p (Holm)", "verdict"], rows
 
@@ -93,8 +108,10 @@ def comparison_table(report: Mapping[str, Any]) -> Table:
 def table_lines(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns as wide as their widest entry."""
     widths = [max(len(line[n]) for line in [names, *rows]) for n in range(len(names))]
-    return ["  ".join(entry.ljust(width) for entry, width in zip(line, widths, strict=True)).rstrip()
-            for line in [names, *rows]]  # fmt: skip
+    return [
+        "  ".join(entry.ljust(width) for entry, width in zip(line, widths, strict=True)).rstrip()
+        for line in [names, *rows]
+    ]
 
 
 def intervals(entry: Mapping[str, Any], text: Callable[[float | None], str]) -> list[str]:

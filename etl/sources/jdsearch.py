@@ -29,9 +29,14 @@ from usr_ray.config import DAY_US, Config, JdSearchConfig, UserError
 
 SEARCH, RECOMMENDATION = "search", "recommendation"
 COLUMNS = (
-    "query", "candidate_wid_list", "candidate_label_list", "history_qry_list", "history_wid_list", "history_type_list",
+    "query",
+    "candidate_wid_list",
+    "candidate_label_list",
+    "history_qry_list",
+    "history_wid_list",
+    "history_type_list",
     "history_time_list",
-)  # fmt: skip
+)
 PRODUCT_COLUMNS = ("brand_id", "cate_id_1", "cate_id_2", "cate_id_3", "cate_id_4", "shop_id")
 TERM_SEPARATOR = "\x18"
 NO_QUERY = "-1"

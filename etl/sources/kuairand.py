@@ -34,9 +34,15 @@ DEFAULT_TAB_GROUPS = {"main": (1,), "tab_0": (0,), "tab_4": (4,), "rest": ()}
 
 LOG_COLUMNS = ("user_id", "video_id", "time_ms", "is_click", "play_time_ms", "tab")
 USER_CATEGORIES = (
-    "user_active_degree", "is_live_streamer", "is_video_author", "follow_user_num_range", "fans_user_num_range",
-    "friend_user_num_range", "register_days_range", *(f"onehot_feat{n}" for n in range(18)),
-)  # fmt: skip
+    "user_active_degree",
+    "is_live_streamer",
+    "is_video_author",
+    "follow_user_num_range",
+    "fans_user_num_range",
+    "friend_user_num_range",
+    "register_days_range",
+    *(f"onehot_feat{n}" for n in range(18)),
+)
 USER_NUMBERS = ("follow_user_num", "fans_user_num", "friend_user_num", "register_days")
 ITEM_CATEGORIES = ("author_id", "video_type", "upload_type", "music_id", "music_type", "tag")
 

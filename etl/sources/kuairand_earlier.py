@@ -69,8 +69,14 @@ class EarlierSequences:
         ids = text_column(user_N, "-", video_N, "-earlier-", from_end_N)
         event = {"user_id": text_column(user_N), "item_id": text_column(video_N), "event_time": pa.array(time_us_N)}
         num_rows = len(user_N)
-        shown = {"impression_id": ids, "request_id": ids, **event, "position": pa.nulls(num_rows, pa.int32()),
-                 "query": constant_column(None, num_rows), "tab": constant_column(None, num_rows)}  # fmt: skip
+        shown = {
+            "impression_id": ids,
+            "request_id": ids,
+            **event,
+            "position": pa.nulls(num_rows, pa.int32()),
+            "query": constant_column(None, num_rows),
+            "tab": constant_column(None, num_rows),
+        }
         writer.append(f"{scenario}_impressions", pa.table(shown))
         writer.append(f"{scenario}_clicks", pa.table({"click_id": ids, "impression_id": ids, **event}))
         if is_order:

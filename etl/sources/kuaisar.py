@@ -34,9 +34,14 @@ USER_CATEGORIES = ("onehot_feat1", "onehot_feat2", "search_active_level")
 REC_ACTIVE = ("rec_active_level", "reco_active_level")
 """One column under the names of two releases."""
 ITEM_CATEGORIES = (
-    "author_id", "item_type", "upload_type", "first_level_category_id", "second_level_category_id",
-    "third_level_category_id", "fourth_level_category_id",
-)  # fmt: skip
+    "author_id",
+    "item_type",
+    "upload_type",
+    "first_level_category_id",
+    "second_level_category_id",
+    "third_level_category_id",
+    "fourth_level_category_id",
+)
 NULLS = ("", "NA", "nan", "NaN", "null")
 BLOCK_BYTES = 1 << 25
 PROGRESS_EVERY = 2_000_000
@@ -54,11 +59,20 @@ class KuaiSarSource:
         action = config.kuaisar.order_column
         files = {
             name: input_files(input_dir, (f"{name}*.csv",), what=what)
-            for name, what in (("rec_inter", "recommendation log"), ("src_inter", "search log"),
-                               ("user_features", "user table"), ("item_features", "item table"))
-        }  # fmt: skip
-        for log in (f"{SEARCH}_impressions", f"{SEARCH}_clicks", f"{RECOMMENDATION}_impressions",
-                    f"{RECOMMENDATION}_clicks", f"{RECOMMENDATION}_orders"):  # fmt: skip
+            for name, what in (
+                ("rec_inter", "recommendation log"),
+                ("src_inter", "search log"),
+                ("user_features", "user table"),
+                ("item_features", "item table"),
+            )
+        }
+        for log in (
+            f"{SEARCH}_impressions",
+            f"{SEARCH}_clicks",
+            f"{RECOMMENDATION}_impressions",
+            f"{RECOMMENDATION}_clicks",
+            f"{RECOMMENDATION}_orders",
+        ):
             writer.declare(log)
         for path in files["rec_inter"]:
             for rows in _batches(path, (*REC_COLUMNS, action)):
@@ -129,8 +143,15 @@ def _append_recommendation(writer: LogWriter, rows: pa.Table, action: str) -> No
     user, item, time_ms = _text(rows, "user_id"), _text(rows, "item_id"), _number(rows["timestamp"])
     impression_id = text_column("r-", user, "-", item, "-", time_ms)
     event = {"user_id": user, "item_id": item, "event_time": pc.multiply(time_ms, 1000)}
-    _append_events(writer, RECOMMENDATION, impression_id, text_column(user, "-", time_ms), event,
-                   query=constant_column(None, rows.num_rows), clicked=_is_positive(rows["click"]))  # fmt: skip
+    _append_events(
+        writer,
+        RECOMMENDATION,
+        impression_id,
+        text_column(user, "-", time_ms),
+        event,
+        query=constant_column(None, rows.num_rows),
+        clicked=_is_positive(rows["click"]),
+    )
     orders = pa.table({"order_id": impression_id, **event})
     writer.append(f"{RECOMMENDATION}_orders", orders.filter(_is_positive(rows[action])))
 
@@ -144,8 +165,15 @@ def _append_search(writer: LogWriter, rows: pa.Table) -> None:
         "event_time": pc.multiply(_number(rows["search_session_timestamp"]), 1000),
     }
     impression_id, request_id = text_column("s-", user, "-", session, "-", item), text_column(user, "-", session)
-    _append_events(writer, SEARCH, impression_id, request_id, event,
-                   query=pc.utf8_trim_whitespace(words), clicked=_is_positive(rows["click_cnt"]))  # fmt: skip
+    _append_events(
+        writer,
+        SEARCH,
+        impression_id,
+        request_id,
+        event,
+        query=pc.utf8_trim_whitespace(words),
+        clicked=_is_positive(rows["click_cnt"]),
+    )
 
 
 def _append_events(

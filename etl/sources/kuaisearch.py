@@ -31,9 +31,14 @@ SCENARIO = "search"
 IMPRESSIONS_PER_CHUNK = 200_000
 PROGRESS_EVERY = 100_000
 NEEDED = {
-    "user_id": int, "session_id": int, "impressed_item_ids": list, "clicked_item_ids": list,
-    "purchased_item_ids": list, "time_index": int, "query": str,
-}  # fmt: skip
+    "user_id": int,
+    "session_id": int,
+    "impressed_item_ids": list,
+    "clicked_item_ids": list,
+    "purchased_item_ids": list,
+    "time_index": int,
+    "query": str,
+}
 _NAMES = {int: "a whole number", list: "a list", str: "a string"}
 USER_COLUMNS = ("gender", "age_bucket", "fre_province", "fre_city")
 ITEM_COLUMNS = ("brand_id", "seller_id", "category_level1_id", "category_level2_id", "category_level3_id")
@@ -69,8 +74,11 @@ class KuaiSearchSource:
             _append_features(writer, input_dir, "users", "user_id", USER_COLUMNS)
             _append_features(writer, input_dir, "items", "item_id", ITEM_COLUMNS)
         else:
-            print("users and items are not written: their ids are not the sessions' (kuaisearch.write_features)",
-                  file=sys.stderr, flush=True)  # fmt: skip
+            print(
+                "users and items are not written: their ids are not the sessions' (kuaisearch.write_features)",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _lines(path: Path) -> Iterator[Any]:

@@ -177,8 +177,9 @@ class SimulatedSource:
             num_before += len(day.shown.item_N)
             if is_last:
                 writer.append("orders", closing_order(day, config))
-            print(f"day {day.number + 1} of {settings.num_days}: {num_before:,} impressions",
-                  file=sys.stderr, flush=True)  # fmt: skip
+            print(
+                f"day {day.number + 1} of {settings.num_days}: {num_before:,} impressions", file=sys.stderr, flush=True
+            )
 
 
 def closing_order(last: SimulatedDay, config: Config) -> dict[str, list[str] | np.ndarray]:
@@ -285,8 +286,7 @@ class DayRows:
         rows = self._logged(np.flatnonzero(self.day.outcomes.is_order_N), order_us_N, rng)
         request = self.day.shown.request_N[rows]
         writer.append(
-            "orders",
-            {"order_id": text_column(f"o{self.day.number}-", request), **self._event(rows, order_us_N[rows])},
+            "orders", {"order_id": text_column(f"o{self.day.number}-", request), **self._event(rows, order_us_N[rows])}
         )
         writer.append(
             "orders",

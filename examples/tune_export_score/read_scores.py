@@ -24,8 +24,10 @@ def main(lake: str, scores: str) -> None:
     print(f"{rows.num_rows:,} scored rows")
     print("request      scenario        item        p_ctr  p_ctcvr  clicked")
     for row in rows.slice(0, 12).to_pylist():
-        print(f"{row['request_id']:<12} {row['scenario']:<15} {row['item_id']:<10} {row['p_ctr']:.4f}   "
-              f"{row['p_ctcvr']:.4f}  {'yes' if row['is_click'] else ''}")  # fmt: skip
+        print(
+            f"{row['request_id']:<12} {row['scenario']:<15} {row['item_id']:<10} {row['p_ctr']:.4f}   "
+            f"{row['p_ctcvr']:.4f}  {'yes' if row['is_click'] else ''}"
+        )
 
 
 if __name__ == "__main__":

@@ -23,9 +23,14 @@ def run_command(*command: str | Path, timeout_s: int = 420) -> subprocess.Comple
     environment["SPARK_CONF_DIR"] = str(ROOT / "cluster" / "spark" / "conf")
     environment.pop("RAY_ADDRESS", None)
     return subprocess.run(
-        [str(word) for word in command], cwd=ROOT, env=environment, capture_output=True, text=True,
-        timeout=timeout_s, check=False,
-    )  # fmt: skip
+        [str(word) for word in command],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
 
 
 @pytest.fixture(scope="session")

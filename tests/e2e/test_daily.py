@@ -14,15 +14,33 @@ from tests.e2e.conftest import ROOT, Run
 
 pytestmark = pytest.mark.e2e
 
-SMALL = ("train.global_batch_size=128", "train.num_epochs=4", "ray.num_workers=1", "ray.dashboard=false",
-         "data.eval_dates=", "data.train_dates=2026-01-01")  # fmt: skip
+SMALL = (
+    "train.global_batch_size=128",
+    "train.num_epochs=4",
+    "ray.num_workers=1",
+    "ray.dashboard=false",
+    "data.eval_dates=",
+    "data.train_dates=2026-01-01",
+)
 
 
 def test_a_first_day_ends_with_a_model_in_use_and_its_scores(smoke: Path, run: Run, tmp_path: Path) -> None:
     settings = [word for line in SMALL for word in ("--set", line)]
     work = ["--work", tmp_path / "work"]
-    daily = [sys.executable, "jobs/daily.py", "--config", ROOT / "jobs" / "configs" / "smoke.toml", *settings,
-             "--logs", smoke / "logs", "--lake", tmp_path / "lake", *work, "--date", "2026-01-04"]  # fmt: skip
+    daily = [
+        sys.executable,
+        "jobs/daily.py",
+        "--config",
+        ROOT / "jobs" / "configs" / "smoke.toml",
+        *settings,
+        "--logs",
+        smoke / "logs",
+        "--lake",
+        tmp_path / "lake",
+        *work,
+        "--date",
+        "2026-01-04",
+    ]
     done = run(*daily)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "restate: skipped, all dates are of this day's build" in done.stdout

@@ -144,15 +144,28 @@ def test_auc_lies_below_the_truth(smoke: Path) -> None:
 
 
 def test_the_demo_served_equals_the_demo_evaluated(smoke: Path, run: Run, tmp_path: Path) -> None:
-    done = run(sys.executable, "jobs/export.py", "--run-dir", smoke / "run", "--lake", smoke / "lake",
-               "--output", tmp_path / "out")  # fmt: skip
+    done = run(
+        sys.executable,
+        "jobs/export.py",
+        "--run-dir",
+        smoke / "run",
+        "--lake",
+        smoke / "lake",
+        "--output",
+        tmp_path / "out",
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     spec = FeatureSpec.from_json((tmp_path / "out" / "feature_spec.json").read_text())
     predictions, _, about = read_predictions(smoke / "run" / "predictions.parquet", spec.scenarios)
     dates = parse_dates(about["dates"], where="dates")
     model = ExportedModel(tmp_path / "out")
-    with SampleReader(build_manifest(smoke / "lake", dates=dates), global_batch_size=64, group_size=16, order="file",
-                      mature_only=False) as reader:  # fmt: skip
+    with SampleReader(
+        build_manifest(smoke / "lake", dates=dates),
+        global_batch_size=64,
+        group_size=16,
+        order="file",
+        mature_only=False,
+    ) as reader:
         found = np.concatenate(
             [
                 model.predict({n: v.numpy() for n, v in padded_inputs(batch, spec).items()})["p_ctr"][

@@ -24,8 +24,9 @@ def test_vacuum_is_refused_in_one_line_that_names_the_run_and_its_version(
     assert not list((lake / "pins").iterdir()), "the run is finished and has taken back its pin"
     deltalake.DeltaTable(lake / "samples").delete("impression_date = '2026-01-02'")
     files = set(lake.rglob("*.parquet"))
-    done = run("spark-submit", "jobs/maintain_tables.py", "--lake", lake, "--runs", smoke / "run", "--vacuum",
-               "--keep", "0 s")  # fmt: skip
+    done = run(
+        "spark-submit", "jobs/maintain_tables.py", "--lake", lake, "--runs", smoke / "run", "--vacuum", "--keep", "0 s"
+    )
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     version = json.loads((smoke / "run" / "config.json").read_text())["table"]["version"]
     assert done.returncode == 2, done.stderr[-2000:]

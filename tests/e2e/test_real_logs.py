@@ -17,9 +17,22 @@ pytestmark = pytest.mark.e2e
 
 
 def demo(run: Run, work: Path, source: str, input_dir: Path, *settings: str) -> list[dict[str, Any]]:
-    done = run(sys.executable, "jobs/demo.py", "--source", source, "--input", input_dir,
-               "--config", f"jobs/configs/{source}.toml", "--work", work, "--set", "ray.dashboard=false",
-               *(word for setting in settings for word in ("--set", setting)), timeout_s=560)  # fmt: skip
+    done = run(
+        sys.executable,
+        "jobs/demo.py",
+        "--source",
+        source,
+        "--input",
+        input_dir,
+        "--config",
+        f"jobs/configs/{source}.toml",
+        "--work",
+        work,
+        "--set",
+        "ray.dashboard=false",
+        *(word for setting in settings for word in ("--set", setting)),
+        timeout_s=560,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert (work / "run" / "report.html").stat().st_size > 10_000
     return [json.loads(p.read_text()) for p in sorted((work / "lake" / "reports").glob("*.json"))]

@@ -81,9 +81,14 @@ def test_a_killed_job_goes_on_without_doubled_or_missing_rows(lake, run_dir, tmp
     output = tmp_path / "scores"
     words = command(run_dir, lake, output)
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED.format(root=str(ROOT)), moment, *words], cwd=ROOT, capture_output=True, text=True,
-        timeout=300, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [sys.executable, "-c", KILLED.format(root=str(ROOT)), moment, *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     left = DeltaTable(output).to_pyarrow_table()
     assert 0 < left.num_rows < NUM_ROWS
@@ -97,8 +102,18 @@ def test_a_killed_job_goes_on_without_doubled_or_missing_rows(lake, run_dir, tmp
 
 
 def test_scores_of_the_demo_equal_its_evaluation(smoke: Path, run: Run, tmp_path: Path) -> None:
-    done = run(sys.executable, "jobs/score.py", "--run-dir", smoke / "run", "--lake", smoke / "lake",
-               "--dates", "2026-01-01:2026-01-04", "--output", tmp_path / "scores")  # fmt: skip
+    done = run(
+        sys.executable,
+        "jobs/score.py",
+        "--run-dir",
+        smoke / "run",
+        "--lake",
+        smoke / "lake",
+        "--dates",
+        "2026-01-01:2026-01-04",
+        "--output",
+        tmp_path / "scores",
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     samples = DeltaTable(smoke / "lake" / "samples").to_pyarrow_table(columns=["impression_id", "scenario"])
     scores = DeltaTable(tmp_path / "scores").to_pyarrow_table()

@@ -40,18 +40,30 @@ from usr_ray.reporting.study_vectors import view_vectors
 pytestmark = pytest.mark.e2e
 
 SETS = (
-    "data.train_dates='2026-01-01:2026-01-02'", "data.eval_dates='2026-01-03'", "train.global_batch_size=128",
-    "train.checkpoint_every_steps=100", "train.log_every_steps=2", "train.reader_threads=1", "model.hidden=[8]",
-    "model.tower_hidden=[4]", "model.embedding_dim=4", "model.contrastive.group_size=32", "ray.dashboard=false",
+    "data.train_dates='2026-01-01:2026-01-02'",
+    "data.eval_dates='2026-01-03'",
+    "train.global_batch_size=128",
+    "train.checkpoint_every_steps=100",
+    "train.log_every_steps=2",
+    "train.reader_threads=1",
+    "model.hidden=[8]",
+    "model.tower_hidden=[4]",
+    "model.embedding_dim=4",
+    "model.contrastive.group_size=32",
+    "ray.dashboard=false",
     "ray.num_workers=1",
-)  # fmt: skip
+)
 
 
 STUDIES = Path(__file__).resolve().parents[2] / "jobs" / "studies"
 TINY_WORLD = {
-    "simulated.num_impressions": 3000, "simulated.num_days": 4, "simulated.num_users": 80, "simulated.num_items": 60,
-    "simulated.num_queries": 24, "simulated.cross_exposure": 0.45,
-}  # fmt: skip
+    "simulated.num_impressions": 3000,
+    "simulated.num_days": 4,
+    "simulated.num_users": 80,
+    "simulated.num_items": 60,
+    "simulated.num_queries": 24,
+    "simulated.cross_exposure": 0.45,
+}
 
 
 @pytest.fixture
@@ -99,9 +111,12 @@ def test_every_declared_study_runs_and_reports_at_small_scale(
     sets = (*SETS, "query_scenarios=[]") if study.source != SIMULATED else SETS
     monkeypatch.setattr(study_module, "prepare_worlds", world_lakes(tmp_path / "lakes", real=is_real))
     result = study_module.run_study(
-        study, Base(None, sets), None if study.has_worlds else str(lake), tmp_path / "run",
+        study,
+        Base(None, sets),
+        None if study.has_worlds else str(lake),
+        tmp_path / "run",
         input_dir=tmp_path if study.source != SIMULATED else None,
-    )  # fmt: skip
+    )
     trials = expand(study)
     assert (result.num_finished, result.failures) == (len(trials), {})
     assert set(pq.read_table(result.results)["trial_id"].to_pylist()) == {trial.trial_id for trial in trials}
@@ -130,8 +145,13 @@ def pins(lake: Path) -> list[Path]:
 
 def test_a_study_trains_compares_draws_and_gives_back_its_pins(lake: Path, tmp_path: Path) -> None:
     axis = {"name": "cl", "values": {"with": {}, "rate": {"train.learning_rate": 1e30, "train.gradient_clip": 0.0}}}
-    raw = {"seeds": [0], "slices": True, "representations": True, "axes": [axis],
-           "comparisons": [{"axis": "cl", "against": "with"}]}  # fmt: skip
+    raw = {
+        "seeds": [0],
+        "slices": True,
+        "representations": True,
+        "axes": [axis],
+        "comparisons": [{"axis": "cl", "against": "with"}],
+    }
     study, run_dir = parse_study(raw, name="small", scale="full"), tmp_path / "run"
     first = study_module.run_study(study, Base(None, SETS), str(lake), run_dir)
     ((failed, why),) = first.failures.items()

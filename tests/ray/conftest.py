@@ -56,9 +56,14 @@ def cluster() -> Iterator[None]:
     import ray
 
     ray.init(
-        address="local", num_cpus=2, object_store_memory=100_000_000, include_dashboard=False, log_to_driver=False,
-        _node_ip_address=LOOPBACK, logging_level=logging.WARNING,
-    )  # fmt: skip
+        address="local",
+        num_cpus=2,
+        object_store_memory=100_000_000,
+        include_dashboard=False,
+        log_to_driver=False,
+        _node_ip_address=LOOPBACK,
+        logging_level=logging.WARNING,
+    )
     yield
     ray.shutdown()
 
@@ -87,9 +92,7 @@ def raylet_pid() -> int:
     import ray
 
     session = ray.get_runtime_context().get_session_name()
-    (pid,) = [
-        pid for pid in processes(("",)) if "raylet/raylet" in (line := _command(pid)) and session in line
-    ]  # fmt: skip
+    (pid,) = [pid for pid in processes(("",)) if "raylet/raylet" in (line := _command(pid)) and session in line]
     return pid
 
 

@@ -52,8 +52,19 @@ class Machines:
         own = self.folder / f"ray-{number}"
         own.mkdir(exist_ok=True)
         script = 'mkdir -p /tmp/ray && mount --bind "$0" /tmp/ray && exec "$@"'
-        return ["ip", "netns", "exec", self.names[number], "unshare", "--mount", "bash", "-c", script, str(own),
-                *map(str, words)]  # fmt: skip
+        return [
+            "ip",
+            "netns",
+            "exec",
+            self.names[number],
+            "unshare",
+            "--mount",
+            "bash",
+            "-c",
+            script,
+            str(own),
+            *map(str, words),
+        ]
 
 
 def _call(*command: str) -> None:

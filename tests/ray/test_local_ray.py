@@ -136,8 +136,21 @@ def test_a_port_in_use_is_one_line(head: Head, tmp_path: Path) -> None:
 def submit(head: Head, folder: Path, name: str, *overrides: str) -> subprocess.Popen[bytes]:
     """`ray job submit` of a training in `folder`; what it prints goes to <folder>/<name>."""
     settings = [w for o in (*OVERRIDES, *overrides) for w in ("--set", o)]
-    words = ["submit", "--submission-id", name, "--working-dir", ".", "--", "python", "jobs/train.py",
-             "--lake", folder / "lake", "--run-dir", folder / "run", *settings]  # fmt: skip
+    words = [
+        "submit",
+        "--submission-id",
+        name,
+        "--working-dir",
+        ".",
+        "--",
+        "python",
+        "jobs/train.py",
+        "--lake",
+        folder / "lake",
+        "--run-dir",
+        folder / "run",
+        *settings,
+    ]
     for _ in range(20):
         with (folder / name).open("w") as log:
             job = subprocess.Popen(ray_job(head, *words), cwd=ROOT, env=TOKEN_MODE, stdout=log, stderr=log)

@@ -33,19 +33,47 @@ class Cluster:
         self.machines, self.folder = machines, folder
 
     def on(self, number: int, *words: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(self.machines.command(number, words), cwd=ROOT, env=ENVIRONMENT, capture_output=True,
-                              text=True, check=False)  # fmt: skip
+        return subprocess.run(
+            self.machines.command(number, words), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False
+        )
 
     def nodes(self, number: int, action: str, *more: str) -> subprocess.CompletedProcess[str]:
-        return self.on(number, sys.executable, "cluster/ray_nodes.py", action, "--num-cpus", "1", "--object-store-gb",
-                       "0.1", "--state-dir", self.folder / f"node-{number}", *more)  # fmt: skip
+        return self.on(
+            number,
+            sys.executable,
+            "cluster/ray_nodes.py",
+            action,
+            "--num-cpus",
+            "1",
+            "--object-store-gb",
+            "0.1",
+            "--state-dir",
+            self.folder / f"node-{number}",
+            *more,
+        )
 
     def job(self, name: str, *overrides: str) -> subprocess.Popen[bytes]:
         """`ray job submit` on the head's machine; what it prints goes to <folder>/<name>."""
         settings = [w for o in (*OVERRIDES, *overrides) for w in ("--set", o)]
-        words = [Path(sys.executable).parent / "ray", "job", "submit", "--address", "http://127.0.0.1:8265",
-                 "--submission-id", name, "--working-dir", ".", "--", "python", "jobs/train.py",
-                 "--lake", self.folder / "lake", "--run-dir", self.folder / "run", *settings]  # fmt: skip
+        words = [
+            Path(sys.executable).parent / "ray",
+            "job",
+            "submit",
+            "--address",
+            "http://127.0.0.1:8265",
+            "--submission-id",
+            name,
+            "--working-dir",
+            ".",
+            "--",
+            "python",
+            "jobs/train.py",
+            "--lake",
+            self.folder / "lake",
+            "--run-dir",
+            self.folder / "run",
+            *settings,
+        ]
         with (self.folder / name).open("w") as log:
             return subprocess.Popen(self.machines.command(0, words), cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=log)
 
@@ -77,8 +105,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         head = cluster.nodes(0, "head", "--host", machines.address(0))
         assert head.returncode == 0, head.stdout + head.stderr
         for number in (1, 2):
-            joined = cluster.nodes(number, "worker", "--host", machines.address(number), "--head",
-                                   f"{machines.address(0)}:6379")  # fmt: skip
+            joined = cluster.nodes(
+                number, "worker", "--host", machines.address(number), "--head", f"{machines.address(0)}:6379"
+            )
             assert joined.returncode == 0, joined.stdout + joined.stderr
         yield cluster
     finally:

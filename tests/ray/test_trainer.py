@@ -17,14 +17,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.ray.conftest import (
-    OVERRIDES,
-    newest_step,
-    small_config,
-    training_workers,
-    wait_for,
-    weights,
-)
+from tests.ray.conftest import OVERRIDES, newest_step, small_config, training_workers, wait_for, weights
 from usr_ray.config import UserError
 from usr_ray.schema import TASKS
 
@@ -91,12 +84,15 @@ def test_the_same_command_on_a_finished_run_says_so_and_trains_nothing(
     "override",
     [
         "ray.num_workers=1",
-        pytest.param("train.embedding_strategy='sharded'", marks=pytest.mark.skipif(
-            importlib.util.find_spec("torchrec") is None,
-            reason="TorchRec is not installed; `make setup` does it (setup.cfg, extra [sharded])",
-        )),
+        pytest.param(
+            "train.embedding_strategy='sharded'",
+            marks=pytest.mark.skipif(
+                importlib.util.find_spec("torchrec") is None,
+                reason="TorchRec is not installed; `make setup` does it (setup.cfg, extra [sharded])",
+            ),
+        ),
     ],
-)  # fmt: skip
+)
 def test_one_worker_and_two_with_sharded_tables_train_what_two_train(
     override: str, unbroken: Path, lake: Path, tmp_path: Path
 ) -> None:

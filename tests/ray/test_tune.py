@@ -61,8 +61,13 @@ def test_trials_of_two_workers_each_take_turns_on_two_cpus(cluster: None, own_la
     """Two of a search and then two of a study: trials that wait for each other's CPUs would wait for ever."""
     from usr_ray.experiments.search import run_search
 
-    sets = (*OVERRIDES, "train.num_epochs=1", "tune.num_trials=2", "tune.final_seeds=[0]",
-            'tune.space={"model.embedding_dim" = {kind = "int", low = 4, high = 8}}')  # fmt: skip
+    sets = (
+        *OVERRIDES,
+        "train.num_epochs=1",
+        "tune.num_trials=2",
+        "tune.final_seeds=[0]",
+        'tune.space={"model.embedding_dim" = {kind = "int", low = 4, high = 8}}',
+    )
     result = run_search(Base(None, (*sets, "ray.num_workers=2")), str(own_lake), tmp_path / "search")
     assert [point.status for point in result.points] == ["finished", "finished"]
     assert (result.final.num_finished, result.final.failures) == (2, {})

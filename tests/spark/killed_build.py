@@ -39,9 +39,13 @@ from usr_ray.schema import REJECTS, REPORTS, SAMPLES, VOCABULARIES
 
 ROOT = Path(__file__).resolve().parents[2]
 OVERRIDES = (
-    'scenarios=["search","feed"]', 'query_scenarios=["search"]', 'labels.click_window="30 minutes"',
-    'labels.order_window="300 minutes"', "histories.length=4", "vocabulary.min_count=2",
-)  # fmt: skip
+    'scenarios=["search","feed"]',
+    'query_scenarios=["search"]',
+    'labels.click_window="30 minutes"',
+    'labels.order_window="300 minutes"',
+    "histories.length=4",
+    "vocabulary.min_count=2",
+)
 """Two of the shop's scenarios and no features: what is tested does not depend on how wide a row is."""
 SETTINGS = load_config(None, OVERRIDES)
 FIRST, LAST = START.date(), START.date() + dt.timedelta(days=DAYS - 1)
@@ -67,8 +71,18 @@ def worlds() -> tuple[Shop, Shop]:
 def start(logs: Path, lake: Path, *what: str) -> subprocess.Popen[str]:
     """jobs/build_samples.py in a session of its own."""
     overrides = [word for override in OVERRIDES for word in ("--set", override)]
-    command = [sys.executable, "jobs/build_samples.py", "--logs", str(logs), "--lake", str(lake),
-               "--watermark", WATERMARK.isoformat(), *what, *overrides]  # fmt: skip
+    command = [
+        sys.executable,
+        "jobs/build_samples.py",
+        "--logs",
+        str(logs),
+        "--lake",
+        str(lake),
+        "--watermark",
+        WATERMARK.isoformat(),
+        *what,
+        *overrides,
+    ]
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -220,8 +234,12 @@ def main() -> None:
         shutil.copytree(work / "old", lake)
         watch, delay_s = Watch(lake), draw.uniform(0, 2)
         after = draw.choice(["start", "data files", "commit", "first report"])
-        points = {"start": lambda: True, "data files": watch.data_files_are_written,
-                  "commit": watch.samples_are_committed, "first report": watch.reports_are_written}  # fmt: skip
+        points = {
+            "start": lambda: True,
+            "data files": watch.data_files_are_written,
+            "commit": watch.samples_are_committed,
+            "first report": watch.reports_are_written,
+        }
         if after == "start":
             delay_s *= 10
         process = start(late_logs, lake, *RESTATE)
@@ -238,8 +256,11 @@ def main() -> None:
         restate(spark, late_logs, lake)
         again = content(lake)
         assert again == new, [table for table in new if again[table] != new[table]]
-        print(f"kill {n + 1}, {delay_s:.2f} s after the {after} (exit {process.returncode}): {left} version, "
-              f"{reader.num_reads} reads; the rerun gave the table of an undisturbed build", flush=True)  # fmt: skip
+        print(
+            f"kill {n + 1}, {delay_s:.2f} s after the {after} (exit {process.returncode}): {left} version, "
+            f"{reader.num_reads} reads; the rerun gave the table of an undisturbed build",
+            flush=True,
+        )
         shutil.rmtree(lake)
     print(f"{arguments.kills} kills: {outcomes['old']} left the old version, {outcomes['new']} the new one")
 

@@ -22,11 +22,19 @@ MINUTE = 60_000_000
 DAYS = 4
 WINDOWS = Windows(click=30 * MINUTE, order=300 * MINUTE, whole=60 * MINUTE)
 CONFIG = (
-    'scenarios=["search","feed","related"]', 'query_scenarios=["search"]', 'labels.click_window="30 minutes"',
-    'labels.order_window="300 minutes"', 'labels.global_window="60 minutes"', "histories.length=4",
-    'features.user_categories=["city"]', 'features.user_numbers=["age"]', 'features.item_categories=["brand"]',
-    'features.item_numbers=["price"]', 'features.context_categories=["device"]', 'features.context_numbers=["depth"]',
-)  # fmt: skip
+    'scenarios=["search","feed","related"]',
+    'query_scenarios=["search"]',
+    'labels.click_window="30 minutes"',
+    'labels.order_window="300 minutes"',
+    'labels.global_window="60 minutes"',
+    "histories.length=4",
+    'features.user_categories=["city"]',
+    'features.user_numbers=["age"]',
+    'features.item_categories=["brand"]',
+    'features.item_numbers=["price"]',
+    'features.context_categories=["device"]',
+    'features.context_numbers=["depth"]',
+)
 
 
 def moment(micros: int) -> dt.datetime:
@@ -67,28 +75,42 @@ def random_shop(seed: int, num_impressions: int = 500) -> Shop:
         time = int(rng.integers(DAYS * 24 * 60)) * MINUTE
         scenario = int(rng.integers(3))
         world.impression(
-            f"i{n:04}", pick(users), pick(items[: 1 + n % 20]), scenario, time,
-            query=pick(["red shoes", "tea", "größe, \"xl\"", None]) if scenario == 0 else None,
-            request=pick([None, f"r{n // 5}"]), position=pick([None, n % 7]), device=pick(["app", "web", None]),
+            f"i{n:04}",
+            pick(users),
+            pick(items[: 1 + n % 20]),
+            scenario,
+            time,
+            query=pick(["red shoes", "tea", 'größe, "xl"', None]) if scenario == 0 else None,
+            request=pick([None, f"r{n // 5}"]),
+            position=pick([None, n % 7]),
+            device=pick(["app", "web", None]),
             depth=pick([None, 3.0, -2.0]),
-        )  # fmt: skip
+        )
     shown = world.impressions
     for n in range(num_impressions // 2):
         of = pick(shown)
         time = of["time"] + int(pick([0, 1, 5, 29, 30, 31, 500, -1])) * MINUTE
         wild = rng.random() < 0.15
         world.click(
-            f"c{n:04}", pick(users) if wild else of["user"], pick(items) if wild else of["item"],
-            int(rng.integers(3)) if wild else of["scenario"], time, pick([of["id"], of["id"], None, "gone"]),
+            f"c{n:04}",
+            pick(users) if wild else of["user"],
+            pick(items) if wild else of["item"],
+            int(rng.integers(3)) if wild else of["scenario"],
+            time,
+            pick([of["id"], of["id"], None, "gone"]),
             known=time + int(pick([0, 0, 1, 600])) * MINUTE,
-        )  # fmt: skip
+        )
     for n in range(num_impressions // 3):
         of = pick(world.clicks)
         time = of["time"] + int(pick([0, 3, 299, 300, 301, -2])) * MINUTE
         world.order(
-            f"o{n // 2:04}", of["user"], of["item"], time, pick([None, None, of["scenario"]]),
+            f"o{n // 2:04}",
+            of["user"],
+            of["item"],
+            time,
+            pick([None, None, of["scenario"]]),
             known=time + int(pick([0, 2, 900])) * MINUTE,
-        )  # fmt: skip
+        )
     for rows in (world.impressions, world.clicks, world.orders):
         for _ in range(len(rows) // 12):
             rows.append(dict(pick(rows)))  # exact duplicates
@@ -119,22 +141,42 @@ def logs_of(shop: Shop) -> dict[str, list[dict[str, Any]]]:
     logs: dict[str, list[dict[str, Any]]] = {f"{s}_{k}": [] for s in SCENARIOS for k in ("impressions", "clicks")}
     logs |= {"orders": [], "feed_orders": [], "search_orders": [], "related_orders": []}
     for i in shop.world.impressions:
-        row = _impression(i["id"], i["user"], i["item"], moment(i["time"]), request_id=i["request"],
-                          position=i["position"], query=i["query"], device=i["device"], depth=i["depth"])  # fmt: skip
+        row = _impression(
+            i["id"],
+            i["user"],
+            i["item"],
+            moment(i["time"]),
+            request_id=i["request"],
+            position=i["position"],
+            query=i["query"],
+            device=i["device"],
+            depth=i["depth"],
+        )
         if i["scenario"] == 2:
             del row["query"], row["depth"]
         logs[f"{SCENARIOS[i['scenario']]}_impressions"].append(row)
     for c in shop.world.clicks:
-        logs[f"{SCENARIOS[c['scenario']]}_clicks"].append({
-            "click_id": c["id"], "impression_id": c["names"], "user_id": c["user"], "item_id": c["item"],
-            "event_time": moment(c["time"]), "ingest_time": moment(c["known"]),
-        })  # fmt: skip
+        logs[f"{SCENARIOS[c['scenario']]}_clicks"].append(
+            {
+                "click_id": c["id"],
+                "impression_id": c["names"],
+                "user_id": c["user"],
+                "item_id": c["item"],
+                "event_time": moment(c["time"]),
+                "ingest_time": moment(c["known"]),
+            }
+        )
     for o in shop.world.orders:
         log = "orders" if o["scenario"] is None else f"{SCENARIOS[o['scenario']]}_orders"
-        logs[log].append({
-            "order_id": o["id"], "user_id": o["user"], "item_id": o["item"], "event_time": moment(o["time"]),
-            "ingest_time": moment(o["known"]),
-        })  # fmt: skip
+        logs[log].append(
+            {
+                "order_id": o["id"],
+                "user_id": o["user"],
+                "item_id": o["item"],
+                "event_time": moment(o["time"]),
+                "ingest_time": moment(o["known"]),
+            }
+        )
     for log, rows in shop.broken.items():
         logs[log] += [dict.fromkeys(logs[log][0]) | row for row in rows]
     logs["users"] = [{"user_id": u, **row} for u, row in shop.users.items()]
@@ -143,9 +185,13 @@ def logs_of(shop: Shop) -> dict[str, list[dict[str, Any]]]:
 
 
 _TYPES = {
-    "event_time": pa.timestamp("us", tz="UTC"), "ingest_time": pa.timestamp("us", tz="UTC"), "position": pa.int32(),
-    "depth": pa.float64(), "age": pa.float64(), "price": pa.float64(),
-}  # fmt: skip
+    "event_time": pa.timestamp("us", tz="UTC"),
+    "ingest_time": pa.timestamp("us", tz="UTC"),
+    "position": pa.int32(),
+    "depth": pa.float64(),
+    "age": pa.float64(),
+    "price": pa.float64(),
+}
 
 
 def write_logs(logs: dict[str, list[dict[str, Any]]], folder: Path, kind: str = "parquet") -> Path:

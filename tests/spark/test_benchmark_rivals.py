@@ -62,9 +62,14 @@ def random_world(seed: int, size: int = 1500) -> World:
         time = of["time"] + int(one([0, 1, 30, 59, 60, 61, -1])) * MINUTE
         scenario = int(rng.integers(2)) if wild else of["scenario"]
         world.click(
-            f"c{n}", one(users) if wild else of["user"], one(items) if wild else of["item"], scenario, time,
-            one([of["id"], of["id"], None, "gone"]), known=time + int(one([0, 0, 0, 240])) * MINUTE,
-        )  # fmt: skip
+            f"c{n}",
+            one(users) if wild else of["user"],
+            one(items) if wild else of["item"],
+            scenario,
+            time,
+            one([of["id"], of["id"], None, "gone"]),
+            known=time + int(one([0, 0, 0, 240])) * MINUTE,
+        )
     for n in range(size // 3):
         of = one(world.clicks)
         time = of["time"] + int(one([0, 5, 600, 1439, 1440, 1441, -1])) * MINUTE
@@ -106,10 +111,14 @@ def write_logs(world: World, folder: Path) -> Path:
             pa.table([columns.get(f.name, times.get(f.name)) for f in schema], schema=schema),
             folder / log / "rows.parquet",
         )
-    users = [{"user_id": f"u{n}", "age_band": "x" if n % 3 else None, "city": f"c{n % 2}",
-              "account_age_days": float(n)} for n in range(2, 30)]  # fmt: skip
-    items = [{"item_id": f"i{n}", "category_id": f"k{n % 4}", "brand_id": "b" if n % 2 else None,
-              "price": n * 3.7 - 9} for n in range(1, 15)]  # fmt: skip
+    users = [
+        {"user_id": f"u{n}", "age_band": "x" if n % 3 else None, "city": f"c{n % 2}", "account_age_days": float(n)}
+        for n in range(2, 30)
+    ]
+    items = [
+        {"item_id": f"i{n}", "category_id": f"k{n % 4}", "brand_id": "b" if n % 2 else None, "price": n * 3.7 - 9}
+        for n in range(1, 15)
+    ]
     for name, table in (("users", users), ("items", items)):
         (folder / name).mkdir()
         pq.write_table(pa.Table.from_pylist(table), folder / name / "rows.parquet")

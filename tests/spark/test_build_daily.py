@@ -33,8 +33,10 @@ def build(spark: SparkSession, logs: Path, lake: Path, first: int, last: int, *o
 
 
 def content(lake: Path) -> dict[str, list[str]]:
-    found = {table: sorted(str(row) for row in rows_of(lake / table))
-             for table in ("samples", "rejects", "vocabularies", "state")}  # fmt: skip
+    found = {
+        table: sorted(str(row) for row in rows_of(lake / table))
+        for table in ("samples", "rejects", "vocabularies", "state")
+    }
     for path in sorted((lake / "reports").glob("*.json")):
         report = json.loads(path.read_text())
         del report["table_version"]

@@ -27,9 +27,14 @@ SMALL = "vocabulary.min_count=3"
 
 
 def build(
-    spark: SparkSession, logs: Path, lake: Path, *overrides: str, first: int = 0, last: int = 3,
+    spark: SparkSession,
+    logs: Path,
+    lake: Path,
+    *overrides: str,
+    first: int = 0,
+    last: int = 3,
     watermark: dt.datetime = WATERMARK,
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     lines: list[str] = []
     request = BuildRequest(
         logs=str(logs), lake=Lake(str(lake)), first=DATES[first], last=DATES[last], watermark=watermark

@@ -50,8 +50,9 @@ class Lakes:
 def lakes(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Lakes:
     work = tmp_path_factory.mktemp("killed")
     shop, late = worlds()
-    found = Lakes(write_logs(logs_of(shop), work / "logs"), write_logs(logs_of(late), work / "late"),
-                  work / "old", work / "new")  # fmt: skip
+    found = Lakes(
+        write_logs(logs_of(shop), work / "logs"), write_logs(logs_of(late), work / "late"), work / "old", work / "new"
+    )
     build(spark, found.logs, found.old)
     shutil.copytree(found.old, found.new)
     restate(spark, found.late_logs, found.new)

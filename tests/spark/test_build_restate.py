@@ -143,9 +143,13 @@ def test_a_later_watermark_restates_the_dates_it_closes(
     assert all(row["is_mature"] for row in rows_of(lake / "samples"))
     assert restate(spark, logs, lake, watermark=WATERMARK.replace(day=9), first=DATES[0], last=DATES[1])[0] == {}
     build_samples(
-        spark, SETTINGS, BuildRequest(logs=str(logs), lake=Lake(str(fresh)), first=DATES[0], last=DATES[3],
-                                      watermark=WATERMARK.replace(day=9)), Progress(write=lambda line: None),
-    )  # fmt: skip
+        spark,
+        SETTINGS,
+        BuildRequest(
+            logs=str(logs), lake=Lake(str(fresh)), first=DATES[0], last=DATES[3], watermark=WATERMARK.replace(day=9)
+        ),
+        Progress(write=lambda line: None),
+    )
     assert content(lake, "samples") == content(fresh, "samples")
 
 
@@ -159,8 +163,10 @@ def test_dates_whose_logs_are_gone_are_kept_and_those_after_them_can_be_restated
     logs = logs_of(late)
     # What day 3 needs: 30 + 300 minutes and a day before it.
     cut = moment(int(1.75 * DAY) + 30 * MINUTE)
-    kept = {log: [row for row in rows if not row.get("event_time") or row["event_time"] >= cut]
-            for log, rows in logs.items()}  # fmt: skip
+    kept = {
+        log: [row for row in rows if not row.get("event_time") or row["event_time"] >= cut]
+        for log, rows in logs.items()
+    }
     short = write_logs(kept, tmp_path / "short")
 
     before = {table: content(lake, table) for table in ("samples", "state")}

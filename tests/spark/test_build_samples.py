@@ -173,8 +173,14 @@ def test_raw_and_encoded_columns(samples: dict, shop: Shop, ids: dict) -> None:
             ("position", "position"),
         ):
             assert row[column] == i[name], (key, column)
-        categories = {"user_id": i["user"], "item_id": i["item"], "query": i["query"], "device": i["device"],
-                      "city": user.get("city"), "brand": item.get("brand")}  # fmt: skip
+        categories = {
+            "user_id": i["user"],
+            "item_id": i["item"],
+            "query": i["query"],
+            "device": i["device"],
+            "city": user.get("city"),
+            "brand": item.get("brand"),
+        }
         for name, value in categories.items():
             assert row[f"{name}_index"] == code(ids, name, value), (key, name, value)
         assert row["event_hour_index"] == time.hour + 2
@@ -248,9 +254,11 @@ def test_rejects_are_the_oracle_s_and_the_broken_rows(
     assert found.pop("attribution") == len(wanted.rejects) > 50
     day = str(DATES[0])
     assert found == {
-        ("search_impressions", "null_impression_id", day): 1, ("search_impressions", "null_user_id", "None"): 1,
-        ("feed_clicks", "null_item_id", day): 1, ("orders", "null_event_time", "None"): 1,
-    }  # fmt: skip
+        ("search_impressions", "null_impression_id", day): 1,
+        ("search_impressions", "null_user_id", "None"): 1,
+        ("feed_clicks", "null_item_id", day): 1,
+        ("orders", "null_event_time", "None"): 1,
+    }
     assert len(set(wanted.rejects.values())) == 8  # every reason there is
 
 

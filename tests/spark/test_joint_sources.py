@@ -34,9 +34,14 @@ pytestmark = pytest.mark.spark
 ROOT = Path(__file__).resolve().parents[2]
 REAL_JDSEARCH = ROOT.parent / "shared" / "data" / "jdsearch-sample"
 SMALL_MODEL = (
-    "train.global_batch_size=64", "model.contrastive.group_size=32", "train.log_every_steps=1", "model.hidden=[8]",
-    "model.embedding_dim=4", "model.trigger_dim=4", "train.reader_threads=1",
-)  # fmt: skip
+    "train.global_batch_size=64",
+    "model.contrastive.group_size=32",
+    "train.log_every_steps=1",
+    "model.hidden=[8]",
+    "model.embedding_dim=4",
+    "model.trigger_dim=4",
+    "train.reader_threads=1",
+)
 DAY_MS = 86_400_000
 FIRST_MS = 1_685_548_800_000  # 2023-05-31T16:00:00Z: 1 June in Beijing
 KUAISAR_DATES = "2023-05-31:2023-06-03"
@@ -68,19 +73,24 @@ def build(spark: SparkSession, config: Config, logs: Path, lake: Path, dates: st
 
 def run_steps(config: Config, lake: Path, run_dir: Path) -> tuple[TrainResult, dict[str, float]]:
     torch.set_num_threads(1)
-    parts = [build_manifest(lake, dates=parse_dates(d, where="dates"))
-             for d in (config.data.train_dates, config.data.eval_dates)]  # fmt: skip
+    parts = [
+        build_manifest(lake, dates=parse_dates(d, where="dates"))
+        for d in (config.data.train_dates, config.data.eval_dates)
+    ]
     steps = Steps()
-    result = train(config, LocalWorker("cpu"), train_manifest=parts[0], eval_manifest=parts[1], run_dir=run_dir,
-                   monitor=steps)  # fmt: skip
+    result = train(
+        config, LocalWorker("cpu"), train_manifest=parts[0], eval_manifest=parts[1], run_dir=run_dir, monitor=steps
+    )
     return result, steps.last
 
 
 def labels_of(lake: Path) -> pd.DataFrame:
     """Labels of the samples table, by scenario and impression_id."""
     names = ["is_click", "is_order", "is_click_global", "is_order_global"]
-    frames = [pq.read_table(path, columns=["impression_id", "scenario", *names], partitioning=None).to_pandas()
-              for path in (lake / "samples").glob("*/*.parquet")]  # fmt: skip
+    frames = [
+        pq.read_table(path, columns=["impression_id", "scenario", *names], partitioning=None).to_pandas()
+        for path in (lake / "samples").glob("*/*.parquet")
+    ]
     return pd.concat(frames).set_index("impression_id").sort_index()
 
 
@@ -111,10 +121,15 @@ def write_kuaisar(folder: Path, seed: int = 0) -> tuple[pd.DataFrame, pd.DataFra
     (folder / "src_inter.csv").write_text("\n".join([header, *(lines[n] for n in order)]) + "\n", encoding="utf-8")
 
     watched = [
-        (int(rng.integers(1, 25)), int(rng.integers(700, 730)), FIRST_MS + int(rng.integers(3 * DAY_MS)),
-         int(rng.random() < 0.5), int(rng.random() < 0.3))
+        (
+            int(rng.integers(1, 25)),
+            int(rng.integers(700, 730)),
+            FIRST_MS + int(rng.integers(3 * DAY_MS)),
+            int(rng.random() < 0.5),
+            int(rng.random() < 0.3),
+        )
         for _ in range(700)
-    ]  # fmt: skip
+    ]
     # Ten minutes after every second search its first item is watched, and liked half the time: the scenarios meet.
     watched += [(user, item, ms + 600_000, 1, session // 2 % 2) for session, user, item, ms, _ in searched[::8]]
     lines = []
@@ -135,8 +150,11 @@ def write_kuaisar(folder: Path, seed: int = 0) -> tuple[pd.DataFrame, pd.DataFra
     (folder / "user_features.csv").write_text(
         f"user_id,onehot_feat1,onehot_feat2,search_active_level,reco_active_level\n{users}\n", encoding="utf-8"
     )
-    levels = ",".join(f"{n}_level_category_{what}" for n in ("first", "second", "third", "fourth")
-                      for what in ("id", "name", "name_en"))  # fmt: skip
+    levels = ",".join(
+        f"{n}_level_category_{what}"
+        for n in ("first", "second", "third", "fourth")
+        for what in ("id", "name", "name_en")
+    )
     items = "\n".join(
         f'{i},"[1,\n3]",{i % 6},NORMAL,2023-04-22,LongImport,5,{i % 4},搞笑,"Fun, ny",{i % 3},x,y,0,空,empty,0,空,empty'
         for i in range(700, 725)
@@ -144,8 +162,10 @@ def write_kuaisar(folder: Path, seed: int = 0) -> tuple[pd.DataFrame, pd.DataFra
     (folder / "item_features.csv").write_text(
         f"item_id,caption,author_id,item_type,upload_time,upload_type,music_id,{levels}\n{items}\n", encoding="utf-8"
     )
-    return (pd.DataFrame(watched, columns=["user", "item", "ms", "click", "like"]),
-            pd.DataFrame(searched, columns=["session", "user", "item", "ms", "count"]))  # fmt: skip
+    return (
+        pd.DataFrame(watched, columns=["user", "item", "ms", "click", "like"]),
+        pd.DataFrame(searched, columns=["session", "user", "item", "ms", "count"]),
+    )
 
 
 def kuaisar_labels(watched: pd.DataFrame, searched: pd.DataFrame, *, window_ms: int, global_ms: int) -> pd.DataFrame:
@@ -165,8 +185,9 @@ def kuaisar_labels(watched: pd.DataFrame, searched: pd.DataFrame, *, window_ms: 
     every_order = rows[rows.is_order == 1].assign(bought=1)[[*pair, "ms", "bought"]]
     later = {"direction": "forward", "tolerance": global_ms, **by_time}
     rows = pd.merge_asof(pd.merge_asof(rows, every_click, **later), every_order, **later)
-    result = rows.assign(is_click=rows.click.astype(float), is_click_global=rows.seen.fillna(0),
-                         is_order_global=rows.bought.fillna(0))  # fmt: skip
+    result = rows.assign(
+        is_click=rows.click.astype(float), is_click_global=rows.seen.fillna(0), is_order_global=rows.bought.fillna(0)
+    )
     names = ["scenario", "is_click", "is_order", "is_click_global", "is_order_global"]
     return result.set_index("id")[names].sort_index()
 

@@ -31,13 +31,23 @@ CART = "ß🛒 \u202e\u0643\u062a \U0001d4d0"
 LONG = "x" * 20_000
 BY_HAND = {
     # Item -> how often it is shown on each of the three days, beside the 4 items that every day shows.
-    "a": (3, 0, 1), CART: (2, 0, 0), "b": (1, 1, 0), LONG: (0, 2, 0), "c": (0, 0, 1), "A": (1, 0, 0),
-}  # fmt: skip
+    "a": (3, 0, 1),
+    CART: (2, 0, 0),
+    "b": (1, 1, 0),
+    LONG: (0, 2, 0),
+    "c": (0, 0, 1),
+    "A": (1, 0, 0),
+}
 WINDOWS = tuple(f'labels.{name}_window="10 minutes"' for name in ("click", "order", "global"))
 SMALL_MODEL = (
-    "train.global_batch_size=64", "model.contrastive.group_size=32", "model.hidden=[8]", "model.embedding_dim=4",
-    "model.trigger_dim=4", "train.reader_threads=1", "vocabulary.min_count=2",
-)  # fmt: skip
+    "train.global_batch_size=64",
+    "model.contrastive.group_size=32",
+    "model.hidden=[8]",
+    "model.embedding_dim=4",
+    "model.trigger_dim=4",
+    "train.reader_threads=1",
+    "vocabulary.min_count=2",
+)
 
 
 def config_of(scenarios: tuple[str, ...], *overrides: str) -> Config:
@@ -72,10 +82,17 @@ def write_logs(folder: Path, scenarios: tuple[str, ...]) -> None:
             if k == 0:
                 noon = dt.datetime.combine(date, dt.time(12), dt.UTC)
                 shown += [
-                    {"user_id": "hand", "item_id": item, "impression_id": f"{item[:9]}-{day}-{n}", "request_id": "r",
-                     "event_time": noon, "query": LONG}
-                    for item, counts in BY_HAND.items() for n in range(counts[day])
-                ]  # fmt: skip
+                    {
+                        "user_id": "hand",
+                        "item_id": item,
+                        "impression_id": f"{item[:9]}-{day}-{n}",
+                        "request_id": "r",
+                        "event_time": noon,
+                        "query": LONG,
+                    }
+                    for item, counts in BY_HAND.items()
+                    for n in range(counts[day])
+                ]
         logs |= {f"{scenario}_impressions": shown, f"{scenario}_clicks": clicks}
         if k % 2 == 0:
             logs[f"{scenario}_orders"] = orders
@@ -101,8 +118,14 @@ def vocabulary(lake: Path, feature: str) -> dict[str, int]:
 
 def xxh64(data: bytes, seed: int) -> int:
     """xxHash64 as its specification says, as a signed number; slow. Known: xxh64(b"", 0) = 0xEF46DB3751D8E999."""
-    mask, p1, p2, p3, p4, p5 = (1 << 64) - 1, 0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, \
-        0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5  # fmt: skip
+    mask, p1, p2, p3, p4, p5 = (
+        (1 << 64) - 1,
+        0x9E3779B185EBCA87,
+        0xC2B2AE3D27D4EB4F,
+        0x165667B19E3779F9,
+        0x85EBCA77C2B2AE63,
+        0x27D4EB2F165667C5,
+    )
 
     def rotated(x: int, bits: int) -> int:
         return ((x << bits) | ((x & mask) >> (64 - bits))) & mask
@@ -114,8 +137,10 @@ def xxh64(data: bytes, seed: int) -> int:
     if len(data) >= 32:
         lanes = [(seed + p1 + p2) & mask, (seed + p2) & mask, seed, (seed - p1) & mask]
         while place + 32 <= len(data):
-            lanes = [mixed(lane, int.from_bytes(data[place + 8 * n : place + 8 * n + 8], "little"))
-                     for n, lane in enumerate(lanes)]  # fmt: skip
+            lanes = [
+                mixed(lane, int.from_bytes(data[place + 8 * n : place + 8 * n + 8], "little"))
+                for n, lane in enumerate(lanes)
+            ]
             place += 32
         hashed = sum(rotated(lane, bits) for lane, bits in zip(lanes, (1, 7, 12, 18), strict=True)) & mask
         for lane in lanes:

@@ -29,8 +29,13 @@ DATES = (dt.date(2026, 3, 28), dt.date(2026, 3, 30))
 @pytest.fixture(scope="module")
 def lake(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("online") / "lake"
-    request = BuildRequest(logs=str(EXAMPLE), lake=Lake(str(path)), first=DATES[0], last=DATES[1],
-                           watermark=dt.datetime(2026, 4, 2, tzinfo=dt.UTC))  # fmt: skip
+    request = BuildRequest(
+        logs=str(EXAMPLE),
+        lake=Lake(str(path)),
+        first=DATES[0],
+        last=DATES[1],
+        watermark=dt.datetime(2026, 4, 2, tzinfo=dt.UTC),
+    )
     build_samples(spark, load_config(EXAMPLE / "own_logs.toml"), request, Progress(write=lambda line: None))
     return path
 
@@ -88,10 +93,22 @@ def test_the_job_reports_the_example_shop(
     spark: SparkSession, lake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(SparkSession, "stop", lambda self: None)  # the other tests' session
-    online_report.main([
-        "--config", str(EXAMPLE / "own_logs.toml"), "--logs", str(EXAMPLE), "--lake", str(lake),
-        "--dates", "2026-03-28:2026-03-30", "--output", str(tmp_path / "out"), "--control", "blue",
-    ])  # fmt: skip
+    online_report.main(
+        [
+            "--config",
+            str(EXAMPLE / "own_logs.toml"),
+            "--logs",
+            str(EXAMPLE),
+            "--lake",
+            str(lake),
+            "--dates",
+            "2026-03-28:2026-03-30",
+            "--output",
+            str(tmp_path / "out"),
+            "--control",
+            "blue",
+        ]
+    )
     report = json.loads((tmp_path / "out" / "online.json").read_text())
     users: dict[str, set[str]] = defaultdict(set)
     clickers: dict[str, set[str]] = defaultdict(set)

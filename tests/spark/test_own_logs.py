@@ -133,12 +133,26 @@ def utc(*parts: int) -> dt.datetime:
 
 
 def test_iso_times_without_a_zone_are_local_and_others_are_not(spark: SparkSession) -> None:
-    rows = frame(spark, "string", "2026-07-01 10:00:00", "2026-07-01T10:00:00Z", "2026-07-01T10:00:00.5+0530",
-                 "2026-07-01", "2026-07-01 10:00:00-05", "soon", None)  # fmt: skip
+    rows = frame(
+        spark,
+        "string",
+        "2026-07-01 10:00:00",
+        "2026-07-01T10:00:00Z",
+        "2026-07-01T10:00:00.5+0530",
+        "2026-07-01",
+        "2026-07-01 10:00:00-05",
+        "soon",
+        None,
+    )
     assert times(rows, time_zone="Europe/Berlin") == [
-        utc(2026, 7, 1, 8), utc(2026, 7, 1, 10), utc(2026, 7, 1, 4, 30, 0, 500_000), utc(2026, 6, 30, 22),
-        utc(2026, 7, 1, 15), None, None,
-    ]  # fmt: skip
+        utc(2026, 7, 1, 8),
+        utc(2026, 7, 1, 10),
+        utc(2026, 7, 1, 4, 30, 0, 500_000),
+        utc(2026, 6, 30, 22),
+        utc(2026, 7, 1, 15),
+        None,
+        None,
+    ]
 
 
 def test_a_clock_hour_that_is_skipped_or_shown_twice(spark: SparkSession) -> None:
@@ -246,8 +260,11 @@ def test_csv_files_whose_columns_stand_in_another_order_are_not_read_as_if_they_
 
 
 def test_a_number_under_a_text_format_names_the_way_out(spark: SparkSession) -> None:
-    with pytest.raises(DataCheckError, match=r"log orders: column 't' is bigint, needed text or a timestamp; set "
-                       "logs.orders.time_format to 's', 'ms', 'us' or 'ns'"):  # fmt: skip
+    with pytest.raises(
+        DataCheckError,
+        match=r"log orders: column 't' is bigint, needed text or a timestamp; set "
+        "logs.orders.time_format to 's', 'ms', 'us' or 'ns'",
+    ):
         times(frame(spark, "bigint", 1))
 
 
@@ -325,8 +342,9 @@ def test_one_events_file_of_a_german_shop(spark: SparkSession, tmp_path: Path) -
     text += f'[logs.items]\npath = "katalog.csv"\n{common}columns = {{ item_id = "artikel", price = "preis" }}\n'
     (tmp_path / "german.toml").write_text(text + 'decimal_comma = ["price"]\n', encoding="utf-8")
     config = load_config(tmp_path / "german.toml")
-    request = BuildRequest(logs=str(tmp_path), lake=Lake(str(tmp_path / "lake")), first=dt.date(2026, 3, 28),
-                           last=dt.date(2026, 3, 28))  # fmt: skip
+    request = BuildRequest(
+        logs=str(tmp_path), lake=Lake(str(tmp_path / "lake")), first=dt.date(2026, 3, 28), last=dt.date(2026, 3, 28)
+    )
     build_samples(spark, config, request, Progress(write=lambda line: None))
     found = samples_of(spark, tmp_path / "lake")
     assert found.keys() == {f"v{n}" for n in range(40)}

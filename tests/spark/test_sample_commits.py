@@ -100,8 +100,9 @@ def test_delta_knows_what_is_in_each_file(spark: SparkSession, lake: Path) -> No
     frame = spark.read.format("delta").load(str(table)).filter(evening)
     scanned = [line for line in frame._jdf.queryExecution().executedPlan().toString().splitlines() if "Scan" in line]
     assert scanned
-    assert frame.count() == sum(1 for row in rows(table) if str(row["event_time"])[:13] >= f"{FIRST} 22"
-                                and row["impression_date"] == FIRST)  # fmt: skip
+    assert frame.count() == sum(
+        1 for row in rows(table) if str(row["event_time"])[:13] >= f"{FIRST} 22" and row["impression_date"] == FIRST
+    )
 
 
 def test_a_date_that_is_built_again_replaces_its_files_alone(spark: SparkSession, logs: Path, lake: Path) -> None:
@@ -141,8 +142,11 @@ def test_a_row_that_breaks_a_rule_of_the_table_stops_the_build_before_its_commit
 ) -> None:
     """No logs lead to such rows: a stand-in for the packs says that the workers have found some."""
     file = dict.fromkeys(FILES.names) | {"date": f"{LAST}", "broken": "is_order_le_is_click"}
-    found = spark.createDataFrame([file], "path string, date string, size bigint, modified_ms bigint, num_rows bigint, "
-                                          "stats string, counts string, broken string")  # fmt: skip
+    found = spark.createDataFrame(
+        [file],
+        "path string, date string, size bigint, modified_ms bigint, num_rows bigint, "
+        "stats string, counts string, broken string",
+    )
 
     class Packs:
         def mapInArrow(self, *_: Any) -> Any:

@@ -84,9 +84,11 @@ def config(*overrides: str) -> Config:
 def build(spark: SparkSession, logs: Path, lake: Path, *overrides: str, **request: Any) -> Path:
     given = {"first": FIRST, "last": LAST, "watermark": LATE} | request
     build_samples(
-        spark, config(*overrides), BuildRequest(logs=str(logs), lake=Lake(str(lake)), **given),
+        spark,
+        config(*overrides),
+        BuildRequest(logs=str(logs), lake=Lake(str(lake)), **given),
         Progress(write=lambda line: None),
-    )  # fmt: skip
+    )
     return lake
 
 
@@ -128,11 +130,17 @@ def test_times_dates_and_raw_ids_stay_beside_the_labels(spark: SparkSession, lak
     assert (utc(rows["s1"]["click_time"]), utc(rows["s1"]["order_time"])) == (at(11), at(11, day=2))
     assert (rows["s2"]["click_time"], rows["r1"]["click_time"], rows["s3"]["order_time"]) == (None, None, None)
     assert {name: row["impression_date"].isoformat() for name, row in rows.items() if name in ("s1", "s4", "r3")} == {
-        "s1": "2026-01-01", "s4": "2026-01-02", "r3": "2026-01-03",
-    }  # fmt: skip
+        "s1": "2026-01-01",
+        "s4": "2026-01-02",
+        "r3": "2026-01-03",
+    }
     assert [rows["r1"][c] for c in ("user_id", "item_id", "query", "scenario", "position")] == [
-        "ann", "tea", None, "recommendation", 1,
-    ]  # fmt: skip
+        "ann",
+        "tea",
+        None,
+        "recommendation",
+        1,
+    ]
     assert rows["r2"]["position"] is None
     assert rows["s1"]["request_key"] == rows["s2"]["request_key"] != rows["s3"]["request_key"]
 
@@ -166,8 +174,10 @@ def test_vocabularies_know_the_training_dates_only(spark: SparkSession, lake: Pa
 
 
 def test_rejects_and_the_account_add_up(spark: SparkSession, lake: Path) -> None:
-    rejects = {(r["log"], json.loads(r["row"]).get("click_id") or json.loads(r["row"]).get("order_id")): r["reason"]
-               for r in table(spark, lake, "rejects").collect()}  # fmt: skip
+    rejects = {
+        (r["log"], json.loads(r["row"]).get("click_id") or json.loads(r["row"]).get("order_id")): r["reason"]
+        for r in table(spark, lake, "rejects").collect()
+    }
     assert set(rejects) == {("search_clicks", "c2"), ("orders", "o2")}
     assert len(set(rejects.values())) == 2
     reports = {p.stem: json.loads(p.read_text()) for p in (lake / "reports").glob("*.json")}

@@ -37,20 +37,39 @@ class Standalone:
 
     def call(self, action: str) -> CompletedProcess[str]:
         own = ["--state-dir", self.state, "--port", str(self.port), "--ui-port", str(self.page)]
-        return run_command(sys.executable, "cluster/spark/standalone.py", action, "--workers", "2",
-                           "--executor-memory", "700m", *own)  # fmt: skip
+        return run_command(
+            sys.executable, "cluster/spark/standalone.py", action, "--workers", "2", "--executor-memory", "700m", *own
+        )
 
     def build(self, lake: Path, *settings: str, executors: int) -> CompletedProcess[str]:
         """The command that `start` prints, with a small driver, for one day of two scenarios without features."""
         return run_command(
-            "spark-submit", "--master", f"spark://127.0.0.1:{self.port}",
-            "--properties-file", self.state / "submit.conf", "--driver-memory", "1g", "--driver-java-options", QUICK,
-            "--conf", f"spark.executor.extraJavaOptions={QUICK}", "--conf", "spark.sql.shuffle.partitions=2",
-            "--conf", f"spark.dynamicAllocation.minExecutors={executors}",
-            "jobs/build_samples.py", "--config", EXAMPLE / "own_logs.toml", "--logs", EXAMPLE,
-            "--lake", lake, "--dates", "2026-03-28",
+            "spark-submit",
+            "--master",
+            f"spark://127.0.0.1:{self.port}",
+            "--properties-file",
+            self.state / "submit.conf",
+            "--driver-memory",
+            "1g",
+            "--driver-java-options",
+            QUICK,
+            "--conf",
+            f"spark.executor.extraJavaOptions={QUICK}",
+            "--conf",
+            "spark.sql.shuffle.partitions=2",
+            "--conf",
+            f"spark.dynamicAllocation.minExecutors={executors}",
+            "jobs/build_samples.py",
+            "--config",
+            EXAMPLE / "own_logs.toml",
+            "--logs",
+            EXAMPLE,
+            "--lake",
+            lake,
+            "--dates",
+            "2026-03-28",
             *(word for setting in (*PLAIN, *settings) for word in ("--set", setting)),
-        )  # fmt: skip
+        )
 
     def applications(self) -> list[dict[str, Any]]:
         """What the master knows of those that have ended."""

@@ -38,9 +38,13 @@ def rows(spark: SparkSession, day: str, count: int, parts: int) -> DataFrame:
     """Rows of one date as the build writes them, every label 0."""
     schema = samples_schema(feature_spec(CONFIG, {}))
     made = {
-        "array<bigint>": "array(id % 7)", "array<float>": "array(cast(id as float))", "float": "0.0", "boolean": "true",
-        "timestamp": f"timestamp'{day} 00:00:00'", "date": f"date'{day}'",
-    }  # fmt: skip
+        "array<bigint>": "array(id % 7)",
+        "array<float>": "array(cast(id as float))",
+        "float": "0.0",
+        "boolean": "true",
+        "timestamp": f"timestamp'{day} 00:00:00'",
+        "date": f"date'{day}'",
+    }
     kinds = {field.name: field.dataType.simpleString() for field in schema}
     return spark.range(0, count, 1, parts).selectExpr(
         *(f"cast({made.get(kind, 'id')} as {kind}) as {name}" for name, kind in kinds.items())
@@ -212,11 +216,15 @@ def test_delta_refuses_rows_that_break_a_label_rule_whoever_writes_them(
     """Plain Spark, none of our code: each row breaks one rule, and the others as little as can be."""
     # In the order is_click, is_order, is_click_global, is_order_global.
     bad = {
-        "is_click_is_0_or_1": (0.5, 0, 1, 0), "is_order_is_0_or_1": (1, 0.5, 1, 1),
-        "is_click_global_is_0_or_1": (1, 0, 2, 0), "is_order_global_is_0_or_1": (1, 0, 1, 0.5),
-        "is_order_le_is_click": (0, 1, 1, 1), "is_click_le_is_click_global": (1, 0, 0, 0),
-        "is_order_le_is_order_global": (1, 1, 1, 0), "is_order_global_le_is_click_global": (0, 0, 0, 1),
-    }[name]  # fmt: skip
+        "is_click_is_0_or_1": (0.5, 0, 1, 0),
+        "is_order_is_0_or_1": (1, 0.5, 1, 1),
+        "is_click_global_is_0_or_1": (1, 0, 2, 0),
+        "is_order_global_is_0_or_1": (1, 0, 1, 0.5),
+        "is_order_le_is_click": (0, 1, 1, 1),
+        "is_click_le_is_click_global": (1, 0, 0, 0),
+        "is_order_le_is_order_global": (1, 1, 1, 0),
+        "is_order_global_le_is_click_global": (0, 0, 0, 1),
+    }[name]
     values = dict(zip(("is_click", "is_order", "is_click_global", "is_order_global"), bad, strict=True))
     assert set(values) == set(ALL_LABELS)
     frame = rows(spark, DAYS[0], 1, 1).withColumns({k: F.lit(v).cast("float") for k, v in values.items()})
@@ -238,23 +246,44 @@ def foreign(spark: SparkSession, lake: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "overrides", "message"),
     [
-        (alter("SET TBLPROPERTIES ('delta.enableDeletionVectors' = 'true')"), (),
-         r"/samples: deletion vectors have been switched on, .*'false'\) and REORG TABLE .* APPLY \(PURGE\)"),
-        (alter("SET TBLPROPERTIES ('delta.enableDeletionVectors' = 'true')", REJECTS), (),
-         r"/rejects: deletion vectors have been switched on"),
-        (alter("SET TBLPROPERTIES ('delta.columnMapping.mode' = 'name')"), (),
-         r"delta.columnMapping.mode has been set to 'name', .*; RESTORE the table to the version before, or build"),
-        (alter("DROP CONSTRAINT is_order_le_is_click"), (),
-         r"the CHECK constraint is_order_le_is_click is missing, needed is_order <= is_click; run ALTER TABLE delta"),
-        (alter("ADD COLUMN note STRING"), (),
-         r"column 'note' is string, this version of the ETL writes no such column; go on with the version that built"),
-        (alter("ALTER COLUMN request_key DROP NOT NULL"), (),
-         r"column 'request_key' is bigint, this version of the ETL writes bigint not null"),
+        (
+            alter("SET TBLPROPERTIES ('delta.enableDeletionVectors' = 'true')"),
+            (),
+            r"/samples: deletion vectors have been switched on, .*'false'\) and REORG TABLE .* APPLY \(PURGE\)",
+        ),
+        (
+            alter("SET TBLPROPERTIES ('delta.enableDeletionVectors' = 'true')", REJECTS),
+            (),
+            r"/rejects: deletion vectors have been switched on",
+        ),
+        (
+            alter("SET TBLPROPERTIES ('delta.columnMapping.mode' = 'name')"),
+            (),
+            r"delta.columnMapping.mode has been set to 'name', .*; RESTORE the table to the version before, or build",
+        ),
+        (
+            alter("DROP CONSTRAINT is_order_le_is_click"),
+            (),
+            r"the CHECK constraint is_order_le_is_click is missing, needed is_order <= is_click; run ALTER TABLE delta",
+        ),
+        (
+            alter("ADD COLUMN note STRING"),
+            (),
+            r"column 'note' is string, this version of the ETL writes no such column; go on with the version that",
+        ),
+        (
+            alter("ALTER COLUMN request_key DROP NOT NULL"),
+            (),
+            r"column 'request_key' is bigint, this version of the ETL writes bigint not null",
+        ),
         (foreign, (), r"/samples: was not made by jobs/build_samples.py .*; move that table away, or build into a new"),
-        (None, ('features.user_numbers=["age", "income"]',),
-         r'built with features.user_numbers = \["age"\], the configuration has \["age", "income"\]; .* a new --lake'),
+        (
+            None,
+            ('features.user_numbers=["age", "income"]',),
+            r'built with features.user_numbers = \["age"\], the configuration has \["age", "income"\]; .* a new --lake',
+        ),
     ],
-)  # fmt: skip
+)
 def test_drift_is_one_line_with_its_way_out(
     spark: SparkSession,
     lake: Path,

@@ -13,9 +13,17 @@ from usr_ray.model.backbones import Backbone, BackboneInput, build_backbone
 torch.set_num_threads(1)  # rows this small are slower on more threads
 INPUT_DIM, SCENARIO_DIM, TRIGGER_DIM = 6, 3, 4
 SMALL = ModelConfig(
-    hidden=(8, 5), tower_hidden=(4,), num_experts=3, num_task_experts=2, num_levels=2, meta_depth=2, meta_view_dim=4,
-    apg_rank=3, apg_over_parameterisation=7, apg_hidden=(5,),
-)  # fmt: skip
+    hidden=(8, 5),
+    tower_hidden=(4,),
+    num_experts=3,
+    num_task_experts=2,
+    num_levels=2,
+    meta_depth=2,
+    meta_view_dim=4,
+    apg_rank=3,
+    apg_over_parameterisation=7,
+    apg_hidden=(5,),
+)
 ALL = BACKBONES
 
 
@@ -23,9 +31,12 @@ def small_backbone(name: str, *, num_scenarios: int = 3, seed: int = 0, config: 
     """A float64 backbone with every parameter moved off its start, so that ones and zeros hide nothing."""
     torch.manual_seed(seed)
     backbone = build_backbone(
-        replace(config, backbone=name), input_dim=INPUT_DIM, scenario_dim=SCENARIO_DIM, trigger_dim=TRIGGER_DIM,
+        replace(config, backbone=name),
+        input_dim=INPUT_DIM,
+        scenario_dim=SCENARIO_DIM,
+        trigger_dim=TRIGGER_DIM,
         num_scenarios=num_scenarios,
-    ).double()  # fmt: skip
+    ).double()
     with torch.no_grad():
         for parameter in backbone.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)

@@ -28,17 +28,30 @@ def table(world: World) -> pa.Table:
     for kind, part in ((KIND_IMPRESSION, world.impressions), (KIND_CLICK, world.clicks), (KIND_ORDER, world.orders)):
         rows += [
             {
-                "user_id": r["user"], "event_time": r["time"], "known_time": r["known"], "kind": kind, "id": r["id"],
-                "scenario": NO_SCENARIO if r["scenario"] is None else r["scenario"], "item_id": r["item"],
+                "user_id": r["user"],
+                "event_time": r["time"],
+                "known_time": r["known"],
+                "kind": kind,
+                "id": r["id"],
+                "scenario": NO_SCENARIO if r["scenario"] is None else r["scenario"],
+                "item_id": r["item"],
                 "impression_id": r.get("names"),
             }
             for r in part
-        ]  # fmt: skip
+        ]
     rows.sort(key=lambda r: (r["user_id"], r["event_time"], r["kind"], r["id"], r["item_id"], r["scenario"]))
-    schema = pa.schema([
-        ("user_id", pa.string()), ("event_time", pa.int64()), ("known_time", pa.int64()), ("kind", pa.int32()),
-        ("id", pa.string()), ("scenario", pa.int32()), ("item_id", pa.string()), ("impression_id", pa.string()),
-    ])  # fmt: skip
+    schema = pa.schema(
+        [
+            ("user_id", pa.string()),
+            ("event_time", pa.int64()),
+            ("known_time", pa.int64()),
+            ("kind", pa.int32()),
+            ("id", pa.string()),
+            ("scenario", pa.int32()),
+            ("item_id", pa.string()),
+            ("impression_id", pa.string()),
+        ]
+    )
     result = pa.Table.from_pylist(rows, schema=schema)
     for name in ("event_time", "known_time"):
         result = result.set_column(
@@ -80,8 +93,12 @@ def event_rows(world: World) -> pa.Table:
 def key_of(row: dict[str, Any]) -> tuple:
     """The key of a row as the pass gets it."""
     kind = row["kind"]
-    return (kind, row["scenario"] if kind == KIND_CLICK else None, row["id"],
-            row["item_id"] if kind == KIND_ORDER else None)  # fmt: skip
+    return (
+        kind,
+        row["scenario"] if kind == KIND_CLICK else None,
+        row["id"],
+        row["item_id"] if kind == KIND_ORDER else None,
+    )
 
 
 def number_of(content: Any) -> int:
@@ -90,11 +107,14 @@ def number_of(content: Any) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-_EXTRA = pa.schema([
-    *((name, pa.int64()) for name in ("user_key", "request_key", "key_hash", "row_hash", "value_hash")),
-    ("is_foreign", pa.bool_()),
-    *((name, pa.string()) for name in ("query", "reason", "row_json", "request_id")), ("position", pa.int32()),
-])  # fmt: skip
+_EXTRA = pa.schema(
+    [
+        *((name, pa.int64()) for name in ("user_key", "request_key", "key_hash", "row_hash", "value_hash")),
+        ("is_foreign", pa.bool_()),
+        *((name, pa.string()) for name in ("query", "reason", "row_json", "request_id")),
+        ("position", pa.int32()),
+    ]
+)
 
 
 def duplicated(draw: Any, world: World) -> World:
@@ -118,9 +138,13 @@ def duplicated(draw: Any, world: World) -> World:
 
 def rules_of(windows: Windows) -> LabelRules:
     return LabelRules(
-        click_window=windows.click, order_window=windows.order, global_window=windows.whole, clock_skew=windows.skew,
-        day_span=windows.day_span, credit_impression=windows.credit_impression,
-    )  # fmt: skip
+        click_window=windows.click,
+        order_window=windows.order,
+        global_window=windows.whole,
+        clock_skew=windows.skew,
+        day_span=windows.day_span,
+        credit_impression=windows.credit_impression,
+    )
 
 
 def run_kernel(world: World, windows: Windows, *, num_scenarios: int, length: int, watermark: int) -> Expected:
@@ -153,15 +177,19 @@ def run_kernel(world: World, windows: Windows, *, num_scenarios: int, length: in
         histories.append(of_rows)
     samples = {
         ids[row]: {
-            **{name: float(getattr(labels, name)[n])
-               for name in ("is_click", "is_order", "is_click_global", "is_order_global")},
-            **{name: None if getattr(labels, name)[n] == NO_TIME else int(getattr(labels, name)[n])
-               for name in ("click_time", "order_time")},
+            **{
+                name: float(getattr(labels, name)[n])
+                for name in ("is_click", "is_order", "is_click_global", "is_order_global")
+            },
+            **{
+                name: None if getattr(labels, name)[n] == NO_TIME else int(getattr(labels, name)[n])
+                for name in ("click_time", "order_time")
+            },
             "is_mature": bool(is_mature[n]),
             "histories": [histories[k][n] for k in range(num_scenarios)],
         }
         for n, row in enumerate(shown)
-    }  # fmt: skip
+    }
     kinds = {KIND_CLICK: "click", KIND_ORDER: "order"}
     rejects = {
         (kinds[int(events.kind[row])], ids[row], items[row]): REASONS[code]
@@ -216,8 +244,22 @@ def windows_of(**fixed: Any) -> st.SearchStrategy[Windows]:
     spans = st.integers(0, 12).map(lambda s: s * SECOND)
     return st.builds(
         lambda click, order, more, skew, day, credit: Windows(
-            **({"click": click, "order": order, "whole": click + more, "skew": skew, "day_span": day,
-                "credit_impression": credit} | fixed)
+            **(
+                {
+                    "click": click,
+                    "order": order,
+                    "whole": click + more,
+                    "skew": skew,
+                    "day_span": day,
+                    "credit_impression": credit,
+                }
+                | fixed
+            )
         ),
-        spans, spans, spans, st.sampled_from([0, 0, 1, 3]).map(lambda s: s * SECOND), st.booleans(), st.booleans(),
-    )  # fmt: skip
+        spans,
+        spans,
+        spans,
+        st.sampled_from([0, 0, 1, 3]).map(lambda s: s * SECOND),
+        st.booleans(),
+        st.booleans(),
+    )

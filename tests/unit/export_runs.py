@@ -22,12 +22,23 @@ NAMES = [f"{backbone}{'' if is_plain else '+usr'}" for backbone, is_plain in MOD
 def run_config(**model: Any) -> Config:
     """A small run; `model` are keys of [model], or its sections as dictionaries."""
     small: dict[str, Any] = {
-        "interest": {"rank": 2, "over_parameterisation": 4}, "generator": {"hidden": 4}, "multitask": {"hidden": [4]},
+        "interest": {"rank": 2, "over_parameterisation": 4},
+        "generator": {"hidden": 4},
+        "multitask": {"hidden": [4]},
         "contrastive": {"group_size": 16},
-    }  # fmt: skip
+    }
     sections = {name: {**values, **model.pop(name, {})} for name, values in small.items()}
-    sizes = {"embedding_dim": 4, "trigger_dim": 4, "hidden": [8, 6], "tower_hidden": [4], "recent_queries": 3,
-             "apg_rank": 3, "apg_over_parameterisation": 5, "apg_hidden": [4], "num_experts": 3}  # fmt: skip
+    sizes = {
+        "embedding_dim": 4,
+        "trigger_dim": 4,
+        "hidden": [8, 6],
+        "tower_hidden": [4],
+        "recent_queries": 3,
+        "apg_rank": 3,
+        "apg_over_parameterisation": 5,
+        "apg_hidden": [4],
+        "num_experts": 3,
+    }
     return Config.from_dict(
         {
             "data": {"train_dates": "2026-01-01", "eval_dates": "2026-01-03:2026-01-04"},

@@ -90,8 +90,10 @@ def click_owner(
     if click["impression_id"] is not None:
         row = shown.get(click["impression_id"])
         same = row is not None and (row["user_id"], row["item_id"], row["scenario"]) == (
-            click["user_id"], click["item_id"], scenario,
-        )  # fmt: skip
+            click["user_id"],
+            click["item_id"],
+            scenario,
+        )
         return row["impression_id"] if row and same and 0 <= time_us - row["event_time"] <= click_us else None
     fitting = [
         (row["event_time"], row["impression_id"])

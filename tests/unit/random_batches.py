@@ -14,8 +14,13 @@ from usr_ray.schema import DenseFeature, FeatureSpec, SparseFeature, index_colum
 
 NAMES = ("search", "recommendation", "feed", "mail", "home", "cart", "ads", "live")
 OWNERS = {
-    "user_id": "user", "item_id": "item", "query": "query", "event_hour": "context", "age": "user", "brand": "item",
-}  # fmt: skip
+    "user_id": "user",
+    "item_id": "item",
+    "query": "query",
+    "event_hour": "context",
+    "age": "user",
+    "brand": "item",
+}
 
 
 def make_spec(
@@ -46,9 +51,11 @@ def make_spec(
 def make_config(**changes: object) -> ModelConfig:
     """Small sizes; keys of ModelConfig, or interest, generator, multitask, contrastive as dictionaries of changes."""
     kinds = {
-        "interest": InterestConfig, "generator": GeneratorConfig, "multitask": MultitaskConfig,
+        "interest": InterestConfig,
+        "generator": GeneratorConfig,
+        "multitask": MultitaskConfig,
         "contrastive": ContrastiveConfig,
-    }  # fmt: skip
+    }
     small: dict[str, dict] = {
         "interest": {"rank": 3, "over_parameterisation": 5},
         "generator": {"hidden": 6},
@@ -135,5 +142,5 @@ def rows(batch: UsrBatch, keep: Tensor | slice | list[int]) -> UsrBatch:
         f.name: getattr(batch, f.name)[numbers]
         for f in dataclasses.fields(batch)
         if f.name not in ("histories", "longest")
-    }  # fmt: skip
+    }
     return UsrBatch(histories=tuple(histories), **flat)

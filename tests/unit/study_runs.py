@@ -48,9 +48,15 @@ def finish(run_dir: Path, study: Study, trial: Trial, predictions: Predictions) 
     write_predictions(folder / PREDICTIONS_FILE, predictions, SCENARIOS, about={})
     write_metrics(folder / "metrics.json", {SPLIT: metrics_by_scenario(predictions, SCENARIOS)})
     config = BASE.config(study.resources, trial, table_version=4).to_dict()
-    record = {"status": "finished", "step": 12, "config": config, "table": {"uri": "/lake/samples", "version": 4},
-              "attempts": [{"started": "2026-01-09T10:00:00+00:00"}], "ended": "2026-01-09T10:00:42+00:00",
-              "packages": {"torch": "2"}}  # fmt: skip
+    record = {
+        "status": "finished",
+        "step": 12,
+        "config": config,
+        "table": {"uri": "/lake/samples", "version": 4},
+        "attempts": [{"started": "2026-01-09T10:00:00+00:00"}],
+        "ended": "2026-01-09T10:00:42+00:00",
+        "packages": {"torch": "2"},
+    }
     (folder / "config.json").write_text(json.dumps(record), encoding="utf-8")
     spread = {"kind": "train", "step": 12, "variance/interest/search": 0.02, "variance/feature/search": 0.0}
     (folder / "history.jsonl").write_text(json.dumps(spread) + "\n", encoding="utf-8")

@@ -12,18 +12,29 @@ pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(p for d in ("etl", "usr_ray", "jobs", "cluster") for p in (ROOT / d).rglob("*.py"))
-MAX_FILE, MAX_FUNCTION, MAX_LOOP = 300, 70, 250
+MAX_FILE, MAX_FUNCTION, MAX_LOOP = 500, 70, 260
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_files_and_functions_stay_small(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    limit = MAX_LOOP if path.name == "train.py" and path.parent.name == "usr_ray" else MAX_FILE
+    limit = MAX_LOOP if path.name == "loop.py" else MAX_FILE
     assert len(text.splitlines()) <= limit
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             lines = (node.end_lineno or 0) - node.lineno + 1
             assert lines <= MAX_FUNCTION, f"{node.name} has {lines} lines"
+
+
+def test_formatting_is_switched_off_only_where_a_reason_stands() -> None:
+    marks = [
+        f"{p.relative_to(ROOT)}: {line.strip()}"
+        for d in ("etl", "usr_ray", "jobs", "cluster", "tests", "benchmarks", "docs")
+        for p in sorted((ROOT / d).rglob("*.py"))
+        for line in p.read_text(encoding="utf-8").splitlines()
+        if line.endswith("# fmt: " + "skip") or line.strip() == "# fmt: " + "off"
+    ]
+    assert len(marks) <= 20, "\n".join(marks)
 
 
 def test_no_module_is_a_drawer_for_anything() -> None:

@@ -27,21 +27,36 @@ ROOMS: dict[str, set[str]] = {
     "operations": {"config", "data", "evaluation", "model", "training", "runs"},
     "experiments": {"config", "data", "evaluation", "model", "training", "runs", "launch", "serving", "operations"},
     "reporting": {
-        "config", "data", "evaluation", "model", "training", "runs", "launch", "serving", "operations", "experiments",
+        "config",
+        "data",
+        "evaluation",
+        "model",
+        "training",
+        "runs",
+        "launch",
+        "serving",
+        "operations",
+        "experiments",
     },
-}  # fmt: skip
+}
 """Room of usr_ray -> the rooms below it, whose modules it may import; the ground is open to all."""
 
 OUTSIDE = {
     "ray": {"usr_ray/launch/", "usr_ray/experiments/", "usr_ray/serving/app.py"},
     "deltalake": {"usr_ray/data/manifest.py", "usr_ray/serving/score_table.py"},
     "torch": {
-        "usr_ray/data/", "usr_ray/model/", "usr_ray/training/", "usr_ray/runs/", "usr_ray/launch/", "usr_ray/serving/",
-        "usr_ray/experiments/", "usr_ray/reporting/study_vectors.py",
+        "usr_ray/data/",
+        "usr_ray/model/",
+        "usr_ray/training/",
+        "usr_ray/runs/",
+        "usr_ray/launch/",
+        "usr_ray/serving/",
+        "usr_ray/experiments/",
+        "usr_ray/reporting/study_vectors.py",
     },
     "pyspark": {"etl/"},
     "delta": {"etl/"},
-}  # fmt: skip
+}
 """Package -> the folders and files of the product that may import it."""
 NEVER = {"etl": {"jobs"}, "usr_ray": {"etl", "jobs"}}
 PLAIN = "etl/kernel/"

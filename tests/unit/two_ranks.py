@@ -64,8 +64,14 @@ def _ranks(world_size: int) -> list[tuple[ForkServerProcess, Connection]]:
 
 def _serve(rank: int, world_size: int, port: int, connection: Connection) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                   "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}  # fmt: skip
+    os.environ |= {
+        "TORCHELASTIC_RUN_ID": "test",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+    }
     LocalWorker("cpu")  # sets up the process group, for as long as the process lives
     while True:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # LocalWorker takes it for a wish; the session's end is an order

@@ -24,10 +24,7 @@ from usr_ray.config.fields import (
     parse_dates,
     parse_duration_us,
 )
-from usr_ray.config.logs import (
-    LogConfig,
-    OnlineConfig,
-)
+from usr_ray.config.logs import LogConfig, OnlineConfig
 from usr_ray.config.model import (
     BACKBONES,
     ContrastiveConfig,
@@ -36,17 +33,8 @@ from usr_ray.config.model import (
     ModelConfig,
     MultitaskConfig,
 )
-from usr_ray.config.root import (
-    Config,
-    DataConfig,
-    RayConfig,
-    TrainConfig,
-    load_config,
-)
-from usr_ray.config.tune import (
-    SpaceConfig,
-    TuneConfig,
-)
+from usr_ray.config.root import Config, DataConfig, RayConfig, TrainConfig, load_config
+from usr_ray.config.tune import SpaceConfig, TuneConfig
 
 __all__ = [
     "BACKBONES",

@@ -30,16 +30,21 @@ class LabelsConfig:
     """Scenarios whose orders no log knows: not known, which is not the same as none. They have no CTCVR task."""
 
     def __post_init__(self) -> None:
-        require(self.global_span in ("window", "day"),
-                 f"labels.global_span must be 'window' or 'day', got {self.global_span!r}")  # fmt: skip
-        require(self.order_without_click in ("reject", "credit_impression"),
-                 "labels.order_without_click must be 'reject' or 'credit_impression', "
-                 f"got {self.order_without_click!r}")  # fmt: skip
+        require(
+            self.global_span in ("window", "day"),
+            f"labels.global_span must be 'window' or 'day', got {self.global_span!r}",
+        )
+        require(
+            self.order_without_click in ("reject", "credit_impression"),
+            f"labels.order_without_click must be 'reject' or 'credit_impression', got {self.order_without_click!r}",
+        )
         for key in ("click_window", "order_window", "clock_skew"):
             parse_duration_us(getattr(self, key), where=f"labels.{key}")
-        require(self.global_window_us >= self.click_window_us,
-                 f"labels.global_window ({self.global_window}) must not be shorter than "
-                 f"labels.click_window ({self.click_window})")  # fmt: skip
+        require(
+            self.global_window_us >= self.click_window_us,
+            f"labels.global_window ({self.global_window}) must not be shorter than "
+            f"labels.click_window ({self.click_window})",
+        )
 
     @property
     def click_window_us(self) -> int:
@@ -81,9 +86,10 @@ class LimitsConfig:
     """Log rows (impressions, clicks, order lines) of a user on a UTC day; a day with more is taken out. 0: off."""
 
     def __post_init__(self) -> None:
-        require(self.max_user_events_per_day >= 0,
-                f"limits.max_user_events_per_day must not be negative (0: no limit), got {self.max_user_events_per_day}"
-                )  # fmt: skip
+        require(
+            self.max_user_events_per_day >= 0,
+            f"limits.max_user_events_per_day must not be negative (0: no limit), got {self.max_user_events_per_day}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,15 +165,27 @@ class SimulatedConfig:
     def __post_init__(self) -> None:
         for key in ("num_impressions", "num_days", "num_users", "num_items", "num_queries", "num_categories"):
             require(getattr(self, key) > 0, f"simulated.{key} must be positive, got {getattr(self, key)}")
-        for key in ("similarity", "cross_exposure", "global_noise", "link_loss", "duplicate_rate", "late_rate",
-                    "unnamed_click_rate", "new_item_share"):  # fmt: skip
+        for key in (
+            "similarity",
+            "cross_exposure",
+            "global_noise",
+            "link_loss",
+            "duplicate_rate",
+            "late_rate",
+            "unnamed_click_rate",
+            "new_item_share",
+        ):
             require(0 <= getattr(self, key) <= 1, f"simulated.{key} must be in [0, 1], got {getattr(self, key)}")
         require(self.seed >= 0, f"simulated.seed must not be negative, got {self.seed}")
-        for key, least in (("num_impressions", "num_days"), ("num_items", "num_categories"),
-                           ("num_queries", "num_categories")):  # fmt: skip
-            require(getattr(self, key) >= getattr(self, least),
-                     f"simulated.{key} ({getattr(self, key)}) must not be below "
-                     f"simulated.{least} ({getattr(self, least)})")  # fmt: skip
+        for key, least in (
+            ("num_impressions", "num_days"),
+            ("num_items", "num_categories"),
+            ("num_queries", "num_categories"),
+        ):
+            require(
+                getattr(self, key) >= getattr(self, least),
+                f"simulated.{key} ({getattr(self, key)}) must not be below simulated.{least} ({getattr(self, least)})",
+            )
         require(self.num_items >= 32, f"simulated.num_items must be at least 32 (four slates), got {self.num_items}")
         parse_date(self.first_date, where="simulated.first_date")
 
@@ -195,8 +213,10 @@ class KuaiSarConfig:
     """Later action of a recommendation row that stands in for an order; search rows have none."""
 
     def __post_init__(self) -> None:
-        require(self.order_column in ("like", "follow", "forward"),
-                f"kuaisar.order_column must be 'like', 'follow' or 'forward', got {self.order_column!r}")  # fmt: skip
+        require(
+            self.order_column in ("like", "follow", "forward"),
+            f"kuaisar.order_column must be 'like', 'follow' or 'forward', got {self.order_column!r}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -213,9 +233,10 @@ class JdSearchConfig:
     def __post_init__(self) -> None:
         require(self.num_days > 0, f"jdsearch.num_days must be positive, got {self.num_days}")
         parse_instant_us(self.base_time, where="jdsearch.base_time")
-        require(self.base_time_us % DAY_US == 0,
-                f"jdsearch.base_time must be midnight UTC, got {self.base_time!r}: no history may share its date"
-                )  # fmt: skip
+        require(
+            self.base_time_us % DAY_US == 0,
+            f"jdsearch.base_time must be midnight UTC, got {self.base_time!r}: no history may share its date",
+        )
 
     @property
     def base_time_us(self) -> int:

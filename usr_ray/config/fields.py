@@ -27,10 +27,20 @@ class ConfigError(UserError):
 DAY_US = 86_400_000_000
 _EPOCH = dt.date(1970, 1, 1)
 _UNITS_US = {
-    "us": 1, "microsecond": 1, "ms": 1000, "millisecond": 1000, "s": 1_000_000, "second": 1_000_000,
-    "m": 60_000_000, "min": 60_000_000, "minute": 60_000_000, "h": 3_600_000_000, "hour": 3_600_000_000,
-    "d": DAY_US, "day": DAY_US,
-}  # fmt: skip
+    "us": 1,
+    "microsecond": 1,
+    "ms": 1000,
+    "millisecond": 1000,
+    "s": 1_000_000,
+    "second": 1_000_000,
+    "m": 60_000_000,
+    "min": 60_000_000,
+    "minute": 60_000_000,
+    "h": 3_600_000_000,
+    "hour": 3_600_000_000,
+    "d": DAY_US,
+    "day": DAY_US,
+}
 
 
 def parse_duration_us(text: str, *, where: str) -> int:

@@ -71,11 +71,15 @@ class LogConfig:
 
     def check(self, where: str) -> None:
         """Raise ConfigError, naming `where`, unless every value can be used."""
-        require(self.format in ("", *LOG_FORMATS),
-                f"{where}.format must be one of {', '.join(LOG_FORMATS)}, got {self.format!r}")  # fmt: skip
+        require(
+            self.format in ("", *LOG_FORMATS),
+            f"{where}.format must be one of {', '.join(LOG_FORMATS)}, got {self.format!r}",
+        )
         require(len(self.separator) == 1, f"{where}.separator must be one character, got {self.separator!r}")
-        require(_is_encoding(self.encoding),
-                f"{where}.encoding {self.encoding!r} is unknown; write it as 'UTF-8' or 'ISO-8859-1'")  # fmt: skip
+        require(
+            _is_encoding(self.encoding),
+            f"{where}.encoding {self.encoding!r} is unknown; write it as 'UTF-8' or 'ISO-8859-1'",
+        )
         doubled = sorted(set(self.columns) & set(self.constants))
         require(not doubled, f"{where}: {', '.join(doubled)} is in columns and in constants; keep one of them")
         for key in ("event_time", "ingest_time"):
@@ -84,11 +88,15 @@ class LogConfig:
         for key in ("columns", "where"):
             empty = [name for name, value in getattr(self, key).items() if value in ("", ())]
             require(not empty, f"{where}.{key}.{''.join(empty[:1])} is empty; name at least one")
-        require(_is_time_format(self.time_format),
-                f"{where}.time_format must be 'iso', 's', 'ms', 'us', 'ns' or a pattern of strptime such as "
-                f"'%d.%m.%Y %H:%M:%S', got {self.time_format!r}")  # fmt: skip
-        require(_is_time_zone(self.time_zone),
-                f"{where}.time_zone {self.time_zone!r} is unknown; write it as 'UTC' or 'Europe/Berlin'")  # fmt: skip
+        require(
+            _is_time_format(self.time_format),
+            f"{where}.time_format must be 'iso', 's', 'ms', 'us', 'ns' or a pattern of strptime such as "
+            f"'%d.%m.%Y %H:%M:%S', got {self.time_format!r}",
+        )
+        require(
+            _is_time_zone(self.time_zone),
+            f"{where}.time_zone {self.time_zone!r} is unknown; write it as 'UTC' or 'Europe/Berlin'",
+        )
 
 
 def _is_encoding(name: str) -> bool:
@@ -126,7 +134,10 @@ def _is_time_format(text: str) -> bool:
 def log_names(scenarios: Sequence[str]) -> list[str]:
     """Every log that the contract knows with these scenarios."""
     return [f"{s}_{kind}" for s in scenarios for kind in ("impressions", "clicks", "orders")] + [
-        "orders", "users", "items"]  # fmt: skip
+        "orders",
+        "users",
+        "items",
+    ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,6 +168,7 @@ class OnlineConfig:
             len(self.shares) != 1,
             f"online.shares names one bucket, {''.join(self.shares)}; an experiment has two or more",
         )
-        require(not (self.shares and self.control) or self.control in self.shares,
-                f"online.control {self.control!r} is not in online.shares, which has: {', '.join(self.shares)}"
-                )  # fmt: skip
+        require(
+            not (self.shares and self.control) or self.control in self.shares,
+            f"online.control {self.control!r} is not in online.shares, which has: {', '.join(self.shares)}",
+        )

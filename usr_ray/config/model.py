@@ -25,9 +25,11 @@ class InterestConfig:
     def __post_init__(self) -> None:
         for key in ("rank", "over_parameterisation"):
             require(getattr(self, key) > 0, f"model.interest.{key} must be positive, got {getattr(self, key)}")
-        require(self.over_parameterisation >= self.rank,
-                f"model.interest.over_parameterisation ({self.over_parameterisation}) must not be below "
-                f"model.interest.rank ({self.rank}): the product would lose rank")  # fmt: skip
+        require(
+            self.over_parameterisation >= self.rank,
+            f"model.interest.over_parameterisation ({self.over_parameterisation}) must not be below "
+            f"model.interest.rank ({self.rank}): the product would lose rank",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,13 +77,13 @@ class ContrastiveConfig:
 
     def __post_init__(self) -> None:
         for key in ("interest_weight", "feature_weight"):
-            require(getattr(self, key) >= 0,
-                    f"model.contrastive.{key} must not be negative, got {getattr(self, key)}")  # fmt: skip
+            require(getattr(self, key) >= 0, f"model.contrastive.{key} must not be negative, got {getattr(self, key)}")
         for key in ("temperature", "group_size"):
             require(getattr(self, key) > 0, f"model.contrastive.{key} must be positive, got {getattr(self, key)}")
         # e^(1 / tau), of which the loss adds up many, must be a number.
-        require(self.temperature >= 0.002,
-                f"model.contrastive.temperature must be at least 0.002, got {self.temperature}")  # fmt: skip
+        require(
+            self.temperature >= 0.002, f"model.contrastive.temperature must be at least 0.002, got {self.temperature}"
+        )
         require(0 < self.mask_rate < 1, f"model.contrastive.mask_rate must be in (0, 1), got {self.mask_rate}")
 
 
@@ -129,22 +131,38 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         is_own = _OWN_BACKBONE.fullmatch(self.backbone) is not None
-        require(self.backbone in BACKBONES or is_own,
-                 f"model.backbone {self.backbone!r} is not known; choose from: {', '.join(BACKBONES)}; or name a class "
-                 "of your own as module:Class")  # fmt: skip
-        require(is_own or not self.backbone_options,
-                f"model.backbone_options is for a backbone of your own (module:Class), got {self.backbone!r}; "
-                "leave it out")  # fmt: skip
-        for key in ("embedding_dim", "trigger_dim", "recent_queries", "num_experts", "num_task_experts", "num_levels",
-                    "meta_depth", "meta_view_dim", "apg_rank"):  # fmt: skip
+        require(
+            self.backbone in BACKBONES or is_own,
+            f"model.backbone {self.backbone!r} is not known; choose from: {', '.join(BACKBONES)}; or name a class "
+            "of your own as module:Class",
+        )
+        require(
+            is_own or not self.backbone_options,
+            f"model.backbone_options is for a backbone of your own (module:Class), got {self.backbone!r}; leave it out",
+        )
+        for key in (
+            "embedding_dim",
+            "trigger_dim",
+            "recent_queries",
+            "num_experts",
+            "num_task_experts",
+            "num_levels",
+            "meta_depth",
+            "meta_view_dim",
+            "apg_rank",
+        ):
             require(getattr(self, key) > 0, f"model.{key} must be positive, got {getattr(self, key)}")
         for key in ("hidden", "tower_hidden", "apg_hidden"):
             widths = getattr(self, key)
             require(all(width > 0 for width in widths), f"model.{key} must hold positive widths, got {list(widths)}")
-        require(self.scenario_weights in ("equal", "rows"),
-                f"model.scenario_weights must be 'equal' or 'rows', got {self.scenario_weights!r}")  # fmt: skip
+        require(
+            self.scenario_weights in ("equal", "rows"),
+            f"model.scenario_weights must be 'equal' or 'rows', got {self.scenario_weights!r}",
+        )
         require(bool(self.hidden), "model.hidden is empty; give at least one width, for example [64]")
         require(0 <= self.dropout < 1, f"model.dropout must be in [0, 1), got {self.dropout}")
-        require(self.apg_over_parameterisation >= self.apg_rank,
-                f"model.apg_over_parameterisation ({self.apg_over_parameterisation}) must not be below "
-                f"model.apg_rank ({self.apg_rank}): the product would lose rank")  # fmt: skip
+        require(
+            self.apg_over_parameterisation >= self.apg_rank,
+            f"model.apg_over_parameterisation ({self.apg_over_parameterisation}) must not be below "
+            f"model.apg_rank ({self.apg_rank}): the product would lose rank",
+        )

@@ -26,19 +26,9 @@ from usr_ray.config.etl import (
     SimulatedConfig,
     VocabularyConfig,
 )
-from usr_ray.config.fields import (
-    ConfigError,
-    build,
-    complete,
-    override_key,
-    parse_dates,
-    parse_duration_us,
-    require,
-)
+from usr_ray.config.fields import ConfigError, build, complete, override_key, parse_dates, parse_duration_us, require
 from usr_ray.config.logs import LogConfig, OnlineConfig, log_names
-from usr_ray.config.model import (
-    ModelConfig,
-)
+from usr_ray.config.model import ModelConfig
 from usr_ray.config.tune import TuneConfig
 
 
@@ -65,9 +55,11 @@ class DataConfig:
         if self.train_dates and self.eval_dates:
             train_last = parse_dates(self.train_dates, where="data.train_dates")[1]
             eval_first = parse_dates(self.eval_dates, where="data.eval_dates")[0]
-            require(train_last < eval_first,
-                     f"data.eval_dates ({self.eval_dates}) must start after data.train_dates "
-                     f"({self.train_dates}) end: a held-out date must not be trained on")  # fmt: skip
+            require(
+                train_last < eval_first,
+                f"data.eval_dates ({self.eval_dates}) must start after data.train_dates "
+                f"({self.train_dates}) end: a held-out date must not be trained on",
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,26 +114,48 @@ class TrainConfig:
     """Keep the weights of the epoch with the best mean log loss on eval_dates, and stop when it grows."""
 
     def __post_init__(self) -> None:
-        for key in ("num_epochs", "global_batch_size", "checkpoint_every_steps", "keep_checkpoints",
-                    "log_every_steps", "reader_threads", "reader_shards", "learning_rate", "evaluate_every_epochs",
-                    "embedding_learning_rate"):  # fmt: skip
+        for key in (
+            "num_epochs",
+            "global_batch_size",
+            "checkpoint_every_steps",
+            "keep_checkpoints",
+            "log_every_steps",
+            "reader_threads",
+            "reader_shards",
+            "learning_rate",
+            "evaluate_every_epochs",
+            "embedding_learning_rate",
+        ):
             require(getattr(self, key) > 0, f"train.{key} must be positive, got {getattr(self, key)}")
-        require(self.global_batch_size % self.reader_shards == 0,
-                 f"train.reader_shards ({self.reader_shards}) must divide train.global_batch_size "
-                 f"({self.global_batch_size})")  # fmt: skip
-        require(self.order in ("shuffled", "by_date"),
-                 f"train.order must be 'shuffled' or 'by_date', got {self.order!r}")  # fmt: skip
-        require(self.schedule in ("none", "cosine", "linear"),
-                f"train.schedule must be 'none', 'cosine' or 'linear', got {self.schedule!r}")  # fmt: skip
-        for key, choices in (("embedding_optimizer", ("rowwise_adagrad", "rowwise_adam")),
-                             ("embedding_strategy", ("replicated", "sharded"))):  # fmt: skip
-            require(getattr(self, key) in choices,
-                    f"train.{key} must be '{choices[0]}' or '{choices[1]}', got {getattr(self, key)!r}")  # fmt: skip
-        require(self.embedding_strategy == "replicated" or self.embedding_optimizer == "rowwise_adagrad",
-                "train.embedding_optimizer 'rowwise_adam' needs train.embedding_strategy 'replicated': FBGEMM has no "
-                "row-wise Adam with this formula; set rowwise_adagrad or replicated")  # fmt: skip
-        require(self.precision in ("float32", "bf16"),
-                 f"train.precision must be 'float32' or 'bf16', got {self.precision!r}")  # fmt: skip
+        require(
+            self.global_batch_size % self.reader_shards == 0,
+            f"train.reader_shards ({self.reader_shards}) must divide train.global_batch_size "
+            f"({self.global_batch_size})",
+        )
+        require(
+            self.order in ("shuffled", "by_date"), f"train.order must be 'shuffled' or 'by_date', got {self.order!r}"
+        )
+        require(
+            self.schedule in ("none", "cosine", "linear"),
+            f"train.schedule must be 'none', 'cosine' or 'linear', got {self.schedule!r}",
+        )
+        for key, choices in (
+            ("embedding_optimizer", ("rowwise_adagrad", "rowwise_adam")),
+            ("embedding_strategy", ("replicated", "sharded")),
+        ):
+            require(
+                getattr(self, key) in choices,
+                f"train.{key} must be '{choices[0]}' or '{choices[1]}', got {getattr(self, key)!r}",
+            )
+        require(
+            self.embedding_strategy == "replicated" or self.embedding_optimizer == "rowwise_adagrad",
+            "train.embedding_optimizer 'rowwise_adam' needs train.embedding_strategy 'replicated': FBGEMM has no "
+            "row-wise Adam with this formula; set rowwise_adagrad or replicated",
+        )
+        require(
+            self.precision in ("float32", "bf16"),
+            f"train.precision must be 'float32' or 'bf16', got {self.precision!r}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,27 +208,36 @@ class Config:
         require(len(set(self.scenarios)) == len(self.scenarios), f"scenarios has doubles: {list(self.scenarios)}")
         for name in self.scenarios:
             # The name becomes part of column and log names, so it is never quoted into SQL.
-            require(re.fullmatch(r"[a-z][a-z0-9_]*", name) is not None,
-                     f"scenarios: {name!r} must be lower-case letters, digits and '_'")  # fmt: skip
+            require(
+                re.fullmatch(r"[a-z][a-z0-9_]*", name) is not None,
+                f"scenarios: {name!r} must be lower-case letters, digits and '_'",
+            )
             require(name not in ("global", "all"), f"scenarios: {name!r} is the name of a total in metrics.json")
         known = log_names(self.scenarios)
         unknown = sorted(set(self.logs) - set(known))
-        require(not unknown, f"unknown log 'logs.{''.join(unknown[:1])}'; with these scenarios there can be: "
-                f"{', '.join(known)}")  # fmt: skip
+        require(
+            not unknown,
+            f"unknown log 'logs.{''.join(unknown[:1])}'; with these scenarios there can be: {', '.join(known)}",
+        )
         for name, log in self.logs.items():
             log.check(f"logs.{name}")
         strays = sorted(set(self.query_scenarios) - set(self.scenarios))
         # The default names "search" for the usual pair; a list without search simply has no queries then.
-        require(not strays or self.query_scenarios == ("search",),
-                f"query_scenarios names {', '.join(strays)}, not among scenarios: "
-                f"{', '.join(self.scenarios)}")  # fmt: skip
+        require(
+            not strays or self.query_scenarios == ("search",),
+            f"query_scenarios names {', '.join(strays)}, not among scenarios: {', '.join(self.scenarios)}",
+        )
         strays = sorted(set(self.labels.no_order_scenarios) - set(self.scenarios))
-        require(not strays, f"labels.no_order_scenarios names {', '.join(strays)}, not among scenarios: "
-                f"{', '.join(self.scenarios)}")  # fmt: skip
+        require(
+            not strays,
+            f"labels.no_order_scenarios names {', '.join(strays)}, not among scenarios: {', '.join(self.scenarios)}",
+        )
         group = self.model.contrastive.group_size
-        require(self.train.global_batch_size % group == 0,
-                 f"train.global_batch_size ({self.train.global_batch_size}) must be a multiple of "
-                 f"model.contrastive.group_size ({group})")  # fmt: skip
+        require(
+            self.train.global_batch_size % group == 0,
+            f"train.global_batch_size ({self.train.global_batch_size}) must be a multiple of "
+            f"model.contrastive.group_size ({group})",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dictionaries, as saved in config.json."""

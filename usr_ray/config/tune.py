@@ -25,17 +25,20 @@ class SpaceConfig:
 
     def check(self, where: str) -> None:
         """Raise ConfigError, naming `where`, unless values can be drawn."""
-        require(self.kind in SPACE_KINDS,
-                f"{where}.kind must be one of {', '.join(SPACE_KINDS)}, got {self.kind!r}")  # fmt: skip
+        require(self.kind in SPACE_KINDS, f"{where}.kind must be one of {', '.join(SPACE_KINDS)}, got {self.kind!r}")
         if self.kind == "choice":
             require(bool(self.values), f"{where}.values is empty; name the values to choose from")
             return
         require(not self.values, f"{where}.values is for kind 'choice'; give low and high")
         require(self.low < self.high, f"{where}: low ({self.low:g}) must be below high ({self.high:g})")
-        require(self.kind != "log_uniform" or self.low > 0,
-                f"{where}.low must be positive for log_uniform, got {self.low:g}")  # fmt: skip
-        require(self.kind != "int" or (self.low.is_integer() and self.high.is_integer()),
-                f"{where}: low and high must be whole numbers for int, got {self.low:g} and {self.high:g}")  # fmt: skip
+        require(
+            self.kind != "log_uniform" or self.low > 0,
+            f"{where}.low must be positive for log_uniform, got {self.low:g}",
+        )
+        require(
+            self.kind != "int" or (self.low.is_integer() and self.high.is_integer()),
+            f"{where}: low and high must be whole numbers for int, got {self.low:g} and {self.high:g}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +73,9 @@ class TuneConfig:
         require(self.reduction > 1, f"tune.reduction must be at least 2, got {self.reduction}")
         require(self.max_concurrent >= 0, f"tune.max_concurrent must not be negative, got {self.max_concurrent}")
         require(self.metric in METRICS, f"tune.metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
-        require(bool(self.final_seeds) and min(self.final_seeds) >= 0,
-                f"tune.final_seeds must name at least one seed, none negative, got {self.final_seeds}")  # fmt: skip
+        require(
+            bool(self.final_seeds) and min(self.final_seeds) >= 0,
+            f"tune.final_seeds must name at least one seed, none negative, got {self.final_seeds}",
+        )
         for path, space in self.space.items():
             space.check(f"tune.space.{path}")

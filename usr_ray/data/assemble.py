@@ -24,8 +24,16 @@ from usr_ray.data.batch import History, UsrBatch
 from usr_ray.schema import ALL_LABELS, FeatureSpec
 
 IntArray = NDArray[np.int64]
-_ROW_FIELDS = ("labels_BT", "weights_B", "scenario_B", "sparse_BF", "dense_BF", "user_key_B", "request_key_B",
-               "row_number_B")  # fmt: skip
+_ROW_FIELDS = (
+    "labels_BT",
+    "weights_B",
+    "scenario_B",
+    "sparse_BF",
+    "dense_BF",
+    "user_key_B",
+    "request_key_B",
+    "row_number_B",
+)
 _EVENT_FIELDS = ("item_ids_V", "actions_V", "ages_s_V", "query_ids_V")
 EventTypes = Mapping[str, "np.dtype[Any]"]
 """Type of each of _EVENT_FIELDS in a batch."""
@@ -42,8 +50,11 @@ def event_types(spec: FeatureSpec) -> EventTypes:
     """The narrowest types that hold the events of `spec`."""
     items, queries = (id_type(spec.sparse_feature(name).num_embeddings) for name in ("item_id", "query"))
     return {
-        "item_ids_V": items, "actions_V": np.dtype(np.int8), "ages_s_V": np.dtype(np.float32), "query_ids_V": queries
-    }  # fmt: skip
+        "item_ids_V": items,
+        "actions_V": np.dtype(np.int8),
+        "ages_s_V": np.dtype(np.float32),
+        "query_ids_V": queries,
+    }
 
 
 def sparse_type(spec: FeatureSpec) -> np.dtype[Any]:

@@ -27,12 +27,7 @@ class RowGroupDecoder:
     """Decodes row groups of a manifest; safe to call from several threads."""
 
     def __init__(
-        self,
-        manifest: Manifest,
-        *,
-        ready_before_us: int | None,
-        mature_only: bool,
-        cache_dir: Path | str | None = None,
+        self, manifest: Manifest, *, ready_before_us: int | None, mature_only: bool, cache_dir: Path | str | None = None
     ) -> None:
         """See SampleReader for the arguments."""
         self._manifest = manifest

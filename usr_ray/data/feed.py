@@ -147,9 +147,13 @@ class Feed(Generic[Moved, Kept]):
     """
 
     def __init__(
-        self, source: Iterator[tuple[Moved, Kept]], device: torch.device, *, depth: int = 2,
+        self,
+        source: Iterator[tuple[Moved, Kept]],
+        device: torch.device,
+        *,
+        depth: int = 2,
         copies: Copies | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._source = source
         self._device = device
         self._copies = CudaCopies(device) if copies is None and device.type == "cuda" else copies

@@ -178,9 +178,14 @@ class _Stream:
         self._reader = reader
         self._executor = executor
         self._blocks = BlockReader(
-            reader._manifest.spec, reader._refs, reader._decoder, reader._share, executor=executor,
-            num_threads=reader._num_threads, max_bytes_in_flight=reader._max_bytes_in_flight,
-        )  # fmt: skip
+            reader._manifest.spec,
+            reader._refs,
+            reader._decoder,
+            reader._share,
+            executor=executor,
+            num_threads=reader._num_threads,
+            max_bytes_in_flight=reader._max_bytes_in_flight,
+        )
         self._order = reader.epoch_order(epoch)
         self._start_step = start_step
         self._num_extra = 0

@@ -83,9 +83,7 @@ def popularity_baseline(train: TrainingRows, rows: Predictions, num_scenarios: i
                 (train.item_id_N[fit], rows.item_id_N[use]),
             )
         global_probs_NT[:, task] = _popularity(
-            train.labels_NT[:, num_tasks + task],
-            (train.user_key_N, rows.user_key_N),
-            (train.item_id_N, rows.item_id_N),
+            train.labels_NT[:, num_tasks + task], (train.user_key_N, rows.user_key_N), (train.item_id_N, rows.item_id_N)
         )
     return replace(rows, probs_NT=probs_NT, global_probs_NT=global_probs_NT)
 

@@ -188,10 +188,18 @@ def _masked(trials: Trials, trial: Trial, mask_N: NDArray[np.bool_], first: Pred
         raise StudyError(f"trial {trial.trial_id}: was evaluated on other rows than those it is compared with")
     columns = {
         name: value[mask_N]
-        for name in ("row_number_N", "scenario_N", "labels_NT", "probs_NT", "user_key_N", "request_key_N", "item_id_N",
-                     "history_length_N")
+        for name in (
+            "row_number_N",
+            "scenario_N",
+            "labels_NT",
+            "probs_NT",
+            "user_key_N",
+            "request_key_N",
+            "item_id_N",
+            "history_length_N",
+        )
         for value in [getattr(rows, name)]
-    }  # fmt: skip
+    }
     return replace(rows, **columns, global_probs_NT=None)
 
 

@@ -154,8 +154,20 @@ def load_study(source: str, *, scale: str, folder: Path, seeds: Sequence[int] | 
         raise StudyError(f"--study {path}: {error}") from error
 
 
-_KEYS = ("title", "question", "seeds", "base", "axes", "comparisons", "resources", "world", "source", "slices",
-         "representations", "small")  # fmt: skip
+_KEYS = (
+    "title",
+    "question",
+    "seeds",
+    "base",
+    "axes",
+    "comparisons",
+    "resources",
+    "world",
+    "source",
+    "slices",
+    "representations",
+    "small",
+)
 _SMALL_KEYS = ("seeds", "base", "world", "axes")
 
 
@@ -178,15 +190,19 @@ def parse_study(raw: Mapping[str, Any], *, name: str, scale: str) -> Study:
         axes = [replace(a, values=_kept(a, labels)) if a.name == axis_name else a for a in axes]
     comparisons = [build(Comparison, c, path=f"comparisons[{n}]") for n, c in enumerate(raw.get("comparisons", []))]
     study = Study(
-        name=name, title=str(raw.get("title", name)), question=str(raw.get("question", "")),
+        name=name,
+        title=str(raw.get("title", name)),
+        question=str(raw.get("question", "")),
         seeds=_seeds(small.get("seeds", raw.get("seeds", [])), "seeds"),
         base={**_flat(raw.get("base", {}), "base"), **_flat(small.get("base", {}), "small.base")},
-        axes=tuple(axes), comparisons=tuple(comparisons),
+        axes=tuple(axes),
+        comparisons=tuple(comparisons),
         resources=build(Resources, raw.get("resources", {}), path="resources"),
         world={**_flat(raw.get("world", {}), "world"), **_flat(small.get("world", {}), "small.world")},
-        source=str(raw.get("source", SIMULATED)), representations=raw.get("representations", False) is True,
+        source=str(raw.get("source", SIMULATED)),
+        representations=raw.get("representations", False) is True,
         slices=raw.get("slices", False) is True,
-    )  # fmt: skip
+    )
     _check_comparisons(study)
     is_spare = not study.has_worlds and (study.world or study.source != SIMULATED)
     require(not is_spare, "world or source is set, but no axis has world = true")
@@ -232,8 +248,10 @@ def _check_comparisons(study: Study) -> None:
         where = f"comparisons[{n}]"
         names = ", ".join(axes)
         require(comparison.axis in axes, f"{where}.axis {comparison.axis!r} is no axis; the study has: {names}")
-        require(not axes[comparison.axis].is_world,
-                f"{where}.axis {comparison.axis!r} changes the rows: compare at equal worlds")  # fmt: skip
+        require(
+            not axes[comparison.axis].is_world,
+            f"{where}.axis {comparison.axis!r} changes the rows: compare at equal worlds",
+        )
         labels = axes[comparison.axis].values
         for label in (comparison.against, *(o for o in comparison.of if o != OTHERS)):
             known = ", ".join(labels)

@@ -67,9 +67,14 @@ def open_study(run_dir: Path, study: Study, base: Base, *, lake: str, command: S
     """
     config = base.config(study.resources).to_dict()
     record = {
-        "study": study.name, "title": study.title, "created": now(), "config": config, "lake": lake, "tables": {},
+        "study": study.name,
+        "title": study.title,
+        "created": now(),
+        "config": config,
+        "lake": lake,
+        "tables": {},
         "commands": [],
-    }  # fmt: skip
+    }
     path = run_dir / STUDY_FILE
     if path.is_file():
         try:

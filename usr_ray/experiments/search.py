@@ -138,12 +138,7 @@ def _search(config: Config, lake: str, run_dir: Path, version: int) -> list[Trie
             trainable,
             param_space={path: draw(space) for path, space in config.tune.space.items()},
             tune_config=_tune_config(config, slots),
-            run_config=tune.RunConfig(
-                name=_EXPERIMENT,
-                storage_path=str(storage),
-                verbose=0,
-                callbacks=[_Progress()],
-            ),
+            run_config=tune.RunConfig(name=_EXPERIMENT, storage_path=str(storage), verbose=0, callbacks=[_Progress()]),
         )
     print(f"{config.tune.num_trials} trials, {slots} at once, {resources.num_workers} workers each", flush=True)
     results = tuner.fit()

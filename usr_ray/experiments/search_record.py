@@ -94,8 +94,14 @@ def open_search(config: Config, lake: str, run_dir: Path, base: Base, command: S
         return record
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise TuneError(f"--run-dir {run_dir}: is there and holds no search; name a new or empty folder")
-    record = {"created": now(), "command": list(command), "config": meaning, "lake": lake,
-              "table_version": table_version(lake, base), "train_seed": config.train.seed}  # fmt: skip
+    record = {
+        "created": now(),
+        "command": list(command),
+        "config": meaning,
+        "lake": lake,
+        "table_version": table_version(lake, base),
+        "train_seed": config.train.seed,
+    }
     trial_config(config, {}, table_version=record["table_version"])
     run_dir.mkdir(parents=True, exist_ok=True)
     write_search(run_dir, record)
@@ -110,6 +116,10 @@ def write_search(run_dir: Path, record: Mapping[str, Any]) -> None:
 def as_row(point: TriedPoint) -> dict[str, Any]:
     """A trial as search.json has it; undefined is null."""
     return {
-        "trial_id": point.trial_id, "status": point.status, "values": dict(point.values), "error": point.error,
-        "curve": [None if math.isnan(value) else value for value in point.curve], "num_epochs": point.num_epochs,
-    }  # fmt: skip
+        "trial_id": point.trial_id,
+        "status": point.status,
+        "values": dict(point.values),
+        "error": point.error,
+        "curve": [None if math.isnan(value) else value for value in point.curve],
+        "num_epochs": point.num_epochs,
+    }

@@ -19,8 +19,21 @@ from usr_ray.config.fields import override_key
 from usr_ray.config.tune import METRICS, SpaceConfig
 from usr_ray.experiments.grid import Axis, Comparison, Resources, Study, as_sets, toml_value
 
-_NOT_TUNED = ("data.", "tune.", "train.seed", "ray.", "scenarios", "query_scenarios", "labels.", "histories.",
-              "vocabulary.", "features.", "logs.", "train.evaluate_every_epochs", "train.warm_start")  # fmt: skip
+_NOT_TUNED = (
+    "data.",
+    "tune.",
+    "train.seed",
+    "ray.",
+    "scenarios",
+    "query_scenarios",
+    "labels.",
+    "histories.",
+    "vocabulary.",
+    "features.",
+    "logs.",
+    "train.evaluate_every_epochs",
+    "train.warm_start",
+)
 
 
 class TuneError(UserError):

@@ -272,9 +272,13 @@ def train_alone(config: Config, lake: str, run_dir: Path, worker: LocalWorker, *
     monitor = RayMonitor(run_dir, run_name=run_dir.name, rank=0)
     try:
         result = train(
-            config, worker, train_manifest=train_manifest, eval_manifest=plan.eval_manifest, run_dir=run_dir,
+            config,
+            worker,
+            train_manifest=train_manifest,
+            eval_manifest=plan.eval_manifest,
+            run_dir=run_dir,
             monitor=monitor,
-        )  # fmt: skip
+        )
     finally:
         monitor.close()
     if result.status == "stopped":

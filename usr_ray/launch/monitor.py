@@ -96,7 +96,11 @@ class FileMonitor:
             if not self._is_full:
                 _log.warning(
                     "step %d not noted in %s: the storage is full (%s); training goes on, the lines until there is "
-                    "room again are lost: free space on this storage", step, self._history, error.strerror)  # fmt: skip
+                    "room again are lost: free space on this storage",
+                    step,
+                    self._history,
+                    error.strerror,
+                )
             self._is_full = True
             self.close()  # the next line opens anew, and first removes what was cut short
         else:

@@ -84,9 +84,14 @@ class RayWorker(DistributedWorker):
 
 
 def run(
-    config: Config, lake: Path | str, run_dir: Path | str, *, cluster: str = OWN, command: Sequence[str] = (),
+    config: Config,
+    lake: Path | str,
+    run_dir: Path | str,
+    *,
+    cluster: str = OWN,
+    command: Sequence[str] = (),
     callbacks: Sequence[Any] = (),
-) -> RunSummary:  # fmt: skip
+) -> RunSummary:
     """Train on the table in `lake`, or go on with what `run_dir` holds, and print the metrics on the held-out rows.
 
     Args:
@@ -253,9 +258,13 @@ def train_worker(settings: Mapping[str, Any]) -> dict[str, Any]:
         watch = watch_stop_file(stop_file, worker.request_stop) if worker.is_main else contextlib.nullcontext()
         with watch, rolls.answered():
             result = train(
-                config, worker, train_manifest=train_manifest, eval_manifest=eval_manifest, run_dir=run_dir,
+                config,
+                worker,
+                train_manifest=train_manifest,
+                eval_manifest=eval_manifest,
+                run_dir=run_dir,
                 monitor=monitor,
-            )  # fmt: skip
+            )
     except UserError as error:
         with contextlib.suppress(OSError):
             write_refusal(refused, str(error))

@@ -61,9 +61,14 @@ def feature_mask(widths: Sequence[int], row_number_B: Tensor, step_seed: int | T
 
 
 def contrastive_sums(
-    vectors_BSD: Tensor, twins_BSD: Tensor | None, valid_B: Tensor, counted_B: Tensor, *, group_size: int,
+    vectors_BSD: Tensor,
+    twins_BSD: Tensor | None,
+    valid_B: Tensor,
+    counted_B: Tensor,
+    *,
+    group_size: int,
     temperature: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """The loss added up over all valid (row, view), and the collapse alarm of each view added up over counted rows.
 
     The alarm is the total variance of a group's unit vectors, 1 - |mean|^2: 0 when all rows have one vector, near 1
@@ -132,9 +137,18 @@ class _Contrast(torch.autograd.Function):
         total_NGS = torch.cat(totals, dim=2).clamp_(min=torch.finfo(dtype).tiny)
         margin_NGS = total_NGS.log().to(scale_NGS.dtype) - dot_NGS * scale_NGS * twin_scale_NGS / temperature
         ctx.save_for_backward(
-            vectors_NGSD, twins_NGSD, valid_NG1, norm_NGS, scale_NGS, twin_norm_NGS, twin_scale_NGS, dot_NGS,
-            margin_NGS, total_NGS, *kept,
-        )  # fmt: skip
+            vectors_NGSD,
+            twins_NGSD,
+            valid_NG1,
+            norm_NGS,
+            scale_NGS,
+            twin_norm_NGS,
+            twin_scale_NGS,
+            dot_NGS,
+            margin_NGS,
+            total_NGS,
+            *kept,
+        )
         ctx.temperature = temperature
         ctx.mark_non_differentiable(scale_NGS)
         return softplus(margin_NGS) * valid_NG1.to(margin_NGS.dtype), scale_NGS
@@ -142,8 +156,19 @@ class _Contrast(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, grad_NGS: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        (vectors_NGSD, twins_NGSD, valid_NG1, norm_NGS, scale_NGS, twin_norm_NGS, twin_scale_NGS, dot_NGS, margin_NGS,
-         total_NGS, *kept) = ctx.saved_tensors  # fmt: skip
+        (
+            vectors_NGSD,
+            twins_NGSD,
+            valid_NG1,
+            norm_NGS,
+            scale_NGS,
+            twin_norm_NGS,
+            twin_scale_NGS,
+            dot_NGS,
+            margin_NGS,
+            total_NGS,
+            *kept,
+        ) = ctx.saved_tensors
         pull_NGS = grad_NGS * torch.sigmoid(margin_NGS) * valid_NG1.to(margin_NGS.dtype)
         push_NGS = -pull_NGS * scale_NGS * twin_scale_NGS / ctx.temperature
         grad_twins_NGSD = vectors_NGSD * push_NGS.unsqueeze(3)

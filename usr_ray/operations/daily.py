@@ -197,8 +197,14 @@ def write_current(work: Path, *, name: str, trained_to: str, why: str) -> None:
     if before and before["run"] == f"runs/{name}":
         return
     earlier = [*(before.pop("before", [])), before] if before else []
-    record = {"run": f"runs/{name}", "export": f"exports/{name}", "trained_to": trained_to, "since": now(), "why": why,
-              "before": earlier}  # fmt: skip
+    record = {
+        "run": f"runs/{name}",
+        "export": f"exports/{name}",
+        "trained_to": trained_to,
+        "since": now(),
+        "why": why,
+        "before": earlier,
+    }
     write_whole(work / "current.json", json.dumps(record, indent=2) + "\n")
 
 

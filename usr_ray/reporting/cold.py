@@ -17,9 +17,13 @@ from usr_ray.reporting import page as report_text
 from usr_ray.reporting.plots import DateLine, date_plot, series_name
 
 KINDS = {
-    "unknown_user": "unknown user", "unknown_item": "unknown item", "unknown_query": "unknown query",
-    "no_history": "no history", "new_user": "new user", "new_item": "new item",
-}  # fmt: skip
+    "unknown_user": "unknown user",
+    "unknown_item": "unknown item",
+    "unknown_query": "unknown query",
+    "no_history": "no history",
+    "new_user": "new user",
+    "new_item": "new item",
+}
 """Key of `cold_start` -> heading."""
 WITH_QUERY = "with_query"
 NOTE = (
@@ -42,16 +46,26 @@ def cold_part(
         trained = [r for r in reports if dt.date.fromisoformat(str(r["date"])) <= last]
         spans = {"to the last training date": trained, "later": [r for r in reports if r not in trained]}
     rows = [
-        {"scenario": report_text.cell_name(name), "colour": series_name(place), "span": span, "values": values,
-         "impressions": num_rows}
+        {
+            "scenario": report_text.cell_name(name),
+            "colour": series_name(place),
+            "span": span,
+            "values": values,
+            "impressions": num_rows,
+        }
         for place, name in enumerate(scenarios)
         for span, part in spans.items()
         for num_rows, values in [_sums([r["cold_start"].get(name) or {} for r in part])]
         if num_rows
-    ]  # fmt: skip
+    ]
     caption = "Share by UTC date." if last is None else "Share by UTC date; right of the dashed line: not trained on."
-    return {"headings": list(KINDS.values()), "rows": rows, "note": NOTE, "caption": caption,
-            "plots": _plots(reports, scenarios, last)}  # fmt: skip
+    return {
+        "headings": list(KINDS.values()),
+        "rows": rows,
+        "note": NOTE,
+        "caption": caption,
+        "plots": _plots(reports, scenarios, last),
+    }
 
 
 def _sums(cells: Sequence[Mapping[str, Any]]) -> tuple[int, list[str]]:

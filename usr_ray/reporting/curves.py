@@ -36,8 +36,11 @@ def plans(scenarios: Sequence[str]) -> list[Plan]:
         )
         for task, name in TASK_NAMES.items()
     ]
-    variances = {f"{letter} in {v}": f"variance/{part}/{s}" for letter, part in (("i", "interest"), ("f", "feature"))
-                 for v, s in zip(views, scenarios, strict=True)}  # fmt: skip
+    variances = {
+        f"{letter} in {v}": f"variance/{part}/{s}"
+        for letter, part in (("i", "interest"), ("f", "feature"))
+        for v, s in zip(views, scenarios, strict=True)
+    }
     held_out = [
         Plan(
             title=f"Held-out AUC of {name}",
@@ -50,17 +53,37 @@ def plans(scenarios: Sequence[str]) -> list[Plan]:
         Plan(title="Loss", caption="The weighted sum that the optimisers see.", keys={"loss": "loss"}),
         *by_task,
         *held_out,
-        Plan(title="Contrastive loss", caption="Of interests (i) and of features (f), before their weights.",
-             keys={"i": "contrastive/interest", "f": "contrastive/feature"}),
-        Plan(title="Variance inside a view", caption="Near 0 the vectors of a view have collapsed into one.",
-             keys=variances, from_zero=True),
-        Plan(title="Gradient norm", caption="Largest of the dense gradients since the log step before, unclipped.",
-             keys={"norm": "gradient_norm"}, from_zero=True),
-        Plan(title="Samples per second", caption="Rows that count, all workers together, over wall time.",
-             keys={"rows/s": "samples_per_s"}, from_zero=True),
-        Plan(title="Data stall", caption="Share of the time that the loop waited for the reader.",
-             keys={"stall": "data_stall"}, from_zero=True, percent=True),
-    ]  # fmt: skip
+        Plan(
+            title="Contrastive loss",
+            caption="Of interests (i) and of features (f), before their weights.",
+            keys={"i": "contrastive/interest", "f": "contrastive/feature"},
+        ),
+        Plan(
+            title="Variance inside a view",
+            caption="Near 0 the vectors of a view have collapsed into one.",
+            keys=variances,
+            from_zero=True,
+        ),
+        Plan(
+            title="Gradient norm",
+            caption="Largest of the dense gradients since the log step before, unclipped.",
+            keys={"norm": "gradient_norm"},
+            from_zero=True,
+        ),
+        Plan(
+            title="Samples per second",
+            caption="Rows that count, all workers together, over wall time.",
+            keys={"rows/s": "samples_per_s"},
+            from_zero=True,
+        ),
+        Plan(
+            title="Data stall",
+            caption="Share of the time that the loop waited for the reader.",
+            keys={"stall": "data_stall"},
+            from_zero=True,
+            percent=True,
+        ),
+    ]
 
 
 def curves_part(history: Sequence[Mapping[str, Any]], scenarios: Sequence[str]) -> dict[str, Any]:

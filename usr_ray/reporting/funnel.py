@@ -76,10 +76,15 @@ def _logs(logs: Mapping[str, Counter[str]]) -> list[dict[str, Any]]:
 def _log(name: str, counts: Counter[str]) -> dict[str, Any]:
     missing = counts["rows_in"] - counts["duplicates"] - counts["rejects"] - counts["used"]
     return {
-        "name": name, "rows_in": counts["rows_in"], "duplicates": counts["duplicates"],
-        "rejected": counts["rejects"], "kept": counts["used"], "missing": missing, "adds_up": missing == 0,
+        "name": name,
+        "rows_in": counts["rows_in"],
+        "duplicates": counts["duplicates"],
+        "rejected": counts["rejects"],
+        "kept": counts["used"],
+        "missing": missing,
+        "adds_up": missing == 0,
         "is_total": False,
-    }  # fmt: skip
+    }
 
 
 def _checks(
@@ -91,10 +96,12 @@ def _checks(
     rejected = sum(counts["rejects"] for counts in logs.values())
     by_reason = sum(rejects.values())
     return [
-        {"text": f"impressions kept {_sum_text(list(used.values()))}, samples {rows:,}",
-         "adds_up": sum(used.values()) == rows},
+        {
+            "text": f"impressions kept {_sum_text(list(used.values()))}, samples {rows:,}",
+            "adds_up": sum(used.values()) == rows,
+        },
         {"text": f"rows rejected {rejected:,}, rejects by reason {by_reason:,}", "adds_up": rejected == by_reason},
-    ]  # fmt: skip
+    ]
 
 
 def _sum_text(numbers: list[int]) -> str:
@@ -106,8 +113,10 @@ def _rejects(rejects: Counter[tuple[str, str]]) -> list[dict[str, Any]]:
     if not rejects:
         return []
     most = max(rejects.values()) or 1
-    lines = [{"name": f"{log}: {reason.replace('_', ' ')}", "count": count, "part": count / most, "is_total": False}
-             for (log, reason), count in rejects.most_common()]  # fmt: skip
+    lines = [
+        {"name": f"{log}: {reason.replace('_', ' ')}", "count": count, "part": count / most, "is_total": False}
+        for (log, reason), count in rejects.most_common()
+    ]
     return [*lines, {"name": "all", "count": sum(rejects.values()), "part": 1.0, "is_total": True}]
 
 
@@ -117,8 +126,11 @@ def _scenario(name: str, counts: Counter[str], place: int) -> dict[str, Any]:
     knows_orders = "orders" in counts or not rows
     # Bars are on the scale of global clicks, and impressions have none: beside theirs no other would be seen.
     scale = max(counts["clicks_global"], 1)
-    stages = [("impressions", "impressions"), ("clicked in any scenario", "clicks_global"),
-              ("clicked in this one", "clicks")]  # fmt: skip
+    stages = [
+        ("impressions", "impressions"),
+        ("clicked in any scenario", "clicks_global"),
+        ("clicked in this one", "clicks"),
+    ]
     if knows_orders:
         stages += [("ordered in any scenario", "orders_global"), ("ordered in this one", "orders")]
     p_click = _rate(counts["clicks"], counts["clicks_global"])
@@ -129,16 +141,30 @@ def _scenario(name: str, counts: Counter[str], place: int) -> dict[str, Any]:
         for rate, done in ((p_click, "clicked"), (p_order, "ordered"))
         if rate is not None and rate > HIGH_RATE
     ]
-    of_orders = (f"P(order | order in any scenario) = {report_text.share(p_order)}" if knows_orders
-                 else "no orders in this source, so CTCVR is not trained here")  # fmt: skip
-    note = (f"P(click | click in any scenario) = {report_text.share(p_click)}; {of_orders}; "
-            f"{report_text.share(_rate(counts['mature'], rows))} of the rows have final labels.")  # fmt: skip
+    of_orders = (
+        f"P(order | order in any scenario) = {report_text.share(p_order)}"
+        if knows_orders
+        else "no orders in this source, so CTCVR is not trained here"
+    )
+    note = (
+        f"P(click | click in any scenario) = {report_text.share(p_click)}; {of_orders}; "
+        f"{report_text.share(_rate(counts['mature'], rows))} of the rows have final labels."
+    )
     return {
-        "name": title, "colour": series_name(place), "note": note, "warnings": warnings,
-        "stages": [{"name": words, "count": counts[key], "share": report_text.share(_rate(counts[key], rows), 2),
-                    "part": None if key == "impressions" else counts[key] / scale}
-                   for words, key in stages],
-    }  # fmt: skip
+        "name": title,
+        "colour": series_name(place),
+        "note": note,
+        "warnings": warnings,
+        "stages": [
+            {
+                "name": words,
+                "count": counts[key],
+                "share": report_text.share(_rate(counts[key], rows), 2),
+                "part": None if key == "impressions" else counts[key] / scale,
+            }
+            for words, key in stages
+        ],
+    }
 
 
 def _rate(part: int, whole: int) -> float | None:

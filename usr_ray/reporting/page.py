@@ -104,11 +104,7 @@ def why_undefined(key: str, metrics: TaskMetrics) -> str:
 
 
 def metric_rows(
-    model: CellMetrics,
-    baseline: CellMetrics | None,
-    footnotes: Footnotes,
-    *,
-    model_name: str,
+    model: CellMetrics, baseline: CellMetrics | None, footnotes: Footnotes, *, model_name: str
 ) -> list[Row]:
     """Lines of the table, the baseline under the model in every cell and task."""
     rows = []

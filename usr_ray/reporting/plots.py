@@ -24,22 +24,50 @@ from numpy.typing import NDArray
 from usr_ray.evaluation.report_stats import Bin
 
 COLOURS = {
-    "ink": "#0b0b0b", "ink-2": "#52514e", "muted": "#898781", "grid": "#e1e0d9", "axis": "#c3c2b7",
-    "series-1": "#2a78d6", "series-2": "#eb6834", "series-3": "#1baf7a", "series-4": "#4a3aa7",
-    "series-5": "#e34948", "series-6": "#e87ba4", "series-7": "#eda100", "series-8": "#008300",
-}  # fmt: skip
+    "ink": "#0b0b0b",
+    "ink-2": "#52514e",
+    "muted": "#898781",
+    "grid": "#e1e0d9",
+    "axis": "#c3c2b7",
+    "series-1": "#2a78d6",
+    "series-2": "#eb6834",
+    "series-3": "#1baf7a",
+    "series-4": "#4a3aa7",
+    "series-5": "#e34948",
+    "series-6": "#e87ba4",
+    "series-7": "#eda100",
+    "series-8": "#008300",
+}
 """Name in the style sheet -> its light value, which matplotlib draws with."""
 SERIES = tuple(name for name in COLOURS if name.startswith("series"))
 
 _STYLE: Any = {
-    "svg.fonttype": "none", "svg.hashsalt": "usr-ray", "font.family": "sans-serif", "font.size": 11,
-    "axes.edgecolor": COLOURS["axis"], "axes.labelcolor": COLOURS["ink-2"], "axes.titlecolor": COLOURS["ink"],
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-    "axes.linewidth": 0.8, "grid.color": COLOURS["grid"], "grid.linewidth": 0.8, "xtick.color": COLOURS["axis"],
-    "ytick.color": COLOURS["axis"], "xtick.labelcolor": COLOURS["muted"], "ytick.labelcolor": COLOURS["muted"],
-    "text.color": COLOURS["ink-2"], "lines.linewidth": 1.8, "lines.solid_capstyle": "round",
-    "xtick.major.size": 3, "ytick.major.size": 0, "legend.frameon": False, "legend.fontsize": 10.5,
-}  # fmt: skip
+    "svg.fonttype": "none",
+    "svg.hashsalt": "usr-ray",
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "axes.edgecolor": COLOURS["axis"],
+    "axes.labelcolor": COLOURS["ink-2"],
+    "axes.titlecolor": COLOURS["ink"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.linewidth": 0.8,
+    "grid.color": COLOURS["grid"],
+    "grid.linewidth": 0.8,
+    "xtick.color": COLOURS["axis"],
+    "ytick.color": COLOURS["axis"],
+    "xtick.labelcolor": COLOURS["muted"],
+    "ytick.labelcolor": COLOURS["muted"],
+    "text.color": COLOURS["ink-2"],
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "legend.fontsize": 10.5,
+}
 
 
 def series_name(place: int) -> str:

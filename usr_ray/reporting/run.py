@@ -34,8 +34,13 @@ from usr_ray.schema import TASKS
 
 REPORT_FILE = "report.html"
 BACKBONE_NAMES = {
-    "shared_bottom": "SharedBottom", "mmoe": "MMoE", "ple": "PLE", "star": "STAR", "m2m": "M2M", "apg": "APG",
-}  # fmt: skip
+    "shared_bottom": "SharedBottom",
+    "mmoe": "MMoE",
+    "ple": "PLE",
+    "star": "STAR",
+    "m2m": "M2M",
+    "apg": "APG",
+}
 
 
 def write_report(run_dir: Path, lake: Path | str | None = None, output: Path | None = None) -> Path:
@@ -158,12 +163,17 @@ def _gaps(run: RunRecord) -> dict[tuple[str, str], Gap | None]:
 
 def _metrics_part(run: RunRecord, gaps: Mapping[tuple[str, str], Gap | None]) -> dict[str, Any]:
     part: dict[str, Any] = {
-        "min_rows": report_stats.MIN_ROWS, "rows": [], "footnotes": [], "gap_rows": [], "tiles": [], "metrics_note": "",
+        "min_rows": report_stats.MIN_ROWS,
+        "rows": [],
+        "footnotes": [],
+        "gap_rows": [],
+        "tiles": [],
+        "metrics_note": "",
         "metric_names": [heading for _, heading, _ in report_text.METRIC_COLUMNS],
         "verdict": ["The run has not been evaluated yet."],
         "no_metrics": "No metrics yet: evaluate the run with python jobs/evaluate.py --run-dir "
         f"{run.run_dir} --lake DIR --dates A:B.",
-    }  # fmt: skip
+    }
     if run.metrics is None:
         return part
     footnotes = report_text.Footnotes()
@@ -178,13 +188,15 @@ def _metrics_part(run: RunRecord, gaps: Mapping[tuple[str, str], Gap | None]) ->
     )
     part["gap_rows"] = [
         {
-            "cell": report_text.cell_name(cell), "task": report_text.TASK_NAMES[task], "verdict": gap.verdict,
+            "cell": report_text.cell_name(cell),
+            "task": report_text.TASK_NAMES[task],
+            "verdict": gap.verdict,
             "value": report_text.signed(gap.value),
             "interval": report_text.gap_interval(gap),
         }
         for (cell, task), gap in gaps.items()
         if gap is not None
-    ]  # fmt: skip
+    ]
     for place, scenario in enumerate(run.scenarios):
         for task, metrics in run.metrics.get(scenario, {}).items():
             gap = gaps.get((scenario, task))
@@ -221,9 +233,14 @@ def _predictions_part(run: RunRecord) -> dict[str, Any]:
             positives = sum(b.num_positives for b in bins)
             caption = f"{len(bins)} bins of {size} rows; {positives:,} positives of {sum(sizes):,}."
             calibrations.append(
-                {"title": title, "colour": report_plots.series_name(place), "svg": Markup(svg), "bins": bins,
-                 "caption": caption}
-            )  # fmt: skip
+                {
+                    "title": title,
+                    "colour": report_plots.series_name(place),
+                    "svg": Markup(svg),
+                    "bins": bins,
+                    "caption": caption,
+                }
+            )
         parts = report_stats.ctr_slices(rows, run.baseline, place)
         if parts:
             slices.append({"title": f"CTR in {name}", "colour": report_plots.series_name(place), "slices": parts})

@@ -46,32 +46,51 @@ def search_section(config: Config, points: Sequence[TriedPoint], chosen: TriedPo
     failed = [point for point in points if _best(point, minimise=minimise) is None]
     shown: list[tuple[float | None, TriedPoint]] = [*scored, *((None, point) for point in failed)]
     rows = [
-        {"class": "beats" if point == chosen else "",
-         "values": [point.trial_id, point.status, report_text.DASH if value is None else f"{value:.5f}",
-                    f"{len(point.curve)} of {point.num_epochs}", *(_value(point.values[key]) for key in keys),
-                    "chosen" if point == chosen else point.error[:80]]}
+        {
+            "class": "beats" if point == chosen else "",
+            "values": [
+                point.trial_id,
+                point.status,
+                report_text.DASH if value is None else f"{value:.5f}",
+                f"{len(point.curve)} of {point.num_epochs}",
+                *(_value(point.values[key]) for key in keys),
+                "chosen" if point == chosen else point.error[:80],
+            ],
+        }
         for value, point in shown
-    ]  # fmt: skip
+    ]
     plots = []
     if len(scored) > 1:
         title = "Trials by parallel coordinates"
         dimensions = [*(_dimension(config, key) for key in keys), Dimension(metric, is_log=False)]
         lines = [[*(_place(config, key, point.values[key]) for key in keys), value] for value, point in scored]
         best = next((n for n, (_, point) in enumerate(scored) if point == chosen), 0)
-        plots.append({"title": title, "svg": Markup(parallel_plot(dimensions, lines, best, label=title)),
-                      "is_wide": True, "caption": "Each line is a trial; the bold one was chosen."})  # fmt: skip
+        plots.append(
+            {
+                "title": title,
+                "svg": Markup(parallel_plot(dimensions, lines, best, label=title)),
+                "is_wide": True,
+                "caption": "Each line is a trial; the bold one was chosen.",
+            }
+        )
     shares = importance(points, config.tune.space, minimise=minimise)
     if shares:
         title = f"What went with {metric}"
-        plots.append({"title": title, "svg": Markup(bars_plot(shares, label=title, axis="strength of association")),
-                      "caption": "Rank correlation (choices: correlation ratio of ranks) over the trials drawn: an "
-                      "association, and a weak one where trials are few."})  # fmt: skip
+        plots.append(
+            {
+                "title": title,
+                "svg": Markup(bars_plot(shares, label=title, axis="strength of association")),
+                "caption": "Rank correlation (choices: correlation ratio of ranks) over the trials drawn: an "
+                "association, and a weak one where trials are few.",
+            }
+        )
     return {
-        "title": "Search", "plots": plots,
+        "title": "Search",
+        "plots": plots,
         "note": f"{metric} on the choosing dates, best epoch of each trial; {'lower' if minimise else 'higher'} is "
         "better. The chosen value is the best of many draws, so it flatters: see the comparison below.",
         "table": {"head": ["Trial", "Status", metric, "Epochs", *_short(keys), ""], "num_left": 2, "rows": rows},
-    }  # fmt: skip
+    }
 
 
 def _short(keys: Sequence[str]) -> list[str]:

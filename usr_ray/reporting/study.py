@@ -15,17 +15,7 @@ from typing import Any
 from markupsafe import Markup
 
 from usr_ray import __version__
-from usr_ray.experiments.analysis import (
-    TOTALS,
-    WHOLE,
-    Contrast,
-    Mean,
-    Point,
-    Trials,
-    contrasts,
-    means,
-    point_name,
-)
+from usr_ray.experiments.analysis import TOTALS, WHOLE, Contrast, Mean, Point, Trials, contrasts, means, point_name
 from usr_ray.experiments.grid import Study
 from usr_ray.experiments.record import failure_of, read_record, trial_dir
 from usr_ray.files import write_whole
@@ -61,12 +51,15 @@ def write_study_report(run_dir: Path, study: Study, output: Path | None = None, 
         "lead": [*extra.get("lead", []), *verdict_sentences(trials, whole)],
         "facts": _facts(trials, record),
         "sections": [*extra.get("sections", []), *_sections(trials, found)],
-        "failures": [(t.trial_id, failure_of(trial_dir(run_dir, t)) or "no result yet")
-                     for t in trials.all if t not in trials.finished],
+        "failures": [
+            (t.trial_id, failure_of(trial_dir(run_dir, t)) or "no result yet")
+            for t in trials.all
+            if t not in trials.finished
+        ],
         "grid_json": json.dumps(record.get("grid", {}), indent=2),
         "footer": f"Written {dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M} UTC by usr-ray {__version__}; this file needs no "
         "network.",
-    }  # fmt: skip
+    }
     path = Path(output) if output else run_dir / REPORT_FILE
     write_whole(path, load_template("study.html.j2").render(context))
     return path
@@ -127,8 +120,13 @@ def _sections(trials: Trials, found: Sequence[Contrast]) -> list[dict[str, Any]]
         sections.append(glance_section(whole))
         sections.append(contrast_section("Comparisons", whole, _comparison_plots(trials, whole)))
     if sliced:
-        sections.append(contrast_section("Parts of the rows: history, new users and items", sliced,
-                                          [_slice_plot(sliced, task) for task in ("ctr", "ctcvr")]))  # fmt: skip
+        sections.append(
+            contrast_section(
+                "Parts of the rows: history, new users and items",
+                sliced,
+                [_slice_plot(sliced, task) for task in ("ctr", "ctcvr")],
+            )
+        )
     sections.append(_means_section(trials, averages))
     spreads = collapse(trials)
     if any(spreads.values()):
@@ -151,15 +149,29 @@ def _comparison_plots(trials: Trials, found: Sequence[Contrast]) -> list[dict[st
         title = f"AUC gap, {report_text.cell_task(scenario, task)}"
         single = len({(c.label, tuple(p for p in c.at if p[0] not in over)) for c in own}) == 1
         if len(over) == 2 and single:
-            svg = heat_map({(dict(c.at)[over[0]], dict(c.at)[over[1]]): (c.gap.value, c.verdict in ("better", "worse"))
-                            for c in own if c.gap}, label=title, x_axis=over[0], y_axis=over[1])  # fmt: skip
+            svg = heat_map(
+                {
+                    (dict(c.at)[over[0]], dict(c.at)[over[1]]): (c.gap.value, c.verdict in ("better", "worse"))
+                    for c in own
+                    if c.gap
+                },
+                label=title,
+                x_axis=over[0],
+                y_axis=over[1],
+            )
         elif len(others) == 1 and others[0].numbers is not None:
             svg = axis_plot(_gap_curves(own, over[0]), label=title, x_axis=over[0], y_axis="AUC gap", dashed_at=0.0)
         else:
             svg = forest_plot(_bars(own), label=title, axis="AUC gap")
-        plots.append({"title": title, "svg": Markup(svg),
-                      "caption": "A star: holds after correction." if len(over) == 2 and single else
-                      "Filled: holds after correction. Bars: 95% intervals."})  # fmt: skip
+        plots.append(
+            {
+                "title": title,
+                "svg": Markup(svg),
+                "caption": "A star: holds after correction."
+                if len(over) == 2 and single
+                else "Filled: holds after correction. Bars: 95% intervals.",
+            }
+        )
     return plots
 
 
@@ -169,19 +181,31 @@ def _gap_curves(found: Sequence[Contrast], axis: str) -> list[Curve]:
         rest = point_name(tuple(p for p in c.at if p[0] != axis))
         groups.setdefault(", ".join(filter(None, (c.label, rest))), []).append(c)
     return [
-        Curve(name, place, [float(dict(c.at)[axis]) for c in own], [c.gap.value for c in own if c.gap],
-              [(c.gap.high - c.gap.low) / 2 for c in own if c.gap])
+        Curve(
+            name,
+            place,
+            [float(dict(c.at)[axis]) for c in own],
+            [c.gap.value for c in own if c.gap],
+            [(c.gap.high - c.gap.low) / 2 for c in own if c.gap],
+        )
         for place, (name, own) in enumerate(groups.items())
-    ]  # fmt: skip
+    ]
 
 
 def _bars(found: Sequence[Contrast]) -> list[Bar]:
     labels = list(dict.fromkeys(c.label for c in found))
     return [
-        Bar(", ".join(filter(None, (point_name(c.at), c.label if len(labels) > 1 or not c.at else ""))), c.gap.value,
-            c.gap.low, c.gap.high, labels.index(c.label), c.verdict in ("better", "worse"))
-        for c in found if c.gap is not None
-    ]  # fmt: skip
+        Bar(
+            ", ".join(filter(None, (point_name(c.at), c.label if len(labels) > 1 or not c.at else ""))),
+            c.gap.value,
+            c.gap.low,
+            c.gap.high,
+            labels.index(c.label),
+            c.verdict in ("better", "worse"),
+        )
+        for c in found
+        if c.gap is not None
+    ]
 
 
 def _slice_plot(found: Sequence[Contrast], task: str) -> dict[str, Any]:
@@ -191,12 +215,22 @@ def _slice_plot(found: Sequence[Contrast], task: str) -> dict[str, Any]:
     title = f"AUC gap by part, {report_text.TASK_NAMES[task]}"
     scenarios = list(dict.fromkeys(c.scenario for c in own))
     bars = [
-        Bar(f"{c.scenario.replace('_', ' ')}: {c.part}", c.gap.value, c.gap.low, c.gap.high,
-            scenarios.index(c.scenario), c.verdict in ("better", "worse"))
-        for c in own if c.gap
-    ]  # fmt: skip
-    return {"title": title, "svg": Markup(forest_plot(bars, label=title, axis="AUC gap")),
-            "caption": "Parts with fewer than 30 rows of the rarer label are left out."}  # fmt: skip
+        Bar(
+            f"{c.scenario.replace('_', ' ')}: {c.part}",
+            c.gap.value,
+            c.gap.low,
+            c.gap.high,
+            scenarios.index(c.scenario),
+            c.verdict in ("better", "worse"),
+        )
+        for c in own
+        if c.gap
+    ]
+    return {
+        "title": title,
+        "svg": Markup(forest_plot(bars, label=title, axis="AUC gap")),
+        "caption": "Parts with fewer than 30 rows of the rarer label are left out.",
+    }
 
 
 def _means_section(trials: Trials, averages: Mapping[Point, Mapping[tuple[str, str, str], Mean]]) -> dict[str, Any]:
@@ -219,11 +253,26 @@ def _mean_plots(trials: Trials, averages: Mapping[Point, Mapping[tuple[str, str,
     for task in dict.fromkeys(task for _, task in cells):
         curves = []
         for place, scenario in enumerate(s for s, t in cells if t == task):
-            points = [(float(dict(p)[axis.name]), e[scenario, task, "auc"])
-                      for p, e in averages.items() if (scenario, task, "auc") in e]  # fmt: skip
-            curves.append(Curve(scenario.replace("_", " "), place, [x for x, _ in points],
-                                [m.value for _, m in points], [m.sd for _, m in points]))  # fmt: skip
+            points = [
+                (float(dict(p)[axis.name]), e[scenario, task, "auc"])
+                for p, e in averages.items()
+                if (scenario, task, "auc") in e
+            ]
+            curves.append(
+                Curve(
+                    scenario.replace("_", " "),
+                    place,
+                    [x for x, _ in points],
+                    [m.value for _, m in points],
+                    [m.sd for _, m in points],
+                )
+            )
         title = f"AUC of {report_text.TASK_NAMES[task]} over {axis.name}"
-        plots.append({"title": title, "caption": "Bars: standard deviation over the seeds.",
-                      "svg": Markup(axis_plot(curves, label=title, x_axis=axis.name, y_axis="AUC"))})  # fmt: skip
+        plots.append(
+            {
+                "title": title,
+                "caption": "Bars: standard deviation over the seeds.",
+                "svg": Markup(axis_plot(curves, label=title, x_axis=axis.name, y_axis="AUC")),
+            }
+        )
     return plots

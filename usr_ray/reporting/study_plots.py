@@ -71,8 +71,16 @@ def axis_plot(curves: Sequence[Curve], *, label: str, x_axis: str, y_axis: str, 
     def draw(axes: Axes) -> None:
         for curve in curves:
             colour = series_colour(curve.place)
-            axes.errorbar(curve.x, curve.y, yerr=curve.spread, color=colour, fmt="o-", markersize=5, elinewidth=1.2,
-                          label=curve.name)  # fmt: skip
+            axes.errorbar(
+                curve.x,
+                curve.y,
+                yerr=curve.spread,
+                color=colour,
+                fmt="o-",
+                markersize=5,
+                elinewidth=1.2,
+                label=curve.name,
+            )
         x = sorted({value for curve in curves for value in curve.x})
         if len(x) > 2 and x[0] > 0 and x[-1] / x[0] >= 8:
             axes.set_xscale("log", base=2)
@@ -144,8 +152,10 @@ def parallel_plot(dimensions: Sequence[Dimension], rows: Sequence[Sequence[float
         label: what a screen reader says.
     """
     columns = [[_scaled(row[n], dim) for row in rows] for n, dim in enumerate(dimensions)]
-    spans = [(0.0, max(len(dim.labels) - 1, 1)) if dim.labels else (min(c), max(c))
-             for c, dim in zip(columns, dimensions, strict=True)]  # fmt: skip
+    spans = [
+        (0.0, max(len(dim.labels) - 1, 1)) if dim.labels else (min(c), max(c))
+        for c, dim in zip(columns, dimensions, strict=True)
+    ]
 
     def height(value: float, n: int) -> float:
         low, high = spans[n]
@@ -156,13 +166,18 @@ def parallel_plot(dimensions: Sequence[Dimension], rows: Sequence[Sequence[float
         order = [n for n in range(len(rows)) if n != best] + [best]
         for row in order:
             y = [height(columns[n][row], n) for n in range(len(dimensions))]
-            style: Any = {"color": series_colour(1), "linewidth": 2.6} if row == best else {
-                "color": series_colour(0), "linewidth": 1.0, "alpha": 0.55}  # fmt: skip
+            style: Any = (
+                {"color": series_colour(1), "linewidth": 2.6}
+                if row == best
+                else {"color": series_colour(0), "linewidth": 1.0, "alpha": 0.55}
+            )
             axes.plot(range(len(dimensions)), y, **style)
         for n, dim in enumerate(dimensions):
             axes.axvline(n, color=COLOURS["axis"], linewidth=1)
             ends = [(height(place, n), name) for place, name in enumerate(dim.labels)] or [
-                (0.0, _number(spans[n][0], dim)), (1.0, _number(spans[n][1], dim))]  # fmt: skip
+                (0.0, _number(spans[n][0], dim)),
+                (1.0, _number(spans[n][1], dim)),
+            ]
             for end, text in ends:
                 axes.text(n + 0.03, end, text, va="bottom", fontsize=9)
         axes.set_xticks(range(len(dimensions)), [dim.name.rsplit(".", 1)[-1].replace("_", "\n") for dim in dimensions])

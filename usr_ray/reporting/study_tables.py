@@ -9,9 +9,13 @@ from usr_ray.experiments.analysis import WHOLE, Contrast, Mean, Point, Trials, p
 from usr_ray.reporting import page as report_text
 
 VERDICTS = {
-    "better": "▲ better", "worse": "▼ worse", "unsure": "≈ not sure", "even": "≈ no clear gap",
-    "few": "? too few positives", "none": "undefined",
-}  # fmt: skip
+    "better": "▲ better",
+    "worse": "▼ worse",
+    "unsure": "≈ not sure",
+    "even": "≈ no clear gap",
+    "few": "? too few positives",
+    "none": "undefined",
+}
 CLASSES = {"better": "beats", "worse": "loses", "unsure": "even", "even": "even", "few": "few", "none": "few"}
 METRICS = (("auc", "AUC"), ("gauc", "GAUC"), ("log_loss", "Log loss"), ("pcoc", "PCOC"))
 _MANY_ROWS = 12
@@ -32,10 +36,12 @@ def glance_section(found: Sequence[Contrast]) -> dict[str, Any]:
     rows = []
     for (pair, at), own in groups.items():
         shown = [own.get(cell) for cell in cells]
-        rows.append({
-            "values": [", ".join(filter(None, (at, pair))), *(_glance(c) for c in shown)],
-            "classes": ["", *(CLASSES[c.verdict] if c else "few" for c in shown)],
-        })  # fmt: skip
+        rows.append(
+            {
+                "values": [", ".join(filter(None, (at, pair))), *(_glance(c) for c in shown)],
+                "classes": ["", *(CLASSES[c.verdict] if c else "few" for c in shown)],
+            }
+        )
     return {
         "title": "At a glance",
         "note": "AUC gap on the held-out rows, mean over the seeds. ▲ better, ▼ worse: holds after correction for all "
@@ -63,13 +69,19 @@ def contrast_section(title: str, found: Sequence[Contrast], plots: Sequence[dict
                 *([pair_name(c.axis, c.label, c.against)] if len(pairs) > 1 or not has_at else []),
                 *([point_name(c.at)] if has_at else []),
                 *([c.part] if is_sliced else []),
-                report_text.cell_task(c.scenario, c.task), *_numbers(c), VERDICTS[c.verdict],
+                report_text.cell_task(c.scenario, c.task),
+                *_numbers(c),
+                VERDICTS[c.verdict],
             ],
         }
         for c in found
-    ]  # fmt: skip
-    left = [*(["Comparison"] if len(pairs) > 1 or not has_at else []), *(["At"] if has_at else []),
-            *(["Rows"] if is_sliced else []), "Cell"]  # fmt: skip
+    ]
+    left = [
+        *(["Comparison"] if len(pairs) > 1 or not has_at else []),
+        *(["At"] if has_at else []),
+        *(["Rows"] if is_sliced else []),
+        "Cell",
+    ]
     return {
         "title": title,
         "note": f"AUC of {' or '.join(dict.fromkeys(c.label for c in found)) if len(pairs) < 4 else 'the first'} minus "
@@ -79,10 +91,11 @@ def contrast_section(title: str, found: Sequence[Contrast], plots: Sequence[dict
         "plots": [plot for plot in plots if plot],
         "table": {
             "head": [*left, "AUC gap", "95% interval", "SD over seeds", "p (Holm)", "Verdict"],
-            "num_left": len(left), "rows": rows,
+            "num_left": len(left),
+            "rows": rows,
             "folded": f"All {len(found)} intervals and p-values" if len(found) > _MANY_ROWS else "",
         },
-    }  # fmt: skip
+    }
 
 
 def _numbers(found: Contrast) -> list[str]:
@@ -100,11 +113,24 @@ def means_table(trials: Trials, averages: Mapping[Point, Mapping[tuple[str, str,
         for scenario, task in dict.fromkeys(key[:2] for key in entries):
             values = [entries.get((scenario, task, name)) for name, _ in METRICS]
             if any(values):
-                rows.append({"class": "", "values": [point_name(point), report_text.cell_name(scenario),
-                                                     report_text.TASK_NAMES[task], *map(_mean, values),
-                                                     str(len(trials.by_point[point]))]})  # fmt: skip
-    return {"head": ["Point", "Scenario", "Task", *(name for _, name in METRICS), "Seeds"], "num_left": 3, "rows": rows,
-            "folded": f"All {len(rows)} rows" if len(rows) > 2 * _MANY_ROWS else ""}  # fmt: skip
+                rows.append(
+                    {
+                        "class": "",
+                        "values": [
+                            point_name(point),
+                            report_text.cell_name(scenario),
+                            report_text.TASK_NAMES[task],
+                            *map(_mean, values),
+                            str(len(trials.by_point[point])),
+                        ],
+                    }
+                )
+    return {
+        "head": ["Point", "Scenario", "Task", *(name for _, name in METRICS), "Seeds"],
+        "num_left": 3,
+        "rows": rows,
+        "folded": f"All {len(rows)} rows" if len(rows) > 2 * _MANY_ROWS else "",
+    }
 
 
 def _mean(mean: Mean | None) -> str:

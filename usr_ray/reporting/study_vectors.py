@@ -150,8 +150,12 @@ def collapse_section(spreads: Mapping[Point, Mapping[str, float]]) -> dict[str, 
     for point, entries in spreads.items():
         is_low = any(value < 0.05 for value in entries.values())
         shown = [f"{entries[name]:.3f}" if name in entries else report_text.DASH for name in names]
-        rows.append({"class": "loses" if is_low else "", "values": [point_name(point), *shown,
-                                                                    "near collapse" if is_low else ""]})  # fmt: skip
+        rows.append(
+            {
+                "class": "loses" if is_low else "",
+                "values": [point_name(point), *shown, "near collapse" if is_low else ""],
+            }
+        )
     return {
         "title": "Collapse alarm",
         "note": "Variance of the unit vectors of a view inside a group of rows at the end of training, mean over the "
@@ -169,8 +173,13 @@ def picture_section(found: Sequence[Picture]) -> dict[str, Any]:
         names = ("first component", "second component") if picture.method == "PCA" else ("", "")
         title = f"{picture.symbol} by {picture.method}: {picture.point}"
         groups = [(f"view {name}", place, points) for place, (name, points) in enumerate(picture.views.items())]
-        plots.append({"title": title, "svg": Markup(scatter_plot(groups, label=title, axes_names=names)),
-                      "caption": picture.caption})  # fmt: skip
+        plots.append(
+            {
+                "title": title,
+                "svg": Markup(scatter_plot(groups, label=title, axes_names=names)),
+                "caption": picture.caption,
+            }
+        )
         if picture.method == "PCA":
             rows.append({"class": "", "values": [picture.point, picture.symbol, f"{picture.separation:.3f}"]})
     return {

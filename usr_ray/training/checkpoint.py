@@ -69,9 +69,14 @@ class CheckpointStore:
         self.keep_last = keep_last
 
     def save(
-        self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, best: bool = False,
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        *,
+        best: bool = False,
         must: bool = False,
-    ) -> Path | None:  # fmt: skip
+    ) -> Path | None:
         """Write one checkpoint as a unit and drop what it replaces.
 
         Args:

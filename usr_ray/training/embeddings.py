@@ -146,8 +146,12 @@ def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tu
     """
     for name, shape in expected.items():
         if name not in found:
-            raise EmbeddingError(f"checkpoint: {name} is missing; use a checkpoint of a run with the same features "
-                                 "and train.embedding_optimizer")  # fmt: skip
+            raise EmbeddingError(
+                f"checkpoint: {name} is missing; use a checkpoint of a run with the same features "
+                "and train.embedding_optimizer"
+            )
         if found[name] != shape:
-            raise EmbeddingError(f"checkpoint: {name} is {found[name]}, this run needs {shape}; use a checkpoint of "
-                                 "the same features and model.embedding_dim")  # fmt: skip
+            raise EmbeddingError(
+                f"checkpoint: {name} is {found[name]}, this run needs {shape}; use a checkpoint of "
+                "the same features and model.embedding_dim"
+            )

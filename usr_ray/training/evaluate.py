@@ -100,11 +100,7 @@ def evaluation_reader(manifest: Manifest, worker: Worker, config: Config) -> Sam
 
 
 def score_batches(
-    model: nn.Module,
-    tables: RowSource,
-    reader: SampleReader,
-    spec: FeatureSpec,
-    device: torch.device,
+    model: nn.Module, tables: RowSource, reader: SampleReader, spec: FeatureSpec, device: torch.device
 ) -> Iterator[tuple[UsrBatch, UsrOutputs]]:
     """(batch, outputs) of every batch of `reader`, with the model in evaluation mode and float32.
 

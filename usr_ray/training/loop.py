@@ -87,9 +87,15 @@ class _Run:
     """One call of `train` on one rank."""
 
     def __init__(
-        self, config: Config, worker: Worker, train_manifest: Manifest, eval_manifest: Manifest | None, *,
-        run_dir: Path, monitor: Monitor,
-    ) -> None:  # fmt: skip
+        self,
+        config: Config,
+        worker: Worker,
+        train_manifest: Manifest,
+        eval_manifest: Manifest | None,
+        *,
+        run_dir: Path,
+        monitor: Monitor,
+    ) -> None:
         self.config, self.worker, self.monitor = config, worker, monitor
         self.eval_manifest = eval_manifest
         self.reader = training_reader(config, train_manifest, worker)
@@ -113,9 +119,12 @@ class _Run:
         best = self.store.best_valid() if config.early_stopping and self.worker.is_main else None
         self.best = share_json(self.worker, best and (best.step, best.state["log_loss"]))
         batches = training_batches(
-            self.reader, state.tables, epochs=range(state.epoch, config.num_epochs), start_step=state.epoch_step,
+            self.reader,
+            state.tables,
+            epochs=range(state.epoch, config.num_epochs),
+            start_step=state.epoch_step,
             num_scenarios=len(state.manifest.spec.scenarios),
-        )  # fmt: skip
+        )
         with Feed(batches, self.worker.device) as feed:
             status, evaluation = self._train(feed)
         steps_done = state.step

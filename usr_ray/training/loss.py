@@ -141,9 +141,14 @@ def _usr_loss(
     total = weighted_ST.sum() + config.multitask.alpha * global_T.sum()
     total = total + cl.interest_weight * interest + cl.feature_weight * feature
     return LossTerms(
-        total, cells_ST.detach(), global_T.detach(), interest.detach(), feature.detach(),
-        variance_interest_S.expand_as(counts_S), variance_feature_S.expand_as(counts_S),
-    )  # fmt: skip
+        total,
+        cells_ST.detach(),
+        global_T.detach(),
+        interest.detach(),
+        feature.detach(),
+        variance_interest_S.expand_as(counts_S),
+        variance_feature_S.expand_as(counts_S),
+    )
 
 
 def _contrastive(

@@ -24,9 +24,16 @@ from usr_ray.training.worker import Worker
 
 FORMAT = 1
 FIXED_KEYS = (
-    "model", "train.seed", "train.global_batch_size", "train.order", "train.reader_shards", "train.embedding_optimizer",
-    "train.warm_start", "train.warm_start_optimizer", "data.mature_only",
-)  # fmt: skip
+    "model",
+    "train.seed",
+    "train.global_batch_size",
+    "train.order",
+    "train.reader_shards",
+    "train.embedding_optimizer",
+    "train.warm_start",
+    "train.warm_start_optimizer",
+    "data.mature_only",
+)
 """Configuration that gives the weights and the cursor their meaning: a resumed run must have it as it was."""
 _PIECE_BYTES = 1 << 26
 _PACKAGES = ("torch", "numpy", "pyarrow", "safetensors")

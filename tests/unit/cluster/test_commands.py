@@ -116,8 +116,14 @@ def test_every_command_that_is_written_down_can_be_given(script: str, words: lis
 
 def test_the_commands_of_the_documents_are_found() -> None:
     by_script = {parameter.values[0] for parameter in all_commands()}
-    assert {"jobs/train.py", "jobs/build_samples.py", "cluster/local_ray.py", "cluster/ray_nodes.py",
-            "cluster/spark/standalone.py", "cluster/monitoring/dashboard.py"} <= by_script  # fmt: skip
+    assert {
+        "jobs/train.py",
+        "jobs/build_samples.py",
+        "cluster/local_ray.py",
+        "cluster/ray_nodes.py",
+        "cluster/spark/standalone.py",
+        "cluster/monitoring/dashboard.py",
+    } <= by_script
     folded = "#   ray job submit -- \\\n#     python jobs/train.py --lake s3a://x --run-dir /runs/1 "
     folded += "--set ray.num_workers=4\n"
     words = ["--lake", "s3a://x", "--run-dir", "/runs/1", "--set", "ray.num_workers=4"]
@@ -149,8 +155,11 @@ def test_the_manifests_give_whole_commands_on_paths_of_the_images() -> None:
 
 def test_both_sides_name_the_same_lake_and_configuration() -> None:
     specs = {document["kind"]: document["spec"] for document in custom_resources()}
-    lists = [specs["SparkApplication"]["arguments"], specs["ScheduledSparkApplication"]["template"]["arguments"],
-             shlex.split(specs["RayJob"]["entrypoint"])]  # fmt: skip
+    lists = [
+        specs["SparkApplication"]["arguments"],
+        specs["ScheduledSparkApplication"]["template"]["arguments"],
+        shlex.split(specs["RayJob"]["entrypoint"]),
+    ]
     for flag in ("--lake", "--config"):
         assert len({words[words.index(flag) + 1] for words in lists}) == 1
 

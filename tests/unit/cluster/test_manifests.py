@@ -245,8 +245,16 @@ def test_the_images_entry_point_starts_drivers_executors_and_anything_else(tmp_p
     assert driver[3] == "/opt/spark/bin/spark-submit"
     assert "spark.driver.bindAddress=10.0.0.9" in driver
     assert driver[-3:] == ["--class", "X", "local:///a b.py"], "a blank inside an argument stays there"
-    names = ("EXECUTOR_MEMORY", "DRIVER_URL", "EXECUTOR_ID", "EXECUTOR_CORES", "APPLICATION_ID", "EXECUTOR_POD_IP",
-             "RESOURCE_PROFILE_ID", "EXECUTOR_POD_NAME")  # fmt: skip
+    names = (
+        "EXECUTOR_MEMORY",
+        "DRIVER_URL",
+        "EXECUTOR_ID",
+        "EXECUTOR_CORES",
+        "APPLICATION_ID",
+        "EXECUTOR_POD_IP",
+        "RESOURCE_PROFILE_ID",
+        "EXECUTOR_POD_NAME",
+    )
     environment = {f"SPARK_{name}": name.lower() for name in names}
     # Ten options: in the order of their numbers, not of their names.
     environment |= {f"SPARK_JAVA_OPT_{n}": f"-Dn={n}" for n in range(11)}
@@ -342,8 +350,11 @@ def test_no_pod_runs_as_root_or_keeps_a_right_it_does_not_need() -> None:
 def test_policies_let_in_nobody_but_ourselves_the_operator_and_prometheus() -> None:
     policies = {d["metadata"]["name"]: d["spec"] for _, d in documents() if d["kind"] == "NetworkPolicy"}
     assert policies["deny-ingress"] == {"podSelector": {}, "policyTypes": ["Ingress"]}
-    ports = {name: [p["port"] for rule in spec["ingress"] for p in rule.get("ports", ())]
-             for name, spec in policies.items() if "ingress" in spec}  # fmt: skip
+    ports = {
+        name: [p["port"] for rule in spec["ingress"] for p in rule.get("ports", ())]
+        for name, spec in policies.items()
+        if "ingress" in spec
+    }
     assert ports == {"among-ourselves": [], "operator-to-head": [8265], "prometheus-to-metrics": [8080, 4040]}
     labels = [{"app.kubernetes.io/part-of": "usr-ray"}]
     for document in custom_resources():

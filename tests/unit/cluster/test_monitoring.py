@@ -136,7 +136,10 @@ def test_grafana_finds_the_dashboard_and_its_source() -> None:
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (of Prometheus) is not on PATH")
 def test_promtool_accepts_the_configuration_and_the_alerts_fire_when_they_must() -> None:
-    for arguments in (["check", "config", "prometheus.yml"], ["check", "rules", "alerts.yml"],
-                      ["test", "rules", "alerts_test.yml"]):  # fmt: skip
+    for arguments in (
+        ["check", "config", "prometheus.yml"],
+        ["check", "rules", "alerts.yml"],
+        ["test", "rules", "alerts_test.yml"],
+    ):
         done = subprocess.run(["promtool", *arguments], cwd=FOLDER, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -136,8 +136,17 @@ def test_secrets_are_in_files_of_their_owner_and_in_no_command_line(tmp_path: Pa
     assert f"spark.authenticate.secret {secret}\n" in daemon
     assert "spark.master.rest.enabled false\n" in daemon, "the REST server takes applications without the secret"
     assert submit.rindex("spark.executor.memory 3g") > submit.index("spark.executor.memory   "), "the last line counts"
-    arguments = Namespace(action="head", host="10.0.0.5", port=6379, dashboard_port=8265, metrics_port=8080,
-                          object_store_gb=0.5, num_cpus=3, num_gpus=None, head="")  # fmt: skip
+    arguments = Namespace(
+        action="head",
+        host="10.0.0.5",
+        port=6379,
+        dashboard_port=8265,
+        metrics_port=8080,
+        object_store_gb=0.5,
+        num_cpus=3,
+        num_gpus=None,
+        head="",
+    )
     command = ray_nodes.start_command(arguments)
     assert command[command.index("--dashboard-host") + 1] == "127.0.0.1"
     assert command[command.index("--num-cpus") + 1] == "3"

@@ -66,8 +66,12 @@ def test_nothing_is_unpickled_or_evaluated() -> None:
                 assert keyword(call, "weights_only") is True
             if called.endswith("export.load") or called in ("torch.jit.load", "torch.package.PackageImporter"):
                 assert TRUSTED_LOAD.get(name(path)) == called
-        imports = {a.name.split(".")[0] for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Import)
-                   for a in n.names}  # fmt: skip
+        imports = {
+            a.name.split(".")[0]
+            for n in ast.walk(ast.parse(path.read_text()))
+            if isinstance(n, ast.Import)
+            for a in n.names
+        }
         assert not imports & {"pickle", "marshal", "shelve", "dill", "joblib"}, name(path)
 
 
@@ -216,10 +220,7 @@ def test_an_archive_that_would_be_unpickled_is_refused_and_not_run(
     saved = io.BytesIO()
     torch.save((Bomb(),), saved)
     tampered = {
-        "would unpickle 'weight'": {
-            weights: json.dumps(config).encode(),
-            "data/weights/weight_0": bomb,
-        },
+        "would unpickle 'weight'": {weights: json.dumps(config).encode(), "data/weights/weight_0": bomb},
         "objects among its sample inputs": {"data/sample_inputs/model.pt": saved.getvalue()},
         "holds 'data/constants/custom_obj_0'": {"data/constants/custom_obj_0": bomb},
         "holds 'data/constants/opaque_obj_0'": {"data/constants/opaque_obj_0": bomb},
@@ -254,8 +255,10 @@ def test_a_run_directory_holds_no_secret_of_the_environment(tmp_path: Path, monk
         monkeypatch.setenv(variable, value)
     spec = samples_spec()
     write_samples(tmp_path / "lake", spec)
-    config = load_config(None, ["data.train_dates=2026-01-01:2026-01-03", "train.global_batch_size=64",
-                                "model.contrastive.group_size=32"])  # fmt: skip
+    config = load_config(
+        None,
+        ["data.train_dates=2026-01-01:2026-01-03", "train.global_batch_size=64", "model.contrastive.group_size=32"],
+    )
     write_plan(plan_run(config, tmp_path / "lake", tmp_path / "run", command=["jobs/train.py"]))
     written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert {path.name for path in written} >= {"config.json", "manifest-train.json"}

@@ -51,9 +51,16 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier_ones(tmp_path: 
     )
     config = load_config(
         file,
-        ["train.num_epochs=5", "train.num_epochs=7", "model.backbone=ple", "train.weight_decay=1",
-         'scenarios=["a", "b"]', "kuairand.tab_groups.rest=[0, 2]", "data.train_dates=2026-01-01:2026-01-02"],
-    )  # fmt: skip
+        [
+            "train.num_epochs=5",
+            "train.num_epochs=7",
+            "model.backbone=ple",
+            "train.weight_decay=1",
+            'scenarios=["a", "b"]',
+            "kuairand.tab_groups.rest=[0, 2]",
+            "data.train_dates=2026-01-01:2026-01-02",
+        ],
+    )
     assert config.train.num_epochs == 7
     assert config.train.learning_rate == 0.5
     assert config.model.backbone == "ple"
@@ -80,10 +87,18 @@ def test_configurations_are_frozen() -> None:
 @pytest.mark.parametrize(
     ("text", "us"),
     [
-        ("1 hour", 3_600_000_000), ("24 hours", DAY_US), ("0 s", 0), ("90s", 90_000_000), ("1.5 min", 90_000_000),
-        (" 2 days ", 2 * DAY_US), ("250ms", 250_000), ("7 us", 7), ("3 m", 180_000_000), ("1 day", 86_400_000_000),
+        ("1 hour", 3_600_000_000),
+        ("24 hours", DAY_US),
+        ("0 s", 0),
+        ("90s", 90_000_000),
+        ("1.5 min", 90_000_000),
+        (" 2 days ", 2 * DAY_US),
+        ("250ms", 250_000),
+        ("7 us", 7),
+        ("3 m", 180_000_000),
+        ("1 day", 86_400_000_000),
     ],
-)  # fmt: skip
+)
 def test_durations(text: str, us: int) -> None:
     assert parse_duration_us(text, where="x") == us
 
@@ -106,10 +121,12 @@ def test_dates_and_ranges() -> None:
     [
         ("2026-02-30", "--dates: '2026-02-30' is not a date; write YYYY-MM-DD"),
         ("", "--dates: '' is not a date; write YYYY-MM-DD"),
-        ("2026-01-02:2026-01-01",
-         "--dates: the range '2026-01-02:2026-01-01' is empty; the first date must not be after the last"),
+        (
+            "2026-01-02:2026-01-01",
+            "--dates: the range '2026-01-02:2026-01-01' is empty; the first date must not be after the last",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_range_is_refused(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         parse_dates(text, where="--dates")
@@ -124,16 +141,47 @@ def test_instants_need_a_zone() -> None:
 
 
 POSITIVE = [
-    *(f"train.{key}" for key in ("num_epochs", "global_batch_size", "checkpoint_every_steps", "keep_checkpoints",
-                                 "log_every_steps", "reader_threads", "learning_rate", "embedding_learning_rate")),
-    *(f"simulated.{key}" for key in ("num_impressions", "num_days", "num_users", "num_items", "num_queries",
-                                     "num_categories")),
-    *(f"model.{key}" for key in ("embedding_dim", "trigger_dim", "recent_queries", "num_experts", "num_task_experts",
-                                 "num_levels", "meta_depth", "meta_view_dim", "apg_rank", "generator.hidden",
-                                 "interest.rank", "interest.over_parameterisation", "contrastive.temperature",
-                                 "contrastive.group_size")),
-    "histories.length", "vocabulary.min_count", "ray.num_workers", "jdsearch.num_days",
-]  # fmt: skip
+    *(
+        f"train.{key}"
+        for key in (
+            "num_epochs",
+            "global_batch_size",
+            "checkpoint_every_steps",
+            "keep_checkpoints",
+            "log_every_steps",
+            "reader_threads",
+            "learning_rate",
+            "embedding_learning_rate",
+        )
+    ),
+    *(
+        f"simulated.{key}"
+        for key in ("num_impressions", "num_days", "num_users", "num_items", "num_queries", "num_categories")
+    ),
+    *(
+        f"model.{key}"
+        for key in (
+            "embedding_dim",
+            "trigger_dim",
+            "recent_queries",
+            "num_experts",
+            "num_task_experts",
+            "num_levels",
+            "meta_depth",
+            "meta_view_dim",
+            "apg_rank",
+            "generator.hidden",
+            "interest.rank",
+            "interest.over_parameterisation",
+            "contrastive.temperature",
+            "contrastive.group_size",
+        )
+    ),
+    "histories.length",
+    "vocabulary.min_count",
+    "ray.num_workers",
+    "jdsearch.num_days",
+]
 
 
 @pytest.mark.parametrize("key", POSITIVE)
@@ -184,8 +232,10 @@ REFUSED = [
     ("train.seed", "--set 'train.seed': write it as section.key=value"),
     ("=3", "--set '=3': write it as section.key=value"),
     # Scenarios
-    ('labels.no_order_scenarios=["feed"]',
-     "labels.no_order_scenarios names feed, not among scenarios: search, recommendation"),
+    (
+        'labels.no_order_scenarios=["feed"]',
+        "labels.no_order_scenarios names feed, not among scenarios: search, recommendation",
+    ),
     ("scenarios=[]", "scenarios is empty; name at least one"),
     ('scenarios=["a", "a"]', "scenarios has doubles: ['a', 'a']"),
     ('scenarios=["Search"]', "scenarios: 'Search' must be lower-case letters, digits and '_'"),
@@ -197,11 +247,15 @@ REFUSED = [
     ("labels.order_window=1", "labels.order_window must be a string, got 1"),
     ("labels.clock_skew=a bit", "labels.clock_skew: 'a bit' is not a duration"),
     ("labels.global_window=later", "labels.global_window: 'later' is not a duration"),
-    ("labels.global_window=5 minutes",
-     "labels.global_window (5 minutes) must not be shorter than labels.click_window (1 hour)"),
+    (
+        "labels.global_window=5 minutes",
+        "labels.global_window (5 minutes) must not be shorter than labels.click_window (1 hour)",
+    ),
     ("labels.global_span=week", "labels.global_span must be 'window' or 'day', got 'week'"),
-    ("labels.order_without_click=keep",
-     "labels.order_without_click must be 'reject' or 'credit_impression', got 'keep'"),
+    (
+        "labels.order_without_click=keep",
+        "labels.order_without_click must be 'reject' or 'credit_impression', got 'keep'",
+    ),
     ("vocabulary.kind=fitted", "vocabulary.kind must be 'fit' or 'hash', got 'fitted'"),
     ("vocabulary.num_buckets=2", "vocabulary.num_buckets must be above 2, got 2"),
     ("data.train_dates=yesterday", "data.train_dates: 'yesterday' is not a date; write YYYY-MM-DD"),
@@ -216,22 +270,28 @@ REFUSED = [
     ("kuaisearch.step=0 s", "kuaisearch.step must be longer than 0, got '0 s'"),
     ("kuaisearch.base_time=today", "kuaisearch.base_time: 'today' is not a time"),
     ("kuaisar.order_column=buy", "kuaisar.order_column must be 'like', 'follow' or 'forward', got 'buy'"),
-    ("jdsearch.base_time=2022-11-01T01:00:00Z",
-     "jdsearch.base_time must be midnight UTC, got '2022-11-01T01:00:00+00:00': no history may share its date"),
+    (
+        "jdsearch.base_time=2022-11-01T01:00:00Z",
+        "jdsearch.base_time must be midnight UTC, got '2022-11-01T01:00:00+00:00': no history may share its date",
+    ),
     ("jdsearch.base_time=then", "jdsearch.base_time: 'then' is not a time"),
     # Model
-    ("model.backbone=dnn", "model.backbone 'dnn' is not known; choose from: shared_bottom, mmoe, ple, star, m2m, apg; "
-     "or name a class of your own as module:Class"),
+    (
+        "model.backbone=dnn",
+        "model.backbone 'dnn' is not known; choose from: shared_bottom, mmoe, ple, star, m2m, apg; "
+        "or name a class of your own as module:Class",
+    ),
     ("model.backbone=mine:", "model.backbone 'mine:' is not known"),
-    ("model.backbone_options.depth=2", "model.backbone_options is for a backbone of your own (module:Class), got "
-     "'shared_bottom'; leave it out"),
+    (
+        "model.backbone_options.depth=2",
+        "model.backbone_options is for a backbone of your own (module:Class), got 'shared_bottom'; leave it out",
+    ),
     ("model.hidden=[]", "model.hidden is empty; give at least one width, for example [64]"),
     ("model.hidden=[64, 0]", "model.hidden must hold positive widths, got [64, 0]"),
     ("model.tower_hidden=[-1]", "model.tower_hidden must hold positive widths, got [-1]"),
     ("model.dropout=1", "model.dropout must be in [0, 1), got 1.0"),
     ("model.apg_rank=65", "model.apg_over_parameterisation (64) must not be below model.apg_rank (65)"),
-    ("model.interest.rank=33",
-     "model.interest.over_parameterisation (32) must not be below model.interest.rank (33)"),
+    ("model.interest.rank=33", "model.interest.over_parameterisation (32) must not be below model.interest.rank (33)"),
     ("model.multitask.alpha=-1", "model.multitask.alpha must not be negative, got -1.0"),
     ("model.scenario_weights=even", "model.scenario_weights must be 'equal' or 'rows', got 'even'"),
     ("model.multitask.variant=C", "model.multitask.variant must be 'A' or 'B', got 'C'"),
@@ -240,15 +300,18 @@ REFUSED = [
     # Training
     ("train.schedule=step", "train.schedule must be 'none', 'cosine' or 'linear', got 'step'"),
     ("train.order=random", "train.order must be 'shuffled' or 'by_date', got 'random'"),
-    ("train.embedding_optimizer=adam",
-     "train.embedding_optimizer must be 'rowwise_adagrad' or 'rowwise_adam', got 'adam'"),
-    ("train.embedding_strategy=torchrec",
-     "train.embedding_strategy must be 'replicated' or 'sharded', got 'torchrec'"),
+    (
+        "train.embedding_optimizer=adam",
+        "train.embedding_optimizer must be 'rowwise_adagrad' or 'rowwise_adam', got 'adam'",
+    ),
+    ("train.embedding_strategy=torchrec", "train.embedding_strategy must be 'replicated' or 'sharded', got 'torchrec'"),
     ("train.precision=fp8", "train.precision must be 'float32' or 'bf16', got 'fp8'"),
-    ("train.global_batch_size=1000",
-     "train.global_batch_size (1000) must be a multiple of model.contrastive.group_size (128)"),
+    (
+        "train.global_batch_size=1000",
+        "train.global_batch_size (1000) must be a multiple of model.contrastive.group_size (128)",
+    ),
     ("ray.timeout=long", "ray.timeout: 'long' is not a duration"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("override", "message"), REFUSED, ids=[override for override, _ in REFUSED])

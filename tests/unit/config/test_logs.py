@@ -30,9 +30,16 @@ def test_a_value_is_text_a_number_or_a_list() -> None:
 
 def test_every_scenario_has_its_logs() -> None:
     assert log_names(["search", "feed"]) == [
-        "search_impressions", "search_clicks", "search_orders", "feed_impressions", "feed_clicks", "feed_orders",
-        "orders", "users", "items",
-    ]  # fmt: skip
+        "search_impressions",
+        "search_clicks",
+        "search_orders",
+        "feed_impressions",
+        "feed_clicks",
+        "feed_orders",
+        "orders",
+        "users",
+        "items",
+    ]
 
 
 @pytest.mark.parametrize(

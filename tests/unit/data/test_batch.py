@@ -19,8 +19,16 @@ from usr_ray.data.batch import History, UsrBatch
 pytestmark = pytest.mark.unit
 
 SPEC = samples_spec()
-ROW_FIELDS = ("labels_BT", "weights_B", "scenario_B", "sparse_BF", "dense_BF", "user_key_B", "request_key_B",
-              "row_number_B")  # fmt: skip
+ROW_FIELDS = (
+    "labels_BT",
+    "weights_B",
+    "scenario_B",
+    "sparse_BF",
+    "dense_BF",
+    "user_key_B",
+    "request_key_B",
+    "row_number_B",
+)
 
 
 def history_of(lists: list[list[int]], *, has_queries: bool = True) -> History:

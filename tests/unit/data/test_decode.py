@@ -112,7 +112,7 @@ def test_tables_without_numbers_and_with_one_scenario_decode() -> None:
         (with_values(ITEMS, [1] * 60, pa.int64()), f"column {ITEMS} is int64 in the file, the table says array<long>"),
         (TABLE.drop_columns([AGES]), f"column {AGES} is missing in the file, though the table has it"),
     ],
-)  # fmt: skip
+)
 def test_values_that_break_the_contract_are_refused_with_their_place(table: pa.Table, message: str) -> None:
     with pytest.raises(DataError, match=f"^part-0.parquet, row group 3: {message}") as caught:
         decode(table)
@@ -139,8 +139,9 @@ def test_labels_out_of_order_are_refused(labels: tuple[int, ...], message: str) 
         decode(table)
 
 
-@pytest.mark.parametrize(("value", "is_fine"), [(0.25, True), (0.0, False), (-3.0, False), (float("nan"), False),
-                                                (float("inf"), False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("value", "is_fine"), [(0.25, True), (0.0, False), (-3.0, False), (float("nan"), False), (float("inf"), False)]
+)
 def test_ages_are_positive_numbers(value: float, is_fine: bool) -> None:
     ages = [[float(value)] * len(row) for row in TABLE.column(AGES).to_pylist()]
     if is_fine:

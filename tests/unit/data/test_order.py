@@ -101,13 +101,7 @@ def test_keys_of_other_numbers_or_another_order_differ() -> None:
     epoch=st.integers(0, 3),
 )
 def test_every_row_comes_once_and_workers_share_the_global_batches(
-    group_rows: list[int],
-    kind: str,
-    num_groups: int,
-    group_size: int,
-    num_shards: int,
-    block_rows: int,
-    epoch: int,
+    group_rows: list[int], kind: str, num_groups: int, group_size: int, num_shards: int, block_rows: int, epoch: int
 ) -> None:
     global_batch_size = num_groups * group_size * num_shards
     days = [n // 3 for n in range(len(group_rows))]

@@ -17,8 +17,12 @@ from usr_ray.runs.plan import mark_finished, plan_run, write_plan
 
 pytestmark = pytest.mark.unit
 
-OVERRIDES = ("data.train_dates='2026-01-01:2026-01-02'", "data.eval_dates='2026-01-03'",
-             "train.global_batch_size=64", "model.contrastive.group_size=16")  # fmt: skip
+OVERRIDES = (
+    "data.train_dates='2026-01-01:2026-01-02'",
+    "data.eval_dates='2026-01-03'",
+    "train.global_batch_size=64",
+    "model.contrastive.group_size=16",
+)
 
 
 @pytest.fixture

@@ -359,11 +359,17 @@ def test_fingerprint_is_of_the_batches_and_not_of_the_workers(manifest: Manifest
     others = [
         fingerprint(**options)
         for options in (
-            {"seed": 1}, {"order": "file"}, {"global_batch_size": 80}, {"group_size": 4}, {"block_rows": 151},
-            {"num_shards": 2}, {"mature_only": True}, {"ready_before_us": START_US + 9 * DAY_US},
+            {"seed": 1},
+            {"order": "file"},
+            {"global_batch_size": 80},
+            {"group_size": 4},
+            {"block_rows": 151},
+            {"num_shards": 2},
+            {"mature_only": True},
+            {"ready_before_us": START_US + 9 * DAY_US},
             {"manifest": dataclasses.replace(manifest, spec=longer)},
         )
-    ]  # fmt: skip
+    ]
     assert len({base, *others}) == 10
 
 
@@ -400,10 +406,7 @@ def cut_in_half(path: Path) -> None:
         (Path.unlink, r"row group \d: cannot be read .*No such file"),
         (lambda path: path.write_bytes(b""), r"row group \d: cannot be read .*rebuild its date"),
         (cut_in_half, r"row group \d: cannot be read"),
-        (
-            lambda path: rewrite(path, lambda t: t.slice(0, 50)),
-            r"row group \d: .*was replaced",
-        ),
+        (lambda path: rewrite(path, lambda t: t.slice(0, 50)), r"row group \d: .*was replaced"),
         (lambda path: rewrite(path, lambda t: t.drop_columns(["user_key"])), r"column user_key is missing in the file"),
         (lambda path: rewrite(path, set_value("user_key", 40, None)), r"row group 1: column user_key has 1 nulls"),
         (lambda path: rewrite(path, set_value("is_order", 75, 0.5)), "row group 2: column is_order holds 0.5 in row 1"),

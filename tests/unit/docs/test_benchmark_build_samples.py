@@ -53,8 +53,15 @@ def test_a_process_and_its_children_are_measured_together(tmp_path: Path) -> Non
 
 def run(size: float, wall_s: float, cpu_s: float) -> dict:
     spark = {"shuffle_write_bytes": int(size * 100), "spilled_disk_bytes": 0}
-    return {"system": "ours", "impressions": int(size), "bot": False, "wall_s": wall_s, "cpu_s": cpu_s,
-            "output_bytes": int(size * 50), "spark": spark}  # fmt: skip
+    return {
+        "system": "ours",
+        "impressions": int(size),
+        "bot": False,
+        "wall_s": wall_s,
+        "cpu_s": cpu_s,
+        "output_bytes": int(size * 50),
+        "spark": spark,
+    }
 
 
 def test_the_plan_is_arithmetic_on_the_fitted_line() -> None:

@@ -125,10 +125,12 @@ def test_a_profile_keeps_the_largest_operators_and_adds_the_others_up() -> None:
 
 def test_every_part_of_usr_is_a_model_of_its_own() -> None:
     parameters = {
-        name: sum(p.numel() for p in step_cases.Step(step_cases.CASES["demo"].spec, {**SMALL_MODEL, **part})
-                  .state.module.parameters())
+        name: sum(
+            p.numel()
+            for p in step_cases.Step(step_cases.CASES["demo"].spec, {**SMALL_MODEL, **part}).state.module.parameters()
+        )
         for name, part in usr_cost.PARTS.items()
-    }  # fmt: skip
+    }
     assert parameters["plain"] < min(parameters[name] for name in ("GLMT alone", "FG alone", "IE alone"))
     assert parameters["USR"] == max(parameters.values())
 

@@ -42,10 +42,15 @@ def test_the_table_goes_back_by_the_command_of_the_page_and_a_run_by_its_setting
     assert "--set data.table_version=0" in block("jobs/train.py")
     config = run_config()
     plan = plan_run(
-        type(config).from_dict({**config.to_dict(), "data": {**config.to_dict()["data"], "mature_only": False,
-                                                             "table_version": before.version}}),
-        tmp_path / "lake", tmp_path / "run",
-    )  # fmt: skip
+        type(config).from_dict(
+            {
+                **config.to_dict(),
+                "data": {**config.to_dict()["data"], "mature_only": False, "table_version": before.version},
+            }
+        ),
+        tmp_path / "lake",
+        tmp_path / "run",
+    )
     assert plan.train_manifest.version == before.version
     command = (
         block("restore").replace("python -c", f"{sys.executable} -c").replace("samples 0", f"samples {before.version}")
@@ -56,8 +61,14 @@ def test_the_table_goes_back_by_the_command_of_the_page_and_a_run_by_its_setting
     assert (after.num_rows, [f.path for f in after.files]) == (before.num_rows, [f.path for f in before.files])
 
 
-RATES = Rates(build_s=360, train_s=36, score_s=3.6, shuffle_bytes=75, table_bytes=70,
-              sources={"build_s": "a", "train_s": "b", "score_s": "c"})  # fmt: skip
+RATES = Rates(
+    build_s=360,
+    train_s=36,
+    score_s=3.6,
+    shuffle_bytes=75,
+    table_bytes=70,
+    sources={"build_s": "a", "train_s": "b", "score_s": "c"},
+)
 
 
 def test_capacity_is_arithmetic_on_measured_rates() -> None:
@@ -109,10 +120,13 @@ def airflow(monkeypatch: pytest.MonkeyPatch) -> type[Operator]:
 
     Operator.made = []
     modules: dict[str, dict[str, Any]] = {
-        "airflow": {}, "airflow.sdk": {"DAG": Dag}, "airflow.providers": {}, "airflow.providers.standard": {},
+        "airflow": {},
+        "airflow.sdk": {"DAG": Dag},
+        "airflow.providers": {},
+        "airflow.providers.standard": {},
         "airflow.providers.standard.operators": {},
         "airflow.providers.standard.operators.bash": {"BashOperator": Operator},
-    }  # fmt: skip
+    }
     for name, content in modules.items():
         module = types.ModuleType(name)
         module.__dict__.update(content)
@@ -135,8 +149,11 @@ def test_the_airflow_example_runs_the_steps_in_order_and_a_held_back_model_is_no
     (tmp_path / ".venv" / "bin" / "activate").write_text(f"PATH={tmp_path}:$PATH\n")
     (tmp_path / "python").write_text(f'#!{shutil.which("bash")}\necho "$@"; exit {job_code}\n')
     (tmp_path / "python").chmod(0o755)
-    command = re.sub(r"\{\{ var\.value\.(\w+) \}\}", lambda m: str(tmp_path) if m[1] == "usr_ray_home" else m[1],
-                     airflow.made[2].settings["bash_command"])  # fmt: skip
+    command = re.sub(
+        r"\{\{ var\.value\.(\w+) \}\}",
+        lambda m: str(tmp_path) if m[1] == "usr_ray_home" else m[1],
+        airflow.made[2].settings["bash_command"],
+    )
     command = re.sub(r"\{\{ .*? \}\}", "2026-01-05", command)
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.returncode == task_code

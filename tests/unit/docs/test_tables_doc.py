@@ -25,14 +25,7 @@ from etl.lake.tables import (
 )
 from etl.session import MAX_FILE_BYTES, MIN_FILE_BYTES, ROW_GROUP_ROWS
 from usr_ray.config import load_config
-from usr_ray.schema import (
-    FEATURE_SPEC_PROPERTY,
-    DenseFeature,
-    FeatureSpec,
-    SparseFeature,
-    index_column,
-    scaled_column,
-)
+from usr_ray.schema import FEATURE_SPEC_PROPERTY, DenseFeature, FeatureSpec, SparseFeature, index_column, scaled_column
 
 pytestmark = pytest.mark.unit
 
@@ -74,10 +67,13 @@ def spec() -> FeatureSpec:
         ("<feature>", "item"),
     )
     return FeatureSpec(
-        scenarios=("<scenario>",), query_scenarios=("<scenario>",), history_length=5, label_delay_us=0,
+        scenarios=("<scenario>",),
+        query_scenarios=("<scenario>",),
+        history_length=5,
+        label_delay_us=0,
         sparse=tuple(sparse(*pair) for pair in (*names, ("<feature>", "item"))),
         dense=(DenseFeature(name="<feature>", column=scaled_column("<feature>"), owner="item"),),
-    )  # fmt: skip
+    )
 
 
 def test_samples_columns_types_and_nulls_are_documented() -> None:
@@ -85,8 +81,7 @@ def test_samples_columns_types_and_nulls_are_documented() -> None:
 
 
 @pytest.mark.parametrize(
-    ("title", "schema"),
-    [("vocabularies", VOCABULARIES_SCHEMA), ("rejects", REJECTS_SCHEMA), ("state", STATE_SCHEMA)],
+    ("title", "schema"), [("vocabularies", VOCABULARIES_SCHEMA), ("rejects", REJECTS_SCHEMA), ("state", STATE_SCHEMA)]
 )
 def test_the_other_tables_are_documented(title: str, schema: T.StructType) -> None:
     assert documented(title) == written(schema)

@@ -45,9 +45,14 @@ def test_another_pyspark_or_delta_is_named(monkeypatch: pytest.MonkeyPatch, pack
 
 
 COUNTS = SampleCounts(
-    {("2026-01-01", "search"): Funnel(100, 20, 5, 40, 10, 0), ("2026-01-02", "search"): Funnel(100, 20, 5, 40, 5, 7),
-     ("2026-01-01", "feed"): Funnel(10, 2, 0, 2, 0, 0)}, {}, {},
-)  # fmt: skip
+    {
+        ("2026-01-01", "search"): Funnel(100, 20, 5, 40, 10, 0),
+        ("2026-01-02", "search"): Funnel(100, 20, 5, 40, 5, 7),
+        ("2026-01-01", "feed"): Funnel(10, 2, 0, 2, 0, 0),
+    },
+    {},
+    {},
+)
 
 
 def config_of(*scenarios: str, no_orders: str = "[]") -> Config:

@@ -20,9 +20,13 @@ def test_tables_are_as_large_as_the_largest_id_plus_one() -> None:
     spec = feature_spec(load_config(None, FEATURES), {"user_id": 9, "city": 4})
     sizes = {f.name: (f.num_embeddings, f.owner) for f in spec.sparse}
     assert sizes == {
-        "user_id": (10, "user"), "item_id": (2, "item"), "query": (2, "query"), "event_hour": (26, "context"),
-        "city": (5, "user"), "app": (2, "context"),
-    }  # fmt: skip
+        "user_id": (10, "user"),
+        "item_id": (2, "item"),
+        "query": (2, "query"),
+        "event_hour": (26, "context"),
+        "city": (5, "user"),
+        "app": (2, "context"),
+    }
     assert [(f.column, f.owner) for f in spec.dense] == [("price_scaled", "item")]
 
 

@@ -15,11 +15,15 @@ pytestmark = pytest.mark.unit
 
 BAD = {
     # In the order is_click, is_order, is_click_global, is_order_global.
-    "is_click_is_0_or_1": (0.5, 0, 1, 0), "is_order_is_0_or_1": (1, float("nan"), 1, 1),
-    "is_click_global_is_0_or_1": (1, 0, 2, 0), "is_order_global_is_0_or_1": (1, 0, 1, 0.5),
-    "is_order_le_is_click": (0, 1, 1, 1), "is_click_le_is_click_global": (1, 0, 0, 0),
-    "is_order_le_is_order_global": (1, 1, 1, 0), "is_order_global_le_is_click_global": (0, 0, 0, 1),
-}  # fmt: skip
+    "is_click_is_0_or_1": (0.5, 0, 1, 0),
+    "is_order_is_0_or_1": (1, float("nan"), 1, 1),
+    "is_click_global_is_0_or_1": (1, 0, 2, 0),
+    "is_order_global_is_0_or_1": (1, 0, 1, 0.5),
+    "is_order_le_is_click": (0, 1, 1, 1),
+    "is_click_le_is_click_global": (1, 0, 0, 0),
+    "is_order_le_is_order_global": (1, 1, 1, 0),
+    "is_order_global_le_is_click_global": (0, 0, 0, 1),
+}
 
 
 def labels(*rows: tuple[float, ...]) -> pa.RecordBatch:
@@ -42,12 +46,16 @@ def test_a_null_where_none_may_be_is_a_broken_rule() -> None:
 
 
 SPEC = FeatureSpec(
-    scenarios=("search", "feed", "related"), query_scenarios=("search",), history_length=2, label_delay_us=0, dense=(),
+    scenarios=("search", "feed", "related"),
+    query_scenarios=("search",),
+    history_length=2,
+    label_delay_us=0,
+    dense=(),
     sparse=tuple(
         SparseFeature(name=n, column=index_column(n), num_embeddings=9, owner="context")
         for n in ("user_id", "item_id", "query", "event_hour", "device")
     ),
-)  # fmt: skip
+)
 
 
 def test_sums_equal_a_loop_over_the_rows_and_add_up() -> None:

@@ -27,9 +27,13 @@ pytestmark = pytest.mark.unit
 
 SCENARIOS = ("search", "feed", "related")
 SPEC = FeatureSpec(
-    scenarios=SCENARIOS, query_scenarios=("search",), history_length=3, label_delay_us=0, dense=(),
+    scenarios=SCENARIOS,
+    query_scenarios=("search",),
+    history_length=3,
+    label_delay_us=0,
+    dense=(),
     sparse=tuple(SparseFeature(name=n, column=index_column(n), num_embeddings=9, owner=n) for n in ("user_id",)),
-)  # fmt: skip
+)
 FLOAT, LONG, TEXT = pa.float32(), pa.int64(), pa.string()
 TIME = pa.timestamp("us", tz="UTC")
 LABELS = ("is_click", "is_order", "is_click_global", "is_order_global")
@@ -54,9 +58,13 @@ KINDS = {2: "click", 3: "order"}
 
 def plan(windows: Windows, chunk_rows: int, days: tuple[int, ...] = (NOON_DAY, NOON_DAY + 1)) -> PassPlan:
     return PassPlan(
-        rules=rules_of(windows), num_scenarios=3, history_length=3, days=days, chunk_rows=chunk_rows,
+        rules=rules_of(windows),
+        num_scenarios=3,
+        history_length=3,
+        days=days,
+        chunk_rows=chunk_rows,
         max_user_day_rows=windows.max_user_day_rows,
-    )  # fmt: skip
+    )
 
 
 def batches(rows: pa.Table, size: int) -> Iterator[pa.RecordBatch]:
@@ -77,19 +85,37 @@ def written(parts: dict[str, list[dict[str, Any]]], windows: Windows) -> list[di
     lookups: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
     for row in parts["value"]:
         feature = row["feature"]
-        lookups[row["chunk"]].append({
-            "feature": FEATURES.index(feature), "code": row["code"], "value": row["value"],
-            "ids": [IDS[feature].get(row["value"], 1)], "numbers": [],
-            "is_new": None,
-        })  # fmt: skip
-    entry = pa.struct([
-        ("feature", pa.int32()), ("code", pa.int32()), ("value", TEXT), ("ids", pa.list_(LONG)),
-        ("numbers", pa.list_(FLOAT)), ("is_new", pa.bool_()),
-    ])  # fmt: skip
+        lookups[row["chunk"]].append(
+            {
+                "feature": FEATURES.index(feature),
+                "code": row["code"],
+                "value": row["value"],
+                "ids": [IDS[feature].get(row["value"], 1)],
+                "numbers": [],
+                "is_new": None,
+            }
+        )
+    entry = pa.struct(
+        [
+            ("feature", pa.int32()),
+            ("code", pa.int32()),
+            ("value", TEXT),
+            ("ids", pa.list_(LONG)),
+            ("numbers", pa.list_(FLOAT)),
+            ("is_new", pa.bool_()),
+        ]
+    )
     schema = pa.schema([("targets", pa.binary()), ("events", pa.binary()), ("lookups", pa.list_(entry))])
     packs = [{**row, "lookups": lookups[row["chunk"]]} for row in parts["pack"]]
-    rows = RowPlan(rules=rules_of(windows), spec=SPEC, watermark=NOON, days=(), features=FEATURES,
-                   owned_categories={}, owned_numbers={})  # fmt: skip
+    rows = RowPlan(
+        rules=rules_of(windows),
+        spec=SPEC,
+        watermark=NOON,
+        days=(),
+        features=FEATURES,
+        owned_categories={},
+        owned_numbers={},
+    )
     table = pa.Table.from_pylist([{n: p[n] for n in schema.names} for p in packs], schema=schema)
     return pa.Table.from_batches(sample_rows(table.to_batches(), rows, SCHEMA), schema=SCHEMA).to_pylist()
 
@@ -118,8 +144,14 @@ def test_memory_is_bounded_by_the_chunk_when_users_are_small() -> None:
 
 
 @depth(25)
-@given(world=worlds(num_scenarios=3), windows=windows_of(), size=st.integers(1, 9), chunk_rows=st.integers(1, 20),
-       most=st.sampled_from([0, 0, 1, 2, 5]), data=st.data())  # fmt: skip
+@given(
+    world=worlds(num_scenarios=3),
+    windows=windows_of(),
+    size=st.integers(1, 9),
+    chunk_rows=st.integers(1, 20),
+    most=st.sampled_from([0, 0, 1, 2, 5]),
+    data=st.data(),
+)
 def test_rows_and_account_equal_the_oracle_whatever_the_chunks(
     world: World, windows: Windows, size: int, chunk_rows: int, most: int, data: st.DataObject
 ) -> None:
@@ -166,8 +198,12 @@ def check_account(parts: dict[str, list[dict[str, Any]]], world: World, want: Ex
     for row in parts["value"]:
         values[row["feature"], row["value"]] += sum(row["counts"])
     once = [i for i in unique(world.impressions, ("id",)) if i["id"] in want.samples]
-    pairs = [(feature, i[name]) for i in once for feature, name in
-             (("user_id", "user"), ("item_id", "item"), ("query", "query")) if i[name] is not None]  # fmt: skip
+    pairs = [
+        (feature, i[name])
+        for i in once
+        for feature, name in (("user_id", "user"), ("item_id", "item"), ("query", "query"))
+        if i[name] is not None
+    ]
     assert +values == collections.Counter(pairs)
 
 
@@ -250,11 +286,19 @@ def test_a_row_of_another_user_with_the_same_key_is_a_duplicate() -> None:
 
 def test_rows_that_cannot_be_used_are_rejects_with_their_text() -> None:
     rows = event_rows(World().impression("i", "a", "x", 0, NOON)).to_pylist()
-    broken = rows[0] | {"user_id": None, "event_time": None, "known_time": None, "reason": "null_user_id",
-                        "row_json": "{}", "user_key": -5}  # fmt: skip
+    broken = rows[0] | {
+        "user_id": None,
+        "event_time": None,
+        "known_time": None,
+        "reason": "null_user_id",
+        "row_json": "{}",
+        "user_key": -5,
+    }
     table = pa.Table.from_pylist([broken, *rows], schema=event_rows(World()).schema)
     parts = passed(table, plan(Windows(9, 9, 9), 10), 10)
     assert [(r["reason"], r["row"], r["event_time"]) for r in parts["reject"]] == [("null_user_id", "{}", None)]
     assert {(r["what"], r["day"], r["num_rows"]) for r in parts["account"]} == {
-        ("unusable", None, 1), ("rows_in", NOON_DAY, 1), ("used", NOON_DAY, 1)
-    }  # fmt: skip
+        ("unusable", None, 1),
+        ("rows_in", NOON_DAY, 1),
+        ("used", NOON_DAY, 1),
+    }

@@ -27,7 +27,12 @@ SCHEMA = """message spark_schema {
 
 def test_top_level_columns_have_one_word_for_their_type() -> None:
     assert column_kinds(SCHEMA) == {
-        "item_id": "string", "event_time": "timestamp", "ingest_time": "timestamp", "position": "int32",
-        "small": "INTEGER(8,true)", "price": "DECIMAL(10,2)", "tags": "group",
+        "item_id": "string",
+        "event_time": "timestamp",
+        "ingest_time": "timestamp",
+        "position": "int32",
+        "small": "INTEGER(8,true)",
+        "price": "DECIMAL(10,2)",
+        "tags": "group",
         "seen": "timestamp in nanoseconds",
-    }  # fmt: skip
+    }

@@ -134,9 +134,16 @@ def test_every_real_row_is_accounted_for(tmp_path: Path) -> None:
 def test_products_with_quotes_and_gaps(tmp_path: Path) -> None:
     logs = ingest(hand_written(tmp_path / "in", SEARCH_ROW), tmp_path / "logs")
     assert read_rows(logs, "items") == [
-        {"item_id": "w1", "brand_id": "b1", "cate_id_1": "c1", "cate_id_2": "c2", "cate_id_3": "c3", "cate_id_4": None,
-         "shop_id": "s1"}
-    ]  # fmt: skip
+        {
+            "item_id": "w1",
+            "brand_id": "b1",
+            "cate_id_1": "c1",
+            "cate_id_2": "c2",
+            "cate_id_3": "c3",
+            "cate_id_4": None,
+            "shop_id": "s1",
+        }
+    ]
 
 
 @pytest.mark.parametrize(

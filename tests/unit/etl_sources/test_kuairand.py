@@ -88,9 +88,13 @@ def test_attribution_gives_back_the_real_columns(real_logs: Path, raw: pd.DataFr
     scenarios = ["tab_0", "tab_4", "rest"]  # a quarter of the rows: the slow reference takes seconds for "main"
     raw = raw[raw["scenario"].isin(scenarios)]
     labels = attribute(
-        real_logs, scenarios, click_us=30 * minute_us, order_us=30 * minute_us, global_us=60 * minute_us,
+        real_logs,
+        scenarios,
+        click_us=30 * minute_us,
+        order_us=30 * minute_us,
+        global_us=60 * minute_us,
         orders_by_scenario=True,
-    )  # fmt: skip
+    )
     key = ["user_id", "video_id", "time_ms", "tab"]
     best = raw.groupby(key, as_index=False)[["is_click", "long_view"]].max()  # rows logged twice count once
     ids = best[key].astype(str).agg("-".join, axis=1)
@@ -173,9 +177,12 @@ def test_an_action_is_known_after_the_playing_time_but_before_the_next_click_of_
     )
     logs = ingest(hand_written(tmp_path / "in", *rows), tmp_path / "logs", load_config(None, [FULL_SCENARIOS]))
     assert order_times(logs, "main") == {
-        "0-7-1000-1": 9_999_999, "0-7-10000-1": 10_500_000, "0-7-20000-1": 20_000_000, "0-8-1000-1": 61_000_000,
+        "0-7-1000-1": 9_999_999,
+        "0-7-10000-1": 10_500_000,
+        "0-7-20000-1": 20_000_000,
+        "0-8-1000-1": 61_000_000,
         "0-7-30000-1": 32_000_000,
-    }  # fmt: skip
+    }
     assert order_times(logs, "tab_4") == {"0-7-1000-4": 61_000_000}
 
 
@@ -195,8 +202,12 @@ def test_groups_and_action_are_configurable(tmp_path: Path) -> None:
         row(ms=3, play=1, tab=5, like=1),
         row(ms=4, play=1, tab=3),
     )
-    settings = ['scenarios=["far", "near"]', "kuairand.tab_groups.near=[1]", "kuairand.tab_groups.far=[5, 3]",
-                "kuairand.order_column=is_like"]  # fmt: skip
+    settings = [
+        'scenarios=["far", "near"]',
+        "kuairand.tab_groups.near=[1]",
+        "kuairand.tab_groups.far=[5, 3]",
+        "kuairand.order_column=is_like",
+    ]
     logs = ingest(hand_written(tmp_path / "in", *rows), tmp_path / "logs", load_config(None, settings))
     assert [r["impression_id"] for r in read_rows(logs, "far_impressions")] == ["0-7-3-5", "0-7-4-3"]
     assert [r["impression_id"] for r in read_rows(logs, "near_impressions")] == [
@@ -205,11 +216,29 @@ def test_groups_and_action_are_configurable(tmp_path: Path) -> None:
     ]  # 9: the last one
     assert [r["order_id"] for r in read_rows(logs, "near_orders")] == ["0-7-1-1"]
     assert read_rows(logs, "items") == [
-        {"item_id": "7", "author_id": "11", "video_type": "NORMAL", "upload_type": "LongImport", "music_id": "99",
-         "music_type": "9.0", "tag": "39", "video_duration_s": 5.0, **NOTHING_EARLIER},
-        {"item_id": "8", "author_id": None, "video_type": "AD", "upload_type": None, "music_id": None,
-         "music_type": None, "tag": None, "video_duration_s": None, **NOTHING_EARLIER},
-    ]  # fmt: skip
+        {
+            "item_id": "7",
+            "author_id": "11",
+            "video_type": "NORMAL",
+            "upload_type": "LongImport",
+            "music_id": "99",
+            "music_type": "9.0",
+            "tag": "39",
+            "video_duration_s": 5.0,
+            **NOTHING_EARLIER,
+        },
+        {
+            "item_id": "8",
+            "author_id": None,
+            "video_type": "AD",
+            "upload_type": None,
+            "music_id": None,
+            "music_type": None,
+            "tag": None,
+            "video_duration_s": None,
+            **NOTHING_EARLIER,
+        },
+    ]
     (user,) = read_rows(logs, "users")
     assert (user["follow_user_num_range"], user["register_days"]) == ("(0,10]", 107.0)
 
@@ -219,17 +248,23 @@ def test_what_users_did_before_the_log_is_history_and_counts(tmp_path: Path) -> 
     hour_ms, evening_ms = 3_600_000, 86_400_000 * 3 - 3_600_000
     # User 0 was last active on the log's first UTC day, which is built: its events move to the evening before.
     sequences = {
-        "user_id": [0, 5], "history_len": [70, 2], "last_time_ms": [86_400_000 * 3 + 1, 4_000],
-        "watch_seq": [[7, 8, 7], [8, 8]], "long_watch_seq": [[9, 8, 7], [8]], "like_seq": [[], [8]],
-    }  # fmt: skip
+        "user_id": [0, 5],
+        "history_len": [70, 2],
+        "last_time_ms": [86_400_000 * 3 + 1, 4_000],
+        "watch_seq": [[7, 8, 7], [8, 8]],
+        "long_watch_seq": [[9, 8, 7], [8]],
+        "like_seq": [[], [8]],
+    }
     pq.write_table(pa.table(sequences), folder / "user_sequences_until_1970.parquet")
     logs = ingest(folder, tmp_path / "logs", load_config(None, [FULL_SCENARIOS]))
     for log, key in (("main_impressions", "impression_id"), ("main_clicks", "click_id"), ("main_orders", "order_id")):
         events = [r for r in read_rows(logs, log) if "earlier" in r[key]]
         assert [(r["user_id"], r["item_id"], r["event_time"] // 1000) for r in events] == [
-            ("0", "9", evening_ms - 2 * hour_ms), ("0", "8", evening_ms - hour_ms), ("0", "7", evening_ms),
+            ("0", "9", evening_ms - 2 * hour_ms),
+            ("0", "8", evening_ms - hour_ms),
+            ("0", "7", evening_ms),
             ("5", "8", 4_000),
-        ]  # fmt: skip
+        ]
     assert len(read_rows(logs, "tab_4_impressions")) == 0
     # Read from the newest end, the impressions are: 7 long, 8 long, 7 not (9 is in the way); 8 long, 8 not. So 3 of 5
     # are long; with one more of each, ten impressions at 4 / 7 come on top.

@@ -82,8 +82,11 @@ def test_recommendation_rows(logs: Path) -> None:
     ]
     assert {(r["position"], r["query"]) for r in shown} == {(None, None)}
     assert [r["impression_id"] for r in read_rows(logs, "recommendation_clicks")] == [
-        "r-1-700-1684742000123", "r-1-700-1684742000123", None, None,
-    ]  # fmt: skip
+        "r-1-700-1684742000123",
+        "r-1-700-1684742000123",
+        None,
+        None,
+    ]
     # The like of a row that was not clicked stays: the ETL counts it.
     orders = [(r["order_id"], r["event_time"]) for r in read_rows(logs, "recommendation_orders")]
     assert orders == [("r-1-700-1684742000123", at)] * 2 + [("r-2-700-1684742000000", at - 123_000)]
@@ -121,10 +124,15 @@ def test_features(logs: Path) -> None:
     assert [list(row.values()) for row in users.to_pylist()] == [["1", "0", "7", "2", "5"], ["2", "2", None, "0", "1"]]
     first, second = read_rows(logs, "items")
     assert first == {
-        "item_id": "700", "author_id": "10", "item_type": "NORMAL", "upload_type": "LongImport",
-        "first_level_category_id": "9", "second_level_category_id": "136", "third_level_category_id": "0",
+        "item_id": "700",
+        "author_id": "10",
+        "item_type": "NORMAL",
+        "upload_type": "LongImport",
+        "first_level_category_id": "9",
+        "second_level_category_id": "136",
+        "third_level_category_id": "0",
         "fourth_level_category_id": "0",
-    }  # fmt: skip
+    }
     assert (second["author_id"], second["upload_type"]) == (None, None)
 
 

@@ -33,9 +33,15 @@ def ingest(input_dir: Path, logs: Path, config: Config) -> Path:
 
 def session(number: int = 1, **values: Any) -> dict[str, Any]:
     return {
-        "user_id": 5, "session_id": number, "impressed_item_ids": [30, 10, 20], "clicked_item_ids": [],
-        "purchased_item_ids": [], "time_index": 100, "query": "外套", "split": "train",
-    } | values  # fmt: skip
+        "user_id": 5,
+        "session_id": number,
+        "impressed_item_ids": [30, 10, 20],
+        "clicked_item_ids": [],
+        "purchased_item_ids": [],
+        "time_index": 100,
+        "query": "外套",
+        "split": "train",
+    } | values
 
 
 def hand_written(folder: Path, *sessions: Any) -> Path:
@@ -79,11 +85,17 @@ def test_a_session_becomes_impressions_in_display_order(tmp_path: Path) -> None:
     logs = written(tmp_path, session(clicked_item_ids=[10], purchased_item_ids=[10]), "", session(2, time_index=101))
     shown = read_rows(logs, "search_impressions")
     assert [(r["impression_id"], r["item_id"], r["position"]) for r in shown] == [
-        ("1-0", "30", 0), ("1-1", "10", 1), ("1-2", "20", 2), ("2-0", "30", 0), ("2-1", "10", 1), ("2-2", "20", 2),
-    ]  # fmt: skip
+        ("1-0", "30", 0),
+        ("1-1", "10", 1),
+        ("1-2", "20", 2),
+        ("2-0", "30", 0),
+        ("2-1", "10", 1),
+        ("2-2", "20", 2),
+    ]
     assert {(r["request_id"], r["user_id"], r["query"], r["event_time"]) for r in shown} == {
-        ("1", "5", "外套", BASE_US + 100 * MINUTE_US), ("2", "5", "外套", BASE_US + 101 * MINUTE_US),
-    }  # fmt: skip
+        ("1", "5", "外套", BASE_US + 100 * MINUTE_US),
+        ("2", "5", "外套", BASE_US + 101 * MINUTE_US),
+    }
     at = BASE_US + 100 * MINUTE_US
     assert read_rows(logs, "search_clicks") == [
         {"click_id": "1-10", "impression_id": "1-1", "user_id": "5", "item_id": "10", "event_time": at + 15_000_000}
@@ -123,8 +135,15 @@ def test_features_are_written_only_when_ids_are_one_numbering(tmp_path: Path) ->
         "fre_province": None,
         "fre_city": "y",
     }
-    item = {"item_id": 30, "item_title": "t", "brand_id": 1, "seller_id": 2, "category_level1_id": 3,
-            "category_level2_id": 4, "category_level3_id": 0}  # fmt: skip
+    item = {
+        "item_id": 30,
+        "item_title": "t",
+        "brand_id": 1,
+        "seller_id": 2,
+        "category_level1_id": 3,
+        "category_level2_id": 4,
+        "category_level3_id": 0,
+    }
     (folder / "users.jsonl").write_text(json.dumps(user) + "\n")
     (folder / "items.jsonl").write_text(json.dumps(item) + "\n")
     plain = ingest(folder, tmp_path / "plain", load_config(None, [ONE_SCENARIO]))
@@ -139,9 +158,15 @@ def test_features_are_written_only_when_ids_are_one_numbering(tmp_path: Path) ->
         {"user_id": "5", "gender": "F", "age_bucket": "31-40", "fre_province": None, "fre_city": "y"}
     ]
     assert read_rows(joined, "items") == [
-        {"item_id": "30", "brand_id": "1", "seller_id": "2", "category_level1_id": "3", "category_level2_id": "4",
-         "category_level3_id": "0"}
-    ]  # fmt: skip
+        {
+            "item_id": "30",
+            "brand_id": "1",
+            "seller_id": "2",
+            "category_level1_id": "3",
+            "category_level2_id": "4",
+            "category_level3_id": "0",
+        }
+    ]
     (folder / "items.jsonl").write_text('{"item_id": 30}\n')
     with pytest.raises(UserError, match=r"items.jsonl: no column brand_id, seller_id"):
         ingest(folder, tmp_path / "bad", load_config(None, [ONE_SCENARIO, "kuaisearch.write_features=true"]))

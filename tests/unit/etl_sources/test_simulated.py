@@ -19,9 +19,13 @@ from usr_ray.config import Config, load_config
 pytestmark = pytest.mark.unit
 
 SMALL = (
-    "simulated.num_impressions=8000", "simulated.num_days=3", "simulated.num_users=200", "simulated.num_items=150",
-    "simulated.num_queries=40", "simulated.num_categories=8",
-)  # fmt: skip
+    "simulated.num_impressions=8000",
+    "simulated.num_days=3",
+    "simulated.num_users=200",
+    "simulated.num_items=150",
+    "simulated.num_queries=40",
+    "simulated.num_categories=8",
+)
 HOUR_US = 3_600_000_000
 MEDIUM = ("simulated.num_impressions=60000", "simulated.num_users=600", "simulated.num_items=400")
 
@@ -49,9 +53,12 @@ def joined(days: list[SimulatedDay], name: str) -> np.ndarray:
 def recovered(logs: Path, config: Config) -> Labels:
     labels = config.labels
     return attribute(
-        logs, list(config.scenarios), click_us=labels.click_window_us, order_us=labels.order_window_us,
+        logs,
+        list(config.scenarios),
+        click_us=labels.click_window_us,
+        order_us=labels.order_window_us,
         global_us=labels.global_window_us,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(
@@ -59,17 +66,33 @@ def recovered(logs: Path, config: Config) -> Labels:
     [
         (),
         # Busy users, many repeats, many late events: where a click or an order could be credited to a wrong row.
-        ("simulated.num_users=25", "simulated.num_items=40", "simulated.late_rate=0.2", "simulated.cross_exposure=0.5",
-         "simulated.unnamed_click_rate=0.5", "simulated.duplicate_rate=0.2"),
-        ("labels.click_window=10 minutes", "labels.order_window=72 hours", "labels.global_window=5 hours",
-         "simulated.num_users=40", "simulated.late_rate=0.3"),
-        ("simulated.link_loss=0.5", "simulated.num_users=25", "simulated.num_items=40", "simulated.late_rate=0.2",
-         "simulated.cross_exposure=0.5"),
+        (
+            "simulated.num_users=25",
+            "simulated.num_items=40",
+            "simulated.late_rate=0.2",
+            "simulated.cross_exposure=0.5",
+            "simulated.unnamed_click_rate=0.5",
+            "simulated.duplicate_rate=0.2",
+        ),
+        (
+            "labels.click_window=10 minutes",
+            "labels.order_window=72 hours",
+            "labels.global_window=5 hours",
+            "simulated.num_users=40",
+            "simulated.late_rate=0.3",
+        ),
+        (
+            "simulated.link_loss=0.5",
+            "simulated.num_users=25",
+            "simulated.num_items=40",
+            "simulated.late_rate=0.2",
+            "simulated.cross_exposure=0.5",
+        ),
         ('scenarios=["feed"]', "query_scenarios=[]"),
         ('scenarios=["search", "feed", "cart", "home"]', 'query_scenarios=["search", "cart"]'),
     ],
     ids=["default", "crowded", "other windows", "lost links", "one scenario", "four scenarios"],
-)  # fmt: skip
+)
 def test_attribution_gives_back_exactly_the_drawn_labels(tmp_path: Path, overrides: tuple[str, ...]) -> None:
     config = small_config(*overrides)
     _, days = drawn(config)
@@ -261,9 +284,11 @@ def test_link_loss_takes_the_other_scenarios_click_out_of_the_global_label(tmp_p
     own, shares = [], []
     for loss in (0.0, 0.5, 1.0):
         config = small_config(
-            f"simulated.link_loss={loss}", "simulated.cross_exposure=0.45", "simulated.num_items=1000",
+            f"simulated.link_loss={loss}",
+            "simulated.cross_exposure=0.45",
+            "simulated.num_items=1000",
             "simulated.num_users=400",
-        )  # fmt: skip
+        )
         labels = recovered(write_logs(tmp_path / str(loss), config), config)
         own.append((labels.is_click, labels.is_order))
         shares.append(len(labels.is_click) / len(labels.is_click_global))

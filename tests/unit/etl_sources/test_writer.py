@@ -36,8 +36,12 @@ def test_logs_have_the_contract_types_and_microseconds(tmp_path: Path) -> None:
     assert orders["event_time"][0].as_py() == dt.datetime(1970, 1, 1, 0, 0, 1, 1, tzinfo=dt.UTC)
     assert pq.read_table(tmp_path / "logs" / "users").to_pylist() == [{"user_id": "17", "age": 3.0}]
     assert pq.read_table(tmp_path / "logs" / "search_clicks").column_names == [
-        "click_id", "impression_id", "user_id", "item_id", "event_time",
-    ]  # fmt: skip
+        "click_id",
+        "impression_id",
+        "user_id",
+        "item_id",
+        "event_time",
+    ]
     assert json.loads((tmp_path / "logs" / "_ingest.json").read_text())["source"] == "test"
 
 
@@ -140,9 +144,15 @@ def test_the_job_runs_from_anywhere_and_prints_the_logs(tmp_path: Path) -> None:
     lines = {line.split()[0]: line.split()[-1] for line in done.stdout.splitlines()[1:-1]}
     assert lines["truth"] == "5,000"
     assert set(lines) == {
-        "users", "items", "search_impressions", "search_clicks", "recommendation_impressions", "recommendation_clicks",
-        "orders", "truth",
-    }  # fmt: skip
+        "users",
+        "items",
+        "search_impressions",
+        "search_clicks",
+        "recommendation_impressions",
+        "recommendation_clicks",
+        "orders",
+        "truth",
+    }
     assert "day 4 of 4" in done.stderr
 
 

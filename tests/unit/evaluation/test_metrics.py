@@ -156,9 +156,15 @@ def test_rows_of_weight_zero_do_not_count():
 def test_no_rows_give_no_metrics_and_valid_json():
     empty = compute_metrics(np.array([]), np.array([]), np.array([]), request_keys=np.array([]))
     assert empty == {
-        "auc": None, "gauc": None, "log_loss": None, "pcoc": None, "normalised_entropy": None, "ndcg_at_10": None,
-        "num_samples": 0, "num_positives": 0,
-    }  # fmt: skip
+        "auc": None,
+        "gauc": None,
+        "log_loss": None,
+        "pcoc": None,
+        "normalised_entropy": None,
+        "ndcg_at_10": None,
+        "num_samples": 0,
+        "num_positives": 0,
+    }
     assert json.loads(json.dumps(empty, allow_nan=False)) == empty
 
 

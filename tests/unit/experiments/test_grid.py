@@ -41,13 +41,22 @@ RAW: dict[str, Any] = {
 def test_every_point_comes_with_every_seed_and_the_first_seed_first() -> None:
     trials = expand(parse_study(RAW, name="two", scale="full"))
     assert [(t.point["backbone"], t.point["glmt"], t.seed) for t in trials] == [
-        ("mmoe", "off", 3), ("mmoe", "on", 3), ("ple", "off", 3), ("ple", "on", 3),
-        ("mmoe", "off", 5), ("mmoe", "on", 5), ("ple", "off", 5), ("ple", "on", 5),
-    ]  # fmt: skip
+        ("mmoe", "off", 3),
+        ("mmoe", "on", 3),
+        ("ple", "off", 3),
+        ("ple", "on", 3),
+        ("mmoe", "off", 5),
+        ("mmoe", "on", 5),
+        ("ple", "off", 5),
+        ("ple", "on", 5),
+    ]
     assert trials[2].overrides == {
-        "train.num_epochs": 4, "model.dropout": 0.1, "model.backbone": "ple", "model.multitask.enabled": False,
+        "train.num_epochs": 4,
+        "model.dropout": 0.1,
+        "model.backbone": "ple",
+        "model.multitask.enabled": False,
         "train.seed": 3,
-    }  # fmt: skip
+    }
     config = load_config(None, trials[2].to_sets())
     assert (config.model.backbone, config.model.dropout, config.train.seed) == ("ple", 0.1, 3)
     assert not config.model.multitask.enabled
@@ -89,8 +98,11 @@ def test_worlds_are_shared_by_the_trials_that_differ_in_the_model_alone() -> Non
 
 
 def test_a_star_compares_every_other_value() -> None:
-    raw = {"seeds": [0], "axes": [{"name": "d", "path": "model.embedding_dim", "values": [8, 16, 32]}],
-           "comparisons": [{"axis": "d", "against": "16"}, {"axis": "d", "of": ["8"], "against": "32"}]}  # fmt: skip
+    raw = {
+        "seeds": [0],
+        "axes": [{"name": "d", "path": "model.embedding_dim", "values": [8, 16, 32]}],
+        "comparisons": [{"axis": "d", "against": "16"}, {"axis": "d", "of": ["8"], "against": "32"}],
+    }
     study = parse_study(raw, name="d", scale="full")
     assert compared_labels(study, study.comparisons[0]) == [("8", "16"), ("32", "16")]
     assert compared_labels(study, study.comparisons[1]) == [("8", "32")]
@@ -158,8 +170,14 @@ def test_the_declared_studies_make_configurations(path: Path, scale: str) -> Non
 
 def test_values_are_written_as_toml_reads_them() -> None:
     assert [toml_value(v) for v in (True, 3, 1e30, 0.05, "a b", [1, 2], ("x",))] == [
-        "true", "3", "1e+30", "0.05", '"a b"', "[1, 2]", '["x"]'
-    ]  # fmt: skip
+        "true",
+        "3",
+        "1e+30",
+        "0.05",
+        '"a b"',
+        "[1, 2]",
+        '["x"]',
+    ]
     assert as_sets({"a.b": False}) == ["a.b=false"]
 
 

@@ -53,10 +53,12 @@ def test_days_that_choose_are_neither_trained_on_nor_reported_on() -> None:
         (['tune.space={"train.seed" = {kind = "int", low = 1, high = 2}}'], r"train.seed: cannot be tuned"),
         (['tune.space={"data.eval_dates" = {kind = "choice", values = ["x"]}}'], r"data.eval_dates: cannot be tuned"),
         (['tune.space={"model.backbone" = {kind = "choice", values = ["ple", "moe"]}}'], r"model.backbone 'moe'"),
-        (['tune.space={"model.embedding_dim" = {kind = "uniform", low = 4, high = 8.5}}'],
-         r"model.embedding_dim must be a whole number"),
+        (
+            ['tune.space={"model.embedding_dim" = {kind = "uniform", low = 4, high = 8.5}}'],
+            r"model.embedding_dim must be a whole number",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_in_a_search_is_one_line(overrides: list[str], message: str) -> None:
     with pytest.raises((TuneError, ConfigError), match=message):
         load_search(None, [*DATES, *overrides])
@@ -143,8 +145,11 @@ def test_the_choice_is_judged_against_the_given_configuration_on_the_reporting_d
     choice = choose([point("a", 0.5, 0.4, 0.6, **{"train.learning_rate": 0.002})], given)
     study = final_study(given, choice)
     assert [(t.point["configuration"], t.seed) for t in expand(study)] == [
-        ("given", 4), ("tuned", 4), ("given", 5), ("tuned", 5)
-    ]  # fmt: skip
+        ("given", 4),
+        ("tuned", 4),
+        ("given", 5),
+        ("tuned", 5),
+    ]
     tuned = expand(study)[1].overrides
     assert tuned == {"train.learning_rate": 0.002, "train.num_epochs": 2, "train.seed": 4}
     assert not any(key.startswith("data.") for key in tuned), "trained on all of the dates, reported on eval_dates"

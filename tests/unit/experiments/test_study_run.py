@@ -46,9 +46,18 @@ def test_a_world_is_built_from_the_same_configuration_as_it_is_trained_with(tmp_
     base = Base(tmp_path / "c.toml", ("features.user_numbers=['age']",))
     (tmp_path / "c.toml").write_text("data.train_dates = '2026-01-01:2026-01-03'\ndata.eval_dates = '2026-01-04'\n")
     ingest, build = build_commands(tmp_path / "w", base, trial)
-    shared = ["--config", str(tmp_path / "c.toml"), "--logs", str(tmp_path / "w" / "logs"),
-              "--set", "features.user_numbers=['age']", "--set", "simulated.num_impressions=5000",
-              "--set", "simulated.similarity=0.25"]  # fmt: skip
+    shared = [
+        "--config",
+        str(tmp_path / "c.toml"),
+        "--logs",
+        str(tmp_path / "w" / "logs"),
+        "--set",
+        "features.user_numbers=['age']",
+        "--set",
+        "simulated.num_impressions=5000",
+        "--set",
+        "simulated.similarity=0.25",
+    ]
     assert ingest == ["jobs/ingest_logs.py", "--source", "simulated", *shared]
     lake = str(tmp_path / "w" / "lake")
     assert build == ["jobs/build_samples.py", "--lake", lake, "--dates", "2026-01-01:2026-01-04", *shared]

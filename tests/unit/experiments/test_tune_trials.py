@@ -26,8 +26,16 @@ CONFIG = load_search(None, SEARCH.overrides)
 
 
 def evaluation(step: int, click: float, order: float) -> str:
-    cells = {"all/ctr/log_loss": click, "all/ctcvr/log_loss": order, "all/ctr/auc": 0.5, "all/ctcvr/auc": 0.5,
-             "search/ctr/auc": 0.6, "search/ctcvr/auc": None, "feed/ctr/auc": 0.8, "feed/ctcvr/auc": None}  # fmt: skip
+    cells = {
+        "all/ctr/log_loss": click,
+        "all/ctcvr/log_loss": order,
+        "all/ctr/auc": 0.5,
+        "all/ctcvr/auc": 0.5,
+        "search/ctr/auc": 0.6,
+        "search/ctcvr/auc": None,
+        "feed/ctr/auc": 0.8,
+        "feed/ctcvr/auc": None,
+    }
     return json.dumps({"kind": "eval", "step": step, "time": 0.0, **cells})
 
 
@@ -60,9 +68,13 @@ def test_trials_are_read_back_in_the_order_drawn_with_what_they_failed_of(tmp_pa
     assert (chosen.point.trial_id, chosen.num_epochs) == ("f_00001", 1)
     assert chosen.overrides() == {**two, "train.num_epochs": 1}
     assert as_row(points[0]) == {
-        "trial_id": "f_00000", "status": "finished", "values": one, "error": "", "curve": pytest.approx([0.4, 0.4]),
+        "trial_id": "f_00000",
+        "status": "finished",
+        "values": one,
+        "error": "",
+        "curve": pytest.approx([0.4, 0.4]),
         "num_epochs": 2,
-    }  # fmt: skip
+    }
     section = search_section(CONFIG, points, chosen.point)
     assert [row["values"][0] for row in section["table"]["rows"]] == ["f_00001", "f_00000", "f_00002", "f_00003"]
     assert section["table"]["rows"][0]["values"][-1] == "chosen"

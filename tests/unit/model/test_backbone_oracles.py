@@ -99,9 +99,7 @@ def rechub(name: str, num_cells: int) -> nn.Module:
     elif name == "mmoe":
         model = RechubMMoE(FEATURES, types, SMALL.num_experts, hidden, towers)
     else:
-        model = RechubPLE(
-            FEATURES, types, SMALL.num_levels, SMALL.num_task_experts, SMALL.num_experts, hidden, towers
-        )  # fmt: skip
+        model = RechubPLE(FEATURES, types, SMALL.num_levels, SMALL.num_task_experts, SMALL.num_experts, hidden, towers)
     model.embedding = Given()
     for sequence in [module for module in model.modules() if isinstance(module, nn.Sequential)]:
         for place, layer in enumerate(sequence):

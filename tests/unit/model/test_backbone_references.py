@@ -89,11 +89,9 @@ def test_star_starts_as_one_network_for_all_scenarios() -> None:
     torch.manual_seed(0)
     star = build_backbone(
         replace(SMALL, backbone="star"), input_dim=6, scenario_dim=3, trigger_dim=4, num_scenarios=3
-    ).eval()  # fmt: skip
+    ).eval()
     inputs = replace(batch_of([0, 0, 0]), weights_B=torch.ones(3))
-    inputs = replace(
-        inputs, x_BD=inputs.x_BD.float(), scenario_embedding_BE=inputs.scenario_embedding_BE.float()
-    )  # fmt: skip
+    inputs = replace(inputs, x_BD=inputs.x_BD.float(), scenario_embedding_BE=inputs.scenario_embedding_BE.float())
     other = replace(inputs, scenario_B=torch.tensor([1, 2, 1]))
     torch.testing.assert_close(star(inputs), star(other), rtol=0, atol=0)
 
@@ -208,7 +206,7 @@ def test_apg_products_keep_the_rank_of_the_core() -> None:
 def test_ple_with_unequal_expert_counts_equals_the_case_worked_by_hand() -> None:
     config = replace(
         SMALL, backbone="ple", hidden=(1,), tower_hidden=(), num_experts=1, num_task_experts=2, num_levels=2
-    )  # fmt: skip
+    )
     ple = build_backbone(config, input_dim=1, scenario_dim=1, trigger_dim=0, num_scenarios=1).double()
     assert isinstance(ple, PLE)
     first, last = ple.levels

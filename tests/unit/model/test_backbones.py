@@ -213,9 +213,14 @@ def test_a_known_function_of_each_cell_is_learned(name: str) -> None:
     directions_T = torch.randn(2, width)
     sign_S = torch.tensor([1.0, -1.0])
     config = ModelConfig(
-        backbone=name, hidden=(32, 16), tower_hidden=(8,), num_experts=3, meta_view_dim=6, apg_rank=6,
+        backbone=name,
+        hidden=(32, 16),
+        tower_hidden=(8,),
+        num_experts=3,
+        meta_view_dim=6,
+        apg_rank=6,
         apg_over_parameterisation=16,
-    )  # fmt: skip
+    )
     backbone = build_backbone(config, input_dim=width, scenario_dim=2, trigger_dim=2, num_scenarios=num_scenarios)
     optimizer = torch.optim.Adam(backbone.parameters(), lr=0.01)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=100)

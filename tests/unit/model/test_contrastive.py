@@ -30,9 +30,11 @@ def slow_loss(vectors: Tensor, twins: Tensor, valid: list[bool], group_size: int
             positive = math.exp(cos(vectors[row, view], twins[row, view]) / tau)
             negatives = sum(
                 math.exp(cos(vectors[row, view], vectors[other, other_view]) / tau)
-                for other in group if valid[other]
-                for other_view in range(num_views) if other_view != view
-            )  # fmt: skip
+                for other in group
+                if valid[other]
+                for other_view in range(num_views)
+                if other_view != view
+            )
             total -= math.log(positive / (positive + negatives))
     return total
 

@@ -231,8 +231,10 @@ def test_a_batch_without_events_or_rows_can_be_looked_up() -> None:
 def test_columns_take_their_rows_and_send_gradients_back() -> None:
     """Two features of four rows; the first takes row 2 of its three twice and row 0 never."""
     torch.manual_seed(0)
-    weights = [torch.randn(3, 2, dtype=torch.float64, requires_grad=True),
-               torch.randn(5, 2, dtype=torch.float64, requires_grad=True)]  # fmt: skip
+    weights = [
+        torch.randn(3, 2, dtype=torch.float64, requires_grad=True),
+        torch.randn(5, 2, dtype=torch.float64, requires_grad=True),
+    ]
     columns = [torch.tensor([2, 1, 2, 1]), torch.tensor([4, 0, 1, 0])]
     # Values, row by row: (2, 4), (1, 0), (2, 1), (1, 0); those of the first weight's rows, then the second's.
     order = ColumnOrder(torch.tensor([2, 6, 0, 4, 3, 7, 5, 1]), torch.tensor([0, 0, 2, 4, 6, 7, 7, 7]))

@@ -159,13 +159,19 @@ def hand_batch() -> UsrBatch:
     """Two rows: search events of ages 0.5 and 3 s, then 1023 s; one recommendation order of 2^40 s on row 1."""
     batch = rows(make_batch(make_spec(), 4, max_length=0), [0, 1])
     search = History(
-        item_ids_V=torch.tensor([3, 4, 5]), actions_V=torch.tensor([1, 2, 1]),
-        ages_s_V=torch.tensor([3.0, 0.5, 1023.0]), query_ids_V=torch.tensor([2, 2, 3]), offsets=torch.tensor([0, 2, 3]),
-    )  # fmt: skip
+        item_ids_V=torch.tensor([3, 4, 5]),
+        actions_V=torch.tensor([1, 2, 1]),
+        ages_s_V=torch.tensor([3.0, 0.5, 1023.0]),
+        query_ids_V=torch.tensor([2, 2, 3]),
+        offsets=torch.tensor([0, 2, 3]),
+    )
     recommendation = History(
-        item_ids_V=torch.tensor([6]), actions_V=torch.tensor([2]), ages_s_V=torch.tensor([2.0**40]), query_ids_V=None,
+        item_ids_V=torch.tensor([6]),
+        actions_V=torch.tensor([2]),
+        ages_s_V=torch.tensor([2.0**40]),
+        query_ids_V=None,
         offsets=torch.tensor([0, 0, 1]),
-    )  # fmt: skip
+    )
     return dataclasses.replace(batch, histories=(search, recommendation))
 
 

@@ -107,8 +107,9 @@ def test_a_run_is_refused_before_ray_starts(tmp_path: Path) -> None:
 
 
 def test_the_example_computes_cross_layers() -> None:
-    config = ModelConfig(backbone="cross_network:CrossNetwork", backbone_options={"num_cross_layers": 2}, hidden=(5,),
-                         tower_hidden=())  # fmt: skip
+    config = ModelConfig(
+        backbone="cross_network:CrossNetwork", backbone_options={"num_cross_layers": 2}, hidden=(5,), tower_hidden=()
+    )
     torch.manual_seed(0)
     net = build_backbone(config, input_dim=6, scenario_dim=3, trigger_dim=4, num_scenarios=3).double()
     inputs = batch_of([2, 0, 1, 1])

@@ -238,10 +238,14 @@ def test_an_interest_twin_equals_the_interest_without_the_masked_events() -> Non
         queries = None if h.query_ids_V is None else h.query_ids_V[keep]
         histories.append(
             dataclasses.replace(
-                h, item_ids_V=h.item_ids_V[keep], actions_V=h.actions_V[keep], ages_s_V=h.ages_s_V[keep],
-                query_ids_V=queries, offsets=kept_before[h.offsets],
+                h,
+                item_ids_V=h.item_ids_V[keep],
+                actions_V=h.actions_V[keep],
+                ages_s_V=h.ages_s_V[keep],
+                query_ids_V=queries,
+                offsets=kept_before[h.offsets],
             )
-        )  # fmt: skip
+        )
     # The trigger still sees all past queries, so compare rows that have a query of their own, or none at all.
     masked = dataclasses.replace(batch, histories=tuple(histories))
     model.trigger.num_recent = 1  # the newest query always stays

@@ -124,8 +124,15 @@ def test_a_mismatch_in_one_scenario_voids_that_scenario_alone() -> None:
 
 
 def test_what_was_left_out_is_said() -> None:
-    counts = experiment(A, CLEARLY_BETTER, several_buckets=40, no_bucket=7, unplanned={"C": 3},
-                        impressions_not_mature=11, without_column=("recommendation",))  # fmt: skip
+    counts = experiment(
+        A,
+        CLEARLY_BETTER,
+        several_buckets=40,
+        no_bucket=7,
+        unplanned={"C": 3},
+        impressions_not_mature=11,
+        without_column=("recommendation",),
+    )
     text = "\n".join(report_lines(report(counts)))
     assert "40 users (2.0%) were seen in several buckets and are left out" in text
     assert "buckets that online.shares does not name are left out: C 3." in text

@@ -66,8 +66,18 @@ class Shop:
         for name in ("build_samples", "train", "evaluate", "export", "score"):
             (self.root / "jobs" / f"{name}.py").write_text(FAKE)
         (folder / "shop.toml").write_text('[data]\ntrain_dates = "2026-01-01"\n')
-        self.argv = ["--config", str(folder / "shop.toml"), "--logs", str(folder), "--lake", str(folder / "lake"),
-                     "--work", str(self.work), "--spark-submit", sys.executable]  # fmt: skip
+        self.argv = [
+            "--config",
+            str(folder / "shop.toml"),
+            "--logs",
+            str(folder),
+            "--lake",
+            str(folder / "lake"),
+            "--work",
+            str(self.work),
+            "--spark-submit",
+            sys.executable,
+        ]
         self.tell(loss={})
 
     def tell(self, **told: Any) -> None:
@@ -113,15 +123,21 @@ def test_dates_are_trained_on_once_and_never_with_labels_that_saw_the_held_out_d
     plan = plan_day(config, dt.date(2026, 1, 12), built, {"trained_to": "2026-01-05", "run": "runs/2026-01-10"})
     # Day 12: labels of the 10th are final; those of the 7th closed on the 9th, before the 10th began.
     assert (plan.build_first, plan.train_first, plan.train_last, plan.held_out) == (
-        "2026-01-10", "2026-01-06", "2026-01-07", "2026-01-10",
-    )  # fmt: skip
+        "2026-01-10",
+        "2026-01-06",
+        "2026-01-07",
+        "2026-01-10",
+    )
     assert plan.warm_start == "runs/2026-01-10"
     again = plan_day(config, dt.date(2026, 1, 12), built, {"trained_to": "2026-01-07", "run": "runs/2026-01-12"})
     assert again.train_first == ""
     first = plan_day(config, dt.date(2026, 1, 6), set(), None)
     assert (first.build_first, first.train_first, first.train_last, first.warm_start) == (
-        "2026-01-01", "2026-01-01", "2026-01-01", "",
-    )  # fmt: skip
+        "2026-01-01",
+        "2026-01-01",
+        "2026-01-01",
+        "",
+    )
 
 
 def test_what_cannot_be_planned_is_one_line() -> None:
@@ -198,8 +214,9 @@ def test_dates_that_are_there_before_a_first_day_are_looked_at_again(shop: Shop)
     shop.tell(loss={"2026-01-06": 0.4})
     reports = shop.root.parent / "lake" / "reports"
     reports.mkdir(parents=True)
-    (reports / "2026-01-01.json").write_text(json.dumps({"date": "2026-01-01", "watermark": "W", "scenarios": {
-        "search": {"impressions": 10, "mature": 10}}}))  # fmt: skip
+    (reports / "2026-01-01.json").write_text(
+        json.dumps({"date": "2026-01-01", "watermark": "W", "scenarios": {"search": {"impressions": 10, "mature": 10}}})
+    )
     assert shop.day("2026-01-06") == 0
     build, restate = shop.calls()[:2]
     assert build[build.index("--dates") + 1] == "2026-01-02:2026-01-06"

@@ -115,10 +115,12 @@ def etl_report(date, **changes):
             "orders": {"rows_in": 25, "duplicates": 1, "rejects": 6, "used": 18},
         },
         "rejects": {"orders": {"without_click": 6}},
-        "undated": {"rows": {"orders": {"rows_in": 3, "duplicates": 0, "rejects": 3, "used": 0}},
-                    "rejects": {"orders": {"unreadable_event_time": 3}}},
+        "undated": {
+            "rows": {"orders": {"rows_in": 3, "duplicates": 0, "rejects": 3, "used": 0}},
+            "rejects": {"orders": {"unreadable_event_time": 3}},
+        },
         "scenarios": {s: row | {"click_rate": 0.12} for s in SCENARIOS},
-    } | changes  # fmt: skip
+    } | changes
 
 
 class Page(HTMLParser):
@@ -175,9 +177,19 @@ def test_the_numbers_of_the_run_are_there(run_dir, text):
             for key, decimals in (("auc", 4), ("gauc", 4), ("log_loss", 4), ("pcoc", 3)):
                 assert f"{split[cell]['ctr'][key]:.{decimals}f}" in text
     assert str(metrics["eval"]["search"]["ctr"]["num_positives"]) in text
-    for fact in ("USR on SharedBottom", "version 42", "best-00001000", "1,234", "1 h 02 min", "98,765 rows", "9.8.7",
-                 "by_date: neighbours 25% as far apart as in a full shuffle",
-                 "2026-01-09 10:00 UTC", "2026-01-07 to 2026-01-08", "/data/lake/samples"):  # fmt: skip
+    for fact in (
+        "USR on SharedBottom",
+        "version 42",
+        "best-00001000",
+        "1,234",
+        "1 h 02 min",
+        "98,765 rows",
+        "9.8.7",
+        "by_date: neighbours 25% as far apart as in a full shuffle",
+        "2026-01-09 10:00 UTC",
+        "2026-01-07 to 2026-01-08",
+        "/data/lake/samples",
+    ):
         assert fact in text
     assert "The model ranks held-out clicks with an AUC of" in text
 
@@ -239,8 +251,10 @@ def test_metrics_of_training_serve_until_there_is_an_evaluation(tmp_path):
 
 def test_resumed_steps_count_once_and_a_torn_line_not_at_all(tmp_path):
     path = tmp_path / "history.jsonl"
-    path.write_text('{"step": 20, "loss": 2}\n{"step": 10, "loss": 3}\n{"step": 20, "loss": 1}\n'
-                    '{"kind": "eval", "step": 20, "search/ctr/auc": 0.6}\n{"step": 30, "lo')  # fmt: skip
+    path.write_text(
+        '{"step": 20, "loss": 2}\n{"step": 10, "loss": 3}\n{"step": 20, "loss": 1}\n'
+        '{"kind": "eval", "step": 20, "search/ctr/auc": 0.6}\n{"step": 30, "lo'
+    )
     rows = read_history(path)
     assert [(row["step"], row.get("loss")) for row in rows] == [(10, 3), (20, 1), (20, None)]
     assert read_history(tmp_path / "none") == []
@@ -251,17 +265,29 @@ def test_etl_sums_add_up_and_undated_rows_count_once(lake):
     funnel = report_funnel.funnel(reports, SCENARIOS)
     by_name = {line["name"]: line for line in funnel["logs"]}
     assert by_name["orders"] == {
-        "name": "orders", "rows_in": 53, "duplicates": 2, "rejected": 15, "kept": 36, "missing": 0, "adds_up": True,
+        "name": "orders",
+        "rows_in": 53,
+        "duplicates": 2,
+        "rejected": 15,
+        "kept": 36,
+        "missing": 0,
+        "adds_up": True,
         "is_total": False,
-    }  # fmt: skip
+    }
     assert by_name["all logs"]["rows_in"] == 2 * (1011 + 1000 + 25) + 3
     assert [check["adds_up"] for check in funnel["checks"]] == [True, True]
     assert funnel["checks"][0]["text"] == "impressions kept 2,000 + 2,000 = 4,000, samples 4,000"
     assert [(r["name"], r["count"]) for r in funnel["rejects"]] == [
-        ("orders: without click", 12), ("orders: unreadable event time", 3), ("all", 15)]  # fmt: skip
+        ("orders: without click", 12),
+        ("orders: unreadable event time", 3),
+        ("all", 15),
+    ]
     search = funnel["scenarios"][0]
     assert [(s["name"], s["count"]) for s in search["stages"]][:3] == [
-        ("impressions", 2000), ("clicked in any scenario", 320), ("clicked in this one", 240)]  # fmt: skip
+        ("impressions", 2000),
+        ("clicked in any scenario", 320),
+        ("clicked in this one", 240),
+    ]
     assert "P(click | click in any scenario) = 75.0%" in search["note"]
     assert "50.0% of the rows have final labels" in search["note"]
 
@@ -285,41 +311,62 @@ def test_global_labels_that_say_nothing_new_are_a_warning():
 
 def cold(impressions, unknown_item, new_item, unknown_query=None, with_query=0):
     share = {"unknown_item": unknown_item / impressions, "no_history": 0.5, "new_item": None, "unknown_query": None}
-    return {"impressions": impressions, "unknown_user": 0, "unknown_item": unknown_item, "no_history": impressions // 2,
-            "new_user": 0, "new_item": new_item, "unknown_query": unknown_query, "with_query": with_query,
-            "share": share}  # fmt: skip
+    return {
+        "impressions": impressions,
+        "unknown_user": 0,
+        "unknown_item": unknown_item,
+        "no_history": impressions // 2,
+        "new_user": 0,
+        "new_item": new_item,
+        "unknown_query": unknown_query,
+        "with_query": with_query,
+        "share": share,
+    }
 
 
 def test_cold_impressions_are_added_up_before_and_after_the_last_training_date():
     reports = [
         etl_report("2026-01-06", cold_start={"search": cold(100, 10, 0, 5, 50)}),
-        etl_report("2026-01-08", cold_start={"search": cold(100, 40, None, 1, 10)}) | {
-            "vocabulary_coverage": {"item_id": 0.6}
-        },
+        etl_report("2026-01-08", cold_start={"search": cold(100, 40, None, 1, 10)})
+        | {"vocabulary_coverage": {"item_id": 0.6}},
         etl_report("2026-01-07", cold_start={"search": cold(300, 20, 30, 0, 40)}),
         etl_report("2026-01-05"),
-    ]  # fmt: skip
+    ]
     part = report_cold.cold_part(reports, SCENARIOS, "2026-01-01:2026-01-06")
     before, after = part["rows"]
     assert (before["scenario"], before["span"], before["impressions"]) == ("Search", "to the last training date", 100)
     assert dict(zip(part["headings"], before["values"], strict=True)) == {
-        "unknown user": "0.0%", "unknown item": "10.0%", "unknown query": "10.0%", "no history": "50.0%",
-        "new user": "0.0%", "new item": "0.0%",
-    }  # fmt: skip
+        "unknown user": "0.0%",
+        "unknown item": "10.0%",
+        "unknown query": "10.0%",
+        "no history": "50.0%",
+        "new user": "0.0%",
+        "new item": "0.0%",
+    }
     # 60 of 400; 1 of 50 queries; one date cannot say what is new.
     assert after["impressions"] == 400
     assert after["values"] == ["0.0%", "15.0%", "2.0%", "50.0%", "0.0%", report_text.DASH]
     titles = [plot["title"] for plot in part["plots"]]
-    assert titles == ["Impressions with an unknown item", "Impressions with no history",
-                      "Values that have an id of their own"]  # fmt: skip
+    assert titles == [
+        "Impressions with an unknown item",
+        "Impressions with no history",
+        "Values that have an id of their own",
+    ]
     assert "06 Jan" in part["plots"][0]["svg"] and "10%" in part["plots"][0]["svg"]  # noqa: PT018
     assert [row["span"] for row in report_cold.cold_part(reports, SCENARIOS, "")["rows"]] == ["all dates"]
     assert report_cold.cold_part([etl_report("2026-01-05")], SCENARIOS, "") is None
 
 
 def test_orders_that_no_log_knows_are_words_and_no_zero():
-    row = {"impressions": 100, "clicks": 10, "clicks_global": 20, "mature": 100, "orders": None, "orders_global": None,
-           "p_order_given_order_global": None}  # fmt: skip
+    row = {
+        "impressions": 100,
+        "clicks": 10,
+        "clicks_global": 20,
+        "mature": 100,
+        "orders": None,
+        "orders_global": None,
+        "p_order_given_order_global": None,
+    }
     funnel = report_funnel.funnel([etl_report("2026-01-07", scenarios={"search": row})], SCENARIOS)
     search, other = funnel["scenarios"]
     assert [s["name"] for s in search["stages"]] == ["impressions", "clicked in any scenario", "clicked in this one"]

@@ -110,10 +110,16 @@ def contrast(of: PairedGap | None) -> Contrast:
 
 
 def test_verdicts_hold_after_correction_only() -> None:
-    found = corrected([
-        contrast(gap(0.02, 0.01, 0.001)), contrast(gap(-0.02, 0.01, 0.002)), contrast(gap(0.01, 0.009, 0.04)),
-        contrast(gap(0.001, 0.01, 0.8)), contrast(gap(0.3, 0.1, 0.0, num_rarer=7)), contrast(None),
-    ])  # fmt: skip
+    found = corrected(
+        [
+            contrast(gap(0.02, 0.01, 0.001)),
+            contrast(gap(-0.02, 0.01, 0.002)),
+            contrast(gap(0.01, 0.009, 0.04)),
+            contrast(gap(0.001, 0.01, 0.8)),
+            contrast(gap(0.3, 0.1, 0.0, num_rarer=7)),
+            contrast(None),
+        ]
+    )
     assert [c.verdict for c in found] == ["better", "worse", "unsure", "even", "few", "none"]
     # Four have enough rows: 0.001 x 4, 0.002 x 3, 0.04 x 2.
     assert [c.adjusted_p for c in found[:4]] == pytest.approx([0.004, 0.006, 0.08, 0.8])
@@ -147,9 +153,11 @@ def test_the_alarm_reads_the_last_step_and_leaves_out_what_is_off(study: Study, 
 def test_parts_of_the_rows_by_history_and_by_what_training_saw() -> None:
     predictions = rows(1.0, 0)
     trained = TrainingRows(
-        scenario_N=np.zeros(2, np.int64), user_key_N=predictions.user_key_N[:2], item_id_N=predictions.item_id_N[:2],
+        scenario_N=np.zeros(2, np.int64),
+        user_key_N=predictions.user_key_N[:2],
+        item_id_N=predictions.item_id_N[:2],
         labels_NT=np.zeros((2, 4), np.float32),
-    )  # fmt: skip
+    )
     parts = rows_by_part(predictions, trained)
     lengths = predictions.history_length_N
     assert int(parts["0 past events"].sum()) == int((lengths == 0).sum())

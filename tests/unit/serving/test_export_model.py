@@ -93,10 +93,7 @@ def test_every_switch_is_served(lake, tmp_path, switches):
 
 @pytest.mark.parametrize(
     "spec",
-    [
-        {"scenarios": ("feed",), "query_scenarios": ()},
-        {"scenarios": ("a", "b", "c"), "query_scenarios": ("a", "c")},
-    ],
+    [{"scenarios": ("feed",), "query_scenarios": ()}, {"scenarios": ("a", "b", "c"), "query_scenarios": ("a", "c")}],
     ids=["one scenario without queries", "three scenarios, two with queries"],
 )
 def test_any_number_of_scenarios_is_served(tmp_path, spec):

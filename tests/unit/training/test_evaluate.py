@@ -47,13 +47,17 @@ def make_config(global_batch_size=64, **data):
         {
             "data": {"train_dates": "2026-01-01", "eval_dates": "2026-01-03:2026-01-04", **data},
             "model": {
-                "embedding_dim": 4, "trigger_dim": 4, "hidden": [8], "tower_hidden": [4],
-                "interest": {"rank": 2, "over_parameterisation": 4}, "generator": {"hidden": 4},
+                "embedding_dim": 4,
+                "trigger_dim": 4,
+                "hidden": [8],
+                "tower_hidden": [4],
+                "interest": {"rank": 2, "over_parameterisation": 4},
+                "generator": {"hidden": 4},
                 "contrastive": {"group_size": 16},
             },
             "train": {"global_batch_size": global_batch_size, "reader_threads": 1},
         }
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -189,8 +193,7 @@ def test_metrics_are_those_of_all_rows_at_once(lake, manifest, alone):
 def test_neither_ranks_nor_batches_change_a_bit(manifest, alone, world_size, global_batch_size):
     tables = NoTables(sizes(manifest.spec))
     results = on_ranks(
-        world_size,
-        lambda worker: evaluate(KnownScores(), tables, manifest, worker, make_config(global_batch_size)),
+        world_size, lambda worker: evaluate(KnownScores(), tables, manifest, worker, make_config(global_batch_size))
     )
     assert results[0].metrics == alone.metrics
     assert results[0].predictions.row_number_N.tolist() == alone.predictions.row_number_N.tolist()
@@ -259,8 +262,9 @@ def test_training_mode_comes_back(manifest):
 
 def test_a_diverged_model_is_refused(manifest):
     with pytest.raises(EvaluationError, match=r"not numbers on \d+ of \d+ rows.*train.learning_rate"):
-        evaluate(KnownScores(value=float("nan")), NoTables(sizes(manifest.spec)), manifest, LocalWorker("cpu"),
-                 make_config())  # fmt: skip
+        evaluate(
+            KnownScores(value=float("nan")), NoTables(sizes(manifest.spec)), manifest, LocalWorker("cpu"), make_config()
+        )
 
 
 def test_ids_newer_than_the_model_are_unknown_to_it(manifest):

@@ -43,13 +43,23 @@ def make_config(**changes: Any) -> Config:
     raw: dict[str, Any] = {
         "data": {"train_dates": "2026-01-01:2026-01-03", "eval_dates": "2026-01-04"},
         "model": {
-            "embedding_dim": 4, "trigger_dim": 4, "hidden": [8], "tower_hidden": [4],
-            "interest": {"rank": 2, "over_parameterisation": 4}, "generator": {"hidden": 4},
+            "embedding_dim": 4,
+            "trigger_dim": 4,
+            "hidden": [8],
+            "tower_hidden": [4],
+            "interest": {"rank": 2, "over_parameterisation": 4},
+            "generator": {"hidden": 4},
             "contrastive": {"group_size": 16},
         },
-        "train": {"global_batch_size": 64, "num_epochs": 1, "checkpoint_every_steps": 100, "learning_rate": 0.01,
-                  "reader_threads": 1, "log_every_steps": 4},
-    }  # fmt: skip
+        "train": {
+            "global_batch_size": 64,
+            "num_epochs": 1,
+            "checkpoint_every_steps": 100,
+            "learning_rate": 0.01,
+            "reader_threads": 1,
+            "log_every_steps": 4,
+        },
+    }
     for key, value in changes.items():
         section, _, name = key.partition("_")
         raw[section][name] = value
@@ -102,10 +112,21 @@ class Watcher(SilentMonitor):
         self.checkpoints.append((step, path))
 
 
-def run(config: Config, manifests: tuple[Manifest, Manifest | None], run_dir: Path, watcher: Watcher | None = None,
-        worker: LocalWorker | None = None) -> TrainResult:  # fmt: skip
-    return train(config, worker or LocalWorker("cpu"), train_manifest=manifests[0], eval_manifest=manifests[1],
-                 run_dir=run_dir, monitor=watcher)  # fmt: skip
+def run(
+    config: Config,
+    manifests: tuple[Manifest, Manifest | None],
+    run_dir: Path,
+    watcher: Watcher | None = None,
+    worker: LocalWorker | None = None,
+) -> TrainResult:
+    return train(
+        config,
+        worker or LocalWorker("cpu"),
+        train_manifest=manifests[0],
+        eval_manifest=manifests[1],
+        run_dir=run_dir,
+        monitor=watcher,
+    )
 
 
 def assert_equal_states(one: TrainResult, other: TrainResult) -> None:
@@ -180,8 +201,9 @@ def unbroken(manifests: tuple[Manifest, Manifest], tmp_path_factory: pytest.Temp
 
 
 def stoppable_config() -> Config:
-    return make_config(train_num_epochs=2, train_log_every_steps=1, train_warmup_steps=6, train_schedule="cosine",
-                       model_dropout=0.2)  # fmt: skip
+    return make_config(
+        train_num_epochs=2, train_log_every_steps=1, train_warmup_steps=6, train_schedule="cosine", model_dropout=0.2
+    )
 
 
 @pytest.mark.parametrize("stop_at", [1, 5, NUM_STEPS, NUM_STEPS + 3])
@@ -369,21 +391,30 @@ def other_spec(spec: FeatureSpec) -> FeatureSpec:
 @pytest.mark.parametrize(
     ("config", "manifest_change", "message"),
     [
-        (make_config(), lambda m: changed(m, sha256="f" * 64),
-         r"trained on other rows \(manifest .* than this run reads \(manifest ffffffffffff .*; "
-         "train in another --run-dir, or pin the table version and dates"),
+        (
+            make_config(),
+            lambda m: changed(m, sha256="f" * 64),
+            r"trained on other rows \(manifest .* than this run reads \(manifest ffffffffffff .*; "
+            "train in another --run-dir, or pin the table version and dates",
+        ),
         (make_config(), lambda m: changed(m, spec=other_spec(m.spec)), "the table's features changed"),
-        (make_config(model_embedding_dim=8), lambda m: m,
-         "it has model.embedding_dim = 4, this run 8; set it back, or train in another --run-dir"),
-        (make_config(model_contrastive={"group_size": 32}), lambda m: m,
-         "model.contrastive.group_size = 16, this run 32"),
+        (
+            make_config(model_embedding_dim=8),
+            lambda m: m,
+            "it has model.embedding_dim = 4, this run 8; set it back, or train in another --run-dir",
+        ),
+        (
+            make_config(model_contrastive={"group_size": 32}),
+            lambda m: m,
+            "model.contrastive.group_size = 16, this run 32",
+        ),
         (make_config(train_seed=1), lambda m: m, "train.seed = 0, this run 1"),
         (make_config(train_global_batch_size=128), lambda m: m, "train.global_batch_size = 64, this run 128"),
         (make_config(train_reader_shards=2), lambda m: m, "train.reader_shards = 1, this run 2"),
         (make_config(data_mature_only=False), lambda m: m, "data.mature_only = True, this run False"),
         (make_config(train_order="by_date"), lambda m: m, "train.order = 'shuffled', this run 'by_date'"),
     ],
-)  # fmt: skip
+)
 def test_a_checkpoint_of_other_rows_or_another_model_is_refused(
     manifests: tuple[Manifest, Manifest], finished_run: Path, config: Config, manifest_change: Any, message: str
 ) -> None:

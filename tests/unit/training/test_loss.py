@@ -93,8 +93,13 @@ def test_nothing_the_model_says_of_an_unknown_label_moves_it() -> None:
 def test_no_scenario_with_orders_leaves_clicks_alone_in_the_loss() -> None:
     batch, known = hand_batch(), ((True, False), (True, False))
     global_probs = [[0.6, 0.3], [0.7, 0.35], [0.5, 0.45], [0.01, 0.01]]
-    terms = usr_loss(outputs_of([[0.5, 0.2]] * 4, global_probs), batch, row_counts(batch, 2),
-                     make_config(contrastive=NO_CL), known_labels=known)  # fmt: skip
+    terms = usr_loss(
+        outputs_of([[0.5, 0.2]] * 4, global_probs),
+        batch,
+        row_counts(batch, 2),
+        make_config(contrastive=NO_CL),
+        known_labels=known,
+    )
     assert terms.cells_ST[:, 1].tolist() == [0, 0]
     assert terms.global_T[1] == 0
     assert terms.total.isfinite()
@@ -168,8 +173,13 @@ def test_contrastive_terms_are_means_over_rows_and_views() -> None:
     config = make_config()
     batch = make_batch(make_spec(), 8, num_padding=1)
     vectors = [torch.randn(8, 2, 3) for _ in range(4)]
-    outputs = dataclasses.replace(outputs_of([[0.5, 0.5]] * 8), interests_BSD=vectors[0], interests_twin_BSD=vectors[1],
-                                  features_BSD=vectors[2], features_twin_BSD=vectors[3])  # fmt: skip
+    outputs = dataclasses.replace(
+        outputs_of([[0.5, 0.5]] * 8),
+        interests_BSD=vectors[0],
+        interests_twin_BSD=vectors[1],
+        features_BSD=vectors[2],
+        features_twin_BSD=vectors[3],
+    )
     terms = usr_loss(outputs, batch, row_counts(batch, 2), config)
     lengths_B = sum(h.offsets.diff() for h in batch.histories)
     with_events = ((lengths_B > 0) & (batch.weights_B > 0)).tolist()
@@ -188,8 +198,16 @@ def test_terms_have_names_for_every_scenario_and_task() -> None:
     batch = hand_batch()
     terms = usr_loss(outputs_of([[0.5, 0.2]] * 4), batch, row_counts(batch, 2), make_config())
     named = terms.named(("search", "recommendation"))
-    for name in ("loss", "loss/search/ctr", "loss/recommendation/ctcvr", "loss/global/ctr", "contrastive/interest",
-                 "contrastive/feature", "variance/interest/search", "variance/feature/recommendation"):  # fmt: skip
+    for name in (
+        "loss",
+        "loss/search/ctr",
+        "loss/recommendation/ctcvr",
+        "loss/global/ctr",
+        "contrastive/interest",
+        "contrastive/feature",
+        "variance/interest/search",
+        "variance/feature/recommendation",
+    ):
         assert name in named
     assert all(value.shape == () and not value.requires_grad for value in named.values())
 

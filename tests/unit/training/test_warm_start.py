@@ -51,9 +51,13 @@ def even_days(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def by_date(first: dt.date, last: dt.date, **changes: Any) -> Config:
     return make_config(
-        data_train_dates=f"{first}:{last}", data_eval_dates="", data_mature_only=False, train_order="by_date",
-        model_contrastive=NO_DRAWS, **changes,
-    )  # fmt: skip
+        data_train_dates=f"{first}:{last}",
+        data_eval_dates="",
+        data_mature_only=False,
+        train_order="by_date",
+        model_contrastive=NO_DRAWS,
+        **changes,
+    )
 
 
 def test_a_run_for_each_day_ends_as_one_run_by_date(even_days: Path, tmp_path: Path) -> None:
@@ -112,8 +116,10 @@ def test_tables_that_grew_hold_the_old_rows_and_then_fresh_ones(
     old, new = find_checkpoint(str(run_dir)).tensors, state.tensors()
     fresh = EmbeddingTables(grown.spec, config.model.embedding_dim, config.train.seed).state_dict()
     assert {name: len(fresh[name]) for name in ("item_id", "query", "user_id")} == {
-        "item_id": 60, "query": 33, "user_id": 32,
-    }  # fmt: skip
+        "item_id": 60,
+        "query": 33,
+        "user_id": 32,
+    }
     for name, table in fresh.items():
         size = len(old[f"tables/{name}"])
         assert torch.equal(new[f"tables/{name}"], torch.cat([old[f"tables/{name}"], table[size:]]))
@@ -127,18 +133,30 @@ def test_tables_that_grew_hold_the_old_rows_and_then_fresh_ones(
 @pytest.mark.parametrize(
     ("config", "spec_change", "message"),
     [
-        (make_config(), lambda s: resized(s, {"item_id": 41}),
-         "item_id had 42 ids, .* has 41; vocabularies only grow, so this is an older table; name another, or set"),
-        (make_config(), lambda s: dataclasses.replace(s, history_length=9),
-         r"its features are not those of .* \(histories.length: 5, the table has 9\); name another"),
-        (make_config(), lambda s: dataclasses.replace(s, sparse=s.sparse[:-1]),
-         r"\(categories: user_id, item_id, query, event_hour, brand, the table has user_id, .*event_hour\)"),
+        (
+            make_config(),
+            lambda s: resized(s, {"item_id": 41}),
+            "item_id had 42 ids, .* has 41; vocabularies only grow, so this is an older table; name another, or set",
+        ),
+        (
+            make_config(),
+            lambda s: dataclasses.replace(s, history_length=9),
+            r"its features are not those of .* \(histories.length: 5, the table has 9\); name another",
+        ),
+        (
+            make_config(),
+            lambda s: dataclasses.replace(s, sparse=s.sparse[:-1]),
+            r"\(categories: user_id, item_id, query, event_hour, brand, the table has user_id, .*event_hour\)",
+        ),
         (make_config(), lambda s: dataclasses.replace(s, label_delay_us=1), "labels' delay in microseconds"),
         (make_config(model_embedding_dim=8), lambda s: s, "it has model.embedding_dim = 4, this run 8; set it so, or"),
-        (make_config(train_embedding_optimizer="rowwise_adam"), lambda s: s,
-         "it has train.embedding_optimizer = 'rowwise_adagrad', this run 'rowwise_adam'"),
+        (
+            make_config(train_embedding_optimizer="rowwise_adam"),
+            lambda s: s,
+            "it has train.embedding_optimizer = 'rowwise_adagrad', this run 'rowwise_adam'",
+        ),
     ],
-)  # fmt: skip
+)
 def test_weights_that_do_not_fit_are_refused_at_plan_time_and_by_the_workers(
     earlier: tuple[Path, Manifest], config: Config, spec_change: Any, message: str
 ) -> None:

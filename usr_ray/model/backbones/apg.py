@@ -42,9 +42,7 @@ class APG(Backbone):
         """Logits (B, T)."""
         condition_BZ = torch.cat([inputs.scenario_embedding_BE, inputs.trigger_BZ], dim=-1)
         h_BH = self.bottom(inputs.x_BD, condition_BZ)
-        logits = [
-            output(tower(h_BH, condition_BZ)) for tower, output in zip(self.towers, self.outputs, strict=True)
-        ]  # fmt: skip
+        logits = [output(tower(h_BH, condition_BZ)) for tower, output in zip(self.towers, self.outputs, strict=True)]
         return torch.cat(logits, dim=-1)
 
     def fold(self) -> None:
@@ -63,10 +61,14 @@ class GeneratedMLP(nn.Module):
         for width in hidden:
             self.layers.append(
                 GeneratedLinear(
-                    input_dim, width, condition_dim,
-                    rank=config.apg_rank, inner_dim=config.apg_over_parameterisation, hidden=config.apg_hidden,
+                    input_dim,
+                    width,
+                    condition_dim,
+                    rank=config.apg_rank,
+                    inner_dim=config.apg_over_parameterisation,
+                    hidden=config.apg_hidden,
                 )
-            )  # fmt: skip
+            )
             input_dim = width
         self.dropout = nn.Dropout(config.dropout)
 

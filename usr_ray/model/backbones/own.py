@@ -98,6 +98,9 @@ def _rows(num_scenarios: int) -> BackboneInput:
 
 def _part(rows: BackboneInput, part: slice) -> BackboneInput:
     return BackboneInput(
-        rows.x_BD[part], rows.scenario_B[part], rows.scenario_embedding_BE[part], rows.trigger_BZ[part],
+        rows.x_BD[part],
+        rows.scenario_B[part],
+        rows.scenario_embedding_BE[part],
+        rows.trigger_BZ[part],
         rows.weights_B[part],
-    )  # fmt: skip
+    )

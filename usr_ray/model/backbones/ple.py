@@ -17,14 +17,7 @@ from torch import Tensor, nn
 
 from usr_ray.config import ModelConfig
 from usr_ray.model.backbones.interface import Backbone, BackboneDims, BackboneInput
-from usr_ray.model.backbones.towers import (
-    NUM_TASKS,
-    CellTowers,
-    StackedMLP,
-    gate_shares,
-    glorot_uniform_,
-    shares_of,
-)
+from usr_ray.model.backbones.towers import NUM_TASKS, CellTowers, StackedMLP, gate_shares, glorot_uniform_, shares_of
 
 
 class ExtractionLevel(nn.Module):

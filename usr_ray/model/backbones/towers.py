@@ -49,9 +49,13 @@ class StackedMLP(nn.Module):
     """
 
     def __init__(
-        self, num_stacked: int, input_dim: int, hidden: Sequence[int], output_dim: int | None = None,
+        self,
+        num_stacked: int,
+        input_dim: int,
+        hidden: Sequence[int],
+        output_dim: int | None = None,
         dropout: float = 0.0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         widths = [input_dim, *hidden, *([] if output_dim is None else [output_dim])]
         self.num_hidden = len(hidden)
