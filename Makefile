@@ -88,7 +88,7 @@ bench: setup require-jdk  ## benchmarks: ratios inside one run, written to bench
 	@for script in benchmarks/*.py; do echo "== $$script"; python $$script; done
 
 chaos: setup require-jdk  ## faults on purpose: kills, torn and full storage, hanging ranks, bad tables; a table of what came of each
-	@python jobs/chaos.py $(foreach f,$(FAULT),--fault $(f)) $(if $(ADDRESS),--address $(ADDRESS)) \
+	@python -m tests.chaos $(foreach f,$(FAULT),--fault $(f)) $(if $(ADDRESS),--address $(ADDRESS)) \
 	  $(if $(filter command line environment,$(origin WORK)),--work $(WORK))
 
 docs: setup  ## the documentation as HTML: guides, and the API reference from the docstrings, in build/docs

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.chaos import report
-from cluster.chaos.bench import Bench
+from tests.chaos import report
+from tests.chaos.bench import Bench
 from tests.ray.conftest import OVERRIDES
 
 pytestmark = pytest.mark.ray

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.chaos import harm, report
-from cluster.chaos.bench import Bench, Ended, Fault
-from cluster.chaos.observe import Seen, global_batches, note_batches, note_rows, note_weights
+from tests.chaos import harm, report
+from tests.chaos.bench import Bench, Ended, Fault
+from tests.chaos.observe import Seen, global_batches, note_batches, note_rows, note_weights
 from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
 from usr_ray.config import UserError
 from usr_ray.data.manifest import DataError, build_manifest

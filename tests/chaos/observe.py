@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from cluster.chaos.inside import BATCHES
+from tests.chaos.inside import BATCHES
 from usr_ray.runs.plan import load_manifest
 from usr_ray.training.checkpoint import CheckpointStore
 

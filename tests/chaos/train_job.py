@@ -1,4 +1,4 @@
-"""jobs/train.py for a chaos run: `python cluster/chaos/train_job.py CASE <arguments of jobs/train.py>`.
+"""jobs/train.py for a chaos run: `python tests/chaos/train_job.py CASE <arguments of jobs/train.py>`.
 
 The same job, but for two things: its workers are those of inside.py, and it ends itself by SIGKILL once a worker asks
 for it, as a driver does whose machine goes away.
@@ -28,9 +28,9 @@ def _die_when_asked(case: Path, file: str) -> None:
 
 def main(argv: list[str]) -> None:
     prepare_environment(dashboard=False)
-    from cluster.chaos import inside
+    from tests.chaos import inside
     from jobs import train
-    from usr_ray import trainer
+    from usr_ray.launch import trainer
 
     trainer.train_worker = inside.train_worker
     case = Path(argv[0])

@@ -1,7 +1,7 @@
 """Faults on purpose: kill, tear, fill and slow down a small training in every known way, and compare what comes of it.
 
     make chaos                                   every fault, on a cluster of three nodes that it starts on this machine
-    make chaos FAULT="worker-killed slow-rank"   some of them; `python jobs/chaos.py --list` names all
+    make chaos FAULT="worker-killed slow-rank"   some of them; `python -m tests.chaos --list` names all
     make chaos ADDRESS=http://127.0.0.1:8265 WORK=/shared/chaos      on a Ray cluster of your own (docs/faults.md)
 
 After each fault the run must have drawn the unbroken run's global batches, each row once an epoch, and have its final
@@ -20,13 +20,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 from usr_ray.cli import JobParser, run_job
 from usr_ray.config import load_config
 from usr_ray.launch.environment import LOCAL_ENVIRONMENT, LOOPBACK, SUBMITTED, free_port, prepare_environment
 
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "jobs" / "configs" / "smoke.toml"
 NUM_NODES = 3
 FIRST_PORT = 26379
@@ -79,7 +77,7 @@ def local_cluster(work: Path) -> Iterator[tuple[dict[str, str], list[str]]]:
 
 def submit(address: str, work: Path, arguments: argparse.Namespace) -> None:
     """Run this job inside the cluster at `address`, on the lake in `work`."""
-    words = ["python", "jobs/chaos.py", "--work", str(work), "--timeout", str(arguments.timeout)]
+    words = ["python", "-m", "tests.chaos", "--work", str(work), "--timeout", str(arguments.timeout)]
     words += [word for name in arguments.fault for word in ("--fault", name)]
     command = [
         str(Path(sys.executable).parent / "ray"),
@@ -112,8 +110,8 @@ def main(argv: list[str]) -> None:
         prepare_lake(work)
         submit(arguments.address, work, arguments)
         return
-    from cluster.chaos import report
-    from cluster.chaos.bench import Bench
+    from tests.chaos import report
+    from tests.chaos.bench import Bench
 
     faults = report.choose(arguments.fault)
     if arguments.list:

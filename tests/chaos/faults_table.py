@@ -6,10 +6,10 @@ import time
 from functools import partial
 from pathlib import Path
 
-from cluster.chaos import harm
-from cluster.chaos.bench import RESUMES, STRIKE_STEP, Bench, Fault, note_struck
-from cluster.chaos.inside import Strike
-from cluster.chaos.observe import Seen
+from tests.chaos import harm
+from tests.chaos.bench import RESUMES, STRIKE_STEP, Bench, Fault, note_struck
+from tests.chaos.inside import Strike
+from tests.chaos.observe import Seen
 from usr_ray.runs.plan import load_manifest
 
 HARM_TIMEOUT_S = 90.0

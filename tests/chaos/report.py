@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.chaos import faults_processes, faults_storage, faults_table
-from cluster.chaos.bench import Bench, Fault
-from cluster.chaos.observe import Seen
+from tests.chaos import faults_processes, faults_storage, faults_table
+from tests.chaos.bench import Bench, Fault
+from tests.chaos.observe import Seen
 from usr_ray.config import UserError
 from usr_ray.files import write_whole
 from usr_ray.training.state import package_versions

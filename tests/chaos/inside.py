@@ -1,8 +1,7 @@
 """Inside the training processes of a chaos run: every step's rows are noted, and one fault strikes at a named step.
 
-The product knows nothing of this. `train_worker` stands in for usr_ray.launch.trainer's in the driver
-(train_job.py), and in
-the worker it wraps the one function that opens the training rows, so a run without chaos pays nothing.
+The product knows nothing of this. `train_worker` stands in for usr_ray.launch.trainer's in the driver (train_job.py),
+and in the worker it wraps the one function that opens the training rows, so a run without chaos pays nothing.
 
     <case>/strike.json                 what is to happen, to which rank, before which step
     <case>/struck                      it has happened: a group that is started again is left alone
@@ -23,7 +22,7 @@ from unittest.mock import patch
 
 import torch
 
-from cluster.chaos import harm
+from tests.chaos import harm
 from usr_ray.config import Config
 from usr_ray.data.batch import UsrBatch
 from usr_ray.data.manifest import Manifest
@@ -58,7 +57,7 @@ class Strike:
 
 def train_worker(settings: Mapping[str, Any]) -> dict[str, Any]:
     """usr_ray.launch.trainer.train_worker, watched."""
-    from usr_ray import trainer  # imports ray, which reads the environment: whoever reads this module may not be ready
+    from usr_ray.launch import trainer  # imports ray, which reads the environment: a reader of this may not be ready
 
     case = Path(settings["run_dir"]).parent
 

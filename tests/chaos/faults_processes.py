@@ -6,9 +6,9 @@ import re
 import signal
 from pathlib import Path
 
-from cluster.chaos.bench import GOES_ON, NUM_EPOCHS, RESUMES, STRIKE_STEP, Bench, Fault, kill_driver, note_struck
-from cluster.chaos.inside import ANY_RANK, Strike
-from cluster.chaos.observe import Seen, note_rows
+from tests.chaos.bench import GOES_ON, NUM_EPOCHS, RESUMES, STRIKE_STEP, Bench, Fault, kill_driver, note_struck
+from tests.chaos.inside import ANY_RANK, Strike
+from tests.chaos.observe import Seen, note_rows
 from usr_ray.training.checkpoint import CheckpointStore
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.chaos.inside import STRUCK_FILE, Strike
-from cluster.chaos.observe import Seen, note_batches, note_rows, note_weights
+from tests.chaos.inside import STRUCK_FILE, Strike
+from tests.chaos.observe import Seen, note_batches, note_rows, note_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_EPOCHS = 2
@@ -100,7 +100,7 @@ class Bench:
         (case / "strike.json").unlink(missing_ok=True)
         if strike:
             strike.save(case)
-        command = [sys.executable, "cluster/chaos/train_job.py", case, *self.arguments]
+        command = [sys.executable, "tests/chaos/train_job.py", case, *self.arguments]
         command += [word for setting in (*SETTINGS, *overrides) for word in ("--set", setting)]
         command += ["--lake", lake or self.lake, "--run-dir", case / "run"]
         started = time.monotonic()

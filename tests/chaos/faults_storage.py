@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.chaos import harm
-from cluster.chaos.bench import GOES_ON, RESUMES, STRIKE_STEP, Bench, Fault, note_struck
-from cluster.chaos.inside import ANY_RANK, Strike
-from cluster.chaos.observe import Seen
+from tests.chaos import harm
+from tests.chaos.bench import GOES_ON, RESUMES, STRIKE_STEP, Bench, Fault, note_struck
+from tests.chaos.inside import ANY_RANK, Strike
+from tests.chaos.observe import Seen
 from usr_ray.training.checkpoint import CheckpointStore
 
 _MOST_BYTES = 200_000
