@@ -58,7 +58,7 @@ def garble(table: Path, name: str) -> None:
         file.write(b"\xa5" * (size // 4))
 
 
-def change_table_schema(table: Path, name: str) -> None:  # noqa: ARG001
+def change_table_schema(table: Path, name: str) -> None:
     """A new version whose schema calls a number column a string: ALTER TABLE by someone else."""
 
     def change(action: dict[str, Any]) -> None:
@@ -72,7 +72,7 @@ def change_table_schema(table: Path, name: str) -> None:  # noqa: ARG001
     _commit(table, _current(table, change))
 
 
-def map_columns(table: Path, name: str) -> None:  # noqa: ARG001
+def map_columns(table: Path, name: str) -> None:
     """A new version with column mapping switched on: from now on files may hold other names than the table's."""
 
     def change(action: dict[str, Any]) -> None:

@@ -125,17 +125,17 @@ def _strike(strike: Strike, step: int, case: Path, worker: Worker) -> None:
         _ONCE[strike.kind](strike, case)
 
 
-def _kill_self(strike: Strike, case: Path) -> None:  # noqa: ARG001
+def _kill_self(strike: Strike, case: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _kill_driver(strike: Strike, case: Path) -> None:  # noqa: ARG001
+def _kill_driver(strike: Strike, case: Path) -> None:
     """The driver ends itself when it sees the file: it may be on another machine. No rank goes a step further."""
     (case / KILL_DRIVER).touch()
     time.sleep(HOLD_S)
 
 
-def _kill_node(strike: Strike, case: Path) -> None:  # noqa: ARG001
+def _kill_node(strike: Strike, case: Path) -> None:
     """A raylet that is gone takes its workers along, and Ray declares the node dead: a machine that lost power."""
     raylet = os.getppid()
     command = Path(f"/proc/{raylet}/cmdline").read_text(encoding="utf-8")
@@ -144,7 +144,7 @@ def _kill_node(strike: Strike, case: Path) -> None:  # noqa: ARG001
     time.sleep(HOLD_S)
 
 
-def _kill_in_checkpoint(strike: Strike, case: Path) -> None:  # noqa: ARG001
+def _kill_in_checkpoint(strike: Strike, case: Path) -> None:
     """The next checkpoint is cut off in the middle of its tensors."""
     whole = checkpoint.save_file
 
@@ -156,20 +156,20 @@ def _kill_in_checkpoint(strike: Strike, case: Path) -> None:  # noqa: ARG001
     checkpoint.save_file = half
 
 
-def _hang(strike: Strike, case: Path) -> None:  # noqa: ARG001
+def _hang(strike: Strike, case: Path) -> None:
     time.sleep(HOLD_S)
 
 
-def _advance_table(strike: Strike, case: Path) -> None:  # noqa: ARG001
+def _advance_table(strike: Strike, case: Path) -> None:
     harm.advance_table(Path(strike.options["table"]))
 
 
-def _slow_down(step: int, strike: Strike, case: Path) -> None:  # noqa: ARG001
+def _slow_down(step: int, strike: Strike, case: Path) -> None:
     if step >= strike.step:
         time.sleep(strike.options["seconds"])
 
 
-def _fill_disk(step: int, strike: Strike, case: Path) -> None:  # noqa: ARG001
+def _fill_disk(step: int, strike: Strike, case: Path) -> None:
     """From strike.step to options['until'] (or for good) the storage of options['folder'] takes nothing more."""
     filler, until = Path(strike.options["folder"]) / "filler", strike.options.get("until")
     if step == strike.step:
@@ -178,7 +178,7 @@ def _fill_disk(step: int, strike: Strike, case: Path) -> None:  # noqa: ARG001
         filler.unlink(missing_ok=True)
 
 
-def _limit_files(step: int, strike: Strike, case: Path) -> None:  # noqa: ARG001
+def _limit_files(step: int, strike: Strike, case: Path) -> None:
     """Like _fill_disk where no file system can be mounted: this process may not let a file grow beyond a size."""
     import resource
 

@@ -28,8 +28,8 @@ def _die_when_asked(case: Path, file: str) -> None:
 
 def main(argv: list[str]) -> None:
     prepare_environment(dashboard=False)
-    from tests.chaos import inside
     from jobs import train
+    from tests.chaos import inside
     from usr_ray.launch import trainer
 
     trainer.train_worker = inside.train_worker
