@@ -2,7 +2,7 @@
 
 Not a benchmark itself: learning_kuairand.py and learning_simulated.py import it.
 
-Shape letters: N held-out rows, R runs (seeds) of one model.
+Shape letters: N held-out rows, R runs (seeds) of one model, G tie groups.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from numpy.typing import NDArray
 
 from usr_ray.config import Config, end_of_us, load_config, parse_dates
 from usr_ray.data.manifest import Manifest, build_manifest
-from usr_ray.evaluation.baseline import _Ranked, popularity_baseline, read_training_rows
+from usr_ray.evaluation.baseline import popularity_baseline
 from usr_ray.evaluation.metrics import Predictions, auc
 from usr_ray.schema import TASKS
 from usr_ray.training.loop import train
+from usr_ray.training.rows import read_training_rows
 from usr_ray.training.worker import LocalWorker
 
 PLAIN = ("model.interest.enabled=false", "model.generator.enabled=false", "model.multitask.enabled=false")
@@ -157,6 +158,31 @@ def _gap(labels: NDArray, ours_RN: NDArray, theirs_RN: NDArray, users: NDArray) 
         "interval": [round(float(low), 5), round(float(high), 5)],
         "by_seed": [round(float(gap), 5) for gap in whole],
     }
+
+
+@dataclass(frozen=True, slots=True)
+class _Ranked:
+    """Rows sorted by probability once, so that the AUC of a resample needs no sort."""
+
+    order_N: NDArray[np.int64]
+    is_positive_N: NDArray[np.bool_]
+    tie_starts_G: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, labels: NDArray, probs: NDArray) -> _Ranked:
+        order_N = np.argsort(probs)
+        sorted_N = probs[order_N]
+        starts_G = np.flatnonzero(np.concatenate(([True], sorted_N[1:] != sorted_N[:-1])))
+        return cls(order_N, labels[order_N] > 0, starts_G)
+
+    def auc(self, counts_N: NDArray[np.float64]) -> float:
+        """AUC when row n stands counts_N[n] times; NaN when a class is missing."""
+        counts_N = counts_N[self.order_N]
+        positives_G = np.add.reduceat(np.where(self.is_positive_N, counts_N, 0.0), self.tie_starts_G)
+        negatives_G = np.add.reduceat(np.where(self.is_positive_N, 0.0, counts_N), self.tie_starts_G)
+        below_G = np.cumsum(negatives_G) - negatives_G
+        pairs = positives_G.sum() * negatives_G.sum()
+        return float((positives_G * (below_G + negatives_G / 2)).sum() / pairs) if pairs else float("nan")
 
 
 def save(path: Path, result: dict[str, Any]) -> None:

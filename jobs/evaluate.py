@@ -19,7 +19,7 @@ from usr_ray import __version__
 from usr_ray.cli import JobParser, run_job
 from usr_ray.config import Config, UserError, end_of_us, parse_dates
 from usr_ray.data.manifest import Manifest, build_manifest
-from usr_ray.evaluation.baseline import popularity_baseline, read_training_rows
+from usr_ray.evaluation.baseline import popularity_baseline
 from usr_ray.evaluation.files import (
     BASELINE_SPLIT,
     PREDICTIONS_FILE,
@@ -30,6 +30,7 @@ from usr_ray.evaluation.files import (
 )
 from usr_ray.evaluation.metrics import Predictions, metrics_by_scenario
 from usr_ray.training.evaluate import TrainedRun, check_spec, evaluate, load_run
+from usr_ray.training.rows import read_training_rows
 from usr_ray.training.worker import LocalWorker
 
 

@@ -18,7 +18,7 @@ GROUND = ("schema", "files", "cli")
 ROOMS: dict[str, set[str]] = {
     "config": set(),
     "data": {"config"},
-    "evaluation": {"config", "data"},
+    "evaluation": {"config"},
     "model": {"config", "data"},
     "training": {"config", "data", "evaluation", "model"},
     "runs": {"config", "data", "evaluation", "model", "training"},

@@ -1,4 +1,4 @@
-"""Is one model better than another: the AUC gap over seeds, its interval over seeds and users, Holm's correction.
+"""The statistics of all reports: AUC gaps with intervals and verdicts, Holm, Wilson, calibration bins, ROC, slices.
 
 Two things could have come out otherwise: the seeds (another start, another order of the rows) and the users (other
 customers on those days). Both are in every interval; rows are never taken for independent, since a user has many.
@@ -9,16 +9,23 @@ Shape letters: N rows, R seeds, U users.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
-from usr_ray.evaluation.metrics import auc
+from usr_ray.evaluation.metrics import ALL, GLOBAL, Predictions, auc
+from usr_ray.schema import TASKS, UNKNOWN_ID
 
 CONFIDENCE = 0.95
+MIN_ROWS = 30
+"""Rows of the rarer label below which no verdict is given."""
+HISTORY_BUCKETS = ((0, 0), (1, 5), (6, 20), (21, None))
+"""Numbers of past events (first, last) that the slices put together; None: no upper end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +46,66 @@ class PairedGap:
     num_users: int
     num_rarer: int
     """Rows of the rarer label."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judged:
+    """A gap among the others of its report."""
+
+    gap: PairedGap | None
+    """None: undefined, or no seed that both sides finished."""
+    adjusted_p: float = 1.0
+    """Holm's, over the family that `corrected` was given."""
+
+    @property
+    def verdict(self) -> str:
+        """'better' or 'worse' (after correction), 'unsure' (the interval alone leaves out 0), 'even', 'few', 'none'."""
+        if self.gap is None:
+            return "none"
+        if self.gap.num_rarer < MIN_ROWS:
+            return "few"
+        if self.adjusted_p < 1 - CONFIDENCE:
+            return "better" if self.gap.value > 0 else "worse"
+        return "unsure" if self.gap.low > 0 or self.gap.high < 0 else "even"
+
+
+AnyJudged = TypeVar("AnyJudged", bound=Judged)
+
+
+def corrected(family: Sequence[AnyJudged]) -> list[AnyJudged]:
+    """The same with Holm's p-values; gaps that are undefined, or of too few rows for a verdict, are no tests."""
+    tests = [one.gap.p_value if one.gap and one.gap.num_rarer >= MIN_ROWS else None for one in family]
+    return [replace(one, adjusted_p=1.0 if p is None else p) for one, p in zip(family, holm(tests), strict=True)]
+
+
+def auc_gaps(rows: Predictions, baseline: Predictions, scenarios: Sequence[str]) -> dict[tuple[str, str], Judged]:
+    """(cell of metrics.json, task) -> gap between two scorers of the same rows, judged as one family."""
+    places = [(cell, place) for cell in (*scenarios, GLOBAL, ALL) for place in range(len(TASKS))]
+    family = []
+    for cell, place in places:
+        ours, theirs = (cell_rows(scored, cell, place, scenarios) for scored in (rows, baseline))
+        is_defined = ours is not None and theirs is not None
+        gap = paired_auc_gap(ours[0], ours[1][None], theirs[1][None], ours[2]) if is_defined else None  # type: ignore[index]
+        family.append(Judged(gap=gap))
+    names = [(cell, TASKS[place]) for cell, place in places]
+    return dict(zip(names, corrected(family), strict=True))
+
+
+def cell_rows(
+    rows: Predictions, cell: str, task: int, scenarios: Sequence[str]
+) -> tuple[NDArray, NDArray, NDArray] | None:
+    """(labels, probs, user keys) of one cell of metrics.json and one task, of the rows whose label is known.
+
+    None when the model has no global heads.
+    """
+    probs_NT = rows.global_probs_NT if cell == GLOBAL else rows.probs_NT
+    if probs_NT is None:
+        return None
+    labels_N = rows.labels_NT[:, task + (len(TASKS) if cell == GLOBAL else 0)]
+    mask = ~np.isnan(labels_N)
+    if cell not in (ALL, GLOBAL):
+        mask &= rows.scenario_N == list(scenarios).index(cell)
+    return labels_N[mask], probs_NT[mask, task], rows.user_key_N[mask]
 
 
 def paired_auc_gap(labels_N: NDArray, ours_RN: NDArray, theirs_RN: NDArray, users_N: NDArray) -> PairedGap | None:
@@ -102,10 +169,109 @@ def _influence(labels_N: NDArray, probs_N: NDArray) -> NDArray[np.float64]:
     return moved_N
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values after Holm's step-down correction (1979), in the order given: each holds in the company of all."""
-    adjusted, largest = [0.0] * len(p_values), 0.0
-    for place, index in enumerate(sorted(range(len(p_values)), key=lambda n: p_values[n])):
-        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[index]))
-        adjusted[index] = largest
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """p-values after Holm's step-down correction (1979) over those there are, in the order given: each holds in the
+    company of all.
+    """
+    known = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for rank, (p, place) in enumerate(known):
+        largest = max(largest, min(1.0, p * (len(known) - rank)))
+        adjusted[place] = largest
     return adjusted
+
+
+def normal_quantile(confidence: float) -> float:
+    """Half the width, in standard errors, of a two-sided normal interval."""
+    return NormalDist().inv_cdf((1 + confidence) / 2)
+
+
+def wilson_interval(num_positives: int, num_rows: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Wilson score interval of a rate; sound for few rows and for rates near 0."""
+    z = normal_quantile(confidence)
+    rate, square = num_positives / num_rows, z * z / num_rows
+    centre = (rate + square / 2) / (1 + square)
+    half = z * math.sqrt(rate * (1 - rate) / num_rows + square / (4 * num_rows)) / (1 + square)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+@dataclass(frozen=True, slots=True)
+class Bin:
+    """Rows of neighbouring probabilities."""
+
+    num_rows: int
+    num_positives: int
+    mean_prob: float
+    rate: float
+    """num_positives / num_rows."""
+    low: float
+    high: float
+    """95 % Wilson interval of the rate."""
+
+
+def calibration_bins(labels: NDArray, probs: NDArray, num_bins: int = 10) -> list[Bin]:
+    """Up to `num_bins` bins of nearly equal size; equal probabilities are never parted, so ties make fewer bins."""
+    if len(labels) == 0:
+        return []
+    edges = np.unique(np.quantile(probs, np.linspace(0, 1, num_bins + 1)[1:-1], method="lower"))
+    bins = []
+    place_N = np.searchsorted(edges, probs, side="left")
+    for place in np.unique(place_N):
+        inside = place_N == place
+        num_rows, num_positives = int(inside.sum()), int(labels[inside].sum())
+        low, high = wilson_interval(num_positives, num_rows)
+        bins.append(Bin(num_rows, num_positives, float(probs[inside].mean()), num_positives / num_rows, low, high))
+    return bins
+
+
+def roc_points(labels: NDArray, probs: NDArray, num_points: int = 160) -> tuple[NDArray, NDArray] | None:
+    """(false positive rate, true positive rate), thinned to about `num_points`; None when a class is missing."""
+    num_positives = int(np.count_nonzero(labels))
+    if num_positives in (0, len(labels)):
+        return None
+    order = np.argsort(-probs, kind="stable")
+    last_of_tie = np.append(probs[order][1:] != probs[order][:-1], True)
+    positives = np.cumsum(labels[order] > 0)[last_of_tie]
+    negatives = (np.flatnonzero(last_of_tie) + 1) - positives
+    x, y = negatives / (len(labels) - num_positives), positives / num_positives
+    x, y = np.concatenate(([0.0], x)), np.concatenate(([0.0], y))
+    # Even steps along the curve's length keep its corners.
+    length = x + y
+    keep = np.unique(np.searchsorted(length, np.linspace(0, length[-1], num_points)))
+    return x[keep], y[keep]
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """AUC of CTR on a part of the rows; None where it is undefined."""
+
+    group: str
+    name: str
+    num_rows: int
+    num_positives: int
+    auc: float | None
+    baseline_auc: float | None
+
+
+def ctr_slices(rows: Predictions, baseline: Predictions | None, scenario: int) -> list[Slice]:
+    """AUC of CTR in one scenario by length of the history and by known or cold item; no entry without rows."""
+    is_cold = rows.item_id_N <= UNKNOWN_ID
+    parts = [("past events of the user", name, inside) for name, inside in history_parts(rows.history_length_N)]
+    parts += [("item", "in the vocabulary", ~is_cold), ("item", "cold: not in the vocabulary", is_cold)]
+    slices = []
+    for group, name, part in parts:
+        inside = part & (rows.scenario_N == scenario)
+        if not inside.any():
+            continue
+        labels = rows.labels_NT[inside, 0]
+        of_model, of_baseline = (s and auc(labels, s.probs_NT[inside, 0]) for s in (rows, baseline))
+        slices.append(Slice(group, name, len(labels), int(labels.sum()), of_model, of_baseline))  # type: ignore[arg-type]
+    return slices
+
+
+def history_parts(history_length_N: NDArray[np.int64]) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+    """(name, rows) of each of HISTORY_BUCKETS."""
+    for first, last in HISTORY_BUCKETS:
+        name = str(first) if first == last else f"{first}-{last}" if last is not None else f"{first} or more"
+        yield name, (history_length_N >= first) & (history_length_N <= (np.inf if last is None else last))

@@ -15,18 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from usr_ray.config import Config, end_of_us, parse_dates
-from usr_ray.evaluation.baseline import TrainingRows, read_training_rows
+from usr_ray.evaluation.baseline import TrainingRows
 from usr_ray.evaluation.files import PREDICTIONS_FILE, SPLIT, read_predictions
 from usr_ray.evaluation.metrics import ALL, GLOBAL, CellMetrics, Predictions
-from usr_ray.evaluation.report_stats import HISTORY_BUCKETS, MIN_ROWS, cell_rows
-from usr_ray.evaluation.statistics import PairedGap, holm, paired_auc_gap
+from usr_ray.evaluation.statistics import Judged, PairedGap, cell_rows, corrected, history_parts, paired_auc_gap
 from usr_ray.experiments.grid import Study, StudyError, Trial, compared_labels, expand
 from usr_ray.experiments.record import is_finished, trial_dir
 from usr_ray.runs.folder import METRICS_FILE
 from usr_ray.runs.plan import CONFIG_FILE, load_manifest
 from usr_ray.schema import TASKS
+from usr_ray.training.rows import read_training_rows
 
-LEVEL = 0.05
 WHOLE = "all rows"
 Point = tuple[tuple[str, str], ...]
 """(axis, label) of each axis, in the order of the study."""
@@ -43,7 +42,7 @@ class Mean:
 
 
 @dataclass(frozen=True, slots=True)
-class Contrast:
+class Contrast(Judged):
     """One value of an axis against another, in one cell and one part of the rows."""
 
     axis: str
@@ -54,21 +53,6 @@ class Contrast:
     scenario: str
     task: str
     part: str
-    gap: PairedGap | None
-    """None: undefined, or no seed that both sides finished."""
-    adjusted_p: float = 1.0
-    """Holm's, over every contrast of the study on all rows (slices: over the slices)."""
-
-    @property
-    def verdict(self) -> str:
-        """'better' or 'worse' (after correction), 'unsure' (the interval alone leaves out 0), 'even', 'few', 'none'."""
-        if self.gap is None:
-            return "none"
-        if self.gap.num_rarer < MIN_ROWS:
-            return "few"
-        if self.adjusted_p < LEVEL:
-            return "better" if self.gap.value > 0 else "worse"
-        return "unsure" if self.gap.low > 0 or self.gap.high < 0 else "even"
 
 
 class Trials:
@@ -151,13 +135,6 @@ def contrasts(trials: Trials) -> list[Contrast]:
     return corrected(whole) + corrected(parts)
 
 
-def corrected(found: Sequence[Contrast]) -> list[Contrast]:
-    """The contrasts with Holm's p-values, those that have a gap being one family."""
-    defined = [n for n, contrast in enumerate(found) if contrast.gap is not None and contrast.gap.num_rarer >= MIN_ROWS]
-    adjusted = dict(zip(defined, holm([found[n].gap.p_value for n in defined]), strict=True))  # type: ignore[union-attr]
-    return [replace(contrast, adjusted_p=adjusted.get(n, 1.0)) for n, contrast in enumerate(found)]
-
-
 def _compare(
     trials: Trials, names: tuple[str, str, str, Point], pairs: Sequence[tuple[Trial, Trial]], *, sliced: bool
 ) -> Iterator[Contrast]:
@@ -170,7 +147,7 @@ def _compare(
         sides = [[_masked(trials, t, mask, first) for t in side] for side in zip(*pairs, strict=True)]
         for scenario in scenarios:
             for place, task in enumerate(TASKS):
-                yield Contrast(*names, scenario, task, part, _gap(sides, scenario, place, scenarios))
+                yield Contrast(*names, scenario, task, part, gap=_gap(sides, scenario, place, scenarios))
 
 
 def _gap(
@@ -205,11 +182,7 @@ def _masked(trials: Trials, trial: Trial, mask_N: NDArray[np.bool_], first: Pred
 
 def rows_by_part(rows: Predictions, trained: TrainingRows) -> dict[str, NDArray[np.bool_]]:
     """Name -> rows: by events in the user's histories, and by whether the training rows have the user and the item."""
-    parts = {}
-    for first, last in HISTORY_BUCKETS:
-        name = str(first) if first == last else f"{first}-{last}" if last is not None else f"{first} or more"
-        upper = np.inf if last is None else last
-        parts[f"{name} past events"] = (rows.history_length_N >= first) & (rows.history_length_N <= upper)
+    parts = {f"{name} past events": inside for name, inside in history_parts(rows.history_length_N)}
     knows_user_N = np.isin(rows.user_key_N, trained.user_key_N)
     knows_item_N = np.isin(rows.item_id_N, trained.item_id_N)
     parts["user seen in training"], parts["user new"] = knows_user_N, ~knows_user_N

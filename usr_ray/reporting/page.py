@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from usr_ray.evaluation.metrics import ALL, GLOBAL, NDCG_K, CellMetrics, TaskMetrics
-from usr_ray.evaluation.report_stats import Gap
+from usr_ray.evaluation.statistics import Judged, PairedGap
 
 DASH = "\N{EN DASH}"
 TASK_NAMES = {"ctr": "CTR", "ctcvr": "CTCVR"}
@@ -139,7 +139,7 @@ def metric_value(key: str, metrics: TaskMetrics, decimals: int, footnotes: Footn
     return Value(f"{value:.{decimals}f}")
 
 
-def gap_interval(gap: Gap) -> str:
+def gap_interval(gap: PairedGap) -> str:
     """'+0.0290 to +0.0334'."""
     return f"{signed(gap.low)} to {signed(gap.high)}"
 
@@ -149,14 +149,14 @@ def signed(value: float) -> str:
     return f"{value:+.4f}".replace("-", "\N{MINUS SIGN}")
 
 
-def verdict(model: CellMetrics, gaps: Mapping[tuple[str, str], Gap | None], scenarios: Sequence[str]) -> list[str]:
+def verdict(model: CellMetrics, gaps: Mapping[tuple[str, str], Judged], scenarios: Sequence[str]) -> list[str]:
     """Up to four sentences: how well it ranks, whether it beats popularity, how it is calibrated, what is unknown."""
     ranked = [(s, model[s]["ctr"]["auc"]) for s in scenarios if s in model and model[s]["ctr"]["auc"] is not None]
     sentences = []
     if ranked:
         listed = _listed([f"{auc:.4f} in {s.replace('_', ' ')}" for s, auc in ranked])
         sentences.append(f"The model ranks held-out clicks with an AUC of {listed}.")
-    compared = {(c, t): g for (c, t), g in gaps.items() if g is not None and c in scenarios}
+    compared = {(c, t): g for (c, t), g in gaps.items() if g.gap is not None and c in scenarios}
     if compared:
         sentences.append(_against_popularity(compared))
     pcocs = [(s, model[s]["ctr"]["pcoc"]) for s in scenarios if s in model and model[s]["ctr"]["pcoc"] is not None]
@@ -174,16 +174,21 @@ def verdict(model: CellMetrics, gaps: Mapping[tuple[str, str], Gap | None], scen
     return sentences
 
 
-def _against_popularity(gaps: Mapping[tuple[str, str], Gap]) -> str:
-    names = {"beats": "wins", "even": "is level", "loses": "loses", "few": "has too few positives to tell"}
+def _against_popularity(gaps: Mapping[tuple[str, str], Judged]) -> str:
+    names = {
+        ("better",): "wins",
+        ("even", "unsure"): "shows no clear difference",
+        ("worse",): "loses",
+        ("few",): "has too few positives to tell",
+    }
     parts = []
-    for kind, words in names.items():
-        of_kind = [cell_task(c, t) for (c, t), gap in gaps.items() if gap.verdict == kind]
+    for kinds, words in names.items():
+        of_kind = [cell_task(c, t) for (c, t), gap in gaps.items() if gap.verdict in kinds]
         if of_kind:
             parts.append(f"{words} on {_listed(of_kind)}")
-    if len(parts) == 1 and all(g.verdict == "beats" for g in gaps.values()):
-        return "It beats the popularity baseline in every scenario and task, beyond the 95% interval."
-    return f"Against the popularity baseline it {_listed(parts)} (95% intervals)."
+    if len(parts) == 1 and all(g.verdict == "better" for g in gaps.values()):
+        return "It beats the popularity baseline in every scenario and task, after correction for all comparisons."
+    return f"Against the popularity baseline it {_listed(parts)} (at 5%, corrected for all comparisons)."
 
 
 def _off(pcoc: float) -> str:

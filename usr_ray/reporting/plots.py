@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from usr_ray.evaluation.report_stats import Bin
+from usr_ray.evaluation.statistics import Bin
 
 COLOURS = {
     "ink": "#0b0b0b",

@@ -20,9 +20,9 @@ from markupsafe import Markup
 import usr_ray
 from usr_ray.config import UserError
 from usr_ray.data.order_quality import order_text
-from usr_ray.evaluation import report_stats
-from usr_ray.evaluation.metrics import ALL, GLOBAL
-from usr_ray.evaluation.report_stats import Gap
+from usr_ray.evaluation import statistics as report_stats
+from usr_ray.evaluation.metrics import ALL
+from usr_ray.evaluation.statistics import Judged
 from usr_ray.files import write_whole
 from usr_ray.reporting import cold as report_cold
 from usr_ray.reporting import curves as report_curves
@@ -150,18 +150,13 @@ def _with_rows(dates: Any, num_rows: int | None) -> str:
     return f"{text} ({num_rows:,} rows)" if num_rows and text else text
 
 
-def _gaps(run: RunRecord) -> dict[tuple[str, str], Gap | None]:
+def _gaps(run: RunRecord) -> dict[tuple[str, str], Judged]:
     if run.predictions is None or run.baseline is None:
         return {}
-    cells = (*run.scenarios, GLOBAL, ALL)
-    return {
-        (cell, task): report_stats.auc_gap(run.predictions, run.baseline, cell, place, run.scenarios)
-        for cell in cells
-        for place, task in enumerate(TASKS)
-    }
+    return report_stats.auc_gaps(run.predictions, run.baseline, run.scenarios)
 
 
-def _metrics_part(run: RunRecord, gaps: Mapping[tuple[str, str], Gap | None]) -> dict[str, Any]:
+def _metrics_part(run: RunRecord, gaps: Mapping[tuple[str, str], Judged]) -> dict[str, Any]:
     part: dict[str, Any] = {
         "min_rows": report_stats.MIN_ROWS,
         "rows": [],
@@ -190,22 +185,23 @@ def _metrics_part(run: RunRecord, gaps: Mapping[tuple[str, str], Gap | None]) ->
         {
             "cell": report_text.cell_name(cell),
             "task": report_text.TASK_NAMES[task],
-            "verdict": gap.verdict,
-            "value": report_text.signed(gap.value),
-            "interval": report_text.gap_interval(gap),
+            "verdict": judged.verdict,
+            "value": report_text.signed(judged.gap.value),
+            "interval": report_text.gap_interval(judged.gap),
         }
-        for (cell, task), gap in gaps.items()
-        if gap is not None
+        for (cell, task), judged in gaps.items()
+        if judged.gap is not None
     ]
     for place, scenario in enumerate(run.scenarios):
         for task, metrics in run.metrics.get(scenario, {}).items():
-            gap = gaps.get((scenario, task))
+            judged = gaps.get((scenario, task))
+            gap = judged and judged.gap
             part["tiles"].append(
                 {
                     "name": f"{report_text.cell_name(scenario)} {report_text.TASK_NAMES[task]}, AUC",
                     "colour": report_plots.series_name(place),
                     "value": report_text.metric_value("auc", metrics, 4, footnotes),
-                    "gap": gap,
+                    "verdict": judged.verdict if judged and gap else "",
                     "gap_value": report_text.signed(gap.value) if gap else "",
                     "gap_interval": report_text.gap_interval(gap) if gap else "",
                 }

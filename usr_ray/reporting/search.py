@@ -47,7 +47,7 @@ def search_section(config: Config, points: Sequence[TriedPoint], chosen: TriedPo
     shown: list[tuple[float | None, TriedPoint]] = [*scored, *((None, point) for point in failed)]
     rows = [
         {
-            "class": "beats" if point == chosen else "",
+            "class": "better" if point == chosen else "",
             "values": [
                 point.trial_id,
                 point.status,

@@ -16,7 +16,6 @@ VERDICTS = {
     "few": "? too few positives",
     "none": "undefined",
 }
-CLASSES = {"better": "beats", "worse": "loses", "unsure": "even", "even": "even", "few": "few", "none": "few"}
 METRICS = (("auc", "AUC"), ("gauc", "GAUC"), ("log_loss", "Log loss"), ("pcoc", "PCOC"))
 _MANY_ROWS = 12
 """A table of more comparisons is folded behind the one at a glance."""
@@ -39,7 +38,7 @@ def glance_section(found: Sequence[Contrast]) -> dict[str, Any]:
         rows.append(
             {
                 "values": [", ".join(filter(None, (at, pair))), *(_glance(c) for c in shown)],
-                "classes": ["", *(CLASSES[c.verdict] if c else "few" for c in shown)],
+                "classes": ["", *(c.verdict if c else "none" for c in shown)],
             }
         )
     return {
@@ -64,7 +63,7 @@ def contrast_section(title: str, found: Sequence[Contrast], plots: Sequence[dict
     has_at = any(c.at for c in found)
     rows = [
         {
-            "class": CLASSES[c.verdict],
+            "class": c.verdict,
             "values": [
                 *([pair_name(c.axis, c.label, c.against)] if len(pairs) > 1 or not has_at else []),
                 *([point_name(c.at)] if has_at else []),

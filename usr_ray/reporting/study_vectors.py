@@ -152,7 +152,7 @@ def collapse_section(spreads: Mapping[Point, Mapping[str, float]]) -> dict[str, 
         shown = [f"{entries[name]:.3f}" if name in entries else report_text.DASH for name in names]
         rows.append(
             {
-                "class": "loses" if is_low else "",
+                "class": "worse" if is_low else "",
                 "values": [point_name(point), *shown, "near collapse" if is_low else ""],
             }
         )

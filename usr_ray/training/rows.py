@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+import pyarrow as pa
 from torch import Tensor
 
 from usr_ray.config import Config, end_of_us, parse_dates
 from usr_ray.data.batch import UsrBatch
-from usr_ray.data.manifest import Manifest
+from usr_ray.data.decode import RowGroupDecoder
+from usr_ray.data.manifest import Manifest, labels_close_us, usable_row_groups
 from usr_ray.data.reader import SampleReader
+from usr_ray.evaluation.baseline import TrainingRows
+from usr_ray.evaluation.metrics import known_labels_only
 from usr_ray.model.unique import UniqueIds
+from usr_ray.schema import ALL_LABELS
 from usr_ray.training.embeddings import RowSource
 from usr_ray.training.loss import row_counts
 from usr_ray.training.worker import Worker
@@ -51,3 +57,33 @@ def training_batches(
         for batch in reader.batches(epoch, start_step=start_step):
             yield (batch.count_longest(), tables.unique_ids(batch)), row_counts(batch, num_scenarios)
         start_step = 0
+
+
+def read_training_rows(manifest: Manifest, *, ready_before_us: int | None, mature_only: bool) -> TrainingRows:
+    """The rows of a manifest that training would count, by the same rules (see SampleReader), four columns of them.
+
+    Raises:
+        DataError: no row counts, or a file cannot be read.
+    """
+    decoder = RowGroupDecoder(manifest, ready_before_us=ready_before_us, mature_only=mature_only)
+    item_column = manifest.spec.sparse_feature("item_id").column
+    decoder.columns = [*ALL_LABELS, "scenario_index", "user_key", item_column, "is_mature", "event_time"]
+    parts = []
+    for ref in usable_row_groups(manifest, ready_before_us=ready_before_us, mature_only=mature_only):
+        table = decoder.read(ref)
+        counts_N = np.ones(table.num_rows, dtype=bool)
+        if mature_only:
+            counts_N &= table["is_mature"].to_numpy()
+        if ready_before_us is not None:
+            time_us_N = table["event_time"].cast(pa.timestamp("us", tz="UTC")).cast(pa.int64()).to_numpy()
+            counts_N &= labels_close_us(time_us_N, manifest.spec) <= ready_before_us
+        parts.append(table.drop_columns(["is_mature", "event_time"]).filter(pa.array(counts_N)))
+    rows = pa.concat_tables(parts)
+    scenario_N = rows["scenario_index"].to_numpy()
+    labels_NT = np.stack([rows[label].to_numpy() for label in ALL_LABELS], axis=1)
+    return TrainingRows(
+        scenario_N=scenario_N,
+        user_key_N=rows["user_key"].to_numpy(),
+        item_id_N=rows[item_column].to_numpy(),
+        labels_NT=known_labels_only(labels_NT, scenario_N, manifest.spec.known_labels),
+    )

@@ -7,8 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from usr_ray.evaluation import metrics
-from usr_ray.evaluation.baseline import TrainingRows, paired_auc_gap, popularity_baseline
+from usr_ray.evaluation.baseline import TrainingRows, popularity_baseline
 from usr_ray.evaluation.metrics import Predictions
 
 pytestmark = pytest.mark.unit
@@ -59,29 +58,3 @@ def test_unknown_user_and_item_get_the_mean_rate():
 def test_scenario_without_training_rows_gets_one_half():
     scored = popularity_baseline(TRAIN, rows_to_score([2], [9], [2]), num_scenarios=3)
     assert scored.probs_NT.tolist() == [[0.5, 0.5]]
-
-
-def test_gap_is_the_difference_of_the_two_aucs_and_its_interval_holds_it():
-    generator = np.random.default_rng(1)
-    labels = generator.integers(0, 2, 600)
-    good = np.round(labels * 0.5 + generator.random(600), 1)  # rounded, so that there are ties
-    poor = generator.random(600)
-    gap, low, high = paired_auc_gap(labels, good, poor, generator.integers(0, 100, 600))
-    assert gap == pytest.approx(metrics.auc(labels, good) - metrics.auc(labels, poor))
-    assert 0 < low < gap < high
-
-
-def test_interval_of_a_model_against_itself_is_zero():
-    labels, probs = np.array([1, 0, 1, 0]), np.array([0.4, 0.1, 0.2, 0.3])
-    assert paired_auc_gap(labels, probs, probs, np.arange(4)) == (0.0, 0.0, 0.0)
-
-
-def test_gap_is_undefined_when_a_class_is_missing():
-    assert paired_auc_gap(np.ones(3), np.ones(3), np.ones(3), np.arange(3)) is None
-
-
-def test_users_are_resampled_whole():
-    # One user holds all rows: every resample is the data itself, so the interval has no width.
-    labels = np.array([1, 0, 1, 0, 1])
-    gap, low, high = paired_auc_gap(labels, np.array([0.9, 0.1, 0.2, 0.4, 0.3]), np.zeros(5), np.zeros(5))
-    assert low == gap == high

@@ -1,4 +1,4 @@
-"""The AUC gap with its interval, by hand and against the bootstrap; Holm's correction by hand."""
+"""Gaps, corrections, bins, ROC points and slices against values worked out by hand, and the gap against a bootstrap."""
 
 from __future__ import annotations
 
@@ -7,8 +7,17 @@ import math
 import numpy as np
 import pytest
 
-from usr_ray.evaluation.baseline import paired_auc_gap as bootstrap_gap
-from usr_ray.evaluation.statistics import holm, paired_auc_gap
+from tests.unit.reporting.test_run import make_predictions
+from usr_ray.evaluation import metrics
+from usr_ray.evaluation.statistics import (
+    auc_gaps,
+    calibration_bins,
+    ctr_slices,
+    holm,
+    paired_auc_gap,
+    roc_points,
+    wilson_interval,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -43,8 +52,13 @@ def test_the_users_part_agrees_with_a_bootstrap_over_users() -> None:
     ours, theirs = taste + rng.normal(size=2400), taste + 2 * rng.normal(size=2400)
     gap = paired_auc_gap(labels, ours[None], theirs[None], users)
     assert gap is not None
-    value, low, high = bootstrap_gap(labels, ours, theirs, users, num_resamples=800) or (0.0, 0.0, 0.0)
-    assert gap.value == pytest.approx(value)
+    assert gap.value == pytest.approx(metrics.auc(labels, ours) - metrics.auc(labels, theirs))
+    rows_of = [np.flatnonzero(users == user) for user in range(300)]
+    drawn = []
+    for _ in range(800):  # users are drawn whole, the same for both models
+        rows = np.concatenate([rows_of[user] for user in rng.integers(300, size=300)])
+        drawn.append(metrics.auc(labels[rows], ours[rows]) - metrics.auc(labels[rows], theirs[rows]))
+    low, high = np.quantile(drawn, (0.025, 0.975))
     assert gap.seed_sd == 0.0
     assert gap.high - gap.low == pytest.approx(high - low, rel=0.12)
 
@@ -77,3 +91,72 @@ def test_holm_by_hand() -> None:
     assert holm([0.01, 0.011]) == pytest.approx([0.02, 0.02])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
     assert holm([]) == []
+    # Numbers that there are not are no tests.
+    assert holm([0.03, None, 0.02]) == pytest.approx([0.04, None, 0.04])
+
+
+def test_bins_are_quantiles_that_add_up():
+    probs = np.linspace(0.01, 1, 100)
+    labels = (np.arange(100) % 4 == 0).astype(float)
+    bins = calibration_bins(labels, probs)
+    assert [b.num_rows for b in bins] == [10] * 10
+    assert sum(b.num_positives for b in bins) == 25
+    assert bins[0].mean_prob == pytest.approx(0.055)
+    assert bins[0].rate == pytest.approx(0.3)  # rows 0, 4 and 8
+
+
+def test_equal_probabilities_share_a_bin():
+    bins = calibration_bins(np.array([1, 0, 0, 1]), np.array([0.2, 0.2, 0.2, 0.9]))
+    assert [(b.num_rows, b.num_positives) for b in bins] == [(3, 1), (1, 1)]
+    assert calibration_bins(np.array([]), np.array([])) == []
+
+
+def test_wilson_interval_of_a_worked_case():
+    # Ten of a hundred: the textbook interval is 0.0552 to 0.1744.
+    assert wilson_interval(10, 100) == pytest.approx((0.0552, 0.1744), abs=5e-5)
+    assert wilson_interval(0, 10)[0] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_the_area_under_the_roc_points_is_the_auc():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 80)
+    probs = np.round(rng.random(80) + 0.2 * labels, 1)
+    x, y = roc_points(labels, probs, num_points=1000)
+    assert np.trapezoid(y, x) == pytest.approx(metrics.auc(labels, probs))
+    assert (x[0], y[0], x[-1], y[-1]) == (0, 0, 1, 1)
+    assert roc_points(np.ones(3), np.ones(3)) is None
+
+
+def test_thinned_roc_keeps_its_ends_and_area():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 20_000)
+    probs = rng.random(20_000) + 0.5 * labels
+    x, y = roc_points(labels, probs)
+    assert len(x) <= 160
+    assert (x[-1], y[-1]) == (1, 1)
+    assert np.trapezoid(y, x) == pytest.approx(metrics.auc(labels, probs), abs=2e-3)
+
+
+def test_slices_part_the_rows_of_the_scenario():
+    rows = make_predictions()
+    slices = ctr_slices(rows, None, 1)
+    own = rows.scenario_N == 1
+    by_group = {}
+    for part in slices:
+        by_group[part.group] = by_group.get(part.group, 0) + part.num_rows
+    assert list(by_group.values()) == [own.sum()] * 2
+    long = own & (rows.history_length_N >= 21)
+    assert slices[3].auc == metrics.auc(rows.labels_NT[long, 0], rows.probs_NT[long, 0])
+    assert slices[-1].num_rows == (own & (rows.item_id_N == 1)).sum()
+
+
+def test_the_gaps_of_a_report_are_judged_together():
+    rows = make_predictions()
+    gaps = auc_gaps(rows, rows, ("search", "recommendation"))
+    assert list(gaps)[:3] == [("search", "ctr"), ("search", "ctcvr"), ("recommendation", "ctr")]
+    assert gaps["global", "ctr"].gap is None, "no global heads"
+    assert gaps["search", "ctcvr"].gap is None, "no order in search"
+    own = gaps["search", "ctr"]
+    assert (own.gap.value, own.gap.low, own.gap.high, own.adjusted_p) == (0.0, 0.0, 0.0, 1.0)
+    assert own.gap.num_rarer == rows.labels_NT[rows.scenario_N == 0, 0].sum()
+    assert own.verdict == "even"

@@ -13,8 +13,8 @@ import pytest
 from tests.unit.study_runs import BASE, finish, rows, write_study
 from usr_ray.evaluation.baseline import TrainingRows
 from usr_ray.evaluation.metrics import auc
-from usr_ray.evaluation.statistics import PairedGap
-from usr_ray.experiments.analysis import Contrast, Trials, contrasts, corrected, mean_of, means, rows_by_part
+from usr_ray.evaluation.statistics import PairedGap, corrected
+from usr_ray.experiments.analysis import Contrast, Trials, contrasts, mean_of, means, rows_by_part
 from usr_ray.experiments.grid import Study, StudyError, expand, parse_study
 from usr_ray.experiments.record import note_failure, open_study, trial_dir, write_record
 from usr_ray.reporting.study import verdict_sentences, write_study_report
@@ -106,7 +106,7 @@ def gap(value: float, half: float, p_value: float, num_rarer: int = 100) -> Pair
 
 
 def contrast(of: PairedGap | None) -> Contrast:
-    return Contrast("model", "a", "b", (), "search", "ctr", "all rows", of)
+    return Contrast("model", "a", "b", (), "search", "ctr", "all rows", gap=of)
 
 
 def test_verdicts_hold_after_correction_only() -> None:

@@ -23,15 +23,16 @@ from usr_ray.cli import run_job
 from usr_ray.config import Config, end_of_us
 from usr_ray.data.batch import UsrOutputs
 from usr_ray.data.manifest import build_manifest
-from usr_ray.evaluation import report_stats
-from usr_ray.evaluation.baseline import popularity_baseline, read_training_rows
+from usr_ray.evaluation.baseline import popularity_baseline
 from usr_ray.evaluation.files import metrics_text, read_predictions, write_metrics, write_predictions
 from usr_ray.evaluation.metrics import metrics_by_scenario
+from usr_ray.evaluation.statistics import auc_gaps
 from usr_ray.model.gather import ColumnOrder
 from usr_ray.model.unique import UniqueIds
 from usr_ray.schema import ALL_LABELS, SAMPLES, UNKNOWN_ID
 from usr_ray.training.checkpoint import CheckpointError, CheckpointStore
 from usr_ray.training.evaluate import EvaluationError, check_spec, evaluate, load_run
+from usr_ray.training.rows import read_training_rows
 from usr_ray.training.state import TrainState
 from usr_ray.training.worker import LocalWorker
 
@@ -235,9 +236,9 @@ def test_a_scenario_whose_orders_no_log_knows_has_no_ctcvr(lake, manifest, alone
     assert pq.read_table(tmp_path / "p.parquet")["is_order"].null_count == in_search.sum() > 0
     read, _, _ = read_predictions(tmp_path / "p.parquet", SCENARIOS)
     assert metrics_by_scenario(read, SCENARIOS) == result.metrics
-    assert report_stats.auc_gap(read, baseline, "search", 1, SCENARIOS) is None
-    gap = report_stats.auc_gap(read, baseline, "global", 1, SCENARIOS)
-    assert gap.value == pytest.approx(
+    gaps = auc_gaps(read, baseline, SCENARIOS)
+    assert gaps["search", "ctcvr"].gap is None
+    assert gaps["global", "ctcvr"].gap.value == pytest.approx(
         result.metrics["global"]["ctcvr"]["auc"] - metrics_by_scenario(baseline, SCENARIOS)["global"]["ctcvr"]["auc"]
     )
     lines = [line.split() for line in metrics_text({"eval": result.metrics}).splitlines()]

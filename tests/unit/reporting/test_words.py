@@ -1,0 +1,60 @@
+"""Sentences and words of the run's report."""
+
+from __future__ import annotations
+
+import pytest
+
+from usr_ray.evaluation.statistics import Judged, PairedGap
+from usr_ray.reporting.page import duration, verdict, why_undefined
+
+pytestmark = pytest.mark.unit
+
+
+def judged(value, half, adjusted_p):
+    return Judged(
+        gap=PairedGap(value, value - half, value + half, adjusted_p, (value,), 0.0, half / 2, 50, 100),
+        adjusted_p=adjusted_p,
+    )
+
+
+def task(auc, pcoc=1.0, positives=5):
+    return {"auc": auc, "gauc": auc, "log_loss": 0.1, "pcoc": pcoc, "num_samples": 10, "num_positives": positives}
+
+
+def test_the_verdict_says_where_it_loses_and_what_is_unknown():
+    cells = {
+        "search": {"ctr": task(0.7, 1.1), "ctcvr": task(None, positives=0)},
+        "live_feed": {"ctr": task(0.6, 0.998), "ctcvr": task(0.8)},
+    }
+    gaps = {
+        ("search", "ctr"): judged(0.1, 0.05, 0.001),
+        ("search", "ctcvr"): Judged(gap=None),
+        ("live_feed", "ctr"): judged(-0.1, 0.05, 0.001),
+        ("live_feed", "ctcvr"): judged(0.01, 0.02, 0.3),
+    }
+    assert verdict(cells, gaps, ("search", "live_feed")) == [
+        "The model ranks held-out clicks with an AUC of 0.7000 in search and 0.6000 in live feed.",
+        "Against the popularity baseline it wins on search CTR, shows no clear difference on live feed CTCVR and "
+        "loses on live feed CTR (at 5%, corrected for all comparisons).",
+        "Predicted clicks are 10% too high in search and within 0.5% of those observed in live feed.",
+        "Undefined: CTCVR in search (no positive row).",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "changes", "reason"),
+    [
+        ("auc", {"num_samples": 0, "log_loss": None}, "no rows"),
+        ("auc", {"log_loss": None}, "the model has no global heads"),
+        ("pcoc", {"num_positives": 0}, "no positive row"),
+        ("auc", {"num_positives": 10}, "no negative row"),
+        ("gauc", {}, "no user with both labels"),
+        ("ndcg_at_10", {}, "not computed in this evaluation"),
+    ],
+)
+def test_every_dash_has_a_reason(key, changes, reason):
+    assert why_undefined(key, task(None) | changes) == reason
+
+
+def test_durations_are_read_at_a_glance():
+    assert [duration(s) for s in (0.4, 59.6, 200, 7500)] == ["0 s", "1 min 00 s", "3 min 20 s", "2 h 05 min"]
