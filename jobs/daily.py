@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from usr_ray.cli import EXIT_OK, EXIT_USER_ERROR, job_config, job_dates, job_parser, run_job
+from usr_ray.cli import EXIT_OK, EXIT_USER_ERROR, job_config, job_dates, job_parser, number_in, run_job
 from usr_ray.config import Config, UserError, check_address
 from usr_ray.operations.daily import (
     DONE,
@@ -285,14 +285,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--watermark", metavar="ISO", help="the logs are complete up to here (default: newest event)")
     parser.add_argument(
         "--restate-days",
-        type=int,
+        type=number_in("[0, 36600]", int),
         default=0,
         metavar="N",
         help="late events are looked for in the last N dates only (all dates)",
     )
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=number_in("[0, 10]"),
         default=0.005,
         metavar="X",
         help="relative increase of the log loss that a new model may have (0.005)",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
+import math
 import re
 import sys
 import traceback
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from usr_ray.config import Config, UserError, load_config, parse_dates
+from usr_ray.config.fields import Range
 
 EXIT_OK, EXIT_FAILURE, EXIT_USER_ERROR = 0, 1, 2
 
@@ -36,6 +38,21 @@ def job_parser(description: str) -> argparse.ArgumentParser:
         help="override one key by its dotted path; repeatable",
     )
     return parser
+
+
+def number_in(within: str, kind: type[int] | type[float] = float) -> Callable[[str], float]:
+    """What add_argument takes as `type` for a number in a range such as "[0, 1)"."""
+
+    def read(text: str) -> float:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = math.nan
+        if number not in Range.of(within):
+            raise argparse.ArgumentTypeError(f"must be in {within}, got {text!r}")
+        return number
+
+    return read
 
 
 def job_config(arguments: argparse.Namespace) -> Config:

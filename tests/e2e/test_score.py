@@ -29,7 +29,7 @@ import os, signal, sys
 sys.path.insert(0, {root!r})
 from jobs import score as job
 from usr_ray.serving import score
-from usr_ray.serving import score_table
+from usr_ray.serving import score
 from usr_ray.cli import run_job
 
 moment = sys.argv.pop(1)
@@ -48,13 +48,13 @@ def score_rows(*arguments):
     if num_dates == 2 and moment == "before the commit":
         die()
 
-def write_date(table, date, batches, plain=score_table.ScoreTable.write_date):
+def write_date(table, date, batches, plain=score.ScoreTable.write_date):
     plain(table, date, batches)
     if num_dates == 2 and moment == "after the commit":
         die()
 
 score.score_rows = score_rows
-score_table.ScoreTable.write_date = write_date
+score.ScoreTable.write_date = write_date
 sys.exit(run_job(job.main))
 """
 

@@ -89,3 +89,11 @@ def test_a_job_may_write_its_error_line_elsewhere() -> None:
 
     assert run_job(main, [], report=lines.append) == 2
     assert lines == ["error: no"]
+
+
+@pytest.mark.parametrize("flag", [["--tolerance", "nan"], ["--tolerance=-1"], ["--restate-days=-1"]])
+def test_a_number_on_the_command_line_that_makes_no_sense_is_one_line(
+    flag: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run_job(load_job("daily").main, ["--work", str(tmp_path), "--status", *flag]) == 2
+    assert "must be in [0, " in capsys.readouterr().err

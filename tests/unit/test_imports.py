@@ -43,7 +43,7 @@ ROOMS: dict[str, set[str]] = {
 
 OUTSIDE = {
     "ray": {"usr_ray/launch/", "usr_ray/experiments/", "usr_ray/serving/app.py"},
-    "deltalake": {"usr_ray/data/manifest.py", "usr_ray/serving/score_table.py"},
+    "deltalake": {"usr_ray/data/manifest.py", "usr_ray/serving/score.py"},
     "torch": {
         "usr_ray/data/",
         "usr_ray/model/",

@@ -33,7 +33,8 @@ from usr_ray.config.model import (
     ModelConfig,
     MultitaskConfig,
 )
-from usr_ray.config.root import Config, DataConfig, RayConfig, TrainConfig, load_config
+from usr_ray.config.root import Config, load_config
+from usr_ray.config.training import DataConfig, RayConfig, TrainConfig
 from usr_ray.config.tune import SpaceConfig, TuneConfig
 
 __all__ = [

@@ -5,41 +5,46 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from usr_ray.config.fields import DAY_US, parse_date, parse_duration_us, parse_instant_us, require
+from usr_ray.config.fields import (
+    COUNT,
+    DAY_US,
+    SEED,
+    check_fields,
+    choice,
+    duration,
+    number,
+    parse_date,
+    parse_duration_us,
+    parse_instant_us,
+    require,
+)
+
+_WINDOW = ("0 s", "366 days")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LabelsConfig:
     """Attribution windows and the meaning of the global labels (contract, section 2)."""
 
-    click_window: str = "1 hour"
+    click_window: str = duration("1 hour", *_WINDOW)
     """W_c: a click counts this long after its impression, both ends included."""
-    order_window: str = "24 hours"
+    order_window: str = duration("24 hours", *_WINDOW)
     """W_o: an order counts this long after its click."""
-    global_window: str = ""
+    global_window: str = duration("", *_WINDOW)
     """W_g >= W_c; empty: the click window."""
-    global_span: str = "window"
+    global_span: str = choice("window", "day")
     """'window': [t, t + W_g]; 'day': the impression's UTC day."""
-    clock_skew: str = "0 s"
+    clock_skew: str = duration("0 s", *_WINDOW)
     """How far before its impression a click (or before its click an order) may be stamped."""
-    order_without_click: str = "reject"
+    order_without_click: str = choice("reject", "credit_impression")
     """'reject', or 'credit_impression'."""
     no_order_scenarios: tuple[str, ...] = ()
     """Scenarios whose orders no log knows: not known, which is not the same as none. They have no CTCVR task."""
 
     def __post_init__(self) -> None:
-        require(
-            self.global_span in ("window", "day"),
-            f"labels.global_span must be 'window' or 'day', got {self.global_span!r}",
-        )
-        require(
-            self.order_without_click in ("reject", "credit_impression"),
-            f"labels.order_without_click must be 'reject' or 'credit_impression', got {self.order_without_click!r}",
-        )
-        for key in ("click_window", "order_window", "clock_skew"):
-            parse_duration_us(getattr(self, key), where=f"labels.{key}")
+        check_fields(self, "labels")
         require(
             self.global_window_us >= self.click_window_us,
             f"labels.global_window ({self.global_window}) must not be shorter than "
@@ -71,42 +76,37 @@ class LabelsConfig:
 class HistoriesConfig:
     """What the user had done before (contract, section 3)."""
 
-    length: int = 50
+    length: int = number(50, "[1, 10000]")
     """Newest events kept per scenario."""
 
     def __post_init__(self) -> None:
-        require(self.length > 0, f"histories.length must be positive, got {self.length}")
+        check_fields(self, "histories")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LimitsConfig:
     """Users that are no people (docs/tables.md, rejects)."""
 
-    max_user_events_per_day: int = 0
+    max_user_events_per_day: int = number(0, "[0, 1000000000]")
     """Log rows (impressions, clicks, order lines) of a user on a UTC day; a day with more is taken out. 0: off."""
 
     def __post_init__(self) -> None:
-        require(
-            self.max_user_events_per_day >= 0,
-            f"limits.max_user_events_per_day must not be negative (0: no limit), got {self.max_user_events_per_day}",
-        )
+        check_fields(self, "limits")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VocabularyConfig:
     """How raw ids become rows of an embedding table."""
 
-    kind: str = "fit"
+    kind: str = choice("fit", "hash")
     """'fit': the vocabularies table; 'hash': a hash of the value into num_buckets, no table."""
-    min_count: int = 2
+    min_count: int = number(2, COUNT)
     """Impressions of a value in the training dates before it gets an id of its own."""
-    num_buckets: int = 1_048_576
+    num_buckets: int = number(1_048_576, "[3, 2147483647]")
     """Rows of every table under kind = 'hash', padding and unknown included."""
 
     def __post_init__(self) -> None:
-        require(self.kind in ("fit", "hash"), f"vocabulary.kind must be 'fit' or 'hash', got {self.kind!r}")
-        require(self.min_count > 0, f"vocabulary.min_count must be positive, got {self.min_count}")
-        require(self.num_buckets > 2, f"vocabulary.num_buckets must be above 2, got {self.num_buckets}")
+        check_fields(self, "vocabulary")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,48 +135,35 @@ class FeaturesConfig:
 class SimulatedConfig:
     """The simulated source: a world whose click and order probabilities are known (etl/sources/simulated.py)."""
 
-    seed: int = 2026
-    num_impressions: int = 200_000
-    num_days: int = 8
+    seed: int = number(2026, SEED)
+    num_impressions: int = number(200_000, COUNT)
+    num_days: int = number(8, "[1, 3660]")
     first_date: str = "2026-01-01"
-    num_users: int = 2_000
-    num_items: int = 1_000
-    num_queries: int = 300
-    num_categories: int = 24
-    similarity: float = 0.5
+    num_users: int = number(2_000, COUNT)
+    num_items: int = number(1_000, "[32, 1000000000]")  # four slates
+    num_queries: int = number(300, COUNT)
+    num_categories: int = number(24, COUNT)
+    similarity: float = number(0.5, "[0, 1]")
     """0: tastes in the scenarios are unrelated; 1: they are the same."""
-    cross_exposure: float = 0.3
+    cross_exposure: float = number(0.3, "[0, 1]")
     """Share of impressions that show an item the user was shown minutes before in another scenario (at most about
     0.5: the others have no earlier request to repeat). Both share the pair's own interest, beyond taste."""
-    global_noise: float = 0.0
+    global_noise: float = number(0.0, "[0, 1]")
     """Share of cross exposures with an interest of their own, so that a global label tells less of the row's click."""
-    link_loss: float = 0.0
+    link_loss: float = number(0.0, "[0, 1]")
     """Share of cross exposures that are logged under their scenario's own id of the item, as where scenarios keep
     catalogues apart. Nothing then links the pair: the first row's global label loses the click."""
-    duplicate_rate: float = 0.01
+    duplicate_rate: float = number(0.01, "[0, 1]")
     """Share of log rows written twice, as real collectors do."""
-    late_rate: float = 0.01
+    late_rate: float = number(0.01, "[0, 1]")
     """Share of clicks and orders outside their windows, so that they are rejected."""
-    unnamed_click_rate: float = 0.05
+    unnamed_click_rate: float = number(0.05, "[0, 1]")
     """Share of clicks that do not name their impression."""
-    new_item_share: float = 0.1
+    new_item_share: float = number(0.1, "[0, 1]")
     """Share of items that are launched on a random day, so that some are new on the held-out days (cold start)."""
 
     def __post_init__(self) -> None:
-        for key in ("num_impressions", "num_days", "num_users", "num_items", "num_queries", "num_categories"):
-            require(getattr(self, key) > 0, f"simulated.{key} must be positive, got {getattr(self, key)}")
-        for key in (
-            "similarity",
-            "cross_exposure",
-            "global_noise",
-            "link_loss",
-            "duplicate_rate",
-            "late_rate",
-            "unnamed_click_rate",
-            "new_item_share",
-        ):
-            require(0 <= getattr(self, key) <= 1, f"simulated.{key} must be in [0, 1], got {getattr(self, key)}")
-        require(self.seed >= 0, f"simulated.seed must not be negative, got {self.seed}")
+        check_fields(self, "simulated")
         for key, least in (
             ("num_impressions", "num_days"),
             ("num_items", "num_categories"),
@@ -186,7 +173,6 @@ class SimulatedConfig:
                 getattr(self, key) >= getattr(self, least),
                 f"simulated.{key} ({getattr(self, key)}) must not be below simulated.{least} ({getattr(self, least)})",
             )
-        require(self.num_items >= 32, f"simulated.num_items must be at least 32 (four slates), got {self.num_items}")
         parse_date(self.first_date, where="simulated.first_date")
 
 
@@ -196,10 +182,11 @@ class KuaiRandConfig:
 
     order_column: str = "long_view"
     """Post-click action that stands in for an order."""
-    tab_groups: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    tab_groups: Mapping[str, tuple[int, ...]] = number({}, "[0, 1000000000]")
     """Scenario name -> tabs; every tab not named goes to the last scenario. Empty: the documented default groups."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "kuairand")
         tabs = [tab for group in self.tab_groups.values() for tab in group]
         doubled = sorted({tab for tab in tabs if tabs.count(tab) > 1})
         require(not doubled, f"kuairand.tab_groups: tab {', '.join(map(str, doubled))} is in more than one group")
@@ -209,14 +196,11 @@ class KuaiRandConfig:
 class KuaiSarConfig:
     """KuaiSAR's mapping onto the contract (etl/sources/kuaisar.py)."""
 
-    order_column: str = "like"
+    order_column: str = choice("like", "follow", "forward")
     """Later action of a recommendation row that stands in for an order; search rows have none."""
 
     def __post_init__(self) -> None:
-        require(
-            self.order_column in ("like", "follow", "forward"),
-            f"kuaisar.order_column must be 'like', 'follow' or 'forward', got {self.order_column!r}",
-        )
+        check_fields(self, "kuaisar")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,13 +209,13 @@ class JdSearchConfig:
 
     base_time: str = "2022-11-01T00:00:00Z"
     """First search; the histories end before it. The data has no absolute time."""
-    num_days: int = 8
+    num_days: int = number(8, "[1, 3660]")
     """Days the searches are spread over, by a hash of the row, so that dates can split them."""
-    seed: int = 0
+    seed: int = number(0, SEED)
     """Of the days and of the shuffled candidates."""
 
     def __post_init__(self) -> None:
-        require(self.num_days > 0, f"jdsearch.num_days must be positive, got {self.num_days}")
+        check_fields(self, "jdsearch")
         parse_instant_us(self.base_time, where="jdsearch.base_time")
         require(
             self.base_time_us % DAY_US == 0,
@@ -250,12 +234,12 @@ class KuaiSearchConfig:
 
     base_time: str = "2025-01-01T00:00:00Z"
     """time_index 0 becomes this instant; one step becomes `step`. The unit of time_index is not documented."""
-    step: str = "60 s"
+    step: str = duration("60 s", "1 us", "366 days")
     write_features: bool = False
     """Write users and items: for a copy whose ids are those of the sessions (in the published demo they are not)."""
 
     def __post_init__(self) -> None:
-        require(self.step_us > 0, f"kuaisearch.step must be longer than 0, got {self.step!r}")
+        check_fields(self, "kuaisearch")
         parse_instant_us(self.base_time, where="kuaisearch.base_time")
 
     @property

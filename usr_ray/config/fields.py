@@ -12,7 +12,8 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -49,15 +50,18 @@ def parse_duration_us(text: str, *, where: str) -> int:
     unit = match and (_UNITS_US.get(match[2]) or _UNITS_US.get(match[2].removesuffix("s")))
     if not match or not unit:
         raise ConfigError(f"{where}: {text!r} is not a duration; write a number and a unit, for example '24 hours'")
-    return round(float(match[1]) * unit)
+    return round(min(float(match[1]), 1e12) * unit)  # no infinity; a key's own range refuses what is too long
 
 
 def parse_date(text: str, *, where: str) -> dt.date:
     """The date of "YYYY-MM-DD"; ConfigError naming `where` otherwise."""
     try:
-        return dt.date.fromisoformat(text)
+        date = dt.date.fromisoformat(text)
     except ValueError as error:
         raise ConfigError(f"{where}: {text!r} is not a date; write YYYY-MM-DD") from error
+    # Beyond these years days, nanoseconds or windows overflow in one library or another.
+    require(1970 <= date.year < 2200, f"{where}: {text!r} is not a date from 1970 to 2199; write YYYY-MM-DD")
+    return date
 
 
 def parse_dates(text: str, *, where: str) -> tuple[dt.date, dt.date]:
@@ -113,6 +117,85 @@ def complete(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, A
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Numbers between two ends, written as in mathematics: "[0, 1)" holds 0 and not 1. No range holds NaN."""
+
+    text: str
+    low: int | float
+    high: int | float
+
+    @classmethod
+    def of(cls, text: str) -> Range:
+        """The range that `text` writes."""
+        low, high = (float(end) if re.search(r"[.e]", end) else int(end) for end in text[1:-1].split(","))
+        return cls(text, low, high)
+
+    def __contains__(self, value: int | float) -> bool:
+        above = value > self.low if self.text[0] == "(" else value >= self.low
+        return above and (value < self.high if self.text[-1] == ")" else value <= self.high)
+
+
+SEED = "[0, 4294967295]"
+"""What torch, numpy and Optuna all take."""
+FINITE = "[-1e300, 1e300]"
+SIZE = "[1, 65536]"
+"""Of a layer, or of a list of parts."""
+COUNT = "[1, 1000000000]"
+
+
+def number(default: Any, within: str) -> Any:
+    """A field that holds a number, or a tuple or mapping of numbers, each in a range; texts and bools are let pass."""
+    return field(**_default(default), metadata={"range": Range.of(within)})
+
+
+def choice(default: str, *others: str) -> Any:
+    """A field that holds one of a few words."""
+    return field(default=default, metadata={"choices": (default, *others)})
+
+
+def duration(default: str, least: str, most: str) -> Any:
+    """A field that holds a duration between two others, both included; where '' is the default, '' too."""
+    return field(default=default, metadata={"durations": (least, most)})
+
+
+def _default(value: Any) -> dict[str, Any]:
+    return {"default_factory": dict} if value == {} else {"default": value}
+
+
+def check_fields(section: Any, where: str) -> None:
+    """Hold a dataclass to what its fields say of themselves (number, choice, duration).
+
+    Raises:
+        ConfigError: naming `where`, the field, its value and what it may be.
+    """
+    for key in dataclasses.fields(section):
+        value, path = getattr(section, key.name), f"{where}.{key.name}"
+        if "range" in key.metadata:
+            for place, part in _parts(value):
+                is_number = isinstance(part, int | float) and not isinstance(part, bool)
+                within = key.metadata["range"]
+                require(not is_number or part in within, f"{path}{place} must be in {within.text}, got {part}")
+        elif "choices" in key.metadata:
+            words = [repr(word) for word in key.metadata["choices"]]
+            wanted = f"{', '.join(words[:-1])} or {words[-1]}"
+            require(value in key.metadata["choices"], f"{path} must be {wanted}, got {value!r}")
+        elif "durations" in key.metadata and (value or key.default):
+            least, most = key.metadata["durations"]
+            low, found, high = (parse_duration_us(text, where=path) for text in (least, value, most))
+            require(low <= found <= high, f"{path} must be between {least} and {most}, got {value!r}")
+
+
+def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from ((f".{name}{place}", part) for place, part in _parts(inner))
+    elif isinstance(value, tuple):
+        yield from ((f"[{n}]", part) for n, part in enumerate(value))
+    else:
+        yield "", value
+
+
 def require(condition: bool, message: str) -> None:
     """Raise ConfigError(message) unless `condition`."""
     if not condition:
@@ -144,7 +227,7 @@ def override_key(raw: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r}: write it as section.key=value")
     try:
         value = tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:  # no TOML, or a number of more digits than Python reads
         value = text  # a bare word is a string
     *sections, last = key.strip().split(".")
     for section in sections:
@@ -190,7 +273,7 @@ def _convert(hint: Any, value: Any, *, path: str) -> Any:  # noqa: PLR0911 - one
         inner = typing.get_args(hint)[1]
         return {str(k): _convert(inner, v, path=f"{path}.{k}") for k, v in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(str(value))  # float(value) raises where a whole number is too large, this gives infinity
     if hint is str and isinstance(value, dt.date):  # TOML reads a bare 2026-01-01 as a date
         return value.isoformat()
     if type(value) is not hint:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from usr_ray.config.fields import require
+from usr_ray.config.fields import FINITE, SEED, check_fields, choice, number, require
 
 TIME_UNITS_NS = {"s": 1_000_000_000, "ms": 1_000_000, "us": 1_000, "ns": 1}
 """time_format of a number -> nanoseconds of its unit."""
@@ -50,7 +50,7 @@ class LogConfig:
 
     path: str = ""
     """File, folder or glob, below --logs unless it starts with / or names a file system; empty: the log's own entry."""
-    format: str = ""
+    format: str = choice("", *LOG_FORMATS)
     """'parquet', 'delta', 'csv' or 'json' (one object a line); empty: what the file names end with."""
     separator: str = ","
     """Between the fields of a CSV line."""
@@ -60,9 +60,9 @@ class LogConfig:
     """Column of the contract or feature -> own column; of several own columns the values are joined by '|'."""
     decimal_comma: tuple[str, ...] = ()
     """Number columns, by their name in the contract, written as 1.234,50."""
-    constants: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    constants: Mapping[str, str | int | float | bool] = number({}, FINITE)
     """Column -> its value in every row; '' is null."""
-    where: Mapping[str, str | int | bool | tuple[str, ...]] = field(default_factory=dict)
+    where: Mapping[str, str | int | bool | tuple[str, ...]] = number({}, FINITE)
     """Own column -> the value, or one of the values, that a row of this log has in it."""
     time_format: str = ISO
     """Of event_time and ingest_time: 'iso', a number's unit ('s', 'ms', 'us', 'ns'), or a strptime pattern."""
@@ -71,10 +71,7 @@ class LogConfig:
 
     def check(self, where: str) -> None:
         """Raise ConfigError, naming `where`, unless every value can be used."""
-        require(
-            self.format in ("", *LOG_FORMATS),
-            f"{where}.format must be one of {', '.join(LOG_FORMATS)}, got {self.format!r}",
-        )
+        check_fields(self, where)
         require(len(self.separator) == 1, f"{where}.separator must be one character, got {self.separator!r}")
         require(
             _is_encoding(self.encoding),
@@ -148,22 +145,18 @@ class OnlineConfig:
     """Column of the impressions logs with the experiment's bucket; null: the impression is outside the experiment."""
     control: str = ""
     """Bucket the others are compared with; empty: the first by name."""
-    shares: Mapping[str, float] = field(default_factory=dict)
+    shares: Mapping[str, float] = number({}, "(0, 1e300]")
     """Bucket -> planned share of users, in any unit; empty: every bucket found was planned to be as large."""
-    confidence: float = 0.95
+    confidence: float = number(0.95, "[0.5, 1)")
     """Of every interval; 1 - confidence is also the level of Holm's verdicts."""
-    num_resamples: int = 1000
+    num_resamples: int = number(1000, "[100, 1000000]")
     """Of the bootstrap."""
-    seed: int = 0
+    seed: int = number(0, SEED)
     """Of the bootstrap."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "online")
         require(bool(self.bucket_column), "online.bucket_column is empty; name a column of the impressions logs")
-        require(0.5 <= self.confidence < 1, f"online.confidence must be in [0.5, 1), got {self.confidence}")
-        require(self.num_resamples >= 100, f"online.num_resamples must be at least 100, got {self.num_resamples}")
-        require(self.seed >= 0, f"online.seed must not be negative, got {self.seed}")
-        wrong = {name: share for name, share in self.shares.items() if not 0 < share < float("inf")}
-        require(not wrong, f"online.shares must be positive, got {wrong}")
         require(
             len(self.shares) != 1,
             f"online.shares names one bucket, {''.join(self.shares)}; an experiment has two or more",

@@ -26,155 +26,11 @@ from usr_ray.config.etl import (
     SimulatedConfig,
     VocabularyConfig,
 )
-from usr_ray.config.fields import ConfigError, build, complete, override_key, parse_dates, parse_duration_us, require
+from usr_ray.config.fields import ConfigError, build, complete, override_key, require
 from usr_ray.config.logs import LogConfig, OnlineConfig, log_names
 from usr_ray.config.model import ModelConfig
+from usr_ray.config.training import DataConfig, RayConfig, TrainConfig
 from usr_ray.config.tune import TuneConfig
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
-    """Which dates are for fitting and training, which are held out."""
-
-    train_dates: str = ""
-    """'A:B', both included. Vocabularies are fitted on these dates and training reads these dates."""
-    eval_dates: str = ""
-    """'A:B', held out; after train_dates."""
-    table_version: int = -1
-    """Version of the samples table to train on; -1: the newest when the run starts. The run then stays on it."""
-    mature_only: bool = True
-    """Read only rows whose labels are final (is_mature); for training, final at the end of train_dates."""
-
-    def __post_init__(self) -> None:
-        require(
-            self.table_version >= -1, f"data.table_version must be -1 (newest) or a version, got {self.table_version}"
-        )
-        for key in ("train_dates", "eval_dates"):
-            if getattr(self, key):
-                parse_dates(getattr(self, key), where=f"data.{key}")
-        if self.train_dates and self.eval_dates:
-            train_last = parse_dates(self.train_dates, where="data.train_dates")[1]
-            eval_first = parse_dates(self.eval_dates, where="data.eval_dates")[0]
-            require(
-                train_last < eval_first,
-                f"data.eval_dates ({self.eval_dates}) must start after data.train_dates "
-                f"({self.train_dates}) end: a held-out date must not be trained on",
-            )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
-    """The loop."""
-
-    seed: int = 0
-    num_epochs: int = 1
-    global_batch_size: int = 1024
-    """Rows of one step over all workers: the same batches whatever the number of workers."""
-    order: str = "shuffled"
-    """'shuffled': a permutation of the row groups and rows; 'by_date': dates in order, shuffled inside each."""
-    learning_rate: float = 0.001
-    """AdamW on the dense part."""
-    weight_decay: float = 0.0
-    embedding_optimizer: str = "rowwise_adagrad"
-    """'rowwise_adagrad' or 'rowwise_adam': formulae in docs/embeddings.md."""
-    embedding_strategy: str = "replicated"
-    """'replicated': every worker holds all tables; 'sharded': each holds its share of the rows (docs/embeddings.md)."""
-    embedding_learning_rate: float = 0.03
-    """Of the tables; Adam wants less than Adagrad, for example 0.003."""
-    embedding_weight_decay: float = 0.0
-    """L2 on the rows touched in a step."""
-    warmup_steps: int = 0
-    """Steps over which both learning rates grow linearly to their value."""
-    schedule: str = "none"
-    """After the warm-up both rates stay ('none'), or fall to 0 at the run's end along a half 'cosine' or a line
-    ('linear'). A larger num_epochs moves the end, and so raises the rates of a run that goes on."""
-    warm_start: str = ""
-    """Run directory (its best checkpoint, else its newest) or checkpoint to take model and tables from; '': fresh ones.
-    Tables that grew since get fresh rows behind the old ones."""
-    warm_start_optimizer: bool = True
-    """Take the state of both optimisers too; False: model and tables alone."""
-    precision: str = "float32"
-    """'float32', or 'bf16': autocast of the dense part; weights, tables, log probabilities and loss stay float32."""
-    compile: bool = False
-    """torch.compile the dense part."""
-    gradient_clip: float = 10.0
-    """Global norm of the dense gradients; 0: off."""
-    checkpoint_every_steps: int = 50
-    keep_checkpoints: int = 3
-    log_every_steps: int = 10
-    reader_threads: int = 2
-    reader_shards: int = 1
-    """Spans of a block of rows that are shuffled apart. With the number of workers here, or a multiple of it, each
-    worker decodes only its own part of a large table; with 1 every worker decodes every row. Part of the order."""
-    reader_cache: str = ""
-    """Folder on a local disk for decoded row groups, for epochs after the first; '': none."""
-    evaluate_every_epochs: int = 1
-    """Epochs from one evaluation on eval_dates to the next; the last epoch always has one."""
-    early_stopping: bool = False
-    """Keep the weights of the epoch with the best mean log loss on eval_dates, and stop when it grows."""
-
-    def __post_init__(self) -> None:
-        for key in (
-            "num_epochs",
-            "global_batch_size",
-            "checkpoint_every_steps",
-            "keep_checkpoints",
-            "log_every_steps",
-            "reader_threads",
-            "reader_shards",
-            "learning_rate",
-            "evaluate_every_epochs",
-            "embedding_learning_rate",
-        ):
-            require(getattr(self, key) > 0, f"train.{key} must be positive, got {getattr(self, key)}")
-        require(
-            self.global_batch_size % self.reader_shards == 0,
-            f"train.reader_shards ({self.reader_shards}) must divide train.global_batch_size "
-            f"({self.global_batch_size})",
-        )
-        require(
-            self.order in ("shuffled", "by_date"), f"train.order must be 'shuffled' or 'by_date', got {self.order!r}"
-        )
-        require(
-            self.schedule in ("none", "cosine", "linear"),
-            f"train.schedule must be 'none', 'cosine' or 'linear', got {self.schedule!r}",
-        )
-        for key, choices in (
-            ("embedding_optimizer", ("rowwise_adagrad", "rowwise_adam")),
-            ("embedding_strategy", ("replicated", "sharded")),
-        ):
-            require(
-                getattr(self, key) in choices,
-                f"train.{key} must be '{choices[0]}' or '{choices[1]}', got {getattr(self, key)!r}",
-            )
-        require(
-            self.embedding_strategy == "replicated" or self.embedding_optimizer == "rowwise_adagrad",
-            "train.embedding_optimizer 'rowwise_adam' needs train.embedding_strategy 'replicated': FBGEMM has no "
-            "row-wise Adam with this formula; set rowwise_adagrad or replicated",
-        )
-        require(
-            self.precision in ("float32", "bf16"),
-            f"train.precision must be 'float32' or 'bf16', got {self.precision!r}",
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RayConfig:
-    """Ray Train's workers."""
-
-    num_workers: int = 2
-    use_gpu: bool = False
-    cpus_per_worker: float = 1.0
-    max_failures: int = 3
-    """Worker losses survived before the run gives up; each restarts from the newest checkpoint."""
-    timeout: str = "5 minutes"
-    """A collective that takes longer is a failure, not a hang."""
-    dashboard: bool = True
-    """Whether a Ray that the job starts for itself has a dashboard (about 1 GB of memory)."""
-
-    def __post_init__(self) -> None:
-        require(self.num_workers > 0, f"ray.num_workers must be positive, got {self.num_workers}")
-        parse_duration_us(self.timeout, where="ray.timeout")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -266,7 +122,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
             raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"--config {path}: cannot be read ({error.strerror}); name a TOML file") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:
             raise ConfigError(f"--config {path}: not TOML ({error})") from error
     for override in overrides:
         override_key(raw, override)

@@ -17,8 +17,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from usr_ray.data.manifest import Manifest, RowGroupRef
-from usr_ray.data.manifest_files import one_line
+from usr_ray.data.manifest import Manifest, RowGroupRef, one_line
 
 
 class RowGroupCache:

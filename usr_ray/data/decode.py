@@ -15,8 +15,17 @@ from numpy.typing import NDArray
 from usr_ray.data.assemble import empty_array, sparse_type
 from usr_ray.data.batch import History, UsrBatch
 from usr_ray.data.cache import RowGroupCache
-from usr_ray.data.manifest import Manifest, RowGroupRef, labels_close_us, model_columns
-from usr_ray.data.manifest_files import REBUILD, DataError, join_path, one_line, open_filesystem
+from usr_ray.data.manifest import (
+    REBUILD,
+    DataError,
+    Manifest,
+    RowGroupRef,
+    join_path,
+    labels_close_us,
+    model_columns,
+    one_line,
+    open_filesystem,
+)
 from usr_ray.schema import ACTION_ORDER, ALL_LABELS, LABEL_ORDER, FeatureSpec, HistoryColumns
 
 _STRIP_ROWS = 4096

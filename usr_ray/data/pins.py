@@ -17,8 +17,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from usr_ray.data.manifest import Manifest
-from usr_ray.data.manifest_files import open_filesystem
+from usr_ray.data.manifest import Manifest, open_filesystem
 from usr_ray.files import write_whole
 from usr_ray.schema import PINS
 

@@ -11,7 +11,7 @@ from typing import Any
 from pyarrow.fs import FileSelector, FileType
 
 from usr_ray.config import UserError
-from usr_ray.data.manifest_files import STORE_HINT, open_filesystem, table_address, whole_line
+from usr_ray.data.manifest import STORE_HINT, open_filesystem, table_address, whole_line
 from usr_ray.evaluation.files import BASELINE_SPLIT, PREDICTIONS_FILE, SPLIT, read_predictions
 from usr_ray.evaluation.metrics import CellMetrics, Predictions
 from usr_ray.schema import REPORTS

@@ -122,6 +122,9 @@ class ExportedModel:
             dtype, shape = wanted[name]["dtype"], (num_rows, *wanted[name]["shape"][1:])
             if value.shape != shape or value.dtype != dtype:
                 raise ExportError(f"input {name}: is {value.dtype} {value.shape}; the model takes {dtype} {shape}")
+            if value.dtype.kind == "f" and not np.isfinite(value).all():
+                row = int(np.argwhere(~np.isfinite(value))[0][0])
+                raise ExportError(f"input {name}: holds NaN or infinity in row {row}; the model takes finite numbers")
         scenarios = inputs["scenario"]
         if num_rows and not 0 <= scenarios.min() <= scenarios.max() < len(self.manifest["scenarios"]):
             raise ExportError(

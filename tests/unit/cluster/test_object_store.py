@@ -12,8 +12,7 @@ import pytest
 from tests.unit.folder_s3 import s3_bucket
 from tests.unit.samples_table import samples_spec, write_samples
 from usr_ray.config import UserError
-from usr_ray.data.manifest import Manifest, build_manifest, read_vocabularies
-from usr_ray.data.manifest_files import open_filesystem, table_address
+from usr_ray.data.manifest import Manifest, build_manifest, open_filesystem, read_vocabularies, table_address
 from usr_ray.data.reader import SampleReader
 from usr_ray.runs.read import read_etl_reports
 

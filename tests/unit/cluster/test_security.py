@@ -20,8 +20,7 @@ import torch
 
 from tests.unit.samples_table import samples_spec, write_samples
 from usr_ray.config import Config, ConfigError, UserError, check_address, load_config
-from usr_ray.data.manifest import build_manifest
-from usr_ray.data.manifest_files import DataError, join_path
+from usr_ray.data.manifest import DataError, build_manifest, join_path
 from usr_ray.runs.plan import plan_run
 from usr_ray.serving.archive import ArchiveError, refuse_pickles
 

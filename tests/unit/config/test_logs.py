@@ -50,7 +50,7 @@ def test_every_scenario_has_its_logs() -> None:
             "logs.orders.colums={a='b'}",
             "unknown key 'logs.orders.colums'; logs.orders has: path, format, separator, enc",
         ),
-        ("logs.orders.format=xlsx", "logs.orders.format must be one of parquet, delta, csv, json, got 'xlsx'"),
+        ("logs.orders.format=xlsx", "logs.orders.format must be '', 'parquet', 'delta', 'csv' or 'json', got 'xlsx'"),
         ("logs.orders.encoding=latin-99", "logs.orders.encoding 'latin-99' is unknown; write it as 'UTF-8' or 'ISO-8"),
         ("logs.orders.separator=';;'", "logs.orders.separator must be one character, got ';;'"),
         (

@@ -12,7 +12,7 @@ import torch
 from tests.unit.samples_table import samples_arrow, samples_spec
 from usr_ray.data.batch import UsrBatch
 from usr_ray.data.decode import table_to_batch
-from usr_ray.data.manifest_files import DataError
+from usr_ray.data.manifest import DataError
 
 pytestmark = pytest.mark.unit
 

@@ -19,8 +19,18 @@ import pytest
 
 from tests.unit.samples_table import FIRST_DATE, HOUR_US, samples_arrow, samples_spec, write_samples
 from usr_ray.config import DAY_US, UserError
-from usr_ray.data.manifest import Manifest, build_manifest, labels_close_us, make_manifest, usable_row_groups
-from usr_ray.data.manifest_files import DataError, DataFile, RowGroup, open_filesystem, read_footer
+from usr_ray.data.manifest import (
+    DataError,
+    DataFile,
+    Manifest,
+    RowGroup,
+    build_manifest,
+    labels_close_us,
+    make_manifest,
+    open_filesystem,
+    read_footer,
+    usable_row_groups,
+)
 from usr_ray.schema import FEATURE_SPEC_PROPERTY
 
 pytestmark = pytest.mark.unit

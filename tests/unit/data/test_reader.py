@@ -22,8 +22,7 @@ from tests.unit.samples_table import FIRST_DATE, HOUR_US, samples_spec, write_sa
 from usr_ray.config import DAY_US, UserError
 from usr_ray.data.batch import UsrBatch
 from usr_ray.data.blocks import BlockReader
-from usr_ray.data.manifest import Manifest, build_manifest
-from usr_ray.data.manifest_files import DataError
+from usr_ray.data.manifest import DataError, Manifest, build_manifest
 from usr_ray.data.reader import SampleReader
 from usr_ray.schema import ALL_LABELS
 

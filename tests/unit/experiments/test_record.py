@@ -94,7 +94,7 @@ def test_another_base_lake_or_folder_is_refused_in_one_line(tmp_path: Path) -> N
 
 def test_a_trial_that_makes_no_configuration_is_named() -> None:
     wrong = study(axes=[{"name": "d", "path": "model.embedding_dim", "values": [0]}])
-    with pytest.raises(StudyError, match=r"trial 0-s0-\w{8}: model.embedding_dim must be positive, got 0"):
+    with pytest.raises(StudyError, match=r"trial 0-s0-\w{8}: model.embedding_dim must be in \[1, 65536\], got 0"):
         BASE.config(wrong.resources, expand(wrong)[0])
 
 

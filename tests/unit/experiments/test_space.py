@@ -85,7 +85,7 @@ def test_a_search_by_a_package_that_is_not_there_is_one_line(monkeypatch: pytest
     with pytest.raises(TuneError, match=r"tune.search is 'optuna' and that package is not installed; set tune.search="):
         load_search(None, [*DATES, RATE, "tune.search='optuna'"])
     assert load_search(None, [*DATES, RATE]).tune.search == "random"
-    with pytest.raises(ConfigError, match=r"tune.search must be one of random, optuna, got 'grid'"):
+    with pytest.raises(ConfigError, match=r"tune.search must be 'random' or 'optuna', got 'grid'"):
         config("tune.search='grid'")
 
 

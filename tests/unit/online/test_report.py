@@ -191,9 +191,9 @@ def test_collected_rows_become_cells_and_an_account() -> None:
     [
         ("online.bucket_column=''", "online.bucket_column is empty; name a column of the impressions logs"),
         ("online.confidence=1.0", "online.confidence must be in [0.5, 1), got 1.0"),
-        ("online.num_resamples=10", "online.num_resamples must be at least 100, got 10"),
-        ("online.seed=-1", "online.seed must not be negative, got -1"),
-        ("online.shares={A=0.5,B=0.0}", "online.shares must be positive, got {'B': 0.0}"),
+        ("online.num_resamples=10", "online.num_resamples must be in [100, 1000000], got 10"),
+        ("online.seed=-1", "online.seed must be in [0, 4294967295], got -1"),
+        ("online.shares={A=0.5,B=0.0}", "online.shares.B must be in (0, 1e300], got 0.0"),
         ("online.shares={A=1}", "online.shares names one bucket, A; an experiment has two or more"),
     ],
 )

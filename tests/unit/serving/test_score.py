@@ -16,8 +16,7 @@ from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
 from usr_ray.cli import run_job
 from usr_ray.data.manifest import build_manifest
 from usr_ray.schema import SAMPLES
-from usr_ray.serving.score import ScoreError, score_dates, score_rows
-from usr_ray.serving.score_table import SCORES_SCHEMA, ScoreTable
+from usr_ray.serving.score import SCORES_SCHEMA, ScoreError, ScoreTable, score_dates, score_rows
 from usr_ray.training.evaluate import evaluate, load_run
 from usr_ray.training.worker import LocalWorker
 

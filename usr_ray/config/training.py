@@ -1,0 +1,118 @@
+"""Configuration of a training: its dates, the loop, Ray Train's workers. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from usr_ray.config.fields import COUNT, SEED, check_fields, choice, duration, number, parse_dates, require
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which dates are for fitting and training, which are held out."""
+
+    train_dates: str = ""
+    """'A:B', both included. Vocabularies are fitted on these dates and training reads these dates."""
+    eval_dates: str = ""
+    """'A:B', held out; after train_dates."""
+    table_version: int = number(-1, "[-1, 9223372036854775807]")
+    """Version of the samples table to train on; -1: the newest when the run starts. The run then stays on it."""
+    mature_only: bool = True
+    """Read only rows whose labels are final (is_mature); for training, final at the end of train_dates."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "data")
+        for key in ("train_dates", "eval_dates"):
+            if getattr(self, key):
+                parse_dates(getattr(self, key), where=f"data.{key}")
+        if self.train_dates and self.eval_dates:
+            train_last = parse_dates(self.train_dates, where="data.train_dates")[1]
+            eval_first = parse_dates(self.eval_dates, where="data.eval_dates")[0]
+            require(
+                train_last < eval_first,
+                f"data.eval_dates ({self.eval_dates}) must start after data.train_dates "
+                f"({self.train_dates}) end: a held-out date must not be trained on",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """The loop."""
+
+    seed: int = number(0, SEED)
+    num_epochs: int = number(1, COUNT)
+    global_batch_size: int = number(1024, "[1, 16777216]")
+    """Rows of one step over all workers: the same batches whatever the number of workers."""
+    order: str = choice("shuffled", "by_date")
+    """'shuffled': a permutation of the row groups and rows; 'by_date': dates in order, shuffled inside each."""
+    learning_rate: float = number(0.001, "(0, 1000]")
+    """AdamW on the dense part."""
+    weight_decay: float = number(0.0, "[0, 1000]")
+    embedding_optimizer: str = choice("rowwise_adagrad", "rowwise_adam")
+    """'rowwise_adagrad' or 'rowwise_adam': formulae in docs/embeddings.md."""
+    embedding_strategy: str = choice("replicated", "sharded")
+    """'replicated': every worker holds all tables; 'sharded': each holds its share of the rows (docs/embeddings.md)."""
+    embedding_learning_rate: float = number(0.03, "(0, 1000]")
+    """Of the tables; Adam wants less than Adagrad, for example 0.003."""
+    embedding_weight_decay: float = number(0.0, "[0, 1000]")
+    """L2 on the rows touched in a step."""
+    warmup_steps: int = number(0, "[0, 1000000000]")
+    """Steps over which both learning rates grow linearly to their value."""
+    schedule: str = choice("none", "cosine", "linear")
+    """After the warm-up both rates stay ('none'), or fall to 0 at the run's end along a half 'cosine' or a line
+    ('linear'). A larger num_epochs moves the end, and so raises the rates of a run that goes on."""
+    warm_start: str = ""
+    """Run directory (its best checkpoint, else its newest) or checkpoint to take model and tables from; '': fresh ones.
+    Tables that grew since get fresh rows behind the old ones."""
+    warm_start_optimizer: bool = True
+    """Take the state of both optimisers too; False: model and tables alone."""
+    precision: str = choice("float32", "bf16")
+    """'float32', or 'bf16': autocast of the dense part; weights, tables, log probabilities and loss stay float32."""
+    compile: bool = False
+    """torch.compile the dense part."""
+    gradient_clip: float = number(10.0, "[0, 1e9]")
+    """Global norm of the dense gradients; 0: off."""
+    checkpoint_every_steps: int = number(50, COUNT)
+    keep_checkpoints: int = number(3, COUNT)
+    log_every_steps: int = number(10, COUNT)
+    reader_threads: int = number(2, "[1, 1024]")
+    reader_shards: int = number(1, "[1, 65536]")
+    """Spans of a block of rows that are shuffled apart. With the number of workers here, or a multiple of it, each
+    worker decodes only its own part of a large table; with 1 every worker decodes every row. Part of the order."""
+    reader_cache: str = ""
+    """Folder on a local disk for decoded row groups, for epochs after the first; '': none."""
+    evaluate_every_epochs: int = number(1, COUNT)
+    """Epochs from one evaluation on eval_dates to the next; the last epoch always has one."""
+    early_stopping: bool = False
+    """Keep the weights of the epoch with the best mean log loss on eval_dates, and stop when it grows."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "train")
+        require(
+            self.global_batch_size % self.reader_shards == 0,
+            f"train.reader_shards ({self.reader_shards}) must divide train.global_batch_size "
+            f"({self.global_batch_size})",
+        )
+        require(
+            self.embedding_strategy == "replicated" or self.embedding_optimizer == "rowwise_adagrad",
+            "train.embedding_optimizer 'rowwise_adam' needs train.embedding_strategy 'replicated': FBGEMM has no "
+            "row-wise Adam with this formula; set rowwise_adagrad or replicated",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RayConfig:
+    """Ray Train's workers."""
+
+    num_workers: int = number(2, "[1, 100000]")
+    use_gpu: bool = False
+    cpus_per_worker: float = number(1.0, "[0.01, 1024]")
+    max_failures: int = number(3, "[-1, 1000000000]")
+    """Worker losses survived before the run gives up; each restarts from the newest checkpoint."""
+    timeout: str = duration("5 minutes", "1 s", "30 days")
+    """A collective that takes longer is a failure, not a hang."""
+    dashboard: bool = True
+    """Whether a Ray that the job starts for itself has a dashboard (about 1 GB of memory)."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "ray")
