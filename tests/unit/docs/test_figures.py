@@ -1,0 +1,339 @@
+"""Figures in the documents are those of benchmarks/results: whole tables, and the numbers that sentences quote.
+
+A sentence is given as it stands in the document, with `{}` for each number; what the numbers must be is computed from
+the JSON. A number agrees when it is the computed one, rounded to the digits it is printed with.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from benchmarks import data_stall, embedding_wire, launchers, peers, reader, resume, table_size, usr_cost
+
+sys.path.append(str(Path(__file__).resolve().parents[3] / "benchmarks"))
+
+import build_samples_report
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).resolve().parents[3]
+RESULTS = ROOT / "benchmarks" / "results"
+TABLES = {
+    "speed": (usr_cost, reader, data_stall, launchers, peers, resume),
+    "embeddings": (table_size, embedding_wire),
+}
+"""Page -> the benchmarks whose tables it holds between the lines `<!-- NAME -->` and `<!-- /NAME -->`."""
+
+
+NAMES = {"shared_bottom": "SharedBottom", "mmoe": "MMoE", "ple": "PLE", "star": "STAR", "m2m": "M2M", "apg": "APG"}
+
+
+class Figure(NamedTuple):
+    """A sentence of a page and what its numbers must be."""
+
+    page: str
+    text: str
+    numbers: Callable[[], Sequence[float]]
+
+
+@functools.cache
+def result(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def page(name: str) -> str:
+    """The text of a page on one line."""
+    path = ROOT / ("README.md" if name == "README" else f"docs/{name}.md")
+    return " ".join(path.read_text(encoding="utf-8").split())
+
+
+def quoted(text: str, name: str) -> list[str]:
+    """The numbers that the sentence has on the page; it must be there, as often as it may, with the same numbers."""
+    number = r"([+-]?\d[\d,]*(?:\.\d+)?)"
+    found = set(re.findall(number.join(map(re.escape, text.split("{}"))), page(name)))
+    assert found, f"{name} does not say: {text}"
+    assert len(found) == 1, f"{name} says with different numbers: {text}"
+    (numbers,) = found
+    return [numbers] if isinstance(numbers, str) else list(numbers)
+
+
+def agrees(printed: str, value: float) -> bool:
+    digits = len(printed.partition(".")[2])
+    return abs(float(printed.replace(",", "")) - value) <= 0.5 * 10**-digits + 1e-9
+
+
+def builds() -> Any:
+    """Medians of the runs of build_samples: (system, impressions, with the bot) -> row."""
+    return build_samples_report.medians(result("build_samples")["runs"])
+
+
+def seconds(system: str, millions: int, *, bot: bool = False, value: str = "wall_s") -> float:
+    return float(builds()[system, millions * 10**6, bot][value])
+
+
+def executors(hours: int) -> float:
+    (found,) = re.findall(rf"done in {hours} h \| ([\d,]+) executors", "\n".join(build_samples_report.plan(builds())))
+    return float(found.replace(",", ""))
+
+
+def scores(model: str) -> list[float]:
+    return [result("score")["results"][backbone][model]["latency_ratio"] for backbone in ("shared_bottom", "ple")]
+
+
+def simulated(key: str, task: str, *, models: Sequence[str] = tuple(NAMES)) -> list[float]:
+    """Gaps of the default world."""
+    found = result("learning_simulated")["worlds"]["default"]["models"]
+    return [found[f"{model} + USR"][key][task]["all"]["gap"] for model in models]
+
+
+def step_ms(case: str, backbone: str, part: str) -> float:
+    (row,) = (r for r in result("usr_cost")["results"] if (r["case"], r["backbone"]) == (case, backbone))
+    return float(row["parts"][part]["cpu_ms"]["median"])
+
+
+def reader_seconds(way: str) -> float:
+    return float(result("reader")["results"]["ways"][way]["cpu_seconds_per_million_rows"])
+
+
+def wire_mb(strategy: str, workers: int, ids: int, dim: int) -> float:
+    return embedding_wire.formula(strategy, ids, dim, workers) / 1e6
+
+
+def kuairand(suffix: str, model: str, *path: str) -> Any:
+    found = result(f"learning_kuairand{suffix}")["models"][model]
+    return functools.reduce(lambda value, key: value[key], path, found)
+
+
+def gaps(suffix: str, key: str, task: str, *, without: Sequence[str] = (), low: bool = False) -> list[float]:
+    """Gaps of our models on all rows pooled, or the lower ends of their intervals."""
+    models = result(f"learning_kuairand{suffix}")["models"]
+    found = [m[key][task]["all"] for n, m in models.items() if n.startswith("ours") and n not in without and key in m]
+    return [float(g["interval"][0] if low else g["gap"]) for g in found]
+
+
+def ends(values: Sequence[float]) -> list[float]:
+    return [min(values), max(values)]
+
+
+SCENARIOS = ("all", "main", "tab_0", "tab_4", "rest")
+WORLDS = {
+    "default": "default dials",
+    "similarity-0": "similarity 0",
+    "similarity-1": "similarity 1",
+    "no-crossing": "no cross exposure",
+    "noisy-global": "cross exposures that say nothing",
+}
+
+
+def gap(found: Any) -> list[float]:
+    """A gap and its interval."""
+    return [found["gap"], *found["interval"]]
+
+
+def learning_rows() -> Iterator[Figure]:
+    """Rows of the tables of learning.md."""
+    shown = {"popularity": "popularity"}
+    shown |= {f"torch-rechub, {n}": f"torch-rechub {n}" for n in ("SharedBottom", "MMoE", "PLE")}
+    for key, name in NAMES.items():
+        shown |= {f"ours, {key}": f"ours, {name}", f"ours, {key} + USR": f"ours, {name} + USR"}
+    for model, name in shown.items():
+
+        def counted(model: str = model) -> list[float]:
+            auc = kuairand("", model, "auc")
+            return [*(auc["ctr"][s] for s in SCENARIOS), auc["ctcvr"]["all"]]
+
+        def histories(model: str = model) -> list[float]:
+            found = kuairand("_histories", model)
+            over = [found[k]["ctr"]["all"] for k in ("over_popularity", "over_best_peer")] if "ours" in model else []
+            return [found["auc"]["ctr"]["all"], found["auc"]["ctcvr"]["all"], *(n for o in over for n in gap(o))]
+
+        yield Figure("learning", f"| {name} | " + " | ".join(["{}"] * 6) + " |", counted)
+        intervals = "{} ({} to {}) | {} ({} to {}) |" if "ours" in name else "| |"
+        yield Figure("learning", f"| {name} | {{}} | {{}} | {intervals}", histories)
+    for key, name in NAMES.items():
+
+        def over_plain(model: str = f"ours, {key} + USR") -> list[float]:
+            found = kuairand("", model, "over_plain")
+            return gap(found["ctr"]["all"]) + gap(found["ctcvr"]["all"])
+
+        def over_own(key: str = key) -> list[float]:
+            models = result("learning_simulated")["worlds"]["default"]["models"]
+            usr, row = models[f"{key} + USR"], []
+            for task in ("ctr", "ctcvr"):
+                row += [models[key]["auc"][task]["all"], usr["auc"][task]["all"], *gap(usr["over_plain"][task]["all"])]
+            return row
+
+        yield Figure("learning", f"| {name} | {{}} ({{}} to {{}}) | {{}} ({{}} to {{}}) |", over_plain)
+        yield Figure("learning", f"| {name} | " + "{} | {} | {} ({} to {}) | " * 2, over_own)
+    for world, name in WORLDS.items():
+
+        def in_world(world: str = world) -> list[float]:
+            models = result("learning_simulated")["worlds"][world]["models"]
+            row: list[float] = []
+            for task in ("ctr", "ctcvr"):
+                order = ("oracle", "popularity", "shared_bottom", "shared_bottom + USR")
+                row += [models[m]["auc"][task]["all"] for m in order]
+                row += gap(models["shared_bottom + USR"]["over_plain"][task]["all"])
+            return row
+
+        yield Figure("learning", f"| {name} | " + "{} | {} | {} | {} | {} ({} to {}) | " * 2, in_world)
+
+
+PLAIN_STAR = ("ours, star",)
+FIGURES = [
+    Figure(
+        "README",
+        "{} s against {} s at 1 million impressions, {} against {} at 3 million, {} against {} at 10 million",
+        lambda: [seconds(system, n) for n in (1, 3, 10) for system in ("duckdb", "ours")],
+    ),
+    Figure(
+        "scale",
+        "{}x plain Spark SQL at 3 million, {}x DuckDB's time at 10 million",
+        lambda: [seconds("spark_sql", 3) / seconds("ours", 3), seconds("ours", 10) / seconds("duckdb", 10)],
+    ),
+    Figure(
+        "scale",
+        "At 1 million they are missed ({}x and {}x)",
+        lambda: [seconds("spark_sql", 1) / seconds("ours", 1), seconds("ours", 1) / seconds("duckdb", 1)],
+    ),
+    Figure(
+        "scale",
+        "({} GB at 3 million, {} at 10:",
+        lambda: [seconds("ours", n, value="peak_python_bytes") / 1e9 for n in (3, 10)],
+    ),
+    Figure(
+        "scale",
+        "The JVM grows to what it is given ({} and {} GB",
+        lambda: [seconds("ours", n, value="peak_jvm_bytes") / 1e9 for n in (3, 10)],
+    ),
+    Figure(
+        "scale",
+        "{} s and {} s with it, {} s and {} s without",
+        lambda: [seconds("ours", n, bot=bot) for bot in (True, False) for n in (3, 10)],
+    ),
+    Figure(
+        "scale",
+        "with {} processor seconds per million, {} executors for one hour or {} for four",
+        lambda: [build_samples_report.fit(builds(), "ours", "cpu_s")[1], executors(1), executors(4)],
+    ),
+    Figure(
+        "serving",
+        "ONNX is {} times as fast as the training model on a single row with SharedBottom and {} times with PLE",
+        lambda: scores("exported, onnxruntime"),
+    ),
+    Figure("serving", "model.pt2 is {} and {} times as fast", lambda: scores("exported, torch")),
+    Figure(
+        "serving",
+        "the two programs are {} to {} times as fast",
+        lambda: ends(
+            [
+                ways[way]["throughput_ratio"]
+                for ways in result("score")["results"].values()
+                for way in ways
+                if way != "training model"
+            ]
+        ),
+    ),
+    Figure(
+        "speed",
+        "CL(f) is the most expensive part ({} of {} ms)",
+        lambda: [
+            step_ms("large", "shared_bottom", "USR") - step_ms("large", "shared_bottom", "all, without CL(f)"),
+            step_ms("large", "shared_bottom", "USR"),
+        ],
+    ),
+    Figure(
+        "speed",
+        "{} on top of {} for the decode to tensors",
+        lambda: [
+            reader_seconds("reader, shuffled") - reader_seconds("pyarrow decode to tensors"),
+            reader_seconds("pyarrow decode to tensors"),
+        ],
+    ),
+    Figure(
+        "speed",
+        "With four ranks and four shards a rank reads {} times as fast as a whole decode",
+        lambda: [
+            result("reader")["results"]["ways"]["reader, rank 0 of 4, 4 shards"]["ratio_to_pyarrow_decode_to_tensors"][
+                "median"
+            ]
+        ],
+    ),
+    Figure(
+        "embeddings",
+        "the exchange of 250,000 ids of 32 values is {} MB per worker and step, against {} MB sharded",
+        lambda: [wire_mb("replicated", 8, 250_000, 32), wire_mb("sharded", 8, 250_000, 32)],
+    ),
+    Figure(
+        "learning",
+        "All of ours except plain STAR are {} to {} above popularity in clicks (lower ends of the intervals from {})",
+        lambda: [
+            *ends(gaps("", "over_popularity", "ctr", without=PLAIN_STAR)),
+            min(gaps("", "over_popularity", "ctr", without=PLAIN_STAR, low=True)),
+        ],
+    ),
+    Figure(
+        "learning",
+        "Over the best peer they gain {} to {} in clicks (lower ends from {}) and {} to {} in long views",
+        lambda: [
+            *ends(gaps("", "over_best_peer", "ctr", without=PLAIN_STAR)),
+            min(gaps("", "over_best_peer", "ctr", without=PLAIN_STAR, low=True)),
+            *ends(gaps("", "over_best_peer", "ctcvr", without=PLAIN_STAR)),
+        ],
+    ),
+    Figure(
+        "learning",
+        "In long views it gains {} to {} on SharedBottom, MMoE, PLE and APG",
+        lambda: ends(gaps("", "over_plain", "ctcvr", without=("ours, star + USR", "ours, m2m + USR"))),
+    ),
+    Figure(
+        "learning",
+        "USR raises click AUC around SharedBottom, PLE, STAR and APG by {} to {}",
+        lambda: ends(simulated("over_plain", "ctr", models=("shared_bottom", "ple", "star", "apg"))),
+    ),
+    *learning_rows(),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "benchmark"),
+    [(p, b) for p, found in TABLES.items() for b in found],
+    ids=lambda v: getattr(v, "__name__", v),
+)
+def test_a_table_is_the_one_that_the_benchmark_makes_of_its_results(name: str, benchmark: Any) -> None:
+    stem = benchmark.RESULTS.stem
+    text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    found = re.search(rf"<!-- {stem} -->\n(.*?)\n<!-- /{stem} -->", text, re.DOTALL)
+    assert found is not None, f"{name}.md has no table {stem}"
+    assert found[1] == benchmark.table(result(stem)), f"run benchmarks/{stem}.py, or put its table in place"
+
+
+def test_the_page_of_scale_is_the_one_that_its_benchmark_writes(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "docs" / "scale.md", tmp_path)
+    build_samples_report.write_report(result("build_samples"), tmp_path)
+    assert (tmp_path / "scale.md").read_text(encoding="utf-8") == (ROOT / "docs" / "scale.md").read_text(
+        encoding="utf-8"
+    )
+
+
+@pytest.mark.parametrize("figure", FIGURES, ids=lambda f: f"{f.page}: {f.text[:50]}")
+def test_a_sentence_quotes_what_the_results_say(figure: Figure) -> None:
+    printed, computed = quoted(figure.text, figure.page), list(figure.numbers())
+    assert len(printed) == len(computed)
+    assert [(p, c) for p, c in zip(printed, computed, strict=True) if not agrees(p, c)] == []
+
+
+def test_a_figure_that_is_off_by_one_in_its_last_digit_is_found() -> None:
+    assert agrees("58", 57.8)
+    assert not agrees("58", 57.4)
+    assert agrees("1,234.5", 1234.46)
+    assert not agrees("-0.002", 0.002)
