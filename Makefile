@@ -10,7 +10,7 @@ BIN    := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 # Everything we start listens on this machine only.
 export SPARK_LOCAL_IP := 127.0.0.1
-export SPARK_CONF_DIR := $(CURDIR)/cluster/spark/conf
+export SPARK_CONF_DIR := $(CURDIR)/etl/spark_conf
 
 # TorchRec on the CPU, for train.embedding_strategy = "sharded" (docs/embeddings.md). Without --no-deps it would bring
 # FBGEMM's CUDA build (500 MB), which the extra [sharded] is for. No wheel for this machine: everything else works.
@@ -57,8 +57,8 @@ $(VENV)/.ready: constraints.txt setup.cfg pyproject.toml cluster/spark/install_d
 	@echo "setup: done"
 
 demo: setup require-jdk  ## logs -> Delta -> 2-worker training of USR -> evaluation -> report
-	@python jobs/demo.py --source $(SOURCE) --config $(CONFIG) --work $(WORK) \
-	  $(if $(INPUT),--input $(INPUT)) $(if $(LOGS),--logs $(LOGS)) $(OVERRIDES)
+	@python jobs/demo.py --source $(SOURCE) --config '$(CONFIG)' --work '$(WORK)' \
+	  $(if $(INPUT),--input '$(INPUT)') $(if $(LOGS),--logs '$(LOGS)') $(OVERRIDES)
 
 # A process a core for the unit tests (tests/unit/conftest.py shares them out). Then Spark in one process and Ray in another,
 # side by side (tests/lanes.py): each alone leaves a third of two cores idle.
@@ -89,7 +89,7 @@ bench: setup require-jdk  ## benchmarks: ratios inside one run, written to bench
 
 chaos: setup require-jdk  ## faults on purpose: kills, torn and full storage, hanging ranks, bad tables; a table of what came of each
 	@python -m tests.chaos $(foreach f,$(FAULT),--fault $(f)) $(if $(ADDRESS),--address $(ADDRESS)) \
-	  $(if $(filter command line environment,$(origin WORK)),--work $(WORK))
+	  $(if $(filter command line environment,$(origin WORK)),--work '$(WORK)')
 
 docs: setup  ## the documentation as HTML: guides, and the API reference from the docstrings, in build/docs
 	@python docs/site/build.py

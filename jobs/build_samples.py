@@ -1,16 +1,21 @@
-"""Logs to a labelled samples table: spark-submit jobs/build_samples.py --logs DIR --lake DIR --dates A:B."""
+"""Build the labelled samples table from logs.
+
+spark-submit jobs/build_samples.py --config FILE --logs DIR --lake DIR --dates A:B
+"""
 
 from __future__ import annotations
 
+import argparse
 import datetime as dt
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from etl.driver_stderr import print_error
-from usr_ray.cli import job_config, job_dates, job_parser, run_job
-from usr_ray.config import UserError, check_address
+from usr_ray.cli import check_input, check_lake, job_config, job_dates, job_parser, run_job
+from usr_ray.config import Config, UserError
 
 
 def parse_watermark(text: str) -> dt.datetime:
@@ -22,7 +27,8 @@ def parse_watermark(text: str) -> dt.datetime:
     return moment if moment.tzinfo else moment.replace(tzinfo=dt.UTC)
 
 
-def main(argv: list[str]) -> None:
+def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, dict[str, Any]]:
+    """(arguments, configuration, dates and watermark of the build); UserError for what can be seen without Spark."""
     parser = job_parser(__doc__ or "")
     parser.add_argument("--logs", required=True, metavar="DIR", help="folder with one entry per log")
     parser.add_argument("--lake", required=True, metavar="DIR", help="where the tables are; made if it is not there")
@@ -32,13 +38,18 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--watermark", metavar="ISO", help="labels are final up to here (default: newest event)")
     arguments = parser.parse_args(argv)
-    for flag in ("logs", "lake"):
-        check_address(getattr(arguments, flag), flag=f"--{flag}")
+    check_input(arguments.logs, flag="--logs")
+    check_lake(arguments.lake, new=True)
     config = job_config(arguments)
     if not arguments.dates and not arguments.restate:
         raise UserError("build_samples.py: --dates is missing; name the UTC dates to build as A:B, or give --restate")
     first, last = job_dates(arguments.dates, where="--dates") if arguments.dates else (None, None)
     watermark = parse_watermark(arguments.watermark) if arguments.watermark else None
+    return arguments, config, {"first": first, "last": last, "watermark": watermark}
+
+
+def main(argv: list[str]) -> None:
+    arguments, config, span = parse(argv)
 
     # Spark takes seconds to load: a wrong command line or configuration is reported without it.
     from etl.build.restate import RestateRequest, restate_samples
@@ -49,12 +60,12 @@ def main(argv: list[str]) -> None:
     progress = Progress(write=lambda line: print(line, flush=True))
     spark = build_spark("usr-ray build samples")
     progress("Spark is up")
-    where = {"logs": arguments.logs, "lake": Lake(arguments.lake), "watermark": watermark}
+    where = {"logs": arguments.logs, "lake": Lake(arguments.lake), **span}
     try:
         if arguments.restate:
-            restate_samples(spark, config, RestateRequest(first=first, last=last, **where), progress)
+            restate_samples(spark, config, RestateRequest(**where), progress)
         else:
-            build_samples(spark, config, BuildRequest(first=first, last=last, **where), progress)
+            build_samples(spark, config, BuildRequest(**where), progress)
     finally:
         spark.stop()
 

@@ -1,8 +1,9 @@
-"""Build simulated lakes one after the other in one JVM: spark-submit jobs/build_worlds.py --plan FILE.
+"""Build simulated lakes one after the other in one JVM, for jobs/study.py.
 
-jobs/study.py runs it for the studies that make worlds (usr_ray/experiments/worlds.py writes the plan). Each world is
-the two
-ETL jobs with their own command lines; the JVM is started, and its code compiled, once.
+spark-submit jobs/build_worlds.py --plan FILE
+
+usr_ray/experiments/worlds.py writes the plan of a study that makes worlds. Each world is the
+two ETL jobs with their own command lines; the JVM is started, and its code compiled, once.
 """
 
 from __future__ import annotations
@@ -49,10 +50,15 @@ def build_world(world: dict) -> None:
     write_whole(folder / world["mark"], "")
 
 
-def main(argv: list[str]) -> None:
+def parse(argv: list[str]) -> list[dict]:
+    """The worlds of a plan."""
     parser = job_parser(__doc__ or "")
     parser.add_argument("--plan", type=Path, required=True, metavar="FILE", help="JSON of usr_ray.experiments.worlds")
-    worlds = json.loads(parser.parse_args(argv).plan.read_text(encoding="utf-8"))
+    return json.loads(parser.parse_args(argv).plan.read_text(encoding="utf-8"))
+
+
+def main(argv: list[str]) -> None:
+    worlds = parse(argv)
     for place, world in enumerate(worlds, start=1):
         print(f"world {place} of {len(worlds)}: {Path(world['folder']).name}", flush=True)
         build_world(world)

@@ -24,8 +24,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from usr_ray.cli import EXIT_OK, EXIT_USER_ERROR, job_config, job_dates, job_parser, number_in, run_job
-from usr_ray.config import Config, UserError, check_address
+from usr_ray.cli import (
+    EXIT_OK,
+    EXIT_USER_ERROR,
+    check_input,
+    check_lake,
+    check_output,
+    job_config,
+    job_dates,
+    job_parser,
+    number_in,
+    run_job,
+)
+from usr_ray.config import Config, UserError
+from usr_ray.launch.spark import spark_environment, spark_submit
 from usr_ray.operations.daily import (
     DONE,
     FAILED,
@@ -46,7 +58,6 @@ from usr_ray.operations.daily import (
     use_model,
     write_current,
 )
-from usr_ray.runs.read import read_etl_reports
 
 EXIT_HELD = 3
 
@@ -110,6 +121,8 @@ class Day:
         plan = self.plan
         if not plan.train_first:
             return f"no date up to {plan.train_last} is new to the model in use"
+        from usr_ray.runs.read import read_etl_reports
+
         check_labels(read_etl_reports(self.arguments.lake), plan)
         overrides = {
             "data.train_dates": f"{plan.train_first}:{plan.train_last}",
@@ -193,7 +206,7 @@ class Day:
         fitted = {"data.train_dates": f"{self.plan.fit_first}:{self.plan.day}", "data.eval_dates": ""}
         self._call(
             "restate" if "--restate" in words else "build",
-            shlex.split(self.arguments.spark_submit),
+            shlex.split(self.arguments.spark_submit) or [spark_submit()],
             "jobs/build_samples.py",
             "--logs",
             self.arguments.logs,
@@ -237,6 +250,7 @@ class Day:
             process = subprocess.Popen(
                 command,
                 cwd=ROOT,
+                env=spark_environment(),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -265,6 +279,8 @@ class Day:
 
 def built_dates(lake: str) -> set[dt.date]:
     """Dates that the lake holds a report of; none where there is no lake yet."""
+    from usr_ray.runs.read import read_etl_reports
+
     try:
         return {dt.date.fromisoformat(str(report["date"])) for report in read_etl_reports(lake)}
     except UserError as error:
@@ -275,7 +291,6 @@ def built_dates(lake: str) -> set[dt.date]:
 
 def main(argv: list[str]) -> None:
     parser = job_parser(__doc__ or "")
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "--work", type=Path, required=True, metavar="DIR", help="state, runs, exports and scores go here"
     )
@@ -299,14 +314,16 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument(
         "--spark-submit",
-        default="spark-submit",
+        default="",
         metavar="WORDS",
-        help="how Spark is called (spark-submit); with options, in one word",
+        help="how Spark is called, with options, in one word (the spark-submit beside this Python)",
     )
     parser.add_argument("--step", choices=STEPS, help="this step alone")
     parser.add_argument("--status", action="store_true", help="show the days and the model in use")
     parser.add_argument("--use", metavar="DATE", help="put the model of that day into use")
     arguments = parser.parse_args(argv)
+    if arguments.status or arguments.use:
+        check_input(arguments.work, flag="--work")
     if arguments.status:
         print(status_table(arguments.work))
         return
@@ -318,9 +335,11 @@ def main(argv: list[str]) -> None:
     for name in ("config", "logs", "lake"):
         if getattr(arguments, name) is None:
             raise UserError(f"daily.py: --{name} is missing; see --help")
+    check_input(arguments.logs, flag="--logs")
+    check_lake(arguments.lake, new=True)
+    check_output(arguments.work, flag="--work")
     for name in ("logs", "lake"):
         address = getattr(arguments, name)
-        check_address(address, flag=f"--{name}")
         setattr(arguments, name, address if "://" in address else str(Path(address).resolve()))
     arguments.config = arguments.config.resolve()
     config = job_config(arguments)

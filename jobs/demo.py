@@ -15,8 +15,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from usr_ray.cli import job_config, job_parser, run_job
+from usr_ray.cli import check_input, check_output, job_config, job_parser, run_job
 from usr_ray.config import Config, UserError, parse_dates
+from usr_ray.launch.spark import spark_environment, spark_submit
 
 MARKER = ".usr-ray-demo"
 SIMULATED = "simulated"
@@ -40,7 +41,7 @@ def step(title: str, *command: str) -> None:
     """Print and run one job; stop the demo with its exit code when it fails."""
     print(f"\n== {title}\n$ {shlex.join(command)}", flush=True)
     started = time.monotonic()
-    done = subprocess.run(command, cwd=ROOT, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=spark_environment(), check=False)
     if done.returncode != 0:
         print(f"demo: stopped, '{title}' ended with exit code {done.returncode}", file=sys.stderr)
         raise StepFailed(done.returncode)
@@ -67,7 +68,14 @@ def main(argv: list[str]) -> None:
     if arguments.logs is None and arguments.source != SIMULATED and arguments.input is None:
         raise UserError(f"--source {arguments.source}: --input is missing; name the folder with the data set's files")
     started = time.monotonic()
-    work: Path = arguments.work
+    # The jobs run where the program is, the paths are those of whoever called.
+    work: Path = arguments.work.absolute()
+    check_output(work, flag="--work")
+    for flag in ("input", "logs"):
+        if (place := getattr(arguments, flag)) is not None:
+            check_input(place, flag=f"--{flag}")
+            setattr(arguments, flag, place.absolute())
+    arguments.config = arguments.config and arguments.config.absolute()
     fresh_folder(work)
     logs, lake, run = arguments.logs or work / "logs", work / "lake", work / "run"
     settings = ["--config", str(arguments.config)] if arguments.config else []
@@ -87,7 +95,7 @@ def main(argv: list[str]) -> None:
         )
     step(
         "build samples",
-        "spark-submit",
+        spark_submit(),
         "jobs/build_samples.py",
         "--logs",
         str(logs),

@@ -13,8 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from usr_ray.cli import JobParser, run_job
-from usr_ray.serving.export import export_run
+from usr_ray.cli import JobParser, check_lake, check_output, check_run_dir, run_job
 
 
 def main(argv: list[str]) -> None:
@@ -23,6 +22,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="created; must not hold anything")
     parser.add_argument("--lake", metavar="DIR", help="the lake of jobs/build_samples.py, for the vocabularies")
     arguments = parser.parse_args(argv)
+    check_run_dir(arguments.run_dir)
+    if arguments.lake is not None:
+        check_lake(arguments.lake)
+    check_output(arguments.output, flag="--output")
+    from usr_ray.serving.export import export_run  # loads torch
+
     manifest = export_run(arguments.run_dir, arguments.output, arguments.lake)
     for name, file in manifest["files"].items():
         print(f"  {name:<22} {file['bytes']:>14,} bytes")

@@ -13,13 +13,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from etl.driver_stderr import print_error
-from etl.sources import SOURCES, LogWriter, find_source
 from usr_ray import __version__
-from usr_ray.cli import job_config, job_parser, run_job
+from usr_ray.cli import check_input, check_output, job_config, job_parser, run_job
 from usr_ray.config import UserError
 
 
 def main(argv: list[str]) -> None:
+    from etl.sources import SOURCES, LogWriter, find_source
+
     parser = job_parser(__doc__ or "")
     parser.add_argument("--source", required=True, help=f"the data set: {', '.join(SOURCES)}")
     parser.add_argument("--input", type=Path, metavar="DIR", help="folder of the data set's files (simulated: none)")
@@ -33,6 +34,9 @@ def main(argv: list[str]) -> None:
     config = job_config(arguments)
     if source.needs_input and arguments.input is None:
         raise UserError(f"--source {source.name}: --input is missing; name the folder with the data set's files")
+    if arguments.input is not None:
+        check_input(arguments.input, flag="--input")
+    check_output(arguments.logs, flag="--logs")
     started = time.monotonic()
     with LogWriter(arguments.logs, overwrite=arguments.overwrite) as writer:
         source.write(arguments.input or Path(), writer, config)

@@ -15,8 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from usr_ray.cli import JobParser, run_job
-from usr_ray.operations.mlflow import client, log_run
+from usr_ray.cli import JobParser, check_output, check_run_dir, run_job
 
 
 def main(argv: list[str]) -> None:
@@ -28,8 +27,13 @@ def main(argv: list[str]) -> None:
     # MLflow asks for a database where it finds a folder, and reports its use to its makers.
     os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    check_run_dir(arguments.run_dir)
     run_dir: Path = arguments.run_dir.resolve()
+    if not arguments.tracking_uri:
+        check_output(run_dir.parent / "mlruns", flag="--tracking-uri")
     uri = arguments.tracking_uri or (run_dir.parent / "mlruns").as_uri()
+    from usr_ray.operations.mlflow import client, log_run
+
     run_id, num_added = log_run(run_dir, client(uri), experiment=arguments.experiment)
     print(f"{run_dir}: {num_added:,} numbers added to run {run_id} of experiment {arguments.experiment} in {uri}")
 

@@ -15,11 +15,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from etl.driver_stderr import print_error
-from usr_ray.cli import JobParser, run_job
-from usr_ray.config import DAY_US, UserError, check_address, parse_duration_us
+from usr_ray.cli import JobParser, check_input, check_lake, check_output, run_job
+from usr_ray.config import DAY_US, UserError, parse_duration_us
 
 
-def main(argv: list[str]) -> None:
+def parse(argv: list[str]) -> tuple[argparse.Namespace, int]:
+    """(arguments, --keep in microseconds); UserError for what can be seen without Spark."""
     parser = JobParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lake", required=True, metavar="DIR", help="the lake of jobs/build_samples.py")
     parser.add_argument(
@@ -46,10 +47,19 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
     arguments = parser.parse_args(argv)
-    check_address(arguments.lake, flag="--lake")
+    check_lake(arguments.lake)
+    for runs in arguments.runs:
+        check_input(runs, flag="--runs")
     keep_us = parse_duration_us(arguments.keep, where="--keep")
     if arguments.keep_pinned and not arguments.vacuum:
         raise UserError("maintain_tables.py: --keep-pinned says how to --vacuum; give both, or neither")
+    if (arguments.optimize or arguments.vacuum or arguments.unpin) and not arguments.dry_run:
+        check_output(arguments.lake, flag="--lake")
+    return arguments, keep_us
+
+
+def main(argv: list[str]) -> None:
+    arguments, keep_us = parse(argv)
 
     # Spark takes seconds to load: a wrong command line is reported without it.
     from etl.lake.maintain import MaintainRequest, maintain

@@ -10,19 +10,20 @@ It reports an experiment that was run elsewhere; it does not run one. Writes <ou
 from __future__ import annotations
 
 import argparse
+import datetime as dt
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from usr_ray.cli import job_config, job_parser, run_job
-from usr_ray.config import UserError, check_address, parse_dates
+from usr_ray.cli import check_input, check_lake, check_output, job_config, job_parser, run_job
+from usr_ray.config import Config, parse_dates
 
 
-def main(argv: list[str]) -> None:
+def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, tuple[dt.date, dt.date]]:
+    """(arguments, configuration, dates); UserError for what can be seen without Spark."""
     parser = job_parser(__doc__ or "")
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--logs", required=True, metavar="DIR", help="the logs that the lake was built from")
     parser.add_argument("--lake", required=True, metavar="DIR", help="the lake of jobs/build_samples.py")
     parser.add_argument("--dates", required=True, metavar="A:B", help="UTC dates of the experiment, both included")
@@ -32,16 +33,19 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--bucket-column", metavar="NAME", help="of the impressions logs; online.bucket_column")
     parser.add_argument("--control", metavar="NAME", help="bucket to compare with; online.control")
     arguments = parser.parse_args(argv)
-    for flag in ("logs", "lake"):
-        check_address(getattr(arguments, flag), flag=f"--{flag}")
+    check_input(arguments.logs, flag="--logs")
+    check_lake(arguments.lake)
+    check_output(arguments.output, flag="--output")
     for key, value in (("bucket_column", arguments.bucket_column), ("control", arguments.control)):
         if value is not None:
             arguments.overrides.append(f"online.{key}={json.dumps(value)}")
     config = job_config(arguments)
-    first, last = parse_dates(arguments.dates, where="--dates")
+    return arguments, config, parse_dates(arguments.dates, where="--dates")
+
+
+def main(argv: list[str]) -> None:
+    arguments, config, (first, last) = parse(argv)
     output: Path = arguments.output
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output}: is a file; name a folder")
 
     # Spark takes seconds to load: a wrong command line or configuration is reported without it.
     from etl.build.experiment import experiment_counts

@@ -13,8 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from usr_ray.cli import JobParser, run_job
-from usr_ray.reporting.run import write_report
+from usr_ray.cli import JobParser, check_lake, check_output, check_run_dir, run_job
 
 
 def main(argv: list[str]) -> None:
@@ -23,6 +22,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--lake", metavar="DIR", help="the lake of jobs/build_samples.py, for the funnel")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: <run-dir>/report.html")
     arguments = parser.parse_args(argv)
+    check_run_dir(arguments.run_dir)
+    if arguments.lake is not None:
+        check_lake(arguments.lake)
+    check_output(arguments.output or arguments.run_dir / "report.html", flag="--output", file=True)
+    from usr_ray.reporting.run import write_report
+
     print(f"report: {write_report(arguments.run_dir, arguments.lake, arguments.output)}")
 
 

@@ -14,10 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from usr_ray.cli import JobParser, run_job
-from usr_ray.config import parse_dates
-from usr_ray.serving.score import score_dates
-from usr_ray.training.worker import LocalWorker
+from usr_ray.cli import JobParser, check_lake, check_output, check_run_dir, run_job
+from usr_ray.config import check_table_address, parse_dates
 
 
 def main(argv: list[str]) -> None:
@@ -28,6 +26,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the Delta table of scores")
     arguments = parser.parse_args(argv)
     dates = parse_dates(arguments.dates, where="--dates")
+    check_run_dir(arguments.run_dir)
+    check_lake(arguments.lake)
+    check_output(arguments.output, flag="--output")
+    check_table_address(str(arguments.output), flag="--output")
+
+    # Torch takes seconds to load: a wrong command line is reported without it.
+    from usr_ray.serving.score import score_dates
+    from usr_ray.training.worker import LocalWorker
+
     worker = LocalWorker()
     scored = score_dates(
         arguments.run_dir, arguments.lake, dates, arguments.output, worker, report=lambda line: print(line, flush=True)

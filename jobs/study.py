@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from usr_ray.cli import EXIT_FAILURE, job_config, job_parser, run_job
+from usr_ray.cli import EXIT_FAILURE, check_input, check_lake, check_output, job_config, job_parser, run_job
 from usr_ray.experiments.grid import SCALES, load_study
 from usr_ray.launch.environment import prepare_environment
 
@@ -31,6 +31,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="in place of the study's; more may follow")
     arguments = parser.parse_args(argv)
     study = load_study(arguments.study, scale=arguments.scale, folder=ROOT / "jobs" / "studies", seeds=arguments.seeds)
+    if arguments.lake is not None:
+        check_lake(arguments.lake)
+    if arguments.input is not None:
+        check_input(arguments.input, flag="--input")
+    check_output(arguments.run_dir, flag="--run-dir")
     cluster = prepare_environment(dashboard=job_config(arguments).ray.dashboard)
     from usr_ray.experiments.record import Base
     from usr_ray.experiments.study import run_study  # imports ray, which reads the environment

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from usr_ray.cli import EXIT_FAILURE, job_config, job_parser, run_job
+from usr_ray.cli import EXIT_FAILURE, check_lake, check_output, job_config, job_parser, run_job
 from usr_ray.launch.environment import prepare_environment
 
 
@@ -24,6 +24,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--run-dir", required=True, metavar="DIR", help="checkpoints, metrics and events go here")
     arguments = parser.parse_args(argv)
     config = job_config(arguments)
+    check_lake(arguments.lake)
+    check_output(arguments.run_dir, flag="--run-dir")
     cluster = prepare_environment(dashboard=config.ray.dashboard)
     from usr_ray.launch.trainer import run  # imports ray, which reads the environment
 

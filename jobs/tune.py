@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from usr_ray.cli import EXIT_FAILURE, job_parser, run_job
+from usr_ray.cli import EXIT_FAILURE, check_lake, check_output, job_parser, run_job
 from usr_ray.experiments.space import load_search
 from usr_ray.launch.environment import prepare_environment
 
@@ -36,6 +36,8 @@ def main(argv: list[str]) -> None:
     )
     arguments = parser.parse_args(argv)
     config = load_search(arguments.config, arguments.overrides)
+    check_lake(arguments.lake)
+    check_output(arguments.run_dir, flag="--run-dir")
     cluster = prepare_environment(dashboard=config.ray.dashboard)
     for name, value in TUNE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)

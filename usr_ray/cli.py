@@ -1,20 +1,41 @@
-"""The frame of every job: shared arguments, one line per user error, exit codes. Standard library only."""
+"""The frame of every job: shared arguments, the places they name, one line per user error, exit codes.
+
+Standard library only.
+"""
 
 from __future__ import annotations
 
 import argparse
 import datetime as dt
+import difflib
+import errno
 import math
+import os
 import re
 import sys
+import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from usr_ray.config import Config, UserError, load_config, parse_dates
+from usr_ray.config import Config, UserError, check_address, check_table_address, load_config, parse_dates
 from usr_ray.config.fields import Range
 
 EXIT_OK, EXIT_FAILURE, EXIT_USER_ERROR = 0, 1, 2
+MAX_NAME_BYTES = 200
+"""Of a folder or file that a job makes: names of temporary files beside it are longer, and end at 255."""
+_OWN_PACKAGES = ("usr_ray", "etl", "jobs", "cluster", "tests")
+_STORAGE_ERRORS = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EISDIR,
+}
 
 
 class JobParser(argparse.ArgumentParser):
@@ -24,10 +45,24 @@ class JobParser(argparse.ArgumentParser):
         """Raise UserError instead of printing the usage and leaving."""
         raise UserError(f"{self.prog}: {message}; see --help")
 
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As in argparse; what is left over is named with the flag that was probably meant."""
+        found, strange = self.parse_known_args(args, namespace)
+        if not strange:
+            return found
+        first, flags = strange[0], re.findall(r"--[\w-]+", self.format_usage())
+        if first.startswith("--"):
+            near = difflib.get_close_matches(first.partition("=")[0], flags, n=1)
+            self.error(f"unrecognized arguments: {' '.join(strange)}" + (f"; did you mean {near[0]}?" if near else ""))
+        if re.fullmatch(r"[a-z][\w.]*=.*", first, re.DOTALL) and "--set" in flags:
+            self.error(f"unrecognized arguments: {first}; --set takes one key, so repeat it: --set {first}")
+        self.error(f"unrecognized arguments: {' '.join(strange)}; quote a value that holds blanks")
+        return found
+
 
 def job_parser(description: str) -> argparse.ArgumentParser:
     """A parser with `--config FILE` and repeatable `--set a.b=c`."""
-    parser = JobParser(description=description)
+    parser = JobParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file, see jobs/configs")
     parser.add_argument(
         "--set",
@@ -79,6 +114,97 @@ def job_dates(text: str, *, where: str, today: dt.date | None = None) -> tuple[d
     return parse_dates(re.sub(r"\btoday(?:-(\d{1,4}))?(?=:|$)", date, text), where=where)
 
 
+# ---- places: checked before any work begins. An object store's address is left to whoever opens it.
+
+
+def check_input(place: Path | str, *, flag: str) -> None:
+    """UserError unless `place` is a folder that can be read, or an address."""
+    text = str(place)
+    check_address(text, flag=flag)
+    if "://" in text:
+        return
+    try:
+        os.listdir(text)
+    except NotADirectoryError as error:
+        raise UserError(f"{flag} {text}: is a file; name a folder") from error
+    except FileNotFoundError as error:
+        raise UserError(f"{flag} {text}: there is no such folder{_nearest(text)}") from error
+    except OSError as error:
+        raise UserError(f"{flag} {text}: cannot be read ({error.strerror}); name a folder that you may read") from error
+
+
+def check_lake(lake: str, *, flag: str = "--lake", new: bool = False) -> None:
+    """UserError unless `lake` can be a lake: a folder that is there, or with `new` one that can be written.
+
+    The folder of one of its tables is refused: `<lake>/samples` is an easy slip.
+    """
+    check_table_address(lake, flag=flag)
+    if "://" in lake:
+        return
+    if os.path.isdir(os.path.join(lake, "_delta_log")):
+        above = os.path.dirname(lake.rstrip("/")) or "."
+        raise UserError(f"{flag} {lake}: is a table of a lake; name the folder above it: {flag} {above}")
+    if new:
+        check_output(lake, flag=flag)
+    else:
+        check_input(lake, flag=flag)
+
+
+def check_output(place: Path | str, *, flag: str, file: bool = False) -> None:
+    """UserError unless a folder (or with `file` a file) of this name can be written; nothing is left behind.
+
+    It is tried with a file without a name in the nearest folder that is there: rights alone do not tell of read-only
+    file systems, and say nothing to a user who is root.
+    """
+    text = str(place)
+    check_address(text, flag=flag)
+    if "://" in text:
+        return
+    kind, other = ("file", "folder") if file else ("folder", "file")
+    long = [part for part in Path(text).parts if len(os.fsencode(part)) > MAX_NAME_BYTES]
+    if long:
+        raise UserError(
+            f"{flag} {text[:40]}...: the name {long[0][:20]}... has {len(os.fsencode(long[0]))} bytes; "
+            f"{MAX_NAME_BYTES} are the most"
+        )
+    path = Path(text).absolute()
+    if path.is_dir() if file else path.exists() and not path.is_dir():
+        raise UserError(f"{flag} {text}: is a {other}; name a {kind}")
+    folder = path.parent if file else path
+    existing = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{flag} {text}: cannot be written ({existing}: {error.strerror}); name a {kind} that you may write"
+        ) from error
+
+
+def check_run_dir(run_dir: Path | str) -> None:
+    """UserError unless `--run-dir` is the folder of a run that was started."""
+    if not os.path.lexists(run_dir):
+        raise UserError(
+            f"--run-dir {run_dir}: no such directory; name the --run-dir of jobs/train.py{_nearest(str(run_dir))}"
+        )
+    check_input(run_dir, flag="--run-dir")
+
+
+def _nearest(text: str) -> str:
+    """A hint at the entry beside a missing path that is most like it."""
+    path = Path(text).absolute()
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        existing = next((p for p in path.parents if p.is_dir()), path.parent)
+        return f"; of its path {existing} is there"
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
+
+
+# ---- running
+
+
 def print_error(line: str) -> None:
     """One line on standard error, at once."""
     print(line, file=sys.stderr, flush=True)
@@ -96,13 +222,28 @@ def run_job(
     """
     try:
         main(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        report(f"error: {' '.join(str(error).split())}")
-        return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_FAILURE
-    except Exception:
-        traceback.print_exc()
-        return EXIT_FAILURE
+    except Exception as error:
+        line = _users_line(error)
+        if line is None:
+            traceback.print_exc()
+            return EXIT_FAILURE
+        report(f"error: {' '.join(line.split())}")
+        return EXIT_USER_ERROR
     return EXIT_OK
+
+
+def _users_line(error: Exception) -> str | None:
+    """What a user can do something about, in one line; None for a fault of the program."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in _OWN_PACKAGES:
+        return (
+            f"the package {error.name} is not installed for {sys.executable}; activate the environment that has it "
+            "(`make setup`, then `source .venv/bin/activate`), or install usr-ray's extras (README.md)"
+        )
+    if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: cannot be read or written ({error.strerror}); mend it or name another"
+    return None

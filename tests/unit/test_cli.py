@@ -43,7 +43,13 @@ def test_a_failure_is_exit_code_1_with_its_traceback(capsys: pytest.CaptureFixtu
 
 def test_an_unknown_flag_is_a_user_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_job(lambda argv: job_parser("x").parse_args(argv) and None, ["--confg", "a"]) == 2
-    assert "unrecognized arguments: --confg a; see --help" in capsys.readouterr().err
+    assert "unrecognized arguments: --confg a; did you mean --config?; see --help" in capsys.readouterr().err
+
+
+def test_several_keys_behind_one_set_are_told_to_repeat_it(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--set", "train.seed=1", "train.num_epochs=2"]
+    assert run_job(lambda argv: job_parser("x").parse_args(argv) and None, argv) == 2
+    assert "--set takes one key, so repeat it: --set train.num_epochs=2" in capsys.readouterr().err
 
 
 def test_set_overrides_the_file(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import difflib
 import functools
+import os
 import re
 import tomllib
 import types
@@ -209,14 +211,33 @@ def check_address(text: str, *, flag: str) -> None:
         UserError: it holds a key or options (they belong into the environment), or a character that would end a quoted
             name or be replaced inside one (backtick, control characters, ${).
     """
-    if re.search(r"[`\x00-\x1f\x7f]|\$\{", text):
-        raise UserError(f"{flag} {text!r}: a path must hold no backtick, no control character and no ${{; rename it")
+    if re.search(r"[`\x00-\x1f\x7f\ud800-\udfff]|\$\{", text):
+        raise UserError(
+            f"{flag} {text!r}: a path must hold no backtick, no control character, no ${{ and nothing that is not "
+            "UTF-8; rename it"
+        )
     scheme, has_scheme, rest = text.partition("://")
     user, at, _ = rest.partition("/")[0].rpartition("@")
     if has_scheme and ((at and ":" in user) or "?" in rest or "#" in rest):
         raise UserError(
             f"{flag} {scheme}://...: an address must hold no key and no option, since it is saved with the run; name "
             "them in the environment (docs/cluster.md, object stores) and give the bucket and folder alone"
+        )
+
+
+def check_table_address(text: str, *, flag: str) -> None:
+    """`check_address` for the place of Delta tables, which two readers must take for the same folder.
+
+    Raises:
+        UserError: as check_address; or delta-rs would take the path for another one (it decodes %41 to A and turns a
+            backslash into a slash) or cannot write it ([ ] | ^).
+    """
+    check_address(text, flag=flag)
+    where = text if "://" in text else os.path.abspath(text)
+    if "://" not in text and (found := re.search(r"%[0-9A-Fa-f]{2}|[\\\[\]|^]", where)):
+        raise UserError(
+            f"{flag} {text}: the path of a Delta table must not hold {found[0]!r}, which other readers take for "
+            "something else; rename it"
         )
 
 
@@ -251,7 +272,9 @@ def build(kind: type, raw: Any, *, path: str) -> Any:
     if unknown:
         where = f"{path}." if path else ""
         owner = path or "the configuration"
-        raise ConfigError(f"unknown key '{where}{unknown[0]}'; {owner} has: {', '.join(hints)}")
+        near = difflib.get_close_matches(unknown[0], hints, n=1)
+        hint = f"; did you mean '{where}{near[0]}'?" if near else ""
+        raise ConfigError(f"unknown key '{where}{unknown[0]}'; {owner} has: {', '.join(hints)}{hint}")
     values = {k: _convert(hints[k], v, path=f"{path}.{k}" if path else k) for k, v in raw.items()}
     return kind(**values)
 

@@ -24,7 +24,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from usr_ray.config import DAY_US, UserError, check_address
+from usr_ray.config import DAY_US, UserError, check_table_address
 from usr_ray.files import write_whole
 from usr_ray.schema import ALL_LABELS, FEATURE_SPEC_PROPERTY, PARTITION_COLUMN, SAMPLES, VOCABULARIES, FeatureSpec
 
@@ -331,10 +331,10 @@ def table_address(lake: Path | str, table: str) -> str:
     """Where a table of the lake is: a whole path, or `<lake>/<table>` of an object store's address, as it was written.
 
     Raises:
-        UserError: see check_address.
+        UserError: see check_table_address.
     """
     text = str(lake)
-    check_address(text, flag="--lake")
+    check_table_address(text, flag="--lake")
     if "://" not in text:
         return str((Path(text) / table).resolve())
     return f"{text.rstrip('/')}/{table}"

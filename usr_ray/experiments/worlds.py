@@ -7,10 +7,7 @@ that is whole is kept and used again; one that was cut off is built anew.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +18,7 @@ from usr_ray.experiments.grid import SIMULATED, Resources, Study, StudyError, Tr
 from usr_ray.experiments.record import Base
 from usr_ray.files import write_whole
 from usr_ray.launch.environment import ROOT
+from usr_ray.launch.spark import spark_environment, spark_submit
 
 WORLDS_DIR, _READY = "worlds", "ready"
 
@@ -88,19 +86,16 @@ def prepare_worlds(
 
 
 def _build(worlds: Mapping[str, list[list[str]]], folder: Path) -> None:
-    submit = shutil.which("spark-submit", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    if submit is None:
-        raise StudyError("a study of worlds needs Spark, and no spark-submit is beside this Python; run `make setup`")
     plan, log = folder / "plan.json", folder / "spark.log"
     folder.mkdir(parents=True, exist_ok=True)
     entries = [{"folder": world, "mark": _READY, "commands": commands} for world, commands in worlds.items()]
     write_whole(plan, json.dumps(entries, indent=2) + "\n")
-    command = [submit, "jobs/build_worlds.py", "--plan", str(plan)]
+    command = [spark_submit(), "jobs/build_worlds.py", "--plan", str(plan)]
     error = ""
     with (
         log.open("w", encoding="utf-8", buffering=1) as output,
         subprocess.Popen(
-            command, cwd=ROOT, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command, cwd=ROOT, env=spark_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         ) as process,
     ):
         assert process.stdout is not None
@@ -128,9 +123,3 @@ def build_commands(
         ["jobs/ingest_logs.py", "--source", source, *files, *common],
         ["jobs/build_samples.py", "--lake", str(folder / "lake"), "--dates", f"{first}:{last}", *common],
     ]
-
-
-def _environment() -> dict[str, str]:
-    environment = os.environ | {"SPARK_LOCAL_IP": "127.0.0.1"}
-    environment.setdefault("SPARK_CONF_DIR", str(ROOT / "cluster" / "spark" / "conf"))
-    return environment

@@ -101,7 +101,7 @@ def test_every_job_that_gives_spark_a_path_has_checked_it() -> None:
     for path in sorted((ROOT / "jobs").glob("*.py")):
         text = path.read_text(encoding="utf-8")
         if "Lake(arguments.lake)" in text:
-            assert "check_address(" in text, path.name
+            assert "check_lake(" in text, path.name  # which calls check_address
 
 
 @pytest.mark.parametrize("bad", ["a'b", 'a"b', "a`b", "a b", "a;b", "${env:HOME}", "a\\b", "a,b", "a\nb", ""])

@@ -1,0 +1,60 @@
+"""How one job starts another under Spark: which spark-submit, and what must stand in its environment.
+
+Standard library only. pyspark of PyPI is a whole Spark, but its scripts look for it with whichever `python3` is first
+on PATH; named by SPARK_HOME it is found without an activated environment.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from usr_ray.config import UserError
+from usr_ray.launch.environment import LOOPBACK, ROOT
+
+CONF_DIR = ROOT / "etl" / "spark_conf"
+"""log4j2.properties and spark-defaults.conf of a job on one machine."""
+
+
+def spark_home(environment: Mapping[str, str] | None = None) -> Path | None:
+    """$SPARK_HOME, else the pyspark of this Python; None where neither is there."""
+    environment = os.environ if environment is None else environment
+    if environment.get("SPARK_HOME"):
+        return Path(environment["SPARK_HOME"])
+    spec = importlib.util.find_spec("pyspark")
+    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
+
+
+def spark_submit() -> str:
+    """Path of spark-submit: of `spark_home`, else the one on PATH.
+
+    Raises:
+        UserError: there is none.
+    """
+    home = spark_home()
+    found = shutil.which(home / "bin" / "spark-submit") if home else shutil.which("spark-submit")
+    if found is None:
+        raise UserError(
+            f"spark-submit: is not there{f' in SPARK_HOME {home}' if home else ''}; install pyspark for "
+            f"{sys.executable} (`make setup`, or pip install 'usr-ray[etl]'), or set SPARK_HOME to a Spark of your own"
+        )
+    return str(found)
+
+
+def spark_environment() -> dict[str, str]:
+    """The environment of this process with what a job of Spark needs, where it is not set."""
+    environment = dict(os.environ)
+    home = spark_home()
+    wanted = {
+        "SPARK_LOCAL_IP": LOOPBACK,
+        "SPARK_CONF_DIR": str(CONF_DIR),
+        "PYSPARK_PYTHON": sys.executable,
+        **({"SPARK_HOME": str(home)} if home else {}),
+    }
+    for name, value in wanted.items():
+        environment.setdefault(name, value)
+    return environment
