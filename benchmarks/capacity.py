@@ -64,7 +64,7 @@ def read_rates(results: Path = RESULTS) -> Rates:
         table_bytes=ours["output_bytes"] / ours["impressions"],
         sources={
             "build_s": f"build_samples.json, {millions:g} M impressions",
-            "train_s": f"table_size.json (USR round SharedBottom, tables of {size}, {batch})",
+            "train_s": f"table_size.json (USR around SharedBottom, tables of {size}, {batch})",
             "score_s": "score.json, shared_bottom, training model",
         },
     )
@@ -118,7 +118,7 @@ def cost_table(rates: Rates) -> str:
         [part, f"{seconds:.0f}", f"{seconds * 1000 / 3600:.0f}", rates.sources[keys[part]]]
         for part, seconds in parts.items()
     ]
-    header = ["part", "processor seconds a million (measured)", "core-hours a billion (computed)", "where from"]
+    header = ["part", "processor seconds per million (measured)", "core-hours per billion (computed)", "where from"]
     total = sum(parts.values()) * 1000 / 3600
     return (
         markdown(header, rows) + f"\n\nA billion samples built, trained on once and scored: {total:.0f} core-hours, so "
