@@ -51,7 +51,7 @@ class Epochs:
             "reader_threads": arguments.reader_threads,
         }
         self.step = Step(manifest.spec, model, train=train, device=arguments.device)
-        self.reader = training_reader(self.step.config, manifest, self.step.worker)
+        self.reader = training_reader(self.step.config, manifest)
         self.num_steps = self.reader.num_steps - 1
         self.epoch = 0
         self.waited: list[float] = []

@@ -68,14 +68,14 @@ def run_here(way: str, folder: Path, run_dir: Path, workers: int, batch_rows: in
     from usr_ray.data.manifest import build_manifest
     from usr_ray.launch.monitor import FileMonitor
     from usr_ray.training.loop import train
-    from usr_ray.training.monitor import SilentMonitor
+    from usr_ray.training.monitor import Monitor
     from usr_ray.training.worker import LocalWorker
 
     # As the trainer's workers do (usr_ray/launch/trainer.py).
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
     worker = LocalWorker("cuda" if torch.cuda.is_available() else "cpu")
     run_dir.mkdir(parents=True, exist_ok=True)
-    monitor = FileMonitor(run_dir) if worker.is_main else SilentMonitor()
+    monitor = FileMonitor(run_dir) if worker.is_main else Monitor()
     manifest = build_manifest(folder, dates=(DATES[0], DATES[1].replace(day=DATES[1].day - 1)))
     train(config, worker, train_manifest=manifest, run_dir=run_dir, monitor=monitor)
     worker.close()

@@ -122,7 +122,7 @@ def tune_rechub(
 def peer_rows(data: Data, rows: Predictions) -> tuple[Rows, Rows]:
     """Training and held-out rows for torch-rechub; the held-out ones in the order of `rows`."""
     worker, config = LocalWorker("cpu"), data.config()
-    train = Rows(training_reader(config, data.train, worker), data.train.spec)
+    train = Rows(training_reader(config, data.train), data.train.spec)
     held_out = Rows(evaluation_reader(data.held_out, worker, config), data.train.spec)
     assert (held_out.row_number.numpy() == rows.row_number_N).all(), "both score the same rows in one order"
     return train, held_out

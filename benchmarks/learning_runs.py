@@ -84,6 +84,7 @@ class Runs:
 def train_seeds(data: Data, overrides: Sequence[str], seeds: Sequence[int]) -> Runs:
     """One training a seed, with jobs/train.py's loop on one worker, evaluated after the last epoch."""
     worker, probs, seconds = LocalWorker("cpu"), [], 0.0
+    worker.stop_on_signal()
     for seed in seeds:
         config = data.config([*overrides, f"train.seed={seed}"])
         start = time.perf_counter()

@@ -39,7 +39,7 @@ from usr_ray.data.decode import RowGroupDecoder
 from usr_ray.data.manifest import Manifest, build_manifest
 from usr_ray.data.order import BLOCK_ROWS
 from usr_ray.data.order_quality import shuffle_quality
-from usr_ray.data.reader import SampleReader
+from usr_ray.data.reader import Reading, SampleReader
 from usr_ray.launch.environment import LOOPBACK, prepare_environment
 from usr_ray.schema import ALL_LABELS, FEATURE_SPEC_PROPERTY, SAMPLES, FeatureSpec
 
@@ -135,13 +135,13 @@ def decode_to_tensors(manifest: Manifest, num_threads: int) -> int:
 def read_batches(manifest: Manifest, num_threads: int, **options: object) -> int:
     """An epoch of one rank, the batches thrown away."""
     num_rows = 0
-    with SampleReader(
-        manifest,
+    reading = Reading(
         global_batch_size=BATCH_ROWS,
         group_size=GROUP_ROWS,
         num_threads=num_threads,
         **options,  # type: ignore[arg-type]
-    ) as reader:
+    )
+    with SampleReader(manifest, reading) as reader:
         for batch in reader.batches(epoch=1):
             num_rows += len(batch)
     return num_rows
@@ -198,7 +198,7 @@ def contestants(manifest: Manifest, num_threads: int, with_ray: bool, cache_dir:
 
 def quality_of_shuffle(manifest: Manifest) -> dict[str, float]:
     """How far an epoch's order moves the rows, by what it hands out."""
-    with SampleReader(manifest, global_batch_size=BATCH_ROWS, group_size=GROUP_ROWS) as reader:
+    with SampleReader(manifest, Reading(global_batch_size=BATCH_ROWS, group_size=GROUP_ROWS)) as reader:
         numbers = torch.cat([batch.row_number_B for batch in reader.batches(epoch=1)])
     return asdict(shuffle_quality(numbers[numbers >= 0].numpy()))
 

@@ -31,7 +31,7 @@ from usr_ray.config import Config
 from usr_ray.data.manifest import Manifest, build_manifest
 from usr_ray.training.checkpoint import CheckpointStore
 from usr_ray.training.loop import train
-from usr_ray.training.monitor import SilentMonitor
+from usr_ray.training.monitor import Monitor
 from usr_ray.training.rows import training_reader
 from usr_ray.training.state import TrainState
 from usr_ray.training.worker import LocalWorker
@@ -40,7 +40,7 @@ TABLE_ROWS = 50_000
 RESULTS = Path(__file__).parent / "results" / "resume.json"
 
 
-class FirstStep(SilentMonitor):
+class FirstStep(Monitor):
     """Notes when the first step was logged."""
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class FirstStep(SilentMonitor):
 def write_checkpoint(config: Config, manifest: Manifest, run_dir: Path, position: float, device: str) -> int:
     """A run that was cut off at `position` of its first epoch; the step."""
     worker = LocalWorker(device)
-    with training_reader(config, manifest, worker) as reader:
+    with training_reader(config, manifest, rank=worker.rank, world_size=worker.world_size) as reader:
         step = int(position * reader.num_steps)
         state = TrainState(config, manifest, worker, order=reader.fingerprint, total_steps=reader.num_steps)
         state.step = state.epoch_step = step

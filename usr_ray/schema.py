@@ -36,7 +36,7 @@ LABEL_ORDER = (
     ("is_order", "is_order_global"),
     ("is_order_global", "is_click_global"),
 )
-"""Pairs (a, b) with a <= b on every row; checked by ETL (Delta CHECK), by the loader and by the loss."""
+"""Pairs (a, b) with a <= b on every row; checked by ETL (Delta CHECK), by the decoder and by the feed of the loss."""
 
 SAMPLES = "samples"
 VOCABULARIES = "vocabularies"

@@ -75,7 +75,7 @@ def _watch(case: Path, config: Config, manifest: Manifest, worker: Worker) -> Sa
         if worker.is_main and _first(case):
             harm.HARMS[strike.options["harm"]](Path(manifest.table_uri), manifest.files[0].path)
         worker.barrier()
-    reader = training_reader(config, manifest, worker)
+    reader = training_reader(config, manifest, rank=worker.rank, world_size=worker.world_size)
     # One name for the ranks that train together; a restarted group has another.
     group = int(worker.broadcast(torch.tensor(time.time_ns())))
     folder = case / BATCHES

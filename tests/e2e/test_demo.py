@@ -17,7 +17,7 @@ from sklearn.metrics import roc_auc_score
 from tests.e2e.conftest import Run
 from usr_ray.config import load_config, parse_dates
 from usr_ray.data.manifest import build_manifest
-from usr_ray.data.reader import SampleReader
+from usr_ray.data.reader import Reading, SampleReader
 from usr_ray.evaluation.files import read_predictions
 from usr_ray.schema import ALL_LABELS, LABEL_ORDER, FeatureSpec, index_column
 from usr_ray.serving.model import padded_inputs
@@ -84,7 +84,8 @@ def test_what_spark_wrote_the_reader_reads_equal(smoke: Path) -> None:
         row for file in manifest.files for row in pq.read_table(root / file.path, partitioning=None).to_pylist()
     ]
     reader = SampleReader(
-        manifest, global_batch_size=512, group_size=128, rank=0, world_size=1, seed=0, order="file", mature_only=False
+        manifest,
+        Reading(global_batch_size=512, group_size=128, rank=0, world_size=1, seed=0, order="file", mature_only=False),
     )
     seen = 0
     for batch in reader.batches(0):
@@ -161,10 +162,7 @@ def test_the_demo_served_equals_the_demo_evaluated(smoke: Path, run: Run, tmp_pa
     model = ExportedModel(tmp_path / "out")
     with SampleReader(
         build_manifest(smoke / "lake", dates=dates),
-        global_batch_size=64,
-        group_size=16,
-        order="file",
-        mature_only=False,
+        Reading(global_batch_size=64, group_size=16, order="file", mature_only=False),
     ) as reader:
         found = np.concatenate(
             [

@@ -22,7 +22,7 @@ from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
 from tests.unit.serving.test_export_model import vocabulary
 from usr_ray.cli import run_job
 from usr_ray.data.manifest import build_manifest
-from usr_ray.data.reader import SampleReader
+from usr_ray.data.reader import Reading, SampleReader
 from usr_ray.schema import FeatureSpec
 from usr_ray.serving.check import training_probabilities
 from usr_ray.serving.export import export_run
@@ -45,7 +45,9 @@ def lake(tmp_path_factory):
 
 def batches(lake, dates=(FIRST_DATE, FIRST_DATE + dt.timedelta(days=1))):
     manifest = build_manifest(lake, dates=dates)
-    with SampleReader(manifest, global_batch_size=64, group_size=16, order="file", mature_only=False) as reader:
+    with SampleReader(
+        manifest, Reading(global_batch_size=64, group_size=16, order="file", mature_only=False)
+    ) as reader:
         yield from reader.batches(0)
 
 

@@ -30,7 +30,7 @@ from tests.spark.killed_build import (
 )
 from tests.spark.shop import logs_of, write_logs
 from usr_ray.data.manifest import build_manifest
-from usr_ray.data.reader import SampleReader
+from usr_ray.data.reader import Reading, SampleReader
 from usr_ray.schema import SAMPLES
 
 pytestmark = pytest.mark.spark
@@ -87,7 +87,8 @@ def test_a_restatement_that_is_killed_leaves_the_old_or_the_new_version_whole(
 
     # A trainer that was pinned before all this reads on, row for row.
     samples = SampleReader(
-        manifest, global_batch_size=32, group_size=32, rank=0, world_size=1, seed=0, order="file", mature_only=False
+        manifest,
+        Reading(global_batch_size=32, group_size=32, rank=0, world_size=1, seed=0, order="file", mature_only=False),
     )
     numbers = [n for batch in samples.batches(0) for n in batch.row_number_B.tolist() if n >= 0]
     assert numbers == list(range(len(old)))

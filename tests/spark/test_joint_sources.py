@@ -26,7 +26,7 @@ from etl.sources.writer import LogWriter, Source
 from usr_ray.config import Config, load_config, parse_dates
 from usr_ray.data.manifest import build_manifest
 from usr_ray.training.loop import TrainResult, train
-from usr_ray.training.monitor import SilentMonitor
+from usr_ray.training.monitor import Monitor
 from usr_ray.training.worker import LocalWorker
 
 pytestmark = pytest.mark.spark
@@ -47,7 +47,7 @@ FIRST_MS = 1_685_548_800_000  # 2023-05-31T16:00:00Z: 1 June in Beijing
 KUAISAR_DATES = "2023-05-31:2023-06-03"
 
 
-class Steps(SilentMonitor):
+class Steps(Monitor):
     """Keeps the names and numbers of the last step."""
 
     def __init__(self) -> None:

@@ -243,7 +243,9 @@ def run_trial(job: Job) -> None:
     with (job.run_dir / LOG_FILE).open("a", encoding="utf-8", buffering=1) as log, contextlib.redirect_stdout(log):
         try:
             if job.config.ray.num_workers == 1:
-                train_alone(job.config, job.lake, job.run_dir, LocalWorker(), command=[job.trial.trial_id])
+                worker = LocalWorker()
+                worker.stop_on_signal()
+                train_alone(job.config, job.lake, job.run_dir, worker, command=[job.trial.trial_id])
             else:
                 run(job.config, job.lake, job.run_dir, command=[job.trial.trial_id])
         except UserError as error:

@@ -17,6 +17,7 @@ from typing import Any
 from usr_ray.evaluation.metrics import CellMetrics
 from usr_ray.files import write_whole
 from usr_ray.training.checkpoint import STORAGE_FULL
+from usr_ray.training.monitor import Monitor
 
 _log = logging.getLogger(__name__)
 HISTORY_FILE, TENSORBOARD_DIR = "history.jsonl", "tensorboard"
@@ -45,7 +46,7 @@ _AGE = "Seconds of training that a crash would cost now"
 CHECKPOINT_COUNTER, ATTEMPT_COUNTER = "usr_ray_checkpoints", "usr_ray_attempts"
 
 
-class FileMonitor:
+class FileMonitor(Monitor):
     """history.jsonl (an object a log step and an evaluation) and TensorBoard events of a run; for rank 0.
 
     A resumed run goes through some steps again: what the broken attempt noted of them is dropped from history.jsonl and
@@ -190,7 +191,7 @@ class RayMetrics:
         self._metric("counter", name, description, tags).inc(1.0, tags={**self._tags, **tags})
 
 
-class RayMonitor:
+class RayMonitor(Monitor):
     """What watches a run under Ray: Ray metrics of every rank, files of rank 0 (a train.Monitor)."""
 
     def __init__(self, run_dir: Path, *, run_name: str, rank: int, factory: MetricFactory = ray_metric) -> None:

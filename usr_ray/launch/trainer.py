@@ -47,7 +47,7 @@ from usr_ray.launch.stop import (
 from usr_ray.runs.folder import print_result, write_result
 from usr_ray.runs.plan import RunPlan, load_manifest, mark_finished, plan_run, write_plan
 from usr_ray.training.loop import train
-from usr_ray.training.worker import DistributedWorker
+from usr_ray.training.worker import Worker
 
 RAY_DIR = "ray"
 _REFUSED, _STOP, _ROLLS = "refused.json", "stop", "rolls"
@@ -68,7 +68,7 @@ class RunSummary:
     """The run directory held the result already; nothing was trained."""
 
 
-class RayWorker(DistributedWorker):
+class RayWorker(Worker):
     """A rank of Ray Train's worker group, which has set up the process group."""
 
     def __init__(self, timeout: dt.timedelta) -> None:
@@ -245,6 +245,8 @@ def train_worker(settings: Mapping[str, Any]) -> dict[str, Any]:
     if read_refusal(refused) is not None:
         return {"outcome": "refused", "step": 0}
     logging.getLogger().setLevel(logging.WARNING)  # Ray logs a line for every report
+    for name in ("torchrec", "torch.fx._symbolic_trace"):  # they warn of what a run with sharded tables cannot change
+        logging.getLogger(name).setLevel(logging.ERROR)
     # Ray sets OMP_NUM_THREADS to the CPUs reserved, of which there may be fewer than the machine has.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // ray.train.get_context().get_local_world_size()))

@@ -1,26 +1,25 @@
 """Contrastive learning over views: which events and features a twin sees, the loss, and the collapse alarm.
 
-"Vectors of one view are positives" alone is solved by one constant vector a view. Here the positive of a vector is a
-masked twin of the same row and view, and the negatives are the vectors of the other views in the same group of rows,
-its own row's among them (method, section 3):
+The positive of a vector is a masked twin of the same row and view. The negatives are all other vectors of the group of
+rows: its own view's, but for those of the same user, and the other views', its own row's among them (method, 3).
 
 L = -log( exp(cos(v, twin) / tau) / (exp(cos(v, twin) / tau) + sum_n exp(cos(v, n) / tau)) )
+
+With negatives from the other views alone, one constant vector a view would be the minimum; with the own view's, such a
+collapse costs log G.
 
 Groups are consecutive rows of fixed size and masks depend on the row and the step alone, so the loss is the same for
 every number of workers.
 
-Shape letters: B rows, S views, D vector, V events, F features, C columns, N groups, G rows of a group.
+Shape letters: B rows, S views, D vector, V events, F features, C columns, N groups, G rows of a group, X = S G.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
 from usr_ray.model.counter_random import hash_keys, to_uniform
@@ -29,8 +28,6 @@ from usr_ray.model.history import Events
 _EVENT_STREAM, _FEATURE_STREAM = 1, 2
 _NORM_FLOOR = 1e-6
 """Added to norms, so that the gradient of a zero vector is finite."""
-_LARGEST_SCORE = 60
-"""e^60 added up over a group is a float32."""
 
 
 def _row_keys(row_number_B: Tensor, step_seed: int | Tensor, stream: int) -> Tensor:
@@ -65,6 +62,7 @@ def contrastive_sums(
     twins_BSD: Tensor | None,
     valid_B: Tensor,
     counted_B: Tensor,
+    user_key_B: Tensor,
     *,
     group_size: int,
     temperature: float,
@@ -76,147 +74,61 @@ def contrastive_sums(
 
     Args:
         vectors_BSD: i_k or f_k of every view.
-        twins_BSD: their masked twins; None: no loss, zero. Needs S >= 2.
+        twins_BSD: their masked twins; None: no loss, zero.
         valid_B: bool; other rows are neither anchors nor negatives, nor part of the variance.
         counted_B: bool; rows over which the caller takes the mean.
+        user_key_B: rows with one key are a user's: no negatives of one another inside a view.
         group_size: G; row b belongs to group b // G.
         temperature: tau.
 
     Returns:
         A scalar, and (S) without a gradient; float32 (float64 for float64 vectors).
     """
-    vectors_NGSD = _groups(vectors_BSD, group_size)
-    valid_NG, counted_NG = (_fill(flag_B, group_size).unflatten(0, (-1, group_size)) for flag_B in (valid_B, counted_B))
-    if twins_BSD is None:
-        scale_NGS = _scale(vectors_NGSD.detach())[1]
-        loss = scale_NGS.new_zeros(())
-    else:
-        loss_NGS, scale_NGS = _Contrast.apply(  # type: ignore[no-untyped-call]
-            vectors_NGSD, _groups(twins_BSD, group_size), valid_NG, temperature
-        )
-        loss = loss_NGS.sum()
-    return loss, _variance_sums(vectors_NGSD.detach(), scale_NGS, valid_NG, counted_NG)
+    valid_NG, counted_NG, user_NG = (_groups(rows_B, group_size) for rows_B in (valid_B, counted_B, user_key_B))
+    units_NGSD = _units(vectors_BSD, group_size)
+    loss = units_NGSD.new_zeros(())
+    if twins_BSD is not None:
+        loss_NGS = _contrast(units_NGSD, _units(twins_BSD, group_size), valid_NG, user_NG, temperature)
+        loss = (loss_NGS * valid_NG.unsqueeze(2)).sum()
+    return loss, _variance_sums(units_NGSD.detach(), valid_NG, counted_NG)
 
 
-def _scale(vectors_NGSD: Tensor) -> tuple[Tensor, Tensor]:
-    """|v|, and the factor 1 / (|v| + floor) that makes v a unit vector; (N, G, S) each."""
-    norm_NGS = torch.linalg.vector_norm(vectors_NGSD, dim=3)
-    return norm_NGS, 1 / (norm_NGS + _NORM_FLOOR)
+def _contrast(units_NGSD: Tensor, twins_NGSD: Tensor, valid_NG: Tensor, user_NG: Tensor, temperature: float) -> Tensor:
+    """L of every (row, view), (N, G, S); without meaning for rows that are not valid."""
+    num_groups, num_rows, num_views, _ = units_NGSD.shape
+    positive_NSG = (units_NGSD * twins_NGSD).sum(3).transpose(1, 2) / temperature
+    # One view's rows after another's: X = S G vectors of a group, each beside all.
+    units_NXD = units_NGSD.transpose(1, 2).flatten(1, 2)
+    scores_NXX = torch.bmm(units_NXD, units_NXD.transpose(1, 2)) / temperature
+    is_own_user_NGG = user_NG.unsqueeze(2) == user_NG.unsqueeze(1)
+    is_own_view_SS = torch.eye(num_views, dtype=torch.bool, device=scores_NXX.device)
+    # (N, S, G, S, G): a row of the same user in the same view, the vector itself among them; or no row at all.
+    is_left_out = is_own_user_NGG[:, None, :, None] & is_own_view_SS[:, None, :, None]
+    is_left_out = (is_left_out | ~valid_NG[:, None, None, None]).reshape_as(scores_NXX)
+    # A finite floor: a vector without any negative would have a gradient that is not a number.
+    floor = torch.finfo(scores_NXX.dtype).min / 2
+    total_NSG = scores_NXX.masked_fill(is_left_out, floor).logsumexp(2).view(num_groups, num_views, num_rows)
+    return softplus(total_NSG - positive_NSG).transpose(1, 2)
 
 
-class _Contrast(torch.autograd.Function):
-    """The loss of every (row, view), (N, G, S), zero for rows that are not valid; and the factors of `_scale`.
-
-    A cosine is v.n times both vectors' factors, so unit vectors are never built, and the backward is written out: with
-    g the gradient of v at fixed factors, dv = g - v (g.v) factor / |v|, and g.v is a sum over the dots kept.
-    Autograd's own passes over the widest tensors of a step three times as often.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, vectors_NGSD: Tensor, twins_NGSD: Tensor, valid_NG: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        norm_NGS, scale_NGS = _scale(vectors_NGSD)
-        twin_norm_NGS, twin_scale_NGS = _scale(twins_NGSD)
-        dot_NGS = (vectors_NGSD * twins_NGSD).sum(3)
-        # Scores lie in [-1 / tau, 1 / tau], so their exponentials need no shift where the type can hold the largest.
-        dtype = scale_NGS.dtype if 1 / temperature < _LARGEST_SCORE else torch.float64
-        valid_NG1 = valid_NG.to(dtype).unsqueeze(2)
-        views, scales = vectors_NGSD.unbind(2), scale_NGS.unbind(2)
-        totals = [torch.zeros_like(valid_NG1)] * len(views)
-        kept: list[Tensor] = []
-        # Row g, column h of a pair's matrix serves anchor g of one view and anchor h of the other.
-        for one, other in itertools.combinations(range(len(views)), 2):
-            dots_NGG = torch.bmm(views[one], views[other].transpose(1, 2))
-            score_NGG = dots_NGG * (scales[one] / temperature).unsqueeze(2)
-            weight_NGG = score_NGG.mul_(scales[other].unsqueeze(1)).to(dtype).exp_()
-            totals[one] = totals[one] + torch.bmm(weight_NGG, valid_NG1)
-            totals[other] = totals[other] + torch.bmm(valid_NG1.transpose(1, 2), weight_NGG).transpose(1, 2)
-            kept += [dots_NGG, weight_NGG]
-        # An invalid row may have no negatives at all; its result is a number too, dropped at the end.
-        total_NGS = torch.cat(totals, dim=2).clamp_(min=torch.finfo(dtype).tiny)
-        margin_NGS = total_NGS.log().to(scale_NGS.dtype) - dot_NGS * scale_NGS * twin_scale_NGS / temperature
-        ctx.save_for_backward(
-            vectors_NGSD,
-            twins_NGSD,
-            valid_NG1,
-            norm_NGS,
-            scale_NGS,
-            twin_norm_NGS,
-            twin_scale_NGS,
-            dot_NGS,
-            margin_NGS,
-            total_NGS,
-            *kept,
-        )
-        ctx.temperature = temperature
-        ctx.mark_non_differentiable(scale_NGS)
-        return softplus(margin_NGS) * valid_NG1.to(margin_NGS.dtype), scale_NGS
-
-    @staticmethod
-    @once_differentiable  # type: ignore[misc]
-    def backward(ctx: Any, grad_NGS: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        (
-            vectors_NGSD,
-            twins_NGSD,
-            valid_NG1,
-            norm_NGS,
-            scale_NGS,
-            twin_norm_NGS,
-            twin_scale_NGS,
-            dot_NGS,
-            margin_NGS,
-            total_NGS,
-            *kept,
-        ) = ctx.saved_tensors
-        pull_NGS = grad_NGS * torch.sigmoid(margin_NGS) * valid_NG1.to(margin_NGS.dtype)
-        push_NGS = -pull_NGS * scale_NGS * twin_scale_NGS / ctx.temperature
-        grad_twins_NGSD = vectors_NGSD * push_NGS.unsqueeze(3)
-        pushed_NGS = push_NGS * dot_NGS
-        along_NGS = pushed_NGS * _per_norm(twin_scale_NGS, twin_norm_NGS)
-        grad_twins_NGSD.addcmul_(twins_NGSD, along_NGS.unsqueeze(3), value=-1)
-        grad_NGSD = twins_NGSD * push_NGS.unsqueeze(3)
-        views, scales, grads = vectors_NGSD.unbind(2), scale_NGS.unbind(2), grad_NGSD.unbind(2)
-        along = list(pushed_NGS.unbind(2))
-        shares = (pull_NGS / total_NGS).split(1, dim=2)
-        matrices = iter(kept)
-        for one, other in itertools.combinations(range(len(views)), 2):
-            dots_NGG, weight_NGG = next(matrices), next(matrices)
-            # share of g's anchor for each valid h, and of h's anchor for each valid g: one product of rank two.
-            left_NG2 = torch.cat([shares[one], valid_NG1], dim=2)
-            right_NG2 = torch.cat([valid_NG1, shares[other]], dim=2)
-            grad_NGG = torch.bmm(left_NG2, right_NG2.transpose(1, 2)).mul_(weight_NGG).to(dots_NGG.dtype)
-            grad_NGG.mul_((scales[one] / ctx.temperature).unsqueeze(2)).mul_(scales[other].unsqueeze(1))
-            grads[one].baddbmm_(grad_NGG, views[other])
-            grads[other].baddbmm_(grad_NGG.transpose(1, 2), views[one])
-            grad_NGG.mul_(dots_NGG)
-            along[one], along[other] = along[one] + grad_NGG.sum(2), along[other] + grad_NGG.sum(1)
-        along_NGS = torch.stack(along, dim=2) * _per_norm(scale_NGS, norm_NGS)
-        return grad_NGSD.addcmul_(vectors_NGSD, along_NGS.unsqueeze(3), value=-1), grad_twins_NGSD, None, None
+def _groups(values_B: Tensor, group_size: int) -> Tensor:
+    """(N, G, ..), the last group filled up with zeros."""
+    num_missing = -values_B.shape[0] % group_size
+    if num_missing:
+        values_B = torch.cat([values_B, values_B.new_zeros((num_missing, *values_B.shape[1:]))])
+    return values_B.unflatten(0, (-1, group_size))
 
 
-def _per_norm(scale_NGS: Tensor, norm_NGS: Tensor) -> Tensor:
-    """The factor over the norm, 0 at v = 0."""
-    return torch.where(norm_NGS > 0, scale_NGS / norm_NGS.clamp(min=torch.finfo(norm_NGS.dtype).tiny), 0)
+def _units(vectors_BSD: Tensor, group_size: int) -> Tensor:
+    """Unit vectors, (N, G, S, D), at least float32."""
+    vectors_BSD = vectors_BSD.to(torch.promote_types(vectors_BSD.dtype, torch.float32))
+    norms_BS1 = torch.linalg.vector_norm(vectors_BSD, dim=2, keepdim=True)
+    return _groups(vectors_BSD / (norms_BS1 + _NORM_FLOOR), group_size)
 
 
-def _fill(values: Tensor, group_size: int) -> Tensor:
-    """Rows of zeros at the end until the last group is full."""
-    num_missing = -values.shape[0] % group_size
-    return torch.cat([values, values.new_zeros((num_missing, *values.shape[1:]))]) if num_missing else values
-
-
-def _groups(values_BSD: Tensor, group_size: int) -> Tensor:
-    """(N, G, S, D), at least float32, the last group filled up with zeros."""
-    values_BSD = values_BSD.to(torch.promote_types(values_BSD.dtype, torch.float32))
-    return _fill(values_BSD, group_size).unflatten(0, (-1, group_size))
-
-
-def _variance_sums(vectors_NGSD: Tensor, scale_NGS: Tensor, valid_NG: Tensor, counted_NG: Tensor) -> Tensor:
-    count_N = valid_NG.to(scale_NGS.dtype).sum(1)
-    weight_NGS = torch.where(valid_NG.unsqueeze(2), scale_NGS, 0)
-    views = zip(vectors_NGSD.unbind(2), weight_NGS.unbind(2), strict=True)
-    sum_NSD = torch.cat([torch.bmm(weight_NG.unsqueeze(1), view_NGD) for view_NGD, weight_NG in views], dim=1)
-    mean_NSD = sum_NSD / count_N.clamp(min=1).view(-1, 1, 1)
-    variance_NS = torch.where(count_N.unsqueeze(1) > 0, 1 - mean_NSD.square().sum(2), 0)
-    return (variance_NS * counted_NG.sum(1).unsqueeze(1)).sum(0)
+def _variance_sums(units_NGSD: Tensor, valid_NG: Tensor, counted_NG: Tensor) -> Tensor:
+    count_N1 = valid_NG.sum(1, keepdim=True)
+    sum_NSD = (units_NGSD * valid_NG[:, :, None, None]).sum(1)
+    mean_NSD = sum_NSD / count_N1.clamp(min=1).unsqueeze(2)
+    variance_NS = torch.where(count_N1 > 0, 1 - mean_NSD.square().sum(2), 0)
+    return (variance_NS * counted_NG.sum(1, keepdim=True)).sum(0)

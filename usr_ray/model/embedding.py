@@ -10,16 +10,18 @@ all histories (scenario after scenario), S scenarios, F features.
 
 from __future__ import annotations
 
+import abc
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from usr_ray.data.batch import UsrBatch
 from usr_ray.model.counter_random import hash_keys, to_uniform
-from usr_ray.model.gather import ColumnOrder, Places
+from usr_ray.model.ops import Places
 from usr_ray.model.unique import EmbeddingError, TableIds, UniqueIds, unique_ids
 from usr_ray.schema import PADDING_ID, FeatureSpec
 
@@ -65,15 +67,43 @@ class Lookup:
 
     tables: dict[str, TableLookup]
     """Table name -> its rows of this step, in the order of FeatureSpec.sparse."""
-    columns: ColumnOrder
-    """See UniqueIds."""
 
     def updates(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Table name -> (ids_U, gradient (U, D)) of the rows to train, after the backward; padding is left out."""
         return {name: table.update() for name, table in self.tables.items()}
 
 
-class EmbeddingTables:
+class RowSource(abc.ABC):
+    """Tables as a model sees them. All ranks must call `lookup` together."""
+
+    @abc.abstractmethod
+    def num_rows(self) -> dict[str, int]:
+        """Table name -> N, rows of the whole table."""
+
+    @abc.abstractmethod
+    def lookup(self, batch: UsrBatch, unique: UniqueIds | None = None) -> Lookup:
+        """The rows that `batch` uses of every table; leaves that want a gradient when gradients are enabled.
+
+        Work and memory follow the number of ids in the batch, whatever the size of the tables.
+
+        Args:
+            batch: on the tables' device.
+            unique: `unique_ids` of this batch, on the tables' device; None: found here, which on a GPU waits for it.
+
+        Raises:
+            EmbeddingError: see `unique_ids`.
+        """
+
+    def unique_ids(self, batch: UsrBatch) -> UniqueIds:
+        """What a lookup must know of a batch: from any thread, on the batch's own device, ahead of the step.
+
+        Raises:
+            EmbeddingError: an id is outside its table: the samples table grew after this run's manifest.
+        """
+        return unique_ids(batch, self.num_rows())
+
+
+class EmbeddingTables(RowSource):
     """One float32 table for each categorical feature; row 0 (padding) is zero and never trained.
 
     Every value of a fresh table is a pure function of (seed, table, row, column): ranks agree without a broadcast, and
@@ -95,29 +125,11 @@ class EmbeddingTables:
         }
         """Table name -> (N, D); the optimiser writes its rows in place."""
 
-    def unique_ids(self, batch: UsrBatch) -> UniqueIds:
-        """`unique_ids` of these tables: on the batch's own device, from any thread.
-
-        Raises:
-            EmbeddingError: an id is outside its table: the samples table grew after this run's manifest.
-        """
-        return unique_ids(batch, self.num_rows())
-
+    @override
     def lookup(self, batch: UsrBatch, unique: UniqueIds | None = None) -> Lookup:
-        """The rows that `batch` uses of every table; leaves that want a gradient when gradients are enabled.
-
-        Work and memory follow the number of ids in the batch, whatever the size of the tables.
-
-        Args:
-            batch: on the tables' device.
-            unique: `unique_ids` of this batch, on the tables' device; None: found here, which on a GPU waits for it.
-
-        Raises:
-            EmbeddingError: see `unique_ids`.
-        """
         found = self.unique_ids(batch) if unique is None else unique
-        tables = {n: self._rows(self.tables[n], ids) for n, ids in zip(self.tables, found.tables, strict=True)}
-        return Lookup(tables, found.columns)
+        tables = {n: self._rows(self.tables[n], ids) for n, ids in zip(self.tables, found, strict=True)}
+        return Lookup(tables)
 
     def _rows(self, table_ND: Tensor, ids: TableIds) -> TableLookup:
         rows_UD = table_ND.index_select(0, ids.ids_U)
@@ -125,8 +137,8 @@ class EmbeddingTables:
             rows_UD.requires_grad_()
         return TableLookup(ids.ids_U, rows_UD, ids.column_B, ids.events)
 
+    @override
     def num_rows(self) -> dict[str, int]:
-        """Table name -> N."""
         return {name: table.shape[0] for name, table in self.tables.items()}
 
     def num_bytes(self) -> int:

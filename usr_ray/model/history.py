@@ -1,24 +1,65 @@
-"""A batch's histories as one list of events, and the part of an event that is not its item or query.
+"""What a model asks of a batch's histories: jagged in a training batch, padded in the inputs of an exported model.
 
 h_j = [e_item ; e_query or e_noq] + type + action + log-dt, where type is the scenario the event happened in.
 
 Shape letters: B rows, S scenarios, V events of all histories (scenario after scenario, then row after row), G = S * B
-histories, P = B * L slots, L longest row of the batch over all scenarios, H event vector (2 D), N kinds of events.
+histories, L longest row of the batch over all scenarios (padded: S times the history length), P = B * L slots,
+R newest past queries, D embedding, H = 2 D event vector, I columns of a projection, N kinds of events.
 """
 
 from __future__ import annotations
 
+import abc
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding
+from typing_extensions import override
 
 from usr_ray.data.batch import UsrBatch
-from usr_ray.model.gather import Groups, Places, group_places
-from usr_ray.schema import NUM_ACTIONS
+from usr_ray.model.embedding import Lookup
+from usr_ray.model.ops import Groups, Places, group_places, pool_sum
+from usr_ray.model.unique import ITEM_TABLE, QUERY_TABLE
+from usr_ray.schema import NUM_ACTIONS, HistoryColumns
 
 NUM_AGES = 32
 """Buckets of dt: floor(log2(1 + seconds)), the last one open; 2^31 s are 68 years."""
+
+
+class Histories(abc.ABC):
+    """The events of a batch's rows, all scenarios' together."""
+
+    no_query_D: Tensor
+    """e_noq."""
+    kinds_NH: Tensor
+    """EventKinds.forward."""
+
+    @property
+    @abc.abstractmethod
+    def num_events_B(self) -> Tensor:
+        """int64, events of a row in all scenarios."""
+
+    @abc.abstractmethod
+    def item_sum(self) -> Tensor:
+        """(B, D): sum of the item embeddings of all events of a row."""
+
+    @abc.abstractmethod
+    def event_sum(self) -> Tensor:
+        """(B, H): sum of the events h_j of a row."""
+
+    @abc.abstractmethod
+    def project(self, projection_IH: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L, I): the projection of every h_j, zeros on padding; and bool (B, L): where there is an event."""
+
+    @abc.abstractmethod
+    def past_queries(self, scenario: int, num_recent: int) -> tuple[Tensor, Tensor]:
+        """(B, D): sum of the newest past queries of one history; and int64 (B, 1): how many there are."""
+
+    def mean_item(self) -> Tensor:
+        """(B, D): mean of the item embeddings of all events of a row, zeros without any."""
+        return self.item_sum() / self.num_events_B.clamp(min=1).unsqueeze(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +153,154 @@ def lay_out(events: Events, longest: int | None = None) -> Grid:
     row_shift_B = torch.arange(num_rows, device=row_starts_B.device) * longest - row_starts_B
     slot_V = events.rank_V + row_shift_B[events.rows.group_V]
     return Grid(position_L < num_events_B1, Groups(slot_V, events.rows.order_V, starts_P))
+
+
+class JaggedHistories(Histories):
+    """Of a training batch: rows of the tables are projected or pooled once each, however many events take them."""
+
+    def __init__(self, batch: UsrBatch, lookup: Lookup, no_query_D: Tensor, kinds_NH: Tensor) -> None:
+        self.no_query_D, self.kinds_NH = no_query_D, kinds_NH
+        self.events = list_events(batch)
+        self._longest = batch.longest
+        self._grid: Grid | None = None
+        items, queries = lookup.tables[ITEM_TABLE], lookup.tables[QUERY_TABLE]
+        # Every lookup groups the events of these two tables.
+        assert items.events is not None
+        assert queries.events is not None
+        self.items_UD, self.queries_UD = items.rows_UD, queries.rows_UD
+        self.places = (items.events, queries.events, self.events.kinds)
+
+    @property
+    def grid(self) -> Grid:
+        """Where each event stands in `project`'s result."""
+        self._grid = self._grid or lay_out(self.events, self._longest)
+        return self._grid
+
+    @property
+    def _weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        # In the query table, padding is not "nothing" but the learned e_noq.
+        return self.items_UD, torch.cat([self.no_query_D.unsqueeze(0), self.queries_UD[1:]]), self.kinds_NH
+
+    @property
+    @override
+    def num_events_B(self) -> Tensor:
+        return self.events.num_events_B
+
+    @override
+    def item_sum(self) -> Tensor:
+        return pool_sum([self.items_UD], [self.places[0]], self.events.rows)
+
+    @override
+    def event_sum(self) -> Tensor:
+        own = [pool_sum([w], [p], self.events.rows) for w, p in zip(self._weights, self.places, strict=True)]
+        return torch.cat(own[:2], dim=1) + own[2]
+
+    @override
+    def project(self, projection_IH: Tensor) -> tuple[Tensor, Tensor]:
+        items_UD, queries_UD, kinds_NH = self._weights
+        dim, valid_BL = items_UD.shape[1], self.grid.valid_BL
+        projected = [
+            items_UD @ projection_IH[:, :dim].T,
+            queries_UD @ projection_IH[:, dim:].T,
+            kinds_NH @ projection_IH.T,
+        ]
+        return pool_sum(projected, self.places, self.grid.slots).unflatten(0, valid_BL.shape), valid_BL
+
+    @override
+    def past_queries(self, scenario: int, num_recent: int) -> tuple[Tensor, Tensor]:
+        index_V, events = self.places[1].index_V, self.events
+        lengths_B1 = events.lengths_SB[scenario].unsqueeze(1)
+        newest_R = torch.arange(num_recent, device=index_V.device)
+        place_BR = events.starts_SB[scenario].unsqueeze(1) + lengths_B1 - 1 - newest_R
+        # One place more than there are events, with padding, for the places outside the history.
+        index_V = torch.cat([index_V, index_V.new_zeros(1)])
+        index_BR = index_V[torch.where(newest_R < lengths_B1, place_BR, index_V.shape[0] - 1)]
+        numbers_P = torch.arange(index_BR.numel(), device=index_V.device)
+        rows = Groups(numbers_P // num_recent, numbers_P, numbers_P[::num_recent])
+        sum_BD = pool_sum([self.queries_UD], [group_places(index_BR.flatten(), self.queries_UD.shape[0])], rows)
+        return sum_BD, (index_BR > 0).sum(1, keepdim=True)
+
+
+class PaddedHistories(Histories):
+    """Of an exported model's inputs: the newest event in the last column, action 0 where there is none.
+
+    Args:
+        inputs: by name, (B, L) each.
+        columns: the names, one entry a scenario.
+        embed: (table name, ids) -> rows; in the query table row 0 is e_noq.
+        no_query_D: e_noq.
+        kinds_NH: EventKinds.forward.
+    """
+
+    def __init__(
+        self,
+        inputs: dict[str, Tensor],
+        columns: Sequence[HistoryColumns],
+        embed: Callable[[str, Tensor], Tensor],
+        no_query_D: Tensor,
+        kinds_NH: Tensor,
+    ) -> None:
+        self.no_query_D, self.kinds_NH = no_query_D, kinds_NH
+        self._embed = embed
+        self._queries = [None if c.query_ids is None else inputs[c.query_ids] for c in columns]
+        actions = [inputs[c.actions].clamp(0, NUM_ACTIONS - 1) for c in columns]
+        kinds = [
+            (scenario * NUM_ACTIONS + actions_BL) * NUM_AGES + age_buckets(inputs[c.ages_s])
+            for scenario, (c, actions_BL) in enumerate(zip(columns, actions, strict=True))
+        ]
+        self._item_BLD = embed(ITEM_TABLE, torch.cat([inputs[c.item_ids] for c in columns], dim=1))
+        self._kind_BL = torch.cat(kinds, dim=1)
+        self.valid_BL = torch.cat(actions, dim=1) > 0
+
+    @property
+    @override
+    def num_events_B(self) -> Tensor:
+        return self.valid_BL.sum(1)
+
+    @override
+    def item_sum(self) -> Tensor:
+        return (self._item_BLD * self.valid_BL.unsqueeze(2)).sum(1)
+
+    @override
+    def event_sum(self) -> Tensor:
+        return (self._vectors() * self.valid_BL.unsqueeze(2)).sum(1)
+
+    @override
+    def project(self, projection_IH: Tensor) -> tuple[Tensor, Tensor]:
+        return self._vectors() @ projection_IH.T, self.valid_BL
+
+    @override
+    def past_queries(self, scenario: int, num_recent: int) -> tuple[Tensor, Tensor]:
+        ids_BL = self._queries[scenario]
+        assert ids_BL is not None
+        ids_BR = ids_BL[:, -num_recent:]  # a place without an event holds id 0
+        is_query_BR = ids_BR != 0
+        sum_BD = (self._embed(QUERY_TABLE, ids_BR) * is_query_BR.unsqueeze(2)).sum(1)
+        return sum_BD, is_query_BR.sum(1, keepdim=True)
+
+    def _vectors(self) -> Tensor:
+        """h_j, (B, L, H)."""
+        length = self.valid_BL.shape[1] // len(self._queries)
+        queries = [
+            self.no_query_D.expand(self.valid_BL.shape[0], length, -1)
+            if ids_BL is None
+            else self._embed(QUERY_TABLE, ids_BL)
+            for ids_BL in self._queries
+        ]
+        return torch.cat([self._item_BLD, torch.cat(queries, dim=1)], dim=2) + embedding(self._kind_BL, self.kinds_NH)
+
+
+def age_buckets(ages_s: Tensor) -> Tensor:
+    """floor(log2(1 + seconds)), the last bucket open: `list_events`' frexp in operations that ONNX has."""
+    last = NUM_AGES - 1
+    powers = 2.0 ** torch.arange(NUM_AGES + 1)
+    value = 1 + ages_s.clamp(min=0)
+    # NaN is not below either: it takes the last bucket, not a place outside the table.
+    value = torch.where(value < powers[last], value, powers[last])
+    bucket = torch.log2(value).floor().long().clamp(0, last)
+    # A float log2 alone is not exact at powers of two.
+    bucket = bucket - (powers[bucket] > value).long()
+    return bucket + (powers[bucket + 1] <= value).long()
 
 
 class EventKinds(nn.Module):

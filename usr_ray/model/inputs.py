@@ -1,7 +1,7 @@
-"""Input network: features f, target t, events h_j, and the scenario trigger z_k (method, section 3).
+"""Input network: features f, target t, and the scenario trigger z_k (method, section 3).
 
 Shape letters: B rows, S scenarios, F features of one kind, D embedding, C concatenated features, H = 2 D target and
-event vector, E scenario embedding, Z trigger, R newest past queries, U rows looked up.
+event vector, E scenario embedding, Z trigger.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 
 from usr_ray.config import ModelConfig
-from usr_ray.data.batch import UsrBatch
-from usr_ray.model.embedding import INIT_STD, Lookup, TableLookup
-from usr_ray.model.gather import Groups, Places, group_places, pool_sum, take_columns
-from usr_ray.model.history import EventKinds, Events
+from usr_ray.model.embedding import INIT_STD
+from usr_ray.model.history import EventKinds, Histories
 from usr_ray.model.unique import ITEM_TABLE, QUERY_TABLE
 from usr_ray.schema import FeatureSpec
 
@@ -34,11 +33,7 @@ class Inputs:
     """e_c: the context features of f; may have no columns."""
     query_BD: Tensor
     """e_q or e_noq."""
-    event_weights: tuple[Tensor, Tensor, Tensor]
-    """Rows from which events are summed: items (U, D), queries (U, D; row 0 is e_noq) and kinds (N, H)."""
-    query_rows_UD: Tensor
-    """The query table's rows with zeros, not e_noq, for padding."""
-    event_places: tuple[Places, Places, Places]
+    histories: Histories
 
 
 def interactions(user: Sequence[Tensor], item: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
@@ -65,7 +60,7 @@ class InputNetwork(nn.Module):
         self.item_names = [f.name for f in spec.sparse if f.owner == "item"]
         self.has_interactions, self.has_queries = has_interactions, bool(spec.query_scenarios)
         self.names = tuple(f.name for f in spec.sparse)
-        self.sparse_context = [i for i, f in enumerate(spec.sparse) if f.owner == "context"]
+        self.sparse_context = [f.name for f in spec.sparse if f.owner == "context"]
         self.dense_context = [i for i, f in enumerate(spec.dense) if f.owner == "context"]
         self.no_query_D = nn.Parameter(torch.randn(embedding_dim) * INIT_STD)
         num_dense = len(spec.dense)
@@ -78,52 +73,31 @@ class InputNetwork(nn.Module):
         self.feature_dim = sum(self.feature_widths)
         self.context_dim = embedding_dim * len(self.sparse_context) + len(self.dense_context)
 
-    def forward(self, batch: UsrBatch, lookup: Lookup, events: Events) -> Inputs:
-        """The inputs of a batch; `lookup` is EmbeddingTables.lookup(batch), `events` list_events(batch)."""
-        items, queries = lookup.tables[ITEM_TABLE], lookup.tables[QUERY_TABLE]
-        # In the query table, padding is not "nothing" but the learned e_noq.
-        queries_UD = torch.cat([self.no_query_D.unsqueeze(0), queries.rows_UD[1:]])
-        tables = [lookup.tables[name] for name in self.names]
-        weights = [queries_UD if table is queries else table.rows_UD for table in tables]
-        sparse_BC, sparse = take_columns(weights, [table.column_B for table in tables], lookup.columns)
-        columns = dict(zip(self.names, sparse, strict=True))
-        parts, context = [sparse_BC], [sparse[i] for i in self.sparse_context]
+    def forward(self, columns: Mapping[str, Tensor], dense_BF: Tensor, histories: Histories) -> Inputs:
+        """The inputs of a batch.
+
+        Args:
+            columns: embedding (B, D) of the row by feature name; in the query's, e_noq where there is no query.
+            dense_BF: as UsrBatch.dense_BF; not looked at where there are no dense features.
+            histories: of the same rows.
+        """
+        query_BD, context = columns[QUERY_TABLE], [columns[name] for name in self.sparse_context]
+        parts = [columns[name] for name in self.names]
         if self.dense_affine_2F is not None:
-            dense_BF = batch.dense_BF * self.dense_affine_2F[0] + self.dense_affine_2F[1]
+            dense_BF = dense_BF * self.dense_affine_2F[0] + self.dense_affine_2F[1]
             parts.append(dense_BF)
             # Slices: a list of columns would be copied to a GPU, and waited for, in each step.
             context += [dense_BF[:, i : i + 1] for i in self.dense_context]
-        query_BD = columns[QUERY_TABLE]
         if self.has_interactions:
-            parts += self.interact(columns, mean_item(items, events))
-        # Every lookup groups the events of these two tables.
-        assert items.events is not None
-        assert queries.events is not None
+            others = [query_BD, histories.mean_item()] if self.has_queries else [histories.mean_item()]
+            parts += interactions([columns[n] for n in self.user_names], [columns[n] for n in self.item_names], others)
         return Inputs(
             features_BC=torch.cat(parts, dim=1),
             target_BH=torch.cat([columns[ITEM_TABLE], query_BD], dim=1),
             context_BC=torch.cat(context, dim=1) if context else query_BD[:, :0],
             query_BD=query_BD,
-            event_weights=(items.rows_UD, queries_UD, self.kinds()),
-            query_rows_UD=queries.rows_UD,
-            event_places=(items.events, queries.events, events.kinds),
+            histories=histories,
         )
-
-    def interact(self, columns: Mapping[str, Tensor], history_BD: Tensor) -> list[Tensor]:
-        """The products u * v, query * v where there are queries, and mean item of the histories * v.
-
-        Args:
-            columns: embedding (B, D) of the row by feature name.
-            history_BD: zeros for a row without events.
-        """
-        others = [columns[QUERY_TABLE], history_BD] if self.has_queries else [history_BD]
-        return interactions([columns[n] for n in self.user_names], [columns[n] for n in self.item_names], others)
-
-
-def mean_item(items: TableLookup, events: Events) -> Tensor:
-    """(B, D): mean of the item embeddings of all events of a row, zeros without any."""
-    assert items.events is not None
-    return pool_sum([items.rows_UD], [items.events], events.rows) / events.num_events_B.clamp(min=1).unsqueeze(1)
 
 
 class Trigger(nn.Module):
@@ -137,39 +111,26 @@ class Trigger(nn.Module):
     def __init__(self, spec: FeatureSpec, config: ModelConfig, context_dim: int) -> None:
         super().__init__()
         has_query = [s in spec.query_scenarios for s in spec.scenarios]
-        self.register_buffer("has_query_S", torch.tensor(has_query), persistent=False)
+        # Floats, taken by an embedding, not a mask by an index: ONNX then refuses a scenario that is not there.
+        self.register_buffer("has_query_S1", torch.tensor(has_query).float().unsqueeze(1), persistent=False)
         self.query_scenarios = [s for s, has in enumerate(has_query) if has]
         self.num_scenarios = len(has_query)
         self.num_recent = config.recent_queries
         self.project = nn.Linear(2 * config.embedding_dim + context_dim, config.trigger_dim)
         self.norm = nn.LayerNorm(config.trigger_dim)
 
-    def forward(self, inputs: Inputs, scenario_B: Tensor, scenario_embedding_SE: Tensor, events: Events) -> Tensor:
+    def forward(self, inputs: Inputs, scenario_B: Tensor, scenario_embedding_SE: Tensor) -> Tensor:
         """(B, S, Z)."""
         num_rows = scenario_B.shape[0]
-        own_query_B1 = self.get_buffer("has_query_S")[scenario_B].unsqueeze(1)
-        no_query_D = inputs.event_weights[1][0]
+        own_query_B1 = embedding(scenario_B, self.get_buffer("has_query_S1")) > 0
+        no_query_D = inputs.histories.no_query_D
         views = [no_query_D.expand(num_rows, -1)] * self.num_scenarios
         for scenario in self.query_scenarios:
-            past_BD = self._past_query(inputs, events, scenario, no_query_D)
+            sum_BD, count_B1 = inputs.histories.past_queries(scenario, self.num_recent)
+            past_BD = torch.where(count_B1 > 0, sum_BD / count_B1.clamp(min=1), no_query_D)
             views[scenario] = torch.where(own_query_B1, inputs.query_BD, past_BD)
         query_BSD = torch.stack(views, dim=1)
         scenario_BSE = scenario_embedding_SE.expand(num_rows, -1, -1)
         context_BSC = inputs.context_BC.unsqueeze(1).expand(-1, self.num_scenarios, -1)
         z_BSZ: Tensor = self.norm(self.project(torch.cat([scenario_BSE, query_BSD, context_BSC], dim=2)))
         return z_BSZ
-
-    def _past_query(self, inputs: Inputs, events: Events, scenario: int, no_query_D: Tensor) -> Tensor:
-        """(B, D): mean of the newest past queries of one history, e_noq where it has none."""
-        index_V, rows_UD = inputs.event_places[1].index_V, inputs.query_rows_UD
-        lengths_B1 = events.lengths_SB[scenario].unsqueeze(1)
-        newest_R = torch.arange(self.num_recent, device=index_V.device)
-        place_BR = events.starts_SB[scenario].unsqueeze(1) + lengths_B1 - 1 - newest_R
-        # One place more than there are events, with padding, for the places outside the history.
-        index_V = torch.cat([index_V, index_V.new_zeros(1)])
-        index_BR = index_V[torch.where(newest_R < lengths_B1, place_BR, index_V.shape[0] - 1)]
-        numbers_P = torch.arange(index_BR.numel(), device=index_V.device)
-        rows = Groups(numbers_P // self.num_recent, numbers_P, numbers_P[:: self.num_recent])
-        sum_BD = pool_sum([rows_UD], [group_places(index_BR.flatten(), rows_UD.shape[0])], rows)
-        count_B1 = (index_BR > 0).sum(1, keepdim=True)
-        return torch.where(count_B1 > 0, sum_BD / count_B1.clamp(min=1), no_query_D)

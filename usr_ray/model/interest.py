@@ -17,17 +17,14 @@ the twin sees).
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from usr_ray.model.attention import masked_attention
 from usr_ray.model.embedding import INIT_STD
-from usr_ray.model.gather import pool_sum
-from usr_ray.model.history import Events, Grid
+from usr_ray.model.history import Histories
 from usr_ray.model.inputs import Inputs
+from usr_ray.model.ops import masked_attention
 
 
 class Product(nn.Module):
@@ -86,7 +83,7 @@ class InterestExtractor(nn.Module):
         self.output_dim = interest_dim
 
     def forward(
-        self, inputs: Inputs, trigger_BVZ: Tensor, events: Events, grid: Grid, keep_BL: Tensor | None = None
+        self, inputs: Inputs, trigger_BVZ: Tensor, keep_BL: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Interests (B, V, d), and those of the twin that sees only the events of `keep_BL` (None without it)."""
         query_core, key_core, value_core = self.cores(trigger_BVZ)
@@ -95,15 +92,15 @@ class InterestExtractor(nn.Module):
         query_KVB = _apply(query_core, inner_K1B)
         query_KVB = ((self.outer["k"]().T @ self.outer["q"]()) @ query_KVB.flatten(1)).view_as(query_KVB)
         query_KVB = _apply(key_core.transpose(0, 1), query_KVB) / math.sqrt(self.output_dim)
-        valid_BML = grid.valid_BL.unsqueeze(1)
+        # h_j is a sum of rows, so rows are projected and their projections summed: [V_K h_j ; V_V h_j].
+        pairs_BLK, valid_BL = inputs.histories.project(torch.cat([self.inner["k"](), self.inner["v"]()]))
+        valid_BML = valid_BL.unsqueeze(1)
         if keep_BL is not None:
-            valid_BML = torch.stack([grid.valid_BL, keep_BL & grid.valid_BL], dim=1)
-        read_BMVK = masked_attention(
-            query_KVB.permute(2, 1, 0).contiguous(), self._project_events(inputs, grid), valid_BML
-        )
-        inner_KMVB = _apply(value_core.unsqueeze(2), read_BMVK.permute(3, 1, 2, 0))
+            valid_BML = torch.stack([valid_BL, keep_BL & valid_BL], dim=1)
+        read_BMVK = masked_attention(query_KVB.permute(2, 1, 0).contiguous(), pairs_BLK, valid_BML)
+        inner_KMVB = _apply(value_core.unsqueeze(2), read_BMVK.permute(3, 1, 2, 0).contiguous())
         interest_MVBD = (inner_KMVB.flatten(1).T @ self.outer["v"]().T).unflatten(0, inner_KMVB.shape[1:])
-        has_events_B1 = (events.num_events_B > 0).unsqueeze(1)
+        has_events_B1 = (inputs.histories.num_events_B > 0).unsqueeze(1)
         interest_MVBD = torch.where(has_events_B1, interest_MVBD, self.empty_D.to(interest_MVBD.dtype))
         seen = interest_MVBD.transpose(1, 2).unbind(0)
         return seen[0], None if keep_BL is None else seen[1]
@@ -114,41 +111,10 @@ class InterestExtractor(nn.Module):
             if isinstance(module, Product):
                 module.fold()
 
-    def _project_events(self, inputs: Inputs, grid: Grid) -> Tensor:
-        """[V_K h_j ; V_V h_j] of every event, (B, L, 2 K) with zeros on padding.
-
-        h_j is a sum of rows, so the rows are projected, once each, and their projections summed.
-        """
-        inner_IH = torch.cat([self.inner["k"](), self.inner["v"]()])
-        items_UD, queries_UD, kinds_NH = inputs.event_weights
-        dim = items_UD.shape[1]
-        projected = [items_UD @ inner_IH[:, :dim].T, queries_UD @ inner_IH[:, dim:].T, kinds_NH @ inner_IH.T]
-        return pool_sum(projected, inputs.event_places, grid.slots).view(*grid.valid_BL.shape, 2 * self.rank)
-
 
 def _apply(core: Tensor, vector: Tensor) -> Tensor:
     """(I + core) vector of every row: (K, K, ..., B) and (K, ..., B); the dimensions between broadcast."""
-    applied: Tensor = _Apply.apply(core, vector)  # type: ignore[no-untyped-call]
-    return applied
-
-
-class _Apply(torch.autograd.Function):
-    """Written out, because gradients would otherwise come with the rows first and keep that order in every pass."""
-
-    @staticmethod
-    def forward(ctx: Any, core: Tensor, vector: Tensor) -> Tensor:
-        vector = vector.contiguous()
-        ctx.save_for_backward(core, vector)
-        return (core * vector).sum(1).add_(vector)
-
-    @staticmethod
-    @once_differentiable  # type: ignore[misc]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        core, vector = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_vector = (core * grad.unsqueeze(1)).sum(0).add_(grad)
-        grad_core = grad.unsqueeze(1) * vector
-        return grad_core.sum_to_size(core.shape), grad_vector.sum_to_size(vector.shape)
+    return (core * vector).sum(1) + vector
 
 
 class PooledHistory(nn.Module):
@@ -159,11 +125,7 @@ class PooledHistory(nn.Module):
         self.empty_H = nn.Parameter(torch.randn(event_dim) * INIT_STD)
         self.output_dim = event_dim
 
-    def forward(self, inputs: Inputs, events: Events) -> Tensor:
+    def forward(self, histories: Histories) -> Tensor:
         """(B, H); a row without events gets a learned vector."""
-        items, queries, kinds = inputs.event_places
-        items_UD, queries_UD, kinds_NH = inputs.event_weights
-        own = [pool_sum([items_UD], [items], events.rows), pool_sum([queries_UD], [queries], events.rows)]
-        sum_BH = torch.cat(own, dim=1) + pool_sum([kinds_NH], [kinds], events.rows)
-        count_B1 = events.num_events_B.unsqueeze(1)
-        return torch.where(count_B1 > 0, sum_BH / count_B1.clamp(min=1), self.empty_H)
+        count_B1 = histories.num_events_B.unsqueeze(1)
+        return torch.where(count_B1 > 0, histories.event_sum() / count_B1.clamp(min=1), self.empty_H)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from usr_ray.config import UserError
 from usr_ray.data.batch import UsrBatch
-from usr_ray.model.gather import ColumnOrder, Places, column_starts, group_places
+from usr_ray.model.ops import Places, group_places
 from usr_ray.schema import PADDING_ID
 
 ITEM_TABLE = "item_id"
@@ -44,14 +44,8 @@ class TableIds:
     """Places in ids_U of the histories' values; None for tables that no history uses."""
 
 
-@dataclass(frozen=True, slots=True)
-class UniqueIds:
-    """What `unique_ids` finds in a batch: all that a lookup needs besides the tables."""
-
-    tables: tuple[TableIds, ...]
-    """In the order of FeatureSpec.sparse."""
-    columns: ColumnOrder
-    """Of the rows' own values, column_B of each table."""
+UniqueIds = tuple[TableIds, ...]
+"""All that a lookup needs besides the tables, in the order of FeatureSpec.sparse."""
 
 
 def unique_ids(batch: UsrBatch, num_rows: Mapping[str, int]) -> UniqueIds:
@@ -75,12 +69,10 @@ def unique_ids(batch: UsrBatch, num_rows: Mapping[str, int]) -> UniqueIds:
         ),
     }
     own = _sort_columns(batch.sparse_BF, list(num_rows.values()))
-    tables = tuple(
+    return tuple(
         _with_events(name, size, batch.sparse_BF[:, f], histories[name]) if name in histories else own.table(f)
         for f, (name, size) in enumerate(num_rows.items())
     )
-    columns = [(table.column_B, table.ids_U.shape[0]) for table in tables]
-    return UniqueIds(tables, ColumnOrder(own.order_V, column_starts(columns)))
 
 
 def _with_events(name: str, num_rows: int, column_B: Tensor, history_V: Tensor) -> TableIds:
@@ -117,8 +109,6 @@ class _SortedColumns:
     """bool: the id differs from the one before."""
     place_FB: Tensor
     """int64, of each row's value: how many different ids of its feature are smaller, padding counted always."""
-    order_V: Tensor
-    """See ColumnOrder."""
 
     def table(self, feature: int) -> TableIds:
         """The ids of a table that no history uses."""
@@ -143,4 +133,4 @@ def _sort_columns(sparse_BF: Tensor, sizes: Sequence[int]) -> _SortedColumns:
     torch.ne(ids_FB[:, 1:], ids_FB[:, :-1], out=is_first_FB[:, 1:])
     smaller_FB = is_first_FB.cumsum(1) - (ids_FB[:, :1] == PADDING_ID).long()
     place_FB = torch.empty_like(row_FB).scatter_(1, row_FB, smaller_FB)
-    return _SortedColumns(ids_FB, is_first_FB, place_FB, (row_FB * num_features + features_F1).flatten())
+    return _SortedColumns(ids_FB, is_first_FB, place_FB)

@@ -9,6 +9,7 @@ embedding, X backbone input.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,14 +19,15 @@ from torch.nn.functional import embedding
 from usr_ray.config import ModelConfig
 from usr_ray.data.batch import UsrBatch, UsrOutputs
 from usr_ray.model.backbones import BackboneInput, build_backbone
+from usr_ray.model.backbones.towers import select_scenario
 from usr_ray.model.contrastive import event_mask, feature_mask
 from usr_ray.model.embedding import Lookup
 from usr_ray.model.generator import FeatureGenerator
-from usr_ray.model.history import Events, lay_out, list_events
+from usr_ray.model.history import Histories, JaggedHistories
 from usr_ray.model.inputs import InputNetwork, Inputs, Trigger
 from usr_ray.model.interest import InterestExtractor, PooledHistory
 from usr_ray.model.multitask import GlobalHeads, global_outputs, scenario_outputs
-from usr_ray.model.views import own_and_all
+from usr_ray.model.unique import QUERY_TABLE
 from usr_ray.schema import FeatureSpec
 
 
@@ -37,6 +39,14 @@ class _Views:
     features_BVC: Tensor
     interests_twin_BVD: Tensor | None = None
     features_twin_BVC: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Masks:
+    """What the twins see; None: no twin of that part."""
+
+    events_BL: Tensor | None = None
+    features_BC: Tensor | None = None
 
 
 class UsrModel(nn.Module):
@@ -99,65 +109,86 @@ class UsrModel(nn.Module):
 
         Args:
             batch: B rows, on the module's device.
-            lookup: EmbeddingTables.lookup(batch).
+            lookup: RowSource.lookup(batch).
             step_seed: draws the twins' masks: one number a step, the same on every rank (an int64 scalar tensor where
                 a new number would be a new constant for torch.compile). Not used in evaluation.
         """
-        events = list_events(batch)
-        inputs = self.inputs(batch, lookup, events)
-        scenario_BE = embedding(batch.scenario_B, self.scenario_embedding_SE)
+        histories = JaggedHistories(batch, lookup, self.inputs.no_query_D, self.inputs.kinds())
+        columns = {name: embedding(table.column_B, table.rows_UD) for name, table in lookup.tables.items()}
+        # In the query table, padding is not "nothing" but the learned e_noq.
+        has_query_B1 = (lookup.tables[QUERY_TABLE].column_B > 0).unsqueeze(1)
+        columns[QUERY_TABLE] = torch.where(has_query_B1, columns[QUERY_TABLE], self.inputs.no_query_D)
+        masks = None
+        if self.training and (self.twins_interest or self.twins_features):
+            rate = self.config.contrastive.mask_rate
+            masks = _Masks(
+                histories.grid.mark(event_mask(histories.events, batch.row_number_B, step_seed, rate))
+                if self.twins_interest
+                else None,
+                feature_mask(self.inputs.feature_widths, batch.row_number_B, step_seed, rate)
+                if self.twins_features
+                else None,
+            )
+        return self.score(columns, batch.dense_BF, histories, batch.scenario_B, batch.weights_B, masks)
+
+    def score(
+        self,
+        columns: Mapping[str, Tensor],
+        dense_BF: Tensor,
+        histories: Histories,
+        scenario_B: Tensor,
+        weights_B: Tensor,
+        masks: _Masks | None = None,
+    ) -> UsrOutputs:
+        """The one forward of training, evaluation and exported models: embeddings in, log probabilities out.
+
+        Args:
+            columns: embedding (B, D) of the row by feature name; in the query's, e_noq where there is no query.
+            dense_BF: as UsrBatch.dense_BF.
+            histories: of the same rows.
+            scenario_B: int64, the row's own scenario.
+            weights_B: 0 for rows that must not influence others.
+            masks: what the twins of the contrastive loss see; None: there are no twins.
+        """
+        inputs: Inputs = self.inputs(columns, dense_BF, histories)
+        scenario_BE = embedding(scenario_B, self.scenario_embedding_SE)
         if self.trigger is None:
-            views = _Views(self._pool(inputs, events), inputs.features_BC.unsqueeze(1))
+            views = _Views(self._pool(histories), inputs.features_BC.unsqueeze(1))
             joined = [scenario_BE]
             trigger_BZ = torch.cat([scenario_BE, inputs.query_BD, inputs.context_BC], dim=1)
-            own_B = None
             last_BX = scenario_BE
         else:
-            z_BSZ = self.trigger(inputs, batch.scenario_B, self.scenario_embedding_SE, events)
-            trigger_BZ, all_BZ = own_and_all(z_BSZ, batch.scenario_B)
-            last_BX = trigger_BZ
-            all_views = self.global_heads is not None or (
-                self.training and (self.twins_interest or self.twins_features)
-            )
-            views = self._views(batch, inputs, events, z_BSZ if all_views else trigger_BZ.unsqueeze(1), step_seed)
-            joined = [*all_BZ, scenario_BE]
-            own_B = batch.scenario_B if all_views else None
-        i_BD, all_BD = own_and_all(views.interests_BVD, own_B)
-        f_BC, all_BC = own_and_all(views.features_BVC, own_B)
-        logits_BT = self.backbone(
-            BackboneInput(
-                torch.cat([i_BD, f_BC, last_BX], dim=1), batch.scenario_B, scenario_BE, trigger_BZ, batch.weights_B
-            )
-        )
+            z_BSZ = self.trigger(inputs, scenario_B, self.scenario_embedding_SE)
+            trigger_BZ = last_BX = select_scenario(z_BSZ, scenario_B)
+            all_views = self.global_heads is not None or masks is not None
+            views = self._views(inputs, z_BSZ if all_views else trigger_BZ.unsqueeze(1), masks or _Masks())
+            joined = [z_BSZ.flatten(1), scenario_BE]
+        i_BD, f_BC = (_own(views_BVX, scenario_B) for views_BVX in (views.interests_BVD, views.features_BVC))
+        x_BX = torch.cat([i_BD, f_BC, last_BX], dim=1)
+        logits_BT = self.backbone(BackboneInput(x_BX, scenario_B, scenario_BE, trigger_BZ, weights_B))
         if self.global_heads is None:
             outputs = scenario_outputs(logits_BT)
         else:
-            joined_BJ = torch.cat([*all_BD, *all_BC, *joined], dim=1)
+            joined_BJ = torch.cat([views.interests_BVD.flatten(1), views.features_BVC.flatten(1), *joined], dim=1)
             outputs = global_outputs(logits_BT, self.global_heads(joined_BJ), self.config.multitask.variant)
         return self._with_views(outputs, views)
 
-    def _pool(self, inputs: Inputs, events: Events) -> Tensor:
+    def _pool(self, histories: Histories) -> Tensor:
         assert self.pooled is not None
-        pooled_BH: Tensor = self.pooled(inputs, events)
+        pooled_BH: Tensor = self.pooled(histories)
         return pooled_BH.unsqueeze(1)
 
-    def _views(self, batch: UsrBatch, inputs: Inputs, events: Events, z_BVZ: Tensor, step_seed: int | Tensor) -> _Views:
-        """i_k and f_k of the views whose triggers are given, with twins in training."""
-        rate = self.config.contrastive.mask_rate
+    def _views(self, inputs: Inputs, z_BVZ: Tensor, masks: _Masks) -> _Views:
+        """i_k and f_k of the views whose triggers are given, with twins where there are masks."""
         interests_twin_BVD = features_twin_BVC = None
         if self.interest is None:
-            interests_BVD = self._pool(inputs, events)
+            interests_BVD = self._pool(inputs.histories)
         else:
-            grid = lay_out(events, batch.longest)
-            keep_BL = None
-            if self.training and self.twins_interest:
-                keep_BL = grid.mark(event_mask(events, batch.row_number_B, step_seed, rate))
-            interests_BVD, interests_twin_BVD = self.interest(inputs, z_BVZ, events, grid, keep_BL)
+            interests_BVD, interests_twin_BVD = self.interest(inputs, z_BVZ, masks.events_BL)
         if self.generator is None:
             features_BVC = inputs.features_BC.unsqueeze(1)
-        elif self.training and self.twins_features:
-            keep_BC = feature_mask(self.inputs.feature_widths, batch.row_number_B, step_seed, rate)
-            features_BVC, features_twin_BVC = self.generator.with_twin(z_BVZ, inputs.features_BC, keep_BC)
+        elif masks.features_BC is not None:
+            features_BVC, features_twin_BVC = self.generator.with_twin(z_BVZ, inputs.features_BC, masks.features_BC)
         else:
             features_BVC = self.generator(z_BVZ, inputs.features_BC)
         return _Views(interests_BVD, features_BVC, interests_twin_BVD, features_twin_BVC)
@@ -177,3 +208,8 @@ class UsrModel(nn.Module):
             folded.interest.fold()
         folded.backbone.fold()
         return folded
+
+
+def _own(views_BVX: Tensor, scenario_B: Tensor) -> Tensor:
+    """(B, X): each row's own view, or the only one."""
+    return views_BVX[:, 0] if views_BVX.shape[1] == 1 else select_scenario(views_BVX, scenario_B)

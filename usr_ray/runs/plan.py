@@ -19,8 +19,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from usr_ray.config import Config, UserError, dotted, parse_dates
 from usr_ray.data.manifest import Manifest, build_manifest
 from usr_ray.data.order_quality import ShuffleQuality
@@ -30,7 +28,6 @@ from usr_ray.model.backbones import check_own_backbone
 from usr_ray.training.rows import training_reader
 from usr_ray.training.state import FIXED_KEYS, package_versions
 from usr_ray.training.warm_start import check_warm_start
-from usr_ray.training.worker import DistributedWorker
 
 CONFIG_FILE = "config.json"
 RUNNING, FINISHED = "running", "finished"
@@ -144,14 +141,6 @@ def load_manifest(run_dir: Path, split: str) -> Manifest | None:
     return Manifest.load(path) if split == "train" or path.exists() else None
 
 
-class _Shape(DistributedWorker):
-    """Rank 0 of so many workers, as far as cutting batches is concerned."""
-
-    def __init__(self, world_size: int) -> None:
-        super().__init__(torch.device("cpu"))
-        self._world_size = world_size
-
-
 def _check_rows(config: Config, manifest: Manifest) -> ShuffleQuality:
     """Refuse what the workers would; how well the first epoch's order mixes the rows and their dates."""
     if manifest.spec.scenarios != config.scenarios:
@@ -162,7 +151,7 @@ def _check_rows(config: Config, manifest: Manifest) -> ShuffleQuality:
     check_own_backbone(config.model, num_scenarios=len(config.scenarios))
     if config.train.warm_start:
         check_warm_start(config, manifest)
-    with training_reader(config, manifest, _Shape(config.ray.num_workers)) as reader:
+    with training_reader(config, manifest, world_size=config.ray.num_workers) as reader:
         return reader.shuffle_quality()
 
 

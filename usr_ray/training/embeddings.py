@@ -9,60 +9,54 @@ name, so a run may go on with the other strategy or with another number of worke
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping
-from typing import Protocol
 
 from torch import Tensor
+from typing_extensions import override
 
 from usr_ray.config import Config
-from usr_ray.data.batch import UsrBatch
-from usr_ray.model.embedding import WEIGHTS, EmbeddingMemory, EmbeddingTables, Lookup
-from usr_ray.model.unique import EmbeddingError, UniqueIds
+from usr_ray.model.embedding import WEIGHTS, EmbeddingMemory, EmbeddingTables, Lookup, RowSource
+from usr_ray.model.unique import EmbeddingError
 from usr_ray.schema import FeatureSpec
 from usr_ray.training.optimizer_rows import build_row_optimizer
 from usr_ray.training.optimizers import exchange_tables
 from usr_ray.training.worker import Worker
 
 
-class RowSource(Protocol):
-    """Tables as a model sees them. All ranks must call the methods marked (all) together."""
+class Embeddings(RowSource):
+    """The tables and their optimiser as one rank sees them. All ranks must call the methods marked (all) together."""
 
-    def num_rows(self) -> dict[str, int]:
-        """Table name -> N, rows of the whole table."""
-
-    def unique_ids(self, batch: UsrBatch) -> UniqueIds:
-        """What a lookup must know of a batch: from any thread, on the batch's own device, ahead of the step."""
-
-    def lookup(self, batch: UsrBatch, unique: UniqueIds | None = None) -> Lookup:
-        """(all) The rows that `batch` uses, as leaves; `unique` is `unique_ids(batch)` on the tables' device."""
-
-
-class Embeddings(RowSource, Protocol):
-    """The tables and their optimiser as one rank sees them."""
-
+    @abc.abstractmethod
     def set_rate(self, scale: float) -> None:
         """Steps whose lookup comes from now on are taken at `scale` times the learning rate (warm-up)."""
 
+    @abc.abstractmethod
     def apply_gradients(self, lookup: Lookup) -> None:
         """(all) After the backward: one step on the rows of all ranks."""
 
+    @abc.abstractmethod
     def memory(self) -> EmbeddingMemory:
         """Bytes that this rank holds."""
 
+    @abc.abstractmethod
     def replicated_tensors(self) -> dict[str, Tensor]:
         """What must be bitwise equal on all ranks, by name."""
 
+    @abc.abstractmethod
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of everything that a checkpoint holds; the first dimension is the rows of the table."""
 
+    @abc.abstractmethod
     def state_tensors(self) -> dict[str, Tensor]:
         """(all) The whole of it by name, for a checkpoint; on ranks other than 0 it may be empty."""
 
+    @abc.abstractmethod
     def load_rows(self, name: str, first: int, rows: Tensor) -> None:
         """Overwrite rows first, first + 1, .. of one of `state_shapes`, as far as this rank holds them."""
 
 
-class ReplicatedEmbeddings(EmbeddingTables):
+class ReplicatedEmbeddings(EmbeddingTables, Embeddings):
     """All tables on every rank, each with the same row-wise optimiser, kept equal by exchanging (ids, gradients).
 
     Args:
@@ -77,35 +71,37 @@ class ReplicatedEmbeddings(EmbeddingTables):
         self.optimizer = build_row_optimizer(self.tables, config.train)
         self._scale = 1.0
 
+    @override
     def set_rate(self, scale: float) -> None:
-        """See Embeddings."""
         self._scale = scale
 
+    @override
     def apply_gradients(self, lookup: Lookup) -> None:
-        """See Embeddings."""
         self.optimizer.step(exchange_tables(self.worker, lookup.updates()), scale=self._scale)
 
+    @override
     def memory(self) -> EmbeddingMemory:
-        """See Embeddings."""
         weights, state = self.tables.values(), self.optimizer.state_tensors().values()
         return EmbeddingMemory(sum(t.nbytes for t in weights), sum(t.nbytes for t in state))
 
+    @override
     def replicated_tensors(self) -> dict[str, Tensor]:
-        """See Embeddings: all of them."""
+        # all of them.
         return self.state_tensors()
 
+    @override
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """See Embeddings."""
         return {name: tuple(tensor.shape) for name, tensor in self.state_tensors().items()}
 
+    @override
     def state_tensors(self) -> dict[str, Tensor]:
-        """See Embeddings; views, not copies, and on every rank."""
+        # views, not copies, and on every rank.
         weights = {f"{WEIGHTS}/{name}": table for name, table in self.tables.items()}
         part = self.optimizer.part
         return weights | {f"{part}/{name}": tensor for name, tensor in self.optimizer.state_tensors().items()}
 
+    @override
     def load_rows(self, name: str, first: int, rows: Tensor) -> None:
-        """See Embeddings."""
         self.state_tensors()[name][first : first + rows.shape[0]] = rows.to(self.device)
 
 

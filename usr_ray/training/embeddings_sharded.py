@@ -16,7 +16,6 @@ Shape letters: N rows of a table, U rows of a step, D embedding.
 
 from __future__ import annotations
 
-import logging
 import warnings
 from dataclasses import dataclass
 
@@ -33,12 +32,14 @@ from torchrec.distributed.types import ShardingEnv
 from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from typing_extensions import override
 
 from usr_ray.config import Config
 from usr_ray.data.batch import UsrBatch
 from usr_ray.model.embedding import WEIGHTS, EmbeddingMemory, Lookup, TableLookup, fresh_rows
-from usr_ray.model.unique import UniqueIds, unique_ids
+from usr_ray.model.unique import UniqueIds
 from usr_ray.schema import FeatureSpec
+from usr_ray.training.embeddings import Embeddings
 from usr_ray.training.optimizer_rows import RowwiseAdagrad
 from usr_ray.training.worker import Worker
 
@@ -64,7 +65,7 @@ class ShardedLookup(Lookup):
     """For each table (U - 1, D): the rows but for padding, with TorchRec's way back to their owners behind them."""
 
 
-class ShardedEmbeddings:
+class ShardedEmbeddings(Embeddings):
     """Embeddings (usr_ray/training/embeddings.py) by rows. Every rank must look up and train together, evaluation
     included.
 
@@ -137,18 +138,15 @@ class ShardedEmbeddings:
             shards[f"{RowwiseAdagrad.part}/{name}"] = _Shard(sums.tensor.detach(), (size,))
         return shards
 
+    @override
     def num_rows(self) -> dict[str, int]:
-        """See Embeddings."""
         return dict(self._num_rows)
 
-    def unique_ids(self, batch: UsrBatch) -> UniqueIds:
-        """See Embeddings."""
-        return unique_ids(batch, self._num_rows)
-
+    @override
     def lookup(self, batch: UsrBatch, unique: UniqueIds | None = None) -> ShardedLookup:
-        """See Embeddings. TorchRec has the host wait for a GPU here, to size what the ranks send one another."""
+        # TorchRec has the host wait for a GPU here, to size what the ranks send one another.
         found = self.unique_ids(batch) if unique is None else unique
-        wanted = [self._places(name, ids.ids_U[1:]) for name, ids in zip(self._num_rows, found.tables, strict=True)]
+        wanted = [self._places(name, ids.ids_U[1:]) for name, ids in zip(self._num_rows, found, strict=True)]
         features = KeyedJaggedTensor(
             keys=list(self._num_rows),
             values=torch.cat(wanted),
@@ -160,45 +158,50 @@ class ShardedEmbeddings:
             vectors = self._module(features)
             sources = tuple(vectors[name].values() for name in self._num_rows)
         tables = {}
-        for name, ids, source_UD in zip(self._num_rows, found.tables, sources, strict=True):
+        for name, ids, source_UD in zip(self._num_rows, found, sources, strict=True):
             rows_UD = torch.cat([source_UD.new_zeros(1, self.dim), source_UD.detach()])
             if with_grad:
                 rows_UD.requires_grad_()
             tables[name] = TableLookup(ids.ids_U, rows_UD, ids.column_B, ids.events)
-        return ShardedLookup(tables, found.columns, sources)
+        return ShardedLookup(tables, sources)
 
     def _places(self, name: str, ids_U: Tensor) -> Tensor:
         """Where TorchRec's table keeps these rows."""
         num_ranks = self.worker.world_size
         return ids_U % num_ranks * self._num_held[name] + ids_U // num_ranks
 
+    @override
     def set_rate(self, scale: float) -> None:
-        """See Embeddings. FBGEMM keeps the rate of the forward for the step that its backward takes."""
+        # FBGEMM keeps the rate of the forward for the step that its backward takes.
         optimizer = self._module.fused_optimizer
         for group in optimizer.param_groups:
             group["lr"] = scale * self.learning_rate
         optimizer.step()  # no more than handing the rate over
 
+    @override
     def apply_gradients(self, lookup: Lookup) -> None:
-        """See Embeddings. A table that the loss did not reach takes part with zeros, as it does in the exchange."""
+        # A table that the loss did not reach takes part with zeros, as it does in the exchange.
         assert isinstance(lookup, ShardedLookup)
         torch.autograd.backward(lookup.sources, [grads_UD for _, grads_UD in lookup.updates().values()])
 
+    @override
     def memory(self) -> EmbeddingMemory:
-        """See Embeddings: this rank's share."""
+        # this rank's share.
         weights = sum(s.rows.nbytes for name, s in self._shards.items() if name.startswith(f"{WEIGHTS}/"))
         return EmbeddingMemory(weights, sum(s.rows.nbytes for s in self._shards.values()) - weights)
 
+    @override
     def replicated_tensors(self) -> dict[str, Tensor]:
-        """See Embeddings: none."""
+        # none.
         return {}
 
+    @override
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """See Embeddings."""
         return {name: shard.shape for name, shard in self._shards.items()}
 
+    @override
     def state_tensors(self) -> dict[str, Tensor]:
-        """See Embeddings: whole tensors in rank 0's memory (not its GPU's), nothing on the others."""
+        # whole tensors in rank 0's memory (not its GPU's), nothing on the others.
         whole = {}
         num_ranks = self.worker.world_size
         for name, shard in self._shards.items():
@@ -225,15 +228,11 @@ class ShardedEmbeddings:
             dist.recv(piece, src=rank)
         return piece
 
+    @override
     def load_rows(self, name: str, first: int, rows: Tensor) -> None:
-        """See Embeddings."""
         num_ranks = self.worker.world_size
         skipped = (self.worker.rank - first) % num_ranks
         mine = rows[skipped::num_ranks]
         start = (first + skipped) // num_ranks
         held = self._shards[name].rows
         held[start : start + mine.shape[0]] = mine.to(held.device)
-
-
-for _name in ("torchrec", "torch.fx._symbolic_trace"):
-    logging.getLogger(_name).setLevel(logging.ERROR)

@@ -22,15 +22,14 @@ from usr_ray.config import Config, UserError
 from usr_ray.data.batch import UsrBatch, UsrOutputs
 from usr_ray.data.feed import Feed
 from usr_ray.data.manifest import Manifest
-from usr_ray.data.reader import SampleReader
+from usr_ray.data.reader import Reading, SampleReader
 from usr_ray.evaluation.metrics import CellMetrics, Predictions, known_labels_only, metrics_by_scenario
 from usr_ray.model.backbones import OwnBackboneError
-from usr_ray.model.embedding import EmbeddingTables
+from usr_ray.model.embedding import EmbeddingTables, RowSource
 from usr_ray.model.unique import UniqueIds
 from usr_ray.model.usr import UsrModel
 from usr_ray.schema import ALL_LABELS, TASKS, UNKNOWN_ID, FeatureSpec
 from usr_ray.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore
-from usr_ray.training.embeddings import RowSource
 from usr_ray.training.worker import Worker
 
 
@@ -86,17 +85,16 @@ def evaluate(model: nn.Module, tables: RowSource, manifest: Manifest, worker: Wo
 
 def evaluation_reader(manifest: Manifest, worker: Worker, config: Config) -> SampleReader:
     """Reader of the rank's rows of a held-out manifest, in file order."""
-    return SampleReader(
-        manifest,
+    reading = Reading(
         global_batch_size=config.train.global_batch_size,
         group_size=config.model.contrastive.group_size,
-        rank=worker.rank,
-        world_size=worker.world_size,
-        seed=0,
         order="file",
         mature_only=config.data.mature_only,
+        rank=worker.rank,
+        world_size=worker.world_size,
         num_threads=config.train.reader_threads,
     )
+    return SampleReader(manifest, reading)
 
 
 def score_batches(

@@ -7,7 +7,6 @@ the same global batches.
 
 from __future__ import annotations
 
-import datetime as dt
 import itertools
 import math
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from usr_ray.training.checkpoint import CheckpointStore
 from usr_ray.training.embeddings import describe_memory
 from usr_ray.training.evaluate import Evaluation, evaluate
 from usr_ray.training.loss import usr_loss
-from usr_ray.training.monitor import Monitor, SilentMonitor, StepMeter, summarise
+from usr_ray.training.monitor import Monitor, StepMeter, progress, summarise
 from usr_ray.training.rows import training_batches, training_reader
 from usr_ray.training.state import TrainState, share_json
 from usr_ray.training.worker import Worker
@@ -77,8 +76,7 @@ def train(
     Raises:
         CheckpointError: the checkpoint is of other rows or another model. TrainError: the loss is not a number.
     """
-    monitor = monitor or SilentMonitor()
-    run = _Run(config, worker, train_manifest, eval_manifest, run_dir=Path(run_dir), monitor=monitor)
+    run = _Run(config, worker, train_manifest, eval_manifest, Path(run_dir), monitor or Monitor())
     with run.reader:
         return run.run()
 
@@ -92,13 +90,12 @@ class _Run:
         worker: Worker,
         train_manifest: Manifest,
         eval_manifest: Manifest | None,
-        *,
         run_dir: Path,
         monitor: Monitor,
     ) -> None:
         self.config, self.worker, self.monitor = config, worker, monitor
         self.eval_manifest = eval_manifest
-        self.reader = training_reader(config, train_manifest, worker)
+        self.reader = training_reader(config, train_manifest, rank=worker.rank, world_size=worker.world_size)
         self.total_steps = config.train.num_epochs * self.reader.num_steps
         self.state = TrainState(
             config, train_manifest, worker, order=self.reader.fingerprint, total_steps=self.total_steps
@@ -198,11 +195,7 @@ class _Run:
             )
         metrics |= {"epoch": state.epoch, "eta_s": (self.total_steps - state.step) * metrics["step_s"]}
         self.monitor.on_step(state.step, metrics)
-        self._say(
-            f"epoch {state.epoch + 1}/{num_epochs} step {state.step}/{self.total_steps} "
-            f"loss {loss:.4f} {metrics['samples_per_s']:,.0f} samples/s "
-            f"data stall {metrics['data_stall']:.0%} left {dt.timedelta(seconds=round(metrics['eta_s']))}"
-        )
+        self._say(f"epoch {state.epoch + 1}/{num_epochs} step {state.step}/{self.total_steps} {progress(metrics)}")
 
     def _save(self, *, best_log_loss: float | None = None) -> None:
         """Write a checkpoint, after making sure that the replicas agree; `best_log_loss`: as the best one."""

@@ -20,17 +20,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from usr_ray.config import ModelConfig, UserError
+from usr_ray.config import ModelConfig
 from usr_ray.data.batch import UsrBatch, UsrOutputs
 from usr_ray.model.contrastive import contrastive_sums
-from usr_ray.schema import ALL_LABELS, LABEL_ORDER, LABELS, TASKS
+from usr_ray.schema import LABELS, TASKS
 
 KnownLabels = Sequence[Sequence[bool]]
 """FeatureSpec.known_labels: (S, T), False where the rows of a scenario have no label of a task."""
-
-
-class LabelOrderError(UserError):
-    """A row whose labels cannot be: contract 2.5."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +79,6 @@ def usr_loss(
     config: ModelConfig,
     *,
     known_labels: KnownLabels | None = None,
-    check_labels: bool = False,
 ) -> LossTerms:
     """A rank's share of the global loss.
 
@@ -93,13 +88,7 @@ def usr_loss(
         counts_S: `row_counts` summed over all ranks. A scenario that is absent everywhere adds nothing.
         config: weights, temperature and group size.
         known_labels: FeatureSpec.known_labels, (S, T); None: every scenario knows every task's label.
-        check_labels: look for rows that break the label order first; on a GPU this waits for the queue.
-
-    Raises:
-        LabelOrderError: `check_labels` and a row has, say, an order without a click.
     """
-    if check_labels:
-        check_label_order(batch)
     # bfloat16 has 8 bits: a sum of thousands of rows would stop growing.
     with torch.autocast(batch.weights_B.device.type, enabled=False):
         return _usr_loss(outputs, batch, counts_S, config, known_labels)
@@ -128,11 +117,11 @@ def _usr_loss(
     with_events_B = counted_B & (torch.stack([h.offsets.diff() for h in batch.histories]).sum(0) > 0)
     interest, variance_interest_S = (
         part * per_row
-        for part in _contrastive(outputs.interests_BSD, outputs.interests_twin_BSD, with_events_B, counted_B, config)
+        for part in _contrastive(outputs.interests_BSD, outputs.interests_twin_BSD, with_events_B, batch, config)
     )
     feature, variance_feature_S = (
         part * per_row
-        for part in _contrastive(outputs.features_BSD, outputs.features_twin_BSD, counted_B, counted_B, config)
+        for part in _contrastive(outputs.features_BSD, outputs.features_twin_BSD, counted_B, batch, config)
     )
     cl = config.contrastive
     weighted_ST = cells_ST
@@ -152,7 +141,7 @@ def _usr_loss(
 
 
 def _contrastive(
-    vectors_BSD: Tensor | None, twins_BSD: Tensor | None, valid_B: Tensor, counted_B: Tensor, config: ModelConfig
+    vectors_BSD: Tensor | None, twins_BSD: Tensor | None, valid_B: Tensor, batch: UsrBatch, config: ModelConfig
 ) -> tuple[Tensor, Tensor]:
     """Loss of a row, mean over its views, and variance of each view, both added up over rows; zeros where not computed.
 
@@ -164,22 +153,15 @@ def _contrastive(
         zero = torch.zeros((), device=valid_B.device)
         return zero, zero
     loss, variance_S = contrastive_sums(
-        vectors_BSD, twins_BSD, valid_B, counted_B, group_size=cl.group_size, temperature=cl.temperature
+        vectors_BSD,
+        twins_BSD,
+        valid_B,
+        batch.weights_B > 0,
+        batch.user_key_B,
+        group_size=cl.group_size,
+        temperature=cl.temperature,
     )
     return loss / vectors_BSD.shape[1], variance_S
-
-
-def check_label_order(batch: UsrBatch) -> None:
-    """Raise LabelOrderError unless order <= click <= global click and order <= global order <= global click."""
-    for lower, upper in LABEL_ORDER:
-        wrong_B = batch.labels_BT[:, ALL_LABELS.index(lower)] > batch.labels_BT[:, ALL_LABELS.index(upper)]
-        wrong_B &= batch.weights_B > 0
-        if wrong_B.any():
-            row = int(batch.row_number_B[wrong_B][0])
-            raise LabelOrderError(
-                f"loss: {int(wrong_B.sum())} rows of the batch break {lower} <= {upper} (first: row_number {row} in "
-                "the manifest); such labels cannot be, so the samples table is damaged: build these dates again"
-            )
 
 
 def _known(known_labels: KnownLabels | None, counts_S: Tensor) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,8 +18,8 @@ from usr_ray.training.worker import Worker
 Batch = TypeVar("Batch")
 
 
-class Monitor(Protocol):
-    """Who watches a run. `on_step` is called on every rank, the others on rank 0."""
+class Monitor:
+    """Who watches a run; this one watches nothing. `on_step` is called on every rank, the others on rank 0."""
 
     def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Numbers of the steps since the last call, every train.log_every_steps."""
@@ -28,19 +29,6 @@ class Monitor(Protocol):
 
     def on_checkpoint(self, step: int, path: Path | None) -> None:
         """A checkpoint was written; None: the storage is full."""
-
-
-class SilentMonitor:
-    """Watches nothing."""
-
-    def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """See Monitor."""
-
-    def on_evaluation(self, step: int, metrics: CellMetrics) -> None:
-        """See Monitor."""
-
-    def on_checkpoint(self, step: int, path: Path | None) -> None:
-        """See Monitor."""
 
 
 class StepMeter:
@@ -111,6 +99,15 @@ class StepMeter:
         }
         self._restart()
         return metrics
+
+
+def progress(metrics: Mapping[str, float]) -> str:
+    """The end of a line of progress, of StepMeter.read's numbers and "eta_s"."""
+    left = dt.timedelta(seconds=round(metrics["eta_s"]))
+    return (
+        f"loss {metrics['loss']:.4f} {metrics['samples_per_s']:,.0f} samples/s "
+        f"data stall {metrics['data_stall']:.0%} left {left}"
+    )
 
 
 def summarise(metrics: CellMetrics) -> dict[str, float | None]:

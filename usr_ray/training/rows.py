@@ -8,41 +8,44 @@ import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
-from usr_ray.config import Config, end_of_us, parse_dates
+from usr_ray.config import Config, UserError, end_of_us, parse_dates
 from usr_ray.data.batch import UsrBatch
 from usr_ray.data.decode import RowGroupDecoder
 from usr_ray.data.manifest import Manifest, labels_close_us, usable_row_groups
-from usr_ray.data.reader import SampleReader
+from usr_ray.data.reader import Reading, SampleReader
 from usr_ray.evaluation.baseline import TrainingRows
 from usr_ray.evaluation.metrics import known_labels_only
+from usr_ray.model.embedding import RowSource
 from usr_ray.model.unique import UniqueIds
-from usr_ray.schema import ALL_LABELS
-from usr_ray.training.embeddings import RowSource
+from usr_ray.schema import ALL_LABELS, LABEL_ORDER
 from usr_ray.training.loss import row_counts
-from usr_ray.training.worker import Worker
 
 
-def training_reader(config: Config, manifest: Manifest, worker: Worker) -> SampleReader:
-    """Reads the part of the training batches that is this rank's.
+class LabelOrderError(UserError):
+    """A row whose labels cannot be: contract 2.5."""
+
+
+def training_reader(config: Config, manifest: Manifest, *, rank: int = 0, world_size: int = 1) -> SampleReader:
+    """Reads the part of the training batches that is the rank's.
 
     A row counts when its labels were final at the train cut-off, midnight UTC after the last training date: a global
     label that closes later has seen the held-out days.
     """
     last = parse_dates(config.data.train_dates or manifest.dates[-1], where="data.train_dates")[1]
-    return SampleReader(
-        manifest,
+    reading = Reading(
         global_batch_size=config.train.global_batch_size,
         group_size=config.model.contrastive.group_size,
-        rank=worker.rank,
-        world_size=worker.world_size,
         seed=config.train.seed,
         order=config.train.order,
         ready_before_us=end_of_us(last) if config.data.mature_only else None,
         mature_only=config.data.mature_only,
-        num_threads=config.train.reader_threads,
         num_shards=config.train.reader_shards,
+        rank=rank,
+        world_size=world_size,
+        num_threads=config.train.reader_threads,
         cache_dir=config.train.reader_cache or None,
     )
+    return SampleReader(manifest, reading)
 
 
 def training_batches(
@@ -52,11 +55,33 @@ def training_batches(
 
     All on the CPU: whatever has a size that depends on the data is found here, ahead of the step, so that a GPU's
     queue is never waited for. One epoch follows another without a pause.
+
+    Raises:
+        LabelOrderError: see `check_label_order`.
     """
     for epoch in epochs:
         for batch in reader.batches(epoch, start_step=start_step):
+            check_label_order(batch)
             yield (batch.count_longest(), tables.unique_ids(batch)), row_counts(batch, num_scenarios)
         start_step = 0
+
+
+def check_label_order(batch: UsrBatch) -> None:
+    """Hold contract 2.5 on every row that counts: the loss takes it for granted. For batches on the CPU.
+
+    Raises:
+        LabelOrderError: not is_order <= is_click <= is_click_global and is_order <= is_order_global <= is_click_global.
+    """
+    counts_B = batch.weights_B > 0
+    for lower, upper in LABEL_ORDER:
+        wrong_B = batch.labels_BT[:, ALL_LABELS.index(lower)] > batch.labels_BT[:, ALL_LABELS.index(upper)]
+        wrong_B &= counts_B
+        if wrong_B.any():
+            row = int(batch.row_number_B[wrong_B][0])
+            raise LabelOrderError(
+                f"labels: {int(wrong_B.sum())} rows of the batch break {lower} <= {upper} (first: row_number {row} in "
+                "the manifest); such labels cannot be, so the samples table is damaged: build these dates again"
+            )
 
 
 def read_training_rows(manifest: Manifest, *, ready_before_us: int | None, mature_only: bool) -> TrainingRows:

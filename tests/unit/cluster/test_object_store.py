@@ -13,7 +13,7 @@ from tests.unit.folder_s3 import s3_bucket
 from tests.unit.samples_table import samples_spec, write_samples
 from usr_ray.config import UserError
 from usr_ray.data.manifest import Manifest, build_manifest, open_filesystem, read_vocabularies, table_address
-from usr_ray.data.reader import SampleReader
+from usr_ray.data.reader import Reading, SampleReader
 from usr_ray.runs.read import read_etl_reports
 
 pytestmark = pytest.mark.unit
@@ -41,7 +41,7 @@ def bucket(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def rows_read(manifest: Manifest) -> list[int]:
-    with SampleReader(manifest, global_batch_size=64, group_size=32) as reader:
+    with SampleReader(manifest, Reading(global_batch_size=64, group_size=32)) as reader:
         return [int(n) for batch in reader.batches(0) for n in batch.row_number_B if n >= 0]
 
 

@@ -18,7 +18,7 @@ from usr_ray.config import ConfigError, load_config
 from usr_ray.data.batch import UsrBatch
 from usr_ray.data.decode import RowGroupDecoder
 from usr_ray.data.manifest import Manifest, build_manifest
-from usr_ray.data.reader import SampleReader
+from usr_ray.data.reader import Reading, SampleReader
 
 pytestmark = pytest.mark.unit
 
@@ -32,7 +32,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 def read(manifest: Manifest, **options: Any) -> list[UsrBatch]:
     sizes = {"global_batch_size": 32, "group_size": 8, "block_rows": 64, "mature_only": False}
-    with SampleReader(manifest, **sizes, **options) as reader:
+    with SampleReader(manifest, Reading(**sizes, **options)) as reader:
         return list(reader.batches(0))
 
 

@@ -1,10 +1,7 @@
-"""usr_ray/data/process.py: torch computes with one thread beside the step; memory that is freed stays."""
+"""usr_ray/data/process.py: torch computes with one thread beside the step."""
 
 from __future__ import annotations
 
-import platform
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +15,7 @@ from usr_ray.data.decode import RowGroupDecoder
 from usr_ray.data.feed import Feed
 from usr_ray.data.manifest import build_manifest
 from usr_ray.data.process import compute_alone
-from usr_ray.data.reader import SampleReader
+from usr_ray.data.reader import Reading, SampleReader
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +62,7 @@ def test_the_readers_threads_compute_alone(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(RowGroupDecoder, "decode", watched)
     manifest = build_manifest(tmp_path, dates=(FIRST_DATE, FIRST_DATE))
-    with SampleReader(manifest, global_batch_size=32, group_size=8, mature_only=False) as reader:
+    with SampleReader(manifest, Reading(global_batch_size=32, group_size=8, mature_only=False)) as reader:
         assert len(list(reader.batches(0))) == 4
     assert set(found) == {1}
     assert torch.get_num_threads() == 3
@@ -78,44 +75,3 @@ def test_a_feed_on_a_cpu_computes_alone() -> None:
     with Feed(source(), torch.device("cpu")) as feed:
         assert [kept for _, kept in feed] == [1]
     assert torch.get_num_threads() == 3
-
-
-# Rounds of sixteen tensors of sixteen megabytes (4,096 pages), all freed at the end of each, as a step frees what it
-# made; faults a round, in the main thread and in another, which has a heap of its own.
-ROUNDS = """
-import resource, threading, torch
-from usr_ray.training.worker import LocalWorker
-
-def faults():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
-def rounds():
-    found = []
-    for _ in range(6):
-        before = faults()
-        tensors = [torch.zeros(1 << 22) for _ in range(16)]
-        del tensors
-        found.append(faults() - before)
-    print(max(found[2:]))
-
-def both():
-    rounds()
-    thread = threading.Thread(target=rounds)
-    thread.start()
-    thread.join()
-
-both()
-LocalWorker("cpu")
-both()
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc, whose settings these are")
-def test_a_worker_keeps_the_memory_that_a_step_frees() -> None:
-    root = Path(__file__).resolve().parents[3]
-    done = subprocess.run([sys.executable, "-c", ROUNDS], capture_output=True, text=True, cwd=root, check=True)
-    main_before, thread_before, main_kept, thread_kept = (int(line) for line in done.stdout.split())
-    # The main thread's heap may keep its pages by luck of what lies above them, another thread's does not.
-    if thread_before < 8_000:
-        pytest.skip(f"{main_before} and {thread_before} faults a round: huge pages, or another allocator")
-    assert main_kept + thread_kept < 5_000

@@ -21,9 +21,8 @@ import torch
 from tests.unit.samples_table import FIRST_DATE, HOUR_US, samples_spec, write_samples
 from usr_ray.config import DAY_US, UserError
 from usr_ray.data.batch import UsrBatch
-from usr_ray.data.blocks import BlockReader
 from usr_ray.data.manifest import DataError, Manifest, build_manifest
-from usr_ray.data.reader import SampleReader
+from usr_ray.data.reader import Reading, SampleReader, _Stream
 from usr_ray.schema import ALL_LABELS
 
 pytestmark = pytest.mark.unit
@@ -96,7 +95,7 @@ def batch_row(batch: UsrBatch, b: int) -> dict[str, Any]:
 
 
 def read(manifest: Manifest, *, epoch: int = 0, start_step: int = 0, **options: Any) -> list[UsrBatch]:
-    with SampleReader(manifest, **{**SIZES, **options}) as reader:
+    with SampleReader(manifest, Reading(**{**SIZES, **options})) as reader:
         return list(reader.batches(epoch, start_step))
 
 
@@ -166,17 +165,17 @@ def test_starting_at_any_step_gives_exactly_the_rest(manifest: Manifest, num_sha
 
 
 def test_starting_late_decodes_no_earlier_block(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
-    with SampleReader(manifest, **SIZES) as reader:
+    with SampleReader(manifest, Reading(**SIZES)) as reader:
         decoded: list[int] = []
-        decode = reader._decoder.decode
+        decode = reader.decoder.decode
         monkeypatch.setattr(
-            reader._decoder, "decode", lambda ref, **options: decoded.append(ref.first_row) or decode(ref, **options)
+            reader.decoder, "decode", lambda ref, **options: decoded.append(ref.first_row) or decode(ref, **options)
         )
         order = reader.epoch_order(0)
         assert order.num_blocks > 2
         assert order.block_starts[-2] <= 480
         list(reader.batches(0, start_step=12))  # row 480 of 613
-        last = [reader._refs[group].first_row for group in order.groups_G[order.block_groups[-2] :]]
+        last = [reader.refs[group].first_row for group in order.groups_G[order.block_groups[-2] :]]
         assert sorted(decoded) == sorted(last)
 
 
@@ -250,7 +249,7 @@ def test_weights_follow_maturity_and_the_cut_off(
 
 def test_row_groups_without_a_row_that_counts_are_left_out(manifest: Manifest) -> None:
     cut_off = START_US + 2 * DAY_US
-    with SampleReader(manifest, **SIZES, ready_before_us=cut_off) as reader:
+    with SampleReader(manifest, Reading(**SIZES, ready_before_us=cut_off)) as reader:
         # Labels close 25 hours after the impression: rows of the first 23 hours, and their row groups' others.
         assert 100 < reader.num_rows < 200
         assert reader.num_rows == len(row_numbers(list(reader.batches(0))))
@@ -272,7 +271,7 @@ def test_threads_and_bytes_in_flight_change_nothing(manifest: Manifest) -> None:
 
 
 def test_two_passes_may_be_read_at_the_same_time(manifest: Manifest) -> None:
-    with SampleReader(manifest, **SIZES) as reader:
+    with SampleReader(manifest, Reading(**SIZES)) as reader:
         pairs = list(zip(reader.batches(0), reader.batches(0, 0), strict=True))
     assert len(pairs) == 16
     assert all(same(a, b) for a, b in pairs)
@@ -280,9 +279,9 @@ def test_two_passes_may_be_read_at_the_same_time(manifest: Manifest) -> None:
 
 def test_no_more_than_two_blocks_are_built_ahead_of_use(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[int] = []
-    build = BlockReader.build
-    monkeypatch.setattr(BlockReader, "build", lambda blocks, plan: built.append(plan.block) or build(blocks, plan))
-    with SampleReader(manifest, **{**SIZES, "block_rows": 40}) as reader:
+    build = _Stream._build
+    monkeypatch.setattr(_Stream, "_build", lambda blocks, plan: built.append(plan.block) or build(blocks, plan))
+    with SampleReader(manifest, Reading(**{**SIZES, "block_rows": 40})) as reader:
         batches = reader.batches(0)
         next(batches)
         deadline = time.monotonic() + 5
@@ -300,7 +299,7 @@ def test_an_epoch_that_was_read_gives_its_memory_back_without_the_garbage_collec
     gc.disable()
     try:
         before = pa.total_allocated_bytes()
-        with SampleReader(manifest, **{**SIZES, "block_rows": 40}) as reader:
+        with SampleReader(manifest, Reading(**{**SIZES, "block_rows": 40})) as reader:
             kept = list(reader.batches(0))
             assert pa.total_allocated_bytes() > before
             del kept
@@ -310,7 +309,7 @@ def test_an_epoch_that_was_read_gives_its_memory_back_without_the_garbage_collec
 
 
 def test_leaving_early_and_closing_end_the_threads(manifest: Manifest) -> None:
-    reader = SampleReader(manifest, **SIZES)
+    reader = SampleReader(manifest, Reading(**SIZES))
     left = reader.batches(0)
     next(left)
     left.close()
@@ -324,7 +323,7 @@ def test_leaving_early_and_closing_end_the_threads(manifest: Manifest) -> None:
 
 
 def test_a_start_outside_of_the_epoch_is_refused(manifest: Manifest) -> None:
-    with SampleReader(manifest, **SIZES) as reader:
+    with SampleReader(manifest, Reading(**SIZES)) as reader:
         assert list(reader.batches(0, start_step=16)) == []
         with pytest.raises(ValueError, match=r"start_step 17 is not in 0..16"):
             reader.batches(0, start_step=17)
@@ -343,12 +342,12 @@ def test_a_plan_that_cannot_be_read_is_refused_at_once(
     manifest: Manifest, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        SampleReader(manifest, **{**SIZES, **options})
+        SampleReader(manifest, Reading(**{**SIZES, **options}))
 
 
 def test_fingerprint_is_of_the_batches_and_not_of_the_workers(manifest: Manifest) -> None:
     def fingerprint(**options: Any) -> str:
-        return SampleReader(options.pop("manifest", manifest), **{**SIZES, **options}).fingerprint
+        return SampleReader(options.pop("manifest", manifest), Reading(**{**SIZES, **options})).fingerprint
 
     base = fingerprint()
     assert base == fingerprint(
@@ -427,7 +426,7 @@ def test_a_damaged_file_stops_the_step_that_needs_it_with_its_name(
 def test_batches_before_the_damage_are_still_read(damaged: tuple[Manifest, Path]) -> None:
     manifest, path = damaged
     path.unlink()
-    with SampleReader(manifest, **SIZES, order="file") as reader:
+    with SampleReader(manifest, Reading(**SIZES, order="file")) as reader:
         batches = reader.batches(0)
         assert row_numbers([next(batches) for _ in range(3)]) == list(range(120))
         with pytest.raises(DataError, match="cannot be read"):
@@ -436,12 +435,12 @@ def test_batches_before_the_damage_are_still_read(damaged: tuple[Manifest, Path]
 
 @pytest.mark.timeout(60)
 def test_any_failure_in_the_background_is_raised(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
-    with SampleReader(manifest, **SIZES) as reader:
+    with SampleReader(manifest, Reading(**SIZES)) as reader:
 
         def fail(ref: object, **options: object) -> None:
             raise MemoryError("no memory for a block")
 
-        monkeypatch.setattr(reader._decoder, "decode", fail)
+        monkeypatch.setattr(reader.decoder, "decode", fail)
         with pytest.raises(MemoryError, match="no memory for a block"):
             next(reader.batches(0))
 

@@ -19,7 +19,9 @@ def cos(a: Tensor, b: Tensor) -> float:
     return float(a @ b) / math.sqrt(float(a @ a) * float(b @ b))
 
 
-def slow_loss(vectors: Tensor, twins: Tensor, valid: list[bool], group_size: int, tau: float) -> float:
+def slow_loss(
+    vectors: Tensor, twins: Tensor, valid: list[bool], users: list[int], group_size: int, tau: float
+) -> float:
     num_rows, num_views, _ = vectors.shape
     total = 0.0
     for row in range(num_rows):
@@ -33,30 +35,63 @@ def slow_loss(vectors: Tensor, twins: Tensor, valid: list[bool], group_size: int
                 for other in group
                 if valid[other]
                 for other_view in range(num_views)
-                if other_view != view
+                if other_view != view or users[other] != users[row]
             )
             total -= math.log(positive / (positive + negatives))
     return total
 
 
-@pytest.mark.parametrize("num_views", [2, 3, 5])
+def everyone(num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows that are valid and count, each of a user of its own."""
+    yes = torch.ones(num_rows, dtype=torch.bool)
+    return yes, yes, torch.arange(num_rows)
+
+
+@pytest.mark.parametrize("num_views", [1, 2, 3, 5])
 @pytest.mark.parametrize("num_rows", [8, 10])
 def test_the_loss_equals_its_loops(num_views: int, num_rows: int) -> None:
     torch.manual_seed(0)
     vectors, twins = (torch.randn(num_rows, num_views, 3, dtype=torch.float64) for _ in range(2))
     valid_B = torch.arange(num_rows) % 3 != 1
-    loss, _ = contrastive_sums(vectors, twins, valid_B, valid_B, group_size=4, temperature=0.3)
-    assert float(loss) == pytest.approx(slow_loss(vectors, twins, valid_B.tolist(), 4, 0.3), rel=1e-5)
+    users_B = torch.arange(num_rows) // 2
+    loss, _ = contrastive_sums(vectors, twins, valid_B, valid_B, users_B, group_size=4, temperature=0.3)
+    assert float(loss) == pytest.approx(slow_loss(vectors, twins, valid_B.tolist(), users_B.tolist(), 4, 0.3), rel=1e-5)
 
 
 def test_one_row_and_two_views_by_hand() -> None:
     vectors = torch.tensor([[[2.0, 0.0], [0.0, 3.0]]])
     twins = torch.tensor([[[5.0, 0.0], [-1.0, 0.0]]])
-    one = torch.tensor([True])
-    loss, variance_S = contrastive_sums(vectors, twins, one, one, group_size=1, temperature=0.5)
+    loss, variance_S = contrastive_sums(vectors, twins, *everyone(1), group_size=1, temperature=0.5)
     # View 0: cos 1 with its twin, cos 0 with view 1. View 1: cos 0 with its twin, cos 0 with view 0.
     assert float(loss) == pytest.approx(math.log(1 + math.exp(-2)) + math.log(2), rel=1e-5)
     assert variance_S.tolist() == pytest.approx([0, 0], abs=1e-5), "one row has no variance"
+
+
+def test_rows_of_one_user_are_no_negatives_inside_a_view() -> None:
+    """Two equal rows, one view: with one user there is no negative at all, with two the other row is one."""
+    vectors = torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]]])
+    valid = torch.ones(2, dtype=torch.bool)
+
+    def loss(users: list[int]) -> float:
+        sums = contrastive_sums(vectors, vectors, valid, valid, torch.tensor(users), group_size=2, temperature=1.0)
+        return float(sums[0])
+
+    assert loss([7, 7]) == 0
+    assert loss([7, 8]) == pytest.approx(2 * math.log(2), rel=1e-5)
+
+
+def test_a_view_of_one_constant_vector_costs_the_log_of_the_group_and_spread_ones_less() -> None:
+    """The first form's minimum, one vector a view and opposite ones for two views, is no minimum any more."""
+    generator = torch.Generator().manual_seed(0)
+    constant = torch.tensor([[1.0, *[0.0] * 15], [-1.0, *[0.0] * 15]]).expand(64, 2, 16)
+    spread = torch.randn(64, 2, 16, generator=generator)
+
+    def mean(vectors: Tensor) -> float:
+        return float(contrastive_sums(vectors, vectors, *everyone(64), group_size=64, temperature=0.2)[0]) / 128
+
+    # Its twin at cos 1, 63 rows of its view at cos 1, 64 vectors of the other at cos -1.
+    assert mean(constant) == pytest.approx(math.log(64 + 64 * math.exp(-10)), rel=1e-4)
+    assert mean(spread) < 2
 
 
 def test_invalid_rows_change_nothing() -> None:
@@ -65,7 +100,9 @@ def test_invalid_rows_change_nothing() -> None:
     valid_B = torch.tensor([True] * 5 + [False] * 3)
 
     def sums() -> list[float]:
-        loss, variance_S = contrastive_sums(vectors, twins, valid_B, valid_B, group_size=4, temperature=0.2)
+        loss, variance_S = contrastive_sums(
+            vectors, twins, valid_B, valid_B, torch.arange(8), group_size=4, temperature=0.2
+        )
         return [float(loss), *variance_S.tolist()]
 
     before = sums()
@@ -75,8 +112,7 @@ def test_invalid_rows_change_nothing() -> None:
 
 def test_zero_vectors_have_finite_gradients() -> None:
     vectors = torch.zeros(4, 2, 3, requires_grad=True)
-    everyone = torch.ones(4, dtype=torch.bool)
-    loss, _ = contrastive_sums(vectors, vectors.detach(), everyone, everyone, group_size=4, temperature=0.2)
+    loss, _ = contrastive_sums(vectors, vectors.detach(), *everyone(4), group_size=4, temperature=0.2)
     loss.backward()
     assert vectors.grad is not None
     assert vectors.grad.isfinite().all()
@@ -85,8 +121,7 @@ def test_zero_vectors_have_finite_gradients() -> None:
 def test_a_tiny_temperature_overflows_nothing() -> None:
     torch.manual_seed(0)
     vectors = torch.randn(4, 2, 3, requires_grad=True)
-    everyone = torch.ones(4, dtype=torch.bool)
-    loss, _ = contrastive_sums(vectors, -vectors.detach(), everyone, everyone, group_size=4, temperature=0.002)
+    loss, _ = contrastive_sums(vectors, -vectors.detach(), *everyone(4), group_size=4, temperature=0.002)
     loss.backward()
     assert loss.isfinite()
     assert vectors.grad is not None
@@ -98,16 +133,16 @@ def test_gradients_are_those_of_finite_differences() -> None:
     vectors, twins = (torch.randn(5, 3, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
     valid_B = torch.tensor([True, True, False, True, True])
     assert torch.autograd.gradcheck(
-        lambda v, t: contrastive_sums(v, t, valid_B, valid_B, group_size=4, temperature=0.5)[0], (vectors, twins)
+        lambda v, t: contrastive_sums(v, t, valid_B, valid_B, torch.arange(5), group_size=4, temperature=0.5)[0],
+        (vectors, twins),
     )
 
 
 def test_variance_is_zero_when_a_view_has_collapsed_and_high_when_it_has_not() -> None:
     same = torch.tensor([3.0, 4.0]).expand(4, 2)
     spread = torch.tensor([[1.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -5.0]])
-    everyone = torch.ones(4, dtype=torch.bool)
     _, variance_S = contrastive_sums(
-        torch.stack([same, spread], dim=1), None, everyone, everyone, group_size=4, temperature=1.0
+        torch.stack([same, spread], dim=1), None, *everyone(4), group_size=4, temperature=1.0
     )
     # Unit vectors; the mean of the second view's is 0, so 1 - |mean|^2 = 1. Added up over 4 rows.
     assert variance_S.tolist() == pytest.approx([0.0, 4.0], abs=1e-4)

@@ -13,7 +13,7 @@ from tests.unit.random_batches import make_batch, make_config, make_spec, rows
 from usr_ray.data.batch import map_tensors
 from usr_ray.model.counter_random import hash_keys, to_uniform
 from usr_ray.model.embedding import EmbeddingTables
-from usr_ray.model.gather import ColumnOrder, Groups, column_starts, group_places, pool_sum, take_columns
+from usr_ray.model.ops import Groups, group_places, pool_sum
 from usr_ray.model.unique import EmbeddingError, unique_ids
 from usr_ray.model.usr import UsrModel
 from usr_ray.training.loss import row_counts, usr_loss
@@ -48,14 +48,6 @@ def test_a_lookup_holds_each_used_row_once_with_padding_first() -> None:
         assert torch.equal(table.rows_UD, tables.tables[name][table.ids_U])
         assert table.rows_UD.is_leaf
         assert table.rows_UD.requires_grad
-    # Value b * F + f is row b's of feature f: those of each row of each table, one after the other.
-    num_features, order, starts = len(lookup.tables), [], []
-    for number, table in enumerate(lookup.tables.values()):
-        for u in range(len(table.ids_U)):
-            starts.append(len(order))
-            order += [b * num_features + number for b in range(len(batch)) if table.column_B[b] == u]
-    assert lookup.columns.order_V.tolist() == order
-    assert lookup.columns.starts_U.tolist() == starts
 
 
 def test_a_batch_without_rows_uses_padding_alone() -> None:
@@ -64,8 +56,6 @@ def test_a_batch_without_rows_uses_padding_alone() -> None:
     for table in lookup.tables.values():
         assert table.ids_U.tolist() == [0]
         assert len(table.column_B) == 0
-    assert len(lookup.columns.order_V) == 0
-    assert lookup.columns.starts_U.tolist() == [0] * len(spec.sparse)
 
 
 def test_ids_found_ahead_of_the_step_give_the_same_lookup() -> None:
@@ -78,10 +68,8 @@ def test_ids_found_ahead_of_the_step_give_the_same_lookup() -> None:
         return tensor.clone()
 
     ahead, now = tables.lookup(batch, map_tensors(unique_ids(batch, tables.num_rows()), copy)), tables.lookup(batch)
-    # ids and column of six tables, three tensors of places of the two with histories, two of the columns' order
-    assert len(copies) == 6 * 2 + 2 * 3 + 2
-    assert torch.equal(ahead.columns.order_V, now.columns.order_V)
-    assert torch.equal(ahead.columns.starts_U, now.columns.starts_U)
+    # ids and column of six tables, three tensors of places of the two with histories
+    assert len(copies) == 6 * 2 + 2 * 3
     for name, table in now.tables.items():
         other = ahead.tables[name]
         assert torch.equal(table.ids_U, other.ids_U)
@@ -226,33 +214,6 @@ def test_a_batch_without_events_or_rows_can_be_looked_up() -> None:
     lookup = tables.lookup(rows(make_batch(spec), []))
     assert all(t.ids_U.tolist() == [0] for t in lookup.tables.values())
     assert UsrModel(spec, make_config()).eval()(rows(make_batch(spec), []), lookup).log_p_BT.shape == (0, 2)
-
-
-def test_columns_take_their_rows_and_send_gradients_back() -> None:
-    """Two features of four rows; the first takes row 2 of its three twice and row 0 never."""
-    torch.manual_seed(0)
-    weights = [
-        torch.randn(3, 2, dtype=torch.float64, requires_grad=True),
-        torch.randn(5, 2, dtype=torch.float64, requires_grad=True),
-    ]
-    columns = [torch.tensor([2, 1, 2, 1]), torch.tensor([4, 0, 1, 0])]
-    # Values, row by row: (2, 4), (1, 0), (2, 1), (1, 0); those of the first weight's rows, then the second's.
-    order = ColumnOrder(torch.tensor([2, 6, 0, 4, 3, 7, 5, 1]), torch.tensor([0, 0, 2, 4, 6, 7, 7, 7]))
-    assert torch.equal(column_starts([(columns[0], 3), (columns[1], 5)]), order.starts_U)
-    block, alone = take_columns(weights, columns, order)
-    expected = torch.cat([w[c] for w, c in zip(weights, columns, strict=True)], dim=1)
-    assert torch.equal(block, expected)
-    assert all(torch.equal(a, w[c]) for a, w, c in zip(alone, weights, columns, strict=True))
-
-    def sums(*w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        block, alone = take_columns(w, columns, order)
-        return block, alone[1].square()
-
-    assert torch.autograd.gradcheck(sums, weights)
-    assert torch.autograd.gradcheck(lambda *w: take_columns(w, columns, order)[1][0].square(), weights)
-    first, second = torch.autograd.grad(block.sum(), weights)
-    assert first.tolist() == [[0, 0], [2, 2], [2, 2]]
-    assert second.tolist() == [[2, 2], [1, 1], [0, 0], [0, 0], [1, 1]]
 
 
 def test_pool_sum_adds_the_rows_of_each_group_and_sends_gradients_back() -> None:

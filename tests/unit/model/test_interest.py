@@ -11,10 +11,12 @@ from torch import Tensor
 
 from tests.unit.random_batches import make_batch, make_spec, rows
 from usr_ray.data.batch import History, UsrBatch
-from usr_ray.model.gather import group_places
-from usr_ray.model.history import NUM_AGES, EventKinds, lay_out, list_events
+from usr_ray.model.embedding import Lookup, TableLookup
+from usr_ray.model.history import NUM_AGES, EventKinds, JaggedHistories, lay_out, list_events
 from usr_ray.model.inputs import Inputs
 from usr_ray.model.interest import InterestExtractor, PooledHistory
+from usr_ray.model.ops import group_places
+from usr_ray.schema import NUM_ACTIONS
 
 pytestmark = pytest.mark.unit
 
@@ -24,22 +26,28 @@ D, H, Z, V = 4, 6, 5, 3
 def stand_in(batch: UsrBatch, seed: int = 0) -> Inputs:
     """Random rows for the items, queries and kinds of a batch's events, in float64."""
     g = torch.Generator().manual_seed(seed)
-    events = list_events(batch)
-    num_events = len(events.history_V)
+    num_events = len(list_events(batch).history_V)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
-    items_V, queries_V = (torch.randint(0, 7, (num_events,), generator=g) for _ in range(2))
+    def table() -> TableLookup:
+        index_V = torch.randint(0, 7, (num_events,), generator=g)
+        return TableLookup(torch.arange(7), random(7, H // 2), torch.zeros(0), group_places(index_V, 7))
+
+    lookup = Lookup({"item_id": table(), "query": table()})
+    kinds_NH = random(len(batch.histories) * NUM_ACTIONS * NUM_AGES, H)
     return Inputs(
         features_BC=random(len(batch), 1),
         target_BH=random(len(batch), H),
         context_BC=random(len(batch), 0),
         query_BD=random(len(batch), H // 2),
-        event_weights=(random(7, H // 2), random(7, H // 2), random(len(events.kinds.starts_U), H)),
-        query_rows_UD=random(7, H // 2),
-        event_places=(group_places(items_V, 7), group_places(queries_V, 7), events.kinds),
+        histories=JaggedHistories(batch, lookup, random(H // 2), kinds_NH),
     )
+
+
+def tensors_of(histories: JaggedHistories) -> list[Tensor]:
+    return [histories.items_UD, histories.queries_UD, histories.no_query_D, histories.kinds_NH]
 
 
 def extractor() -> InterestExtractor:
@@ -53,11 +61,12 @@ def extractor() -> InterestExtractor:
 
 def event_vectors(inputs: Inputs) -> list[Tensor]:
     """h_j of every event, in the order of the histories."""
-    (items, queries, kinds), places = inputs.event_weights, inputs.event_places
-    return [
-        torch.cat([items[places[0].index_V[v]], queries[places[1].index_V[v]]]) + kinds[places[2].index_V[v]]
-        for v in range(len(places[0].index_V))
-    ]
+    histories = inputs.histories
+    items, queries, no_query, kinds = tensors_of(histories)
+    vectors = []
+    for item, query, kind in zip(*(p.index_V.tolist() for p in histories.places), strict=True):
+        vectors.append(torch.cat([items[item], queries[query] if query else no_query]) + kinds[kind])
+    return vectors
 
 
 def events_of(batch: UsrBatch, row: int) -> list[int]:
@@ -83,11 +92,10 @@ def slow_interest(ie: InterestExtractor, target: Tensor, z: Tensor, events: list
 def test_interest_equals_attention_with_each_rows_own_matrices() -> None:
     batch = make_batch(make_spec(3), 9)
     inputs, ie = stand_in(batch), extractor()
-    events, vectors = list_events(batch), event_vectors(stand_in(batch))
+    vectors = event_vectors(inputs)
     z_BVZ = torch.randn(9, V, Z, dtype=torch.float64)
     keep_V = torch.rand(len(vectors)) < 0.6
-    grid = lay_out(events)
-    interest_BVD, twin_BVD = ie(inputs, z_BVZ, events, grid, grid.mark(keep_V))
+    interest_BVD, twin_BVD = ie(inputs, z_BVZ, inputs.histories.grid.mark(keep_V))
     num_compared = 0
     for row in range(9):
         own = events_of(batch, row)
@@ -108,29 +116,33 @@ def test_interest_equals_attention_with_each_rows_own_matrices() -> None:
 
 def test_gradients_of_interest_are_those_of_finite_differences() -> None:
     batch = rows(make_batch(make_spec(), 8, max_length=3), [0, 1, 2, 3])
-    inputs, ie, events = stand_in(batch), extractor(), list_events(batch)
-    grid = lay_out(events)
-    keep_BL = grid.mark(events.from_newest_V == 0)
+    inputs, ie = stand_in(batch), extractor()
+    keep_BL = inputs.histories.grid.mark(inputs.histories.events.from_newest_V == 0)
     names = [name for name, _ in ie.named_parameters()]
 
-    def both(
-        target_BH: Tensor, z_BVZ: Tensor, items: Tensor, queries: Tensor, kinds: Tensor, *weights: Tensor
-    ) -> Tensor:
-        moved = dataclasses.replace(inputs, target_BH=target_BH, event_weights=(items, queries, kinds))
-        found = torch.func.functional_call(
-            ie, dict(zip(names, weights, strict=True)), (moved, z_BVZ, events, grid, keep_BL)
+    def both(target_BH: Tensor, z_BVZ: Tensor, *rest: Tensor) -> Tensor:
+        h, (items, queries, no_query, kinds, *weights) = inputs.histories, rest
+        lookup = Lookup(
+            {
+                name: TableLookup(torch.arange(7), rows_UD, torch.zeros(0), h.places[n])
+                for n, (name, rows_UD) in enumerate((("item_id", items), ("query", queries)))
+            }
         )
+        moved = dataclasses.replace(
+            inputs, target_BH=target_BH, histories=JaggedHistories(batch, lookup, no_query, kinds)
+        )
+        found = torch.func.functional_call(ie, dict(zip(names, weights, strict=True)), (moved, z_BVZ, keep_BL))
         return torch.cat(found)
 
     z_BVZ = torch.randn(4, 2, Z, dtype=torch.float64)
-    arguments = [inputs.target_BH, z_BVZ, *inputs.event_weights, *(p.detach() for p in ie.parameters())]
+    arguments = [inputs.target_BH, z_BVZ, *tensors_of(inputs.histories), *(p.detach() for p in ie.parameters())]
     assert torch.autograd.gradcheck(both, [a.requires_grad_() for a in arguments], fast_mode=True)
 
 
 def test_a_batch_without_any_event_gives_the_learned_vector_and_finite_gradients() -> None:
     batch = make_batch(make_spec(), 4, max_length=0)
-    inputs, ie, events = stand_in(batch), extractor(), list_events(batch)
-    interest_BVD, _ = ie(inputs, torch.randn(4, V, Z, dtype=torch.float64), events, lay_out(events))
+    inputs, ie = stand_in(batch), extractor()
+    interest_BVD, _ = ie(inputs, torch.randn(4, V, Z, dtype=torch.float64))
     assert torch.equal(interest_BVD, ie.empty_D.expand(4, V, D))
     interest_BVD.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in ie.parameters())
@@ -138,9 +150,8 @@ def test_a_batch_without_any_event_gives_the_learned_vector_and_finite_gradients
 
 def test_views_are_equal_until_the_cores_have_learned() -> None:
     batch = make_batch(make_spec(), 6)
-    events = list_events(batch)
     ie = InterestExtractor(Z, H, D, rank=3, inner_dim=5).double()
-    interest_BVD, _ = ie(stand_in(batch), torch.randn(6, V, Z, dtype=torch.float64), events, lay_out(events))
+    interest_BVD, _ = ie(stand_in(batch), torch.randn(6, V, Z, dtype=torch.float64))
     torch.testing.assert_close(interest_BVD, interest_BVD[:, :1].expand(-1, V, -1))
 
 
@@ -148,7 +159,7 @@ def test_without_ie_the_interest_is_the_mean_of_the_events() -> None:
     batch = make_batch(make_spec(3), 9)
     inputs, pooled = stand_in(batch), PooledHistory(H).double()
     vectors = event_vectors(inputs)
-    mean_BH = pooled(inputs, list_events(batch))
+    mean_BH = pooled(inputs.histories)
     for row in range(9):
         own = events_of(batch, row)
         expected = torch.stack([vectors[v] for v in own]).mean(0) if own else pooled.empty_H

@@ -15,7 +15,7 @@ from tests.unit.export_runs import MODELS, NAMES, PLAIN, make_run
 from tests.unit.random_batches import make_batch, make_spec
 from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
 from usr_ray.data.manifest import build_manifest
-from usr_ray.data.reader import SampleReader
+from usr_ray.data.reader import Reading, SampleReader
 from usr_ray.model.history import NUM_AGES
 from usr_ray.schema import UNKNOWN_ID
 from usr_ray.serving.check import drawn_batch, training_probabilities
@@ -44,7 +44,9 @@ def lake(tmp_path_factory):
 def real_batches(lake, size=64):
     """Batches of all rows, the last one with padding rows."""
     manifest = build_manifest(lake, dates=DATES)
-    with SampleReader(manifest, global_batch_size=size, group_size=16, order="file", mature_only=False) as reader:
+    with SampleReader(
+        manifest, Reading(global_batch_size=size, group_size=16, order="file", mature_only=False)
+    ) as reader:
         return list(reader.batches(0))
 
 

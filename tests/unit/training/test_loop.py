@@ -27,7 +27,7 @@ from usr_ray.schema import FeatureSpec
 from usr_ray.training import checkpoint
 from usr_ray.training.checkpoint import CheckpointError, CheckpointStore
 from usr_ray.training.loop import TrainError, TrainResult, train
-from usr_ray.training.monitor import SilentMonitor, summarise
+from usr_ray.training.monitor import Monitor, summarise
 from usr_ray.training.rows import training_reader
 from usr_ray.training.state import refusal
 from usr_ray.training.worker import LocalWorker
@@ -91,7 +91,7 @@ def read_manifests(lake: Path) -> tuple[Manifest, Manifest]:
     return build_manifest(lake, dates=(days[0], days[2])), build_manifest(lake, dates=(days[3], days[3]))
 
 
-class Watcher(SilentMonitor):
+class Watcher(Monitor):
     """Keeps what it is told; asks the worker to stop at `stop_at`."""
 
     def __init__(self, worker: LocalWorker | None = None, stop_at: int = -1) -> None:
@@ -428,7 +428,7 @@ def test_a_checkpoint_without_keys_that_came_later_is_gone_on_with(
 ) -> None:
     found = CheckpointStore(finished_run / "checkpoints").newest_valid()
     assert found is not None
-    order = training_reader(make_config(), manifests[0], LocalWorker("cpu")).fingerprint
+    order = training_reader(make_config(), manifests[0]).fingerprint
     del found.state["config"]["model"]["multitask"], found.state["config"]["train"]["reader_shards"]
     assert refusal(found, make_config(), manifests[0], order) is None
     assert "train.reader_shards = 1, this run 2" in str(
@@ -447,7 +447,7 @@ def test_other_learning_rates_and_more_epochs_may_continue(
 def test_rows_whose_labels_close_after_the_train_cut_off_do_not_count(manifests: tuple[Manifest, Manifest]) -> None:
     """Windows close 25 h after the impression: of days 1 to 3 only rows up to day 2, 23:00 may be trained on."""
     manifest = manifests[0]
-    reader = training_reader(make_config(), manifest, LocalWorker("cpu"))
+    reader = training_reader(make_config(), manifest)
     with reader:
         batches = list(reader.batches(0))
     kept = torch.cat([b.row_number_B[b.weights_B > 0] for b in batches])

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from tests.unit.model.test_contrastive import slow_loss
 from tests.unit.random_batches import NO_CL, PLAIN, make_batch, make_config, make_spec, rows
-from usr_ray.data.batch import UsrOutputs
+from usr_ray.data.batch import UsrBatch, UsrOutputs
 from usr_ray.model.embedding import EmbeddingTables
 from usr_ray.model.multitask import global_outputs
 from usr_ray.model.usr import UsrModel
-from usr_ray.training.loss import LabelOrderError, LossTerms, check_label_order, row_counts, usr_loss
+from usr_ray.training.loss import LossTerms, row_counts, usr_loss
+from usr_ray.training.rows import LabelOrderError, training_batches
 
 pytestmark = pytest.mark.unit
 
@@ -184,10 +186,11 @@ def test_contrastive_terms_are_means_over_rows_and_views() -> None:
     lengths_B = sum(h.offsets.diff() for h in batch.histories)
     with_events = ((lengths_B > 0) & (batch.weights_B > 0)).tolist()
     assert with_events.count(True) < 7, "row 0 has no events"
+    users, counted = batch.user_key_B.tolist(), (batch.weights_B > 0).tolist()
     tau, group = config.contrastive.temperature, config.contrastive.group_size
     # Rows without events are no anchors of CL(i), but count in the mean; padding counts in neither.
-    interest = slow_loss(vectors[0], vectors[1], with_events, group, tau) / (7 * 2)
-    feature = slow_loss(vectors[2], vectors[3], (batch.weights_B > 0).tolist(), group, tau) / (7 * 2)
+    interest = slow_loss(vectors[0], vectors[1], with_events, users, group, tau) / (7 * 2)
+    feature = slow_loss(vectors[2], vectors[3], counted, users, group, tau) / (7 * 2)
     assert float(terms.contrastive_interest) == pytest.approx(interest, rel=1e-4)
     assert float(terms.contrastive_feature) == pytest.approx(feature, rel=1e-4)
     cells = float(terms.cells_ST.sum())
@@ -221,14 +224,21 @@ def test_terms_have_names_for_every_scenario_and_task() -> None:
         ([0.0, 0, 0, 1], "is_order_global <= is_click_global"),
     ],
 )
-def test_labels_that_cannot_be_are_refused_when_asked(labels: list[float], pair: str) -> None:
+def test_labels_that_cannot_be_never_reach_a_step(labels: list[float], pair: str) -> None:
     batch = hand_batch()
-    check_label_order(batch)
+    tables = EmbeddingTables(make_spec(), 4, seed=0)
+
+    class OneBatch:
+        def batches(self, epoch: int, start_step: int = 0) -> Iterator[UsrBatch]:
+            yield batch
+
+    def fed() -> list[object]:
+        return list(training_batches(OneBatch(), tables, epochs=range(1), start_step=0, num_scenarios=2))
+
+    assert len(fed()) == 1
     batch.labels_BT[1] = torch.tensor(labels)
-    arguments = outputs_of([[0.5, 0.2]] * 4), batch, row_counts(batch, 2), make_config()
-    message = rf"loss: 1 rows of the batch break {pair} \(first: row_number 101 in the manifest\); .* build these dates"
+    message = rf"labels: 1 rows of the batch break {pair} \(first: row_number 101 in the manifest\); .* build these"
     with pytest.raises(LabelOrderError, match=message):
-        usr_loss(*arguments, check_labels=True)
-    usr_loss(*arguments)
+        fed()
     batch.weights_B[1] = 0
-    check_label_order(batch)
+    assert len(fed()) == 1

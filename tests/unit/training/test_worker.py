@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tests.unit.two_ranks import run_ranks
-from usr_ray.training.worker import DistributedWorker, LocalWorker, Worker
+from usr_ray.training.worker import LocalWorker, Worker
 
 pytestmark = pytest.mark.unit
 
@@ -36,6 +36,8 @@ def test_sigterm_raises_the_stop_flag_and_nothing_else() -> None:
     before = signal.getsignal(signal.SIGTERM)
     try:
         worker = LocalWorker("cpu")
+        assert signal.getsignal(signal.SIGTERM) is before, "a constructor leaves its process as it is"
+        assert worker.stop_on_signal()
         assert not worker.should_stop()
         os.kill(os.getpid(), signal.SIGTERM)
         assert worker.should_stop()
@@ -46,14 +48,14 @@ def test_sigterm_raises_the_stop_flag_and_nothing_else() -> None:
 def test_a_worker_in_a_thread_leaves_the_signal_handler_alone() -> None:
     before = signal.getsignal(signal.SIGTERM)
     installed: list[bool] = []
-    thread = threading.Thread(target=lambda: installed.append(DistributedWorker().stop_on_signal()))
+    thread = threading.Thread(target=lambda: installed.append(Worker().stop_on_signal()))
     thread.start()
     thread.join()
     assert installed == [False]
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def _collectives(worker: DistributedWorker) -> dict[str, torch.Tensor]:
+def _collectives(worker: Worker) -> dict[str, torch.Tensor]:
     rank = worker.rank
     counts = torch.tensor([1.0 + rank, 10.0])
     summed = worker.all_reduce_sum(counts)
@@ -77,7 +79,7 @@ def _collectives(worker: DistributedWorker) -> dict[str, torch.Tensor]:
     }
 
 
-def _gradients(worker: DistributedWorker) -> dict[str, torch.Tensor]:
+def _gradients(worker: Worker) -> dict[str, torch.Tensor]:
     model = nn.Linear(2, 1, bias=False)
     nn.init.constant_(model.weight, float(worker.rank))  # DDP must start every rank from rank 0's weights
     wrapped = worker.wrap_model(model)
@@ -88,7 +90,7 @@ def _gradients(worker: DistributedWorker) -> dict[str, torch.Tensor]:
     return {"start": start, "gradient": model.weight.grad}
 
 
-def _both(worker: DistributedWorker, folder: Path) -> dict[str, torch.Tensor]:
+def _both(worker: Worker, folder: Path) -> dict[str, torch.Tensor]:
     return _collectives(worker) | _gradients(worker)
 
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from usr_ray.schema import TASKS
 
@@ -72,8 +70,7 @@ class StackedMLP(nn.Module):
         for layer, (weight_NIO, bias_N1O) in enumerate(zip(self.weights_NIO, self.biases_N1O, strict=True)):
             h_BM = (_shared_layer if is_shared and layer == 0 else _own_layer)(h_BM, weight_NIO, bias_N1O)
             if layer < self.num_hidden:
-                # In place on the product itself: on a view of it autograd would copy it back and forth.
-                h_BM = self.dropout(torch.relu_(h_BM))
+                h_BM = self.dropout(torch.relu(h_BM))
         return h_BM.unflatten(1, (-1, self.output_dim))
 
 
@@ -84,44 +81,8 @@ def _shared_layer(x_BI: Tensor, weight_NIO: Tensor, bias_N1O: Tensor) -> Tensor:
 
 def _own_layer(x_BM: Tensor, weight_NIO: Tensor, bias_N1O: Tensor) -> Tensor:
     """(B, N O) of inputs (B, N I)."""
-    device = x_BM.device.type
-    is_mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if is_mixed else x_BM.dtype
-    out_BM: Tensor = _OwnLayer.apply(  # type: ignore[no-untyped-call]
-        x_BM.to(dtype), weight_NIO.to(dtype), bias_N1O.to(dtype)
-    )
-    return out_BM
-
-
-class _OwnLayer(torch.autograd.Function):
-    """Its inputs, outputs and their gradients lie side by side, as the passes before and after it want them.
-
-    Autograd's own backward would leave the gradients of the N one after the other, and ReLU's would stride over them.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x_BM: Tensor, weight_NIO: Tensor, bias_N1O: Tensor) -> Tensor:
-        ctx.save_for_backward(x_BM, weight_NIO)
-        return _together(torch.baddbmm(bias_N1O, _apart(x_BM, weight_NIO.shape[0]), weight_NIO))
-
-    @staticmethod
-    @once_differentiable  # type: ignore[misc]
-    def backward(ctx: Any, grad_BM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x_BM, weight_NIO = ctx.saved_tensors
-        grad_NBO = _apart(grad_BM, weight_NIO.shape[0])
-        grad_x_BM = _together(torch.bmm(grad_NBO, weight_NIO.transpose(1, 2)))
-        grad_weight_NIO = torch.bmm(_apart(x_BM, weight_NIO.shape[0]).transpose(1, 2), grad_NBO)
-        return grad_x_BM, grad_weight_NIO, grad_NBO.sum(dim=1, keepdim=True)
-
-
-def _apart(wide_BM: Tensor, num_stacked: int) -> Tensor:
-    """(N, B, O) over the same memory."""
-    return wide_BM.unflatten(1, (num_stacked, -1)).transpose(0, 1)
-
-
-def _together(apart_NBO: Tensor) -> Tensor:
-    """(B, N O), copied."""
-    return torch.cat(apart_NBO.unbind(0), dim=1)
+    x_NBI = x_BM.unflatten(1, (weight_NIO.shape[0], -1)).transpose(0, 1)
+    return torch.baddbmm(bias_N1O, x_NBI, weight_NIO).transpose(0, 1).flatten(1)
 
 
 def side_by_side(weight_NIO: Tensor) -> Tensor:

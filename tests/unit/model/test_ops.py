@@ -1,0 +1,72 @@
+"""Hand-written operations equal their plain twins, values and gradients, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.unit.random_batches import make_batch, make_config, make_spec
+from usr_ray.model import ops
+from usr_ray.model.embedding import EmbeddingTables
+from usr_ray.model.ops import Groups, group_places, masked_attention, pool_sum
+from usr_ray.model.usr import UsrModel
+from usr_ray.training.loss import row_counts, usr_loss
+
+pytestmark = pytest.mark.unit
+
+
+def same_with_plain(function: Callable[..., Tensor], arguments: list[Tensor]) -> None:
+    """Values, and gradients of a weighted sum, with the operation and with its twin."""
+    found = []
+    for way in (ops.plain, lambda: ops.plain("none")):
+        with way():
+            value = function(*arguments)
+        weights = torch.linspace(-1, 2, value.numel(), dtype=value.dtype).view_as(value)
+        found.append([value, *torch.autograd.grad((value * weights).sum(), arguments)])
+    assert all(t.dtype == torch.float64 for t in found[0])
+    for by_twin, by_hand in zip(*found, strict=True):
+        torch.testing.assert_close(by_hand, by_twin, rtol=1e-12, atol=1e-12)
+
+
+def test_pool_sum_equals_its_twin() -> None:
+    generator = torch.Generator().manual_seed(0)
+    group_V = torch.randint(0, 6, (40,), generator=generator)
+    group_V[group_V == 4] = 1  # group 4 stays empty
+    order_V = torch.argsort(group_V, stable=True)
+    starts_G = torch.searchsorted(group_V[order_V], torch.arange(6))
+    groups = Groups(group_V, order_V, starts_G)
+    places = [group_places(torch.randint(0, n, (40,), generator=generator), n) for n in (5, 9)]
+    weights = [torch.randn(n, 3, generator=generator, dtype=torch.float64, requires_grad=True) for n in (5, 9)]
+    same_with_plain(lambda *w: pool_sum(w, places, groups), weights)
+
+
+def test_masked_attention_equals_its_twin() -> None:
+    generator = torch.Generator().manual_seed(0)
+    valid_BML = torch.rand(5, 2, 7, generator=generator) < 0.6
+    query, pairs = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for shape in ((5, 3, 4), (5, 7, 8))
+    )
+    same_with_plain(lambda q, p: masked_attention(q, p, valid_BML), [query, pairs])
+
+
+def test_the_switch_reaches_a_whole_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, config = make_spec(), make_config()
+    batch, tables = make_batch(spec), EmbeddingTables(spec, 4, seed=0)
+    torch.manual_seed(0)
+    model = UsrModel(spec, config)
+
+    def loss() -> float:
+        terms = usr_loss(model(batch, tables.lookup(batch), 1), batch, row_counts(batch, 2), config)
+        return float(terms.total.detach())
+
+    by_hand = loss()
+    for name in ("_PoolSum", "_MaskedAttention"):
+        monkeypatch.delattr(ops, name)
+    with pytest.raises(NameError):
+        loss()
+    with ops.plain():
+        assert loss() == pytest.approx(by_hand, rel=1e-6)
