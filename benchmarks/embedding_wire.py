@@ -32,8 +32,7 @@ import torch.multiprocessing as mp
 
 from benchmarks.doc_tables import markdown, record
 from usr_ray.config import Config
-from usr_ray.model.gather import ColumnOrder
-from usr_ray.model.unique import TableIds, UniqueIds
+from usr_ray.model.unique import TableIds
 from usr_ray.schema import FeatureSpec, SparseFeature
 from usr_ray.training.embeddings import build_embeddings
 from usr_ray.training.worker import LocalWorker
@@ -90,8 +89,7 @@ def measure_rank(rank: int, num_workers: int, port: int, arguments: argparse.Nam
                     before = loopback_bytes()
                     worker.barrier()
                 start = time.perf_counter()
-                unique = UniqueIds((ids,), ColumnOrder(ids_U[:0], ids_U[:0]))
-                lookup = embeddings.lookup(None, unique)  # type: ignore[arg-type]  # the ids are all it needs
+                lookup = embeddings.lookup(None, (ids,))  # type: ignore[arg-type]  # the ids are all it needs
                 lookup.tables["item_id"].rows_UD.grad = grads_UD
                 embeddings.apply_gradients(lookup)
                 times.append(time.perf_counter() - start)

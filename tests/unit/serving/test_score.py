@@ -174,6 +174,6 @@ def test_rows_whose_model_is_not_known_count_as_another_models(lake, run_dir, tm
 
 def test_one_process_only(lake, run_dir, tmp_path):
     worker = LocalWorker("cpu")
-    worker._world_size = 2
+    worker.world_size = 2
     with pytest.raises(ScoreError, match="runs in one process"):
         score_dates(run_dir, lake, DATES, tmp_path, worker)
