@@ -34,7 +34,7 @@ from benchmarks.doc_tables import markdown, record
 from usr_ray.config import Config
 from usr_ray.model.unique import TableIds
 from usr_ray.schema import FeatureSpec, SparseFeature
-from usr_ray.training.embeddings import build_embeddings
+from usr_ray.training.state import build_embeddings
 from usr_ray.training.worker import LocalWorker
 
 RESULTS = Path(__file__).parent / "results" / "embedding_wire.json"

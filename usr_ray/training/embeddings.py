@@ -105,24 +105,6 @@ class ReplicatedEmbeddings(EmbeddingTables, Embeddings):
         self.state_tensors()[name][first : first + rows.shape[0]] = rows.to(self.device)
 
 
-def build_embeddings(spec: FeatureSpec, config: Config, worker: Worker) -> Embeddings:
-    """The tables of a run, by `train.embedding_strategy`. One worker's share is everything: then both are replicated.
-
-    Raises:
-        EmbeddingError: 'sharded' without the packages of the extra [sharded].
-    """
-    if config.train.embedding_strategy == "sharded" and worker.world_size > 1:
-        try:
-            from usr_ray.training.embeddings_sharded import ShardedEmbeddings
-        except (ImportError, OSError) as error:  # OSError: FBGEMM's library was built for another torch
-            raise EmbeddingError(
-                "train.embedding_strategy 'sharded' needs TorchRec and FBGEMM, which cannot be loaded "
-                f"({str(error).splitlines()[0]}); install the extra [sharded] (docs/embeddings.md) or set 'replicated'"
-            ) from error
-        return ShardedEmbeddings(spec, config, worker)
-    return ReplicatedEmbeddings(spec, config, worker)
-
-
 def describe_memory(embeddings: Embeddings, config: Config, worker: Worker) -> str:
     """One line for the start of a run: what the tables are and what a worker holds of them."""
     sizes, memory = embeddings.num_rows(), embeddings.memory()

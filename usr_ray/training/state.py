@@ -14,10 +14,12 @@ from torch import Tensor
 import usr_ray
 from usr_ray.config import Config
 from usr_ray.data.manifest import Manifest
-from usr_ray.model.embedding import Lookup
+from usr_ray.model.embedding import WEIGHTS, Lookup
+from usr_ray.model.unique import EmbeddingError
 from usr_ray.model.usr import UsrModel
+from usr_ray.schema import FeatureSpec
 from usr_ray.training.checkpoint import Checkpoint, CheckpointError
-from usr_ray.training.embeddings import WEIGHTS, build_embeddings, check_shapes
+from usr_ray.training.embeddings import Embeddings, ReplicatedEmbeddings, check_shapes
 from usr_ray.training.optimizers import DenseAdamW, rate_scale, replica_hash
 from usr_ray.training.warm_start import find_checkpoint, warm_start_refusal
 from usr_ray.training.worker import Worker
@@ -194,6 +196,24 @@ class TrainState:
             size = min(step, shape[0] - first)
             rows = _empty([size, *shape[1:]], dtype) if own is None else own[first : first + size]
             self.tables.load_rows(name, first, worker.broadcast(rows))
+
+
+def build_embeddings(spec: FeatureSpec, config: Config, worker: Worker) -> Embeddings:
+    """The tables of a run, by `train.embedding_strategy`. One worker's share is everything: then both are replicated.
+
+    Raises:
+        EmbeddingError: 'sharded' without the packages of the extra [sharded].
+    """
+    if config.train.embedding_strategy == "sharded" and worker.world_size > 1:
+        try:
+            from usr_ray.training.embeddings_sharded import ShardedEmbeddings
+        except (ImportError, OSError) as error:  # OSError: FBGEMM's library was built for another torch
+            raise EmbeddingError(
+                "train.embedding_strategy 'sharded' needs TorchRec and FBGEMM, which cannot be loaded "
+                f"({str(error).splitlines()[0]}); install the extra [sharded] (docs/embeddings.md) or set 'replicated'"
+            ) from error
+        return ShardedEmbeddings(spec, config, worker)
+    return ReplicatedEmbeddings(spec, config, worker)
 
 
 def refusal(checkpoint: Checkpoint, config: Config, manifest: Manifest, order: str) -> str | None:

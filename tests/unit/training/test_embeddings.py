@@ -27,11 +27,11 @@ from usr_ray.training.checkpoint import CheckpointError
 from usr_ray.training.embeddings import (
     Embeddings,
     ReplicatedEmbeddings,
-    build_embeddings,
     check_shapes,
     describe_memory,
 )
 from usr_ray.training.loss import row_counts, usr_loss
+from usr_ray.training.state import build_embeddings
 from usr_ray.training.worker import LocalWorker
 
 pytestmark = pytest.mark.unit
