@@ -1,7 +1,7 @@
-"""Rows of several batches put into the places of one: the only gather between Parquet and the model.
+"""Rows of several batches gathered into one batch: the only gather between Parquet and the model.
 
 Everything is vectorised, histories included: Arrow sees the events of a row as one string of bytes, so that a row's
-events move by one copy of memory instead of one indexed read an event (three times faster, benchmarks/reader.py).
+events move by one copy of memory instead of one indexed read per event (three times faster, benchmarks/reader.py).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _EVENT_FIELDS = ("item_ids_V", "actions_V", "ages_s_V", "query_ids_V")
 EventTypes = Mapping[str, "np.dtype[Any]"]
 """Type of each of _EVENT_FIELDS in a batch."""
 _SPARE = 1.05
-"""Room for events beyond what the rows so far lead to expect: row groups differ a little."""
+"""Room for events beyond what the rows so far lead to expect: row groups differ slightly."""
 
 
 def id_type(*num_embeddings: int) -> np.dtype[Any]:
@@ -71,7 +71,7 @@ def padding_batch(spec: FeatureSpec, num_rows: int) -> UsrBatch:
 
 
 def _rows_to_fill(spec: FeatureSpec, num_rows: int) -> UsrBatch:
-    """A batch whose fields of one value a row hold anything, and whose histories are empty."""
+    """A batch with uninitialised fields of one value per row, and empty histories."""
 
     def rows(dtype: type, *width: int) -> Tensor:
         return torch.from_numpy(empty_array((num_rows, *width), dtype))
@@ -104,7 +104,7 @@ def _rows_to_fill(spec: FeatureSpec, num_rows: int) -> UsrBatch:
 
 
 def empty_array(shape: tuple[int, ...], dtype: type) -> NDArray[Any]:
-    """np.empty in the memory pool of Arrow, which uses large pieces of memory again where numpy returns them.
+    """np.empty in Arrow's memory pool, which reuses large blocks that numpy would return to the kernel.
 
     Fresh pages cost as much at their first touch as the copy that fills them.
     """
@@ -139,7 +139,7 @@ class BatchBuilder:
         self._lock = threading.Lock()
 
     def add(self, rows: UsrBatch, places: IntArray) -> None:
-        """Put row n of `rows` at places[n]; `rows` is not needed any more then."""
+        """Put row n of `rows` at places[n]; `rows` may be freed afterwards."""
         first, last = (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0)
         is_run = last - first == len(places) and bool((np.diff(places) == 1).all())
         index = torch.from_numpy(places)

@@ -1,4 +1,4 @@
-"""UsrBatch: the tensors of one step, and UsrOutputs: what a model says of them.
+"""UsrBatch: the tensors of one step, and UsrOutputs: a model's outputs for them.
 
 Shape letters: B rows, F features, V history events of the batch (jagged), L padded history, S scenarios, T tasks,
 D embedding.
@@ -101,7 +101,7 @@ class UsrBatch:
     labels_BT: Tensor
     """float32 (B, 4) in the order of schema.ALL_LABELS."""
     weights_B: Tensor
-    """float32, 1 for a row that counts, 0 for padding and for rows whose labels are not final."""
+    """float32, 1 for a row with weight, 0 for padding and for rows whose labels are not final."""
     scenario_B: Tensor
     """int64, position in FeatureSpec.scenarios."""
     sparse_BF: Tensor
@@ -109,7 +109,7 @@ class UsrBatch:
     dense_BF: Tensor
     """float32 (B, F), in the order of FeatureSpec.dense; F may be 0."""
     histories: tuple[History, ...]
-    """One entry a scenario, in the order of FeatureSpec.scenarios."""
+    """One entry per scenario, in the order of FeatureSpec.scenarios."""
     user_key_B: Tensor
     """int64 hash of the raw user_id: groups rows for GAUC; unknown users stay apart."""
     request_key_B: Tensor
@@ -127,7 +127,7 @@ class UsrBatch:
         return map_tensors(self, function)
 
     def count_longest(self) -> UsrBatch:
-        """The batch with `longest`, which a GPU would have to be waited for: call it on the CPU."""
+        """The batch with `longest`. On a GPU this would wait for the queue: call it on the CPU."""
         if not len(self):
             return replace(self, longest=0)
         lengths_B = torch.stack([h.offsets for h in self.histories]).sum(0).diff()
@@ -173,7 +173,7 @@ def map_tensors(value: Any, function: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class UsrOutputs:
-    """What a model says of a batch, in log space so that products of probabilities stay exact.
+    """A model's outputs for a batch, in log space so that products of probabilities stay exact.
 
     log_p and log_not_p hold log P(y = 1) and log P(y = 0), float32 also under mixed precision.
     """

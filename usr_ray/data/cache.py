@@ -24,7 +24,7 @@ class RowGroupCache:
     """Row groups of one manifest and one choice of columns; safe for several threads and processes at a time."""
 
     def __init__(self, folder: Path | str, manifest: Manifest, columns: Sequence[str]) -> None:
-        """Files go to a subfolder of `folder` named after the manifest's hash, so another table never meets them."""
+        """Files go to a subfolder of `folder` named after the manifest's hash, which another table never reads."""
         choice = hashlib.sha256("\n".join(columns).encode()).hexdigest()
         self._folder = Path(folder) / f"{manifest.sha256[:32]}-{choice[:8]}"
         self._columns = list(columns)

@@ -161,7 +161,7 @@ class _Columns:
         self._where = where
 
     def scalars(self, name: str) -> pa.Array:
-        """A column of one value a row, without nulls and of the type the table promises."""
+        """A column of one value per row, without nulls and of the type the table promises."""
         array = self._array(name)
         if array.type != _TYPES[self._types[name]]:
             raise self._fail(name, f"is {array.type} in the file, the table says {self._types[name]}")
@@ -242,7 +242,7 @@ class _Columns:
         return array
 
     def _lists(self, name: str) -> tuple[NDArray[np.int64], pa.Array]:
-        """Offsets that start at 0, and the values they point into: both without what a slice leaves out."""
+        """Offsets that start at 0, and the values they point into: both without the parts outside the slice."""
         array = self._array(name)
         element = self._types[name].removeprefix("array<").removesuffix(">")
         if not pa.types.is_list(array.type) or array.type.value_type != _TYPES[element]:

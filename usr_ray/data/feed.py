@@ -1,10 +1,10 @@
-"""Batches ahead of the steps that use them: made in a thread, and for a GPU copied there on a stream of their own.
+"""Batches ahead of the steps that use them: made in a thread, and for a GPU copied there on their own stream.
 
     source (a thread)  ->  pinned buffer of the ring  ->  one copy on the copy stream  ->  queue of `depth`  ->  step
 
-All tensors of a batch are laid side by side in one page-locked buffer, so a batch is one copy, and the copy needs no
-thread and no turn of the step's stream. The step's stream waits for the copy's event, the host never does; a buffer is
-filled again once the event of its last copy has come. On a CPU the same class is a plain prefetcher: nothing is copied.
+All tensors of a batch are laid side by side in one page-locked buffer, so a batch is one copy, which needs no thread
+and does not occupy the step's stream. The step's stream waits for the copy's event, the host never does; a buffer is
+refilled once the event of its last copy has occurred. On a CPU the same class is a plain prefetcher: nothing is copied.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from usr_ray.data.batch import map_tensors
 from usr_ray.data.process import compute_alone
 
 _ALIGNMENT = 256
-"""Bytes; what CUDA's allocator gives, enough for every vectorised load."""
+"""Bytes; the alignment of CUDA's allocator, enough for every vectorised load."""
 _POLL_S = 0.1
 _NUM_BUFFERS = 2
 """One is filled while the other is copied."""
@@ -41,20 +41,20 @@ class Event(Protocol):
 
 
 class Copies(Protocol):
-    """What a device's copies are made of; tests have one without a device."""
+    """The copies of a device; tests have an implementation without a device."""
 
     def allocate(self, num_bytes: int) -> Tensor:
         """A host buffer, uint8, from which copies run on their own."""
 
     def start(self, buffer: Tensor) -> tuple[Tensor, Event]:
-        """Begin a copy of the buffer to the device, on the copy stream; the event comes when it is done."""
+        """Begin a copy of the buffer to the device, on the copy stream; the event occurs when it is done."""
 
     def hand_over(self, on_device: Tensor, event: Event) -> None:
         """Have the caller's stream wait for the copy and keep the memory until that stream has used it."""
 
 
 class CudaCopies:
-    """Copies of one GPU on a stream of their own."""
+    """Copies to one GPU, on their own stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -87,7 +87,7 @@ class _Buffer:
 
 
 class PinnedRing:
-    """Host buffers used in turn, each again only after its last copy."""
+    """Host buffers used in turn, each only after its last copy has ended."""
 
     def __init__(self, copies: Copies, num_buffers: int = _NUM_BUFFERS) -> None:
         self._copies = copies
@@ -129,7 +129,7 @@ class _Item(Generic[Moved, Kept]):
 
 
 class _EndError(Exception):
-    """The source has no more."""
+    """The source is exhausted."""
 
 
 class Feed(Generic[Moved, Kept]):
@@ -139,7 +139,7 @@ class Feed(Generic[Moved, Kept]):
         source: pairs of what goes to the device (dataclasses and tuples of tensors) and what stays as it is. It runs,
             and is closed, in the feed's thread.
         device: where the first of a pair goes.
-        depth: batches that wait for their step at most; one more is in the making.
+        depth: batches that wait for their step, at most; one more is being made.
         copies: None: the device's own.
 
     Raises:
@@ -180,7 +180,7 @@ class Feed(Generic[Moved, Kept]):
         raise self._failure
 
     def close(self) -> None:
-        """End the thread and drop what is ready; the feed is at its end then."""
+        """End the thread and drop what is ready; the feed is then exhausted."""
         self._stop.set()
         with contextlib.suppress(queue.Empty):
             while True:

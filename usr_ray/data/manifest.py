@@ -1,6 +1,6 @@
 """The files and row groups of one pinned version of a samples table, under one hash.
 
-A manifest fixes what a run reads: it names every file, its row groups and their row counts, so that training needs
+A manifest fixes what a run reads. It names every file, its row groups and their row counts, so that training needs
 neither the Delta log nor the package `deltalake` again, and a checkpoint can say exactly which rows it has seen.
 """
 
@@ -29,7 +29,7 @@ from usr_ray.files import write_whole
 from usr_ray.schema import ALL_LABELS, FEATURE_SPEC_PROPERTY, PARTITION_COLUMN, SAMPLES, VOCABULARIES, FeatureSpec
 
 FORMAT = 1
-"""Of the JSON file; another number is refused."""
+"""Format version of the JSON file; another is refused."""
 _FOOTER_THREADS = 16
 REBUILD = "rebuild its date with jobs/build_samples.py"
 STORE_HINT = "check the address, and the store's keys and endpoint in the environment (docs/cluster.md, object stores)"
@@ -37,7 +37,7 @@ _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
 
 class DataError(UserError):
-    """A samples table that cannot be used as it is: one line naming the file and, where known, the row group."""
+    """A samples table that cannot be used: one line naming the file and, where known, the row group."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,10 +165,10 @@ def labels_close_us(event_time_us: NDArray[np.int64], spec: FeatureSpec) -> NDAr
 
 
 def usable_row_groups(manifest: Manifest, *, ready_before_us: int | None, mature_only: bool) -> list[RowGroupRef]:
-    """Row groups that may hold a row that counts: some mature row, and labels that close by ready_before_us.
+    """Row groups that may hold a row with weight: some mature row, and labels that close by ready_before_us.
 
     Raises:
-        DataError: there is none, so a run would train on nothing.
+        DataError: there is none, so there is nothing to train on.
     """
     usable = []
     for ref in manifest.row_groups():
@@ -269,7 +269,7 @@ def _open_table(table_uri: str, version: int | None) -> Any:
 
 
 def _check_table(table: Any, table_uri: str) -> FeatureSpec:
-    """Refuse what would be read wrong without an error; return the table's feature spec."""
+    """Refuse what would silently be read wrong; return the table's feature spec."""
     properties = table.metadata().configuration
     mode = properties.get("delta.columnMapping.mode", "none")
     if mode != "none":

@@ -1,4 +1,4 @@
-"""How well an order mixes: a few numbers beside those of a full shuffle. Pure functions on integers.
+"""How well an order mixes: a few numbers, relative to a full shuffle. Pure functions on integers.
 
 Shape letters: N rows, G row groups, K blocks.
 """
@@ -16,7 +16,7 @@ from usr_ray.data.order import EpochOrder, RankShare, block_share
 
 _Ints = NDArray[np.int64]
 MAX_ROWS = 1 << 22
-"""Rows of an epoch that are looked at; of a larger one, blocks at even distances."""
+"""Rows of an epoch that are measured, at most; of a larger one, blocks at even distances."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +26,9 @@ class ShuffleQuality:
     displacement: float
     """Mean |position - row| over N / 3, its expectation for a uniform permutation. File order: 0."""
     neighbour_distance: float
-    """Mean distance in the table of rows that come one after the other, over N / 3. File order: 3 / N."""
+    """Mean distance in the table of consecutive rows, over N / 3. File order: 3 / N."""
     autocorrelation: float
-    """Correlation of a value (by default the row's number) with that of the row that comes next. File order: near 1."""
+    """Correlation of a value (by default the row's number) with that of the next row. File order: near 1."""
     correlation: float
     """Correlation of that value with the position in the order. File order: 1."""
 
@@ -48,7 +48,7 @@ def shuffle_quality(rows_N: ArrayLike, values_N: ArrayLike | None = None) -> Shu
 def epoch_quality(
     order: EpochOrder, first_rows_G: ArrayLike, values_G: ArrayLike, *, global_batch_size: int, max_rows: int = MAX_ROWS
 ) -> ShuffleQuality:
-    """Measure the order of an epoch as all ranks together go through it.
+    """Measure the order of an epoch as all ranks together read it.
 
     Args:
         order: of the epoch.
@@ -75,7 +75,7 @@ def epoch_quality(
 
 
 def order_text(shuffle: Mapping[str, Any]) -> str:
-    """`shuffle` of a run's config.json in words: the order's kind and how well it mixes beside a full shuffle."""
+    """`shuffle` of a run's config.json in words: the order's kind and how well it mixes, relative to a full shuffle."""
     return (
         f"{shuffle['order']}: neighbours {shuffle['neighbour_distance']:.0%} as far apart as in a full shuffle, "
         f"correlation of position and date {shuffle['correlation']:+.2f}"
@@ -83,7 +83,7 @@ def order_text(shuffle: Mapping[str, Any]) -> str:
 
 
 def _quality(rows: _Ints, values: NDArray[np.float64], places: _Ints, blocks: _Ints, total: int) -> ShuffleQuality:
-    """Rows in the order they are read; neighbours are looked at where both are of one of the `blocks` measured."""
+    """Rows in the order they are read; neighbours count where both belong to one of the measured `blocks`."""
     follows = np.flatnonzero((np.diff(blocks) == 0) | (np.diff(places) == 1))
     distance = np.abs(np.diff(rows))[follows].mean() if len(follows) else 0.0
     centred = values - values.mean()

@@ -1,4 +1,5 @@
-"""Pins: who trains says so in the lake, so that `jobs/maintain_tables.py --vacuum` keeps the files it reads.
+"""Pins: a training run marks its files in the lake, so that `jobs/maintain_tables.py --vacuum` keeps the files it
+reads.
 
 A pin is `<lake>/pins/<run>-<hash>.json`: run, table version, file names. It is written when a run begins and removed
 when it finishes; a run that was killed keeps it until it is resumed and finishes, or until somebody removes it.
@@ -29,7 +30,8 @@ def pin_name(run_dir: Path) -> str:
 
 
 def write_pin(manifests: Sequence[Manifest], run_dir: Path) -> None:
-    """Say in the lake that a run reads these files; a lake that takes no pin is no reason not to train, but is printed.
+    """Mark these files in the lake as read by a run. A lake that cannot be written does not stop training; it is
+    reported.
 
     Args:
         manifests: one or more, of one table.
@@ -59,7 +61,7 @@ def write_pin(manifests: Sequence[Manifest], run_dir: Path) -> None:
 
 
 def remove_pin(table_uri: str, run_dir: Path) -> None:
-    """Take back the pin of a run; none there is no error."""
+    """Remove the pin of a run; its absence is no error."""
     system, path = _place(table_uri, run_dir)
     try:
         system.delete_file(path)

@@ -1,4 +1,4 @@
-"""What a thread beside the training step asks of its process: to leave the step's own threads alone."""
+"""What a thread that runs beside the training step must do to leave the step's own threads alone."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ _lock = threading.Lock()
 
 
 def compute_alone() -> None:
-    """Have torch's operations in this thread use no thread besides it; every other thread keeps its own number.
+    """Run torch's operations of this thread on this thread alone; other threads keep their own number.
 
-    For threads that work beside the training step. OpenMP keeps a team for each thread that ever shares out an
-    operation. With more threads in all teams than cores, it has them sleep between two operations, and on a CPU the
-    step then waits milliseconds for its own team to wake, in every operation that is large enough to be shared out.
+    For threads that work beside the training step. OpenMP keeps a team for each thread that ever runs a parallel
+    operation. With more threads in all teams than cores, it lets them sleep between two operations, and on a CPU the
+    step then waits milliseconds for its own team to wake, in every operation that is large enough to be parallel.
     """
     with _lock:
         num_threads = torch.get_num_threads()

@@ -38,7 +38,7 @@ _POLL_S = 0.1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
-    """How a manifest is read. The global batches do not depend on rank, world_size and what stands below them."""
+    """How a manifest is read. The global batches do not depend on rank, world_size and the fields below them."""
 
     global_batch_size: int
     """Rows of a step over all ranks."""
@@ -53,7 +53,7 @@ class Reading:
     mature_only: bool = True
     """Likewise for rows with is_mature false."""
     num_shards: int = 1
-    """Spans of a block that are permuted apart, so that a rank decodes only its own (order.py); 1 permutes whole
+    """Spans of a block that are permuted separately, so that a rank decodes only its own (order.py); 1 permutes whole
     blocks, and every rank decodes every row group."""
     block_rows: int = ordering.BLOCK_ROWS
     """Rows of a block per shard, at least."""
@@ -72,7 +72,7 @@ class SampleReader:
 
     Raises:
         UserError: a batch that cannot be shared by these workers, or an unknown order.
-        DataError: no row can count.
+        DataError: no row has weight.
     """
 
     def __init__(self, manifest: Manifest, reading: Reading) -> None:
@@ -101,7 +101,7 @@ class SampleReader:
 
     @property
     def num_rows(self) -> int:
-        """Rows of an epoch over all ranks: those of row groups that may hold a row that counts."""
+        """Rows of an epoch over all ranks: those of row groups that may hold a row with weight."""
         return sum(ref.row_group.num_rows for ref in self.refs)
 
     @property
@@ -233,7 +233,7 @@ class _Stream:
             self.close()
 
     def close(self) -> None:
-        """Decode no row group that is not begun yet; end the thread and wait for it."""
+        """Decode no further row group; end the thread and wait for it."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
@@ -274,7 +274,7 @@ class _Stream:
         be begun meanwhile, so that no thread idles at the end of a block.
 
         Returns:
-            What ends when all is decoded; the result waits for the rows. It may hold instead:
+            Done when all is decoded; its result waits for the rows. It may hold instead:
             DataError: see RowGroupDecoder.decode.
             RuntimeError: the reader was closed.
         """
@@ -321,7 +321,7 @@ class _Stream:
         return built
 
     def _make_room(self, num_bytes: int) -> None:
-        """Wait until one row group more may be decoded: there is memory, and a thread will take it up soon.
+        """Wait until one more row group may be decoded: there is memory, and a thread will be free soon.
 
         Not more than one row group waits for a thread, or a block that is decoded would be laid out after all of them.
         """

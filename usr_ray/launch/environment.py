@@ -1,4 +1,4 @@
-"""What must stand in the environment before `ray` is imported: loopback, token, states of Train runs.
+"""What must be in the environment before `ray` is imported: loopback, token, states of Train runs.
 
 Standard library only. Jobs call it; no module of the library changes the environment on its own.
 """
@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 API_SERVER = "RAY_API_SERVER_ADDRESS"
 """Where Ray's own actors ask for states.
 
-Left to itself, Ray asks the cluster that `ray start` named last on this machine: a dead one costs a traceback, another
-live one says that our run is gone, and the run's placement group is removed.
+Left to itself, Ray asks the cluster that `ray start` named last on this machine: a dead one causes a traceback, another
+live one reports that our run is gone, and the run's placement group is removed.
 """
 DASHBOARD_PORT = 8265
 
@@ -32,29 +32,30 @@ RAY_ENVIRONMENT = {
     # Ray logs each printed line once more.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # `ray job stop` kills what has not ended by then; a step, its checkpoint and Ray's farewell take more than its 3 s.
+    # `ray job stop` kills what has not ended by then; a step, its checkpoint and Ray's shutdown take more than 3 s,
+    # the default.
     "RAY_JOB_STOP_WAIT_TIME_S": "60",
     # Arrow's allocator gives each freed block back to the kernel at once, and a third of the reader's time then goes
     # into page faults. Read when pyarrow is loaded.
     "MIMALLOC_PURGE_DELAY": "-1",
 }
-"""Good on any cluster."""
+"""For any cluster."""
 
 LOCAL_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     # Ray replaces a node address of 127.0.0.1 by the machine's outward one, and then GCS, raylet and workers listen on
-    # every interface. Only this switch, meant for laptops whose firewall asks questions, keeps the loopback address.
+    # every interface. Only this switch, meant for laptops with an interactive firewall, keeps the loopback address.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # Otherwise a stop waits 30 s for running jobs to notice.
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-    # Watches for nodes that a cloud takes back; there is one node, and it is ours.
+    # Watches for nodes that a cloud reclaims; there is one node, and it is local.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
-"""Only for a Ray that lives on this machine alone."""
+"""Only for a Ray on this machine alone."""
 
 
 def prepare_environment(environment: MutableMapping[str, str] | None = None, *, dashboard: bool = True) -> str:
-    """Fill what is not set, and see that there is a token. Call it before `ray` is imported.
+    """Set what is missing, and ensure that there is a token. Call it before `ray` is imported.
 
     Args:
         environment: None: this process's.
@@ -71,7 +72,7 @@ def prepare_environment(environment: MutableMapping[str, str] | None = None, *, 
         wanted = wanted | {"GLOO_SOCKET_IFNAME": "lo"}
     if own and dashboard:
         wanted = {**wanted, API_SERVER: f"http://{LOOPBACK}:{free_port(DASHBOARD_PORT)}"}
-    if own and not dashboard:  # the actor that keeps the states asks the dashboard, and complains without end
+    if own and not dashboard:  # the state actor asks the dashboard, and logs errors without end
         wanted = {**wanted, "RAY_TRAIN_ENABLE_STATE_TRACKING": "0"}
     if own:
         # Workers import usr_ray from where this job does, installed or not; a submitted job has its working directory.

@@ -1,4 +1,4 @@
-"""Watching a run: history.jsonl and TensorBoard for one run, Ray's metrics (Prometheus, dashboard) for a cluster.
+"""What a run reports: history.jsonl and TensorBoard for one run, Ray's metrics (Prometheus, dashboard) for a cluster.
 
 The loop calls the same three hooks on every rank (train.Monitor): rank 0 keeps the files, every rank may publish.
 """
@@ -47,9 +47,9 @@ CHECKPOINT_COUNTER, ATTEMPT_COUNTER = "usr_ray_checkpoints", "usr_ray_attempts"
 
 
 class FileMonitor(Monitor):
-    """history.jsonl (an object a log step and an evaluation) and TensorBoard events of a run; for rank 0.
+    """history.jsonl (an object per log step and per evaluation) and TensorBoard events of a run; for rank 0.
 
-    A resumed run goes through some steps again: what the broken attempt noted of them is dropped from history.jsonl and
+    A resumed run repeats some steps: what the interrupted attempt recorded of them is dropped from history.jsonl and
     purged from TensorBoard before the first new line, so that each step is there once.
 
     history.jsonl: {"kind": "train", "step", "time", "loss", "loss/<term>", "samples_per_s", "data_stall", ...} and
@@ -78,14 +78,14 @@ class FileMonitor(Monitor):
         """See train.Monitor; checkpoints are on disk, not in the history."""
 
     def close(self) -> None:
-        """Flush and close the event file; what a full storage does not take is lost, as a warning has said."""
+        """Flush and close the event file; what does not fit on full storage is lost, after a warning."""
         writer, self._writer = self._writer, None
         if writer is not None:
             with contextlib.suppress(*([OSError] if self._is_full else [])):
                 writer.close()
 
     def _write(self, step: int, row: dict[str, Any], events: Mapping[str, float]) -> None:
-        """One line and its events. A full storage must not end a sound run: the line is lost, with one warning."""
+        """One line and its events. Full storage must not end a sound run: the line is lost, with one warning."""
         try:
             self._add(step, row)
             for key, value in events.items():
@@ -103,7 +103,7 @@ class FileMonitor(Monitor):
                     error.strerror,
                 )
             self._is_full = True
-            self.close()  # the next line opens anew, and first removes what was cut short
+            self.close()  # the next line reopens it, and first removes a partial line
         else:
             self._is_full = False
 
@@ -114,7 +114,7 @@ class FileMonitor(Monitor):
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def _resume(self, step: int, kind: str) -> None:
-        """Drop what was noted from here on. An evaluation comes after the log line of the same step, which stays."""
+        """Drop what was recorded from here on. An evaluation comes after the log line of the same step, which stays."""
         from torch.utils.tensorboard import SummaryWriter
 
         kept = []
@@ -192,7 +192,7 @@ class RayMetrics:
 
 
 class RayMonitor(Monitor):
-    """What watches a run under Ray: Ray metrics of every rank, files of rank 0 (a train.Monitor)."""
+    """The monitor of a run under Ray: Ray metrics of every rank, files of rank 0 (a train.Monitor)."""
 
     def __init__(self, run_dir: Path, *, run_name: str, rank: int, factory: MetricFactory = ray_metric) -> None:
         self._monitors: list[FileMonitor | RayMetrics] = [RayMetrics(run_name, rank, factory=factory)]

@@ -1,6 +1,6 @@
-"""A worker's refusal reaches the driver as one line, even from a storage that takes nothing more.
+"""A worker's refusal reaches the driver as one line, even on full storage.
 
-A UserError in a worker is not worth a restart, but Ray restarts the group for any error. So the worker writes it down
+A UserError in a worker is not worth a restart, but Ray restarts the group for any error. So the worker records it
 before it raises: the ranks of the next group see it and leave at once, and the driver shows the line. The file is there
 from the start, filled with spaces, and is written over in place: that needs no room on a full disk, and a network file
 system that has denied a file may go on denying it for a minute.
@@ -22,7 +22,7 @@ def reserve_refusal(path: Path) -> None:
 
 
 def write_refusal(path: Path, message: str) -> None:
-    """Put the line there; one that is too long is cut, the file's size stays. Raises OSError."""
+    """Write the line; it is cut to the file's size. Raises OSError."""
     content = b""
     while not content or len(content) > _NUM_BYTES:
         message = message if not content else message[: len(message) * 3 // 4]

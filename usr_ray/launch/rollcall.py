@@ -19,7 +19,7 @@ from usr_ray.files import write_whole
 
 _COLLECTIVE = re.compile(r"gloo|nccl|process group", re.IGNORECASE)
 _WAIT_S = 5.0
-"""The ranks notice within moments of each other; a rank that has not signed by then does not run."""
+"""The ranks notice within moments of each other; a rank that has not signed by then is not running."""
 _POLL_S = 0.1
 
 
@@ -38,7 +38,7 @@ class RollCall:
 
     @contextlib.contextmanager
     def answered(self) -> Iterator[None]:
-        """Wrap what talks to other ranks.
+        """Wrap code that communicates with other ranks.
 
         Raises:
             RuntimeError: from a failed collective, naming the ranks that were lost; any other error goes through.

@@ -1,4 +1,4 @@
-"""The Ray that a run uses: the one that is there, or one of its own for as long as it trains."""
+"""The Ray that a run uses: an existing one, or its own for as long as it trains."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from usr_ray.config import RayConfig, UserError
 from usr_ray.launch.environment import ADDRESS, API_SERVER, DASHBOARD_PORT, LOOPBACK, OWN, ROOT, SUBMITTED
 
 _OBJECT_STORE_BYTES = 200_000_000
-"""Nothing of a run goes through Ray's object store but its configuration."""
+"""Only a run's configuration goes through Ray's object store."""
 START_ATTEMPTS = 10
 """Times that Ray may wait a minute for the workers' CPUs or GPUs before the run gives up."""
 
 
 @contextlib.contextmanager
 def ray_session(config: RayConfig, *, cluster: str) -> Iterator[None]:
-    """A connection to Ray for the length of the block; one that is there already is used and left as it is.
+    """A connection to Ray for the length of the block; an existing one is used and left open.
 
     Raises:
         UserError: ray.use_gpu on a machine with fewer GPUs than workers, or the cluster of RAY_ADDRESS is not there.
@@ -71,7 +71,7 @@ def _init_arguments(config: RayConfig, cluster: str) -> dict[str, Any]:
 
 
 def _note_missing_resources(config: RayConfig) -> None:
-    """Say why nothing will happen for a while; an autoscaler may still bring the machines."""
+    """Say why nothing happens yet; an autoscaler may still add machines."""
     present = ray.cluster_resources()
     needed = {"CPU": config.num_workers * config.cpus_per_worker}
     if config.use_gpu:

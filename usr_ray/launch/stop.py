@@ -1,10 +1,9 @@
 """A stop from outside becomes a checkpoint: SIGTERM to the driver (which is what `ray job stop` sends) or to a worker.
 
 A worker that is asked raises its flag, the flag travels with the row counts of the next step, and all ranks save and
-leave together (training/loop.py). The driver has no way into a worker's loop, so its wish travels through a file in
-the run
-directory, which every machine sees. The file is there from the start and its content changes: a network file system
-may go on denying a new file for a minute, while opening an old one asks the server.
+leave together (training/loop.py). The driver cannot call into a worker's loop, so its request travels through a file in
+the run directory, which every machine sees. The file is there from the start and its content changes: a network file
+system may not show a new file for a minute, while opening an old one asks the server.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ def open_stop_file(path: Path) -> None:
 
 
 def ask_to_stop(path: Path) -> None:
-    """Tell the workers that watch `path`; written in place, see above."""
+    """Tell the workers that watch `path`. Written in place, see above."""
     path.write_text(_STOP, encoding="utf-8")
 
 
@@ -60,7 +59,7 @@ def watch_stop_file(path: Path, stop: Callable[[], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def sigterm_sets(event: threading.Event) -> Iterator[None]:
-    """For the length of the block the first SIGTERM sets `event`; a second one does what it did before the block.
+    """Inside the block the first SIGTERM sets `event`; a second one acts as before the block.
 
     Outside the main thread, where Python takes no signals, nothing changes.
     """
@@ -90,7 +89,7 @@ def _catch_in_worker() -> None:
 
 
 class StoppableTorchConfig(TorchConfig):
-    """TorchConfig whose workers take SIGTERM for a wish to stop; Ray's own handler ends them in the midst of a step."""
+    """TorchConfig whose workers treat SIGTERM as a request to stop; Ray's own handler ends them in mid-step."""
 
     @property
     def backend_cls(self) -> type:

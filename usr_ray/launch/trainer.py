@@ -1,6 +1,6 @@
 """Training on Ray: the loop on a group of Ray Train workers, its restarts, and what is left in the run directory.
 
-Ray starts, watches and restarts the workers. Everything a run needs to go on is ours (training/checkpoint.py,
+Ray starts, watches and restarts the workers. Everything a run needs to resume is ours (training/checkpoint.py,
 runs/plan.py):
 each attempt has a Ray run name of its own, so nothing that Ray left behind can block or change it.
 """
@@ -51,7 +51,7 @@ from usr_ray.training.worker import Worker
 
 RAY_DIR = "ray"
 _REFUSED, _STOP, _ROLLS = "refused.json", "stop", "rolls"
-"""Files of an attempt: what a worker refused, and the wish to stop."""
+"""Files of an attempt: a worker's refusal, the request to stop, the roll calls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,15 +92,15 @@ def run(
     command: Sequence[str] = (),
     callbacks: Sequence[Any] = (),
 ) -> RunSummary:
-    """Train on the table in `lake`, or go on with what `run_dir` holds, and print the metrics on the held-out rows.
+    """Train on the table in `lake`, or resume the run in `run_dir`, and print the metrics on the held-out rows.
 
     Args:
         config: the resolved configuration.
         lake: where the samples table is; every worker must see it under this name.
-        run_dir: where everything of the run goes; every worker must see it under this name.
+        run_dir: where the run is stored; every worker must see it under this name.
         cluster: what `trainer_environment.prepare_environment` returned. A Ray that this process is connected to
             already is used as it is.
-        command: noted in config.json.
+        command: recorded in config.json.
         callbacks: of Ray Train's RunConfig; Tune hears of the evaluations through one.
 
     Raises:
@@ -199,7 +199,7 @@ def _fit(plan: RunPlan, callbacks: Sequence[Any]) -> tuple[str, int]:
         raise
     if (message := read_refusal(refused)) is not None:
         raise UserError(message)
-    shutil.rmtree(storage, ignore_errors=True)  # what Ray keeps of an attempt; nothing reads it again
+    shutil.rmtree(storage, ignore_errors=True)  # what Ray keeps of an attempt; nothing reads it afterwards
     returned: dict[str, Any] = result.return_value  # type: ignore[attr-defined]
     return returned["outcome"], returned["step"]
 
@@ -207,8 +207,8 @@ def _fit(plan: RunPlan, callbacks: Sequence[Any]) -> tuple[str, int]:
 def _fit_in_background(trainer: TorchTrainer, stop_file: Path) -> Any:
     """trainer.fit(), leaving the signals to this thread: SIGTERM asks the workers to save and leave, Ctrl-C ends Ray.
 
-    In the main thread Ray takes Ctrl-C and aborts politely, in half a minute and with pages of tracebacks, and saves
-    nothing for it.
+    In the main thread Ray handles Ctrl-C: it aborts in half a minute, with pages of tracebacks, and saves
+    nothing.
     """
     outcome: list[Any] = []
 
@@ -237,8 +237,8 @@ def _fit_in_background(trainer: TorchTrainer, stop_file: Path) -> Any:
 def train_worker(settings: Mapping[str, Any]) -> dict[str, Any]:
     """One rank of an attempt. Runs in a thread of a Ray worker process, again after each restart of the group.
 
-    A UserError is not worth a restart, but a rank that just ended would leave the others waiting for it. So it is
-    written down and raised: Ray ends the group, and the ranks of the next one leave at once (refusal.py).
+    A restart cannot mend a UserError, but a rank that simply ended would leave the others waiting. So it is
+    recorded and raised: Ray ends the group, and the ranks of the next one leave at once (refusal.py).
     """
     run_dir, config = Path(settings["run_dir"]), Config.from_dict(settings["config"])
     refused = run_dir / RAY_DIR / settings["attempt"] / _REFUSED

@@ -5,8 +5,8 @@ rows: its own view's, but for those of the same user, and the other views', its 
 
 L = -log( exp(cos(v, twin) / tau) / (exp(cos(v, twin) / tau) + sum_n exp(cos(v, n) / tau)) )
 
-With negatives from the other views alone, one constant vector a view would be the minimum; with the own view's, such a
-collapse costs log G.
+With negatives from the other views alone, one constant vector per view would be the minimum; with the own view's, such
+a collapse costs log G.
 
 Groups are consecutive rows of fixed size and masks depend on the row and the step alone, so the loss is the same for
 every number of workers.
@@ -31,7 +31,7 @@ _NORM_FLOOR = 1e-6
 
 
 def _row_keys(row_number_B: Tensor, step_seed: int | Tensor, stream: int) -> Tensor:
-    # A fill, not a copy of a number from the host, which a GPU's queue would be waited for.
+    # A fill, not a copy of a number from the host, which would wait for a GPU's queue.
     start = torch.full((), stream, dtype=torch.int64, device=row_number_B.device)
     step = hash_keys(hash_keys(start, step_seed), 0)
     return hash_keys(step, row_number_B)

@@ -40,7 +40,7 @@ def interactions(user: Sequence[Tensor], item: Sequence[Tensor], others: Sequenc
     """The products u * v of the row's user u and item v, then x * v for x of `others`, each (B, D).
 
     u and v are the sums of the embeddings of all features of the user and of the item over the root of their number. An
-    MLP on embeddings side by side finds products only after many epochs; a factorisation machine has them from the
+    MLP on concatenated embeddings learns products only after many epochs; a factorisation machine has them from the
     start. Divided by INIT_STD a product starts with the spread of an embedding.
     """
     user_BD = torch.stack(list(user)).sum(0) / math.sqrt(len(user))
@@ -51,7 +51,8 @@ def interactions(user: Sequence[Tensor], item: Sequence[Tensor], others: Sequenc
 class InputNetwork(nn.Module):
     """Embeddings and dense features of a batch side by side.
 
-    Dense features pass a learned scale and shift each: a batch statistic would make a row depend on its batch-mates.
+    Each dense feature has a learned scale and shift: a batch statistic would make a row depend on the rest of its
+    batch.
     """
 
     def __init__(self, spec: FeatureSpec, embedding_dim: int, *, has_interactions: bool = True) -> None:
@@ -86,7 +87,7 @@ class InputNetwork(nn.Module):
         if self.dense_affine_2F is not None:
             dense_BF = dense_BF * self.dense_affine_2F[0] + self.dense_affine_2F[1]
             parts.append(dense_BF)
-            # Slices: a list of columns would be copied to a GPU, and waited for, in each step.
+            # Slices: a list of columns would be copied to a GPU in each step, and the step would wait for it.
             context += [dense_BF[:, i : i + 1] for i in self.dense_context]
         if self.has_interactions:
             others = [query_BD, histories.mean_item()] if self.has_queries else [histories.mean_item()]

@@ -3,7 +3,7 @@
 For X in {Q, K, V}: W_X^k = U_X S_X^k V_X,  S_X^k = I + reshape(A_X z_k + b_X)
 i_k = sum_j softmax_j((W_Q^k t).(W_K^k h_j) / sqrt(d)) W_V^k h_j
 
-W is never built. V_K h_j and V_V h_j are K numbers an event, the same for all views; U_K and S_K move to the query's
+W is never built. V_K h_j and V_V h_j are K numbers per event, the same for all views; U_K and S_K move to the query's
 side, since (W_Q t).(U_K S_K v_j) = (S_K' U_K' W_Q t).v_j, and U_V S_V come after the sum over events. What a view adds
 for an event is then one product of K numbers for its score and one for its value.
 
@@ -118,7 +118,7 @@ def _apply(core: Tensor, vector: Tensor) -> Tensor:
 
 
 class PooledHistory(nn.Module):
-    """What stands in for i_k without IE: the mean of the events h_j, (B, H), the same in all views."""
+    """What replaces i_k without IE: the mean of the events h_j, (B, H), the same in all views."""
 
     def __init__(self, event_dim: int) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""Two operations whose backward is written by hand, each beside the plain torch it must equal.
+"""Two operations whose backward is written by hand, each beside its plain torch twin.
 
-What stands here wins 5 % or more of a whole training step of USR (docs/speed.md); what did not was deleted.
+Both save at least 5 % of a whole training step of USR (docs/speed.md); others did not and were deleted.
 
 - `pool_sum`: sums of gathered rows. torch's own backward of a gather adds the rows one at a time; grouped by row
   beforehand it is a segmented sum, with the same order of additions every time, on a GPU as well.
@@ -31,7 +31,7 @@ _plain: tuple[str, ...] = ()
 
 @contextlib.contextmanager
 def plain(*names: str) -> Iterator[None]:
-    """Have the named operations (none: all) take plain torch inside the block."""
+    """Use the plain torch twins of the named operations (none: all) inside the block."""
     global _plain  # noqa: PLW0603
     before, _plain = _plain, names or ALL
     try:
@@ -70,7 +70,7 @@ class Groups:
 
 def group_places(index_V: Tensor, num_rows: int) -> Places:
     """Places of an index into a weight of `num_rows` rows. The sort is stable, so the result is deterministic."""
-    # Half the bytes is half the time of the sort.
+    # Half the bytes take half the time to sort.
     dtype = torch.int16 if num_rows < 2**15 else torch.int32 if num_rows < 2**31 else torch.int64
     order_V = torch.sort(index_V.to(dtype), stable=True).indices
     if index_V.is_cpu:
@@ -142,7 +142,7 @@ def masked_attention(query_BVK: Tensor, pairs_BLK: Tensor, valid_BML: Tensor) ->
     Args:
         query_BVK: already scaled.
         pairs_BLK: (B, L, 2 K), each event's key and then its value.
-        valid_BML: bool; a row whose mask lets nothing through gives a number without meaning, never NaN.
+        valid_BML: bool; a row whose mask is all false gives an arbitrary finite number, never NaN.
     """
     dtype = torch.promote_types(query_BVK.dtype, torch.float32)
     if _is_plain("masked_attention"):
@@ -163,8 +163,8 @@ def plain_masked_attention(query_BVK: Tensor, pairs_BLK: Tensor, valid_BML: Tens
 
 def _attention_weights(query_BVK: Tensor, key_BLK: Tensor, valid_BML: Tensor) -> Tensor:
     score_B1VL = torch.bmm(query_BVK, key_BLK.transpose(1, 2)).unsqueeze(1)
-    # A finite floor: a softmax over nothing but -inf would be NaN. Added, which is faster than to choose: beside it
-    # a score is nothing.
+    # A finite floor: a softmax over nothing but -inf would be NaN. Adding is faster than selecting: next to it
+    # a score vanishes.
     floor_BML = (~valid_BML).to(score_B1VL.dtype) * (torch.finfo(score_B1VL.dtype).min / 2)
     return (score_B1VL + floor_BML.unsqueeze(2)).softmax(dim=3)
 

@@ -1,6 +1,6 @@
 """Which rows of the embedding tables a batch uses: the part of a lookup that sorts.
 
-Sorts give results whose sizes a GPU would have to tell the host, so they are kept apart from the tables: `unique_ids`
+Sorts have results whose sizes the host would have to wait for, so they are separate from the tables: `unique_ids`
 is a pure function of the batch, which a reader's thread can run on the host ahead of the step. A lookup that is given
 its result neither sorts nor waits (EmbeddingTables.lookup).
 
@@ -37,7 +37,7 @@ class TableIds:
     """Which rows of one table a batch uses, and where."""
 
     ids_U: Tensor
-    """int64, ascending, each once; the first is the padding id 0, whether the batch has any or not."""
+    """int64, ascending, unique; the first is the padding id 0, whether the batch has any or not."""
     column_B: Tensor
     """int64: place in ids_U of the row's own value."""
     events: Places | None
@@ -87,7 +87,7 @@ def _with_events(name: str, num_rows: int, column_B: Tensor, history_V: Tensor) 
 
 
 def _key_type(num_ids: int) -> torch.dtype:
-    """To sort the ids 0..num_ids - 1 by: half the bytes is half the time."""
+    """Type to sort the ids 0..num_ids - 1 in: half the bytes take half the time."""
     return torch.int32 if num_ids <= 2**31 else torch.int64
 
 
@@ -108,7 +108,7 @@ class _SortedColumns:
     is_first_FB: Tensor
     """bool: the id differs from the one before."""
     place_FB: Tensor
-    """int64, of each row's value: how many different ids of its feature are smaller, padding counted always."""
+    """int64, of each row's value: how many distinct ids of its feature are smaller, padding always included."""
 
     def table(self, feature: int) -> TableIds:
         """The ids of a table that no history uses."""

@@ -1,4 +1,4 @@
-"""USR round a backbone: input network -> IE -> FG -> backbone -> GLMT (method, section 3).
+"""USR around a backbone: input network -> IE -> FG -> backbone -> GLMT (method, section 3).
 
 h_k = [i_k ; f_k ; z_k] takes the place of [pooled history ; f ; e_k] in each backbone, whichever it is.
 
@@ -60,7 +60,7 @@ class UsrModel(nn.Module):
     - `contrastive.*_weight` 0, or the part it acts on off, or one scenario: no twins are computed.
 
     With IE and FG both off there are no views: e_k takes the place of z_k, and backbones that want a trigger (APG)
-    get [e_k ; e_q or e_noq ; e_c] as it is.
+    get [e_k ; e_q or e_noq ; e_c] unchanged.
     """
 
     def __init__(self, spec: FeatureSpec, config: ModelConfig) -> None:
@@ -110,7 +110,7 @@ class UsrModel(nn.Module):
         Args:
             batch: B rows, on the module's device.
             lookup: RowSource.lookup(batch).
-            step_seed: draws the twins' masks: one number a step, the same on every rank (an int64 scalar tensor where
+            step_seed: draws the twins' masks: one number per step, the same on every rank (an int64 scalar tensor where
                 a new number would be a new constant for torch.compile). Not used in evaluation.
         """
         histories = JaggedHistories(batch, lookup, self.inputs.no_query_D, self.inputs.kinds())

@@ -1,10 +1,10 @@
-"""What a run is before any process starts: configuration, pinned rows, run directory. No Ray.
+"""A run before any process starts: configuration, pinned rows, run directory. No Ray.
 
     <run-dir>/config.json          resolved configuration, table version, manifest hashes, packages, attempts, status
     <run-dir>/manifest-train.json  the rows to train on; manifest-eval.json: the held-out rows
 
-Every mistake a user can make is found here, before anything is written. The same command on the same directory goes on
-with the run it holds, on the rows that the run was started on, however far the table has moved since.
+Every mistake a user can make is found here, before anything is written. The same command on the same directory resumes
+the run it holds, on the rows that the run was started on, however far the table has moved since.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def plan_run(config: Config, lake: Path | str, run_dir: Path | str, *, command: 
     Args:
         config: the resolved configuration.
         lake: folder (or object-store address) with the samples table.
-        run_dir: a new folder, or that of a run to go on with.
-        command: noted in config.json.
+        run_dir: a new folder, or that of a run to resume.
+        command: recorded in config.json.
 
     Raises:
         UserError: no dates, no table, no rows, no rows that count, a batch that these workers cannot share, a run

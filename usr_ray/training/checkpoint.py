@@ -88,7 +88,7 @@ class CheckpointStore:
 
         Returns:
             The checkpoint's directory, or None when the storage is full: then a warning says so, nothing
-            half-written is left, and the earlier checkpoints are as they were.
+            half-written is left, and the earlier checkpoints are unchanged.
 
         Raises:
             CheckpointError: the storage is full and `must`. OSError: any other failure to write.
@@ -125,7 +125,7 @@ class CheckpointStore:
         return final
 
     def newest_valid(self) -> Checkpoint | None:
-        """The newest `step-` checkpoint whose checksums agree; a torn one is passed over with a warning line."""
+        """The newest `step-` checkpoint whose checksums agree; a torn one is skipped with a warning."""
         return self._first_valid("step")
 
     def best_valid(self) -> Checkpoint | None:
@@ -188,7 +188,7 @@ class CheckpointStore:
         shutil.rmtree(final.with_name(f"{final.name}.tmp-replaced"), ignore_errors=True)
 
     def _prune(self, kind: str, step: int) -> None:
-        # A later step than the one just written was torn, else the run had resumed from it.
+        # A later step than the one just written was torn; otherwise the run would have resumed from it.
         old = [name for other, name in self._entries(kind) if other <= step]
         later = [name for other, name in self._entries(kind) if other > step]
         keep = 1 if kind == "best" else self.keep_last

@@ -4,7 +4,7 @@
 `sharded`: every rank holds its share of each table's rows (usr_ray/training/embeddings_sharded.py, on TorchRec).
 
 Both take the same steps to float tolerance and write the same checkpoints: whole tables and whole optimiser states by
-name, so a run may go on with the other strategy or with another number of workers.
+name, so a run may resume with the other strategy or with another number of workers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Embeddings(RowSource):
 
     @abc.abstractmethod
     def set_rate(self, scale: float) -> None:
-        """Steps whose lookup comes from now on are taken at `scale` times the learning rate (warm-up)."""
+        """Steps whose lookup follows are taken at `scale` times the learning rate (warm-up)."""
 
     @abc.abstractmethod
     def apply_gradients(self, lookup: Lookup) -> None:

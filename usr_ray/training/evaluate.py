@@ -68,7 +68,7 @@ def evaluate(model: nn.Module, tables: RowSource, manifest: Manifest, worker: Wo
             log_p = [outputs.log_p_BT]
             if outputs.log_p_global_BT is not None:
                 log_p.append(outputs.log_p_global_BT)
-            log_probs.append(torch.cat(log_p, dim=1))  # stays on the device, so that a GPU is not waited for
+            log_probs.append(torch.cat(log_p, dim=1))  # stays on the device, so that the host does not wait for a GPU
     if log_probs:
         log_probs = [torch.cat(log_probs).cpu()[torch.cat(kept)].double()]
     # A rank without a batch still takes part in every collective, with rows of the width the others have.

@@ -32,7 +32,7 @@ from usr_ray.training.worker import Worker
 
 
 class TrainError(UserError):
-    """A run that cannot go on."""
+    """A run that cannot continue."""
 
 
 TrainFeed = Feed[tuple[UsrBatch, UniqueIds], Tensor]
@@ -167,7 +167,7 @@ class _Run:
     def _step(self, batch: UsrBatch, unique: UniqueIds, counts_S: Tensor) -> bool:
         """One step; True when some rank was asked to stop: the flag travels with the row counts, so all ranks agree."""
         state, worker, config = self.state, self.worker, self.config
-        # On the CPU, and reduced over the CPU's group: a GPU's queue is never waited for.
+        # On the CPU, and reduced over the CPU's group: the host never waits for a GPU's queue.
         totals = worker.all_reduce_sum(torch.cat([counts_S, counts_S.new_tensor([worker.should_stop()])]))
         seed = stream_key(config.train.seed, state.step) >> 33
         torch.manual_seed((seed << 20) + worker.rank)  # dropout; the twins' masks take the seed itself

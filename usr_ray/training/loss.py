@@ -83,7 +83,7 @@ def usr_loss(
     """A rank's share of the global loss.
 
     Args:
-        outputs: what the model says of `batch`.
+        outputs: the model's outputs for `batch`.
         batch: rows of this rank; rows of weight 0 take no part. Its first row starts a contrastive group.
         counts_S: `row_counts` summed over all ranks. A scenario that is absent everywhere adds nothing.
         config: weights, temperature and group size.

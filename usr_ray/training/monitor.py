@@ -1,4 +1,4 @@
-"""What a run says of its steps: loss terms, samples a second, time left, share of time lost waiting for data."""
+"""What a run reports of its steps: loss terms, samples per second, time left, data stall."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ Adam's bias is corrected by n_r, the steps that used row r, not by the steps of 
 those n_r gradients alone. Corrected by the run's step (as LazyAdam, SparseAdam and FBGEMM do), a row first seen late
 would take a first step of (1 - b1) / sqrt(1 - b2) = 3.2 times the size, and rare rows are most of a table.
 
-Sources: Adagrad with one accumulator a row as in TorchRec and FBGEMM (EXACT_ROWWISE_ADAGRAD); Adam as in
-arXiv:1412.6980, with one second moment a row as in FBGEMM (PARTIAL_ROWWISE_ADAM).
+Sources: Adagrad with one accumulator per row as in TorchRec and FBGEMM (EXACT_ROWWISE_ADAGRAD); Adam as in
+arXiv:1412.6980, with one second moment per row as in FBGEMM (PARTIAL_ROWWISE_ADAM).
 
 Shape letters: N rows of a table, U rows of a step, D embedding.
 """
@@ -71,7 +71,7 @@ class RowOptimizer:
                 rows_UD = self.weights[name].index_select(0, ids_U)
                 if self.weight_decay:
                     grads_UD = grads_UD + self.weight_decay * rows_UD  # noqa: PLW2901
-                # A mask, not a selection: the number of rows stays known to the host, so a GPU is not waited for.
+                # A mask, not a selection: the host knows the number of rows and does not wait for a GPU.
                 is_padding_U = ids_U == PADDING_ID
                 masked_UD = torch.where(is_padding_U[:, None], 0.0, grads_UD)
                 mean_UD, root_U = self._moments(name, ids_U, masked_UD, is_padding_U)
@@ -93,7 +93,7 @@ class RowOptimizer:
 
 
 class RowwiseAdagrad(RowOptimizer):
-    """Adagrad with one accumulator a row: 4 bytes a row."""
+    """Adagrad with one accumulator per row: 4 bytes per row."""
 
     part = "adagrad"
 
@@ -122,7 +122,7 @@ class RowwiseAdagrad(RowOptimizer):
 
 
 class RowwiseAdam(RowOptimizer):
-    """Adam with one second moment and one step count a row: 4 D + 8 bytes a row."""
+    """Adam with one second moment and one step count per row: 4 D + 8 bytes per row."""
 
     part = "adam"
     beta1, beta2 = 0.9, 0.999

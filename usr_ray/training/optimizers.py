@@ -1,9 +1,8 @@
 """Gradients of the tables' rows exchanged between replicas, AdamW on the dense part, and the hash of a replica.
 
 Gradients are sums. A rank's loss is its share of the global loss (usr_ray.training.loss: cells are divided by global
-counts),
-so the gradient of the global loss is the sum over ranks: for the tables `exchange` sums, for the dense part the
-worker's DDP hook sums. Neither takes a mean, so one rank and many take the same step.
+counts), so the gradient of the global loss is the sum over ranks: for the tables `exchange` sums, for the dense part
+the worker's DDP hook sums. Neither takes a mean, so one rank and many take the same step.
 
 The tables stay outside DDP, which would move whole tables each step: ranks exchange (ids, gradients) of the rows of
 the step, and each applies the same summed rows to its own replica (usr_ray/training/optimizer_rows.py,
@@ -46,7 +45,7 @@ class RowGatherer(Protocol):
 def sum_by_id(ids_N: Tensor, grads_ND: Tensor) -> Update:
     """Ascending unique ids and, for each, the sum of its gradients in the order they stand in.
 
-    The order of the additions is fixed (a stable sort, then one sequential sum an id) on CPU and GPU alike; atomic
+    The order of the additions is fixed (a stable sort, then one sequential sum per id) on CPU and GPU alike; atomic
     adds would let replicas drift apart by rounding.
     """
     if ids_N.numel() == 0:

@@ -22,14 +22,14 @@ from usr_ray.training.loss import row_counts
 
 
 class LabelOrderError(UserError):
-    """A row whose labels cannot be: contract 2.5."""
+    """A row with impossible labels: contract 2.5."""
 
 
 def training_reader(config: Config, manifest: Manifest, *, rank: int = 0, world_size: int = 1) -> SampleReader:
     """Reads the part of the training batches that is the rank's.
 
-    A row counts when its labels were final at the train cut-off, midnight UTC after the last training date: a global
-    label that closes later has seen the held-out days.
+    A row has weight when its labels were final at the train cut-off, midnight UTC after the last training date: a
+    global label that closes later has seen the held-out days.
     """
     last = parse_dates(config.data.train_dates or manifest.dates[-1], where="data.train_dates")[1]
     reading = Reading(
@@ -54,7 +54,7 @@ def training_batches(
     """((batch, its unique ids), its row counts) of every step of `epochs`, the first from `start_step` on.
 
     All on the CPU: whatever has a size that depends on the data is found here, ahead of the step, so that a GPU's
-    queue is never waited for. One epoch follows another without a pause.
+    queue is never waited on. One epoch follows another without a pause.
 
     Raises:
         LabelOrderError: see `check_label_order`.
@@ -67,7 +67,7 @@ def training_batches(
 
 
 def check_label_order(batch: UsrBatch) -> None:
-    """Hold contract 2.5 on every row that counts: the loss takes it for granted. For batches on the CPU.
+    """Check contract 2.5 on every row with weight: the loss relies on it. For batches on the CPU.
 
     Raises:
         LabelOrderError: not is_order <= is_click <= is_click_global and is_order <= is_order_global <= is_click_global.

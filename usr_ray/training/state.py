@@ -36,7 +36,7 @@ FIXED_KEYS = (
     "train.warm_start_optimizer",
     "data.mature_only",
 )
-"""Configuration that gives the weights and the cursor their meaning: a resumed run must have it as it was."""
+"""Configuration that gives the weights and the cursor their meaning: a resumed run must have the same."""
 _PIECE_BYTES = 1 << 26
 _PACKAGES = ("torch", "numpy", "pyarrow", "safetensors")
 
@@ -131,7 +131,7 @@ class TrainState:
             )
 
     def restore(self, checkpoint: Checkpoint | None, worker: Worker) -> bool:
-        """Take over rank 0's checkpoint on every rank; False when rank 0 has none. All ranks must call it.
+        """Load rank 0's checkpoint on every rank; False when rank 0 has none. All ranks must call it.
 
         Only rank 0 reads storage; the others receive, so all start bitwise equal.
 
@@ -190,7 +190,7 @@ class TrainState:
         self.dense.load_state_tensors(_part(tensors, "adamw"))
 
     def _receive_rows(self, name: str, own: Tensor | None, dtype: str, shape: list[int], worker: Worker) -> None:
-        """Take over one table's tensor piece by piece, so that no rank has to hold the whole of a sharded one."""
+        """Load one table's tensor piece by piece, so that no rank has to hold the whole of a sharded one."""
         step = max(1, _PIECE_BYTES // max(1, _empty([1, *shape[1:]], dtype).nbytes))
         for first in range(0, shape[0], step):
             size = min(step, shape[0] - first)

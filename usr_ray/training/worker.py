@@ -1,6 +1,6 @@
-"""What the loop knows of the processes round it: Worker, and LocalWorker for one process or torchrun. No Ray.
+"""What the loop knows of the processes around it: Worker, and LocalWorker for one process or torchrun. No Ray.
 
-Two planes. Numbers on the CPU (row counts, the stop flag, sizes) travel over a gloo group and never wait for a GPU;
+Two planes. Numbers on the CPU (row counts, the stop flag, sizes) go over a gloo group and never wait for a GPU;
 tensors on a GPU (gradients) travel over NCCL. On a machine without a GPU both are the same gloo group.
 """
 
@@ -25,8 +25,8 @@ DEFAULT_TIMEOUT = dt.timedelta(minutes=5)
 class Worker:
     """One rank on torch.distributed, or the only one where no process group is set up.
 
-    Every method that talks to other ranks must be called by all ranks, in the same order. The process group belongs to
-    whoever set it up (torchrun through LocalWorker, Ray Train through RayWorker).
+    Every method that communicates with other ranks must be called by all ranks, in the same order. The process group
+    belongs to whoever set it up (torchrun through LocalWorker, Ray Train through RayWorker).
     """
 
     def __init__(self, device: torch.device | str = "cpu", *, timeout: dt.timedelta = DEFAULT_TIMEOUT) -> None:
@@ -117,7 +117,7 @@ class Worker:
         return True
 
     def report(self, metrics: Mapping[str, float]) -> None:
-        """Hand numbers to whoever started the run; called by every rank alike. Nobody listens here."""
+        """Report numbers to the launcher of the run; called by every rank. Ignored here."""
 
     def wrap_model(self, module: nn.Module) -> nn.Module:
         """The module on this rank's device, in DDP when there is more than one rank; gradients are SUMMED over ranks.

@@ -29,7 +29,7 @@ _KINDS: dict[str, Callable[[ModelConfig, BackboneDims], Backbone]] = {
 def build_backbone(
     config: ModelConfig, *, input_dim: int, scenario_dim: int, trigger_dim: int, num_scenarios: int
 ) -> Backbone:
-    """The backbone named by `config.backbone`, with weights drawn from torch's global generator.
+    """The backbone that `config.backbone` names, with weights drawn from torch's global generator.
 
     Args:
         config: sizes; `config.backbone` is one of usr_ray.config.BACKBONES, or "module:Class".

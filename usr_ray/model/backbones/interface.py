@@ -1,4 +1,4 @@
-"""What every backbone takes and gives, so that "+USR" is one wrapper round any of them.
+"""What every backbone takes and gives, so that "+USR" is one wrapper around any of them.
 
 Shape letters: B rows, I backbone input, E scenario embedding, Z trigger, S scenarios, T tasks (schema.TASKS).
 A cell is one (scenario, task) pair; cell c = scenario * T + task.
@@ -53,4 +53,4 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def fold(self) -> None:
-        """Turn into fewer parameters with the same outputs, in place, before an export; by default nothing is done."""
+        """Reduce to fewer parameters with the same outputs, in place, before an export; does nothing by default."""

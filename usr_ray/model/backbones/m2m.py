@@ -89,7 +89,7 @@ class MetaAttention(nn.Module):
     def forward(self, experts_BGH: Tensor, task_view_TP: Tensor, view_BP: Tensor) -> Tensor:
         """Task representations (B, T, H)."""
         weight_BOI, bias_BO = self.meta.generate(view_BP)
-        # W [E_i ; T_t] = W_E E_i + W_T T_t: G + T products a row in place of G * T.
+        # W [E_i ; T_t] = W_E E_i + W_T T_t: G + T products per row instead of G * T.
         expert_weight_BOH, task_weight_BOP = weight_BOI.split(self.split, dim=-1)
         of_experts_BGO = torch.bmm(experts_BGH, expert_weight_BOH.transpose(1, 2))
         of_tasks_BTO = torch.einsum("bop,tp->bto", task_weight_BOP, task_view_TP) + bias_BO.unsqueeze(1)

@@ -17,7 +17,7 @@ _DIMS = {"input_dim": 12, "scenario_dim": 4, "trigger_dim": 6}
 
 
 class OwnBackboneError(ConfigError):
-    """The class that model.backbone names cannot be had, or does not keep the interface."""
+    """The class that model.backbone names cannot be loaded, or breaks the interface."""
 
 
 def own_backbone(name: str) -> Callable[[ModelConfig, BackboneDims], Backbone]:
@@ -48,7 +48,7 @@ def own_backbone(name: str) -> Callable[[ModelConfig, BackboneDims], Backbone]:
 def check_backbone(
     config: ModelConfig, kind: Callable[[ModelConfig, BackboneDims], Backbone], *, num_scenarios: int
 ) -> None:
-    """Hold a class to what `Backbone` promises, on a few random rows; torch's global generator stays as it was.
+    """Check what `Backbone` promises on a few random rows; torch's global generator is left unchanged.
 
     Raises:
         OwnBackboneError: the logits are not finite (B, T), a row's logits depend on other rows in evaluation, or a

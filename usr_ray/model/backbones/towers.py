@@ -91,7 +91,7 @@ def side_by_side(weight_NIO: Tensor) -> Tensor:
 
 
 def gate_shares(x_BI: Tensor, gates_CIG: Tensor) -> Tensor:
-    """What each cell takes of each expert, (B, C, G), by linear gates on one input of all cells."""
+    """The weight of each expert in each cell, (B, C, G), by linear gates on one input of all cells."""
     return shares_of((x_BI @ side_by_side(gates_CIG)).unflatten(1, gates_CIG.shape[::2]))
 
 
