@@ -66,7 +66,7 @@ class SlowUsr:
         return torch.cat(parts), torch.cat(context)
 
     def interactions(self, batch: UsrBatch, row: int, parts: list[Tensor]) -> list[Tensor]:
-        """u * v, q * v and mean item * v, over the start's standard deviation, 0.05."""
+        """u * v, q * v and mean item * v of sides over the start's standard deviation, 0.05, through their towers."""
         sums = {}
         for owner in ("user", "item"):
             own = [p for p, feature in zip(parts, self.spec.sparse, strict=False) if feature.owner == owner]
@@ -74,7 +74,13 @@ class SlowUsr:
         past = [self.tables["item_id"][item] for _, item, _, _, _ in row_events(batch, row)]
         query = [self.query(int(batch.sparse_BF[row, 2]))] if self.spec.query_scenarios else []
         others = [*query, torch.stack(past).mean(0) if past else torch.zeros_like(parts[0])]
-        return [x * sums["item"] / 0.05 for x in (sums["user"], *others)]
+        sides = [x / 0.05 for x in (sums["user"], sums["item"], *others)]
+        for n, tower in enumerate(self.model.inputs.interactions.towers or []):
+            first, _, last = tower.layers
+            hidden = (first.weight @ sides[n] + first.bias).clamp(min=0)
+            sides[n] = sides[n] + last.weight @ hidden + last.bias
+        user, item, *rest = sides
+        return [0.05 * x * item for x in (user, *rest)]
 
     def trigger(self, batch: UsrBatch, row: int, view: int, context: Tensor) -> Tensor:
         name, own = self.spec.scenarios[view], self.spec.scenarios[int(batch.scenario_B[row])]

@@ -92,6 +92,8 @@ class ModelConfig:
     """Newest past queries whose mean stands for the query in a query scenario's view of a row without one."""
     interactions: bool = True
     """Products user * item, query * item and history * item among the features (usr_ray/model/inputs.py)."""
+    interaction_hidden: int = number(32, "[0, 65536]")
+    """Hidden units of the small tower that each side passes before the products; 0: none."""
     scenario_weights: str = choice("equal", "rows")
     """'equal': every scenario counts the same in the loss, however few rows it has; 'rows': each row does."""
     hidden: tuple[int, ...] = number((128, 64), SIZE)

@@ -72,6 +72,10 @@ class TrainConfig:
     """torch.compile the dense part."""
     gradient_clip: float = number(10.0, "[0, 1e9]")
     """Global norm of the dense gradients; 0: off."""
+    average: float = number(0.0, "[0, 1)")
+    """Evaluate, export and score averages of the weights over the last steps, some 1 / (1 - average) of them (0.99: a
+    hundred), the tables' among them (docs/learning.md); 0: the last step's weights. Goes with a larger
+    embedding_learning_rate than without."""
     checkpoint_every_steps: int = number(50, COUNT)
     keep_checkpoints: int = number(3, COUNT)
     log_every_steps: int = number(10, COUNT)
@@ -97,6 +101,11 @@ class TrainConfig:
             self.embedding_strategy == "replicated" or self.embedding_optimizer == "rowwise_adagrad",
             "train.embedding_optimizer 'rowwise_adam' needs train.embedding_strategy 'replicated': FBGEMM has no "
             "row-wise Adam with this formula; set rowwise_adagrad or replicated",
+        )
+        require(
+            self.embedding_strategy == "replicated" or self.average == 0,
+            f"train.average {self.average} needs train.embedding_strategy 'replicated': FBGEMM changes the rows of "
+            "sharded tables where their averages cannot follow; set train.average=0 or replicated",
         )
 
 

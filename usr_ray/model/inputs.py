@@ -17,6 +17,7 @@ from torch.nn.functional import embedding
 from usr_ray.config import ModelConfig
 from usr_ray.model.embedding import INIT_STD
 from usr_ray.model.history import EventKinds, Histories
+from usr_ray.model.mlp import MLP
 from usr_ray.model.unique import ITEM_TABLE, QUERY_TABLE
 from usr_ray.schema import FeatureSpec
 
@@ -36,16 +37,36 @@ class Inputs:
     histories: Histories
 
 
-def interactions(user: Sequence[Tensor], item: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
-    """The products u * v of the row's user u and item v, then x * v for x of `others`, each (B, D).
+class Interactions(nn.Module):
+    """The products u * v of the row's user u and item v, then x * v for x of the others, (B, D) each.
 
     u and v are the sums of the embeddings of all features of the user and of the item over the root of their number. An
-    MLP on concatenated embeddings learns products only after many epochs; a factorisation machine has them from the
-    start. Divided by INIT_STD a product starts with the spread of an embedding.
+    MLP on embeddings side by side finds products only after many epochs; a factorisation machine has them from the
+    start. Over INIT_STD an embedding starts with a spread of 1; each side then passes a small tower (ours: x + MLP(x),
+    the last layer zero at the start), because a sum of embeddings cannot say that two features together mean
+    something. A product starts with the spread of an embedding.
+
+    Args:
+        dim: D.
+        others: how many sides besides user and item.
+        hidden: units of each tower's one hidden layer; 0: no towers.
     """
-    user_BD = torch.stack(list(user)).sum(0) / math.sqrt(len(user))
-    item_BD = torch.stack(list(item)).sum(0) / (math.sqrt(len(item)) * INIT_STD)
-    return [x_BD * item_BD for x_BD in (user_BD, *others)]
+
+    def __init__(self, dim: int, others: int, hidden: int) -> None:
+        super().__init__()
+        self.towers = nn.ModuleList(MLP(dim, (hidden,), dim) for _ in range(2 + others)) if hidden else None
+        for tower in self.towers or ():
+            nn.init.zeros_(tower.layers[-1].weight)
+
+    def forward(self, user: Sequence[Tensor], item: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
+        """`user` and `item`: embeddings of their features; `others`: one embedding each."""
+        sums = [torch.stack(list(side)).sum(0) / math.sqrt(len(side)) for side in (user, item)]
+        sides = [x_BD / INIT_STD for x_BD in (*sums, *others)]
+        if self.towers is not None:
+            sides = [x_BD + tower(x_BD) for x_BD, tower in zip(sides, self.towers, strict=True)]
+        user_BD, item_BD, *rest = sides
+        item_BD = item_BD * INIT_STD
+        return [x_BD * item_BD for x_BD in (user_BD, *rest)]
 
 
 class InputNetwork(nn.Module):
@@ -55,11 +76,12 @@ class InputNetwork(nn.Module):
     batch.
     """
 
-    def __init__(self, spec: FeatureSpec, embedding_dim: int, *, has_interactions: bool = True) -> None:
+    def __init__(self, spec: FeatureSpec, config: ModelConfig) -> None:
         super().__init__()
+        embedding_dim = config.embedding_dim
         self.user_names = [f.name for f in spec.sparse if f.owner == "user"]
         self.item_names = [f.name for f in spec.sparse if f.owner == "item"]
-        self.has_interactions, self.has_queries = has_interactions, bool(spec.query_scenarios)
+        self.has_queries = bool(spec.query_scenarios)
         self.names = tuple(f.name for f in spec.sparse)
         self.sparse_context = [f.name for f in spec.sparse if f.owner == "context"]
         self.dense_context = [i for i, f in enumerate(spec.dense) if f.owner == "context"]
@@ -69,8 +91,11 @@ class InputNetwork(nn.Module):
         self.kinds = EventKinds(len(spec.scenarios), 2 * embedding_dim, INIT_STD)
         # Columns of each feature in f, in order.
         self.feature_widths = [embedding_dim] * len(spec.sparse) + [1] * num_dense
-        if has_interactions:
-            self.feature_widths += [embedding_dim] * (3 if self.has_queries else 2)
+        self.interactions: Interactions | None = None
+        if config.interactions:
+            num_others = 2 if self.has_queries else 1
+            self.interactions = Interactions(embedding_dim, num_others, config.interaction_hidden)
+            self.feature_widths += [embedding_dim] * (1 + num_others)
         self.feature_dim = sum(self.feature_widths)
         self.context_dim = embedding_dim * len(self.sparse_context) + len(self.dense_context)
 
@@ -89,9 +114,11 @@ class InputNetwork(nn.Module):
             parts.append(dense_BF)
             # Slices: a list of columns would be copied to a GPU in each step, and the step would wait for it.
             context += [dense_BF[:, i : i + 1] for i in self.dense_context]
-        if self.has_interactions:
+        if self.interactions is not None:
             others = [query_BD, histories.mean_item()] if self.has_queries else [histories.mean_item()]
-            parts += interactions([columns[n] for n in self.user_names], [columns[n] for n in self.item_names], others)
+            parts += self.interactions(
+                [columns[n] for n in self.user_names], [columns[n] for n in self.item_names], others
+            )
         return Inputs(
             features_BC=torch.cat(parts, dim=1),
             target_BH=torch.cat([columns[ITEM_TABLE], query_BD], dim=1),

@@ -69,7 +69,7 @@ class UsrModel(nn.Module):
         num_scenarios, dim = len(spec.scenarios), config.embedding_dim
         self.num_scenarios = num_scenarios
         self.scenario_embedding_SE = nn.Parameter(torch.randn(num_scenarios, dim) * dim**-0.5)
-        self.inputs = InputNetwork(spec, dim, has_interactions=config.interactions)
+        self.inputs = InputNetwork(spec, config)
         ie, fg = config.interest, config.generator
         self.has_views = ie.enabled or fg.enabled
         self.trigger = Trigger(spec, config, self.inputs.context_dim) if self.has_views else None

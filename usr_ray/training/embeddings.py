@@ -10,7 +10,8 @@ name, so a run may resume with the other strategy or with another number of work
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 from typing_extensions import override
@@ -19,6 +20,7 @@ from usr_ray.config import Config
 from usr_ray.model.embedding import WEIGHTS, EmbeddingMemory, EmbeddingTables, Lookup, RowSource
 from usr_ray.model.unique import EmbeddingError
 from usr_ray.schema import FeatureSpec
+from usr_ray.training.average import RowAverages, averaged_rows
 from usr_ray.training.optimizer_rows import build_row_optimizer
 from usr_ray.training.optimizers import exchange_tables
 from usr_ray.training.worker import Worker
@@ -28,12 +30,17 @@ class Embeddings(RowSource):
     """The tables and their optimiser as one rank sees them. All ranks must call the methods marked (all) together."""
 
     @abc.abstractmethod
-    def set_rate(self, scale: float) -> None:
-        """Steps whose lookup follows are taken at `scale` times the learning rate (warm-up)."""
+    def at_step(self, step: int, scale: float) -> None:
+        """So many steps are done; those whose lookup comes from now on are at `scale` times the learning rate."""
 
     @abc.abstractmethod
     def apply_gradients(self, lookup: Lookup) -> None:
         """(all) After the backward: one step on the rows of all ranks."""
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside the block lookups give the averages of the rows (train.average), where there are any."""
+        yield
 
     @abc.abstractmethod
     def memory(self) -> EmbeddingMemory:
@@ -69,24 +76,45 @@ class ReplicatedEmbeddings(EmbeddingTables, Embeddings):
         super().__init__(spec, config.model.embedding_dim, config.train.seed, worker.device)
         self.worker = worker
         self.optimizer = build_row_optimizer(self.tables, config.train)
-        self._scale = 1.0
+        self.averages = RowAverages(self.tables, config.train.average) if config.train.average else None
+        self._step, self._scale = 0, 1.0
 
     @override
-    def set_rate(self, scale: float) -> None:
-        self._scale = scale
+    def at_step(self, step: int, scale: float) -> None:
+        self._step, self._scale = step, scale
 
     @override
     def apply_gradients(self, lookup: Lookup) -> None:
-        self.optimizer.step(exchange_tables(self.worker, lookup.updates()), scale=self._scale)
+        updates = exchange_tables(self.worker, lookup.updates())
+        if self.averages is not None:
+            self.averages.catch_up(updates, self._step)
+        self.optimizer.step(updates, scale=self._scale)
+        if self.averages is not None:
+            self.averages.take_in(updates, self._step + 1)
+
+    @override
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        if self.averages is None:
+            yield
+            return
+        trained, rows = self.tables, self.averages
+        try:
+            self.tables = {
+                name: averaged_rows(table, rows.averages[name], rows.steps[name], rows.decay, self._step)
+                for name, table in trained.items()
+            }
+            yield
+        finally:
+            self.tables = trained
 
     @override
     def memory(self) -> EmbeddingMemory:
-        weights, state = self.tables.values(), self.optimizer.state_tensors().values()
-        return EmbeddingMemory(sum(t.nbytes for t in weights), sum(t.nbytes for t in state))
+        weights = sum(t.nbytes for t in self.tables.values())
+        return EmbeddingMemory(weights, sum(t.nbytes for t in self.state_tensors().values()) - weights)
 
     @override
     def replicated_tensors(self) -> dict[str, Tensor]:
-        # all of them.
         return self.state_tensors()
 
     @override
@@ -95,10 +123,10 @@ class ReplicatedEmbeddings(EmbeddingTables, Embeddings):
 
     @override
     def state_tensors(self) -> dict[str, Tensor]:
-        # views, not copies, and on every rank.
-        weights = {f"{WEIGHTS}/{name}": table for name, table in self.tables.items()}
-        part = self.optimizer.part
-        return weights | {f"{part}/{name}": tensor for name, tensor in self.optimizer.state_tensors().items()}
+        # Views, not copies, and on every rank.
+        state = {f"{WEIGHTS}/{name}": table for name, table in self.tables.items()}
+        state |= {f"{self.optimizer.part}/{name}": tensor for name, tensor in self.optimizer.state_tensors().items()}
+        return state | (self.averages.state_tensors() if self.averages is not None else {})
 
     @override
     def load_rows(self, name: str, first: int, rows: Tensor) -> None:

@@ -171,7 +171,7 @@ class ShardedEmbeddings(Embeddings):
         return ids_U % num_ranks * self._num_held[name] + ids_U // num_ranks
 
     @override
-    def set_rate(self, scale: float) -> None:
+    def at_step(self, step: int, scale: float) -> None:
         # FBGEMM keeps the rate of the forward for the step that its backward takes.
         optimizer = self._module.fused_optimizer
         for group in optimizer.param_groups:

@@ -9,7 +9,7 @@ Shape letters: B rows of a batch, N rows of the evaluation, T tasks (schema.TASK
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from usr_ray.model.embedding import EmbeddingTables, RowSource
 from usr_ray.model.unique import UniqueIds
 from usr_ray.model.usr import UsrModel
 from usr_ray.schema import ALL_LABELS, TASKS, UNKNOWN_ID, FeatureSpec
+from usr_ray.training.average import averaged_tensors
 from usr_ray.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from usr_ray.training.worker import Worker
 
@@ -203,6 +204,8 @@ class TrainedRun:
 def load_run(run_dir: Path, device: torch.device | str = "cpu") -> TrainedRun:
     """The model of a run's best checkpoint, or of its newest valid one where none was marked best.
 
+    With train.average its weights are the averages.
+
     Raises:
         EvaluationError: no such directory, or no valid checkpoint in it. CheckpointError: it is another version's.
         OwnBackboneError: its backbone is a class of the user's that is not on this machine.
@@ -217,7 +220,8 @@ def load_run(run_dir: Path, device: torch.device | str = "cpu") -> TrainedRun:
         config = Config.from_dict(checkpoint.state["config"])
         spec = FeatureSpec.from_json(json.dumps(checkpoint.state["spec"]))
         module = UsrModel(spec, config.model)
-        module.load_state_dict(_part(checkpoint, "model"))
+        tensors = averaged_tensors(checkpoint.tensors, config.train.average, checkpoint.step)
+        module.load_state_dict(_part(tensors, "model"))
     except OwnBackboneError:  # says itself what is missing
         raise
     except (KeyError, ValueError, RuntimeError, UserError) as error:
@@ -226,13 +230,13 @@ def load_run(run_dir: Path, device: torch.device | str = "cpu") -> TrainedRun:
             f"checkpoint {checkpoint.path}: not written by this version ({reason}); use the version that trained it"
         ) from error
     tables = EmbeddingTables(spec, config.model.embedding_dim, config.train.seed, device)
-    tables.load_state_dict(_part(checkpoint, "tables"))
+    tables.load_state_dict(_part(tensors, "tables"))
     return TrainedRun(module.to(device).eval(), tables, config, spec, checkpoint)
 
 
-def _part(checkpoint: Checkpoint, part: str) -> dict[str, Tensor]:
+def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
     prefix = f"{part}/"
-    return {n.removeprefix(prefix): t for n, t in checkpoint.tensors.items() if n.startswith(prefix)}
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 def check_spec(trained: FeatureSpec, table: FeatureSpec) -> None:

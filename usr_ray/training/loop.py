@@ -125,9 +125,7 @@ class _Run:
         with Feed(batches, self.worker.device) as feed:
             status, evaluation = self._train(feed)
         steps_done = state.step
-        if status == "stopped":
-            return TrainResult(status, steps_done, state, None)
-        if config.early_stopping:
+        if config.early_stopping and status != "stopped":
             evaluation = self._restore_best(evaluation)
         return TrainResult(status, steps_done, state, evaluation)
 
@@ -189,10 +187,9 @@ class _Run:
         metrics = self.meter.read()
         loss, norm = metrics["loss"], metrics["gradient_norm"]
         if not math.isfinite(loss + norm):
-            raise TrainError(
-                f"step {state.step}: the loss is {loss} and the gradient's norm {norm}, so the run has diverged; lower "
-                "train.learning_rate or train.embedding_learning_rate and train in another --run-dir"
-            )
+            found = f"the loss is {loss} and the gradient's norm {norm}, so the run has diverged"
+            way_out = "lower train.learning_rate or train.embedding_learning_rate and train in another --run-dir"
+            raise TrainError(f"step {state.step}: {found}; {way_out}")
         metrics |= {"epoch": state.epoch, "eta_s": (self.total_steps - state.step) * metrics["step_s"]}
         self.monitor.on_step(state.step, metrics)
         self._say(f"epoch {state.epoch + 1}/{num_epochs} step {state.step}/{self.total_steps} {progress(metrics)}")
@@ -219,8 +216,7 @@ class _Run:
         """
         if self.eval_manifest is None:
             return None, False
-        state = self.state
-        evaluation = evaluate(state.model, state.tables, self.eval_manifest, self.worker, self.config)
+        state, evaluation = self.state, self._score(self.eval_manifest)
         if evaluation.metrics is not None:
             self.monitor.on_evaluation(state.step, evaluation.metrics)
         summary = share_json(self.worker, evaluation.metrics and summarise(evaluation.metrics))
@@ -243,7 +239,11 @@ class _Run:
         if not found or self.state.step == last_step or self.eval_manifest is None:
             return evaluation
         self._say(f"restored the best epoch: {self.state.epoch + 1} (step {self.state.step})")
-        return evaluate(self.state.model, self.state.tables, self.eval_manifest, self.worker, self.config)
+        return self._score(self.eval_manifest)
+
+    def _score(self, manifest: Manifest) -> Evaluation:
+        with self.state.averaged():
+            return evaluate(self.state.model, self.state.tables, manifest, self.worker, self.config)
 
     def _say(self, text: str) -> None:
         if self.worker.is_main:

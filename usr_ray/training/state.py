@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from usr_ray.model.embedding import WEIGHTS, Lookup
 from usr_ray.model.unique import EmbeddingError
 from usr_ray.model.usr import UsrModel
 from usr_ray.schema import FeatureSpec
+from usr_ray.training.average import DENSE, DenseAverage
 from usr_ray.training.checkpoint import Checkpoint, CheckpointError
 from usr_ray.training.embeddings import Embeddings, ReplicatedEmbeddings, check_shapes
 from usr_ray.training.optimizers import DenseAdamW, rate_scale, replica_hash
@@ -32,6 +34,7 @@ FIXED_KEYS = (
     "train.order",
     "train.reader_shards",
     "train.embedding_optimizer",
+    "train.average",
     "train.warm_start",
     "train.warm_start_optimizer",
     "data.mature_only",
@@ -71,6 +74,7 @@ class TrainState:
         self.model = worker.wrap_model(compiled)  # type: ignore[arg-type]
         """What a training step calls."""
         self.dense = DenseAdamW(self.module, config.train)
+        self.average = DenseAverage(self.module, config.train.average) if config.train.average else None
         self._at_step(0)
         self.epoch = 0
         self.epoch_step = 0
@@ -86,11 +90,26 @@ class TrainState:
         self.tables.apply_gradients(lookup)
         self.epoch_step += 1
         self._at_step(self.step + 1)
+        if self.average is not None:
+            self.average.take_in(self.step)
         return norm
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside the block model and tables are their averages (train.average): what is evaluated and exported."""
+        if self.average is None:
+            yield
+            return
+        self.average.swap()
+        try:
+            with self.tables.averaged():
+                yield
+        finally:
+            self.average.swap()
 
     def _at_step(self, step: int) -> None:
         self.step = step
-        self.tables.set_rate(rate_scale(step, self.config.train, self.total_steps))
+        self.tables.at_step(step, rate_scale(step, self.config.train, self.total_steps))
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state by name. All ranks must call it; sharded tables are whole on rank 0 alone."""
@@ -98,6 +117,8 @@ class TrainState:
 
     def _dense_tensors(self) -> dict[str, Tensor]:
         parts = {"model": self.module.state_dict(), "adamw": self.dense.state_tensors()}
+        if self.average is not None:
+            parts[DENSE] = self.average.averages
         return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
     def describe(self, worker: Worker) -> dict[str, Any]:
@@ -173,8 +194,11 @@ class TrainState:
         header = share_json(worker, header)
         if header["refusal"]:
             raise CheckpointError(header["refusal"])
-        parts = ("",) if self.config.train.warm_start_optimizer else ("model/", f"{WEIGHTS}/")
-        self._receive(checkpoint, {n: s for n, s in header["tensors"].items() if n.startswith(parts)}, worker)
+        # The averages begin anew: their steps are the other run's.
+        parts = {"model", WEIGHTS}
+        if self.config.train.warm_start_optimizer:
+            parts |= {"adamw", self.config.train.embedding_optimizer.removeprefix("rowwise_")}
+        self._receive(checkpoint, {n: s for n, s in header["tensors"].items() if n.split("/")[0] in parts}, worker)
         return str(header["path"])
 
     def _receive(self, checkpoint: Checkpoint | None, shapes: Mapping[str, Any], worker: Worker) -> None:
@@ -188,6 +212,9 @@ class TrainState:
                 tensors[name] = worker.broadcast(_empty(shape, dtype) if own is None else own)
         self.module.load_state_dict(_part(tensors, "model"))
         self.dense.load_state_tensors(_part(tensors, "adamw"))
+        if self.average is not None:
+            for name, tensor in _part(tensors, DENSE).items():
+                self.average.averages[name].copy_(tensor)
 
     def _receive_rows(self, name: str, own: Tensor | None, dtype: str, shape: list[int], worker: Worker) -> None:
         """Load one table's tensor piece by piece, so that no rank has to hold the whole of a sharded one."""

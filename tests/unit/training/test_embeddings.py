@@ -80,7 +80,7 @@ def train_tables(worker: LocalWorker, folder: Path, *, strategy: str, optimizer:
     for step in range(STEPS):
         batch = share(global_batch(step), worker)
         counts = worker.all_reduce_sum(row_counts(batch, 2))
-        embeddings.set_rate(SCALES[step])
+        embeddings.at_step(step, SCALES[step])
         lookup = embeddings.lookup(batch, embeddings.unique_ids(batch) if step % 2 else None)
         usr_loss(model(batch, lookup, step), batch, counts, LOSS).total.backward()
         embeddings.apply_gradients(lookup)
@@ -298,7 +298,7 @@ def test_a_checkpoint_of_other_tables_is_refused() -> None:
 def test_both_strategies_are_of_the_one_interface() -> None:
     """A strategy that lacks a method would fail in a run of hours, at its first checkpoint."""
     methods = {name for name in vars(Embeddings) if not name.startswith("_")} | {"num_rows", "unique_ids", "lookup"}
-    assert {"apply_gradients", "load_rows", "state_tensors", "memory", "set_rate"} <= methods
+    assert {"apply_gradients", "load_rows", "state_tensors", "memory", "at_step"} <= methods
     assert all(callable(getattr(ReplicatedEmbeddings, name)) for name in methods)
     batch = global_batch(0)
     embeddings = ReplicatedEmbeddings(SPEC, strategy_config(), LocalWorker("cpu"))
