@@ -5,6 +5,7 @@ Takes the modules' weights and nothing else of the code under test; every W_X^k 
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -76,8 +77,8 @@ class SlowUsr:
         others = [*query, torch.stack(past).mean(0) if past else torch.zeros_like(parts[0])]
         sides = [x / 0.05 for x in (sums["user"], sums["item"], *others)]
         for n, tower in enumerate(self.model.inputs.interactions.towers or []):
-            first, _, last = tower.layers
-            hidden = (first.weight @ sides[n] + first.bias).clamp(min=0)
+            first, last = (layer.double() for layer in copy.deepcopy(tower).layers[::2])
+            hidden = (first.weight @ sides[n].double() + first.bias).clamp(min=0)
             sides[n] = sides[n] + last.weight @ hidden + last.bias
         user, item, *rest = sides
         return [0.05 * x * item for x in (user, *rest)]

@@ -26,6 +26,7 @@ from usr_ray.model.usr import UsrModel
 from usr_ray.schema import FeatureSpec
 from usr_ray.training import checkpoint
 from usr_ray.training.checkpoint import CheckpointError, CheckpointStore
+from usr_ray.training.evaluate import evaluate, load_run
 from usr_ray.training.loop import TrainError, TrainResult, train
 from usr_ray.training.monitor import Monitor, summarise
 from usr_ray.training.rows import training_reader
@@ -297,6 +298,9 @@ class SameRank(LocalWorker):
         super().__init__(worker.device)
 
 
+AVERAGED = make_config(train_average=0.8)
+
+
 def first_gradients(worker: LocalWorker, manifests: tuple[Manifest, Manifest], folder: Path) -> dict[str, torch.Tensor]:
     """One step; its gradients as the optimisers' states hold them.
 
@@ -319,9 +323,9 @@ def _two_ranks(worker: LocalWorker, folder: Path) -> dict[str, torch.Tensor]:
     manifests = read_manifests(folder / "lake")
     found = first_gradients(worker, manifests, folder / "first")
     watcher = Watcher(worker if worker.rank == 1 else None, stop_at=4)  # one rank is asked, both stop
-    stopped = run(make_config(), (manifests[0], None), folder / "run", watcher, worker)
+    stopped = run(AVERAGED, (manifests[0], None), folder / "run", watcher, worker)
     assert (stopped.status, stopped.step) == ("stopped", 5)
-    result = run(make_config(), manifests, folder / "epoch", None, SameRank(worker))
+    result = run(AVERAGED, manifests, folder / "epoch", None, SameRank(worker))
     found |= {f"epoch/{name}": tensor.clone() for name, tensor in result.state.tensors().items()}
     metrics = result.evaluation.metrics if result.evaluation else None
     log_loss = summarise(metrics)["log_loss"] if metrics else None
@@ -344,16 +348,16 @@ def test_two_ranks_agree_bitwise_with_each_other_and_closely_with_one(
     for name, tensor in first_gradients(LocalWorker("cpu"), manifests, tmp_path / "first-alone").items():
         atol = 1e-4 * float(tensor.abs().max()) + 1e-9
         torch.testing.assert_close(first[name], tensor, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
-    alone = run(make_config(), manifests, tmp_path / "alone")
+    alone = run(AVERAGED, manifests, tmp_path / "alone")
     for name, tensor in alone.state.tensors().items():
-        if name.startswith(("model/", "tables/")):
+        if name.startswith(("model/", "tables/", "average")):
             torch.testing.assert_close(first[f"epoch/{name}"], tensor, rtol=1e-3, atol=1e-4)
     assert alone.evaluation is not None
     assert alone.evaluation.metrics is not None
     assert float(first["log_loss"]) == pytest.approx(summarise(alone.evaluation.metrics)["log_loss"], abs=1e-5)
     assert float(second["log_loss"]) == -1.0, "metrics are rank 0's alone"
     # Two ranks stopped after step 5; one rank goes on from their checkpoint.
-    resumed = run(make_config(), (manifests[0], None), tmp_path / "run")
+    resumed = run(AVERAGED, (manifests[0], None), tmp_path / "run")
     assert resumed.step == NUM_STEPS
     for name, tensor in resumed.state.tables.state_dict().items():
         torch.testing.assert_close(tensor, first[f"epoch/tables/{name}"], rtol=1e-3, atol=1e-4)
@@ -531,3 +535,30 @@ def test_every_backbone_resumes_bit_for_bit(
     worker = LocalWorker("cpu")
     run(config, (manifests[0], None), tmp_path / "run", Watcher(worker, 3), worker)
     assert_equal_states(unbroken, run(config, (manifests[0], None), tmp_path / "run"))
+
+
+def test_averaged_weights_are_evaluated_saved_and_resumed_to_the_bit(
+    manifests: tuple[Manifest, Manifest], tmp_path: Path
+) -> None:
+    whole = run(AVERAGED, manifests, tmp_path / "whole")
+    worker = LocalWorker("cpu")
+    stopped = run(AVERAGED, manifests, tmp_path / "parts", Watcher(worker, stop_at=4), worker)
+    assert stopped.status == "stopped"
+    resumed = run(AVERAGED, manifests, tmp_path / "parts")
+    for name, tensor in whole.state.tensors().items():
+        assert torch.equal(tensor, resumed.state.tensors()[name]), name
+    loaded, state = load_run(tmp_path / "whole"), whole.state
+    trained = state.module.state_dict()["scenario_embedding_SE"].clone()
+    with state.averaged():
+        for name, tensor in state.module.state_dict().items():
+            assert torch.equal(tensor, loaded.module.state_dict()[name]), name
+        for name, table in state.tables.tables.items():
+            assert torch.equal(table, loaded.tables.tables[name]), name
+        assert not torch.equal(trained, state.module.state_dict()["scenario_embedding_SE"])
+    assert torch.equal(trained, state.module.state_dict()["scenario_embedding_SE"])
+    again = evaluate(loaded.module, loaded.tables, manifests[1], LocalWorker("cpu"), AVERAGED)
+    assert whole.evaluation is not None
+    assert again.metrics == whole.evaluation.metrics
+    last = run(make_config(), manifests, tmp_path / "last")
+    for name, tensor in last.state.tables.state_dict().items():
+        assert torch.equal(tensor, state.tables.state_dict()[name]), "averages change no training"
