@@ -41,7 +41,7 @@ class Interactions(nn.Module):
     """The products u * v of the row's user u and item v, then x * v for x of the others, (B, D) each.
 
     u and v are the sums of the embeddings of all features of the user and of the item over the root of their number. An
-    MLP on embeddings side by side finds products only after many epochs; a factorisation machine has them from the
+    MLP on concatenated embeddings learns products only after many epochs; a factorisation machine has them from the
     start. Over INIT_STD an embedding starts with a spread of 1; each side then passes a small tower (ours: x + MLP(x),
     the last layer zero at the start), because a sum of embeddings cannot say that two features together mean
     something. A product starts with the spread of an embedding.
