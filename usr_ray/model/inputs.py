@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -54,9 +55,10 @@ class Interactions(nn.Module):
 
     def __init__(self, dim: int, others: int, hidden: int) -> None:
         super().__init__()
-        self.towers = nn.ModuleList(MLP(dim, (hidden,), dim) for _ in range(2 + others)) if hidden else None
-        for tower in self.towers or ():
-            nn.init.zeros_(tower.layers[-1].weight)
+        towers = [MLP(dim, (hidden,), dim) for _ in range(2 + others)]
+        for tower in towers:
+            nn.init.zeros_(cast(nn.Linear, tower.layers[-1]).weight)
+        self.towers = nn.ModuleList(towers) if hidden else None
 
     def forward(self, user: Sequence[Tensor], item: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
         """`user` and `item`: embeddings of their features; `others`: one embedding each."""
