@@ -37,7 +37,7 @@ def session_processes(leader: int) -> list[int]:
 
 
 def end_session(leader: int) -> None:
-    """End a session, politely, then for good; detached actors outlive Ray's own end."""
+    """End a session: SIGTERM, then SIGKILL; detached actors outlive Ray's own end."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(leader, signal.SIGTERM)
     end = time.monotonic() + STOP_TIMEOUT_S
@@ -49,14 +49,14 @@ def end_session(leader: int) -> None:
 
 
 class Daemon:
-    """One process: `<state>/<name>.json` notes its pid and what else is worth knowing, `<name>.log` is its output."""
+    """One process: `<state>/<name>.json` records its pid and other facts, `<name>.log` is its output."""
 
     def __init__(self, state: Path, name: str) -> None:
         self.name = name
         self.note_file, self.log_file = state / f"{name}.json", state / f"{name}.log"
 
     def running(self) -> dict[str, Any] | None:
-        """What `start` noted, while the process lives; a pid that was given to another process since does not count."""
+        """What `start` recorded, while the process lives; a reused pid does not count."""
         try:
             note = json.loads(self.note_file.read_text(encoding="utf-8"))
             fields = Path(f"/proc/{note['pid']}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
@@ -78,7 +78,7 @@ class Daemon:
         return process
 
     def wait(self, process: subprocess.Popen[bytes], is_up: Callable[[], bool], *, timeout_s: float) -> None:
-        """Wait until `is_up`; when that does not come, end the process and show the end of its log (RuntimeError)."""
+        """Wait until `is_up`; on a time-out end the process and show the end of its log (RuntimeError)."""
         end = time.monotonic() + timeout_s
         while process.poll() is None and time.monotonic() < end:
             if is_up():
@@ -89,7 +89,7 @@ class Daemon:
         raise RuntimeError(f"{self.name} did not come up; the end of its log:\n" + "\n".join(tail))
 
     def stop(self) -> bool:
-        """End it with all that it started; False when it did not run."""
+        """End it with everything it started; False when it did not run."""
         note = self.running()
         if note is not None:
             end_session(note["pid"])

@@ -6,9 +6,9 @@
     python cluster/local_ray.py status     where everything is; training runs and their workers
     python cluster/local_ray.py stop
 
-With `--nodes` further nodes run beside the head, as processes with --num-cpus logical CPUs each: enough to try what the
-loss of a node does. `start` brings lost ones back.
-`ray stop` ends every Ray process on the machine, other people's included; `stop` here ends only what `start` started.
+With `--nodes` further nodes run beside the head, as processes with --num-cpus logical CPUs each: enough to try the
+loss of a node. `start` brings lost ones back.
+`ray stop` ends every Ray process on the machine, including other people's; `stop` here ends only what `start` started.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ services.get_node_ip_address = lambda address=None: "{LOOPBACK}"
 main()
 """
 """Ray's own command, for a node that is not the head. The switch that keeps a cluster on the loopback
-(trainer_environment.LOCAL_ENVIRONMENT) also forbids a second node; so it is open while Ray reads it, and the address,
+(launch/environment.LOCAL_ENVIRONMENT) also forbids a second node; so it is open while Ray reads it, and the address,
 which would then be the machine's outward one, is given."""
 
 
@@ -94,7 +94,7 @@ class LocalRay:
         return {name: note["pid"] for name in names if (note := Daemon(self.state, name).running())}
 
     def start(self, arguments: argparse.Namespace) -> None:
-        """Start what does not run yet, and wait until all of it answers; when one of it does not, end everything."""
+        """Start what does not run yet, and wait until all of it answers; otherwise end everything."""
         token, head = ensure_token(), self.head.running()
         if head is None:
             head = {name: getattr(arguments, name) for name in ("port", "dashboard_port", "metrics_port")}
@@ -172,7 +172,7 @@ class LocalRay:
             raise
 
     def stop(self) -> None:
-        """End the nodes and the head with all of their sessions: politely, then for good. Running jobs end with it."""
+        """End the nodes and the head with all of their sessions: SIGTERM, then SIGKILL. Running jobs end with them."""
         print("Ray stopped" if self._end() else "Ray is not running (not started by this script)")
 
     def _end(self) -> bool:

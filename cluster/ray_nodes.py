@@ -6,7 +6,7 @@
     python cluster/ray_nodes.py status                                        on the head's machine
     python cluster/ray_nodes.py stop                                          on each machine
 
-The machines must be able to speak to each other on all ports, and nobody else to them: Ray has no TLS. The dashboard
+The machines must reach each other on all ports, and nobody else may reach them: Ray has no TLS. The dashboard
 and its job server listen on the head's loopback alone; from elsewhere `ssh -L 8265:127.0.0.1:8265 10.0.0.5`.
 """
 
@@ -117,11 +117,11 @@ def start(arguments: argparse.Namespace) -> None:
         raise UserError(
             f"worker: no token in {token_file()}; copy the head's: scp -p HEAD:.ray/auth_token {token_file()}"
         )
-    ensure_token()  # sees to it that only its owner can read it
+    ensure_token()  # readable by its owner only
     process = node.start(
         start_command(arguments), node_environment(arguments.host), address=arguments.host, head=arguments.head
     )
-    # `ray start` says so once the node is registered, and leaves when the head refuses it.
+    # `ray start` reports when the node is registered, and exits when the head refuses it.
     node.wait(process, lambda: JOINED in node.log_file.read_text(errors="replace"), timeout_s=START_TIMEOUT_S)
     print(f"worker:     {arguments.host} joined {arguments.head}; log {node.log_file}")
 

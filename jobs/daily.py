@@ -4,7 +4,7 @@
     python jobs/daily.py --work DIR --status             the days and the model in use
     python jobs/daily.py --work DIR --use 2026-01-05     go back to the model of that day
 
-The same command again goes on at the first step that is not done. --step NAME runs one step alone (for a scheduler
+The same command again continues at the first step that is not done. --step NAME runs one step alone (for a scheduler
 that has its own steps; examples/airflow). Exit codes: 0 done; 2 a mistake or a day that cannot be judged yet, one line;
 1 a step failed; 3 done, but the new model was not better and the one before stays in use. docs/operations.md.
 """
@@ -117,7 +117,7 @@ class Day:
         return None
 
     def train(self) -> str | None:
-        """Go on from the model in use, over the dates whose labels have become final since."""
+        """Continue the model in use over the dates whose labels have since become final."""
         plan = self.plan
         if not plan.train_first:
             return f"no date up to {plan.train_last} is new to the model in use"

@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--tracking-uri", metavar="URI", help="default: the folder mlruns beside the run directory")
     parser.add_argument("--experiment", default="usr-ray", metavar="NAME", help="made when it is not there")
     arguments = parser.parse_args(argv)
-    # MLflow asks for a database where it finds a folder, and reports its use to its makers.
+    # MLflow asks for a database where it finds a folder, and sends telemetry.
     os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     check_run_dir(arguments.run_dir)

@@ -2,7 +2,7 @@
 
 python jobs/score.py --run-dir DIR --lake DIR --dates A:B --output DIR
 
-One commit a date. The same command after a crash goes on at the first date that is not there; docs/serving.md has the
+One commit per date. After a crash the same command continues at the first missing date; docs/serving.md has the
 columns.
 """
 

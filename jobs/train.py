@@ -1,10 +1,10 @@
-"""Train USR on the samples table, on Ray; go on with a run that was cut off.
+"""Train USR on the samples table, on Ray; resume a run that was interrupted.
 
 Alone, with a Ray of its own on this machine:
     python jobs/train.py --config FILE --lake DIR --run-dir DIR [--set a.b=c]
 On a cluster:
     ray job submit --address http://127.0.0.1:8265 --working-dir . -- python jobs/train.py --config FILE ...
-The same command on the same --run-dir goes on where the run was cut off, and prints the result of one that is finished.
+The same command on the same --run-dir resumes an interrupted run, and prints the result of a finished one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     except KeyboardInterrupt:
         print(f"{arguments.run_dir}: the same command goes on from the newest checkpoint", file=sys.stderr)
         raise
-    if summary.outcome == "stopped":  # whoever waits for this job must not take it for finished
+    if summary.outcome == "stopped":  # whoever waits for this job must not believe it finished
         sys.exit(EXIT_FAILURE)
 
 

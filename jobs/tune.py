@@ -2,7 +2,7 @@
 
 python jobs/tune.py --config FILE --lake DIR --run-dir DIR [--set a.b=c]
 
-Section [tune] of the configuration declares the search (docs/studies.md). The same command goes on with a search that
+Section [tune] of the configuration declares the search (docs/studies.md). The same command resumes a search that
 was cut off. Leaves best.toml, which jobs/train.py takes, and report.html.
 """
 
@@ -21,7 +21,7 @@ from usr_ray.launch.environment import prepare_environment
 TUNE_ENVIRONMENT = {
     # An AUC is undefined where a class is missing, and is not reported then; Tune would end the search for it.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-    # Ours tells of the search; Ray's table of trials repeats itself every few seconds.
+    # We report the search; Ray's table of trials repeats itself every few seconds.
     "RAY_AIR_NEW_OUTPUT": "0",
     # A relative path in the configuration means the same in a trial as in jobs/train.py.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",

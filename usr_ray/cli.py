@@ -1,4 +1,4 @@
-"""The frame of every job: shared arguments, the places they name, one line per user error, exit codes.
+"""What all jobs share: arguments, the places they name, one line per user error, exit codes.
 
 Standard library only.
 """
@@ -153,8 +153,8 @@ def check_lake(lake: str, *, flag: str = "--lake", new: bool = False) -> None:
 def check_output(place: Path | str, *, flag: str, file: bool = False) -> None:
     """UserError unless a folder (or with `file` a file) of this name can be written; nothing is left behind.
 
-    It is tried with a file without a name in the nearest folder that is there: rights alone do not tell of read-only
-    file systems, and say nothing to a user who is root.
+    It is tried with a file without a name in the nearest folder that is there: permissions alone do not reveal
+    read-only file systems, and mean nothing to root.
     """
     text = str(place)
     check_address(text, flag=flag)
@@ -236,7 +236,7 @@ def run_job(
 
 
 def _users_line(error: Exception) -> str | None:
-    """What a user can do something about, in one line; None for a fault of the program."""
+    """An error that the user can fix, as one line; None for a fault of the program."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in _OWN_PACKAGES:

@@ -18,7 +18,7 @@ _RUN, _MAIN = 'run=~"$run"', 'run=~"$run", rank="0"'
 WIDTH, HEIGHT = 24, 8
 
 Panel = tuple[str, str, str, str, list[tuple[str, str]]]
-"""(title, kind 'stat' or 'timeseries', unit of Grafana, what it tells, [(expression, legend)])."""
+"""(title, kind 'stat' or 'timeseries', Grafana's unit, description, [(expression, legend)])."""
 
 ROWS: list[tuple[str, list[Panel]]] = [
     (
@@ -265,7 +265,7 @@ def dashboard() -> dict[str, Any]:
 
 
 def text() -> str:
-    """The file as it is committed."""
+    """The content of the committed file."""
     return json.dumps(dashboard(), indent=1) + "\n"
 
 

@@ -1,6 +1,6 @@
 """Put Hadoop's connectors of object stores next to Spark's jars: python cluster/spark/install_store_jars.py s3 gcs.
 
-Needs the network (Maven Central), so it belongs into an image or a machine's set-up. The connectors' version is that of
+Needs the network (Maven Central), so it belongs in an image or a machine's set-up. The connectors' version is that of
 the Hadoop client that Spark ships; another one would not load.
 """
 
@@ -38,7 +38,7 @@ def hadoop_version(jars: Path) -> str:
 
 
 def missing(found: list[Path], jars: Path) -> list[Path]:
-    """Of the resolved jars those that Spark has not: a second version of one that it has would clash."""
+    """The resolved jars that Spark lacks: a second version of one that it has would clash."""
     present = {re.sub(r"-\d.*$", "", path.name) for path in jars.glob("*.jar")} | _OTHERWISE_THERE
     return [path for path in found if artifact(path.name) not in present and path.name not in present]
 

@@ -46,12 +46,12 @@ def spark_home() -> Path:
 
 
 def settings(state: Path, *, cores: int, memory: str) -> tuple[str, str]:
-    """(what the daemons read, what spark-submit reads): with the secret, so both are files for their owner alone."""
+    """(what the daemons read, what spark-submit reads): with the secret, so both are readable by their owner only."""
     secret = private_file(state / "secret")
     shared = f"spark.authenticate true\nspark.authenticate.secret {secret}\nspark.network.crypto.enabled true\n"
     daemon = shared + "spark.master.rest.enabled false\nspark.worker.cleanup.enabled true\n"
     parts = [(ROOT / "cluster" / "spark" / name).read_text(encoding="utf-8") for name in CONFIG_FILES]
-    # An executor larger than every worker would be waited for without end.
+    # An executor larger than every worker would never start.
     fitting = f"spark.executor.cores {cores}\nspark.executor.memory {memory}\n"
     return daemon, "\n".join([*parts, "# ---- of cluster/spark/standalone.py", shared + fitting])
 
@@ -86,7 +86,7 @@ class Standalone:
         master.wait(process, lambda: self._page() is not None, timeout_s=START_TIMEOUT_S)
 
     def start_worker(self, name: str, master: str) -> None:
-        """Start a worker; it joins by itself, now or when the master comes. UserError without the master's secret."""
+        """Start a worker; it joins now or when the master comes up. UserError without the master's secret."""
         arguments = self.arguments
         if not (self.state / "secret").exists():
             raise UserError(f"worker: no secret in {self.state / 'secret'}; copy the master's file there (scp -p)")
@@ -155,7 +155,7 @@ class Standalone:
         environment |= {
             "SPARK_HOME": str(home),
             "SPARK_CONF_DIR": str(ROOT / "cluster" / "spark" / "conf"),  # for log4j2; its defaults are not read
-            "SPARK_LOCAL_IP": self.arguments.host,  # the only thing that Spark's pages heed
+            "SPARK_LOCAL_IP": self.arguments.host,  # the only setting that Spark's pages respect
             "SPARK_DAEMON_MEMORY": "512m",
             "SPARK_DAEMON_JAVA_OPTS": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",  # they do little
         }

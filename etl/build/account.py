@@ -47,7 +47,7 @@ class Account:
 
     @property
     def dates_without_impressions(self) -> list[dt.date]:
-        """Dates on which the logs hold clicks or orders only: no build could ever name them."""
+        """Dates on which the logs hold only clicks or orders: no build can name them."""
         dates = {date for _, date in self.counts if date != UNDATED} - self.impression_dates
         found = sorted(dt.date.fromisoformat(date) for date in dates)
         return [date for date in found if self.whole_from is None or date >= self.whole_from]
@@ -64,7 +64,7 @@ def add_pass(account: Account, spark: SparkSession, folder: str, logs: Sequence[
         num_usable: usable rows that another count found.
 
     Raises:
-        AccountingError: rows were lost or made up on the way.
+        AccountingError: rows were lost or invented on the way.
     """
     names = {(log.kind, log.scenario): log.name for log in logs}
     usable = 0

@@ -26,7 +26,7 @@ from etl.logs.files import LogFolder
 from usr_ray.config import DAY_US, Config, date_of, day_number
 
 MAX_ROWS_PER_TASK = 1 << 22
-"""Event rows of one task of the pass, about; every core has one task at least."""
+"""Approximate event rows of one task of the pass; every core has at least one task."""
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _BEGINNING = -(1 << 63)
 _OF_PASS = (
@@ -48,7 +48,7 @@ _OF_PASS = (
 
 @dataclass(frozen=True, slots=True)
 class Logs:
-    """Opened and checked logs; nothing is computed yet but the feature tables."""
+    """Opened and checked logs; only the feature tables are computed yet."""
 
     logs: tuple[EventLog, ...]
     events: DataFrame
@@ -141,7 +141,7 @@ def run_pass(
     first_row: int | None = None,
     past: DataFrame | None = None,
 ) -> Inputs:
-    """Attribute every row once and stage what comes of it, before anything else is written; the account adds up.
+    """Attribute every row once and stage the result, before anything else is written; the account adds up.
 
     Args:
         spark: the session.
@@ -152,10 +152,10 @@ def run_pass(
         past: history events before `plan.since` (etl/build/state.py).
 
     Raises:
-        AccountingError: rows were lost or made up on the way.
+        AccountingError: rows were lost or invented on the way.
     """
     scaled = [scale(F.col(name)).alias(name) for name in plan.numbers]
-    # Rows without a user are spread by their content; they meet nobody.
+    # Rows without a user are spread by their content.
     key = F.when(F.col("reason").isNull(), F.xxhash64("user_id")).otherwise(F.xxhash64("row_json"))
     time = F.col("event_time")
     read = logs.events
@@ -202,13 +202,13 @@ def iso_time(micros: int) -> str:
 
 
 def _row_hash(plan: PassPlan) -> Column:
-    """Hash of what an impression says, but for the time at which it became known; 0 for clicks and orders."""
+    """Hash of an impression's content except the time at which it became known; 0 for clicks and orders."""
     content = sorted({*_OF_PASS, *plan.categories, *plan.numbers} - {"known_time", "reason", "row_json"})
     return F.when(F.col("kind") == KIND_IMPRESSION, _hash_of(content)).otherwise(F.lit(0).cast("bigint"))
 
 
 def _hash_of(columns: list[str]) -> Column:
-    # A null leaves xxhash64 as it was: each column's place is hashed with it, so that values cannot change places.
+    # A null does not change xxhash64: each column's place is hashed with it, so that values cannot change places.
     return F.xxhash64(*(F.struct(F.lit(n), F.col(name)) for n, name in enumerate(columns)))
 
 

@@ -52,9 +52,9 @@ class LabelRules:
 
     @property
     def reach(self) -> int:
-        """How far before an instant the rows lie that decide about the clicks and orders at or after it.
+        """How far before an instant the rows lie that decide the clicks and orders at or after it.
 
-        An order reaches back to its click, that to its impression, and each of the three may be corrected by the skew.
+        An order reaches back to its click, a click to its impression, and the skew may correct each of the three.
         """
         return self.click_window + self.order_window + 3 * self.clock_skew
 
@@ -148,7 +148,7 @@ def _attribute_clicks(events: Events, rules: LabelRules, pairs: Ints, num_scenar
         in_window = events.time[rows] <= events.time[found] + rules.click_window
         targets[unnamed] = np.where(in_window, found, -1)
 
-    # A later check overwrites nothing: once a click has lost its impression its first reason stays.
+    # A later check overwrites nothing: a click that has lost its impression keeps its first reason.
     for reason, wrong in (
         ("unknown_impression", events.user[clicks] != events.user[targets]),
         ("impression_of_other_scenario", events.scenario[clicks] != events.scenario[targets]),
@@ -186,7 +186,7 @@ def _credit_orders(
 
 
 def _by_time(events: Events, rows: Ints, times: Ints) -> Ints | slice:
-    """What sorts the rows by (user, corrected time, id); nothing to do where no clock is corrected."""
+    """Indices that sort the rows by (user, corrected time, id); nothing to do where no clock was corrected."""
     if events.id_rank is None:
         return slice(None)
     return np.lexsort((events.id_rank[rows], times, events.user[rows]))

@@ -1,7 +1,7 @@
-"""Whole users, cleaned: a stream of event rows cut into chunks, duplicates set aside, rows in their one order.
+"""Whole users, cleaned: a stream of event rows cut into chunks, duplicates set aside, rows in a fixed order.
 
-Spark only brings the rows of a user together (one radix sort by a 64-bit key); what the order of a user's rows is and
-which of two rows with one key stays is decided here, by content alone, so that neither partitions nor arrival matter.
+Spark only brings the rows of a user together (one radix sort by a 64-bit key); the order of a user's rows, and
+which of two rows with one key stays, is decided here by content alone, so that neither partitions nor arrival matter.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from usr_ray.config import DAY_US
 USER_KEY = "user_key"
 """xxhash64(user_id): rows of a user have one key, and the rows of a key arrive next to each other."""
 REQUEST_KEY = "request_key"
-"""xxhash64 of the request, or of the impression where it has none: a request of its own, not one with all such rows."""
+"""xxhash64 of the request, or of the impression where it has none: each its own request, not one for all such rows."""
 KEY_HASH = "key_hash"
 """Hash of a row's own key (etl/logs/duplicates.py)."""
 FOREIGN = "is_foreign"
@@ -68,7 +68,7 @@ def whole_users(batches: Iterable[pa.RecordBatch], chunk_rows: int) -> Iterator[
             whole, held = pa.Table.from_batches(held), []
             held, ready = whole.slice(cut).to_batches(), [whole.slice(0, cut)]
             num_rows, cut = num_rows - cut, 0
-            # Nothing here may hold on to a chunk that its reader has let go of: giant users make large ones.
+            # Nothing here may keep a chunk alive that its reader has released: giant users make large ones.
             del whole
             yield ready.pop()
     if held:
@@ -78,7 +78,7 @@ def whole_users(batches: Iterable[pa.RecordBatch], chunk_rows: int) -> Iterator[
 
 
 def cleaned(rows: pa.Table, max_user_day_rows: int = 0) -> Cleaned:
-    """Set aside what cannot be used, what is there already and the days of giant users (0: no limit); sort the rest."""
+    """Set aside unusable rows, duplicates and the days of giant users (0: no limit); sort the rest."""
     unusable = rows["reason"].is_valid().to_numpy()
     foreign = rows[FOREIGN].to_numpy() & ~unusable
     mine = ~unusable & ~foreign
@@ -109,7 +109,7 @@ def _over_limit(rows: pa.Table, max_user_day_rows: int) -> Bools:
 
 
 def _order(rows: pa.Table) -> pa.Array:
-    """What sorts the rows by (user, event_time, kind, id, item_id, scenario); strings are compared in ties only."""
+    """Order of the rows by (user, event_time, kind, id, item_id, scenario); strings are compared in ties only."""
     keys = (rows["kind"].to_numpy(), micros(rows["event_time"]), codes(rows["user_id"]))
     order = np.lexsort(keys)
     same = np.ones(max(len(order) - 1, 0), dtype=np.bool_)
@@ -144,7 +144,7 @@ def _second_copies(rows: pa.Table) -> Bools:
     doubled[:-1] |= same
     places = order[doubled]
     some = rows.take(pa.array(places))
-    # Equal hashes of unequal keys are told apart here.
+    # Equal hashes of unequal keys are distinguished here.
     kind, scenario = some["kind"].to_numpy(), some["scenario"].to_numpy()
     key = pa.table(
         {

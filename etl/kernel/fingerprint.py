@@ -1,4 +1,4 @@
-"""What the rows of a date are, in three numbers: finds the dates that late events have changed.
+"""Three fingerprints of the rows of a date: they find the dates that late events have changed.
 
 Each impression has a 64-bit hash of its own content; its labels and each of its histories are mixed with it. The rows
 of a date are combined by exclusive or, so that neither their order nor the chunks matter. A date's rows differ exactly
@@ -35,13 +35,13 @@ def label_hashes(row_hash: Hashes, labels: Labels) -> Hashes:
 
 
 def event_hashes(value_hash: Hashes, action: Ints, time: Ints) -> Hashes:
-    """Hash of what a history shows of an event: its item and query (`value_hash`), action and time."""
+    """Hash of an event as a history shows it: its item and query (`value_hash`), action and time."""
     return mix(value_hash, (time * 4 + action).view(np.uint64))
 
 
 def span_hashes(events: Hashes, first: Ints, count: Ints) -> Hashes:
     """Hash of each run events[first:first + count]: a polynomial in its events, so that their order counts."""
-    # Prefix sums of events[j] * BASE^j, shifted back by BASE^-first: uint64 wraps round, and BASE is odd.
+    # Prefix sums of events[j] * BASE^j, shifted back by BASE^-first: uint64 wraps around, and BASE is odd.
     powers = _powers(_BASE, len(events) + 1)
     back = _powers(_INVERSE, len(events) + 1)
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(events * powers[:-1], dtype=np.uint64)])
@@ -67,7 +67,7 @@ def date_fingerprint(
     Args:
         day: since 1970.
         cells: (fingerprint, day) -> exclusive or of all its rows.
-        rules: say until when the labels of a day can change.
+        rules: determine until when the labels of a day can change.
         watermark: microseconds.
 
     Returns:
@@ -80,7 +80,7 @@ def date_fingerprint(
 
 
 def mix(first: Hashes, second: Hashes) -> Hashes:
-    """A hash of an ordered pair (splitmix64's finaliser); numpy's integers wrap round."""
+    """A hash of an ordered pair (splitmix64's finaliser); numpy's integers wrap around."""
     mixed = first * _WHITE + second
     for shift, factor in _MIXERS:
         mixed = (mixed ^ (mixed >> shift)) * factor

@@ -17,7 +17,7 @@ NO_TIME = np.iinfo(np.int64).min
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """Labels of M impressions, in the order they were asked for."""
+    """Labels of M impressions, in the order requested."""
 
     is_click: NDArray[np.float32]
     is_order: NDArray[np.float32]

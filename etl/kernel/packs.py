@@ -1,4 +1,4 @@
-"""What the pass hands on: one flat schema for all it emits, and packs, the labelled impressions of a chunk.
+"""What the pass emits: one flat schema, and packs, the labelled impressions of a chunk.
 
 A pack is two small Arrow tables as bytes: its impressions, and the events of its histories once each, of which every
 impression has a span per scenario. Ids in a pack are codes of its chunk. So Spark moves a chunk as one value, and a
@@ -134,8 +134,8 @@ def pack_histories(
 ) -> PackedHistories:
     """The histories of some impressions, every event once.
 
-    Events that were not known in time break a history out of the flat array; what such impressions saw is put behind
-    it, once for all impressions of a user that saw the same.
+    Events that were not known in time break a history out of the flat array; what such impressions saw is appended
+    once for all impressions of a user that saw the same.
     """
     users, times = events.user[targets], events.time[targets]
     spans: dict[str, np.ndarray] = {}

@@ -3,8 +3,7 @@
 Runs in Spark's Python workers through mapInArrow; needs numpy and pyarrow only. Memory is bounded by `chunk_rows` (or
 by the largest user, who is never split) and by `_PACK_ROWS` impressions on the way out. Nothing is encoded here: a pack
 holds codes of its chunk (etl/kernel/packs.py), and `value` rows say what they stand for and how often, so that
-vocabularies
-can be fitted on what the pass found before any row is written.
+vocabularies can be fitted on what the pass found before any row is written.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ _PACK_ROWS = 131_072
 OVER_LIMIT = "over_user_limit"
 """Reason of the rows of a user's day beyond limits.max_user_events_per_day; one reject stands for all of a log."""
 UNUSABLE = "unusable"
-"""Account rows of rows without a key or a time; the others are called as in LogCount."""
+"""Account rows of rows without a key or a time; the others are named as in LogCount."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PassPlan:
-    """What the pass has to know; travels with the task."""
+    """Parameters of the pass; sent with the task."""
 
     rules: LabelRules
     num_scenarios: int
@@ -54,7 +53,7 @@ class PassPlan:
 
 
 def first_pass(batches: Iterable[pa.RecordBatch], plan: PassPlan, partition: int = 0) -> Iterator[pa.RecordBatch]:
-    """What every row came to, as rows of `packs.EMITTED`.
+    """The outcome of every row, as rows of `packs.EMITTED`.
 
     Args:
         batches: event rows grouped by `user_key`, in any order inside a user.
@@ -77,7 +76,7 @@ def first_pass(batches: Iterable[pa.RecordBatch], plan: PassPlan, partition: int
 
 
 def _account(parts: Cleaned, events: Events, attribution: Attribution) -> Iterator[pa.RecordBatch]:
-    """Rows that came in, were there already and were used, by kind, scenario and day."""
+    """Rows in, duplicates and rows used, by kind, scenario and day."""
     logged = parts.rows.filter(pc.less_equal(parts.rows["kind"], KIND_ORDER))
     used = np.concatenate([events.rows(KIND_IMPRESSION), attribution.click_rows, attribution.order_rows])
     for what, table in (

@@ -1,8 +1,7 @@
 """Exact and key duplicates: the earliest (event_time, known_time) stays (contract 1).
 
 Rows of one user with one key meet in the pass, which sets the later ones aside (etl/kernel/chunks.py). What the pass
-cannot
-see is a key that rows of several users have: one count of 64-bit hashes, without any text, finds those few.
+cannot see is a key that rows of several users have: one count of 64-bit hashes, without any text, finds those few.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ _JOINED = (KEY_HASH, "kind", "scenario", "id", "item_id", "user_id")
 def key_hash() -> Column:
     """Hash of the key: impression_id over all scenarios, click_id inside a log, (order_id, item_id) over order logs.
 
-    A click_id need only be unique in its log, so the scenario makes part of its key; an order line's key has its item.
+    A click_id need only be unique in its log, so the scenario is part of its key; an order line's key has its item.
     """
     scope = F.when(F.col("kind").isin(KIND_CLICK, KIND_PAST_CLICK), F.col("scenario"))
     part = F.when(F.col("kind").isin(KIND_ORDER, KIND_PAST_ORDER), F.col("item_id"))
-    # A null leaves xxhash64 as it was; the structs keep the two apart.
+    # A null does not change xxhash64; the structs keep the two apart.
     return F.xxhash64("kind", F.struct(F.lit(1), scope), "id", F.struct(F.lit(2), part))
 
 
@@ -42,7 +41,7 @@ def mark_foreign(events: DataFrame) -> tuple[DataFrame, int]:
         events: all event rows with `user_key`; usable where `reason` is null.
     """
     usable = events.filter(F.col("reason").isNull())
-    # By numpy: Spark would build a hash map of keys that hardly ever meet before it sends them to where they might.
+    # By numpy: Spark would first build a hash map of keys, which hardly ever repeat, before it shuffles them.
     hashed = usable.select(key_hash().alias(KEY_HASH), USER_KEY).repartition(KEY_HASH)
     found = kept(hashed.mapInArrow(_shared_keys, f"{KEY_HASH} bigint, rows bigint"))
     sums = found.agg(F.sum("rows").alias("rows"), F.count(KEY_HASH).alias("shared")).collect()[0]

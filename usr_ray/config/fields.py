@@ -166,7 +166,7 @@ def _default(value: Any) -> dict[str, Any]:
 
 
 def check_fields(section: Any, where: str) -> None:
-    """Hold a dataclass to what its fields say of themselves (number, choice, duration).
+    """Check a dataclass against its fields' own rules (number, choice, duration).
 
     Raises:
         ConfigError: naming `where`, the field, its value and what it may be.

@@ -10,7 +10,7 @@ from usr_ray.config.fields import COUNT, FINITE, SEED, check_fields, choice, num
 SEARCHES = ("random", "optuna")
 SPACE_KINDS = ("log_uniform", "uniform", "int", "choice")
 METRICS = {"log_loss": "min", "ctr_auc": "max", "ctcvr_auc": "max"}
-"""What train.train reports after each epoch (train_meter.summarise) -> which way is better."""
+"""What training reports after each epoch (training/monitor.summarise) -> which way is better."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,19 +49,19 @@ class TuneConfig:
     search: str = choice(*SEARCHES)
     """'random', or 'optuna': its tree-structured Parzen estimator learns from ended trials (extra [optuna])."""
     num_trials: int = number(16, "[1, 100000]")
-    """Combinations that are tried; the first is the configuration as it is, where the space holds it."""
+    """Combinations to try; the first is the configuration as given, where the space holds it."""
     metric: str = choice(*METRICS)
     """On the choosing dates: 'log_loss' (mean of the tasks), 'ctr_auc' or 'ctcvr_auc' (mean of the scenarios)."""
     choose_days: int = number(1, "[1, 3660]")
-    """Last days of data.train_dates that choose: trials train on the days before, data.eval_dates is not looked at."""
+    """Last days of data.train_dates that choose: trials train on the days before, data.eval_dates is not used."""
     grace_epochs: int = number(1, COUNT)
-    """Epochs that ASHA leaves every trial before it may stop the worse ones."""
+    """Epochs that every trial gets before ASHA may stop the worse ones."""
     reduction: int = number(3, "[2, 1000]")
-    """ASHA goes on with one trial in so many at each rung."""
+    """ASHA keeps one trial in so many at each rung."""
     max_concurrent: int = number(0, "[0, 100000]")
     """Trials at once; 0: as many as the cluster's CPUs (or GPUs) hold."""
     seed: int = number(0, SEED)
-    """Of the draws; all trials train with train.seed."""
+    """Seed of the draws; all trials train with train.seed."""
     final_seeds: tuple[int, ...] = number((0, 1, 2, 3, 4), SEED)
     """Seeds with which the chosen and the given configuration are compared on data.eval_dates."""
     space: Mapping[str, SpaceConfig] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""The popularity baseline: what a counter per user and per item already knows. No model.
+"""The popularity baseline: a counter per user and per item, without a model.
 
 A ranking model that does not beat it has learnt nothing from queries, histories and scenarios, so every evaluation
 shows the two side by side, with an interval of the gap.
@@ -22,13 +22,13 @@ SMOOTHING = 20.0
 
 @dataclass(frozen=True, slots=True)
 class TrainingRows:
-    """Training rows of the baseline, one entry a row; keys and ids as in Predictions."""
+    """Training rows of the baseline, one entry per row; keys and ids as in Predictions."""
 
     scenario_N: NDArray[np.int64]
     user_key_N: NDArray[np.int64]
     item_id_N: NDArray[np.int64]
     labels_NT: NDArray[np.float32]
-    """(N, 4), 0, 1, or NaN where the logs do not know, in the order of schema.ALL_LABELS."""
+    """(N, 4), 0, 1, or NaN where the logs do not record it, in the order of schema.ALL_LABELS."""
 
 
 def popularity_baseline(train: TrainingRows, rows: Predictions, num_scenarios: int) -> Predictions:

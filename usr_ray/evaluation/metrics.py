@@ -29,14 +29,14 @@ CellMetrics = dict[str, dict[str, TaskMetrics]]
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """Rows that count, one entry a row: what was known of them and what a model said."""
+    """Rows with weight, one entry per row: what was known of them and a model's probabilities."""
 
     row_number_N: NDArray[np.int64]
     """Position of the row in the manifest; unique."""
     scenario_N: NDArray[np.int64]
     """Position in FeatureSpec.scenarios."""
     labels_NT: NDArray[np.float32]
-    """(N, 4), 0, 1, or NaN where the logs do not know (labels.no_order_scenarios), in the order of ALL_LABELS."""
+    """(N, 4), 0, 1, or NaN where the logs do not record it (labels.no_order_scenarios), in the order of ALL_LABELS."""
     probs_NT: NDArray[np.float64]
     """(N, 2) CTR and CTCVR in the row's own scenario, in [0, 1]."""
     global_probs_NT: NDArray[np.float64] | None
@@ -55,7 +55,7 @@ class Predictions:
 def known_labels_only(
     labels_NT: NDArray[np.float32], scenario_N: NDArray[np.int64], known_labels: Sequence[Sequence[bool]]
 ) -> NDArray[np.float32]:
-    """The labels with NaN in place of those that the row's scenario does not know: a 0 nobody looked for is no label.
+    """The labels with NaN for those that the row's scenario does not record: an unobserved 0 is no label.
 
     Args:
         labels_NT: (N, 4), in the order of schema.ALL_LABELS.
@@ -230,7 +230,7 @@ def _cell(
     for task, name in enumerate(TASKS):
         labels = predictions.labels_NT[rows, label_offset + task]
         known = ~np.isnan(labels)
-        # A model without global heads says nothing; the labels are still counted.
+        # A model without global heads has no probabilities; the labels are still counted.
         probs = np.zeros(len(labels)) if probs_NT is None else probs_NT[:, task]
         users, requests = predictions.user_key_N[rows], predictions.request_key_N[rows]
         metrics = compute_metrics(labels[known], probs[known], users[known], request_keys=requests[known])

@@ -49,7 +49,7 @@ class Axis:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """Which values of an axis are set against which, at equal values of the other axes."""
+    """Which values of an axis are compared, at equal values of the other axes."""
 
     axis: str
     of: tuple[str, ...] = (OTHERS,)
@@ -59,7 +59,7 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resources:
-    """What one trial takes, and how many run at once."""
+    """What one trial needs, and how many run at once."""
 
     num_workers: int = 1
     """Of each trial. 1: the loop runs in the trial's own process; more: Ray Train's worker group."""

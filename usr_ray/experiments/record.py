@@ -1,10 +1,10 @@
-"""What a study leaves on disk, and what of it is done already. No Ray.
+"""What a study writes to disk, and what is done already. No Ray.
 
     <run-dir>/study.json           the declared grid, the base configuration, lakes and their pinned versions
     <run-dir>/trials/<trial-id>/   a run directory as of jobs/train.py, with train.log; failure.json where it failed
     <run-dir>/results.parquet      a row for each trial, split, scenario and task
 
-The same command on the same directory reads finished trials back, goes on with half-done ones and tries failed ones
+The same command on the same directory reads finished trials back, resumes unfinished ones and retries failed ones
 again.
 """
 
@@ -30,7 +30,7 @@ from usr_ray.runs.plan import CONFIG_FILE, FINISHED
 
 STUDY_FILE, RESULTS_FILE, FAILURE_FILE, TRIALS_DIR = "study.json", "results.parquet", "failure.json", "trials"
 _NOT_MEANT = ("ray.", "data.table_version", "online.", "tune.")
-"""Keys that may differ when a study goes on: where it runs, not what it computes."""
+"""Keys that may differ when a study resumes: where it runs, not what it computes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,13 +134,13 @@ def is_finished(folder: Path) -> bool:
 
 
 def note_failure(folder: Path, error: str, trace: str = "") -> None:
-    """Keep what a trial failed of; a later success takes it away."""
+    """Record why a trial failed; a later success removes it."""
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / FAILURE_FILE, json.dumps({"error": error, "traceback": trace, "time": now()}, indent=2) + "\n")
 
 
 def failure_of(folder: Path) -> str:
-    """What a trial failed of; '' when it did not, or not yet run."""
+    """Why a trial failed; '' when it did not, or has not run yet."""
     return str(_read(folder / FAILURE_FILE).get("error", ""))
 
 
@@ -207,7 +207,7 @@ def write_results(run_dir: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 
 
 def table_version_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, set[int]]:
-    """Table -> versions that finished trials were trained on: one each, or something is wrong."""
+    """Table -> versions that finished trials were trained on: exactly one each, or something is wrong."""
     found: dict[str, set[int]] = {}
     for row in rows:
         if row["status"] == FINISHED and row.get("split") == SPLIT:

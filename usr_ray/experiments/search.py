@@ -55,7 +55,7 @@ from usr_ray.training.worker import LocalWorker
 SEARCH_FILE, BEST_FILE, TRIALS_DIR, RAY_DIR, FINAL_DIR = "search.json", "best.toml", "trials", "ray", "final"
 _EXPERIMENT = "search"
 _DRIVER_MEMORY_BYTES = 200_000_000
-"""What a driver of a worker group reserves: Ray wants something, and a CPU would be one that its workers wait for."""
+"""What a driver of a worker group reserves: Ray refuses nothing at all, and its workers would wait for a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +72,14 @@ class TuneResult:
 
 
 def run_search(base: Base, lake: str, run_dir: Path, *, cluster: str = OWN, command: Sequence[str] = ()) -> TuneResult:
-    """Search, or go on with the search that `run_dir` holds; then judge the choice on the reporting dates.
+    """Search, or resume the search in `run_dir`; then judge the choice on the reporting dates.
 
     Args:
         base: configuration file and overrides; section [tune] declares the search.
         lake: folder with the samples table.
         run_dir: a new folder, or that of the same search.
-        cluster: what trainer_environment.prepare_environment returned.
-        command: noted in search.json.
+        cluster: what launch/environment.prepare_environment returned.
+        command: recorded in search.json.
 
     Raises:
         UserError: the space, dates, lake or directory cannot be used; every trial failed.
@@ -108,7 +108,7 @@ def run_search(base: Base, lake: str, run_dir: Path, *, cluster: str = OWN, comm
         pinned = Base(base.config_path, (*base.overrides, f"data.table_version={record['table_version']}"))
         final = run_study(study, pinned, lake, run_dir / FINAL_DIR, cluster=cluster, command=command)
     for folder in [run_dir, *(run_dir / TRIALS_DIR / point.trial_id for point in points)]:
-        remove_pin(manifests[0].table_uri, folder)  # a trial that ASHA stopped could not take its own back
+        remove_pin(manifests[0].table_uri, folder)  # a trial that ASHA stopped could not remove its own
     return TuneResult(choice, points, best, final, study)
 
 
@@ -158,7 +158,7 @@ class _Progress(tune.Callback):
 
     # Tune passes everything by name.
     def setup(self, **info: Any) -> None:  # type: ignore[override]
-        """See tune.Callback; also at the start of a search that goes on, from which its time is counted."""
+        """See tune.Callback; also at the start of a resumed search, from which its time is counted."""
         self._total, self._num_ended, self._start_s = info.get("total_num_samples") or 0, 0, time.monotonic()
 
     def on_trial_complete(self, **info: Any) -> None:  # type: ignore[override]
@@ -178,7 +178,7 @@ class _Progress(tune.Callback):
 
 
 def _search_algorithm(config: Config, slots: int) -> SearchAlgorithm | Searcher:
-    """What draws the trials; the configuration as it is comes first, where the space holds it."""
+    """The drawer of trials; the configuration as given comes first, where the space holds it."""
     settings, default = config.tune, default_point(config)
     first = [default] if default else None
     if settings.search == "random":
@@ -203,7 +203,7 @@ def _tune_config(config: Config, slots: int) -> tune.TuneConfig:
 
 
 def _scheduler(config: Config) -> Any:
-    """ASHA for trials in processes of their own; trials of several workers all run to their end.
+    """ASHA for trials in their own processes; trials of several workers always run to the end.
 
     Ray ends a trial that ASHA stops by killing its driver. In 2.60 the placement group of its worker group then stays
     until an actor of Ray's has asked the dashboard whether the controller is dead, for ever where there is none, and
@@ -244,17 +244,17 @@ def draw(space: SpaceConfig) -> Any:
 
 
 class _TuneWorker(LocalWorker):
-    """The one rank of a trial; Tune hears of its evaluations."""
+    """The only rank of a trial; it reports its evaluations to Tune."""
 
     def report(self, metrics: Mapping[str, float]) -> None:
         tune.report(dict(metrics))
 
 
 def run_trial(values: Mapping[str, Any], *, config: Mapping[str, Any], lake: str, folder: str, version: int) -> None:
-    """A trial's driver, in a process of its own; started again it goes on from its checkpoint.
+    """A trial's driver, in its own process; started again it resumes from its checkpoint.
 
     Raises:
-        RuntimeError: of what a UserError said, so that Tune notes one line.
+        RuntimeError: with the text of a UserError, so that Tune records one line.
     """
     own = trial_config(Config.from_dict(config), values, table_version=version)
     run_dir = Path(folder) / tune.get_context().get_trial_id()

@@ -1,9 +1,9 @@
-"""A search in its run directory: its record, and its trials as their own folders tell it, whatever Ray kept. No Ray.
+"""A search in its run directory: its record, and its trials read from their own folders, whatever Ray kept. No Ray.
 
 <run-dir>/search.json                configuration, lake, table version, seed; at the end every trial and the choice
 <run-dir>/trials/<id>/trial.json     the drawn values and the epochs to train
 <run-dir>/trials/<id>/history.jsonl  an evaluation on the choosing dates after each epoch (launch/monitor.py)
-<run-dir>/trials/<id>/failure.json   what it failed of
+<run-dir>/trials/<id>/failure.json   why it failed
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ TRIAL_FILE, SEARCH_FILE = "trial.json", "search.json"
 
 
 def write_values(folder: Path, values: Mapping[str, Any], *, num_epochs: int) -> None:
-    """Note what a trial tries, before it trains."""
+    """Record what a trial tries, before it trains."""
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / TRIAL_FILE, json.dumps({"values": dict(values), "num_epochs": num_epochs}) + "\n")
 
 
 def read_points(trials_dir: Path, config: Config, lost: Mapping[str, str] | None = None) -> list[TriedPoint]:
-    """Every trial that was begun, in the order drawn.
+    """Every trial that was started, in the order drawn.
 
     Args:
         trials_dir: their folders; Ray's ids end in a running number.
@@ -50,7 +50,7 @@ def read_points(trials_dir: Path, config: Config, lost: Mapping[str, str] | None
 
 
 def read_curve(history: Path, metric: str) -> tuple[float, ...]:
-    """`metric` (config_tune.METRICS) of each evaluation in history.jsonl, in order; NaN where undefined."""
+    """`metric` (config/tune.METRICS) of each evaluation in history.jsonl, in order; NaN where undefined."""
     lines = history.read_text(encoding="utf-8").splitlines() if history.is_file() else []
     rows = [row for line in lines if (row := json.loads(line)).get("kind") == "eval"]
     values = [summarise(_cells(row))[metric] for row in sorted(rows, key=lambda row: row["step"])]
@@ -58,7 +58,7 @@ def read_curve(history: Path, metric: str) -> tuple[float, ...]:
 
 
 def _cells(row: Mapping[str, Any]) -> CellMetrics:
-    """The metrics that monitoring.FileMonitor wrote as '<cell>/<task>/<metric>'."""
+    """The metrics that launch/monitor.FileMonitor wrote as '<cell>/<task>/<metric>'."""
     cells: CellMetrics = {}
     for key, value in row.items():
         cell, _, rest = key.partition("/")
@@ -69,7 +69,7 @@ def _cells(row: Mapping[str, Any]) -> CellMetrics:
 
 
 def open_search(config: Config, lake: str, run_dir: Path, base: Base, command: Sequence[str]) -> dict[str, Any]:
-    """search.json of a new search, written, or of the one to go on with.
+    """search.json of a new search, written, or of the one to resume.
 
     Raises:
         UserError: the directory holds something else, or another search; the table cannot be read.

@@ -1,4 +1,4 @@
-"""What a search tries and what comes of it: dates, drawn values, the best trial, a TOML file. No Ray.
+"""A search's plan and result: dates, drawn values, the best trial, a TOML file. No Ray.
 
 Three spans of dates, none seen twice: trials train on the first days of data.train_dates, its last days choose between
 them, and data.eval_dates judges the choice once, after the search.

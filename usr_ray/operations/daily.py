@@ -35,7 +35,7 @@ _ONE_DAY = dt.timedelta(days=1)
 
 @dataclass(frozen=True, slots=True)
 class DayPlan:
-    """What one day does; ISO dates. Kept in status.json: a day goes on with the plan that it began with."""
+    """What one day does; ISO dates. Kept in status.json: a day keeps the plan that it began with."""
 
     day: str
     build_first: str
@@ -47,7 +47,7 @@ class DayPlan:
     train_last: str
     held_out: str
     warm_start: str
-    """Run directory below <work> of the model that training goes on from; '': a first model."""
+    """Run directory below <work> of the model that training continues; '': a first model."""
 
 
 def label_lag(config: Config) -> int:
@@ -119,7 +119,7 @@ def check_labels(reports: Sequence[Mapping[str, Any]], plan: DayPlan) -> None:
 
 
 def judge(candidate: Mapping[str, Any], current: Mapping[str, Any] | None, tolerance: float) -> tuple[bool, str]:
-    """Whether a new model takes over, and why: its log loss on the held-out day beside that of the model in use.
+    """Whether a new model replaces the one in use, and why: their log losses on the held-out day.
 
     Args:
         candidate: splits of its evaluation file; both models on the same rows.

@@ -26,7 +26,7 @@ RUNTIMES = {"torch": PT2, "onnx": ONNX}
 
 
 class ExportError(UserError):
-    """A model that cannot be exported, or an export directory that cannot be used as it is."""
+    """A model that cannot be exported, or an export directory that cannot be used."""
 
 
 def require_packages(*packages: str) -> None:
@@ -37,7 +37,7 @@ def require_packages(*packages: str) -> None:
 
 
 def verified_manifest(directory: Path) -> dict[str, Any]:
-    """manifest.json of an export directory, after every file it names was read and found as it was written.
+    """manifest.json of an export directory, after the checksums of every file it names were verified.
 
     Raises:
         ExportError: no export there, of another format, or a file that is missing or was changed.
