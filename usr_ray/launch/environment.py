@@ -6,13 +6,17 @@ Standard library only. Jobs call it; no module of the library changes the enviro
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import secrets
 import socket
 import sys
+import tempfile
 from collections.abc import MutableMapping
 from pathlib import Path
+
+from usr_ray.config import UserError
 
 LOOPBACK = "127.0.0.1"
 OWN, SUBMITTED, ADDRESS = "own", "submitted", "address"
@@ -70,15 +74,18 @@ def prepare_environment(environment: MutableMapping[str, str] | None = None, *, 
     wanted = RAY_ENVIRONMENT | (LOCAL_ENVIRONMENT if own else {})
     if own and sys.platform == "linux":
         wanted = wanted | {"GLOO_SOCKET_IFNAME": "lo"}
-    if own and dashboard:
-        wanted = {**wanted, API_SERVER: f"http://{LOOPBACK}:{free_port(DASHBOARD_PORT)}"}
+    if own and dashboard and API_SERVER not in environment:
+        wanted = {**wanted, API_SERVER: f"http://{LOOPBACK}:{reserve_port(DASHBOARD_PORT)}"}
     if own and not dashboard:  # the state actor asks the dashboard, and logs errors without end
         wanted = {**wanted, "RAY_TRAIN_ENABLE_STATE_TRACKING": "0"}
     if own:
         # Workers import usr_ray from where this job does, installed or not; a submitted job has its working directory.
         paths = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(paths)
-        ensure_token(environment)
+        try:
+            ensure_token(environment)
+        except UserError:  # no home to keep it in: a Ray that ends with this job needs none afterwards
+            environment["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     for name, value in wanted.items():
         environment.setdefault(name, value)
     if own:
@@ -98,6 +105,31 @@ def free_port(first: int) -> int:
     return first
 
 
+_reservations: list[int] = []
+"""Descriptors of locked files; the locks end with the process."""
+
+
+def reserve_port(first: int) -> int:
+    """Like `free_port`, but no other process of ours gets the port while this one lives.
+
+    Ray's dashboard listens seconds after its port was chosen, and two trainings begun at once would choose the same.
+    """
+    for port in range(first, first + 100):
+        if free_port(port) != port:
+            continue
+        with contextlib.suppress(OSError):  # another's lock, or another user's file
+            path = Path(tempfile.gettempdir()) / f"usr-ray-port-{port}.lock"
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(descriptor)
+                raise
+            _reservations.append(descriptor)
+            return port
+    return free_port(first)
+
+
 def token_file(environment: MutableMapping[str, str] | None = None) -> Path:
     """Where Ray looks for the token: $RAY_AUTH_TOKEN_PATH, else ~/.ray/auth_token."""
     environment = os.environ if environment is None else environment
@@ -105,11 +137,24 @@ def token_file(environment: MutableMapping[str, str] | None = None) -> Path:
 
 
 def ensure_token(environment: MutableMapping[str, str] | None = None) -> str:
-    """The token in use; made when there is none, readable by its owner only (Ray's own generator leaves it to all)."""
+    """The token in use; made when there is none, readable by its owner only (Ray's own generator leaves it to all).
+
+    Raises:
+        UserError: it cannot be read, or kept where Ray looks for it.
+    """
     environment = os.environ if environment is None else environment
     if environment.get("RAY_AUTH_TOKEN"):
         return environment["RAY_AUTH_TOKEN"]
-    path = token_file(environment)
+    try:
+        return _token_of(token_file(environment))
+    except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows this user's home
+        raise UserError(
+            f"Ray's token: cannot be read or written ({error}); set HOME to your folder, or RAY_AUTH_TOKEN_PATH to "
+            "a file that you may write"
+        ) from error
+
+
+def _token_of(path: Path) -> str:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from usr_ray.evaluation.metrics import CellMetrics
 from usr_ray.files import write_whole
@@ -142,11 +143,16 @@ def ray_metric(kind: str, name: str, description: str, tag_keys: tuple[str, ...]
     return (metrics.Gauge if kind == "gauge" else metrics.Counter)(name, description=description, tag_keys=tag_keys)
 
 
+def metric_tag(name: str) -> str:
+    """A name as Ray's metrics take it, at most 255 printable ASCII characters; every other byte as %XX."""
+    return quote(name, safe=" !#$&'()*+,-./:;<=>?@[]^_`{|}~")[:255]
+
+
 class RayMetrics:
     """Ray metrics of one rank, tagged with the run's name and the rank."""
 
     def __init__(self, run_name: str, rank: int, *, factory: MetricFactory = ray_metric) -> None:
-        self._tags = {"run": run_name, "rank": str(rank)}
+        self._tags = {"run": metric_tag(run_name), "rank": str(rank)}
         self._factory = factory
         self._metrics: dict[str, Any] = {}
         self._last_checkpoint_s = time.monotonic()

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from usr_ray.config import UserError
+from usr_ray.config import UserError, check_table_address
 from usr_ray.data.manifest import (
     REBUILD,
     DataError,
@@ -83,6 +83,8 @@ class ScoreTable:
 
     def __init__(self, path: Path, *, model_id: str, model_step: int) -> None:
         from deltalake import DeltaTable
+
+        check_table_address(str(path), flag="--output")
 
         self.path = path
         self.model_id = model_id

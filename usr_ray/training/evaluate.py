@@ -115,7 +115,7 @@ def score_batches(
 
     def batches() -> Iterator[tuple[tuple[UsrBatch, UniqueIds], UsrBatch]]:
         for batch in reader.batches(epoch=0):
-            known = _known_ids(batch, spec, limits) if has_grown else batch
+            known = known_ids(batch, spec, limits) if has_grown else batch
             yield (known.count_longest(), tables.unique_ids(known)), known
 
     module.eval()
@@ -129,7 +129,7 @@ def score_batches(
         module.train(was_training)
 
 
-def _known_ids(batch: UsrBatch, spec: FeatureSpec, limits: dict[str, int]) -> UsrBatch:
+def known_ids(batch: UsrBatch, spec: FeatureSpec, limits: dict[str, int]) -> UsrBatch:
     """The batch with UNKNOWN_ID in place of ids at or above the size of their embedding table."""
 
     def known(ids: Tensor, feature: str) -> Tensor:

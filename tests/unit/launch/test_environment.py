@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from usr_ray.launch.environment import ADDRESS, API_SERVER, LOOPBACK, OWN, free_port, prepare_environment
+from usr_ray.config import UserError
+from usr_ray.launch.environment import (
+    ADDRESS,
+    API_SERVER,
+    LOOPBACK,
+    OWN,
+    ensure_token,
+    free_port,
+    prepare_environment,
+    reserve_port,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -40,3 +52,26 @@ def test_a_cluster_that_is_named_keeps_its_own_settings() -> None:
     assert prepare_environment(environment) == ADDRESS
     assert API_SERVER not in environment
     assert environment["MIMALLOC_PURGE_DELAY"] == "5"
+
+
+def test_two_trainings_begun_at_once_choose_two_ports() -> None:
+    """Neither listens yet: Ray's dashboard does so seconds later."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        first = probe.getsockname()[1]
+    code = f"from usr_ray.launch.environment import reserve_port; print(reserve_port({first})); input()"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        theirs = int(other.stdout.readline())
+        assert reserve_port(first) != theirs
+        other.communicate("\n")
+
+
+def test_without_a_home_a_ray_of_our_own_gets_a_token_for_its_life(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    environment = {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "file" / "token")}
+    with pytest.raises(UserError, match=r"Ray's token: cannot be read or written .* set HOME"):
+        ensure_token(environment)
+    assert prepare_environment(environment, dashboard=False) == OWN
+    assert len(environment["RAY_AUTH_TOKEN"]) == 64

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from usr_ray.launch.monitor import FileMonitor, RayMetrics, RayMonitor
+from usr_ray.launch.monitor import FileMonitor, RayMetrics, RayMonitor, metric_tag
 
 pytestmark = pytest.mark.unit
 
@@ -160,3 +160,18 @@ def test_checkpoints_are_counted_by_outcome_and_their_age_starts_again(monkeypat
         "storage_full": 1.0,
         "written": 1.0,
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "tag"),
+    [
+        ("run-1.b (c)", "run-1.b (c)"),
+        ("für-dich", "f%C3%BCr-dich"),
+        ("50%", "50%25"),
+        ("类", "%E7%B1%BB"),
+        ('a"b\\c', "a%22b%5Cc"),
+        ("x" * 300, "x" * 255),
+    ],
+)
+def test_a_runs_name_becomes_a_tag_that_rays_metrics_take(name: str, tag: str) -> None:
+    assert metric_tag(name) == tag

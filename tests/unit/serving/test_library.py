@@ -1,0 +1,99 @@
+"""What `import usr_ray` names: quick to import, the same probabilities as jobs/score.py, one line for a mistake."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+import usr_ray
+from tests.unit.export_runs import make_run
+from tests.unit.samples_table import samples_spec, write_samples
+from usr_ray.data.manifest import build_manifest
+from usr_ray.serving.score import score_rows
+from usr_ray.training.worker import LocalWorker
+
+pytestmark = pytest.mark.unit
+DAY = "2026-01-02"
+
+
+@pytest.fixture(scope="module")
+def lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    lake = tmp_path_factory.mktemp("lake")
+    write_samples(lake, samples_spec(), num_rows=120, num_days=3)
+    return lake
+
+
+@pytest.fixture(scope="module")
+def run(lake: Path, tmp_path_factory: pytest.TempPathFactory) -> usr_ray.Run:
+    return usr_ray.load_run(make_run(tmp_path_factory.mktemp("run"), lake, backbone="mmoe"))
+
+
+def test_scores_are_those_of_the_job(run: usr_ray.Run, lake: Path) -> None:
+    samples = usr_ray.open_samples(lake, dates=DAY)
+    found = run.score(samples.head(len(samples)))
+    day = dt.date.fromisoformat(DAY)
+    manifest = build_manifest(lake, dates=(day, day))
+    expected = pa.Table.from_batches(score_rows(run.trained, manifest, LocalWorker("cpu"), lambda _: None))
+    assert found.num_rows == expected.num_rows == len(samples) > 20
+    assert found.column_names == ["p_ctr", "p_ctcvr", "p_ctr_global", "p_ctcvr_global"]
+    for name in found.column_names:
+        np.testing.assert_allclose(found[name].to_numpy(), expected[name].to_numpy(), rtol=1e-6)
+
+
+def test_a_pandas_frame_scores_alike_and_a_row_alone_too(run: usr_ray.Run, lake: Path) -> None:
+    rows = usr_ray.open_samples(lake, dates=DAY).head(7)
+    expected = run.score(rows)["p_ctcvr"].to_numpy()
+    np.testing.assert_array_equal(run.score(rows.to_pandas())["p_ctcvr"].to_numpy(), expected)
+    np.testing.assert_allclose(run.score(rows.slice(3, 1))["p_ctcvr"].to_numpy(), expected[3:4], rtol=1e-6)
+    assert run.score(rows.slice(0, 0)).num_rows == 0
+
+
+def test_an_id_that_came_after_the_training_is_unknown(run: usr_ray.Run, lake: Path) -> None:
+    rows = usr_ray.open_samples(lake, dates=DAY).head(3)
+    place = rows.schema.get_field_index("user_id_index")
+    new, unknown = (rows.set_column(place, "user_id_index", pa.array([n] * 3, pa.int64())) for n in (10**6, 1))
+    assert run.score(new).equals(run.score(unknown))
+    assert not run.score(new).equals(run.score(rows))
+
+
+def test_head_gives_the_first_rows(lake: Path) -> None:
+    samples = usr_ray.open_samples(lake, dates="2026-01-01:2026-01-03")
+    assert len(samples) == 120
+    assert samples.head(100).num_rows == 100
+    assert samples.head(3).equals(samples.head(100).slice(0, 3))
+    assert samples.head(500).num_rows == 120
+
+
+def test_metrics_are_the_runs_own(run: usr_ray.Run) -> None:
+    assert run.metrics == {}
+    (run.path / "metrics.json").write_text(json.dumps({"eval": {"all": {}}}))
+    assert run.metrics == {"eval": {"all": {}}}
+    assert run.config.model.backbone == "mmoe"
+    assert not run.model.training
+
+
+def test_a_frame_that_lacks_a_column_is_refused_by_name(run: usr_ray.Run, lake: Path) -> None:
+    rows = usr_ray.open_samples(lake, dates=DAY).head(3)
+    with pytest.raises(usr_ray.UserError, match=r"run.score: column 'brand_index' is missing; it has: "):
+        run.score(rows.drop_columns("brand_index"))
+    texts = rows.set_column(rows.schema.get_field_index("brand_index"), "brand_index", pa.array(["a", "b", "c"]))
+    with pytest.raises(usr_ray.UserError, match=r"run.score: wrong columns: "):
+        run.score(texts)
+    with pytest.raises(usr_ray.UserError, match=r"no such directory"):
+        usr_ray.load_run("nowhere")
+
+
+def test_importing_the_library_loads_only_the_standard_library() -> None:
+    heavy = "{'torch', 'numpy', 'pyarrow', 'ray', 'pyspark'}"
+    code = f"import usr_ray, sys; print(usr_ray.__version__); print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [usr_ray.__version__, "set()"]
+    with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
+        _ = usr_ray.no_such_name

@@ -1,0 +1,159 @@
+"""A run and a samples table as objects of a notebook or a program: what `import usr_ray` names (docs/library.md)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from usr_ray.config import Config, UserError, parse_dates
+from usr_ray.data.decode import RowGroupDecoder, table_to_batch
+from usr_ray.data.manifest import Manifest, build_manifest, model_columns, read_vocabularies
+from usr_ray.model.usr import UsrModel
+from usr_ray.runs.folder import METRICS_FILE
+from usr_ray.schema import FeatureSpec
+from usr_ray.serving.check import training_probabilities
+from usr_ray.serving.model import GLOBAL_PROBABILITIES, PROBABILITIES
+from usr_ray.training.evaluate import TrainedRun, known_ids
+from usr_ray.training.evaluate import load_run as load_trained
+
+_ARROW = {
+    "long": pa.int64(),
+    "float": pa.float32(),
+    "array<long>": pa.list_(pa.int64()),
+    "array<float>": pa.list_(pa.float32()),
+}
+_NOT_READ = ("is_mature", "event_time")
+"""Columns of training that say which rows count; every row is scored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A trained run; made by `load_run`."""
+
+    path: Path
+    trained: TrainedRun
+
+    @property
+    def config(self) -> Config:
+        """The configuration that the run was trained with."""
+        return self.trained.config
+
+    @property
+    def spec(self) -> FeatureSpec:
+        """Features and scenarios of the table that it was trained on."""
+        return self.trained.spec
+
+    @property
+    def model(self) -> UsrModel:
+        """The dense part, in evaluation mode on the CPU; the embedding tables are `trained.tables`."""
+        return self.trained.module
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """metrics.json: split -> scenario -> task -> metric; empty for a run without held-out dates."""
+        path = self.path / METRICS_FILE
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    @property
+    def vocabularies(self) -> pa.Table:
+        """Columns feature, value (string) and id (int64) of the lake that the run was trained on.
+
+        Raises:
+            UserError: that lake is not where it was.
+        """
+        table = json.loads((self.path / "config.json").read_text(encoding="utf-8"))["table"]["uri"]
+        return read_vocabularies(table.rpartition("/")[0])
+
+    def score(self, frame: Any) -> pa.Table:
+        """Probabilities of rows of a samples table, in their order.
+
+        Args:
+            frame: an Arrow table, or a pandas data frame, with the model's columns of a samples table of the lake that
+                the run was trained on (docs/tables.md), as `open_samples` gives them. Further columns are not read.
+
+        Returns:
+            Columns p_ctr and p_ctcvr, and with global heads p_ctr_global and p_ctcvr_global; float32, never null.
+
+        Raises:
+            UserError: a column is missing or of another type. DataError: a value that the table never holds.
+        """
+        # Ids that the vocabularies have gained since the training are allowed here, and unknown to the model.
+        limits = self.trained.tables.num_rows()
+        open_ended = replace(self.spec, sparse=tuple(replace(f, num_embeddings=2**31) for f in self.spec.sparse))
+        table = _model_table(frame, self.spec)
+        if not table.num_rows:
+            names = (*PROBABILITIES, *(GLOBAL_PROBABILITIES if self.config.model.multitask.enabled else ()))
+            return pa.table({name: pa.array([], pa.float32()) for name in names})
+        batch = table_to_batch(table, open_ended, where="run.score", first_row=0)
+        batch = known_ids(batch, self.spec, limits)
+        with torch.inference_mode():
+            outputs = self.model(batch.count_longest(), self.trained.tables.lookup(batch))
+        return pa.table({n: pa.array(p.float().numpy()) for n, p in training_probabilities(outputs).items()})
+
+
+def load_run(path: Path | str) -> Run:
+    """The run in a directory of jobs/train.py: its best checkpoint, or its newest where none was marked best.
+
+    Raises:
+        UserError: no run there, or it is another version's.
+    """
+    return Run(Path(path), load_trained(Path(path)))
+
+
+class Samples:
+    """Rows of some dates of a samples table, pinned to one version; made by `open_samples`."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+
+    def __len__(self) -> int:
+        return self.manifest.num_rows
+
+    @property
+    def spec(self) -> FeatureSpec:
+        """Features and scenarios of the table."""
+        return self.manifest.spec
+
+    def head(self, num_rows: int = 5) -> pa.Table:
+        """The first rows in the table's order, with every column that training reads; fewer where there are fewer."""
+        decoder = RowGroupDecoder(self.manifest, ready_before_us=0, mature_only=True)
+        found: list[pa.Table] = []
+        for ref in self.manifest.row_groups():
+            found.append(decoder.read(ref))
+            if sum(part.num_rows for part in found) >= num_rows:
+                break
+        return pa.concat_tables(found).slice(0, num_rows)
+
+
+def open_samples(lake: Path | str, *, dates: str) -> Samples:
+    """The samples of a lake.
+
+    Args:
+        lake: folder or address of jobs/build_samples.py.
+        dates: "A:B", both included, or one date.
+
+    Raises:
+        UserError: no table, or no rows on these dates.
+    """
+    return Samples(build_manifest(lake, dates=parse_dates(dates, where="dates")))
+
+
+def _model_table(frame: Any, spec: FeatureSpec) -> pa.Table:
+    """The model's columns of a pandas frame or Arrow table, in the types of the samples table."""
+    if isinstance(frame, pa.RecordBatch):
+        frame = pa.Table.from_batches([frame])
+    wanted = {name: kind for name, kind in model_columns(spec).items() if name not in _NOT_READ}
+    names = frame.column_names if isinstance(frame, pa.Table) else list(getattr(frame, "columns", []))
+    for name in wanted:
+        if name not in names:
+            raise UserError(f"run.score: column '{name}' is missing; it has: {', '.join(map(str, names))}")
+    table = frame if isinstance(frame, pa.Table) else pa.Table.from_pandas(frame[list(wanted)], preserve_index=False)
+    try:
+        return pa.table({name: table[name].cast(_ARROW[kind]) for name, kind in wanted.items()}).combine_chunks()
+    except pa.ArrowException as error:
+        raise UserError(f"run.score: wrong columns: {error}; give rows of the run's samples table") from error
