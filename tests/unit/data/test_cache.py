@@ -122,7 +122,10 @@ def test_without_a_cache_nothing_is_written_and_nothing_warns(manifest: Manifest
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [("0", "train.reader_shards must be positive, got 0"), ("3", r"train.reader_shards \(3\) must divide .* \(1024\)")],
+    [
+        ("0", r"train.reader_shards must be in \[1, 65536\], got 0"),
+        ("3", r"train.reader_shards \(3\) must divide .* \(1024\)"),
+    ],
 )
 def test_shards_that_do_not_divide_the_batch_are_refused(value: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -250,9 +250,9 @@ def test_a_known_function_of_each_cell_is_learned(name: str) -> None:
     ("values", "message"),
     [
         ({"hidden": ()}, "model.hidden is empty; give at least one width"),
-        ({"tower_hidden": (8, 0)}, "model.tower_hidden must hold positive widths, got [8, 0]"),
-        ({"num_experts": 0}, "model.num_experts must be positive, got 0"),
-        ({"meta_depth": -1}, "model.meta_depth must be positive, got -1"),
+        ({"tower_hidden": (8, 0)}, "model.tower_hidden[1] must be in [1, 65536], got 0"),
+        ({"num_experts": 0}, "model.num_experts must be in [1, 1024], got 0"),
+        ({"meta_depth": -1}, "model.meta_depth must be in [1, 64], got -1"),
         ({"dropout": 1.0}, "model.dropout must be in [0, 1), got 1.0"),
         (
             {"apg_rank": 8, "apg_over_parameterisation": 4},
