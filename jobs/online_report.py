@@ -50,21 +50,22 @@ def main(argv: list[str]) -> None:
     # Spark takes seconds to load: a wrong command line or configuration is reported without it.
     from etl.build.experiment import experiment_counts
     from etl.lake.tables import Lake
-    from etl.online.page import report_page
-    from etl.online.report import experiment_report
-    from etl.online.text import report_lines
     from etl.session import build_spark
+    from usr_ray.evaluation.experiment import counts_of, experiment_report
+    from usr_ray.reporting.experiment import report_lines, write_experiment_page
 
     spark = build_spark("usr-ray online report")
     try:
-        counts = experiment_counts(spark, config, logs=arguments.logs, lake=Lake(arguments.lake), dates=(first, last))
+        rows, without_column = experiment_counts(
+            spark, config, logs=arguments.logs, lake=Lake(arguments.lake), dates=(first, last)
+        )
     finally:
         spark.stop()
-    report = experiment_report(counts, config.online, dates=f"{first}:{last}")
+    report = experiment_report(counts_of(rows, without_column), config.online, dates=f"{first}:{last}")
     output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
     (output / "online.json").write_text(text + "\n", encoding="utf-8")
-    (output / "online.html").write_text(report_page(report), encoding="utf-8")
+    write_experiment_page(output / "online.html", report)
     print("\n".join(report_lines(report)))
     print(f"\nwritten to {output / 'online.json'} and {output / 'online.html'}")
 

@@ -45,6 +45,15 @@ REPORTS = "reports"
 PINS = "pins"
 """Folder of a lake: one JSON file a run that has begun and not finished, with the samples' files that it reads."""
 PARTITION_COLUMN = "impression_date"
+IN_EXPERIMENT, NO_BUCKET, SEVERAL_BUCKETS, UNPLANNED_BUCKET = (
+    "in the experiment",
+    "no bucket",
+    "several buckets",
+    "unplanned",
+)
+"""Where the users of an experiment's counts stand (etl/build/experiment.py, evaluation/experiment.py)."""
+EXPERIMENT_USERS = "\nusers"
+"""Stands for a scenario in the rows that count users by status; no scenario can have this name."""
 FEATURE_SPEC_PROPERTY = "usr_ray.feature_spec"
 """Delta table property of `<lake>/samples` with the FeatureSpec as JSON.
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import reduce
 
-import numpy as np
 import pyarrow as pa
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -21,56 +20,34 @@ from etl.kernel.attribution import KIND_IMPRESSION
 from etl.lake.tables import Lake, dates_condition
 from etl.logs.events import EventLog, event_logs, read_events
 from etl.logs.files import LogFolder
-from etl.online.stats import Cell
 from usr_ray.config import Config
-from usr_ray.schema import PARTITION_COLUMN, SAMPLES
+from usr_ray.schema import (
+    EXPERIMENT_USERS,
+    IN_EXPERIMENT,
+    NO_BUCKET,
+    PARTITION_COLUMN,
+    SAMPLES,
+    SEVERAL_BUCKETS,
+    UNPLANNED_BUCKET,
+)
 
 ALL = "all"
 """The scenarios together: a user who clicked in any of them clicked."""
 MAX_COMBINATIONS = 4_000_000
 """Rows that the driver takes: combinations of counts, of which millions of users have some thousands."""
 
-_IN_EXPERIMENT, _NO_BUCKET, _SEVERAL, _UNPLANNED = "in the experiment", "no bucket", "several buckets", "unplanned"
-_USERS = "\nusers"
-"""Stands for a scenario in the rows that count users by status; no scenario can have this name."""
-
-
-@dataclass(slots=True)
-class ExperimentCounts:
-    """What the statistics need, and where everything else went."""
-
-    cells: dict[str, dict[str, Cell]] = field(default_factory=dict)
-    """scenario or ALL -> bucket -> its exposed users."""
-    num_users: int = 0
-    """Users of the planned buckets, exposed in these dates."""
-    several_buckets: int = 0
-    """Users seen in more than one bucket: left out."""
-    no_bucket: int = 0
-    """Users none of whose impressions has a bucket: outside the experiment."""
-    unplanned: dict[str, int] = field(default_factory=dict)
-    """Bucket that online.shares does not name -> its users: left out."""
-    num_impressions: int = 0
-    impressions_without_bucket: int = 0
-    """Of users who are in the experiment otherwise too: shown before they were, or by another surface."""
-    impressions_not_mature: int = 0
-    """Their labels can still change: left out."""
-    without_column: tuple[str, ...] = ()
-    """Scenarios whose impressions log has no bucket column: left out."""
-
-    @property
-    def buckets(self) -> list[str]:
-        """Every bucket that has users, by name."""
-        return sorted(self.cells.get(ALL, {}))
-
 
 def experiment_counts(
     spark: SparkSession, config: Config, *, logs: str, lake: Lake, dates: tuple[dt.date, dt.date]
-) -> ExperimentCounts:
+) -> tuple[pa.Table, tuple[str, ...]]:
     """Count the experiment's impressions, clicks and orders on the dates, both included.
 
+    Returns:
+        The `combinations`, and the scenarios whose impressions log has no bucket column: left out.
+
     Raises:
-        DataCheckError: no impressions log has the bucket column, the lake has no samples, no impression of these
-            dates has a bucket, or there are too many combinations of counts.
+        DataCheckError: no impressions log has the bucket column, the lake has no samples, or there are too many
+            combinations of counts.
     """
     folder = LogFolder(spark, logs, config.logs)
     shown = [log for log in event_logs(config, folder) if log.kind == KIND_IMPRESSION]
@@ -87,16 +64,7 @@ def experiment_counts(
             f"--dates {dates[0]}:{dates[1]}: users have more than {MAX_COMBINATIONS:,} combinations of impressions, "
             "clicks and orders; name fewer dates, or leave machines out of the logs"
         )
-    counts = counts_of(rows)
-    counts.without_column = tuple(config.scenarios[log.scenario] for log in shown if log not in having)
-    if not counts.cells:
-        raise DataCheckError(
-            f"--dates {dates[0]}:{dates[1]}: no usable impression has a bucket in '{config.online.bucket_column}' "
-            f"({counts.no_bucket:,} users have none, {counts.several_buckets:,} several; unplanned buckets: "
-            f"{counts.unplanned or 'none'}; {counts.impressions_not_mature:,} impressions are not mature); "
-            "check the dates, the column and online.shares"
-        )
-    return counts
+    return rows, tuple(config.scenarios[log.scenario] for log in shown if log not in having)
 
 
 def bucket_of_impressions(
@@ -151,10 +119,10 @@ def combinations(users: DataFrame, scenarios: list[str], shares: Mapping[str, fl
     """
     planned = F.col("low").isin(list(shares)) if shares else F.lit(True)
     status = (
-        F.when(F.col("low").isNull(), _NO_BUCKET)
-        .when(F.col("low") != F.col("high"), _SEVERAL)
-        .when(~planned, _UNPLANNED)
-        .otherwise(_IN_EXPERIMENT)
+        F.when(F.col("low").isNull(), NO_BUCKET)
+        .when(F.col("low") != F.col("high"), SEVERAL_BUCKETS)
+        .when(~planned, UNPLANNED_BUCKET)
+        .otherwise(IN_EXPERIMENT)
     )
     sides = ("impressions", "clicks", "orders")
     total = [reduce(lambda a, b: a + b, [F.col(f"{s}_{side}") for s in scenarios]) for side in sides]
@@ -162,9 +130,9 @@ def combinations(users: DataFrame, scenarios: list[str], shares: Mapping[str, fl
     zero = F.lit(0).cast("bigint")
     none = [zero, zero]
     entries = [_entry(name, values, none) for name, values in places]
-    exposed = F.filter(F.array(*entries), lambda entry: (status == _IN_EXPERIMENT) & (entry["impressions"] > 0))
-    tally = F.array(_entry(_USERS, [zero, zero, zero], [F.col("not_mature"), F.col("without_bucket")]))
-    is_one = status.isin(_IN_EXPERIMENT, _UNPLANNED)
+    exposed = F.filter(F.array(*entries), lambda entry: (status == IN_EXPERIMENT) & (entry["impressions"] > 0))
+    tally = F.array(_entry(EXPERIMENT_USERS, [zero, zero, zero], [F.col("not_mature"), F.col("without_bucket")]))
+    is_one = status.isin(IN_EXPERIMENT, UNPLANNED_BUCKET)
     long = users.select(
         status.alias("status"), F.when(is_one, F.col("low")).alias("bucket"), F.inline(F.concat(exposed, tally))
     )
@@ -173,34 +141,6 @@ def combinations(users: DataFrame, scenarios: list[str], shares: Mapping[str, fl
         F.sum("not_mature").alias("not_mature"),
         F.sum("without_bucket").alias("without_bucket"),
     )
-
-
-def counts_of(rows: pa.Table) -> ExperimentCounts:
-    """The counts of the collected `combinations`."""
-    counts = ExperimentCounts()
-    is_tally = pa.compute.equal(rows["scenario"], _USERS)
-    for row in rows.filter(is_tally).to_pylist():
-        if row["status"] == _NO_BUCKET:
-            counts.no_bucket += row["users"]
-        elif row["status"] == _SEVERAL:
-            counts.several_buckets += row["users"]
-        elif row["status"] == _UNPLANNED:
-            counts.unplanned[row["bucket"]] = row["users"]
-        else:
-            counts.impressions_not_mature += row["not_mature"]
-            counts.impressions_without_bucket += row["without_bucket"]
-    cells = rows.filter(pa.compute.invert(is_tally))
-    for place in cells.group_by(["scenario", "bucket"]).aggregate([]).to_pylist():
-        same = pa.compute.and_(
-            pa.compute.equal(cells["scenario"], place["scenario"]), pa.compute.equal(cells["bucket"], place["bucket"])
-        )
-        part = cells.filter(same)
-        columns = (part[name].to_numpy().astype(np.int64) for name in ("impressions", "clicks", "orders", "users"))
-        counts.cells.setdefault(place["scenario"], {})[place["bucket"]] = Cell(*columns)
-    everyone = counts.cells.get(ALL, {})
-    counts.num_users = sum(cell.num_users for cell in everyone.values())
-    counts.num_impressions = sum(cell.sum_of(cell.impressions_K) for cell in everyone.values())
-    return counts
 
 
 def _logs_with_bucket(config: Config, folder: LogFolder, logs: list[EventLog]) -> list[EventLog]:

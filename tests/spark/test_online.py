@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from pyspark.sql import SparkSession
 
-from etl.build.experiment import ALL, combinations, counts_of, experiment_counts, user_counts
+from etl.build.experiment import ALL, combinations, experiment_counts, user_counts
 from etl.build.samples import BuildRequest, Progress, build_samples
-from etl.checks import DataCheckError
 from etl.lake.tables import Lake
 from jobs import online_report
-from usr_ray.config import load_config
+from usr_ray.config import Config, UserError, load_config
+from usr_ray.evaluation.experiment import counts_of, experiment_report
 
 pytestmark = pytest.mark.spark
 
@@ -126,6 +126,11 @@ def test_the_job_reports_the_example_shop(
     assert (tmp_path / "out" / "online.html").read_text().startswith("<!doctype html>")
 
 
+def reported(spark: SparkSession, config: Config, lake: Path, dates: tuple[dt.date, dt.date]) -> None:
+    rows = experiment_counts(spark, config, logs=str(EXAMPLE), lake=Lake(str(lake)), dates=dates)
+    experiment_report(counts_of(*rows), config.online, dates=f"{dates[0]}:{dates[1]}")
+
+
 def test_an_experiment_that_is_not_there_is_one_line(spark: SparkSession, lake: Path, tmp_path: Path) -> None:
     config = load_config(EXAMPLE / "own_logs.toml")
     for overrides, place, dates, message in (
@@ -145,5 +150,5 @@ def test_an_experiment_that_is_not_there_is_one_line(spark: SparkSession, lake: 
         (["online.shares={x=1,y=1}"], lake, DATES, r"unplanned buckets: \{'blue': \d, 'green': \d\}"),
     ):
         config = load_config(EXAMPLE / "own_logs.toml", overrides)
-        with pytest.raises(DataCheckError, match=message):
-            experiment_counts(spark, config, logs=str(EXAMPLE), lake=Lake(str(place)), dates=dates)
+        with pytest.raises(UserError, match=message):
+            reported(spark, config, place, dates)

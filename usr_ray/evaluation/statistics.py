@@ -187,6 +187,11 @@ def normal_quantile(confidence: float) -> float:
     return NormalDist().inv_cdf((1 + confidence) / 2)
 
 
+def normal_p_value(z: float) -> float:
+    """Two-sided p-value of a standard normal deviate."""
+    return 2 * NormalDist().cdf(-abs(z))
+
+
 def wilson_interval(num_positives: int, num_rows: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Wilson score interval of a rate; sound for few rows and for rates near 0."""
     z = normal_quantile(confidence)

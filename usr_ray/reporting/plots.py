@@ -1,6 +1,8 @@
-"""Plots of the report as inline SVG whose colours are CSS variables, so that they follow light, dark and print.
+"""Plots of all reports as inline SVG whose colours are CSS variables, so that they follow light, dark and print.
 
 matplotlib draws with the light palette; every colour is then replaced by `var(--name)` of the page's style sheet.
+
+Shape letters: N points.
 """
 
 from __future__ import annotations
@@ -8,15 +10,18 @@ from __future__ import annotations
 import datetime as dt
 import html
 import io
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
@@ -37,6 +42,8 @@ COLOURS = {
     "series-6": "#e87ba4",
     "series-7": "#eda100",
     "series-8": "#008300",
+    "good": "#006300",
+    "bad": "#b42323",
 }
 """Name in the style sheet -> its light value, which matplotlib draws with."""
 SERIES = tuple(name for name in COLOURS if name.startswith("series"))
@@ -70,119 +77,322 @@ _STYLE: Any = {
 }
 
 
+_DASHED: Any = {"color": COLOURS["muted"], "linewidth": 1, "linestyle": (0, (4, 3))}
+_PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.4g}%")
+
+
 def series_name(place: int) -> str:
-    """Style-sheet name of the place-th series colour."""
+    """Style-sheet name of the place-th series colour; colours belong to a series, whatever else is drawn."""
     return SERIES[place % len(SERIES)]
 
 
-def series_colour(place: int) -> str:
-    """The light value of the place-th series colour; colours belong to a series, whatever else is drawn."""
-    return COLOURS[series_name(place)]
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """A drawing with its words."""
+
+    title: str
+    svg: Markup
+    caption: str = ""
+    colour: str = ""
+    """Name in the style sheet of the swatch beside the title; '': none."""
+    is_wide: bool = False
+    bins: Sequence[Bin] = ()
+    """Of a calibration plot, for the table below it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line over training steps."""
+    """One line of a plot."""
 
     name: str
     place: int
     """Of its colour."""
-    steps: Sequence[float]
-    values: Sequence[float]
+    x: Sequence[Any]
+    """Steps, numbers or dates."""
+    y: Sequence[float]
+    spread: Sequence[float] = ()
+    """Half the height of each bar; empty: no bars."""
+
+    @property
+    def colour(self) -> str:
+        """The light value of its colour."""
+        return COLOURS[series_name(self.place)]
 
 
-def line_plot(lines: Sequence[Line], *, label: str, percent: bool = False, from_zero: bool = False) -> str:
-    """Lines over training steps; one line needs no legend. `label` is what a screen reader says."""
+def step_plot(lines: Sequence[Line], *, label: str, percent: bool = False, from_zero: bool = False) -> Markup:
+    """Lines over training steps. `label` is what a screen reader says."""
 
     def draw(axes: Axes) -> None:
+        largest = max(abs(y) for line in lines for y in line.y)
         for line in lines:
-            marker = "o" if len(line.steps) < 3 else None
-            axes.plot(line.steps, line.values, color=series_colour(line.place), label=line.name, marker=marker)
+            axes.plot(line.x, line.y, color=line.colour, label=line.name, marker="o" if len(line.x) < 3 else None)
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         if from_zero:
-            largest = max(v for line in lines for v in line.values)
             axes.set_ylim(0, 1.08 * max(largest, 0.01 if percent else 1e-9))
         if percent:
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g}%"))
-        elif max(abs(v) for line in lines for v in line.values) >= 1000:
+            axes.yaxis.set_major_formatter(_PERCENT)
+        elif largest >= 1000:
             axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-        if len(lines) > 1:
-            # Above the plot: inside it would lie on the lines.
-            num_columns = 4 if sum(len(line.name) for line in lines) < 45 else 2
-            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=num_columns, handlelength=1.2, borderaxespad=0.2)
+        _legend(axes, lines)
 
     return draw_svg(draw, label=label)
 
 
-@dataclass(frozen=True, slots=True)
-class DateLine:
-    """One line over dates; dates without a value are left out."""
-
-    name: str
-    place: int
-    """Of its colour."""
-    points: Sequence[tuple[dt.date, float]]
-
-
-def date_plot(lines: Sequence[DateLine], *, label: str, last_trained: dt.date | None = None) -> str:
-    """Shares over dates; one line needs no legend. What lies right of the dashed line was not trained on."""
-    dates = sorted({date for line in lines for date, _ in line.points})
+def date_plot(lines: Sequence[Line], *, label: str, last_trained: dt.date | None = None) -> Markup:
+    """Shares over dates. What lies right of the dashed line was not trained on."""
+    dates = sorted({date for line in lines for date in line.x})
 
     def draw(axes: Axes) -> None:
         for line in lines:
-            places = [dates.index(date) for date, _ in line.points]
-            shares = [y for _, y in line.points]
-            axes.plot(places, shares, "o-", color=series_colour(line.place), label=line.name, markersize=4)
+            axes.plot([dates.index(x) for x in line.x], line.y, "o-", color=line.colour, label=line.name, markersize=4)
         if last_trained is not None and dates[0] <= last_trained < dates[-1]:
-            edge = sum(date <= last_trained for date in dates) - 0.5
-            axes.axvline(edge, color=COLOURS["muted"], linewidth=1, linestyle=(0, (4, 3)))
+            axes.axvline(sum(date <= last_trained for date in dates) - 0.5, **_DASHED)
         shown = range(0, len(dates), max(1, -(-len(dates) // 7)))
         axes.set_xticks(list(shown), [f"{dates[place]:%d %b}" for place in shown])
-        axes.set_xlim(-0.5, len(dates) - 0.5)
-        axes.set_ylim(0, 1.08 * max(0.01, *(y for line in lines for _, y in line.points)))
+        axes.set(xlim=(-0.5, len(dates) - 0.5), ylim=(0, 1.08 * max(0.01, *(y for line in lines for y in line.y))))
         axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g}%"))
-        if len(lines) > 1:
-            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, handlelength=1.2, borderaxespad=0.2)
+        axes.yaxis.set_major_formatter(_PERCENT)
+        _legend(axes, lines)
 
     return draw_svg(draw, label=label, size=(6.5, 2.7))
 
 
-def calibration_plot(bins: Sequence[Bin], *, colour: str, label: str) -> str:
-    """Observed rate over mean probability of each bin, with 95 % intervals, and the positives of each bin below."""
+def axis_plot(lines: Sequence[Line], *, label: str, x_axis: str, y_axis: str, dashed_at: float | None = None) -> Markup:
+    """Means over a numeric axis with bars; the axis is logarithmic where its steps are."""
+
+    def draw(axes: Axes) -> None:
+        for line in lines:
+            style: Any = {"color": line.colour, "fmt": "o-", "markersize": 5, "elinewidth": 1.2, "label": line.name}
+            axes.errorbar(line.x, line.y, yerr=line.spread, **style)
+        x = sorted({value for line in lines for value in line.x})
+        if len(x) > 2 and x[0] > 0 and x[-1] / x[0] >= 8:
+            axes.set_xscale("log", base=2)
+        axes.set_xticks(x, [f"{value:g}" for value in x])
+        axes.minorticks_off()
+        if dashed_at is not None:
+            axes.axhline(dashed_at, **_DASHED)
+        axes.set(xlabel=x_axis, ylabel=y_axis)
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        _legend(axes, lines)
+
+    return draw_svg(draw, label=label)
+
+
+def _legend(axes: Axes, lines: Sequence[Line]) -> None:
+    """Above the plot, since inside it would lie on the lines; one line needs none."""
+    if len(lines) > 1:
+        num_columns = 4 if sum(len(line.name) for line in lines) < 45 else 2
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=num_columns, handlelength=1.2, borderaxespad=0.2)
+
+
+def calibration_plot(bins: Sequence[Bin], *, colour: str, label: str) -> Markup:
+    """Observed rate over mean probability of each bin, with 95 % intervals; on the dashed line it is calibrated."""
 
     def draw(axes: Axes) -> None:
         top = max(max(b.high, b.mean_prob) for b in bins) * 1.05 or 1.0
-        axes.plot([0, top], [0, top], color=COLOURS["muted"], linewidth=1, linestyle=(0, (4, 3)))
-        x = np.array([b.mean_prob for b in bins])
-        y = np.array([b.rate for b in bins])
+        axes.plot([0, top], [0, top], **_DASHED)
+        x, y = [b.mean_prob for b in bins], [b.rate for b in bins]
         spread = np.array([[b.rate - b.low for b in bins], [b.high - b.rate for b in bins]]).clip(min=0)
-        axes.errorbar(x, y, yerr=spread, color=colour, linewidth=1.2, fmt="o-", markersize=5, elinewidth=1.2)
+        axes.errorbar(x, y, yerr=spread, color=COLOURS[colour], linewidth=1.2, fmt="o-", markersize=5, elinewidth=1.2)
         axes.set(xlim=(0, top), ylim=(0, top), xlabel="mean predicted probability", ylabel="observed rate")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(5))
-            axis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:g}%"))
+            axis.set_major_formatter(_PERCENT)
 
     return draw_svg(draw, label=label, size=(6.5, 4.0))
 
 
-def roc_plot(curves: Sequence[tuple[str, str, bool, tuple[NDArray, NDArray]]], *, label: str) -> str:
+def roc_plot(curves: Sequence[tuple[str, str, bool, tuple[NDArray, NDArray]]], *, label: str) -> Markup:
     """ROC curves; each is (name, colour, is_baseline, points). Baselines are dashed."""
 
     def draw(axes: Axes) -> None:
         axes.plot([0, 1], [0, 1], color=COLOURS["axis"], linewidth=1)
         for name, colour, is_baseline, (x, y) in curves:
             style: Any = {"linestyle": (0, (3, 2)), "linewidth": 1.2} if is_baseline else {}
-            axes.plot(x, y, color=colour, label=name, **style)
+            axes.plot(x, y, color=COLOURS[colour], label=name, **style)
         axes.set(xlim=(0, 1), ylim=(0, 1.01), xlabel="false positive rate", ylabel="true positive rate")
         axes.legend(loc="lower right", handlelength=1.6)
 
     return draw_svg(draw, label=label, size=(6.5, 5.0))
 
 
-def draw_svg(draw: Callable[[Axes], None], *, label: str, size: tuple[float, float] = (6.5, 3.1)) -> str:
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One line of a forest plot."""
+
+    name: str
+    value: float | None
+    """None: undefined; `note` says why."""
+    intervals: Sequence[tuple[float | None, float | None]]
+    """The first one thick; a second one thin, below it; an end that is None: not known, so not drawn."""
+    colour: str
+    """Name in the style sheet."""
+    is_sure: bool
+    """Filled: the verdict holds after correction."""
+    note: str = ""
+    """On the right."""
+
+
+def forest_plot(
+    bars: Sequence[Bar], *, label: str, axis: str, percent: bool = False, limit: float | None = None
+) -> Markup:
+    """Differences with their intervals, one below the other; the dashed line is no difference.
+
+    Args:
+        bars: from the top.
+        label: what a screen reader says.
+        axis: what is drawn.
+        percent: write shares in per cent.
+        limit: both ends of the axis; an interval that goes on has an arrow. None: as wide as the intervals.
+    """
+
+    def draw(axes: Axes) -> None:
+        axes.axvline(0, **_DASHED)
+        for row, bar in enumerate(bars):
+            colour: Any = COLOURS[bar.colour]
+            for place, (low, high) in enumerate(bar.intervals):
+                if low is None or high is None:
+                    continue
+                y, width = row + 0.24 * place, 0.9 if place else 1.8
+                ends = (low, high) if limit is None else (max(low, -limit), min(high, limit))
+                if ends[0] <= ends[1]:
+                    axes.plot(ends, [y, y], color=colour, linewidth=width)
+                for end, marker, goes_on in ((ends[0], "<", ends[0] > low), (ends[1], ">", ends[1] < high)):
+                    if goes_on:
+                        axes.plot([end], [y], marker, color=colour, markersize=4 - place)
+            if bar.value is not None and (limit is None or abs(bar.value) <= limit):
+                axes.plot(
+                    [bar.value], [row], "o", color=colour, fillstyle="full" if bar.is_sure else "none", markersize=6
+                )
+            if bar.note:
+                axes.text(1.02, row, bar.note, va="center", fontsize=9.5, transform=axes.get_yaxis_transform())
+        axes.set_yticks(range(len(bars)), [bar.name for bar in bars])
+        axes.set(ylim=(len(bars) - 0.4, -0.6), xlabel=axis)
+        if limit is not None:
+            axes.set_xlim(-limit, limit)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        if percent:
+            axes.xaxis.set_major_formatter(_PERCENT)
+
+    return draw_svg(draw, label=label, size=(6.5, 0.9 + 0.3 * len(bars)))
+
+
+def heat_map(values: Mapping[tuple[str, str], tuple[float, bool]], *, label: str, x_axis: str, y_axis: str) -> Markup:
+    """(x, y) -> (difference, is sure): blue above 0, red below; a star where it holds after correction."""
+    xs, ys = (list(dict.fromkeys(key[n] for key in values)) for n in (0, 1))
+    largest = max((abs(value) for value, _ in values.values()), default=0.0) or 1e-9
+    # Mixed with the page: the numbers are written on top, and both light and dark pages must keep them readable.
+    colours = LinearSegmentedColormap.from_list("gap", [COLOURS["series-5"], "#ffffff", COLOURS["series-1"]])
+
+    def draw(axes: Axes) -> None:
+        axes.grid(visible=False)
+        for (x, y), (value, is_sure) in values.items():
+            column, row = xs.index(x), ys.index(y)
+            shade = colours(0.5 + 0.35 * value / largest)
+            axes.fill_between([column - 0.5, column + 0.5], row - 0.5, row + 0.5, color=shade, linewidth=0)
+            axes.text(column, row, f"{value:+.4f}{'*' if is_sure else ''}", ha="center", va="center", color="#101010")
+        axes.set_xticks(range(len(xs)), xs)
+        axes.set_yticks(range(len(ys)), ys)
+        axes.set(xlabel=x_axis, ylabel=y_axis, xlim=(-0.5, len(xs) - 0.5), ylim=(-0.5, len(ys) - 0.5))
+
+    return draw_svg(draw, label=label, size=(6.5, 1.2 + 0.45 * len(ys)))
+
+
+def scatter_plot(groups: Sequence[tuple[str, int, NDArray]], *, label: str, axes_names: tuple[str, str]) -> Markup:
+    """Points (N, 2) of named groups, each with the place of its colour; 400 of a group at most."""
+
+    def draw(axes: Axes) -> None:
+        for name, place, points_N2 in groups:
+            chosen = points_N2[:: max(1, math.ceil(len(points_N2) / 400))]
+            axes.plot(
+                chosen[:, 0], chosen[:, 1], ".", color=COLOURS[series_name(place)], alpha=0.55, markersize=4, label=name
+            )
+        axes.set(xlabel=axes_names[0], ylabel=axes_names[1])
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, handlelength=1, borderaxespad=0.2, markerscale=2)
+
+    return draw_svg(draw, label=label, size=(6.5, 4.4))
+
+
+@dataclass(frozen=True, slots=True)
+class Dimension:
+    """One upright line of a parallel-coordinates plot."""
+
+    name: str
+    is_log: bool
+    labels: tuple[str, ...] = ()
+    """Of a choice: its values from below; empty for numbers."""
+
+
+def parallel_plot(dimensions: Sequence[Dimension], rows: Sequence[Sequence[float]], best: int, *, label: str) -> Markup:
+    """Each trial is a line through its values (a choice's value is its place); the best one is bold.
+
+    Args:
+        dimensions: the tuned keys, then the metric.
+        rows: one a trial, a number for each dimension.
+        best: place of the chosen trial in `rows`.
+        label: what a screen reader says.
+    """
+    columns = [[_scaled(row[n], dim) for row in rows] for n, dim in enumerate(dimensions)]
+    spans = [
+        (0.0, max(len(dim.labels) - 1, 1)) if dim.labels else (min(c), max(c))
+        for c, dim in zip(columns, dimensions, strict=True)
+    ]
+
+    def height(value: float, n: int) -> float:
+        low, high = spans[n]
+        return 0.5 if high == low else (value - low) / (high - low)
+
+    def draw(axes: Axes) -> None:
+        axes.grid(visible=False)
+        order = [n for n in range(len(rows)) if n != best] + [best]
+        for row in order:
+            y = [height(columns[n][row], n) for n in range(len(dimensions))]
+            style: Any = (
+                {"color": COLOURS[series_name(1)], "linewidth": 2.6}
+                if row == best
+                else {"color": COLOURS[series_name(0)], "linewidth": 1.0, "alpha": 0.55}
+            )
+            axes.plot(range(len(dimensions)), y, **style)
+        for n, dim in enumerate(dimensions):
+            axes.axvline(n, color=COLOURS["axis"], linewidth=1)
+            ends = [(height(place, n), name) for place, name in enumerate(dim.labels)] or [
+                (0.0, _number(spans[n][0], dim)),
+                (1.0, _number(spans[n][1], dim)),
+            ]
+            for end, text in ends:
+                axes.text(n + 0.03, end, text, va="bottom", fontsize=9)
+        axes.set_xticks(range(len(dimensions)), [dim.name.rsplit(".", 1)[-1].replace("_", "\n") for dim in dimensions])
+        axes.set_yticks([])
+        axes.set(xlim=(-0.1, len(dimensions) - 0.6), ylim=(-0.05, 1.12))
+
+    return draw_svg(draw, label=label, size=(max(6.5, 1.4 * len(dimensions)), 4.0))
+
+
+def bars_plot(values: Mapping[str, float], *, label: str, axis: str) -> Markup:
+    """Named shares from 0 to 1, the largest on top."""
+
+    def draw(axes: Axes) -> None:
+        names = list(values)
+        axes.barh(range(len(names)), [values[name] for name in names], color=COLOURS[series_name(0)], height=0.6)
+        axes.set_yticks(range(len(names)), names)
+        axes.set(xlim=(0, 1), xlabel=axis, ylim=(len(names) - 0.4, -0.6))
+
+    return draw_svg(draw, label=label, size=(6.5, 1.0 + 0.36 * len(values)))
+
+
+def _scaled(value: float, dim: Dimension) -> float:
+    return float(np.log(value)) if dim.is_log else float(value)
+
+
+def _number(scaled: float, dim: Dimension) -> str:
+    return f"{math.exp(scaled) if dim.is_log else scaled:.3g}"
+
+
+def draw_svg(draw: Callable[[Axes], None], *, label: str, size: tuple[float, float] = (6.5, 3.1)) -> Markup:
     """An inline <svg> of what `draw` draws on the axes; `label` is what a screen reader says, size in inches."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=size, layout="constrained")
@@ -190,7 +400,7 @@ def draw_svg(draw: Callable[[Axes], None], *, label: str, size: tuple[float, flo
         draw(figure.add_subplot())
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    return _embedded(file.getvalue(), label=label)
+    return Markup(_embedded(file.getvalue(), label=label))
 
 
 def _embedded(svg: str, *, label: str) -> str:

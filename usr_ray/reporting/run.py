@@ -1,7 +1,6 @@
 """One HTML file about a run, for the one who decides and the one who debugs: no address, no script, nothing to install.
 
-`write_report` reads the run directory (report_data), works out what is beyond the metrics (report_stats), draws
-(report_plots), words it (report_text) and fills templates/report.html.j2. What a run has not (yet) written is left out.
+What a run has not (yet) written is left out.
 """
 
 from __future__ import annotations
@@ -9,30 +8,41 @@ from __future__ import annotations
 import datetime as dt
 import json
 import shlex
-from collections.abc import Mapping
-from importlib import resources
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-
-import usr_ray
 from usr_ray.config import UserError
 from usr_ray.data.order_quality import order_text
-from usr_ray.evaluation import statistics as report_stats
-from usr_ray.evaluation.metrics import ALL
-from usr_ray.evaluation.statistics import Judged
-from usr_ray.files import write_whole
-from usr_ray.reporting import cold as report_cold
-from usr_ray.reporting import curves as report_curves
-from usr_ray.reporting import funnel as report_funnel
-from usr_ray.reporting import page as report_text
-from usr_ray.reporting import plots as report_plots
+from usr_ray.evaluation.metrics import GLOBAL, NDCG_K, CellMetrics, TaskMetrics
+from usr_ray.evaluation.statistics import (
+    MIN_ROWS,
+    Judged,
+    auc_gaps,
+    calibration_bins,
+    cell_rows,
+    ctr_slices,
+    roc_points,
+)
+from usr_ray.reporting.lake import cold_part, funnel
+from usr_ray.reporting.page import (
+    REPORT_FILE,
+    TASK_NAMES,
+    Fact,
+    Section,
+    cell_task,
+    duration,
+    listed,
+    moment,
+    span,
+    words,
+    write_page,
+)
+from usr_ray.reporting.plots import Line, Plot, calibration_plot, roc_plot, series_name, step_plot
 from usr_ray.runs.read import RunRecord, read_etl_reports, read_run
 from usr_ray.schema import TASKS
 
-REPORT_FILE = "report.html"
 BACKBONE_NAMES = {
     "shared_bottom": "SharedBottom",
     "mmoe": "MMoE",
@@ -41,6 +51,15 @@ BACKBONE_NAMES = {
     "m2m": "M2M",
     "apg": "APG",
 }
+METRIC_COLUMNS = (
+    ("auc", "AUC", 4),
+    ("gauc", "GAUC", 4),
+    ("log_loss", "Log loss", 4),
+    ("normalised_entropy", "NE", 4),
+    ("pcoc", "PCOC", 3),
+    (f"ndcg_at_{NDCG_K}", f"NDCG@{NDCG_K}", 4),
+)
+"""Key in metrics.json, heading, decimals."""
 
 
 def write_report(run_dir: Path, lake: Path | str | None = None, output: Path | None = None) -> Path:
@@ -58,37 +77,37 @@ def write_report(run_dir: Path, lake: Path | str | None = None, output: Path | N
     path = Path(output) if output else run.run_dir / REPORT_FILE
     if not path.parent.is_dir():
         raise UserError(f"--output {path}: its folder does not exist; create it first")
-    write_whole(path, render(run, read_etl_reports(lake)))
-    return path
-
-
-def render(run: RunRecord, etl_reports: list[dict[str, Any]]) -> str:
-    """The page as text."""
-    gaps = _gaps(run)
-    context = {
-        "title": model_name(run.config),
-        "run_name": "/".join(run.run_dir.resolve().parts[-2:]),
-        "facts": _facts(run),
-        "footer": f"Written {dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M} UTC by usr-ray {usr_ray.__version__}; "
-        "this file needs no network.",
-        "funnel": report_funnel.funnel(etl_reports, run.scenarios),
-        "cold": report_cold.cold_part(
-            etl_reports, run.scenarios, str(run.config.get("data", {}).get("train_dates") or "")
-        ),
-        "config_json": json.dumps(run.config, indent=2),
-        "packages": sorted((run.record.get("packages") or {}).items()),
-        **_metrics_part(run, gaps),
-        **report_curves.curves_part(run.history, run.scenarios),
-        **_predictions_part(run),
-    }
-    return load_template("report.html.j2").render(context)
-
-
-def load_template(name: str) -> jinja2.Template:
-    """A page of usr_ray/reporting/templates; what it forgets to be given is an error, and texts are escaped."""
-    folder = resources.files("usr_ray.reporting").joinpath("templates")
-    loader = jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8"))
-    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, loader=loader).get_template(name)
+    reports, scenarios = read_etl_reports(lake), run.scenarios
+    is_compared = run.predictions is not None and run.baseline is not None
+    gaps = auc_gaps(run.predictions, run.baseline, scenarios) if is_compared else {}  # type: ignore[arg-type]
+    name = model_name(run.config)
+    scorers = [(name, run.metrics), ("popularity", run.baseline_metrics)]
+    run_name = "/".join(run.run_dir.resolve().parts[-2:])
+    return write_page(
+        path,
+        "run.html.j2",
+        eyebrow=f"Run report · {run_name}",
+        title=name,
+        question="",
+        lead=verdict(run.metrics, gaps, scenarios) if run.metrics else ["The run has not been evaluated yet."],
+        warnings=[],
+        facts=_facts(run),
+        run=run,
+        scorers=[(scorer, metrics) for scorer, metrics in scorers if metrics],
+        colours={scenario: series_name(place) for place, scenario in enumerate(scenarios)},
+        metric_columns=METRIC_COLUMNS,
+        gaps=gaps,
+        min_rows=MIN_ROWS,
+        footnotes=Footnotes(),
+        curves=curves_section(run.history, scenarios),
+        calibration=_calibration_section(run),
+        ranking=_ranking_section(run),
+        slices={} if run.predictions is None else _slices(run),
+        funnel=funnel(reports, scenarios),
+        cold=cold_part(reports, scenarios, str(run.config.get("data", {}).get("train_dates") or "")),
+        config_json=json.dumps(run.config, indent=2),
+        packages=sorted((run.record.get("packages") or {}).items()),
+    )
 
 
 def model_name(config: Mapping[str, Any]) -> str:
@@ -102,159 +121,208 @@ def model_name(config: Mapping[str, Any]) -> str:
     return f"{backbone} with {' and '.join(on)}" if on else f"{backbone} alone"
 
 
-def _facts(run: RunRecord) -> list[tuple[str, str, bool]]:
-    """(name, value, is code) of what is known; the rest is left out, never made up."""
+def _facts(run: RunRecord) -> list[Fact]:
+    """What is known; the rest is left out, never made up."""
     record, about, data = run.record, run.about, run.config.get("data", {})
-    table = record.get("table") or {}
-    attempts = record.get("attempts") or []
-    rows = {split: part["num_rows"] for split, part in (record.get("manifests") or {}).items()}
-    packages = record.get("packages") or {}
+    table, attempts, packages = record.get("table") or {}, record.get("attempts") or [], record.get("packages") or {}
+    num_rows = (record.get("manifests") or {}).get("train", {}).get("num_rows")
+    trained = span(data.get("train_dates"))
     version = about.get("table_version", table.get("version"))
-    manifest = str(about.get("manifest_sha256") or "")[:12]
+    times = [dt.datetime.fromisoformat(record[key]) for key in ("created", "ended") if record.get(key)]
+    resumed = f"{len(attempts)}, resumed {len(attempts) - 1} times" if len(attempts) > 1 else ""
     candidates: list[tuple[str, Any, bool]] = [
-        ("Started", _time(record.get("created")), False),
-        ("Ended", _time(record.get("ended")) or ("not yet" if "status" in record else None), False),
-        ("Took", _took(record), False),
-        ("Outcome", " ".join(str(record.get("outcome") or record.get("status") or "").split("_")), False),
-        ("Steps", f"{record['step']:,}" if "step" in record else None, False),
+        ("Started", moment(record.get("created")), False),
+        ("Ended", moment(record.get("ended")) or ("not yet" if "status" in record else ""), False),
+        ("Took", duration((times[1] - times[0]).total_seconds()) if len(times) == 2 else "", False),
+        ("Attempts", resumed, False),
+        ("Outcome", str(record.get("outcome") or record.get("status") or "").replace("_", " "), False),
+        ("Steps", f"{record['step']:,}" if "step" in record else "", False),
         ("Workers", run.config.get("ray", {}).get("num_workers"), False),
-        ("Order of the rows", order_text(record["shuffle"]) if record.get("shuffle") else None, False),
-        ("Training dates", _with_rows(data.get("train_dates"), rows.get("train")), False),
-        ("Held-out dates", _with_rows(about.get("dates") or data.get("eval_dates"), None), False),
-        ("Samples table", f"version {version}" if version is not None else None, False),
-        ("Held-out manifest", manifest, False),
-        ("Checkpoint", about.get("checkpoint") or (f"step {about['step']:,}" if "step" in about else None), False),
+        ("Order of the rows", order_text(record["shuffle"]) if record.get("shuffle") else "", False),
+        ("Training dates", f"{trained} ({num_rows:,} rows)" if num_rows and trained else trained, False),
+        ("Held-out dates", span(about.get("dates") or data.get("eval_dates")), False),
+        ("Samples table", f"version {version}" if version is not None else "", False),
+        ("Held-out manifest", str(about.get("manifest_sha256") or "")[:12], False),
+        ("Checkpoint", about.get("checkpoint") or (f"step {about['step']:,}" if "step" in about else ""), False),
         ("Code", f"usr-ray {packages['usr_ray']}" if "usr_ray" in packages else about.get("usr_ray"), False),
         ("Table", about.get("table_uri") or table.get("uri"), True),
-        ("Command", shlex.join(attempts[-1].get("command") or []) if attempts else None, True),
+        ("Command", shlex.join(attempts[-1].get("command") or []) if attempts else "", True),
     ]
-    if len(attempts) > 1:
-        candidates.insert(3, ("Attempts", f"{len(attempts)}, resumed {len(attempts) - 1} times", False))
     return [(name, str(value), is_code) for name, value, is_code in candidates if value not in (None, "")]
 
 
-def _time(text: Any) -> str | None:
-    return f"{dt.datetime.fromisoformat(text):%Y-%m-%d %H:%M} UTC" if text else None
+@dataclass(slots=True)
+class Footnotes:
+    """Reasons for dashes, each once, lettered in the order of first use."""
+
+    reasons: list[str] = field(default_factory=list)
+
+    def why(self, key: str, metrics: TaskMetrics) -> tuple[str, str]:
+        """(letter, reason) of a metric that is None."""
+        reason = why_undefined(key, metrics)
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+        return chr(ord("a") + self.reasons.index(reason)), reason
 
 
-def _took(record: Mapping[str, Any]) -> str | None:
-    if not (record.get("created") and record.get("ended")):
-        return None
-    return report_text.duration(
-        (dt.datetime.fromisoformat(record["ended"]) - dt.datetime.fromisoformat(record["created"])).total_seconds()
-    )
+def why_undefined(key: str, metrics: TaskMetrics) -> str:
+    """The reason that `metrics[key]` is None."""
+    num_samples, num_positives = metrics["num_samples"], metrics["num_positives"]
+    if num_samples == 0:
+        return "no orders in this source: not known, which is not 0" if metrics.get("num_unknown") else "no rows"
+    if metrics["log_loss"] is None:
+        return "the model has no global heads"
+    if num_positives == 0:
+        return "no positive row"
+    if num_positives == num_samples:
+        return "no negative row"
+    return "no user with both labels" if key == "gauc" else "not computed in this evaluation"
 
 
-def _with_rows(dates: Any, num_rows: int | None) -> str:
-    text = str(dates or "").replace(":", " to ")
-    return f"{text} ({num_rows:,} rows)" if num_rows and text else text
+def verdict(model: CellMetrics, gaps: Mapping[tuple[str, str], Judged], scenarios: Sequence[str]) -> list[str]:
+    """Up to four sentences: how well it ranks, whether it beats popularity, how it is calibrated, what is unknown."""
 
+    def of_clicks(metric: str) -> list[tuple[str, float]]:
+        found = [(words(s), model[s]["ctr"][metric]) for s in scenarios if s in model]
+        return [(name, float(value)) for name, value in found if value is not None]
 
-def _gaps(run: RunRecord) -> dict[tuple[str, str], Judged]:
-    if run.predictions is None or run.baseline is None:
-        return {}
-    return report_stats.auc_gaps(run.predictions, run.baseline, run.scenarios)
-
-
-def _metrics_part(run: RunRecord, gaps: Mapping[tuple[str, str], Judged]) -> dict[str, Any]:
-    part: dict[str, Any] = {
-        "min_rows": report_stats.MIN_ROWS,
-        "rows": [],
-        "footnotes": [],
-        "gap_rows": [],
-        "tiles": [],
-        "metrics_note": "",
-        "metric_names": [heading for _, heading, _ in report_text.METRIC_COLUMNS],
-        "verdict": ["The run has not been evaluated yet."],
-        "no_metrics": "No metrics yet: evaluate the run with python jobs/evaluate.py --run-dir "
-        f"{run.run_dir} --lake DIR --dates A:B.",
-    }
-    if run.metrics is None:
-        return part
-    footnotes = report_text.Footnotes()
-    name = model_name(run.config)
-    rows = report_text.metric_rows(run.metrics, run.baseline_metrics, footnotes, model_name=name)
-    part["rows"], part["footnotes"] = rows, footnotes.reasons
-    part["verdict"] = report_text.verdict(run.metrics, gaps, run.scenarios)
-    total = run.metrics[ALL]["ctr"]["num_samples"]
-    part["metrics_note"] = (
-        f"From {run.metrics_file}: {report_text.count(total)} impressions, each counted once, "
-        "whatever the number of workers."
-    )
-    part["gap_rows"] = [
-        {
-            "cell": report_text.cell_name(cell),
-            "task": report_text.TASK_NAMES[task],
-            "verdict": judged.verdict,
-            "value": report_text.signed(judged.gap.value),
-            "interval": report_text.gap_interval(judged.gap),
-        }
-        for (cell, task), judged in gaps.items()
-        if judged.gap is not None
+    sentences = []
+    if ranked := [f"{auc:.4f} in {name}" for name, auc in of_clicks("auc")]:
+        sentences.append(f"The model ranks held-out clicks with an AUC of {listed(ranked)}.")
+    if compared := {(c, t): g for (c, t), g in gaps.items() if g.gap is not None and c in scenarios}:
+        sentences.append(_against_popularity(compared))
+    if pcocs := [f"{_off(pcoc)} in {name}" for name, pcoc in of_clicks("pcoc")]:
+        sentences.append(f"Predicted clicks are {listed(pcocs)}.")
+    undefined = [
+        f"{TASK_NAMES.get(t, t)} in {words(s)} ({why_undefined('auc', m)})"
+        for s in scenarios
+        for t, m in model.get(s, {}).items()
+        if m["auc"] is None
     ]
-    for place, scenario in enumerate(run.scenarios):
-        for task, metrics in run.metrics.get(scenario, {}).items():
-            judged = gaps.get((scenario, task))
-            gap = judged and judged.gap
-            part["tiles"].append(
-                {
-                    "name": f"{report_text.cell_name(scenario)} {report_text.TASK_NAMES[task]}, AUC",
-                    "colour": report_plots.series_name(place),
-                    "value": report_text.metric_value("auc", metrics, 4, footnotes),
-                    "verdict": judged.verdict if judged and gap else "",
-                    "gap_value": report_text.signed(gap.value) if gap else "",
-                    "gap_interval": report_text.gap_interval(gap) if gap else "",
-                }
-            )
-    return part
+    return [*sentences, *([f"Undefined: {listed(undefined)}."] if undefined else [])]
 
 
-def _predictions_part(run: RunRecord) -> dict[str, Any]:
-    calibrations: list[dict[str, Any]] = []
-    slices: list[dict[str, Any]] = []
-    rows = run.predictions
-    if rows is None:
-        return {"calibrations": [], "rocs": [], "slices": []}
-    for place, scenario in enumerate(run.scenarios):
-        name, colour = scenario.replace("_", " "), report_plots.series_colour(place)
+def _against_popularity(gaps: Mapping[tuple[str, str], Judged]) -> str:
+    kinds = {
+        ("better",): "wins",
+        ("even", "unsure"): "shows no clear difference",
+        ("worse",): "loses",
+        ("few",): "has too few positives to tell",
+    }
+    if all(judged.verdict == "better" for judged in gaps.values()):
+        return "It beats the popularity baseline in every scenario and task, after correction for all comparisons."
+    parts = []
+    for verdicts, text in kinds.items():
+        if of_kind := [cell_task(c, t) for (c, t), judged in gaps.items() if judged.verdict in verdicts]:
+            parts.append(f"{text} on {listed(of_kind)}")
+    return f"Against the popularity baseline it {listed(parts)} (at 5%, corrected for all comparisons)."
+
+
+def _off(pcoc: float) -> str:
+    percent = 100 * (pcoc - 1)
+    if abs(percent) < 0.5:
+        return "within 0.5% of those observed"
+    return f"{abs(percent):.0f}% too {'high' if percent > 0 else 'low'}"
+
+
+def curves_section(history: Sequence[Mapping[str, Any]], scenarios: Sequence[str]) -> Section:
+    """Learning curves; a term that is zero throughout is switched off and left out."""
+    plots = []
+    for title, caption, keys, style in _curves(scenarios):
+        lines = []
+        for place, (name, key) in enumerate(keys.items()):  # a line keeps its colour when others are absent
+            points = [(row["step"], row[key]) for row in history if isinstance(row.get(key), int | float)]
+            is_off = key.startswith(("loss/", "contrastive/", "variance/")) and not any(y for _, y in points)
+            if points and not is_off:
+                lines.append(Line(name, place, [x for x, _ in points], [y for _, y in points]))
+        if lines:
+            plots.append(Plot(title, step_plot(lines, label=title, **style), caption))
+    num_steps = sum(row.get("kind", "train") == "train" for row in history)
+    note = f"From history.jsonl, {num_steps:,} log steps; a value is the mean since the log step before."
+    return Section("Training", note, plots)
+
+
+def _curves(scenarios: Sequence[str]) -> list[tuple[str, str, dict[str, str], dict[str, bool]]]:
+    """(title, caption, name of a line -> key of a row of history.jsonl, style) of every plot."""
+    names = {words(s): s for s in scenarios}
+    cells = {**names, GLOBAL: GLOBAL}
+    of_views = {f"{p[0]} in {n}": f"variance/{p}/{s}" for p in ("interest", "feature") for n, s in names.items()}
+    loss_note = "Mean binary cross-entropy a row, by scenario; global: of the global labels, before its weight."
+    contrastive = {"i": "contrastive/interest", "f": "contrastive/feature"}
+    zero = {"from_zero": True}
+    tasks = TASK_NAMES.items()
+    return [
+        ("Loss", "The weighted sum that the optimisers see.", {"loss": "loss"}, {}),
+        *((f"Loss of {n}", loss_note, {c: f"loss/{s}/{t}" for c, s in cells.items()}, {}) for t, n in tasks),
+        *(
+            (f"Held-out AUC of {n}", "After each epoch.", {c: f"{s}/{t}/auc" for c, s in names.items()}, {})
+            for t, n in tasks
+        ),
+        ("Contrastive loss", "Of interests (i) and of features (f), before their weights.", contrastive, {}),
+        ("Variance inside a view", "Near 0 the vectors of a view have collapsed into one.", of_views, zero),
+        (
+            "Gradient norm",
+            "Largest of the dense gradients since the log step before, unclipped.",
+            {"norm": "gradient_norm"},
+            zero,
+        ),
+        (
+            "Samples per second",
+            "Rows that count, all workers together, over wall time.",
+            {"rows/s": "samples_per_s"},
+            zero,
+        ),
+        (
+            "Data stall",
+            "Share of the time that the loop waited for the reader.",
+            {"stall": "data_stall"},
+            {"from_zero": True, "percent": True},
+        ),
+    ]
+
+
+def _calibration_section(run: RunRecord) -> Section:
+    plots = []
+    for place, scenario in enumerate(run.scenarios if run.predictions is not None else ()):
         for task_place, task in enumerate(TASKS):
-            cell = report_stats.cell_rows(rows, scenario, task_place, run.scenarios)
-            bins = report_stats.calibration_bins(*cell[:2]) if cell else []
+            cell = run.predictions and cell_rows(run.predictions, scenario, task_place, run.scenarios)
+            bins = calibration_bins(*cell[:2]) if cell else []
             if not bins:
                 continue
-            title = f"{report_text.TASK_NAMES[task]} in {name}"
-            svg = report_plots.calibration_plot(bins, colour=colour, label=f"Calibration of {title}")
+            title, colour = f"{TASK_NAMES[task]} in {words(scenario)}", series_name(place)
             sizes = [b.num_rows for b in bins]
             size = f"{min(sizes):,}" if min(sizes) == max(sizes) else f"{min(sizes):,} to {max(sizes):,}"
-            positives = sum(b.num_positives for b in bins)
-            caption = f"{len(bins)} bins of {size} rows; {positives:,} positives of {sum(sizes):,}."
-            calibrations.append(
-                {
-                    "title": title,
-                    "colour": report_plots.series_name(place),
-                    "svg": Markup(svg),
-                    "bins": bins,
-                    "caption": caption,
-                }
+            caption = (
+                f"{len(bins)} bins of {size} rows; {sum(b.num_positives for b in bins):,} positives of {sum(sizes):,}."
             )
-        parts = report_stats.ctr_slices(rows, run.baseline, place)
-        if parts:
-            slices.append({"title": f"CTR in {name}", "colour": report_plots.series_name(place), "slices": parts})
-    return {"calibrations": calibrations, "rocs": _rocs(run), "slices": slices}
+            svg = calibration_plot(bins, colour=colour, label=f"Calibration of {title}")
+            plots.append(Plot(title, svg, caption, colour, bins=bins))
+    note = (
+        "Rows sorted by predicted probability and cut into bins of nearly equal size. Points on the dashed line are "
+        "calibrated; bars are 95% Wilson intervals of the observed rate."
+    )
+    return Section("Calibration", note, plots)
 
 
-def _rocs(run: RunRecord) -> list[dict[str, Any]]:
+def _ranking_section(run: RunRecord) -> Section:
     plots = []
     for task_place, task in enumerate(TASKS):
         curves = []
         for place, scenario in enumerate(run.scenarios):
             for scored, is_baseline in ((run.predictions, False), (run.baseline, True)):
-                cell = scored and report_stats.cell_rows(scored, scenario, task_place, run.scenarios)
-                points = report_stats.roc_points(*cell[:2]) if cell else None
+                cell = scored and cell_rows(scored, scenario, task_place, run.scenarios)
+                points = roc_points(*cell[:2]) if cell else None
                 if points is not None:
-                    name = scenario.replace("_", " ") + (", popularity" if is_baseline else "")
-                    curves.append((name, report_plots.series_colour(place), is_baseline, points))
+                    name = words(scenario) + (", popularity" if is_baseline else "")
+                    curves.append((name, series_name(place), is_baseline, points))
         if curves:
-            title = f"ROC of {report_text.TASK_NAMES[task]}"
-            plots.append({"title": title, "svg": Markup(report_plots.roc_plot(curves, label=title))})
-    return plots
+            title = f"ROC of {TASK_NAMES[task]}"
+            plots.append(Plot(title, roc_plot(curves, label=title)))
+    return Section("Ranking", "ROC curves on the held-out rows; dashed is the popularity baseline.", plots)
+
+
+def _slices(run: RunRecord) -> dict[str, Any]:
+    """Scenario -> parts of its rows; scenarios without rows are left out."""
+    assert run.predictions is not None
+    found = {s: ctr_slices(run.predictions, run.baseline, place) for place, s in enumerate(run.scenarios)}
+    return {scenario: parts for scenario, parts in found.items() if parts}

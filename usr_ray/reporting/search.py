@@ -7,14 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from markupsafe import Markup
-
 from usr_ray.config import Config
 from usr_ray.config.tune import METRICS
 from usr_ray.experiments.space import TriedPoint, choosing_dates, importance
-from usr_ray.reporting import page as report_text
-from usr_ray.reporting.study import REPORT_FILE, write_study_report
-from usr_ray.reporting.study_plots import Dimension, bars_plot, parallel_plot
+from usr_ray.reporting.page import DASH, REPORT_FILE, Row, Section, Table, span
+from usr_ray.reporting.plots import Dimension, Plot, bars_plot, parallel_plot
+from usr_ray.reporting.study import write_study_report
 
 if TYPE_CHECKING:  # tune imports Ray; the report of a search needs none
     from usr_ray.experiments.search import TuneResult
@@ -27,70 +25,50 @@ def write_search_report(run_dir: Path, config: Config, result: TuneResult) -> Pa
     dates, choice = choosing_dates(config), result.choice
     changed = ", ".join(f"{path} = {_value(value)}" for path, value in choice.overrides().items())
     lead = [
-        f"{len(result.points)} trials trained on {dates.train.replace(':', ' to ')}; "
-        f"{dates.choose.replace(':', ' to ')} chose {changed} with {config.tune.metric} {choice.value:.4f}. "
-        f"The choice is judged on {config.data.eval_dates.replace(':', ' to ')}, which no trial has seen:"
+        f"{len(result.points)} trials trained on {span(dates.train)}; {span(dates.choose)} chose {changed} with "
+        f"{config.tune.metric} {choice.value:.4f}. The choice is judged on {span(config.data.eval_dates)}, which no "
+        "trial has seen:"
     ]
     sections = [search_section(config, result.points, choice.point)]
-    return write_study_report(
-        run_dir / FINAL_DIR, result.study, Path(run_dir) / REPORT_FILE, lead=lead, sections=sections
-    )
+    page = Path(run_dir) / REPORT_FILE
+    return write_study_report(Path(run_dir) / FINAL_DIR, result.study, page, lead=lead, sections=sections)
 
 
-def search_section(config: Config, points: Sequence[TriedPoint], chosen: TriedPoint) -> dict[str, Any]:
+def search_section(config: Config, points: Sequence[TriedPoint], chosen: TriedPoint) -> Section:
     """The trials as a table, parallel coordinates and importance."""
     metric, minimise = config.tune.metric, METRICS[config.tune.metric] == "min"
     keys = list(config.tune.space)
-    found = [(value, point) for point in points if (value := _best(point, minimise=minimise)) is not None]
+    best = [(_best(point, minimise=minimise), point) for point in points]
+    found = [(value, point) for value, point in best if value is not None]
     scored = sorted(found, key=lambda pair: pair[0] if minimise else -pair[0])
-    failed = [point for point in points if _best(point, minimise=minimise) is None]
-    shown: list[tuple[float | None, TriedPoint]] = [*scored, *((None, point) for point in failed)]
-    rows = [
-        {
-            "class": "better" if point == chosen else "",
-            "values": [
-                point.trial_id,
-                point.status,
-                report_text.DASH if value is None else f"{value:.5f}",
-                f"{len(point.curve)} of {point.num_epochs}",
-                *(_value(point.values[key]) for key in keys),
-                "chosen" if point == chosen else point.error[:80],
-            ],
-        }
-        for value, point in shown
-    ]
+    rows = []
+    for value, point in [*scored, *((value, point) for value, point in best if value is None)]:
+        numbers = [DASH if value is None else f"{value:.4f}", f"{len(point.curve)} of {point.num_epochs}"]
+        ending = "chosen" if point == chosen else point.error[:80]
+        drawn = [_value(point.values[key]) for key in keys]
+        rows.append(
+            Row([point.trial_id, point.status, *numbers, *drawn, ending], ["better" if ending == "chosen" else ""])
+        )
     plots = []
     if len(scored) > 1:
         title = "Trials by parallel coordinates"
         dimensions = [*(_dimension(config, key) for key in keys), Dimension(metric, is_log=False)]
         lines = [[*(_place(config, key, point.values[key]) for key in keys), value] for value, point in scored]
-        best = next((n for n, (_, point) in enumerate(scored) if point == chosen), 0)
-        plots.append(
-            {
-                "title": title,
-                "svg": Markup(parallel_plot(dimensions, lines, best, label=title)),
-                "is_wide": True,
-                "caption": "Each line is a trial; the bold one was chosen.",
-            }
-        )
-    shares = importance(points, config.tune.space, minimise=minimise)
-    if shares:
+        place = next((n for n, (_, point) in enumerate(scored) if point == chosen), 0)
+        svg = parallel_plot(dimensions, lines, place, label=title)
+        plots.append(Plot(title, svg, "Each line is a trial; the bold one was chosen.", is_wide=True))
+    if shares := importance(points, config.tune.space, minimise=minimise):
         title = f"What went with {metric}"
-        plots.append(
-            {
-                "title": title,
-                "svg": Markup(bars_plot(shares, label=title, axis="strength of association")),
-                "caption": "Rank correlation (choices: correlation ratio of ranks) over the trials drawn: an "
-                "association, and a weak one where trials are few.",
-            }
+        caption = (
+            "Rank correlation (choices: correlation ratio of ranks) over the trials drawn: an association, and a weak "
+            "one where trials are few."
         )
-    return {
-        "title": "Search",
-        "plots": plots,
-        "note": f"{metric} on the choosing dates, best epoch of each trial; {'lower' if minimise else 'higher'} is "
-        "better. The chosen value is the best of many draws, so it flatters: see the comparison below.",
-        "table": {"head": ["Trial", "Status", metric, "Epochs", *_short(keys), ""], "num_left": 2, "rows": rows},
-    }
+        plots.append(Plot(title, bars_plot(shares, label=title, axis="strength of association"), caption))
+    note = (
+        f"{metric} on the choosing dates, best epoch of each trial; {'lower' if minimise else 'higher'} is better. The "
+        "chosen value is the best of many draws, so it flatters: see the comparison below."
+    )
+    return Section("Search", note, plots, Table(["Trial", "Status", metric, "Epochs", *_short(keys), ""], rows, 2))
 
 
 def _short(keys: Sequence[str]) -> list[str]:

@@ -1,41 +1,76 @@
 """One HTML file about a study: the question, what came of it in words, tables, plots, trials that failed.
 
-Numbers are study_analysis's; every sentence says no more than the corrected intervals do.
+Every sentence says no more than the corrected intervals do.
 """
 
 from __future__ import annotations
 
-import datetime as dt
 import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from usr_ray import __version__
-from usr_ray.experiments.analysis import TOTALS, WHOLE, Contrast, Mean, Point, Trials, contrasts, means, point_name
+from usr_ray.experiments.analysis import (
+    TOTALS,
+    WHOLE,
+    Contrast,
+    Mean,
+    Point,
+    Trials,
+    contrasts,
+    means,
+    point_name,
+    value_name,
+)
 from usr_ray.experiments.grid import Study
 from usr_ray.experiments.record import failure_of, read_record, trial_dir
-from usr_ray.files import write_whole
-from usr_ray.reporting import page as report_text
-from usr_ray.reporting.run import load_template
-from usr_ray.reporting.study_plots import Bar, Curve, axis_plot, forest_plot, heat_map
-from usr_ray.reporting.study_tables import VERDICTS, contrast_section, glance_section, means_table, pair_name
+from usr_ray.reporting.page import (
+    DASH,
+    REPORT_FILE,
+    TASK_NAMES,
+    VERDICTS,
+    Fact,
+    Row,
+    Section,
+    Table,
+    cell_name,
+    cell_task,
+    interval,
+    moment,
+    p_value,
+    signed,
+    span,
+    words,
+    write_page,
+)
+from usr_ray.reporting.plots import Bar, Line, Plot, axis_plot, forest_plot, heat_map, series_name
 from usr_ray.reporting.study_vectors import collapse, collapse_section, picture_section, pictures
 
-REPORT_FILE = "report.html"
+METRICS = (("auc", "AUC"), ("gauc", "GAUC"), ("log_loss", "Log loss"), ("pcoc", "PCOC"))
+_MANY_ROWS = 12
+"""A table of more comparisons is folded behind the one at a glance."""
+Averages = Mapping[Point, Mapping[tuple[str, str, str], Mean]]
+"""Of analysis.means."""
 
 
-def write_study_report(run_dir: Path, study: Study, output: Path | None = None, **extra: Any) -> Path:
+def write_study_report(
+    run_dir: Path,
+    study: Study,
+    output: Path | None = None,
+    *,
+    lead: Sequence[str] = (),
+    sections: Sequence[Section] = (),
+) -> Path:
     """Write `<run_dir>/report.html` (or `output`) and return its path.
 
     Args:
         run_dir: of run_study.
         study: the grid, as it was run.
         output: another file.
-        extra: `lead` sentences and `sections` that go before the study's own (tune_report).
+        lead: sentences that go before the study's own.
+        sections: likewise.
 
     Raises:
         StudyError: no trial is finished.
@@ -43,47 +78,41 @@ def write_study_report(run_dir: Path, study: Study, output: Path | None = None, 
     run_dir = Path(run_dir)
     trials, record = Trials(run_dir, study), read_record(run_dir)
     found = contrasts(trials)
-    whole = [c for c in found if c.part == WHOLE]
-    context = {
-        "eyebrow": f"Study report · {study.name}",
-        "title": study.title,
-        "question": study.question,
-        "lead": [*extra.get("lead", []), *verdict_sentences(trials, whole)],
-        "facts": _facts(trials, record),
-        "sections": [*extra.get("sections", []), *_sections(trials, found)],
-        "failures": [
-            (t.trial_id, failure_of(trial_dir(run_dir, t)) or "no result yet")
-            for t in trials.all
-            if t not in trials.finished
-        ],
-        "grid_json": json.dumps(record.get("grid", {}), indent=2),
-        "footer": f"Written {dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M} UTC by usr-ray {__version__}; this file needs no "
-        "network.",
-    }
-    path = Path(output) if output else run_dir / REPORT_FILE
-    write_whole(path, load_template("study.html.j2").render(context))
-    return path
+    unfinished = [trial for trial in trials.all if trial not in trials.finished]
+    failures = [(t.trial_id, failure_of(trial_dir(run_dir, t)) or "no result yet") for t in unfinished]
+    many = "s" if len(failures) > 1 else ""
+    left_out = f"{len(failures)} trial{many} without a result: named below, part of no number."
+    return write_page(
+        Path(output) if output else run_dir / REPORT_FILE,
+        "study.html.j2",
+        eyebrow=f"Study report · {study.name}",
+        title=study.title,
+        question=study.question,
+        warnings=[left_out] if failures else [],
+        lead=[*lead, *verdict_sentences(trials, [c for c in found if c.part == WHOLE])],
+        facts=_facts(trials, record),
+        sections=[*sections, *_sections(trials, found)],
+        failures=failures,
+        grid_json=json.dumps(record.get("grid", {}), indent=2),
+    )
 
 
 def verdict_sentences(trials: Trials, found: Sequence[Contrast]) -> list[str]:
     """What the comparisons amount to, in words that claim no more than the corrected p-values do."""
     num_seeds = len(trials.study.seeds)
     sentences = []
-    for axis, label, against in dict.fromkeys((c.axis, c.label, c.against) for c in found):
-        own = [c for c in found if (c.axis, c.label, c.against) == (axis, label, against)]
-        pair = pair_name(axis, label, against)
-        counts = {kind: sum(c.verdict == kind for c in own) for kind in VERDICTS}
-        clear = ", ".join(f"{kind} in {counts[kind]}" for kind in ("better", "worse") if counts[kind])
-        rest = len(own) - counts["better"] - counts["worse"]
+    for pair in dict.fromkeys(_pair(c) for c in found):
+        own = [c for c in found if _pair(c) == pair]
+        counts = {kind: sum(c.verdict == kind for c in own) for kind in ("better", "worse")}
+        clear = ", ".join(f"{kind} in {number}" for kind, number in counts.items() if number)
         if not clear:
             text = f"{pair}: a difference holds after correction in none of {len(own)} comparisons"
         else:
+            rest = len(own) - sum(counts.values())
             text = f"{pair}: {clear} of {len(own)} comparisons after correction"
             text += f"; in {rest} the interval does not tell" if rest else ""
         gaps = [c.gap.value for c in own if c.gap is not None]
-        if gaps:
-            text += f" (AUC gap {report_text.signed(min(gaps))} to {report_text.signed(max(gaps))})"
-        sentences.append(text + ".")
+        sentences.append(text + (f" (AUC gap {signed(min(gaps))} to {signed(max(gaps))})." if gaps else "."))
     if found and num_seeds < 5:
         sentences.append(
             f"Only {num_seeds} seed{'s' * (num_seeds > 1)}: gaps between models are often 0.001 to 0.01, so read this "
@@ -94,17 +123,21 @@ def verdict_sentences(trials: Trials, found: Sequence[Contrast]) -> list[str]:
     return sentences or ["The study declares no comparison; the tables have its numbers."]
 
 
-def _facts(trials: Trials, record: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
-    config, tables = record.get("config", {}), record.get("tables", {})
-    data = config.get("data", {})
+def _pair(found: Contrast) -> str:
+    """'usr against plain'; with the axis where the label is a number: 'd 8 against 16'."""
+    return f"{value_name(found.axis, found.label)} against {found.against}"
+
+
+def _facts(trials: Trials, record: Mapping[str, Any]) -> list[Fact]:
+    tables, data = record.get("tables", {}), record.get("config", {}).get("data", {})
     command = record["commands"][-1]["command"] if record.get("commands") else []
     versions = ", ".join(f"{table['lake']} version {table['version']}" for table in tables.values())
     facts = [
         ("Trials", f"{len(trials.finished)} of {len(trials.all)} finished", False),
         ("Seeds", ", ".join(map(str, trials.study.seeds)), False),
-        ("Training dates", str(data.get("train_dates", "")).replace(":", " to "), False),
-        ("Held-out dates", str(data.get("eval_dates", "")).replace(":", " to "), False),
-        ("Started", str(record.get("created", "")), False),
+        ("Training dates", span(data.get("train_dates")), False),
+        ("Held-out dates", span(data.get("eval_dates")), False),
+        ("Started", moment(record.get("created")), False),
         ("Code", f"usr-ray {__version__}", False),
         ("Tables" if len(tables) > 1 else "Table", versions, True),
         ("Command", shlex.join(command), True),
@@ -112,23 +145,17 @@ def _facts(trials: Trials, record: Mapping[str, Any]) -> list[tuple[str, str, bo
     return [fact for fact in facts if fact[1]]
 
 
-def _sections(trials: Trials, found: Sequence[Contrast]) -> list[dict[str, Any]]:
+def _sections(trials: Trials, found: Sequence[Contrast]) -> list[Section]:
     whole, sliced = [c for c in found if c.part == WHOLE], [c for c in found if c.part != WHOLE]
-    averages = means(trials)
+    averages, spreads = means(trials), collapse(trials)
     sections = []
     if whole:
-        sections.append(glance_section(whole))
-        sections.append(contrast_section("Comparisons", whole, _comparison_plots(trials, whole)))
+        sections += [_glance_section(whole), _contrast_section("Comparisons", whole, _comparison_plots(trials, whole))]
     if sliced:
-        sections.append(
-            contrast_section(
-                "Parts of the rows: history, new users and items",
-                sliced,
-                [_slice_plot(sliced, task) for task in ("ctr", "ctcvr")],
-            )
-        )
-    sections.append(_means_section(trials, averages))
-    spreads = collapse(trials)
+        plots = [plot for task in TASK_NAMES for plot in _slice_plots(sliced, task)]
+        sections.append(_contrast_section("Parts of the rows: history, new users and items", sliced, plots))
+    note = "Mean ± standard deviation over the seeds, on the held-out rows. Totals pool the scenarios."
+    sections.append(Section("Every point", note, _mean_plots(trials, averages), _means_table(trials, averages)))
     if any(spreads.values()):
         sections.append(collapse_section(spreads))
     if trials.study.representations:
@@ -136,7 +163,56 @@ def _sections(trials: Trials, found: Sequence[Contrast]) -> list[dict[str, Any]]
     return sections
 
 
-def _comparison_plots(trials: Trials, found: Sequence[Contrast]) -> list[dict[str, Any]]:
+def _glance_section(found: Sequence[Contrast]) -> Section:
+    """A row for each compared point, a column for each scenario and task: the gap and its verdict."""
+    cells = list(dict.fromkeys((c.scenario, c.task) for c in found))
+    groups: dict[str, dict[tuple[str, str], Contrast]] = {}
+    for c in found:
+        groups.setdefault(", ".join(filter(None, (point_name(c.at), _pair(c)))), {})[c.scenario, c.task] = c
+    rows = []
+    for name, own in groups.items():
+        shown = [own.get(cell) for cell in cells]
+        texts = [f"{signed(c.gap.value)} {VERDICTS[c.verdict][0]}" if c and c.gap else DASH for c in shown]
+        rows.append(Row([name, *texts], [c.verdict if c else "none" for c in shown]))
+    note = (
+        "AUC gap on the held-out rows, mean over the seeds. ▲ better, ▼ worse: holds after correction for all "
+        "comparisons of this report. ≈: these data do not tell the two apart. ?: too few positives."
+    )
+    return Section("At a glance", note, table=Table(["Gap of", *(cell_task(*cell) for cell in cells)], rows))
+
+
+def _contrast_section(title: str, found: Sequence[Contrast], plots: Sequence[Plot]) -> Section:
+    """Every comparison with its interval, spread over the seeds and corrected p."""
+    pairs = {_pair(c) for c in found}
+    columns = {  # what is equal in all rows is left out
+        "Comparison": _pair if len(pairs) > 1 or not any(c.at for c in found) else None,
+        "At": (lambda c: point_name(c.at)) if any(c.at for c in found) else None,
+        "Rows": (lambda c: c.part) if any(c.part != WHOLE for c in found) else None,
+        "Cell": lambda c: cell_task(c.scenario, c.task),
+    }
+    shown = {name: text for name, text in columns.items() if text}
+    rows = [Row([*(text(c) for text in shown.values()), *_numbers(c), VERDICTS[c.verdict]], [c.verdict]) for c in found]
+    ours = " or ".join(dict.fromkeys(c.label for c in found)) if len(pairs) < 4 else "the first"
+    note = (
+        f"AUC of {ours} minus AUC of {' or '.join(dict.fromkeys(c.against for c in found))}, on the same rows and "
+        "seeds. The 95% interval knows the seeds and the users (method in docs/studies.md); p is Holm's, over the "
+        f"{len(found)} comparisons below. An interval that holds 0 means that these data cannot tell, not that there "
+        "is no difference."
+    )
+    folded = f"All {len(found)} intervals and p-values" if len(found) > _MANY_ROWS else ""
+    head = [*shown, "AUC gap", "95% interval", "SD over seeds", "p (Holm)", "Verdict"]
+    return Section(title, note, plots, Table(head, rows, len(shown), folded))
+
+
+def _numbers(found: Contrast) -> list[str]:
+    gap = found.gap
+    if gap is None:
+        return [DASH] * 4
+    spread = f"{gap.seed_sd:.4f}" if len(gap.by_seed) > 1 else DASH
+    return [signed(gap.value), interval(gap), spread, p_value(found.adjusted_p)]
+
+
+def _comparison_plots(trials: Trials, found: Sequence[Contrast]) -> list[Plot]:
     """By scenario and task: a heat map over two further axes, a line over one of numbers, else a forest."""
     compared = {c.axis for c in found}
     others = [axis for axis in trials.study.axes if axis.name not in compared and len(axis.values) > 1]
@@ -146,133 +222,88 @@ def _comparison_plots(trials: Trials, found: Sequence[Contrast]) -> list[dict[st
         own = [c for c in found if (c.scenario, c.task) == (scenario, task) and c.gap is not None]
         if not own:
             continue
-        title = f"AUC gap, {report_text.cell_task(scenario, task)}"
+        title, caption = f"AUC gap, {cell_task(scenario, task)}", "Filled: holds after correction. Bars: 95% intervals."
         single = len({(c.label, tuple(p for p in c.at if p[0] not in over)) for c in own}) == 1
         if len(over) == 2 and single:
-            svg = heat_map(
-                {
-                    (dict(c.at)[over[0]], dict(c.at)[over[1]]): (c.gap.value, c.verdict in ("better", "worse"))
-                    for c in own
-                    if c.gap
-                },
-                label=title,
-                x_axis=over[0],
-                y_axis=over[1],
-            )
+            caption = "A star: holds after correction."
+            cells = {(dict(c.at)[over[0]], dict(c.at)[over[1]]): (c.gap.value, _is_sure(c)) for c in own if c.gap}
+            svg = heat_map(cells, label=title, x_axis=over[0], y_axis=over[1])
         elif len(others) == 1 and others[0].numbers is not None:
-            svg = axis_plot(_gap_curves(own, over[0]), label=title, x_axis=over[0], y_axis="AUC gap", dashed_at=0.0)
+            caption = "Bars: 95% intervals."
+            svg = axis_plot(_gap_lines(own, over[0]), label=title, x_axis=over[0], y_axis="AUC gap", dashed_at=0.0)
         else:
-            svg = forest_plot(_bars(own), label=title, axis="AUC gap")
-        plots.append(
-            {
-                "title": title,
-                "svg": Markup(svg),
-                "caption": "A star: holds after correction."
-                if len(over) == 2 and single
-                else "Filled: holds after correction. Bars: 95% intervals.",
-            }
-        )
+            labels = list(dict.fromkeys(c.label for c in own))
+            names = [
+                ", ".join(filter(None, (point_name(c.at), c.label if len(labels) > 1 or not c.at else ""))) for c in own
+            ]
+            bars = [_bar(c, name, labels.index(c.label)) for c, name in zip(own, names, strict=True)]
+            svg = forest_plot(bars, label=title, axis="AUC gap")
+        plots.append(Plot(title, svg, caption))
     return plots
 
 
-def _gap_curves(found: Sequence[Contrast], axis: str) -> list[Curve]:
-    groups: dict[str, list[Contrast]] = {}
+def _is_sure(found: Contrast) -> bool:
+    return found.verdict in ("better", "worse")
+
+
+def _bar(found: Contrast, name: str, place: int) -> Bar:
+    assert found.gap is not None
+    return Bar(name, found.gap.value, [(found.gap.low, found.gap.high)], series_name(place), _is_sure(found))
+
+
+def _gap_lines(found: Sequence[Contrast], axis: str) -> list[Line]:
+    groups: dict[str, list[tuple[float, float, float]]] = {}
     for c in found:
         rest = point_name(tuple(p for p in c.at if p[0] != axis))
-        groups.setdefault(", ".join(filter(None, (c.label, rest))), []).append(c)
-    return [
-        Curve(
-            name,
-            place,
-            [float(dict(c.at)[axis]) for c in own],
-            [c.gap.value for c in own if c.gap],
-            [(c.gap.high - c.gap.low) / 2 for c in own if c.gap],
-        )
-        for place, (name, own) in enumerate(groups.items())
-    ]
+        if c.gap is not None:
+            point = (float(dict(c.at)[axis]), c.gap.value, (c.gap.high - c.gap.low) / 2)
+            groups.setdefault(", ".join(filter(None, (c.label, rest))), []).append(point)
+    return [Line(name, place, *zip(*points, strict=True)) for place, (name, points) in enumerate(groups.items())]
 
 
-def _bars(found: Sequence[Contrast]) -> list[Bar]:
-    labels = list(dict.fromkeys(c.label for c in found))
-    return [
-        Bar(
-            ", ".join(filter(None, (point_name(c.at), c.label if len(labels) > 1 or not c.at else ""))),
-            c.gap.value,
-            c.gap.low,
-            c.gap.high,
-            labels.index(c.label),
-            c.verdict in ("better", "worse"),
-        )
-        for c in found
-        if c.gap is not None
-    ]
-
-
-def _slice_plot(found: Sequence[Contrast], task: str) -> dict[str, Any]:
+def _slice_plots(found: Sequence[Contrast], task: str) -> list[Plot]:
     own = [c for c in found if c.task == task and c.gap is not None and c.verdict != "few"]
     if not own:
-        return {}
-    title = f"AUC gap by part, {report_text.TASK_NAMES[task]}"
-    scenarios = list(dict.fromkeys(c.scenario for c in own))
-    bars = [
-        Bar(
-            f"{c.scenario.replace('_', ' ')}: {c.part}",
-            c.gap.value,
-            c.gap.low,
-            c.gap.high,
-            scenarios.index(c.scenario),
-            c.verdict in ("better", "worse"),
-        )
-        for c in own
-        if c.gap
-    ]
-    return {
-        "title": title,
-        "svg": Markup(forest_plot(bars, label=title, axis="AUC gap")),
-        "caption": "Parts with fewer than 30 rows of the rarer label are left out.",
-    }
-
-
-def _means_section(trials: Trials, averages: Mapping[Point, Mapping[tuple[str, str, str], Mean]]) -> dict[str, Any]:
-    return {
-        "title": "Every point",
-        "note": "Mean ± standard deviation over the seeds, on the held-out rows. Totals pool the scenarios.",
-        "plots": _mean_plots(trials, averages),
-        "table": means_table(trials, averages),
-    }
-
-
-def _mean_plots(trials: Trials, averages: Mapping[Point, Mapping[tuple[str, str, str], Mean]]) -> list[dict[str, Any]]:
-    """AUC over the axis, for a study with one numeric axis."""
-    numeric = [a for a in trials.study.axes if a.numbers is not None and len(a.values) > 1]
-    if len(trials.study.axes) != 1 or not numeric:
         return []
-    (axis,) = numeric
+    title, scenarios = f"AUC gap by part, {TASK_NAMES[task]}", list(dict.fromkeys(c.scenario for c in own))
+    bars = [_bar(c, f"{words(c.scenario)}: {c.part}", scenarios.index(c.scenario)) for c in own]
+    caption = "Parts with fewer than 30 rows of the rarer label are left out."
+    return [Plot(title, forest_plot(bars, label=title, axis="AUC gap"), caption)]
+
+
+def _means_table(trials: Trials, averages: Averages) -> Table:
+    """Metrics of every point, by scenario and task."""
+    rows = []
+    for point, entries in averages.items():
+        for scenario, task in dict.fromkeys(key[:2] for key in entries):
+            values = [entries.get((scenario, task, name)) for name, _ in METRICS]
+            if any(values):
+                names = [point_name(point), cell_name(scenario), TASK_NAMES[task]]
+                rows.append(Row([*names, *map(_mean, values), str(len(trials.by_point[point]))]))
+    head = ["Point", "Scenario", "Task", *(name for _, name in METRICS), "Seeds"]
+    return Table(head, rows, 3, f"All {len(rows)} rows" if len(rows) > 2 * _MANY_ROWS else "")
+
+
+def _mean(mean: Mean | None) -> str:
+    if mean is None:
+        return DASH
+    return f"{mean.value:.4f} ± {mean.sd:.4f}" if mean.num_seeds > 1 else f"{mean.value:.4f}"
+
+
+def _mean_plots(trials: Trials, averages: Averages) -> list[Plot]:
+    """AUC over the axis, for a study with one numeric axis."""
+    axis = trials.study.axes[0]
+    if len(trials.study.axes) != 1 or axis.numbers is None or len(axis.values) < 2:
+        return []
     cells = [key[:2] for key in next(iter(averages.values())) if key[2] == "auc" and key[0] not in TOTALS]
     plots = []
     for task in dict.fromkeys(task for _, task in cells):
-        curves = []
+        lines = []
         for place, scenario in enumerate(s for s, t in cells if t == task):
-            points = [
-                (float(dict(p)[axis.name]), e[scenario, task, "auc"])
-                for p, e in averages.items()
-                if (scenario, task, "auc") in e
-            ]
-            curves.append(
-                Curve(
-                    scenario.replace("_", " "),
-                    place,
-                    [x for x, _ in points],
-                    [m.value for _, m in points],
-                    [m.sd for _, m in points],
-                )
-            )
-        title = f"AUC of {report_text.TASK_NAMES[task]} over {axis.name}"
-        plots.append(
-            {
-                "title": title,
-                "caption": "Bars: standard deviation over the seeds.",
-                "svg": Markup(axis_plot(curves, label=title, x_axis=axis.name, y_axis="AUC")),
-            }
-        )
+            key = (scenario, task, "auc")
+            points = [(float(dict(p)[axis.name]), e[key].value, e[key].sd) for p, e in averages.items() if key in e]
+            lines.append(Line(words(scenario), place, *zip(*points, strict=True)))
+        title = f"AUC of {TASK_NAMES[task]} over {axis.name}"
+        svg = axis_plot(lines, label=title, x_axis=axis.name, y_axis="AUC")
+        plots.append(Plot(title, svg, "Bars: standard deviation over the seeds."))
     return plots

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 from numpy.typing import NDArray
 
 from usr_ray.experiments.analysis import Point, Trials, point_name
 from usr_ray.experiments.record import trial_dir
 from usr_ray.launch.monitor import HISTORY_FILE
-from usr_ray.reporting import page as report_text
-from usr_ray.reporting.study_plots import scatter_plot
+from usr_ray.reporting.page import DASH, Row, Section, Table
+from usr_ray.reporting.plots import Plot, scatter_plot
 from usr_ray.runs.plan import load_manifest
 from usr_ray.training.evaluate import evaluation_reader, load_run, score_batches
 from usr_ray.training.worker import LocalWorker
@@ -143,49 +142,32 @@ def principal_components(rows_ND: NDArray) -> tuple[NDArray, NDArray]:
     return centred @ directions[:2].T, singular[:2] ** 2 / total
 
 
-def collapse_section(spreads: Mapping[Point, Mapping[str, float]]) -> dict[str, Any]:
+def collapse_section(spreads: Mapping[Point, Mapping[str, float]]) -> Section:
     """What the report says of `collapse`."""
     names = list(dict.fromkeys(name for entries in spreads.values() for name in entries))
     rows = []
     for point, entries in spreads.items():
         is_low = any(value < 0.05 for value in entries.values())
-        shown = [f"{entries[name]:.3f}" if name in entries else report_text.DASH for name in names]
-        rows.append(
-            {
-                "class": "worse" if is_low else "",
-                "values": [point_name(point), *shown, "near collapse" if is_low else ""],
-            }
-        )
-    return {
-        "title": "Collapse alarm",
-        "note": "Variance of the unit vectors of a view inside a group of rows at the end of training, mean over the "
-        "seeds; 1 is spread evenly, near 0 every row has the same vector.",
-        "plots": [],
-        "table": {"head": ["Point", *names, ""], "num_left": 1, "rows": rows},
-    }
+        shown = [f"{entries[name]:.4f}" if name in entries else DASH for name in names]
+        rows.append(Row([point_name(point), *shown, "near collapse" if is_low else ""], ["worse"]))
+    note = (
+        "Variance of the unit vectors of a view inside a group of rows at the end of training, mean over the seeds; 1 "
+        "is spread evenly, near 0 every row has the same vector."
+    )
+    return Section("Collapse alarm", note, table=Table(["Point", *names, ""], rows))
 
 
-def picture_section(found: Sequence[Picture]) -> dict[str, Any]:
+def picture_section(found: Sequence[Picture]) -> Section:
     """What the report shows of `pictures`."""
-    plots: list[dict[str, Any]] = []
-    rows: list[dict[str, Any]] = []
+    plots = []
     for picture in found:
         names = ("first component", "second component") if picture.method == "PCA" else ("", "")
         title = f"{picture.symbol} by {picture.method}: {picture.point}"
         groups = [(f"view {name}", place, points) for place, (name, points) in enumerate(picture.views.items())]
-        plots.append(
-            {
-                "title": title,
-                "svg": Markup(scatter_plot(groups, label=title, axes_names=names)),
-                "caption": picture.caption,
-            }
-        )
-        if picture.method == "PCA":
-            rows.append({"class": "", "values": [picture.point, picture.symbol, f"{picture.separation:.3f}"]})
-    return {
-        "title": "Representations of the views",
-        "note": "Unit vectors of one held-out sample of rows under each view, first seed. Separation: mean silhouette "
-        "of the views by cosine distance, in all dimensions; 1 is far apart, 0 is mixed.",
-        "plots": plots,
-        "table": {"head": ["Point", "Vector", "Separation"], "num_left": 2, "rows": rows},
-    }
+        plots.append(Plot(title, scatter_plot(groups, label=title, axes_names=names), picture.caption))
+    rows = [Row([p.point, p.symbol, f"{p.separation:.4f}"]) for p in found if p.method == "PCA"]
+    note = (
+        "Unit vectors of one held-out sample of rows under each view, first seed. Separation: mean silhouette of the "
+        "views by cosine distance, in all dimensions; 1 is far apart, 0 is mixed."
+    )
+    return Section("Representations of the views", note, plots, Table(["Point", "Vector", "Separation"], rows, 2))

@@ -76,10 +76,10 @@ def test_trials_are_read_back_in_the_order_drawn_with_what_they_failed_of(tmp_pa
         "num_epochs": 2,
     }
     section = search_section(CONFIG, points, chosen.point)
-    assert [row["values"][0] for row in section["table"]["rows"]] == ["f_00001", "f_00000", "f_00002", "f_00003"]
-    assert section["table"]["rows"][0]["values"][-1] == "chosen"
-    assert section["table"]["rows"][2]["values"][-1] == "diverged"
-    assert len(section["plots"]) == 1, "two scored trials are too few for importance"
+    assert [row.values[0] for row in section.table.rows] == ["f_00001", "f_00000", "f_00002", "f_00003"]
+    assert section.table.rows[0].values[-1] == "chosen"
+    assert section.table.rows[2].values[-1] == "diverged"
+    assert len(section.plots) == 1, "two scored trials are too few for importance"
 
 
 def test_a_search_goes_on_only_as_itself(tmp_path: Path) -> None:

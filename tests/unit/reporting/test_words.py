@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from usr_ray.evaluation.statistics import Judged, PairedGap
-from usr_ray.reporting.page import duration, verdict, why_undefined
+from usr_ray.reporting.page import duration
+from usr_ray.reporting.run import verdict, why_undefined
 
 pytestmark = pytest.mark.unit
 

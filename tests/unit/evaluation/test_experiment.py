@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from etl.online.stats import (
+from usr_ray.evaluation.experiment import (
     METRICS,
     Cell,
     Ratio,
     bootstrap,
     difference,
-    holm,
     lift,
     p_value,
     percentile_interval,
@@ -99,12 +98,6 @@ def test_lift_without_events_has_no_interval() -> None:
     assert (lift(nothing, some, 0.95).value, lift(nothing, some, 0.95).low) == (-1.0, None)
 
 
-def test_holm_by_hand() -> None:
-    # 0.01 * 4, 0.02 * 3, 0.03 * 2, then 0.04 * 1 which may not fall below the one before.
-    assert holm([0.03, None, 0.01, 0.04, 0.02]) == pytest.approx([0.06, None, 0.04, 0.06, 0.06])
-    assert holm([0.9, 0.8]) == [1.0, 1.0]
-
-
 @pytest.mark.parametrize(
     ("observed", "shares"),
     [({"A": 5_100, "B": 4_900}, {"A": 1, "B": 1}), ({"A": 30, "B": 61, "C": 9}, {"A": 0.3, "B": 0.6, "C": 0.1})],
@@ -157,7 +150,7 @@ def test_bootstrap_depends_on_the_seed_and_not_on_the_order_of_the_rows() -> Non
 def test_bootstrap_is_drawn_in_chunks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     cell = world(np.random.default_rng(1), 200)
     whole = bootstrap(cell, bucket="A", scenario="all", num_resamples=101, seed=1)
-    monkeypatch.setattr("etl.online.stats._DRAWN_AT_ONCE", 7 * len(cell.users_K))
+    monkeypatch.setattr("usr_ray.evaluation.experiment._DRAWN_AT_ONCE", 7 * len(cell.users_K))
     parts = bootstrap(cell, bucket="A", scenario="all", num_resamples=101, seed=1)
     assert all(np.array_equal(whole[name], parts[name]) for name in METRICS)
 
