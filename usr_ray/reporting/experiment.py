@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from usr_ray.evaluation.experiment import FEW, HIGHER, INVALID, LOWER, METRICS, MIN_USERS
-from usr_ray.reporting.page import Row, Section, Table, p_value, span, words, write_page
+from usr_ray.reporting.page import DASH, Row, Section, Table, p_value, span, words, write_page
 from usr_ray.reporting.plots import Bar, Plot, forest_plot
 
 DEFINITIONS = {
@@ -16,7 +16,6 @@ DEFINITIONS = {
     "ctr": "clicked impressions / impressions",
     "ctcvr": "ordered impressions / impressions",
 }
-NONE = "-"
 _COLOURS = {HIGHER: "good", LOWER: "bad", FEW: "muted", INVALID: "muted"}
 
 
@@ -153,13 +152,13 @@ def bucket_table(report: Mapping[str, Any]) -> Table:
 def comparison_table(report: Mapping[str, Any]) -> Table:
     """Verdict, difference and lift of every bucket against the control, and p-values."""
     head = ["scenario", "metric", "bucket", "verdict", "difference", "interval (pp)", "bootstrap (pp)"]
-    head += ["lift", "interval", "bootstrap", "p", "p (Holm)"]
+    head += ["lift", "interval (%)", "bootstrap (%)", "p", "p (Holm)"]
     rows = []
     for row in report["comparisons"]:
         names = [row["scenario"], row["metric"].upper(), row["bucket"], row["verdict"]]
         difference, change = row["difference"], row["lift"]
-        numbers = [points(difference["value"]), *intervals(difference, lambda v: f"{100 * (v or 0):+.3f}")]
-        numbers += [gain(change["value"]), *intervals(change, gain)]
+        numbers = [points(difference["value"]), *intervals(difference, lambda end: f"{100 * end:+.3f}")]
+        numbers += [gain(change["value"]), *intervals(change, lambda end: f"{100 * end:+.2f}")]
         colour = {HIGHER: "better", LOWER: "worse"}.get(row["verdict"], "even")
         ps = [p_value(row["p_value"]), p_value(row["p_value_holm"])]
         rows.append(Row([*names, *numbers, *ps], [colour, *[""] * (len(numbers) + 2)]))
@@ -173,27 +172,27 @@ def table_lines(table: Table) -> list[str]:
     return ["  ".join(entry.ljust(w) for entry, w in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
-def intervals(entry: Mapping[str, Any], text: Callable[[float | None], str]) -> list[str]:
+def intervals(entry: Mapping[str, Any], text: Callable[[float], str]) -> list[str]:
     """The delta method's and the bootstrap's interval as text."""
     texts = []
     for brackets, low, high in (("[]", "low", "high"), ("{}", "bootstrap_low", "bootstrap_high")):
         ends = (entry[low], entry[high])
-        texts.append(NONE if None in ends else f"{brackets[0]}{', '.join(map(text, ends))}{brackets[1]}")
+        texts.append(DASH if None in ends else f"{brackets[0]}{', '.join(map(text, ends))}{brackets[1]}")
     return texts
 
 
 def percent(value: float | None) -> str:
     """A share in percent with two decimals, with four below 0.1 %."""
     if value is None:
-        return NONE
+        return DASH
     return f"{value:.2%}" if abs(value) >= 0.001 or value == 0 else f"{value:.4%}"
 
 
 def points(value: float | None) -> str:
     """A difference of shares in percentage points, so that it is not taken for a lift."""
-    return NONE if value is None else f"{100 * value:+.3f} pp"
+    return DASH if value is None else f"{100 * value:+.3f} pp"
 
 
 def gain(value: float | None) -> str:
     """A lift in percent."""
-    return NONE if value is None else f"{value:+.2%}"
+    return DASH if value is None else f"{value:+.2%}"

@@ -154,7 +154,7 @@ def test_one_bucket_or_an_unknown_control_is_refused_in_one_line() -> None:
 
 def test_the_page_is_well_formed_and_escapes_what_the_data_names(tmp_path: Path) -> None:
     counts = ExperimentCounts(cells={ALL: {"A": A, "<b>&": CLEARLY_BETTER}})
-    page = page_of(report(counts), tmp_path)
+    page = page_of(report(counts, control="A"), tmp_path)
     assert "<b>&" not in page
     assert "&lt;b&gt;&amp;" in page
     assert not re.search(r"https?://|<script|<link|<img", page)
