@@ -2,8 +2,8 @@
 
 spark-submit jobs/build_worlds.py --plan FILE
 
-usr_ray/experiments/worlds.py writes the plan of a study that makes worlds. Each world is the
-two ETL jobs with their own command lines; the JVM is started, and its code compiled, once.
+Each world is the two ETL jobs with their own command lines; the JVM is started, and its code compiled, once, in a
+process of its own, so that neither the study's process nor Ray's need one.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -21,12 +24,45 @@ from etl.driver_stderr import print_error
 from jobs import build_samples, ingest_logs
 from usr_ray.cli import job_parser, run_job
 from usr_ray.config import UserError
+from usr_ray.experiments.grid import StudyError
 from usr_ray.files import write_whole
+from usr_ray.launch.environment import ROOT
+from usr_ray.launch.spark import spark_environment, spark_submit
+
+if TYPE_CHECKING:  # its imports take seconds, and Spark's process needs none of them
+    from usr_ray.experiments.worlds import WorldPlan
 
 JOBS: dict[str, Callable[[list[str]], None]] = {
     "jobs/ingest_logs.py": ingest_logs.main,
     "jobs/build_samples.py": build_samples.main,
 }
+
+
+def in_spark(worlds: Sequence[WorldPlan], folder: Path) -> None:
+    """Build worlds in one Spark process; its plan and its log go into `folder`.
+
+    Raises:
+        StudyError: no spark-submit, or an ETL job failed.
+    """
+    plan, log = folder / "plan.json", folder / "spark.log"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(plan, json.dumps([asdict(world) for world in worlds], indent=2) + "\n")
+    command = [spark_submit(), str(Path(__file__).resolve()), "--plan", str(plan)]
+    error = ""
+    with (
+        log.open("w", encoding="utf-8", buffering=1) as output,
+        subprocess.Popen(
+            command, cwd=ROOT, env=spark_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            output.write(line)
+            if line.startswith("world "):
+                print(f"  {line}", end="", flush=True)
+            error = line.strip().removeprefix("error: ") if line.startswith("error: ") else error
+    if process.returncode:
+        raise StudyError(f"{error or f'jobs/build_worlds.py failed with exit code {process.returncode}'}; see {log}")
 
 
 def build_world(world: dict) -> None:

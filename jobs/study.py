@@ -37,6 +37,7 @@ def main(argv: list[str]) -> None:
         check_input(arguments.input, flag="--input")
     check_output(arguments.run_dir, flag="--run-dir")
     cluster = prepare_environment(dashboard=job_config(arguments).ray.dashboard)
+    from jobs import build_worlds
     from usr_ray.experiments.record import Base
     from usr_ray.experiments.study import run_study  # imports ray, which reads the environment
     from usr_ray.reporting.study import write_study_report
@@ -49,6 +50,7 @@ def main(argv: list[str]) -> None:
             arguments.lake,
             arguments.run_dir,
             input_dir=arguments.input,
+            build_worlds=build_worlds.in_spark,
             cluster=cluster,
             command=["jobs/study.py", *argv],
         )

@@ -25,7 +25,7 @@ from etl.lake.tables import (
     samples_schema,
     table_properties,
 )
-from usr_ray.config import Config, dotted
+from usr_ray.config import Config, first_difference
 from usr_ray.schema import REJECTS, SAMPLES, VOCABULARIES
 
 _NEW_LAKE = "or build into a new --lake"
@@ -77,13 +77,12 @@ def _check_meaning(path: str, properties: Mapping[str, str], config: Config) -> 
             f"{path}: was not made by jobs/build_samples.py (it has no property {CONFIG_PROPERTY}); move that table "
             f"away, {_NEW_LAKE}"
         )
-    before, now = dotted(json.loads(properties[CONFIG_PROPERTY])), dotted(row_meaning(config))
-    for key in sorted(now.keys() | before.keys()):
-        if before.get(key) != now.get(key):
-            raise DataCheckError(
-                f"{path}: built with {key} = {json.dumps(before.get(key))}, the configuration has "
-                f"{json.dumps(now.get(key))}; rows of both would mix: take the old value {_NEW_LAKE}"
-            )
+    if found := first_difference(json.loads(properties[CONFIG_PROPERTY]), row_meaning(config)):
+        key, before, now = found
+        raise DataCheckError(
+            f"{path}: built with {key} = {json.dumps(before)}, the configuration has {json.dumps(now)}; rows of both "
+            f"would mix: take the old value {_NEW_LAKE}"
+        )
 
 
 def _check_schema(path: str, found: T.StructType, wanted: T.StructType) -> None:

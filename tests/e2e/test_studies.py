@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from jobs import build_worlds
 from tests.unit.samples_table import samples_spec, write_samples
 from usr_ray.config import Config, UserError, load_config
 from usr_ray.experiments import search as tune_module
@@ -81,9 +82,11 @@ def lake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def world_lakes(folder: Path, real: bool) -> Callable[..., dict[str, World]]:
     """In place of prepare_worlds: a table with the scenarios of each world, or, if `real`, worlds of Spark's."""
 
-    def prepare(study: Study, base: Base, trials: Sequence[Trial], run_dir: Path, input_dir: Path | None) -> Any:
+    def prepare(
+        study: Study, base: Base, trials: Sequence[Trial], run_dir: Path, input_dir: Path | None, **more: Any
+    ) -> Any:
         if real:
-            return prepare_worlds(study, base, trials, run_dir, input_dir)
+            return prepare_worlds(study, base, trials, run_dir, input_dir, build=build_worlds.in_spark)
         worlds = {}
         for trial in trials:
             config, lake = base.config(study.resources, trial), folder / trial.world

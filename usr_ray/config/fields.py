@@ -14,7 +14,7 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,6 +108,28 @@ def dotted(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in raw.items():
         flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
+
+
+def first_difference(
+    saved: Mapping[str, Any], now: Mapping[str, Any], keys: Sequence[str] = ("",), *, but: Sequence[str] = ()
+) -> tuple[str, Any, Any] | None:
+    """(dotted key, saved value, value now) of the first difference that counts; None where two are the same.
+
+    Args:
+        saved: nested dictionaries; a key that one side lacks is None there.
+        now: likewise.
+        keys: sections or single keys that count, by dotted path; '': all.
+        but: sections or single keys of these that do not.
+    """
+    before, after = dotted(saved), dotted(now)
+
+    def is_of(key: str, places: Sequence[str]) -> bool:
+        return any(place in ("", key) or key.startswith(f"{place}.") for place in places)
+
+    for key in [*before, *(k for k in after if k not in before)]:
+        if is_of(key, keys) and not is_of(key, but) and before.get(key) != after.get(key):
+            return key, before.get(key), after.get(key)
+    return None
 
 
 def complete(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from usr_ray.config import Config, ConfigError, dotted, load_config
+from usr_ray.config import Config, ConfigError, first_difference, load_config
 from usr_ray.evaluation.files import SPLIT
 from usr_ray.experiments.grid import Resources, Study, StudyError, Trial
 from usr_ray.files import write_whole
@@ -29,7 +29,7 @@ from usr_ray.runs.folder import METRICS_FILE
 from usr_ray.runs.plan import CONFIG_FILE, FINISHED
 
 STUDY_FILE, RESULTS_FILE, FAILURE_FILE, TRIALS_DIR = "study.json", "results.parquet", "failure.json", "trials"
-_NOT_MEANT = ("ray.", "data.table_version", "online.", "tune.")
+_NOT_MEANT = ("ray", "data.table_version", "online", "tune")
 """Keys that may differ when a study resumes: where it runs, not what it computes."""
 
 
@@ -82,7 +82,12 @@ def open_study(run_dir: Path, study: Study, base: Base, *, lake: str, command: S
             saved, old_lake, _ = Config.completed(found["config"]), found["lake"], found["tables"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StudyError(f"{path}: cannot be read ({error}); use another --run-dir, or remove this one") from error
-        _refuse_other(run_dir, dotted(saved), dotted(config))
+        if difference := first_difference(saved, config, but=_NOT_MEANT):
+            key, before, after = difference
+            raise StudyError(
+                f"--run-dir {run_dir}: holds a study with {key} = {before!r}, this command has {after!r}; set it back "
+                "to go on with that study, or use another --run-dir"
+            )
         if old_lake != lake:
             raise StudyError(
                 f"--run-dir {run_dir}: holds a study on {old_lake or 'worlds of its own'}, this command names "
@@ -97,15 +102,6 @@ def open_study(run_dir: Path, study: Study, base: Base, *, lake: str, command: S
         "commands": [*record["commands"], {"started": now(), "command": list(command)}],
         "python": platform.python_version(),
     }
-
-
-def _refuse_other(run_dir: Path, saved: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    for key in [*saved, *(k for k in config if k not in saved)]:
-        if not key.startswith(_NOT_MEANT) and saved.get(key) != config.get(key):
-            raise StudyError(
-                f"--run-dir {run_dir}: holds a study with {key} = {saved.get(key)!r}, this command has "
-                f"{config.get(key)!r}; set it back to go on with that study, or use another --run-dir"
-            )
 
 
 def write_record(run_dir: Path, record: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from usr_ray.config import Config, dotted
+from usr_ray.config import Config, first_difference
 from usr_ray.evaluation.metrics import CellMetrics
 from usr_ray.experiments.record import Base, failure_of, now
 from usr_ray.experiments.space import TriedPoint, TuneError, trial_config
@@ -78,15 +78,15 @@ def open_search(config: Config, lake: str, run_dir: Path, base: Base, command: S
     if path.is_file():
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            saved, found_lake, _ = dotted(Config.completed(record["config"])), record["lake"], record["table_version"]
+            saved, found_lake, _ = Config.completed(record["config"]), record["lake"], record["table_version"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise TuneError(f"{path}: cannot be read ({error}); use another --run-dir, or remove this one") from error
-        for key, value in dotted(meaning).items():
-            if not key.startswith("ray.") and saved.get(key) != value:
-                raise TuneError(
-                    f"--run-dir {run_dir}: holds a search with {key} = {saved.get(key)!r}, this command has {value!r}; "
-                    "set it back to go on with that search, or use another --run-dir"
-                )
+        if difference := first_difference(saved, meaning, but=["ray"]):
+            key, before, after = difference
+            raise TuneError(
+                f"--run-dir {run_dir}: holds a search with {key} = {before!r}, this command has {after!r}; set it back "
+                "to go on with that search, or use another --run-dir"
+            )
         if found_lake != lake:
             raise TuneError(
                 f"--run-dir {run_dir}: holds a search on {found_lake}, this command names {lake}; name that one"

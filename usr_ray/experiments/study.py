@@ -35,7 +35,7 @@ from usr_ray.experiments.record import (
     write_record,
     write_results,
 )
-from usr_ray.experiments.worlds import World, pinned_rows, prepare_worlds, table_version, whole_path
+from usr_ray.experiments.worlds import BuildWorlds, World, pinned_rows, prepare_worlds, table_version, whole_path
 from usr_ray.launch.environment import OWN, SUBMITTED
 from usr_ray.launch.monitor import RayMonitor
 from usr_ray.launch.session import ray_session
@@ -68,6 +68,7 @@ def run_study(
     run_dir: Path,
     *,
     input_dir: Path | None = None,
+    build_worlds: BuildWorlds | None = None,
     cluster: str = OWN,
     command: Sequence[str] = (),
 ) -> StudyResult:
@@ -79,6 +80,7 @@ def run_study(
         lake: folder with the samples table; None for a study that makes its own worlds.
         run_dir: a new folder, or that of the same study.
         input_dir: the data set's files, for a study that makes worlds of real logs.
+        build_worlds: what builds the lakes of a study that makes worlds.
         cluster: what trainer_environment.prepare_environment returned.
         command: noted in study.json.
 
@@ -98,7 +100,9 @@ def run_study(
         write_record(run_dir, record)  # the worlds are built in its directory; else nothing is written for a wrong lake
     todo = [trial for trial in trials if not is_finished(trial_dir(run_dir, trial))]
     print(f"{study.name}: {len(trials)} trials, {len(trials) - len(todo)} of them finished already", flush=True)
-    worlds = prepare_worlds(study, base, trials, run_dir, input_dir) if study.has_worlds else {"": World(str(lake))}
+    worlds = {"": World(str(lake))}
+    if study.has_worlds:
+        worlds = prepare_worlds(study, base, trials, run_dir, input_dir, build=build_worlds)
     record["tables"] = tables = {
         name: record["tables"].get(name) or {"lake": world.lake, "version": table_version(world.lake, base)}
         for name, world in worlds.items()

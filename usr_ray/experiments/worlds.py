@@ -1,14 +1,11 @@
 """Lakes of a study: worlds, one for each combination of its world axes, built by the two ETL jobs.
 
-Spark runs in a process of its own, one world after the other, so neither this process nor Ray's need a JVM. A world
-that is whole is kept and used again; one that was cut off is built anew.
+A world that is whole is kept and used again; one that was cut off is built anew.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +13,6 @@ from usr_ray.config import load_config, parse_dates
 from usr_ray.data.manifest import Manifest, build_manifest
 from usr_ray.experiments.grid import SIMULATED, Resources, Study, StudyError, Trial, as_sets
 from usr_ray.experiments.record import Base
-from usr_ray.files import write_whole
-from usr_ray.launch.environment import ROOT
-from usr_ray.launch.spark import spark_environment, spark_submit
 
 WORLDS_DIR, _READY = "worlds", "ready"
 
@@ -28,6 +22,21 @@ class World:
     """A lake to train on."""
 
     lake: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorldPlan:
+    """A lake to build."""
+
+    folder: str
+    mark: str
+    """Name of an empty file that says the world is whole."""
+    commands: Sequence[Sequence[str]]
+    """The ETL jobs to run, each its file and its arguments."""
+
+
+BuildWorlds = Callable[[Sequence[WorldPlan], Path], None]
+"""Builds worlds and logs into a folder. It knows the ETL, which this library does not: jobs/study.py hands it in."""
 
 
 def table_version(lake: str, base: Base) -> int:
@@ -66,46 +75,36 @@ def _asked_version(base: Base) -> int | None:
 
 
 def prepare_worlds(
-    study: Study, base: Base, trials: Sequence[Trial], run_dir: Path, input_dir: Path | None = None
+    study: Study,
+    base: Base,
+    trials: Sequence[Trial],
+    run_dir: Path,
+    input_dir: Path | None = None,
+    *,
+    build: BuildWorlds | None = None,
 ) -> dict[str, World]:
-    """The lake of each world that the trials name; builds those that are not there, in one Spark process.
+    """The lake of each world that the trials name; builds those that are not there.
 
     Raises:
-        StudyError: no spark-submit, or an ETL job failed (what Spark said is in worlds/spark.log).
+        StudyError: an ETL job failed.
+        ValueError: there are worlds to build and no `build`.
     """
     folders = {trial.world: run_dir / WORLDS_DIR / trial.world for trial in trials}
     missing = {trial.world: trial for trial in trials if not (folders[trial.world] / _READY).is_file()}
     if missing:
+        if build is None:
+            raise ValueError(f"study {study.name} makes worlds: hand in what builds them, as jobs/study.py does")
         print(f"{study.name}: {len(missing)} of {len(folders)} worlds to build", flush=True)
-        commands = {
-            str(folders[name]): build_commands(folders[name], base, trial, source=study.source, input_dir=input_dir)
+        plans = [
+            WorldPlan(
+                str(folders[name]),
+                _READY,
+                build_commands(folders[name], base, trial, source=study.source, input_dir=input_dir),
+            )
             for name, trial in missing.items()
-        }
-        _build(commands, run_dir / WORLDS_DIR)
+        ]
+        build(plans, run_dir / WORLDS_DIR)
     return {name: World(str(folder / "lake")) for name, folder in folders.items()}
-
-
-def _build(worlds: Mapping[str, list[list[str]]], folder: Path) -> None:
-    plan, log = folder / "plan.json", folder / "spark.log"
-    folder.mkdir(parents=True, exist_ok=True)
-    entries = [{"folder": world, "mark": _READY, "commands": commands} for world, commands in worlds.items()]
-    write_whole(plan, json.dumps(entries, indent=2) + "\n")
-    command = [spark_submit(), "jobs/build_worlds.py", "--plan", str(plan)]
-    error = ""
-    with (
-        log.open("w", encoding="utf-8", buffering=1) as output,
-        subprocess.Popen(
-            command, cwd=ROOT, env=spark_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as process,
-    ):
-        assert process.stdout is not None
-        for line in process.stdout:
-            output.write(line)
-            if line.startswith("world "):
-                print(f"  {line}", end="", flush=True)
-            error = line.strip().removeprefix("error: ") if line.startswith("error: ") else error
-    if process.returncode:
-        raise StudyError(f"{error or f'jobs/build_worlds.py failed with exit code {process.returncode}'}; see {log}")
 
 
 def build_commands(

@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from usr_ray.config import Config, UserError, dotted, parse_dates
+from usr_ray.config import Config, UserError, first_difference, parse_dates
 from usr_ray.data.manifest import Manifest, build_manifest
 from usr_ray.data.order_quality import ShuffleQuality
 from usr_ray.data.pins import remove_pin, write_pin
@@ -95,7 +95,9 @@ def plan_run(config: Config, lake: Path | str, run_dir: Path | str, *, command: 
         _refuse_other_run(config, record, folder)
         _refuse_other_version(config, record, folder)
         manifests = {s: _saved_manifest(lake, folder, record, split=s) for s in SPLITS}
-        if _meaning(config.to_dict()) != _meaning(Config.completed(record["config"])):
+        # The run is pinned to its version, asked or not.
+        saved = Config.completed(record["config"])
+        if first_difference(saved, config.to_dict(), _TRAINED_FROM, but=[_VERSION_KEY]):
             record["status"] = RUNNING  # more epochs, for example
     train_manifest = manifests["train"]
     assert train_manifest is not None
@@ -181,16 +183,13 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def _refuse_other_run(config: Config, record: Mapping[str, Any], folder: Path) -> None:
-    saved, now = dotted(Config.completed(record["config"])), dotted(config.to_dict())
-    for key in [*saved, *(k for k in now if k not in saved)]:
-        if key == _VERSION_KEY:
-            continue
-        is_fixed = any(key == fixed or key.startswith(f"{fixed}.") for fixed in _FIXED)
-        if is_fixed and saved.get(key) != now.get(key):
-            raise UserError(
-                f"--run-dir {folder}: holds a run with {key} = {saved.get(key)!r}, this command has {now.get(key)!r}; "
-                "set it back to go on with that run, or use another --run-dir"
-            )
+    found = first_difference(Config.completed(record["config"]), config.to_dict(), _FIXED, but=[_VERSION_KEY])
+    if found:
+        key, saved, now = found
+        raise UserError(
+            f"--run-dir {folder}: holds a run with {key} = {saved!r}, this command has {now!r}; "
+            "set it back to go on with that run, or use another --run-dir"
+        )
 
 
 def _refuse_other_version(config: Config, record: Mapping[str, Any], folder: Path) -> None:
@@ -232,11 +231,6 @@ def _installed(packages: Sequence[str]) -> dict[str, str]:
 def _about(manifest: Manifest) -> dict[str, Any]:
     dates = manifest.dates
     return {"sha256": manifest.sha256, "num_rows": manifest.num_rows, "first_date": dates[0], "last_date": dates[-1]}
-
-
-def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
-    keys = dotted({section: config[section] for section in _TRAINED_FROM})
-    return {key: value for key, value in keys.items() if key != _VERSION_KEY}  # the run is pinned, asked or not
 
 
 def _write_record(run_dir: Path, record: Mapping[str, Any]) -> None:

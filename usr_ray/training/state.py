@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import usr_ray
-from usr_ray.config import Config
+from usr_ray.config import Config, first_difference
 from usr_ray.data.manifest import Manifest
 from usr_ray.model.embedding import WEIGHTS, Lookup
 from usr_ray.model.unique import EmbeddingError
@@ -262,9 +262,9 @@ def refusal(checkpoint: Checkpoint, config: Config, manifest: Manifest, order: s
     if saved["spec"] != json.loads(manifest.spec.to_json()):
         return f"checkpoint {checkpoint.path}: the table's features changed since it was written; {way_out}"
     then, now = Config.completed(saved["config"]), config.to_dict()
-    for key in FIXED_KEYS:
-        for path, old, new in _differences(key, _lookup(then, key), _lookup(now, key)):
-            return f"checkpoint {checkpoint.path}: it has {path} = {old!r}, this run {new!r}; set it back, or {way_out}"
+    if found := first_difference(then, now, FIXED_KEYS):
+        path, old, new = found
+        return f"checkpoint {checkpoint.path}: it has {path} = {old!r}, this run {new!r}; set it back, or {way_out}"
     if saved["cursor"]["order"] != order:
         return f"checkpoint {checkpoint.path}: the rows come in another order than when it was written; {way_out}"
     return None
@@ -296,18 +296,3 @@ def _empty(shape: list[int], dtype: str) -> Tensor:
 
 def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
     return {name.removeprefix(f"{part}/"): t for name, t in tensors.items() if name.startswith(f"{part}/")}
-
-
-def _lookup(config: Mapping[str, Any], key: str) -> Any:
-    value: Any = config
-    for name in key.split("."):
-        value = value.get(name) if isinstance(value, Mapping) else None
-    return value
-
-
-def _differences(path: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for key in [*old, *(k for k in new if k not in old)]:
-            yield from _differences(f"{path}.{key}", old.get(key), new.get(key))
-    elif old != new:
-        yield path, old, new

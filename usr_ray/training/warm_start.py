@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from usr_ray.config import Config, dotted
+from usr_ray.config import Config, first_difference
 from usr_ray.data.manifest import Manifest
 from usr_ray.schema import FeatureSpec
 from usr_ray.training.checkpoint import STATE, Checkpoint, CheckpointError, CheckpointStore
@@ -62,7 +62,7 @@ def warm_start_refusal(state: Mapping[str, Any], path: str, config: Config, mani
     """
     try:
         old = FeatureSpec.from_json(json.dumps(state["spec"]))
-        saved = dotted(state["config"])
+        saved = dict(state["config"])
     except (KeyError, TypeError, ValueError) as error:
         return f"train.warm_start {path}: not written by this version ({error}); {_WAY_OUT}"
     new = manifest.spec
@@ -78,14 +78,10 @@ def warm_start_refusal(state: Mapping[str, Any], path: str, config: Config, mani
     if sized != replace(new, sparse=tuple(replace(f, num_embeddings=0) for f in new.sparse)):
         found = f"{manifest.table_uri}{_first(sized, new)}"
         return f"train.warm_start {path}: its features are not those of {found}; {_WAY_OUT}"
-    fixed = ["model."] + (["train.embedding_optimizer"] if config.train.warm_start_optimizer else [])
-    now_config = dotted(config.to_dict())
-    for key in sorted(saved.keys() | now_config.keys()):
-        if key.startswith(tuple(fixed)) and saved.get(key) != now_config.get(key):
-            return (
-                f"train.warm_start {path}: it has {key} = {saved.get(key)!r}, this run {now_config.get(key)!r}; "
-                f"set it so, or {_WAY_OUT}"
-            )
+    keys = ["model", *(["train.embedding_optimizer"] if config.train.warm_start_optimizer else [])]
+    if other := first_difference(saved, config.to_dict(), keys):
+        key, before, now = other
+        return f"train.warm_start {path}: it has {key} = {before!r}, this run {now!r}; set it so, or {_WAY_OUT}"
     return None
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from jobs import build_worlds
 from usr_ray.experiments import study as study_module
-from usr_ray.experiments import worlds as study_worlds
 from usr_ray.experiments.grid import Resources, StudyError, expand, load_study, parse_study
 from usr_ray.experiments.record import Base
-from usr_ray.experiments.worlds import build_commands
+from usr_ray.experiments.worlds import build_commands, prepare_worlds
 
 pytestmark = pytest.mark.unit
 
@@ -95,9 +95,11 @@ def test_a_world_that_cannot_be_built_says_where_to_look(tmp_path: Path, monkeyp
     submit = tmp_path / "spark-submit"
     submit.write_text("#!/bin/sh\necho starting\necho 'error: world a: jobs/ingest_logs.py: seed is odd'\nexit 2\n")
     submit.chmod(0o755)
-    monkeypatch.setattr(study_worlds, "spark_submit", lambda: str(submit))
+    monkeypatch.setattr(build_worlds, "spark_submit", lambda: str(submit))
     with pytest.raises(StudyError, match=r"^world a: jobs/ingest_logs.py: seed is odd; see .*spark.log$"):
-        study_worlds.prepare_worlds(study, base, expand(study), tmp_path / "run")
+        prepare_worlds(study, base, expand(study), tmp_path / "run", build=build_worlds.in_spark)
     submit.write_text("#!/bin/sh\nexit 137\n")
     with pytest.raises(StudyError, match=r"^jobs/build_worlds.py failed with exit code 137; see .*spark.log$"):
-        study_worlds.prepare_worlds(study, base, expand(study), tmp_path / "run")
+        prepare_worlds(study, base, expand(study), tmp_path / "run", build=build_worlds.in_spark)
+    with pytest.raises(ValueError, match=r"study w makes worlds: hand in what builds them"):
+        prepare_worlds(study, base, expand(study), tmp_path / "run")

@@ -91,6 +91,11 @@ def test_a_search_goes_on_only_as_itself(tmp_path: Path) -> None:
     other = load_search(None, [*SEARCH.overrides, "tune.num_trials=99"])
     with pytest.raises(TuneError, match=r"holds a search with tune.num_trials = 16, this command has 99; set it back"):
         open_search(other, str(lake), run_dir, SEARCH, [])
+    fewer = load_search(None, [*SETS, SPACE[: SPACE.index(', "model.backbone"')] + "}", "train.num_epochs=2"])
+    with pytest.raises(
+        TuneError, match=r"holds a search with tune.space.model.backbone.\w+ = .*, this command has None"
+    ):
+        open_search(fewer, str(lake), run_dir, SEARCH, [])
     with pytest.raises(TuneError, match=r"holds a search on .*lake, this command names /pond; name that one"):
         open_search(CONFIG, "/pond", run_dir, SEARCH, [])
     with pytest.raises(TuneError, match=r"lake: is there and holds no search; name a new or empty folder"):
