@@ -125,9 +125,8 @@ def run_study(
         run_jobs(jobs, study.resources, cluster=cluster)
     rows = result_rows(run_dir, trials)
     path = write_results(run_dir, rows)
-    folders = {trial.trial_id: trial_dir(run_dir, trial) for trial in trials}
-    unfinished = {name: folder for name, folder in folders.items() if not is_finished(folder)}
-    failures = {name: failure_of(folder) or "no result" for name, folder in unfinished.items()}
+    unfinished = [trial for trial in trials if not is_finished(trial_dir(run_dir, trial))]
+    failures = {trial.trial_id: failure_of(trial_dir(run_dir, trial)) or "no result" for trial in unfinished}
     if not failures:
         for manifests in pinned:
             remove_pin(manifests[0].table_uri, run_dir)
