@@ -71,7 +71,7 @@ TINY_WORLD = {
 def lake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def run_here(jobs: Sequence[study_module.Job], resources: Resources, *, cluster: str) -> None:
         for job in jobs:
-            study_module.run_trial(job)
+            study_module.run_job(job)
 
     monkeypatch.setattr(study_module, "run_jobs", run_here)
     torch.set_num_threads(1)
@@ -199,7 +199,7 @@ def test_a_search_chooses_judges_and_reports(lake: Path, tmp_path: Path, monkeyp
         for n, values in enumerate(drawn):
             context = SimpleNamespace(get_trial_id=lambda n=n: f"t_{n:05d}")
             monkeypatch.setattr(tune_module.tune, "get_context", lambda context=context: context)
-            tune_module.run_trial(
+            tune_module.run_drawn(
                 values, config=config.to_dict(), lake=lake, folder=str(run_dir / "trials"), version=version
             )
         return read_points(run_dir / "trials", config)

@@ -40,7 +40,8 @@ def own_lake(tmp_path: Path) -> Path:
 def test_failures_are_kept_and_a_second_call_runs_only_what_has_no_result(
     cluster: None, own_lake: Path, tmp_path: Path
 ) -> None:
-    from usr_ray.experiments.study import run_study, train_alone
+    from usr_ray.experiments.study import run_study
+    from usr_ray.experiments.trials import train_alone
 
     study, base, run_dir = parse_study(GRID, name="rates", scale="full"), Base(None, SETS), tmp_path / "study"
     first = run_study(study, base, str(own_lake), run_dir)

@@ -8,11 +8,7 @@ data.train_dates and compared on data.eval_dates, which the search has not seen 
 
 from __future__ import annotations
 
-import contextlib
-import datetime as dt
 import logging
-import time
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +21,11 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search import ConcurrencyLimiter, SearchAlgorithm, Searcher
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from usr_ray.config import Config, UserError
+from usr_ray.config import Config
 from usr_ray.config.tune import METRICS, SpaceConfig, TuneConfig
 from usr_ray.data.pins import remove_pin, write_pin
 from usr_ray.experiments.grid import Resources, Study
-from usr_ray.experiments.record import Base, failure_of, note_failure, now
+from usr_ray.experiments.record import Base, now
 from usr_ray.experiments.search_record import as_row, open_search, read_points, write_search, write_values
 from usr_ray.experiments.space import (
     Choice,
@@ -44,12 +40,13 @@ from usr_ray.experiments.space import (
     search_resources,
     trial_config,
 )
-from usr_ray.experiments.study import LOG_FILE, StudyResult, num_slots, run_study, train_alone
+from usr_ray.experiments.study import StudyResult, run_study
+from usr_ray.experiments.trials import Progress, num_slots, run_trial
 from usr_ray.experiments.worlds import pinned_rows, whole_path
 from usr_ray.files import write_whole
 from usr_ray.launch.environment import OWN, SUBMITTED
 from usr_ray.launch.session import ray_session
-from usr_ray.launch.trainer import refuse_relative, run
+from usr_ray.launch.trainer import refuse_relative
 from usr_ray.training.worker import LocalWorker
 
 SEARCH_FILE, BEST_FILE, TRIALS_DIR, RAY_DIR, FINAL_DIR = "search.json", "best.toml", "trials", "ray", "final"
@@ -119,7 +116,7 @@ def _search(config: Config, lake: str, run_dir: Path, version: int) -> list[Trie
     slots = num_slots(resources, ray.cluster_resources(), use_gpu=config.ray.use_gpu)
     trainable = tune.with_resources(
         tune.with_parameters(
-            run_trial, config=config.to_dict(), lake=lake, folder=str(run_dir / TRIALS_DIR), version=version
+            run_drawn, config=config.to_dict(), lake=lake, folder=str(run_dir / TRIALS_DIR), version=version
         ),
         _reserved(resources, use_gpu=config.ray.use_gpu),
     )
@@ -153,28 +150,19 @@ def _search(config: Config, lake: str, run_dir: Path, version: int) -> list[Trie
 class _Progress(tune.Callback):
     """A line for each trial that ended, with the time left."""
 
-    def __init__(self) -> None:
-        self._total, self._num_ended, self._start_s = 0, 0, time.monotonic()
-
     # Tune passes everything by name.
     def setup(self, **info: Any) -> None:  # type: ignore[override]
         """See tune.Callback; also at the start of a resumed search, from which its time is counted."""
-        self._total, self._num_ended, self._start_s = info.get("total_num_samples") or 0, 0, time.monotonic()
+        self._progress = Progress(info.get("total_num_samples") or 0)
 
     def on_trial_complete(self, **info: Any) -> None:  # type: ignore[override]
         """See tune.Callback."""
         trial = info["trial"]
-        self._ended(trial, f"ended after {(trial.last_result or {}).get('epoch', 0)} epochs")
+        self._progress.ended(trial.trial_id, f"ended after {(trial.last_result or {}).get('epoch', 0)} epochs")
 
     def on_trial_error(self, **info: Any) -> None:  # type: ignore[override]
         """See tune.Callback."""
-        self._ended(info["trial"], "FAILED")
-
-    def _ended(self, trial: Any, how: str) -> None:
-        self._num_ended += 1
-        per_trial_s = (time.monotonic() - self._start_s) / self._num_ended
-        left = dt.timedelta(seconds=round(per_trial_s * max(0, self._total - self._num_ended)))
-        print(f"[{self._num_ended}/{self._total}] {trial.trial_id} {how}; at most {left} left", flush=True)
+        self._progress.ended(info["trial"].trial_id, "FAILED")
 
 
 def _search_algorithm(config: Config, slots: int) -> SearchAlgorithm | Searcher:
@@ -250,24 +238,15 @@ class _TuneWorker(LocalWorker):
         tune.report(dict(metrics))
 
 
-def run_trial(values: Mapping[str, Any], *, config: Mapping[str, Any], lake: str, folder: str, version: int) -> None:
+def run_drawn(values: Mapping[str, Any], *, config: Mapping[str, Any], lake: str, folder: str, version: int) -> None:
     """A trial's driver, in its own process; started again it resumes from its checkpoint.
 
     Raises:
-        RuntimeError: with the text of a UserError, so that Tune records one line.
+        RuntimeError: the trial failed; in one line, which Tune records.
     """
     own = trial_config(Config.from_dict(config), values, table_version=version)
     run_dir = Path(folder) / tune.get_context().get_trial_id()
     write_values(run_dir, values, num_epochs=own.train.num_epochs)
-    with (run_dir / LOG_FILE).open("a", encoding="utf-8", buffering=1) as log, contextlib.redirect_stdout(log):
-        try:
-            if own.ray.num_workers == 1:
-                train_alone(own, lake, run_dir, _TuneWorker())
-            else:
-                run(own, lake, run_dir, callbacks=[TuneReportCallback()])
-        except UserError as error:
-            note_failure(run_dir, " ".join(str(error).split()))
-            raise RuntimeError(failure_of(run_dir)) from None
-        except Exception as error:
-            note_failure(run_dir, f"{type(error).__name__}: {error}", traceback.format_exc())
-            raise
+    failure = run_trial(own, lake, run_dir, worker=_TuneWorker, callbacks=[TuneReportCallback()])
+    if failure:
+        raise RuntimeError(failure)

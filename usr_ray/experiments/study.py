@@ -1,30 +1,24 @@
 """Running a study: its trials as Ray tasks, as many at once as the cluster holds, each a run directory of its own.
 
-A trial of one worker is the loop in the task's own process; a trial of more is a task without CPUs that starts Ray
-Train's worker group. The number of tasks is bounded by what their workers need, so no trial waits for another's CPUs.
+A trial of more than one worker is a task without CPUs that starts Ray Train's worker group. The number of tasks is
+bounded by what their workers need, so no trial waits for another's CPUs.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
-import math
 import shutil
-import time
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 
-from usr_ray.config import Config, UserError
+from usr_ray.config import Config
 from usr_ray.data.pins import remove_pin, write_pin
 from usr_ray.experiments.grid import SIMULATED, Resources, Study, StudyError, Trial, expand
 from usr_ray.experiments.record import (
-    FAILURE_FILE,
     Base,
     failure_of,
     is_finished,
@@ -35,17 +29,13 @@ from usr_ray.experiments.record import (
     write_record,
     write_results,
 )
+from usr_ray.experiments.trials import LOG_FILE, Progress, num_slots, run_trial
 from usr_ray.experiments.worlds import BuildWorlds, World, pinned_rows, prepare_worlds, table_version, whole_path
 from usr_ray.launch.environment import OWN, SUBMITTED
-from usr_ray.launch.monitor import RayMonitor
 from usr_ray.launch.session import ray_session
-from usr_ray.launch.trainer import refuse_relative, run
-from usr_ray.runs.folder import write_result
-from usr_ray.runs.plan import load_manifest, mark_finished, plan_run, write_plan
-from usr_ray.training.loop import train
+from usr_ray.launch.trainer import refuse_relative
 from usr_ray.training.worker import LocalWorker
 
-LOG_FILE = "train.log"
 _LOSSES = 2
 """Times that Ray starts a trial again whose process was lost; it goes on from its checkpoint."""
 _POLL_S = 30.0
@@ -161,17 +151,13 @@ class Job:
     """Keep the checkpoints of a finished trial; otherwise only its metrics and predictions stay."""
 
 
-def run_jobs(
-    jobs: Sequence[Job], resources: Resources, *, cluster: str, say: Callable[[str], None] | None = None
-) -> None:
+def run_jobs(jobs: Sequence[Job], resources: Resources, *, cluster: str) -> None:
     """Run every job, with a line of progress and the time left after each; a failure is noted and the others go on."""
-    say = say or (lambda text: print(text, flush=True))
     session = jobs[0].config.ray
     with ray_session(session, cluster=cluster):
-        slots = num_slots(resources, ray.cluster_resources(), use_gpu=session.use_gpu)
-        slots = min(slots, len(jobs))
-        say(f"{len(jobs)} trials to run, {slots} at once, {resources.num_workers} workers each")
-        progress = Progress(len(jobs), slots, say)
+        slots = min(num_slots(resources, ray.cluster_resources(), use_gpu=session.use_gpu), len(jobs))
+        print(f"{len(jobs)} trials to run, {slots} at once, {resources.num_workers} workers each", flush=True)
+        progress = Progress(len(jobs))
         waiting = list(jobs)
         running: dict[Any, Job] = {}
         remote = _remote_trial(resources, use_gpu=session.use_gpu)
@@ -181,55 +167,23 @@ def run_jobs(
                 running[remote.remote(job)] = job
             done, _ = ray.wait(list(running), num_returns=1, timeout=_POLL_S)
             if not done:
-                progress.still_running([job.run_dir for job in running.values()])
+                _print_last_lines([job.run_dir for job in running.values()])
             for reference in done:
                 job = running.pop(reference)
                 try:
                     ray.get(reference)
                 except Exception as error:  # the process was lost more than _LOSSES times
                     note_failure(job.run_dir, f"{type(error).__name__}: {str(error).splitlines()[0]}")
-                progress.ended(job)
+                failure = "" if is_finished(job.run_dir) else failure_of(job.run_dir) or "stopped"
+                progress.ended(job.trial.trial_id, f"FAILED: {failure}" if failure else "finished")
 
 
-def num_slots(resources: Resources, present: Mapping[str, float], *, use_gpu: bool) -> int:
-    """Trials that run at once without waiting for one another's workers.
-
-    Raises:
-        StudyError: not even one fits.
-    """
-    needed = {"CPU": resources.num_workers * resources.cpus_per_worker}
-    if use_gpu:
-        needed["GPU"] = float(resources.num_workers)
-    fit = min(math.floor(present.get(name, 0.0) / count + 1e-9) for name, count in needed.items())
-    if fit < 1:
-        words = ", ".join(f"{count:g} {name}" for name, count in needed.items())
-        have = ", ".join(f"{present.get(name, 0.0):g} {name}" for name in needed)
-        raise StudyError(f"resources: a trial needs {words}, the cluster has {have}; lower resources.num_workers")
-    return min(fit, resources.max_concurrent) if resources.max_concurrent else fit
-
-
-class Progress:
-    """Lines about a study: what ended, and when all will have."""
-
-    def __init__(self, total: int, slots: int, say: Callable[[str], None]) -> None:
-        self._total, self._slots, self._say = total, slots, say
-        self._num_ended, self._start_s = 0, time.monotonic()
-
-    def ended(self, job: Job) -> None:
-        """One trial has a result, or has failed."""
-        self._num_ended += 1
-        passed_s = time.monotonic() - self._start_s
-        left = dt.timedelta(seconds=round(passed_s / self._num_ended * (self._total - self._num_ended)))
-        failure = "" if is_finished(job.run_dir) else failure_of(job.run_dir) or "stopped"
-        outcome = f"FAILED: {failure}" if failure else "finished"
-        self._say(f"[{self._num_ended}/{self._total}] {job.trial.trial_id} {outcome}; left {left}")
-
-    def still_running(self, folders: Sequence[Path]) -> None:
-        """The last line of each log."""
-        for folder in folders:
-            with contextlib.suppress(OSError, IndexError):
-                line = (folder / LOG_FILE).read_text(encoding="utf-8").splitlines()[-1]
-                self._say(f"  {folder.name}: {line}")
+def _print_last_lines(folders: Sequence[Path]) -> None:
+    """How far the running trials are."""
+    for folder in folders:
+        with contextlib.suppress(OSError, IndexError):
+            line = (folder / LOG_FILE).read_text(encoding="utf-8").splitlines()[-1]
+            print(f"  {folder.name}: {line}", flush=True)
 
 
 def _remote_trial(resources: Resources, *, use_gpu: bool) -> Any:
@@ -237,57 +191,17 @@ def _remote_trial(resources: Resources, *, use_gpu: bool) -> Any:
     options: dict[str, Any] = {"num_cpus": resources.cpus_per_worker if alone else 0, "max_retries": _LOSSES}
     if alone and use_gpu:
         options["num_gpus"] = 1
-    return ray.remote(run_trial).options(**options)
+    return ray.remote(run_job).options(**options)
 
 
-def run_trial(job: Job) -> None:
+def run_job(job: Job) -> None:
     """One trial, in a Ray task's process: to its result, or to a failure.json."""
-    job.run_dir.mkdir(parents=True, exist_ok=True)
-    with (job.run_dir / LOG_FILE).open("a", encoding="utf-8", buffering=1) as log, contextlib.redirect_stdout(log):
-        try:
-            if job.config.ray.num_workers == 1:
-                worker = LocalWorker()
-                worker.stop_on_signal()
-                train_alone(job.config, job.lake, job.run_dir, worker, command=[job.trial.trial_id])
-            else:
-                run(job.config, job.lake, job.run_dir, command=[job.trial.trial_id])
-        except UserError as error:
-            note_failure(job.run_dir, " ".join(str(error).split()))
-        except Exception as error:
-            note_failure(job.run_dir, f"{type(error).__name__}: {error}", traceback.format_exc())
-        else:
-            (job.run_dir / FAILURE_FILE).unlink(missing_ok=True)
+    run_trial(job.config, job.lake, job.run_dir, worker=_stoppable, command=[job.trial.trial_id])
     if is_finished(job.run_dir) and not job.keep_model:
         shutil.rmtree(job.run_dir / "checkpoints", ignore_errors=True)
 
 
-def train_alone(config: Config, lake: str, run_dir: Path, worker: LocalWorker, *, command: Sequence[str] = ()) -> None:
-    """jobs/train.py's run on one worker in this process; goes on with what `run_dir` holds.
-
-    Raises:
-        UserError: as trainer.run.
-    """
-    plan = plan_run(config, lake, run_dir, command=command)
-    if is_finished(run_dir):
-        return
-    write_plan(plan)
-    torch.set_num_threads(max(1, math.floor(config.ray.cpus_per_worker)))
-    train_manifest = load_manifest(run_dir, "train")
-    assert train_manifest is not None
-    monitor = RayMonitor(run_dir, run_name=run_dir.name, rank=0)
-    try:
-        result = train(
-            config,
-            worker,
-            train_manifest=train_manifest,
-            eval_manifest=plan.eval_manifest,
-            run_dir=run_dir,
-            monitor=monitor,
-        )
-    finally:
-        monitor.close()
-    if result.status == "stopped":
-        return
-    if plan.eval_manifest is not None:
-        write_result(run_dir, config, result, plan.eval_manifest)
-    mark_finished(plan, outcome=result.status, step=result.step)
+def _stoppable() -> LocalWorker:
+    worker = LocalWorker()
+    worker.stop_on_signal()
+    return worker

@@ -11,6 +11,7 @@ from jobs import build_worlds
 from usr_ray.experiments import study as study_module
 from usr_ray.experiments.grid import Resources, StudyError, expand, load_study, parse_study
 from usr_ray.experiments.record import Base
+from usr_ray.experiments.trials import num_slots
 from usr_ray.experiments.worlds import build_commands, prepare_worlds
 
 pytestmark = pytest.mark.unit
@@ -31,12 +32,12 @@ ROOT = Path(__file__).resolve().parents[3]
 def test_as_many_trials_run_as_have_all_their_workers(
     resources: Resources, present: dict[str, float], slots: int
 ) -> None:
-    assert study_module.num_slots(resources, present, use_gpu=False) == slots
+    assert num_slots(resources, present, use_gpu=False) == slots
 
 
 def test_a_trial_that_never_fits_is_refused() -> None:
     with pytest.raises(StudyError, match=r"a trial needs 4 CPU, 4 GPU, the cluster has 8 CPU, 1 GPU; lower"):
-        study_module.num_slots(Resources(num_workers=4), {"CPU": 8.0, "GPU": 1.0}, use_gpu=True)
+        num_slots(Resources(num_workers=4), {"CPU": 8.0, "GPU": 1.0}, use_gpu=True)
 
 
 def test_a_world_is_built_from_the_same_configuration_as_it_is_trained_with(tmp_path: Path) -> None:

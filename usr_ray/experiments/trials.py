@@ -1,0 +1,132 @@
+"""One training of a study or a search: in its process, in its folder, to a result or to a failure that is written down.
+
+A trial of one worker is the loop in the trial's own process; a trial of more starts Ray Train's worker group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import math
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from usr_ray.config import Config, UserError
+from usr_ray.experiments.grid import Resources, StudyError
+from usr_ray.experiments.record import FAILURE_FILE, is_finished, note_failure
+from usr_ray.launch.monitor import RayMonitor
+from usr_ray.launch.trainer import run
+from usr_ray.runs.folder import write_result
+from usr_ray.runs.plan import load_manifest, mark_finished, plan_run, write_plan
+from usr_ray.training.loop import train
+from usr_ray.training.worker import LocalWorker
+
+LOG_FILE = "train.log"
+
+
+def run_trial(
+    config: Config,
+    lake: str,
+    run_dir: Path,
+    *,
+    worker: Callable[[], LocalWorker] = LocalWorker,
+    callbacks: Sequence[Any] = (),
+    command: Sequence[str] = (),
+) -> str:
+    """Train as `config` says, or go on with what `run_dir` holds; what is printed goes into its train.log.
+
+    Args:
+        config: of the trial.
+        lake: folder with the samples table.
+        run_dir: of the trial.
+        worker: makes the only rank of a trial of one worker.
+        callbacks: of Ray Train's RunConfig, for a trial of more.
+        command: recorded in config.json.
+
+    Returns:
+        What the trial failed of, in one line, also in failure.json; '' where it did not.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / LOG_FILE).open("a", encoding="utf-8", buffering=1) as log, contextlib.redirect_stdout(log):
+        try:
+            if config.ray.num_workers == 1:
+                train_alone(config, lake, run_dir, worker(), command=command)
+            else:
+                run(config, lake, run_dir, command=command, callbacks=callbacks)
+        except UserError as error:
+            failure, trace = " ".join(str(error).split()), ""
+        except Exception as error:
+            failure, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
+        else:
+            (run_dir / FAILURE_FILE).unlink(missing_ok=True)
+            return ""
+    note_failure(run_dir, failure, trace)
+    return failure
+
+
+def train_alone(config: Config, lake: str, run_dir: Path, worker: LocalWorker, *, command: Sequence[str] = ()) -> None:
+    """jobs/train.py's run on one worker in this process; goes on with what `run_dir` holds.
+
+    Raises:
+        UserError: as trainer.run.
+    """
+    plan = plan_run(config, lake, run_dir, command=command)
+    if is_finished(run_dir):
+        return
+    write_plan(plan)
+    torch.set_num_threads(max(1, math.floor(config.ray.cpus_per_worker)))
+    train_manifest = load_manifest(run_dir, "train")
+    assert train_manifest is not None
+    monitor = RayMonitor(run_dir, run_name=run_dir.name, rank=0)
+    try:
+        result = train(
+            config,
+            worker,
+            train_manifest=train_manifest,
+            eval_manifest=plan.eval_manifest,
+            run_dir=run_dir,
+            monitor=monitor,
+        )
+    finally:
+        monitor.close()
+    if result.status == "stopped":
+        return
+    if plan.eval_manifest is not None:
+        write_result(run_dir, config, result, plan.eval_manifest)
+    mark_finished(plan, outcome=result.status, step=result.step)
+
+
+def num_slots(resources: Resources, present: Mapping[str, float], *, use_gpu: bool) -> int:
+    """Trials that run at once without waiting for one another's workers.
+
+    Raises:
+        StudyError: not even one fits.
+    """
+    needed = {"CPU": resources.num_workers * resources.cpus_per_worker}
+    if use_gpu:
+        needed["GPU"] = float(resources.num_workers)
+    fit = min(math.floor(present.get(name, 0.0) / count + 1e-9) for name, count in needed.items())
+    if fit < 1:
+        words = ", ".join(f"{count:g} {name}" for name, count in needed.items())
+        have = ", ".join(f"{present.get(name, 0.0):g} {name}" for name in needed)
+        raise StudyError(f"resources: a trial needs {words}, the cluster has {have}; lower resources.num_workers")
+    return min(fit, resources.max_concurrent) if resources.max_concurrent else fit
+
+
+class Progress:
+    """A line for each trial that ended, with the time that the others still take."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._num_ended, self._start_s = total, 0, time.monotonic()
+
+    def ended(self, name: str, how: str) -> None:
+        """One trial has a result, or has failed."""
+        self._num_ended += 1
+        per_trial_s = (time.monotonic() - self._start_s) / self._num_ended
+        left = dt.timedelta(seconds=round(per_trial_s * max(0, self._total - self._num_ended)))
+        print(f"[{self._num_ended}/{self._total}] {name} {how}; at most {left} left", flush=True)
