@@ -147,7 +147,9 @@ def pins(lake: Path) -> list[Path]:
 
 
 def test_a_study_trains_compares_draws_and_gives_back_its_pins(lake: Path, tmp_path: Path) -> None:
-    axis = {"name": "cl", "values": {"with": {}, "rate": {"train.learning_rate": 1e30, "train.gradient_clip": 0.0}}}
+    # Each step multiplies the weights by -999,999: a loss that is not a number, and a trial that fails on purpose.
+    wild = {"train.learning_rate": 1000.0, "train.weight_decay": 1000.0, "train.gradient_clip": 0.0}
+    axis = {"name": "cl", "values": {"with": {}, "rate": wild}}
     raw = {
         "seeds": [0],
         "slices": True,

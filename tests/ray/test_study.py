@@ -19,13 +19,14 @@ from usr_ray.training.worker import LocalWorker
 pytestmark = pytest.mark.ray
 
 SETS = (*OVERRIDES, "train.num_epochs=1")
+WILD = {"train.learning_rate": 1000.0, "train.weight_decay": 1000.0, "train.gradient_clip": 0.0}
+"""Each step multiplies the weights by -999,999: a loss that is not a number, so that a trial fails on purpose."""
 GRID: dict[str, Any] = {
     "seeds": [0, 1],
     "axes": [
         {
             "name": "rate",
-            # A loss that is not a number: this trial fails on purpose.
-            "values": {"sound": {}, "diverging": {"train.learning_rate": 1e30, "train.gradient_clip": 0.0}},
+            "values": {"sound": {}, "diverging": WILD},
         }
     ],
 }

@@ -247,6 +247,7 @@ def run_drawn(values: Mapping[str, Any], *, config: Mapping[str, Any], lake: str
     own = trial_config(Config.from_dict(config), values, table_version=version)
     run_dir = Path(folder) / tune.get_context().get_trial_id()
     write_values(run_dir, values, num_epochs=own.train.num_epochs)
-    failure = run_trial(own, lake, run_dir, worker=_TuneWorker, callbacks=[TuneReportCallback()])
+    callbacks = [TuneReportCallback()] if own.ray.num_workers > 1 else []
+    failure = run_trial(own, lake, run_dir, worker=_TuneWorker, callbacks=callbacks)
     if failure:
         raise RuntimeError(failure)
