@@ -126,8 +126,8 @@ def moment(text: str | None) -> str:
 
 
 def span(dates: str | None) -> str:
-    """'A:B' as 'A to B'."""
-    return (dates or "").replace(":", " to ")
+    """'A:B' as 'A to B'; one date alone."""
+    return " to ".join(dict.fromkeys((dates or "").split(":")))
 
 
 def words(name: str) -> str:

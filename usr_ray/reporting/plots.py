@@ -369,7 +369,7 @@ def parallel_plot(dimensions: Sequence[Dimension], rows: Sequence[Sequence[float
         axes.set_yticks([])
         axes.set(xlim=(-0.1, len(dimensions) - 0.6), ylim=(-0.05, 1.12))
 
-    return draw_svg(draw, label=label, size=(max(6.5, 1.4 * len(dimensions)), 4.0))
+    return draw_svg(draw, label=label, size=(max(13.0, 1.4 * len(dimensions)), 4.0))
 
 
 def bars_plot(values: Mapping[str, float], *, label: str, axis: str) -> Markup:

@@ -31,7 +31,9 @@ def write_search_report(run_dir: Path, config: Config, result: TuneResult) -> Pa
     ]
     sections = [search_section(config, result.points, choice.point)]
     page = Path(run_dir) / REPORT_FILE
-    return write_study_report(Path(run_dir) / FINAL_DIR, result.study, page, lead=lead, sections=sections)
+    return write_study_report(
+        Path(run_dir) / FINAL_DIR, result.study, page, kind="Search", lead=lead, sections=sections
+    )
 
 
 def search_section(config: Config, points: Sequence[TriedPoint], chosen: TriedPoint) -> Section:

@@ -60,6 +60,7 @@ def write_study_report(
     study: Study,
     output: Path | None = None,
     *,
+    kind: str = "Study",
     lead: Sequence[str] = (),
     sections: Sequence[Section] = (),
 ) -> Path:
@@ -69,6 +70,7 @@ def write_study_report(
         run_dir: of run_study.
         study: the grid, as it was run.
         output: another file.
+        kind: of the page.
         lead: sentences that go before the study's own.
         sections: likewise.
 
@@ -85,7 +87,7 @@ def write_study_report(
     return write_page(
         Path(output) if output else run_dir / REPORT_FILE,
         "study.html.j2",
-        eyebrow=f"Study report · {study.name}",
+        eyebrow=f"{kind} report · {study.name}",
         title=study.title,
         question=study.question,
         warnings=[left_out] if failures else [],

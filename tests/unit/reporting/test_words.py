@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from usr_ray.evaluation.statistics import Judged, PairedGap
-from usr_ray.reporting.page import duration
+from usr_ray.reporting.page import duration, p_value, span
 from usr_ray.reporting.run import verdict, why_undefined
 
 pytestmark = pytest.mark.unit
@@ -59,3 +59,13 @@ def test_every_dash_has_a_reason(key, changes, reason):
 
 def test_durations_are_read_at_a_glance():
     assert [duration(s) for s in (0.4, 59.6, 200, 7500)] == ["0 s", "1 min 00 s", "3 min 20 s", "2 h 05 min"]
+
+
+def test_dates_and_p_values_are_read_at_a_glance():
+    assert [span(d) for d in ("2026-01-01:2026-01-02", "2026-01-02:2026-01-02", "2026-01-02", None)] == [
+        "2026-01-01 to 2026-01-02",
+        "2026-01-02",
+        "2026-01-02",
+        "",
+    ]
+    assert [p_value(p) for p in (0.04999, 0.00009, 0.0, None)] == ["0.0500", "<0.0001", "<0.0001", "\N{EN DASH}"]
