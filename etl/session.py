@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
-from py4j.protocol import Py4JJavaError
-from pyspark import SparkContext, StorageLevel
+from pyspark import StorageLevel
 from pyspark.errors import PySparkRuntimeError
 from pyspark.sql import DataFrame, SparkSession
 
+from etl.jvm import delta_jars_version, submitted_options
 from usr_ray.config import UserError
 
 PYSPARK_VERSION = "4.2"
@@ -96,7 +96,7 @@ def build_spark(app_name: str, options: Mapping[str, str] | None = None) -> Spar
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     os.environ.setdefault("PYSPARK_DRIVER_PYTHON", sys.executable)
     builder = SparkSession.builder.appName(app_name)
-    submitted = _submitted()
+    submitted = submitted_options()
     master = (options or {}).get("spark.master", submitted.get("spark.master", "local[*]"))
     defaults = DEFAULTS | (LOCAL_DEFAULTS if master.startswith("local") else {})
     for key, value in (defaults | submitted | REQUIRED | dict(options or {})).items():
@@ -122,15 +122,6 @@ def kept(frame: DataFrame) -> DataFrame:
     if str(frame.sparkSession.conf.get("spark.master")).startswith("local"):
         return frame.localCheckpoint()
     return frame.persist(StorageLevel.MEMORY_AND_DISK)
-
-
-def _submitted() -> dict[str, str]:
-    """The options of spark-submit, its defaults file included; none where Python starts the JVM itself."""
-    if "PYSPARK_GATEWAY_PORT" not in os.environ:
-        return {}
-    SparkContext._ensure_initialized()
-    found = SparkContext._jvm.org.apache.spark.SparkConf().getAll()  # type: ignore[union-attr]
-    return {pair._1(): pair._2() for pair in found}
 
 
 def _check_packages() -> None:
@@ -164,14 +155,10 @@ def _check_java(text: str) -> None:
 def _check_delta(spark: SparkSession) -> None:
     needed = DELTA_PACKAGE.rpartition(":")[2]
     way_out = f"run `make setup`, or spark-submit with `--packages {DELTA_PACKAGE}`"
-    jvm = spark.sparkContext._jvm
-    assert jvm is not None  # a started session has one
-    try:
-        jvm.org.apache.spark.util.Utils.classForName("io.delta.sql.DeltaSparkSessionExtension", True, False)
-        found = str(getattr(jvm, "io.delta.package$").__getattr__("MODULE$").VERSION())
-    except Py4JJavaError as error:
+    found = delta_jars_version(spark)
+    if found is None:
         spark.stop()
-        raise UserError(f"delta: its jars are not on Spark's class path, needed {needed}; {way_out}") from error
+        raise UserError(f"delta: its jars are not on Spark's class path, needed {needed}; {way_out}")
     if found != needed:
         raise UserError(f"delta: found jars of version {found}, needed {needed}; {way_out}")
 

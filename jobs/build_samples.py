@@ -13,7 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from etl.driver_stderr import print_error
+from etl.jvm import print_error
 from usr_ray.cli import check_input, check_lake, job_config, job_dates, job_parser, run_job
 from usr_ray.config import Config, UserError
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from etl.driver_stderr import print_error
+from etl.jvm import print_error
 from jobs import build_samples, ingest_logs
 from usr_ray.cli import job_parser, run_job
 from usr_ray.config import UserError

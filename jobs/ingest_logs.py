@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from etl.driver_stderr import print_error
+from etl.jvm import print_error
 from usr_ray import __version__
 from usr_ray.cli import check_input, check_output, job_config, job_parser, run_job
 from usr_ray.config import UserError

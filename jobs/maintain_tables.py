@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from etl.driver_stderr import print_error
+from etl.jvm import print_error
 from usr_ray.cli import JobParser, check_input, check_lake, check_output, run_job
 from usr_ray.config import DAY_US, UserError, parse_duration_us
 

@@ -20,15 +20,13 @@ from etl.build.sample_counts import named_counts
 from etl.build.sample_files import FILES, FilePlan, write_sample_files
 from etl.checks import DataCheckError
 from etl.features.encoding import sample_frame
+from etl.jvm import delta_log, table_properties, table_version
 from etl.kernel.rows import RowPlan
 from etl.lake.tables import (
     any_date_condition,
-    delta_log,
     label_constraints,
     replace_dates,
     samples_schema,
-    table_properties,
-    table_version,
 )
 from usr_ray.schema import PARTITION_COLUMN
 

@@ -24,8 +24,7 @@ from etl.features.vocabulary import existing_vocabularies, feature_spec
 from etl.kernel.attribution import LabelRules
 from etl.kernel.fingerprint import date_fingerprint
 from etl.kernel.packs import EVENT, VALUE
-from etl.lake.checks import check_tables
-from etl.lake.tables import Lake
+from etl.lake.tables import Lake, check_tables
 from usr_ray.config import Config
 from usr_ray.schema import SAMPLES
 
@@ -56,7 +55,7 @@ def restate_samples(
             date no longer that would be built again.
     """
     lake = request.lake
-    check_tables(spark, lake, config)
+    check_tables(spark, lake, config, feature_spec(config, {}))
     reports = {date: report for date, report in read_reports(spark, lake).items() if _asked_for(request, date)}
     if not reports:
         raise DataCheckError(f"--restate: {lake.root} has no reports of the dates asked for; build them with --dates")

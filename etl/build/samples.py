@@ -19,13 +19,13 @@ from etl.build.staging import staging_folder
 from etl.build.state import State, find_state, past_events, value_counts, write_state
 from etl.checks import AccountingError, DataCheckError
 from etl.features.encoding import encoded_packs, pack_features
-from etl.features.vocabulary import Vocabularies, grow_vocabularies
+from etl.features.vocabulary import Vocabularies, feature_spec, grow_vocabularies
+from etl.jvm import table_version
 from etl.kernel.attribution import LabelRules
 from etl.kernel.fingerprint import date_fingerprint
 from etl.kernel.packs import EVENT, PACK, VALUE
 from etl.kernel.rows import RowPlan
-from etl.lake.checks import check_tables
-from etl.lake.tables import Lake, any_date_condition, prepare_samples, table_version, write_rejects
+from etl.lake.tables import Lake, any_date_condition, check_tables, prepare_samples, write_rejects
 from usr_ray.config import Config
 from usr_ray.schema import FIRST_ID, PARTITION_COLUMN, SAMPLES, FeatureSpec
 
@@ -80,7 +80,7 @@ def build_samples(spark: SparkSession, config: Config, request: BuildRequest, pr
             configuration. Nothing has been written then.
     """
     lake = request.lake
-    check_tables(spark, lake, config)
+    check_tables(spark, lake, config, feature_spec(config, {}))
     logs = open_logs(spark, config, request.logs)
     progress(f"reading {len({log.name for log in logs.logs})} event logs")
     dates = [date.isoformat() for date in request.dates]

@@ -9,12 +9,12 @@ import datetime as dt
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
+from etl.jvm import file_system
 from etl.kernel.packs import ACCOUNT, CELL, EMITTED, EVENT, PACK, REJECT, VALUE
 from etl.lake.tables import Lake
 
@@ -36,20 +36,19 @@ _NUM_PARTS = len((ACCOUNT, REJECT, CELL, VALUE, EVENT, PACK))
 @contextmanager
 def staging_folder(spark: SparkSession, lake: Lake) -> Iterator[str]:
     """A new folder below the lake, removed at the end; those that killed builds left behind are removed too."""
-    root = lake.path(STAGING)
-    system, hadoop = _file_system(spark, root)
+    system, root = file_system(spark, lake.path(STAGING))
     now = dt.datetime.now(dt.UTC)
-    if system.exists(hadoop.Path(root)):
-        for status in system.listStatus(hadoop.Path(root)):
+    if system.exists(root):
+        for status in system.listStatus(root):
             if now.timestamp() - status.getModificationTime() / 1000 > _STALE.total_seconds():
                 system.delete(status.getPath(), True)
-    folder = f"{root}/{now:%Y%m%dT%H%M%S}-{uuid.uuid4().hex}"
+    folder = f"{lake.path(STAGING)}/{now:%Y%m%dT%H%M%S}-{uuid.uuid4().hex}"
     try:
         yield folder
     finally:
-        system.delete(hadoop.Path(folder), True)
+        system.delete(file_system(spark, folder)[1], True)
         # A build that is refused leaves nothing behind, not even the folder of a lake that was not there.
-        for path in (hadoop.Path(root), hadoop.Path(root).getParent()):
+        for path in (root, root.getParent()):
             if system.exists(path) and not len(system.listStatus(path)):
                 system.delete(path, False)
 
@@ -69,9 +68,3 @@ def stage(frame: DataFrame, folder: str) -> None:
 def staged(spark: SparkSession, folder: str, *parts: str) -> DataFrame:
     """The rows of some parts; none where the pass emitted none."""
     return spark.read.schema(_SCHEMA).parquet(folder).filter(F.col("part").isin(*parts))
-
-
-def _file_system(spark: SparkSession, path: str) -> tuple[Any, Any]:
-    context = spark.sparkContext
-    hadoop = context._jvm.org.apache.hadoop.fs  # type: ignore[union-attr]
-    return hadoop.Path(path).getFileSystem(context._jsc.hadoopConfiguration()), hadoop  # type: ignore[union-attr]

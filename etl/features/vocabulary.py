@@ -14,8 +14,9 @@ from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from etl.checks import DataCheckError
+from etl.jvm import table_version
 from etl.kernel.rows import EVENT_HOUR, NUM_HOURS
-from etl.lake.tables import Lake, append_vocabularies, table_version
+from etl.lake.tables import Lake, append_vocabularies
 from etl.session import kept
 from usr_ray.config import Config, VocabularyConfig, parse_dates
 from usr_ray.schema import (

@@ -1,4 +1,4 @@
-"""The Delta tables of a lake: schemas, creation, and writes that replace whole dates at once."""
+"""The Delta tables of a lake: schemas, creation, checks, and writes that replace whole dates at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from delta.tables import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import types as T
 
-from usr_ray.config import Config
+from etl.checks import DataCheckError
+from etl.jvm import table_properties
+from usr_ray.config import Config, first_difference
 from usr_ray.schema import (
     ALL_LABELS,
     FEATURE_SPEC_PROPERTY,
@@ -42,6 +44,7 @@ TABLE_PROPERTIES = SWITCHED_OFF | {
 """Properties of every table of a lake."""
 STATISTICS = {SAMPLES: "event_time,scenario_index", REJECTS: "log", VOCABULARIES: "id", STATE: "part"}
 """Columns whose least and greatest values Delta keeps for each file: what readers and builds filter by."""
+_NEW_LAKE = "or build into a new --lake"
 
 REJECTS_SCHEMA = T.StructType(
     [
@@ -132,34 +135,6 @@ def row_meaning(config: Config) -> dict[str, Any]:
     return meaning
 
 
-def delta_log(spark: SparkSession, path: str) -> Any:
-    """The log of a Delta table, in the JVM."""
-    jvm = spark.sparkContext._jvm
-    assert jvm is not None  # a started session has one
-    return jvm.org.apache.spark.sql.delta.DeltaLog.forTable(spark._jsparkSession, path)
-
-
-def delta_snapshot(spark: SparkSession, path: str) -> Any:
-    """The newest snapshot of a Delta table, in the JVM; unlike DESCRIBE and the history it needs no Spark job."""
-    nothing = spark.sparkContext._jvm.scala.Option.empty()  # type: ignore[union-attr]
-    return delta_log(spark, path).update(False, nothing, nothing)
-
-
-def table_properties(spark: SparkSession, path: str) -> dict[str, str]:
-    """Properties of a Delta table."""
-    configuration = delta_snapshot(spark, path).metadata().configuration().iterator()
-    found = {}
-    while configuration.hasNext():
-        pair = configuration.next()
-        found[pair._1()] = pair._2()
-    return found
-
-
-def table_version(spark: SparkSession, path: str) -> int:
-    """Newest version of a Delta table."""
-    return int(delta_snapshot(spark, path).version())
-
-
 def prepare_samples(spark: SparkSession, lake: Lake, spec: FeatureSpec, config: Config) -> None:
     """Create the samples table, or update its feature spec: before data is committed that needs it."""
     path = lake.path(SAMPLES)
@@ -234,3 +209,95 @@ def create_table(
     for key, value in every.items():
         builder = builder.property(key, value)
     builder.execute()
+
+
+def check_tables(spark: SparkSession, lake: Lake, config: Config, spec: FeatureSpec) -> None:
+    """Every table that is there can take rows of this configuration and this version of the code.
+
+    Called before a build reads or writes anything. Nothing is ever merged into another schema.
+
+    Args:
+        spark: the session.
+        lake: whose tables are looked at.
+        config: of the build.
+        spec: names the columns of the samples; the sizes of the vocabularies do not matter.
+
+    Raises:
+        DataCheckError: naming the first table and property, configuration key, column or constraint that differs.
+    """
+    schemas = {
+        SAMPLES: samples_schema(spec),
+        REJECTS: REJECTS_SCHEMA,
+        VOCABULARIES: VOCABULARIES_SCHEMA,
+    }
+    for table, schema in schemas.items():
+        if not lake.has(spark, table):
+            continue
+        path = lake.path(table)
+        properties = table_properties(spark, path)
+        _check_switches(path, properties)
+        if table == SAMPLES:
+            _check_meaning(path, properties, config)
+        _check_schema(path, spark.read.format("delta").load(path).schema, schema)
+        if table == SAMPLES:
+            _check_constraints(path, properties)
+
+
+def _check_switches(path: str, properties: Mapping[str, str]) -> None:
+    deletion_vectors, column_mapping = SWITCHED_OFF
+    if properties.get(deletion_vectors, "false") != SWITCHED_OFF[deletion_vectors]:
+        raise DataCheckError(
+            f"{path}: deletion vectors have been switched on, and trainers would read deleted rows; run ALTER TABLE "
+            f"delta.`{path}` SET TBLPROPERTIES ('{deletion_vectors}' = 'false') and "
+            f"REORG TABLE delta.`{path}` APPLY (PURGE)"
+        )
+    mode = properties.get(column_mapping, "none")
+    if mode != SWITCHED_OFF[column_mapping]:
+        raise DataCheckError(
+            f"{path}: {column_mapping} has been set to '{mode}', and many readers would read nulls; RESTORE the table "
+            f"to the version before, {_NEW_LAKE}"
+        )
+
+
+def _check_meaning(path: str, properties: Mapping[str, str], config: Config) -> None:
+    if CONFIG_PROPERTY not in properties:
+        raise DataCheckError(
+            f"{path}: was not made by jobs/build_samples.py (it has no property {CONFIG_PROPERTY}); move that table "
+            f"away, {_NEW_LAKE}"
+        )
+    if found := first_difference(json.loads(properties[CONFIG_PROPERTY]), row_meaning(config)):
+        key, before, now = found
+        raise DataCheckError(
+            f"{path}: built with {key} = {json.dumps(before)}, the configuration has {json.dumps(now)}; rows of both "
+            f"would mix: take the old value {_NEW_LAKE}"
+        )
+
+
+def _check_schema(path: str, found: T.StructType, wanted: T.StructType) -> None:
+    there, needed = _columns(found), _columns(wanted)
+    for name in sorted(there.keys() | needed.keys()):
+        if there.get(name) != needed.get(name):
+            raise DataCheckError(
+                f"{path}: column '{name}' is {there.get(name, 'missing')}, this version of the ETL writes "
+                f"{needed.get(name, 'no such column')}; go on with the version that built the table, RESTORE it to the "
+                f"version before the change, {_NEW_LAKE}"
+            )
+
+
+def _check_constraints(path: str, properties: Mapping[str, str]) -> None:
+    for name, rule in label_constraints().items():
+        found = properties.get(f"delta.constraints.{name}")
+        if found != rule:
+            drop = f"ALTER TABLE delta.`{path}` DROP CONSTRAINT {name} and " if found is not None else ""
+            raise DataCheckError(
+                f"{path}: the CHECK constraint {name} is {found or 'missing'}, needed {rule}; run {drop}ALTER TABLE "
+                f"delta.`{path}` ADD CONSTRAINT {name} CHECK ({rule})"
+            )
+
+
+def _columns(schema: T.StructType) -> dict[str, str]:
+    return {field.name: _kind(field) for field in schema}
+
+
+def _kind(field: Any) -> str:
+    return f"{field.dataType.simpleString()}{'' if field.nullable else ' not null'}"

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pyspark.sql import SparkSession
 
 from etl.checks import DataCheckError
+from etl.jvm import data_files, parquet_footer
 
 MISSING = "missing"
 _THREADS = 16
@@ -64,25 +65,9 @@ def column_kinds(schema: str) -> dict[str, str]:
 
 
 def _parquet_files(spark: SparkSession, path: str) -> list[str]:
-    context = spark.sparkContext
-    hadoop = context._jvm.org.apache.hadoop.fs.Path(path)  # type: ignore[union-attr]
-    found = hadoop.getFileSystem(context._jsc.hadoopConfiguration()).listFiles(hadoop, True)  # type: ignore[union-attr]
-    files = []
-    while found.hasNext():
-        file = found.next().getPath()
-        if file.getName().endswith(".parquet") and not file.getName().startswith(("_", ".")):
-            files.append(str(file))
-    return files
+    return [str(file) for file in data_files(spark, path) if file.getName().endswith(".parquet")]
 
 
 def _schema_text(spark: SparkSession, file: str) -> str:
-    context = spark.sparkContext
-    jvm = context._jvm
-    assert jvm is not None  # a started session has one
-    path = jvm.org.apache.hadoop.fs.Path(file)
-    source = jvm.org.apache.parquet.hadoop.util.HadoopInputFile.fromPath(path, context._jsc.hadoopConfiguration())
-    reader = jvm.org.apache.parquet.hadoop.ParquetFileReader.open(source)
-    try:
-        return str(reader.getFooter().getFileMetaData().getSchema().toString())
-    finally:
-        reader.close()
+    with parquet_footer(spark, file) as footer:
+        return str(footer.getFileMetaData().getSchema().toString())

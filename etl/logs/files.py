@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 
 from py4j.protocol import Py4JJavaError
@@ -9,6 +10,7 @@ from pyspark.errors import AnalysisException, PySparkException
 from pyspark.sql import DataFrame, SparkSession
 
 from etl.checks import DataCheckError
+from etl.jvm import data_files, file_system
 from etl.logs.drift import check_same_columns
 from etl.logs.mapping import map_columns
 from etl.logs.parquet_times import first_schema, with_instants
@@ -66,7 +68,8 @@ class LogFolder:
     def _matches(self, log: str, entry: str) -> list[str]:
         """Paths that a mapping's file, folder or glob means."""
         path = entry if entry.startswith("/") or "://" in entry else f"{self._root}/{entry}"
-        found = self._file_system(self._path(path)).globStatus(self._path(path)) or []
+        system, hadoop = file_system(self._spark, path)
+        found = system.globStatus(hadoop) or []
         paths = [str(s.getPath()) for s in found if not s.getPath().getName().startswith(("_", "."))]
         if not paths:
             raise DataCheckError(
@@ -121,28 +124,14 @@ class LogFolder:
 
     def _files(self, path: str) -> list[str]:
         """Names of a folder's data files, those of its partition folders included; a few are enough."""
-        hadoop = self._path(path)
-        found = self._file_system(hadoop).listFiles(hadoop, True)
-        names: list[str] = []
-        while found.hasNext() and len(names) < 1000:
-            name = found.next().getPath().getName()
-            if not name.startswith(("_", ".")):
-                names.append(name)
-        return names
+        return [file.getName() for file in itertools.islice(data_files(self._spark, path), 1000)]
 
     def _list(self, path: str) -> list[str] | None:
         """Names in a folder; None where there is no such folder."""
-        hadoop = self._path(path)
-        system = self._file_system(hadoop)
+        system, hadoop = file_system(self._spark, path)
         if not system.exists(hadoop) or not system.getFileStatus(hadoop).isDirectory():
             return None
         return [status.getPath().getName() for status in system.listStatus(hadoop)]
-
-    def _path(self, path: str):  # type: ignore[no-untyped-def]
-        return self._spark.sparkContext._jvm.org.apache.hadoop.fs.Path(path)  # type: ignore[union-attr]
-
-    def _file_system(self, path):  # type: ignore[no-untyped-def]
-        return path.getFileSystem(self._spark.sparkContext._jsc.hadoopConfiguration())  # type: ignore[union-attr]
 
 
 def _own_columns(columns: Iterable[str], mapping: LogConfig | None) -> set[str]:

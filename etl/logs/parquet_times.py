@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
+
+from etl.jvm import data_files, footer_schema, parquet_footer
 
 
 def first_schema(spark: SparkSession, paths: Sequence[str]) -> T.StructType | None:
@@ -18,19 +21,8 @@ def first_schema(spark: SparkSession, paths: Sequence[str]) -> T.StructType | No
 
     That all files agree is checked elsewhere (etl/logs/drift.py).
     """
-    jvm, conf = spark.sparkContext._jvm, spark.sparkContext._jsc.hadoopConfiguration()  # type: ignore[union-attr]
-    file = next((found for path in paths if (found := _first_file(jvm, conf, path)) is not None), None)
-    if file is None:
-        return None
-    hadoop, parquet = jvm.org.apache.parquet.hadoop, jvm.org.apache.spark.sql.execution.datasources.parquet  # type: ignore[union-attr]
-    reader = hadoop.ParquetFileReader.open(hadoop.util.HadoopInputFile.fromPath(file, conf))
-    try:
-        footer = hadoop.Footer(file, reader.getFooter())
-    finally:
-        reader.close()
-    converter = parquet.ParquetToSparkSchemaConverter(spark._jsparkSession.sessionState().conf())
-    schema = parquet.ParquetFileFormat.readSchemaFromFooter(footer, converter)
-    return T.StructType.fromJson(json.loads(schema.json()))
+    file = _first_file(spark, paths)
+    return None if file is None else T.StructType.fromJson(json.loads(footer_schema(spark, file)))
 
 
 def with_instants(spark: SparkSession, raw: DataFrame, paths: Sequence[str]) -> DataFrame:
@@ -52,25 +44,14 @@ def with_instants(spark: SparkSession, raw: DataFrame, paths: Sequence[str]) -> 
 
 def _nanosecond_columns(spark: SparkSession, paths: Sequence[str]) -> dict[str, bool]:
     """Top-level TIMESTAMP(NANOS) columns of the first file below `paths` -> whether it names instants."""
-    jvm, conf = spark.sparkContext._jvm, spark.sparkContext._jsc.hadoopConfiguration()  # type: ignore[union-attr]
-    file = next((found for path in paths if (found := _first_file(jvm, conf, path)) is not None), None)
+    file = _first_file(spark, paths)
     if file is None:
         return {}
-    hadoop = jvm.org.apache.parquet.hadoop  # type: ignore[union-attr]
-    reader = hadoop.ParquetFileReader.open(hadoop.util.HadoopInputFile.fromPath(file, conf))
-    try:
-        fields = reader.getFileMetaData().getSchema().getFields()
+    with parquet_footer(spark, file) as footer:
+        fields = footer.getFileMetaData().getSchema().getFields()
         kinds = {field.getName(): str(field.getLogicalTypeAnnotation()) for field in fields}
-    finally:
-        reader.close()
     return {name: kind.endswith(",true)") for name, kind in kinds.items() if kind.startswith("TIMESTAMP(NANOS")}
 
 
-def _first_file(jvm, conf, path: str):  # type: ignore[no-untyped-def]
-    hadoop_path = jvm.org.apache.hadoop.fs.Path(path)
-    files = hadoop_path.getFileSystem(conf).listFiles(hadoop_path, True)
-    while files.hasNext():
-        found = files.next().getPath()
-        if not found.getName().startswith(("_", ".")):
-            return found
-    return None
+def _first_file(spark: SparkSession, paths: Sequence[str]) -> Any:
+    return next((file for path in paths for file in data_files(spark, path)), None)

@@ -16,7 +16,8 @@ from delta.tables import DeltaTable
 from pyspark.sql import SparkSession
 
 from etl.build.samples import BuildRequest, Progress, build_samples
-from etl.lake.tables import Lake, table_version
+from etl.jvm import table_version
+from etl.lake.tables import Lake
 from tests.etl_oracle import Expected, expected
 from tests.spark.shop import (
     CONFIG,

@@ -18,7 +18,8 @@ from etl.build.sample_files import FILES
 from etl.build.samples import BuildRequest, build_samples, row_plan
 from etl.checks import DataCheckError
 from etl.features.vocabulary import feature_spec
-from etl.lake.tables import Lake, any_date_condition, delta_snapshot, replace_dates, table_properties
+from etl.jvm import table_properties, table_version
+from etl.lake.tables import Lake, any_date_condition, replace_dates
 from tests.spark.killed_build import FIRST, LAST, QUIET, SETTINGS, WATERMARK, worlds
 from tests.spark.shop import logs_of, write_logs
 from usr_ray.schema import PARTITION_COLUMN, SAMPLES
@@ -133,7 +134,7 @@ def test_another_writer_of_the_same_dates_is_noticed_one_of_other_dates_is_not(s
         commit_beside(FIRST)
     assert rows(lake / SAMPLES) == before
     version = commit_beside(LAST)
-    assert version == delta_snapshot(spark, path).version()
+    assert version == table_version(spark, path)
     assert rows(lake / SAMPLES) == [row for row in before if row[PARTITION_COLUMN] != FIRST]
 
 
@@ -153,10 +154,10 @@ def test_a_row_that_breaks_a_rule_of_the_table_stops_the_build_before_its_commit
             return found
 
     plan = row_plan(SETTINGS, feature_spec(SETTINGS, {}), Account(), WATERMARK, [])
-    version = delta_snapshot(spark, str(lake / SAMPLES)).version()
+    version = table_version(spark, str(lake / SAMPLES))
     with pytest.raises(DataCheckError, match=rf"rows of {LAST} break the table's rule is_order_le_is_click: .*"):
         replace_samples(spark, str(lake / SAMPLES), Packs(), plan, [LAST])  # type: ignore[arg-type]
-    assert delta_snapshot(spark, str(lake / SAMPLES)).version() == version
+    assert table_version(spark, str(lake / SAMPLES)) == version
 
 
 def test_a_rule_that_somebody_added_and_an_object_store_are_left_to_sparks_writer(

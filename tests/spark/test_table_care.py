@@ -17,9 +17,16 @@ from pyspark.sql import functions as F
 
 from etl.checks import DataCheckError
 from etl.features.vocabulary import feature_spec
-from etl.lake.checks import check_tables
 from etl.lake.maintain import MaintainRequest, maintain
-from etl.lake.tables import Lake, label_constraints, prepare_samples, replace_dates, samples_schema, write_rejects
+from etl.lake.tables import (
+    Lake,
+    check_tables,
+    label_constraints,
+    prepare_samples,
+    replace_dates,
+    samples_schema,
+    write_rejects,
+)
 from etl.session import ROW_GROUP_ROWS
 from jobs import maintain_tables
 from usr_ray.cli import run_job
@@ -291,27 +298,27 @@ def test_drift_is_one_line_with_its_way_out(
     overrides: tuple[str, ...],
     message: str,
 ) -> None:
-    check_tables(spark, Lake(str(lake)), CONFIG)
+    check_tables(spark, Lake(str(lake)), CONFIG, feature_spec(CONFIG, {}))
     config: Config = load_config(None, overrides) if overrides else CONFIG
     if change is not None:
         change(spark, lake)
     with pytest.raises(DataCheckError, match=message):
-        check_tables(spark, Lake(str(lake)), config)
+        check_tables(spark, Lake(str(lake)), config, feature_spec(config, {}))
 
 
 def test_a_table_of_another_version_of_the_code_is_refused(
     spark: SparkSession, lake: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if this version had a column more, and another rule."""
-    import etl.lake.checks as checks
+    import etl.lake.tables as tables
 
-    monkeypatch.setattr(checks, "samples_schema", lambda spec: samples_schema(spec).add("is_ad", "boolean", False))
+    monkeypatch.setattr(tables, "samples_schema", lambda spec: samples_schema(spec).add("is_ad", "boolean", False))
     with pytest.raises(DataCheckError, match="column 'is_ad' is missing, this version of the ETL writes boolean not n"):
-        check_tables(spark, Lake(str(lake)), CONFIG)
-    monkeypatch.setattr(checks, "samples_schema", samples_schema)
+        check_tables(spark, Lake(str(lake)), CONFIG, feature_spec(CONFIG, {}))
+    monkeypatch.setattr(tables, "samples_schema", samples_schema)
     rules = {"is_order_le_is_click": "is_order < 2 * is_click"}
-    monkeypatch.setattr(checks, "label_constraints", lambda: rules)
+    monkeypatch.setattr(tables, "label_constraints", lambda: rules)
     with pytest.raises(
         DataCheckError, match=r"run ALTER TABLE .* DROP CONSTRAINT .* and ALTER TABLE .* ADD CONSTRAINT"
     ):
-        check_tables(spark, Lake(str(lake)), CONFIG)
+        check_tables(spark, Lake(str(lake)), CONFIG, feature_spec(CONFIG, {}))

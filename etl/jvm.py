@@ -1,0 +1,132 @@
+"""What Python reaches in Spark's JVM beside pyspark's own API: Hadoop's file systems, Parquet footers, Delta's log.
+
+No other file touches py4j. Importing this starts nothing: a job's entry point has it before Spark is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+
+def print_error(line: str) -> None:
+    """Write one line to the job's standard error, under spark-submit and without.
+
+    spark-submit runs the Python driver with its stderr joined to stdout, so a line written there would come out on the
+    wrong stream; the JVM's own stderr is the user's.
+    """
+    if "PYSPARK_GATEWAY_PORT" in os.environ:
+        from py4j.protocol import Py4JError
+        from pyspark import SparkContext
+        from pyspark.java_gateway import launch_gateway
+
+        try:
+            gateway = SparkContext._gateway or launch_gateway()  # connects to the JVM that started this driver
+            gateway.jvm.System.err.println(line)
+        except (Py4JError, OSError):
+            pass  # the JVM has gone: this process's own stream is all there is
+        else:
+            return
+    print(line, file=sys.stderr, flush=True)
+
+
+def submitted_options() -> dict[str, str]:
+    """The options of spark-submit, its defaults file included; none where Python starts the JVM itself."""
+    if "PYSPARK_GATEWAY_PORT" not in os.environ:
+        return {}
+    from pyspark import SparkContext
+
+    SparkContext._ensure_initialized()
+    found = SparkContext._jvm.org.apache.spark.SparkConf().getAll()  # type: ignore[union-attr]
+    return {pair._1(): pair._2() for pair in found}
+
+
+def delta_jars_version(spark: SparkSession) -> str | None:
+    """Version of the Delta jars on Spark's class path; None where there are none."""
+    from py4j.protocol import Py4JJavaError
+
+    jvm = _jvm(spark)
+    try:
+        jvm.org.apache.spark.util.Utils.classForName("io.delta.sql.DeltaSparkSessionExtension", True, False)
+        return str(getattr(jvm, "io.delta.package$").__getattr__("MODULE$").VERSION())
+    except Py4JJavaError:
+        return None
+
+
+def file_system(spark: SparkSession, path: str) -> tuple[Any, Any]:
+    """Hadoop's file system of a path, and the path as Hadoop's."""
+    hadoop = _jvm(spark).org.apache.hadoop.fs.Path(path)
+    return hadoop.getFileSystem(hadoop_conf(spark)), hadoop
+
+
+def data_files(spark: SparkSession, path: str) -> Iterator[Any]:
+    """Hadoop's paths of the files below a folder, at any depth, or of the file itself; hidden ones are left out."""
+    system, hadoop = file_system(spark, path)
+    found = system.listFiles(hadoop, True)
+    while found.hasNext():
+        file = found.next().getPath()
+        if not file.getName().startswith(("_", ".")):
+            yield file
+
+
+@contextmanager
+def parquet_footer(spark: SparkSession, file: Any) -> Iterator[Any]:
+    """The footer (ParquetMetadata) of a Parquet file: a text or one of Hadoop's paths."""
+    hadoop = _jvm(spark).org.apache.hadoop.fs.Path(file) if isinstance(file, str) else file
+    parquet = _jvm(spark).org.apache.parquet.hadoop
+    reader = parquet.ParquetFileReader.open(parquet.util.HadoopInputFile.fromPath(hadoop, hadoop_conf(spark)))
+    try:
+        yield reader.getFooter()
+    finally:
+        reader.close()
+
+
+def footer_schema(spark: SparkSession, file: Any) -> str:
+    """The schema, as JSON, that Spark reads from the footer of a Parquet file (Hadoop's path)."""
+    parquet = _jvm(spark).org.apache.spark.sql.execution.datasources.parquet
+    converter = parquet.ParquetToSparkSchemaConverter(spark._jsparkSession.sessionState().conf())
+    with parquet_footer(spark, file) as found:
+        footer = _jvm(spark).org.apache.parquet.hadoop.Footer(file, found)
+        return str(parquet.ParquetFileFormat.readSchemaFromFooter(footer, converter).json())
+
+
+def table_properties(spark: SparkSession, path: str) -> dict[str, str]:
+    """Properties of a Delta table; unlike DESCRIBE and the history this needs no Spark job."""
+    configuration = _delta_snapshot(spark, path).metadata().configuration().iterator()
+    found = {}
+    while configuration.hasNext():
+        pair = configuration.next()
+        found[pair._1()] = pair._2()
+    return found
+
+
+def table_version(spark: SparkSession, path: str) -> int:
+    """Newest version of a Delta table, without a Spark job."""
+    return int(_delta_snapshot(spark, path).version())
+
+
+def hadoop_conf(spark: SparkSession) -> Any:
+    """Hadoop's configuration: file systems and their credentials."""
+    return spark.sparkContext._jsc.hadoopConfiguration()  # type: ignore[union-attr]
+
+
+def delta_log(spark: SparkSession, path: str) -> Any:
+    """The log of a Delta table."""
+    return _jvm(spark).org.apache.spark.sql.delta.DeltaLog.forTable(spark._jsparkSession, path)
+
+
+def _delta_snapshot(spark: SparkSession, path: str) -> Any:
+    nothing = _jvm(spark).scala.Option.empty()
+    return delta_log(spark, path).update(False, nothing, nothing)
+
+
+def _jvm(spark: SparkSession) -> Any:
+    jvm = spark.sparkContext._jvm
+    assert jvm is not None  # a started session has one
+    return jvm
