@@ -57,6 +57,8 @@ DEFAULTS = {
     "spark.sql.execution.arrow.maxRecordsPerBatch": str(CHUNK_BATCH_ROWS),
     "spark.sql.execution.arrow.maxBytesPerBatch": str(CHUNK_BATCH_BYTES),
     "spark.sql.parquet.compression.codec": "zstd",
+    # A task keeps so many files open, one a date or part; for more of them Spark sorts its rows first.
+    "spark.sql.maxConcurrentOutputFileWriters": "8",
     # Options of a DataFrameWriter do not reach Delta's Parquet files, and OPTIMIZE has none: so they stand here.
     "spark.hadoop.parquet.block.row.count.limit": str(ROW_GROUP_ROWS),
     "spark.hadoop.parquet.block.size": str(ROW_GROUP_BYTES),

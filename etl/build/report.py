@@ -1,25 +1,39 @@
-"""The reports of a build: `<lake>/reports/<date>.json` and the funnel that the job prints."""
+"""The reports of a build: sums read back from the written samples, `<lake>/reports/<date>.json`, the printed funnel."""
 
 from __future__ import annotations
 
+import datetime as dt
+import json
+import operator
 import platform
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import reduce
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
-from pyspark.sql import DataFrame
+from pyspark.errors import AnalysisException
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 import usr_ray
 from etl.build.account import UNDATED, Account
-from etl.build.cold_start import cold_report, cold_start, cold_sums
-from etl.build.sample_counts import counted_features
-from usr_ray.config import Config
-from usr_ray.schema import ALL_LABELS, FIRST_ID, PARTITION_COLUMN, UNKNOWN_ID, FeatureSpec
+from etl.jvm import file_system
+from etl.kernel.rows import EVENT_HOUR
+from etl.lake.tables import Lake
+from usr_ray.config import Config, parse_dates
+from usr_ray.files import write_whole
+from usr_ray.schema import ALL_LABELS, FIRST_ID, PARTITION_COLUMN, REPORTS, UNKNOWN_ID, FeatureSpec, index_column
 
 HELPLESS_RATE = 0.98
 """Above this P(y_k = 1 | y_g = 1) the global label says nothing that the scenario's own does not: GLMT cannot help."""
+
+
+COLD = ("unknown_user", "unknown_item", "unknown_query", "no_history", "new_user", "new_item")
+"""Kinds of cold impressions: the value has no id of its own; no event before; no training impression of it."""
+WITH_QUERY = "with_query"
+"""Impressions that have a query: what `unknown_query` is a part of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,16 +75,7 @@ class SampleCounts:
     present: Mapping[tuple[str, str], int]
     """(date, feature) -> impressions that have a value at all."""
     cold: Mapping[tuple[str, str], Mapping[str, int | None]] = field(default_factory=dict)
-    """(date, scenario) -> impressions of each kind of etl.build.sample_counts.COLD; null where it cannot be known."""
-
-    def __or__(self, other: SampleCounts) -> SampleCounts:
-        """Those of other dates too."""
-        return SampleCounts(
-            funnels={**self.funnels, **other.funnels},
-            known={**self.known, **other.known},
-            present={**self.present, **other.present},
-            cold={**self.cold, **other.cold},
-        )
+    """(date, scenario) -> impressions of each kind of COLD; null where it cannot be known."""
 
     def scenario(self, scenario: str) -> Funnel:
         """Sums over all dates."""
@@ -82,25 +87,18 @@ class SampleCounts:
 
 
 def count_samples(samples: DataFrame, spec: FeatureSpec, *, hashed: bool) -> SampleCounts:
-    """Read the labels and ids of written samples (`etl.build.cold_start.mark_new`) back and add them up."""
-    sums = [F.sum(F.col(name)).cast("bigint").alias(name) for name in ALL_LABELS]
-    features = counted_features(spec)
-    covered = [
-        F.sum((F.col(f.column) >= floor).cast("bigint")).alias(f"{what}_{f.name}")
-        for f in features
-        for what, floor in (("known", FIRST_ID), ("present", UNKNOWN_ID))
-    ]
-    whole = [F.count("*").alias("rows"), F.sum(F.col("is_mature").cast("bigint")).alias("mature")]
+    """Read the labels and ids of written samples (with the columns of `mark_new`) back and add them up."""
+    features = [feature for feature in spec.sparse if feature.name != EVENT_HOUR]  # an hour is always known
+    sums = {"rows": F.lit(1), "mature": F.col("is_mature"), **{name: F.col(name) for name in ALL_LABELS}}
+    for feature in features:
+        sums[f"known_{feature.name}"] = F.col(feature.column) >= FIRST_ID
+        sums[f"present_{feature.name}"] = F.col(feature.column) >= UNKNOWN_ID
+    sums |= _cold_conditions(spec)
     rows = (
         samples.groupBy(F.col(PARTITION_COLUMN).cast("string").alias("date"), "scenario")
-        .agg(*whole, *sums, *covered, *cold_sums(spec))
+        .agg(*(F.sum(column.cast("bigint")).alias(name) for name, column in sums.items()))
         .collect()
     )
-    return sample_counts([row.asDict() for row in rows], spec, hashed=hashed)
-
-
-def sample_counts(rows: Iterable[Mapping[str, Any]], spec: FeatureSpec, *, hashed: bool) -> SampleCounts:
-    """Sums of each date and scenario (etl/build/sample_counts.py) in the form that the reports want."""
     funnels: dict[tuple[str, str], Funnel] = {}
     known: dict[tuple[str, str], int] = {}
     present: dict[tuple[str, str], int] = {}
@@ -109,12 +107,56 @@ def sample_counts(rows: Iterable[Mapping[str, Any]], spec: FeatureSpec, *, hashe
         group = (row["date"], row["scenario"])
         clicks, orders, clicks_global, orders_global = (row[name] for name in ALL_LABELS)
         funnels[group] = Funnel(row["rows"], clicks, orders, clicks_global, orders_global, row["mature"])
-        cold[group] = cold_start(row, hashed=hashed)
-        for feature in counted_features(spec):
+        # Nobody can say what is unknown among hashed ids: each has one.
+        cold[group] = {n: None if hashed and n.startswith("unknown_") else row[n] for n in (*COLD, WITH_QUERY)}
+        for feature in features:
             place = (row["date"], feature.name)
             known[place] = known.get(place, 0) + row[f"known_{feature.name}"]
             present[place] = present.get(place, 0) + row[f"present_{feature.name}"]
     return SampleCounts(funnels, known, present, cold)
+
+
+def _cold_conditions(spec: FeatureSpec) -> dict[str, Column]:
+    """Name of COLD, and WITH_QUERY -> what holds on its rows."""
+    no_events = [F.size(history.item_ids) == 0 for history in spec.histories]
+    return {
+        **{
+            f"unknown_{key}": F.col(index_column(name)) == UNKNOWN_ID
+            for key, name in (("user", "user_id"), ("item", "item_id"), ("query", "query"))
+        },
+        "no_history": reduce(operator.and_, no_events),
+        "new_user": F.col("is_new_user"),
+        "new_item": F.col("is_new_item"),
+        WITH_QUERY: F.col(index_column("query")) >= UNKNOWN_ID,
+    }
+
+
+def mark_new(samples: DataFrame, table: DataFrame, config: Config, dates: Sequence[dt.date]) -> DataFrame:
+    """Add is_new_user and is_new_item: no impression of the training dates has the user, or the item.
+
+    False on the training dates themselves; null where the table holds none of them yet, so that nothing can be said.
+
+    Args:
+        samples: rows of `dates`.
+        table: the whole samples table.
+        config: names the training dates; without any, all dates are.
+        dates: dates of `samples`.
+    """
+    names = {"user_id": "is_new_user", "item_id": "is_new_item"}
+    first, last = dt.date.min, dt.date.max
+    if config.data.train_dates:
+        first, last = parse_dates(config.data.train_dates, where="data.train_dates")
+    if all(first <= date <= last for date in dates):
+        return samples.withColumns({name: F.lit(False) for name in names.values()})
+    is_fitted = F.col(PARTITION_COLUMN).between(F.lit(first), F.lit(last))
+    fitted = table.filter(is_fitted)
+    if fitted.isEmpty():
+        return samples.withColumns({name: F.lit(None).cast("boolean") for name in names.values()})
+    for key, name in names.items():
+        seen = fitted.select(key).distinct().withColumn("_seen", F.lit(True))
+        is_new = ~is_fitted & F.col("_seen").isNull()
+        samples = samples.join(seen, on=key, how="left").withColumn(name, is_new).drop("_seen")
+    return samples
 
 
 def date_report(
@@ -139,12 +181,25 @@ def date_report(
             f: _rate(counts.known.get((date, f), 0), counts.present.get((date, f), 0)) for f in features
         },
         "cold_start": {
-            s: cold_report(found, counts.funnels[date, s].impressions)
+            s: _cold_report(found, counts.funnels[date, s].impressions)
             for s in config.scenarios
             if (found := counts.cold.get((date, s))) is not None
         },
         "num_embeddings": {feature.name: feature.num_embeddings for feature in spec.sparse},
     }
+
+
+def _cold_report(counts: Mapping[str, int | None], impressions: int) -> dict[str, Any]:
+    """Cold impressions of one scenario in `reports/<date>.json`: counts, and shares of the impressions under `share`.
+
+    The share of unknown queries is one of the impressions with a query; a share of nothing is null.
+    """
+
+    def share(name: str) -> float | None:
+        count, whole = counts[name], (counts[WITH_QUERY] if name == "unknown_query" else impressions)
+        return count / whole if count is not None and whole else None
+
+    return {"impressions": impressions, **counts, "share": {name: share(name) for name in COLD}}
 
 
 def versions() -> dict[str, str]:
@@ -200,6 +255,31 @@ def warnings_of(counts: SampleCounts, spec: FeatureSpec, logs: Collection[str]) 
     if not any(funnel.mature for funnel in counts.funnels.values()):
         result.append("no row is mature: training will refuse these dates; build again with a later --watermark")
     return result
+
+
+def write_report(spark: SparkSession, lake: Lake, name: str, report: Mapping[str, Any]) -> None:
+    """Write `<lake>/reports/<name>.json`: whole or not at all."""
+    text = json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    path = f"{lake.path(REPORTS)}/{name}.json"
+    if "://" not in path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(Path(path), text)
+        return
+    system, target = file_system(spark, path)
+    stream = system.create(target, True)  # object stores show a file once its stream is closed
+    stream.write(bytearray(text.encode("utf-8")))
+    stream.close()
+
+
+def read_reports(spark: SparkSession, lake: Lake) -> dict[str, dict[str, Any]]:
+    """Date -> report, of every date built so far."""
+    try:
+        # A filter, not a pattern in the path: for that Spark warns, with a stack, that it cannot look the folder up.
+        rows = spark.read.option("pathGlobFilter", "*.json").text(lake.path(REPORTS), wholetext=True).collect()
+    except AnalysisException:  # no such folder
+        return {}
+    reports = [json.loads(row[0]) for row in rows]
+    return {report["date"]: report for report in sorted(reports, key=lambda r: r["date"])}
 
 
 def _rows(account: Account, date: str) -> dict[str, dict[str, int]]:

@@ -15,7 +15,7 @@ from pyspark.sql import SparkSession
 
 from etl.build.account import UNDATED, Account
 from etl.build.inputs import Inputs, day_of, make_plan, open_logs, run_pass
-from etl.build.report_files import read_reports
+from etl.build.report import read_reports
 from etl.build.samples import Job, Progress, accounted, described, read_from, row_plan, write_dates
 from etl.build.staging import staging_folder
 from etl.build.state import DUPLICATE_SPAN, find_state, past_events, write_state

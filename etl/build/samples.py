@@ -7,25 +7,30 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import SparkSession
 
 from etl.build.account import UNDATED, Account
-from etl.build.cold_start import fitted_samples, is_fitting, mark_new, seen_values
-from etl.build.commits import replace_samples
 from etl.build.inputs import Inputs, day_of, iso_time, make_plan, open_logs, run_pass, watermark_of
-from etl.build.report import SampleCounts, count_samples, date_report, funnel_lines, sample_counts, warnings_of
-from etl.build.report_files import write_report
+from etl.build.report import (
+    SampleCounts,
+    count_samples,
+    date_report,
+    funnel_lines,
+    mark_new,
+    warnings_of,
+    write_report,
+)
 from etl.build.staging import staging_folder
 from etl.build.state import State, find_state, past_events, value_counts, write_state
 from etl.checks import AccountingError, DataCheckError
-from etl.features.encoding import encoded_packs, pack_features
+from etl.features.encoding import encoded_packs, pack_features, sample_frame
 from etl.features.vocabulary import Vocabularies, feature_spec, grow_vocabularies
 from etl.jvm import table_version
 from etl.kernel.attribution import LabelRules
 from etl.kernel.fingerprint import date_fingerprint
 from etl.kernel.packs import EVENT, PACK, VALUE
 from etl.kernel.rows import RowPlan
-from etl.lake.tables import Lake, any_date_condition, check_tables, prepare_samples, write_rejects
+from etl.lake.tables import Lake, any_date_condition, check_tables, prepare_samples, replace_dates, write_rejects
 from usr_ray.config import Config
 from usr_ray.schema import FIRST_ID, PARTITION_COLUMN, SAMPLES, FeatureSpec
 
@@ -164,37 +169,15 @@ def write_dates(job: Job, dates: Sequence[dt.date], reported: Sequence[dt.date])
 
 def _write_samples(job: Job, dates: Sequence[dt.date], reported: Sequence[dt.date]) -> tuple[int, SampleCounts]:
     """Replace the rows of `dates`; the table's version, and what it holds on the `reported` ones."""
-    path, spec, inputs = job.lake.path(SAMPLES), job.plan.spec, job.inputs
-    hashed = job.config.vocabulary.kind == "hash"
-    written = None
+    path, inputs = job.lake.path(SAMPLES), job.inputs
     if dates:
-        values = inputs.staged(VALUE)
-        encoded = encoded_packs(
-            inputs.staged(PACK), values, (inputs.users, inputs.items), job.known, job.config, _seen(job, values, dates)
-        )
-        version, written = replace_samples(job.spark, path, encoded, job.plan, dates)
-    else:
-        version = table_version(job.spark, path)
-    counts = sample_counts(written or (), spec, hashed=hashed)
-    others = reported if written is None else sorted(set(reported) - set(dates))
-    if others:
-        table = job.spark.read.format("delta").option("versionAsOf", version).load(path)
-        rows = mark_new(table.filter(any_date_condition(PARTITION_COLUMN, others)), table, job.config, others)
-        counts |= count_samples(rows, spec, hashed=hashed)
-    return version, counts
-
-
-def _seen(job: Job, values: DataFrame, dates: Sequence[dt.date]) -> DataFrame | bool | None:
-    """Users and items of the training dates (etl/build/cold_start.py); True: all are; None: there is no training
-    date yet.
-    """
-    fitting = {date for date in dates if is_fitting(job.config, date)}
-    if len(fitting) == len(dates):
-        return True
-    table = fitted_samples(job.spark.read.format("delta").load(job.lake.path(SAMPLES)), job.config, fitting)
-    if table is None and not any(job.inputs.num_impressions({date.isoformat() for date in fitting}).values()):
-        return None
-    return seen_values(values, table, sorted(fitting))
+        packs, values = inputs.staged(PACK), inputs.staged(VALUE)
+        encoded = encoded_packs(packs, values, (inputs.users, inputs.items), job.known, job.config)
+        replace_dates(sample_frame(encoded, job.plan), path, any_date_condition(PARTITION_COLUMN, dates))
+    version = table_version(job.spark, path)
+    table = job.spark.read.format("delta").option("versionAsOf", version).load(path)
+    rows = mark_new(table.filter(any_date_condition(PARTITION_COLUMN, reported)), table, job.config, reported)
+    return version, count_samples(rows, job.plan.spec, hashed=job.config.vocabulary.kind == "hash")
 
 
 def read_from(state: State, first_row: int | None) -> str:

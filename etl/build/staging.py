@@ -15,12 +15,11 @@ from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from etl.jvm import file_system
-from etl.kernel.packs import ACCOUNT, CELL, EMITTED, EVENT, PACK, REJECT, VALUE
+from etl.kernel.packs import EMITTED
 from etl.lake.tables import Lake
 
 STAGING = "_staging"
 _SCHEMA = from_arrow_schema(EMITTED)
-_WRITERS = "spark.sql.maxConcurrentOutputFileWriters"
 _FILES = {
     "compression": "snappy",  # packs are compressed already
     "parquet.block.size": str(32 << 20),
@@ -30,7 +29,6 @@ _FILES = {
 }
 _STALE = dt.timedelta(days=1)
 """A folder of this age belongs to a build that was killed."""
-_NUM_PARTS = len((ACCOUNT, REJECT, CELL, VALUE, EVENT, PACK))
 
 
 @contextmanager
@@ -55,14 +53,7 @@ def staging_folder(spark: SparkSession, lake: Lake) -> Iterator[str]:
 
 def stage(frame: DataFrame, folder: str) -> None:
     """Write what the pass emits, each part into a folder of its own."""
-    conf = frame.sparkSession.conf
-    before = conf.get(_WRITERS, "0") or "0"
-    # A task keeps a file per part open; without this Spark would sort all rows by part first.
-    conf.set(_WRITERS, str(_NUM_PARTS))
-    try:
-        frame.write.partitionBy("part").options(**_FILES).parquet(folder)
-    finally:
-        conf.set(_WRITERS, before)
+    frame.write.partitionBy("part").options(**_FILES).parquet(folder)
 
 
 def staged(spark: SparkSession, folder: str, *parts: str) -> DataFrame:

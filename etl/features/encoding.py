@@ -33,7 +33,6 @@ def encoded_packs(
     tables: tuple[DataFrame | None, DataFrame | None],
     known: Vocabularies,
     config: Config,
-    seen: DataFrame | bool | None = True,
 ) -> DataFrame:
     """Every pack with the lookups of its chunk: what `sample_rows` reads.
 
@@ -43,16 +42,15 @@ def encoded_packs(
         tables: users and items, one row a key, where the configuration names features of theirs.
         known: the vocabularies, this build's included.
         config: names the features.
-        seen: users and items of the training dates (etl/build/cold_start.py); True: all are; None: nobody can know.
     """
-    lookups = _lookups(values, tables, known, config, seen)
+    lookups = _lookups(values, tables, known, config)
     if values.count() <= _MAX_BROADCAST_VALUES:
         lookups = F.broadcast(lookups)
     return packs.select("chunk", "targets", "events").join(lookups, on="chunk", how="inner")
 
 
 def sample_frame(encoded: DataFrame, plan: RowPlan) -> DataFrame:
-    """The samples of the planned days, in the columns of the table; for storage that only Spark can write to."""
+    """The samples of the planned days, in the columns of the table."""
     schema = samples_schema(plan.spec)
     arrow_schema = to_arrow_schema(schema, timezone="UTC")
 
@@ -67,9 +65,8 @@ def _lookups(
     tables: tuple[DataFrame | None, DataFrame | None],
     known: Vocabularies,
     config: Config,
-    seen: DataFrame | bool | None,
 ) -> DataFrame:
-    """One row a chunk: `lookups`, a list of (feature, code, value, ids, numbers, is_new), one for every code of it."""
+    """One row a chunk: `lookups`, a list of (feature, code, value, ids, numbers), one for every code of it."""
     features = config.features
     names = pack_features(config)
     number = F.lit(None).cast("int")
@@ -97,13 +94,7 @@ def _lookups(
         zeros = F.array(*[F.lit(0.0)] * len(scaled)).cast("array<float>")
         ids = F.when(mine, F.concat(ids, F.coalesce(f"{key}_ids", padding))).otherwise(ids)
         numbers = F.when(mine, F.coalesce(f"{key}_numbers", zeros)).otherwise(numbers)
-    is_new = F.lit(None if seen is None else False).cast("boolean")
-    if isinstance(seen, DataFrame):
-        rows = rows.join(seen.withColumn("_seen", F.lit(True)), on=["feature", "value"], how="left")
-        is_new = F.col("_seen").isNull()
-    entry = F.struct(
-        number.alias("feature"), "code", "value", ids.alias("ids"), numbers.alias("numbers"), is_new.alias("is_new")
-    )
+    entry = F.struct(number.alias("feature"), "code", "value", ids.alias("ids"), numbers.alias("numbers"))
     return rows.groupBy("chunk").agg(F.collect_list(entry).alias("lookups"))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,6 @@ from usr_ray.schema import ALL_LABELS, FIRST_ID, PADDING_ID, PARTITION_COLUMN, F
 EVENT_HOUR = "event_hour"
 NUM_HOURS = 24
 _HOUR_US = DAY_US // NUM_HOURS
-_NEW = {"new_user": "user_id", "new_item": "item_id"}
 _OUTPUT_ROWS = 16_384
 """Rows that are written out at once: bounds memory."""
 _TIMESTAMP = pa.timestamp("us", tz="UTC")
@@ -52,81 +51,37 @@ class Lookup:
     """(codes + 1, 1 + categories)."""
     numbers: np.ndarray
     """(codes + 1, numbers)."""
-    is_new: np.ndarray | None
-    """(codes + 1,) bool: no impression of the training dates has the value; None where nobody can know."""
-
-
-@dataclass(frozen=True, slots=True)
-class DayRows:
-    """Impressions of one pack and day, not written out yet: a row is some 150 bytes here and 800 with its histories."""
-
-    day: int
-    rows: pa.Table
-    events: dict[str, np.ndarray]
-    """Of the whole pack: EVENT_COLUMNS, as ids."""
-    found: dict[str, Lookup]
-
-    def slice(self, start: int, size: int | None = None) -> DayRows:
-        """Some of the rows."""
-        return replace(self, rows=self.rows.slice(start, size))
-
-    @property
-    def new(self) -> dict[str, np.ndarray | None]:
-        """`new_user` and `new_item` of every row."""
-        found = {name: (self.found[key].is_new, self.rows[key].to_numpy() + 1) for name, key in _NEW.items()}
-        return {name: None if is_new is None else is_new[places] for name, (is_new, places) in found.items()}
-
-    def parts(self) -> Iterator[DayRows]:
-        """The rows, as many at a time as are written out at once."""
-        for start in range(0, self.rows.num_rows, _OUTPUT_ROWS):
-            yield self.slice(start, _OUTPUT_ROWS)
-
-    def batch(self, plan: RowPlan, schema: pa.Schema) -> pa.RecordBatch:
-        """The rows written out; for one of `parts`."""
-        rows = self.rows.combine_chunks()
-        output = _own_columns(rows, self.found, plan) | _history_columns(rows, self.events, plan.spec)
-        arrays = [output[field.name].cast(field.type) for field in schema]
-        return pa.RecordBatch.from_arrays(
-            [a.combine_chunks() if isinstance(a, pa.ChunkedArray) else a for a in arrays], schema=schema
-        )
 
 
 def sample_rows(batches: Iterable[pa.RecordBatch], plan: RowPlan, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """Rows of the planned days, in the order of the packs and of their days.
+    """Rows of the planned days, in the order of the packs.
 
     Args:
-        batches: packs with their lookups, as for `day_rows`.
+        batches: rows with `targets` and `events` (a pack) and `lookups`: a list of (feature, code, value, ids, numbers)
+            structures with every code of the pack's chunk.
         plan: what is written.
         schema: columns of the result.
-    """
-    for rows in day_rows(batches, plan):
-        for part in rows.parts():
-            yield part.batch(plan, schema)
-
-
-def day_rows(batches: Iterable[pa.RecordBatch], plan: RowPlan) -> Iterator[DayRows]:
-    """The rows of every pack, split by day.
-
-    Args:
-        batches: rows with `targets` and `events` (a pack) and `lookups`: a list of (feature, code, value, ids, numbers,
-            is_new) structures with every code of the pack's chunk.
-        plan: what is written.
     """
     for batch in batches:
         for targets, events, lookups in zip(
             batch.column("targets"), batch.column("events"), batch.column("lookups"), strict=True
         ):
             rows = unpack(targets)
-            day = rows["event_time"].to_numpy() // DAY_US
-            days = [number for number in np.unique(day).tolist() if not plan.days or number in plan.days]
-            if not days:
+            if plan.days:
+                rows = rows.filter(pa.array(np.isin(rows["event_time"].to_numpy() // DAY_US, plan.days)))
+            if not rows.num_rows:
                 continue
             found = _lookups(lookups.values, plan)
             flat = {name: column.to_numpy() for name, column in zip(EVENT_COLUMNS, unpack(events).columns, strict=True)}
             flat["item_id"] = found["item_id"].ids[flat["item_id"] + 1, 0]
             flat["query"] = found["query"].ids[flat["query"] + 1, 0]
-            for number in days:
-                yield DayRows(number, rows.filter(pa.array(day == number)), flat, found)
+            for start in range(0, rows.num_rows, _OUTPUT_ROWS):
+                some = rows.slice(start, _OUTPUT_ROWS).combine_chunks()
+                output = _own_columns(some, found, plan) | _history_columns(some, flat, plan.spec)
+                arrays = [output[field.name].cast(field.type) for field in schema]
+                yield pa.RecordBatch.from_arrays(
+                    [a.combine_chunks() if isinstance(a, pa.ChunkedArray) else a for a in arrays], schema=schema
+                )
 
 
 def _lookups(entries: pa.StructArray, plan: RowPlan) -> dict[str, Lookup]:
@@ -148,11 +103,7 @@ def _lookups(entries: pa.StructArray, plan: RowPlan) -> dict[str, Lookup]:
         if numbers.shape[1]:
             numbers[code[rows] + 1] = some.field("numbers").flatten().to_numpy().reshape(-1, numbers.shape[1])
         text = entries.field("value").take(picked)
-        new = some.field("is_new")
-        is_new = None if new.null_count else np.zeros(size, dtype=np.bool_)
-        if is_new is not None:
-            is_new[code[rows] + 1] = new.to_numpy(zero_copy_only=False)
-        result[name] = Lookup(text, ids, numbers, is_new)
+        result[name] = Lookup(text, ids, numbers)
     return result
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import datetime as dt
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from delta import exceptions as delta_exceptions
 from delta.tables import DeltaTable
+from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import types as T
 
@@ -45,6 +48,15 @@ TABLE_PROPERTIES = SWITCHED_OFF | {
 STATISTICS = {SAMPLES: "event_time,scenario_index", REJECTS: "log", VOCABULARIES: "id", STATE: "part"}
 """Columns whose least and greatest values Delta keeps for each file: what readers and builds filter by."""
 _NEW_LAKE = "or build into a new --lake"
+
+_CONFLICTS = tuple(  # in Java they have a class in common, in Python they have not
+    kind
+    for kind in vars(delta_exceptions).values()
+    if isinstance(kind, type) and issubclass(kind, PySparkException) and kind.__module__ == delta_exceptions.__name__
+)
+_BROKEN_RULE = re.compile(
+    r"CHECK constraint (?P<check>\w+) .* violated by row|NOT NULL constraint violated for column: (?P<column>\w+)"
+)
 
 REJECTS_SCHEMA = T.StructType(
     [
@@ -154,12 +166,37 @@ def prepare_samples(spark: SparkSession, lake: Lake, spec: FeatureSpec, config: 
 def replace_dates(frame: DataFrame, path: str, condition: str, metadata: str = "") -> None:
     """Replace the rows that meet `condition` by `frame`, in one commit; nothing else of the table changes.
 
-    `metadata` is a text that the commit carries (`userMetadata` in the table's history).
+    Delta checks every row against the table's constraints, and that nobody has changed the same rows meanwhile.
+
+    Args:
+        frame: the new rows.
+        path: of the table.
+        condition: in SQL.
+        metadata: a text that the commit carries (`userMetadata` in the table's history).
+
+    Raises:
+        DataCheckError: another job has changed these rows since, or a row breaks a rule of the table. Nothing has
+            changed then.
     """
     writer = frame.write.format("delta").mode("overwrite").option("replaceWhere", condition)
     if metadata:
         writer = writer.option("userMetadata", metadata)
-    writer.save(path)
+    try:
+        writer.save(path)
+    except _CONFLICTS as error:
+        raise DataCheckError(
+            f"{path}: another job has changed this table since this build began ({type(error).__name__}); "
+            "nothing of it was overwritten: let the other one end, and build again"
+        ) from error
+    except PySparkException as error:
+        broken = _BROKEN_RULE.search(str(error))
+        if broken is None:
+            raise
+        rule = broken["check"] or f"{broken['column']} IS NOT NULL"
+        raise DataCheckError(
+            f"{path}: a row breaks the table's rule {rule}; nothing of it was overwritten: drop the rule if it is one "
+            "of yours (ALTER TABLE ... DROP CONSTRAINT), else it is a fault of the ETL: please report this"
+        ) from error
 
 
 def dates_condition(column: str, first: dt.date, last: dt.date) -> str:

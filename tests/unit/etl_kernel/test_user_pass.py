@@ -92,7 +92,6 @@ def written(parts: dict[str, list[dict[str, Any]]], windows: Windows) -> list[di
                 "value": row["value"],
                 "ids": [IDS[feature].get(row["value"], 1)],
                 "numbers": [],
-                "is_new": None,
             }
         )
     entry = pa.struct(
@@ -102,7 +101,6 @@ def written(parts: dict[str, list[dict[str, Any]]], windows: Windows) -> list[di
             ("value", TEXT),
             ("ids", pa.list_(LONG)),
             ("numbers", pa.list_(FLOAT)),
-            ("is_new", pa.bool_()),
         ]
     )
     schema = pa.schema([("targets", pa.binary()), ("events", pa.binary()), ("lookups", pa.list_(entry))])
