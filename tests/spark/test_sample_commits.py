@@ -1,24 +1,23 @@
-"""Files that the Python workers write: what Delta is told of them, who may interfere, and Spark's writer beside."""
+"""Commits of the samples: one date is replaced alone, who interferes is noticed, and Delta holds every row to the rules."""
 
 from __future__ import annotations
 
 import datetime as dt
-import json
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import deltalake
-import pyarrow.parquet as pq
+import pyarrow as pa
 import pytest
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 
-from etl.build.account import Account
-from etl.build.commits import Replacement, _takes_files, replace_samples
-from etl.build.sample_files import FILES
-from etl.build.samples import BuildRequest, build_samples, row_plan
+from etl.build.samples import BuildRequest, build_samples
 from etl.checks import DataCheckError
-from etl.features.vocabulary import feature_spec
-from etl.jvm import table_properties, table_version
+from etl.jvm import table_version
 from etl.lake.tables import Lake, any_date_condition, replace_dates
 from tests.spark.killed_build import FIRST, LAST, QUIET, SETTINGS, WATERMARK, worlds
 from tests.spark.shop import logs_of, write_logs
@@ -46,64 +45,21 @@ def lake(spark: SparkSession, logs: Path, tmp_path_factory: pytest.TempPathFacto
     return path
 
 
-def adds(table: Path) -> list[dict[str, Any]]:
-    """Files that commits of a table have added."""
-    lines = [line for path in sorted((table / "_delta_log").glob("*.json")) for line in path.read_text().splitlines()]
-    return [action["add"] for action in map(json.loads, lines) if "add" in action]
-
-
 def rows(table: Path) -> list[dict[str, Any]]:
     found = deltalake.DeltaTable(str(table)).to_pyarrow_table()
     return found.sort_by("impression_id").to_pylist()
 
 
-def test_both_writers_make_the_same_rows_statistics_and_reports(
-    spark: SparkSession, logs: Path, lake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patched:  # as if the lake were in an object store
-        patched.setattr("etl.build.commits._takes_files", lambda path, properties: False)
-        build(spark, logs, f"{tmp_path}/lake")
-    of_spark, of_workers = adds(tmp_path / "lake" / SAMPLES), adds(lake / SAMPLES)
-    assert {"c000" in file["path"] for file in of_spark} == {True}  # named by Spark's writer
-    assert {"c000" in file["path"] for file in of_workers} == {False}
-    assert rows(tmp_path / "lake" / SAMPLES) == rows(lake / SAMPLES)
-    ends = ["event_time", "scenario_index"]
-    for file in (*of_spark, *of_workers):
-        stats = json.loads(file["stats"])
-        assert sorted(stats) == ["maxValues", "minValues", "nullCount", "numRecords"]
-        assert [sorted(stats[name]) for name in ("maxValues", "minValues", "nullCount")] == [ends] * 3
-    dates = [{file["partitionValues"][PARTITION_COLUMN] for file in files} for files in (of_spark, of_workers)]
-    assert dates[0] == dates[1]
-    for path in sorted((lake / "reports").iterdir()):
-        other = json.loads((tmp_path / "lake" / "reports" / path.name).read_text())
-        assert json.loads(path.read_text()) == other, path.name
+def waiting(frame: DataFrame, folder: Path) -> DataFrame:
+    """The frame, whose first task says that it has begun and then waits until it may go on."""
 
+    def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        (folder / "begun").touch()
+        while not (folder / "go").exists():
+            time.sleep(0.01)
+        yield from batches
 
-def test_delta_knows_what_is_in_each_file(spark: SparkSession, lake: Path) -> None:
-    table = lake / SAMPLES
-    for file in adds(table):
-        path = table / file["path"]
-        found, stats = pq.read_table(path, partitioning=None), json.loads(file["stats"])
-        assert file["size"] == path.stat().st_size
-        assert stats["numRecords"] == found.num_rows > 0
-        assert stats["nullCount"] == {"event_time": 0, "scenario_index": 0}
-        for end, pick in (("minValues", min), ("maxValues", max)):
-            time = pick(found["event_time"].to_pylist())
-            assert stats[end]["scenario_index"] == pick(found["scenario_index"].to_pylist())
-            # In milliseconds, cut; the shop's times are whole minutes, its duplicates a microsecond off.
-            assert dt.datetime.fromisoformat(stats[end]["event_time"]) == time.replace(
-                microsecond=time.microsecond // 1000 * 1000
-            )
-        dates = {time.date().isoformat() for time in found["event_time"].to_pylist()}
-        assert dates == {file["partitionValues"][PARTITION_COLUMN]}
-    # Delta itself skips by them: one day's evening is in one date's files.
-    evening = f"event_time >= TIMESTAMP'{FIRST} 22:00:00' AND event_time < TIMESTAMP'{FIRST + DAY} 00:00:00'"
-    frame = spark.read.format("delta").load(str(table)).filter(evening)
-    scanned = [line for line in frame._jdf.queryExecution().executedPlan().toString().splitlines() if "Scan" in line]
-    assert scanned
-    assert frame.count() == sum(
-        1 for row in rows(table) if str(row["event_time"])[:13] >= f"{FIRST} 22" and row["impression_date"] == FIRST
-    )
+    return frame.coalesce(1).mapInArrow(run, frame.schema)
 
 
 def test_a_date_that_is_built_again_replaces_its_files_alone(spark: SparkSession, logs: Path, lake: Path) -> None:
@@ -118,54 +74,78 @@ def test_a_date_that_is_built_again_replaces_its_files_alone(spark: SparkSession
     assert all(Path(path).exists() for path in files)
 
 
-def test_another_writer_of_the_same_dates_is_noticed_one_of_other_dates_is_not(spark: SparkSession, lake: Path) -> None:
+def test_another_writer_of_the_same_dates_is_noticed_one_of_other_dates_is_not(
+    spark: SparkSession, lake: Path, tmp_path: Path
+) -> None:
     path = str(lake / SAMPLES)
-    condition = any_date_condition(PARTITION_COLUMN, [FIRST])
+    of_first = any_date_condition(PARTITION_COLUMN, [FIRST])
     some = spark.read.format("delta").load(path)
 
-    def commit_beside(date: dt.date) -> int:
-        mine = Replacement(spark, path, condition)
-        its = any_date_condition(PARTITION_COLUMN, [date])
-        replace_dates(some.filter(its), path, its)
-        return mine.commit([])
+    def write_beside(date: dt.date) -> None:
+        """Replace the first date, and another date while its rows are on their way."""
+        folder = tmp_path / f"{date}"
+        folder.mkdir()
+        found: list[BaseException] = []
 
-    before = rows(lake / SAMPLES)
+        def write() -> None:
+            try:
+                replace_dates(waiting(some.filter(of_first), folder), path, of_first)
+            except BaseException as error:
+                found.append(error)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        try:
+            while not (folder / "begun").exists():
+                assert writer.is_alive(), found
+                time.sleep(0.01)
+            its = any_date_condition(PARTITION_COLUMN, [date])
+            replace_dates(some.filter(its), path, its)
+        finally:
+            (folder / "go").touch()
+            writer.join()
+        if found:
+            raise found[0]
+
+    before, version = rows(lake / SAMPLES), table_version(spark, path)
     with pytest.raises(DataCheckError, match=r"/samples: another job has changed this table since this build began"):
-        commit_beside(FIRST)
-    assert rows(lake / SAMPLES) == before
-    version = commit_beside(LAST)
-    assert version == table_version(spark, path)
-    assert rows(lake / SAMPLES) == [row for row in before if row[PARTITION_COLUMN] != FIRST]
+        write_beside(FIRST)
+    assert (rows(lake / SAMPLES), table_version(spark, path)) == (before, version + 1)
+    write_beside(LAST)
+    assert (rows(lake / SAMPLES), table_version(spark, path)) == (before, version + 3)
 
 
+BAD = {
+    "is_click_is_0_or_1": {"is_click": 0.5, "is_order": 0.0, "is_click_global": 1.0},
+    "is_order_le_is_click": {"is_click": 0.0, "is_order": 1.0, "is_click_global": 1.0, "is_order_global": 1.0},
+    "is_click_le_is_click_global": {"is_click": 1.0, "is_order": 0.0, "is_click_global": 0.0, "is_order_global": 0.0},
+    "user_id IS NOT NULL": {"user_id": None},
+}
+
+
+@pytest.mark.parametrize("rule", BAD)
 def test_a_row_that_breaks_a_rule_of_the_table_stops_the_build_before_its_commit(
-    spark: SparkSession, lake: Path
+    spark: SparkSession, lake: Path, rule: str
 ) -> None:
-    """No logs lead to such rows: a stand-in for the packs says that the workers have found some."""
-    file = dict.fromkeys(FILES.names) | {"date": f"{LAST}", "broken": "is_order_le_is_click"}
-    found = spark.createDataFrame(
-        [file],
-        "path string, date string, size bigint, modified_ms bigint, num_rows bigint, "
-        "stats string, counts string, broken string",
-    )
-
-    class Packs:
-        def mapInArrow(self, *_: Any) -> Any:
-            return found
-
-    plan = row_plan(SETTINGS, feature_spec(SETTINGS, {}), Account(), WATERMARK, [])
-    version = table_version(spark, str(lake / SAMPLES))
-    with pytest.raises(DataCheckError, match=rf"rows of {LAST} break the table's rule is_order_le_is_click: .*"):
-        replace_samples(spark, str(lake / SAMPLES), Packs(), plan, [LAST])  # type: ignore[arg-type]
-    assert table_version(spark, str(lake / SAMPLES)) == version
-
-
-def test_a_rule_that_somebody_added_and_an_object_store_are_left_to_sparks_writer(
-    spark: SparkSession, lake: Path
-) -> None:
+    """No logs lead to such rows: they are made of good ones."""
     path = str(lake / SAMPLES)
-    properties = table_properties(spark, path)
-    assert _takes_files(path, properties)
-    assert not _takes_files("s3a://shop/lake/samples", properties)
-    spark.sql(f"ALTER TABLE delta.`{path}` ADD CONSTRAINT no_far_position CHECK (position IS NULL OR position < 1000)")
-    assert not _takes_files(path, table_properties(spark, path))
+    condition = any_date_condition(PARTITION_COLUMN, [LAST])
+    good = spark.read.format("delta").load(path).filter(condition)
+    kinds = {field.name: field.dataType for field in good.schema}
+    bad = good.withColumns({name: F.lit(value).cast(kinds[name]) for name, value in BAD[rule].items()})
+    version = table_version(spark, path)
+    with pytest.raises(DataCheckError, match=rf"/samples: a row breaks the table's rule {rule}; nothing of it was"):
+        replace_dates(bad, path, condition)
+    assert table_version(spark, path) == version
+
+
+def test_a_rule_that_somebody_added_holds_for_builds_too(spark: SparkSession, logs: Path, lake: Path) -> None:
+    path = str(lake / SAMPLES)
+    # Holds for what is there, as a constraint must, and for none of what a build of the first date brings.
+    replace_dates(spark.read.format("delta").load(path).limit(0), path, any_date_condition(PARTITION_COLUMN, [FIRST]))
+    rule = f"{PARTITION_COLUMN} > DATE'{FIRST}'"
+    spark.sql(f"ALTER TABLE delta.`{path}` ADD CONSTRAINT not_the_first CHECK ({rule})")
+    before = rows(lake / SAMPLES)
+    with pytest.raises(DataCheckError, match="a row breaks the table's rule not_the_first; .* drop the rule if it is"):
+        build(spark, logs, str(lake), FIRST, FIRST)
+    assert rows(lake / SAMPLES) == before
