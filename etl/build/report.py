@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime as dt
 import json
 import operator
+import os
 import platform
+import uuid
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import reduce
@@ -23,7 +25,6 @@ from etl.jvm import file_system
 from etl.kernel.rows import EVENT_HOUR
 from etl.lake.tables import Lake
 from usr_ray.config import Config, parse_dates
-from usr_ray.files import write_whole
 from usr_ray.schema import ALL_LABELS, FIRST_ID, PARTITION_COLUMN, REPORTS, UNKNOWN_ID, FeatureSpec, index_column
 
 HELPLESS_RATE = 0.98
@@ -263,7 +264,9 @@ def write_report(spark: SparkSession, lake: Lake, name: str, report: Mapping[str
     path = f"{lake.path(REPORTS)}/{name}.json"
     if "://" not in path:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(Path(path), text)
+        temporary = Path(f"{path}.{uuid.uuid4().hex}.tmp")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
         return
     system, target = file_system(spark, path)
     stream = system.create(target, True)  # object stores show a file once its stream is closed

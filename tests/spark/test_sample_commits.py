@@ -1,4 +1,4 @@
-"""Commits of the samples: one date is replaced alone, who interferes is noticed, and Delta holds every row to the rules."""
+"""Commits of the samples: one date is replaced alone, who interferes is noticed, and every row keeps the rules."""
 
 from __future__ import annotations
 
@@ -146,6 +146,6 @@ def test_a_rule_that_somebody_added_holds_for_builds_too(spark: SparkSession, lo
     rule = f"{PARTITION_COLUMN} > DATE'{FIRST}'"
     spark.sql(f"ALTER TABLE delta.`{path}` ADD CONSTRAINT not_the_first CHECK ({rule})")
     before = rows(lake / SAMPLES)
-    with pytest.raises(DataCheckError, match="a row breaks the table's rule not_the_first; .* drop the rule if it is"):
+    with pytest.raises(DataCheckError, match=r"a row breaks the table's rule not_the_first; .* drop the rule if it is"):
         build(spark, logs, str(lake), FIRST, FIRST)
     assert rows(lake / SAMPLES) == before
