@@ -14,7 +14,7 @@ from etl.kernel.events import KIND_ORDER, Bools, Events, GroupedTimes, Ints
 from usr_ray.schema import ACTION_CLICK, ACTION_ORDER
 
 _MAX_GATHER = 1 << 22
-"""Events looked at in one step of the slow path: bounds its memory."""
+"""Events looked at in one step of `last_events`: bounds its memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ def num_visible(history: HistoryEvents, users: Ints, times: Ints) -> Ints:
 
 
 def last_events(history: HistoryEvents, users: Ints, times: Ints, length: int) -> Ranges:
-    """The last `length` events of each user strictly before a time and known by it.
+    """The last `length` events of each user strictly before a time and known by it: for rows that `last_spans` marks.
 
     Args:
         history: events of one scenario.
@@ -113,27 +113,10 @@ def last_events(history: HistoryEvents, users: Ints, times: Ints, length: int) -
     """
     start = history.index.start(users)
     stop = history.index.before(users, times)
-    counts = np.minimum(stop - start, length)
-    if not len(history.user):
-        return Ranges(np.empty(0, dtype=np.int64), np.zeros(len(users) + 1, dtype=np.int64))
-    positions = _spans(stop - counts, counts)
-    late = (stop > start) & (history.latest_known[stop - 1] > times)
-    if late.any():
-        return _skip_unknown(history, Ranges(positions, _offsets(counts)), late, start, stop, times, length)
-    return Ranges(positions, _offsets(counts))
-
-
-def _skip_unknown(
-    history: HistoryEvents, plain: Ranges, late: Bools, start: Ints, stop: Ints, times: Ints, length: int
-) -> Ranges:
-    """Ranges where the rows marked `late` may hold events not known in time: those are left out, older ones move up.
-
-    Looks back over 2, 4, 8 ... times `length` events until enough known ones are found or the user's first is reached.
-    """
-    counts = np.diff(plain.offsets)
-    found: list[tuple[Ints, Ints]] = []
-    todo = np.flatnonzero(late)
-    reach = 2 * length
+    counts = np.zeros(len(users), dtype=np.int64)
+    found = [(np.empty(0, np.int64), np.empty(0, np.int64))]
+    # Looks back over 2, 4, 8 ... times `length` events, until enough known ones are found or the first is reached.
+    todo, reach = np.arange(len(users)), 2 * length
     while len(todo):
         rest = []
         for rows in np.array_split(todo, len(todo) * reach // _MAX_GATHER + 1):
@@ -150,12 +133,8 @@ def _skip_unknown(
             counts[rows[done]] = np.minimum(num_known[done], length)
             rest.append(rows[~done])
         todo, reach = np.concatenate(rest), 2 * reach
-    rows = np.concatenate([np.repeat(np.arange(len(late)), np.diff(plain.offsets)), *(r for r, _ in found)])
-    positions = np.concatenate([plain.positions, *(p for _, p in found)])
-    keep = np.ones(len(rows), dtype=np.bool_)
-    keep[: len(plain.positions)] = ~late[rows[: len(plain.positions)]]
-    order = np.lexsort((positions[keep], rows[keep]))
-    return Ranges(positions[keep][order], _offsets(counts))
+    rows, positions = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return Ranges(positions[np.lexsort((positions, rows))], _offsets(counts))
 
 
 def _spans(first: Ints, counts: Ints) -> Ints:
