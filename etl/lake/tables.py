@@ -49,10 +49,15 @@ STATISTICS = {SAMPLES: "event_time,scenario_index", REJECTS: "log", VOCABULARIES
 """Columns whose least and greatest values Delta keeps for each file: what readers and builds filter by."""
 _NEW_LAKE = "or build into a new --lake"
 
-_CONFLICTS = tuple(  # in Java they have a class in common, in Python they have not
-    kind
-    for kind in vars(delta_exceptions).values()
-    if isinstance(kind, type) and issubclass(kind, PySparkException) and kind.__module__ == delta_exceptions.__name__
+_CONFLICTS = (  # in Java they have a class in common, in Python they have not
+    delta_exceptions.DeltaConcurrentModificationException,
+    delta_exceptions.ConcurrentWriteException,
+    delta_exceptions.MetadataChangedException,
+    delta_exceptions.ProtocolChangedException,
+    delta_exceptions.ConcurrentAppendException,
+    delta_exceptions.ConcurrentDeleteReadException,
+    delta_exceptions.ConcurrentDeleteDeleteException,
+    delta_exceptions.ConcurrentTransactionException,
 )
 _BROKEN_RULE = re.compile(
     r"CHECK constraint (?P<check>\w+) .* violated by row|NOT NULL constraint violated for column: (?P<column>\w+)"
