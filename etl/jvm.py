@@ -1,6 +1,6 @@
 """What Python reaches in Spark's JVM beside pyspark's own API: Hadoop's file systems, Parquet footers, Delta's log.
 
-No other file touches py4j. Importing this starts nothing: a job's entry point has it before Spark is loaded.
+No other file reaches into it. Importing this starts nothing: a job's entry point has it before Spark is loaded.
 """
 
 from __future__ import annotations

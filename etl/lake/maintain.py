@@ -20,7 +20,7 @@ from pyspark.sql import functions as F
 
 from etl.checks import DataCheckError
 from etl.jvm import file_system, parquet_footer, table_properties, table_version
-from etl.lake.tables import TABLES, Lake
+from etl.lake.tables import TABLES, Lake, without_dictionaries
 from etl.session import MIN_FILE_BYTES
 from usr_ray.config import DAY_US
 from usr_ray.schema import PINS, SAMPLES
@@ -205,6 +205,7 @@ def _optimize(spark: SparkSession, request: MaintainRequest, shape: TableShape) 
     merging = [count for count in small.values() if count > 1]
     if request.dry_run or not merging:
         return f"{shape.table}: OPTIMIZE merges {sum(merging):,} small files of {len(merging):,} partitions"
+    without_dictionaries(spark.read.format("delta").load(request.lake.path(shape.table)))
     metrics = spark.sql(f"OPTIMIZE delta.`{request.lake.path(shape.table)}`").collect()[0]["metrics"]
     return f"{shape.table}: OPTIMIZE made {metrics['numFilesAdded']:,} files of {metrics['numFilesRemoved']:,}"
 

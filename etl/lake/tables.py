@@ -47,6 +47,7 @@ TABLE_PROPERTIES = SWITCHED_OFF | {
 """Properties of every table of a lake."""
 STATISTICS = {SAMPLES: "event_time,scenario_index", REJECTS: "log", VOCABULARIES: "id", STATE: "part"}
 """Columns whose least and greatest values Delta keeps for each file: what readers and builds filter by."""
+_DISTINCT = ("impression_id", "request_id", "event_time", "click_time", "order_time", "request_key")
 _NEW_LAKE = "or build into a new --lake"
 
 _CONFLICTS = (  # in Java they have a class in common, in Python they have not
@@ -183,6 +184,7 @@ def replace_dates(frame: DataFrame, path: str, condition: str, metadata: str = "
         DataCheckError: another job has changed these rows since, or a row breaks a rule of the table. Nothing has
             changed then.
     """
+    without_dictionaries(frame)
     writer = frame.write.format("delta").mode("overwrite").option("replaceWhere", condition)
     if metadata:
         writer = writer.option("userMetadata", metadata)
@@ -202,6 +204,17 @@ def replace_dates(frame: DataFrame, path: str, condition: str, metadata: str = "
             f"{path}: a row breaks the table's rule {rule}; nothing of it was overwritten: drop the rule if it is one "
             "of yours (ALTER TABLE ... DROP CONSTRAINT), else it is a fault of the ETL: please report this"
         ) from error
+
+
+def without_dictionaries(frame: DataFrame) -> None:
+    """Tell Parquet writers of this session not to build dictionaries of columns that hardly hold a value twice.
+
+    They are a quarter of the writer's time and, given up at a megabyte, a third of the bytes (docs/scale.md).
+    """
+    for column in frame.schema:
+        if column.name in _DISTINCT or column.name.endswith("_history_ages_s"):
+            place = f"{column.name}.list.element" if isinstance(column.dataType, T.ArrayType) else column.name
+            frame.sparkSession.conf.set(f"parquet.enable.dictionary#{place}", "false")
 
 
 def dates_condition(column: str, first: dt.date, last: dt.date) -> str:
