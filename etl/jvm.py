@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -65,35 +63,31 @@ def file_system(spark: SparkSession, path: str) -> tuple[Any, Any]:
     return hadoop.getFileSystem(hadoop_conf(spark)), hadoop
 
 
-def data_files(spark: SparkSession, path: str) -> Iterator[Any]:
-    """Hadoop's paths of the files below a folder, at any depth, or of the file itself; hidden ones are left out."""
-    system, hadoop = file_system(spark, path)
-    found = system.listFiles(hadoop, True)
-    while found.hasNext():
-        file = found.next().getPath()
-        if not file.getName().startswith(("_", ".")):
-            yield file
-
-
-@contextmanager
-def parquet_footer(spark: SparkSession, file: Any) -> Iterator[Any]:
-    """The footer (ParquetMetadata) of a Parquet file: a text or one of Hadoop's paths."""
-    hadoop = _jvm(spark).org.apache.hadoop.fs.Path(file) if isinstance(file, str) else file
-    parquet = _jvm(spark).org.apache.parquet.hadoop
-    reader = parquet.ParquetFileReader.open(parquet.util.HadoopInputFile.fromPath(hadoop, hadoop_conf(spark)))
+def file_head(spark: SparkSession, file: str, size: int) -> bytes:
+    """The first bytes of a file; of a packed one, unpacked."""
+    system, hadoop = file_system(spark, file)
+    codec = _jvm(spark).org.apache.hadoop.io.compress.CompressionCodecFactory(hadoop_conf(spark)).getCodec(hadoop)
+    stream = system.open(hadoop)
+    stream = stream if codec is None else codec.createInputStream(stream)
     try:
-        yield reader.getFooter()
+        return bytes(stream.readNBytes(size))
+    finally:
+        stream.close()
+
+
+def parquet_schemas(spark: SparkSession, file: str) -> tuple[str, str]:
+    """The schema of a Parquet file: as JSON of the types that Spark reads, and as Parquet's own text."""
+    java = _jvm(spark)
+    path, parquet = java.org.apache.hadoop.fs.Path(file), java.org.apache.parquet.hadoop
+    reader = parquet.ParquetFileReader.open(parquet.util.HadoopInputFile.fromPath(path, hadoop_conf(spark)))
+    try:
+        footer = reader.getFooter()
     finally:
         reader.close()
-
-
-def footer_schema(spark: SparkSession, file: Any) -> str:
-    """The schema, as JSON, that Spark reads from the footer of a Parquet file (Hadoop's path)."""
-    parquet = _jvm(spark).org.apache.spark.sql.execution.datasources.parquet
-    converter = parquet.ParquetToSparkSchemaConverter(spark._jsparkSession.sessionState().conf())
-    with parquet_footer(spark, file) as found:
-        footer = _jvm(spark).org.apache.parquet.hadoop.Footer(file, found)
-        return str(parquet.ParquetFileFormat.readSchemaFromFooter(footer, converter).json())
+    sources = java.org.apache.spark.sql.execution.datasources.parquet
+    converter = sources.ParquetToSparkSchemaConverter(spark._jsparkSession.sessionState().conf())
+    found = sources.ParquetFileFormat.readSchemaFromFooter(parquet.Footer(path, footer), converter)
+    return str(found.json()), str(footer.getFileMetaData().getSchema().toString())
 
 
 def table_properties(spark: SparkSession, path: str) -> dict[str, str]:

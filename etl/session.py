@@ -45,7 +45,7 @@ REQUIRED = {
     "spark.sql.session.timeZone": "UTC",
     "spark.sql.ansi.enabled": "true",
     "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
-    "spark.sql.legacy.parquet.nanosAsLong": "true",  # etl/logs/parquet_times.py makes timestamps of them
+    "spark.sql.legacy.parquet.nanosAsLong": "true",  # etl/logs/formats.py makes timestamps of them
     "spark.sql.legacy.javaCharsets": "true",  # else windows-1252 is refused (logs.<log>.encoding)
     "spark.databricks.delta.properties.defaults.enableDeletionVectors": "false",
     "spark.databricks.delta.properties.defaults.columnMapping.mode": "none",
@@ -113,6 +113,11 @@ def build_spark(app_name: str, options: Mapping[str, str] | None = None) -> Spar
     _check_delta(spark)
     _ship_code(spark)
     return spark
+
+
+def literal_path(path: str) -> str:
+    """A path for Spark's readers, which would take the signs of a glob in a name for one."""
+    return re.sub(r"([\\*?\[\]{}])", r"\\\1", path)
 
 
 def kept(frame: DataFrame) -> DataFrame:

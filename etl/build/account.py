@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from etl.build.staging import staged
@@ -15,10 +15,11 @@ from etl.checks import AccountingError, DataCheckError, LogCount, check_accounti
 from etl.kernel.events import KIND_IMPRESSION
 from etl.kernel.packs import ACCOUNT, CELL, REJECT
 from etl.kernel.user_pass import UNUSABLE
-from etl.logs.events import EventLog
+from etl.logs.events import REASON, EventLog
 from etl.session import kept
-from usr_ray.config import date_of
+from usr_ray.config import Config, date_of
 
+_EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 UNDATED = "undated"
 """Stands for the date of a row whose time is missing or cannot be read, and of the users and items tables."""
 
@@ -29,8 +30,10 @@ class Account:
 
     counts: dict[tuple[str, str], LogCount] = field(default_factory=lambda: defaultdict(LogCount))
     reasons: dict[tuple[str, str], dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
-    newest: dt.datetime | None = None
-    """Newest usable event_time of all logs."""
+    used_days: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Day since 1970 -> newest event_time (microseconds since 1970) and number of the rows that are used."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """Log -> what it was read from, such as '3 csv files'."""
     impression_dates: set[str] = field(default_factory=set)
     cells: dict[tuple[str, int], int] = field(default_factory=dict)
     """(fingerprint, day since 1970) -> hash of the samples of the day (etl/kernel/fingerprint.py)."""
@@ -44,6 +47,31 @@ class Account:
         place = (log, date)
         self.counts[place] += LogCount(rejects=num_rows)
         self.reasons[place][reason] = self.reasons[place].get(reason, 0) + num_rows
+
+    def total(self, log: str) -> LogCount:
+        """Over all dates of which all rows were read, and without one."""
+        whole = "" if self.whole_from is None else self.whole_from.isoformat()
+        return sum((count for (name, date), count in self.counts.items() if name == log and date >= whole), LogCount())
+
+    def rejects_of(self, log: str) -> dict[str, int]:
+        """Reason -> rows, over the same dates."""
+        whole = "" if self.whole_from is None else self.whole_from.isoformat()
+        found: Counter[str] = Counter()
+        for (name, date), reasons in self.reasons.items():
+            if name == log and date >= whole:
+                found.update(reasons)
+        return dict(found)
+
+    def lines(self) -> list[str]:
+        """What was read of each log and where its rows went, for the job's output."""
+        result = []
+        for log in sorted({*self.sources, *(log for log, _ in self.counts)}):
+            count = sum((c for (name, _), c in self.counts.items() if name == log), LogCount())
+            result.append(
+                f"  {log}: {self.sources.get(log) or 'no file'}, {count.rows_in:,} rows: {count.used:,} used, "
+                f"{count.rejects:,} rejected, {count.duplicates:,} duplicates"
+            )
+        return result
 
     @property
     def dates_without_impressions(self) -> list[dt.date]:
@@ -89,10 +117,12 @@ def add_pass(account: Account, spark: SparkSession, folder: str, logs: Sequence[
             account.counts[place] += LogCount(**{row["what"]: row["rows"]})
             if row["what"] == "rows_in":
                 usable += row["rows"]
-                newest = row["newest"].replace(tzinfo=dt.UTC)
-                account.newest = newest if account.newest is None else max(account.newest, newest)
                 if row["kind"] == KIND_IMPRESSION:
                     account.impression_dates.add(place[1])
+            elif row["what"] == "used":
+                newest = (row["newest"].replace(tzinfo=dt.UTC) - _EPOCH) // dt.timedelta(microseconds=1)
+                before, number = account.used_days.get(row["day"], (newest, 0))
+                account.used_days[row["day"]] = (max(before, newest), number + row["rows"])
     if usable != num_usable:
         raise AccountingError(f"{usable} usable rows reached the pass, {num_usable} were read; please report this")
     check_accounting(account.counts)
@@ -104,27 +134,60 @@ def unique_features(table: DataFrame, log: str, key: str, account: Account) -> D
     Raises:
         DataCheckError: no row has a key.
     """
-    values = [c for c in table.columns if c != key]
+    values = [c for c in table.columns if c not in (key, REASON)]
     unique = kept(
-        table.groupBy(key)
-        .agg(F.min(F.struct(*values)).alias("_values"), F.count("*").alias("_rows"))
-        .select(key, "_values.*", "_rows")
+        table.groupBy(key, REASON)
+        .agg(F.min(F.struct(*values)).alias("values:"), F.count("*").alias("rows:"))
+        .select(key, REASON, "`values:`.*", "rows:")
     )
-    is_null = F.col(key).isNull()
-    counted = unique.agg(
-        F.count(key).alias("keys"),
-        F.coalesce(F.sum(F.when(~is_null, F.col("_rows"))), F.lit(0)).alias("rows"),
-        F.coalesce(F.sum("_rows"), F.lit(0)).alias("all_rows"),
-    ).collect()[0]
-    num_rows = counted["all_rows"]
-    if not counted["keys"]:
-        raise DataCheckError(f"log {log}: column '{key}' is null on all {num_rows} rows; needed one row per key")
+    counted = unique.groupBy(REASON).agg(F.count("*").alias("keys"), F.sum("rows:").alias("rows")).collect()
+    usable = next((row for row in counted if row[0] is None), None)
+    num_rows = sum(row["rows"] for row in counted)
+    rejects = {row[0]: row["rows"] for row in counted if row[0] is not None}
+    if usable is None:
+        told = "" if set(rejects) == {f"null_{key}"} else f" ({', '.join(sorted(rejects))})"
+        raise DataCheckError(f"log {log}: column '{key}' is null on all {num_rows} rows{told}; needed one row per key")
     account.counts[log, UNDATED] += LogCount(
-        rows_in=num_rows, duplicates=counted["rows"] - counted["keys"], used=counted["keys"]
+        rows_in=num_rows, duplicates=usable["rows"] - usable["keys"], used=usable["keys"]
     )
-    if num_rows > counted["rows"]:
-        account.add_rejects(log, UNDATED, f"null_{key}", num_rows - counted["rows"])
-    return unique.filter(~is_null).drop("_rows")
+    for reason, rows in rejects.items():
+        account.add_rejects(log, UNDATED, reason, rows)
+    return unique.filter(F.col(REASON).isNull()).drop("rows:", REASON)
+
+
+NULL_LIKE = ("null", "none", "nan", "na", "n/a", "nil", "\\n", "-", "--", "?", "undefined", "(null)", "<null>")
+"""What programs write where they mean no value, in lower case."""
+_COMMON = 10
+"""A value with fewer values before it is among the commonest."""
+
+
+def null_like_values(values: DataFrame, tables: Mapping[str, DataFrame | None], config: Config) -> list[str]:
+    """Warnings of values that look like no value and are among the commonest of their feature.
+
+    Args:
+        values: `value` rows of the pass.
+        tables: users and items, by owner.
+        config: names the features.
+    """
+    features = config.features
+    owners = {"user_id": "<s>_impressions", "item_id": "<s>_impressions", "query": "<s>_impressions"}
+    counts = values.select("feature", "value", F.explode("counts").alias("rows"))
+    for owner, names in (("user", features.user_categories), ("item", features.item_categories)):
+        table = tables[owner]
+        if table is None or not names:
+            continue
+        owners |= dict.fromkeys(names, f"{owner}s")
+        long = table.select(*names).unpivot([], [F.col(name) for name in names], "feature", "value")
+        counts = counts.unionByName(long.withColumn("rows", F.lit(1).cast("bigint")))
+    sums = counts.filter(F.col("value").isNotNull()).groupBy("feature", "value").agg(F.sum("rows").alias("rows"))
+    place = F.row_number().over(Window.partitionBy("feature").orderBy(F.desc("rows"), "value"))
+    common = sums.withColumn("place", place).filter(F.col("place") <= _COMMON)
+    found = common.filter(F.lower(F.trim("value")).isin(*NULL_LIKE)).orderBy("feature", "place").collect()
+    return [
+        f"{row['feature']}: {row['value']!r} is among its commonest values ({row['rows']:,} rows) and taken for one; "
+        f"if it means that there is none, set logs.{owners.get(row['feature'], '<s>_impressions')}.null_values"
+        for row in found
+    ]
 
 
 def _day() -> Column:

@@ -17,6 +17,7 @@ from pyspark.sql import functions as F
 
 from etl.checks import DataCheckError
 from etl.kernel.attribution import KIND_IMPRESSION
+from etl.kernel.events import context_column
 from etl.lake.tables import Lake, dates_condition
 from etl.logs.events import EventLog, event_logs, read_events
 from etl.logs.files import LogFolder
@@ -75,13 +76,14 @@ def bucket_of_impressions(
     A log may hold an impression twice; low and high differ where its copies name different buckets. Null: no bucket.
     """
     column = config.online.bucket_column
+    bucket = F.col(f"`{context_column(column)}`")
     own = replace(config, features=replace(config.features, context_categories=(column,), context_numbers=()))
     events = read_events(own, folder, logs).filter(F.col("reason").isNull())
     names = F.array(*(F.lit(s) for s in config.scenarios))
     return (
         events.filter(dates_condition("to_date(event_time)", *dates))
         .groupBy(F.element_at(names, F.col("scenario") + 1).alias("scenario"), F.col("id").alias("impression_id"))
-        .agg(F.min(_quoted(column)).alias("low"), F.max(_quoted(column)).alias("high"))
+        .agg(F.min(bucket).alias("low"), F.max(bucket).alias("high"))
     )
 
 
@@ -159,7 +161,3 @@ def _entry(name: str, counts: list[Column], others: list[Column]) -> Column:
     keys = ("impressions", "clicks", "orders", "not_mature", "without_bucket")
     values = zip(keys, [*counts, *others], strict=True)
     return F.struct(F.lit(name).alias("scenario"), *(value.alias(key) for key, value in values))
-
-
-def _quoted(column: str) -> str:
-    return "`" + column.replace("`", "``") + "`"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -12,21 +12,24 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
-from etl.build.account import Account, add_pass, unique_features
+from etl.build.account import Account, add_pass, null_like_values, unique_features
+from etl.build.reject_limits import check_rejects
 from etl.build.staging import stage, staged
 from etl.features.vocabulary import scale
 from etl.kernel.attribution import LabelRules
 from etl.kernel.chunks import KEY_HASH, REQUEST_KEY, USER_KEY
-from etl.kernel.events import KIND_CLICK, KIND_IMPRESSION
-from etl.kernel.packs import EMITTED, REJECT
+from etl.kernel.events import KIND_CLICK, KIND_IMPRESSION, context_column
+from etl.kernel.packs import EMITTED, REJECT, VALUE
 from etl.kernel.user_pass import PassPlan, first_pass
 from etl.logs.duplicates import key_hash, mark_foreign
 from etl.logs.events import EventLog, event_logs, read_events, read_features
-from etl.logs.files import LogFolder
+from etl.logs.files import ANY_LOG, LogFolder, readable
 from usr_ray.config import DAY_US, Config, date_of, day_number
 
 MAX_ROWS_PER_TASK = 1 << 22
 """Approximate event rows of one task of the pass; every core has at least one task."""
+MIN_BEYOND = 1000
+"""Of so many used events more than one must be later than all built days need, or those that are are wrong clocks."""
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _BEGINNING = -(1 << 63)
 _OF_PASS = (
@@ -50,6 +53,8 @@ _OF_PASS = (
 class Logs:
     """Opened and checked logs; only the feature tables are computed yet."""
 
+    config: Config
+    folder: LogFolder
     logs: tuple[EventLog, ...]
     events: DataFrame
     users: DataFrame | None
@@ -68,10 +73,12 @@ class Inputs:
     users: DataFrame | None
     items: DataFrame | None
     account: Account
+    notes: tuple[str, ...] = ()
+    """What the user should know of the logs."""
 
     def staged(self, part: str) -> DataFrame:
         """Rows of one part of what the pass emitted (etl/kernel/packs.py)."""
-        return staged(self.spark, self.folder, part)
+        return _staged(self.spark, self.folder, part)
 
     @property
     def rejects(self) -> DataFrame:
@@ -111,11 +118,12 @@ def open_logs(spark: SparkSession, config: Config, logs_dir: str) -> Logs:
     ):
         if categories or numbers:
             tables[log] = read_features(folder, log, key, categories, numbers)
-    unique = {
-        log: unique_features(table, log, "user_id" if log == "users" else "item_id", account)
-        for log, table in tables.items()
-    }
-    return Logs(logs, events, unique.get("users"), unique.get("items"), account)
+    unique: dict[str, DataFrame] = {}
+    for log, table in tables.items():
+        with readable(log):
+            unique[log] = unique_features(table, log, "user_id" if log == "users" else "item_id", account)
+    account.sources = {log: folder.source(log) for log in (*(log.name for log in logs), *tables)}
+    return Logs(config, folder, logs, events, unique.get("users"), unique.get("items"), account)
 
 
 def make_plan(config: Config, days: tuple[int, ...], since_us: int | None = None) -> PassPlan:
@@ -126,8 +134,8 @@ def make_plan(config: Config, days: tuple[int, ...], since_us: int | None = None
         history_length=config.histories.length,
         days=days,
         since=_BEGINNING if since_us is None else since_us,
-        categories=config.features.context_categories,
-        numbers=config.features.context_numbers,
+        categories=tuple(map(context_column, config.features.context_categories)),
+        numbers=tuple(map(context_column, config.features.context_numbers)),
         max_user_day_rows=config.limits.max_user_events_per_day,
     )
 
@@ -153,6 +161,7 @@ def run_pass(
 
     Raises:
         AccountingError: rows were lost or invented on the way.
+        DataCheckError: a file cannot be read, or too many rows of a log are rejected (limits.max_reject_share).
     """
     scaled = [scale(F.col(name)).alias(name) for name in plan.numbers]
     # Rows without a user are spread by their content.
@@ -162,7 +171,8 @@ def run_pass(
     if first_row is not None:
         read = read.filter(time.isNull() | (time >= F.timestamp_micros(F.lit(first_row))))
         logs.account.whole_from = date_of(-(-first_row // DAY_US))
-    rows, num_usable = mark_foreign(read.select(*_OF_PASS, *plan.categories, *scaled, key.alias(USER_KEY)))
+    with readable(ANY_LOG):
+        rows, num_usable = mark_foreign(read.select(*_OF_PASS, *plan.categories, *scaled, key.alias(USER_KEY)))
     if past is not None:
         past = past.withColumn(USER_KEY, F.xxhash64("user_id"))
         rows = rows.unionByName(past, allowMissingColumns=True)
@@ -181,14 +191,37 @@ def run_pass(
             "value_hash": _hash_of(["item_id", "query"]),
         }
     )
-    stage(hashed.mapInArrow(run, from_arrow_schema(EMITTED)), folder)
+    with readable(ANY_LOG):
+        stage(hashed.mapInArrow(run, from_arrow_schema(EMITTED)), folder)
     add_pass(logs.account, spark, folder, logs.logs, num_usable)
-    return Inputs(spark, folder, logs.logs, logs.users, logs.items, logs.account)
+    check_rejects(logs.account, logs.config, logs.logs, staged(spark, folder, REJECT), logs.events)
+    notes = (
+        *logs.folder.notes(),
+        *null_like_values(_staged(spark, folder, VALUE), {"user": logs.users, "item": logs.items}, logs.config),
+    )
+    return Inputs(spark, folder, logs.logs, logs.users, logs.items, logs.account, notes)
 
 
-def watermark_of(account: Account, asked: dt.datetime | None) -> int:
-    """Microseconds since 1970; by default the newest event of all logs."""
-    return ((asked or account.newest or _EPOCH) - _EPOCH) // dt.timedelta(microseconds=1)
+def watermark_of(account: Account, asked: dt.datetime | None, days: Sequence[int], rules: LabelRules) -> int:
+    """Microseconds since 1970: as asked, else the newest event that is used, as far as the built days need one.
+
+    Labels of the days are final when the last one's windows have closed, so what is later says no more. One event
+    alone beyond that, such as one stamped 9999, says nothing at all: it would make every label final.
+
+    Args:
+        account: of the rows that are used.
+        asked: --watermark.
+        days: that are built, since 1970.
+        rules: the label windows.
+    """
+    if asked is not None:
+        return (asked - _EPOCH) // dt.timedelta(microseconds=1)
+    final = (max(days, default=0) + 1) * DAY_US + rules.global_window + rules.order_window
+    last_day = (final - 1) // DAY_US
+    beyond = sum(count for day, (_, count) in account.used_days.items() if day > last_day)
+    is_believed = beyond * MIN_BEYOND > sum(count for _, count in account.used_days.values()) and beyond > 1
+    times = [newest for day, (newest, _) in account.used_days.items() if is_believed or day <= last_day]
+    return min(max(times, default=0), final)
 
 
 def day_of(date: str) -> int:
@@ -201,9 +234,19 @@ def iso_time(micros: int) -> str:
     return (_EPOCH + dt.timedelta(microseconds=micros)).isoformat()
 
 
+def _staged(spark: SparkSession, folder: str, part: str) -> DataFrame:
+    """Rows of one part; values under the names of their features, which the pass knows by their columns."""
+    rows = staged(spark, folder, part)
+    if part != VALUE:
+        return rows
+    return rows.withColumn("feature", F.regexp_replace("feature", f"^{context_column('')}", ""))
+
+
 def _row_hash(plan: PassPlan) -> Column:
     """Hash of an impression's content except the time at which it became known; 0 for clicks and orders."""
-    content = sorted({*_OF_PASS, *plan.categories, *plan.numbers} - {"known_time", "reason", "row_json"})
+    names = {*_OF_PASS, *plan.categories, *plan.numbers} - {"known_time", "reason", "row_json"}
+    # By the features' own names: the hashes of earlier builds stand in the reports.
+    content = sorted(names, key=lambda name: (name.removeprefix(context_column("")), name))
     return F.when(F.col("kind") == KIND_IMPRESSION, _hash_of(content)).otherwise(F.lit(0).cast("bigint"))
 
 

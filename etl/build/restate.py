@@ -16,7 +16,7 @@ from pyspark.sql import SparkSession
 from etl.build.account import UNDATED, Account
 from etl.build.inputs import Inputs, day_of, make_plan, open_logs, run_pass
 from etl.build.report import read_reports
-from etl.build.samples import Job, Progress, accounted, described, read_from, row_plan, write_dates
+from etl.build.samples import Job, Progress, read_from, row_plan, show_inputs, write_dates
 from etl.build.staging import staging_folder
 from etl.build.state import DUPLICATE_SPAN, find_state, past_events, write_state
 from etl.checks import DataCheckError
@@ -70,8 +70,7 @@ def restate_samples(
     progress(read_from(state, first_row))
     with staging_folder(spark, lake) as folder:
         inputs = run_pass(spark, logs, plan, folder, first_row=first_row, past=past)
-        progress(described(inputs.account))
-        progress(accounted(inputs.account))
+        show_inputs(inputs, progress)
         _check_logs(lake, reports, inputs, plan.rules)
         # Events may have changed that only dates yet to come show.
         last = max(dt.date.fromisoformat(max(reports)), state.complete_until or dt.date.min)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from pyspark.sql import SparkSession
@@ -44,7 +44,7 @@ class BuildRequest:
     first: dt.date
     last: dt.date
     watermark: dt.datetime | None = None
-    """None: the newest event_time of all logs."""
+    """None: the newest event_time that is used (contract 2.6)."""
 
     @property
     def dates(self) -> list[dt.date]:
@@ -96,8 +96,7 @@ def build_samples(spark: SparkSession, config: Config, request: BuildRequest, pr
     progress(read_from(state, first_row))
     with staging_folder(spark, lake) as folder:
         inputs = run_pass(spark, logs, plan, folder, first_row=first_row, past=past)
-        progress(described(inputs.account))
-        progress(accounted(inputs.account))
+        show_inputs(inputs, progress)
         _check_dates(request, inputs.account)
         counts = value_counts(spark, lake, state, inputs.staged(VALUE))
         known, spec = grow_vocabularies(spark, config, lake, counts, (inputs.users, inputs.items), dates)
@@ -113,12 +112,12 @@ def build_samples(spark: SparkSession, config: Config, request: BuildRequest, pr
 def row_plan(
     config: Config, spec: FeatureSpec, account: Account, watermark: dt.datetime | None, days: Sequence[int]
 ) -> RowPlan:
-    """How the rows of some days are written; the watermark is by default the newest event of all logs."""
+    """How the rows of some days are written; the watermark is by default the newest event that is used."""
     features = config.features
     return RowPlan(
         rules=LabelRules.from_config(config.labels),
         spec=spec,
-        watermark=watermark_of(account, watermark),
+        watermark=watermark_of(account, watermark, days, LabelRules.from_config(config.labels)),
         days=tuple(days),
         features=pack_features(config),
         owned_categories={"user_id": features.user_categories, "item_id": features.item_categories},
@@ -187,6 +186,16 @@ def read_from(state: State, first_row: int | None) -> str:
     return f"events before {state.since} are known; the logs are read from {iso_time(first_row)} on"
 
 
+def show_inputs(inputs: Inputs, progress: Progress) -> None:
+    """Progress lines about the rows that came in, log by log, and warnings."""
+    progress(described(inputs.account))
+    progress(accounted(inputs.account))
+    for line in inputs.account.lines():
+        progress.write(line)
+    for note in inputs.notes:
+        progress.write(f"warning: {note}")
+
+
 def described(account: Account) -> str:
     """A progress line about the rows that came in."""
     rows_in = sum(count.rows_in for count in account.counts.values())
@@ -205,13 +214,25 @@ def _check_dates(request: BuildRequest, account: Account) -> None:
     dates = account.impression_dates
     if any(request.first.isoformat() <= date <= request.last.isoformat() for date in dates):
         return
-    there = f"{min(dates)}:{max(dates)}" if dates else "none"
+    there = _ranges(dates) or "none"
     reasons = sorted({reason for by_reason in account.reasons.values() for reason in by_reason})
     hint = f" (rows were rejected as: {', '.join(reasons)})" if reasons and not dates else ""
     raise DataCheckError(
         f"--dates {request.first}:{request.last}: the logs hold no impression on these dates; "
         f"they hold impressions on {there}{hint}; name dates of those"
     )
+
+
+def _ranges(dates: Collection[str]) -> str:
+    """Dates as ranges without a gap, the first five: one wrong clock must not make them one of 8,000 years."""
+    ranges: list[list[dt.date]] = []
+    for date in sorted(map(dt.date.fromisoformat, dates)):
+        if ranges and (date - ranges[-1][1]).days == 1:
+            ranges[-1][1] = date
+        else:
+            ranges.append([date, date])
+    shown = [f"{first}:{last}" if first < last else f"{first}" for first, last in ranges]
+    return ", ".join(shown[:5]) + (" ..." if len(shown) > 5 else "")
 
 
 def _write_rejects(job: Job, dates: Sequence[dt.date]) -> None:

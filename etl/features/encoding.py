@@ -16,7 +16,7 @@ from etl.features.vocabulary import Vocabularies, encode, hash_index, scale
 from etl.kernel.rows import RowPlan, sample_rows
 from etl.lake.tables import samples_schema
 from usr_ray.config import Config
-from usr_ray.schema import PADDING_ID, UNKNOWN_ID, index_column
+from usr_ray.schema import PADDING_ID, UNKNOWN_ID
 
 _MAX_BROADCAST_VALUES = 1_000_000
 """Values of all chunks together that are sent to every task; more of them travel with their packs in a shuffle."""
@@ -114,6 +114,6 @@ def _owned(
     encoded = encode(table, categories, known, config.vocabulary)
     return encoded.select(
         F.col(key).alias("value"),
-        listed([F.col(index_column(name)) for name in categories], "bigint").alias(f"{key}_ids"),
+        listed([F.col(f"id:{name}") for name in categories], "bigint").alias(f"{key}_ids"),
         listed([scale(F.col(name)) for name in numbers], "float").alias(f"{key}_numbers"),
     )

@@ -74,15 +74,16 @@ def count_values(per_date: DataFrame, users: DataFrame | None, items: DataFrame 
     ):
         if table is None or not names:
             continue
-        of_key = counts.filter(F.col("feature") == key).select(F.col("value").alias(key), F.col("count"))
+        # A colon is in no feature's name: a column of the table may be called count, feature or value.
+        of_key = counts.filter(F.col("feature") == key).select(F.col("value").alias(key), F.col("count").alias("count:"))
         owned = (
             table.select(key, *names)
             .join(of_key, on=key, how="inner")
-            .select("count", *names)
-            .unpivot(["count"], [F.col(name) for name in names], "feature", "value")
+            .select("count:", *names)
+            .unpivot(["count:"], [F.col(name) for name in names], "feature", "value")
             .filter(F.col("value").isNotNull())
             .groupBy("feature", "value")
-            .agg(F.sum("count").alias("count"))
+            .agg(F.sum("count:").alias("count"))
         )
         result = result.unionByName(owned)
     return result
@@ -211,19 +212,19 @@ def feature_spec(config: Config, max_ids: dict[str, int]) -> FeatureSpec:
 
 
 def encode(frame: DataFrame, features: Sequence[str], known: Vocabularies, config: VocabularyConfig) -> DataFrame:
-    """Add `<feature>_index` (bigint, never null): null -> 0, not admitted -> 1. Grain unchanged."""
+    """Add `id:<feature>` (bigint, never null): null -> 0, not admitted -> 1. Grain unchanged."""
     for feature in features:
         if config.kind == "hash":
-            frame = frame.withColumn(index_column(feature), hash_index(F.col(feature), config))
+            frame = frame.withColumn(f"id:{feature}", hash_index(F.col(feature), config))
             continue
         entries = known.entries.filter(F.col("feature") == feature).select(
-            F.col("value").alias(feature), F.col("id").alias("_id")
+            F.col("value").alias(feature), F.col("id").alias("id:")
         )
-        index = F.when(F.col(feature).isNull(), F.lit(PADDING_ID)).otherwise(F.coalesce("_id", F.lit(UNKNOWN_ID)))
+        index = F.when(F.col(feature).isNull(), F.lit(PADDING_ID)).otherwise(F.coalesce("id:", F.lit(UNKNOWN_ID)))
         frame = (
             frame.join(entries, on=feature, how="left")
-            .withColumn(index_column(feature), index.cast("bigint"))
-            .drop("_id")
+            .withColumn(f"id:{feature}", index.cast("bigint"))
+            .drop("id:")
         )
     return frame
 

@@ -22,6 +22,11 @@ NO_SCENARIO = -1
 """Scenario of an order line whose shop does not know the scenario."""
 
 
+def context_column(feature: str) -> str:
+    """Column of a context feature beside the pass's own columns, none of which has a colon in its name."""
+    return f"context:{feature}"
+
+
 @dataclass(frozen=True, slots=True)
 class Events:
     """One chunk of N rows as numbers. Rows of a user are adjacent and sorted by (time, kind, id, item)."""

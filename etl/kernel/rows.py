@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from etl.kernel.attribution import LabelRules
 from etl.kernel.chunks import REQUEST_KEY, USER_KEY
-from etl.kernel.events import Ints
+from etl.kernel.events import Ints, context_column
 from etl.kernel.labels import NO_TIME, mature
 from etl.kernel.packs import EVENT_COLUMNS, unpack
 from usr_ray.config import DAY_US
@@ -110,7 +110,7 @@ def _lookups(entries: pa.StructArray, plan: RowPlan) -> dict[str, Lookup]:
 def _own_columns(rows: pa.Table, found: dict[str, Lookup], plan: RowPlan) -> dict[str, pa.Array]:
     time = rows["event_time"].to_numpy()
     columns = {name: rows[name] for name in ("impression_id", "request_id", "position", *ALL_LABELS)}
-    columns |= {scaled_column(f.name): rows[f.name] for f in plan.spec.dense if f.owner == "context"}
+    columns |= {scaled_column(f.name): rows[context_column(f.name)] for f in plan.spec.dense if f.owner == "context"}
     columns["event_time"] = _times(time)
     columns["is_mature"] = pa.array(mature(time, plan.watermark, plan.rules))
     columns["click_time"], columns["order_time"] = (
@@ -122,8 +122,9 @@ def _own_columns(rows: pa.Table, found: dict[str, Lookup], plan: RowPlan) -> dic
     columns[index_column("scenario")] = rows["scenario"]
     columns[index_column(EVENT_HOUR)] = pa.array(time // _HOUR_US % NUM_HOURS + FIRST_ID)
     for name, lookup in found.items():
-        places = rows[name].to_numpy() + 1
-        if name in ("user_id", "item_id", "query"):
+        is_own = name in ("user_id", "item_id", "query")
+        places = rows[name if is_own else context_column(name)].to_numpy() + 1
+        if is_own:
             columns[name] = lookup.text.take(pa.array(places))
         ids = lookup.ids[places]
         for n, column in enumerate((name, *plan.owned_categories.get(name, ()))):

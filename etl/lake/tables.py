@@ -146,7 +146,7 @@ def row_meaning(config: Config) -> dict[str, Any]:
     for name in ("click_window", "order_window", "global_window", "clock_skew"):
         meaning["labels"][name] = f"{getattr(config.labels, f'{name}_us') / 1e6:g} s"
     if config.limits.max_user_events_per_day:
-        meaning["limits"] = raw["limits"]
+        meaning["limits"] = {"max_user_events_per_day": config.limits.max_user_events_per_day}
     meaning["vocabulary"] = {"kind": config.vocabulary.kind}
     if config.vocabulary.kind == "hash":
         meaning["vocabulary"]["num_buckets"] = config.vocabulary.num_buckets

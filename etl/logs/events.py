@@ -14,12 +14,15 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from etl.checks import DataCheckError, check_columns
-from etl.kernel.events import KIND_CLICK, KIND_IMPRESSION, KIND_ORDER, NO_SCENARIO
+from etl.kernel.events import KIND_CLICK, KIND_IMPRESSION, KIND_ORDER, NO_SCENARIO, context_column
 from etl.logs.files import TEXT_FORMATS, LogFolder
-from etl.logs.mapping import TIMES, as_written
+from etl.logs.formats import MALFORMED, REPLACEMENT, own
+from etl.logs.mapping import TIMES, as_written, iso_instant, names_of
 from usr_ray.config import Config
 
 _INTEGERS = (T.ByteType, T.ShortType, T.IntegerType, T.LongType)
+REASON = "reason:"
+"""Column of a feature table: why the row cannot be used; null where it can."""
 _ATOMIC = (T.StringType, T.BooleanType, T.NumericType, T.DateType)
 
 
@@ -93,8 +96,8 @@ def read_events(config: Config, folder: LogFolder, logs: Sequence[EventLog]) -> 
     """All event rows as one frame, one row per log row, nothing dropped.
 
     Columns: log, kind, scenario, id, item_id, user_id, event_time, known_time, impression_id (that a click names),
-    request_id, position, query, the context features by their own names (categories string, numbers double), `reason`
-    (null: usable) and `row_json` (the row as it stood, where it is not usable).
+    request_id, position, query, the context features under names that no other column has (`context_column`;
+    categories string, numbers double), `reason` (null: usable) and `row_json` (the row as it stood, where it is not).
 
     Raises:
         DataCheckError: a log or column is missing or has the wrong type; nothing has been computed yet.
@@ -114,16 +117,21 @@ def read_events(config: Config, folder: LogFolder, logs: Sequence[EventLog]) -> 
 def read_features(
     folder: LogFolder, log: str, key: str, categories: Sequence[str], numbers: Sequence[str]
 ) -> DataFrame:
-    """The `users` or `items` table: its key, category columns as strings, number columns as doubles; doubles kept.
+    """The `users` or `items` table: its key, category columns as strings, number columns as doubles, and REASON.
+
+    Rows of one key are all kept.
 
     Raises:
         DataCheckError: the table or a column that the configuration names is missing or has the wrong type.
     """
     raw, _ = folder.read(log, [key, *categories, *numbers])
-    check_columns(log, raw.columns, [key, *categories, *numbers])
+    check_columns(log, names_of(raw), [key, *categories, *numbers])
     _check_numbers(raw, log, numbers)
+    ident = _text(raw, log, key)
+    tests = [*_unreadable(raw, [key, *categories, *numbers]), (ident.isNull(), f"null_{key}")]
     return raw.select(
-        _text(raw, log, key).alias(key),
+        F.coalesce(*(F.when(test, F.lit(name)) for test, name in tests)).alias(REASON),
+        ident.alias(key),
         *(_category(raw, log, name).alias(name) for name in categories),
         *(_number(raw, log, name).alias(name) for name in numbers),
     )
@@ -136,7 +144,7 @@ def _check_numbers(raw: DataFrame, log: str, numbers: Sequence[str]) -> None:
         return
     sums = []
     for name in texts:
-        value = F.nullif(F.trim(F.col(f"`{name}`")), F.lit(""))
+        value = F.nullif(F.trim(own(name)), F.lit(""))
         unread = value.isNotNull() & value.try_cast("double").isNull()
         sums += [F.count(value), F.count_if(unread), F.min(F.when(unread, value))]
     found = raw.agg(*(column.alias(str(n)) for n, column in enumerate(sums))).collect()[0]
@@ -150,7 +158,7 @@ def _check_numbers(raw: DataFrame, log: str, numbers: Sequence[str]) -> None:
 
 
 def _event_rows(log: EventLog, raw: DataFrame, *, text: bool, contexts: dict[str, bool], config: Config) -> DataFrame:
-    check_columns(log.name, raw.columns, log.required)
+    check_columns(log.name, names_of(raw), log.required)
     shown = log.kind == KIND_IMPRESSION
     has_query = shown and config.scenarios[log.scenario] in config.query_scenarios
     event_time = _time(raw, log.name, "event_time", text=text)
@@ -170,10 +178,12 @@ def _event_rows(log: EventLog, raw: DataFrame, *, text: bool, contexts: dict[str
     for name, is_category in contexts.items():
         there = shown and name in raw.columns
         cast = _category if is_category else _number
-        columns[name] = cast(raw, log.name, name) if there else _null("string" if is_category else "double")
+        nothing = _null("string" if is_category else "double")
+        columns[context_column(name)] = cast(raw, log.name, name) if there else nothing
     # A mapped time that cannot be read is null: whether there was one stands beside it.
     given = {name: as_written(name) if as_written(name) in raw.columns else name for name in TIMES}
     tests = [
+        *_unreadable(raw, [log.key, "user_id", "item_id", "impression_id", "request_id", "query", *contexts]),
         (columns["id"].isNull(), f"null_{log.key}"),
         (columns["user_id"].isNull(), "null_user_id"),
         (columns["item_id"].isNull(), "null_item_id"),
@@ -189,7 +199,7 @@ def _event_rows(log: EventLog, raw: DataFrame, *, text: bool, contexts: dict[str
         F.lit(log.scenario).alias("scenario"),
         *(column.alias(name) for name, column in columns.items()),
         reason.alias("reason"),
-        F.when(reason.isNotNull(), F.to_json(F.struct(*(F.col(f"`{c}`") for c in raw.columns)))).alias("row_json"),
+        F.when(reason.isNotNull(), F.to_json(F.struct(*map(own, raw.columns)))).alias("row_json"),
     ).withColumn("known_time", F.coalesce("known_time", null_time))
 
 
@@ -197,7 +207,7 @@ def _context_columns(config: Config, impressions: Sequence[DataFrame]) -> dict[s
     """Context features -> is it a category. Each must be in one impressions log at least; elsewhere it is null."""
     wanted = dict.fromkeys(config.features.context_categories, True)
     wanted |= dict.fromkeys(config.features.context_numbers, False)
-    there = {column for frame in impressions for column in frame.columns}
+    there = {column for frame in impressions for column in names_of(frame)}
     for name in wanted:
         if name not in there:
             raise DataCheckError(
@@ -207,14 +217,25 @@ def _context_columns(config: Config, impressions: Sequence[DataFrame]) -> dict[s
     return wanted
 
 
+def _unreadable(raw: DataFrame, columns: Sequence[str]) -> list[tuple[Column, str]]:
+    """Tests of what reading has broken, with the reason of each: a line of CSV or JSON, and texts.
+
+    Texts that were decoded wrongly would be one value: all of them hold the same sign.
+    """
+    tests = [(own(MALFORMED).isNotNull(), "malformed_line")] if MALFORMED in raw.columns else []
+    texts = [own(f.name) for f in raw.schema.fields if f.name in columns and isinstance(f.dataType, T.StringType)]
+    broken = [F.coalesce(text.contains(REPLACEMENT) | ~F.is_valid_utf8(text), F.lit(False)) for text in texts]
+    return [*tests, *((test, "undecodable_text") for test in broken)]
+
+
 def _null(kind: str) -> Column:
     return F.lit(None).cast(kind)
 
 
-def _wrong_type(log: str, column: str, found: T.DataType, needed: str) -> DataCheckError:
-    return DataCheckError(
-        f"log {log}: column '{column}' is {found.simpleString()}, needed {needed}; cast it in the log"
-    )
+def _wrong_type(
+    log: str, column: str, found: T.DataType, needed: str, way_out: str = "cast it in the log"
+) -> DataCheckError:
+    return DataCheckError(f"log {log}: column '{column}' is {found.simpleString()}, needed {needed}; {way_out}")
 
 
 def _text(raw: DataFrame, log: str, column: str) -> Column:
@@ -225,16 +246,20 @@ def _text(raw: DataFrame, log: str, column: str) -> Column:
     is_unsigned = isinstance(kind, T.DecimalType) and kind.scale == 0  # what Spark makes of a 64-bit one
     if not is_unsigned and not isinstance(kind, (T.StringType, *_INTEGERS)):
         raise _wrong_type(log, column, kind, "string or integer")
-    return F.nullif(F.col(column).cast("string"), F.lit(""))
+    return F.nullif(own(column).cast("string"), F.lit(""))
 
 
 def _time(raw: DataFrame, log: str, column: str, *, text: bool) -> Column:
     """An instant; text formats hold ISO 8601 (UTC where no zone is named), null where it cannot be read."""
     kind = raw.schema[column].dataType
+    if isinstance(kind, T.NullType):
+        return _null("timestamp")
     if isinstance(kind, T.StringType) and text:
-        return F.col(column).try_cast("timestamp")
+        return iso_instant(F.col(column), "UTC")
     if not isinstance(kind, T.TimestampType | T.TimestampNTZType):
-        raise _wrong_type(log, column, kind, "timestamp (UTC, microseconds)")
+        formats = "'s', 'ms', 'us' or 'ns'" if isinstance(kind, T.NumericType) else "'iso' or a pattern of strptime"
+        way_out = f"cast it in the log, or set logs.{log}.time_format to {formats}"
+        raise _wrong_type(log, column, kind, "timestamp (UTC, microseconds)", way_out)
     return F.col(column).cast("timestamp")
 
 
@@ -251,11 +276,11 @@ def _category(raw: DataFrame, log: str, column: str) -> Column:
     kind = raw.schema[column].dataType
     if not isinstance(kind, (T.NullType, *_ATOMIC)):
         raise _wrong_type(log, column, kind, "a single value (string, number, boolean or date)")
-    return F.nullif(F.col(column).cast("string"), F.lit(""))
+    return F.nullif(own(column).cast("string"), F.lit(""))
 
 
 def _number(raw: DataFrame, log: str, column: str) -> Column:
     kind = raw.schema[column].dataType
     if not isinstance(kind, (T.NullType, T.StringType, T.BooleanType, T.NumericType)):
         raise _wrong_type(log, column, kind, "number")
-    return F.col(column).try_cast("double")
+    return own(column).try_cast("double")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import zoneinfo
 from functools import reduce
 
 from pyspark.sql import Column, DataFrame
@@ -9,7 +11,8 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from etl.checks import DataCheckError
-from usr_ray.config.logs import ISO, TIME_UNITS_NS, LogConfig, spark_time_pattern
+from etl.logs.formats import MALFORMED, own
+from usr_ray.config.logs import ISO, OFFSETS, TIME_UNITS_NS, LogConfig, spark_time_pattern
 
 TIMES = ("event_time", "ingest_time")
 JOINER = "|"
@@ -18,8 +21,15 @@ _NUMBERS = (T.StringType, T.NumericType)
 _LAST_MICRO = 253_402_300_800_000_000
 """Start of the year 10000: what lies outside the years 1 to 9999 is no time, most often a wrong unit."""
 _FIRST_MICRO = -62_135_596_800_000_000
-_NAMES_ZONE = r"\d:\d\d.*(?:Z|UTC|GMT|[+-]\d{1,2}(?::?\d{2})?|[A-Za-z]+/[A-Za-z_/]+)\s*$"
-"""A zone is looked for behind a clock time: the -01 of 2026-01-01 is none."""
+_DATE = r"^\s*\d{4}-\d{1,2}-\d{1,2}"
+_CLOCK = r"[T ]\s*\d{1,2}:\d{1,2}(?::\d{1,2}(?:\.\d*)?)?"
+_ISO = _DATE + f"(?:{_CLOCK}" + r"\s*(\S.*?)?)?\s*$"
+"""A date, a clock time behind it, a zone (group 1) behind that: Spark takes a bare clock time for one of today, and a
+number for a year."""
+_OFFSET = r"(?i)^(?:Z|(?:UTC?|GMT)?[+-]\d{1,2}(?::?\d{2}){0,2}|UTC?|GMT)$"
+_AMERICAN = {"EDT": "-04:00", "CST": "-06:00", "CDT": "-05:00", "MDT": "-06:00", "PST": "-08:00", "PDT": "-07:00"}
+"""Short names that RFC 2822 defines and the time zone database lacks. Java reads PST as Los Angeles, in summer too, and
+BST as Dhaka: of all others without a slash only those of the database are names of zones."""
 
 
 def as_written(column: str) -> str:
@@ -38,30 +48,33 @@ def map_columns(raw: DataFrame, log: str, mapping: LogConfig) -> DataFrame:
             that its time_format cannot read.
     """
     rows = _matching_rows(raw, log, mapping)
+    if mapping.null_values:
+        texts = [f.name for f in raw.schema.fields if isinstance(f.dataType, T.StringType) and f.name != MALFORMED]
+        rows = rows.withColumns({name: F.when(~own(name).isin([*mapping.null_values]), own(name)) for name in texts})
     targets: dict[str, Column] = {}
-    for name, own in mapping.columns.items():
-        for column in [own] if isinstance(own, str) else own:
+    for name, source in mapping.columns.items():
+        for column in [source] if isinstance(source, str) else source:
             _check_there(raw, log, f"columns.{name}", column)
-        targets[name] = _own(own) if isinstance(own, str) else _joined(own)
+        targets[name] = own(source) if isinstance(source, str) else _joined(source)
     for name in TIMES:
         source = str(mapping.columns.get(name, name))
-        if source in raw.columns:
-            targets[as_written(name)] = _own(source)
+        if source in raw.columns and name not in mapping.constants:
+            targets[as_written(name)] = own(source)
             targets[name] = _instant(raw, log, source, mapping)
     for name in mapping.decimal_comma:
         number = mapping.columns.get(name, name)
         if not isinstance(number, str) or number not in raw.columns:
             raise DataCheckError(
                 f"log {log}: logs.{log}.decimal_comma names '{name}', which is not there; there are: "
-                f"{', '.join([*mapping.columns, *raw.columns])}; name one of those"
+                f"{', '.join([*mapping.columns, *names_of(raw)])}; name one of those"
             )
         # Spaces too stand between thousands, as 1 234,50 with a no-break space.
-        whole = F.regexp_replace(_own(number).cast("string"), r"[.\s\u00a0\u202f]", "")
+        whole = F.regexp_replace(own(number).cast("string"), r"[.\s\u00a0\u202f]", "")
         targets[name] = F.regexp_replace(whole, ",", ".")
     targets |= {name: F.lit(value) for name, value in mapping.constants.items()}
     # Spark's names ignore case: an own column of a target's name, however written, would make it ambiguous.
     hidden = {name.lower() for name in targets}
-    others = [_own(name) for name in raw.columns if name.lower() not in hidden]
+    others = [own(name) for name in raw.columns if name.lower() not in hidden]
     return rows.select(*others, *(column.alias(name) for name, column in targets.items()))
 
 
@@ -69,44 +82,45 @@ def _matching_rows(raw: DataFrame, log: str, mapping: LogConfig) -> DataFrame:
     if not mapping.where:
         return raw
     tests = []
-    for own, wanted in mapping.where.items():
-        _check_there(raw, log, "where", own)
+    for name, wanted in mapping.where.items():
+        _check_there(raw, log, "where", name)
         values = wanted if isinstance(wanted, tuple) else (str(wanted).lower() if wanted in (True, False) else wanted,)
-        tests.append(_own(own).cast("string").isin([str(value) for value in values]))
+        tests.append(own(name).cast("string").isin([str(value) for value in values]))
     rows = raw.filter(reduce(lambda a, b: a & b, tests))
     if rows.isEmpty():  # a misspelt value would make every label 0 without a word
-        own = next(iter(mapping.where))
-        seen = [row[0] for row in raw.select(_own(own).cast("string")).distinct().limit(6).collect()]
+        first = next(iter(mapping.where))
+        seen = [row[0] for row in raw.select(own(first).cast("string")).distinct().limit(6).collect()]
         wanted_text = ", ".join(f"{name} = {value}" for name, value in mapping.where.items())
         raise DataCheckError(
-            f"log {log}: logs.{log}.where ({wanted_text}) meets no row; column '{own}' holds "
+            f"log {log}: logs.{log}.where ({wanted_text}) meets no row; column '{first}' holds "
             f"{', '.join(map(repr, sorted(map(str, seen)))) or 'no row'}; correct the values"
         )
     return rows
+
+
+def names_of(raw: DataFrame) -> list[str]:
+    """The columns of a log, for messages."""
+    return [name for name in raw.columns if name != MALFORMED]
 
 
 def _check_there(raw: DataFrame, log: str, key: str, column: str) -> None:
     if column not in raw.columns:
         raise DataCheckError(
             f"log {log}: logs.{log}.{key} names the column '{column}', which is not there; "
-            f"there are: {', '.join(raw.columns)}; name one of those"
+            f"there are: {', '.join(names_of(raw))}; name one of those"
         )
-
-
-def _own(column: str) -> Column:
-    return F.col("`" + column.replace("`", "``") + "`")
 
 
 def _joined(columns: tuple[str, ...]) -> Column:
     """One id of several columns; null where one of them is null or empty."""
-    texts = [F.nullif(_own(column).cast("string"), F.lit("")) for column in columns]
+    texts = [F.nullif(own(column).cast("string"), F.lit("")) for column in columns]
     whole = reduce(lambda a, b: a & b, [text.isNotNull() for text in texts])
     return F.when(whole, F.concat_ws(JOINER, *texts))
 
 
 def _instant(raw: DataFrame, log: str, source: str, mapping: LogConfig) -> Column:
     """The instant of a time column; a time without a zone is local in `time_zone`, one with a zone keeps it."""
-    kind, column = raw.schema[source].dataType, _own(source)
+    kind, column = raw.schema[source].dataType, own(source)
     if isinstance(kind, T.TimestampType):
         return column
     if isinstance(kind, T.TimestampNTZType):
@@ -121,10 +135,30 @@ def _instant(raw: DataFrame, log: str, source: str, mapping: LogConfig) -> Colum
     if is_number:
         return _from_number(column, TIME_UNITS_NS[mapping.time_format])
     if mapping.time_format == ISO:
-        read = column.try_cast("timestamp")
-        return F.when(column.rlike(_NAMES_ZONE), read).otherwise(_local(read, mapping.time_zone))
-    read = F.try_to_timestamp(column, F.lit(spark_time_pattern(mapping.time_format)))
-    return read if "%z" in mapping.time_format else _local(read, mapping.time_zone)
+        return iso_instant(column, mapping.time_zone)
+    pattern = spark_time_pattern(mapping.time_format)
+    if OFFSETS not in pattern:
+        return _local(F.try_to_timestamp(column, F.lit(pattern)), mapping.time_zone)
+    # One after the other, as options all three could be left out: a time without its offset would be one of UTC.
+    forms = [pattern.replace(OFFSETS, form) for form in OFFSETS.strip("[]").split("][")]
+    return F.coalesce(*(F.try_to_timestamp(column, F.lit(form)) for form in forms))
+
+
+def iso_instant(text: Column, zone: str) -> Column:
+    """The instant of ISO 8601 text; local in `zone` where it names no zone of its own; null where it is no such time."""
+    named = F.regexp_extract(text, _ISO, 1)
+    fixed = text
+    for short, offset in _AMERICAN.items():
+        fixed = F.when(named == short, F.regexp_replace(text, short + r"\s*$", offset)).otherwise(fixed)
+    known = named.rlike(_OFFSET) | named.isin([*_AMERICAN, *_zone_names()])
+    read = fixed.try_cast("timestamp")
+    instant = F.when(named == "", _local(read, zone)).when(known, read)
+    return F.when(text.rlike(_ISO), instant)
+
+
+@functools.cache
+def _zone_names() -> tuple[str, ...]:
+    return tuple(sorted(zoneinfo.available_timezones()))
 
 
 def _local(read: Column, zone: str) -> Column:

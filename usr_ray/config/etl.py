@@ -85,13 +85,21 @@ class HistoriesConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LimitsConfig:
-    """Users that are no people (docs/tables.md, rejects)."""
+    """Users that are no people, and how many rows may be rejected (docs/tables.md, rejects)."""
 
     max_user_events_per_day: int = number(0, "[0, 1000000000]")
     """Log rows (impressions, clicks, order lines) of a user on a UTC day; a day with more is taken out. 0: off."""
+    max_reject_share: float = number(0.05, "[0, 1]")
+    """Share of a log's rows that may be rejected for one reason; with more the build stops."""
+    max_reject_shares: Mapping[str, Mapping[str, float]] = number({}, "[0, 1]")
+    """Log -> reason -> the share, where one reason of one log is known to be more common."""
 
     def __post_init__(self) -> None:
         check_fields(self, "limits")
+
+    def reject_share(self, log: str, reason: str) -> float:
+        """Share of a log's rows that may be rejected for this reason."""
+        return self.max_reject_shares.get(log, {}).get(reason, self.max_reject_share)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +117,10 @@ class VocabularyConfig:
         check_fields(self, "vocabulary")
 
 
+_OWN_FEATURES = ("user_id", "item_id", "query", "scenario", "event_hour")
+"""Features that every table has: their columns are called <name>_index."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeaturesConfig:
     """Feature columns beyond user_id, item_id and query. Categories get a vocabulary; numbers sign(x) * log1p(|x|)."""
@@ -123,12 +135,25 @@ class FeaturesConfig:
     def __post_init__(self) -> None:
         names = [name for f in dataclasses.fields(self) for name in getattr(self, f.name)]
         # Delta has no such columns, and the names are part of a table property that is set by a statement of SQL.
-        strange = [name for name in names if not name or re.search(r"[\s,;{}()=`'\"\\$]", name)]
+        # A dot would name a field of a structure; a colon marks the ETL's own columns beside the features.
+        strange = [name for name in names if not name or re.search(r"[\s,;{}()=`'\"\\$.:\x00-\x1f\x7f]", name)]
         require(
             not strange, f"features: {strange[:1]!r} cannot name a column; map it to a plain name in [logs] columns"
         )
+        ours = [name for name in names if name.lower() in _OWN_FEATURES]
+        require(
+            not ours,
+            f"features: '{''.join(ours[:1])}' is a feature of every table already ({', '.join(_OWN_FEATURES)}); take "
+            "it out, or map the column to another name in [logs] columns",
+        )
         doubled = sorted({name for name in names if names.count(name) > 1})
         require(not doubled, f"features: {', '.join(doubled)} named more than once; rename the column in one log")
+        alike = sorted(name for name in names if [other.lower() for other in names].count(name.lower()) > 1)
+        require(
+            not alike,
+            f"features: {' and '.join(map(repr, alike[:2]))} differ in case only, and tables ignore case; map one to "
+            "another name in [logs] columns",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,9 +14,11 @@ TIME_UNITS_NS = {"s": 1_000_000_000, "ms": 1_000_000, "us": 1_000, "ns": 1}
 ISO = "iso"
 LOG_FORMATS = ("parquet", "delta", "csv", "json")
 
+OFFSETS = "[XXX][XX][X]"
+"""Spark's pattern of %z: +01:00, +0100 or +01."""
 _LENIENT = {"Y": "y", "m": "M", "d": "d", "H": "H", "I": "h", "M": "m", "S": "s", "j": "D"}
 _FIXED = {"Y": "yyyy", "m": "MM", "d": "dd", "H": "HH", "I": "hh", "M": "mm", "S": "ss", "j": "DDD"}
-_OTHER = {"y": "yy", "f": "SSSSSS", "b": "MMM", "B": "MMMM", "a": "E", "A": "EEEE", "p": "a", "z": "[XXX][XX][X]"}
+_OTHER = {"y": "yy", "f": "SSSSSS", "b": "MMM", "B": "MMMM", "a": "E", "A": "EEEE", "p": "a", "z": OFFSETS}
 
 
 def spark_time_pattern(text: str) -> str:
@@ -55,7 +57,7 @@ class LogConfig:
     separator: str = ","
     """Between the fields of a CSV line."""
     encoding: str = "UTF-8"
-    """Of CSV: 'UTF-8', 'ISO-8859-1', 'windows-1252' or another."""
+    """Of CSV and JSON lines: 'UTF-8', 'ISO-8859-1', 'windows-1252' or another."""
     columns: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     """Column of the contract or feature -> own column; of several own columns the values are joined by '|'."""
     decimal_comma: tuple[str, ...] = ()
@@ -64,6 +66,8 @@ class LogConfig:
     """Column -> its value in every row; '' is null."""
     where: Mapping[str, str | int | bool | tuple[str, ...]] = number({}, FINITE)
     """Own column -> the value, or one of the values, that a row of this log has in it."""
+    null_values: tuple[str, ...] = ()
+    """Texts that stand for no value in any column of the log, such as 'NULL' or '-'; an empty text always does."""
     time_format: str = ISO
     """Of event_time and ingest_time: 'iso', a number's unit ('s', 'ms', 'us', 'ns'), or a strptime pattern."""
     time_zone: str = "UTC"

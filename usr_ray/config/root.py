@@ -77,6 +77,11 @@ class Config:
         )
         for name, log in self.logs.items():
             log.check(f"logs.{name}")
+        unknown = sorted(set(self.limits.max_reject_shares) - set(known))
+        require(
+            not unknown,
+            f"unknown log 'limits.max_reject_shares.{''.join(unknown[:1])}'; there can be: {', '.join(known)}",
+        )
         strays = sorted(set(self.query_scenarios) - set(self.scenarios))
         # The default names "search" for the usual pair; a list without search simply has no queries then.
         require(
