@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -75,19 +77,26 @@ def file_head(spark: SparkSession, file: str, size: int) -> bytes:
         stream.close()
 
 
+@contextmanager
+def parquet_footer(spark: SparkSession, file: str) -> Iterator[Any]:
+    """The footer (ParquetMetadata) of a Parquet file."""
+    path, parquet = _jvm(spark).org.apache.hadoop.fs.Path(file), _jvm(spark).org.apache.parquet.hadoop
+    reader = parquet.ParquetFileReader.open(parquet.util.HadoopInputFile.fromPath(path, hadoop_conf(spark)))
+    try:
+        yield reader.getFooter()
+    finally:
+        reader.close()
+
+
 def parquet_schemas(spark: SparkSession, file: str) -> tuple[str, str]:
     """The schema of a Parquet file: as JSON of the types that Spark reads, and as Parquet's own text."""
     java = _jvm(spark)
-    path, parquet = java.org.apache.hadoop.fs.Path(file), java.org.apache.parquet.hadoop
-    reader = parquet.ParquetFileReader.open(parquet.util.HadoopInputFile.fromPath(path, hadoop_conf(spark)))
-    try:
-        footer = reader.getFooter()
-    finally:
-        reader.close()
     sources = java.org.apache.spark.sql.execution.datasources.parquet
     converter = sources.ParquetToSparkSchemaConverter(spark._jsparkSession.sessionState().conf())
-    found = sources.ParquetFileFormat.readSchemaFromFooter(parquet.Footer(path, footer), converter)
-    return str(found.json()), str(footer.getFileMetaData().getSchema().toString())
+    with parquet_footer(spark, file) as found:
+        footer = java.org.apache.parquet.hadoop.Footer(java.org.apache.hadoop.fs.Path(file), found)
+        spark_schema = sources.ParquetFileFormat.readSchemaFromFooter(footer, converter).json()
+        return str(spark_schema), str(found.getFileMetaData().getSchema().toString())
 
 
 def table_properties(spark: SparkSession, path: str) -> dict[str, str]:

@@ -24,6 +24,7 @@ from etl.build.account import UNDATED, Account
 from etl.jvm import file_system
 from etl.kernel.rows import EVENT_HOUR
 from etl.lake.tables import Lake
+from etl.session import literal_path
 from usr_ray.config import Config, parse_dates
 from usr_ray.schema import ALL_LABELS, FIRST_ID, PARTITION_COLUMN, REPORTS, UNKNOWN_ID, FeatureSpec, index_column
 
@@ -278,7 +279,8 @@ def read_reports(spark: SparkSession, lake: Lake) -> dict[str, dict[str, Any]]:
     """Date -> report, of every date built so far."""
     try:
         # A filter, not a pattern in the path: for that Spark warns, with a stack, that it cannot look the folder up.
-        rows = spark.read.option("pathGlobFilter", "*.json").text(lake.path(REPORTS), wholetext=True).collect()
+        folder = literal_path(lake.path(REPORTS))
+        rows = spark.read.option("pathGlobFilter", "*.json").text(folder, wholetext=True).collect()
     except AnalysisException:  # no such folder
         return {}
     reports = [json.loads(row[0]) for row in rows]

@@ -17,6 +17,7 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from etl.jvm import file_system
 from etl.kernel.packs import EMITTED
 from etl.lake.tables import Lake
+from etl.session import literal_path
 
 STAGING = "_staging"
 _SCHEMA = from_arrow_schema(EMITTED)
@@ -58,4 +59,4 @@ def stage(frame: DataFrame, folder: str) -> None:
 
 def staged(spark: SparkSession, folder: str, *parts: str) -> DataFrame:
     """The rows of some parts; none where the pass emitted none."""
-    return spark.read.schema(_SCHEMA).parquet(folder).filter(F.col("part").isin(*parts))
+    return spark.read.schema(_SCHEMA).parquet(literal_path(folder)).filter(F.col("part").isin(*parts))

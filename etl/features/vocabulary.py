@@ -75,7 +75,9 @@ def count_values(per_date: DataFrame, users: DataFrame | None, items: DataFrame 
         if table is None or not names:
             continue
         # A colon is in no feature's name: a column of the table may be called count, feature or value.
-        of_key = counts.filter(F.col("feature") == key).select(F.col("value").alias(key), F.col("count").alias("count:"))
+        of_key = counts.filter(F.col("feature") == key).select(
+            F.col("value").alias(key), F.col("count").alias("count:")
+        )
         owned = (
             table.select(key, *names)
             .join(of_key, on=key, how="inner")
@@ -222,9 +224,7 @@ def encode(frame: DataFrame, features: Sequence[str], known: Vocabularies, confi
         )
         index = F.when(F.col(feature).isNull(), F.lit(PADDING_ID)).otherwise(F.coalesce("id:", F.lit(UNKNOWN_ID)))
         frame = (
-            frame.join(entries, on=feature, how="left")
-            .withColumn(f"id:{feature}", index.cast("bigint"))
-            .drop("id:")
+            frame.join(entries, on=feature, how="left").withColumn(f"id:{feature}", index.cast("bigint")).drop("id:")
         )
     return frame
 

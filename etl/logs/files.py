@@ -75,7 +75,7 @@ class LogFolder:
             strays = sorted(name for name in self._entries if name not in read and not name.startswith(("_", ".")))
             if strays:
                 more = " ..." if len(strays) > 5 else ""
-                notes.append(f"--logs {self._root} holds {', '.join(strays[:5])}{more}, which this configuration reads not")
+                notes.append(f"--logs {self._root} holds {', '.join(strays[:5])}{more}, which no log reads")
         return notes
 
     def read(self, log: str, columns: Iterable[str] = ()) -> tuple[DataFrame, str]:
@@ -133,7 +133,7 @@ class LogFolder:
                 files.append(file)
         if asked == "delta":
             raise DataCheckError(f"log {log}: {roots[0]} is no Delta table; correct logs.{log}.path or its format")
-        if strange or len(kinds) != 1 and not (asked and files):
+        if strange or (len(kinds) != 1 and not (asked and files)):
             names = [*sorted(kinds), *(_name(file) for file in strange[:2])]
             raise DataCheckError(
                 f"log {log}: {roots[0]} holds {', '.join(names) or 'no files'}; needed one of Parquet, Delta, CSV "
@@ -194,12 +194,18 @@ class LogFolder:
         try:
             return [status.getPath().getName() for status in system.listStatus(hadoop)]
         except Py4JJavaError as error:
-            raise DataCheckError(f"--logs {path}: cannot be read ({_cause(error)}); mend it or rename the file") from error
+            raise DataCheckError(
+                f"--logs {path}: cannot be read ({_cause(error)}); mend it or rename the file"
+            ) from error
 
 
 @contextmanager
 def readable(log: str) -> Iterator[None]:
-    """What Spark or Hadoop cannot read is one line, whether it shows when a log is opened or when its rows are read."""
+    """What Spark or Hadoop cannot read is one line, whether it shows when a log is opened or when its rows are read.
+
+    Raises:
+        DataCheckError: in the place of Spark's own error.
+    """
     try:
         yield
     except (AnalysisException, PySparkException, Py4JJavaError) as error:

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -105,7 +106,9 @@ class Formats:
                 raw = reader.schema(schema).parquet(*paths)
             parts.append(_cast(raw, columns, names, kinds))
         if not parts:  # files without a byte
-            return self._spark.createDataFrame([], T.StructType([T.StructField(name, T.StringType()) for name in needed]))
+            return self._spark.createDataFrame(
+                [], T.StructType([T.StructField(name, T.StringType()) for name in needed])
+            )
         return reduce(DataFrame.unionByName, _alike(parts))
 
     def _learned(self, log: str, kind: str, files: Sequence[str], mapping: LogConfig) -> list[Columns | None]:
@@ -248,7 +251,7 @@ def _once(columns: Columns) -> Columns:
     return tuple(column for column in columns if plain(column.name) and counts[plain(column.name)] == 1)
 
 
-def _csv_options(mapping: LogConfig) -> dict[str, str | bool | int]:
+def _csv_options(mapping: LogConfig) -> dict[str, Any]:
     # RFC 4180: quotes are doubled, and a quoted field may hold line breaks and be of any length.
     return {
         "header": True,

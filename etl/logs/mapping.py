@@ -26,7 +26,7 @@ _CLOCK = r"[T ]\s*\d{1,2}:\d{1,2}(?::\d{1,2}(?:\.\d*)?)?"
 _ISO = _DATE + f"(?:{_CLOCK}" + r"\s*(\S.*?)?)?\s*$"
 """A date, a clock time behind it, a zone (group 1) behind that: Spark takes a bare clock time for one of today, and a
 number for a year."""
-_OFFSET = r"(?i)^(?:Z|(?:UTC?|GMT)?[+-]\d{1,2}(?::?\d{2}){0,2}|UTC?|GMT)$"
+_OFFSET = r"^(?:Z|(?:UTC?|GMT)?[+-]\d{1,2}(?::?\d{2}){0,2}|UTC?|GMT)$"
 _AMERICAN = {"EDT": "-04:00", "CST": "-06:00", "CDT": "-05:00", "MDT": "-06:00", "PST": "-08:00", "PDT": "-07:00"}
 """Short names that RFC 2822 defines and the time zone database lacks. Java reads PST as Los Angeles, in summer too, and
 BST as Dhaka: of all others without a slash only those of the database are names of zones."""
@@ -121,12 +121,10 @@ def _joined(columns: tuple[str, ...]) -> Column:
 def _instant(raw: DataFrame, log: str, source: str, mapping: LogConfig) -> Column:
     """The instant of a time column; a time without a zone is local in `time_zone`, one with a zone keeps it."""
     kind, column = raw.schema[source].dataType, own(source)
-    if isinstance(kind, T.TimestampType):
-        return column
+    if isinstance(kind, T.NullType | T.TimestampType):
+        return column.cast("timestamp")
     if isinstance(kind, T.TimestampNTZType):
         return _local(column.cast("timestamp"), mapping.time_zone)
-    if isinstance(kind, T.NullType):
-        return F.lit(None).cast("timestamp")
     is_number = mapping.time_format in TIME_UNITS_NS
     if not isinstance(kind, _NUMBERS if is_number else T.StringType):
         way_out = "cast it in the log" if is_number else f"set logs.{log}.time_format to 's', 'ms', 'us' or 'ns'"
@@ -145,7 +143,7 @@ def _instant(raw: DataFrame, log: str, source: str, mapping: LogConfig) -> Colum
 
 
 def iso_instant(text: Column, zone: str) -> Column:
-    """The instant of ISO 8601 text; local in `zone` where it names no zone of its own; null where it is no such time."""
+    """The instant of ISO 8601 text, null where it is none; local in `zone` where it names no zone of its own."""
     named = F.regexp_extract(text, _ISO, 1)
     fixed = text
     for short, offset in _AMERICAN.items():

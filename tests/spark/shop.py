@@ -28,6 +28,7 @@ CONFIG = (
     'labels.order_window="300 minutes"',
     'labels.global_window="60 minutes"',
     "histories.length=4",
+    "limits.max_reject_share=1",  # every sixth click is wild on purpose
     'features.user_categories=["city"]',
     'features.user_numbers=["age"]',
     'features.item_categories=["brand"]',

@@ -104,7 +104,9 @@ def test_every_job_that_gives_spark_a_path_has_checked_it() -> None:
             assert "check_lake(" in text, path.name  # which calls check_address
 
 
-@pytest.mark.parametrize("bad", ["a'b", 'a"b', "a`b", "a b", "a;b", "${env:HOME}", "a\\b", "a,b", "a\nb", ""])
+@pytest.mark.parametrize(
+    "bad", ["a'b", 'a"b', "a`b", "a b", "a.b", "a:b", "a;b", "${env:HOME}", "a\\b", "a,b", "a\nb", ""]
+)
 @pytest.mark.parametrize("key", ["user_categories", "context_numbers"])
 def test_a_feature_that_could_not_name_a_column_is_refused(bad: str, key: str) -> None:
     with pytest.raises(ConfigError, match=r"features: .* cannot name a column; map it to a plain name"):
@@ -112,7 +114,7 @@ def test_a_feature_that_could_not_name_a_column_is_refused(bad: str, key: str) -
 
 
 def test_plain_names_of_features_are_taken_in_any_language() -> None:
-    names = ("onehot_feat1", "preis", "größe", "类目", "a-b.c")
+    names = ("onehot_feat1", "preis", "größe", "类目", "a-b")
     assert load_config(None, [f"features.item_numbers={json.dumps(names)}"]).features.item_numbers == names
 
 

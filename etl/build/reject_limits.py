@@ -1,0 +1,158 @@
+"""Too many rejected rows stop a build before it writes anything, in one line that names the likely cause.
+
+Clicks on another clock would all be rejected and every label be 0; times in another unit lose half a log. Both are
+mistakes of the configuration, which the times themselves give away.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from etl.build.account import Account
+from etl.checks import DataCheckError
+from etl.kernel.events import KIND_CLICK, KIND_IMPRESSION
+from etl.kernel.user_pass import OVER_LIMIT
+from etl.logs.events import EventLog
+from etl.logs.mapping import as_written
+from usr_ray.config import Config
+from usr_ray.config.logs import TIME_UNITS_NS
+
+_SAMPLE = 2000
+"""Rejected rows that are looked at for the cause."""
+_HOUR_US = 3_600_000_000
+_SENSIBLE_S = (946_684_800, 4_102_444_800)
+"""The years 2000 to 2099 in seconds since 1970."""
+
+
+def check_rejects(
+    account: Account, config: Config, logs: Sequence[EventLog], rejected: DataFrame, events: DataFrame
+) -> None:
+    """Every log keeps within limits.max_reject_share for each reason, and no log of clicks has lost them all.
+
+    Args:
+        account: of all rows.
+        config: the limits, and the windows that a shifted clock is looked for with.
+        logs: the event logs.
+        rejected: `reject` rows of the pass.
+        events: all event rows; read again where clicks or orders miss their impressions.
+
+    Raises:
+        DataCheckError: a share is too large, of the largest one.
+    """
+    worst: tuple[float, str, str, int, int] | None = None
+    by_name = {log.name: log for log in logs}
+    for log in sorted({name for name, _ in account.counts}):
+        rows_in = account.total(log).rows_in
+        for reason, rows in sorted(account.rejects_of(log).items()):
+            share = rows / rows_in if rows_in else 0.0
+            # The user's own limit on machines is no accident.
+            if reason != OVER_LIMIT and share > config.limits.reject_share(log, reason):
+                worst = max(worst or (0.0, "", "", 0, 0), (share, log, reason, rows, rows_in))
+    if worst is not None:
+        share, log, reason, rows, rows_in = worst
+        cause = _cause(by_name[log], reason, rejected, events, config) if log in by_name else ""
+        limit = config.limits.reject_share(log, reason)
+        raise DataCheckError(
+            f"log {log}: {rows:,} of {rows_in:,} rows ({share:.1%}) are rejected as {reason}, more than "
+            f"limits.max_reject_share ({limit:g}); {cause}if that is right, set limits.max_reject_shares.{log}.{reason}"
+        )
+    for clicks in (log for log in logs if log.kind == KIND_CLICK):
+        total, reasons = account.total(clicks.name), account.rejects_of(clicks.name)
+        is_meant = clicks.name in config.limits.max_reject_shares or reasons.keys() <= {OVER_LIMIT}
+        if total.rejects and not total.used and not is_meant:
+            told = ", ".join(f"{rows:,} {reason}" for reason, rows in sorted(reasons.items()))
+            cause = _cause(clicks, max(reasons, key=lambda r: reasons[r]), rejected, events, config)
+            raise DataCheckError(
+                f"log {clicks.name}: none of its {total.rows_in:,} clicks is kept, so every label would be 0 ({told}); "
+                f"{cause}if that is right, set a share under limits.max_reject_shares.{clicks.name}"
+            )
+
+
+def _cause(log: EventLog, reason: str, rejected: DataFrame, events: DataFrame, config: Config) -> str:
+    """Words on the likely cause, with a semicolon behind them; '' where the rows tell nothing."""
+    mine = rejected.filter(
+        (F.col("kind") == log.kind) & (F.col("scenario") == log.scenario) & (F.col("reason") == reason)
+    )
+    if reason.endswith("_time") or reason in ("malformed_line", "undecodable_text"):
+        return _of_texts(log, reason, [row[0] for row in mine.select("row").limit(_SAMPLE).collect()])
+    if log.kind == KIND_IMPRESSION or reason.startswith("null_"):
+        row = mine.select("row").limit(1).collect()
+        return f"such as {row[0][0][:200]}; " if row and row[0][0] else ""
+    return _of_clock(log, mine, events, config)
+
+
+def _of_texts(log: EventLog, reason: str, rows: Sequence[str]) -> str:
+    found = [json.loads(row) for row in rows if row]
+    if reason == "malformed_line":
+        return "they have more or fewer fields than the header, or are no JSON: look at separator and quotes; "
+    if reason == "undecodable_text":
+        return f"their bytes are not the encoding: set logs.{log.name}.encoding, for example to 'windows-1252'; "
+    column = reason.partition("_")[2]
+    texts = [str(row.get(as_written(column), row.get(column, ""))) for row in found]
+    texts = [text for text in texts if text and text != "None"]
+    if not texts:
+        return f"the column holds nothing there: look at logs.{log.name}.columns.{column}; "
+    numbers = [float(text) for text in texts if re.fullmatch(r"\s*-?\d{1,30}(?:\.\d*)?\s*", text)]
+    units = [
+        unit
+        for unit, unit_ns in TIME_UNITS_NS.items()
+        if numbers and _SENSIBLE_S[0] <= sorted(numbers)[len(numbers) // 2] * unit_ns / 1e9 < _SENSIBLE_S[1]
+    ]
+    if units and 2 * len(numbers) > len(texts):
+        return (
+            f"such as {texts[0]!r}: numbers that are times in '{units[0]}', a factor of 1000 or more from what is "
+            f'read; set logs.{log.name}.time_format = "{units[0]}", or write all files of the log in one unit; '
+        )
+    return f"such as {texts[0]!r}: look at logs.{log.name}.time_format; "
+
+
+def _of_clock(log: EventLog, mine: DataFrame, events: DataFrame, config: Config) -> str:
+    """Whether the rows lie whole hours from the impressions (orders: clicks) of their user and item."""
+    earlier = KIND_IMPRESSION if log.kind == KIND_CLICK else KIND_CLICK
+    window = config.labels.click_window_us if log.kind == KIND_CLICK else config.labels.order_window_us
+    keys = ("user_id", "item_id")
+    some = mine.select("id", "impression_id", *keys, F.unix_micros("event_time").alias("late")).limit(_SAMPLE)
+    of_item = events.filter((F.col("kind") == earlier) & F.col("reason").isNull()).select(
+        *keys, F.col("id").alias("shown"), F.unix_micros("event_time").alias("early")
+    )
+    pairs = (
+        some.join(of_item, on=list(keys))
+        .filter(F.col("impression_id").isNull() | (F.col("impression_id") == F.col("shown")))
+        .select("id", (F.col("late") - F.col("early")).alias("gap"))
+    )
+    gaps: dict[str, list[int]] = {}
+    for row in pairs.limit(50 * _SAMPLE).collect():
+        gaps.setdefault(row["id"], []).append(row["gap"])
+    num_rejected = some.count()
+    if not gaps:
+        where = "impression" if log.kind == KIND_CLICK else "click"
+        return f"no {where} is of their user and item: look at the ids that both logs are given; "
+    shift = clock_shift(list(gaps.values()), window)
+    if shift and 2 * shift[1] > num_rejected:
+        return (
+            f"their times are {abs(shift[0])} whole hours {'late' if shift[0] > 0 else 'early'}, as of another time "
+            f"zone: look at logs.{log.name}.time_zone; "
+        )
+    window_text = "labels.click_window" if log.kind == KIND_CLICK else "labels.order_window"
+    return f"look at {window_text}, labels.clock_skew and the clocks of both logs; "
+
+
+def clock_shift(gaps: Sequence[Sequence[int]], window: int) -> tuple[int, int] | None:
+    """Whole hours by which the rows are late (early: negative), and how many rows that explains; None: none does.
+
+    Args:
+        gaps: of each row the microseconds since each impression that it could belong to.
+        window: how late a row may be, in microseconds.
+    """
+    near = min(window, _HOUR_US // 2)  # most clicks come soon; a whole hour would fit two shifts
+    found = []
+    for hours in (h for h in range(-14, 15) if h):
+        explained = sum(any(0 <= gap - hours * _HOUR_US <= near for gap in row) for row in gaps)
+        found.append((explained, -abs(hours), hours))
+    explained, _, hours = max(found)
+    return (hours, explained) if explained else None
