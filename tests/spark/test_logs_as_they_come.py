@@ -1,0 +1,378 @@
+"""Logs as other people have them: sub-folders, odd names, other clocks, bytes and types. Read rightly, or one line."""
+
+from __future__ import annotations
+
+import datetime as dt
+import gzip
+import json
+import zoneinfo
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
+
+from etl.build.samples import BuildRequest, Progress, build_samples
+from etl.checks import DataCheckError
+from etl.lake.tables import Lake
+from etl.logs.events import REASON, read_features
+from etl.logs.files import LogFolder
+from etl.logs.mapping import iso_instant
+from tests.spark.test_build_samples import rows_of
+from usr_ray.config import LogConfig, load_config
+
+pytestmark = pytest.mark.spark
+
+DAY = dt.date(2026, 1, 1)
+NOON = dt.datetime(2026, 1, 1, 12, tzinfo=dt.UTC)
+PLAIN = ('scenarios=["feed"]', "query_scenarios=[]", 'labels.no_order_scenarios=["feed"]', "vocabulary.min_count=1")
+
+
+def impressions(size: int = 40) -> list[dict[str, Any]]:
+    return [
+        {
+            "impression_id": f"i{n}",
+            "request_id": f"r{n // 4}",
+            "user_id": f"u{n % 5}",
+            "item_id": f"a{n}",
+            "event_time": (NOON + dt.timedelta(minutes=n)).isoformat(),
+        }
+        for n in range(size)
+    ]
+
+
+def clicks(shown: list[dict[str, Any]], shift: dt.timedelta = dt.timedelta()) -> list[dict[str, Any]]:
+    """A click on every fourth impression, half a minute later."""
+    delay = dt.timedelta(seconds=30) + shift
+    return [
+        {
+            "click_id": f"c{row['impression_id']}",
+            "impression_id": row["impression_id"],
+            "user_id": row["user_id"],
+            "item_id": row["item_id"],
+            "event_time": (dt.datetime.fromisoformat(row["event_time"]) + delay).isoformat(),
+        }
+        for row in shown[::4]
+    ]
+
+
+def csv(path: Path, rows: list[dict[str, Any]], encoding: str = "utf-8") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [",".join(rows[0]), *(",".join(str(value) for value in row.values()) for row in rows)]
+    path.write_text("\n".join(lines) + "\n", encoding=encoding)
+
+
+def build(spark: SparkSession, logs: Path, lake: Path, *overrides: str) -> list[str]:
+    lines: list[str] = []
+    request = BuildRequest(logs=str(logs), lake=Lake(str(lake)), first=DAY, last=DAY)
+    build_samples(spark, load_config(None, (*PLAIN, *overrides)), request, Progress(write=lines.append))
+    return lines
+
+
+def refusal(spark: SparkSession, logs: Path, lake: Path, *overrides: str) -> str:
+    with pytest.raises(DataCheckError) as error:
+        build(spark, logs, lake, *overrides)
+    assert not lake.exists()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_files_at_every_depth_of_folders_with_odd_names_are_read_and_their_neighbours_are_not(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    logs, lake, shown = tmp_path / "logs[1]", tmp_path / "lake[1] {a,b}*?", impressions()
+    csv(logs / "feed_impressions" / "a.csv", shown[:10])
+    csv(logs / "feed_impressions" / "2026" / "b [x].csv", shown[10:20])
+    csv(logs / "feed_impressions" / "2026" / "01 #%20" / "c.csv", shown[20:])
+    csv(logs / "feed_clicks" / "deep" / "deeper" / "a.csv", clicks(shown))
+    csv(logs / "serach_orders.csv", shown)
+    csv(tmp_path / "logs1" / "feed_impressions.csv", impressions(80))  # what the glob logs[1] would match
+    lines = build(spark, logs, lake)
+    rows = rows_of(lake / "samples")
+    assert {row["impression_id"] for row in rows} == {row["impression_id"] for row in shown}
+    assert sum(row["is_click"] for row in rows) == 10
+    assert "  feed_impressions: 3 csv files, 40 rows: 40 used, 0 rejected, 0 duplicates" in lines
+    assert "  feed_clicks: 1 csv file, 10 rows: 10 used, 0 rejected, 0 duplicates" in lines
+    assert any("holds serach_orders.csv, which no log reads" in line for line in lines)
+    # A second build reads the lake's own folders of that name: the state, the reports.
+    assert any(
+        line.endswith("events before 2026-01-01 are known") or "known" in line for line in build(spark, logs, lake)
+    )
+
+
+@pytest.mark.parametrize(
+    ("stray", "told"),
+    [
+        ("feed_clicks/notes.txt", "holds csv, notes.txt; needed one of"),
+        ("feed_clicks/_b.csv", "holds csv, _b.csv; needed one of"),
+        ("feed_clicks/.tmp/b.csv", "holds csv, b.csv; needed one of"),
+        ("feed_clicks/date=2026-01-01/b.csv", "lie in different key=value folders"),
+        ("feed_clicks/x/date=2026-01-01/b.csv", "lie in different key=value folders"),
+    ],
+)
+def test_a_file_that_would_not_be_read_is_named(spark: SparkSession, tmp_path: Path, stray: str, told: str) -> None:
+    csv(tmp_path / "feed_clicks" / "a.csv", clicks(impressions()))
+    csv(tmp_path / stray, clicks(impressions()))
+    with pytest.raises(DataCheckError, match=told):
+        LogFolder(spark, str(tmp_path)).read("feed_clicks")
+
+
+def test_what_spark_writes_beside_its_files_is_no_data_and_folders_of_keys_are_columns(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    frame = spark.createDataFrame([("a", "x", 1), ("b", "y", 2)], "item_id string, shop string, n int")
+    frame.write.partitionBy("shop").parquet(str(tmp_path / "items"))
+    rows = LogFolder(spark, str(tmp_path)).read("items", ["item_id", "shop"])[0].orderBy("n").collect()
+    assert [(row["item_id"], row["shop"]) for row in rows] == [("a", "x"), ("b", "y")]
+
+
+def test_a_name_is_literal_where_a_file_has_it_and_a_glob_where_none_has(spark: SparkSession, tmp_path: Path) -> None:
+    for name in ("e[1].csv", "e1.csv", "e2.csv"):
+        csv(tmp_path / name, [{"order_id": name}])
+
+    def read(path: str) -> set[str]:
+        folder = LogFolder(spark, str(tmp_path), {"orders": LogConfig(path=path)})
+        return {row[0] for row in folder.read("orders", ["order_id"])[0].select("order_id").collect()}
+
+    assert read("e[1].csv") == {"e[1].csv"}
+    assert read("e[2].csv") == {"e2.csv"}
+    assert read("e?.csv") == {"e1.csv", "e2.csv"}
+
+
+@pytest.mark.parametrize("hours", [1, -2])
+def test_clicks_on_another_clock_stop_the_build_with_the_cause(spark: SparkSession, tmp_path: Path, hours: int) -> None:
+    shown = impressions()
+    csv(tmp_path / "feed_impressions.csv", shown)
+    csv(tmp_path / "feed_clicks.csv", clicks(shown, dt.timedelta(hours=hours)))
+    told = refusal(spark, tmp_path, tmp_path / "lake")
+    assert (
+        f"log feed_clicks: 10 of 10 rows (100.0%) are rejected as {'after_window' if hours > 0 else 'before_impr'}"
+        in told
+    )
+    assert f"their times are {abs(hours)} whole hours {'late' if hours > 0 else 'early'}" in told
+    assert "look at logs.feed_clicks.time_zone" in told
+    told = refusal(spark, tmp_path, tmp_path / "lake", "limits.max_reject_share=1")
+    assert "log feed_clicks: none of its 10 clicks is kept, so every label would be 0" in told
+
+
+def test_times_in_two_units_stop_the_build_with_the_cause(spark: SparkSession, tmp_path: Path) -> None:
+    shown = impressions()
+    for n, row in enumerate(shown):
+        seconds = int(dt.datetime.fromisoformat(row["event_time"]).timestamp())
+        row["event_time"] = str(seconds * 1000 if n % 2 else seconds)
+    csv(tmp_path / "feed_impressions.csv", shown)
+    csv(tmp_path / "feed_clicks.csv", clicks(impressions()))
+    told = refusal(spark, tmp_path, tmp_path / "lake", 'logs.feed_impressions.time_format="s"')
+    assert "log feed_impressions: 20 of 40 rows (50.0%) are rejected as unparsable_event_time" in told
+    assert "numbers that are times in 'ms', a factor of 1000" in told
+    # Without a time_format all are unreadable, and the line says which it is.
+    assert 'set logs.feed_impressions.time_format = "' in refusal(spark, tmp_path, tmp_path / "lake")
+
+
+def test_one_clock_of_the_year_9999_makes_no_label_final(spark: SparkSession, tmp_path: Path) -> None:
+    """A click that is rejected, an impression that is used, and an ingest_time: none is the watermark."""
+    shown = impressions()
+    shown[0] |= {"impression_id": "late", "event_time": "9999-12-31T00:00:00"}
+    given = clicks(shown[1:])
+    given[0] |= {"click_id": "wild", "event_time": "9999-12-31T00:00:00"}
+    for row in given:
+        row["ingest_time"] = "9999-12-31T00:00:00"
+    csv(tmp_path / "feed_impressions.csv", shown)
+    csv(tmp_path / "feed_clicks.csv", given)
+    build(spark, tmp_path, tmp_path / "lake", "limits.max_reject_share=0.5")
+    report = json.loads((tmp_path / "lake" / "reports" / "2026-01-01.json").read_text())
+    assert report["watermark"] == (NOON + dt.timedelta(minutes=39)).isoformat()
+    assert not any(row["is_mature"] for row in rows_of(tmp_path / "lake" / "samples"))
+
+
+ZONES = {
+    name: name
+    for name in (
+        *("CET", "EET", "EST", "MST", "HST", "EST5EDT", "GB", "GMT", "UTC", "America/Port-au-Prince", "Etc/GMT+5"),
+        *("Etc/GMT-14", "Asia/Kolkata", "Asia/Kathmandu", "Europe/Berlin", "America/Argentina/Buenos_Aires"),
+    )
+} | {"Z": "UTC", "UT": "UTC", "UTC+1": "Etc/GMT-1", "GMT-05:00": "Etc/GMT+5", "UTC+0100": "Etc/GMT-1"}
+ZONES |= {"+01": "Etc/GMT-1", "-5": "Etc/GMT+5", "+0530": "Asia/Kolkata", "+05:30": "Asia/Kolkata", "": "Europe/Berlin"}
+FIXED = {"PST": -8, "PDT": -7, "MDT": -6, "CST": -6, "CDT": -5, "EDT": -4}
+"""Of RFC 2822, the same in winter and summer."""
+
+
+def test_every_form_of_a_zone_is_read_as_python_reads_it_in_winter_and_summer(spark: SparkSession) -> None:
+    wanted: dict[str, dt.datetime | None] = {}
+    for day in ("2026-01-15", "2026-07-15"):
+        local = dt.datetime.fromisoformat(f"{day}T10:15:00")
+        for gap in ("", " "):
+            for zone, name in ZONES.items():
+                wanted[f"{day}T10:15:00{gap}{zone}"] = local.replace(tzinfo=zoneinfo.ZoneInfo(name))
+            for zone, hours in FIXED.items():
+                wanted[f"{day} 10:15:00{gap}{zone}"] = local.replace(tzinfo=dt.timezone(dt.timedelta(hours=hours)))
+        # Names of no one zone, clock times without a day and numbers are no times, rather than some.
+        wanted |= dict.fromkeys(f"{day} 10:15:00 {zone}" for zone in ("BST", "IST", "AST", "nowhere", "+25"))
+    wanted |= dict.fromkeys(("10:15:00", "T10:15", "2026", "2026-01", "12345", "1767225600", "2026-13-01", "soon"))
+    frame = spark.createDataFrame([(text,) for text in wanted], "t string")
+    for text, found in frame.select("t", iso_instant(F.col("t"), "Europe/Berlin")).collect():
+        expected = wanted[text]
+        assert found == (expected and expected.astimezone(dt.UTC).replace(tzinfo=None)), text
+
+
+FEATURES = ("count", "reason", "position", "kind", "log", "request_key", "user_key", "row_json", "first_0", "is_click")
+
+
+def test_features_may_be_called_like_columns_of_ours(spark: SparkSession, tmp_path: Path) -> None:
+    shown, names = impressions(), list(FEATURES)
+    for n, row in enumerate(shown):
+        row.update({name: f"{name}{n % 2}" for name in names}, event_time_index=n)
+    csv(tmp_path / "feed_impressions.csv", shown)
+    csv(tmp_path / "feed_clicks.csv", clicks(shown))
+    csv(
+        tmp_path / "users.csv",
+        [{"user_id": f"u{n}", "value": f"v{n % 2}", "feature": n, "value_index": n} for n in range(5)],
+    )
+    csv(tmp_path / "items.csv", [{"item_id": f"a{n}", "rows": n % 3, "id": n % 2, "chunk": n} for n in range(40)])
+    build(
+        spark,
+        tmp_path,
+        tmp_path / "lake",
+        f"features.context_categories={json.dumps([n for n in names if n not in ('position', 'first_0')])}",
+        'features.context_numbers=["event_time_index", "first_0"]',
+        'features.user_categories=["value", "feature"]',
+        'features.user_numbers=["value_index"]',
+        'features.item_categories=["rows", "id"]',
+        'features.item_numbers=["chunk"]',
+    )
+    found = {row["impression_id"]: row for row in rows_of(tmp_path / "lake" / "samples")}
+    for n, row in enumerate(shown):
+        mine = found[row["impression_id"]]
+        assert mine["user_key"] != mine["user_key_index"]
+        assert mine["event_time_index_scaled"] == np.float32(np.log1p(n))
+        assert mine["first_0_scaled"] == 0  # a text that is no number
+        assert mine["value_index_scaled"] == np.float32(np.log1p(n % 5))
+        assert mine["chunk_scaled"] == np.float32(np.log1p(n))
+        assert {mine[f"{name}_index"] for name in ("count", "reason", "kind", "user_key")} <= {2, 3}
+    for name in ("count", "value", "rows"):
+        by_value = {
+            (found[f"i{n}"][f"{name}_index"], {"count": n % 2, "value": n % 5 % 2, "rows": n % 3}[name])
+            for n in range(40)
+        }
+        assert len(by_value) == (3 if name == "rows" else 2), name
+
+
+def test_bytes_of_another_encoding_are_rejected_and_never_one_value(spark: SparkSession, tmp_path: Path) -> None:
+    shown = impressions()
+    for row, user in zip(shown, ("Jürgen", "Jörgen"), strict=False):
+        row["user_id"] = user
+    csv(tmp_path / "feed_impressions.csv", shown, encoding="latin-1")
+    csv(tmp_path / "feed_clicks.csv", clicks(shown[2:]))
+    told = refusal(spark, tmp_path, tmp_path / "lake", "limits.max_reject_share=0.01")
+    assert "2 of 40 rows (5.0%) are rejected as undecodable_text" in told
+    assert "set logs.feed_impressions.encoding" in told
+    build(spark, tmp_path, tmp_path / "lake", 'logs.feed_impressions.encoding="latin-1"')
+    assert {"Jürgen", "Jörgen"} < {row["user_id"] for row in rows_of(tmp_path / "lake" / "samples")}
+
+
+def test_bytes_that_are_no_text_are_found_in_parquet_and_in_headers_too(spark: SparkSession, tmp_path: Path) -> None:
+    wrong = pa.array([b"u\xfc", b"\xc3\xbc"]).cast(pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"item_id": ["a", "b"], "brand": wrong}), tmp_path / "items.parquet")
+    rows = (
+        read_features(LogFolder(spark, str(tmp_path)), "items", "item_id", ["brand"], []).orderBy("item_id").collect()
+    )
+    assert [(row[REASON], row["brand"]) for row in rows][1] == (None, "ü")
+    assert rows[0][REASON] == "undecodable_text"
+    (tmp_path / "users.csv").write_bytes("user_id,Größe\nu,1\n".encode("latin-1"))
+    with pytest.raises(DataCheckError, match=r"the header of .*users.csv holds bytes that are not UTF-8 \(.*encoding"):
+        LogFolder(spark, str(tmp_path)).read("users", ["user_id"])
+
+
+def test_lines_with_too_few_or_too_many_fields_are_rejected(spark: SparkSession, tmp_path: Path) -> None:
+    (tmp_path / "items.csv").write_text('item_id,brand,price\na,x,1\nb,y\nc,z,3,4\n\nd,"q\nr",5\n')
+    folder = LogFolder(spark, str(tmp_path))
+    rows = read_features(folder, "items", "item_id", ["brand"], ["price"]).orderBy("item_id").collect()
+    assert [(row["item_id"], row[REASON]) for row in rows] == [
+        ("a", None),
+        ("b", "malformed_line"),
+        ("c", "malformed_line"),
+        ("d", None),
+    ]
+    assert rows[3]["brand"] == "q\nr"
+
+
+def test_texts_that_mean_no_value_are_told_and_can_be_named(spark: SparkSession, tmp_path: Path) -> None:
+    shown = impressions()
+    for row in shown[:6]:
+        row["user_id"] = "NULL"
+    csv(tmp_path / "feed_impressions.csv", shown)
+    csv(tmp_path / "feed_clicks.csv", clicks(shown[6:]))
+    csv(tmp_path / "users.csv", [{"user_id": f"u{n}", "city": "\\N" if n < 3 else "Rome"} for n in range(5)])
+    features = 'features.user_categories=["city"]'
+    lines = build(spark, tmp_path, tmp_path / "lake", features)
+    told = [line for line in lines if line.startswith("warning: ") and "null_values" in line]
+    assert len(told) == 2
+    assert "user_id: 'NULL' is among its commonest values (6 rows)" in " ".join(told)
+    assert "set logs.users.null_values" in " ".join(told)
+    nulls = ('logs.feed_impressions.null_values=["NULL"]', 'logs.users.null_values=["\\\\N"]')
+    lines = build(spark, tmp_path, tmp_path / "second", features, *nulls, "limits.max_reject_share=0.2")
+    rows = rows_of(tmp_path / "second" / "samples")
+    assert len(rows) == 34, "a null user is rejected"
+    assert {row["city_index"] for row in rows if row["user_id"] in ("u0", "u1", "u2")} == {0}
+    assert not any("null_values" in line for line in lines)
+
+
+def test_headers_with_blanks_and_in_another_case_are_those_of_the_contract(spark: SparkSession, tmp_path: Path) -> None:
+    (tmp_path / "orders.csv").write_text(" Order_ID ,USER_ID,item_id\t,Event_Time\no,u,a,2026-01-01\n")
+    rows = LogFolder(spark, str(tmp_path)).read("orders", ["order_id", "user_id", "item_id", "event_time"])[0].collect()
+    assert [rows[0][name] for name in ("order_id", "user_id", "item_id", "event_time")] == ["o", "u", "a", "2026-01-01"]
+    (tmp_path / "items.csv").write_text("Item_ID,item_id,brand,brand\na,b,c,d\n")
+    with pytest.raises(DataCheckError, match="has the columns 'Item_ID' and 'item_id', and case and blanks tell no"):
+        LogFolder(spark, str(tmp_path)).read("items", ["item_id"])
+
+
+def test_types_and_columns_of_older_files_are_widened(spark: SparkSession, tmp_path: Path) -> None:
+    instant = pa.array([NOON], pa.timestamp("us", tz="UTC"))
+    tables = {
+        "a": {"item_id": pa.array([1], pa.int32()), "price": pa.array([1.5], pa.float32()), "t": instant},
+        "b": {"item_id": pa.array([2**40], pa.int64()), "price": pa.array([0.1], pa.float64())},
+        "c": {
+            "Item_ID": pa.array([3], pa.int64()),
+            "price": pa.array([2], pa.int32()),
+            "brand": pa.array(["x"]),
+            "t": instant.cast(pa.timestamp("ns", tz="UTC")),
+        },
+    }
+    for name, columns in tables.items():
+        (tmp_path / "items").mkdir(exist_ok=True)
+        pq.write_table(pa.table(columns), tmp_path / "items" / f"{name}.parquet")
+    folder = LogFolder(spark, str(tmp_path))
+    rows = folder.read("items", ["item_id", "price", "brand", "t"])[0].orderBy("item_id").collect()
+    noon = NOON.replace(tzinfo=None)
+    assert [tuple(row[n] for n in ("item_id", "price", "brand", "t")) for row in rows] == [
+        (1, 1.5, None, noon),
+        (3, 2.0, "x", noon),
+        (2**40, 0.1, None, None),
+    ]
+    assert any("column 'brand' is in 1 of 3 files and null in the others" in note for note in folder.notes())
+
+
+def test_integers_as_times_are_told_of_the_time_format(spark: SparkSession, tmp_path: Path) -> None:
+    shown = impressions()
+    seconds = [int(dt.datetime.fromisoformat(row["event_time"]).timestamp()) for row in shown]
+    table = pa.Table.from_pylist(shown).set_column(4, "event_time", pa.array(seconds))
+    pq.write_table(table, tmp_path / "feed_impressions.parquet")
+    csv(tmp_path / "feed_clicks.csv", clicks(shown))
+    told = refusal(spark, tmp_path, tmp_path / "lake")
+    assert "column 'event_time' is bigint" in told
+    assert "set logs.feed_impressions.time_format to 's', 'ms', 'us' or 'ns'" in told
+    build(spark, tmp_path, tmp_path / "lake", 'logs.feed_impressions.time_format="s"')
+    assert min(row["event_time"] for row in rows_of(tmp_path / "lake" / "samples")) == NOON
+
+
+def test_a_file_that_breaks_while_it_is_read_is_one_line(spark: SparkSession, tmp_path: Path) -> None:
+    shown = impressions(400)
+    lines = "\n".join([",".join(shown[0]), *(",".join(row.values()) for row in shown)])
+    packed = gzip.compress(lines.encode())
+    (tmp_path / "feed_impressions.csv.gz").write_bytes(packed[: len(packed) // 2])
+    csv(tmp_path / "feed_clicks.csv", clicks(shown))
+    assert "cannot be read" in refusal(spark, tmp_path, tmp_path / "lake")

@@ -1,0 +1,106 @@
+"""The likely cause of many rejects, the account's totals, and what makes the default watermark. No JVM is started."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+
+import pytest
+
+from etl.build.account import UNDATED, Account
+from etl.build.inputs import watermark_of
+from etl.build.reject_limits import _of_texts, clock_shift
+from etl.checks import LogCount
+from etl.kernel.attribution import LabelRules
+from etl.kernel.events import KIND_CLICK, NO_SCENARIO
+from etl.logs.events import EventLog
+from usr_ray.config import load_config
+
+pytestmark = pytest.mark.unit
+
+HOUR = 3_600_000_000
+DAY = 24 * HOUR
+MINUTE = 60_000_000
+CLICKS = EventLog(name="feed_clicks", kind=KIND_CLICK, scenario=NO_SCENARIO, key="click_id", required=())
+
+
+@pytest.mark.parametrize("hours", [-14, -2, -1, 1, 5, 14])
+def test_a_clock_in_another_zone_is_recognised(hours: int) -> None:
+    gaps = [[hours * HOUR + delay * MINUTE] for delay in (0, 1, 5, 20)]
+    assert clock_shift(gaps, HOUR) == (hours, 4)
+
+
+def test_clicks_that_are_merely_late_are_no_shift_of_most() -> None:
+    assert clock_shift([[40 * HOUR], [50 * HOUR]], HOUR) is None
+    found = clock_shift([[61 * MINUTE], [95 * MINUTE], [170 * MINUTE], [12345 * MINUTE]], HOUR)
+    assert found is not None
+    assert found[1] < 3
+
+
+@pytest.mark.parametrize(
+    ("text", "unit"),
+    [
+        ("1767225600", "s"),
+        ("1767225600.25", "s"),
+        ("1767225600000", "ms"),
+        ("1767225600000000", "us"),
+        ("1767225600000000000", "ns"),
+    ],
+)
+def test_numbers_in_another_unit_are_recognised(text: str, unit: str) -> None:
+    rows = [json.dumps({"event_time": "x", "event_time_as_written": text})] * 3
+    told = _of_texts(CLICKS, "unparsable_event_time", rows)
+    assert f"times in '{unit}'" in told
+    assert f'logs.feed_clicks.time_format = "{unit}"' in told
+
+
+def test_other_texts_are_shown() -> None:
+    assert "such as '3 o''clock'".replace("''", "'") in _of_texts(
+        CLICKS, "unparsable_event_time", [json.dumps({"event_time": "3 o'clock"})]
+    ).replace('"', "'")
+    assert "holds nothing" in _of_texts(CLICKS, "null_event_time", [json.dumps({"user_id": "u"})])
+
+
+def test_an_account_adds_up_the_dates_that_were_read_whole() -> None:
+    account = Account(whole_from=dt.date(2026, 1, 2))
+    for date, rows in (("2026-01-01", 5), ("2026-01-02", 7), (UNDATED, 1)):
+        account.counts["feed_clicks", date] += LogCount(rows_in=rows, rejects=rows)
+        account.reasons["feed_clicks", date]["no_impression"] = rows
+    assert account.total("feed_clicks") == LogCount(rows_in=8, rejects=8)
+    assert account.rejects_of("feed_clicks") == {"no_impression": 8}
+
+
+def used(**days: tuple[int, int]) -> Account:
+    return Account(used_days={int(day[1:]): found for day, found in days.items()})
+
+
+RULES = LabelRules(click_window=HOUR, order_window=24 * HOUR, global_window=HOUR)
+FINAL = 11 * DAY + 25 * HOUR
+"""When the labels of day 10 are final."""
+
+
+def test_the_watermark_is_the_newest_used_event_of_the_dates_that_decide() -> None:
+    assert watermark_of(used(d10=(10 * DAY + HOUR, 9)), None, [9, 10], RULES) == 10 * DAY + HOUR
+    assert watermark_of(used(d10=(10 * DAY, 9), d11=(11 * DAY + HOUR, 2)), None, [10], RULES) == 11 * DAY + HOUR
+
+
+def test_the_watermark_is_never_later_than_what_the_last_built_date_needs() -> None:
+    later = used(d10=(10 * DAY, 900), d20=(20 * DAY, 900))
+    assert watermark_of(later, None, [9, 10], RULES) == FINAL
+
+
+@pytest.mark.parametrize("stray", [(2_932_896 * DAY, 1)])
+def test_one_event_of_the_year_9999_makes_nothing_final(stray: tuple[int, int]) -> None:
+    assert watermark_of(used(d10=(10 * DAY + HOUR, 500), d2932896=stray), None, [10], RULES) == 10 * DAY + HOUR
+
+
+def test_a_watermark_that_is_asked_for_stays_and_no_event_makes_none() -> None:
+    asked = dt.datetime(1970, 1, 3, tzinfo=dt.UTC)
+    assert watermark_of(used(d10=(10 * DAY, 9)), asked, [10], RULES) == 2 * DAY
+    assert watermark_of(Account(), None, [10], RULES) == 0
+
+
+def test_a_share_of_one_reason_of_one_log_goes_before_the_share_of_all() -> None:
+    limits = load_config(None, ["limits.max_reject_shares.orders.no_click=0.6"]).limits
+    assert limits.reject_share("orders", "no_click") == 0.6
+    assert limits.reject_share("orders", "before_click") == limits.reject_share("search_clicks", "no_click") == 0.05
