@@ -6,6 +6,7 @@ Every file below a log's folder, at whatever depth, is read or named in a refusa
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -68,14 +69,14 @@ class LogFolder:
         return str(self._found.get(log, ""))
 
     def notes(self) -> list[str]:
-        """What the user should know of the logs that were read: columns that some files lack, entries nobody read."""
+        """What the user should know of the logs that were read: columns that some files lack, and misspelt ones."""
         notes = list(self._formats.notes)
-        if not any(mapping.path for mapping in self._mappings.values()):
-            read = {self._entry(log) for log in {*self._found, *self._asked}}
-            strays = sorted(name for name in self._entries if name not in read and not name.startswith(("_", ".")))
-            if strays:
-                more = " ..." if len(strays) > 5 else ""
-                notes.append(f"--logs {self._root} holds {', '.join(strays[:5])}{more}, which no log reads")
+        logs = {*self._found, *self._asked}
+        read = {self._entry(log) for log in logs}
+        for name in sorted(name for name in self._entries if name not in read and not self._mappings):
+            meant = difflib.get_close_matches(name.partition(".")[0], logs, n=1, cutoff=0.8)
+            if meant:
+                notes.append(f"--logs {self._root} holds {name}, which no log reads; is it {meant[0]}?")
         return notes
 
     def read(self, log: str, columns: Iterable[str] = ()) -> tuple[DataFrame, str]:

@@ -176,18 +176,24 @@ class SimulatedSource:
             late = late.where(~is_due)
             num_before += len(day.shown.item_N)
             if is_last:
-                writer.append("orders", closing_order(day, config))
+                writer.append(f"{config.scenarios[0]}_impressions", closing_impression(day, config))
             print(
                 f"day {day.number + 1} of {settings.num_days}: {num_before:,} impressions", file=sys.stderr, flush=True
             )
 
 
-def closing_order(last: SimulatedDay, config: Config) -> dict[str, list[str] | np.ndarray]:
-    """One order without a click, after every window has closed: the newest event, so that all rows are mature."""
-    labels = config.labels
-    close_us = last.end_us + labels.click_window_us + labels.global_window_us + labels.order_window_us
-    order = {"order_id": ["late-end"], "user_id": ["u0"], "item_id": ["i0"]}
-    return {**order, "event_time": np.array([close_us + 1_000_000])}
+def closing_impression(last: SimulatedDay, config: Config) -> dict[str, list[str] | pa.Array | np.ndarray]:
+    """One impression as the last label of all days becomes final: the newest event that is used, so all are mature."""
+    final_us = last.end_us + config.labels.global_window_us + config.labels.order_window_us
+    return {
+        "impression_id": ["end"],
+        "request_id": ["end"],
+        "user_id": ["u0"],
+        "item_id": ["i0"],
+        "event_time": np.array([final_us]),
+        "position": np.array([0]),
+        "query": ["query 0"] if config.scenarios[0] in config.query_scenarios else pa.nulls(1, pa.string()),
+    }
 
 
 def write_profiles(world: World, writer: LogWriter, num_catalogues: int) -> None:

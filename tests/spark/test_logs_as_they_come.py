@@ -89,7 +89,7 @@ def test_files_at_every_depth_of_folders_with_odd_names_are_read_and_their_neigh
     csv(logs / "feed_impressions" / "2026" / "b [x].csv", shown[10:20])
     csv(logs / "feed_impressions" / "2026" / "01 #%20" / "c.csv", shown[20:])
     csv(logs / "feed_clicks" / "deep" / "deeper" / "a.csv", clicks(shown))
-    csv(logs / "serach_orders.csv", shown)
+    csv(logs / "feed_order.csv", shown)
     csv(tmp_path / "logs1" / "feed_impressions.csv", impressions(80))  # what the glob logs[1] would match
     lines = build(spark, logs, lake)
     rows = rows_of(lake / "samples")
@@ -97,7 +97,7 @@ def test_files_at_every_depth_of_folders_with_odd_names_are_read_and_their_neigh
     assert sum(row["is_click"] for row in rows) == 10
     assert "  feed_impressions: 3 csv files, 40 rows: 40 used, 0 rejected, 0 duplicates" in lines
     assert "  feed_clicks: 1 csv file, 10 rows: 10 used, 0 rejected, 0 duplicates" in lines
-    assert any("holds serach_orders.csv, which no log reads" in line for line in lines)
+    assert any("holds feed_order.csv, which no log reads; is it feed_orders?" in line for line in lines)
     # A second build reads the lake's own folders of that name: the state, the reports.
     assert any(
         line.endswith("events before 2026-01-01 are known") or "known" in line for line in build(spark, logs, lake)
