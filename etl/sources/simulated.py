@@ -18,8 +18,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from etl.sources.simulated_days import Exposures, Schedule, day_size, draw_exposures, draw_schedule
-from etl.sources.simulated_outcomes import Outcomes, Windows, draw_outcomes, logits
+from etl.sources.simulated_days import (
+    Exposures,
+    Outcomes,
+    Schedule,
+    Windows,
+    day_size,
+    draw_exposures,
+    draw_outcomes,
+    draw_schedule,
+    logits,
+)
 from etl.sources.simulated_world import (
     CLICK_RATES,
     ORDER_RATES,
