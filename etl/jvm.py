@@ -77,6 +77,11 @@ def file_head(spark: SparkSession, file: str, size: int) -> bytes:
         stream.close()
 
 
+def knows_charset(spark: SparkSession, name: str) -> bool:
+    """True where Java has an encoding of this name."""
+    return bool(_jvm(spark).java.nio.charset.Charset.isSupported(name))
+
+
 @contextmanager
 def parquet_footer(spark: SparkSession, file: str) -> Iterator[Any]:
     """The footer (ParquetMetadata) of a Parquet file."""

@@ -25,7 +25,7 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from etl.checks import DataCheckError
-from etl.jvm import file_head, parquet_schemas
+from etl.jvm import file_head, knows_charset, parquet_schemas
 from etl.session import literal_path
 from usr_ray.config import LogConfig
 
@@ -81,10 +81,11 @@ class Formats:
         Raises:
             DataCheckError: a needed column is there more than once or has types that no one type holds.
         """
+        charset = self._charset(log, mapping) if kind != "parquet" else ""
         reader = self._spark.read.option("basePath", literal_path(base)) if base else self._spark.read
         if kind == "json":
-            if codecs.lookup(mapping.encoding).name != "utf-8":
-                reader = reader.option("encoding", mapping.encoding).option("lineSep", "\n")
+            if charset != "utf-8":
+                reader = reader.option("encoding", charset).option("lineSep", "\n")
             paths = [literal_path(file) for file in files]
             raw = reader.json(paths, primitivesAsString=True, columnNameOfCorruptRecord=MALFORMED)
             return renamed(log, raw, raw.columns, needed)
@@ -100,7 +101,7 @@ class Formats:
             if kind == "csv":  # by position: every field has its place
                 fields = [c.name if c in once else f"{_UNREAD}{n}" for n, c in enumerate(columns)]
                 schema = T.StructType([T.StructField(name, T.StringType()) for name in (*fields, MALFORMED)])
-                raw = reader.schema(schema).csv(paths, **_csv_options(mapping))
+                raw = reader.schema(schema).csv(paths, **_csv_options(mapping.separator, charset))
             else:
                 schema = T.StructType([T.StructField(column.name, column.read_as) for column in once])
                 raw = reader.schema(schema).parquet(*paths)
@@ -110,6 +111,16 @@ class Formats:
                 [], T.StructType([T.StructField(name, T.StringType()) for name in needed])
             )
         return reduce(DataFrame.unionByName, _alike(parts))
+
+    def _charset(self, log: str, mapping: LogConfig) -> str:
+        """Java's name of the encoding, which Python may call otherwise: latin-1."""
+        name = codecs.lookup(mapping.encoding).name.removesuffix("-sig")
+        if not knows_charset(self._spark, name):
+            raise DataCheckError(
+                f"log {log}: logs.{log}.encoding {mapping.encoding!r} is not known to Java; write it as 'UTF-8', "
+                "'ISO-8859-1' or 'windows-1252', or write the file again in UTF-8"
+            )
+        return name
 
     def _learned(self, log: str, kind: str, files: Sequence[str], mapping: LogConfig) -> list[Columns | None]:
         place = (kind, mapping.separator, mapping.encoding) if kind == "csv" else (kind,)
@@ -251,12 +262,12 @@ def _once(columns: Columns) -> Columns:
     return tuple(column for column in columns if plain(column.name) and counts[plain(column.name)] == 1)
 
 
-def _csv_options(mapping: LogConfig) -> dict[str, Any]:
+def _csv_options(separator: str, charset: str) -> dict[str, Any]:
     # RFC 4180: quotes are doubled, and a quoted field may hold line breaks and be of any length.
     return {
         "header": True,
-        "sep": mapping.separator,
-        "encoding": mapping.encoding,
+        "sep": separator,
+        "encoding": charset,
         "escape": '"',
         "multiLine": True,
         "maxCharsPerColumn": -1,
