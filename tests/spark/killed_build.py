@@ -45,6 +45,7 @@ OVERRIDES = (
     'labels.order_window="300 minutes"',
     "histories.length=4",
     "vocabulary.min_count=2",
+    "limits.max_reject_share=1",
 )
 """Two of the shop's scenarios and no features: what is tested does not depend on how wide a row is."""
 SETTINGS = load_config(None, OVERRIDES)

@@ -37,7 +37,8 @@ WINDOWS = Windows(click=60 * MINUTE, order=24 * 60 * MINUTE, whole=60 * MINUTE)
 WATERMARK = START + dt.timedelta(days=2, hours=20)
 LENGTH = 3
 CONFIG = load_config(
-    ROOT / "jobs" / "configs" / "simulated.toml", (f"histories.length={LENGTH}", 'data.train_dates=""')
+    ROOT / "jobs" / "configs" / "simulated.toml",
+    (f"histories.length={LENGTH}", 'data.train_dates=""', "limits.max_reject_share=1"),
 )
 EVENT_SCHEMAS = {"impressions": IMPRESSIONS, "clicks": CLICKS, "orders": ORDERS}
 

@@ -78,6 +78,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(*overrides: str) -> Config:
     dates = ["data.train_dates='2026-01-01:2026-01-02'", "data.eval_dates='2026-01-03'", "vocabulary.min_count=1"]
+    dates.append("limits.max_reject_share=1")  # one row of every kind of reject
     return load_config(None, [*dates, *overrides])
 
 
