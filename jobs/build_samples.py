@@ -36,7 +36,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, dict[str, Any]]:
     parser.add_argument(
         "--restate", action="store_true", help="build again what late events changed: of all dates built, or of --dates"
     )
-    parser.add_argument("--watermark", metavar="ISO", help="labels are final up to here (default: newest event)")
+    parser.add_argument(
+        "--watermark", metavar="ISO", help="labels are final up to here (default: newest event that is used)"
+    )
     arguments = parser.parse_args(argv)
     check_input(arguments.logs, flag="--logs")
     check_lake(arguments.lake, new=True)

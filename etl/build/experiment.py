@@ -21,6 +21,7 @@ from etl.kernel.events import context_column
 from etl.lake.tables import Lake, dates_condition
 from etl.logs.events import EventLog, event_logs, read_events
 from etl.logs.files import LogFolder
+from etl.logs.mapping import names_of
 from usr_ray.config import Config
 from usr_ray.schema import (
     EXPERIMENT_USERS,
@@ -147,7 +148,7 @@ def combinations(users: DataFrame, scenarios: list[str], shares: Mapping[str, fl
 
 def _logs_with_bucket(config: Config, folder: LogFolder, logs: list[EventLog]) -> list[EventLog]:
     column = config.online.bucket_column
-    columns = {log.name: folder.read(log.name)[0].columns for log in logs}
+    columns = {log.name: names_of(folder.read(log.name)[0]) for log in logs}
     having = [log for log in logs if column in columns[log.name]]
     if not having:
         there = "; ".join(f"{name} has {', '.join(names)}" for name, names in columns.items())

@@ -17,7 +17,7 @@ from etl.checks import DataCheckError, check_columns
 from etl.kernel.events import KIND_CLICK, KIND_IMPRESSION, KIND_ORDER, NO_SCENARIO, context_column
 from etl.logs.files import TEXT_FORMATS, LogFolder
 from etl.logs.formats import MALFORMED, REPLACEMENT, own
-from etl.logs.mapping import TIMES, as_written, iso_instant, names_of
+from etl.logs.mapping import FIRST_MICRO, LAST_MICRO, TIMES, as_written, iso_instant, names_of
 from usr_ray.config import Config
 
 _INTEGERS = (T.ByteType, T.ShortType, T.IntegerType, T.LongType)
@@ -250,17 +250,18 @@ def _text(raw: DataFrame, log: str, column: str) -> Column:
 
 
 def _time(raw: DataFrame, log: str, column: str, *, text: bool) -> Column:
-    """An instant; text formats hold ISO 8601 (UTC where no zone is named), null where it cannot be read."""
+    """An instant of the years 1 to 9999; text formats hold ISO 8601 (UTC where no zone is named). Null: unreadable."""
     kind = raw.schema[column].dataType
-    if isinstance(kind, T.NullType):
-        return _null("timestamp")
     if isinstance(kind, T.StringType) and text:
-        return iso_instant(F.col(column), "UTC")
-    if not isinstance(kind, T.TimestampType | T.TimestampNTZType):
+        read = iso_instant(own(column), "UTC")
+    elif isinstance(kind, T.NullType | T.TimestampType | T.TimestampNTZType):
+        read = own(column).cast("timestamp")
+    else:
         formats = "'s', 'ms', 'us' or 'ns'" if isinstance(kind, T.NumericType) else "'iso' or a pattern of strptime"
         way_out = f"cast it in the log, or set logs.{log}.time_format to {formats}"
         raise _wrong_type(log, column, kind, "timestamp (UTC, microseconds)", way_out)
-    return F.col(column).cast("timestamp")
+    micros = F.unix_micros(read)
+    return F.when((micros >= FIRST_MICRO) & (micros < LAST_MICRO), read)
 
 
 def _position(raw: DataFrame, log: str) -> Column:

@@ -18,9 +18,9 @@ TIMES = ("event_time", "ingest_time")
 JOINER = "|"
 """Between the values of several own columns that make one id."""
 _NUMBERS = (T.StringType, T.NumericType)
-_LAST_MICRO = 253_402_300_800_000_000
+LAST_MICRO = 253_402_300_800_000_000
 """Start of the year 10000: what lies outside the years 1 to 9999 is no time, most often a wrong unit."""
-_FIRST_MICRO = -62_135_596_800_000_000
+FIRST_MICRO = -62_135_596_800_000_000
 _DATE = r"^\s*\d{4}-\d{1,2}-\d{1,2}"
 _CLOCK = r"[T ]\s*\d{1,2}:\d{1,2}(?::\d{1,2}(?:\.\d*)?)?"
 _ISO = _DATE + f"(?:{_CLOCK}" + r"\s*(\S.*?)?)?\s*$"
@@ -168,4 +168,4 @@ def _from_number(column: Column, unit_ns: int) -> Column:
     """Decimals, not doubles: a double of seconds since 1970 is 0.2 microseconds off."""
     micros = column.try_cast("decimal(29,9)") * F.lit(unit_ns).cast("decimal(10,0)") / F.lit(1000)
     whole = F.floor(micros).try_cast("bigint")
-    return F.when((whole >= _FIRST_MICRO) & (whole < _LAST_MICRO), F.timestamp_micros(whole))
+    return F.when((whole >= FIRST_MICRO) & (whole < LAST_MICRO), F.timestamp_micros(whole))

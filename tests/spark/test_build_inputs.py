@@ -233,7 +233,7 @@ def spoil(what: str, folder: Path) -> None:
         ("two formats", "log feed_clicks: .* holds csv, parquet; needed one of Parquet, Delta, CSV"),
         ("unknown format", "log feed_clicks: .* holds a.xlsx; needed one of Parquet, Delta, CSV"),
         ("twice", "log orders: .* has orders and orders.csv; keep one of them"),
-        ("not parquet", "log users: cannot be read as parquet: "),
+        ("not parquet", "log users: cannot be read as it stands: .*not a Parquet file"),
         (
             "type that changes",
             "log feed_impressions: column 'depth' is (string|double) in .* and (string|double) in .*; write",

@@ -179,6 +179,7 @@ def test_one_clock_of_the_year_9999_makes_no_label_final(spark: SparkSession, tm
     shown[0] |= {"impression_id": "late", "event_time": "9999-12-31T00:00:00"}
     given = clicks(shown[1:])
     given[0] |= {"click_id": "wild", "event_time": "9999-12-31T00:00:00"}
+    given.append(given[1] | {"click_id": "wilder", "event_time": "9999-12-31T23:00:00-05:00"})  # the year 10000
     for row in given:
         row["ingest_time"] = "9999-12-31T00:00:00"
     csv(tmp_path / "feed_impressions.csv", shown)
