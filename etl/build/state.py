@@ -21,6 +21,7 @@ from etl.kernel.attribution import LabelRules
 from etl.kernel.chunks import FOREIGN
 from etl.kernel.packs import EVENT, VALUE
 from etl.lake.tables import STATE, Lake, create_table, replace_dates, row_meaning
+from etl.session import kept
 from usr_ray.config import DAY_US, Config, day_number
 
 STATE_SCHEMA = T.StructType(
@@ -123,11 +124,8 @@ def write_state(
     path = lake.path(STATE)
     if not lake.has(spark, STATE):
         create_table(spark, lake, STATE, STATE_SCHEMA, "date")
-    counts = (
-        value_counts(spark, lake, State(), values)
-        .groupBy("feature", "value", "date")
-        .agg(F.sum("count").alias("count"))
-    )
+    per_date = value_counts(spark, lake, State(), values).groupBy("feature", "value", "date")
+    counts = kept(per_date.agg(F.sum("count").alias("count")))  # read twice: to compare, and to write
     parts = [
         events.select("*", _date(F.col("day")).alias("date"))
         .drop("query", "part")
