@@ -29,7 +29,7 @@ from usr_ray.evaluation.files import (
     write_predictions,
 )
 from usr_ray.evaluation.metrics import Predictions, metrics_by_scenario
-from usr_ray.training.evaluate import TrainedRun, check_spec, evaluate, load_run
+from usr_ray.training.evaluate import TrainedRun, check_table, evaluate, load_run
 from usr_ray.training.rows import read_training_rows
 from usr_ray.training.worker import LocalWorker
 
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
     worker = LocalWorker()
     run = load_run(arguments.run_dir, worker.device)
     held_out = build_manifest(arguments.lake, dates=(first, last))
-    check_spec(run.spec, held_out.spec)
+    check_table(run, held_out)
     result = evaluate(run.module, run.tables, held_out, worker, run.config)
     if result.predictions is not None and result.metrics is not None:  # rank 0
         baseline = baseline_of(run.config, arguments.lake, held_out, result.predictions)

@@ -54,12 +54,25 @@ IN_EXPERIMENT, NO_BUCKET, SEVERAL_BUCKETS, UNPLANNED_BUCKET = (
 """Where the users of an experiment's counts stand (etl/build/experiment.py, evaluation/experiment.py)."""
 EXPERIMENT_USERS = "\nusers"
 """Stands for a scenario in the rows that count users by status; no scenario can have this name."""
+CONFIG_PROPERTY = "usr_ray.etl_config"
+"""Delta table property of the samples: the configuration keys that decide what a row means (Config.row_meaning)."""
 FEATURE_SPEC_PROPERTY = "usr_ray.feature_spec"
 """Delta table property of `<lake>/samples` with the FeatureSpec as JSON.
 
 It is set before the data it describes is committed: vocabularies only grow, so a spec that is early is safe and
 one that is late would give ids outside the embedding tables.
 """
+
+
+HASHED = "xxhash64"
+"""Fingerprint of a feature whose ids are hashes of its values: with the number of buckets it says all."""
+MAX_FINGERPRINTS = 64
+"""Newest ones that a feature keeps."""
+
+
+def fingerprint_text(halves: tuple[int, int]) -> str:
+    """The 30 hex digits of a vocabulary's fingerprint (usr_ray/data/lineage.py), of its two halves of 60 bits."""
+    return f"{halves[0]:015x}{halves[1]:015x}"
 
 
 def index_column(feature: str) -> str:
@@ -107,6 +120,9 @@ class SparseFeature:
     """Rows of the table: largest id + 1, padding and unknown included."""
     owner: str
     """'user', 'item', 'query' or 'context': what the feature describes."""
+    fingerprints: tuple[tuple[int, str], ...] = ()
+    """(num_embeddings, fingerprint of the values below it) after each build that added values, the newest last; of
+    hashed ids (num_embeddings, HASHED). Empty for event_hour, which has no vocabulary, and in older tables."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,7 +178,10 @@ class FeatureSpec:
         """Inverse of `to_json`. Raises ValueError when a field is missing or unknown."""
         raw: dict[str, Any] = json.loads(text)
         try:
-            raw["sparse"] = tuple(SparseFeature(**f) for f in raw["sparse"])
+            raw["sparse"] = tuple(
+                SparseFeature(**{**f, "fingerprints": tuple((n, h) for n, h in f.get("fingerprints", ()))})
+                for f in raw["sparse"]
+            )
             raw["dense"] = tuple(DenseFeature(**f) for f in raw["dense"])
             raw["scenarios"] = tuple(raw["scenarios"])
             raw["query_scenarios"] = tuple(raw["query_scenarios"])

@@ -55,7 +55,7 @@ def restate_samples(
             date no longer that would be built again.
     """
     lake = request.lake
-    check_tables(spark, lake, config, feature_spec(config, {}))
+    check_tables(spark, lake, config, feature_spec(config))
     reports = {date: report for date, report in read_reports(spark, lake).items() if _asked_for(request, date)}
     if not reports:
         raise DataCheckError(f"--restate: {lake.root} has no reports of the dates asked for; build them with --dates")
@@ -77,7 +77,7 @@ def restate_samples(
         whole = replace(state, complete_until=last if state.complete_until else None)
         write_state(spark, config, lake, whole, inputs.staged(EVENT), inputs.staged(VALUE), last)
         known = existing_vocabularies(spark, config, lake)
-        rows = row_plan(config, feature_spec(config, known.max_ids), inputs.account, request.watermark, plan.days)
+        rows = row_plan(config, feature_spec(config, known), inputs.account, request.watermark, plan.days)
         touched = touched_dates(reports, inputs.account, plan.rules, rows.watermark)
         recounted = [
             date for date, report in reports.items() if date in touched or _recounted(date, report, inputs.account)

@@ -85,7 +85,7 @@ def build_samples(spark: SparkSession, config: Config, request: BuildRequest, pr
             configuration. Nothing has been written then.
     """
     lake = request.lake
-    check_tables(spark, lake, config, feature_spec(config, {}))
+    check_tables(spark, lake, config, feature_spec(config))
     logs = open_logs(spark, config, request.logs)
     progress(f"reading {len({log.name for log in logs.logs})} event logs")
     dates = [date.isoformat() for date in request.dates]

@@ -20,7 +20,7 @@ from pyspark.sql import types as T
 from etl.kernel.attribution import LabelRules
 from etl.kernel.chunks import FOREIGN
 from etl.kernel.packs import EVENT, VALUE
-from etl.lake.tables import STATE, Lake, create_table, replace_dates, row_meaning
+from etl.lake.tables import STATE, Lake, create_table, replace_dates
 from etl.session import kept
 from usr_ray.config import DAY_US, Config, day_number
 
@@ -78,7 +78,7 @@ def find_state(spark: SparkSession, config: Config, lake: Lake, first: dt.date) 
     for commit in DeltaTable.forPath(spark, lake.path(STATE)).history().collect():  # newest first
         mark = json.loads(commit["userMetadata"] or "{}")
         if mark.get("complete_until"):
-            if mark["meaning"] != row_meaning(config):
+            if mark["meaning"] != config.row_meaning():
                 return State()
             until = dt.date.fromisoformat(mark["complete_until"])
             return State(min(first, until + dt.timedelta(days=1)), commit["version"], until, mark.get("content", ""))
@@ -161,7 +161,7 @@ def write_state(
         there = spark.read.format("delta").option("versionAsOf", state.version).load(path).filter(condition)
         if _content(there) == _content(frame):
             return
-    mark = {"complete_until": until.isoformat(), "meaning": row_meaning(config), "content": content}
+    mark = {"complete_until": until.isoformat(), "meaning": config.row_meaning(), "content": content}
     replace_dates(frame, path, condition, metadata=json.dumps(mark, sort_keys=True))
 
 

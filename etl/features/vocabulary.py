@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from pyspark.sql import Column, DataFrame, SparkSession, Window
+from pyspark.sql import Column, DataFrame, Row, SparkSession, Window
 from pyspark.sql import functions as F
 
 from etl.checks import DataCheckError
-from etl.jvm import table_version
+from etl.jvm import table_properties, table_version
 from etl.kernel.rows import EVENT_HOUR, NUM_HOURS
 from etl.lake.tables import Lake, append_vocabularies
 from etl.session import kept
 from usr_ray.config import Config, VocabularyConfig, parse_dates
 from usr_ray.schema import (
+    FEATURE_SPEC_PROPERTY,
     FIRST_ID,
+    HASHED,
+    MAX_FINGERPRINTS,
     PADDING_ID,
     PARTITION_COLUMN,
     SAMPLES,
@@ -29,6 +32,7 @@ from usr_ray.schema import (
     DenseFeature,
     FeatureSpec,
     SparseFeature,
+    fingerprint_text,
     index_column,
     scaled_column,
 )
@@ -38,10 +42,20 @@ VOCABULARY_SCHEMA = "feature string, value string, id bigint, count bigint"
 
 @dataclass(frozen=True, slots=True)
 class Vocabularies:
-    """Every (feature, value, id) and the largest id of each feature; a feature without a value has none."""
+    """Every (feature, value, id), with the largest id of each feature; a feature without a value has none."""
 
     entries: DataFrame
     max_ids: dict[str, int]
+    hashes: dict[str, tuple[int, int]]
+    """Of each feature that has values: the two halves of its fingerprint (usr_ray/data/lineage.py)."""
+    recorded: dict[str, tuple[tuple[int, str], ...]]
+    """FeatureSpec's fingerprints, as the samples table has them."""
+
+    def fingerprints(self, feature: str) -> tuple[tuple[int, str], ...]:
+        """Those that the samples table has, and one of the values there are now, if it is another."""
+        now = (self.max_ids.get(feature, FIRST_ID - 1) + 1, fingerprint_text(self.hashes.get(feature, (0, 0))))
+        before = self.recorded.get(feature, ())
+        return (before if now in before else (*before, now))[-MAX_FINGERPRINTS:]
 
 
 def value_features(config: Config) -> tuple[tuple[str, str], ...]:
@@ -91,31 +105,82 @@ def count_values(per_date: DataFrame, users: DataFrame | None, items: DataFrame 
     return result
 
 
-def read_vocabularies(spark: SparkSession, path: str, version: int | None) -> Vocabularies:
+def read_vocabularies(
+    spark: SparkSession, path: str, version: int | None, recorded: dict[str, tuple[tuple[int, str], ...]]
+) -> Vocabularies:
     """The vocabularies of a lake at a version of the table; empty where there is none yet.
 
+    Args:
+        spark: the session.
+        path: of the table.
+        version: None: there is no table.
+        recorded: fingerprints of the samples table by feature: the values that its rows were encoded with.
+
     Raises:
-        DataCheckError: ids are doubled or missing, as after two builds at once.
+        DataCheckError: ids are doubled or missing, as after two builds at once, or are not those of the samples.
     """
     if version is None:
-        return Vocabularies(spark.createDataFrame([], VOCABULARY_SCHEMA), {})
-    # Pinned, so that the ids appended by this build do not show up in it a second time.
-    entries = kept(spark.read.format("delta").option("versionAsOf", version).load(path))
-    sizes = entries.groupBy("feature").agg(F.max("id").alias("last"), F.count("*").alias("rows")).collect()
-    for size in sizes:
-        if size["last"] - FIRST_ID + 1 != size["rows"]:
+        known = Vocabularies(spark.createDataFrame([], VOCABULARY_SCHEMA), {}, {}, recorded)
+        encoded_with: dict[str, tuple[int, int]] = {}
+    else:
+        # Pinned, so that the ids appended by this build do not show up in it a second time.
+        entries = kept(spark.read.format("delta").option("versionAsOf", version).load(path))
+        end = _by_feature({feature: found[-1][0] for feature, found in recorded.items() if found}, F.lit(0))
+        of_samples = [F.bit_xor(F.when(F.col("id") < end, half)).alias(f"old_{n}") for n, half in enumerate(_halves())]
+        sizes = entries.groupBy("feature").agg(*_sizes(), F.count("*").alias("rows"), *of_samples).collect()
+        for size in sizes:
+            if size["last"] - FIRST_ID + 1 != size["rows"]:
+                raise DataCheckError(
+                    f"vocabularies {path}: feature '{size['feature']}' has {size['rows']} values but its largest id is "
+                    f"{size['last']}; two builds ran at once: RESTORE the table to the version before and build again"
+                )
+        known = Vocabularies(entries, *_found(sizes), recorded)
+        encoded_with = {size["feature"]: (size["old_0"] or 0, size["old_1"] or 0) for size in sizes}
+    for feature, found in recorded.items():
+        num_values = found[-1][0] - FIRST_ID if found else 0
+        there = known.max_ids.get(feature, FIRST_ID - 1) - FIRST_ID + 1
+        if found and (there < num_values or fingerprint_text(encoded_with.get(feature, (0, 0))) != found[-1][1]):
             raise DataCheckError(
-                f"vocabularies {path}: feature '{size['feature']}' has {size['rows']} values but its largest id is "
-                f"{size['last']}; two builds ran at once: RESTORE the table to the version before and build again"
+                f"vocabularies {path}: the {there:,} values of '{feature}' are not those that the samples were encoded "
+                f"with ({num_values:,} values); RESTORE the table to the version that the samples were built with, or "
+                "build into a new --lake"
             )
-    return Vocabularies(entries, {size["feature"]: size["last"] for size in sizes})
+    return known
 
 
 def existing_vocabularies(spark: SparkSession, config: Config, lake: Lake) -> Vocabularies:
     """The newest vocabularies of a lake; empty before the first build and for hashed ids."""
+    if config.vocabulary.kind == "hash":
+        return Vocabularies(spark.createDataFrame([], VOCABULARY_SCHEMA), {}, {}, {})
     path = lake.path(VOCABULARIES)
-    there = config.vocabulary.kind == "fit" and lake.has(spark, VOCABULARIES)
-    return read_vocabularies(spark, path, table_version(spark, path) if there else None)
+    version = table_version(spark, path) if lake.has(spark, VOCABULARIES) else None
+    recorded = {}
+    if lake.has(spark, SAMPLES):
+        spec = FeatureSpec.from_json(table_properties(spark, lake.path(SAMPLES))[FEATURE_SPEC_PROPERTY])
+        recorded = {feature.name: feature.fingerprints for feature in spec.sparse}
+    return read_vocabularies(spark, path, version, recorded)
+
+
+def _halves() -> tuple[Column, Column]:
+    digest = F.md5(F.concat_ws(":", F.col("id").cast("string"), F.col("value")).cast("binary"))
+    first, second = (F.conv(F.substring(digest, start, 15), 16, 10).cast("bigint") for start in (1, 16))
+    return first, second
+
+
+def _sizes() -> list[Column]:
+    return [F.max("id").alias("last"), *(F.bit_xor(half).alias(f"hash_{n}") for n, half in enumerate(_halves()))]
+
+
+def _by_feature(numbers: dict[str, int], otherwise: Column) -> Column:
+    """The number of the row's feature."""
+    column = otherwise
+    for feature, number in sorted(numbers.items()):
+        column = F.when(F.col("feature") == feature, F.lit(number)).otherwise(column)
+    return column
+
+
+def _found(sizes: Sequence[Row]) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
+    return {s["feature"]: s["last"] for s in sizes}, {s["feature"]: (s["hash_0"], s["hash_1"]) for s in sizes}
 
 
 def fitting_dates(spark: SparkSession, config: Config, lake: Lake, dates: Iterable[str]) -> set[str]:
@@ -150,45 +215,47 @@ def grow_vocabularies(
     """
     known = existing_vocabularies(spark, config, lake)
     if config.vocabulary.kind == "hash":
-        return known, feature_spec(config, {})
+        return known, feature_spec(config, known)
     fitting = [dt.date.fromisoformat(date) for date in sorted(fitting_dates(spark, config, lake, dates))]
     counted = per_date.filter(F.col("date").isin(fitting))
-    fresh, max_ids = new_entries(count_values(counted, *tables, config), known, config.vocabulary.min_count)
-    if max_ids != known.max_ids:
+    fresh, grown = new_entries(count_values(counted, *tables, config), known, config.vocabulary.min_count)
+    if grown.max_ids != known.max_ids:
         append_vocabularies(spark, lake, fresh)
-        known = Vocabularies(kept(spark.read.format("delta").load(lake.path(VOCABULARIES))), max_ids)
-    return known, feature_spec(config, max_ids)
+        known = replace(grown, entries=kept(spark.read.format("delta").load(lake.path(VOCABULARIES))))
+    return known, feature_spec(config, known)
 
 
-def new_entries(counts: DataFrame, known: Vocabularies, min_count: int) -> tuple[DataFrame, dict[str, int]]:
-    """Rows to append to the vocabularies, and the largest id of each feature once they are.
+def new_entries(counts: DataFrame, known: Vocabularies, min_count: int) -> tuple[DataFrame, Vocabularies]:
+    """Rows to append to the vocabularies, and largest ids and hashes of the features once they are.
 
     New ids follow the feature's largest one by descending count, then value.
     """
     order = Window.partitionBy("feature").orderBy(F.desc("count"), "value")
-    offset: Column = F.lit(FIRST_ID - 1)
-    for feature, last in sorted(known.max_ids.items()):
-        offset = F.when(F.col("feature") == feature, F.lit(last)).otherwise(offset)
+    offset = _by_feature(known.max_ids, F.lit(FIRST_ID - 1))
     fresh = kept(
         counts.filter(F.col("count") >= min_count)
         .join(known.entries.select("feature", "value"), on=["feature", "value"], how="left_anti")
         .select("feature", "value", (F.row_number().over(order) + offset).cast("bigint").alias("id"), "count")
     )
-    grown = {row["feature"]: row["last"] for row in fresh.groupBy("feature").agg(F.max("id").alias("last")).collect()}
-    return fresh, known.max_ids | grown
+    max_ids, hashes = _found(fresh.groupBy("feature").agg(*_sizes()).collect())
+    for feature, (high, low) in hashes.items():
+        before = known.hashes.get(feature, (0, 0))
+        hashes[feature] = (high ^ before[0], low ^ before[1])
+    return fresh, replace(known, max_ids=known.max_ids | max_ids, hashes=known.hashes | hashes)
 
 
-def feature_spec(config: Config, max_ids: dict[str, int]) -> FeatureSpec:
-    """What the samples table offers a model under these vocabularies."""
-    hashed = config.vocabulary.kind == "hash"
-
-    def size(feature: str) -> int:
-        return config.vocabulary.num_buckets if hashed else max_ids.get(feature, FIRST_ID - 1) + 1
-
-    sparse = [
-        SparseFeature(name=name, column=index_column(name), num_embeddings=size(name), owner=owner)
-        for name, owner in value_features(config)
-    ]
+def feature_spec(config: Config, known: Vocabularies | None = None) -> FeatureSpec:
+    """What the samples table offers a model under these vocabularies; None: empty ones."""
+    hashed = ((config.vocabulary.num_buckets, HASHED),)
+    sparse = []
+    for name, owner in value_features(config):
+        found = known.fingerprints(name) if known else ((FIRST_ID, fingerprint_text((0, 0))),)
+        found = hashed if config.vocabulary.kind == "hash" else found
+        sparse.append(
+            SparseFeature(
+                name=name, column=index_column(name), num_embeddings=found[-1][0], owner=owner, fingerprints=found
+            )
+        )
     hour = SparseFeature(
         name=EVENT_HOUR, column=index_column(EVENT_HOUR), num_embeddings=FIRST_ID + NUM_HOURS, owner="context"
     )

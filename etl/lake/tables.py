@@ -21,6 +21,7 @@ from etl.jvm import table_properties
 from usr_ray.config import Config, first_difference
 from usr_ray.schema import (
     ALL_LABELS,
+    CONFIG_PROPERTY,
     FEATURE_SPEC_PROPERTY,
     LABEL_ORDER,
     PARTITION_COLUMN,
@@ -34,8 +35,6 @@ from usr_ray.schema import (
 STATE = "state"
 TABLES = (SAMPLES, REJECTS, VOCABULARIES, STATE)
 """Delta tables of a lake."""
-CONFIG_PROPERTY = "usr_ray.etl_config"
-"""Delta table property of the samples: the configuration keys that decide what a row means."""
 
 SWITCHED_OFF = {"delta.enableDeletionVectors": "false", "delta.columnMapping.mode": "none"}
 """What must stay off in every table: readers outside of Spark would read such tables wrong without an error."""
@@ -138,28 +137,13 @@ def label_constraints() -> dict[str, str]:
     return ranges | {f"{low}_le_{high}": f"{low} <= {high}" for low, high in LABEL_ORDER}
 
 
-def row_meaning(config: Config) -> dict[str, Any]:
-    """The configuration keys that decide what a row of the samples means; min_count is not one: it only adds ids."""
-    raw = config.to_dict()
-    meaning = {key: raw[key] for key in ("scenarios", "query_scenarios", "labels", "histories", "features")}
-    # "60 minutes" is "1 hour", and an empty global window is the click window.
-    for name in ("click_window", "order_window", "global_window", "clock_skew"):
-        meaning["labels"][name] = f"{getattr(config.labels, f'{name}_us') / 1e6:g} s"
-    if config.limits.max_user_events_per_day:
-        meaning["limits"] = {"max_user_events_per_day": config.limits.max_user_events_per_day}
-    meaning["vocabulary"] = {"kind": config.vocabulary.kind}
-    if config.vocabulary.kind == "hash":
-        meaning["vocabulary"]["num_buckets"] = config.vocabulary.num_buckets
-    return meaning
-
-
 def prepare_samples(spark: SparkSession, lake: Lake, spec: FeatureSpec, config: Config) -> None:
     """Create the samples table, or update its feature spec: before data is committed that needs it."""
     path = lake.path(SAMPLES)
     if not lake.has(spark, SAMPLES):
         properties = {
             FEATURE_SPEC_PROPERTY: spec.to_json(),
-            CONFIG_PROPERTY: json.dumps(row_meaning(config), sort_keys=True),
+            CONFIG_PROPERTY: json.dumps(config.row_meaning(), sort_keys=True),
         }
         properties |= {f"delta.constraints.{name}": rule for name, rule in label_constraints().items()}
         create_table(spark, lake, SAMPLES, samples_schema(spec), PARTITION_COLUMN, properties)
@@ -320,7 +304,7 @@ def _check_meaning(path: str, properties: Mapping[str, str], config: Config) -> 
             f"{path}: was not made by jobs/build_samples.py (it has no property {CONFIG_PROPERTY}); move that table "
             f"away, {_NEW_LAKE}"
         )
-    if found := first_difference(json.loads(properties[CONFIG_PROPERTY]), row_meaning(config)):
+    if found := first_difference(json.loads(properties[CONFIG_PROPERTY]), config.row_meaning()):
         key, before, now = found
         raise DataCheckError(
             f"{path}: built with {key} = {json.dumps(before)}, the configuration has {json.dumps(now)}; rows of both "

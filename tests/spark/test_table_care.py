@@ -43,7 +43,7 @@ DAYS = ("2026-01-01", "2026-01-02")
 
 def rows(spark: SparkSession, day: str, count: int, parts: int) -> DataFrame:
     """Rows of one date as the build writes them, every label 0."""
-    schema = samples_schema(feature_spec(CONFIG, {}))
+    schema = samples_schema(feature_spec(CONFIG))
     made = {
         "array<bigint>": "array(id % 7)",
         "array<float>": "array(cast(id as float))",
@@ -66,7 +66,7 @@ def write_day(spark: SparkSession, lake: Path, day: str, count: int = 40, parts:
 def template(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two dates of four files each, and a rejects table: versions 0 to 2 of the samples."""
     lake = tmp_path_factory.mktemp("care") / "lake"
-    prepare_samples(spark, Lake(str(lake)), feature_spec(CONFIG, {}), CONFIG)
+    prepare_samples(spark, Lake(str(lake)), feature_spec(CONFIG), CONFIG)
     for day in DAYS:
         write_day(spark, lake, day)
     rejected = spark.sql("SELECT 'orders' log, 'no_click' reason, '{}' row, DATE'2026-01-01' date")
@@ -298,12 +298,12 @@ def test_drift_is_one_line_with_its_way_out(
     overrides: tuple[str, ...],
     message: str,
 ) -> None:
-    check_tables(spark, Lake(str(lake)), CONFIG, feature_spec(CONFIG, {}))
+    check_tables(spark, Lake(str(lake)), CONFIG, feature_spec(CONFIG))
     config: Config = load_config(None, overrides) if overrides else CONFIG
     if change is not None:
         change(spark, lake)
     with pytest.raises(DataCheckError, match=message):
-        check_tables(spark, Lake(str(lake)), config, feature_spec(config, {}))
+        check_tables(spark, Lake(str(lake)), config, feature_spec(config))
 
 
 def test_a_table_of_another_version_of_the_code_is_refused(
@@ -314,11 +314,11 @@ def test_a_table_of_another_version_of_the_code_is_refused(
 
     monkeypatch.setattr(tables, "samples_schema", lambda spec: samples_schema(spec).add("is_ad", "boolean", False))
     with pytest.raises(DataCheckError, match="column 'is_ad' is missing, this version of the ETL writes boolean not n"):
-        check_tables(spark, Lake(str(lake)), CONFIG, feature_spec(CONFIG, {}))
+        check_tables(spark, Lake(str(lake)), CONFIG, feature_spec(CONFIG))
     monkeypatch.setattr(tables, "samples_schema", samples_schema)
     rules = {"is_order_le_is_click": "is_order < 2 * is_click"}
     monkeypatch.setattr(tables, "label_constraints", lambda: rules)
     with pytest.raises(
         DataCheckError, match=r"run ALTER TABLE .* DROP CONSTRAINT .* and ALTER TABLE .* ADD CONSTRAINT"
     ):
-        check_tables(spark, Lake(str(lake)), CONFIG, feature_spec(CONFIG, {}))
+        check_tables(spark, Lake(str(lake)), CONFIG, feature_spec(CONFIG))

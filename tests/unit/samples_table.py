@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import datetime as dt
+import functools
+import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
+from operator import xor
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +17,11 @@ from deltalake import DeltaTable, WriterProperties, write_deltalake
 from numpy.typing import NDArray
 
 from usr_ray.schema import (
+    CONFIG_PROPERTY,
     FEATURE_SPEC_PROPERTY,
     FIRST_ID,
     SAMPLES,
+    VOCABULARIES,
     DenseFeature,
     FeatureSpec,
     SparseFeature,
@@ -109,9 +115,16 @@ def samples_arrow(spec: FeatureSpec, *, num_rows: int, num_days: int, seed: int 
 
 
 def write_samples(
-    lake: Path, spec: FeatureSpec, *, num_rows: int = 600, num_days: int = 4, seed: int = 0, row_group_rows: int = 64
+    lake: Path,
+    spec: FeatureSpec,
+    *,
+    num_rows: int = 600,
+    num_days: int = 4,
+    seed: int = 0,
+    row_group_rows: int = 64,
+    built_with: str = "",
 ) -> None:
-    """Write `<lake>/samples`, partitioned by date, with the feature spec as a table property."""
+    """Write `<lake>/samples`, partitioned by date, with the feature spec (and the meaning of rows) as properties."""
     write_deltalake(
         str(lake / SAMPLES),
         samples_arrow(spec, num_rows=num_rows, num_days=num_days, seed=seed),
@@ -120,8 +133,35 @@ def write_samples(
         writer_properties=WriterProperties(max_row_group_size=row_group_rows, write_batch_size=row_group_rows),
     )
     # Not as `configuration` of the write: delta-rs takes its own keys only there.
-    properties = {FEATURE_SPEC_PROPERTY: spec.to_json()}
+    properties = {FEATURE_SPEC_PROPERTY: spec.to_json()} | ({CONFIG_PROPERTY: built_with} if built_with else {})
     DeltaTable(lake / SAMPLES).alter.set_table_properties(properties, raise_if_not_exists=False)
+
+
+def named(spec: FeatureSpec, prefix: str, *before: FeatureSpec) -> FeatureSpec:
+    """The spec with a fingerprint of values called <prefix><id>, behind those of specs of earlier builds."""
+
+    def fingerprinted(feature: SparseFeature) -> SparseFeature:
+        found = [fingerprint for earlier in before for fingerprint in earlier.sparse_feature(feature.name).fingerprints]
+        values = [f"{number}:{prefix}{number}" for number in range(FIRST_ID, feature.num_embeddings)]
+        digests = [hashlib.md5(value.encode()).hexdigest() for value in values]
+        halves = (functools.reduce(xor, [int(d[a:b], 16) for d in digests], 0) for a, b in ((0, 15), (15, 30)))
+        now = (feature.num_embeddings, "".join(f"{half:015x}" for half in halves))
+        return replace(feature, fingerprints=tuple(dict.fromkeys((*found, now))))
+
+    sparse = (f if f.name == "event_hour" else fingerprinted(f) for f in spec.sparse)
+    return replace(spec, sparse=tuple(sparse))
+
+
+def write_vocabularies(lake: Path, spec: FeatureSpec, prefix: str) -> None:
+    """Write `<lake>/vocabularies` with the values that `named` has made fingerprints of."""
+    rows = [
+        (feature.name, f"{prefix}{number}", number)
+        for feature in spec.sparse
+        if feature.name != "event_hour"
+        for number in range(FIRST_ID, feature.num_embeddings)
+    ]
+    table = pa.table(dict(zip(("feature", "value", "id"), map(list, zip(*rows, strict=True)), strict=True)))
+    write_deltalake(str(lake / VOCABULARIES), table, partition_by=["feature"], mode="overwrite")
 
 
 def _lists(values: NDArray[Any], lengths_N: NDArray[np.int64]) -> pa.Array:

@@ -104,6 +104,20 @@ class Config:
         """Nested plain dictionaries, as saved in config.json."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
+    def row_meaning(self) -> dict[str, Any]:
+        """The keys that decide what a row of the samples means; min_count is not one: it only adds ids."""
+        raw = self.to_dict()
+        meaning = {key: raw[key] for key in ("scenarios", "query_scenarios", "labels", "histories", "features")}
+        # "60 minutes" is "1 hour", and an empty global window is the click window.
+        for name in ("click_window", "order_window", "global_window", "clock_skew"):
+            meaning["labels"][name] = f"{getattr(self.labels, f'{name}_us') / 1e6:g} s"
+        if self.limits.max_user_events_per_day:
+            meaning["limits"] = {"max_user_events_per_day": self.limits.max_user_events_per_day}
+        meaning["vocabulary"] = {"kind": self.vocabulary.kind}
+        if self.vocabulary.kind == "hash":
+            meaning["vocabulary"]["num_buckets"] = self.vocabulary.num_buckets
+        return meaning
+
     @classmethod
     def completed(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
         """`raw` as an earlier version saved it, with the defaults of keys that have come since; nothing is checked."""

@@ -26,7 +26,15 @@ from numpy.typing import NDArray
 
 from usr_ray.config import DAY_US, UserError, check_table_address
 from usr_ray.files import write_whole
-from usr_ray.schema import ALL_LABELS, FEATURE_SPEC_PROPERTY, PARTITION_COLUMN, SAMPLES, VOCABULARIES, FeatureSpec
+from usr_ray.schema import (
+    ALL_LABELS,
+    CONFIG_PROPERTY,
+    FEATURE_SPEC_PROPERTY,
+    PARTITION_COLUMN,
+    SAMPLES,
+    VOCABULARIES,
+    FeatureSpec,
+)
 
 FORMAT = 1
 """Format version of the JSON file; another is refused."""
@@ -88,6 +96,8 @@ class Manifest:
     version: int
     spec: FeatureSpec
     files: tuple[DataFile, ...]
+    built_with: str
+    """Configuration keys that decide what a row means, as JSON (schema.CONFIG_PROPERTY); '' where not known."""
     sha256: str
     """Of everything that fixes the order of rows; not of table_uri (a copy of the table reads alike) or version."""
 
@@ -134,6 +144,7 @@ class Manifest:
                 table_uri=raw["table_uri"],
                 version=raw["version"],
                 spec=FeatureSpec.from_json(json.dumps(raw["spec"])),
+                built_with=raw.get("built_with", ""),
                 files=[_file_from_dict(file) for file in raw["files"]],
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -143,12 +154,16 @@ class Manifest:
         return manifest
 
 
-def make_manifest(*, table_uri: str, version: int, spec: FeatureSpec, files: list[DataFile]) -> Manifest:
+def make_manifest(
+    *, table_uri: str, version: int, spec: FeatureSpec, files: list[DataFile], built_with: str = ""
+) -> Manifest:
     """A manifest of these files, sorted by (date, path) and hashed."""
     ordered = tuple(sorted(files, key=lambda file: (file.date, file.path)))
     fixed = [FORMAT, [dataclasses.asdict(file) for file in ordered]]
     sha256 = hashlib.sha256(json.dumps(fixed, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-    return Manifest(table_uri=table_uri, version=version, spec=spec, files=ordered, sha256=sha256)
+    return Manifest(
+        table_uri=table_uri, version=version, spec=spec, files=ordered, built_with=built_with, sha256=sha256
+    )
 
 
 def _file_from_dict(raw: dict[str, Any]) -> DataFile:
@@ -218,7 +233,7 @@ def build_manifest(lake: Path | str, *, dates: tuple[dt.date, dt.date], version:
     """
     table_uri = table_address(lake, SAMPLES)
     table = _open_table(table_uri, version)
-    spec = _check_table(table, table_uri)
+    about = _about(table, table_uri)
     adds = pa.table(table.get_add_actions(flatten=True))
     days = adds.column(f"partition.{PARTITION_COLUMN}").to_pylist()
     chosen = [n for n, day in enumerate(days) if day is not None and dates[0] <= day <= dates[1]]
@@ -239,13 +254,33 @@ def build_manifest(lake: Path | str, *, dates: tuple[dt.date, dt.date], version:
         files = [file for file in pool.map(footer, chosen) if file.row_groups]
     if not files:
         raise UserError(f"{table_uri}: no rows in {dates[0]}:{dates[1]}; its files of these dates are empty")
-    return make_manifest(table_uri=table_uri, version=table.version(), spec=spec, files=files)
+    return make_manifest(**about, files=files)
 
 
-def read_vocabularies(lake: Path | str) -> pa.Table:
-    """Columns feature, value (string) and id (int64) of `<lake>/vocabularies`. Raises UserError: there is none."""
+def open_samples(lake: Path | str) -> Manifest:
+    """The newest version of `<lake>/samples` without its files: what a model is compared with. Raises UserError."""
+    uri = table_address(lake, SAMPLES)
+    return make_manifest(**_about(_open_table(uri, None), uri), files=[])
+
+
+def _about(table: Any, table_uri: str) -> dict[str, Any]:
+    return {
+        "table_uri": table_uri,
+        "version": table.version(),
+        "spec": _check_table(table, table_uri),
+        "built_with": table.metadata().configuration.get(CONFIG_PROPERTY, ""),
+    }
+
+
+def read_vocabularies(lake: Path | str, feature: str | None = None) -> pa.Table:
+    """Columns feature, value (string) and id (int64) of `<lake>/vocabularies`, of one feature or of all.
+
+    Raises:
+        UserError: there is none.
+    """
     table = _open_table(table_address(lake, VOCABULARIES), None)
-    return table.to_pyarrow_table(columns=["feature", "value", "id"])
+    filters = None if feature is None else [("feature", "=", feature)]
+    return table.to_pyarrow_table(columns=["feature", "value", "id"], filters=filters)
 
 
 def _open_table(table_uri: str, version: int | None) -> Any:

@@ -40,7 +40,7 @@ from usr_ray.reporting.page import (
     write_page,
 )
 from usr_ray.reporting.plots import Line, Plot, calibration_plot, roc_plot, series_name, step_plot
-from usr_ray.runs.read import RunRecord, read_etl_reports, read_run
+from usr_ray.runs.read import RunRecord, check_lake, read_etl_reports, read_run
 from usr_ray.schema import TASKS
 
 BACKBONE_NAMES = {
@@ -78,6 +78,8 @@ def write_report(run_dir: Path, lake: Path | str | None = None, output: Path | N
     if not path.parent.is_dir():
         raise UserError(f"--output {path}: its folder does not exist; create it first")
     reports, scenarios = read_etl_reports(lake), run.scenarios
+    if lake is not None:
+        check_lake(run.run_dir, lake)
     is_compared = run.predictions is not None and run.baseline is not None
     gaps = auc_gaps(run.predictions, run.baseline, scenarios) if is_compared else {}  # type: ignore[arg-type]
     name = model_name(run.config)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from usr_ray.config import Config, UserError, first_difference, parse_dates
+from usr_ray.data.lineage import check_config
 from usr_ray.data.manifest import Manifest, build_manifest
 from usr_ray.data.order_quality import ShuffleQuality
 from usr_ray.data.pins import remove_pin, write_pin
@@ -145,11 +146,7 @@ def load_manifest(run_dir: Path, split: str) -> Manifest | None:
 
 def _check_rows(config: Config, manifest: Manifest) -> ShuffleQuality:
     """Refuse what the workers would; how well the first epoch's order mixes the rows and their dates."""
-    if manifest.spec.scenarios != config.scenarios:
-        raise UserError(
-            f"scenarios: the configuration has {list(config.scenarios)}, the table at {manifest.table_uri} has "
-            f"{list(manifest.spec.scenarios)}; train with the configuration the table was built with"
-        )
+    check_config(config, manifest)
     check_own_backbone(config.model, num_scenarios=len(config.scenarios))
     if config.train.warm_start:
         check_warm_start(config, manifest)
@@ -212,7 +209,7 @@ def _saved_manifest(lake: Path | str, folder: Path, record: Mapping[str, Any], *
         return saved
     first, last = parse_dates(record["config"]["data"][f"{split}_dates"], where=f"data.{split}_dates")
     moved = build_manifest(lake, dates=(first, last), version=saved.version)
-    if moved.sha256 != saved.sha256:
+    if (moved.sha256, moved.spec, moved.built_with) != (saved.sha256, saved.spec, saved.built_with):
         raise UserError(
             f"--lake {lake}: holds other rows than {saved.table_uri} version {saved.version}, on which the run in "
             f"{folder} was started; name that lake, or use another --run-dir"

@@ -11,12 +11,14 @@ from typing import Any
 from pyarrow.fs import FileSelector, FileType
 
 from usr_ray.config import UserError
-from usr_ray.data.manifest import STORE_HINT, open_filesystem, table_address, whole_line
+from usr_ray.data.lineage import difference
+from usr_ray.data.manifest import STORE_HINT, Manifest, open_filesystem, open_samples, table_address, whole_line
 from usr_ray.evaluation.files import BASELINE_SPLIT, PREDICTIONS_FILE, SPLIT, read_predictions
 from usr_ray.evaluation.metrics import CellMetrics, Predictions
-from usr_ray.schema import REPORTS
+from usr_ray.schema import REPORTS, SAMPLES
 
 CONFIG_FILE, METRICS_FILE, HISTORY_FILE = "config.json", "metrics.json", "history.jsonl"
+TRAIN_MANIFEST = "manifest-train.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,24 @@ def read_run(run_dir: Path) -> RunRecord:
         baseline=baseline,
         about=about,
     )
+
+
+def check_lake(run_dir: Path, lake: Path | str) -> None:
+    """Refuse a lake whose samples mean something else than those that the run was trained on.
+
+    A lake without samples, and a run without the manifest of its rows, are let pass.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    path = run_dir / TRAIN_MANIFEST
+    filesystem, samples = open_filesystem(table_address(lake, SAMPLES))
+    if not path.is_file() or filesystem.get_file_info(samples).type != FileType.Directory:
+        return
+    trained_on = Manifest.load(path)
+    problem = difference(trained_on.spec, trained_on.built_with, open_samples(lake))
+    if problem:
+        raise UserError(f"--lake {lake}: {problem}; name the lake that the run was trained on")
 
 
 def read_json(path: Path) -> Any:

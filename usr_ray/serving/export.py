@@ -30,7 +30,8 @@ import torch
 from safetensors.torch import save_file
 
 from usr_ray import __version__
-from usr_ray.data.manifest import read_vocabularies
+from usr_ray.data.lineage import fingerprint
+from usr_ray.data.manifest import open_samples, read_vocabularies
 from usr_ray.files import file_sha256, sync
 from usr_ray.schema import FIRST_ID, FeatureSpec
 from usr_ray.serving.check import largest_differences
@@ -47,7 +48,7 @@ from usr_ray.serving.runtime import (
     require_packages,
 )
 from usr_ray.training.checkpoint import SUMS, TENSORS, Checkpoint
-from usr_ray.training.evaluate import TrainedRun, load_run
+from usr_ray.training.evaluate import TrainedRun, check_table, load_run
 
 TOLERANCE = 1e-5
 """Largest difference of a probability from the training model's."""
@@ -62,7 +63,7 @@ def export_run(run_dir: Path, output_dir: Path, lake: Path | str | None = None) 
     Args:
         run_dir: of jobs/train.py.
         output_dir: where to write; absent or empty.
-        lake: whose vocabularies go with the model; None: none do. Not read for vocabulary.kind = "hash".
+        lake: whose vocabularies go with the model (vocabulary.kind = "hash" has none); None: none do.
 
     Returns:
         The content of manifest.json.
@@ -76,6 +77,8 @@ def export_run(run_dir: Path, output_dir: Path, lake: Path | str | None = None) 
         raise ExportError(f"--output {output_dir}: is not empty; name another directory, or delete this one")
     run = load_run(run_dir)
     vocabularies = None
+    if lake is not None:
+        check_table(run, open_samples(lake))
     if lake is not None and run.config.vocabulary.kind != "hash":
         vocabularies = known_values(read_vocabularies(lake), run.spec, lake)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -99,6 +102,11 @@ def known_values(entries: pa.Table, spec: FeatureSpec, lake: Path | str) -> pa.T
     for feature in spec.sparse:
         mask = pc.and_(pc.equal(entries["feature"], feature.name), pc.less(entries["id"], feature.num_embeddings))
         part = entries.filter(mask)
+        if feature.fingerprints and fingerprint(part, feature.name, feature.num_embeddings) != feature.fingerprints[-1]:
+            raise ExportError(
+                f"--lake {lake}: its vocabulary of {feature.name} holds other values than those the model was trained "
+                "with; name the lake that the run was trained on"
+            )
         num_values = feature.num_embeddings - FIRST_ID
         if part.num_rows == 0 and not pc.any(pc.equal(entries["feature"], feature.name)).as_py():
             continue  # event_hour, and features without a value, have no entries

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from usr_ray.config import Config, UserError
 from usr_ray.data.batch import UsrBatch, UsrOutputs
 from usr_ray.data.feed import Feed
+from usr_ray.data.lineage import built_with, difference
 from usr_ray.data.manifest import Manifest
 from usr_ray.data.reader import Reading, SampleReader
 from usr_ray.evaluation.metrics import CellMetrics, Predictions, known_labels_only, metrics_by_scenario
@@ -239,27 +240,12 @@ def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
-def check_spec(trained: FeatureSpec, table: FeatureSpec) -> None:
+def check_table(run: TrainedRun, table: Manifest) -> None:
     """Refuse rows that mean something else to the model; vocabularies that grew since the training are fine.
 
     Raises:
-        EvaluationError: scenarios, features or the length of histories differ.
+        EvaluationError: the table was built with another configuration, or its ids stand for other values.
     """
-    pairs = {
-        "scenarios": (trained.scenarios, table.scenarios),
-        "query_scenarios": (trained.query_scenarios, table.query_scenarios),
-        "categories": (tuple(f.name for f in trained.sparse), tuple(f.name for f in table.sparse)),
-        "numbers": (tuple(f.name for f in trained.dense), tuple(f.name for f in table.dense)),
-        "labels.no_order_scenarios": (trained.no_order_scenarios, table.no_order_scenarios),
-        "histories.length": (trained.history_length, table.history_length),
-    }
-    for name, (of_model, of_table) in pairs.items():
-        if of_model != of_table:
-            raise EvaluationError(
-                f"--lake: {name} of the samples table is {_words(of_table)}, but the model was trained with "
-                f"{_words(of_model)}; name the lake that it was trained on, or train on this one"
-            )
-
-
-def _words(value: object) -> str:
-    return (", ".join(map(str, value)) or "none") if isinstance(value, tuple) else str(value)
+    problem = difference(run.spec, built_with(run.config), table)
+    if problem:
+        raise EvaluationError(f"--lake: {problem}; name the lake that it was trained on, or train on this one")

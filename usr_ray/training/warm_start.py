@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from usr_ray.config import Config, first_difference
+from usr_ray.config import Config, UserError, first_difference
+from usr_ray.data.lineage import built_with, difference
 from usr_ray.data.manifest import Manifest
 from usr_ray.schema import FeatureSpec
 from usr_ray.training.checkpoint import STATE, Checkpoint, CheckpointError, CheckpointStore
@@ -47,58 +47,40 @@ def check_warm_start(config: Config, manifest: Manifest) -> None:
             state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError):  # torn, or being written: there may be a whole one
             continue
-        problem = warm_start_refusal(state, path, config, manifest)
+        problem = warm_start_refusal(state, path, config, manifest, may_read=True)
         if problem:
             raise CheckpointError(problem)
         return
     find_checkpoint(path)
 
 
-def warm_start_refusal(state: Mapping[str, Any], path: str, config: Config, manifest: Manifest) -> str | None:
+def warm_start_refusal(
+    state: Mapping[str, Any], path: str, config: Config, manifest: Manifest, *, may_read: bool = False
+) -> str | None:
     """Why a run of `config` on `manifest` must not begin with the weights of a checkpoint: one line; None when it may.
 
-    `state` is the checkpoint's. Its features must be the table's, but vocabularies may have grown since; its model, and
-    with the optimisers' states the tables' optimiser, must be the configuration's.
+    `state` is the checkpoint's. Its rows must mean what the table's do, but vocabularies may have grown since; its
+    model, and with the optimisers' states the tables' optimiser, must be the configuration's. `may_read`: the lake's
+    vocabularies, where the fingerprints alone do not tell.
     """
     try:
         old = FeatureSpec.from_json(json.dumps(state["spec"]))
+        trained_with = Config.from_dict(Config.completed(state["config"]))
         saved = dict(state["config"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, UserError) as error:
         return f"train.warm_start {path}: not written by this version ({error}); {_WAY_OUT}"
-    new = manifest.spec
-    sizes = {f.name: f.num_embeddings for f in new.sparse}
-    for feature in old.sparse:
-        if sizes.get(feature.name, feature.num_embeddings) < feature.num_embeddings:
+    problem = difference(old, built_with(trained_with), manifest, may_read=may_read)
+    if problem:
+        return f"train.warm_start {path}: {problem} ({manifest.table_uri}); {_WAY_OUT}"
+    for feature, new in zip(old.sparse, manifest.spec.sparse, strict=True):
+        if new.num_embeddings < feature.num_embeddings:
             return (
                 f"train.warm_start {path}: {feature.name} had {feature.num_embeddings} ids, {manifest.table_uri} "
-                f"version {manifest.version} has {sizes[feature.name]}; vocabularies only grow, so this is an older "
+                f"version {manifest.version} has {new.num_embeddings}; vocabularies only grow, so this is an older "
                 f"table; {_WAY_OUT}"
             )
-    sized = replace(old, sparse=tuple(replace(f, num_embeddings=0) for f in old.sparse))
-    if sized != replace(new, sparse=tuple(replace(f, num_embeddings=0) for f in new.sparse)):
-        found = f"{manifest.table_uri}{_first(sized, new)}"
-        return f"train.warm_start {path}: its features are not those of {found}; {_WAY_OUT}"
     keys = ["model", *(["train.embedding_optimizer"] if config.train.warm_start_optimizer else [])]
     if other := first_difference(saved, config.to_dict(), keys):
         key, before, now = other
         return f"train.warm_start {path}: it has {key} = {before!r}, this run {now!r}; set it so, or {_WAY_OUT}"
     return None
-
-
-def _first(old: FeatureSpec, new: FeatureSpec) -> str:
-    """The first part of two specs that differs, in words."""
-    pairs = {
-        "scenarios": (old.scenarios, new.scenarios),
-        "categories": ([f.name for f in old.sparse], [f.name for f in new.sparse]),
-        "numbers": ([f.name for f in old.dense], [f.name for f in new.dense]),
-        "histories.length": (old.history_length, new.history_length),
-        "labels' delay in microseconds": (old.label_delay_us, new.label_delay_us),
-    }
-    for name, (before, now) in pairs.items():
-        if before != now:
-            return f" ({name}: {_words(before)}, the table has {_words(now)})"
-    return ""
-
-
-def _words(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -14,7 +14,6 @@ from etl.build.state import STATE_SCHEMA
 from etl.kernel.attribution import REASONS
 from etl.kernel.user_pass import OVER_LIMIT
 from etl.lake.tables import (
-    CONFIG_PROPERTY,
     REJECTS_SCHEMA,
     STATISTICS,
     TABLE_PROPERTIES,
@@ -25,7 +24,15 @@ from etl.lake.tables import (
 )
 from etl.session import MAX_FILE_BYTES, MIN_FILE_BYTES, ROW_GROUP_ROWS
 from usr_ray.config import load_config
-from usr_ray.schema import FEATURE_SPEC_PROPERTY, DenseFeature, FeatureSpec, SparseFeature, index_column, scaled_column
+from usr_ray.schema import (
+    CONFIG_PROPERTY,
+    FEATURE_SPEC_PROPERTY,
+    DenseFeature,
+    FeatureSpec,
+    SparseFeature,
+    index_column,
+    scaled_column,
+)
 
 pytestmark = pytest.mark.unit
 

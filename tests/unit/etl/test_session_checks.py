@@ -61,7 +61,7 @@ def config_of(*scenarios: str, no_orders: str = "[]") -> Config:
 
 
 def spec_of(*scenarios: str, no_orders: str = "[]") -> FeatureSpec:
-    return feature_spec(config_of(*scenarios, no_orders=no_orders), {})
+    return feature_spec(config_of(*scenarios, no_orders=no_orders))
 
 
 def test_the_funnel_adds_up_dates_per_scenario() -> None:

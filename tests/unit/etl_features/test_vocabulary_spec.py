@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from etl.features.vocabulary import feature_spec
+from etl.features.vocabulary import Vocabularies, feature_spec
 from usr_ray.config import load_config
+from usr_ray.schema import FeatureSpec
 
 pytestmark = pytest.mark.unit
 
@@ -16,8 +17,12 @@ FEATURES = (
 )
 
 
+def known(max_ids: dict[str, int], **recorded: tuple[tuple[int, str], ...]) -> Vocabularies:
+    return Vocabularies(None, max_ids, {"user_id": (1, 2)}, recorded)  # type: ignore[arg-type]
+
+
 def test_tables_are_as_large_as_the_largest_id_plus_one() -> None:
-    spec = feature_spec(load_config(None, FEATURES), {"user_id": 9, "city": 4})
+    spec = feature_spec(load_config(None, FEATURES), known({"user_id": 9, "city": 4}))
     sizes = {f.name: (f.num_embeddings, f.owner) for f in spec.sparse}
     assert sizes == {
         "user_id": (10, "user"),
@@ -31,7 +36,7 @@ def test_tables_are_as_large_as_the_largest_id_plus_one() -> None:
 
 
 def test_hashed_tables_all_have_the_number_of_buckets() -> None:
-    spec = feature_spec(load_config(None, (*FEATURES, "vocabulary.kind=hash", "vocabulary.num_buckets=77")), {})
+    spec = feature_spec(load_config(None, (*FEATURES, "vocabulary.kind=hash", "vocabulary.num_buckets=77")))
     assert {f.name: f.num_embeddings for f in spec.sparse if f.name != "event_hour"} == dict.fromkeys(
         ("user_id", "item_id", "query", "city", "app"), 77
     )
@@ -40,5 +45,33 @@ def test_hashed_tables_all_have_the_number_of_buckets() -> None:
 @pytest.mark.parametrize(("span", "day"), [("window", False), ("day", True)])
 def test_labels_are_final_after_both_windows(span: str, day: bool) -> None:
     settings = ("labels.global_window=2 hours", "labels.order_window=30 minutes", f"labels.global_span={span}")
-    spec = feature_spec(load_config(None, settings), {})
+    spec = feature_spec(load_config(None, settings))
     assert (spec.label_delay_us, spec.label_day_span) == (9_000_000_000, day)
+
+
+NOW = (10, "000000000000001000000000000002")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((), (NOW,)),
+        (((5, "a"),), ((5, "a"), NOW)),
+        (((5, "a"), NOW), ((5, "a"), NOW)),  # nothing was added
+        (tuple((n, "a") for n in range(-90, 10)), (*((n, "a") for n in range(-53, 10)), NOW)),
+    ],
+    ids=["first", "grown", "unchanged", "the newest 64"],
+)
+def test_each_build_that_adds_values_leaves_a_fingerprint(
+    before: tuple[tuple[int, str], ...], after: tuple[tuple[int, str], ...]
+) -> None:
+    spec = feature_spec(load_config(None, FEATURES), known({"user_id": 9}, user_id=before))
+    assert spec.sparse_feature("user_id").fingerprints == after
+    assert spec.sparse_feature("event_hour").fingerprints == ()
+    assert spec.sparse_feature("query").fingerprints == ((2, "0" * 30),), "no values yet"
+    assert FeatureSpec.from_json(spec.to_json()) == spec
+
+
+def test_hashed_ids_are_known_by_their_parameters() -> None:
+    spec = feature_spec(load_config(None, ("vocabulary.kind=hash", "vocabulary.num_buckets=77")))
+    assert spec.sparse_feature("item_id").fingerprints == ((77, "xxhash64"),)

@@ -1,0 +1,121 @@
+"""Whether a model and a samples table belong together: rows of one meaning, and ids that stand for the same values.
+
+Every feature of a FeatureSpec carries fingerprints of its vocabulary: (rows of the embedding table, hash of the values
+whose ids are below that), one for each build that let it grow. Vocabularies grow by appending, so a model and a table
+belong together where the values of one are the first values of the other. The hash is the XOR of the MD5 of every
+"id:value", cut to 120 bits: it needs no order, and a build adds its new values to the hash of the old ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from usr_ray.config import Config, first_difference
+from usr_ray.data.manifest import DataError, Manifest, read_vocabularies
+from usr_ray.schema import HASHED, FeatureSpec, SparseFeature, fingerprint_text
+
+
+def built_with(config: Config) -> str:
+    """What decides the meaning of a row, as in the table's property and in Manifest.built_with."""
+    return json.dumps(config.row_meaning(), sort_keys=True)
+
+
+def check_config(config: Config, table: Manifest) -> None:
+    """Refuse to train with another configuration than the table was built with.
+
+    Raises:
+        DataError: naming the first key that differs. Of a table that does not say, the scenarios alone are looked at.
+    """
+    there = json.loads(table.built_with) if table.built_with else {"scenarios": list(table.spec.scenarios)}
+    if found := first_difference(there, config.row_meaning(), tuple(there) if not table.built_with else ("",)):
+        key, of_table, here = found
+        raise DataError(
+            f"{key}: the configuration has {here!r}, the table at {table.table_uri} has {of_table!r}; train with the "
+            "configuration the table was built with"
+        )
+
+
+def difference(model: FeatureSpec, model_built_with: str, table: Manifest, *, may_read: bool = True) -> str | None:
+    """In words, why rows of `table` mean something else to a model than those it was trained on; None: they do not.
+
+    Args:
+        model: of its checkpoint.
+        model_built_with: of the configuration that it was trained with; '' where that is not known.
+        table: the files are not looked at.
+        may_read: read the lake's vocabularies where the fingerprints alone do not tell; else such ids are let pass.
+
+    Raises:
+        UserError: the vocabularies cannot be read.
+    """
+    pairs = {
+        "scenarios": (model.scenarios, table.spec.scenarios),
+        "query_scenarios": (model.query_scenarios, table.spec.query_scenarios),
+        "categories": (tuple(f.name for f in model.sparse), tuple(f.name for f in table.spec.sparse)),
+        "numbers": (tuple(f.name for f in model.dense), tuple(f.name for f in table.spec.dense)),
+        "labels.no_order_scenarios": (model.no_order_scenarios, table.spec.no_order_scenarios),
+        "histories.length": (model.history_length, table.spec.history_length),
+        "the labels' delay in microseconds": (model.label_delay_us, table.spec.label_delay_us),
+        "labels.global_span": (model.label_day_span, table.spec.label_day_span),
+    }
+    rows = [(name, of_model, of_table) for name, (of_model, of_table) in pairs.items()]
+    if model_built_with and table.built_with:  # first, since it names the configuration's own keys
+        found = first_difference(json.loads(model_built_with), json.loads(table.built_with))
+        rows = [*([found] if found else []), *rows]
+    for name, of_model, of_table in rows:
+        if of_model != of_table:
+            return (
+                f"{name} of the samples table is {_words(of_table)}, but the model was trained with {_words(of_model)}"
+            )
+    for old, new in zip(model.sparse, table.spec.sparse, strict=True):
+        same = _same_ids(old, new)
+        if same is None:
+            same = not may_read or _fingerprint_in(table, old) == old.fingerprints[-1]
+        if not same:
+            return (
+                f"the ids of {old.name} in the samples table stand for other values than those the model was trained "
+                f"with ({old.num_embeddings} and {new.num_embeddings} rows)"
+            )
+    return None
+
+
+def fingerprint(entries: pa.Table, feature: str, num_embeddings: int) -> tuple[int, str]:
+    """Of the values of a feature whose ids are below num_embeddings; columns feature, value and id as in the lake."""
+    mask = pc.and_(pc.equal(entries["feature"], feature), pc.less(entries["id"], num_embeddings))
+    rows = entries.filter(mask)
+    return num_embeddings, fingerprint_text(_xor(zip(rows["id"].to_pylist(), rows["value"].to_pylist(), strict=True)))
+
+
+def _xor(rows: Iterable[tuple[int, str]]) -> tuple[int, int]:
+    high = low = 0
+    for number, value in rows:
+        digest = hashlib.md5(f"{number}:{value}".encode(), usedforsecurity=False).hexdigest()
+        high ^= int(digest[:15], 16)
+        low ^= int(digest[15:30], 16)
+    return high, low
+
+
+def _fingerprint_in(table: Manifest, feature: SparseFeature) -> tuple[int, str]:
+    entries = read_vocabularies(table.table_uri.rpartition("/")[0], feature.name)
+    return fingerprint(entries, feature.name, feature.num_embeddings)
+
+
+def _same_ids(model: SparseFeature, table: SparseFeature) -> bool | None:
+    """Whether the ids of one are the first ids of the other; None where the fingerprints do not tell."""
+    ours, theirs = dict(model.fingerprints), dict(table.fingerprints)
+    if not ours:  # event_hour, or a model that is older than fingerprints
+        return True
+    for rows in (model.num_embeddings, table.num_embeddings):
+        if rows in ours and rows in theirs:
+            return ours[rows] == theirs[rows]
+    if HASHED in (*ours.values(), *theirs.values()) or model.num_embeddings > table.num_embeddings:
+        return False
+    return None
+
+
+def _words(value: object) -> str:
+    return (", ".join(map(str, value)) or "none") if isinstance(value, tuple | list) else str(value)
