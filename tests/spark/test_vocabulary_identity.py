@@ -10,7 +10,8 @@ from pyspark.sql import SparkSession
 
 from etl.checks import DataCheckError
 from etl.features.vocabulary import new_entries, read_vocabularies
-from etl.lake.tables import Lake, append_vocabularies, table_version
+from etl.jvm import table_version
+from etl.lake.tables import Lake, append_vocabularies
 from tests.spark.test_build_daily import build, logs, shop  # noqa: F401 - fixtures
 from usr_ray.data import lineage
 from usr_ray.data.manifest import open_samples
