@@ -4,9 +4,9 @@
 
 Each checkout ingests and builds each source by its own jobs with the *other* checkout's configuration file, so that a
 changed default shows. Both then train (one worker, one epoch, this machine's processor), evaluate and score on the
-*other* checkout's lake: the order of training follows the names of a table's files, which no two builds share. Then every
-column of the samples, every score and every metric is compared, bit for bit. Prints a line a table; exit code 1 when
-anything differs. Real logs are read from --data (folders kuairand-pure and kuaisearch-demo).
+*other* checkout's lake: the order of training follows the names of a table's files, which no two builds share. Then
+every column of the samples, every score and every metric is compared, bit for bit. Prints a line a table; exit code 1
+when anything differs. Real logs are read from --data (folders kuairand-pure and kuaisearch-demo).
 """
 
 from __future__ import annotations
