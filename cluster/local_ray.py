@@ -209,7 +209,7 @@ def _refuse_port_in_use(flag: str, port: int) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = JobParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = JobParser(__doc__)
     parser.add_argument("action", choices=("start", "stop", "status"))
     parser.add_argument("--nodes", type=int, default=1, help="nodes as processes, the head included")
     parser.add_argument("--num-cpus", type=int, default=0, help="logical CPUs of a node; default: this machine's")

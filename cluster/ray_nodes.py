@@ -159,7 +159,7 @@ def stop(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = JobParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = JobParser(__doc__)
     parser.add_argument("action", choices=("head", "worker", "status", "stop"))
     parser.add_argument("--host", default="", help="this machine's address in its private network")
     parser.add_argument("--head", default="", metavar="HOST:PORT", help="the head's address, for a worker")

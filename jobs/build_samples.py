@@ -14,7 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from etl.jvm import print_error
-from usr_ray.cli import check_input, check_lake, job_config, job_dates, job_parser, run_job
+from usr_ray.cli import check_input, check_new_lake, job_config, job_dates, job_parser, run_job
 from usr_ray.config import Config, UserError
 
 
@@ -30,8 +30,8 @@ def parse_watermark(text: str) -> dt.datetime:
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, dict[str, Any]]:
     """(arguments, configuration, dates and watermark of the build); UserError for what can be seen without Spark."""
     parser = job_parser(__doc__ or "")
-    parser.add_argument("--logs", required=True, metavar="DIR", help="folder with one entry per log")
-    parser.add_argument("--lake", required=True, metavar="DIR", help="where the tables are; made if it is not there")
+    parser.add_place("--logs", check_input, required=True, help="folder with one entry per log")
+    parser.add_place("--lake", check_new_lake, required=True, help="where the tables are; made if it is not there")
     parser.add_argument("--dates", metavar="A:B", help="UTC dates to build, both included; today-N counts back")
     parser.add_argument(
         "--restate", action="store_true", help="build again what late events changed: of all dates built, or of --dates"
@@ -40,8 +40,6 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, dict[str, Any]]:
         "--watermark", metavar="ISO", help="labels are final up to here (default: newest event that is used)"
     )
     arguments = parser.parse_args(argv)
-    check_input(arguments.logs, flag="--logs")
-    check_lake(arguments.lake, new=True)
     config = job_config(arguments)
     if not arguments.dates and not arguments.restate:
         raise UserError("build_samples.py: --dates is missing; name the UTC dates to build as A:B, or give --restate")

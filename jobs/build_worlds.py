@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from etl.jvm import print_error
 from jobs import build_samples, ingest_logs
-from usr_ray.cli import job_parser, run_job
+from usr_ray.cli import check_file, job_parser, run_job
 from usr_ray.config import UserError
 from usr_ray.experiments.grid import StudyError
 from usr_ray.files import write_whole
@@ -87,10 +87,19 @@ def build_world(world: dict) -> None:
 
 
 def parse(argv: list[str]) -> list[dict]:
-    """The worlds of a plan."""
+    """The worlds of a plan. UserError: it is none."""
     parser = job_parser(__doc__ or "")
-    parser.add_argument("--plan", type=Path, required=True, metavar="FILE", help="JSON of usr_ray.experiments.worlds")
-    return json.loads(parser.parse_args(argv).plan.read_text(encoding="utf-8"))
+    parser.add_place(
+        "--plan", check_file, type=Path, required=True, metavar="FILE", help="JSON that jobs/study.py wrote"
+    )
+    plan: Path = parser.parse_args(argv).plan
+    try:
+        worlds = json.loads(plan.read_bytes())
+        if all({"folder", "commands", "mark"} <= set(world) for world in worlds):
+            return worlds
+    except (ValueError, TypeError):
+        pass
+    raise UserError(f"--plan {plan}: is no plan that jobs/study.py wrote; run jobs/study.py, which calls this job")
 
 
 def main(argv: list[str]) -> None:

@@ -28,8 +28,9 @@ from usr_ray.cli import (
     EXIT_OK,
     EXIT_USER_ERROR,
     check_input,
-    check_lake,
+    check_new_lake,
     check_output,
+    check_output_table,
     job_config,
     job_dates,
     job_parser,
@@ -291,11 +292,9 @@ def built_dates(lake: str) -> set[dt.date]:
 
 def main(argv: list[str]) -> None:
     parser = job_parser(__doc__ or "")
-    parser.add_argument(
-        "--work", type=Path, required=True, metavar="DIR", help="state, runs, exports and scores go here"
-    )
-    parser.add_argument("--logs", metavar="DIR", help="folder with one entry per log")
-    parser.add_argument("--lake", metavar="DIR", help="where the tables are")
+    parser.add_place("--work", None, type=Path, required=True, help="state, runs, exports and scores go here")
+    parser.add_place("--logs", check_input, help="folder with one entry per log")
+    parser.add_place("--lake", check_new_lake, help="where the tables are")
     parser.add_argument("--date", default="today-1", help="newest complete UTC day of the logs (today-1)")
     parser.add_argument("--watermark", metavar="ISO", help="the logs are complete up to here (default: newest event)")
     parser.add_argument(
@@ -328,6 +327,7 @@ def main(argv: list[str]) -> None:
         print(status_table(arguments.work))
         return
     if arguments.use:
+        check_output(arguments.work, flag="--work")
         with locked(arguments.work):
             use_model(arguments.work, arguments.use)
         print(status_table(arguments.work))
@@ -335,9 +335,7 @@ def main(argv: list[str]) -> None:
     for name in ("config", "logs", "lake"):
         if getattr(arguments, name) is None:
             raise UserError(f"daily.py: --{name} is missing; see --help")
-    check_input(arguments.logs, flag="--logs")
-    check_lake(arguments.lake, new=True)
-    check_output(arguments.work, flag="--work")
+    check_output_table(arguments.work, flag="--work")  # tables of scores are below it
     for name in ("logs", "lake"):
         address = getattr(arguments, name)
         setattr(arguments, name, address if "://" in address else str(Path(address).resolve()))

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from usr_ray.cli import check_input, check_output, job_config, job_parser, run_job
+from usr_ray.cli import check_input, check_output_table, job_config, job_parser, run_job
 from usr_ray.config import Config, UserError, parse_dates
 from usr_ray.launch.spark import spark_environment, spark_submit
 
@@ -58,9 +58,9 @@ def build_dates(config: Config) -> str:
 def main(argv: list[str]) -> None:
     parser = job_parser(__doc__ or "")
     parser.add_argument("--source", default=SIMULATED, help="data set to ingest (ignored with --logs)")
-    parser.add_argument("--input", type=Path, help="folder of the data set's files")
-    parser.add_argument("--logs", type=Path, help="logs of the contract that are already there")
-    parser.add_argument("--work", type=Path, required=True, help="folder for logs, lake and run; emptied first")
+    parser.add_place("--input", check_input, type=Path, help="folder of the data set's files")
+    parser.add_place("--logs", check_input, type=Path, help="logs of the contract that are already there")
+    parser.add_place("--work", check_output_table, type=Path, required=True, help="for logs, lake and run; emptied")
     arguments = parser.parse_args(argv)
     config = job_config(arguments)
     if not (config.data.train_dates and config.data.eval_dates):
@@ -70,12 +70,9 @@ def main(argv: list[str]) -> None:
     started = time.monotonic()
     # The jobs run where the program is, the paths are those of whoever called.
     work: Path = arguments.work.absolute()
-    check_output(work, flag="--work")
-    for flag in ("input", "logs"):
-        if (place := getattr(arguments, flag)) is not None:
-            check_input(place, flag=f"--{flag}")
-            setattr(arguments, flag, place.absolute())
-    arguments.config = arguments.config and arguments.config.absolute()
+    for flag in ("input", "logs", "config"):
+        place = getattr(arguments, flag)
+        setattr(arguments, flag, place and place.absolute())
     fresh_folder(work)
     logs, lake, run = arguments.logs or work / "logs", work / "lake", work / "run"
     settings = ["--config", str(arguments.config)] if arguments.config else []

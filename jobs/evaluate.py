@@ -8,7 +8,6 @@ process, no Ray; any number of workers would give the same numbers.
 
 from __future__ import annotations
 
-import argparse
 import datetime as dt
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from usr_ray import __version__
-from usr_ray.cli import JobParser, run_job
+from usr_ray.cli import JobParser, check_lake, check_output_file, check_run_dir, run_job
 from usr_ray.config import Config, UserError, end_of_us, parse_dates
 from usr_ray.data.manifest import Manifest, build_manifest
 from usr_ray.evaluation.baseline import popularity_baseline
@@ -64,16 +63,16 @@ def about(run: TrainedRun, held_out: Manifest, dates: str) -> dict[str, object]:
 
 
 def main(argv: list[str]) -> None:
-    parser = JobParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help="the --run-dir of jobs/train.py")
-    parser.add_argument("--lake", required=True, metavar="DIR", help="the lake of jobs/build_samples.py")
+    parser = JobParser(__doc__)
+    parser.add_place("--run-dir", check_run_dir, type=Path, required=True, help="the --run-dir of jobs/train.py")
+    parser.add_place("--lake", check_lake, required=True, help="the lake of jobs/build_samples.py")
     parser.add_argument("--dates", required=True, metavar="A:B", help="first and last date, both included")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="metrics as JSON; default in the run directory")
+    parser.add_place("--output", None, type=Path, metavar="FILE", help="metrics as JSON; default in the run directory")
     arguments = parser.parse_args(argv)
     first, last = parse_dates(arguments.dates, where="--dates")
     output: Path = arguments.output or arguments.run_dir / f"evaluation-{first}_{last}.json"
-    if not output.parent.is_dir() and arguments.run_dir.is_dir():
-        raise UserError(f"--output {output}: its folder does not exist; create it first")
+    check_output_file(output, flag="--output")
+    check_output_file(arguments.run_dir / PREDICTIONS_FILE, flag="--run-dir")
     worker = LocalWorker()
     run = load_run(arguments.run_dir, worker.device)
     held_out = build_manifest(arguments.lake, dates=(first, last))
@@ -92,6 +91,7 @@ def main(argv: list[str]) -> None:
             baseline=baseline,
             about=about(run, held_out, f"{first}:{last}"),
         )
+        output.parent.mkdir(parents=True, exist_ok=True)
         write_metrics(output, splits)
         print(metrics_text(splits))
         print(f"{run.checkpoint.path.name} on {first} to {last}: {len(result.predictions):,} rows; written to {output}")

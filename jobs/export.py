@@ -7,7 +7,6 @@ docs/serving.md says how to use the directory. Without --lake the vocabularies a
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -17,15 +16,11 @@ from usr_ray.cli import JobParser, check_lake, check_output, check_run_dir, run_
 
 
 def main(argv: list[str]) -> None:
-    parser = JobParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help="the --run-dir of jobs/train.py")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="created; must not hold anything")
-    parser.add_argument("--lake", metavar="DIR", help="the lake of jobs/build_samples.py, for the vocabularies")
+    parser = JobParser(__doc__)
+    parser.add_place("--run-dir", check_run_dir, type=Path, required=True, help="the --run-dir of jobs/train.py")
+    parser.add_place("--output", check_output, type=Path, required=True, help="created; must not hold anything")
+    parser.add_place("--lake", check_lake, help="the lake of jobs/build_samples.py, for the vocabularies")
     arguments = parser.parse_args(argv)
-    check_run_dir(arguments.run_dir)
-    if arguments.lake is not None:
-        check_lake(arguments.lake)
-    check_output(arguments.output, flag="--output")
     from usr_ray.serving.export import export_run  # loads torch
 
     manifest = export_run(arguments.run_dir, arguments.output, arguments.lake)

@@ -23,8 +23,8 @@ def main(argv: list[str]) -> None:
 
     parser = job_parser(__doc__ or "")
     parser.add_argument("--source", required=True, help=f"the data set: {', '.join(SOURCES)}")
-    parser.add_argument("--input", type=Path, metavar="DIR", help="folder of the data set's files (simulated: none)")
-    parser.add_argument("--logs", type=Path, required=True, metavar="DIR", help="folder for the logs; new or empty")
+    parser.add_place("--input", check_input, type=Path, help="folder of the data set's files (simulated: none)")
+    parser.add_place("--logs", check_output, type=Path, required=True, help="folder for the logs; new or empty")
     parser.add_argument("--overwrite", action="store_true", help="replace logs written by an earlier ingest")
     arguments = parser.parse_args(argv)
     source = find_source(arguments.source)
@@ -34,9 +34,6 @@ def main(argv: list[str]) -> None:
     config = job_config(arguments)
     if source.needs_input and arguments.input is None:
         raise UserError(f"--source {source.name}: --input is missing; name the folder with the data set's files")
-    if arguments.input is not None:
-        check_input(arguments.input, flag="--input")
-    check_output(arguments.logs, flag="--logs")
     started = time.monotonic()
     with LogWriter(arguments.logs, overwrite=arguments.overwrite) as writer:
         source.write(arguments.input or Path(), writer, config)

@@ -15,19 +15,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from etl.jvm import print_error
-from usr_ray.cli import JobParser, check_input, check_lake, check_output, run_job
+from usr_ray.cli import JobParser, check_input, check_lake, check_new_lake, run_job
 from usr_ray.config import DAY_US, UserError, parse_duration_us
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, int]:
     """(arguments, --keep in microseconds); UserError for what can be seen without Spark."""
-    parser = JobParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lake", required=True, metavar="DIR", help="the lake of jobs/build_samples.py")
-    parser.add_argument(
+    parser = JobParser(__doc__)
+    parser.add_place("--lake", check_lake, required=True, help="the lake of jobs/build_samples.py")
+    parser.add_place(
         "--runs",
+        check_input,
         action="append",
         default=[],
-        metavar="DIR",
         help="folder with run directories of jobs/train.py, at any depth; repeatable",
     )
     parser.add_argument("--optimize", action="store_true", help="merge small files of a date; a new table version")
@@ -47,14 +47,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, int]:
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
     arguments = parser.parse_args(argv)
-    check_lake(arguments.lake)
-    for runs in arguments.runs:
-        check_input(runs, flag="--runs")
     keep_us = parse_duration_us(arguments.keep, where="--keep")
     if arguments.keep_pinned and not arguments.vacuum:
         raise UserError("maintain_tables.py: --keep-pinned says how to --vacuum; give both, or neither")
     if (arguments.optimize or arguments.vacuum or arguments.unpin) and not arguments.dry_run:
-        check_output(arguments.lake, flag="--lake")
+        check_new_lake(arguments.lake, flag="--lake")
     return arguments, keep_us
 
 

@@ -24,18 +24,13 @@ from usr_ray.config import Config, parse_dates
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, tuple[dt.date, dt.date]]:
     """(arguments, configuration, dates); UserError for what can be seen without Spark."""
     parser = job_parser(__doc__ or "")
-    parser.add_argument("--logs", required=True, metavar="DIR", help="the logs that the lake was built from")
-    parser.add_argument("--lake", required=True, metavar="DIR", help="the lake of jobs/build_samples.py")
+    parser.add_place("--logs", check_input, required=True, help="the logs that the lake was built from")
+    parser.add_place("--lake", check_lake, required=True, help="the lake of jobs/build_samples.py")
     parser.add_argument("--dates", required=True, metavar="A:B", help="UTC dates of the experiment, both included")
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="folder for online.json and online.html"
-    )
+    parser.add_place("--output", check_output, type=Path, required=True, help="folder for online.json and online.html")
     parser.add_argument("--bucket-column", metavar="NAME", help="of the impressions logs; online.bucket_column")
     parser.add_argument("--control", metavar="NAME", help="bucket to compare with; online.control")
     arguments = parser.parse_args(argv)
-    check_input(arguments.logs, flag="--logs")
-    check_lake(arguments.lake)
-    check_output(arguments.output, flag="--output")
     for key, value in (("bucket_column", arguments.bucket_column), ("control", arguments.control)):
         if value is not None:
             arguments.overrides.append(f"online.{key}={json.dumps(value)}")

@@ -7,25 +7,21 @@ Reads what jobs/train.py and jobs/evaluate.py left in the run directory and, wit
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from usr_ray.cli import JobParser, check_lake, check_output, check_run_dir, run_job
+from usr_ray.cli import JobParser, check_lake, check_output_file, check_run_dir, run_job
 
 
 def main(argv: list[str]) -> None:
-    parser = JobParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help="the --run-dir of jobs/train.py")
-    parser.add_argument("--lake", metavar="DIR", help="the lake of jobs/build_samples.py, for the funnel")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: <run-dir>/report.html")
+    parser = JobParser(__doc__)
+    parser.add_place("--run-dir", check_run_dir, type=Path, required=True, help="the --run-dir of jobs/train.py")
+    parser.add_place("--lake", check_lake, help="the lake of jobs/build_samples.py, for the funnel")
+    parser.add_place("--output", None, type=Path, metavar="FILE", help="default: <run-dir>/report.html")
     arguments = parser.parse_args(argv)
-    check_run_dir(arguments.run_dir)
-    if arguments.lake is not None:
-        check_lake(arguments.lake)
-    check_output(arguments.output or arguments.run_dir / "report.html", flag="--output", file=True)
+    check_output_file(arguments.output or arguments.run_dir / "report.html", flag="--output")
     from usr_ray.reporting.run import write_report
 
     print(f"report: {write_report(arguments.run_dir, arguments.lake, arguments.output)}")

@@ -8,28 +8,23 @@ columns.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from usr_ray.cli import JobParser, check_lake, check_output, check_run_dir, run_job
-from usr_ray.config import check_table_address, parse_dates
+from usr_ray.cli import JobParser, check_lake, check_output_table, check_run_dir, run_job
+from usr_ray.config import parse_dates
 
 
 def main(argv: list[str]) -> None:
-    parser = JobParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help="the --run-dir of jobs/train.py")
-    parser.add_argument("--lake", required=True, metavar="DIR", help="the lake of jobs/build_samples.py")
+    parser = JobParser(__doc__)
+    parser.add_place("--run-dir", check_run_dir, type=Path, required=True, help="the --run-dir of jobs/train.py")
+    parser.add_place("--lake", check_lake, required=True, help="the lake of jobs/build_samples.py")
     parser.add_argument("--dates", required=True, metavar="A:B", help="first and last date, both included")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the Delta table of scores")
+    parser.add_place("--output", check_output_table, type=Path, required=True, help="the Delta table of scores")
     arguments = parser.parse_args(argv)
     dates = parse_dates(arguments.dates, where="--dates")
-    check_run_dir(arguments.run_dir)
-    check_lake(arguments.lake)
-    check_output(arguments.output, flag="--output")
-    check_table_address(str(arguments.output), flag="--output")
 
     # Torch takes seconds to load: a wrong command line is reported without it.
     from usr_ray.serving.score import score_dates

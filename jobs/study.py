@@ -16,7 +16,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from usr_ray.cli import EXIT_FAILURE, check_input, check_lake, check_output, job_config, job_parser, run_job
+from usr_ray.cli import (
+    EXIT_FAILURE,
+    check_input,
+    check_lake,
+    check_output,
+    check_output_table,
+    job_config,
+    job_parser,
+    run_job,
+)
 from usr_ray.experiments.grid import SCALES, load_study
 from usr_ray.launch.environment import prepare_environment
 
@@ -24,18 +33,15 @@ from usr_ray.launch.environment import prepare_environment
 def main(argv: list[str]) -> None:
     parser = job_parser(__doc__ or "")
     parser.add_argument("--study", required=True, metavar="NAME", help="of jobs/studies, or a TOML file")
-    parser.add_argument("--lake", metavar="DIR", help="the lake of jobs/build_samples.py")
-    parser.add_argument("--input", type=Path, metavar="DIR", help="files of the data set a study makes worlds of")
-    parser.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help="trials, results and report go here")
+    parser.add_place("--lake", check_lake, help="the lake of jobs/build_samples.py")
+    parser.add_place("--input", check_input, type=Path, help="files of the data set a study makes worlds of")
+    parser.add_place("--run-dir", check_output, type=Path, required=True, help="trials, results and report go here")
     parser.add_argument("--scale", choices=SCALES, default="full", help="small: minutes on two cores")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="in place of the study's; more may follow")
     arguments = parser.parse_args(argv)
     study = load_study(arguments.study, scale=arguments.scale, folder=ROOT / "jobs" / "studies", seeds=arguments.seeds)
-    if arguments.lake is not None:
-        check_lake(arguments.lake)
-    if arguments.input is not None:
-        check_input(arguments.input, flag="--input")
-    check_output(arguments.run_dir, flag="--run-dir")
+    if study.has_worlds:
+        check_output_table(arguments.run_dir, flag="--run-dir")  # their lakes are below it
     cluster = prepare_environment(dashboard=job_config(arguments).ray.dashboard)
     from jobs import build_worlds
     from usr_ray.experiments.record import Base

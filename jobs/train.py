@@ -20,12 +20,10 @@ from usr_ray.launch.environment import prepare_environment
 
 def main(argv: list[str]) -> None:
     parser = job_parser(__doc__ or "")
-    parser.add_argument("--lake", required=True, metavar="DIR", help="the lake of jobs/build_samples.py")
-    parser.add_argument("--run-dir", required=True, metavar="DIR", help="checkpoints, metrics and events go here")
+    parser.add_place("--lake", check_lake, required=True, help="the lake of jobs/build_samples.py")
+    parser.add_place("--run-dir", check_output, required=True, help="checkpoints, metrics and events go here")
     arguments = parser.parse_args(argv)
     config = job_config(arguments)
-    check_lake(arguments.lake)
-    check_output(arguments.run_dir, flag="--run-dir")
     cluster = prepare_environment(dashboard=config.ray.dashboard)
     from usr_ray.launch.trainer import run  # imports ray, which reads the environment
 

@@ -30,14 +30,10 @@ TUNE_ENVIRONMENT = {
 
 def main(argv: list[str]) -> None:
     parser = job_parser(__doc__ or "")
-    parser.add_argument("--lake", required=True, metavar="DIR", help="the lake of jobs/build_samples.py")
-    parser.add_argument(
-        "--run-dir", type=Path, required=True, metavar="DIR", help="trials, best.toml and report go here"
-    )
+    parser.add_place("--lake", check_lake, required=True, help="the lake of jobs/build_samples.py")
+    parser.add_place("--run-dir", check_output, type=Path, required=True, help="trials, best.toml and report go here")
     arguments = parser.parse_args(argv)
     config = load_search(arguments.config, arguments.overrides)
-    check_lake(arguments.lake)
-    check_output(arguments.run_dir, flag="--run-dir")
     cluster = prepare_environment(dashboard=config.ray.dashboard)
     for name, value in TUNE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)

@@ -25,6 +25,10 @@ from usr_ray.config.fields import Range
 EXIT_OK, EXIT_FAILURE, EXIT_USER_ERROR = 0, 1, 2
 MAX_NAME_BYTES = 200
 """Of a folder or file that a job makes: names of temporary files beside it are longer, and end at 255."""
+MAX_PATH_BYTES = 3000
+"""Of its whole path, for there are folders below it, and paths end at 4096."""
+_WRITTEN = {"_delta_log", "checkpoints", "tensorboard", "history.jsonl", ".lock"}
+"""Folders and files that a job writes into when it finds them in its output."""
 _OWN_PACKAGES = ("usr_ray", "etl", "jobs", "cluster", "tests")
 _STORAGE_ERRORS = {
     errno.EACCES,
@@ -39,7 +43,30 @@ _STORAGE_ERRORS = {
 
 
 class JobParser(argparse.ArgumentParser):
-    """argparse that reports a wrong command line as a UserError, so that it too is one line."""
+    """argparse that reports a wrong command line as a UserError, so that it too is one line.
+
+    Arguments that name places are added with `add_place`, and held to its check before the job begins.
+    """
+
+    def __init__(self, description: str | None = None) -> None:
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.places: dict[str, tuple[Callable[..., None], type]] = {}
+        """Flag of each place, its check, and what the job gets: str or Path."""
+
+    def add_place(
+        self, flag: str, check: Callable[..., None] | None, *, type: type[str] | type[Path] = str, **options: Any
+    ) -> None:
+        """Add an argument that names a folder or a file.
+
+        Args:
+            flag: such as "--lake".
+            check: called with each place that is given, and `flag`; one of the checks below. None: the job knows only
+                later what is needed, and checks it then.
+            type: what the job gets. The check gets the text: Path("") is the current folder.
+            options: of add_argument.
+        """
+        self.add_argument(flag, **{"metavar": "DIR", **options})
+        self.places[flag] = check or check_address, type
 
     def error(self, message: str) -> None:  # type: ignore[override]
         """Raise UserError instead of printing the usage and leaving."""
@@ -49,6 +76,14 @@ class JobParser(argparse.ArgumentParser):
         """As in argparse; what is left over is named with the flag that was probably meant."""
         found, strange = self.parse_known_args(args, namespace)
         if not strange:
+            for flag, (check, kind) in self.places.items():
+                name = flag.removeprefix("--").replace("-", "_")
+                given = getattr(found, name)
+                if given is None:
+                    continue
+                for place in given if isinstance(given, list) else [given]:
+                    check(place, flag=flag)
+                setattr(found, name, [*map(kind, given)] if isinstance(given, list) else kind(given))
             return found
         first, flags = strange[0], re.findall(r"--[\w-]+", self.format_usage())
         if first.startswith("--"):
@@ -60,10 +95,10 @@ class JobParser(argparse.ArgumentParser):
         return found
 
 
-def job_parser(description: str) -> argparse.ArgumentParser:
+def job_parser(description: str) -> JobParser:
     """A parser with `--config FILE` and repeatable `--set a.b=c`."""
-    parser = JobParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file, see jobs/configs")
+    parser = JobParser(description)
+    parser.add_place("--config", check_file, type=Path, metavar="FILE", help="TOML file, see jobs/configs")
     parser.add_argument(
         "--set",
         action="append",
@@ -133,61 +168,104 @@ def check_input(place: Path | str, *, flag: str) -> None:
         raise UserError(f"{flag} {text}: cannot be read ({error.strerror}); name a folder that you may read") from error
 
 
-def check_lake(lake: str, *, flag: str = "--lake", new: bool = False) -> None:
-    """UserError unless `lake` can be a lake: a folder that is there, or with `new` one that can be written.
+def check_file(place: Path | str, *, flag: str) -> None:
+    """UserError unless `place` is a file on this machine that can be read."""
+    text = str(place)
+    check_address(text, flag=flag)
+    try:
+        with open(text, "rb"):
+            pass
+    except IsADirectoryError as error:
+        raise UserError(f"{flag} {text}: is a folder; name a file") from error
+    except FileNotFoundError as error:
+        raise UserError(f"{flag} {text}: there is no such file{_nearest(text)}") from error
+    except OSError as error:
+        raise UserError(f"{flag} {text}: cannot be read ({error.strerror}); name a file that you may read") from error
+
+
+def check_lake(lake: Path | str, *, flag: str) -> None:
+    """UserError unless `lake` is a folder that is there, or an address.
 
     The folder of one of its tables is refused: `<lake>/samples` is an easy slip.
     """
+    text = str(lake)
+    _check_lake_path(text, flag=flag)
+    check_input(text, flag=flag)
+
+
+def check_new_lake(lake: Path | str, *, flag: str) -> None:
+    """UserError unless `lake` is a folder that can be written, or made."""
+    _check_lake_path(str(lake), flag=flag)
+    check_output(lake, flag=flag)
+
+
+def _check_lake_path(lake: str, *, flag: str) -> None:
     check_table_address(lake, flag=flag)
-    if "://" in lake:
-        return
-    if os.path.isdir(os.path.join(lake, "_delta_log")):
+    if "://" not in lake and os.path.isdir(os.path.join(lake, "_delta_log")):
         above = os.path.dirname(lake.rstrip("/")) or "."
         raise UserError(f"{flag} {lake}: is a table of a lake; name the folder above it: {flag} {above}")
-    if new:
-        check_output(lake, flag=flag)
-    else:
-        check_input(lake, flag=flag)
+
+
+def check_output_table(place: Path | str, *, flag: str) -> None:
+    """UserError unless a Delta table can be written to `place`."""
+    check_table_address(str(place), flag=flag)
+    check_output(place, flag=flag)
+
+
+def check_output_file(place: Path | str, *, flag: str) -> None:
+    """UserError unless a file can be written as `place`; its folder is made with it."""
+    check_output(place, flag=flag, file=True)
 
 
 def check_output(place: Path | str, *, flag: str, file: bool = False) -> None:
     """UserError unless a folder (or with `file` a file) of this name can be written; nothing is left behind.
 
     It is tried with a file without a name in the nearest folder that is there: permissions alone do not reveal
-    read-only file systems, and mean nothing to root.
+    read-only file systems, and mean nothing to root. What an earlier job left in the folder, perhaps as another user,
+    is asked for its permissions.
     """
     text = str(place)
     check_address(text, flag=flag)
     if "://" in text:
         return
     kind, other = ("file", "folder") if file else ("folder", "file")
-    long = [part for part in Path(text).parts if len(os.fsencode(part)) > MAX_NAME_BYTES]
-    if long:
-        raise UserError(
-            f"{flag} {text[:40]}...: the name {long[0][:20]}... has {len(os.fsencode(long[0]))} bytes; "
-            f"{MAX_NAME_BYTES} are the most"
-        )
     path = Path(text).absolute()
-    if path.is_dir() if file else path.exists() and not path.is_dir():
+    for name, most in [*((part, MAX_NAME_BYTES) for part in path.parts), (str(path), MAX_PATH_BYTES)]:
+        if len(os.fsencode(name)) > most:
+            raise UserError(
+                f"{flag} {text[:40]}...: the name {name[:20]}... has {len(os.fsencode(name))} bytes; {most} are the "
+                "most"
+            )
+    if os.path.isdir(path) if file else os.path.exists(path) and not os.path.isdir(path):
         raise UserError(f"{flag} {text}: is a {other}; name a {kind}")
     folder = path.parent if file else path
     existing = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
+        entries = [*os.scandir(folder)] if existing == path else []
     except OSError as error:
         raise UserError(
             f"{flag} {text}: cannot be written ({existing}: {error.strerror}); name a {kind} that you may write"
         ) from error
+    tables = [entry.path for entry in entries if os.path.isdir(f"{entry.path}/_delta_log")]
+    ours = [*tables, *(f"{table}/_delta_log" for table in tables), *(e.path for e in entries if e.name in _WRITTEN)]
+    for name in ours:
+        if not os.access(name, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+            raise UserError(
+                f"{flag} {text}: cannot be written (it holds {name}, which you may not write); change its owner or "
+                f"permissions, or name a {kind} that you may write"
+            )
 
 
-def check_run_dir(run_dir: Path | str) -> None:
-    """UserError unless `--run-dir` is the folder of a run that was started."""
+def check_run_dir(run_dir: Path | str, *, flag: str) -> None:
+    """UserError unless `run_dir` is the folder of a run that was started."""
+    check_address(str(run_dir), flag=flag)
     if not os.path.lexists(run_dir):
         raise UserError(
-            f"--run-dir {run_dir}: no such directory; name the --run-dir of jobs/train.py{_nearest(str(run_dir))}"
+            f"{flag} {run_dir}: no such directory; name the --run-dir of jobs/train.py{_nearest(str(run_dir))}"
         )
-    check_input(run_dir, flag="--run-dir")
+    check_input(run_dir, flag=flag)
 
 
 def _nearest(text: str) -> str:

@@ -6,7 +6,6 @@ the Hadoop client that Spark ships; another one would not load.
 
 from __future__ import annotations
 
-import argparse
 import re
 import shutil
 import sys
@@ -63,7 +62,7 @@ def install(stores: list[str], jars: Path, cache: Path) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
-    parser = JobParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = JobParser(__doc__)
     parser.add_argument("stores", nargs="+", choices=tuple(CONNECTORS), help="which object stores")
     arguments = parser.parse_args(argv)
     import pyspark

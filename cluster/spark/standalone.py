@@ -172,7 +172,7 @@ class Standalone:
 
 
 def main(argv: list[str]) -> None:
-    parser = JobParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = JobParser(__doc__)
     parser.add_argument("action", choices=("start", "master", "worker", "status", "stop"))
     parser.add_argument("--host", default=LOOPBACK, help="this machine's address in its private network")
     parser.add_argument("--port", type=int, default=7077, help="of the master")

@@ -8,7 +8,6 @@ The pages load nothing from the network. A warning (a broken link, a docstring t
 
 from __future__ import annotations
 
-import argparse
 import html
 import os
 import re
@@ -134,7 +133,7 @@ def _words(name: str) -> str:
 
 def main(argv: list[str]) -> None:
     """Build both parts."""
-    parser = JobParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = JobParser(__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "docs", metavar="DIR")
     output: Path = parser.parse_args(argv).output.resolve()
     output.mkdir(parents=True, exist_ok=True)

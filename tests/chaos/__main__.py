@@ -97,7 +97,7 @@ def submit(address: str, work: Path, arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = JobParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = JobParser(__doc__)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "chaos", help="lake, runs and table go here")
     parser.add_argument("--fault", action="append", default=[], metavar="NAME", help="repeatable; default: all")
     parser.add_argument("--address", default="", help="job server of an existing cluster; --work must be shared by it")

@@ -230,9 +230,19 @@ def check_address(text: str, *, flag: str) -> None:
     """A folder, or an object store's address, that can be saved with a run, shown in logs and named in SQL.
 
     Raises:
-        UserError: it holds a key or options (they belong into the environment), or a character that would end a quoted
-            name or be replaced inside one (backtick, control characters, ${).
+        UserError: it is empty; a ~ that no shell has replaced, or an address of one slash, either of which would become
+            a folder of that name; a key or options (they belong into the environment), or a character that would end
+            a quoted name or be replaced inside one (backtick, control characters, ${).
     """
+    if not text:
+        raise UserError(f"{flag} '': is empty; name a place (is a variable of the shell not set?)")
+    if re.match(r"~[^/]*(/|$)", text):
+        raise UserError(f"{flag} {text}: no shell has replaced the ~, and a folder would get this name; write it whole")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:(?!//)", text):
+        raise UserError(
+            f"{flag} {text}: would be taken for an address; write s3://BUCKET/FOLDER with two slashes, or ./NAME for a "
+            "folder with a colon in its name"
+        )
     if re.search(r"[`\x00-\x1f\x7f\ud800-\udfff]|\$\{", text):
         raise UserError(
             f"{flag} {text!r}: a path must hold no backtick, no control character, no ${{ and nothing that is not "
@@ -255,7 +265,7 @@ def check_table_address(text: str, *, flag: str) -> None:
             backslash into a slash) or cannot write it ([ ] | ^).
     """
     check_address(text, flag=flag)
-    where = text if "://" in text else os.path.abspath(text)
+    where = text if "://" in text else os.path.realpath(text)
     if "://" not in text and (found := re.search(r"%[0-9A-Fa-f]{2}|[\\\[\]|^]", where)):
         raise UserError(
             f"{flag} {text}: the path of a Delta table must not hold {found[0]!r}, which other readers take for "

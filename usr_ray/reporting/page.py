@@ -67,7 +67,7 @@ class Section:
 
 
 def write_page(path: Path, template: str, **context: Any) -> Path:
-    """Fill a template of this package and write the page, whole or not at all; its path.
+    """Fill a template of this package and write the page, whole or not at all, and its folder with it; its path.
 
     What a template forgets to be given is an error; texts are escaped.
     """
@@ -81,6 +81,7 @@ def write_page(path: Path, template: str, **context: Any) -> Path:
     written = (
         f"Written {dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M} UTC by usr-ray {__version__}; this file needs no network."
     )
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, pages.get_template(template).render(context, footer=written))
     return path
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from usr_ray.config import UserError
 from usr_ray.data.order_quality import order_text
 from usr_ray.evaluation.metrics import GLOBAL, NDCG_K, CellMetrics, TaskMetrics
 from usr_ray.evaluation.statistics import (
@@ -68,15 +67,13 @@ def write_report(run_dir: Path, lake: Path | str | None = None, output: Path | N
     Args:
         run_dir: directory of jobs/train.py; evaluated by jobs/evaluate.py, else the report says that it is not.
         lake: where the ETL's reports are; None leaves the label funnel out.
-        output: file to write; its folder must exist.
+        output: file to write; its folder is made with it.
 
     Raises:
         UserError: a directory is missing, or a file in it cannot be read.
     """
     run = read_run(Path(run_dir))
     path = Path(output) if output else run.run_dir / REPORT_FILE
-    if not path.parent.is_dir():
-        raise UserError(f"--output {path}: its folder does not exist; create it first")
     reports, scenarios = read_etl_reports(lake), run.scenarios
     if lake is not None:
         check_lake(run.run_dir, lake)
@@ -107,7 +104,7 @@ def write_report(run_dir: Path, lake: Path | str | None = None, output: Path | N
         slices={} if run.predictions is None else _slices(run),
         funnel=funnel(reports, scenarios),
         cold=cold_part(reports, scenarios, str(run.config.get("data", {}).get("train_dates") or "")),
-        config_json=json.dumps(run.config, indent=2),
+        config_json=json.dumps(run.config, indent=2, ensure_ascii=False),
         packages=sorted((run.record.get("packages") or {}).items()),
     )
 

@@ -46,7 +46,9 @@ def interface(path: Path) -> Interface:
     text = path.read_text(encoding="utf-8")
     texts = [text] + ([(ROOT / "usr_ray" / "cli.py").read_text(encoding="utf-8")] if "job_parser(" in text else [])
     for node in (n for t in texts for n in ast.walk(ast.parse(t))):
-        if not (isinstance(node, ast.Call) and ast.unparse(node.func).endswith("add_argument")):
+        if not (isinstance(node, ast.Call) and ast.unparse(node.func).endswith((".add_argument", ".add_place"))):
+            continue
+        if not isinstance(node.args[0], ast.Constant):  # inside of add_place
             continue
         first = ast.literal_eval(node.args[0])
         options = {k.arg: ast.unparse(k.value) for k in node.keywords}

@@ -101,7 +101,9 @@ def test_every_job_that_gives_spark_a_path_has_checked_it() -> None:
     for path in sorted((ROOT / "jobs").glob("*.py")):
         text = path.read_text(encoding="utf-8")
         if "Lake(arguments.lake)" in text:
-            assert "check_lake(" in text, path.name  # which calls check_address
+            assert re.search(r"add_place\(\s*\"--lake\", check_(new_)?lake,", text), (
+                path.name
+            )  # which call check_address
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,7 @@ def test_values_are_written_as_toml_reads_them() -> None:
         ("study", ["--study", "main"], "error: study.py: the following arguments are required: --run-dir; see --help"),
         (
             "tune",
-            ["--lake", "x", "--run-dir", "y"],
+            ["--lake", ".", "--run-dir", "y"],
             "error: data.train_dates is empty; a search needs days to train on",
         ),
     ],

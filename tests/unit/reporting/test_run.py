@@ -397,7 +397,6 @@ def test_user_errors_are_one_line(run_dir, tmp_path, capsys):
     assert "none: no such directory; name the --run-dir" in refused(capsys, "--run-dir", tmp_path / "none")
     assert "holds no config.json" in refused(capsys, "--run-dir", tmp_path)
     assert "--lake" in refused(capsys, "--run-dir", run_dir, "--lake", tmp_path / "none")
-    assert "its folder does not exist" in refused(capsys, "--run-dir", run_dir, "--output", tmp_path / "no" / "r.html")
     write_record(tmp_path)
     (tmp_path / "predictions.parquet").write_text("torn")
     assert "predictions.parquet: cannot be read" in refused(capsys, "--run-dir", tmp_path)

@@ -1,0 +1,289 @@
+"""Every job with every path argument absent, of the wrong kind, without rights or with odd signs: one line before work.
+
+The arguments are those that the jobs' own parsers declare, so a new one is tested by being there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs.__main__ import ON_SPARK, job_files
+from usr_ray.cli import (
+    JobParser,
+    check_file,
+    check_input,
+    check_lake,
+    check_new_lake,
+    check_output_table,
+    check_run_dir,
+    run_job,
+)
+
+pytestmark = pytest.mark.unit
+
+NOBODY = 65_534
+DATES = ["--dates", "2026-01-01:2026-01-02"]
+WORDS: dict[str, list[str]] = {
+    "build-samples": DATES,
+    "build-worlds": [],
+    "daily": [],
+    "demo": ["--set=data.train_dates=2026-01-01", "--set=data.eval_dates=2026-01-02"],
+    "evaluate": DATES,
+    "export": [],
+    "ingest-logs": ["--source", "kuairand"],
+    "log-mlflow": [],
+    "maintain-tables": ["--optimize"],
+    "online-report": DATES,
+    "report": [],
+    "score": DATES,
+    "study": ["--study", "ablations"],
+    "train": [],
+    "tune": [],
+}
+"""What each job needs beside places."""
+NO_PLACES = {
+    "--set",
+    "--dates",
+    "--date",
+    "--watermark",
+    "--restate",
+    "--source",
+    "--overwrite",
+    "--experiment",
+    "--optimize",
+    "--vacuum",
+    "--keep",
+    "--keep-pinned",
+    "--unpin",
+    "--dry-run",
+    "--bucket-column",
+    "--control",
+    "--study",
+    "--scale",
+    "--seeds",
+    "--restate-days",
+    "--tolerance",
+    "--spark-submit",
+    "--step",
+    "--status",
+    "--use",
+    "--help",
+}  # fmt: skip - a list of words
+READ = (check_file, check_input, check_lake, check_run_dir)
+ODD = ("a b", "50%", "#1", "it's", '"x"', "für-dich", "北京", "🙂", "{a,b}", "?", "a:b", "=", "&", "العربية", "-", "*")
+"""Names that every place may have."""
+
+
+class ParsedError(Exception):
+    """A job has got past its command line; what comes now is its work."""
+
+
+def parser_of(job: str) -> JobParser:
+    """The parser that a job makes."""
+    found: list[JobParser] = []
+
+    def parse_args(self: JobParser, *_: object) -> None:
+        found.append(self)
+        raise ParsedError
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(ParsedError):
+        patch.setattr(JobParser, "parse_args", parse_args)
+        entry(job)([])
+    return found[0]
+
+
+def entry(job: str) -> Callable[[list[str]], object]:
+    """What runs before Spark starts: `parse` of its jobs, all of the others."""
+    module = importlib.import_module(f"jobs.{job.replace('-', '_')}")
+    return module.parse if module.__name__.removeprefix("jobs.") in ON_SPARK else module.main
+
+
+JOBS = tuple(job_files())
+PLACES = [(job, flag) for job in JOBS for flag in parser_of(job).places]
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[Path]:
+    """Places as they should be, in a folder that anybody may enter (pytest's own may not)."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    for name in ("logs", "lake", "lake/samples", "run", "input", "out"):
+        (folder / name).mkdir()
+        (folder / name).chmod(0o777)
+    (folder / "run" / "config.json").write_text("{}")
+    (folder / "file").write_text("[]")
+    (folder / "c.toml").write_text("")
+    yield folder
+    shutil.rmtree(folder)
+
+
+def words_of(job: str, world: Path, flag: str = "", place: str = "") -> list[str]:
+    """A command line with good places, but for one."""
+    good = {"--logs": "logs", "--lake": "lake", "--run-dir": "run", "--input": "input", "--config": "c.toml"}
+    good |= {"--plan": "file", "--runs": "run"}
+    words = list(WORDS[job])
+    for name in parser_of(job).places:
+        where = str(world / good.get(name, f"out/{job}{name}"))
+        words.append(f"{name}={place if name == flag else where}")
+    return words
+
+
+def refusal(job: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of a job that refuses its arguments."""
+    assert run_job(lambda argv: entry(job)(argv) and None, words) == 2, capsys.readouterr().err[-2000:]
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert len(error) < 700, error
+    return error
+
+
+def is_read(job: str, flag: str) -> bool:
+    return parser_of(job).places[flag][0] in READ
+
+
+def test_every_option_is_declared_as_a_place_or_known_to_be_none() -> None:
+    assert set(WORDS) == set(JOBS), "a new job needs its words here"
+    for job in JOBS:
+        parser = parser_of(job)
+        options = {action.option_strings[-1]: action for action in parser._actions}
+        strange = set(options) - set(parser.places) - NO_PLACES
+        assert not strange, f"{job}: {strange} must be add_place's, or be named in NO_PLACES"
+        paths = {name for name, a in options.items() if a.type is Path or a.metavar in ("DIR", "FILE", "URI")}
+        assert paths <= set(parser.places), f"{job}: {paths - set(parser.places)} must be add_place's"
+
+
+@pytest.fixture
+def nobody() -> Iterator[None]:
+    """This process as a user whom permissions bind, which root is not."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.setegid(NOBODY)
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+
+
+BAD: dict[str, str] = {
+    "": r"is empty; name a place",
+    "~/x": "no shell has replaced the ~",
+    "s3:/bucket/x": "would be taken for an address",
+    "a`b": "a path must hold no backtick",
+    "a\nb": "a path must hold no backtick",
+    "${HOME}/x": "a path must hold no backtick",
+    "\udcff": "nothing that is not UTF-8",
+    "s3://user:secret@shop/x": "an address must hold no key",
+}
+"""Text of any place -> what is said of it."""
+
+
+@pytest.mark.parametrize(("job", "flag"), PLACES)
+def test_text_that_is_no_place(job: str, flag: str, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text, message in BAD.items():
+        line = refusal(job, words_of(job, world, flag, text), capsys)
+        assert message in line, text
+        assert flag in line
+        assert "secret" not in line
+
+
+@pytest.mark.parametrize(("job", "flag"), [p for p in PLACES if is_read(*p)])
+def test_a_place_to_read_that_is_not_there_or_not_readable(
+    job: str, flag: str, world: Path, nobody: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    is_file = parser_of(job).places[flag][0] is check_file
+    closed = world / f"closed-{job}{flag}"
+    with as_root():
+        (closed.touch if is_file else closed.mkdir)(mode=0o000)
+    wrong = world / ("logs" if is_file else "file")
+    for place in ("absent", "absent/deeper", "file/below", closed.name, wrong.name):
+        line = refusal(job, words_of(job, world, flag, str(world / place)), capsys)
+        assert f"{flag} {world / place}: " in line
+
+
+@pytest.mark.parametrize(("job", "flag"), [p for p in PLACES if not is_read(*p)])
+def test_a_place_to_write_that_cannot_be_written(
+    job: str, flag: str, world: Path, nobody: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    option = next(a for a in parser_of(job)._actions if flag in a.option_strings)
+    kind = "folder" if option.metavar == "FILE" else "file"
+    name = f"{job}{flag}"
+    with as_root():
+        (world / f"readonly-{name}").mkdir(mode=0o555)
+        (world / f"partly-{name}").mkdir(mode=0o777)
+        (world / f"partly-{name}").chmod(0o777)
+        (world / f"partly-{name}" / "_delta_log").mkdir(mode=0o755)
+        (world / f"dangling-{name}").symlink_to(world / "nowhere" / "x")
+        (world / f"loop-{name}").symlink_to(world / f"loop-{name}")
+    wrong = "logs" if kind == "folder" else "file"
+    places = [f"readonly-{name}/new", f"dangling-{name}", f"loop-{name}", "file/below", wrong]
+    places += ["x" * 201, "/".join("yy" * 800)]
+    places += [] if kind == "folder" else [f"readonly-{name}", f"partly-{name}"]
+    for place in [*(str(world / p) for p in places), "/proc/usr-ray", "/sys/usr-ray"]:
+        line = refusal(job, words_of(job, world, flag, place), capsys)
+        assert flag in line
+        assert f"{flag} {place[:40]}" in line
+    assert not list(world.glob("*/new"))
+
+
+@pytest.mark.parametrize("job", ["evaluate", "report", "log-mlflow"])
+def test_a_run_directory_that_takes_the_output_by_default(
+    job: str, world: Path, nobody: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = world / f"default-{job}"
+    with as_root():
+        (folder / "run").mkdir(parents=True)
+        (folder / "run" / "config.json").write_text("{}")
+    words = [word for word in words_of(job, world, "--run-dir", str(folder / "run")) if "--output" not in word]
+    words = [word for word in words if "--tracking-uri" not in word]
+    assert f"{folder}" in (line := refusal(job, words, capsys))
+    assert "cannot be written" in line
+
+
+@pytest.mark.parametrize(("job", "flag"), PLACES)
+def test_names_with_odd_signs_are_taken_and_those_that_tables_cannot_have_are_refused(
+    job: str, flag: str, world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What happens in such places is tested by tests/unit/test_odd_names.py and, with Spark and Ray, by their lanes."""
+    check = parser_of(job).places[flag][0]
+    plain = JobParser.parse_args
+
+    def parse_args(self: JobParser, *arguments: list[str]) -> None:
+        plain(self, *arguments)
+        raise ParsedError
+
+    for name in ODD:
+        place = world / "odd" / name
+        place.parent.mkdir(exist_ok=True)
+        if is_read(job, flag):
+            shutil.rmtree(place, ignore_errors=True)
+            place.unlink(missing_ok=True) if place.is_file() else None
+            place.write_text("[]") if check is check_file else place.mkdir()
+        words = words_of(job, world, flag, str(place))
+        with monkeypatch.context() as patch:
+            patch.setattr(JobParser, "parse_args", parse_args)
+            with pytest.raises(ParsedError):
+                entry(job)(words)
+    if check in (check_lake, check_new_lake, check_output_table):
+        for name, sign in {"a[1]": "[", "%41": "%41", "a|b": "|", "a^b": "^", "a\\b": "\\"}.items():
+            line = refusal(job, words_of(job, world, flag, str(world / name)), capsys)
+            assert f"the path of a Delta table must not hold {sign!r}" in line
+
+
+@contextlib.contextmanager
+def as_root() -> Iterator[None]:
+    user = os.geteuid()
+    if os.getuid() == 0:
+        os.seteuid(0)
+    yield
+    os.seteuid(user)
