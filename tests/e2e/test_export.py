@@ -24,9 +24,9 @@ from usr_ray.cli import run_job
 from usr_ray.data.manifest import build_manifest
 from usr_ray.data.reader import Reading, SampleReader
 from usr_ray.schema import FeatureSpec
-from usr_ray.serving.check import training_probabilities
+from usr_ray.serving.check import drawn_batch, one_request, training_probabilities
 from usr_ray.serving.export import export_run
-from usr_ray.serving.model import padded_inputs
+from usr_ray.serving.model import padded_inputs, request_inputs
 from usr_ray.serving.runtime import ExportedModel, ExportError
 from usr_ray.training.evaluate import load_run
 
@@ -95,10 +95,31 @@ def exported(lake, tmp_path_factory):
     return folder
 
 
+def test_the_request_program_takes_any_number_of_candidates(exported):
+    run = load_run(exported / "run")
+    model = ExportedModel(exported / "deep" / "out", per_request=True)
+    rows = ExportedModel(exported / "deep" / "out")
+    assert [i["shape"][0] for i in model.manifest["request_inputs"]].count("items") == 2
+    for num_items in (1, 2, 500):
+        batch = one_request(drawn_batch(run.spec, num_items, seed=5), run.spec, 0)
+        inputs = request_inputs(padded_inputs(batch, run.spec), run.spec)
+        found = model.predict({name: value.numpy() for name, value in inputs.items()})
+        for name, value in rows.predict(arrays(batch, run.spec)).items():
+            assert found[name].shape == (num_items,)
+            np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-6)
+
+
 def test_the_directory_holds_what_its_manifest_says(lake, exported):
     out = exported / "deep" / "out"
     manifest = json.loads((out / "manifest.json").read_text())
-    names = {"model.pt2", "model.onnx", "weights.safetensors", "vocabularies.parquet", "feature_spec.json"}
+    names = {
+        "model.pt2",
+        "model.onnx",
+        "request.onnx",
+        "weights.safetensors",
+        "vocabularies.parquet",
+        "feature_spec.json",
+    }
     assert {path.name for path in out.iterdir()} == names | {"manifest.json"}
     assert set(manifest["files"]) == names
     for name, file in manifest["files"].items():

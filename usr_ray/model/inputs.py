@@ -25,7 +25,10 @@ from usr_ray.schema import FeatureSpec
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """A batch after the input network; nothing here knows of views."""
+    """A batch after the input network; nothing here knows of views.
+
+    Of a request, what does not depend on the candidate (context, query, histories) has one row.
+    """
 
     features_BC: Tensor
     """f: every sparse feature's embedding in the order of FeatureSpec.sparse, the dense features, the interactions."""
@@ -36,6 +39,11 @@ class Inputs:
     query_BD: Tensor
     """e_q or e_noq."""
     histories: Histories
+
+
+def side_by_side(parts: Sequence[Tensor], num_rows: int) -> Tensor:
+    """(num_rows, columns of all parts): parts of one row are the same for all, such as a request's user."""
+    return torch.cat([p_BX if p_BX.shape[0] == num_rows else p_BX.expand(num_rows, -1) for p_BX in parts], dim=1)
 
 
 class Interactions(nn.Module):
@@ -108,22 +116,26 @@ class InputNetwork(nn.Module):
             columns: embedding (B, D) of the row by feature name; in the query's, e_noq where there is no query.
             dense_BF: as UsrBatch.dense_BF; not looked at where there are no dense features.
             histories: of the same rows.
+
+        The candidates of one request may share one row of every column but the item's, and one history.
         """
+        num_rows = columns[ITEM_TABLE].shape[0]
         query_BD, context = columns[QUERY_TABLE], [columns[name] for name in self.sparse_context]
         parts = [columns[name] for name in self.names]
         if self.dense_affine_2F is not None:
             dense_BF = dense_BF * self.dense_affine_2F[0] + self.dense_affine_2F[1]
             parts.append(dense_BF)
             # Slices: a list of columns would be copied to a GPU in each step, and the step would wait for it.
-            context += [dense_BF[:, i : i + 1] for i in self.dense_context]
+            # A request has one context: its first row has all of it.
+            context += [dense_BF[: query_BD.shape[0], i : i + 1] for i in self.dense_context]
         if self.interactions is not None:
             others = [query_BD, histories.mean_item()] if self.has_queries else [histories.mean_item()]
             parts += self.interactions(
                 [columns[n] for n in self.user_names], [columns[n] for n in self.item_names], others
             )
         return Inputs(
-            features_BC=torch.cat(parts, dim=1),
-            target_BH=torch.cat([columns[ITEM_TABLE], query_BD], dim=1),
+            features_BC=side_by_side(parts, num_rows),
+            target_BH=side_by_side([columns[ITEM_TABLE], query_BD], num_rows),
             context_BC=torch.cat(context, dim=1) if context else query_BD[:, :0],
             query_BD=query_BD,
             histories=histories,

@@ -97,7 +97,12 @@ class InterestExtractor(nn.Module):
         valid_BML = valid_BL.unsqueeze(1)
         if keep_BL is not None:
             valid_BML = torch.stack([valid_BL, keep_BL & valid_BL], dim=1)
-        read_BMVK = masked_attention(query_KVB.permute(2, 1, 0).contiguous(), pairs_BLK, valid_BML)
+        query_BVK = query_KVB.permute(2, 1, 0).contiguous()
+        if pairs_BLK.shape[0] == query_BVK.shape[0]:
+            read_BMVK = masked_attention(query_BVK, pairs_BLK, valid_BML)
+        else:  # the candidates of a request read one history: they are further queries to it, as the views are
+            read_1MWK = masked_attention(query_BVK.flatten(0, 1).unsqueeze(0), pairs_BLK, valid_BML)
+            read_BMVK = read_1MWK.squeeze(0).unflatten(1, query_BVK.shape[:2]).transpose(0, 1)
         inner_KMVB = _apply(value_core.unsqueeze(2), read_BMVK.permute(3, 1, 2, 0).contiguous())
         interest_MVBD = (inner_KMVB.flatten(1).T @ self.outer["v"]().T).unflatten(0, inner_KMVB.shape[1:])
         has_events_B1 = (inputs.histories.num_events_B > 0).unsqueeze(1)

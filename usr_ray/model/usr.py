@@ -24,10 +24,10 @@ from usr_ray.model.contrastive import event_mask, feature_mask
 from usr_ray.model.embedding import Lookup
 from usr_ray.model.generator import FeatureGenerator
 from usr_ray.model.history import Histories, JaggedHistories
-from usr_ray.model.inputs import InputNetwork, Inputs, Trigger
+from usr_ray.model.inputs import InputNetwork, Inputs, Trigger, side_by_side
 from usr_ray.model.interest import InterestExtractor, PooledHistory
 from usr_ray.model.multitask import GlobalHeads, global_outputs, scenario_outputs
-from usr_ray.model.unique import QUERY_TABLE
+from usr_ray.model.unique import ITEM_TABLE, QUERY_TABLE
 from usr_ray.schema import FeatureSpec
 
 
@@ -142,6 +142,9 @@ class UsrModel(nn.Module):
     ) -> UsrOutputs:
         """The one forward of training, evaluation and exported models: embeddings in, log probabilities out.
 
+        The rows are impressions, or the candidates of one request: then every column but the items', the histories and
+        the scenario have one row, and whatever depends on these alone is computed once.
+
         Args:
             columns: embedding (B, D) of the row by feature name; in the query's, e_noq where there is no query.
             dense_BF: as UsrBatch.dense_BF.
@@ -150,6 +153,7 @@ class UsrModel(nn.Module):
             weights_B: 0 for rows that must not influence others.
             masks: what the twins of the contrastive loss see; None: there are no twins.
         """
+        num_rows = columns[ITEM_TABLE].shape[0]
         inputs: Inputs = self.inputs(columns, dense_BF, histories)
         scenario_BE = embedding(scenario_B, self.scenario_embedding_SE)
         if self.trigger is None:
@@ -163,13 +167,16 @@ class UsrModel(nn.Module):
             all_views = self.global_heads is not None or masks is not None
             views = self._views(inputs, z_BSZ if all_views else trigger_BZ.unsqueeze(1), masks or _Masks())
             joined = [z_BSZ.flatten(1), scenario_BE]
+        scenario_B = scenario_B.expand(num_rows)
         i_BD, f_BC = (_own(views_BVX, scenario_B) for views_BVX in (views.interests_BVD, views.features_BVC))
-        x_BX = torch.cat([i_BD, f_BC, last_BX], dim=1)
+        x_BX = side_by_side([i_BD, f_BC, last_BX], num_rows)
+        scenario_BE, trigger_BZ = scenario_BE.expand(num_rows, -1), trigger_BZ.expand(num_rows, -1)
         logits_BT = self.backbone(BackboneInput(x_BX, scenario_B, scenario_BE, trigger_BZ, weights_B))
         if self.global_heads is None:
             outputs = scenario_outputs(logits_BT)
         else:
-            joined_BJ = torch.cat([views.interests_BVD.flatten(1), views.features_BVC.flatten(1), *joined], dim=1)
+            flat = [views.interests_BVD.flatten(1), views.features_BVC.flatten(1), *joined]
+            joined_BJ = side_by_side(flat, num_rows)
             outputs = global_outputs(logits_BT, self.global_heads(joined_BJ), self.config.multitask.variant)
         return self._with_views(outputs, views)
 

@@ -5,15 +5,16 @@ Shape letters: B rows, V events of one history.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from usr_ray.data.batch import History, UsrBatch, UsrOutputs
+from usr_ray.data.batch import History, UsrBatch, UsrOutputs, map_tensors
 from usr_ray.schema import ACTION_ORDER, ALL_LABELS, FeatureSpec
-from usr_ray.serving.model import GLOBAL_PROBABILITIES, PROBABILITIES, padded_inputs
-from usr_ray.serving.runtime import RUNTIMES, ExportedModel
+from usr_ray.serving.model import GLOBAL_PROBABILITIES, PROBABILITIES, padded_inputs, request_inputs
+from usr_ray.serving.runtime import REQUEST, RUNTIMES, ExportedModel
 from usr_ray.training.evaluate import TrainedRun
 
 _NUM_ROWS = 64
@@ -54,6 +55,28 @@ def drawn_batch(spec: FeatureSpec, num_rows: int, *, seed: int = 0) -> UsrBatch:
     )
 
 
+def one_request(batch: UsrBatch, spec: FeatureSpec, row: int) -> UsrBatch:
+    """The batch with the user, query, context and histories of one row on all of them: a request for their items."""
+    num_rows = len(batch)
+
+    def mixed(value_BF: Tensor, owners: list[str]) -> Tensor:
+        of_items_F = torch.tensor([owner == "item" for owner in owners], dtype=torch.bool)
+        return torch.where(of_items_F, value_BF, value_BF[row : row + 1])
+
+    def repeated(history: History) -> History:
+        one = history.slice_rows(row, row + 1)
+        events = map_tensors(one, lambda value: value.repeat(num_rows))
+        return replace(events, offsets=torch.arange(num_rows + 1) * one.item_ids_V.shape[0])
+
+    return replace(
+        batch,
+        scenario_B=batch.scenario_B[row].repeat(num_rows),
+        sparse_BF=mixed(batch.sparse_BF, [f.owner for f in spec.sparse]),
+        dense_BF=mixed(batch.dense_BF, [f.owner for f in spec.dense]),
+        histories=tuple(map(repeated, batch.histories)),
+    )
+
+
 def training_probabilities(outputs: UsrOutputs) -> dict[str, Tensor]:
     """The training model's probabilities (B) under the names of the exported model's outputs."""
     probs = dict(zip(PROBABILITIES, outputs.log_p_BT.exp().unbind(1), strict=True))
@@ -65,12 +88,23 @@ def training_probabilities(outputs: UsrOutputs) -> dict[str, Tensor]:
 def largest_differences(directory: Path, run: TrainedRun) -> dict[str, float]:
     """File -> largest absolute difference of a probability from the training model's, on drawn rows; NaN stays NaN."""
     batch = drawn_batch(run.spec, _NUM_ROWS)
+    inputs = padded_inputs(batch, run.spec)
+    differences = {
+        name: _difference(ExportedModel(directory, runtime=runtime), inputs, run, batch)
+        for runtime, name in RUNTIMES.items()
+    }
+    program = ExportedModel(directory, per_request=True)
+    requests = [one_request(batch, run.spec, row) for row in range(len(run.spec.scenarios))]
+    of_requests = [
+        _difference(program, request_inputs(padded_inputs(request, run.spec), run.spec), run, request)
+        for request in requests
+    ]
+    return differences | {REQUEST: float(torch.tensor(of_requests).max())}
+
+
+def _difference(model: ExportedModel, inputs: dict[str, Tensor], run: TrainedRun, batch: UsrBatch) -> float:
     with torch.inference_mode():
         expected = training_probabilities(run.module(batch, run.tables.lookup(batch)))
-    inputs = {name: value.numpy() for name, value in padded_inputs(batch, run.spec).items()}
-    differences = {}
-    for runtime, name in RUNTIMES.items():
-        found = ExportedModel(directory, runtime=runtime).predict(inputs)
-        worst = [(torch.from_numpy(found[key]) - value).abs().max() for key, value in expected.items()]
-        differences[name] = float(torch.stack(worst).max())
-    return differences
+    found = model.predict({name: value.numpy() for name, value in inputs.items()})
+    worst = [(torch.from_numpy(found[key]) - value).abs().max() for key, value in expected.items()]
+    return float(torch.stack(worst).max())

@@ -2,12 +2,13 @@
 
     model.pt2            torch.export program          inputs by name, any number of rows
     model.onnx           the same for ONNX runtimes     (model.onnx.data beside it where the tables are large)
+    request.onnx         the same for one user and any number of candidates, the user's part computed once
     weights.safetensors  folded weights and tables by name, for any other runtime
     vocabularies.parquet (feature, value, id) of every value that the model has an embedding for
     feature_spec.json    the inputs' meaning
     manifest.json        files with their SHA-256, inputs and outputs with their shapes, run and table it comes from
 
-The directory appears whole or not at all, and only after both programs have given the training model's probabilities.
+The directory appears whole or not at all, and only after all programs have given the training model's probabilities.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import os
 import shutil
 import uuid
 import warnings
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from usr_ray import __version__
 from usr_ray.data.lineage import fingerprint
@@ -35,13 +38,14 @@ from usr_ray.data.manifest import open_samples, read_vocabularies
 from usr_ray.files import file_sha256, sync
 from usr_ray.schema import FIRST_ID, FeatureSpec
 from usr_ray.serving.check import largest_differences
-from usr_ray.serving.model import ServingModel, input_shapes
+from usr_ray.serving.model import RequestModel, ServingModel, input_shapes, request_shapes
 from usr_ray.serving.runtime import (
     FEATURE_SPEC,
     FORMAT,
     MANIFEST,
     ONNX,
     PT2,
+    REQUEST,
     VOCABULARIES,
     WEIGHTS,
     ExportError,
@@ -150,21 +154,29 @@ def _write(folder: Path, run: TrainedRun, vocabularies: pa.Table | None) -> dict
 
 
 def write_programs(model: ServingModel, spec: FeatureSpec, folder: Path) -> None:
-    """model.pt2 and model.onnx, each for any number of rows."""
-    # Two rows: torch.export takes a size of 1 for a constant.
-    example = {name: torch.zeros((2, *shape), dtype=dtype) for name, (dtype, shape) in input_shapes(spec).items()}
-    rows = torch.export.Dim("rows")
+    """model.pt2 and model.onnx for any number of rows, and request.onnx for any number of candidates."""
+    num_bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    rows, items = torch.export.Dim("rows"), torch.export.Dim("items")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of torchvision, which nothing here uses
+    of_rows = {name: (dtype, (None, *shape)) for name, (dtype, shape) in input_shapes(spec).items()}
+    programs: tuple[tuple[str, nn.Module, Mapping[str, tuple[torch.dtype, tuple[int | None, ...]]], Any], ...] = (
+        (ONNX, model, of_rows, rows),
+        (REQUEST, RequestModel(model).eval(), request_shapes(spec), items),
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.export.export(model, (example,), dynamic_shapes=({name: {0: rows} for name in example},))
-        torch.export.save(program, folder / PT2)
-        onnx_program = torch.onnx.export(
-            program, dynamo=True, input_names=list(example), output_names=list(model.output_names), verbose=False
-        )
-        assert onnx_program is not None
-        num_bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-        onnx_program.save(str(folder / ONNX), external_data=num_bytes > _EXTERNAL_BYTES)
+        for name, module, shapes, size in programs:
+            # Two rows: torch.export takes a size of 1 for a constant.
+            example = {n: torch.zeros([s or 2 for s in shape], dtype=dtype) for n, (dtype, shape) in shapes.items()}
+            dynamic = {n: {0: size} if shape[0] is None else {} for n, (_, shape) in shapes.items()}
+            program = torch.export.export(module, (example,), dynamic_shapes=(dynamic,))
+            if name == ONNX:
+                torch.export.save(program, folder / PT2)
+            onnx_program = torch.onnx.export(
+                program, dynamo=True, input_names=list(example), output_names=list(model.output_names), verbose=False
+            )
+            assert onnx_program is not None
+            onnx_program.save(str(folder / name), external_data=num_bytes > _EXTERNAL_BYTES)
 
 
 def _describe(folder: Path, run: TrainedRun, model: ServingModel) -> dict[str, Any]:
@@ -174,10 +186,15 @@ def _describe(folder: Path, run: TrainedRun, model: ServingModel) -> dict[str, A
         {"name": name, "dtype": str(dtype).removeprefix("torch."), "shape": ["rows", *shape]}
         for name, (dtype, shape) in input_shapes(run.spec).items()
     ]
+    request_inputs = [
+        {"name": name, "dtype": str(dtype).removeprefix("torch."), "shape": [s or "items" for s in shape]}
+        for name, (dtype, shape) in request_shapes(run.spec).items()
+    ]
     return {
         "format": FORMAT,
         "files": {path.name: {"sha256": file_sha256(path), "bytes": path.stat().st_size} for path in files},
         "inputs": inputs,
+        "request_inputs": request_inputs,
         "outputs": [{"name": name, "dtype": "float32", "shape": ["rows"]} for name in model.output_names],
         "sparse": [{"name": f.name, "num_embeddings": f.num_embeddings} for f in run.spec.sparse],
         "dense": [f.name for f in run.spec.dense],

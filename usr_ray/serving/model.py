@@ -1,12 +1,15 @@
 """The model as it is served: tables and dense part in one module, plain padded tensors in, probabilities out.
 
 The forward is the training model's own (UsrModel.score), on histories of a fixed length, which torch.export and ONNX
-both take. The over-parameterised factors are multiplied out (UsrModel.fold).
+both take. The over-parameterised factors are multiplied out (UsrModel.fold). It takes its inputs in two shapes: one row
+an impression (ServingModel), or one user with B candidates (RequestModel).
 
-Shape letters: B rows, F features, H event vector, D embedding, N rows of a table or kinds of events.
+Shape letters: B rows or candidates, F features, H event vector, D embedding, N rows of a table or kinds of events.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +23,8 @@ from usr_ray.model.usr import UsrModel
 from usr_ray.schema import TASKS, UNKNOWN_ID, FeatureSpec
 
 SCENARIO, SPARSE, DENSE = "scenario", "sparse", "dense"
+REQUEST_SPARSE, REQUEST_DENSE = "request_sparse", "request_dense"
+ITEM_SPARSE, ITEM_DENSE = "item_sparse", "item_dense"
 PROBABILITIES = tuple(f"p_{task}" for task in TASKS)
 """Outputs of every model: of the row's own scenario."""
 GLOBAL_PROBABILITIES = tuple(f"p_{task}_global" for task in TASKS)
@@ -40,6 +45,16 @@ def padded_inputs(batch: UsrBatch, spec: FeatureSpec) -> dict[str, Tensor]:
     return {name: inputs[name].to(dtype) for name, (dtype, _) in input_shapes(spec).items()}
 
 
+def request_inputs(inputs: dict[str, Tensor], spec: FeatureSpec) -> dict[str, Tensor]:
+    """The inputs of a RequestModel of rows that differ in their items only: candidates, whose first row is all's."""
+    found = {}
+    for name, (_, shape) in request_shapes(spec).items():
+        features = _features(name, spec)
+        value = inputs[name] if features is None else inputs[features.rows][:, list(features.columns)]
+        found[name] = value if shape[0] is None else value[:1]
+    return found
+
+
 def input_shapes(spec: FeatureSpec) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Input name -> (dtype, shape of one row), in the order of the inputs; () is a scalar for each row."""
     inputs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
@@ -54,6 +69,47 @@ def input_shapes(spec: FeatureSpec) -> dict[str, tuple[torch.dtype, tuple[int, .
                 dtype = torch.float32 if name == names.ages_s else torch.int64
                 inputs[name] = (dtype, (spec.history_length,))
     return inputs
+
+
+def request_shapes(spec: FeatureSpec) -> dict[str, tuple[torch.dtype, tuple[int | None, ...]]]:
+    """Input name of a RequestModel -> (dtype, shape), in order: None is the number of candidates, all else has one row.
+
+    Features of users, queries and context are in `request_sparse` and `request_dense`, those of items in `item_sparse`
+    and `item_dense`, each in the spec's order; an input that would be empty is left out.
+    """
+    rows = input_shapes(spec)
+    inputs: dict[str, tuple[torch.dtype, tuple[int | None, ...]]] = {}
+    for name in (SCENARIO, REQUEST_SPARSE, ITEM_SPARSE, REQUEST_DENSE, ITEM_DENSE, *rows):
+        features = _features(name, spec)
+        if features is not None and features.columns:
+            inputs[name] = (rows[features.rows][0], (None if features.of_items else 1, len(features.columns)))
+        elif features is None and name not in (SPARSE, DENSE):
+            inputs[name] = (rows[name][0], (1, *rows[name][1]))
+    return inputs
+
+
+@dataclass(frozen=True, slots=True)
+class _Features:
+    """An input of a RequestModel as columns of an input of a ServingModel."""
+
+    rows: str
+    of_items: bool
+    columns: tuple[int, ...]
+
+
+def _features(name: str, spec: FeatureSpec) -> _Features | None:
+    """None: the input is none of features."""
+    sparse, dense = [f.owner for f in spec.sparse], [f.owner for f in spec.dense]
+    parts = {
+        REQUEST_SPARSE: (SPARSE, False, sparse),
+        REQUEST_DENSE: (DENSE, False, dense),
+        ITEM_SPARSE: (SPARSE, True, sparse),
+        ITEM_DENSE: (DENSE, True, dense),
+    }
+    if name not in parts:
+        return None
+    rows, of_items, owners = parts[name]
+    return _Features(rows, of_items, tuple(n for n, owner in enumerate(owners) if (owner == "item") == of_items))
 
 
 class _Embeddings(nn.Module):
@@ -101,15 +157,58 @@ class ServingModel(nn.Module):
 
         Histories are padded on the left: the newest event is in the last column; action 0 marks an empty place.
         """
+        columns = {f.name: self.embeddings(f.name, inputs[SPARSE][:, n]) for n, f in enumerate(self.spec.sparse)}
+        return self.probabilities(columns, inputs.get(DENSE), inputs)
+
+    def probabilities(
+        self, columns: dict[str, Tensor], dense_BF: Tensor | None, inputs: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Output name -> probabilities (B).
+
+        Args:
+            columns: as `UsrModel.score` takes them.
+            dense_BF: None: there are no dense features.
+            inputs: scenario and histories, of B rows, or of one for all.
+        """
         # ONNX counts a negative index from the end; as torch does, it shall refuse it.
         scenario_B = torch.where(inputs[SCENARIO] < 0, self.model.num_scenarios, inputs[SCENARIO])
-        columns = {f.name: self.embeddings(f.name, inputs[SPARSE][:, n]) for n, f in enumerate(self.spec.sparse)}
         no_query_D, kinds_NH = self.model.inputs.no_query_D, self.model.inputs.kinds()
         histories = PaddedHistories(inputs, self.spec.histories, self.embeddings, no_query_D, kinds_NH)
         weights_B = torch.ones_like(columns[ITEM_TABLE][:, 0])
-        dense_BF = inputs[DENSE] if self.spec.dense else weights_B.unsqueeze(1)
+        dense_BF = weights_B.unsqueeze(1) if dense_BF is None else dense_BF
         outputs = self.model.score(columns, dense_BF, histories, scenario_B, weights_B)
         log_probs = [outputs.log_p_BT]
         if outputs.log_p_global_BT is not None:
             log_probs.append(outputs.log_p_global_BT)
         return dict(zip(self.output_names, torch.cat(log_probs, dim=1).exp().unbind(1), strict=True))
+
+
+class RequestModel(nn.Module):
+    """Probabilities of the B candidates of one request: what does not depend on the candidate is computed once.
+
+    Args:
+        model: whose weights and tables it shares.
+    """
+
+    def __init__(self, model: ServingModel) -> None:
+        super().__init__()
+        self.model = model
+        self.spec = model.spec
+
+    def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Output name -> probabilities (B) of inputs of `request_shapes`; equal to those of the rows one by one."""
+        num_rows = inputs[ITEM_SPARSE].shape[0]
+        columns: dict[str, Tensor] = {}
+        dense: dict[int, Tensor] = {}
+        for name in (REQUEST_SPARSE, ITEM_SPARSE, REQUEST_DENSE, ITEM_DENSE):
+            features = _features(name, self.spec)
+            assert features is not None
+            for place, number in enumerate(features.columns):
+                value_B = inputs[name][:, place]
+                if features.rows == SPARSE:
+                    feature = self.spec.sparse[number].name
+                    columns[feature] = self.model.embeddings(feature, value_B)
+                else:
+                    dense[number] = value_B.expand(num_rows)
+        dense_BF = torch.stack([dense[number] for number in sorted(dense)], dim=1) if dense else None
+        return self.model.probabilities(columns, dense_BF, inputs)

@@ -20,7 +20,7 @@ from usr_ray.serving.archive import ArchiveError, refuse_pickles
 
 FORMAT = 1
 """Of manifest.json; another number is refused."""
-MANIFEST, PT2, ONNX = "manifest.json", "model.pt2", "model.onnx"
+MANIFEST, PT2, ONNX, REQUEST = "manifest.json", "model.pt2", "model.onnx", "request.onnx"
 WEIGHTS, FEATURE_SPEC, VOCABULARIES = "weights.safetensors", "feature_spec.json", "vocabularies.parquet"
 RUNTIMES = {"torch": PT2, "onnx": ONNX}
 
@@ -63,17 +63,25 @@ class ExportedModel:
         directory: of jobs/export.py.
         runtime: 'torch' (model.pt2) or 'onnx' (model.onnx).
         num_threads: of one call, for 'onnx' only; torch's own setting holds for 'torch'.
+        per_request: open request.onnx, which takes one user and any number of candidates (`request_inputs` of
+            manifest.json), in place of the program that takes rows; for 'onnx' only.
 
     Raises:
         ExportError: see `verified_manifest`; an unknown runtime; its package is not installed.
     """
 
-    def __init__(self, directory: Path | str, *, runtime: str = "onnx", num_threads: int = 1) -> None:
-        if runtime not in RUNTIMES:
-            raise ExportError(f"runtime {runtime!r} is not known; choose from: {', '.join(RUNTIMES)}")
+    def __init__(
+        self, directory: Path | str, *, runtime: str = "onnx", num_threads: int = 1, per_request: bool = False
+    ) -> None:
+        if runtime not in RUNTIMES or (per_request and runtime != "onnx"):
+            of_all = "onnx" if per_request else ", ".join(RUNTIMES)
+            raise ExportError(f"runtime {runtime!r} is not known; choose from: {of_all}")
         require_packages("onnxruntime" if runtime == "onnx" else "torch")
         path = Path(directory)
         self.manifest = verified_manifest(path)
+        if per_request and REQUEST not in self.manifest["files"]:
+            raise ExportError(f"{path}: holds no {REQUEST}; export the run again with jobs/export.py")
+        self._inputs = {i["name"]: i for i in self.manifest["request_inputs" if per_request else "inputs"]}
         self._outputs = [output["name"] for output in self.manifest["outputs"]]
         self._module: Any = None
         self._session: Any = None
@@ -82,7 +90,8 @@ class ExportedModel:
 
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = num_threads
-            self._session = onnxruntime.InferenceSession(str(path / ONNX), options, providers=["CPUExecutionProvider"])
+            program = path / (REQUEST if per_request else ONNX)
+            self._session = onnxruntime.InferenceSession(str(program), options, providers=["CPUExecutionProvider"])
         else:
             import torch
 
@@ -93,7 +102,7 @@ class ExportedModel:
             self._module = torch.export.load(path / PT2).module()
 
     def predict(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
-        """Output name -> float32 (rows) of inputs by name (manifest.json lists names, types and shapes).
+        """Output name -> float32 (rows or candidates) of inputs by name (manifest.json lists names, types, shapes).
 
         Raises:
             ExportError: an input is missing, unknown, or of another type or shape; a scenario that the model lacks.
@@ -104,22 +113,23 @@ class ExportedModel:
             return dict(zip(self._outputs, values, strict=True))
         import torch
 
-        tensors = {i["name"]: torch.from_numpy(inputs[i["name"]]) for i in self.manifest["inputs"]}
+        tensors = {name: torch.from_numpy(inputs[name]) for name in self._inputs}
         with torch.inference_mode():
             outputs = self._module(tensors)
         return {name: outputs[name].numpy() for name in self._outputs}
 
     def _check(self, inputs: Mapping[str, NDArray[Any]]) -> None:
-        wanted = {i["name"]: i for i in self.manifest["inputs"]}
+        wanted = self._inputs
         if set(inputs) != set(wanted):
             missing, unknown = sorted(set(wanted) - set(inputs)), sorted(set(inputs) - set(wanted))
             raise ExportError(
                 f"inputs: missing {', '.join(missing) or 'none'}, unknown {', '.join(unknown) or 'none'}; the model "
                 f"takes: {', '.join(wanted)}"
             )
-        num_rows = next(iter(inputs.values())).shape[0]
+        num_rows = next(inputs[name].shape[0] for name, i in wanted.items() if isinstance(i["shape"][0], str))
         for name, value in inputs.items():
-            dtype, shape = wanted[name]["dtype"], (num_rows, *wanted[name]["shape"][1:])
+            first, *rest = wanted[name]["shape"]
+            dtype, shape = wanted[name]["dtype"], (num_rows if isinstance(first, str) else first, *rest)
             if value.shape != shape or value.dtype != dtype:
                 raise ExportError(f"input {name}: is {value.dtype} {value.shape}; the model takes {dtype} {shape}")
             if value.dtype.kind == "f" and not np.isfinite(value).all():

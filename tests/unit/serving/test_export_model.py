@@ -12,15 +12,25 @@ import pytest
 import torch
 
 from tests.unit.export_runs import MODELS, NAMES, PLAIN, make_run
-from tests.unit.random_batches import make_batch, make_spec
+from tests.unit.random_batches import make_batch, make_config, make_spec
 from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
 from usr_ray.data.manifest import build_manifest
 from usr_ray.data.reader import Reading, SampleReader
+from usr_ray.model.embedding import EmbeddingTables
 from usr_ray.model.history import NUM_AGES, age_buckets
+from usr_ray.model.usr import UsrModel
 from usr_ray.schema import UNKNOWN_ID
 from usr_ray.serving.check import drawn_batch, training_probabilities
 from usr_ray.serving.export import ExportError, export_run, known_values, model_id
-from usr_ray.serving.model import GLOBAL_PROBABILITIES, ServingModel, input_shapes, padded_inputs
+from usr_ray.serving.model import (
+    GLOBAL_PROBABILITIES,
+    RequestModel,
+    ServingModel,
+    input_shapes,
+    padded_inputs,
+    request_inputs,
+    request_shapes,
+)
 from usr_ray.serving.runtime import ExportedModel, require_packages, verified_manifest
 from usr_ray.training.evaluate import load_run
 
@@ -213,3 +223,54 @@ def test_a_model_is_named_by_its_weights(lake, tmp_path):
     other = load_run(make_run(tmp_path / "other", lake, seed=1)).checkpoint
     assert model_id(one) == model_id(replace(one)) == model_id(same) != model_id(other)
     assert len(model_id(one)) == 16
+
+
+def candidates(spec, num_items, row=3):
+    """Rows of one user, query, context and history with different items, as a table would have them, in float64."""
+    drawn = padded_inputs(drawn_batch(spec, num_items + row, seed=3), spec)
+    inputs = {name: value[row : row + 1].repeat(num_items, *[1] * (value.dim() - 1)) for name, value in drawn.items()}
+    for name, features in (("sparse", spec.sparse), ("dense", spec.dense)):
+        for column, feature in enumerate(features):
+            if feature.owner == "item":
+                inputs[name][:, column] = drawn[name][row:, column]
+    return {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+
+
+def assert_a_request_equals_its_rows(module, tables, spec, row=3):
+    # In float64: float32 sums of other shapes differ by rounding, which these wild weights carry to 1e-5.
+    model = ServingModel(module, tables, spec).double()
+    for num_items in (1, 2, 500):
+        rows = candidates(spec, num_items, row)
+        request = request_inputs(rows, spec)
+        assert {n: v.shape for n, v in request.items()} == {
+            n: tuple(num_items if size is None else size for size in shape)
+            for n, (_, shape) in request_shapes(spec).items()
+        }
+        with torch.inference_mode():
+            expected, found = model(rows), RequestModel(model)(request)
+        assert list(found) == list(expected)
+        for name, value in expected.items():
+            assert num_items < 500 or value.std() > 1e-4
+            torch.testing.assert_close(found[name], value, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("backbone", "is_plain"), MODELS, ids=NAMES)
+def test_a_request_equals_its_rows_one_by_one(lake, tmp_path, backbone, is_plain):
+    run = load_run(make_run(tmp_path, lake, backbone=backbone, **(PLAIN if is_plain else {})))
+    assert_a_request_equals_its_rows(run.module, run.tables, run.spec)
+
+
+@pytest.mark.parametrize("switches", [{}, {"interest": {"enabled": False}}, {"multitask": {"enabled": False}}], ids=str)
+@pytest.mark.parametrize("row", [0, 1, 2], ids=["search", "recommendation", "feed"])
+def test_a_request_with_features_of_every_owner_equals_its_rows(switches, row):
+    for spec in (make_spec(3), make_spec(3, dense=False)):
+        config = make_config(**switches)
+        torch.manual_seed(0)
+        module = UsrModel(spec, config).eval()
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(torch.randn(parameter.shape) * 0.2)
+        tables = EmbeddingTables(spec, config.embedding_dim, seed=0)
+        for table_ND in tables.tables.values():
+            table_ND[1:] += torch.randn(table_ND[1:].shape)
+        assert_a_request_equals_its_rows(module, tables, spec, row)
