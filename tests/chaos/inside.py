@@ -28,6 +28,7 @@ from usr_ray.data.batch import UsrBatch
 from usr_ray.data.manifest import Manifest
 from usr_ray.data.reader import SampleReader
 from usr_ray.training import checkpoint
+from usr_ray.training.loop import TrainResult, train
 from usr_ray.training.rows import training_reader
 from usr_ray.training.worker import Worker
 
@@ -61,10 +62,15 @@ def train_worker(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     case = Path(settings["run_dir"]).parent
 
-    def watched(config: Config, manifest: Manifest, worker: Worker) -> SampleReader:
-        return _watch(case, config, manifest, worker)
+    def watched(config: Config, worker: Worker, **rest: Any) -> TrainResult:
+        def reader(config: Config, manifest: Manifest, *, rank: int, world_size: int) -> SampleReader:
+            assert (rank, world_size) == (worker.rank, worker.world_size)
+            return _watch(case, config, manifest, worker)
 
-    with patch("usr_ray.training.loop.training_reader", watched):
+        with patch("usr_ray.training.loop.training_reader", reader):
+            return train(config, worker, **rest)
+
+    with patch.object(trainer, "train", watched):
         return trainer.train_worker(settings)
 
 

@@ -119,11 +119,11 @@ def written(rows: list[dict[str, Any]], names: dict[str, str], folder: Path, log
         texts = [[value.isoformat() if isinstance(value, dt.datetime) else value for value in line] for line in lines]
         file = path / f"{rng.choice(('p', 'q 1', 'r[0-9]'))}{part}.{kind}"
         if kind == "parquet":
-            data = dict(zip(shown, map(list, zip(*lines, strict=True)), strict=True)) if lines else {}
             times = pa.timestamp(rng.choice(("us", "ns")), tz="UTC")
-            types = {name: times for name in shown if name.strip().lower().endswith("_time")}
-            schema = pa.schema([(n, types.get(n) or _type(data[n])) for n in data])
-            pq.write_table(pa.table(data, schema=schema), file)
+            # Of all rows: a file may have none.
+            types = [times if name.endswith("_time") else _type([row[name] for row in rows]) for name in rows[0]]
+            data = [[line[place] for line in lines] for place in range(len(shown))]
+            pq.write_table(pa.table(data, schema=pa.schema(list(zip(shown, types, strict=True)))), file)
         elif kind == "jsonl":
             objects = [{k: v for k, v in zip(shown, line, strict=True) if v is not None} for line in texts]
             file.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in objects), encoding="utf-8")
@@ -143,7 +143,7 @@ def write_world(shop: Shop, folder: Path, rng: random.Random) -> list[str]:
     for log, rows in logs_of(shop).items():
         if rows:
             written(rows, fresh, folder, log, rng)
-    return [f"features.{OWNERS[name]}={json.dumps([fresh[name]])}" for name in OWNERS]
+    return [f"features.{OWNERS[name]}={json.dumps([fresh[name]], ensure_ascii=False)}" for name in OWNERS]
 
 
 def build(spark: SparkSession, logs: Path, lake: Path, *overrides: str) -> None:

@@ -55,7 +55,7 @@ def make_run(run_dir: Path, lake: Path, *, step: int = 5, best: bool = False, se
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in state.module.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
         for name, value in state.module.named_buffers():
             if "moving_" in name:
                 value.add_(torch.rand(value.shape, generator=generator))
