@@ -11,6 +11,7 @@ import difflib
 import errno
 import math
 import os
+import pwd
 import re
 import sys
 import tempfile
@@ -29,6 +30,12 @@ MAX_PATH_BYTES = 3000
 """Of its whole path, for there are folders below it, and paths end at 4096."""
 _WRITTEN = {"_delta_log", "checkpoints", "tensorboard", "history.jsonl", ".lock"}
 """Folders and files that a job writes into when it finds them in its output."""
+_STORAGE_LIBRARIES = ("pyarrow", "_internal", "deltalake", "py4j", "pyspark")
+"""Packages whose exceptions are searched for the words below; the second is how deltalake's own call theirs."""
+_STORAGE_WORDS = re.compile(
+    r"Permission ?denied|Read-only file system|No space left on device|[Qq]uota exceeded|File name too long|"
+    r"Mkdirs failed"
+)
 _OWN_PACKAGES = ("usr_ray", "etl", "jobs", "cluster", "tests")
 _STORAGE_ERRORS = {
     errno.EACCES,
@@ -258,6 +265,29 @@ def check_output(place: Path | str, *, flag: str, file: bool = False) -> None:
             )
 
 
+def check_process_places() -> None:
+    """UserError unless this process has a current folder and one for temporary files, which all libraries expect."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError("the current folder is gone, or may not be read; cd to one that is there") from error
+    try:
+        tempfile.gettempdir()
+    except OSError as error:
+        raise UserError("TMPDIR: no folder for temporary files can be written; free space, or set TMPDIR") from error
+
+
+def check_user_name() -> None:
+    """UserError unless this process's user has a name: Spark's Java ends in a stack trace for a mere number."""
+    try:
+        pwd.getpwuid(os.geteuid())
+    except KeyError as error:
+        raise UserError(
+            f"spark: the user of number {os.geteuid()} has no name here, and Java needs one; run as a user of "
+            "/etc/passwd, or add a line for this one (a container's --user)"
+        ) from error
+
+
 def check_run_dir(run_dir: Path | str, *, flag: str) -> None:
     """UserError unless `run_dir` is the folder of a run that was started."""
     check_address(str(run_dir), flag=flag)
@@ -299,6 +329,7 @@ def run_job(
         report: writes the line of a user's error (under spark-submit, stderr is not where it seems).
     """
     try:
+        check_process_places()
         main(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -324,4 +355,11 @@ def _users_line(error: Exception) -> str | None:
         )
     if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS and error.filename is not None:
         return f"{os.fsdecode(error.filename)}: cannot be read or written ({error.strerror}); mend it or name another"
+    # Arrow, Delta's Rust and Java's exceptions name the place, if at all, in their text.
+    if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _STORAGE_LIBRARIES:
+        lines = str(error).splitlines()
+        said = next((n for n, line in enumerate(lines) if _STORAGE_WORDS.search(line)), None)
+        if said is not None:
+            text = " ".join(lines[max(0, said - 1) : said + 1])[:500]
+            return f"storage: cannot be read or written ({text}); mend it, free space or name another folder"
     return None

@@ -13,7 +13,10 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from deltalake import write_deltalake
 
 from jobs.__main__ import ON_SPARK, job_files
 from usr_ray.cli import (
@@ -26,6 +29,8 @@ from usr_ray.cli import (
     check_run_dir,
     run_job,
 )
+from usr_ray.config import UserError
+from usr_ray.launch.spark import spark_submit
 
 pytestmark = pytest.mark.unit
 
@@ -278,6 +283,61 @@ def test_names_with_odd_signs_are_taken_and_those_that_tables_cannot_have_are_re
         for name, sign in {"a[1]": "[", "%41": "%41", "a|b": "|", "a^b": "^", "a\\b": "\\"}.items():
             line = refusal(job, words_of(job, world, flag, str(world / name)), capsys)
             assert f"the path of a Delta table must not hold {sign!r}" in line
+
+
+def test_a_process_whose_own_places_are_gone(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (world / "gone").mkdir()
+    monkeypatch.chdir(world / "gone")
+    (world / "gone").rmdir()
+    assert "the current folder is gone" in refusal("report", [], capsys)
+    monkeypatch.undo()
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc"])
+    assert "TMPDIR: no folder for temporary files can be written" in refusal("report", [], capsys)
+
+
+def test_a_user_without_a_name_is_refused_before_java_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    spark_submit()
+    monkeypatch.setattr(os, "geteuid", lambda: 54_321_987)
+    with pytest.raises(UserError, match="the user of number 54321987 has no name here, and Java needs one; run as"):
+        spark_submit()
+
+
+class JavaError(Exception):
+    """As py4j reports an exception of Java's."""
+
+    __module__ = "py4j.protocol"
+
+
+def _java(text: str) -> None:
+    raise JavaError(f"An error occurred while calling o1.save.\n: {text}\n\tat org.apache.hadoop.fs.Raw.run(Raw.java)")
+
+
+FAILURES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "delta": (lambda folder: write_deltalake(str(folder / "t"), pa.table({"a": [1]})), "readonly/t"),
+    "arrow": (lambda folder: pq.write_table(pa.table({"a": [1]}), folder / "t"), "readonly/t"),
+    "python": (lambda folder: (folder / "t").write_text(""), "readonly/t"),
+    "full": (lambda folder: pq.write_table(pa.table({"a": list(range(10**5))}), "/dev/full"), "No space left"),
+    "java": (lambda folder: _java("java.io.IOException: Mkdirs failed to create file:/a/b"), "create file:/a/b)"),
+    "java 2": (lambda folder: _java("java.io.FileNotFoundException: /a/b (Permission denied)"), "/a/b (Permission"),
+}
+"""Writes that fail on the way, by the library that says so."""
+
+
+@pytest.mark.parametrize("layer", FAILURES)
+def test_storage_that_fails_under_the_work_is_one_line_too(
+    layer: str, world: Path, nobody: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with as_root():
+        (world / "readonly").mkdir(mode=0o555, exist_ok=True)
+    write, words = FAILURES[layer]
+    assert run_job(lambda argv: write(world / "readonly") and None, []) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "cannot be read or written (" in error
+    assert words in error
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import json
 import os
+import pwd
 import secrets
 import socket
 import sys
@@ -16,6 +17,7 @@ import tempfile
 from collections.abc import MutableMapping
 from pathlib import Path
 
+from usr_ray.cli import check_output
 from usr_ray.config import UserError
 
 LOOPBACK = "127.0.0.1"
@@ -29,6 +31,8 @@ Left to itself, Ray asks the cluster that `ray start` named last on this machine
 live one reports that our run is gone, and the run's placement group is removed.
 """
 DASHBOARD_PORT = 8265
+MAX_SESSIONS_BYTES = 107 - len("/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
+"""Of the folder of Ray's sessions: the path of a Unix socket has at most 107 bytes."""
 
 RAY_ENVIRONMENT = {
     # Read by whoever builds the TorchTrainer; without it the dashboard's /api/train/v2/runs/v1 knows no run.
@@ -59,7 +63,7 @@ LOCAL_ENVIRONMENT = {
 
 
 def prepare_environment(environment: MutableMapping[str, str] | None = None, *, dashboard: bool = True) -> str:
-    """Set what is missing, and ensure that there is a token. Call it before `ray` is imported.
+    """Set what is missing, and ensure that there are a token and Ray's folders. Call it before `ray` is imported.
 
     Args:
         environment: None: this process's.
@@ -68,9 +72,13 @@ def prepare_environment(environment: MutableMapping[str, str] | None = None, *, 
     Returns:
         OWN: the job is to start a Ray of its own; SUBMITTED: it runs inside a cluster that has its working directory
         (`ray job submit --working-dir`); ADDRESS: it is to connect to RAY_ADDRESS and bring usr_ray along.
+
+    Raises:
+        UserError: Ray cannot have the folders that it needs.
     """
     environment = os.environ if environment is None else environment
     own = not environment.get("RAY_ADDRESS")
+    check_ray_folders(environment, own=own)
     wanted = RAY_ENVIRONMENT | (LOCAL_ENVIRONMENT if own else {})
     if own and sys.platform == "linux":
         wanted = wanted | {"GLOO_SOCKET_IFNAME": "lo"}
@@ -92,6 +100,37 @@ def prepare_environment(environment: MutableMapping[str, str] | None = None, *, 
         return OWN
     job = json.loads(environment.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
     return SUBMITTED if job.get("runtime_env", {}).get("working_dir") else ADDRESS
+
+
+def check_ray_folders(environment: MutableMapping[str, str], *, own: bool) -> None:
+    """Refuse what makes Ray end in a stack trace: no home, or no folder for its sessions.
+
+    Args:
+        environment: an empty HOME is taken away, so that the user's own counts.
+        own: whether Ray is started here, and so needs a folder for its sessions.
+
+    Raises:
+        UserError: nobody knows this user's home; $RAY_TMPDIR, else $TMPDIR, cannot be written or is too long for the
+            paths of sockets below it.
+    """
+    if not environment.get("HOME"):
+        environment.pop("HOME", None)
+        try:
+            pwd.getpwuid(os.geteuid())
+        except KeyError as error:
+            raise UserError(
+                f"HOME: is not set, and the user of number {os.geteuid()} has no home here, which Ray asks for; set "
+                "HOME to a folder that you may write"
+            ) from error
+    if own:
+        name = "RAY_TMPDIR" if environment.get("RAY_TMPDIR") else "TMPDIR"
+        folder = environment.get(name) or "/tmp"
+        if len(os.fsencode(folder)) > MAX_SESSIONS_BYTES:
+            raise UserError(
+                f"{name} {folder}: has {len(os.fsencode(folder))} bytes, and for Ray's sockets below it "
+                f"{MAX_SESSIONS_BYTES} are the most; set RAY_TMPDIR to a shorter folder, such as /tmp"
+            )
+        check_output(folder, flag=name)
 
 
 def free_port(first: int) -> int:

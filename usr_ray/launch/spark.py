@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from usr_ray.cli import check_user_name
 from usr_ray.config import UserError
 from usr_ray.launch.environment import LOOPBACK, ROOT
 
@@ -33,8 +34,9 @@ def spark_submit() -> str:
     """Path of spark-submit: of `spark_home`, else the one on PATH.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or this process's user has no name.
     """
+    check_user_name()
     home = spark_home()
     found = shutil.which(home / "bin" / "spark-submit") if home else shutil.which("spark-submit")
     if found is None:

@@ -75,3 +75,29 @@ def test_without_a_home_a_ray_of_our_own_gets_a_token_for_its_life(tmp_path: Pat
         ensure_token(environment)
     assert prepare_environment(environment, dashboard=False) == OWN
     assert len(environment["RAY_AUTH_TOKEN"]) == 64
+
+
+def test_nobody_s_home_is_refused_and_an_empty_one_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    environment = {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"), "HOME": ""}
+    prepare_environment(environment, dashboard=False)
+    assert "HOME" not in environment
+    monkeypatch.setattr("os.geteuid", lambda: 54_321_987)
+    with pytest.raises(UserError, match="HOME: is not set, and the user of number 54321987 has no home here"):
+        prepare_environment({}, dashboard=False)
+    environment["HOME"] = str(tmp_path)
+    assert prepare_environment(environment, dashboard=False) == OWN
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("/tmp/" + "x" * 35, "has 40 bytes, and for Ray's sockets below it 39 are the most; set RAY_TMPDIR"),
+        ("/proc/x", "cannot be written"),
+    ],
+)
+@pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
+def test_a_folder_in_which_ray_cannot_have_its_sessions(name: str, folder: str, message: str, tmp_path: Path) -> None:
+    environment = {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"), "TMPDIR": "/tmp", name: folder}
+    with pytest.raises(UserError, match=f"^{name} {folder}: .*{message}"):
+        prepare_environment(environment, dashboard=False)
+    assert prepare_environment(environment | {"RAY_ADDRESS": "10.0.0.1:6379"}) == ADDRESS, "not ours to start"
