@@ -40,6 +40,10 @@ LABEL_ORDER = (
 
 SAMPLES = "samples"
 VOCABULARIES = "vocabularies"
+STATE = "state"
+"""Table of what builds keep for later ones: every attributed click and order of a user, and counts of values."""
+PAST_CLICK, PAST_ORDER = 4, 5
+"""`kind` of an event in the state."""
 REJECTS = "rejects"
 REPORTS = "reports"
 PINS = "pins"

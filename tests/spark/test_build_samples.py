@@ -11,11 +11,14 @@ from typing import Any
 
 import deltalake
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 from delta.tables import DeltaTable
 from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
 
 from etl.build.samples import BuildRequest, Progress, build_samples
+from etl.features.vocabulary import hash_index
 from etl.jvm import table_version
 from etl.lake.tables import Lake
 from tests.etl_oracle import Expected, expected
@@ -34,13 +37,18 @@ from tests.spark.shop import (
     write_logs,
 )
 from usr_ray.config import Config, load_config
+from usr_ray.data.events import read_events
+from usr_ray.data.manifest import build_manifest, read_vocabularies
 from usr_ray.schema import FEATURE_SPEC_PROPERTY, FeatureSpec
+from usr_ray.serving.encode import Encoder, ValueIndex
+from usr_ray.serving.stores import ItemTable, UserStore, write_items, write_users
 
 pytestmark = pytest.mark.spark
 
 DATES = [(START + dt.timedelta(days=n)).date() for n in range(DAYS)]
 WATERMARK = START + dt.timedelta(days=3, hours=12)
 MIN_COUNT = 12
+START_US = int(START.timestamp()) * 1_000_000
 
 
 def config(*overrides: str) -> Config:
@@ -301,6 +309,83 @@ def test_reports_add_up(lake: Path, shop: Shop, wanted: Expected, samples: dict)
             assert (cold["new_user"], cold["new_item"]) == (0, 0), "every date is fitted on"
     unknown = sum(r["cold_start"][s]["unknown_item"] for r in reports for s in SCENARIOS)
     assert unknown > 20
+
+
+def stores_of(lake: Path, folder: Path) -> tuple[Encoder, ItemTable, UserStore]:
+    """What a service would read, of a lake without a model."""
+    manifest = build_manifest(lake, dates=(DATES[0], DATES[-1]))
+    entries, indexes = read_vocabularies(lake), {}
+    for number, feature in enumerate(manifest.spec.sparse):
+        part = entries.filter(pc.equal(entries["feature"], feature.name))
+        if part.num_rows:
+            ValueIndex.write(folder / f"{number}.arrow", part["value"].to_pylist(), part["id"].to_numpy())
+            indexes[feature.name] = ValueIndex(folder / f"{number}.arrow")
+    encoder = Encoder(manifest.spec, indexes, None)
+    write_items(folder, manifest, encoder)
+    write_users(folder, manifest, read_events(lake)[0], encoder, length=None)
+    return encoder, ItemTable(folder), UserStore(folder, encoder)
+
+
+def columns_of(inputs: dict, spec: FeatureSpec) -> dict[str, Any]:
+    """Inputs of one candidate by the columns of the samples; histories without their padding."""
+    found = {}
+    for kind, features in (("sparse", spec.sparse), ("dense", spec.dense)):
+        for owner in ("item", "request"):
+            mine = [f.column for f in features if (f.owner == "item") == (owner == "item")]
+            found |= dict(zip(mine, inputs[f"{owner}_{kind}"][0].tolist(), strict=True))
+    for history in spec.histories:
+        num_events = int((inputs[history.actions] > 0).sum())
+        for name in (history.item_ids, history.actions, history.ages_s, history.query_ids):
+            if name is not None:
+                values = inputs[name][0].tolist()
+                assert not any(values[: len(values) - num_events])
+                found[name] = values[len(values) - num_events :]
+    return found
+
+
+def test_a_request_of_raw_values_is_encoded_as_its_sample(
+    lake: Path, samples: dict, shop: Shop, tmp_path: Path
+) -> None:
+    """The service's encoder and stores against the build, on the logs' own values: bit for bit."""
+    encoder, items, users = stores_of(lake, tmp_path)
+    raw = {(i["id"], moment(i["time"])): i for i in shop.world.impressions}
+    num_events = 0
+    for key, row in samples.items():
+        shown = raw[key, row["event_time"]]
+        found = users.get(shown["user"])
+        assert found is not None
+        user = encoder.profile("user", shop.users.get(shown["user"], {}))
+        item = encoder.profile("item", shop.items.get(shown["item"], {}))
+        item_ids, of_items, is_new = items.find([shown["item"]], encoder)
+        assert (found[1].ids.tolist(), found[1].numbers.tolist()) == (user.ids.tolist(), user.numbers.tolist())
+        assert (of_items.ids[0].tolist(), of_items.numbers[0].tolist()) == (item.ids.tolist(), item.numbers.tolist())
+        assert not is_new[0]
+        context = {"device": shown["device"], "depth": None if shown["scenario"] == 2 else shown["depth"]}
+        inputs = encoder.inputs(
+            scenario=shown["scenario"],
+            time_us=START_US + micros(row["event_time"]),
+            user_id=shown["user"],
+            query=shown["query"],
+            user=user,
+            context=encoder.profile("context", context),
+            events=found[0],
+            items=(item_ids, of_items),
+        )
+        for name, value in columns_of(inputs, encoder.spec).items():
+            assert value == row[name], (key, name)
+        num_events += sum(len(row[f"{s}_history_actions"]) for s in SCENARIOS)
+    assert num_events > 500
+    assert users.get("nobody") is None
+    users.close()
+
+
+def test_hashed_ids_are_spark_s(spark: SparkSession, lake: Path) -> None:
+    values = ["a", "größe", "日本語", "🙂", "x" * 100, "0", " ", "tea"]
+    settings = config('vocabulary.kind="hash"', "vocabulary.num_buckets=1000").vocabulary
+    rows = spark.createDataFrame([(n, v) for n, v in enumerate(values)], "n int, value string")
+    wanted = [r["id"] for r in rows.select("n", hash_index(F.col("value"), settings).alias("id")).sort("n").collect()]
+    spec = build_manifest(lake, dates=(DATES[0], DATES[-1])).spec
+    assert Encoder(spec, {}, 1000).ids("query", [*values, None]).tolist() == [*wanted, 0]
 
 
 def test_a_rerun_gives_the_same_table_and_other_partitions_too(

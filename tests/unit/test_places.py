@@ -47,6 +47,8 @@ WORDS: dict[str, list[str]] = {
     "log-mlflow": [],
     "maintain-tables": ["--optimize"],
     "online-report": DATES,
+    "publish": [],
+    "replay": DATES,
     "report": [],
     "score": DATES,
     "study": ["--study", "ablations"],
@@ -79,6 +81,8 @@ NO_PLACES = {
     "--spark-submit",
     "--step",
     "--status",
+    "--not-stable",
+    "--rollback",
     "--use",
     "--help",
 }  # fmt: skip - a list of words
@@ -133,7 +137,7 @@ def world() -> Iterator[Path]:
 def words_of(job: str, world: Path, flag: str = "", place: str = "") -> list[str]:
     """A command line with good places, but for one."""
     good = {"--logs": "logs", "--lake": "lake", "--run-dir": "run", "--input": "input", "--config": "c.toml"}
-    good |= {"--plan": "file", "--runs": "run"}
+    good |= {"--plan": "file", "--runs": "run", "--registry": "input"}
     words = list(WORDS[job])
     for name in parser_of(job).places:
         where = str(world / good.get(name, f"out/{job}{name}"))

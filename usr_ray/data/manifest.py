@@ -232,7 +232,7 @@ def build_manifest(lake: Path | str, *, dates: tuple[dt.date, dt.date], version:
             understand (feature spec or columns missing, wrong types), or with a file missing or damaged.
     """
     table_uri = table_address(lake, SAMPLES)
-    table = _open_table(table_uri, version)
+    table = open_table(table_uri, version)
     about = _about(table, table_uri)
     adds = pa.table(table.get_add_actions(flatten=True))
     days = adds.column(f"partition.{PARTITION_COLUMN}").to_pylist()
@@ -260,7 +260,7 @@ def build_manifest(lake: Path | str, *, dates: tuple[dt.date, dt.date], version:
 def open_samples(lake: Path | str) -> Manifest:
     """The newest version of `<lake>/samples` without its files: what a model is compared with. Raises UserError."""
     uri = table_address(lake, SAMPLES)
-    return make_manifest(**_about(_open_table(uri, None), uri), files=[])
+    return make_manifest(**_about(open_table(uri, None), uri), files=[])
 
 
 def _about(table: Any, table_uri: str) -> dict[str, Any]:
@@ -278,12 +278,13 @@ def read_vocabularies(lake: Path | str, feature: str | None = None) -> pa.Table:
     Raises:
         UserError: there is none.
     """
-    table = _open_table(table_address(lake, VOCABULARIES), None)
+    table = open_table(table_address(lake, VOCABULARIES), None)
     filters = None if feature is None else [("feature", "=", feature)]
     return table.to_pyarrow_table(columns=["feature", "value", "id"], filters=filters)
 
 
-def _open_table(table_uri: str, version: int | None) -> Any:
+def open_table(table_uri: str, version: int | None) -> Any:
+    """The DeltaTable at an address, its newest version with None. Raises UserError."""
     try:
         from deltalake import DeltaTable
         from deltalake.exceptions import DeltaError, TableNotFoundError

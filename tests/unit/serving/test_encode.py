@@ -1,0 +1,246 @@
+"""Encoding, stores and the registry by hand; against a real build in tests/spark/test_build_samples.py."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from deltalake import DeltaTable
+
+from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
+from usr_ray.data.events import COLUMNS
+from usr_ray.data.manifest import build_manifest
+from usr_ray.serving.encode import EncodeError, Encoder, UserEvents, ValueIndex, category_text, scaled
+from usr_ray.serving.ranker import MAX_CANDIDATES, Ranker, RequestError
+from usr_ray.serving.stores import ItemTable, StoreError, UserStore, write_items, write_users
+from usr_ray.serving.versions import (
+    RegistryError,
+    move_pointer,
+    read_pointer,
+    roll_back,
+    stable_folder,
+    verified_version,
+    version_files,
+)
+
+pytestmark = pytest.mark.unit
+
+DAY = dt.timedelta(days=1)
+FIRST = 1_767_225_600_000_000
+"""Microseconds of 2026-01-01T00:00:00Z."""
+
+
+def index_of(path, *values):
+    ValueIndex.write(path, list(values), np.arange(2, 2 + len(values)))
+    return ValueIndex(path)
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    features = {"user_id": ["u1", "u2"], "item_id": ["v1", "v2"], "query": ["größe", "日本"], "brand": ["a", "b"]}
+    indexes = {name: index_of(tmp_path / f"{name}.arrow", *values) for name, values in features.items()}
+    return Encoder(samples_spec(history_length=3), indexes, None)
+
+
+def test_an_index_finds_its_values_and_no_others(tmp_path):
+    index = index_of(tmp_path / "i.arrow", *(f"v{n}" for n in range(1000)), "", "größe")
+    assert index.find(["v7", "größe", "", "v1000", "V7"]).tolist() == [9, 1003, 1002, -1, -1]
+    assert index.find([]).tolist() == []
+    assert index_of(tmp_path / "none.arrow").find(["x"]).tolist() == [-1]
+    with pytest.raises(EncodeError, match=r"^d: 'x' and 'x' have one hash; rename one"):
+        index_of(tmp_path / "d.arrow", "x", "x")
+
+
+def test_ids_are_padding_unknown_or_known(encoder):
+    assert encoder.ids("query", ["größe", None, "tea", "日本"]).tolist() == [2, 0, 1, 3]
+    assert encoder.ids("event_hour", ["x"]).tolist() == [1]  # a feature without values
+    # Spark: SELECT xxhash64('a') = -8582455328737087284; pmod(.., 98) + 2
+    assert Encoder(encoder.spec, {}, 100).ids("query", ["a", None]).tolist() == [-8582455328737087284 % 98 + 2, 0]
+
+
+def test_numbers_are_scaled_as_the_etl_does():
+    expected = [np.log1p(9.0), -np.log1p(3.5), 0, 0, 0, 0]
+    assert scaled([9, -3.5, 0.0, None, np.nan, np.inf]).tolist() == np.array(expected, np.float32).tolist()
+
+
+def test_categories_are_texts():
+    assert [category_text(v) for v in ("a", 7, True, "", None)] == ["a", "7", "true", None, None]
+    for value in (1.5, [], "\ud800"):
+        with pytest.raises(EncodeError):
+            category_text(value)
+
+
+def events_of(*rows):
+    """(seconds, seconds when known, scenario, action, item, query) of each event."""
+    time, known, scenario, action, item, query = np.array(rows).T
+    at = FIRST + 1_000_000 * np.array([time, known])
+    small = [part.astype(np.uint8) for part in (scenario, action)]
+    return UserEvents(at[0], at[1], *small, *(part.astype(np.int32) for part in (item, query)))
+
+
+def test_a_history_is_strictly_before_and_known_by_and_newest_last(encoder):
+    events = events_of(
+        (1, 1, 0, 1, 2, 2),
+        (2, 9, 0, 1, 3, 2),  # known only later
+        (3, 3, 0, 2, 4, 3),
+        (3, 3, 1, 1, 5, 0),
+        (4, 4, 0, 1, 6, 0),
+        (5, 5, 0, 1, 7, 1),
+        (8, 8, 0, 1, 8, 1),  # at the request's time: not before it
+    )
+    found = encoder.histories(events, FIRST + 8_000_000)
+    assert found["search_history_item_ids"].tolist() == [[4, 6, 7]]
+    assert found["search_history_actions"].tolist() == [[2, 1, 1]]
+    assert found["search_history_ages_s"].tolist() == [[5, 4, 3]]
+    assert found["search_history_query_ids"].tolist() == [[3, 0, 1]]
+    assert found["recommendation_history_item_ids"].tolist() == [[0, 0, 5]]
+    assert "recommendation_history_query_ids" not in found
+    late = encoder.histories(events, FIRST + 9_000_000)
+    assert late["search_history_item_ids"].tolist() == [[6, 7, 8]]
+    assert encoder.histories(UserEvents.none(), FIRST)["search_history_ages_s"].tolist() == [[0, 0, 0]]
+
+
+@pytest.fixture
+def stores(encoder, tmp_path):
+    write_samples(tmp_path / "lake", encoder.spec, num_rows=80, num_days=2)
+    manifest = build_manifest(tmp_path / "lake", dates=(FIRST_DATE, FIRST_DATE + DAY))
+    rows = [("u1", 0, 1, f"c{n}", "v1", "größe", n, n) for n in range(6)]
+    rows.append(("u1", 0, 1, "late", "v2", None, 2, 99))
+    rows += [("u2", 1, 2, "o1", "v9", None, 3, 3), ("gone", 1, 2, "o2", "v9", None, 3, 3)]
+    events = pa.table(
+        dict(zip(COLUMNS, map(list, zip(*sorted(rows, key=lambda row: (row[0], row[6])), strict=True)), strict=True))
+    )
+    for place, name in ((6, "event_time"), (7, "known_time")):
+        micros = pa.array([FIRST + 1_000_000 * s for s in events[name].to_pylist()])
+        events = events.set_column(place, name, micros.cast(pa.timestamp("us", tz="UTC")))
+    write_items(tmp_path, manifest, encoder)
+    _, as_of = write_users(tmp_path, manifest, events, encoder, length=encoder.spec.history_length)
+    return tmp_path, as_of
+
+
+def test_users_keep_what_a_later_request_can_see(encoder, stores):
+    folder, as_of = stores
+    assert as_of == FIRST + 5_000_001
+    users = UserStore(folder, encoder)
+    events, profile = users.get("u1")
+    # The three newest known ones, and the one that is not known yet.
+    assert ((events.time - FIRST) // 1_000_000).tolist() == [2, 3, 4, 5]
+    assert events.item.tolist() == [3, 2, 2, 2]
+    assert events.query.tolist() == [0, 2, 2, 2]
+    assert (profile.ids.tolist(), len(profile.numbers)) == ([], 1)
+    assert users.get("u2")[0].action.tolist() == [2]
+    assert users.get("u2")[0].item.tolist() == [1]
+    assert users.get("nobody") is None
+    users.close()
+
+
+def test_items_are_as_their_newest_impression_has_them(encoder, stores):
+    folder, _ = stores
+    rows = DeltaTable(folder / "lake" / "samples").to_pyarrow_table().to_pylist()
+    rows.sort(key=lambda row: row["event_time"])
+    newest = {row["item_id"]: row for row in rows}
+    table = ItemTable(folder)
+    names = sorted(newest)
+    ids, profile, is_new = table.find([*names, "never seen"], encoder)
+    assert len(table) == len(names) > 20
+    assert is_new.tolist() == [False] * len(names) + [True]
+    assert profile.numbers[:-1, 0].tolist() == [newest[name]["price_scaled"] for name in names]
+    assert profile.ids[:-1, 0].tolist() == [newest[name]["brand_index"] for name in names]
+    assert (profile.ids[-1].tolist(), profile.numbers[-1].tolist(), ids[-1]) == ([0], [0.0], 1)
+    assert ids[names.index("v2")] == 3
+
+
+def test_stores_that_are_not_there_are_refused_in_one_line(encoder, tmp_path):
+    with pytest.raises(StoreError, match="its items cannot be read"):
+        ItemTable(tmp_path)
+    with pytest.raises(StoreError, match="users: cannot be opened"):
+        UserStore(tmp_path, encoder)
+
+
+def test_the_pointer_moves_and_goes_back(tmp_path):
+    with pytest.raises(RegistryError, match=r"holds no readable current.json; publish one"):
+        stable_folder(tmp_path)
+    for name in ("one", "two", "three"):
+        (tmp_path / "versions" / name).mkdir(parents=True)
+        move_pointer(tmp_path, name)
+    assert read_pointer(tmp_path) == {"stable": "three", "before": ["one", "two"]}
+    assert (roll_back(tmp_path), roll_back(tmp_path)) == ("two", "one")
+    assert stable_folder(tmp_path).name == "one"
+    with pytest.raises(RegistryError, match="no version was stable before one"):
+        roll_back(tmp_path)
+    move_pointer(tmp_path, "gone")
+    with pytest.raises(RegistryError, match=r"names gone, which is not there"):
+        stable_folder(tmp_path)
+    (tmp_path / "current.json").write_text('{"stable": "../x", "before": []}')
+    with pytest.raises(RegistryError, match=r"names '../x', which is no version"):
+        stable_folder(tmp_path)
+
+
+def test_a_version_with_a_changed_file_is_refused(tmp_path):
+    with pytest.raises(RegistryError, match=r"holds no readable version.json"):
+        verified_version(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b").write_text("x")
+    about = {"format": 1, "files": version_files(tmp_path)}
+    (tmp_path / "version.json").write_text(json.dumps(about))
+    assert list(verified_version(tmp_path)["files"]) == ["a/b"]
+    (tmp_path / "a" / "b").write_text("y")
+    with pytest.raises(RegistryError, match="b: missing or changed since it was published"):
+        verified_version(tmp_path)
+    (tmp_path / "version.json").write_text('{"format": 2}')
+    with pytest.raises(RegistryError, match="format 2, this version reads 1"):
+        verified_version(tmp_path)
+
+
+GOOD = {"scenario": "search", "user_id": "u1", "candidates": ["v1"], "time": "2026-01-02T00:00:00Z"}
+BAD = [
+    ([], r"^request: is list; an object is needed"),
+    ({"user": 1}, r"^unknown field 'user'; a request has: request_id, scenario"),
+    ({"scenario": "cart"}, r"^scenario: 'cart' is not known; there are: search, recommendation"),
+    ({"scenario": ["search"]}, r"^scenario: \['search'\] is not known"),
+    ({"user_id": None}, r"^user_id: is None; a string"),
+    ({"user_id": True}, r"^user_id: is True"),
+    ({"user_id": "\ud800"}, r"^user_id: is no Unicode text"),
+    ({"scenario": "recommendation", "query": "x"}, r"^query: recommendation has no queries; leave it out"),
+    ({"candidates": []}, r"^candidates: 0 of them; a list of 1 to 2000"),
+    ({"candidates": ["v"] * (MAX_CANDIDATES + 1)}, r"^candidates: 2001 of them"),
+    ({"candidates": "v1"}, r"^candidates: str; a list"),
+    ({"candidates": [{"id": "v1", "price": 3}]}, r"^candidates\[0\]: unknown field 'price'; an item has: id, features"),
+    ({"candidates": [{"id": "v1", "features": {"prise": 3}}]}, r"^candidates\[0\].features: unknown feature 'prise'"),
+    ({"candidates": [{"id": "v1", "features": {"price": "3"}}]}, r"^candidates\[0\].features: price: is str; a number"),
+    ({"candidates": [{"id": "v1", "features": {"brand": 1.5}}]}, r"brand: is float; a string"),
+    ({"candidates": ["v1", ""]}, r"^candidates\[1\]: is ''"),
+    ({"context": {"x": 1}}, r"^context: unknown feature 'x'; features of the context are: none"),
+    ({"context": 3}, r"^context: is int; an object of features"),
+    ({"time": "noon"}, r"^time: 'noon' cannot be read; ISO 8601"),
+    ({"time": "2026-01-02T00:00:00"}, r"^time: .* cannot be read"),
+    ({"time": 3}, r"^time: 3 cannot be read"),
+    ({"time": "2025-12-31T00:00:00Z"}, r"^time: 2025-12-31T00:00:00\+00:00 is before 2026-01-01"),
+    ({"task": "cvr"}, r"^task: 'cvr' is none; 'ctr', 'ctcvr'"),
+    ({"task": {"ctr": "1"}}, r"^task: "),
+    ({"k": 0}, r"^k: is 0; an integer from 1 on"),
+]
+
+
+@pytest.fixture
+def ranker(encoder):
+    return Ranker({"version": "v"}, None, encoder, (None, None), exact_from_us=FIRST)
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[str(change)[:40] for change, _ in BAD])
+def test_bad_requests_are_refused_in_one_line(ranker, change, message):
+    with pytest.raises(RequestError, match=message):
+        ranker.checked(GOOD | change if isinstance(change, dict) else change)
+
+
+def test_a_good_request(ranker):
+    request = ranker.checked(GOOD | {"query": 7, "candidates": [3, {"id": "v1", "features": {"price": -3.5}}], "k": 1})
+    assert (request.scenario, request.query, request.candidates, request.k) == (0, "7", ["3", "v1"], 1)
+    assert request.time_us == FIRST + 86_400_000_000
+    assert request.weights == (1.0, 0.0)
+    assert list(request.given) == [1]
+    assert request.given[1].numbers.tolist() == [np.float32(-np.log1p(3.5))]
+    assert ranker.checked(GOOD | {"task": {"ctr": 1, "ctcvr": 2.5}}).weights == (1.0, 2.5)

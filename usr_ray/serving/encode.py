@@ -1,0 +1,314 @@
+"""Raw values of a request to the inputs of request.onnx, by the rules of the ETL. Numpy and Arrow; no Spark, no torch.
+
+The samples table is the reference: for an impression of it, these inputs equal its columns bit for bit (`usr-ray
+replay`). Ids come from the vocabularies, memory-mapped and looked up by hash, or are hashes themselves; numbers are
+sign(x) log1p(|x|); a history holds the newest events strictly before the request and known by it.
+
+Shape letters: N candidates or values, V events, L history length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+from numpy.typing import NDArray
+
+from usr_ray.config import DAY_US, UserError
+from usr_ray.schema import FIRST_ID, PADDING_ID, UNKNOWN_ID, FeatureSpec
+
+Ints = NDArray[np.int64]
+EVENT_HOUR = "event_hour"
+_NUM_HOURS = 24
+_SEED = 42
+"""Of Spark's xxhash64."""
+_FIXED = ("user_id", "item_id", "query", EVENT_HOUR)
+
+
+class EncodeError(UserError):
+    """Values that cannot be encoded."""
+
+
+def hashes(values: Sequence[str]) -> NDArray[np.uint64]:
+    """Spark's xxhash64 of each value."""
+    digest = xxhash.xxh64_intdigest
+    return np.fromiter((digest(value.encode(), _SEED) for value in values), dtype=np.uint64, count=len(values))
+
+
+class ValueIndex:
+    """A number for each of many strings: an Arrow file sorted by the strings' hashes, memory-mapped.
+
+    Args:
+        path: of `write`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with pa.memory_map(str(path)) as source:
+            table = pa.ipc.open_file(source).read_all().combine_chunks()
+        self._hashes = table["hash"].to_numpy()
+        self._numbers = table["number"].to_numpy()
+        self._values = table["value"].combine_chunks()
+
+    @staticmethod
+    def write(path: Path, values: Sequence[str], numbers: Ints) -> None:
+        """Write the index of `values`, each once.
+
+        Raises:
+            EncodeError: two values have one hash (the odds are one in 3,700 for a hundred million values).
+        """
+        keys = hashes(values)
+        order = np.argsort(keys, kind="stable")
+        keys = keys[order]
+        same = np.flatnonzero(keys[1:] == keys[:-1])
+        if len(same):
+            first, second = (values[order[place]] for place in (same[0], same[0] + 1))
+            raise EncodeError(f"{path.stem}: {first!r} and {second!r} have one hash; rename one of them in the logs")
+        columns = {
+            "hash": pa.array(keys),
+            "number": pa.array(numbers[order]),
+            "value": pa.array(values, pa.large_string()).take(pa.array(order)),
+        }
+        batch = pa.RecordBatch.from_pydict(columns)
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+
+    def __len__(self) -> int:
+        return len(self._hashes)
+
+    def items(self) -> dict[int, str]:
+        """Number -> value, all of them."""
+        return dict(zip(self._numbers.tolist(), self._values.to_pylist(), strict=True))
+
+    def find(self, values: Sequence[str]) -> Ints:
+        """The number of each value, -1 where it is not there."""
+        found = np.full(len(values), -1, dtype=np.int64)
+        if not len(values) or not len(self):
+            return found
+        keys = hashes(values)
+        places = np.minimum(np.searchsorted(self._hashes, keys), len(self) - 1)
+        hits = np.flatnonzero(self._hashes[places] == keys)
+        if len(hits):
+            asked = pa.array([values[n] for n in hits.tolist()], pa.large_string())
+            equal = pc.equal(self._values.take(pa.array(places[hits])), asked).to_numpy(zero_copy_only=False)
+            hits = hits[equal]
+            found[hits] = self._numbers[places[hits]]
+        return found
+
+
+def scaled(values: Sequence[float | None]) -> NDArray[np.float32]:
+    """sign(x) log1p(|x|); 0 for None, NaN and infinity (etl/features/vocabulary.py, scale)."""
+    x = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+    x[~np.isfinite(x)] = 0.0
+    return (np.sign(x) * np.log1p(np.abs(x))).astype(np.float32)
+
+
+def category_text(value: Any) -> str | None:
+    """A category as the logs have it: text, an integer or a boolean written out; '' is no value.
+
+    Raises:
+        EncodeError: another type, or text that is no Unicode.
+    """
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if value is None or isinstance(value, int):
+        return None if value is None else str(value)
+    if not isinstance(value, str):
+        raise EncodeError(f"is {type(value).__name__}; a string, an integer, a boolean or null is needed")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise EncodeError("is no Unicode text; send UTF-8") from None
+    return value or None
+
+
+@dataclass(frozen=True, slots=True)
+class UserEvents:
+    """Attributed clicks and orders of one user, sorted by (time, action, id) within each scenario."""
+
+    time: Ints
+    """Microseconds since 1970."""
+    known: Ints
+    """Microseconds from which on the event was known."""
+    scenario: NDArray[np.uint8]
+    action: NDArray[np.uint8]
+    item: NDArray[np.int32]
+    """Encoded."""
+    query: NDArray[np.int32]
+
+    def rows(self, places: Ints) -> UserEvents:
+        """Some of the events, in the order of `places`."""
+        return UserEvents(
+            self.time[places],
+            self.known[places],
+            self.scenario[places],
+            self.action[places],
+            self.item[places],
+            self.query[places],
+        )
+
+    @classmethod
+    def none(cls) -> UserEvents:
+        """Of a user who has done nothing."""
+        times, small, ids = np.empty(0, np.int64), np.empty(0, np.uint8), np.empty(0, np.int32)
+        return cls(times, times, small, small, ids, ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Encoded features of a user or, a row each, of N candidates, without the id's own."""
+
+    ids: NDArray[np.int32]
+    """(categories) or (N, categories), in the spec's order."""
+    numbers: NDArray[np.float32]
+    """(numbers) or (N, numbers)."""
+
+
+class Encoder:
+    """What encodes for one version of a model.
+
+    Args:
+        spec: of the model.
+        indexes: of each feature's vocabulary; empty for hashed ids.
+        num_buckets: of hashed ids; None: the vocabularies are fitted.
+    """
+
+    def __init__(self, spec: FeatureSpec, indexes: Mapping[str, ValueIndex], num_buckets: int | None) -> None:
+        self.spec = spec
+        self._indexes, self._num_buckets = indexes, num_buckets
+        self.categories = {
+            owner: tuple(f.name for f in spec.sparse if f.owner == owner and f.name not in _FIXED)
+            for owner in ("user", "item", "context")
+        }
+        """Owner -> its categories beside the ids and the hour."""
+        self.numbers = {
+            owner: tuple(f.name for f in spec.dense if f.owner == owner) for owner in ("user", "item", "context")
+        }
+
+    def ids(self, feature: str, values: Sequence[str | None]) -> Ints:
+        """Encoded id of each value: 0 for None, 1 for one that the model does not know."""
+        is_given = np.array([value is not None for value in values], dtype=np.bool_)
+        given = [value for value in values if value is not None]
+        result = np.full(len(values), PADDING_ID, dtype=np.int64)
+        if self._num_buckets is not None:
+            result[is_given] = np.mod(hashes(given).view(np.int64), self._num_buckets - FIRST_ID) + FIRST_ID
+            return result
+        index = self._indexes.get(feature)
+        found = np.full(len(given), -1, dtype=np.int64) if index is None else index.find(given)
+        result[is_given] = np.where(found < 0, UNKNOWN_ID, found)
+        return result
+
+    def values(self, feature: str) -> dict[int, str]:
+        """Encoded id -> value of every value that the model knows; empty for hashed ids."""
+        index = self._indexes.get(feature)
+        return {} if index is None else index.items()
+
+    def profile(self, owner: str, values: Mapping[str, Any]) -> Profile:
+        """Raw features of one user or item; a missing key is a null.
+
+        Raises:
+            EncodeError: a key is none of the owner's features, or a value has the wrong type.
+        """
+        categories, numbers = self.categories[owner], self.numbers[owner]
+        unknown = sorted(set(values) - {*categories, *numbers})
+        if unknown:
+            there = ", ".join((*categories, *numbers)) or "none"
+            raise EncodeError(f"unknown feature {unknown[0]!r}; features of the {owner} are: {there}")
+        ids = [int(self.ids(name, [_named(name, category_text, values.get(name))])[0]) for name in categories]
+        found = [_named(name, _number, values.get(name)) for name in numbers]
+        return Profile(np.array(ids, dtype=np.int32), scaled(found))
+
+    def nothing(self, owner: str) -> Profile:
+        """Of a user or item that no table knows: padding and 0."""
+        return Profile(
+            np.full(len(self.categories[owner]), PADDING_ID, dtype=np.int32),
+            np.zeros(len(self.numbers[owner]), dtype=np.float32),
+        )
+
+    def inputs(
+        self,
+        *,
+        scenario: int,
+        time_us: int,
+        user_id: str,
+        query: str | None,
+        user: Profile,
+        context: Profile,
+        events: UserEvents,
+        items: tuple[Ints, Profile],
+    ) -> dict[str, NDArray[Any]]:
+        """The inputs of request.onnx for one request.
+
+        Args:
+            scenario: position in the spec's scenarios.
+            time_us: of the request, microseconds since 1970.
+            user_id: raw.
+            query: raw; not looked at outside scenarios with queries.
+            user: its features.
+            context: of the request.
+            events: of the user.
+            items: encoded item_id (N) and features of the candidates.
+        """
+        spec = self.spec
+        has_query = spec.scenarios[scenario] in spec.query_scenarios
+        own = {
+            "user_id": self.ids("user_id", [user_id])[0],
+            "query": self.ids("query", [(query or None) if has_query else None])[0],
+            EVENT_HOUR: time_us // (DAY_US // _NUM_HOURS) % _NUM_HOURS + FIRST_ID,
+        }
+        numbers: dict[str, Any] = {}
+        for owner, profile in (("user", user), ("context", context)):
+            own |= dict(zip(self.categories[owner], profile.ids, strict=True))
+            numbers |= dict(zip(self.numbers[owner], profile.numbers, strict=True))
+        item_ids, of_items = items
+        columns = {"item_id": item_ids} | dict(zip(self.categories["item"], of_items.ids.T, strict=True))
+        item_numbers = dict(zip(self.numbers["item"], of_items.numbers.T, strict=True))
+        sparse, dense = ([(f.name, f.owner == "item") for f in features] for features in (spec.sparse, spec.dense))
+        inputs: dict[str, NDArray[Any]] = {
+            "scenario": np.array([scenario], dtype=np.int64),
+            "request_sparse": np.array([[own[name] for name, of_item in sparse if not of_item]], dtype=np.int64),
+            "item_sparse": np.stack([columns[name] for name, of_item in sparse if of_item], axis=1).astype(np.int64),
+        }
+        if any(not of_item for _, of_item in dense):
+            row = [numbers[name] for name, of_item in dense if not of_item]
+            inputs["request_dense"] = np.array([row], dtype=np.float32)
+        if any(of_item for _, of_item in dense):
+            inputs["item_dense"] = np.stack([item_numbers[name] for name, of_item in dense if of_item], axis=1)
+        return inputs | self.histories(events, time_us)
+
+    def histories(self, events: UserEvents, time_us: int) -> dict[str, NDArray[Any]]:
+        """Input name -> (1, L), padded on the left: per scenario the newest events before `time_us` and known by it."""
+        length = self.spec.history_length
+        visible = (events.time < time_us) & (events.known <= time_us)
+        inputs: dict[str, NDArray[Any]] = {}
+        for number, names in enumerate(self.spec.histories):
+            rows = np.flatnonzero(visible & (events.scenario == number))[-length:]
+            parts: dict[str, NDArray[Any]] = {
+                names.item_ids: events.item[rows].astype(np.int64),
+                names.actions: events.action[rows].astype(np.int64),
+                names.ages_s: ((time_us - events.time[rows]) / 1e6).astype(np.float32),
+            }
+            if names.query_ids is not None:
+                parts[names.query_ids] = events.query[rows].astype(np.int64)
+            for name, values in parts.items():
+                inputs[name] = np.zeros((1, length), dtype=values.dtype)
+                inputs[name][0, length - len(rows) :] = values
+        return inputs
+
+
+def _number(value: Any) -> float | None:
+    if value is None or (isinstance(value, int | float) and abs(value) <= 1.7e308):
+        return None if value is None else float(value)
+    raise EncodeError(f"is {type(value).__name__}; a number or null is needed")
+
+
+def _named(name: str, read: Any, value: Any) -> Any:
+    try:
+        return read(value)
+    except EncodeError as error:
+        raise EncodeError(f"{name}: {error}") from error

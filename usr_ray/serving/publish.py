@@ -1,0 +1,140 @@
+"""Publish a run: its program, and what the lake knows of items and users, as one version of a registry.
+
+The version's folder appears whole or not at all, and becomes the stable one only after its golden requests were
+answered from its own files.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from usr_ray.data.events import read_events
+from usr_ray.data.manifest import Manifest, build_manifest, join_path, open_filesystem
+from usr_ray.files import sync
+from usr_ray.serving.encode import ValueIndex
+from usr_ray.serving.export import export_run
+from usr_ray.serving.ranker import Ranker, iso_time
+from usr_ray.serving.runtime import VOCABULARIES
+from usr_ray.serving.stores import write_items, write_users
+from usr_ray.serving.versions import (
+    FORMAT,
+    GOLDEN,
+    MODEL,
+    VERSION,
+    VERSIONS,
+    VOCABULARY_FOLDER,
+    move_pointer,
+    open_encoder,
+    version_files,
+)
+
+_NUM_GOLDEN = 16
+_GOLDEN_CANDIDATES = 20
+
+
+def publish(
+    run_dir: Path, lake: Path | str, registry: Path, *, stable: bool = True, report: Callable[[str], None] = print
+) -> str:
+    """Publish a run's best checkpoint with the lake's items and users; the version's name.
+
+    Args:
+        run_dir: of jobs/train.py.
+        lake: that it was trained on; the newest versions of its tables are read, and named in version.json.
+        registry: folder, created when it is absent.
+        stable: make it the version that is served.
+        report: takes a line a stage.
+
+    Raises:
+        UserError: no run, no checkpoint, another lake, or a table that cannot be read. Nothing is left behind then.
+    """
+    manifest = build_manifest(lake, dates=(dt.date.min, dt.date.max))
+    events, state_version = read_events(lake)
+    temporary = registry / VERSIONS / f".tmp-{uuid.uuid4().hex}"
+    temporary.mkdir(parents=True)
+    try:
+        exported = export_run(run_dir, temporary / MODEL, lake)
+        report(f"model {exported['checkpoint']['id']} exported")
+        name = f"{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%S}-{exported['checkpoint']['id']}"
+        write_vocabularies(temporary)
+        encoder = open_encoder(temporary)
+        num_items = write_items(temporary, manifest, encoder)
+        num_users, as_of = write_users(temporary, manifest, events, encoder, length=encoder.spec.history_length)
+        report(f"{num_items:,} items and {num_users:,} users of samples version {manifest.version}")
+        version: dict[str, Any] = {
+            "format": FORMAT,
+            "version": name,
+            "model_id": exported["checkpoint"]["id"],
+            "scenarios": exported["scenarios"],
+            "as_of": iso_time(as_of),
+            "lake": {"uri": manifest.table_uri, "samples": manifest.version, "state": state_version},
+            "items": num_items,
+            "users": num_users,
+            "published_at": f"{dt.datetime.now(dt.UTC):%Y-%m-%dT%H:%M:%SZ}",
+        }
+        _finish(temporary, version, [])
+        ranker = Ranker.open(temporary)
+        golden = [{"request": r, "items": ranker.score(r)["items"]} for r in golden_requests(manifest, iso_time(as_of))]
+        ranker.close()
+        _finish(temporary, version, golden)
+        Ranker.open(temporary).close()  # opened as a service would: files verified, golden requests answered
+        os.replace(temporary, registry / VERSIONS / name)
+        sync(registry / VERSIONS)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    if stable:
+        move_pointer(registry, name)
+    return name
+
+
+def write_vocabularies(folder: Path) -> None:
+    """The exported vocabularies of a version, feature by feature, as memory-mapped indexes."""
+    source = folder / MODEL / VOCABULARIES
+    if not source.exists():
+        return
+    (folder / VOCABULARY_FOLDER).mkdir()
+    spec_features = json.loads((folder / MODEL / "feature_spec.json").read_text(encoding="utf-8"))["sparse"]
+    entries = pq.read_table(source)
+    for number, feature in enumerate(spec_features):
+        part = entries.filter(pc.equal(entries["feature"], feature["name"]))
+        if part.num_rows:
+            path = folder / VOCABULARY_FOLDER / f"{number}.arrow"
+            ValueIndex.write(path, part["value"].to_pylist(), part["id"].to_numpy())
+
+
+def golden_requests(manifest: Manifest, time: str) -> list[dict[str, Any]]:
+    """Requests of users, queries and items of the newest date, all scenarios, at the instant `time`."""
+    filesystem, table_path = open_filesystem(manifest.table_uri)
+    file = manifest.files[-1]
+    names = ["user_id", "item_id", "query", "scenario"]
+    rows = pq.read_table(join_path(table_path, file.path), columns=names, filesystem=filesystem, partitioning=None)
+    items = pc.unique(rows["item_id"]).to_pylist()[:_GOLDEN_CANDIDATES]
+    requests: list[dict[str, Any]] = []
+    for scenario in manifest.spec.scenarios:
+        part = rows.filter(pc.equal(rows["scenario"], scenario))
+        step = max(part.num_rows // _NUM_GOLDEN, 1)
+        for row in part.take(pa.array(np.arange(0, part.num_rows, step)[:_NUM_GOLDEN])).to_pylist():
+            query = {} if row["query"] is None else {"query": row["query"]}
+            candidates = [row["item_id"], *(item for item in items if item != row["item_id"])]
+            request = {"scenario": scenario, "user_id": row["user_id"], "time": time, "candidates": candidates}
+            requests.append(request | query)
+    return requests
+
+
+def _finish(folder: Path, version: dict[str, Any], golden: list[dict[str, Any]]) -> None:
+    (folder / GOLDEN).write_text(json.dumps(golden) + "\n", encoding="utf-8")
+    whole = version | {"files": version_files(folder)}
+    (folder / VERSION).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    for path in [*(p for p in folder.rglob("*") if p.is_file()), folder]:
+        sync(path)

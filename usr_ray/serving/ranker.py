@@ -1,0 +1,288 @@
+"""Score one request: a user and candidates in, probabilities out. The service's core, and a library of its own.
+
+    ranker = Ranker.load("registry")
+    ranker.rank(scenario="search", user_id="u1", query="shoes", candidates=["i1", "i2"])
+
+One instance serves any number of threads: files are memory-mapped, and ONNX Runtime's sessions are shared.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from usr_ray.config import UserError
+from usr_ray.serving.encode import EncodeError, Encoder, Profile, UserEvents, category_text
+from usr_ray.serving.runtime import ExportedModel
+from usr_ray.serving.stores import ItemTable, StoreError, UserStore
+from usr_ray.serving.versions import GOLDEN, MODEL, RegistryError, open_encoder, stable_folder, verified_version
+
+MAX_CANDIDATES = 2000
+GOLDEN_TOLERANCE = 1e-6
+TASKS = ("ctr", "ctcvr")
+_EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+_FIELDS = ("request_id", "scenario", "user_id", "query", "context", "time", "candidates", "task", "k")
+
+
+class RequestError(UserError):
+    """A request that cannot be answered: one line naming the field, what was found and what is needed."""
+
+
+def iso_time(micros: int) -> str:
+    """ISO 8601 of microseconds since 1970, UTC."""
+    return (_EPOCH + dt.timedelta(microseconds=micros)).isoformat()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A checked request."""
+
+    request_id: str | None
+    scenario: int
+    user_id: str
+    query: str | None
+    context: Profile
+    time_us: int
+    candidates: list[str]
+    given: dict[int, Profile]
+    """Features of candidates that came with the request, by place."""
+    weights: tuple[float, float]
+    """Of p_ctr and p_ctcvr in a ranking."""
+    k: int | None
+
+
+class Ranker:
+    """One version of a model with its items and users; made by `load` or `open`."""
+
+    def __init__(
+        self,
+        version: Mapping[str, Any],
+        program: ExportedModel,
+        encoder: Encoder,
+        stores: tuple[ItemTable, UserStore],
+        *,
+        exact_from_us: int,
+    ) -> None:
+        self.version = version
+        self.encoder = encoder
+        self._program = program
+        self._items, self._users = stores
+        self._exact_from_us = exact_from_us
+
+    @classmethod
+    def load(cls, registry: Path | str, *, num_threads: int = 1) -> Ranker:
+        """The stable version of a registry.
+
+        Raises:
+            UserError: no registry, or a version that is damaged or does not answer its golden requests as it did.
+        """
+        return cls.open(stable_folder(Path(registry)), num_threads=num_threads)
+
+    @classmethod
+    def open(cls, folder: Path, *, num_threads: int = 1) -> Ranker:
+        """A version by its folder. Raises UserError: see `load`."""
+        version = verified_version(folder)
+        program = ExportedModel(folder / MODEL, num_threads=num_threads, per_request=True)
+        encoder = open_encoder(folder)
+        exact_from = dt.datetime.fromisoformat(version["as_of"])
+        ranker = cls(
+            version,
+            program,
+            encoder,
+            (ItemTable(folder), UserStore(folder, encoder)),
+            exact_from_us=(exact_from - _EPOCH) // dt.timedelta(microseconds=1),
+        )
+        ranker.check_golden(json.loads((folder / GOLDEN).read_text(encoding="utf-8")))
+        return ranker
+
+    def check_golden(self, golden: Sequence[Mapping[str, Any]]) -> None:
+        """Answer requests whose answers are known.
+
+        Raises:
+            RegistryError: a probability differs by more than GOLDEN_TOLERANCE.
+        """
+        for case in golden:
+            for found, expected in zip(self.score(case["request"])["items"], case["items"], strict=True):
+                for name, value in expected.items():
+                    if found[name] != value and not (name != "id" and abs(found[name] - value) <= GOLDEN_TOLERANCE):
+                        raise RegistryError(
+                            f"version {self.version['version']}: {name} of a golden request is {found[name]}, it was "
+                            f"{value} when it was published; publish it again with jobs/publish.py on such a machine"
+                        )
+
+    def rank(self, **request: Any) -> dict[str, Any]:
+        """As `score`, the candidates with the largest probabilities first, at most `k` of them."""
+        return self.answer(request, ranked=True)
+
+    def score(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Probabilities of the candidates of a request (docs/serving.md), in their order.
+
+        Raises:
+            RequestError: a field is missing, unknown, or holds what it cannot. StoreError: the store is damaged.
+        """
+        return self.answer(request, ranked=False)
+
+    def answer(self, raw: Mapping[str, Any], *, ranked: bool) -> dict[str, Any]:
+        """The answer to POST /v1/score, or with `ranked` to /v1/rank."""
+        request = self.checked(raw)
+        inputs, unknown, is_degraded = self.encoded(request)
+        probs = self._program.predict(inputs)
+        order = np.arange(len(request.candidates))
+        if ranked:
+            value_N = request.weights[0] * probs["p_ctr"] + request.weights[1] * probs["p_ctcvr"]
+            order = np.argsort(-value_N, kind="stable")
+        names = list(probs)
+        rows = zip(*(probs[name][order].tolist() for name in names), strict=True)
+        items = [
+            {"id": request.candidates[n], **dict(zip(names, row, strict=True))}
+            for n, row in zip(order.tolist(), rows, strict=True)
+        ]
+        return {
+            "request_id": request.request_id,
+            "model_id": self.version["model_id"],
+            "version": self.version["version"],
+            "bucket": "stable",
+            "items": items[: request.k],
+            "unknown": unknown,
+            "degraded": is_degraded,
+        }
+
+    def encoded(self, request: Request) -> tuple[dict[str, NDArray[Any]], dict[str, Any], bool]:
+        """The program's inputs, what of the request the lake has not seen, and whether the user could not be read."""
+        encoder = self.encoder
+        item_ids, of_items, is_new = self._items.find(request.candidates, encoder)
+        if request.given:
+            ids, numbers = np.array(of_items.ids), np.array(of_items.numbers)
+            for place, profile in request.given.items():
+                ids[place], numbers[place] = profile.ids, profile.numbers
+            of_items = Profile(ids, numbers)
+        is_degraded = False
+        try:
+            found = self._users.get(request.user_id)
+        except StoreError:
+            found, is_degraded = None, True
+        events, user = (UserEvents.none(), encoder.nothing("user")) if found is None else found
+        inputs = encoder.inputs(
+            scenario=request.scenario,
+            time_us=request.time_us,
+            user_id=request.user_id,
+            query=request.query,
+            user=user,
+            context=request.context,
+            events=events,
+            items=(item_ids, of_items),
+        )
+        new = [item for item, is_unknown in zip(request.candidates, is_new, strict=True) if is_unknown]
+        return inputs, {"user": found is None, "candidates": new}, is_degraded
+
+    # ---- checks
+
+    def checked(self, raw: Mapping[str, Any]) -> Request:
+        """A request whose every field was checked. Raises RequestError."""
+        if not isinstance(raw, Mapping):
+            raise RequestError(f"request: is {type(raw).__name__}; an object is needed")
+        unknown = sorted(set(raw) - set(_FIELDS))
+        if unknown:
+            raise RequestError(f"unknown field {unknown[0]!r}; a request has: {', '.join(_FIELDS)}")
+        spec = self.encoder.spec
+        scenario = raw.get("scenario")
+        if scenario not in spec.scenarios:
+            raise RequestError(f"scenario: {scenario!r} is not known; there are: {', '.join(spec.scenarios)}")
+        query = None if raw.get("query") is None else _text(raw["query"], "query")
+        if query and scenario not in spec.query_scenarios:
+            raise RequestError(f"query: {scenario} has no queries; leave it out")
+        candidates, given = self._candidates(raw.get("candidates"))
+        return Request(
+            request_id=None if raw.get("request_id") is None else _text(raw["request_id"], "request_id"),
+            scenario=spec.scenarios.index(str(scenario)),
+            user_id=_text(raw.get("user_id"), "user_id"),
+            query=query,
+            context=self._profile("context", raw.get("context"), "context"),
+            time_us=self._time(raw.get("time")),
+            candidates=candidates,
+            given=given,
+            weights=_weights(raw.get("task", "ctr")),
+            k=_count(raw.get("k")),
+        )
+
+    def _candidates(self, raw: Any) -> tuple[list[str], dict[int, Profile]]:
+        if not isinstance(raw, list) or not 1 <= len(raw) <= MAX_CANDIDATES:
+            found = f"{len(raw)} of them" if isinstance(raw, list) else f"{type(raw).__name__}"
+            raise RequestError(f"candidates: {found}; a list of 1 to {MAX_CANDIDATES} items is needed")
+        names, given = [], {}
+        for place, candidate in enumerate(raw):
+            where = f"candidates[{place}]"
+            item = candidate if isinstance(candidate, Mapping) else {"id": candidate}
+            strange = sorted(set(item) - {"id", "features"})
+            if strange:
+                raise RequestError(f"{where}: unknown field {strange[0]!r}; an item has: id, features")
+            if item.get("features") is not None:
+                given[place] = self._profile("item", item["features"], f"{where}.features")
+            names.append(_text(item.get("id"), where))
+        return names, given
+
+    def _profile(self, owner: str, raw: Any, where: str) -> Profile:
+        if raw is not None and not isinstance(raw, Mapping):
+            raise RequestError(f"{where}: is {type(raw).__name__}; an object of features is needed")
+        try:
+            return self.encoder.profile(owner, raw or {})
+        except EncodeError as error:
+            raise RequestError(f"{where}: {error}") from error
+
+    def _time(self, raw: Any) -> int:
+        if raw is None:
+            time_us = time.time_ns() // 1000
+        else:
+            try:
+                moment = dt.datetime.fromisoformat(raw)
+                time_us = (moment - _EPOCH) // dt.timedelta(microseconds=1)
+            except (TypeError, ValueError) as error:
+                needed = "ISO 8601 with a zone is needed, such as 2026-01-08T12:00:00Z"
+                raise RequestError(f"time: {raw!r} cannot be read; {needed}") from error
+        if time_us < self._exact_from_us:
+            raise RequestError(
+                f"time: {iso_time(time_us)} is before {iso_time(self._exact_from_us)}, up to which this version's "
+                "histories go; leave it out, or publish from the lake of that day"
+            )
+        return time_us
+
+    def close(self) -> None:
+        """Unmap the store's files."""
+        self._users.close()
+
+
+def _text(value: Any, where: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise RequestError(f"{where}: is {value!r:.40}; a string that is not empty, or an integer, is needed")
+    try:
+        return category_text(value) or ""
+    except EncodeError as error:
+        raise RequestError(f"{where}: {error}") from error
+
+
+def _weights(task: Any) -> tuple[float, float]:
+    if isinstance(task, str) and task in TASKS:
+        return float(task == "ctr"), float(task == "ctcvr")
+    if isinstance(task, Mapping) and task and set(task) <= set(TASKS):
+        found = [task.get(name, 0) for name in TASKS]
+        if all(isinstance(w, int | float) and not isinstance(w, bool) and math.isfinite(w) for w in found):
+            return float(found[0]), float(found[1])
+    raise RequestError(f"task: {task!r:.60} is none; 'ctr', 'ctcvr', or an object of weights of both is needed")
+
+
+def _count(k: Any) -> int | None:
+    if k is None or (isinstance(k, int) and not isinstance(k, bool) and k >= 1):
+        return k
+    raise RequestError(f"k: is {k!r:.40}; an integer from 1 on is needed")
+
+
+__all__ = ["Ranker", "RequestError", "StoreError", "iso_time"]

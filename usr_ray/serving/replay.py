@@ -1,0 +1,234 @@
+"""Prove that serving equals training: every impression of some dates as a request at its time.
+
+Its encoded inputs must equal the samples table's columns bit for bit, and its probabilities the training model's. What
+the lake keeps raw (ids, queries, events) is encoded anew; context features, of which it keeps the encoded value only,
+are turned back into values where a vocabulary has them.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from usr_ray.data.events import read_events
+from usr_ray.data.manifest import DataError, Manifest, build_manifest, join_path, one_line, open_filesystem
+from usr_ray.schema import UNKNOWN_ID
+from usr_ray.serving.encode import Encoder, Profile, UserEvents
+from usr_ray.serving.export import model_id
+from usr_ray.serving.library import Run
+from usr_ray.serving.runtime import ExportedModel
+from usr_ray.serving.stores import ItemTable, UserStore, write_items, write_users
+from usr_ray.serving.versions import MODEL, open_encoder, stable_folder, verified_version
+from usr_ray.training.evaluate import check_table, load_run
+
+TOLERANCE = 1e-6
+_EXAMPLES = 3
+_REPORT_EVERY_S = 10.0
+_RAW = ("impression_id", "user_id", "item_id", "query")
+
+
+@dataclass(slots=True)
+class Difference:
+    """One input, or the probabilities, over all impressions."""
+
+    name: str
+    num_different: int = 0
+    largest: float = 0.0
+    examples: list[str] = field(default_factory=list)
+    """impression_id of the first ones."""
+
+    def add(self, impression: str, found: Any, expected: Any, tolerance: float = 0.0) -> None:
+        """Compare one impression's."""
+        found, expected = np.atleast_1d(found), np.atleast_1d(expected)
+        if found.shape == expected.shape and np.array_equal(found, expected):
+            return
+        gap = np.inf if found.shape != expected.shape else float(np.abs(found.astype(float) - expected).max())
+        self.largest = max(self.largest, gap)
+        if not gap <= tolerance:
+            self.num_different += 1
+            if len(self.examples) < _EXAMPLES:
+                self.examples.append(impression)
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What was compared."""
+
+    num_impressions: int
+    differences: tuple[Difference, ...]
+    """One an input feature and history column, and one a probability; those that are equal everywhere included."""
+
+    @property
+    def is_equal(self) -> bool:
+        """No input differs, and no probability by more than TOLERANCE."""
+        return not any(d.num_different for d in self.differences)
+
+    def lines(self) -> Iterator[str]:
+        """A table of all that was compared, what differs first."""
+        yield f"{'input':<34} {'differ':>9} {'largest':>10}  for example"
+        for d in sorted(self.differences, key=lambda d: (-d.num_different, d.name)):
+            yield f"{d.name:<34} {d.num_different:>9,} {d.largest:>10.3g}  {', '.join(d.examples)}"
+
+
+def replay(
+    run_dir: Path,
+    lake: Path | str,
+    registry: Path,
+    dates: tuple[dt.date, dt.date],
+    *,
+    report: Callable[[str], None] = print,
+) -> Replay:
+    """Replay the impressions of first..last (both included) against the stable version of a registry.
+
+    The version's program, vocabularies and code are those of the service; items and users are read from the lake into
+    stores of the same form, with all events, so that each request sees what was visible at its own time.
+
+    Args:
+        run_dir: the run that was published.
+        lake: that it was trained on.
+        registry: of jobs/publish.py.
+        dates: of impressions in the samples.
+        report: takes a line now and then.
+
+    Raises:
+        UserError: there is no such run, lake or registry, or the version is of another run.
+    """
+    folder = stable_folder(registry)
+    version = verified_version(folder)
+    trained = load_run(run_dir)
+    if model_id(trained.checkpoint) != version["model_id"]:
+        raise DataError(
+            f"--run-dir {run_dir}: its model is {model_id(trained.checkpoint)}, the registry's stable version "
+            f"{version['version']} is of another; name the run that was published"
+        )
+    manifest = build_manifest(lake, dates=dates)
+    check_table(trained, manifest)
+    encoder = open_encoder(folder)
+    program = ExportedModel(folder / MODEL, per_request=True)
+    with tempfile.TemporaryDirectory(prefix="usr-ray-replay-") as name:
+        stores = Path(name)
+        whole = build_manifest(lake, dates=(dt.date.min, dt.date.max), version=manifest.version)
+        write_items(stores, whole, encoder)
+        write_users(stores, whole, read_events(lake)[0], encoder, length=None)
+        report(f"items and users of samples version {manifest.version} read")
+        users = UserStore(stores, encoder)
+        replayed = _Replayer(encoder, program, ItemTable(stores), users, Run(run_dir, trained))
+        told = time.monotonic()
+        for rows in _rows(manifest):
+            replayed.add(rows)
+            if time.monotonic() - told >= _REPORT_EVERY_S:
+                told = time.monotonic()
+                report(f"{replayed.num_impressions:,} of {manifest.num_rows:,} impressions")
+        users.close()
+    return Replay(replayed.num_impressions, tuple(replayed.differences.values()))
+
+
+def _rows(manifest: Manifest) -> Iterator[pa.Table]:
+    filesystem, table_path = open_filesystem(manifest.table_uri)
+    for file in manifest.files:
+        path = join_path(table_path, file.path)
+        try:
+            with pq.ParquetFile(path, filesystem=filesystem, coerce_int96_timestamp_unit="us") as opened:
+                for index in range(opened.metadata.num_row_groups):
+                    yield opened.read_row_group(index)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{path}: cannot be read ({one_line(error)})") from error
+
+
+class _Replayer:
+    def __init__(self, encoder: Encoder, program: ExportedModel, items: ItemTable, users: UserStore, run: Run) -> None:
+        self._encoder, self._program, self._items, self._users, self._run = encoder, program, items, users, run
+        self._limits = {f.name: f.num_embeddings for f in encoder.spec.sparse}
+        self._values = {name: encoder.values(name) for name in encoder.categories["context"]}
+        self.num_impressions = 0
+        self.differences: dict[str, Difference] = {}
+
+    def add(self, rows: pa.Table) -> None:
+        """Compare every row of a part of the table."""
+        spec, encoder = self._encoder.spec, self._encoder
+        scores = self._run.score(rows)
+        raw = {name: rows[name].to_pylist() for name in _RAW}
+        time_us_N = rows["event_time"].cast(pa.timestamp("us", tz="UTC")).cast(pa.int64()).to_numpy()
+        columns = {f.name: rows[f.column].to_numpy() for f in spec.sparse}
+        columns |= {f.name: rows[f.column].to_numpy() for f in spec.dense}
+        history_names = [n for h in spec.histories for n in (h.item_ids, h.actions, h.ages_s, h.query_ids)]
+        lists = {name: rows[name].combine_chunks() for name in history_names if name is not None}
+        scenario_N = rows["scenario_index"].to_numpy()
+        for n in range(rows.num_rows):
+            impression = raw["impression_id"][n]
+            found = self._users.get(raw["user_id"][n])
+            events, user = (UserEvents.none(), encoder.nothing("user")) if found is None else found
+            item_ids, of_items, _ = self._items.find([raw["item_id"][n]], encoder)
+            inputs = encoder.inputs(
+                scenario=int(scenario_N[n]),
+                time_us=int(time_us_N[n]),
+                user_id=raw["user_id"][n],
+                query=raw["query"][n],
+                user=user,
+                context=self._context(columns, n),
+                events=events,
+                items=(item_ids, of_items),
+            )
+            self._compare(impression, inputs, columns, lists, n)
+            for name, value in self._program.predict(inputs).items():
+                self._difference(name).add(impression, value[0], scores[name][n].as_py(), TOLERANCE)
+        self.num_impressions += rows.num_rows
+
+    def _context(self, columns: dict[str, NDArray[Any]], n: int) -> Profile:
+        """The impression's context, from values where there are such again."""
+        encoder = self._encoder
+        values: dict[str, Any] = {}
+        encoded: dict[str, int] = {}
+        for name in encoder.categories["context"]:
+            number = int(columns[name][n])
+            values[name] = self._values[name].get(number)
+            if values[name] is None:
+                encoded[name] = number
+        for name in encoder.numbers["context"]:
+            scaled = float(columns[name][n])
+            values[name] = float(np.sign(scaled) * np.expm1(abs(scaled)))
+        profile = encoder.profile("context", values)
+        for name, number in encoded.items():  # a hash, or a value without an id
+            profile.ids[encoder.categories["context"].index(name)] = number
+        return profile
+
+    def _compare(
+        self, impression: str, inputs: dict[str, NDArray[Any]], columns: dict[str, NDArray[Any]], lists: Any, n: int
+    ) -> None:
+        spec = self._encoder.spec
+        places = {False: 0, True: 0}
+        for sparse in spec.sparse:
+            found = inputs["item_sparse" if sparse.owner == "item" else "request_sparse"][0]
+            expected = self._known(sparse.name, columns[sparse.name][n])
+            self._difference(sparse.name).add(impression, found[places[sparse.owner == "item"]], expected)
+            places[sparse.owner == "item"] += 1
+        places = {False: 0, True: 0}
+        for dense in spec.dense:
+            found = inputs["item_dense" if dense.owner == "item" else "request_dense"][0]
+            self._difference(dense.name).add(impression, found[places[dense.owner == "item"]], columns[dense.name][n])
+            places[dense.owner == "item"] += 1
+        for name, column in lists.items():
+            values = column[n].values.to_numpy(zero_copy_only=False)
+            found = inputs[name][0]
+            feature = name.rpartition("_history_")[2].removesuffix("_ids").replace("item", "item_id")
+            padded = np.zeros_like(found)
+            padded[len(found) - len(values) :] = self._known(feature, values)
+            self._difference(name).add(impression, found, padded)
+
+    def _known(self, feature: str, ids: Any) -> Any:
+        """Ids as the model knows them: values that have come since its training are unknown."""
+        limit = self._limits.get(feature)
+        return ids if limit is None else np.where(ids < limit, ids, UNKNOWN_ID)
+
+    def _difference(self, name: str) -> Difference:
+        return self.differences.setdefault(name, Difference(name))

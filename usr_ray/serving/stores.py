@@ -1,0 +1,267 @@
+"""What a service knows of items and users: files beside the model, read through memory maps, one read a request.
+
+    items.arrow          raw item_id -> row        (encode.ValueIndex)
+    items_ids.npy        (rows, 1 + categories): encoded item_id and categories, int32
+    items_numbers.npy    (rows, numbers), float32, scaled
+    users/data.mdb       LMDB: digest of the raw user_id -> one packed value, features and events
+
+Both are made from the lake: features from the newest impression of each item and user, events from `<lake>/state`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from usr_ray.config import UserError
+from usr_ray.data.manifest import REBUILD, DataError, Manifest, join_path, one_line, open_filesystem
+from usr_ray.serving.encode import Encoder, Ints, Profile, UserEvents, ValueIndex
+
+ITEMS, ITEM_IDS, ITEM_NUMBERS, USERS = "items.arrow", "items_ids.npy", "items_numbers.npy", "users"
+_EVENT_BYTES = 8 + 8 + 4 + 4 + 1 + 1
+_PAGE_BYTES = 4096
+_MIN_MAP_BYTES = 1 << 24
+
+
+class StoreError(UserError):
+    """A store that cannot be read."""
+
+
+# ---- from the lake
+
+
+def newest_features(manifest: Manifest, key: str, owner: str) -> pa.Table:
+    """Features of every user or item as its newest impression has them.
+
+    Args:
+        manifest: of all dates.
+        key: user_id or item_id.
+        owner: 'user' or 'item'.
+
+    Returns:
+        `key` (string), the encoded columns of its categories, the scaled ones of its numbers; one row a key.
+    """
+    spec = manifest.spec
+    columns = [f.column for f in spec.sparse if f.owner == owner and f.name != key]
+    columns += [f.column for f in spec.dense if f.owner == owner]
+    filesystem, table_path = open_filesystem(manifest.table_uri)
+    newest: pa.Table | None = None
+    for _, files in groupby(manifest.files, key=lambda file: file.date):
+        parts = [] if newest is None else [newest]
+        for file in files:
+            path = join_path(table_path, file.path)
+            try:
+                rows = pq.read_table(
+                    path, columns=[key, "event_time", *columns], filesystem=filesystem, partitioning=None
+                )
+            except (pa.ArrowException, OSError, KeyError) as error:
+                raise DataError(f"{path}: cannot be read ({one_line(error)}); {REBUILD}") from error
+            parts.append(rows.set_column(1, "event_time", rows["event_time"].cast(pa.timestamp("us", tz="UTC"))))
+        newest = _last_of_each(pa.concat_tables(parts), key)
+    assert newest is not None
+    return newest.drop_columns(["event_time"]).sort_by(key)
+
+
+def _last_of_each(rows: pa.Table, key: str) -> pa.Table:
+    rows = rows.sort_by([("event_time", "ascending")])
+    codes = rows[key].combine_chunks().dictionary_encode().indices.to_numpy()
+    _, from_end = np.unique(codes[::-1], return_index=True)
+    return rows.take(pa.array(len(codes) - 1 - from_end))
+
+
+def _profiles(rows: pa.Table, encoder: Encoder, owner: str) -> Profile:
+    """Rows of `newest_features` as the model takes them: ids that it has no embedding for are unknown."""
+    ids = np.zeros((rows.num_rows, len(encoder.categories[owner])), dtype=np.int32)
+    for place, name in enumerate(encoder.categories[owner]):
+        feature = encoder.spec.sparse_feature(name)
+        column = rows[feature.column].to_numpy()
+        ids[:, place] = np.where(column < feature.num_embeddings, column, 1)
+    numbers = np.zeros((rows.num_rows, len(encoder.numbers[owner])), dtype=np.float32)
+    dense = {f.name: f.column for f in encoder.spec.dense}
+    for place, name in enumerate(encoder.numbers[owner]):
+        numbers[:, place] = rows[dense[name]].to_numpy()
+    return Profile(ids, numbers)
+
+
+# ---- items
+
+
+def write_items(folder: Path, manifest: Manifest, encoder: Encoder) -> int:
+    """Write the item table of every item in the samples; its rows."""
+    rows = newest_features(manifest, "item_id", "item")
+    names = rows["item_id"].to_pylist()
+    profiles = _profiles(rows, encoder, "item")
+    ValueIndex.write(folder / ITEMS, names, np.arange(len(names)))
+    np.save(folder / ITEM_IDS, np.column_stack([encoder.ids("item_id", names).astype(np.int32), profiles.ids]))
+    np.save(folder / ITEM_NUMBERS, profiles.numbers)
+    return len(names)
+
+
+class ItemTable:
+    """The items of a version, memory-mapped. Raises StoreError when a file is missing or damaged."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            self._rows = ValueIndex(folder / ITEMS)
+            self._ids, self._numbers = (np.load(folder / name, mmap_mode="r") for name in (ITEM_IDS, ITEM_NUMBERS))
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise StoreError(f"{folder}: its items cannot be read ({one_line(error)}); publish again") from error
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def find(self, item_ids: Sequence[str], encoder: Encoder) -> tuple[Ints, Profile, NDArray[np.bool_]]:
+        """Encoded ids and features (N) of raw items, and which of them are in no impression of the lake."""
+        rows = self._rows.find(item_ids)
+        is_new = rows < 0
+        ids, numbers = self._ids[np.maximum(rows, 0)], self._numbers[np.maximum(rows, 0)]
+        if is_new.any():
+            nothing = encoder.nothing("item")
+            ids, numbers = np.array(ids), np.array(numbers)
+            ids[is_new, 0] = encoder.ids("item_id", [i for i, new in zip(item_ids, is_new, strict=True) if new])
+            ids[is_new, 1:], numbers[is_new] = nothing.ids, nothing.numbers
+        return ids[:, 0].astype(np.int64), Profile(ids[:, 1:], numbers), is_new
+
+
+# ---- users
+
+
+def write_users(
+    folder: Path, manifest: Manifest, events: pa.Table, encoder: Encoder, *, length: int | None
+) -> tuple[int, int]:
+    """Write the users of the samples into an LMDB.
+
+    Args:
+        folder: of the version.
+        manifest: of all dates of the samples.
+        events: of `usr_ray.data.events.read_events`.
+        encoder: of the same version.
+        length: newest events kept per scenario: what a request after all of them can see. None: all, for `replay`.
+
+    Returns:
+        Users written, and microseconds since 1970 before which a store with a length does not know what was visible.
+    """
+    rows = newest_features(manifest, "user_id", "user")
+    profiles = _profiles(rows, encoder, "user")
+    names: list[str] = rows["user_id"].to_pylist()
+    of_users, as_of = _events_of(events, encoder, names, length)
+    num_bytes = sum(
+        _PAGE_BYTES // 4 + 2 * _EVENT_BYTES * len(found.time) + 8 * (profiles.ids.shape[1] + profiles.numbers.shape[1])
+        for found in of_users
+    )
+    digests = [user_key(name) for name in names]
+    order = sorted(range(len(names)), key=digests.__getitem__)
+    environment = lmdb.open(str(folder / USERS), map_size=max(2 * num_bytes, _MIN_MAP_BYTES), lock=False, sync=False)
+    with environment.begin(write=True) as transaction:
+        for n in order:  # in the order of the keys pages are filled one after the other
+            profile = Profile(profiles.ids[n], profiles.numbers[n])
+            transaction.put(digests[n], _packed(of_users[n], profile), append=True)
+    environment.sync(True)
+    environment.close()
+    return len(names), as_of
+
+
+def _events_of(
+    events: pa.Table, encoder: Encoder, names: list[str], length: int | None
+) -> tuple[list[UserEvents], int]:
+    """The events of each user in `names`, and the instant after the newest of all."""
+    micros = pa.timestamp("us", tz="UTC")
+    time_V, known_V = (events[name].cast(micros).cast(pa.int64()).to_numpy() for name in ("event_time", "known_time"))
+    whole = UserEvents(
+        time=time_V,
+        known=np.maximum(known_V, time_V),
+        scenario=events["scenario"].to_numpy().astype(np.uint8),
+        action=events["action"].to_numpy().astype(np.uint8),
+        item=_encoded(events["item_id"], encoder, "item_id"),
+        query=_encoded(events["query"], encoder, "query"),
+    )
+    as_of = int(time_V.max(initial=0)) + 1
+    users = events["user_id"].combine_chunks().dictionary_encode()
+    # Sorted by user: code n is the n-th user, whose events stand together.
+    edges = [*np.flatnonzero(np.diff(users.indices.to_numpy(), prepend=-1)).tolist(), len(users)]
+    rows = dict(zip(users.dictionary.to_pylist(), (np.arange(*span) for span in pairwise(edges)), strict=True))
+    found = []
+    for name in names:
+        some = whole.rows(rows.get(name, np.empty(0, np.int64)))
+        found.append(some if length is None else some.rows(_kept(some, as_of, length)))
+    return found, as_of
+
+
+def _kept(events: UserEvents, as_of: int, length: int) -> Ints:
+    """What a request from `as_of` on can see: each scenario's newest `length` known events, and all not yet known."""
+    is_known = events.known <= as_of
+    kept = [np.flatnonzero(~is_known)]
+    for scenario in np.unique(events.scenario):
+        kept.append(np.flatnonzero((events.scenario == scenario) & is_known)[-length:])
+    return np.sort(np.concatenate(kept))
+
+
+def _encoded(column: pa.ChunkedArray, encoder: Encoder, feature: str) -> NDArray[np.int32]:
+    found = column.combine_chunks().dictionary_encode()
+    ids = np.append(encoder.ids(feature, found.dictionary.to_pylist()), 0)  # a null takes the last: padding
+    places = found.indices.fill_null(len(ids) - 1).to_numpy()
+    return ids[places].astype(np.int32)
+
+
+def user_key(user_id: str) -> bytes:
+    """Key of a user in the store."""
+    return hashlib.blake2b(user_id.encode(), digest_size=16).digest()
+
+
+def _packed(events: UserEvents, profile: Profile) -> bytes:
+    parts = (events.time, events.known, events.item, events.query, profile.ids, profile.numbers)
+    head = struct.pack("<II", len(events.time), 0)
+    return b"".join([head, *(part.tobytes() for part in parts), events.scenario.tobytes(), events.action.tobytes()])
+
+
+def _unpacked(value: bytes, num_ids: int, num_numbers: int) -> tuple[UserEvents, Profile]:
+    size = struct.unpack_from("<I", value)[0]
+    place = 8
+
+    def take(dtype: Any, count: int) -> NDArray[Any]:
+        nonlocal place
+        array = np.frombuffer(value, dtype, count, place)
+        place += array.nbytes
+        return array
+
+    time, known = take(np.int64, size), take(np.int64, size)
+    item, query = take(np.int32, size), take(np.int32, size)
+    profile = Profile(take(np.int32, num_ids), take(np.float32, num_numbers))
+    scenario, action = take(np.uint8, size), take(np.uint8, size)
+    return UserEvents(time, known, scenario, action, item, query), profile
+
+
+class UserStore:
+    """The users of a version. Raises StoreError when it cannot be opened or read."""
+
+    def __init__(self, folder: Path, encoder: Encoder) -> None:
+        self._sizes = (len(encoder.categories["user"]), len(encoder.numbers["user"]))
+        try:
+            self._environment = lmdb.open(
+                str(folder / USERS), readonly=True, lock=False, create=False, max_readers=1024
+            )
+        except (lmdb.Error, OSError) as error:
+            raise StoreError(f"{folder / USERS}: cannot be opened ({one_line(error)}); publish again") from error
+
+    def get(self, user_id: str) -> tuple[UserEvents, Profile] | None:
+        """Events and features of a user; None: in no impression of the lake."""
+        try:
+            with self._environment.begin() as transaction:
+                value = transaction.get(user_key(user_id))
+            return None if value is None else _unpacked(value, *self._sizes)
+        except (lmdb.Error, OSError, ValueError, struct.error) as error:
+            raise StoreError(f"users: cannot be read ({one_line(error)}); publish again") from error
+
+    def close(self) -> None:
+        """Unmap the files."""
+        self._environment.close()
