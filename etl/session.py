@@ -66,6 +66,9 @@ DEFAULTS = {
     "spark.databricks.delta.optimize.maxFileSize": str(MAX_FILE_BYTES),
     # Delta's own check knows one week and no runs; etl/lake/maintain.py knows who still needs a file.
     "spark.databricks.delta.retentionDurationCheck.enabled": "false",
+    # Or every call on a column asks the JVM several times more, to name the line of Python in an error's text.
+    "spark.python.sql.dataFrameDebugging.enabled": "false",
+    "spark.sql.dataFrameQueryContext.enabled": "false",
     "spark.log.level": "WARN",
     "spark.ui.showConsoleProgress": "false",
 }

@@ -23,6 +23,8 @@ from usr_ray.config import Config
 _INTEGERS = (T.ByteType, T.ShortType, T.IntegerType, T.LongType)
 REASON = "reason:"
 """Column of a feature table: why the row cannot be used; null where it can."""
+_TIME, _UNREADABLE, _UNPARSABLE, _RAW = "time:", "unreadable:", "unparsable:", "raw:"
+"""Columns between a log's own and those of `read_events`."""
 _ATOMIC = (T.StringType, T.BooleanType, T.NumericType, T.DateType)
 
 
@@ -130,7 +132,7 @@ def read_features(
     ident = _text(raw, log, key)
     tests = [*_unreadable(raw, [key, *categories, *numbers]), (ident.isNull(), f"null_{key}")]
     return raw.select(
-        F.coalesce(*(F.when(test, F.lit(name)) for test, name in tests)).alias(REASON),
+        first_reason(tests).alias(REASON),
         ident.alias(key),
         *(_category(raw, log, name).alias(name) for name in categories),
         *(_number(raw, log, name).alias(name) for name in numbers),
@@ -161,15 +163,16 @@ def _event_rows(log: EventLog, raw: DataFrame, *, text: bool, contexts: dict[str
     check_columns(log.name, names_of(raw), log.required)
     shown = log.kind == KIND_IMPRESSION
     has_query = shown and config.scenarios[log.scenario] in config.query_scenarios
-    event_time = _time(raw, log.name, "event_time", text=text)
-    ingest_time = _time(raw, log.name, "ingest_time", text=text) if "ingest_time" in raw.columns else None
-    null_time = F.lit(None).cast("timestamp")
+    # Times first, then columns, then what is said of them: in one step the plan would hold the same terms many times.
+    times = {name: _time(raw, log.name, name, text=text) for name in TIMES if name in raw.columns}
+    timed = raw.select(*map(own, raw.columns), *(time.alias(_TIME + name) for name, time in times.items()))
+    event_time = own(f"{_TIME}event_time")
     columns = {
         "id": _text(raw, log.name, log.key),
         "item_id": _text(raw, log.name, "item_id"),
         "user_id": _text(raw, log.name, "user_id"),
         "event_time": event_time,
-        "known_time": F.coalesce(ingest_time, event_time) if ingest_time is not None else event_time,
+        "known_time": F.coalesce(own(f"{_TIME}ingest_time"), event_time) if "ingest_time" in times else event_time,
         "impression_id": _text(raw, log.name, "impression_id") if log.kind == KIND_CLICK else _null("string"),
         "request_id": _text(raw, log.name, "request_id") if shown else _null("string"),
         "position": _position(raw, log.name) if shown else _null("int"),
@@ -182,25 +185,34 @@ def _event_rows(log: EventLog, raw: DataFrame, *, text: bool, contexts: dict[str
         columns[context_column(name)] = cast(raw, log.name, name) if there else nothing
     # A mapped time that cannot be read is null: whether there was one stands beside it.
     given = {name: as_written(name) if as_written(name) in raw.columns else name for name in TIMES}
+    texts = [log.key, "user_id", "item_id", "impression_id", "request_id", "query", *contexts]
+    read = timed.select(
+        *(column.alias(name) for name, column in columns.items()),
+        first_reason(_unreadable(raw, texts)).alias(_UNREADABLE),
+        *((own(given[name]).isNotNull() & own(_TIME + name).isNull()).alias(_UNPARSABLE + name) for name in times),
+        F.struct(*map(own, raw.columns)).alias(_RAW),
+    )
     tests = [
-        *_unreadable(raw, [log.key, "user_id", "item_id", "impression_id", "request_id", "query", *contexts]),
-        (columns["id"].isNull(), f"null_{log.key}"),
-        (columns["user_id"].isNull(), "null_user_id"),
-        (columns["item_id"].isNull(), "null_item_id"),
-        (F.col(given["event_time"]).isNull(), "null_event_time"),
-        (event_time.isNull(), "unparsable_event_time"),
+        (F.col("id").isNull(), f"null_{log.key}"),
+        (F.col("user_id").isNull(), "null_user_id"),
+        (F.col("item_id").isNull(), "null_item_id"),
+        (F.col("event_time").isNull() & ~own(f"{_UNPARSABLE}event_time"), "null_event_time"),
+        *((own(_UNPARSABLE + name), f"unparsable_{name}") for name in times),
     ]
-    if ingest_time is not None:
-        tests.append((F.col(given["ingest_time"]).isNotNull() & ingest_time.isNull(), "unparsable_ingest_time"))
-    reason = F.coalesce(*(F.when(test, F.lit(name)) for test, name in tests))
-    return raw.select(
+    judged = read.withColumn("reason", F.coalesce(own(_UNREADABLE), first_reason(tests)))
+    return judged.select(
         F.lit(log.name).alias("log"),
         F.lit(log.kind).alias("kind"),
         F.lit(log.scenario).alias("scenario"),
-        *(column.alias(name) for name, column in columns.items()),
-        reason.alias("reason"),
-        F.when(reason.isNotNull(), F.to_json(F.struct(*map(own, raw.columns)))).alias("row_json"),
-    ).withColumn("known_time", F.coalesce("known_time", null_time))
+        *map(own, columns),
+        "reason",
+        F.when(F.col("reason").isNotNull(), F.to_json(own(_RAW))).alias("row_json"),
+    )
+
+
+def first_reason(tests: Sequence[tuple[Column, str]]) -> Column:
+    """The reason of the first test that a row meets; null where it meets none."""
+    return F.coalesce(*(F.when(test, F.lit(name)) for test, name in tests), _null("string"))
 
 
 def _context_columns(config: Config, impressions: Sequence[DataFrame]) -> dict[str, bool]:

@@ -145,18 +145,20 @@ def _instant(raw: DataFrame, log: str, source: str, mapping: LogConfig) -> Colum
 def iso_instant(text: Column, zone: str) -> Column:
     """The instant of ISO 8601 text, null where it is none; local in `zone` where it names no zone of its own."""
     named = F.regexp_extract(text, _ISO, 1)
-    fixed = text
-    for short, offset in _AMERICAN.items():
-        fixed = F.when(named == short, F.regexp_replace(text, short + r"\s*$", offset)).otherwise(fixed)
-    known = named.rlike(_OFFSET) | named.isin([*_AMERICAN, *_zone_names()])
+    # Few and flat terms: a build plans them once for every time column of every log, again and again.
+    offset = F.try_element_at(F.create_map(*(F.lit(word) for pair in _AMERICAN.items() for word in pair)), named)
+    fixed = F.when(offset.isNull(), text).otherwise(F.regexp_replace(text, r"[A-Z]{3}\s*$", offset))
+    line = F.concat(F.lit("\n"), named, F.lit("\n"))
+    known = named.rlike(_OFFSET) | offset.isNotNull() | F.lit(_zone_lines()).contains(line)
     read = fixed.try_cast("timestamp")
     instant = F.when(named == "", _local(read, zone)).when(known, read)
     return F.when(text.rlike(_ISO), instant)
 
 
 @functools.cache
-def _zone_names() -> tuple[str, ...]:
-    return tuple(sorted(zoneinfo.available_timezones()))
+def _zone_lines() -> str:
+    """Names of the time zone database, a line each; no name that a row gives holds a line break."""
+    return "\n".join(("", *sorted(zoneinfo.available_timezones()), ""))
 
 
 def _local(read: Column, zone: str) -> Column:
