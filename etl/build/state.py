@@ -20,9 +20,10 @@ from pyspark.sql import types as T
 from etl.kernel.attribution import LabelRules
 from etl.kernel.chunks import FOREIGN
 from etl.kernel.packs import EVENT, VALUE
-from etl.lake.tables import STATE, Lake, create_table, replace_dates
+from etl.lake.tables import Lake, create_table, replace_dates
 from etl.session import kept
 from usr_ray.config import DAY_US, Config, day_number
+from usr_ray.schema import STATE
 
 STATE_SCHEMA = T.StructType(
     [

@@ -9,11 +9,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from usr_ray.schema import PAST_CLICK, PAST_ORDER
+
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 KIND_IMPRESSION, KIND_CLICK, KIND_ORDER = 1, 2, 3
-KIND_PAST_CLICK, KIND_PAST_ORDER = 4, 5
+KIND_PAST_CLICK, KIND_PAST_ORDER = PAST_CLICK, PAST_ORDER
 """Kinds of rows, in the order of equal times: a click precedes an order, as ACTION_CLICK precedes ACTION_ORDER.
 
 Past clicks and orders are history events that an earlier build attributed (etl/build/state.py), not rows of the logs.

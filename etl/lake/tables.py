@@ -27,12 +27,12 @@ from usr_ray.schema import (
     PARTITION_COLUMN,
     REJECTS,
     SAMPLES,
+    STATE,
     VOCABULARIES,
     FeatureSpec,
     index_column,
 )
 
-STATE = "state"
 TABLES = (SAMPLES, REJECTS, VOCABULARIES, STATE)
 """Delta tables of a lake."""
 

@@ -125,7 +125,8 @@ def test_a_job_on_three_machines_streams_stops_goes_on_and_its_end_arrives(clust
     wrong = cluster.job("wrong", "train.epochs=3")
     assert wrong.wait(timeout=240) == 1, cluster.printed("wrong")
     assert "error: unknown key 'train.epochs'; train has:" in cluster.printed("wrong")
-    assert (cluster.record("wrong")["status"], cluster.record("wrong")["driver_exit_code"]) == ("FAILED", 2)
+    record = cluster.record("wrong")
+    assert (record["status"], record["driver_exit_code"]) == ("FAILED", 2)
 
     first = cluster.job("first", *LONG)
     wait_for(lambda: steps_logged(cluster.folder / "run") >= 10 or first.poll() is not None, timeout_s=400)

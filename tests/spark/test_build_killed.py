@@ -47,13 +47,9 @@ class Lakes:
 
 
 @pytest.fixture(scope="module")
-def lakes(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Lakes:
+def lakes(spark: SparkSession, narrow_logs: Path, narrow_lake: Path, tmp_path_factory: pytest.TempPathFactory) -> Lakes:
     work = tmp_path_factory.mktemp("killed")
-    shop, late = worlds()
-    found = Lakes(
-        write_logs(logs_of(shop), work / "logs"), write_logs(logs_of(late), work / "late"), work / "old", work / "new"
-    )
-    build(spark, found.logs, found.old)
+    found = Lakes(narrow_logs, write_logs(logs_of(worlds()[1]), work / "late"), narrow_lake, work / "new")
     shutil.copytree(found.old, found.new)
     restate(spark, found.late_logs, found.new)
     assert content(found.old)[SAMPLES] != content(found.new)[SAMPLES]

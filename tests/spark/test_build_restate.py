@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import datetime as dt
 import json
 import shutil
 from pathlib import Path
@@ -17,25 +18,30 @@ from etl.build.samples import BuildRequest, Progress, build_samples
 from etl.checks import DataCheckError
 from etl.lake.tables import Lake
 from tests.etl_oracle import expected, unique
+from tests.spark.killed_build import OVERRIDES
 from tests.spark.shop import CONFIG, MINUTE, WINDOWS, Shop, logs_of, micros, moment, random_shop, write_logs
 from tests.spark.test_build_samples import DATES, WATERMARK, rows_of
-from usr_ray.config import load_config
+from usr_ray.config import Config, load_config
 
 pytestmark = pytest.mark.spark
 
 DAY = 24 * 60 * MINUTE
 SETTINGS = load_config(None, (*CONFIG, "vocabulary.min_count=2"))
+NARROW = load_config(None, (*OVERRIDES, 'labels.global_window="60 minutes"'))
+"""Two scenarios and no features, for what does not depend on how wide a row is."""
 
 
-def build(spark: SparkSession, logs: Path, lake: Path) -> None:
-    request = BuildRequest(logs=str(logs), lake=Lake(str(lake)), first=DATES[0], last=DATES[3], watermark=WATERMARK)
-    build_samples(spark, SETTINGS, request, Progress(write=lambda line: None))
+def build(spark: SparkSession, logs: Path, lake: Path, settings: Config, watermark: dt.datetime = WATERMARK) -> None:
+    request = BuildRequest(logs=str(logs), lake=Lake(str(lake)), first=DATES[0], last=DATES[3], watermark=watermark)
+    build_samples(spark, settings, request, Progress(write=lambda line: None))
 
 
-def restate(spark: SparkSession, logs: Path, lake: Path, **more: object) -> tuple[dict[str, list[str]], list[str]]:
+def restate(
+    spark: SparkSession, logs: Path, lake: Path, settings: Config, **more: object
+) -> tuple[dict[str, list[str]], list[str]]:
     lines: list[str] = []
     request = RestateRequest(logs=str(logs), lake=Lake(str(lake)), **({"watermark": WATERMARK} | more))  # type: ignore[arg-type]
-    return restate_samples(spark, SETTINGS, request, Progress(write=lines.append)), lines
+    return restate_samples(spark, settings, request, Progress(write=lines.append)), lines
 
 
 def content(lake: Path, table: str) -> list[str]:
@@ -85,7 +91,24 @@ def built(spark: SparkSession, shop: Shop, tmp_path_factory: pytest.TempPathFact
     """The shop's logs, and the lake of all four dates built from them."""
     work = tmp_path_factory.mktemp("restate")
     logs = write_logs(logs_of(shop), work / "logs")
-    build(spark, logs, work / "lake")
+    build(spark, logs, work / "lake", SETTINGS)
+    return logs, work / "lake"
+
+
+@pytest.fixture(scope="module")
+def narrow(shop: Shop) -> Shop:
+    """The shop without its third scenario."""
+    result = copy.deepcopy(shop)
+    for rows in (result.world.impressions, result.world.clicks, result.world.orders):
+        rows[:] = [row for row in rows if row["scenario"] != 2]
+    return result
+
+
+@pytest.fixture(scope="module")
+def built_narrow(spark: SparkSession, narrow: Shop, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    work = tmp_path_factory.mktemp("restate")
+    logs = write_logs(logs_of(narrow), work / "logs")
+    build(spark, logs, work / "lake", NARROW)
     return logs, work / "lake"
 
 
@@ -110,12 +133,12 @@ def test_late_events_change_the_touched_dates_and_equal_a_full_rebuild(
     first_files = files(lake)
 
     state = deltalake.DeltaTable(str(lake / "state")).version()
-    assert restate(spark, logs, lake)[0] == {}
+    assert restate(spark, logs, lake, SETTINGS)[0] == {}
     assert deltalake.DeltaTable(str(lake / "samples")).version() == 1
     assert deltalake.DeltaTable(str(lake / "state")).version() == state
 
     late_logs = write_logs(logs_of(late), tmp_path / "late")
-    touched, lines = restate(spark, late_logs, lake)
+    touched, lines = restate(spark, late_logs, lake, SETTINGS)
     # Exactly the dates whose rows the late events change: day 1 has the impression. Day 0 only has another reject.
     assert touched == changed_dates(shop, late)
     assert touched[str(DATES[1])] == ["labels"]
@@ -125,39 +148,34 @@ def test_late_events_change_the_touched_dates_and_equal_a_full_rebuild(
     assert any(f"impression_date={DATES[0]}" in file for file in kept)
     assert files(lake) & first_files == kept
 
-    build(spark, late_logs, fresh)
+    build(spark, late_logs, fresh, SETTINGS)
     for table in ("samples", "rejects", "vocabularies", "state"):
         assert content(lake, table) == content(fresh, table), table
     assert reports(lake) == reports(fresh)
-    assert restate(spark, late_logs, lake)[1][-1].endswith("nothing to restate in 4 dates")
+    assert restate(spark, late_logs, lake, SETTINGS)[1][-1].endswith("nothing to restate in 4 dates")
 
 
 def test_a_later_watermark_restates_the_dates_it_closes(
-    spark: SparkSession, built: tuple[Path, Path], tmp_path: Path
+    spark: SparkSession, built_narrow: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    logs, fresh = built[0], tmp_path / "fresh"
-    lake = Path(shutil.copytree(built[1], tmp_path / "lake"))
-    touched, _ = restate(spark, logs, lake, watermark=WATERMARK.replace(day=9))
+    logs, fresh = built_narrow[0], tmp_path / "fresh"
+    lake = Path(shutil.copytree(built_narrow[1], tmp_path / "lake"))
+    touched, _ = restate(spark, logs, lake, NARROW, watermark=WATERMARK.replace(day=9))
     # Labels close six hours after the impression: up to noon of day 3, days 0 and 1 were final, and day 2 was too.
     assert touched == {str(DATES[3]): ["final_until"]}
     assert all(row["is_mature"] for row in rows_of(lake / "samples"))
-    assert restate(spark, logs, lake, watermark=WATERMARK.replace(day=9), first=DATES[0], last=DATES[1])[0] == {}
-    build_samples(
-        spark,
-        SETTINGS,
-        BuildRequest(
-            logs=str(logs), lake=Lake(str(fresh)), first=DATES[0], last=DATES[3], watermark=WATERMARK.replace(day=9)
-        ),
-        Progress(write=lambda line: None),
+    assert (
+        restate(spark, logs, lake, NARROW, watermark=WATERMARK.replace(day=9), first=DATES[0], last=DATES[1])[0] == {}
     )
+    build(spark, logs, fresh, NARROW, WATERMARK.replace(day=9))
     assert content(lake, "samples") == content(fresh, "samples")
 
 
 def test_dates_whose_logs_are_gone_are_kept_and_those_after_them_can_be_restated(
-    spark: SparkSession, shop: Shop, built: tuple[Path, Path], tmp_path: Path
+    spark: SparkSession, narrow: Shop, built_narrow: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    lake, fresh = Path(shutil.copytree(built[1], tmp_path / "lake")), tmp_path / "fresh"
-    late = copy.deepcopy(shop)
+    lake, fresh = Path(shutil.copytree(built_narrow[1], tmp_path / "lake")), tmp_path / "fresh"
+    late = copy.deepcopy(narrow)
     shown = next(i for i in late.world.impressions if 3.2 * DAY < i["time"] < 3.4 * DAY and i["scenario"] == 1)
     late.world.click("late", shown["user"], shown["item"], 1, shown["time"] + MINUTE, shown["id"], known=int(3.9 * DAY))
     logs = logs_of(late)
@@ -172,22 +190,22 @@ def test_dates_whose_logs_are_gone_are_kept_and_those_after_them_can_be_restated
     before = {table: content(lake, table) for table in ("samples", "state")}
     refusal = r"hold no impression of 2026-01-01, which \S+ holds and would lose; .* --dates 2026-01-04:2026-01-04$"
     with pytest.raises(DataCheckError, match=refusal):
-        restate(spark, short, lake)
+        restate(spark, short, lake, NARROW)
     assert {table: content(lake, table) for table in before} == before
 
-    touched, _ = restate(spark, short, lake, first=DATES[3], last=DATES[3])
-    assert touched == changed_dates(shop, late)
+    touched, _ = restate(spark, short, lake, NARROW, first=DATES[3], last=DATES[3])
+    assert touched == changed_dates(narrow, late)
     assert set(touched) == {str(DATES[3])}
-    build(spark, write_logs(logs, tmp_path / "whole"), fresh)
+    build(spark, write_logs(logs, tmp_path / "whole"), fresh, NARROW)
     for table in ("samples", "rejects", "vocabularies", "state"):
         assert content(lake, table) == content(fresh, table), table
     assert reports(lake) == reports(fresh)
     state = deltalake.DeltaTable(str(lake / "state")).version()
-    assert restate(spark, short, lake, first=DATES[3], last=DATES[3])[0] == {}
+    assert restate(spark, short, lake, NARROW, first=DATES[3], last=DATES[3])[0] == {}
     assert deltalake.DeltaTable(str(lake / "state")).version() == state, "nothing new, nothing written"
 
 
 def test_a_lake_without_reports_has_nothing_to_restate(spark: SparkSession, tmp_path: Path) -> None:
     with pytest.raises(DataCheckError, match=r"--restate: .* has no reports .*; build them with --dates"):
-        restate(spark, tmp_path, tmp_path / "lake")
+        restate(spark, tmp_path, tmp_path / "lake", SETTINGS)
     assert not (tmp_path / "lake").exists()

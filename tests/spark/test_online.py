@@ -14,30 +14,20 @@ import pytest
 from pyspark.sql import SparkSession
 
 from etl.build.experiment import ALL, combinations, experiment_counts, user_counts
-from etl.build.samples import BuildRequest, Progress, build_samples
 from etl.lake.tables import Lake
 from jobs import online_report
+from tests.spark.conftest import EXAMPLE
 from usr_ray.config import Config, UserError, load_config
 from usr_ray.evaluation.experiment import counts_of, experiment_report
 
 pytestmark = pytest.mark.spark
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "own_logs"
 DATES = (dt.date(2026, 3, 28), dt.date(2026, 3, 30))
 
 
-@pytest.fixture(scope="module")
-def lake(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("online") / "lake"
-    request = BuildRequest(
-        logs=str(EXAMPLE),
-        lake=Lake(str(path)),
-        first=DATES[0],
-        last=DATES[1],
-        watermark=dt.datetime(2026, 4, 2, tzinfo=dt.UTC),
-    )
-    build_samples(spark, load_config(EXAMPLE / "own_logs.toml"), request, Progress(write=lambda line: None))
-    return path
+@pytest.fixture
+def lake(example_lake: Path) -> Path:
+    return example_lake
 
 
 def test_counts_are_those_of_a_plain_count(spark: SparkSession) -> None:

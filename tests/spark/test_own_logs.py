@@ -24,24 +24,18 @@ from etl.lake.tables import Lake
 from etl.logs.events import read_features
 from etl.logs.files import LogFolder
 from etl.logs.mapping import as_written, map_columns
+from tests.spark.conftest import EXAMPLE
 from usr_ray.config import LogConfig, load_config
 
 pytestmark = pytest.mark.spark
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "own_logs"
 BERLIN = zoneinfo.ZoneInfo("Europe/Berlin")
 UTC = dt.UTC
 
 
-@pytest.fixture(scope="module")
-def lake(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("own") / "lake"
-    config = load_config(EXAMPLE / "own_logs.toml")
-    request = BuildRequest(
-        logs=str(EXAMPLE), lake=Lake(str(path)), first=dt.date(2026, 3, 28), last=dt.date(2026, 3, 30)
-    )
-    build_samples(spark, config, request, Progress(write=lambda line: None))
-    return path
+@pytest.fixture
+def lake(example_lake: Path) -> Path:
+    return example_lake
 
 
 def shop_events() -> list[dict[str, str]]:

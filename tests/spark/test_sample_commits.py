@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -19,8 +20,7 @@ from etl.build.samples import BuildRequest, build_samples
 from etl.checks import DataCheckError
 from etl.jvm import table_version
 from etl.lake.tables import Lake, any_date_condition, replace_dates
-from tests.spark.killed_build import FIRST, LAST, QUIET, SETTINGS, WATERMARK, worlds
-from tests.spark.shop import logs_of, write_logs
+from tests.spark.killed_build import FIRST, LAST, QUIET, SETTINGS, WATERMARK
 from usr_ray.schema import PARTITION_COLUMN, SAMPLES
 
 pytestmark = pytest.mark.spark
@@ -34,15 +34,13 @@ def build(spark: SparkSession, logs: Path, lake: str, first: dt.date = FIRST, la
 
 
 @pytest.fixture(scope="module")
-def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_logs(logs_of(worlds()[0]), tmp_path_factory.mktemp("commits") / "logs")
+def logs(narrow_logs: Path) -> Path:
+    return narrow_logs
 
 
 @pytest.fixture(scope="module")
-def lake(spark: SparkSession, logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("commits") / "lake"
-    build(spark, logs, str(path))
-    return path
+def lake(narrow_lake: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copytree(narrow_lake, tmp_path_factory.mktemp("commits") / "lake"))
 
 
 def rows(table: Path) -> list[dict[str, Any]]:
