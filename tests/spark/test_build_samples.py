@@ -376,7 +376,6 @@ def test_a_request_of_raw_values_is_encoded_as_its_sample(
         num_events += sum(len(row[f"{s}_history_actions"]) for s in SCENARIOS)
     assert num_events > 500
     assert users.get("nobody") is None
-    users.close()
 
 
 def test_hashed_ids_are_spark_s(spark: SparkSession, lake: Path) -> None:

@@ -51,6 +51,7 @@ WORDS: dict[str, list[str]] = {
     "replay": DATES,
     "report": [],
     "score": DATES,
+    "serve": [],
     "study": ["--study", "ablations"],
     "train": [],
     "tune": [],
@@ -83,6 +84,12 @@ NO_PLACES = {
     "--status",
     "--not-stable",
     "--rollback",
+    "--host",
+    "--port",
+    "--replicas",
+    "--workers",
+    "--max-queued",
+    "--alone",
     "--use",
     "--help",
 }  # fmt: skip - a list of words
@@ -137,7 +144,7 @@ def world() -> Iterator[Path]:
 def words_of(job: str, world: Path, flag: str = "", place: str = "") -> list[str]:
     """A command line with good places, but for one."""
     good = {"--logs": "logs", "--lake": "lake", "--run-dir": "run", "--input": "input", "--config": "c.toml"}
-    good |= {"--plan": "file", "--runs": "run", "--registry": "input"}
+    good |= {"--plan": "file", "--runs": "run", "--registry": "input", "--token-file": "file"}
     words = list(WORDS[job])
     for name in parser_of(job).places:
         where = str(world / good.get(name, f"out/{job}{name}"))

@@ -86,9 +86,8 @@ def publish(
         _finish(temporary, version, [])
         ranker = Ranker.open(temporary)
         golden = [{"request": r, "items": ranker.score(r)["items"]} for r in golden_requests(manifest, iso_time(as_of))]
-        ranker.close()
         _finish(temporary, version, golden)
-        Ranker.open(temporary).close()  # opened as a service would: files verified, golden requests answered
+        Ranker.open(temporary)  # opened as a service would: files verified, golden requests answered
         os.replace(temporary, registry / VERSIONS / name)
         sync(registry / VERSIONS)
     finally:

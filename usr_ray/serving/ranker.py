@@ -255,10 +255,6 @@ class Ranker:
             )
         return time_us
 
-    def close(self) -> None:
-        """Unmap the store's files."""
-        self._users.close()
-
 
 def _text(value: Any, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":

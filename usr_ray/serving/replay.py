@@ -129,7 +129,6 @@ def replay(
             if time.monotonic() - told >= _REPORT_EVERY_S:
                 told = time.monotonic()
                 report(f"{replayed.num_impressions:,} of {manifest.num_rows:,} impressions")
-        users.close()
     return Replay(replayed.num_impressions, tuple(replayed.differences.values()))
 
 

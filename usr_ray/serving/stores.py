@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import threading
+import weakref
 from collections.abc import Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -241,27 +243,35 @@ def _unpacked(value: bytes, num_ids: int, num_numbers: int) -> tuple[UserEvents,
     return UserEvents(time, known, scenario, action, item, query), profile
 
 
+class _Environment:
+    """An open LMDB. A process may map one only once: all stores of a version share it, and the last one unmaps it."""
+
+    def __init__(self, path: Path) -> None:
+        self.lmdb = lmdb.open(str(path), readonly=True, lock=False, create=False)
+
+
+_open: weakref.WeakValueDictionary[Path, _Environment] = weakref.WeakValueDictionary()
+_opening = threading.Lock()
+
+
 class UserStore:
     """The users of a version. Raises StoreError when it cannot be opened or read."""
 
     def __init__(self, folder: Path, encoder: Encoder) -> None:
         self._sizes = (len(encoder.categories["user"]), len(encoder.numbers["user"]))
+        path = (folder / USERS).resolve()
         try:
-            self._environment = lmdb.open(
-                str(folder / USERS), readonly=True, lock=False, create=False, max_readers=1024
-            )
+            with _opening:
+                self._environment = _open.get(path) or _Environment(path)
+                _open[path] = self._environment
         except (lmdb.Error, OSError) as error:
             raise StoreError(f"{folder / USERS}: cannot be opened ({one_line(error)}); publish again") from error
 
     def get(self, user_id: str) -> tuple[UserEvents, Profile] | None:
         """Events and features of a user; None: in no impression of the lake."""
         try:
-            with self._environment.begin() as transaction:
+            with self._environment.lmdb.begin() as transaction:
                 value = transaction.get(user_key(user_id))
             return None if value is None else _unpacked(value, *self._sizes)
         except (lmdb.Error, OSError, ValueError, struct.error) as error:
             raise StoreError(f"users: cannot be read ({one_line(error)}); publish again") from error
-
-    def close(self) -> None:
-        """Unmap the files."""
-        self._environment.close()

@@ -134,7 +134,9 @@ def test_users_keep_what_a_later_request_can_see(encoder, stores):
     assert users.get("u2")[0].action.tolist() == [2]
     assert users.get("u2")[0].item.tolist() == [1]
     assert users.get("nobody") is None
-    users.close()
+    again = UserStore(folder, encoder)  # LMDB itself refuses to open one twice in a process
+    del users
+    assert again.get("u2")[0].action.tolist() == [2]
 
 
 def test_items_are_as_their_newest_impression_has_them(encoder, stores):

@@ -1,0 +1,92 @@
+"""Serve the stable version of a registry over HTTP, on Ray Serve.
+
+python jobs/serve.py --registry DIR [--host 127.0.0.1] [--port 8000] [--token-file FILE] [--replicas N] [--alone]
+
+--alone serves from this process without Ray. Anything but the loopback needs a token. docs/serving.md has the paths.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import signal
+import sys
+import threading
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from usr_ray.cli import JobParser, check_file, check_input, number_in, run_job
+from usr_ray.config import UserError
+from usr_ray.launch.environment import OWN, prepare_environment
+
+
+def read_token(path: Path | None, host: str) -> str | None:
+    """The token in a file.
+
+    Raises:
+        UserError: it is empty, or there is none though others than this machine could ask.
+    """
+    try:
+        is_loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError as error:
+        raise UserError(f"--host {host}: is not an IP address; write one, such as 127.0.0.1") from error
+    if path is None and not is_loopback:
+        raise UserError(f"--host {host}: whoever reaches it could ask; name a --token-file, or keep to 127.0.0.1")
+    if path is None:
+        return None
+    token = path.read_text(encoding="utf-8").strip()
+    if not token:
+        raise UserError(f"--token-file {path}: holds no token; write one into it, such as of `openssl rand -hex 32`")
+    return token
+
+
+def wait_for_signal(address: str) -> None:
+    """Say where the service is, and return when the process is told to end."""
+    stop = threading.Event()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: stop.set())
+    print(f"serving at {address}", flush=True)
+    stop.wait()
+
+
+def main(argv: list[str]) -> None:
+    parser = JobParser(__doc__)
+    parser.add_place("--registry", check_input, type=Path, required=True, help="of jobs/publish.py")
+    parser.add_place("--token-file", check_file, type=Path, metavar="FILE", help="the bearer token that requests carry")
+    parser.add_argument("--host", default="127.0.0.1", metavar="IP", help="address to listen on")
+    count = number_in("[1, 65535]", int)
+    parser.add_argument("--port", type=count, default=8000, help="of HTTP")
+    parser.add_argument("--replicas", type=count, default=1, help="processes, each with its own copy of the version")
+    parser.add_argument("--workers", type=count, default=2, help="requests that a replica computes at once")
+    parser.add_argument("--max-queued", type=count, default=32, help="requests that a replica takes before it says 429")
+    parser.add_argument("--alone", action="store_true", help="one process, without Ray")
+    arguments = parser.parse_args(argv)
+    token = read_token(arguments.token_file, arguments.host)
+    cluster = prepare_environment(dashboard=False)
+    from usr_ray.serving.app import make_app, serve_on_ray  # imports Ray, which reads the environment
+    from usr_ray.serving.service import Service, Settings
+
+    settings = Settings(
+        registry=arguments.registry.absolute(), num_workers=arguments.workers, max_queued=arguments.max_queued
+    )
+    if arguments.alone:
+        import uvicorn
+
+        service = Service(settings)
+        print(f"serving at http://{arguments.host}:{arguments.port}", flush=True)
+        uvicorn.run(make_app(service, token), host=arguments.host, port=arguments.port, log_level="warning")
+        service.close()
+        return
+    serve_on_ray(
+        settings,
+        token,
+        host=arguments.host,
+        port=arguments.port,
+        num_replicas=arguments.replicas,
+        own_cluster=cluster == OWN,
+        wait=wait_for_signal,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main))

@@ -1,0 +1,140 @@
+"""The service on the network: FastAPI in front of `service.Service`, alone or as a deployment of Ray Serve."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import os
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+
+from usr_ray import __version__
+from usr_ray.serving.service import MAX_BODY_BYTES, OverloadError, Service, Settings
+
+_OPEN = ("/healthz", "/readyz", "/metrics")
+"""Paths that answer without the token: they tell numbers and names of versions only."""
+
+
+def make_app(service: Service, token: str | None = None) -> FastAPI:
+    """The ASGI application of a service.
+
+    Args:
+        service: answers.
+        token: what `Authorization: Bearer` must carry; None: nothing.
+    """
+    app = FastAPI(title="usr-ray", version=__version__, docs_url=None, redoc_url=None)
+
+    @app.middleware("http")
+    async def guarded(request: Request, call_next: Any) -> Response:
+        path = request.url.path
+        if token is not None and path not in _OPEN:
+            given = request.headers.get("authorization", "")
+            if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+                return JSONResponse({"error": "Authorization: Bearer and the service's token are needed"}, 401)
+        return await call_next(request)
+
+    async def answer(request: Request, *, ranked: bool) -> Response:
+        body = b""
+        async for part in request.stream():
+            body += part
+            if len(body) > MAX_BODY_BYTES:  # no more is read; the answer says so
+                break
+        try:
+            status, content = await asyncio.wrap_future(service.submit(body, ranked=ranked))
+        except OverloadError:
+            status, content = 429, {"error": "too many requests wait; try again after a second"}
+        service.count(request.url.path, status)
+        return JSONResponse(content, status, headers={"Retry-After": "1"} if status == 429 else None)
+
+    @app.post("/v1/score")
+    async def score(request: Request) -> Response:
+        """Probabilities of the candidates, in their order."""
+        return await answer(request, ranked=False)
+
+    @app.post("/v1/rank")
+    async def rank(request: Request) -> Response:
+        """The candidates with the largest probabilities first."""
+        return await answer(request, ranked=True)
+
+    @app.get("/v1/model")
+    async def model() -> dict[str, Any]:
+        """The version that is served."""
+        return service.about()
+
+    @app.get("/healthz")
+    @app.get("/readyz")
+    async def ready() -> dict[str, str]:
+        """A service that has started has verified its version and answered its golden requests."""
+        return {"version": service.ranker.version["version"]}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """For Prometheus."""
+        return Response(service.metrics(), media_type="text/plain; version=0.0.4")
+
+    return app
+
+
+def deployment(settings: Settings, token: str | None, *, num_replicas: int = 1) -> Any:
+    """An application of Ray Serve: `ray.serve.run(deployment(...))`."""
+    from ray import serve
+
+    def build() -> FastAPI:
+        return make_app(Service(settings), token)
+
+    # The replica's own queue is the bound, and answers 429: Serve must let one request more in than it takes.
+    @serve.deployment(
+        name="usr_ray",
+        num_replicas=num_replicas,
+        max_ongoing_requests=4 * settings.max_queued,
+        ray_actor_options={"num_cpus": settings.num_workers * settings.num_threads},
+    )
+    @serve.ingress(build)
+    class UsrRay:
+        """One process with its own copy of the stable version."""
+
+    return UsrRay.bind()  # type: ignore[attr-defined]
+
+
+def serve_on_ray(
+    settings: Settings,
+    token: str | None,
+    *,
+    host: str,
+    port: int,
+    num_replicas: int,
+    own_cluster: bool,
+    wait: Callable[[str], None],
+) -> None:
+    """Serve until `wait` returns.
+
+    Args:
+        settings: of each replica.
+        token: see `make_app`.
+        host: address to listen on.
+        port: of HTTP.
+        num_replicas: processes, each with its own copy.
+        own_cluster: start a Ray on the loopback of this machine; else the one of the environment is used.
+        wait: called with the service's address once it answers.
+    """
+    import ray
+    from ray import serve
+
+    cores = num_replicas * settings.num_workers * settings.num_threads + 1
+    own: dict[str, Any] = {
+        "address": "local",
+        "num_cpus": max(cores, os.cpu_count() or 1),
+        "include_dashboard": False,
+        "_node_ip_address": "127.0.0.1",
+    }
+    ray.init(log_to_driver=False, **(own if own_cluster else {}))
+    try:
+        serve.start(http_options={"host": host, "port": port})
+        serve.run(deployment(settings, token, num_replicas=num_replicas), route_prefix="/")
+        wait(f"http://{host}:{port}")
+    finally:
+        serve.shutdown()
+        ray.shutdown()

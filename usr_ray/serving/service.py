@@ -1,0 +1,172 @@
+"""The service without a network: a version that is swapped while it answers, a bounded queue, metrics.
+
+A thread looks at the registry's pointer. When it names another version, that one is opened beside the running one: its
+files verified, its golden requests answered. Only then does the reference change, so that a request is answered by one
+version or the other, whole. A version that cannot be opened leaves the running one in place.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from usr_ray.config import UserError
+from usr_ray.serving.ranker import Ranker, RequestError
+from usr_ray.serving.versions import read_pointer
+
+MAX_BODY_BYTES = 4 << 20
+_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a service runs."""
+
+    registry: Path
+    num_threads: int = 1
+    """Of ONNX Runtime, for one request."""
+    num_workers: int = 2
+    """Requests that are computed at once."""
+    max_queued: int = 32
+    """Requests that are computed or wait; one more is refused at once (429)."""
+    poll_s: float = 1.0
+    """Seconds between two looks at the pointer."""
+
+
+class OverloadError(Exception):
+    """The queue is full."""
+
+
+class Service:
+    """Answers requests with the stable version of a registry.
+
+    Args:
+        settings: of the service.
+
+    Raises:
+        UserError: there is no version, or it cannot be opened.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.ranker = Ranker.load(settings.registry, num_threads=settings.num_threads)
+        self.last_error = ""
+        """Why the version that the pointer names is not the one that is served; '' where it is."""
+        self._pool = ThreadPoolExecutor(settings.num_workers, thread_name_prefix="score")
+        self._num_queued = 0
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._metrics = CollectorRegistry()
+        self._requests = Counter(
+            "usr_ray_serving_requests", "Requests by path and status.", ["path", "status"], registry=self._metrics
+        )
+        self._seconds = Histogram(
+            "usr_ray_serving_seconds",
+            "Seconds of a request, its wait included.",
+            buckets=_SECONDS,
+            registry=self._metrics,
+        )
+        self._candidates = Counter("usr_ray_serving_candidates", "Candidates scored.", registry=self._metrics)
+        self._degraded = Counter("usr_ray_serving_degraded", "Answers without history.", registry=self._metrics)
+        self._failed_swaps = Counter(
+            "usr_ray_serving_failed_swaps", "Versions that could not be opened.", registry=self._metrics
+        )
+        queue = Gauge("usr_ray_serving_queue", "Requests that are computed or wait.", registry=self._metrics)
+        queue.set_function(lambda: self._num_queued)
+        self._watcher = threading.Thread(target=self._watch, name="pointer", daemon=True)
+        self._watcher.start()
+
+    # ---- requests
+
+    def submit(self, body: bytes, *, ranked: bool) -> Any:
+        """A future of (status, answer) of one request; OverloadError when too many are in work."""
+        with self._lock:
+            if self._num_queued >= self.settings.max_queued:
+                raise OverloadError
+            self._num_queued += 1
+        started = time.perf_counter()
+        future = self._pool.submit(self._answer, body, ranked)
+        future.add_done_callback(lambda _: self._done(started))
+        return future
+
+    def _done(self, started: float) -> None:
+        with self._lock:
+            self._num_queued -= 1
+        self._seconds.observe(time.perf_counter() - started)
+
+    def _answer(self, body: bytes, ranked: bool) -> tuple[int, dict[str, Any]]:
+        ranker = self.ranker  # one version for the whole request
+        try:
+            answer = ranker.answer(parsed(body), ranked=ranked)
+        except RequestError as error:
+            return 422, {"error": str(error)}
+        self._candidates.inc(len(answer["items"]))
+        self._degraded.inc(answer["degraded"])
+        return 200, answer
+
+    def count(self, path: str, status: int) -> None:
+        """Count one answered request."""
+        self._requests.labels(path, status).inc()
+
+    def metrics(self) -> bytes:
+        """What Prometheus reads."""
+        return generate_latest(self._metrics)
+
+    def about(self) -> dict[str, Any]:
+        """The answer to GET /v1/model."""
+        version = {key: value for key, value in self.ranker.version.items() if key != "files"}
+        return {"stable": version, "last_error": self.last_error}
+
+    # ---- versions
+
+    def look(self) -> bool:
+        """Serve the version that the pointer names, if it is another one; True when it was swapped."""
+        try:
+            name = read_pointer(self.settings.registry)["stable"]
+            if name == self.ranker.version["version"]:
+                self.last_error = ""
+                return False
+            ranker = Ranker.load(self.settings.registry, num_threads=self.settings.num_threads)
+        except UserError as error:
+            if str(error) != self.last_error:
+                self._failed_swaps.inc()
+            self.last_error = str(error)
+            return False
+        # Requests that hold the old version finish with it; its files are unmapped when the last of them lets it go.
+        self.ranker, self.last_error = ranker, ""
+        return True
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(self.settings.poll_s):
+            try:
+                self.look()
+            except Exception as error:  # a disk that fails must not end the thread: what runs goes on
+                self.last_error = f"{type(error).__name__}: {error}"
+
+    def close(self) -> None:
+        """Finish the requests in work and end the threads."""
+        self._stopped.set()
+        self._watcher.join()
+        self._pool.shutdown()
+
+
+def parsed(body: bytes) -> Any:
+    """The JSON of a request. Raises RequestError."""
+    if len(body) > MAX_BODY_BYTES:
+        raise RequestError(f"request: has {len(body):,} bytes; {MAX_BODY_BYTES:,} are the most")
+
+    def refuse(name: str) -> Callable[[], None]:
+        raise RequestError(f"request: holds {name}; JSON has finite numbers only")
+
+    try:
+        return json.loads(body, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"request: is no JSON ({error})") from error
