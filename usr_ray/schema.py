@@ -40,6 +40,7 @@ LABEL_ORDER = (
 
 SAMPLES = "samples"
 VOCABULARIES = "vocabularies"
+ITEM_FEATURES = "item_features"
 STATE = "state"
 """Table of what builds keep for later ones: every attributed click and order of a user, and counts of values."""
 PAST_CLICK, PAST_ORDER = 4, 5
@@ -66,6 +67,8 @@ FEATURE_SPEC_PROPERTY = "usr_ray.feature_spec"
 It is set before the data it describes is committed: vocabularies only grow, so a spec that is early is safe and
 one that is late would give ids outside the embedding tables.
 """
+ITEM_FEATURES_PROPERTY = "usr_ray.item_features_version"
+"""Delta table property of `<lake>/samples` with the version of `<lake>/item_features` that belongs to its rows."""
 
 
 HASHED = "xxhash64"
@@ -138,6 +141,9 @@ class DenseFeature:
     owner: str
 
 
+_LATER_KEYS = ("history_item_features",)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureSpec:
     """What a samples table offers a model. Saved as a table property, in each manifest and in each checkpoint."""
@@ -155,6 +161,8 @@ class FeatureSpec:
     no_order_scenarios: tuple[str, ...] = ()
     """Scenarios whose logs know no orders (labels.no_order_scenarios): is_order and is_order_global are 0 on their
     rows because nobody looked, so neither the loss nor a metric takes them for labels."""
+    history_item_features: tuple[str, ...] = ()
+    """Sparse features of items that `<lake>/item_features` holds by encoded item id, for the events of histories."""
 
     @property
     def histories(self) -> tuple[HistoryColumns, ...]:
@@ -175,7 +183,11 @@ class FeatureSpec:
 
     def to_json(self) -> str:
         """One line of JSON with sorted keys; `from_json` reads it back equal."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        raw = asdict(self)
+        for name in _LATER_KEYS:
+            if not raw[name]:  # as it was written before there was such a key: old checkpoints still fit their tables
+                del raw[name]
+        return json.dumps(raw, sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> FeatureSpec:
@@ -189,7 +201,8 @@ class FeatureSpec:
             raw["dense"] = tuple(DenseFeature(**f) for f in raw["dense"])
             raw["scenarios"] = tuple(raw["scenarios"])
             raw["query_scenarios"] = tuple(raw["query_scenarios"])
-            raw["no_order_scenarios"] = tuple(raw.get("no_order_scenarios", ()))
+            for name in ("no_order_scenarios", *_LATER_KEYS):
+                raw[name] = tuple(raw.get(name, ()))
             return cls(**raw)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a feature spec: {error}") from error

@@ -20,11 +20,12 @@ from etl.build.samples import Job, Progress, read_from, row_plan, show_inputs, w
 from etl.build.staging import staging_folder
 from etl.build.state import DUPLICATE_SPAN, find_state, past_events, write_state
 from etl.checks import DataCheckError
+from etl.features.item_features import update_item_features
 from etl.features.vocabulary import existing_vocabularies, feature_spec
 from etl.kernel.attribution import LabelRules
 from etl.kernel.fingerprint import date_fingerprint
 from etl.kernel.packs import EVENT, VALUE
-from etl.lake.tables import Lake, check_tables
+from etl.lake.tables import Lake, check_tables, prepare_samples
 from usr_ray.config import Config
 from usr_ray.schema import SAMPLES
 
@@ -77,7 +78,8 @@ def restate_samples(
         whole = replace(state, complete_until=last if state.complete_until else None)
         write_state(spark, config, lake, whole, inputs.staged(EVENT), inputs.staged(VALUE), last)
         known = existing_vocabularies(spark, config, lake)
-        rows = row_plan(config, feature_spec(config, known), inputs.account, request.watermark, plan.days)
+        spec = feature_spec(config, known)
+        rows = row_plan(config, spec, inputs.account, request.watermark, plan.days)
         touched = touched_dates(reports, inputs.account, plan.rules, rows.watermark)
         recounted = [
             date for date, report in reports.items() if date in touched or _recounted(date, report, inputs.account)
@@ -88,6 +90,7 @@ def restate_samples(
             progress(f"nothing to restate in {len(reports)} dates")
             return {}
         rows = replace(rows, days=tuple(map(day_of, touched)))
+        prepare_samples(spark, lake, spec, config, update_item_features(spark, config, lake, inputs.items, known))
         job = Job(spark=spark, config=config, lake=lake, inputs=inputs, plan=rows, known=known, progress=progress)
         write_dates(job, _dates(touched), _dates(recounted))
     return touched

@@ -24,6 +24,7 @@ from etl.build.staging import staging_folder
 from etl.build.state import State, find_state, past_events, value_counts, write_state
 from etl.checks import AccountingError, DataCheckError
 from etl.features.encoding import encoded_packs, pack_features, sample_frame
+from etl.features.item_features import update_item_features
 from etl.features.vocabulary import Vocabularies, feature_spec, grow_vocabularies
 from etl.jvm import table_version
 from etl.kernel.attribution import LabelRules
@@ -100,7 +101,8 @@ def build_samples(spark: SparkSession, config: Config, request: BuildRequest, pr
         _check_dates(request, inputs.account)
         counts = value_counts(spark, lake, state, inputs.staged(VALUE))
         known, spec = grow_vocabularies(spark, config, lake, counts, (inputs.users, inputs.items), dates)
-        prepare_samples(spark, lake, spec, config)
+        item_features = update_item_features(spark, config, lake, inputs.items, known)
+        prepare_samples(spark, lake, spec, config, item_features)
         progress("vocabularies: " + ", ".join(f"{f.name} {f.num_embeddings - FIRST_ID:,}" for f in spec.sparse))
         rows = row_plan(config, spec, inputs.account, request.watermark, plan.days)
         job = Job(spark=spark, config=config, lake=lake, inputs=inputs, plan=rows, known=known, progress=progress)

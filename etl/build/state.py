@@ -20,7 +20,7 @@ from pyspark.sql import types as T
 from etl.kernel.attribution import LabelRules
 from etl.kernel.chunks import FOREIGN
 from etl.kernel.packs import EVENT, VALUE
-from etl.lake.tables import Lake, create_table, replace_dates
+from etl.lake.tables import Lake, content_hash, create_table, replace_dates
 from etl.session import kept
 from usr_ray.config import DAY_US, Config, day_number
 from usr_ray.schema import STATE
@@ -155,12 +155,12 @@ def write_state(
     until = max(last, state.complete_until or last)
     content = ""
     if state.since is None and until == last:
-        content = _content(frame)
+        content = content_hash(frame)
         if (content, until) == (state.content, state.complete_until):
             return
     elif state.since is not None and until == state.complete_until:
         there = spark.read.format("delta").option("versionAsOf", state.version).load(path).filter(condition)
-        if _content(there) == _content(frame):
+        if content_hash(there.select(STATE_SCHEMA.names)) == content_hash(frame):
             return
     mark = {"complete_until": until.isoformat(), "meaning": config.row_meaning(), "content": content}
     replace_dates(frame, path, condition, metadata=json.dumps(mark, sort_keys=True))
@@ -169,12 +169,6 @@ def write_state(
 def _earlier(spark: SparkSession, lake: Lake, state: State, part: str) -> DataFrame:
     table = spark.read.format("delta").option("versionAsOf", state.version).load(lake.path(STATE))
     return table.filter((F.col("part") == part) & (F.col("date") < F.lit(state.since)))
-
-
-def _content(frame: DataFrame) -> str:
-    places = (F.struct(F.lit(n), F.col(name)) for n, name in enumerate(STATE_SCHEMA.names))
-    row = frame.agg(F.count("*").alias("rows"), F.bit_xor(F.xxhash64(*places)).alias("hash")).collect()[0]
-    return f"{row['rows']} {row['hash']}"
 
 
 def _date(day: Column) -> Column:

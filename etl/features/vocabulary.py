@@ -277,6 +277,7 @@ def feature_spec(config: Config, known: Vocabularies | None = None) -> FeatureSp
         label_delay_us=config.labels.global_window_us + config.labels.order_window_us,
         label_day_span=config.labels.global_span == "day",
         no_order_scenarios=tuple(s for s in config.scenarios if s in config.labels.no_order_scenarios),
+        history_item_features=config.features.sides,
     )
 
 

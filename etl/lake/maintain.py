@@ -23,7 +23,7 @@ from etl.jvm import file_system, parquet_footer, table_properties, table_version
 from etl.lake.tables import TABLES, Lake, without_dictionaries
 from etl.session import MIN_FILE_BYTES
 from usr_ray.config import DAY_US
-from usr_ray.schema import PINS, SAMPLES
+from usr_ray.schema import ITEM_FEATURES, PINS, SAMPLES
 
 RETENTION_PROPERTY = "delta.deletedFileRetentionDuration"
 _DEFAULT_RETENTION_DAYS = 7.0
@@ -105,7 +105,7 @@ def maintain(spark: SparkSession, request: MaintainRequest, report: Callable[[st
         report(line)
     # Checked for all tables first: a refusal leaves everything as it is.
     doomed = {table: _doomed(spark, request, table) for table in tables} if request.vacuum else {}
-    held = _held(doomed.get(SAMPLES, []), holds)
+    held = _held([*doomed.get(SAMPLES, []), *doomed.get(ITEM_FEATURES, [])], holds)
     if held and not request.keep_pinned:
         raise DataCheckError(_refusal(lake.path(SAMPLES), held))
     # What runs read is kept out of VACUUM's sight altogether: nothing can come of age between the check and the deed.
@@ -113,7 +113,7 @@ def maintain(spark: SparkSession, request: MaintainRequest, report: Callable[[st
     for shape in before:
         # VACUUM first: it must not find what OPTIMIZE has only now put aside.
         if request.vacuum:
-            kept = pinned_files if shape.table == SAMPLES else set()
+            kept = pinned_files if shape.table in (SAMPLES, ITEM_FEATURES) else set()
             report(_vacuum(spark, request, shape.table, doomed[shape.table], kept))
         if request.optimize:
             report(_optimize(spark, request, shape))
@@ -339,7 +339,8 @@ def _parse(text: str, where: str) -> tuple[int, frozenset[str], dict[str, Any]]:
     """Version and file names of a manifest (files are objects) or a pin (files are paths)."""
     try:
         raw = json.loads(text)
-        paths = [file if isinstance(file, str) else file["path"] for file in raw["files"]]
+        files = (*raw["files"], *raw.get("item_features", ()))
+        paths = [file if isinstance(file, str) else file["path"] for file in files]
         return int(raw["version"]), frozenset(path.rpartition("/")[2] for path in paths), raw
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _unreadable(where, type(error).__name__) from error

@@ -14,6 +14,7 @@ from delta import exceptions as delta_exceptions
 from delta.tables import DeltaTable
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from etl.checks import DataCheckError
@@ -23,6 +24,8 @@ from usr_ray.schema import (
     ALL_LABELS,
     CONFIG_PROPERTY,
     FEATURE_SPEC_PROPERTY,
+    ITEM_FEATURES,
+    ITEM_FEATURES_PROPERTY,
     LABEL_ORDER,
     PARTITION_COLUMN,
     REJECTS,
@@ -33,7 +36,7 @@ from usr_ray.schema import (
     index_column,
 )
 
-TABLES = (SAMPLES, REJECTS, VOCABULARIES, STATE)
+TABLES = (SAMPLES, REJECTS, VOCABULARIES, ITEM_FEATURES, STATE)
 """Delta tables of a lake."""
 
 SWITCHED_OFF = {"delta.enableDeletionVectors": "false", "delta.columnMapping.mode": "none"}
@@ -44,7 +47,13 @@ TABLE_PROPERTIES = SWITCHED_OFF | {
     "delta.deletedFileRetentionDuration": "interval 60 days",
 }
 """Properties of every table of a lake."""
-STATISTICS = {SAMPLES: "event_time,scenario_index", REJECTS: "log", VOCABULARIES: "id", STATE: "part"}
+STATISTICS = {
+    SAMPLES: "event_time,scenario_index",
+    REJECTS: "log",
+    VOCABULARIES: "id",
+    ITEM_FEATURES: "item_id_index",
+    STATE: "part",
+}
 """Columns whose least and greatest values Delta keeps for each file: what readers and builds filter by."""
 _DISTINCT = ("impression_id", "request_id", "event_time", "click_time", "order_time", "request_key")
 _NEW_LAKE = "or build into a new --lake"
@@ -131,26 +140,40 @@ def samples_schema(spec: FeatureSpec) -> T.StructType:
     return T.StructType(fields)
 
 
+def item_features_schema(config: Config) -> T.StructType:
+    """Encoded item id, and the encoded id of each of its categories."""
+    names = ("item_id", *config.features.item_categories)
+    return T.StructType([T.StructField(index_column(name), T.LongType(), nullable=False) for name in names])
+
+
 def label_constraints() -> dict[str, str]:
     """CHECK constraints of the samples table: name -> condition."""
     ranges = {f"{name}_is_0_or_1": f"{name} IN (0.0, 1.0)" for name in ALL_LABELS}
     return ranges | {f"{low}_le_{high}": f"{low} <= {high}" for low, high in LABEL_ORDER}
 
 
-def prepare_samples(spark: SparkSession, lake: Lake, spec: FeatureSpec, config: Config) -> None:
-    """Create the samples table, or update its feature spec: before data is committed that needs it."""
+def prepare_samples(
+    spark: SparkSession, lake: Lake, spec: FeatureSpec, config: Config, item_features: int | None
+) -> None:
+    """Create the samples table, or update its feature spec: before data is committed that needs it.
+
+    `item_features` is the version of the table of that name, None where the configuration wants none.
+    """
     path = lake.path(SAMPLES)
+    properties = {FEATURE_SPEC_PROPERTY: spec.to_json()}
+    if item_features is not None:
+        properties[ITEM_FEATURES_PROPERTY] = str(item_features)
     if not lake.has(spark, SAMPLES):
-        properties = {
-            FEATURE_SPEC_PROPERTY: spec.to_json(),
-            CONFIG_PROPERTY: json.dumps(config.row_meaning(), sort_keys=True),
-        }
+        properties[CONFIG_PROPERTY] = json.dumps(config.row_meaning(), sort_keys=True)
         properties |= {f"delta.constraints.{name}": rule for name, rule in label_constraints().items()}
         create_table(spark, lake, SAMPLES, samples_schema(spec), PARTITION_COLUMN, properties)
-    elif table_properties(spark, path).get(FEATURE_SPEC_PROPERTY) != spec.to_json():
+        return
+    there = table_properties(spark, path)
+    if any(there.get(name) != value for name, value in properties.items()):
         # The spec is JSON of names checked by the configuration; quotes are doubled for SQL all the same.
-        value = spec.to_json().replace("\\", "\\\\").replace("'", "\\'")
-        spark.sql(f"ALTER TABLE delta.`{path}` SET TBLPROPERTIES ('{FEATURE_SPEC_PROPERTY}' = '{value}')")
+        escaped = {name: value.replace("\\", "\\\\").replace("'", "\\'") for name, value in properties.items()}
+        pairs = ", ".join(f"'{name}' = '{value}'" for name, value in escaped.items())
+        spark.sql(f"ALTER TABLE delta.`{path}` SET TBLPROPERTIES ({pairs})")
 
 
 def replace_dates(frame: DataFrame, path: str, condition: str, metadata: str = "") -> None:
@@ -201,6 +224,13 @@ def without_dictionaries(frame: DataFrame) -> None:
             frame.sparkSession.conf.set(f"parquet.enable.dictionary#{place}", "false")
 
 
+def content_hash(frame: DataFrame) -> str:
+    """Number of rows and a hash of them all, columns in the order given; the order of the rows does not matter."""
+    places = (F.struct(F.lit(n), F.col(name)) for n, name in enumerate(frame.columns))
+    row = frame.agg(F.count("*").alias("rows"), F.bit_xor(F.xxhash64(*places)).alias("hash")).collect()[0]
+    return f"{row['rows']} {row['hash']}"
+
+
 def dates_condition(column: str, first: dt.date, last: dt.date) -> str:
     """SQL condition: the column's date is in [first, last]."""
     return f"({column} >= DATE'{first}' AND {column} <= DATE'{last}')"
@@ -238,12 +268,14 @@ def create_table(
     lake: Lake,
     table: str,
     schema: T.StructType,
-    partition: str,
+    partition: str | None = None,
     properties: Mapping[str, str] | None = None,
 ) -> None:
     """Create one of a lake's tables, where there is none yet."""
     builder = DeltaTable.createIfNotExists(spark).location(lake.path(table))
-    builder = builder.addColumns(schema).partitionedBy(partition)
+    builder = builder.addColumns(schema)
+    if partition:
+        builder = builder.partitionedBy(partition)
     every = {**TABLE_PROPERTIES, "delta.dataSkippingStatsColumns": STATISTICS[table], **(properties or {})}
     for key, value in every.items():
         builder = builder.property(key, value)
@@ -268,6 +300,7 @@ def check_tables(spark: SparkSession, lake: Lake, config: Config, spec: FeatureS
         SAMPLES: samples_schema(spec),
         REJECTS: REJECTS_SCHEMA,
         VOCABULARIES: VOCABULARIES_SCHEMA,
+        ITEM_FEATURES: item_features_schema(config),
     }
     for table, schema in schemas.items():
         if not lake.has(spark, table):

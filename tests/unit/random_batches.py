@@ -10,6 +10,8 @@ from torch import Tensor
 from usr_ray.config import ModelConfig
 from usr_ray.config.model import ContrastiveConfig, GeneratorConfig, InterestConfig, MultitaskConfig
 from usr_ray.data.batch import History, UsrBatch
+from usr_ray.model.embedding import EmbeddingTables
+from usr_ray.model.unique import ItemSides
 from usr_ray.schema import DenseFeature, FeatureSpec, SparseFeature, index_column, scaled_column
 
 NAMES = ("search", "recommendation", "feed", "mail", "home", "cart", "ads", "live")
@@ -29,13 +31,14 @@ def make_spec(
     num_embeddings: int = 40,
     dense: bool = True,
     query_scenarios: tuple[str, ...] = ("search",),
+    sides: tuple[str, ...] = (),
 ) -> FeatureSpec:
     return FeatureSpec(
         scenarios=NAMES[:num_scenarios],
         query_scenarios=query_scenarios,
         sparse=tuple(
             SparseFeature(name=n, column=index_column(n), num_embeddings=num_embeddings, owner=o)
-            for n, o in OWNERS.items()
+            for n, o in (OWNERS | dict.fromkeys(sides, "item")).items()
         ),
         dense=tuple(
             DenseFeature(name=n, column=scaled_column(n), owner=o)
@@ -45,7 +48,20 @@ def make_spec(
         else (),
         history_length=6,
         label_delay_us=1,
+        history_item_features=sides,
     )
+
+
+def make_tables(spec: FeatureSpec, dim: int, seed: int) -> EmbeddingTables:
+    """Fresh tables; the items' categories are drawn, but for padding and unknown, which have none."""
+    if not spec.history_item_features:
+        return EmbeddingTables(spec, dim, seed)
+    g = torch.Generator().manual_seed(seed)
+    sizes = [spec.sparse_feature(name).num_embeddings for name in spec.history_item_features]
+    num_items = spec.sparse_feature("item_id").num_embeddings
+    ids_NC = torch.stack([torch.randint(0, size, (num_items,), generator=g) for size in sizes], dim=1)
+    ids_NC[:2] = 0
+    return EmbeddingTables(spec, dim, seed, sides=ItemSides(spec.history_item_features, ids_NC))
 
 
 def make_config(**changes: object) -> ModelConfig:

@@ -20,6 +20,8 @@ from usr_ray.schema import (
     CONFIG_PROPERTY,
     FEATURE_SPEC_PROPERTY,
     FIRST_ID,
+    ITEM_FEATURES,
+    ITEM_FEATURES_PROPERTY,
     SAMPLES,
     VOCABULARIES,
     DenseFeature,
@@ -42,6 +44,7 @@ def samples_spec(
     num_queries: int = 20,
     history_length: int = 5,
     label_delay_us: int = 25 * HOUR_US,
+    sides: Sequence[str] = (),
 ) -> FeatureSpec:
     """Spec of the table: the fixed features, one item category and two numbers."""
     sizes = {"user_id": (num_users, "user"), "item_id": (num_items, "item"), "query": (num_queries, "query")}
@@ -59,6 +62,7 @@ def samples_spec(
         ),
         history_length=history_length,
         label_delay_us=label_delay_us,
+        history_item_features=tuple(sides),
     )
 
 
@@ -134,6 +138,12 @@ def write_samples(
     )
     # Not as `configuration` of the write: delta-rs takes its own keys only there.
     properties = {FEATURE_SPEC_PROPERTY: spec.to_json()} | ({CONFIG_PROPERTY: built_with} if built_with else {})
+    if spec.history_item_features:
+        properties[ITEM_FEATURES_PROPERTY] = "0"
+        items_N = np.arange(FIRST_ID, spec.sparse_feature("item_id").num_embeddings)
+        num_brands = spec.sparse_feature("brand").num_embeddings
+        brands_N = items_N % (num_brands - 1) + 1  # as in the rows
+        write_deltalake(str(lake / ITEM_FEATURES), pa.table({"item_id_index": items_N, "brand_index": brands_N}))
     DeltaTable(lake / SAMPLES).alter.set_table_properties(properties, raise_if_not_exists=False)
 
 

@@ -45,6 +45,18 @@ class SlowUsr:
         self.model, self.spec = model, spec
         self.tables = {n: t.double() for n, t in tables.tables.items()}
         self.no_query = model.inputs.no_query_D
+        self.sides = tables.sides
+
+    def item(self, number: int) -> list[Tensor]:
+        """e_item and the rows of its categories, by what the item features say of it."""
+        named = [] if self.sides is None else zip(self.sides.names, self.sides.ids_NC[number].tolist(), strict=True)
+        return [self.tables["item_id"][number], *(self.tables[name][value] for name, value in named)]
+
+    def target(self, batch: UsrBatch, row: int) -> Tensor:
+        """t: of the row's own columns, which an item unknown to the item features has too."""
+        values = dict(zip((f.name for f in self.spec.sparse), batch.sparse_BF[row].tolist(), strict=True))
+        names = ("item_id", *(() if self.sides is None else self.sides.names))
+        return torch.cat([*(self.tables[name][values[name]] for name in names), self.query(values["query"])])
 
     def query(self, number: int) -> Tensor:
         return self.no_query if number == 0 else self.tables["query"][number]
@@ -72,7 +84,7 @@ class SlowUsr:
         for owner in ("user", "item"):
             own = [p for p, feature in zip(parts, self.spec.sparse, strict=False) if feature.owner == owner]
             sums[owner] = sum(own) / len(own) ** 0.5
-        past = [self.tables["item_id"][item] for _, item, _, _, _ in row_events(batch, row)]
+        past = [sum(v := self.item(item)) / len(v) ** 0.5 for _, item, _, _, _ in row_events(batch, row)]
         query = [self.query(int(batch.sparse_BF[row, 2]))] if self.spec.query_scenarios else []
         others = [*query, torch.stack(past).mean(0) if past else torch.zeros_like(parts[0])]
         sides = [x / 0.05 for x in (sums["user"], sums["item"], *others)]
@@ -103,7 +115,7 @@ class SlowUsr:
         kinds, vectors = self.model.inputs.kinds, []
         for s, item, query, action, age in row_events(batch, row):
             bucket = min(int(math.log2(1 + age)), 31)
-            own = torch.cat([self.tables["item_id"][item], self.query(query)])
+            own = torch.cat([*self.item(item), self.query(query)])
             vectors.append(own + kinds.type_SH[s] + kinds.action_AH[action] + kinds.age_GH[bucket])
         return vectors
 
@@ -133,9 +145,7 @@ class SlowUsr:
         model, views, own = self.model, range(len(self.spec.scenarios)), int(batch.scenario_B[row])
         f, context = self.features(batch, row)
         e_k, events = model.scenario_embedding_SE[own], self.events(batch, row)
-        target = torch.cat(
-            [self.tables["item_id"][int(batch.sparse_BF[row, 1])], self.query(int(batch.sparse_BF[row, 2]))]
-        )
+        target = self.target(batch, row)
         z = [] if model.trigger is None else [self.trigger(batch, row, view, context) for view in views]
         if model.interest is not None:
             i = [self.interest(target, z[view], events) for view in views]

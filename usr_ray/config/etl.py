@@ -131,9 +131,12 @@ class FeaturesConfig:
     item_numbers: tuple[str, ...] = ()
     context_categories: tuple[str, ...] = ()
     context_numbers: tuple[str, ...] = ()
+    history_item_features: tuple[str, ...] = ("*",)
+    """Item categories that each event of a history carries beside its item's id; "*": all of them."""
 
     def __post_init__(self) -> None:
-        names = [name for f in dataclasses.fields(self) for name in getattr(self, f.name)]
+        columns = [f.name for f in dataclasses.fields(self) if f.name != "history_item_features"]
+        names = [name for column in columns for name in getattr(self, column)]
         # Delta has no such columns, and the names are part of a table property that is set by a statement of SQL.
         # A dot would name a field of a structure; a colon marks the ETL's own columns beside the features.
         strange = [name for name in names if not name or re.search(r"[\s,;{}()=`'\"\\$.:\x00-\x1f\x7f]", name)]
@@ -154,6 +157,18 @@ class FeaturesConfig:
             f"features: {' and '.join(map(repr, alike[:2]))} differ in case only, and tables ignore case; map one to "
             "another name in [logs] columns",
         )
+        strange = sorted(set(self.history_item_features) - {"*", *self.item_categories})
+        require(
+            not strange,
+            f"features.history_item_features: {', '.join(strange)} is not in features.item_categories "
+            f"({', '.join(self.item_categories) or 'none'}); name categories of items, or leave it out for all of them",
+        )
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """Names that `history_item_features` stands for, in the order of `item_categories`."""
+        wanted = self.history_item_features
+        return tuple(name for name in self.item_categories if "*" in wanted or name in wanted)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

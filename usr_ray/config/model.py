@@ -90,6 +90,8 @@ class ModelConfig:
     trigger_dim: int = number(16, SIZE)
     recent_queries: int = number(10, SIZE)
     """Newest past queries whose mean stands for the query in a query scenario's view of a row without one."""
+    event_sides: bool = True
+    """Events of histories and the target carry the item's categories beside its id, as far as the table has them."""
     interactions: bool = True
     """Products user * item, query * item and history * item among the features (usr_ray/model/inputs.py)."""
     interaction_hidden: int = number(32, "[0, 65536]")

@@ -108,6 +108,7 @@ class Config:
         """The keys that decide what a row of the samples means; min_count is not one: it only adds ids."""
         raw = self.to_dict()
         meaning = {key: raw[key] for key in ("scenarios", "query_scenarios", "labels", "histories", "features")}
+        del meaning["features"]["history_item_features"]  # a table of its own (etl/features/item_features.py)
         # "60 minutes" is "1 hour", and an empty global window is the click window.
         for name in ("click_window", "order_window", "global_window", "clock_skew"):
             meaning["labels"][name] = f"{getattr(self.labels, f'{name}_us') / 1e6:g} s"

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from usr_ray.data.manifest import Manifest, RowGroupRef, one_line
+from usr_ray.data.manifest import Manifest, RowGroupRef
+from usr_ray.files import one_line
 
 
 class RowGroupCache:

@@ -23,9 +23,9 @@ from usr_ray.data.manifest import (
     join_path,
     labels_close_us,
     model_columns,
-    one_line,
     open_filesystem,
 )
+from usr_ray.files import one_line
 from usr_ray.schema import ACTION_ORDER, ALL_LABELS, LABEL_ORDER, FeatureSpec, HistoryColumns
 
 _STRIP_ROWS = 4096

@@ -11,7 +11,7 @@ import datetime as dt
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +25,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from usr_ray.config import DAY_US, UserError, check_table_address
-from usr_ray.files import write_whole
+from usr_ray.files import one_line, whole_line, write_whole
 from usr_ray.schema import (
     ALL_LABELS,
     CONFIG_PROPERTY,
     FEATURE_SPEC_PROPERTY,
+    ITEM_FEATURES,
+    ITEM_FEATURES_PROPERTY,
     PARTITION_COLUMN,
     SAMPLES,
     VOCABULARIES,
@@ -89,6 +91,15 @@ class RowGroupRef:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FeatureFile:
+    """One Parquet file of `<lake>/item_features`."""
+
+    path: str
+    """Relative to that table."""
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """What a run reads. Files are sorted by (date, path); a row's number is its position in that order."""
 
@@ -98,6 +109,8 @@ class Manifest:
     files: tuple[DataFile, ...]
     built_with: str
     """Configuration keys that decide what a row means, as JSON (schema.CONFIG_PROPERTY); '' where not known."""
+    item_features: tuple[FeatureFile, ...]
+    """Of the version of `<lake>/item_features` that belongs to the rows; none where `spec` names no such features."""
     sha256: str
     """Of everything that fixes the order of rows; not of table_uri (a copy of the table reads alike) or version."""
 
@@ -146,6 +159,7 @@ class Manifest:
                 spec=FeatureSpec.from_json(json.dumps(raw["spec"])),
                 built_with=raw.get("built_with", ""),
                 files=[_file_from_dict(file) for file in raw["files"]],
+                item_features=[FeatureFile(**file) for file in raw.get("item_features", [])],
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"manifest {path}: not a manifest ({error}); build it again from the lake") from error
@@ -155,14 +169,29 @@ class Manifest:
 
 
 def make_manifest(
-    *, table_uri: str, version: int, spec: FeatureSpec, files: list[DataFile], built_with: str = ""
+    *,
+    table_uri: str,
+    version: int,
+    spec: FeatureSpec,
+    files: list[DataFile],
+    item_features: Sequence[FeatureFile] = (),
+    built_with: str = "",
 ) -> Manifest:
     """A manifest of these files, sorted by (date, path) and hashed."""
     ordered = tuple(sorted(files, key=lambda file: (file.date, file.path)))
-    fixed = [FORMAT, [dataclasses.asdict(file) for file in ordered]]
+    of_items = tuple(sorted(item_features, key=lambda file: file.path))
+    fixed: list[Any] = [FORMAT, [dataclasses.asdict(file) for file in ordered]]
+    if of_items:
+        fixed.append([dataclasses.asdict(file) for file in of_items])
     sha256 = hashlib.sha256(json.dumps(fixed, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
     return Manifest(
-        table_uri=table_uri, version=version, spec=spec, files=ordered, built_with=built_with, sha256=sha256
+        table_uri=table_uri,
+        version=version,
+        spec=spec,
+        files=ordered,
+        built_with=built_with,
+        item_features=of_items,
+        sha256=sha256,
     )
 
 
@@ -254,7 +283,21 @@ def build_manifest(lake: Path | str, *, dates: tuple[dt.date, dt.date], version:
         files = [file for file in pool.map(footer, chosen) if file.row_groups]
     if not files:
         raise UserError(f"{table_uri}: no rows in {dates[0]}:{dates[1]}; its files of these dates are empty")
-    return make_manifest(**about, files=files)
+    of_items = _item_features(table, lake) if about["spec"].history_item_features else ()
+    return make_manifest(**about, files=files, item_features=of_items)
+
+
+def _item_features(table: Any, lake: Path | str) -> list[FeatureFile]:
+    """The files of the version of `<lake>/item_features` that belongs to a version of the samples."""
+    wanted = table.metadata().configuration.get(ITEM_FEATURES_PROPERTY, "")
+    if not wanted.isdecimal():
+        raise DataError(
+            f"{table_address(lake, SAMPLES)}: the table property {ITEM_FEATURES_PROPERTY} is missing, though the "
+            "feature spec names categories of history events; rebuild the newest date with jobs/build_samples.py"
+        )
+    adds = pa.table(_open_table(table_address(lake, ITEM_FEATURES), int(wanted)).get_add_actions(flatten=True))
+    pairs = zip(adds.column("path").to_pylist(), adds.column("size_bytes").to_pylist(), strict=True)
+    return [FeatureFile(path=path, size_bytes=size) for path, size in pairs]
 
 
 def open_samples(lake: Path | str) -> Manifest:
@@ -402,18 +445,6 @@ def join_path(table_path: str, path: str) -> str:
     if ".." in path.split("/"):
         raise DataError(f"{table_path}: its log names the file {path!r}, which is outside of the table; {REBUILD}")
     return path if path.startswith("/") else f"{table_path.rstrip('/')}/{path}"
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's text, without the final stop."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(". ") if lines else type(error).__name__
-
-
-def whole_line(error: BaseException) -> str:
-    """All lines of an error's text as one, without colours: delta-rs puts the cause into the last of them."""
-    lines = re.sub("\x1b\\[[0-9;]*m", "", str(error)).splitlines()
-    return ": ".join(line.strip(" \t.↳") for line in lines if line.strip()) or type(error).__name__
 
 
 def read_footer(

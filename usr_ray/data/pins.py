@@ -42,7 +42,7 @@ def write_pin(manifests: Sequence[Manifest], run_dir: Path) -> None:
         "host": socket.gethostname(),
         "created": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "version": manifests[0].version,
-        "files": sorted({file.path for manifest in manifests for file in manifest.files}),
+        "files": sorted({path for manifest in manifests for path in _paths(manifest)}),
     }
     system, path = _place(manifests[0].table_uri, run_dir)
     text = json.dumps(pin, indent=1) + "\n"
@@ -72,3 +72,8 @@ def remove_pin(table_uri: str, run_dir: Path) -> None:
 def _place(table_uri: str, run_dir: Path) -> tuple[pafs.FileSystem, str]:
     system, table = open_filesystem(table_uri)
     return system, f"{table.rstrip('/').rpartition('/')[0]}/{PINS}/{pin_name(run_dir)}.json"
+
+
+def _paths(manifest: Manifest) -> list[str]:
+    """Every file that a run reads, each relative to its table."""
+    return [file.path for file in manifest.files] + [file.path for file in manifest.item_features]

@@ -22,7 +22,7 @@ from typing_extensions import override
 from usr_ray.data.batch import UsrBatch
 from usr_ray.model.counter_random import hash_keys, to_uniform
 from usr_ray.model.ops import Places
-from usr_ray.model.unique import EmbeddingError, TableIds, UniqueIds, unique_ids
+from usr_ray.model.unique import EmbeddingError, ItemSides, TableIds, UniqueIds, unique_ids
 from usr_ray.schema import PADDING_ID, FeatureSpec
 
 INIT_STD = 0.05
@@ -54,6 +54,8 @@ class TableLookup:
     """int64: place in ids_U of the row's own value."""
     events: Places | None
     """Places in ids_U of the histories' values; None for tables that no history uses."""
+    of_items: Places | None = None
+    """See TableIds."""
 
     def update(self) -> tuple[Tensor, Tensor]:
         """(ids, gradients) of the rows to train, padding left out; zeros where the loss did not reach the table."""
@@ -75,6 +77,9 @@ class Lookup:
 
 class RowSource(abc.ABC):
     """Tables as a model sees them. All ranks must call `lookup` together."""
+
+    sides: ItemSides | None
+    """What the items of histories are; None: nothing but their ids is looked up."""
 
     @abc.abstractmethod
     def num_rows(self) -> dict[str, int]:
@@ -100,7 +105,7 @@ class RowSource(abc.ABC):
         Raises:
             EmbeddingError: an id is outside its table: the samples table grew after this run's manifest.
         """
-        return unique_ids(batch, self.num_rows())
+        return unique_ids(batch, self.num_rows(), self.sides)
 
 
 class EmbeddingTables(RowSource):
@@ -114,9 +119,18 @@ class EmbeddingTables(RowSource):
         dim: D.
         seed: of the fresh rows.
         device: where the tables live; batches must be on the same device.
+        sides: what the items of histories are, where the model wants to know.
     """
 
-    def __init__(self, spec: FeatureSpec, dim: int, seed: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        spec: FeatureSpec,
+        dim: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        sides: ItemSides | None = None,
+    ) -> None:
+        self.sides = sides
         self.dim = dim
         self.seed = seed
         self.device = torch.device(device)
@@ -135,7 +149,7 @@ class EmbeddingTables(RowSource):
         rows_UD = table_ND.index_select(0, ids.ids_U)
         if torch.is_grad_enabled():
             rows_UD.requires_grad_()
-        return TableLookup(ids.ids_U, rows_UD, ids.column_B, ids.events)
+        return TableLookup(ids.ids_U, rows_UD, ids.column_B, ids.events, ids.of_items)
 
     @override
     def num_rows(self) -> dict[str, int]:

@@ -1,15 +1,19 @@
 """What a model asks of a batch's histories: jagged in a training batch, padded in the inputs of an exported model.
 
-h_j = [e_item ; e_query or e_noq] + type + action + log-dt, where type is the scenario the event happened in.
+h_j = [e_item ; e_side .. ; e_query or e_noq] + type + action + log-dt, where type is the scenario the event happened
+in and the sides are the item's categories (FeatureSpec.history_item_features), which come with the item and not with
+the event: a category's row is put beside its item's once, however many events name the item.
 
 Shape letters: B rows, S scenarios, V events of all histories (scenario after scenario, then row after row), G = S * B
 histories, L longest row of the batch over all scenarios (padded: S times the history length), P = B * L slots,
-R newest past queries, D embedding, H = 2 D event vector, I columns of a projection, N kinds of events.
+R newest past queries, D embedding, X = D (1 + sides) item vector, H = X + D event vector, I columns of a projection,
+N kinds of events.
 """
 
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +23,7 @@ from torch.nn.functional import embedding
 from typing_extensions import override
 
 from usr_ray.data.batch import UsrBatch
-from usr_ray.model.embedding import Lookup
+from usr_ray.model.embedding import Lookup, TableLookup
 from usr_ray.model.ops import Groups, Places, group_places, pool_sum
 from usr_ray.model.unique import ITEM_TABLE, QUERY_TABLE
 from usr_ray.schema import NUM_ACTIONS, HistoryColumns
@@ -35,6 +39,7 @@ class Histories(abc.ABC):
     """e_noq."""
     kinds_NH: Tensor
     """EventKinds.forward."""
+    num_sides: int
 
     @property
     @abc.abstractmethod
@@ -43,7 +48,7 @@ class Histories(abc.ABC):
 
     @abc.abstractmethod
     def item_sum(self) -> Tensor:
-        """(B, D): sum of the item embeddings of all events of a row."""
+        """(B, X): sum of the item vectors [e_item ; e_side ..] of all events of a row."""
 
     @abc.abstractmethod
     def event_sum(self) -> Tensor:
@@ -58,8 +63,14 @@ class Histories(abc.ABC):
         """(B, D): sum of the newest past queries of one history; and int64 (B, 1): how many there are."""
 
     def mean_item(self) -> Tensor:
-        """(B, D): mean of the item embeddings of all events of a row, zeros without any."""
-        return self.item_sum() / self.num_events_B.clamp(min=1).unsqueeze(1)
+        """(B, D): mean over all events of a row of the sum of what an item vector holds, over the root of their number.
+
+        Zeros for a row without events.
+        """
+        sum_BX = self.item_sum()
+        if self.num_sides:
+            sum_BX = sum_BX.unflatten(1, (1 + self.num_sides, -1)).sum(1) / math.sqrt(1 + self.num_sides)
+        return sum_BX / self.num_events_B.clamp(min=1).unsqueeze(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +169,10 @@ def lay_out(events: Events, longest: int | None = None) -> Grid:
 class JaggedHistories(Histories):
     """Of a training batch: rows of the tables are projected or pooled once each, however many events take them."""
 
-    def __init__(self, batch: UsrBatch, lookup: Lookup, no_query_D: Tensor, kinds_NH: Tensor) -> None:
-        self.no_query_D, self.kinds_NH = no_query_D, kinds_NH
+    def __init__(
+        self, batch: UsrBatch, lookup: Lookup, no_query_D: Tensor, kinds_NH: Tensor, sides: Sequence[str] = ()
+    ) -> None:
+        self.no_query_D, self.kinds_NH, self.num_sides = no_query_D, kinds_NH, len(sides)
         self.events = list_events(batch)
         self._longest = batch.longest
         self._grid: Grid | None = None
@@ -167,7 +180,7 @@ class JaggedHistories(Histories):
         # Every lookup groups the events of these two tables.
         assert items.events is not None
         assert queries.events is not None
-        self.items_UD, self.queries_UD = items.rows_UD, queries.rows_UD
+        self.items_UX, self.queries_UD = _with_sides(items, [lookup.tables[name] for name in sides]), queries.rows_UD
         self.places = (items.events, queries.events, self.events.kinds)
 
     @property
@@ -179,7 +192,7 @@ class JaggedHistories(Histories):
     @property
     def _weights(self) -> tuple[Tensor, Tensor, Tensor]:
         # In the query table, padding is not "nothing" but the learned e_noq.
-        return self.items_UD, torch.cat([self.no_query_D.unsqueeze(0), self.queries_UD[1:]]), self.kinds_NH
+        return self.items_UX, torch.cat([self.no_query_D.unsqueeze(0), self.queries_UD[1:]]), self.kinds_NH
 
     @property
     @override
@@ -188,7 +201,7 @@ class JaggedHistories(Histories):
 
     @override
     def item_sum(self) -> Tensor:
-        return pool_sum([self.items_UD], [self.places[0]], self.events.rows)
+        return pool_sum([self.items_UX], [self.places[0]], self.events.rows)
 
     @override
     def event_sum(self) -> Tensor:
@@ -197,10 +210,10 @@ class JaggedHistories(Histories):
 
     @override
     def project(self, projection_IH: Tensor) -> tuple[Tensor, Tensor]:
-        items_UD, queries_UD, kinds_NH = self._weights
-        dim, valid_BL = items_UD.shape[1], self.grid.valid_BL
+        items_UX, queries_UD, kinds_NH = self._weights
+        dim, valid_BL = items_UX.shape[1], self.grid.valid_BL
         projected = [
-            items_UD @ projection_IH[:, :dim].T,
+            items_UX @ projection_IH[:, :dim].T,
             queries_UD @ projection_IH[:, dim:].T,
             kinds_NH @ projection_IH.T,
         ]
@@ -221,6 +234,16 @@ class JaggedHistories(Histories):
         return sum_BD, (index_BR > 0).sum(1, keepdim=True)
 
 
+def _with_sides(items: TableLookup, sides: Sequence[TableLookup]) -> Tensor:
+    """(U, X): [e_item ; e_side ..] of every item that a step uses."""
+    parts = [items.rows_UD]
+    for side in sides:
+        assert side.of_items is not None  # the tables were built with the sides that the model wants
+        numbers_U = torch.arange(items.rows_UD.shape[0], device=items.rows_UD.device)
+        parts.append(pool_sum([side.rows_UD], [side.of_items], Groups(numbers_U, numbers_U, numbers_U)))
+    return torch.cat(parts, dim=1) if sides else items.rows_UD
+
+
 class PaddedHistories(Histories):
     """Of an exported model's inputs: the newest event in the last column, action 0 where there is none.
 
@@ -228,6 +251,7 @@ class PaddedHistories(Histories):
         inputs: by name, (B, L) each.
         columns: the names, one entry a scenario.
         embed: (table name, ids) -> rows; in the query table row 0 is e_noq.
+        embed_items: ids -> item vectors.
         no_query_D: e_noq.
         kinds_NH: EventKinds.forward.
     """
@@ -237,6 +261,7 @@ class PaddedHistories(Histories):
         inputs: dict[str, Tensor],
         columns: Sequence[HistoryColumns],
         embed: Callable[[str, Tensor], Tensor],
+        embed_items: Callable[[Tensor], Tensor],
         no_query_D: Tensor,
         kinds_NH: Tensor,
     ) -> None:
@@ -248,7 +273,8 @@ class PaddedHistories(Histories):
             (scenario * NUM_ACTIONS + actions_BL) * NUM_AGES + age_buckets(inputs[c.ages_s])
             for scenario, (c, actions_BL) in enumerate(zip(columns, actions, strict=True))
         ]
-        self._item_BLD = embed(ITEM_TABLE, torch.cat([inputs[c.item_ids] for c in columns], dim=1))
+        self._item_BLX = embed_items(torch.cat([inputs[c.item_ids] for c in columns], dim=1))
+        self.num_sides = self._item_BLX.shape[2] // no_query_D.shape[0] - 1
         self._kind_BL = torch.cat(kinds, dim=1)
         self.valid_BL = torch.cat(actions, dim=1) > 0
 
@@ -259,7 +285,7 @@ class PaddedHistories(Histories):
 
     @override
     def item_sum(self) -> Tensor:
-        return (self._item_BLD * self.valid_BL.unsqueeze(2)).sum(1)
+        return (self._item_BLX * self.valid_BL.unsqueeze(2)).sum(1)
 
     @override
     def event_sum(self) -> Tensor:
@@ -287,7 +313,7 @@ class PaddedHistories(Histories):
             else self._embed(QUERY_TABLE, ids_BL)
             for ids_BL in self._queries
         ]
-        return torch.cat([self._item_BLD, torch.cat(queries, dim=1)], dim=2) + embedding(self._kind_BL, self.kinds_NH)
+        return torch.cat([self._item_BLX, torch.cat(queries, dim=1)], dim=2) + embedding(self._kind_BL, self.kinds_NH)
 
 
 def age_buckets(ages_s: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Input network: features f, target t, and the scenario trigger z_k (method, section 3).
 
-Shape letters: B rows, S scenarios, F features of one kind, D embedding, C concatenated features, H = 2 D target and
-event vector, E scenario embedding, Z trigger.
+Shape letters: B rows, S scenarios, F features of one kind, D embedding, C concatenated features, H target and event
+vector, E scenario embedding, Z trigger.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from usr_ray.config import ModelConfig
 from usr_ray.model.embedding import INIT_STD
 from usr_ray.model.history import EventKinds, Histories
 from usr_ray.model.mlp import MLP
-from usr_ray.model.unique import ITEM_TABLE, QUERY_TABLE
+from usr_ray.model.unique import ITEM_TABLE, QUERY_TABLE, event_sides
 from usr_ray.schema import FeatureSpec
 
 
@@ -33,7 +33,7 @@ class Inputs:
     features_BC: Tensor
     """f: every sparse feature's embedding in the order of FeatureSpec.sparse, the dense features, the interactions."""
     target_BH: Tensor
-    """t = [e_v ; e_q or e_noq], the row's own query."""
+    """t = [e_v ; e_side .. ; e_q or e_noq], the row's own columns."""
     context_BC: Tensor
     """e_c: the context features of f; may have no columns."""
     query_BD: Tensor
@@ -89,6 +89,8 @@ class InputNetwork(nn.Module):
     def __init__(self, spec: FeatureSpec, config: ModelConfig) -> None:
         super().__init__()
         embedding_dim = config.embedding_dim
+        self.item_columns = (ITEM_TABLE, *event_sides(spec, config))
+        self.event_dim = (len(self.item_columns) + 1) * embedding_dim
         self.user_names = [f.name for f in spec.sparse if f.owner == "user"]
         self.item_names = [f.name for f in spec.sparse if f.owner == "item"]
         self.has_queries = bool(spec.query_scenarios)
@@ -98,7 +100,7 @@ class InputNetwork(nn.Module):
         self.no_query_D = nn.Parameter(torch.randn(embedding_dim) * INIT_STD)
         num_dense = len(spec.dense)
         self.dense_affine_2F = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, num_dense)) if num_dense else None
-        self.kinds = EventKinds(len(spec.scenarios), 2 * embedding_dim, INIT_STD)
+        self.kinds = EventKinds(len(spec.scenarios), self.event_dim, INIT_STD)
         # Columns of each feature in f, in order.
         self.feature_widths = [embedding_dim] * len(spec.sparse) + [1] * num_dense
         self.interactions: Interactions | None = None
@@ -135,7 +137,7 @@ class InputNetwork(nn.Module):
             )
         return Inputs(
             features_BC=side_by_side(parts, num_rows),
-            target_BH=side_by_side([columns[ITEM_TABLE], query_BD], num_rows),
+            target_BH=side_by_side([*(columns[name] for name in self.item_columns), query_BD], num_rows),
             context_BC=torch.cat(context, dim=1) if context else query_BD[:, :0],
             query_BD=query_BD,
             histories=histories,

@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from usr_ray.config import UserError
+from usr_ray.config import ModelConfig, UserError
 from usr_ray.data.batch import UsrBatch
 from usr_ray.model.ops import Places, group_places
-from usr_ray.schema import PADDING_ID
+from usr_ray.schema import PADDING_ID, FeatureSpec
 
 ITEM_TABLE = "item_id"
 """Table of the target item and of every history's items."""
@@ -42,18 +42,36 @@ class TableIds:
     """int64: place in ids_U of the row's own value."""
     events: Places | None
     """Places in ids_U of the histories' values; None for tables that no history uses."""
+    of_items: Places | None = None
+    """Places in ids_U of the value of each item of ITEM_TABLE's ids_U; None for tables that are no side of an event."""
+
+
+@dataclass(frozen=True, slots=True)
+class ItemSides:
+    """What the items of histories are, by encoded id."""
+
+    names: tuple[str, ...]
+    """Tables, C of them."""
+    ids_NC: Tensor
+    """Encoded ids of any integer type, on the CPU; row i is item i, N the rows of ITEM_TABLE."""
+
+
+def event_sides(spec: FeatureSpec, config: ModelConfig) -> tuple[str, ...]:
+    """Tables of the features that events of histories and the target carry beside the item's id."""
+    return spec.history_item_features if config.event_sides else ()
 
 
 UniqueIds = tuple[TableIds, ...]
 """All that a lookup needs besides the tables, in the order of FeatureSpec.sparse."""
 
 
-def unique_ids(batch: UsrBatch, num_rows: Mapping[str, int]) -> UniqueIds:
+def unique_ids(batch: UsrBatch, num_rows: Mapping[str, int], sides: ItemSides | None = None) -> UniqueIds:
     """Which rows of which table a batch uses, and where: the part of a lookup that sorts.
 
     Args:
         batch: on any device; on the CPU, ids outside their table are refused.
         num_rows: table name -> N, in the order of FeatureSpec.sparse.
+        sides: what the items of histories are; None: nothing but their ids is wanted.
 
     Raises:
         EmbeddingError: an id is outside its table: the samples table grew after this run's manifest.
@@ -68,15 +86,20 @@ def unique_ids(batch: UsrBatch, num_rows: Mapping[str, int]) -> UniqueIds:
             [torch.zeros_like(h.item_ids_V) if h.query_ids_V is None else h.query_ids_V for h in batch.histories]
         ),
     }
+    columns = dict(zip(num_rows, batch.sparse_BF.unbind(1), strict=True))
+    shared = {name: _with_events(name, num_rows[name], columns[name], ids_V) for name, ids_V in histories.items()}
+    if sides is not None and sides.names:
+        items_U = shared[ITEM_TABLE].ids_U
+        of_items_UC = sides.ids_NC.to(items_U.device)[items_U]
+        for name, ids_U in zip(sides.names, of_items_UC.unbind(1), strict=True):
+            found = _with_events(name, num_rows[name], columns[name], ids_U)
+            shared[name] = replace(found, events=None, of_items=found.events)
     own = _sort_columns(batch.sparse_BF, list(num_rows.values()))
-    return tuple(
-        _with_events(name, size, batch.sparse_BF[:, f], histories[name]) if name in histories else own.table(f)
-        for f, (name, size) in enumerate(num_rows.items())
-    )
+    return tuple(shared[name] if name in shared else own.table(f) for f, name in enumerate(num_rows))
 
 
 def _with_events(name: str, num_rows: int, column_B: Tensor, history_V: Tensor) -> TableIds:
-    """The ids of a table that histories use as well."""
+    """The ids of a table that histories, or their items, use as well."""
     # The padding id comes first, so that index 0 is padding whether the batch has any or not.
     parts = [column_B.new_full((1,), PADDING_ID), column_B, history_V]
     unique, index = torch.unique(torch.cat([p.to(_key_type(num_rows)) for p in parts]), return_inverse=True)

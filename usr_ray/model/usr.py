@@ -27,7 +27,7 @@ from usr_ray.model.history import Histories, JaggedHistories
 from usr_ray.model.inputs import InputNetwork, Inputs, Trigger, side_by_side
 from usr_ray.model.interest import InterestExtractor, PooledHistory
 from usr_ray.model.multitask import GlobalHeads, global_outputs, scenario_outputs
-from usr_ray.model.unique import ITEM_TABLE, QUERY_TABLE
+from usr_ray.model.unique import ITEM_TABLE, QUERY_TABLE, event_sides
 from usr_ray.schema import FeatureSpec
 
 
@@ -70,19 +70,21 @@ class UsrModel(nn.Module):
         self.num_scenarios = num_scenarios
         self.scenario_embedding_SE = nn.Parameter(torch.randn(num_scenarios, dim) * dim**-0.5)
         self.inputs = InputNetwork(spec, config)
+        self.sides = event_sides(spec, config)
+        event_dim = self.inputs.event_dim
         ie, fg = config.interest, config.generator
         self.has_views = ie.enabled or fg.enabled
         self.trigger = Trigger(spec, config, self.inputs.context_dim) if self.has_views else None
-        self.pooled = None if ie.enabled else PooledHistory(2 * dim)
+        self.pooled = None if ie.enabled else PooledHistory(event_dim)
         self.interest = (
-            InterestExtractor(config.trigger_dim, 2 * dim, dim, ie.rank, ie.over_parameterisation)
+            InterestExtractor(config.trigger_dim, event_dim, dim, ie.rank, ie.over_parameterisation)
             if ie.enabled
             else None
         )
         self.generator = (
             FeatureGenerator(config.trigger_dim, self.inputs.feature_dim, fg.hidden) if fg.enabled else None
         )
-        interest_dim = dim if ie.enabled else 2 * dim
+        interest_dim = dim if ie.enabled else event_dim
         feature_dim = self.inputs.feature_dim
         self.backbone = build_backbone(
             config,
@@ -113,7 +115,7 @@ class UsrModel(nn.Module):
             step_seed: draws the twins' masks: one number per step, the same on every rank (an int64 scalar tensor where
                 a new number would be a new constant for torch.compile). Not used in evaluation.
         """
-        histories = JaggedHistories(batch, lookup, self.inputs.no_query_D, self.inputs.kinds())
+        histories = JaggedHistories(batch, lookup, self.inputs.no_query_D, self.inputs.kinds(), self.sides)
         columns = {name: embedding(table.column_B, table.rows_UD) for name, table in lookup.tables.items()}
         # In the query table, padding is not "nothing" but the learned e_noq.
         has_query_B1 = (lookup.tables[QUERY_TABLE].column_B > 0).unsqueeze(1)

@@ -12,9 +12,10 @@ from pyarrow.fs import FileSelector, FileType
 
 from usr_ray.config import UserError
 from usr_ray.data.lineage import difference
-from usr_ray.data.manifest import STORE_HINT, Manifest, open_filesystem, open_samples, table_address, whole_line
+from usr_ray.data.manifest import STORE_HINT, Manifest, open_filesystem, open_samples, table_address
 from usr_ray.evaluation.files import BASELINE_SPLIT, PREDICTIONS_FILE, SPLIT, read_predictions
 from usr_ray.evaluation.metrics import CellMetrics, Predictions
+from usr_ray.files import whole_line
 from usr_ray.schema import REPORTS, SAMPLES
 
 CONFIG_FILE, METRICS_FILE, HISTORY_FILE = "config.json", "metrics.json", "history.jsonl"

@@ -123,11 +123,24 @@ class _Embeddings(nn.Module):
         query = self.places[QUERY_TABLE]
         rows[query] = torch.cat([no_query_D.detach().cpu().unsqueeze(0), rows[query][1:]])
         self.tables = nn.ParameterList(nn.Parameter(table_ND, requires_grad=False) for table_ND in rows)
+        self.sides = () if tables.sides is None else tables.sides.names
+        if tables.sides is not None:
+            self.register_buffer("sides_NC", tables.sides.ids_NC.long())
 
     def forward(self, name: str, ids: Tensor) -> Tensor:
-        table_ND = self.tables[self.places[name]]
-        is_known = (ids >= 0) & (ids < table_ND.shape[0])
-        return embedding(torch.where(is_known, ids, UNKNOWN_ID), table_ND)
+        return embedding(self._known(name, ids), self.tables[self.places[name]])
+
+    def item_vectors(self, ids: Tensor) -> Tensor:
+        """(.., X): [e_item ; e_side ..] of every item."""
+        parts = [self(ITEM_TABLE, ids)]
+        if self.sides:
+            sides = self.get_buffer("sides_NC")[self._known(ITEM_TABLE, ids)]
+            parts += [self(name, sides[..., n]) for n, name in enumerate(self.sides)]
+        return torch.cat(parts, dim=-1)
+
+    def _known(self, name: str, ids: Tensor) -> Tensor:
+        is_known = (ids >= 0) & (ids < self.tables[self.places[name]].shape[0])
+        return torch.where(is_known, ids, UNKNOWN_ID)
 
 
 class ServingModel(nn.Module):
@@ -173,7 +186,9 @@ class ServingModel(nn.Module):
         # ONNX counts a negative index from the end; as torch does, it shall refuse it.
         scenario_B = torch.where(inputs[SCENARIO] < 0, self.model.num_scenarios, inputs[SCENARIO])
         no_query_D, kinds_NH = self.model.inputs.no_query_D, self.model.inputs.kinds()
-        histories = PaddedHistories(inputs, self.spec.histories, self.embeddings, no_query_D, kinds_NH)
+        histories = PaddedHistories(
+            inputs, self.spec.histories, self.embeddings, self.embeddings.item_vectors, no_query_D, kinds_NH
+        )
         weights_B = torch.ones_like(columns[ITEM_TABLE][:, 0])
         dense_BF = weights_B.unsqueeze(1) if dense_BF is None else dense_BF
         outputs = self.model.score(columns, dense_BF, histories, scenario_B, weights_B)

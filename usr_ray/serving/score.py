@@ -28,9 +28,9 @@ from usr_ray.data.manifest import (
     build_manifest,
     join_path,
     make_manifest,
-    one_line,
     open_filesystem,
 )
+from usr_ray.files import one_line
 from usr_ray.schema import PARTITION_COLUMN
 from usr_ray.serving.check import training_probabilities
 from usr_ray.serving.export import model_id

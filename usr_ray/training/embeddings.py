@@ -13,12 +13,15 @@ import abc
 import contextlib
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
-from usr_ray.config import Config
+from usr_ray.config import Config, ModelConfig
+from usr_ray.data.item_features import read_item_features
+from usr_ray.data.manifest import Manifest
 from usr_ray.model.embedding import WEIGHTS, EmbeddingMemory, EmbeddingTables, Lookup, RowSource
-from usr_ray.model.unique import EmbeddingError
+from usr_ray.model.unique import EmbeddingError, ItemSides, event_sides
 from usr_ray.schema import FeatureSpec
 from usr_ray.training.average import RowAverages, averaged_rows
 from usr_ray.training.optimizer_rows import build_row_optimizer
@@ -70,10 +73,11 @@ class ReplicatedEmbeddings(EmbeddingTables, Embeddings):
         spec: names and sizes of the tables.
         config: model.embedding_dim, train.seed and train.embedding_*.
         worker: this rank.
+        sides: as for EmbeddingTables.
     """
 
-    def __init__(self, spec: FeatureSpec, config: Config, worker: Worker) -> None:
-        super().__init__(spec, config.model.embedding_dim, config.train.seed, worker.device)
+    def __init__(self, spec: FeatureSpec, config: Config, worker: Worker, sides: ItemSides | None = None) -> None:
+        super().__init__(spec, config.model.embedding_dim, config.train.seed, worker.device, sides)
         self.worker = worker
         self.optimizer = build_row_optimizer(self.tables, config.train)
         self.averages = RowAverages(self.tables, config.train.average) if config.train.average else None
@@ -131,6 +135,20 @@ class ReplicatedEmbeddings(EmbeddingTables, Embeddings):
     @override
     def load_rows(self, name: str, first: int, rows: Tensor) -> None:
         self.state_tensors()[name][first : first + rows.shape[0]] = rows.to(self.device)
+
+
+SIDES = "sides/item_id"
+"""Name in a checkpoint of what the items of histories are: whoever loads a model needs no lake for it."""
+
+
+def load_sides(manifest: Manifest, config: ModelConfig) -> ItemSides | None:
+    """What the items of histories are, of the version that belongs to the rows; None where the model asks for nothing.
+
+    Raises:
+        DataError: see read_item_features.
+    """
+    names = event_sides(manifest.spec, config)
+    return ItemSides(names, torch.from_numpy(read_item_features(manifest))) if names else None
 
 
 def describe_memory(embeddings: Embeddings, config: Config, worker: Worker) -> str:

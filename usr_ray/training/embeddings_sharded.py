@@ -37,7 +37,7 @@ from typing_extensions import override
 from usr_ray.config import Config
 from usr_ray.data.batch import UsrBatch
 from usr_ray.model.embedding import WEIGHTS, EmbeddingMemory, Lookup, TableLookup, fresh_rows
-from usr_ray.model.unique import UniqueIds
+from usr_ray.model.unique import ItemSides, UniqueIds
 from usr_ray.schema import FeatureSpec
 from usr_ray.training.embeddings import Embeddings
 from usr_ray.training.optimizer_rows import RowwiseAdagrad
@@ -75,9 +75,11 @@ class ShardedEmbeddings(Embeddings):
         spec: names and sizes of the tables.
         config: model.embedding_dim, train.seed and train.embedding_*.
         worker: this rank, in the default process group; more than one rank.
+        sides: as for EmbeddingTables.
     """
 
-    def __init__(self, spec: FeatureSpec, config: Config, worker: Worker) -> None:
+    def __init__(self, spec: FeatureSpec, config: Config, worker: Worker, sides: ItemSides | None = None) -> None:
+        self.sides = sides
         self.worker = worker
         self.dim = config.model.embedding_dim
         self.learning_rate = config.train.embedding_learning_rate
@@ -162,7 +164,7 @@ class ShardedEmbeddings(Embeddings):
             rows_UD = torch.cat([source_UD.new_zeros(1, self.dim), source_UD.detach()])
             if with_grad:
                 rows_UD.requires_grad_()
-            tables[name] = TableLookup(ids.ids_U, rows_UD, ids.column_B, ids.events)
+            tables[name] = TableLookup(ids.ids_U, rows_UD, ids.column_B, ids.events, ids.of_items)
         return ShardedLookup(tables, sources)
 
     def _places(self, name: str, ids_U: Tensor) -> Tensor:

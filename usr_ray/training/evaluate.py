@@ -27,11 +27,12 @@ from usr_ray.data.reader import Reading, SampleReader
 from usr_ray.evaluation.metrics import CellMetrics, Predictions, known_labels_only, metrics_by_scenario
 from usr_ray.model.backbones import OwnBackboneError
 from usr_ray.model.embedding import EmbeddingTables, RowSource
-from usr_ray.model.unique import UniqueIds
+from usr_ray.model.unique import ItemSides, UniqueIds, event_sides
 from usr_ray.model.usr import UsrModel
 from usr_ray.schema import ALL_LABELS, TASKS, UNKNOWN_ID, FeatureSpec
 from usr_ray.training.average import averaged_tensors
 from usr_ray.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore
+from usr_ray.training.embeddings import SIDES
 from usr_ray.training.worker import Worker
 
 
@@ -223,6 +224,8 @@ def load_run(run_dir: Path, device: torch.device | str = "cpu") -> TrainedRun:
         module = UsrModel(spec, config.model)
         tensors = averaged_tensors(checkpoint.tensors, config.train.average, checkpoint.step)
         module.load_state_dict(_part(tensors, "model"))
+        names = event_sides(spec, config.model)
+        sides = ItemSides(names, checkpoint.tensors[SIDES]) if names else None
     except OwnBackboneError:  # says itself what is missing
         raise
     except (KeyError, ValueError, RuntimeError, UserError) as error:
@@ -230,7 +233,7 @@ def load_run(run_dir: Path, device: torch.device | str = "cpu") -> TrainedRun:
         raise CheckpointError(
             f"checkpoint {checkpoint.path}: not written by this version ({reason}); use the version that trained it"
         ) from error
-    tables = EmbeddingTables(spec, config.model.embedding_dim, config.train.seed, device)
+    tables = EmbeddingTables(spec, config.model.embedding_dim, config.train.seed, device, sides)
     tables.load_state_dict(_part(tensors, "tables"))
     return TrainedRun(module.to(device).eval(), tables, config, spec, checkpoint)
 

@@ -16,12 +16,12 @@ import usr_ray
 from usr_ray.config import Config, first_difference
 from usr_ray.data.manifest import Manifest
 from usr_ray.model.embedding import WEIGHTS, Lookup
-from usr_ray.model.unique import EmbeddingError
+from usr_ray.model.unique import EmbeddingError, ItemSides
 from usr_ray.model.usr import UsrModel
 from usr_ray.schema import FeatureSpec
 from usr_ray.training.average import DENSE, DenseAverage
 from usr_ray.training.checkpoint import Checkpoint, CheckpointError
-from usr_ray.training.embeddings import Embeddings, ReplicatedEmbeddings, check_shapes
+from usr_ray.training.embeddings import SIDES, Embeddings, ReplicatedEmbeddings, check_shapes, load_sides
 from usr_ray.training.optimizers import DenseAdamW, rate_scale, replica_hash
 from usr_ray.training.warm_start import find_checkpoint, warm_start_refusal
 from usr_ray.training.worker import Worker
@@ -68,7 +68,7 @@ class TrainState:
         torch.manual_seed(config.train.seed)
         self.module = UsrModel(manifest.spec, config.model)
         """The dense part itself: what is saved, exported and evaluated."""
-        self.tables = build_embeddings(manifest.spec, config, worker)
+        self.tables = build_embeddings(manifest.spec, config, worker, load_sides(manifest, config.model))
         """The embedding tables with their optimiser."""
         compiled = torch.compile(self.module) if config.train.compile else self.module
         self.model = worker.wrap_model(compiled)  # type: ignore[arg-type]
@@ -113,7 +113,9 @@ class TrainState:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state by name. All ranks must call it; sharded tables are whole on rank 0 alone."""
-        return self._dense_tensors() | self.tables.state_tensors()
+        sides = self.tables.sides
+        of_items = {} if sides is None else {SIDES: sides.ids_NC}
+        return self._dense_tensors() | self.tables.state_tensors() | of_items
 
     def _dense_tensors(self) -> dict[str, Tensor]:
         parts = {"model": self.module.state_dict(), "adamw": self.dense.state_tensors()}
@@ -169,7 +171,8 @@ class TrainState:
         if header["refusal"]:
             raise CheckpointError(header["refusal"])
         check_shapes(self.tables.state_shapes(), {n: tuple(shape) for n, (_, shape) in header["tensors"].items()})
-        self._receive(checkpoint, header["tensors"], worker)
+        shapes = {name: shape for name, shape in header["tensors"].items() if name != SIDES}  # the manifest has them
+        self._receive(checkpoint, shapes, worker)
         self._at_step(header["step"])
         self.epoch, self.epoch_step = header["cursor"]["epoch"], header["cursor"]["step"]
         return True
@@ -225,7 +228,7 @@ class TrainState:
             self.tables.load_rows(name, first, worker.broadcast(rows))
 
 
-def build_embeddings(spec: FeatureSpec, config: Config, worker: Worker) -> Embeddings:
+def build_embeddings(spec: FeatureSpec, config: Config, worker: Worker, sides: ItemSides | None = None) -> Embeddings:
     """The tables of a run, by `train.embedding_strategy`. One worker's share is everything: then both are replicated.
 
     Raises:
@@ -239,8 +242,8 @@ def build_embeddings(spec: FeatureSpec, config: Config, worker: Worker) -> Embed
                 "train.embedding_strategy 'sharded' needs TorchRec and FBGEMM, which cannot be loaded "
                 f"({str(error).splitlines()[0]}); install the extra [sharded] (docs/embeddings.md) or set 'replicated'"
             ) from error
-        return ShardedEmbeddings(spec, config, worker)
-    return ReplicatedEmbeddings(spec, config, worker)
+        return ShardedEmbeddings(spec, config, worker, sides)
+    return ReplicatedEmbeddings(spec, config, worker, sides)
 
 
 def refusal(checkpoint: Checkpoint, config: Config, manifest: Manifest, order: str) -> str | None:

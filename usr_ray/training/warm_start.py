@@ -10,6 +10,7 @@ from typing import Any
 from usr_ray.config import Config, UserError, first_difference
 from usr_ray.data.lineage import built_with, difference
 from usr_ray.data.manifest import Manifest
+from usr_ray.model.unique import event_sides
 from usr_ray.schema import FeatureSpec
 from usr_ray.training.checkpoint import STATE, Checkpoint, CheckpointError, CheckpointStore
 
@@ -79,8 +80,17 @@ def warm_start_refusal(
                 f"version {manifest.version} has {new.num_embeddings}; vocabularies only grow, so this is an older "
                 f"table; {_WAY_OUT}"
             )
+    # What counts is what the events carried, however it was said.
+    carried = event_sides(old, trained_with.model)
+    wanted = event_sides(manifest.spec, config.model)
+    if carried != wanted:
+        return (
+            f"train.warm_start {path}: its history events carry {', '.join(carried) or 'none'} of the item's "
+            f"categories, this run's {', '.join(wanted) or 'none'}; set model.event_sides to "
+            f"{str(bool(carried)).lower()}, or {_WAY_OUT}"
+        )
     keys = ["model", *(["train.embedding_optimizer"] if config.train.warm_start_optimizer else [])]
-    if other := first_difference(saved, config.to_dict(), keys):
+    if other := first_difference(saved, config.to_dict(), keys, but=["model.event_sides"]):
         key, before, now = other
         return f"train.warm_start {path}: it has {key} = {before!r}, this run {now!r}; set it so, or {_WAY_OUT}"
     return None

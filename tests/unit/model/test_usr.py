@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.unit.random_batches import NO_CL, PLAIN, make_batch, make_config, make_spec, rows
+from tests.unit.random_batches import NO_CL, PLAIN, make_batch, make_config, make_spec, make_tables, rows
 from tests.unit.slow_usr import SlowUsr
 from usr_ray.config import BACKBONES, ConfigError, ModelConfig
 from usr_ray.data.batch import UsrBatch, UsrOutputs
@@ -35,7 +35,7 @@ SWITCHES: Mapping[str, dict] = {
 def build(spec: FeatureSpec, config: ModelConfig, *, stirred: bool = True) -> tuple[UsrModel, EmbeddingTables]:
     """A model whose zero-initialised weights have moved too, as after some steps of training."""
     torch.manual_seed(0)
-    model, tables = UsrModel(spec, config), EmbeddingTables(spec, config.embedding_dim, seed=0)
+    model, tables = UsrModel(spec, config), make_tables(spec, config.embedding_dim, seed=0)
     if stirred:
         with torch.no_grad():
             for parameter in model.parameters():
@@ -65,10 +65,12 @@ class Recorder(nn.Module):
 
 
 @pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
-@pytest.mark.parametrize("num_scenarios", [1, 2, 3])
-def test_heads_are_given_what_the_formulas_say(switches: dict, num_scenarios: int) -> None:
+@pytest.mark.parametrize(
+    ("num_scenarios", "sides"), [(1, ()), (2, ()), (3, ()), (2, ("brand",)), (3, ("brand", "kind"))]
+)
+def test_heads_are_given_what_the_formulas_say(switches: dict, num_scenarios: int, sides: tuple[str, ...]) -> None:
     queries = ("search", "feed") if num_scenarios == 3 else ("search",)
-    spec, config = make_spec(num_scenarios, query_scenarios=queries), make_config(**switches)
+    spec, config = make_spec(num_scenarios, query_scenarios=queries, sides=sides), make_config(**switches)
     model, tables = build(spec, config)
     model.double().eval()
     batch = as_double(make_batch(spec))

@@ -113,6 +113,26 @@ def test_any_number_of_scenarios_is_served(tmp_path, spec):
     assert_parity(load_run(make_run(tmp_path / "run", lake, backbone="star")), lake)
 
 
+@pytest.mark.parametrize("is_plain", [False, True], ids=["USR", "plain"])
+def test_events_are_served_with_their_items_categories(tmp_path, is_plain):
+    """The checkpoint holds them: once it is written, the lake is not asked again."""
+    lake = make_lake(tmp_path / "lake", sides=("brand",))
+    real_batches(lake)
+    run = load_run(make_run(tmp_path / "run", lake, **(PLAIN if is_plain else {})))
+    assert run.tables.sides.ids_NC[2:, 0].tolist() == [n % 7 + 1 for n in range(2, 42)]
+    assert_parity(run, lake)
+    without = load_run(make_run(tmp_path / "off", lake, event_sides=False, **(PLAIN if is_plain else {})))
+    assert without.tables.sides is None
+    assert_parity(without, lake)
+    export_run(tmp_path / "run", tmp_path / "export", None)
+    for runtime in ("torch", "onnx"):
+        batch = real_batches(lake)[0]
+        inputs = {name: value.numpy() for name, value in padded_inputs(batch, run.spec).items()}
+        found = ExportedModel(tmp_path / "export", runtime=runtime).predict(inputs)
+        for name, value in both(run, batch)[0].items():
+            torch.testing.assert_close(torch.from_numpy(found[name]), value, rtol=0, atol=1e-5)
+
+
 def test_a_row_alone_equals_the_row_in_a_batch(lake, tmp_path):
     run = load_run(make_run(tmp_path, lake, backbone="m2m"))
     model = ServingModel(run.module, run.tables, run.spec)

@@ -7,6 +7,7 @@ import datetime as dt
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tests.unit.training.test_loop import assert_equal_states, make_config, run
 from usr_ray.config import Config
 from usr_ray.data.manifest import Manifest, build_manifest
 from usr_ray.model.embedding import EmbeddingTables
-from usr_ray.schema import FEATURE_SPEC_PROPERTY, SAMPLES, FeatureSpec
+from usr_ray.schema import FEATURE_SPEC_PROPERTY, ITEM_FEATURES_PROPERTY, SAMPLES, FeatureSpec
 from usr_ray.training.checkpoint import CheckpointError
 from usr_ray.training.state import TrainState
 from usr_ray.training.warm_start import check_warm_start, find_checkpoint
@@ -189,3 +190,38 @@ def test_a_checkpoint_itself_may_be_named(earlier: tuple[Path, Manifest]) -> Non
     newest = find_checkpoint(str(earlier[0])).path
     assert find_checkpoint(str(newest)).path == newest
     check_warm_start(make_config(train_warm_start=str(newest)), earlier[1])
+
+
+def test_events_with_sides_go_on_with_the_features_of_now_and_refuse_a_run_without(tmp_path: Path) -> None:
+    write_samples(tmp_path / "lake", samples_spec(sides=("brand",)), num_rows=300, num_days=3)
+    manifest = build_manifest(tmp_path / "lake", dates=(DAYS[0], DAYS[-1]))
+    run(make_config(), (manifest, None), tmp_path / "with")
+    run(make_config(model_event_sides=False), (manifest, None), tmp_path / "without")
+    worker = LocalWorker("cpu")
+    saved = find_checkpoint(str(tmp_path / "with")).tensors
+    # A brand that was renamed since: the run of now says what its items are, not the checkpoint.
+    features = DeltaTable(tmp_path / "lake" / "item_features").to_pyarrow_table()
+    brands = pa.array([1] * features.num_rows)
+    write_deltalake(
+        tmp_path / "lake" / "item_features",
+        features.set_column(1, "brand_index", brands),
+        mode="overwrite",
+    )
+    DeltaTable(tmp_path / "lake" / SAMPLES).alter.set_table_properties(
+        {ITEM_FEATURES_PROPERTY: "1"}, raise_if_not_exists=False
+    )
+    later = build_manifest(tmp_path / "lake", dates=(DAYS[0], DAYS[-1]))
+    assert later.sha256 != manifest.sha256
+    state = TrainState(make_config(train_warm_start=str(tmp_path / "with")), later, worker, order="")
+    state.warm_start(str(tmp_path / "with"), worker)
+    now = state.tensors()
+    assert now["sides/item_id"][2:].unique().tolist() == [1]
+    assert saved["sides/item_id"][2:].unique().tolist() != [1]
+    assert all(torch.equal(now[name], saved[name]) for name in saved if name.startswith(("model/", "tables/")))
+    refused = (
+        r"its history events carry none of the item's categories, this run's brand; set model.event_sides to false"
+    )
+    with pytest.raises(CheckpointError, match=refused):
+        check_warm_start(make_config(train_warm_start=str(tmp_path / "without")), later)
+    off = make_config(train_warm_start=str(tmp_path / "without"), model_event_sides=False)
+    check_warm_start(off, later)

@@ -1,0 +1,157 @@
+"""`<lake>/item_features` beside a plain reading of the logs and of the vocabularies; its versions; who reads it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from deltalake import DeltaTable
+from pyspark.sql import SparkSession
+
+from etl.build.restate import RestateRequest, restate_samples
+from etl.build.samples import Progress
+from etl.lake.tables import Lake
+from tests.spark.shop import CONFIG, Shop, logs_of, random_shop, write_logs
+from tests.spark.test_build_daily import build
+from tests.spark.test_build_samples import DATES, WATERMARK, rows_of
+from usr_ray.config import UserError, load_config
+from usr_ray.data.item_features import read_item_features
+from usr_ray.data.manifest import DataError, Manifest, build_manifest
+
+pytestmark = pytest.mark.spark
+
+
+@pytest.fixture(scope="module")
+def shop() -> Shop:
+    return random_shop(29, num_impressions=160)
+
+
+@pytest.fixture(scope="module")
+def lake(spark: SparkSession, shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Days 0 and 1 of the shop; nobody writes to it but copies."""
+    folder = tmp_path_factory.mktemp("items")
+    build(spark, write_logs(logs_of(shop), folder / "logs"), folder / "lake", 0, 1, "vocabulary.min_count=2")
+    return folder / "lake"
+
+
+def ids_of(lake: Path, feature: str) -> dict[str, int]:
+    return {row["value"]: row["id"] for row in rows_of(lake / "vocabularies") if row["feature"] == feature}
+
+
+def expected(lake: Path, items: dict[str, dict[str, Any]]) -> dict[int, int]:
+    """Encoded item -> encoded brand, of the items that have both an id and a row."""
+    brands = ids_of(lake, "brand")
+    with_id = {i: n for i, n in ids_of(lake, "item_id").items() if i in items}
+    return {n: 0 if items[i]["brand"] is None else brands.get(items[i]["brand"], 1) for i, n in with_id.items()}
+
+
+def found(lake: Path) -> dict[int, int]:
+    rows = rows_of(lake / "item_features")
+    assert len({row["item_id_index"] for row in rows}) == len(rows), "one row an item"
+    return {row["item_id_index"]: row["brand_index"] for row in rows}
+
+
+def manifest_of(lake: Path, version: int | None = None) -> Manifest:
+    return build_manifest(lake, dates=(DATES[0], DATES[3]), version=version)
+
+
+def test_every_item_with_an_id_has_its_categories(lake: Path, shop: Shop) -> None:
+    assert found(lake) == expected(lake, shop.items)
+    assert len(found(lake)) > 5
+    manifest = manifest_of(lake)
+    assert manifest.spec.history_item_features == ("brand",)
+    read = read_item_features(manifest)
+    assert read.shape == (manifest.spec.sparse_feature("item_id").num_embeddings, 1)
+    assert {n: int(read[n, 0]) for n in found(lake)} == found(lake)
+    others = [n for n in range(len(read)) if n not in found(lake)]
+    assert {0, 1} <= set(others)
+    assert not read[others].any(), "padding, unknown, and items that the log lacks"
+
+
+def test_the_samples_name_the_version_that_is_theirs(
+    spark: SparkSession, lake: Path, shop: Shop, tmp_path: Path
+) -> None:
+    path = tmp_path / "lake"
+    shutil.copytree(lake, path)
+    before = manifest_of(path)
+    # From day 2 on the shop has renamed a brand of one item, and has dropped another from its catalogue.
+    changed, dropped = sorted(i for i in shop.items if i in ids_of(lake, "item_id"))[:2]
+    other = "b" if shop.items[changed]["brand"] == "a" else "a"
+    now = {i: dict(row) for i, row in shop.items.items() if i != dropped}
+    now[changed]["brand"] = other
+    logs = write_logs(logs_of(Shop(shop.world, shop.broken, shop.users, now)), tmp_path / "logs")
+    build(spark, logs, path, 2, 3, "vocabulary.min_count=2")
+    kept = {dropped: shop.items[dropped]} | now
+    assert found(path) == expected(path, kept), "histories go on naming the item that was dropped"
+    after = manifest_of(path)
+    assert found(path)[ids_of(path, "item_id")[changed]] == ids_of(path, "brand")[other]
+    assert np.array_equal(read_item_features(manifest_of(path, before.version)), read_item_features(before))
+    assert manifest_of(path, before.version).item_features == before.item_features
+    assert {f.path for f in after.item_features}.isdisjoint(f.path for f in before.item_features)
+
+    commits = len(DeltaTable(str(path / "item_features")).history())
+    build(spark, logs, path, 3, 3, "vocabulary.min_count=2")
+    assert len(DeltaTable(str(path / "item_features")).history()) == commits, "nothing has changed, nothing is written"
+    assert manifest_of(path).item_features == after.item_features
+
+    # Late rows: what a restate builds again sees the feature tables of now, and so do the histories.
+    again = {i: row | {"brand": "a"} for i, row in now.items()}
+    fresh = random_shop(31, num_impressions=160)
+    late = write_logs(logs_of(Shop(fresh.world, {}, shop.users, again)), tmp_path / "late")
+    settings = load_config(None, (*CONFIG, "vocabulary.min_count=2"))
+    request = RestateRequest(logs=str(late), lake=Lake(str(path)), watermark=WATERMARK)
+    assert restate_samples(spark, settings, request, Progress(write=[].append))
+    assert found(path) == expected(path, {dropped: shop.items[dropped]} | again)
+    assert manifest_of(path).item_features != after.item_features
+
+
+def test_a_manifest_pins_the_files_and_refuses_others(lake: Path, tmp_path: Path) -> None:
+    path = tmp_path / "lake"
+    shutil.copytree(lake, path)
+    manifest = manifest_of(path)
+    manifest.save(tmp_path / "manifest.json")
+    loaded = Manifest.load(tmp_path / "manifest.json")
+    assert loaded == manifest
+    raw = json.loads((tmp_path / "manifest.json").read_text())
+    raw["item_features"] = []
+    (tmp_path / "manifest.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match="its hash does not match its files"):
+        Manifest.load(tmp_path / "manifest.json")
+    file = path / "item_features" / manifest.item_features[0].path
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(DataError, match=r"missing or was replaced since the manifest was built; build any date with"):
+        read_item_features(manifest)
+
+
+def test_no_table_where_none_is_wanted(spark: SparkSession, shop: Shop, tmp_path: Path) -> None:
+    logs = write_logs(logs_of(shop), tmp_path / "logs")
+    off = "features.history_item_features=[]"
+    build(spark, logs, tmp_path / "lake", 0, 1, off)
+    assert not (tmp_path / "lake" / "item_features").exists()
+    manifest = manifest_of(tmp_path / "lake")
+    assert manifest.spec.history_item_features == ()
+    assert "history_item_features" not in manifest.spec.to_json(), "as before there was such a key"
+    assert read_item_features(manifest).shape[1] == 0
+    # A lake that was built without them gets them with the next date.
+    build(spark, logs, tmp_path / "lake", 2, 2)
+    assert manifest_of(tmp_path / "lake").spec.history_item_features == ("brand",)
+    assert found(tmp_path / "lake") == expected(tmp_path / "lake", shop.items)
+
+
+def test_hashed_ids_take_the_item_with_the_smallest_raw_id(spark: SparkSession, shop: Shop, tmp_path: Path) -> None:
+    """Fewer buckets than items, so that some share an id."""
+    logs = write_logs(logs_of(shop), tmp_path / "logs")
+    build(spark, logs, tmp_path / "lake", 0, 0, "vocabulary.kind=hash", "vocabulary.num_buckets=9")
+    texts = sorted({*shop.items, "a", "b"})
+    frame = spark.createDataFrame([(text,) for text in texts], "text string")
+    hashed = {row[0]: row[1] for row in frame.selectExpr("text", "2 + pmod(xxhash64(text), 7)").collect()}
+    wanted: dict[int, int] = {}
+    for item in sorted(shop.items):
+        brand = shop.items[item]["brand"]
+        wanted.setdefault(hashed[item], 0 if brand is None else hashed[brand])
+    assert found(tmp_path / "lake") == wanted
+    assert len(wanted) < len(shop.items)
