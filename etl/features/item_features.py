@@ -11,7 +11,14 @@ from pyspark.sql import functions as F
 
 from etl.features.vocabulary import Vocabularies, encode
 from etl.jvm import table_version
-from etl.lake.tables import Lake, content_hash, create_table, item_features_schema, replace_dates
+from etl.lake.tables import (
+    Lake,
+    content_hash,
+    create_table,
+    item_features_schema,
+    replace_dates,
+    samples_item_features,
+)
 from etl.session import kept
 from usr_ray.config import Config
 from usr_ray.schema import FIRST_ID, ITEM_FEATURES, index_column
@@ -42,11 +49,16 @@ def update_item_features(
     rows = item_features(items, known, config)
     if not lake.has(spark, ITEM_FEATURES):
         create_table(spark, lake, ITEM_FEATURES, item_features_schema(config))
-    there = spark.read.format("delta").option("versionAsOf", table_version(spark, path)).load(path)
+    # Not the newest version where the samples name another: a build that was killed, or samples and vocabularies that
+    # were RESTOREd, leave rows behind whose ids the vocabularies may not know.
+    newest, named = table_version(spark, path), samples_item_features(spark, lake)
+    version = newest if named is None else min(named, newest)  # a table that was deleted begins anew
+    there = spark.read.format("delta").option("versionAsOf", version).load(path)
     rows = kept(rows.unionByName(there.join(rows.select(_ITEM), on=_ITEM, how="left_anti")))  # to compare and to write
-    if content_hash(rows) != content_hash(there.select(rows.columns)):
-        # One file, sorted: every training worker reads all of it.
-        replace_dates(rows.repartition(1).sortWithinPartitions(_ITEM), path, f"{_ITEM} IS NOT NULL")
+    if content_hash(rows) == content_hash(there.select(rows.columns)):
+        return version
+    # One file, sorted: every training worker reads all of it.
+    replace_dates(rows.repartition(1).sortWithinPartitions(_ITEM), path, f"{_ITEM} IS NOT NULL")
     return table_version(spark, path)
 
 

@@ -20,7 +20,7 @@ from pyspark.sql import functions as F
 
 from etl.checks import DataCheckError
 from etl.jvm import file_system, parquet_footer, table_properties, table_version
-from etl.lake.tables import TABLES, Lake, without_dictionaries
+from etl.lake.tables import TABLES, Lake, samples_item_features, without_dictionaries
 from etl.session import MIN_FILE_BYTES
 from usr_ray.config import DAY_US
 from usr_ray.schema import ITEM_FEATURES, PINS, SAMPLES
@@ -105,11 +105,14 @@ def maintain(spark: SparkSession, request: MaintainRequest, report: Callable[[st
         report(line)
     # Checked for all tables first: a refusal leaves everything as it is.
     doomed = {table: _doomed(spark, request, table) for table in tables} if request.vacuum else {}
+    of_samples = _item_features_of_samples(spark, lake)
+    if ITEM_FEATURES in doomed:
+        doomed[ITEM_FEATURES] = [path for path in doomed[ITEM_FEATURES] if _name(path) not in of_samples]
     held = _held([*doomed.get(SAMPLES, []), *doomed.get(ITEM_FEATURES, [])], holds)
     if held and not request.keep_pinned:
         raise DataCheckError(_refusal(lake.path(SAMPLES), held))
     # What runs read is kept out of VACUUM's sight altogether: nothing can come of age between the check and the deed.
-    pinned_files = {file for hold in holds for file in hold.files}
+    pinned_files = {file for hold in holds for file in hold.files} | of_samples
     for shape in before:
         # VACUUM first: it must not find what OPTIMIZE has only now put aside.
         if request.vacuum:
@@ -184,6 +187,15 @@ def _doomed(spark: SparkSession, request: MaintainRequest, table: str) -> list[s
 def _held(doomed: Sequence[str], holds: Sequence[Hold]) -> list[tuple[Hold, frozenset[str]]]:
     names = frozenset(_name(path) for path in doomed)
     return [(hold, hold.files & names) for hold in holds if hold.files & names]
+
+
+def _item_features_of_samples(spark: SparkSession, lake: Lake) -> set[str]:
+    """Names of the files of item_features that the newest samples name: they need not be those of its own newest."""
+    version = samples_item_features(spark, lake)
+    if version is None or not lake.has(spark, ITEM_FEATURES):
+        return set()
+    there = spark.read.format("delta").option("versionAsOf", version).load(lake.path(ITEM_FEATURES))
+    return {_name(file) for file in there.inputFiles()}
 
 
 def _refusal(path: str, held: Sequence[tuple[Hold, frozenset[str]]]) -> str:

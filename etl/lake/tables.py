@@ -176,6 +176,14 @@ def prepare_samples(
         spark.sql(f"ALTER TABLE delta.`{path}` SET TBLPROPERTIES ({pairs})")
 
 
+def samples_item_features(spark: SparkSession, lake: Lake) -> int | None:
+    """The version of item_features that belongs to the newest samples; None where they name none."""
+    if not lake.has(spark, SAMPLES):
+        return None
+    version = table_properties(spark, lake.path(SAMPLES)).get(ITEM_FEATURES_PROPERTY)
+    return None if version is None else int(version)
+
+
 def replace_dates(frame: DataFrame, path: str, condition: str, metadata: str = "") -> None:
     """Replace the rows that meet `condition` by `frame`, in one commit; nothing else of the table changes.
 

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 from deltalake import DeltaTable
 from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
 
 from etl.build.restate import RestateRequest, restate_samples
 from etl.build.samples import Progress
-from etl.lake.tables import Lake
+from etl.checks import DataCheckError
+from etl.lake.maintain import MaintainRequest, maintain
+from etl.lake.tables import Lake, prepare_samples, replace_dates
 from tests.spark.shop import CONFIG, Shop, logs_of, random_shop, write_logs
 from tests.spark.test_build_daily import build
 from tests.spark.test_build_samples import DATES, WATERMARK, rows_of
@@ -124,6 +127,45 @@ def test_a_manifest_pins_the_files_and_refuses_others(lake: Path, tmp_path: Path
     file = path / "item_features" / manifest.item_features[0].path
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(DataError, match=r"missing or was replaced since the manifest was built; build any date with"):
+        read_item_features(manifest)
+
+
+def test_vacuum_keeps_the_versions_that_a_run_and_the_samples_name(
+    spark: SparkSession, lake: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "lake"
+    shutil.copytree(lake, path)
+    manifest = manifest_of(path)
+    before = read_item_features(manifest)
+    assert before.any()
+    lines: list[str] = []
+
+    def vacuum(**more: Any) -> None:
+        maintain(spark, MaintainRequest(lake=Lake(str(path)), vacuum=True, keep_us=0, **more), lines.append)
+
+    # As a build leaves it that is killed between the two commits: a newer version, which the samples do not name.
+    table = spark.read.format("delta").load(str(path / "item_features"))
+    replace_dates(table.withColumn("brand_index", F.lit(0).cast("bigint")), str(path / "item_features"), "true")
+    vacuum()
+    assert np.array_equal(read_item_features(manifest_of(path)), before)
+
+    newest = DeltaTable(str(path / "item_features")).version()
+    settings = load_config(None, (*CONFIG, "vocabulary.min_count=2"))
+    prepare_samples(spark, Lake(str(path)), manifest.spec, settings, newest)
+    assert not read_item_features(manifest_of(path)).any()
+    run_dir = tmp_path / "runs" / "run"
+    run_dir.mkdir(parents=True)
+    manifest.save(run_dir / "manifest-train.json")
+    (run_dir / "config.json").write_text(json.dumps({"status": "running"}))
+    runs = (str(tmp_path / "runs"),)
+    with pytest.raises(DataCheckError, match=r"VACUUM would delete 1 files of version \d+, to which the run"):
+        vacuum(runs=runs)
+    vacuum(runs=runs, keep_pinned=True)
+    assert "item_features: VACUUM deletes 0 files older than 0 days; 1 stay for the runs pinned to them" in lines
+    assert np.array_equal(read_item_features(manifest), before)
+    vacuum()
+    assert "item_features: VACUUM deleted 1 files older than 0 days" in lines
+    with pytest.raises(DataError, match="missing or was replaced since the manifest was built"):
         read_item_features(manifest)
 
 

@@ -90,7 +90,7 @@ def unique_ids(batch: UsrBatch, num_rows: Mapping[str, int], sides: ItemSides | 
     shared = {name: _with_events(name, num_rows[name], columns[name], ids_V) for name, ids_V in histories.items()}
     if sides is not None and sides.names:
         items_U = shared[ITEM_TABLE].ids_U
-        of_items_UC = sides.ids_NC.to(items_U.device)[items_U]
+        of_items_UC = sides.ids_NC[items_U.to(sides.ids_NC.device)].to(items_U.device)
         for name, ids_U in zip(sides.names, of_items_UC.unbind(1), strict=True):
             found = _with_events(name, num_rows[name], columns[name], ids_U)
             shared[name] = replace(found, events=None, of_items=found.events)

@@ -58,7 +58,9 @@ def run_dir(lakes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def table(spec: FeatureSpec, meaning: str = "") -> Manifest:
-    return Manifest(table_uri="lake/samples", version=0, spec=spec, files=(), built_with=meaning, sha256="")
+    return Manifest(
+        table_uri="lake/samples", version=0, spec=spec, files=(), built_with=meaning, item_features=(), sha256=""
+    )
 
 
 def test_a_fingerprint_is_the_xor_of_the_values_digests(lakes: dict[str, Path]) -> None:

@@ -47,7 +47,7 @@ def stand_in(batch: UsrBatch, seed: int = 0) -> Inputs:
 
 
 def tensors_of(histories: JaggedHistories) -> list[Tensor]:
-    return [histories.items_UD, histories.queries_UD, histories.no_query_D, histories.kinds_NH]
+    return [histories.items_UX, histories.queries_UD, histories.no_query_D, histories.kinds_NH]
 
 
 def extractor() -> InterestExtractor:
