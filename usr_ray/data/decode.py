@@ -21,10 +21,10 @@ from usr_ray.data.manifest import (
     Manifest,
     RowGroupRef,
     join_path,
-    labels_close_us,
     model_columns,
     open_filesystem,
 )
+from usr_ray.data.mature import labels_close_us
 from usr_ray.files import one_line
 from usr_ray.schema import ACTION_ORDER, ALL_LABELS, LABEL_ORDER, FeatureSpec, HistoryColumns
 

@@ -27,7 +27,8 @@ from usr_ray.data import order as ordering
 from usr_ray.data.assemble import BatchBuilder, take_rows
 from usr_ray.data.batch import UsrBatch
 from usr_ray.data.decode import RowGroupDecoder
-from usr_ray.data.manifest import Manifest, usable_row_groups
+from usr_ray.data.manifest import Manifest
+from usr_ray.data.mature import usable_row_groups
 from usr_ray.data.order_quality import ShuffleQuality, epoch_quality
 from usr_ray.data.process import compute_alone
 
@@ -48,7 +49,7 @@ class Reading:
     order: str = "shuffled"
     """'shuffled', 'by_date' or 'file' (order.epoch_order)."""
     ready_before_us: int | None = None
-    """Rows whose labels close later (manifest.labels_close_us) get weight 0, and row groups that hold only such rows
+    """Rows whose labels close later (mature.labels_close_us) get weight 0, and row groups that hold only such rows
     are not read; None: no such limit."""
     mature_only: bool = True
     """Likewise for rows with is_mature false."""

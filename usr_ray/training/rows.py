@@ -11,7 +11,8 @@ from torch import Tensor
 from usr_ray.config import Config, UserError, end_of_us, parse_dates
 from usr_ray.data.batch import UsrBatch
 from usr_ray.data.decode import RowGroupDecoder
-from usr_ray.data.manifest import Manifest, labels_close_us, usable_row_groups
+from usr_ray.data.manifest import Manifest
+from usr_ray.data.mature import labels_close_us, usable_row_groups
 from usr_ray.data.reader import Reading, SampleReader
 from usr_ray.evaluation.baseline import TrainingRows
 from usr_ray.evaluation.metrics import known_labels_only

@@ -25,12 +25,11 @@ from usr_ray.data.manifest import (
     Manifest,
     RowGroup,
     build_manifest,
-    labels_close_us,
     make_manifest,
     open_filesystem,
     read_footer,
-    usable_row_groups,
 )
+from usr_ray.data.mature import labels_close_us, usable_row_groups
 from usr_ray.schema import FEATURE_SPEC_PROPERTY
 
 pytestmark = pytest.mark.unit
