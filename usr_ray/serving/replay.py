@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from usr_ray.data.events import read_events
-from usr_ray.data.manifest import DataError, Manifest, build_manifest, join_path, one_line, open_filesystem
+from usr_ray.data.manifest import DataError, Manifest, build_manifest, join_path, open_filesystem
+from usr_ray.files import one_line
 from usr_ray.schema import UNKNOWN_ID
 from usr_ray.serving.encode import Encoder, Profile, UserEvents
 from usr_ray.serving.export import model_id

@@ -26,7 +26,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from usr_ray.config import UserError
-from usr_ray.data.manifest import REBUILD, DataError, Manifest, join_path, one_line, open_filesystem
+from usr_ray.data.manifest import REBUILD, DataError, Manifest, join_path, open_filesystem
+from usr_ray.files import one_line
 from usr_ray.serving.encode import Encoder, Ints, Profile, UserEvents, ValueIndex
 
 ITEMS, ITEM_IDS, ITEM_NUMBERS, USERS = "items.arrow", "items_ids.npy", "items_numbers.npy", "users"
