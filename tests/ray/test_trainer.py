@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import importlib.util
 import json
 import os
@@ -15,10 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+from deltalake import DeltaTable
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from jobs import export, report, score
 from tests.ray.conftest import OVERRIDES, newest_step, small_config, training_workers, wait_for, weights
+from usr_ray.cli import run_job
 from usr_ray.config import UserError
+from usr_ray.data.manifest import build_manifest
 from usr_ray.schema import TASKS
 
 pytestmark = pytest.mark.ray
@@ -37,10 +42,10 @@ def evaluation(run_dir: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def unbroken(cluster: None, lake: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on two workers that nothing happened to."""
+    """A run on two workers that nothing happened to, in a folder whose name is no plain one."""
     from usr_ray.launch.trainer import run
 
-    run_dir = tmp_path_factory.mktemp("unbroken") / "run"
+    run_dir = tmp_path_factory.mktemp("unbroken") / "für-dich 北京 #1"
     summary = run(small_config(), lake, run_dir)
     assert (summary.outcome, summary.step, summary.was_finished) == ("finished", STEPS, False)
     return run_dir
@@ -55,6 +60,22 @@ def test_a_run_leaves_what_the_contract_names(unbroken: Path) -> None:
     assert (record["status"], record["step"]) == ("finished", STEPS)
     assert (unbroken / "predictions.parquet").is_file()
     assert not (unbroken / "ray").exists(), "Ray's own files of an attempt are of no use to anyone"
+
+
+def test_a_run_of_any_name_is_scored_and_reported(unbroken: Path, lake: Path, tmp_path: Path) -> None:
+    output = tmp_path / "it's 50% of 北京 🙂"
+    common = ["--run-dir", str(unbroken), "--lake", str(lake)]
+    assert run_job(score.main, [*common, "--dates", "2026-01-05:2026-01-06", "--output", str(output / "scores")]) == 0
+    table = DeltaTable(str(output / "scores")).to_pyarrow_table()
+    assert table.num_rows == build_manifest(lake, dates=(dt.date(2026, 1, 5), dt.date(2026, 1, 6))).num_rows
+    assert run_job(report.main, [*common[:2], "--output", str(output / "r.html")]) == 0
+    assert unbroken.name in (output / "r.html").read_text(encoding="utf-8")
+
+
+def test_a_run_of_any_name_is_exported(unbroken: Path, tmp_path: Path) -> None:
+    output = tmp_path / "it's 50% of 北京 🙂"
+    assert run_job(export.main, ["--run-dir", str(unbroken), "--output", str(output)]) == 0
+    assert (output / "manifest.json").is_file()
 
 
 def test_every_log_step_and_evaluation_is_in_the_history_and_in_tensorboard(unbroken: Path) -> None:

@@ -38,7 +38,7 @@ def test_a_search_keeps_failures_chooses_on_its_own_dates_and_writes_a_configura
 ) -> None:
     from usr_ray.experiments.search import run_search
 
-    run_dir = tmp_path / "search"
+    run_dir = tmp_path / "Suche für 北京 #1"
     result = run_search(Base(None, (*SETS, "ray.num_workers=1")), str(own_lake), run_dir)
     assert [point.status for point in result.points].count("failed") >= 1
     assert any("diverged" in point.error for point in result.points)

@@ -6,10 +6,11 @@ failures ends a run. Called again it adds what is new: by hand, by cron while a 
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import quote
 
 from usr_ray.config import UserError, check_address, dotted
 from usr_ray.runs.read import CONFIG_FILE, HISTORY_FILE, METRICS_FILE, read_history, read_json
@@ -69,13 +70,15 @@ def log_run(run_dir: Path, tracking: Tracking, *, experiment: str) -> tuple[str,
         MLflow's id of the run, and how many numbers were added.
 
     Raises:
-        UserError: no run there.
+        UserError: no run there, or no experiment.
     """
     record = read_json(run_dir / CONFIG_FILE)
+    if not experiment.strip():
+        raise UserError("--experiment '': is empty; name a place in MLflow for the runs, such as usr-ray")
     found = tracking.get_experiment_by_name(experiment)
     experiment_id = found.experiment_id if found else tracking.create_experiment(experiment)
-    name = f"{run_dir.resolve()} {record['created']}"
-    runs = list(tracking.search_runs([experiment_id], f"tags.`{RUN_TAG}` = {json.dumps(name)}"))
+    name = run_tag(run_dir, record["created"])
+    runs = list(tracking.search_runs([experiment_id], f'tags.`{RUN_TAG}` = "{name}"'))
     if runs:
         run_id, last = runs[0].info.run_id, _position(runs[0].data.tags.get(STEP_TAG, ""))
     else:
@@ -99,12 +102,24 @@ def log_run(run_dir: Path, tracking: Tracking, *, experiment: str) -> tuple[str,
     return run_id, num_added
 
 
+def run_tag(run_dir: Path, created: str) -> str:
+    """What finds the run of a directory again, in printable ASCII without quotes, which a filter of MLflow's takes
+    literally.
+    """
+    return quote(f"{run_dir.resolve()} {created}", safe=" /:+~@,=()&;!#$*[]{}^|")
+
+
+def param_key(key: str) -> str:
+    """A dotted key as MLflow takes it: letters, digits and /_.- : and blanks; any other sign by its number."""
+    return re.sub(r"[^/\w. :-]", lambda found: f"-x{ord(found[0]):x}-", key)
+
+
 def _log_params(tracking: Tracking, run_id: str, record: dict[str, Any]) -> None:
     from mlflow.entities import Param
 
     table = {f"table.{key}": value for key, value in record["table"].items()}
     values = dotted(record["config"]) | table
-    params = [Param(key, str(value)[:_PARAM_LENGTH]) for key, value in values.items()]
+    params = [Param(param_key(key), str(value)[:_PARAM_LENGTH]) for key, value in values.items()]
     for start in range(0, len(params), 100):
         tracking.log_batch(run_id, params=params[start : start + 100])
 

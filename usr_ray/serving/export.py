@@ -77,6 +77,7 @@ def export_run(run_dir: Path, output_dir: Path, lake: Path | str | None = None) 
         UserError: no run, no checkpoint, no vocabularies.
     """
     require_packages("onnx", "onnxscript", "onnxruntime")
+    output_dir = output_dir.resolve()  # "." has no name
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ExportError(f"--output {output_dir}: is not empty; name another directory, or delete this one")
     run = load_run(run_dir)

@@ -11,6 +11,7 @@ import pytest
 
 from jobs.log_mlflow import main
 from usr_ray.cli import run_job
+from usr_ray.operations.mlflow import param_key, run_tag
 
 pytestmark = pytest.mark.unit
 
@@ -108,3 +109,14 @@ def test_without_mlflow_one_line_says_what_to_install(run_dir: Path, capsys: pyt
     assert run_job(main, ["--run-dir", str(run_dir)]) == 2
     assert "error: mlflow is not installed here; install usr-ray[mlflow]" in capsys.readouterr().err
     assert not (run_dir.parent / "mlruns").exists()
+
+
+def test_names_become_what_mlflow_takes() -> None:
+    assert run_tag(Path("/runs/monday 1"), "2026-01-08T00:00:00+00:00") == "/runs/monday 1 2026-01-08T00:00:00+00:00"
+    odd = run_tag(Path("/runs/für-dich 北\"'`\\"), "x")
+    assert odd == "/runs/f%C3%BCr-dich %E5%8C%97%22%27%60%5C x"
+    assert [param_key(key) for key in ("train.seed", "logs.a.where.Größe (cm)", "x%")] == [
+        "train.seed",
+        "logs.a.where.Größe -x28-cm-x29-",
+        "x-x25-",
+    ]
