@@ -58,6 +58,8 @@ LOCAL_ENVIRONMENT = {
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     # Watches for nodes that a cloud reclaims; there is one node, and it is local.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # Ray uses a deprecated option of its own and warns of it: nothing that a user of ours can act on.
+    "PYTHONWARNINGS": "ignore:`ExecutionOptions.exclude_resources`",
 }
 """Only for a Ray on this machine alone."""
 
@@ -80,6 +82,8 @@ def prepare_environment(environment: MutableMapping[str, str] | None = None, *, 
     own = not environment.get("RAY_ADDRESS")
     check_ray_folders(environment, own=own)
     wanted = RAY_ENVIRONMENT | (LOCAL_ENVIRONMENT if own else {})
+    if not sys.stdout.isatty():  # Ray colours the names of its workers in a file, too
+        wanted = wanted | {"RAY_COLOR_PREFIX": "0"}
     if own and sys.platform == "linux":
         wanted = wanted | {"GLOO_SOCKET_IFNAME": "lo"}
     if own and dashboard and API_SERVER not in environment:

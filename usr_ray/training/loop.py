@@ -222,7 +222,7 @@ class _Run:
         summary = share_json(self.worker, evaluation.metrics and summarise(evaluation.metrics))
         known = {k: v for k, v in summary.items() if v is not None}
         self.worker.report({"step": state.step, "epoch": state.epoch + 1} | known)
-        self._say(f"evaluation after epoch {state.epoch + 1}: " + ", ".join(f"{k} {v}" for k, v in summary.items()))
+        self._say(f"evaluation after epoch {state.epoch + 1}: " + ", ".join(f"{k} {v:.4f}" for k, v in known.items()))
         log_loss = summary["log_loss"]
         if not self.config.train.early_stopping or log_loss is None:
             return evaluation, False

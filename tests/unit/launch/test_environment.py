@@ -101,3 +101,13 @@ def test_a_folder_in_which_ray_cannot_have_its_sessions(name: str, folder: str, 
     with pytest.raises(UserError, match=f"^{name} {folder}: .*{message}"):
         prepare_environment(environment, dashboard=False)
     assert prepare_environment(environment | {"RAY_ADDRESS": "10.0.0.1:6379"}) == ADDRESS, "not ours to start"
+
+
+@pytest.mark.parametrize(("terminal", "colours"), [(True, None), (False, "0")])
+def test_rays_colours_are_for_terminals(
+    terminal: bool, colours: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+    environment = {"HOME": str(tmp_path), "RAY_AUTH_TOKEN": "x"}
+    prepare_environment(environment, dashboard=False)
+    assert environment.get("RAY_COLOR_PREFIX") == colours
