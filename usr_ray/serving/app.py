@@ -78,12 +78,18 @@ def make_app(service: Service, token: str | None = None) -> FastAPI:
     return app
 
 
-def deployment(settings: Settings, token: str | None, *, num_replicas: int = 1) -> Any:
-    """An application of Ray Serve: `ray.serve.run(deployment(...))`."""
+def deployment(
+    settings: Settings,
+    token: str | None,
+    *,
+    num_replicas: int = 1,
+    make_service: Callable[[Settings], Service] = Service,
+) -> Any:
+    """An application of Ray Serve: `ray.serve.run(deployment(...))`; `make_service` is called in each replica."""
     from ray import serve
 
     def build() -> FastAPI:
-        return make_app(Service(settings), token)
+        return make_app(make_service(settings), token)
 
     # The replica's own queue is the bound, and answers 429: Serve must let one request more in than it takes.
     @serve.deployment(

@@ -1,0 +1,56 @@
+"""The service as a deployment of Ray Serve, on the lane's small cluster; a version of the test's own stands in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.unit.serving.test_service import GOOD, Version
+from usr_ray.serving.app import deployment
+from usr_ray.serving.ranker import Ranker
+from usr_ray.serving.service import Service, Settings
+from usr_ray.serving.versions import move_pointer
+
+pytestmark = pytest.mark.ray
+PORT = 18_431
+
+
+def named_service(settings: Settings) -> Service:
+    """In the replica: a version is nothing but its name in the pointer."""
+    Ranker.load = lambda registry, **_: Version(json.loads((registry / "current.json").read_text())["stable"])  # type: ignore[method-assign, assignment, misc]
+    return Service(settings)
+
+
+@pytest.fixture(scope="module")
+def address(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    from ray import serve
+
+    registry = tmp_path_factory.mktemp("registry")
+    move_pointer(registry, "one")
+    serve.start(http_options={"host": "127.0.0.1", "port": PORT})
+    settings = Settings(registry, num_workers=1, max_queued=4, poll_s=0.1)
+    serve.run(deployment(settings, "secret", make_service=named_service), route_prefix="/")
+    yield f"http://127.0.0.1:{PORT}", registry
+    serve.shutdown()
+
+
+def test_a_deployment_answers_refuses_and_follows_the_pointer(address: tuple[str, Path]) -> None:
+    base, registry = address
+    with httpx.Client(base_url=base, headers={"Authorization": "Bearer secret"}, timeout=60) as client:
+        assert client.post("/v1/score", json=GOOD).json()["version"] == "one"
+        assert client.post("/v1/score", json={}).status_code == 422
+        assert client.get("/readyz", headers={"Authorization": ""}).status_code == 200
+        assert client.get("/v1/model", headers={"Authorization": ""}).status_code == 401
+        move_pointer(registry, "two")
+        found = {"one"}
+        for _ in range(200):
+            answer = client.post("/v1/score", json=GOOD)
+            assert answer.status_code == 200
+            found.add(answer.json()["version"])
+            if "two" in found:
+                break
+        assert found == {"one", "two"}
