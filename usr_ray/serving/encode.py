@@ -21,7 +21,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from usr_ray.config import DAY_US, UserError
-from usr_ray.schema import FIRST_ID, PADDING_ID, UNKNOWN_ID, FeatureSpec
+from usr_ray.schema import FIRST_ID, PADDING_ID, UNKNOWN_ID, FeatureSpec, scaled_column
 
 Ints = NDArray[np.int64]
 EVENT_HOUR = "event_hour"
@@ -176,9 +176,15 @@ class Encoder:
         spec: of the model.
         indexes: of each feature's vocabulary; empty for hashed ids.
         num_buckets: of hashed ids; None: the vocabularies are fitted.
+
+    Raises:
+        EncodeError: the model has features that change from day to day, which no store holds.
     """
 
     def __init__(self, spec: FeatureSpec, indexes: Mapping[str, ValueIndex], num_buckets: int | None) -> None:
+        daily = [f.name for f in spec.dense if f.column != scaled_column(f.name)]
+        if daily:
+            raise EncodeError(f"features: {daily[0]} changes from day to day and cannot be served; train without it")
         self.spec = spec
         self._indexes, self._num_buckets = indexes, num_buckets
         self.categories = {

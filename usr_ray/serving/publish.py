@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from usr_ray.data.events import read_events
 from usr_ray.data.manifest import Manifest, build_manifest, join_path, open_filesystem
 from usr_ray.files import sync
-from usr_ray.serving.encode import ValueIndex
+from usr_ray.serving.encode import Encoder, ValueIndex
 from usr_ray.serving.export import export_run
 from usr_ray.serving.ranker import Ranker, iso_time
 from usr_ray.serving.runtime import VOCABULARIES
@@ -60,6 +60,7 @@ def publish(
         UserError: no run, no checkpoint, another lake, or a table that cannot be read. Nothing is left behind then.
     """
     manifest = build_manifest(lake, dates=(dt.date.min, dt.date.max))
+    Encoder(manifest.spec, {}, None)  # what cannot be encoded is said before the export, which takes a minute
     events, state_version = read_events(lake)
     temporary = registry / VERSIONS / f".tmp-{uuid.uuid4().hex}"
     temporary.mkdir(parents=True)

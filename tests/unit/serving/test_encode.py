@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ from deltalake import DeltaTable
 from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
 from usr_ray.data.events import COLUMNS
 from usr_ray.data.manifest import build_manifest
+from usr_ray.schema import DenseFeature
 from usr_ray.serving.encode import EncodeError, Encoder, UserEvents, ValueIndex, category_text, scaled
 from usr_ray.serving.ranker import MAX_CANDIDATES, Ranker, RequestError
 from usr_ray.serving.stores import ItemTable, StoreError, UserStore, write_items, write_users
@@ -59,6 +61,12 @@ def test_ids_are_padding_unknown_or_known(encoder):
     assert encoder.ids("event_hour", ["x"]).tolist() == [1]  # a feature without values
     # Spark: SELECT xxhash64('a') = -8582455328737087284; pmod(.., 98) + 2
     assert Encoder(encoder.spec, {}, 100).ids("query", ["a", None]).tolist() == [-8582455328737087284 % 98 + 2, 0]
+
+
+def test_a_model_with_counters_is_refused(encoder):
+    counter = DenseFeature(name="counter_user_7d_ctr", column="counter_user_7d_ctr", owner="user")
+    with pytest.raises(EncodeError, match=r"counter_user_7d_ctr changes from day to day and cannot be served"):
+        Encoder(replace(encoder.spec, dense=(*encoder.spec.dense, counter)), {}, None)
 
 
 def test_numbers_are_scaled_as_the_etl_does():
