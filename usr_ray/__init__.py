@@ -14,7 +14,7 @@ import sys
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Run", "Samples", "UserError", "load_config", "load_run", "open_samples"]
+__all__ = ["Config", "Ranker", "Run", "Samples", "UserError", "load_config", "load_run", "open_samples"]
 
 if sys.version_info < (3, 11):  # noqa: UP036 - a checkout run by another Python than its environment's; pip refuses by itself
     print(
@@ -28,6 +28,7 @@ _HOMES = {
     "Config": "usr_ray.config",
     "UserError": "usr_ray.config",
     "load_config": "usr_ray.config",
+    "Ranker": "usr_ray.serving.ranker",
     "Run": "usr_ray.serving.library",
     "Samples": "usr_ray.serving.library",
     "load_run": "usr_ray.serving.library",
