@@ -29,7 +29,7 @@ def parse_watermark(text: str) -> dt.datetime:
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, dict[str, Any]]:
     """(arguments, configuration, dates and watermark of the build); UserError for what can be seen without Spark."""
-    parser = job_parser(__doc__ or "")
+    parser = job_parser(__doc__ or "", takes_dates=True)
     parser.add_place("--logs", check_input, required=True, help="folder with one entry per log")
     parser.add_place("--lake", check_new_lake, required=True, help="where the tables are; made if it is not there")
     parser.add_argument("--dates", metavar="A:B", help="UTC dates to build, both included; today-N counts back")

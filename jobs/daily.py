@@ -71,7 +71,7 @@ class Day:
     """One day's steps; each may be run again, and does nothing twice."""
 
     def __init__(self, arguments: argparse.Namespace, config: Config, lock: int) -> None:
-        self.arguments, self.lock = arguments, lock
+        self.arguments, self.config, self.lock = arguments, config, lock
         self.work: Path = arguments.work.resolve()
         day = job_dates(arguments.date, where="--date")[1]
         self.state = DayState(self.work, day.isoformat())
@@ -113,7 +113,7 @@ class Day:
         if all(self.plan.build_first <= date.isoformat() <= self.plan.day for date in dates):
             return "all dates are of this day's build"
         days = self.arguments.restate_days
-        first = dt.date.fromisoformat(self.plan.day) - dt.timedelta(days=days - 1)
+        first = max(min(dates), dt.date.fromisoformat(self.plan.day) - dt.timedelta(days=days - 1))
         self._build("--restate", *(["--dates", f"{first}:{self.plan.day}"] if days else []))
         return None
 
@@ -124,7 +124,8 @@ class Day:
             return f"no date up to {plan.train_last} is new to the model in use"
         from usr_ray.runs.read import read_etl_reports
 
-        check_labels(read_etl_reports(self.arguments.lake), plan)
+        reports = read_etl_reports(self.arguments.lake)
+        check_labels(reports, plan, allow_missing=self.config.data.allow_missing_dates)
         overrides = {
             "data.train_dates": f"{plan.train_first}:{plan.train_last}",
             "data.eval_dates": plan.held_out,
@@ -291,7 +292,7 @@ def built_dates(lake: str) -> set[dt.date]:
 
 
 def main(argv: list[str]) -> None:
-    parser = job_parser(__doc__ or "")
+    parser = job_parser(__doc__ or "", takes_dates=True)
     parser.add_place("--work", None, type=Path, required=True, help="state, runs, exports and scores go here")
     parser.add_place("--logs", check_input, help="folder with one entry per log")
     parser.add_place("--lake", check_new_lake, help="where the tables are")

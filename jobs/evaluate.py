@@ -1,9 +1,10 @@
-"""Evaluate a trained run on held-out dates, beside the popularity baseline, and write the metrics.
+"""Evaluate a trained run on some dates, beside the popularity baseline, and write the metrics.
 
 python jobs/evaluate.py --run-dir DIR --lake DIR --dates A:B [--output FILE]
 
-Writes <run-dir>/evaluation-A_B.json (or --output) and <run-dir>/predictions.parquet, which jobs/report.py reads. One
-process, no Ray; any number of workers would give the same numbers.
+Writes <run-dir>/evaluation-A_B.json and predictions-A_B.parquet, which jobs/report.py reads; other evaluations' files
+stay. Dates that the run was trained on are evaluated too, under the split 'train' in place of 'eval'. One process, no
+Ray; any number of workers would give the same numbers.
 """
 
 from __future__ import annotations
@@ -11,36 +12,35 @@ from __future__ import annotations
 import datetime as dt
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from usr_ray import __version__
-from usr_ray.cli import JobParser, check_lake, check_output_file, check_run_dir, run_job
-from usr_ray.config import Config, UserError, end_of_us, parse_dates
-from usr_ray.data.manifest import Manifest, build_manifest
-from usr_ray.evaluation.baseline import popularity_baseline
-from usr_ray.evaluation.files import (
-    BASELINE_SPLIT,
-    PREDICTIONS_FILE,
-    SPLIT,
-    metrics_text,
-    write_metrics,
-    write_predictions,
-)
-from usr_ray.evaluation.metrics import Predictions, metrics_by_scenario
-from usr_ray.training.evaluate import TrainedRun, check_table, evaluate, load_run
-from usr_ray.training.rows import read_training_rows
-from usr_ray.training.worker import LocalWorker
+from usr_ray.cli import JobParser, add_allow_missing_dates, check_lake, check_output_file, check_run_dir, run_job
+from usr_ray.config import Config, UserError, date_ranges, end_of_us, parse_dates
+
+if TYPE_CHECKING:  # torch takes seconds to load: a wrong command line is reported without it
+    from usr_ray.data.manifest import Manifest
+    from usr_ray.evaluation.metrics import Predictions
+    from usr_ray.training.evaluate import TrainedRun
 
 
 def baseline_of(config: Config, lake: str, held_out: Manifest, predictions: Predictions) -> Predictions | None:
     """The popularity baseline on the same rows; None, and a line that says why, where it cannot be had."""
+    from usr_ray.data.manifest import build_manifest
+    from usr_ray.evaluation.baseline import popularity_baseline
+    from usr_ray.training.rows import read_training_rows
+
     if not config.data.train_dates:
         print("no popularity baseline: the run's configuration names no data.train_dates")
         return None
     dates = parse_dates(config.data.train_dates, where="data.train_dates")
     try:
-        manifest = build_manifest(lake, dates=dates, version=held_out.version)
+        allow_missing = config.data.allow_missing_dates
+        manifest = build_manifest(
+            lake, dates=dates, version=held_out.version, where="data.train_dates", allow_missing=allow_missing
+        )
         rows = read_training_rows(manifest, ready_before_us=end_of_us(dates[1]), mature_only=config.data.mature_only)
     except UserError as error:
         print(f"no popularity baseline: {error}")
@@ -67,34 +67,44 @@ def main(argv: list[str]) -> None:
     parser.add_place("--run-dir", check_run_dir, type=Path, required=True, help="the --run-dir of jobs/train.py")
     parser.add_place("--lake", check_lake, required=True, help="the lake of jobs/build_samples.py")
     parser.add_argument("--dates", required=True, metavar="A:B", help="first and last date, both included")
-    parser.add_place("--output", None, type=Path, metavar="FILE", help="metrics as JSON; default in the run directory")
+    add_allow_missing_dates(parser)
+    parser.add_place("--output", None, type=Path, metavar="FILE", help="the metrics as JSON in another place too")
     arguments = parser.parse_args(argv)
     first, last = parse_dates(arguments.dates, where="--dates")
-    output: Path = arguments.output or arguments.run_dir / f"evaluation-{first}_{last}.json"
-    check_output_file(output, flag="--output")
-    check_output_file(arguments.run_dir / PREDICTIONS_FILE, flag="--run-dir")
+    name = f"{first}_{last}"
+    if arguments.output is not None:
+        check_output_file(arguments.output, flag="--output")
+    check_output_file(arguments.run_dir / f"evaluation-{name}.json", flag="--run-dir")
+    from usr_ray.data.manifest import build_manifest
+    from usr_ray.evaluation.files import metrics_text
+    from usr_ray.runs.evaluations import dates_heading, dates_of, trained_dates, write_evaluation
+    from usr_ray.training.evaluate import check_table, evaluate, load_run
+    from usr_ray.training.worker import LocalWorker
+
     worker = LocalWorker()
     run = load_run(arguments.run_dir, worker.device)
-    held_out = build_manifest(arguments.lake, dates=(first, last))
-    check_table(run, held_out)
-    result = evaluate(run.module, run.tables, held_out, worker, run.config)
-    if result.predictions is not None and result.metrics is not None:  # rank 0
-        baseline = baseline_of(run.config, arguments.lake, held_out, result.predictions)
-        scenarios = held_out.spec.scenarios
-        splits = {SPLIT: result.metrics}
-        if baseline is not None:
-            splits[BASELINE_SPLIT] = metrics_by_scenario(baseline, scenarios)
-        write_predictions(
-            arguments.run_dir / PREDICTIONS_FILE,
+    manifest = build_manifest(arguments.lake, dates=(first, last), allow_missing=arguments.allow_missing_dates)
+    check_table(run, manifest)
+    result = evaluate(run.module, run.tables, manifest, worker, run.config)
+    if result.predictions is not None:  # rank 0
+        dates = dates_of(manifest, result.predictions.row_number_N)
+        if left_out := set(manifest.dates) - set(dates):
+            print(f"warning: without {date_ranges(left_out)}, of which no row has final labels", flush=True)
+        seen = trained_dates(arguments.run_dir, run.config.to_dict())
+        splits = write_evaluation(
+            arguments.run_dir,
+            name,
             result.predictions,
-            scenarios,
-            baseline=baseline,
-            about=about(run, held_out, f"{first}:{last}"),
+            manifest.spec.scenarios,
+            baseline=baseline_of(run.config, arguments.lake, manifest, result.predictions),
+            about=about(run, manifest, date_ranges(dates)),
+            seen=seen,
+            output=arguments.output,
         )
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_metrics(output, splits)
-        print(metrics_text(splits))
-        print(f"{run.checkpoint.path.name} on {first} to {last}: {len(result.predictions):,} rows; written to {output}")
+        print(f"{dates_heading(dates, seen)}:\n{metrics_text(splits)}")
+        where = " and ".join(date_ranges(dates).replace(":", " to ").split(", "))
+        written = arguments.output or arguments.run_dir / f"evaluation-{name}.json"
+        print(f"{run.checkpoint.path.name} on {where}: {len(result.predictions):,} rows; written to {written}")
     worker.close()
 
 

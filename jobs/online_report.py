@@ -23,7 +23,7 @@ from usr_ray.config import Config, parse_dates
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, tuple[dt.date, dt.date]]:
     """(arguments, configuration, dates); UserError for what can be seen without Spark."""
-    parser = job_parser(__doc__ or "")
+    parser = job_parser(__doc__ or "", takes_dates=True)
     parser.add_place("--logs", check_input, required=True, help="the logs that the lake was built from")
     parser.add_place("--lake", check_lake, required=True, help="the lake of jobs/build_samples.py")
     parser.add_argument("--dates", required=True, metavar="A:B", help="UTC dates of the experiment, both included")
@@ -51,12 +51,12 @@ def main(argv: list[str]) -> None:
 
     spark = build_spark("usr-ray online report")
     try:
-        rows, without_column = experiment_counts(
+        rows, without_column, used = experiment_counts(
             spark, config, logs=arguments.logs, lake=Lake(arguments.lake), dates=(first, last)
         )
     finally:
         spark.stop()
-    report = experiment_report(counts_of(rows, without_column), config.online, dates=f"{first}:{last}")
+    report = experiment_report(counts_of(rows, without_column), config.online, dates=used)
     output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
     (output / "online.json").write_text(text + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from usr_ray.cli import JobParser, check_input, check_lake, check_run_dir, run_job
+from usr_ray.cli import JobParser, add_allow_missing_dates, check_input, check_lake, check_run_dir, run_job
 from usr_ray.config import parse_dates
 
 
@@ -22,12 +22,18 @@ def main(argv: list[str]) -> None:
     parser.add_place("--lake", check_lake, required=True, help="the lake that it was trained on")
     parser.add_place("--registry", check_input, type=Path, required=True, help="of jobs/publish.py")
     parser.add_argument("--dates", required=True, metavar="A:B", help="first and last date, both included")
+    add_allow_missing_dates(parser)
     arguments = parser.parse_args(argv)
     dates = parse_dates(arguments.dates, where="--dates")
     from usr_ray.serving.replay import replay  # loads torch
 
     found = replay(
-        arguments.run_dir, arguments.lake, arguments.registry, dates, report=lambda line: print(line, flush=True)
+        arguments.run_dir,
+        arguments.lake,
+        arguments.registry,
+        dates,
+        allow_missing=arguments.allow_missing_dates,
+        report=lambda line: print(line, flush=True),
     )
     for line in found.lines():
         print(line)

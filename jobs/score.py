@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from usr_ray.cli import JobParser, check_lake, check_output_table, check_run_dir, run_job
+from usr_ray.cli import JobParser, add_allow_missing_dates, check_lake, check_output_table, check_run_dir, run_job
 from usr_ray.config import parse_dates
 
 
@@ -23,6 +23,7 @@ def main(argv: list[str]) -> None:
     parser.add_place("--lake", check_lake, required=True, help="the lake of jobs/build_samples.py")
     parser.add_argument("--dates", required=True, metavar="A:B", help="first and last date, both included")
     parser.add_place("--output", check_output_table, type=Path, required=True, help="the Delta table of scores")
+    add_allow_missing_dates(parser)
     arguments = parser.parse_args(argv)
     dates = parse_dates(arguments.dates, where="--dates")
 
@@ -32,7 +33,13 @@ def main(argv: list[str]) -> None:
 
     worker = LocalWorker()
     scored = score_dates(
-        arguments.run_dir, arguments.lake, dates, arguments.output, worker, report=lambda line: print(line, flush=True)
+        arguments.run_dir,
+        arguments.lake,
+        dates,
+        arguments.output,
+        worker,
+        allow_missing=arguments.allow_missing_dates,
+        report=lambda line: print(line, flush=True),
     )
     print(
         f"{scored.num_rows:,} rows of {len(scored.dates)} dates scored by the checkpoint of step {scored.step}; "

@@ -31,7 +31,7 @@ from usr_ray.launch.environment import prepare_environment
 
 
 def main(argv: list[str]) -> None:
-    parser = job_parser(__doc__ or "")
+    parser = job_parser(__doc__ or "", takes_dates=True)
     parser.add_argument("--study", required=True, metavar="NAME", help="of jobs/studies, or a TOML file")
     parser.add_place("--lake", check_lake, help="the lake of jobs/build_samples.py")
     parser.add_place("--input", check_input, type=Path, help="files of the data set a study makes worlds of")

@@ -19,7 +19,7 @@ from usr_ray.launch.environment import prepare_environment
 
 
 def main(argv: list[str]) -> None:
-    parser = job_parser(__doc__ or "")
+    parser = job_parser(__doc__ or "", takes_dates=True)
     parser.add_place("--lake", check_lake, required=True, help="the lake of jobs/build_samples.py")
     parser.add_place("--run-dir", check_output, required=True, help="checkpoints, metrics and events go here")
     arguments = parser.parse_args(argv)

@@ -29,7 +29,7 @@ TUNE_ENVIRONMENT = {
 
 
 def main(argv: list[str]) -> None:
-    parser = job_parser(__doc__ or "")
+    parser = job_parser(__doc__ or "", takes_dates=True)
     parser.add_place("--lake", check_lake, required=True, help="the lake of jobs/build_samples.py")
     parser.add_place("--run-dir", check_output, type=Path, required=True, help="trials, best.toml and report go here")
     arguments = parser.parse_args(argv)

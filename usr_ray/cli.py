@@ -102,8 +102,17 @@ class JobParser(argparse.ArgumentParser):
         return found
 
 
-def job_parser(description: str) -> JobParser:
-    """A parser with `--config FILE` and repeatable `--set a.b=c`."""
+def add_allow_missing_dates(parser: argparse.ArgumentParser, **action: Any) -> None:
+    """Add --allow-missing-dates; `action`: as in add_argument, if not to store whether it was given."""
+    words = "where some of the dates have no rows, take the others"
+    parser.add_argument("--allow-missing-dates", help=words, **(action or {"action": "store_true"}))
+
+
+def job_parser(description: str, *, takes_dates: bool = False) -> JobParser:
+    """A parser with `--config FILE` and repeatable `--set a.b=c`.
+
+    With `takes_dates`, --allow-missing-dates is a short way to set data.allow_missing_dates.
+    """
     parser = JobParser(description)
     parser.add_place("--config", check_file, type=Path, metavar="FILE", help="TOML file, see jobs/configs")
     parser.add_argument(
@@ -114,6 +123,9 @@ def job_parser(description: str) -> JobParser:
         dest="overrides",
         help="override one key by its dotted path; repeatable",
     )
+    if takes_dates:
+        key = "data.allow_missing_dates=true"
+        add_allow_missing_dates(parser, action="append_const", dest="overrides", const=key)
     return parser
 
 

@@ -22,7 +22,7 @@ from etl.lake.tables import Lake, dates_condition
 from etl.logs.events import EventLog, event_logs, read_events
 from etl.logs.files import LogFolder
 from etl.logs.mapping import names_of
-from usr_ray.config import Config
+from usr_ray.config import Config, date_ranges, dates_there
 from usr_ray.schema import (
     EXPERIMENT_USERS,
     IN_EXPERIMENT,
@@ -41,22 +41,31 @@ MAX_COMBINATIONS = 4_000_000
 
 def experiment_counts(
     spark: SparkSession, config: Config, *, logs: str, lake: Lake, dates: tuple[dt.date, dt.date]
-) -> tuple[pa.Table, tuple[str, ...]]:
+) -> tuple[pa.Table, tuple[str, ...], str]:
     """Count the experiment's impressions, clicks and orders on the dates, both included.
 
     Returns:
-        The `combinations`, and the scenarios whose impressions log has no bucket column: left out.
+        The `combinations`, the scenarios whose impressions log has no bucket column: left out, and the dates that have
+        samples, as "A:B" or several of that.
 
     Raises:
         DataCheckError: no impressions log has the bucket column, the lake has no samples, or there are too many
             combinations of counts.
+        UserError: the lake has no samples of the dates, or, without data.allow_missing_dates, of one of them.
     """
     folder = LogFolder(spark, logs, config.logs)
     shown = [log for log in event_logs(config, folder) if log.kind == KIND_IMPRESSION]
     having = _logs_with_bucket(config, folder, shown)
     if not lake.has(spark, SAMPLES):
         raise DataCheckError(f"--lake {lake.root}: has no samples table; run jobs/build_samples.py first")
-    samples = spark.read.format("delta").load(lake.path(SAMPLES)).filter(dates_condition(PARTITION_COLUMN, *dates))
+    table = spark.read.format("delta").load(lake.path(SAMPLES))
+    there = {row[0].isoformat() for row in table.select(PARTITION_COLUMN).distinct().collect()}
+    allow_missing = config.data.allow_missing_dates
+    source = f"the table {lake.path(SAMPLES)} holds"
+    used, warning = dates_there(dates, there, where="--dates", source=source, allow_missing=allow_missing)
+    if warning:
+        print(f"warning: {warning}", flush=True)
+    samples = table.filter(dates_condition(PARTITION_COLUMN, *dates))
     buckets = bucket_of_impressions(config, folder, having, dates)
     scenarios = [config.scenarios[log.scenario] for log in having]
     users = user_counts(samples, buckets, scenarios, mature_only=config.data.mature_only)
@@ -66,7 +75,8 @@ def experiment_counts(
             f"--dates {dates[0]}:{dates[1]}: users have more than {MAX_COMBINATIONS:,} combinations of impressions, "
             "clicks and orders; name fewer dates, or leave machines out of the logs"
         )
-    return rows, tuple(config.scenarios[log.scenario] for log in shown if log not in having)
+    left_out = tuple(config.scenarios[log.scenario] for log in shown if log not in having)
+    return rows, left_out, date_ranges({date.isoformat() for date in used})
 
 
 def bucket_of_impressions(

@@ -26,7 +26,7 @@ from etl.kernel.attribution import LabelRules
 from etl.kernel.fingerprint import date_fingerprint
 from etl.kernel.packs import EVENT, VALUE
 from etl.lake.tables import Lake, check_tables, prepare_samples
-from usr_ray.config import Config
+from usr_ray.config import Config, dates_there
 from usr_ray.schema import SAMPLES
 
 
@@ -60,6 +60,11 @@ def restate_samples(
     reports = {date: report for date, report in read_reports(spark, lake).items() if _asked_for(request, date)}
     if not reports:
         raise DataCheckError(f"--restate: {lake.root} has no reports of the dates asked for; build them with --dates")
+    if request.first is not None and request.last is not None:
+        span, source = (request.first, request.last), f"{lake.root} has reports of"
+        _, warning = dates_there(span, set(reports), where="--dates", source=source, allow_missing=True)
+        if warning:  # a scheduled restatement looks back further than a young lake goes
+            progress.write(f"warning: {warning}")
     logs = open_logs(spark, config, request.logs)
     progress(f"reading {len(logs.logs)} event logs")
     state = find_state(spark, config, lake, request.first or dt.date.max)

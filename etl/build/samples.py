@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from pyspark.sql import SparkSession
@@ -32,7 +32,7 @@ from etl.kernel.fingerprint import date_fingerprint
 from etl.kernel.packs import EVENT, PACK, VALUE
 from etl.kernel.rows import RowPlan
 from etl.lake.tables import Lake, any_date_condition, check_tables, prepare_samples, replace_dates, write_rejects
-from usr_ray.config import Config
+from usr_ray.config import SHOWN_RANGES, Config, date_ranges, dates_there
 from usr_ray.schema import FIRST_ID, PARTITION_COLUMN, SAMPLES, FeatureSpec
 
 
@@ -82,8 +82,8 @@ def build_samples(spark: SparkSession, config: Config, request: BuildRequest, pr
     """Build the samples of the requested dates; a rerun replaces them by equal rows.
 
     Raises:
-        DataCheckError: a log is missing or unusable, the dates hold no impression, or the table was built with another
-            configuration. Nothing has been written then.
+        DataCheckError: a log is missing or unusable, or the table was built with another configuration; UserError: the
+            dates, or one of them without data.allow_missing_dates, hold no impression. Nothing has been written then.
     """
     lake = request.lake
     check_tables(spark, lake, config, feature_spec(config))
@@ -98,16 +98,17 @@ def build_samples(spark: SparkSession, config: Config, request: BuildRequest, pr
     with staging_folder(spark, lake) as folder:
         inputs = run_pass(spark, logs, plan, folder, first_row=first_row, past=past)
         show_inputs(inputs, progress)
-        _check_dates(request, inputs.account)
+        built = _dates_there(request, inputs, config, progress)
+        dates = [date.isoformat() for date in built]
         counts = value_counts(spark, lake, state, inputs.staged(VALUE))
         known, spec = grow_vocabularies(spark, config, lake, counts, (inputs.users, inputs.items), dates)
         item_features = update_item_features(spark, config, lake, inputs.items, known)
         prepare_samples(spark, lake, spec, config, item_features)
         progress("vocabularies: " + ", ".join(f"{f.name} {f.num_embeddings - FIRST_ID:,}" for f in spec.sparse))
-        rows = row_plan(config, spec, inputs.account, request.watermark, plan.days)
+        rows = row_plan(config, spec, inputs.account, request.watermark, tuple(map(day_of, dates)))
         job = Job(spark=spark, config=config, lake=lake, inputs=inputs, plan=rows, known=known, progress=progress)
-        found = write_dates(job, request.dates, request.dates)
-        write_state(spark, config, lake, state, inputs.staged(EVENT), inputs.staged(VALUE), request.last)
+        found = write_dates(job, built, built)
+        write_state(spark, config, lake, state, inputs.staged(EVENT), inputs.staged(VALUE), built[-1])
         return found
 
 
@@ -212,29 +213,27 @@ def accounted(account: Account) -> str:
     return f"attributed: {used:,} events used, {rejects:,} rejected, {duplicates:,} duplicates"
 
 
-def _check_dates(request: BuildRequest, account: Account) -> None:
-    dates = account.impression_dates
-    if any(request.first.isoformat() <= date <= request.last.isoformat() for date in dates):
-        return
-    there = _ranges(dates) or "none"
-    reasons = sorted({reason for by_reason in account.reasons.values() for reason in by_reason})
-    hint = f" (rows were rejected as: {', '.join(reasons)})" if reasons and not dates else ""
-    raise DataCheckError(
-        f"--dates {request.first}:{request.last}: the logs hold no impression on these dates; "
-        f"they hold impressions on {there}{hint}; name dates of those"
+def _dates_there(request: BuildRequest, inputs: Inputs, config: Config, progress: Progress) -> list[dt.date]:
+    """The dates to build: those asked for that have an impression. What the lake holds of the others stays."""
+    account = inputs.account
+    there = {date for date, rows in inputs.num_impressions(account.impression_dates).items() if rows}
+    if not there & {date.isoformat() for date in request.dates}:
+        reasons = sorted({reason for by_reason in account.reasons.values() for reason in by_reason})
+        hint = f" (rows were rejected as: {', '.join(reasons)})" if reasons and not there else ""
+        raise DataCheckError(
+            f"--dates {request.first}:{request.last}: the logs hold no impression on these dates; "
+            f"they hold impressions on {date_ranges(there, most=SHOWN_RANGES) or 'none'}{hint}; name dates of those"
+        )
+    dates, warning = dates_there(
+        (request.first, request.last),
+        there,
+        where="--dates",
+        source="the logs hold impressions on",
+        allow_missing=config.data.allow_missing_dates,
     )
-
-
-def _ranges(dates: Collection[str]) -> str:
-    """Dates as ranges without a gap, the first five: one wrong clock must not make them one of 8,000 years."""
-    ranges: list[list[dt.date]] = []
-    for date in sorted(map(dt.date.fromisoformat, dates)):
-        if ranges and (date - ranges[-1][1]).days == 1:
-            ranges[-1][1] = date
-        else:
-            ranges.append([date, date])
-    shown = [f"{first}:{last}" if first < last else f"{first}" for first, last in ranges]
-    return ", ".join(shown[:5]) + (" ..." if len(shown) > 5 else "")
+    if warning:
+        progress.write(f"warning: {warning}")
+    return dates
 
 
 def _write_rejects(job: Job, dates: Sequence[dt.date]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 
 from etl.build.samples import BuildRequest, Progress, build_samples
@@ -19,7 +20,7 @@ from etl.checks import DataCheckError
 from etl.lake.tables import Lake
 from tests.spark.shop import CONFIG, Shop, logs_of, random_shop, write_logs
 from tests.spark.test_build_samples import DATES, WATERMARK, rows_of
-from usr_ray.config import load_config
+from usr_ray.config import UserError, load_config
 
 pytestmark = pytest.mark.spark
 
@@ -260,6 +261,35 @@ def test_dates_without_impressions_are_refused(spark: SparkSession, logs: Path, 
     ):
         build_samples(spark, load_config(None, CONFIG), request, Progress(write=lambda line: None))
     assert not (tmp_path / "lake").exists()
+
+
+def test_dates_of_which_some_hold_no_impression_are_refused_unless_that_is_allowed(
+    spark: SparkSession, shop: Shop, tmp_path: Path
+) -> None:
+    """Days 1 and 3 are missing, the last one among them: the state must not claim to know it."""
+    gone = {str(DATES[1]), str(DATES[3])}
+    kept = {
+        log: [r for r in rows if "impressions" not in log or not gone & {str(r["event_time"])[:10]}]
+        for log, rows in logs_of(shop).items()
+    }
+    logs, lake = write_logs(kept, tmp_path / "logs"), tmp_path / "lake"
+    limits = ("limits.max_reject_share=1",)  # clicks of the missing days belong to no impression
+    with pytest.raises(UserError) as error:
+        build(spark, logs, lake, *limits)
+    assert str(error.value) == (
+        f"--dates {DATES[0]}:{DATES[3]}: 2 of these 4 dates have no rows: {DATES[1]}, {DATES[3]}; the logs hold "
+        f"impressions on {DATES[0]}, {DATES[2]}; name dates of those, or take the ones that are there with "
+        "--allow-missing-dates"
+    )
+    assert not lake.exists()
+    lines = build(spark, logs, lake, *limits, "data.allow_missing_dates=true")
+    warning = f"--dates {DATES[0]}:{DATES[3]}: without {DATES[1]}, {DATES[3]}, of which there are no rows"
+    assert f"warning: {warning}" in lines
+    assert any(" rows of 2 dates, table version" in line for line in lines)
+    assert {row["impression_date"] for row in rows_of(lake / "samples")} == {DATES[0], DATES[2]}
+    assert sorted(path.stem for path in (lake / "reports").iterdir()) == [f"{DATES[0]}", f"{DATES[2]}"]
+    marks = [json.loads(commit.get("userMetadata") or "{}") for commit in DeltaTable(str(lake / "state")).history()]
+    assert marks[0]["complete_until"] == f"{DATES[2]}"
 
 
 @pytest.mark.parametrize(

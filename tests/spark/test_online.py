@@ -117,8 +117,8 @@ def test_the_job_reports_the_example_shop(
 
 
 def reported(spark: SparkSession, config: Config, lake: Path, dates: tuple[dt.date, dt.date]) -> None:
-    rows = experiment_counts(spark, config, logs=str(EXAMPLE), lake=Lake(str(lake)), dates=dates)
-    experiment_report(counts_of(*rows), config.online, dates=f"{dates[0]}:{dates[1]}")
+    rows, left_out, used = experiment_counts(spark, config, logs=str(EXAMPLE), lake=Lake(str(lake)), dates=dates)
+    experiment_report(counts_of(rows, left_out), config.online, dates=used)
 
 
 def test_an_experiment_that_is_not_there_is_one_line(spark: SparkSession, lake: Path, tmp_path: Path) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -103,3 +107,28 @@ def test_a_number_on_the_command_line_that_makes_no_sense_is_one_line(
 ) -> None:
     assert run_job(load_job("daily").main, ["--work", str(tmp_path), "--status", *flag]) == 2
     assert "must be in [0, " in capsys.readouterr().err
+
+
+def test_every_job_outside_of_its_environment_says_so_in_one_line(tmp_path: Path) -> None:
+    """Under a Python without packages, as a shell has it whose environment is not activated."""
+    jobs = [path for path in sorted((ROOT / "jobs").glob("*.py")) if not path.stem.startswith("_")]
+
+    def run(path: Path, *words: str) -> subprocess.Popen[str]:
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        command = [sys.executable, "-S", str(path), *words]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+    helped = {path.stem: run(path, "--help") for path in jobs}
+    asked = ("--run-dir", str(tmp_path), "--lake", str(tmp_path), "--dates", "2026-01-01")
+    started = {
+        "evaluate": run(ROOT / "jobs" / "evaluate.py", *asked),
+        "train": run(ROOT / "jobs" / "train.py", "--lake", str(tmp_path), "--run-dir", str(tmp_path / "run")),
+    }
+    for name, process in helped.items():
+        error = process.communicate()[1]
+        assert process.returncode == 0 or error.count("\n") == 1, (name, error)
+    for name, process in started.items():
+        error = process.communicate()[1]
+        assert process.returncode == 2, (name, error)
+        line = r"error: the package \w+ is not installed for .*source .venv/bin/activate.*\n"
+        assert re.fullmatch(line, error), (name, error)

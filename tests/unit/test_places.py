@@ -60,6 +60,7 @@ WORDS: dict[str, list[str]] = {
 NO_PLACES = {
     "--set",
     "--dates",
+    "--allow-missing-dates",
     "--date",
     "--watermark",
     "--restate",

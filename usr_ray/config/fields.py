@@ -14,7 +14,7 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,8 @@ class ConfigError(UserError):
 
 DAY_US = 86_400_000_000
 _EPOCH = dt.date(1970, 1, 1)
+SHOWN_RANGES = 5
+"""Of dates in a message: one wrong clock must not make them one of 8,000 years."""
 _UNITS_US = {
     "us": 1,
     "microsecond": 1,
@@ -68,12 +70,64 @@ def parse_date(text: str, *, where: str) -> dt.date:
 
 def parse_dates(text: str, *, where: str) -> tuple[dt.date, dt.date]:
     """First and last date (both included) of "A:B" or "A"; ConfigError when empty, malformed or reversed."""
-    first_text, _, last_text = text.partition(":")
+    first_text, colon, last_text = text.partition(":")
+    require(bool(last_text) or not colon, f"{where}: {text!r} has no last date; write A:B, or A alone for one day")
     first = parse_date(first_text, where=where)
     last = parse_date(last_text, where=where) if last_text else first
     if last < first:
         raise ConfigError(f"{where}: the range {text!r} is empty; the first date must not be after the last")
     return first, last
+
+
+def date_ranges(dates: Collection[str], *, most: int | None = None) -> str:
+    """ISO dates as ranges without a gap, "A:B, C", the first `most` of them; '' for none."""
+    ranges: list[list[dt.date]] = []
+    for date in sorted(map(dt.date.fromisoformat, dates)):
+        if ranges and (date - ranges[-1][1]).days == 1:
+            ranges[-1][1] = date
+        else:
+            ranges.append([date, date])
+    shown = [f"{first}:{last}" if first < last else f"{first}" for first, last in ranges]
+    return ", ".join(shown[:most]) + (" ..." if most is not None and len(shown) > most else "")
+
+
+def dates_in(ranges: str) -> frozenset[str]:
+    """ISO dates of "A:B, C", as `date_ranges` writes them; none of ''."""
+    found: set[str] = set()
+    for text in ranges.split(", ") if ranges else ():
+        first, last = parse_dates(text, where="dates")
+        found |= {date_of(n).isoformat() for n in range(day_number(first), day_number(last) + 1)}
+    return frozenset(found)
+
+
+def dates_there(
+    asked: tuple[dt.date, dt.date], there: Collection[str], *, where: str, source: str, allow_missing: bool
+) -> tuple[list[dt.date], str]:
+    """(Dates of first..last that are there, a warning that names the others or '').
+
+    Args:
+        asked: first and last date, both included.
+        there: all ISO dates that `source` has.
+        where: what names the dates, for messages.
+        source: what has the dates, as the subject of a message, with its verb: 'the table T holds'.
+        allow_missing: take those that are there.
+
+    Raises:
+        UserError: none is there; or some are not, and that is not allowed.
+    """
+    first, last = asked
+    every = [first + dt.timedelta(days=n) for n in range((last - first).days + 1)]
+    found, missing = ([d for d in every if (d.isoformat() in there) == is_there] for is_there in (True, False))
+    if not missing:
+        return found, ""
+    gone = date_ranges([date.isoformat() for date in missing], most=SHOWN_RANGES)
+    if not allow_missing or not found:
+        has = f"{source} {date_ranges(there, most=SHOWN_RANGES) or 'none'}"
+        raise UserError(
+            f"{where} {first}:{last}: {len(missing)} of these {len(every)} dates have no rows: {gone}; {has}; name "
+            "dates of those, or take the ones that are there with --allow-missing-dates"
+        )
+    return found, f"{where} {first}:{last}: without {gone}, of which there are no rows"
 
 
 def parse_instant_us(text: str, *, where: str) -> int:

@@ -15,6 +15,8 @@ class DataConfig:
     """'A:B', both included. Vocabularies are fitted on these dates and training reads these dates."""
     eval_dates: str = ""
     """'A:B', held out; after train_dates."""
+    allow_missing_dates: bool = False
+    """Take the dates that are there where others of those asked for have no rows (--allow-missing-dates)."""
     table_version: int = number(-1, "[-1, 9223372036854775807]")
     """Version of the samples table to train on; -1: the newest when the run starts. The run then stays on it."""
     mature_only: bool = True

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from usr_ray.config import DAY_US, UserError, check_table_address
+from usr_ray.config import DAY_US, SHOWN_RANGES, UserError, check_table_address, date_ranges, dates_there
 from usr_ray.files import one_line, whole_line, write_whole
 from usr_ray.schema import (
     ALL_LABELS,
@@ -137,11 +137,7 @@ class Manifest:
 
     @classmethod
     def load(cls, path: Path | str) -> Manifest:
-        """Read a manifest written by `save`; needs no Delta package.
-
-        Raises:
-            UserError: the file is missing, is no manifest, or was changed by hand.
-        """
+        """Read a manifest written by `save`, without Delta. UserError: there is none, or it was changed by hand."""
         try:
             raw = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
@@ -156,7 +152,9 @@ class Manifest:
                 version=raw["version"],
                 spec=FeatureSpec.from_json(json.dumps(raw["spec"])),
                 built_with=raw.get("built_with", ""),
-                files=[_file_from_dict(file) for file in raw["files"]],
+                files=[
+                    DataFile(**f | {"row_groups": tuple(RowGroup(**g) for g in f["row_groups"])}) for f in raw["files"]
+                ],
                 item_features=[FeatureFile(**file) for file in raw.get("item_features", [])],
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -193,10 +191,6 @@ def make_manifest(
     )
 
 
-def _file_from_dict(raw: dict[str, Any]) -> DataFile:
-    return DataFile(**{**raw, "row_groups": tuple(RowGroup(**group) for group in raw["row_groups"])})
-
-
 def model_columns(spec: FeatureSpec) -> dict[str, str]:
     """Every column that training reads, with its Delta type, in reading order; arrays as 'array<long>'."""
     columns = dict.fromkeys(ALL_LABELS, "float")
@@ -210,16 +204,25 @@ def model_columns(spec: FeatureSpec) -> dict[str, str]:
     return columns | {"user_key": "long", "request_key": "long"}
 
 
-def build_manifest(lake: Path | str, *, dates: tuple[dt.date, dt.date], version: int | None = None) -> Manifest:
-    """The manifest of `<lake>/samples` for the dates first..last (both included).
+def build_manifest(
+    lake: Path | str,
+    *,
+    dates: tuple[dt.date, dt.date] | None,
+    version: int | None = None,
+    where: str = "--dates",
+    allow_missing: bool = False,
+) -> Manifest:
+    """The manifest of some dates, or of all, of `<lake>/samples`.
 
     Args:
         lake: folder, or URI that both Delta and Arrow can open.
-        dates: first and last impression_date.
+        dates: first and last impression_date, both included; None: all that are there.
         version: of the Delta table; None: the newest.
+        where: what names the dates, for messages.
+        allow_missing: where some of the dates have no rows, print a warning and take the others.
 
     Raises:
-        UserError: no table or version there, or no files in these dates.
+        UserError: no table or version there, no files in these dates, or none in some of them.
         DataError: a table that would be read wrong (column mapping, deletion vectors), that training does not
             understand (feature spec or columns missing, wrong types), or with a file missing or damaged.
     """
@@ -228,14 +231,14 @@ def build_manifest(lake: Path | str, *, dates: tuple[dt.date, dt.date], version:
     about = _about(table, table_uri)
     adds = pa.table(table.get_add_actions(flatten=True))
     days = adds.column(f"partition.{PARTITION_COLUMN}").to_pylist()
-    chosen = [n for n, day in enumerate(days) if day is not None and dates[0] <= day <= dates[1]]
+    first, last = dates or (dt.date.min, dt.date.max)
+    chosen = [n for n, day in enumerate(days) if day is not None and first <= day <= last]
     if not chosen:
-        known = [day for day in days if day is not None]
-        span = f"the table holds {min(known)} to {max(known)}" if known else "the table is empty"
-        raise UserError(f"{table_uri}: no rows in {dates[0]}:{dates[1]}; {span}: build these dates or choose others")
-    names = adds.column("path").to_pylist()
+        held = date_ranges({str(day) for day in days if day is not None}, most=SHOWN_RANGES)
+        span = f"the table holds {held}" if held else "the table is empty"
+        raise UserError(f"{table_uri}: no rows in {first}:{last}; {span}: build these dates or choose others")
+    names, sizes = adds.column("path").to_pylist(), adds.column("size_bytes").to_pylist()
     _refuse_deletion_vectors(table, table_uri, [names[n] for n in chosen])
-    sizes = adds.column("size_bytes").to_pylist()
     counts = adds.column("num_records").to_pylist() if "num_records" in adds.column_names else [None] * len(names)
     filesystem, table_path = open_filesystem(table_uri)
 
@@ -245,7 +248,12 @@ def build_manifest(lake: Path | str, *, dates: tuple[dt.date, dt.date], version:
     with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
         files = [file for file in pool.map(footer, chosen) if file.row_groups]
     if not files:
-        raise UserError(f"{table_uri}: no rows in {dates[0]}:{dates[1]}; its files of these dates are empty")
+        raise UserError(f"{table_uri}: no rows in {first}:{last}; its files of these dates are empty")
+    if dates:
+        there = {str(day) for day in days if day is not None and not first <= day <= last} | {f.date for f in files}
+        words = {"where": where, "source": f"the table {table_uri} holds"}
+        if warning := dates_there(dates, there, **words, allow_missing=allow_missing)[1]:
+            print(f"warning: {warning}", flush=True)
     of_items = _item_features(table, lake) if about["spec"].history_item_features else ()
     return make_manifest(**about, files=files, item_features=of_items)
 
@@ -482,9 +490,7 @@ def _row_group(file: pq.ParquetFile, index: int, date: dt.date) -> RowGroup:
 
 
 def _min_max(statistics: Any) -> tuple[Any, Any] | None:
-    if statistics is None or not statistics.has_min_max:
-        return None
-    return statistics.min, statistics.max
+    return (statistics.min, statistics.max) if statistics is not None and statistics.has_min_max else None
 
 
 def _microseconds(time: dt.datetime) -> int:

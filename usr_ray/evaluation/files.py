@@ -17,31 +17,41 @@ from usr_ray.files import write_whole
 from usr_ray.schema import ALL_LABELS, TASKS
 
 PREDICTIONS_FILE = "predictions.parquet"
-SPLIT, BASELINE_SPLIT = "eval", "eval_popularity"
-"""Splits of an evaluation file: the model, and the popularity baseline on the same rows."""
+SPLIT, TRAINED_SPLIT = "eval", "train"
+"""Split of an evaluation on held-out dates; of one on dates of which some were trained on."""
 _ABOUT = b"usr_ray.evaluation"
 
 
-def write_metrics(path: Path, splits: Mapping[str, CellMetrics]) -> None:
-    """Splits in the shape of metrics.json (contract, section 4); undefined is null. Appears whole or not at all."""
-    write_whole(path, json.dumps(dict(splits), indent=2, allow_nan=False) + "\n")
+def baseline_split(split: str) -> str:
+    """Split of the popularity baseline on the rows of another one."""
+    return f"{split}_popularity"
+
+
+def write_metrics(path: Path, splits: Mapping[str, CellMetrics], *, about: Mapping[str, Any] | None = None) -> None:
+    """Splits in the shape of metrics.json (contract, section 4); undefined is null. Appears whole or not at all.
+
+    An evaluation has one key more, 'about': what was evaluated on which dates.
+    """
+    whole = {**({"about": about} if about else {}), **splits}
+    write_whole(path, json.dumps(whole, indent=2, allow_nan=False) + "\n")
 
 
 def metrics_text(splits: Mapping[str, CellMetrics]) -> str:
     """A table for the terminal: a line for each scenario, task and split; '-' where a metric is undefined.
 
-    Below it, a line for each scenario and task whose labels are not known.
+    The first split is the model's. Below the table, a line for each scenario and task whose labels are not known.
     """
+    model = next(iter(splits))
     lines: list[tuple[str, ...]] = [
         ("scenario", "task", "scorer", "AUC", "GAUC", "log loss", "PCOC", "samples", "positives")
     ]
-    for cell, tasks in splits[SPLIT].items():
+    for cell, tasks in splits[model].items():
         for task in tasks:
             for split, cells in splits.items():
                 m = cells[cell][task]
                 values = ["-" if m[key] is None else f"{m[key]:.4f}" for key in ("auc", "gauc", "log_loss", "pcoc")]
                 counts = [f"{m[key]:,}" for key in ("num_samples", "num_positives")]
-                lines.append((cell, task, "popularity" if split == BASELINE_SPLIT else "model", *values, *counts))
+                lines.append((cell, task, "model" if split == model else "popularity", *values, *counts))
     widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
     table = [
         "  ".join(
@@ -52,7 +62,7 @@ def metrics_text(splits: Mapping[str, CellMetrics]) -> str:
     ]
     unknown = [
         f"{cell} {task}: the logs know no orders of these {m['num_unknown']:,} rows"
-        for cell, tasks in splits[SPLIT].items()
+        for cell, tasks in splits[model].items()
         for task, m in tasks.items()
         if m["num_samples"] == 0 and m.get("num_unknown")
     ]
@@ -133,6 +143,15 @@ def read_predictions(path: Path, scenarios: Sequence[str]) -> tuple[Predictions,
             history_length_N=column("history_length"),
         )
 
-    about = json.loads((table.schema.metadata or {}).get(_ABOUT, b"{}"))
+    about = _about(table.schema)
     baseline = predictions("popularity") if f"popularity_{TASKS[0]}" in table.column_names else None
     return predictions("prob"), baseline, about
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """What a file of predictions says of itself, without its rows."""
+    return _about(pq.read_schema(path))
+
+
+def _about(schema: pa.Schema) -> dict[str, Any]:
+    return json.loads((schema.metadata or {}).get(_ABOUT, b"{}"))

@@ -21,8 +21,8 @@ from usr_ray.evaluation.metrics import ALL, GLOBAL, CellMetrics, Predictions
 from usr_ray.evaluation.statistics import Judged, PairedGap, cell_rows, corrected, history_parts, paired_auc_gap
 from usr_ray.experiments.grid import Study, StudyError, Trial, compared_labels, expand
 from usr_ray.experiments.record import is_finished, trial_dir
-from usr_ray.runs.folder import METRICS_FILE
-from usr_ray.runs.plan import CONFIG_FILE, load_manifest
+from usr_ray.runs.evaluations import CONFIG_FILE, METRICS_FILE
+from usr_ray.runs.plan import load_manifest
 from usr_ray.schema import TASKS
 from usr_ray.training.rows import read_training_rows
 
@@ -73,6 +73,11 @@ class Trials:
         """As the trial was run."""
         record = json.loads((trial_dir(self.run_dir, trial) / CONFIG_FILE).read_text(encoding="utf-8"))
         return Config.from_dict(Config.completed(record["config"]))
+
+    def dates(self) -> dict[str, str]:
+        """Split -> dates that had rows, as "A:B"; of a study of several worlds those of the first trial."""
+        record = json.loads((trial_dir(self.run_dir, self.finished[0]) / CONFIG_FILE).read_text(encoding="utf-8"))
+        return {split: about["dates"] for split, about in record.get("manifests", {}).items() if "dates" in about}
 
     def scenarios(self, point: Point) -> tuple[str, ...]:
         """Of the point's table."""

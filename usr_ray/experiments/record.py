@@ -25,11 +25,11 @@ from usr_ray.config import Config, ConfigError, first_difference, load_config
 from usr_ray.evaluation.files import SPLIT
 from usr_ray.experiments.grid import Resources, Study, StudyError, Trial
 from usr_ray.files import write_whole
-from usr_ray.runs.folder import METRICS_FILE
-from usr_ray.runs.plan import CONFIG_FILE, FINISHED
+from usr_ray.runs.evaluations import CONFIG_FILE, METRICS_FILE
+from usr_ray.runs.plan import FINISHED
 
 STUDY_FILE, RESULTS_FILE, FAILURE_FILE, TRIALS_DIR = "study.json", "results.parquet", "failure.json", "trials"
-_NOT_MEANT = ("ray", "data.table_version", "online", "tune")
+_NOT_MEANT = ("ray", "data.table_version", "data.allow_missing_dates", "online", "tune")
 """Keys that may differ when a study resumes: where it runs, not what it computes."""
 
 

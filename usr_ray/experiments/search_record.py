@@ -81,7 +81,7 @@ def open_search(config: Config, lake: str, run_dir: Path, base: Base, command: S
             saved, found_lake, _ = Config.completed(record["config"]), record["lake"], record["table_version"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise TuneError(f"{path}: cannot be read ({error}); use another --run-dir, or remove this one") from error
-        if difference := first_difference(saved, meaning, but=["ray"]):
+        if difference := first_difference(saved, meaning, but=["ray", "data.allow_missing_dates"]):
             key, before, after = difference
             raise TuneError(
                 f"--run-dir {run_dir}: holds a search with {key} = {before!r}, this command has {after!r}; set it back "

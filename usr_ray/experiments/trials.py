@@ -97,7 +97,7 @@ def train_alone(config: Config, lake: str, run_dir: Path, worker: LocalWorker, *
     if result.status == "stopped":
         return
     if plan.eval_manifest is not None:
-        write_result(run_dir, config, result, plan.eval_manifest)
+        write_result(run_dir, result, plan.eval_manifest)
     mark_finished(plan, outcome=result.status, step=result.step)
 
 

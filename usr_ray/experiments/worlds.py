@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from usr_ray.config import load_config, parse_dates
-from usr_ray.data.manifest import Manifest, build_manifest
+from usr_ray.data.manifest import Manifest
 from usr_ray.experiments.grid import SIMULATED, Resources, Study, StudyError, Trial, as_sets
 from usr_ray.experiments.record import Base
+from usr_ray.runs.plan import SPLITS, split_manifest
 
 WORLDS_DIR, _READY = "worlds", "ready"
 
@@ -46,22 +47,19 @@ def table_version(lake: str, base: Base) -> int:
         UserError: no dates, no table, no such version.
     """
     data = base.config(Resources()).data
-    config_version = _asked_version(base)
     if not data.train_dates or not data.eval_dates:
         raise StudyError("data.train_dates and data.eval_dates must both be set: a study compares on held-out dates")
-    dates = parse_dates(data.train_dates, where="data.train_dates")
-    return build_manifest(lake, dates=dates, version=config_version).version
+    return pinned_rows(lake, base, _asked_version(base))[0].version
 
 
-def pinned_rows(lake: str, base: Base, version: int) -> list[Manifest]:
+def pinned_rows(lake: str, base: Base, version: int | None) -> list[Manifest]:
     """The rows to train on and the held-out ones, for a pin on their files.
 
     Raises:
         UserError: as build_manifest.
     """
-    data = base.config(Resources()).data
-    spans = {"data.train_dates": data.train_dates, "data.eval_dates": data.eval_dates}
-    return [build_manifest(lake, dates=parse_dates(text, where=key), version=version) for key, text in spans.items()]
+    config = base.config(Resources())
+    return [split_manifest(lake, config, split, version=version) for split in SPLITS]
 
 
 def whole_path(lake: str) -> str:

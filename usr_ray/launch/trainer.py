@@ -274,7 +274,7 @@ def train_worker(settings: Mapping[str, Any]) -> dict[str, Any]:
     finally:
         monitor.close()
     if worker.is_main and eval_manifest is not None:
-        write_result(run_dir, config, result, eval_manifest)
+        write_result(run_dir, result, eval_manifest)
     return {"outcome": result.status, "step": result.step}
 
 

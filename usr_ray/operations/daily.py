@@ -91,12 +91,13 @@ def plan_day(config: Config, day: dt.date, built: Collection[dt.date], current: 
     )
 
 
-def check_labels(reports: Sequence[Mapping[str, Any]], plan: DayPlan) -> None:
+def check_labels(reports: Sequence[Mapping[str, Any]], plan: DayPlan, *, allow_missing: bool = False) -> None:
     """Refuse to train or judge on labels that may still change.
 
     Args:
         reports: of the lake (report_data.read_etl_reports).
         plan: of the day.
+        allow_missing: dates to train on that are not built are left out; the held-out day is not.
 
     Raises:
         UserError: a date that is trained on or held out is not built, or some of its labels are not final.
@@ -106,6 +107,8 @@ def check_labels(reports: Sequence[Mapping[str, Any]], plan: DayPlan) -> None:
     trained = [first + n * _ONE_DAY for n in range((dt.date.fromisoformat(plan.train_last) - first).days + 1)]
     for date in [*map(str, trained), plan.held_out]:
         if date not in by_date:
+            if allow_missing and date != plan.held_out:
+                continue
             raise UserError(
                 f"day {plan.day}: {date} is not in the lake; build it: jobs/build_samples.py --dates {date}"
             )
@@ -125,7 +128,16 @@ def judge(candidate: Mapping[str, Any], current: Mapping[str, Any] | None, toler
         candidate: splits of its evaluation file; both models on the same rows.
         current: likewise; None for a first model, which needs an AUC above 0.5.
         tolerance: relative increase of the log loss that is let pass, for each task over all scenarios.
+
+    Raises:
+        UserError: one of them was trained on the day.
     """
+    for who, splits in (("the new model", candidate), ("the model in use", current or candidate)):
+        if "eval" not in splits:
+            raise UserError(
+                f"judge: {who} was trained on {splits['about']['trained_on']}, so that day cannot judge it; name a "
+                "later --date, or put an earlier model into use (--use)"
+            )
     new = candidate["eval"]["all"]
     if current is None:
         auc = new["ctr"]["auc"]

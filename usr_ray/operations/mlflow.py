@@ -13,7 +13,8 @@ from typing import Any, Protocol
 from urllib.parse import quote
 
 from usr_ray.config import UserError, check_address, dotted
-from usr_ray.runs.read import CONFIG_FILE, HISTORY_FILE, METRICS_FILE, read_history, read_json
+from usr_ray.runs.evaluations import CONFIG_FILE, METRICS_FILE, read_json
+from usr_ray.runs.read import HISTORY_FILE, read_history
 
 RUN_TAG, STEP_TAG = "usr_ray.run", "usr_ray.step"
 """Which run directory it is, by its path and its start; the last (step, kind) that was logged."""

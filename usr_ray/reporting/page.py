@@ -127,8 +127,8 @@ def moment(text: str | None) -> str:
 
 
 def span(dates: str | None) -> str:
-    """'A:B' as 'A to B'; one date alone."""
-    return " to ".join(dict.fromkeys((dates or "").split(":")))
+    """'A:B, C' as 'A to B and C'."""
+    return listed([" to ".join(dict.fromkeys(part.split(":"))) for part in (dates or "").split(", ")])
 
 
 def words(name: str) -> str:

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from usr_ray.config import date_ranges, dates_in
 from usr_ray.data.order_quality import order_text
-from usr_ray.evaluation.metrics import GLOBAL, NDCG_K, CellMetrics, TaskMetrics
+from usr_ray.evaluation.metrics import ALL, GLOBAL, NDCG_K, CellMetrics, TaskMetrics
 from usr_ray.evaluation.statistics import (
     MIN_ROWS,
     Judged,
@@ -26,11 +27,15 @@ from usr_ray.evaluation.statistics import (
 )
 from usr_ray.reporting.lake import cold_part, funnel
 from usr_ray.reporting.page import (
+    DASH,
     REPORT_FILE,
     TASK_NAMES,
     Fact,
+    Row,
     Section,
+    Table,
     cell_task,
+    count,
     duration,
     listed,
     moment,
@@ -80,7 +85,7 @@ def write_report(run_dir: Path, lake: Path | str | None = None, output: Path | N
     is_compared = run.predictions is not None and run.baseline is not None
     gaps = auc_gaps(run.predictions, run.baseline, scenarios) if is_compared else {}  # type: ignore[arg-type]
     name = model_name(run.config)
-    scorers = [(name, run.metrics), ("popularity", run.baseline_metrics)]
+    scorers = [(name, run.metrics), ("popularity", run.evaluation and run.evaluation.baseline_metrics)]
     run_name = "/".join(run.run_dir.resolve().parts[-2:])
     return write_page(
         path,
@@ -88,8 +93,12 @@ def write_report(run_dir: Path, lake: Path | str | None = None, output: Path | N
         eyebrow=f"Run report · {run_name}",
         title=name,
         question="",
-        lead=verdict(run.metrics, gaps, scenarios) if run.metrics else ["The run has not been evaluated yet."],
-        warnings=[],
+        lead=verdict(run.metrics, gaps, scenarios, rows_name(run))
+        if run.metrics
+        else ["The run has not been evaluated yet."],
+        warnings=_warnings(run),
+        rows_name=rows_name(run),
+        others=_evaluations_section(run),
         facts=_facts(run),
         run=run,
         scorers=[(scorer, metrics) for scorer, metrics in scorers if metrics],
@@ -125,7 +134,8 @@ def _facts(run: RunRecord) -> list[Fact]:
     record, about, data = run.record, run.about, run.config.get("data", {})
     table, attempts, packages = record.get("table") or {}, record.get("attempts") or [], record.get("packages") or {}
     num_rows = (record.get("manifests") or {}).get("train", {}).get("num_rows")
-    trained = span(data.get("train_dates"))
+    trained = span((record.get("manifests") or {}).get("train", {}).get("dates") or data.get("train_dates"))
+    evaluated = date_ranges(run.evaluation.dates) if run.evaluation else data.get("eval_dates")
     version = about.get("table_version", table.get("version"))
     times = [dt.datetime.fromisoformat(record[key]) for key in ("created", "ended") if record.get(key)]
     resumed = f"{len(attempts)}, resumed {len(attempts) - 1} times" if len(attempts) > 1 else ""
@@ -139,9 +149,9 @@ def _facts(run: RunRecord) -> list[Fact]:
         ("Workers", run.config.get("ray", {}).get("num_workers"), False),
         ("Order of the rows", order_text(record["shuffle"]) if record.get("shuffle") else "", False),
         ("Training dates", f"{trained} ({num_rows:,} rows)" if num_rows and trained else trained, False),
-        ("Held-out dates", span(about.get("dates") or data.get("eval_dates")), False),
+        ("Held-out dates" if run.is_held_out else "Evaluated on (not held out)", span(evaluated), False),
         ("Samples table", f"version {version}" if version is not None else "", False),
-        ("Held-out manifest", str(about.get("manifest_sha256") or "")[:12], False),
+        ("Manifest evaluated", str(about.get("manifest_sha256") or "")[:12], False),
         ("Checkpoint", about.get("checkpoint") or (f"step {about['step']:,}" if "step" in about else ""), False),
         ("Code", f"usr-ray {packages['usr_ray']}" if "usr_ray" in packages else about.get("usr_ray"), False),
         ("Table", about.get("table_uri") or table.get("uri"), True),
@@ -178,7 +188,50 @@ def why_undefined(key: str, metrics: TaskMetrics) -> str:
     return "no user with both labels" if key == "gauc" else "not computed in this evaluation"
 
 
-def verdict(model: CellMetrics, gaps: Mapping[tuple[str, str], Judged], scenarios: Sequence[str]) -> list[str]:
+def rows_name(run: RunRecord) -> str:
+    """What the evaluated rows are."""
+    return "held-out rows" if run.is_held_out else "rows of dates that it was trained on"
+
+
+def _warnings(run: RunRecord) -> list[str]:
+    """What a reader must know of the dates before any number."""
+    found, data = run.evaluation, run.config.get("data", {})
+    warnings = []
+    if found is not None and not found.is_held_out:
+        warnings.append(
+            f"These are not held-out numbers: {span(date_ranges(found.dates))} was evaluated, and the run was trained "
+            f"on {span(date_ranges(found.trained_on))}. Evaluate it on dates that it has not seen."
+        )
+    chose = dates_in(data.get("eval_dates") or "") & found.dates if found is not None else frozenset()
+    if chose and run.config.get("train", {}).get("early_stopping"):
+        warnings.append(f"{span(date_ranges(chose))} also chose the epoch (train.early_stopping), which flatters.")
+    for split, name in (("train", "Training"), ("eval", "Held-out")):
+        asked = data.get(f"{split}_dates") or ""
+        there = (run.record.get("manifests") or {}).get(split, {}).get("dates")
+        if there and (gone := dates_in(asked) - dates_in(there)):
+            warnings.append(f"{name} dates: of {span(asked)} the table had no rows of {span(date_ranges(gone))}.")
+    return warnings
+
+
+def _evaluations_section(run: RunRecord) -> Section:
+    """A line for each evaluation of the run."""
+    rows = []
+    for one in run.evaluations:
+        pooled = one.metrics[ALL]["ctr"]
+        auc = DASH if pooled["auc"] is None else f"{pooled['auc']:.4f}"
+        kind = "held out" if one.is_held_out else f"not held out: trained on {span(date_ranges(one.trained_on))}"
+        shown = "above" if one is run.evaluation else ""
+        rows.append(Row([one.file, span(date_ranges(one.dates)), kind, shown, auc, count(pooled["num_samples"])]))
+    head = ["File", "Dates", "Kind", "Shown", "AUC of clicks", "Rows"]
+    return Section("All evaluations of this run", "The newest first.", table=Table(head, rows, 4))
+
+
+def verdict(
+    model: CellMetrics,
+    gaps: Mapping[tuple[str, str], Judged],
+    scenarios: Sequence[str],
+    rows: str = "held-out rows",
+) -> list[str]:
     """Up to four sentences: how well it ranks, whether it beats popularity, how it is calibrated, what is unknown."""
 
     def of_clicks(metric: str) -> list[tuple[str, float]]:
@@ -187,7 +240,7 @@ def verdict(model: CellMetrics, gaps: Mapping[tuple[str, str], Judged], scenario
 
     sentences = []
     if ranked := [f"{auc:.4f} in {name}" for name, auc in of_clicks("auc")]:
-        sentences.append(f"The model ranks held-out clicks with an AUC of {listed(ranked)}.")
+        sentences.append(f"The model ranks {rows.replace('rows', 'clicks', 1)} with an AUC of {listed(ranked)}.")
     if compared := {(c, t): g for (c, t), g in gaps.items() if g.gap is not None and c in scenarios}:
         sentences.append(_against_popularity(compared))
     if pcocs := [f"{_off(pcoc)} in {name}" for name, pcoc in of_clicks("pcoc")]:
@@ -317,7 +370,7 @@ def _ranking_section(run: RunRecord) -> Section:
         if curves:
             title = f"ROC of {TASK_NAMES[task]}"
             plots.append(Plot(title, roc_plot(curves, label=title)))
-    return Section("Ranking", "ROC curves on the held-out rows; dashed is the popularity baseline.", plots)
+    return Section("Ranking", f"ROC curves on the {rows_name(run)}; dashed is the popularity baseline.", plots)
 
 
 def _slices(run: RunRecord) -> dict[str, Any]:

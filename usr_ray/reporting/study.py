@@ -132,13 +132,14 @@ def _pair(found: Contrast) -> str:
 
 def _facts(trials: Trials, record: Mapping[str, Any]) -> list[Fact]:
     tables, data = record.get("tables", {}), record.get("config", {}).get("data", {})
+    used = trials.dates()
     command = record["commands"][-1]["command"] if record.get("commands") else []
     versions = ", ".join(f"{table['lake']} version {table['version']}" for table in tables.values())
     facts = [
         ("Trials", f"{len(trials.finished)} of {len(trials.all)} finished", False),
         ("Seeds", ", ".join(map(str, trials.study.seeds)), False),
-        ("Training dates", span(data.get("train_dates")), False),
-        ("Held-out dates", span(data.get("eval_dates")), False),
+        ("Training dates", span(used.get("train") or data.get("train_dates")), False),
+        ("Held-out dates", span(used.get("eval") or data.get("eval_dates")), False),
         ("Started", moment(record.get("created")), False),
         ("Code", f"usr-ray {__version__}", False),
         ("Tables" if len(tables) > 1 else "Table", versions, True),

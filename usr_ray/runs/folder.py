@@ -7,16 +7,15 @@ import json
 from pathlib import Path
 
 from usr_ray import __version__
-from usr_ray.config import Config
+from usr_ray.config import date_ranges
 from usr_ray.data.manifest import Manifest
 from usr_ray.evaluation.files import PREDICTIONS_FILE, SPLIT, metrics_text, write_metrics, write_predictions
 from usr_ray.evaluation.metrics import CellMetrics
+from usr_ray.runs.evaluations import CONFIG_FILE, METRICS_FILE, dates_heading, dates_of, evaluations, read_json
 from usr_ray.training.loop import TrainResult
 
-METRICS_FILE = "metrics.json"
 
-
-def write_result(run_dir: Path, config: Config, result: TrainResult, held_out: Manifest) -> None:
+def write_result(run_dir: Path, result: TrainResult, held_out: Manifest) -> None:
     """metrics.json and predictions.parquet of the trained weights on the held-out rows; nothing when stopped.
 
     Called by rank 0; the metrics come last, so where they are the predictions are too.
@@ -25,7 +24,7 @@ def write_result(run_dir: Path, config: Config, result: TrainResult, held_out: M
     if evaluation is None or evaluation.metrics is None or evaluation.predictions is None:
         return
     about = {
-        "dates": config.data.eval_dates,
+        "dates": date_ranges(dates_of(held_out, evaluation.predictions.row_number_N)),
         "step": result.state.step,
         "table_uri": held_out.table_uri,
         "table_version": held_out.version,
@@ -40,5 +39,9 @@ def write_result(run_dir: Path, config: Config, result: TrainResult, held_out: M
 def print_result(run_dir: Path) -> CellMetrics:
     """Print the metrics of a finished run and return them."""
     splits = json.loads((run_dir / METRICS_FILE).read_text(encoding="utf-8"))
+    found = evaluations(run_dir, read_json(run_dir / CONFIG_FILE))
+    for one in found:
+        if one.file == METRICS_FILE:
+            print(f"{dates_heading(one.dates, one.trained_on)}:")
     print(metrics_text(splits))
     return splits[SPLIT]

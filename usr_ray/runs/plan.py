@@ -19,23 +19,25 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from usr_ray.config import Config, UserError, first_difference, parse_dates
+from usr_ray.config import Config, UserError, date_ranges, first_difference, parse_dates
 from usr_ray.data.lineage import check_config
 from usr_ray.data.manifest import Manifest, build_manifest
 from usr_ray.data.order_quality import ShuffleQuality
 from usr_ray.data.pins import remove_pin, write_pin
 from usr_ray.files import write_whole
 from usr_ray.model.backbones import check_own_backbone
+from usr_ray.runs.evaluations import CONFIG_FILE, warm_start_dates
 from usr_ray.training.rows import training_reader
 from usr_ray.training.state import FIXED_KEYS, package_versions
 from usr_ray.training.warm_start import check_warm_start
 
-CONFIG_FILE = "config.json"
 RUNNING, FINISHED = "running", "finished"
 SPLITS = ("train", "eval")
 _FIXED = ("scenarios", "data", *FIXED_KEYS)
 """What gives the run its meaning: another value needs another run directory."""
 _VERSION_KEY = "data.table_version"
+_NOT_MEANT = (_VERSION_KEY, "data.allow_missing_dates")
+"""Keys of `data` that may change: a run keeps the rows it was started on."""
 _TRAINED_FROM = ("scenarios", "data", "model", "train")
 """Sections that training computes from; with any other change a finished run stays finished."""
 _MORE_PACKAGES = ("ray", "deltalake")
@@ -98,16 +100,23 @@ def plan_run(config: Config, lake: Path | str, run_dir: Path | str, *, command: 
         manifests = {s: _saved_manifest(lake, folder, record, split=s) for s in SPLITS}
         # The run is pinned to its version, asked or not.
         saved = Config.completed(record["config"])
-        if first_difference(saved, config.to_dict(), _TRAINED_FROM, but=[_VERSION_KEY]):
+        if first_difference(saved, config.to_dict(), _TRAINED_FROM, but=_NOT_MEANT):
             record["status"] = RUNNING  # more epochs, for example
     train_manifest = manifests["train"]
     assert train_manifest is not None
     shuffle = _check_rows(config, train_manifest)
+    before = warm_start_dates(config.train.warm_start)
+    if manifests["eval"] is not None and (seen := before & set(manifests["eval"].dates)):
+        raise UserError(
+            f"data.eval_dates {config.data.eval_dates}: the run of train.warm_start was trained on "
+            f"{date_ranges(seen)}, and a held-out date must not be trained on; name later dates, or another run"
+        )
     record |= {
         "config": config.to_dict(),
         "shuffle": {"order": config.train.order, **{k: round(v, 4) for k, v in asdict(shuffle).items()}},
         "table": {"uri": train_manifest.table_uri, "version": train_manifest.version},
         "manifests": {s: _about(m) for s, m in manifests.items() if m is not None},
+        "trained_dates": date_ranges(before | set(train_manifest.dates)),
         "packages": package_versions() | _installed(_MORE_PACKAGES),
     }
     record["attempts"] = [*record["attempts"], {"started": _now(), "command": list(command)}]
@@ -160,10 +169,16 @@ def _build_all(config: Config, lake: Path | str) -> dict[str, Manifest | None]:
     version = config.data.table_version if config.data.table_version >= 0 else None
     for split in SPLITS:
         text = getattr(config.data, f"{split}_dates")
-        dates = parse_dates(text, where=f"data.{split}_dates") if text else None
-        manifests[split] = built = build_manifest(lake, dates=dates, version=version) if dates else None
+        manifests[split] = built = split_manifest(lake, config, split, version=version) if text else None
         version = built.version if built else version
     return manifests
+
+
+def split_manifest(lake: Path | str, config: Config, split: str, *, version: int | None) -> Manifest:
+    """The rows of data.train_dates ('train') or data.eval_dates ('eval') in a lake; raises as build_manifest."""
+    where, allow_missing = f"data.{split}_dates", config.data.allow_missing_dates
+    dates = parse_dates(getattr(config.data, f"{split}_dates"), where=where)
+    return build_manifest(lake, dates=dates, version=version, where=where, allow_missing=allow_missing)
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:
@@ -180,7 +195,7 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def _refuse_other_run(config: Config, record: Mapping[str, Any], folder: Path) -> None:
-    found = first_difference(Config.completed(record["config"]), config.to_dict(), _FIXED, but=[_VERSION_KEY])
+    found = first_difference(Config.completed(record["config"]), config.to_dict(), _FIXED, but=_NOT_MEANT)
     if found:
         key, saved, now = found
         raise UserError(
@@ -207,8 +222,8 @@ def _saved_manifest(lake: Path | str, folder: Path, record: Mapping[str, Any], *
     here = str(lake).rstrip("/") if "://" in str(lake) else str(Path(lake).resolve())
     if saved.table_uri.rpartition("/")[0] == here:
         return saved
-    first, last = parse_dates(record["config"]["data"][f"{split}_dates"], where=f"data.{split}_dates")
-    moved = build_manifest(lake, dates=(first, last), version=saved.version)
+    was = Config.from_dict(Config.completed(record["config"]))
+    moved = split_manifest(lake, was, split, version=saved.version)
     if (moved.sha256, moved.spec, moved.built_with) != (saved.sha256, saved.spec, saved.built_with):
         raise UserError(
             f"--lake {lake}: holds other rows than {saved.table_uri} version {saved.version}, on which the run in "
@@ -227,7 +242,13 @@ def _installed(packages: Sequence[str]) -> dict[str, str]:
 
 def _about(manifest: Manifest) -> dict[str, Any]:
     dates = manifest.dates
-    return {"sha256": manifest.sha256, "num_rows": manifest.num_rows, "first_date": dates[0], "last_date": dates[-1]}
+    return {
+        "sha256": manifest.sha256,
+        "num_rows": manifest.num_rows,
+        "first_date": dates[0],
+        "last_date": dates[-1],
+        "dates": date_ranges(dates),
+    }
 
 
 def _write_record(run_dir: Path, record: Mapping[str, Any]) -> None:

@@ -13,12 +13,13 @@ from pyarrow.fs import FileSelector, FileType
 from usr_ray.config import UserError
 from usr_ray.data.lineage import difference
 from usr_ray.data.manifest import STORE_HINT, Manifest, open_filesystem, open_samples, table_address
-from usr_ray.evaluation.files import BASELINE_SPLIT, PREDICTIONS_FILE, SPLIT, read_predictions
+from usr_ray.evaluation.files import read_predictions
 from usr_ray.evaluation.metrics import CellMetrics, Predictions
 from usr_ray.files import whole_line
+from usr_ray.runs.evaluations import CONFIG_FILE, Evaluated, evaluations, newest, read_json
 from usr_ray.schema import REPORTS, SAMPLES
 
-CONFIG_FILE, METRICS_FILE, HISTORY_FILE = "config.json", "metrics.json", "history.jsonl"
+HISTORY_FILE = "history.jsonl"
 TRAIN_MANIFEST = "manifest-train.json"
 
 
@@ -31,15 +32,28 @@ class RunRecord:
     """config.json: the resolved configuration under 'config', beside it versions, command and times."""
     history: list[dict[str, Any]]
     """history.jsonl: one object a log step, in order of steps."""
-    metrics: CellMetrics | None
-    """Of the file written last: an evaluation's, or metrics.json of the end of training."""
-    metrics_file: str
-    """Name of the file that `metrics` is from."""
-    baseline_metrics: CellMetrics | None
+    evaluations: list[Evaluated]
+    """All, the newest first."""
+    evaluation: Evaluated | None
+    """The one to report: the newest on held-out dates; where there is none, the newest."""
     predictions: Predictions | None
+    """Its rows."""
     baseline: Predictions | None
-    about: Mapping[str, Any]
-    """Metadata of the predictions: dates, step, table version."""
+
+    @property
+    def metrics(self) -> CellMetrics | None:
+        """Of the evaluation to report."""
+        return self.evaluation.metrics if self.evaluation else None
+
+    @property
+    def is_held_out(self) -> bool:
+        """The evaluation to report is on held-out dates, or there is none."""
+        return self.evaluation is None or self.evaluation.is_held_out
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        """Dates, checkpoint and table version of the evaluation to report."""
+        return self.evaluation.about if self.evaluation else {}
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -66,25 +80,21 @@ def read_run(run_dir: Path) -> RunRecord:
     scenarios = tuple(record.get("config", record).get("scenarios", ()))
     if not scenarios:
         raise UserError(f"{run_dir / CONFIG_FILE}: has no scenarios; this is no run's configuration")
-    metrics, baseline_metrics, metrics_file = _newest_metrics(run_dir)
-    predictions = baseline = None
-    about: Mapping[str, Any] = {}
-    path = run_dir / PREDICTIONS_FILE
-    if path.is_file():
+    found = evaluations(run_dir, record)
+    evaluation, predictions, baseline = newest(found), None, None
+    if evaluation is not None and (path := evaluation.predictions) is not None:
         try:
-            predictions, baseline, about = read_predictions(path, scenarios)
+            predictions, baseline, _ = read_predictions(path, scenarios)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{path}: cannot be read ({error}); run jobs/evaluate.py again") from error
     return RunRecord(
         run_dir=run_dir,
         record=record,
         history=read_history(run_dir / HISTORY_FILE),
-        metrics=metrics,
-        metrics_file=metrics_file,
-        baseline_metrics=baseline_metrics,
+        evaluations=found,
+        evaluation=evaluation,
         predictions=predictions,
         baseline=baseline,
-        about=about,
     )
 
 
@@ -104,21 +114,6 @@ def check_lake(run_dir: Path, lake: Path | str) -> None:
     problem = difference(trained_on.spec, trained_on.built_with, open_samples(lake))
     if problem:
         raise UserError(f"--lake {lake}: {problem}; name the lake that the run was trained on")
-
-
-def read_json(path: Path) -> Any:
-    """Content of a JSON file; UserError naming the file when it cannot be read."""
-    try:
-        return _parsed(path.read_bytes(), path)
-    except OSError as error:
-        raise UserError(f"{path}: is not readable JSON ({error}); remove it or write it again") from error
-
-
-def _parsed(text: bytes, where: Path | str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{where}: is not readable JSON ({error}); remove it or write it again") from error
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
@@ -154,13 +149,10 @@ def read_etl_reports(lake: Path | str | None) -> list[dict[str, Any]]:
         texts = [(name, filesystem.open_input_stream(name).read()) for name in names]
     except OSError as error:
         raise UserError(f"--lake {lake}: cannot be reached ({whole_line(error)}); {STORE_HINT}") from error
-    return [_parsed(text, name) for name, text in texts]
-
-
-def _newest_metrics(run_dir: Path) -> tuple[CellMetrics | None, CellMetrics | None, str]:
-    files = [*run_dir.glob(METRICS_FILE), *sorted(run_dir.glob("evaluation-*.json"))]
-    for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
-        splits = read_json(path)
-        if splits.get(SPLIT):
-            return splits[SPLIT], splits.get(BASELINE_SPLIT), path.name
-    return None, None, ""
+    reports = []
+    for name, text in texts:
+        try:
+            reports.append(json.loads(text))
+        except ValueError as error:
+            raise UserError(f"{name}: is not readable JSON ({error}); remove it or write it again") from error
+    return reports

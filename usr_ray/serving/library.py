@@ -14,7 +14,7 @@ from usr_ray.config import Config, UserError, parse_dates
 from usr_ray.data.decode import RowGroupDecoder, table_to_batch
 from usr_ray.data.manifest import Manifest, build_manifest, model_columns, read_vocabularies
 from usr_ray.model.usr import UsrModel
-from usr_ray.runs.folder import METRICS_FILE
+from usr_ray.runs.evaluations import METRICS_FILE
 from usr_ray.schema import FeatureSpec
 from usr_ray.serving.check import training_probabilities
 from usr_ray.serving.model import GLOBAL_PROBABILITIES, PROBABILITIES
@@ -130,17 +130,19 @@ class Samples:
         return pa.concat_tables(found).slice(0, num_rows)
 
 
-def open_samples(lake: Path | str, *, dates: str) -> Samples:
+def open_samples(lake: Path | str, *, dates: str, allow_missing_dates: bool = False) -> Samples:
     """The samples of a lake.
 
     Args:
         lake: folder or address of jobs/build_samples.py.
         dates: "A:B", both included, or one date.
+        allow_missing_dates: where some of the dates have no rows, print a warning and take the others.
 
     Raises:
-        UserError: no table, or no rows on these dates.
+        UserError: no table, or no rows on these dates, or on one of them.
     """
-    return Samples(build_manifest(lake, dates=parse_dates(dates, where="dates")))
+    span = parse_dates(dates, where="dates")
+    return Samples(build_manifest(lake, dates=span, where="dates", allow_missing=allow_missing_dates))
 
 
 def _model_table(frame: Any, spec: FeatureSpec) -> pa.Table:

@@ -59,7 +59,7 @@ def publish(
     Raises:
         UserError: no run, no checkpoint, another lake, or a table that cannot be read. Nothing is left behind then.
     """
-    manifest = build_manifest(lake, dates=(dt.date.min, dt.date.max))
+    manifest = build_manifest(lake, dates=None)
     Encoder(manifest.spec, {}, None)  # what cannot be encoded is said before the export, which takes a minute
     events, state_version = read_events(lake)
     temporary = registry / VERSIONS / f".tmp-{uuid.uuid4().hex}"

@@ -87,6 +87,7 @@ def replay(
     registry: Path,
     dates: tuple[dt.date, dt.date],
     *,
+    allow_missing: bool = False,
     report: Callable[[str], None] = print,
 ) -> Replay:
     """Replay the impressions of first..last (both included) against the stable version of a registry.
@@ -99,6 +100,7 @@ def replay(
         lake: that it was trained on.
         registry: of jobs/publish.py.
         dates: of impressions in the samples.
+        allow_missing: where some of the dates have no rows, take the others.
         report: takes a line now and then.
 
     Raises:
@@ -112,13 +114,13 @@ def replay(
             f"--run-dir {run_dir}: its model is {model_id(trained.checkpoint)}, the registry's stable version "
             f"{version['version']} is of another; name the run that was published"
         )
-    manifest = build_manifest(lake, dates=dates)
+    manifest = build_manifest(lake, dates=dates, allow_missing=allow_missing)
     check_table(trained, manifest)
     encoder = open_encoder(folder)
     program = ExportedModel(folder / MODEL, per_request=True)
     with tempfile.TemporaryDirectory(prefix="usr-ray-replay-") as name:
         stores = Path(name)
-        whole = build_manifest(lake, dates=(dt.date.min, dt.date.max), version=manifest.version)
+        whole = build_manifest(lake, dates=None, version=manifest.version)
         write_items(stores, whole, encoder)
         write_users(stores, whole, read_events(lake)[0], encoder, length=None)
         report(f"items and users of samples version {manifest.version} read")

@@ -189,12 +189,14 @@ def score_dates(
     output: Path,
     worker: Worker,
     *,
+    allow_missing: bool = False,
     report: Callable[[str], None] = print,
 ) -> Scored:
     """Score all rows of the dates first..last (both included), mature or not, into the Delta table `output`.
 
     One commit a date. Dates that the table already holds of this model and this version of the samples table are
-    skipped; any other date, cut off or of an older version, is written as a whole.
+    skipped; any other date, cut off or of an older version, is written as a whole. With `allow_missing`, dates without
+    rows are left out, and their scores deleted where there are any.
 
     Raises:
         UserError: no run, no checkpoint, no rows in the dates, a lake of other features, an output of another model;
@@ -203,7 +205,7 @@ def score_dates(
     if worker.world_size > 1:
         raise ScoreError("jobs/score.py runs in one process; share the dates over several jobs with their own --output")
     run = load_run(run_dir, worker.device)
-    manifest = build_manifest(lake, dates=dates)
+    manifest = build_manifest(lake, dates=dates, allow_missing=allow_missing)
     check_table(run, manifest)
     table = ScoreTable(output, model_id=model_id(run.checkpoint), model_step=run.checkpoint.step)
     of_date = {dt.date.fromisoformat(date): _only(manifest, date) for date in manifest.dates}

@@ -125,6 +125,7 @@ def test_dates_and_ranges() -> None:
     [
         ("2026-02-30", "--dates: '2026-02-30' is not a date; write YYYY-MM-DD"),
         ("", "--dates: '' is not a date; write YYYY-MM-DD"),
+        ("2026-01-01:", "--dates: '2026-01-01:' has no last date; write A:B, or A alone for one day"),
         (
             "2026-01-02:2026-01-01",
             "--dates: the range '2026-01-02:2026-01-01' is empty; the first date must not be after the last",

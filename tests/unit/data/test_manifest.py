@@ -30,6 +30,7 @@ from usr_ray.data.manifest import (
     read_footer,
 )
 from usr_ray.data.mature import labels_close_us, usable_row_groups
+from usr_ray.runs.evaluations import dates_of
 from usr_ray.schema import FEATURE_SPEC_PROPERTY
 
 pytestmark = pytest.mark.unit
@@ -171,8 +172,31 @@ def test_an_unknown_version_is_refused(built: Path) -> None:
 
 def test_dates_without_rows_are_refused_with_those_that_have(built: Path) -> None:
     late = dt.date(2027, 5, 1)
-    with pytest.raises(UserError, match="no rows in 2027-05-01:2027-05-01; the table holds 2026-01-01 to 2026-01-04"):
+    with pytest.raises(UserError, match="no rows in 2027-05-01:2027-05-01; the table holds 2026-01-01:2026-01-04"):
         build_manifest(built, dates=(late, late))
+
+
+def test_dates_of_which_some_have_no_rows_are_refused_unless_that_is_allowed(
+    lake: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deltalake.DeltaTable(lake / "samples").delete("impression_date = '2026-01-02'")
+    asked = (FIRST_DATE, FIRST_DATE + dt.timedelta(days=5))
+    with pytest.raises(UserError) as error:
+        build_manifest(lake, dates=asked, where="data.train_dates")
+    assert str(error.value) == (
+        "data.train_dates 2026-01-01:2026-01-06: 3 of these 6 dates have no rows: 2026-01-02, 2026-01-05:2026-01-06; "
+        f"the table {lake}/samples holds 2026-01-01, 2026-01-03:2026-01-04; name dates of those, or take the ones "
+        "that are there with --allow-missing-dates"
+    )
+    assert not capsys.readouterr().out
+    assert build_manifest(lake, dates=None).dates == ("2026-01-01", "2026-01-03", "2026-01-04")
+    manifest = build_manifest(lake, dates=asked, allow_missing=True)
+    assert manifest.dates == ("2026-01-01", "2026-01-03", "2026-01-04")
+    assert dates_of(manifest, np.array([manifest.num_rows - 1, 0])) == ("2026-01-01", "2026-01-04")
+    gone = "2026-01-02, 2026-01-05:2026-01-06"
+    assert capsys.readouterr().out == (
+        f"warning: --dates 2026-01-01:2026-01-06: without {gone}, of which there are no rows\n"
+    )
 
 
 def test_an_empty_table_is_refused(tmp_path: Path) -> None:

@@ -176,6 +176,26 @@ def test_the_gate_lets_no_task_get_worse(new: dict[str, Any], old: dict[str, Any
     assert judge(new, old, 0.005)[0] is is_good
 
 
+def test_a_model_that_was_trained_on_the_day_is_not_judged_on_it() -> None:
+    seen = {"about": {"trained_on": "2026-01-05"}, "train": evaluation(0.1, 0.1)["eval"]}
+    with pytest.raises(UserError, match=r"^judge: the model in use was trained on 2026-01-05, so that day cannot"):
+        judge(evaluation(0.4, 0.1), seen, 0.005)
+    with pytest.raises(UserError, match=r"^judge: the new model was trained on 2026-01-05"):
+        judge(seen, None, 0.005)
+
+
+def test_dates_that_are_not_there_are_left_out_of_the_labels_to_check_where_that_is_allowed() -> None:
+    plan = plan_day(load_config(None, BEGIN), dt.date(2026, 1, 8), set(), None)
+    final = {"watermark": "W", "scenarios": {"search": {"impressions": 10, "mature": 10}}}
+    reports = [{"date": date, **final} for date in ("2026-01-01", "2026-01-03", plan.held_out)]
+    assert (plan.train_first, plan.train_last) == ("2026-01-01", "2026-01-03")
+    with pytest.raises(UserError, match="2026-01-02 is not in the lake"):
+        check_labels(reports, plan)
+    check_labels(reports, plan, allow_missing=True)
+    with pytest.raises(UserError, match=f"{plan.held_out} is not in the lake"):
+        check_labels(reports[:2], plan, allow_missing=True)
+
+
 def test_a_first_day_builds_from_the_beginning_and_publishes(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
     shop.tell(loss={"2026-01-06": 0.4})
     assert shop.day("2026-01-06") == 0

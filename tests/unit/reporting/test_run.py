@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -11,12 +12,13 @@ import pytest
 
 from jobs import report as job
 from usr_ray.cli import run_job
-from usr_ray.config import Config
+from usr_ray.config import Config, dates_in
 from usr_ray.evaluation.files import write_metrics, write_predictions
 from usr_ray.evaluation.metrics import Predictions, metrics_by_scenario
 from usr_ray.reporting.lake import cold_part, funnel
 from usr_ray.reporting.page import DASH
 from usr_ray.reporting.run import model_name, why_undefined, write_report
+from usr_ray.runs.evaluations import write_evaluation
 from usr_ray.runs.read import read_history
 
 pytestmark = pytest.mark.unit
@@ -386,6 +388,77 @@ def test_the_job_prints_where_the_report_is(run_dir, lake, capsys):
     assert not list(run_dir.glob("*.partial"))
 
 
+def noisy(seed):
+    """Predictions whose AUC depends on the seed."""
+    rows = make_predictions(seed=seed)
+    return replace(rows, probs_NT=rows.probs_NT * np.random.default_rng(seed).random((len(rows), 1)))
+
+
+def evaluate_again(run_dir, dates, seed, *, seen):
+    """An evaluation of another seed's predictions on some dates; its AUC of clicks."""
+    name = dates.replace(":", "_")
+    rows = noisy(seed)
+    about = {"dates": dates, "checkpoint": "best-00001000", "manifest_sha256": f"m{seed}"}
+    splits = write_evaluation(run_dir, name, rows, SCENARIOS, baseline=None, about=about, seen=dates_in(seen))
+    return f"{next(iter(splits.values()))['search']['ctr']['auc']:.4f}"
+
+
+def test_an_evaluation_on_training_dates_is_never_headed_as_held_out(tmp_path):
+    """A newer one on dates that were trained on does not take the place of the held-out one, nor of its rows."""
+    write_record(tmp_path, trained_dates="2026-01-01:2026-01-06")
+    seen = "2026-01-01:2026-01-06"
+    held_out = evaluate_again(tmp_path, "2026-01-07:2026-01-08", 3, seen=seen)
+    trained = evaluate_again(tmp_path, "2026-01-05:2026-01-07", 4, seen=seen)
+    assert held_out != trained
+    text = text_of(tmp_path)
+    assert f"The model ranks held-out clicks with an AUC of {held_out} in search" in text
+    assert "Held-out dates 2026-01-07 to 2026-01-08" in text
+    assert "Held-out metrics From evaluation-2026-01-07_2026-01-08.json" in text
+    assert (
+        "evaluation-2026-01-05_2026-01-07.json 2026-01-05 to 2026-01-07 not held out: trained on 2026-01-05 to" in text
+    )
+    # The splits say it to every other reader.
+    assert "eval" not in json.loads((tmp_path / "evaluation-2026-01-05_2026-01-07.json").read_text())
+    for path in tmp_path.glob("*2026-01-07_2026-01-08*"):
+        path.unlink()
+    text = text_of(tmp_path)
+    assert f"The model ranks clicks of dates that it was trained on with an AUC of {trained} in search" in text
+    assert "Metrics on dates that the run was trained on: not held out" in text
+    assert "These are not held-out numbers: 2026-01-05 to 2026-01-07 was evaluated" in text
+    assert "Evaluated on (not held out) 2026-01-05 to 2026-01-07" in text
+    assert "held-out clicks" not in text
+    assert "Held-out metrics" not in text
+
+
+def test_a_run_that_was_evaluated_before_evaluations_had_rows_of_their_own(tmp_path):
+    """All of them wrote predictions.parquet: rows of other dates than the reported ones are not taken for theirs."""
+    write_record(tmp_path)
+    rows, other = noisy(3), noisy(4)
+    write_metrics(tmp_path / "metrics.json", {"eval": metrics_by_scenario(rows, SCENARIOS)})
+    name = tmp_path / "evaluation-2026-01-05_2026-01-05.json"
+    write_metrics(name, {"eval": metrics_by_scenario(other, SCENARIOS)})
+    write_predictions(tmp_path / "predictions.parquet", other, SCENARIOS, about={"dates": "2026-01-05:2026-01-05"})
+    text = text_of(tmp_path)
+    auc = metrics_by_scenario(rows, SCENARIOS)["search"]["ctr"]["auc"]
+    assert f"held-out clicks with an AUC of {auc:.4f} in search" in text
+    assert "ROC of CTR" not in text, "the rows that are there are of another date"
+
+
+def test_dates_without_rows_and_dates_that_chose_are_said_first(tmp_path):
+    config = {"train": {"early_stopping": True}}
+    manifests = {"train": {"dates": "2026-01-01:2026-01-03, 2026-01-05:2026-01-06", "num_rows": 1000}}
+    write_record(tmp_path, manifests=manifests, trained_dates=manifests["train"]["dates"])
+    record = json.loads((tmp_path / "config.json").read_text())
+    record["config"].update(config)
+    record["config"]["data"]["eval_dates"] = "2026-01-07:2026-01-08"
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    evaluate_again(tmp_path, "2026-01-07:2026-01-08", 3, seen=manifests["train"]["dates"])
+    text = text_of(tmp_path)
+    assert "Training dates: of 2026-01-01 to 2026-01-06 the table had no rows of 2026-01-04." in text
+    assert "Training dates 2026-01-01 to 2026-01-03 and 2026-01-05 to 2026-01-06 (1,000 rows)" in text
+    assert "2026-01-07 to 2026-01-08 also chose the epoch (train.early_stopping), which flatters." in text
+
+
 def refused(capsys, *arguments):
     assert run_job(job.main, [str(word) for word in arguments]) == 2
     error = capsys.readouterr().err
@@ -398,6 +471,7 @@ def test_user_errors_are_one_line(run_dir, tmp_path, capsys):
     assert "holds no config.json" in refused(capsys, "--run-dir", tmp_path)
     assert "--lake" in refused(capsys, "--run-dir", run_dir, "--lake", tmp_path / "none")
     write_record(tmp_path)
+    write_metrics(tmp_path / "metrics.json", {"eval": metrics_by_scenario(make_predictions(), SCENARIOS)})
     (tmp_path / "predictions.parquet").write_text("torn")
     assert "predictions.parquet: cannot be read" in refused(capsys, "--run-dir", tmp_path)
     (tmp_path / "config.json").write_text("{")

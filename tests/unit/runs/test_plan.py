@@ -18,6 +18,7 @@ from usr_ray.config import Config, UserError, load_config
 from usr_ray.data.manifest import Manifest, build_manifest
 from usr_ray.launch.environment import ADDRESS, OWN, SUBMITTED, prepare_environment
 from usr_ray.runs import plan as trainer_plan
+from usr_ray.runs.evaluations import trained_dates, warm_start_dates
 from usr_ray.runs.plan import RunPlan, load_manifest, mark_finished, plan_run, write_plan
 
 pytestmark = pytest.mark.unit
@@ -70,7 +71,7 @@ def test_the_record_says_how_well_the_rows_are_mixed(shared_lake: Path, tmp_path
     [
         (["data.train_dates=''"], r"data.train_dates is empty; .*--set data.train_dates="),
         (["train.early_stopping=true", "data.eval_dates=''"], r"train.early_stopping watches data.eval_dates"),
-        (["data.train_dates='2025-01-01:2025-01-02'"], r"no rows in 2025-01-01:2025-01-02.*2026-01-01 to 2026-01-05"),
+        (["data.train_dates='2025-01-01:2025-01-02'"], r"no rows in 2025-01-01:2025-01-02.*2026-01-01:2026-01-05"),
         (["data.eval_dates='2027-01-01:2027-01-02'"], r"no rows in 2027-01-01:2027-01-02"),
         (["scenarios=['search', 'live']"], r"scenarios: the configuration has \['search', 'live'\], the table"),
         (["train.warm_start='nowhere'"], r"train.warm_start /\S+/nowhere: is no run directory with a whole checkpoint"),
@@ -85,6 +86,38 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(message, line), line
     assert not run_dir.exists()
+
+
+def test_dates_without_rows_are_refused_or_recorded_as_left_out(shared_lake: Path, tmp_path: Path) -> None:
+    asked = "data.train_dates='2025-12-30:2026-01-02'"
+    refusal = r"^data.train_dates 2025-12-30:2026-01-02: 2 of these 4 dates have no rows: 2025-12-30:2025-12-31; the "
+    with pytest.raises(UserError, match=refusal):
+        plan_run(config(asked), shared_lake, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    allowed = config(asked, "data.allow_missing_dates=true")
+    plan = plan_run(allowed, shared_lake, tmp_path / "run")
+    assert plan.record["manifests"]["train"]["dates"] == plan.record["trained_dates"] == "2026-01-01:2026-01-02"
+    write_plan(plan)
+    again = plan_run(config(asked), shared_lake, tmp_path / "run")  # a run keeps its rows: nothing to allow any more
+    assert again.record["manifests"] == plan.record["manifests"]
+
+
+def test_dates_that_a_warm_start_has_seen_are_no_held_out_dates(tmp_path: Path) -> None:
+    """Through two runs, by their records; and not where the configuration has been edited since."""
+    for name, dates, warm_start in (("a", "2026-01-01:2026-01-02", ""), ("b", "2026-01-03", "a")):
+        (tmp_path / name).mkdir()
+        parts = {
+            "data": {"train_dates": dates},
+            "train": {"warm_start": str(tmp_path / warm_start) if warm_start else ""},
+        }
+        (tmp_path / name / "config.json").write_text(json.dumps({"config": parts}))
+    assert trained_dates(tmp_path / "b", {}) == {"2026-01-01", "2026-01-02", "2026-01-03"}
+    checkpoint = tmp_path / "b" / "checkpoints" / "best-00000003"
+    assert warm_start_dates(str(checkpoint)) == trained_dates(tmp_path / "b", {})
+    record = {"config": {"data": {"train_dates": "2030-01-01"}}, "trained_dates": "2026-01-01, 2026-01-04"}
+    (tmp_path / "b" / "config.json").write_text(json.dumps(record))
+    assert trained_dates(tmp_path / "b", {"data": {"train_dates": "2031-01-01"}}) == {"2026-01-01", "2026-01-04"}
+    assert warm_start_dates("") == frozenset()
 
 
 def test_no_table_names_the_job_that_makes_one(tmp_path: Path) -> None:

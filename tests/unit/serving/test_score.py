@@ -14,6 +14,7 @@ from jobs import score as job
 from tests.unit.export_runs import make_run
 from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
 from usr_ray.cli import run_job
+from usr_ray.config import UserError
 from usr_ray.data.manifest import build_manifest
 from usr_ray.schema import SAMPLES
 from usr_ray.serving.score import SCORES_SCHEMA, ScoreError, ScoreTable, score_dates, score_rows
@@ -39,9 +40,9 @@ def run_dir(lake, tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("run"), lake)
 
 
-def score(run_dir, lake, output, dates=DATES):
+def score(run_dir, lake, output, dates=DATES, **more):
     lines = []
-    scored = score_dates(run_dir, lake, dates, output, LocalWorker("cpu"), report=lines.append)
+    scored = score_dates(run_dir, lake, dates, output, LocalWorker("cpu"), report=lines.append, **more)
     return scored, lines
 
 
@@ -102,7 +103,10 @@ def test_a_newer_version_of_the_samples_is_scored_again_and_lost_dates_go(lake, 
     own = shutil.copytree(lake, tmp_path / "lake")
     score(run_dir, own, tmp_path / "scores")
     DeltaTable(own / SAMPLES).delete("impression_date = '2026-01-02'")
-    scored, lines = score(run_dir, own, tmp_path / "scores")
+    refusal = "1 of these 3 dates have no rows: 2026-01-02; .* with --allow-missing-dates"
+    with pytest.raises(UserError, match=refusal):
+        score(run_dir, own, tmp_path / "scores")
+    scored, lines = score(run_dir, own, tmp_path / "scores", allow_missing=True)
     assert lines[0] == "2026-01-02: no longer in the samples table; its scores are deleted"
     assert scored.skipped == ()
     expected = DeltaTable(own / SAMPLES).to_pyarrow_table().sort_by("impression_id")["impression_id"]

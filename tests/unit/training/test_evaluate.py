@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -350,13 +351,59 @@ def test_the_job_writes_metrics_in_the_shape_of_the_contract(lake, run_dir, caps
     assert "no popularity baseline:" in out
     assert "step-00000005 on 2026-01-03 to 2026-01-04" in out
     splits = json.loads((run_dir / "evaluation-2026-01-03_2026-01-04.json").read_text())
-    assert list(splits) == ["eval"]
+    assert list(splits) == ["about", "eval"]
     assert set(splits["eval"]) == {*SCENARIOS, "global", "all"}
     keys = {"auc", "gauc", "log_loss", "pcoc", "num_samples", "num_positives"}
     assert all(keys <= set(metrics) for cell in splits["eval"].values() for metrics in cell.values())
-    read, _, about = read_predictions(run_dir / "predictions.parquet", SCENARIOS)
+    read, _, about = read_predictions(run_dir / "predictions-2026-01-03_2026-01-04.parquet", SCENARIOS)
     assert len(read) == splits["eval"]["all"]["ctr"]["num_samples"]
-    assert about["step"] == 5
+    assert about == splits["about"]
+    assert (about["step"], about["dates"], about["held_out"]) == (5, "2026-01-03:2026-01-04", True)
+
+
+def test_an_evaluation_on_training_dates_says_so_and_leaves_the_others(lake, run_dir, tmp_path, capsys):
+    folder = Path(shutil.copytree(run_dir, tmp_path / "run"))
+    arguments = ["--run-dir", str(folder), "--lake", str(lake), "--dates"]
+    (folder / "predictions.parquet").write_text("of the training")
+    assert run_job(job.main, [*arguments, "2026-01-03:2026-01-04"]) == 0
+    assert "\nheld-out dates 2026-01-03:2026-01-04:\n" in capsys.readouterr().out
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert run_job(job.main, [*arguments, "2026-01-01:2026-01-03"]) == 0
+    heading = "dates 2026-01-01:2026-01-03, not held out: the run was trained on 2026-01-01:\n"
+    assert heading in capsys.readouterr().out
+    splits = json.loads((folder / "evaluation-2026-01-01_2026-01-03.json").read_text())
+    assert list(splits) == ["about", "train"]
+    assert (splits["about"]["held_out"], splits["about"]["trained_on"]) == (False, "2026-01-01")
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    # Other rows of the same dates: the lake has been rebuilt. The earlier evaluation keeps its files.
+    rebuilt = Path(shutil.copytree(lake, tmp_path / "lake"))
+    DeltaTable(rebuilt / SAMPLES).delete("impression_id = 'i599'")
+    assert run_job(job.main, [*arguments[:3], str(rebuilt), "--dates", "2026-01-03:2026-01-04"]) == 0
+    kept = [path for path in folder.glob("*2026-01-03_2026-01-04-*") if path.is_file()]
+    assert sorted(path.suffix for path in kept) == [".json", ".parquet"]
+    assert {path.read_bytes() for path in kept} <= set(before.values())
+
+
+def test_what_an_evaluation_used_is_what_it_says(lake, run_dir, tmp_path, capsys):
+    """Of dates that are partly absent, or whose labels are not final yet, the others are named."""
+    folder = Path(shutil.copytree(run_dir, tmp_path / "run"))
+    own = Path(shutil.copytree(lake, tmp_path / "lake"))
+    DeltaTable(own / SAMPLES).delete("impression_date = '2026-01-02'")
+    arguments = ["--run-dir", folder, "--lake", own, "--dates", "2026-01-02:2026-01-03"]
+    line = refused(capsys, arguments)
+    assert "--dates 2026-01-02:2026-01-03: 1 of these 2 dates have no rows: 2026-01-02; the table" in line
+    assert not list(folder.glob("*2026-01-02*"))
+    assert run_job(job.main, [str(word) for word in [*arguments, "--allow-missing-dates"]]) == 0
+    out = capsys.readouterr().out
+    assert "warning: --dates 2026-01-02:2026-01-03: without 2026-01-02, of which there are no rows\n" in out
+    assert "held-out dates 2026-01-03:\n" in out
+    splits = json.loads((folder / "evaluation-2026-01-02_2026-01-03.json").read_text())
+    assert splits["about"]["dates"] == "2026-01-03"
+    DeltaTable(own / SAMPLES).update({"is_mature": "false"}, predicate="impression_date = '2026-01-03'")
+    assert run_job(job.main, [str(word) for word in [*arguments[:-1], "2026-01-03:2026-01-04"]]) == 0
+    out = capsys.readouterr().out
+    assert "warning: without 2026-01-03, of which no row has final labels\n" in out
+    assert "held-out dates 2026-01-04:\n" in out
 
 
 def test_the_job_shows_the_baseline_and_takes_the_best_checkpoint(lake, tmp_path, capsys):
@@ -368,8 +415,8 @@ def test_the_job_shows_the_baseline_and_takes_the_best_checkpoint(lake, tmp_path
     arguments = ["--run-dir", str(tmp_path), "--lake", str(lake), "--dates", "2026-01-03"]
     assert run_job(job.main, [*arguments, "--output", str(tmp_path / "m.json")]) == 0
     splits = json.loads((tmp_path / "m.json").read_text())
-    assert list(splits) == ["eval", "eval_popularity"]
-    counts = [splits[s]["search"]["ctr"]["num_samples"] for s in splits]
+    assert list(splits) == ["about", "eval", "eval_popularity"]
+    counts = [splits[s]["search"]["ctr"]["num_samples"] for s in ("eval", "eval_popularity")]
     assert counts[0] == counts[1] > 0
     assert "best-00000003 on 2026-01-03" in capsys.readouterr().out
 

@@ -1,0 +1,225 @@
+"""The evaluations of a run, each in files of its own, and whether the run has seen their dates. No torch.
+
+    <run-dir>/metrics.json, predictions.parquet              of the held-out rows of the training, written at its end
+    <run-dir>/evaluation-A_B.json, predictions-A_B.parquet   of jobs/evaluate.py --dates A:B, the newest of these dates
+    <run-dir>/evaluation-A_B-<hash>.json ...                 an earlier one, of other rows or other weights
+
+A date is held out where neither the run nor one that it began with (train.warm_start) was trained on it. That is read
+from the runs' own records, never from today's configuration.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from usr_ray.config import UserError, date_ranges, dates_in
+from usr_ray.data.manifest import Manifest
+from usr_ray.evaluation.files import (
+    PREDICTIONS_FILE,
+    SPLIT,
+    TRAINED_SPLIT,
+    baseline_split,
+    read_about,
+    write_metrics,
+    write_predictions,
+)
+from usr_ray.evaluation.metrics import CellMetrics, Predictions, metrics_by_scenario
+
+CONFIG_FILE, METRICS_FILE = "config.json", "metrics.json"
+_NAME = re.compile(r"evaluation-(\d{4}-\d\d-\d\d)_(\d{4}-\d\d-\d\d)")
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """One evaluation of a run, as its files say."""
+
+    file: str
+    """Name of the file with the metrics."""
+    metrics: CellMetrics
+    baseline_metrics: CellMetrics | None
+    predictions: Path | None
+    """Its rows; None where they are gone."""
+    about: Mapping[str, Any]
+    """Dates, checkpoint, table version; empty where the files are of an older version and the rows are gone."""
+    dates: frozenset[str]
+    """ISO dates that have rows in it."""
+    trained_on: frozenset[str]
+    """Those of them that the run has seen."""
+
+    @property
+    def is_held_out(self) -> bool:
+        """No date was trained on."""
+        return not self.trained_on
+
+
+def read_json(path: Path) -> Any:
+    """Content of a JSON file; UserError naming the file when it cannot be read."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: is not readable JSON ({error}); remove it or write it again") from error
+
+
+def trained_dates(run_dir: Path, config: Mapping[str, Any]) -> frozenset[str]:
+    """ISO dates that the weights of a run have seen, those of the runs that it began with among them.
+
+    Args:
+        run_dir: its config.json says it; of an older version's, the manifests and the configuration in it.
+        config: of the run, as a checkpoint holds it; taken where there is no config.json.
+    """
+    path = run_dir / CONFIG_FILE
+    record = read_json(path) if path.is_file() else {}
+    if "trained_dates" in record:
+        return dates_in(record["trained_dates"])
+    config = record.get("config") or config
+    manifest = (record.get("manifests") or {}).get("train") or {}
+    own = manifest.get("dates") or (config.get("data") or {}).get("train_dates") or ""
+    return dates_in(own) | warm_start_dates(str((config.get("train") or {}).get("warm_start") or ""))
+
+
+def warm_start_dates(warm_start: str) -> frozenset[str]:
+    """ISO dates that the weights of train.warm_start have seen; none without one, and where its run is gone."""
+    if not warm_start:
+        return frozenset()
+    folder = Path(warm_start)
+    # Of a run directory, or of a checkpoint in one.
+    return trained_dates(folder if (folder / CONFIG_FILE).is_file() else folder.parent.parent, {})
+
+
+def evaluations(run_dir: Path, record: Mapping[str, Any]) -> list[Evaluated]:
+    """Every evaluation that a run directory holds, the newest first; `record`: its config.json.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    seen = trained_dates(run_dir, record.get("config", record))
+    files = [*run_dir.glob(METRICS_FILE), *sorted(run_dir.glob("evaluation-*.json"))]
+    found = []
+    for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        splits = read_json(path)
+        split = next((name for name in (SPLIT, TRAINED_SPLIT) if splits.get(name)), None)
+        if split is None:
+            continue
+        dates = _dates_of(path, splits, record)
+        rows, about = _rows_of(path, dates)
+        about = splits.get("about") or about
+        dates = dates_in(str(about.get("dates") or "")) or dates
+        found.append(
+            Evaluated(path.name, splits[split], splits.get(baseline_split(split)), rows, about, dates, dates & seen)
+        )
+    return found
+
+
+def dates_heading(dates: Collection[str], seen: Collection[str]) -> str:
+    """What an evaluation's dates are, in words: 'held-out dates A:B'; of dates that were trained on it says so."""
+    if overlap := set(dates) & set(seen):
+        return f"dates {date_ranges(dates)}, not held out: the run was trained on {date_ranges(overlap)}"
+    return f"held-out dates {date_ranges(dates)}"
+
+
+def newest(found: list[Evaluated]) -> Evaluated | None:
+    """The newest on held-out dates; where there is none, the newest."""
+    return next((one for one in found if one.is_held_out), found[0] if found else None)
+
+
+def dates_of(manifest: Manifest, row_number_N: NDArray[np.int64]) -> tuple[str, ...]:
+    """Dates of some rows of a manifest, ascending."""
+    ends = np.cumsum([sum(group.num_rows for group in file.row_groups) for file in manifest.files])
+    places = np.unique(np.searchsorted(ends, row_number_N, side="right"))
+    return tuple(sorted({manifest.files[place].date for place in places}))
+
+
+def write_evaluation(
+    run_dir: Path,
+    name: str,
+    predictions: Predictions,
+    scenarios: tuple[str, ...],
+    *,
+    baseline: Predictions | None,
+    about: Mapping[str, Any],
+    seen: Collection[str],
+    output: Path | None = None,
+) -> dict[str, CellMetrics]:
+    """Write an evaluation into the run directory, beside the earlier ones, and its metrics to `output` too.
+
+    Args:
+        run_dir: of the run.
+        name: of the dates, 'A_B'.
+        predictions: its rows.
+        scenarios: in the order of the table.
+        baseline: popularity on the same rows.
+        about: what was evaluated: 'dates', 'checkpoint', 'manifest_sha256' and more.
+        seen: dates that the run was trained on.
+        output: another file for the metrics.
+
+    Returns:
+        The splits: 'eval', or 'train' where a date was trained on; and the baseline's.
+    """
+    overlap = dates_in(about["dates"]) & frozenset(seen)
+    about = {**about, "held_out": not overlap, "trained_on": date_ranges(overlap)}
+    split = TRAINED_SPLIT if overlap else SPLIT
+    splits = {split: metrics_by_scenario(predictions, scenarios)}
+    if baseline is not None:
+        splits[baseline_split(split)] = metrics_by_scenario(baseline, scenarios)
+    rows, metrics = run_dir / f"predictions-{name}.parquet", run_dir / f"evaluation-{name}.json"
+    for path in (rows, metrics):
+        _set_aside(path, about)
+    write_predictions(rows, predictions, scenarios, baseline=baseline, about=about)
+    for path in dict.fromkeys((metrics, output or metrics)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_metrics(path, splits, about=about)
+    return splits
+
+
+def _set_aside(path: Path, about: Mapping[str, Any]) -> None:
+    """Give another evaluation's file of this name another name; it keeps its time."""
+    if not path.is_file():
+        return
+    there = read_about(path) if path.suffix == ".parquet" else read_json(path).get("about") or {}
+    if (identity := _identity(there)) != _identity(about):
+        path.replace(path.with_name(f"{path.stem}-{identity}{path.suffix}"))
+
+
+def _identity(about: Mapping[str, Any]) -> str:
+    meant = [about.get(key) for key in ("dates", "checkpoint", "step", "manifest_sha256")]
+    return hashlib.sha256(json.dumps(meant).encode()).hexdigest()[:8]
+
+
+def _dates_of(path: Path, splits: Mapping[str, Any], record: Mapping[str, Any]) -> frozenset[str]:
+    """Dates of a file of metrics without those of its rows: as it says, else as it was asked for."""
+    if about := splits.get("about"):
+        return dates_in(about["dates"])
+    if match := _NAME.match(path.name):
+        return dates_in(f"{match[1]}:{match[2]}")
+    manifest = (record.get("manifests") or {}).get("eval") or {}
+    return dates_in(str(manifest.get("dates") or record.get("config", record).get("data", {}).get("eval_dates") or ""))
+
+
+def _rows_of(path: Path, dates: Collection[str]) -> tuple[Path | None, Mapping[str, Any]]:
+    """The rows that belong to a file of metrics, and what they say of themselves.
+
+    Before evaluations had rows of their own, all wrote predictions.parquet: those of these dates alone are taken.
+    """
+    own = path.with_name(path.name.replace("evaluation-", "predictions-", 1)).with_suffix(".parquet")
+    shared = path.with_name(PREDICTIONS_FILE)
+    for rows in (own, shared):
+        if not rows.is_file():
+            continue
+        try:
+            about = read_about(rows)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise UserError(f"{rows}: cannot be read ({error}); run jobs/evaluate.py again") from error
+        of_rows = dates_in(str(about.get("dates") or ""))
+        if rows == own or not of_rows or of_rows <= frozenset(dates):
+            return rows, about
+    return None, {}
