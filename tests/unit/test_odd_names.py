@@ -121,7 +121,7 @@ def train_run(raw: dict[str, Any], scenarios: list[str], lake: Path, run_dir: Pa
     manifests = {"train_manifest": plan.train_manifest, "eval_manifest": held_out}
     result = train(plan.config, worker, **manifests, run_dir=run_dir, monitor=monitor)  # type: ignore[arg-type]
     monitor.close()
-    write_result(run_dir, plan.config, result, held_out)
+    write_result(run_dir, result, held_out)
     mark_finished(plan, outcome="finished", step=result.state.step)
     assert result.state.step >= 1
 

@@ -53,6 +53,9 @@ def newest_features(manifest: Manifest, key: str, owner: str) -> pa.Table:
 
     Returns:
         `key` (string), the encoded columns of its categories, the scaled ones of its numbers; one row a key.
+
+    Raises:
+        DataError: a file of the table cannot be read.
     """
     spec = manifest.spec
     columns = [f.column for f in spec.sparse if f.owner == owner and f.name != key]
@@ -269,7 +272,11 @@ class UserStore:
             raise StoreError(f"{folder / USERS}: cannot be opened ({one_line(error)}); publish again") from error
 
     def get(self, user_id: str) -> tuple[UserEvents, Profile] | None:
-        """Events and features of a user; None: in no impression of the lake."""
+        """Events and features of a user; None: in no impression of the lake.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
         try:
             with self._environment.lmdb.begin() as transaction:
                 value = transaction.get(user_key(user_id))
