@@ -20,7 +20,7 @@ from etl.lake.maintain import MaintainRequest, maintain
 from etl.lake.tables import Lake, prepare_samples, replace_dates
 from tests.spark.shop import CONFIG, Shop, logs_of, random_shop, write_logs
 from tests.spark.test_build_daily import build
-from tests.spark.test_build_samples import DATES, WATERMARK, rows_of
+from tests.spark.test_build_samples import WATERMARK, rows_of
 from usr_ray.config import UserError, load_config
 from usr_ray.data.item_features import read_item_features
 from usr_ray.data.manifest import DataError, Manifest, build_manifest
@@ -59,7 +59,7 @@ def found(lake: Path) -> dict[int, int]:
 
 
 def manifest_of(lake: Path, version: int | None = None) -> Manifest:
-    return build_manifest(lake, dates=(DATES[0], DATES[3]), version=version)
+    return build_manifest(lake, dates=None, version=version)
 
 
 def test_every_item_with_an_id_has_its_categories(lake: Path, shop: Shop) -> None:
