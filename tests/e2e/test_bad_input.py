@@ -59,6 +59,7 @@ def test_a_wrong_type_in_a_log(run: Run, smoke: Path, tmp_path: Path) -> None:
 )
 def test_an_unknown_config_key(run: Run, tmp_path: Path, job: str, flags: tuple[str, ...]) -> None:
     lake, run_dir = tmp_path / "lake", tmp_path / "run"
+    lake.mkdir()
     words = [{"RUN": str(run_dir), "LOGS": str(tmp_path)}.get(flag, flag) for flag in flags]
     line = refused(run, lake, sys.executable, f"jobs/{job}.py", *words, lake, "--set", "train.learning_rat=1")
     assert "unknown key 'train.learning_rat'" in line
