@@ -135,7 +135,7 @@ def test_an_experiment_that_is_not_there_is_one_line(spark: SparkSession, lake: 
             [],
             lake,
             (dt.date(2031, 1, 1), dt.date(2031, 1, 2)),
-            r"--dates 2031-01-01:2031-01-02: no usable impression has a buc",
+            r"--dates 2031-01-01:2031-01-02: 2 of these 2 dates have no rows",
         ),
         (["online.shares={x=1,y=1}"], lake, DATES, r"unplanned buckets: \{'blue': \d, 'green': \d\}"),
     ):
