@@ -226,6 +226,7 @@ def test_an_order_without_click_may_credit_the_impression(spark: SparkSession, t
     write(folder, "search_clicks", [], clicked)
     write(folder, "recommendation_clicks", [], clicked)
     write(folder, "orders", [("o1", "ann", "tea", at(12))], ["order_id", "user_id", "item_id", "event_time"])
-    lake = build(spark, folder, tmp_path / "lake", "labels.order_without_click=credit_impression")
+    overrides = ("labels.order_without_click=credit_impression", "data.allow_missing_dates=true")
+    lake = build(spark, folder, tmp_path / "lake", *overrides)
     rows = rows_by_id(spark, lake)
     assert {n: (r["is_click"], r["is_order"]) for n, r in rows.items()} == {"s1": (0, 0), "r1": (1, 1)}
