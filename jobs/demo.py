@@ -113,6 +113,7 @@ def main(argv: list[str]) -> None:
         str(lake),
         "--dates",
         config.data.eval_dates,
+        *(["--allow-missing-dates"] if config.data.allow_missing_dates else []),
     )
     step("report", sys.executable, "jobs/report.py", "--run-dir", str(run), "--lake", str(lake))
     print(f"\ndemo: done in {time.monotonic() - started:.0f} s", flush=True)
