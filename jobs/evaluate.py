@@ -9,21 +9,18 @@ Ray; any number of workers would give the same numbers.
 
 from __future__ import annotations
 
-import datetime as dt
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from usr_ray import __version__
 from usr_ray.cli import JobParser, add_allow_missing_dates, check_lake, check_output_file, check_run_dir, run_job
 from usr_ray.config import Config, UserError, date_ranges, end_of_us, parse_dates
 
 if TYPE_CHECKING:  # torch takes seconds to load: a wrong command line is reported without it
     from usr_ray.data.manifest import Manifest
     from usr_ray.evaluation.metrics import Predictions
-    from usr_ray.training.evaluate import TrainedRun
 
 
 def baseline_of(config: Config, lake: str, held_out: Manifest, predictions: Predictions) -> Predictions | None:
@@ -48,20 +45,6 @@ def baseline_of(config: Config, lake: str, held_out: Manifest, predictions: Pred
     return popularity_baseline(rows, predictions, len(held_out.spec.scenarios))
 
 
-def about(run: TrainedRun, held_out: Manifest, dates: str) -> dict[str, object]:
-    """Where predictions come from; the report shows it."""
-    return {
-        "dates": dates,
-        "step": run.checkpoint.step,
-        "checkpoint": run.checkpoint.path.name,
-        "table_uri": held_out.table_uri,
-        "table_version": held_out.version,
-        "manifest_sha256": held_out.sha256,
-        "evaluated_at": f"{dt.datetime.now(dt.UTC):%Y-%m-%dT%H:%M:%SZ}",
-        "usr_ray": __version__,
-    }
-
-
 def main(argv: list[str]) -> None:
     parser = JobParser(__doc__)
     parser.add_place("--run-dir", check_run_dir, type=Path, required=True, help="the --run-dir of jobs/train.py")
@@ -77,7 +60,7 @@ def main(argv: list[str]) -> None:
     check_output_file(arguments.run_dir / f"evaluation-{name}.json", flag="--run-dir")
     from usr_ray.data.manifest import build_manifest
     from usr_ray.evaluation.files import metrics_text
-    from usr_ray.runs.evaluations import dates_heading, dates_of, trained_dates, write_evaluation
+    from usr_ray.runs.evaluations import about_rows, dates_heading, dates_of, trained_dates, write_evaluation
     from usr_ray.training.evaluate import check_table, evaluate, load_run
     from usr_ray.training.worker import LocalWorker
 
@@ -86,7 +69,7 @@ def main(argv: list[str]) -> None:
     manifest = build_manifest(arguments.lake, dates=(first, last), allow_missing=arguments.allow_missing_dates)
     check_table(run, manifest)
     result = evaluate(run.module, run.tables, manifest, worker, run.config)
-    if result.predictions is not None:  # rank 0
+    if result.predictions is not None and result.metrics is not None:  # rank 0
         dates = dates_of(manifest, result.predictions.row_number_N)
         if left_out := set(manifest.dates) - set(dates):
             print(f"warning: without {date_ranges(left_out)}, of which no row has final labels", flush=True)
@@ -96,8 +79,9 @@ def main(argv: list[str]) -> None:
             name,
             result.predictions,
             manifest.spec.scenarios,
+            metrics=result.metrics,
             baseline=baseline_of(run.config, arguments.lake, manifest, result.predictions),
-            about=about(run, manifest, date_ranges(dates)),
+            about=about_rows(manifest, dates, step=run.checkpoint.step, checkpoint=run.checkpoint.path.name),
             seen=seen,
             output=arguments.output,
         )

@@ -10,6 +10,7 @@ from the runs' own records, never from today's configuration.
 
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
 import json
 import re
@@ -22,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from usr_ray import __version__
 from usr_ray.config import UserError, date_ranges, dates_in
 from usr_ray.data.manifest import Manifest
 from usr_ray.evaluation.files import (
@@ -139,12 +141,26 @@ def dates_of(manifest: Manifest, row_number_N: NDArray[np.int64]) -> tuple[str, 
     return tuple(sorted({manifest.files[place].date for place in places}))
 
 
+def about_rows(manifest: Manifest, dates: Collection[str], **weights: Any) -> dict[str, Any]:
+    """Where the rows of an evaluation come from, as its files say it; `weights`: the step and the checkpoint."""
+    return {
+        "dates": date_ranges(dates),
+        **weights,
+        "table_uri": manifest.table_uri,
+        "table_version": manifest.version,
+        "manifest_sha256": manifest.sha256,
+        "evaluated_at": f"{dt.datetime.now(dt.UTC):%Y-%m-%dT%H:%M:%SZ}",
+        "usr_ray": __version__,
+    }
+
+
 def write_evaluation(
     run_dir: Path,
     name: str,
     predictions: Predictions,
     scenarios: tuple[str, ...],
     *,
+    metrics: CellMetrics,
     baseline: Predictions | None,
     about: Mapping[str, Any],
     seen: Collection[str],
@@ -157,6 +173,7 @@ def write_evaluation(
         name: of the dates, 'A_B'.
         predictions: its rows.
         scenarios: in the order of the table.
+        metrics: of `predictions`.
         baseline: popularity on the same rows.
         about: what was evaluated: 'dates', 'checkpoint', 'manifest_sha256' and more.
         seen: dates that the run was trained on.
@@ -168,14 +185,14 @@ def write_evaluation(
     overlap = dates_in(about["dates"]) & frozenset(seen)
     about = {**about, "held_out": not overlap, "trained_on": date_ranges(overlap)}
     split = TRAINED_SPLIT if overlap else SPLIT
-    splits = {split: metrics_by_scenario(predictions, scenarios)}
+    splits = {split: metrics}
     if baseline is not None:
         splits[baseline_split(split)] = metrics_by_scenario(baseline, scenarios)
-    rows, metrics = run_dir / f"predictions-{name}.parquet", run_dir / f"evaluation-{name}.json"
-    for path in (rows, metrics):
+    rows, file = run_dir / f"predictions-{name}.parquet", run_dir / f"evaluation-{name}.json"
+    for path in (rows, file):
         _set_aside(path, about)
     write_predictions(rows, predictions, scenarios, baseline=baseline, about=about)
-    for path in dict.fromkeys((metrics, output or metrics)):
+    for path in dict.fromkeys((file, output or file)):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_metrics(path, splits, about=about)
     return splits

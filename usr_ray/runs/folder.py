@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import json
 from pathlib import Path
 
-from usr_ray import __version__
-from usr_ray.config import date_ranges
 from usr_ray.data.manifest import Manifest
 from usr_ray.evaluation.files import PREDICTIONS_FILE, SPLIT, metrics_text, write_metrics, write_predictions
 from usr_ray.evaluation.metrics import CellMetrics
-from usr_ray.runs.evaluations import CONFIG_FILE, METRICS_FILE, dates_heading, dates_of, evaluations, read_json
+from usr_ray.runs.evaluations import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    about_rows,
+    dates_heading,
+    dates_of,
+    evaluations,
+    read_json,
+)
 from usr_ray.training.loop import TrainResult
 
 
@@ -23,15 +28,8 @@ def write_result(run_dir: Path, result: TrainResult, held_out: Manifest) -> None
     evaluation = result.evaluation
     if evaluation is None or evaluation.metrics is None or evaluation.predictions is None:
         return
-    about = {
-        "dates": date_ranges(dates_of(held_out, evaluation.predictions.row_number_N)),
-        "step": result.state.step,
-        "table_uri": held_out.table_uri,
-        "table_version": held_out.version,
-        "manifest_sha256": held_out.sha256,
-        "evaluated_at": f"{dt.datetime.now(dt.UTC):%Y-%m-%dT%H:%M:%SZ}",
-        "usr_ray": __version__,
-    }
+    dates = dates_of(held_out, evaluation.predictions.row_number_N)
+    about = about_rows(held_out, dates, step=result.state.step)
     write_predictions(run_dir / PREDICTIONS_FILE, evaluation.predictions, held_out.spec.scenarios, about=about)
     write_metrics(run_dir / METRICS_FILE, {SPLIT: evaluation.metrics})
 

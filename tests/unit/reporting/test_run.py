@@ -399,7 +399,10 @@ def evaluate_again(run_dir, dates, seed, *, seen):
     name = dates.replace(":", "_")
     rows = noisy(seed)
     about = {"dates": dates, "checkpoint": "best-00001000", "manifest_sha256": f"m{seed}"}
-    splits = write_evaluation(run_dir, name, rows, SCENARIOS, baseline=None, about=about, seen=dates_in(seen))
+    metrics = metrics_by_scenario(rows, SCENARIOS)
+    splits = write_evaluation(
+        run_dir, name, rows, SCENARIOS, metrics=metrics, baseline=None, about=about, seen=dates_in(seen)
+    )
     return f"{next(iter(splits.values()))['search']['ctr']['auc']:.4f}"
 
 
