@@ -35,9 +35,11 @@ from usr_ray.serving.versions import (
     VERSION,
     VERSIONS,
     VOCABULARY_FOLDER,
+    model_spec,
     move_pointer,
     open_encoder,
     version_files,
+    vocabulary_paths,
 )
 
 _NUM_GOLDEN = 16
@@ -84,8 +86,7 @@ def publish(
             "users": num_users,
             "published_at": f"{dt.datetime.now(dt.UTC):%Y-%m-%dT%H:%M:%SZ}",
         }
-        _finish(temporary, version, [])
-        ranker = Ranker.open(temporary)
+        ranker = Ranker.of_files(temporary, version)
         golden = [{"request": r, "items": ranker.score(r)["items"]} for r in golden_requests(manifest, iso_time(as_of))]
         _finish(temporary, version, golden)
         Ranker.open(temporary)  # opened as a service would: files verified, golden requests answered
@@ -104,12 +105,10 @@ def write_vocabularies(folder: Path) -> None:
     if not source.exists():
         return
     (folder / VOCABULARY_FOLDER).mkdir()
-    spec_features = json.loads((folder / MODEL / "feature_spec.json").read_text(encoding="utf-8"))["sparse"]
     entries = pq.read_table(source)
-    for number, feature in enumerate(spec_features):
-        part = entries.filter(pc.equal(entries["feature"], feature["name"]))
+    for feature, path in vocabulary_paths(folder, model_spec(folder)).items():
+        part = entries.filter(pc.equal(entries["feature"], feature))
         if part.num_rows:
-            path = folder / VOCABULARY_FOLDER / f"{number}.arrow"
             ValueIndex.write(path, part["value"].to_pylist(), part["id"].to_numpy())
 
 

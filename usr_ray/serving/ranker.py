@@ -90,19 +90,28 @@ class Ranker:
     @classmethod
     def open(cls, folder: Path, *, num_threads: int = 1) -> Ranker:
         """A version by its folder. Raises UserError: see `load`."""
-        version = verified_version(folder)
+        ranker = cls.of_files(folder, verified_version(folder), num_threads=num_threads)
+        ranker.check_golden(json.loads((folder / GOLDEN).read_text(encoding="utf-8")))
+        return ranker
+
+    @classmethod
+    def of_files(cls, folder: Path, version: Mapping[str, Any], *, num_threads: int = 1) -> Ranker:
+        """A version that is neither verified nor asked its golden requests, as `publish` has none of it yet.
+
+        Raises:
+            UserError: the model, or a store, is damaged.
+        """
         program = ExportedModel(folder / MODEL, num_threads=num_threads, per_request=True)
         encoder = open_encoder(folder)
         exact_from = dt.datetime.fromisoformat(version["as_of"])
-        ranker = cls(
+        stores = ItemTable(folder), UserStore(folder, encoder)
+        return cls(
             version,
             program,
             encoder,
-            (ItemTable(folder), UserStore(folder, encoder)),
+            stores,
             exact_from_us=(exact_from - _EPOCH) // dt.timedelta(microseconds=1),
         )
-        ranker.check_golden(json.loads((folder / GOLDEN).read_text(encoding="utf-8")))
-        return ranker
 
     def check_golden(self, golden: Sequence[Mapping[str, Any]]) -> None:
         """Answer requests whose answers are known.

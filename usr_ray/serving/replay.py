@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime as dt
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -208,23 +209,19 @@ class _Replayer:
         self, impression: str, inputs: dict[str, NDArray[Any]], columns: dict[str, NDArray[Any]], lists: Any, n: int
     ) -> None:
         spec = self._encoder.spec
-        places = {False: 0, True: 0}
-        for sparse in spec.sparse:
-            found = inputs["item_sparse" if sparse.owner == "item" else "request_sparse"][0]
-            expected = self._known(sparse.name, columns[sparse.name][n])
-            self._difference(sparse.name).add(impression, found[places[sparse.owner == "item"]], expected)
-            places[sparse.owner == "item"] += 1
-        places = {False: 0, True: 0}
-        for dense in spec.dense:
-            found = inputs["item_dense" if dense.owner == "item" else "request_dense"][0]
-            self._difference(dense.name).add(impression, found[places[dense.owner == "item"]], columns[dense.name][n])
-            places[dense.owner == "item"] += 1
+        places: Counter[str] = Counter()
+        for kind, features in (("sparse", spec.sparse), ("dense", spec.dense)):
+            for feature in features:
+                part = f"{'item' if feature.owner == 'item' else 'request'}_{kind}"
+                expected = self._known(feature.name, columns[feature.name][n])
+                self._difference(feature.name).add(impression, inputs[part][0][places[part]], expected)
+                places[part] += 1
         for name, column in lists.items():
             values = column[n].values.to_numpy(zero_copy_only=False)
             found = inputs[name][0]
-            feature = name.rpartition("_history_")[2].removesuffix("_ids").replace("item", "item_id")
+            of = name.rpartition("_history_")[2].removesuffix("_ids").replace("item", "item_id")
             padded = np.zeros_like(found)
-            padded[len(found) - len(values) :] = self._known(feature, values)
+            padded[len(found) - len(values) :] = self._known(of, values)
             self._difference(name).add(impression, found, padded)
 
     def _known(self, feature: str, ids: Any) -> Any:

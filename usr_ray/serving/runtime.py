@@ -23,6 +23,7 @@ FORMAT = 1
 MANIFEST, PT2, ONNX, REQUEST = "manifest.json", "model.pt2", "model.onnx", "request.onnx"
 WEIGHTS, FEATURE_SPEC, VOCABULARIES = "weights.safetensors", "feature_spec.json", "vocabularies.parquet"
 RUNTIMES = {"torch": PT2, "onnx": ONNX}
+_EXPORT_AGAIN = "export the run again with jobs/export.py"
 
 
 class ExportError(UserError):
@@ -36,23 +37,47 @@ def require_packages(*packages: str) -> None:
         raise ExportError(f"not installed here: {', '.join(missing)}; install usr-ray[serve]")
 
 
+def described(path: Path, number: int, *, error: type[UserError], way_out: str) -> dict[str, Any]:
+    """The JSON that describes the files of its folder: `format`, and `files` with their checksums.
+
+    Args:
+        path: of the JSON.
+        number: the format that is read here; another is refused.
+        error: raised where there is none, or of another format.
+        way_out: last words of its message.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as cause:
+        raise error(f"{path.parent}: holds no readable {path.name}; {way_out}") from cause
+    if content.get("format") != number:
+        raise error(f"{path.parent}: format {content.get('format')}, this version reads {number}; {way_out}")
+    return content
+
+
+def changed_file(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> Path | None:
+    """The first of `files` (name in the folder -> its bytes and sha256) that is missing or another one."""
+    for name, file in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != file["bytes"] or file_sha256(path) != file["sha256"]:
+            return path
+    return None
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """manifest.json of an export directory, whose files are not looked at. Raises ExportError."""
+    return described(directory / MANIFEST, FORMAT, error=ExportError, way_out=_EXPORT_AGAIN)
+
+
 def verified_manifest(directory: Path) -> dict[str, Any]:
     """manifest.json of an export directory, after the checksums of every file it names were verified.
 
     Raises:
         ExportError: no export there, of another format, or a file that is missing or was changed.
     """
-    way_out = "export the run again with jobs/export.py"
-    try:
-        manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{directory}: holds no readable {MANIFEST}; {way_out}") from error
-    if manifest.get("format") != FORMAT:
-        raise ExportError(f"{directory}: format {manifest.get('format')}, this version reads {FORMAT}; {way_out}")
-    for name, file in manifest["files"].items():
-        path = directory / name
-        if not path.is_file() or file_sha256(path) != file["sha256"]:
-            raise ExportError(f"{path}: missing or changed since the export; {way_out}")
+    manifest = read_manifest(directory)
+    if changed := changed_file(directory, manifest["files"]):
+        raise ExportError(f"{changed}: missing or changed since the export; {_EXPORT_AGAIN}")
     return manifest
 
 

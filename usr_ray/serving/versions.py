@@ -18,7 +18,7 @@ from usr_ray.config import UserError
 from usr_ray.files import file_sha256, write_whole
 from usr_ray.schema import FeatureSpec
 from usr_ray.serving.encode import Encoder, ValueIndex
-from usr_ray.serving.runtime import FEATURE_SPEC, verified_manifest
+from usr_ray.serving.runtime import FEATURE_SPEC, changed_file, described, read_manifest
 
 FORMAT = 1
 VERSION, POINTER, VERSIONS = "version.json", "current.json", "versions"
@@ -45,16 +45,9 @@ def verified_version(folder: Path) -> dict[str, Any]:
     Raises:
         RegistryError: a file is missing or was changed, or there is none of this format.
     """
-    try:
-        version: dict[str, Any] = json.loads((folder / VERSION).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RegistryError(f"{folder}: holds no readable {VERSION}; {_PUBLISH}") from error
-    if version.get("format") != FORMAT:
-        raise RegistryError(f"{folder}: format {version.get('format')}, this version reads {FORMAT}; {_PUBLISH}")
-    for name, file in version["files"].items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != file["bytes"] or file_sha256(path) != file["sha256"]:
-            raise RegistryError(f"{path}: missing or changed since it was published; {_PUBLISH}")
+    version = described(folder / VERSION, FORMAT, error=RegistryError, way_out=_PUBLISH)
+    if changed := changed_file(folder, version["files"]):
+        raise RegistryError(f"{changed}: missing or changed since it was published; {_PUBLISH}")
     return version
 
 
@@ -106,12 +99,20 @@ def stable_folder(registry: Path) -> Path:
     return folder
 
 
+def model_spec(folder: Path) -> FeatureSpec:
+    """The feature spec of the model in a version's folder."""
+    return FeatureSpec.from_json((folder / MODEL / FEATURE_SPEC).read_text(encoding="utf-8"))
+
+
+def vocabulary_paths(folder: Path, spec: FeatureSpec) -> dict[str, Path]:
+    """Feature -> where its vocabulary is, or would be, in a version's folder; by number, as names may be odd."""
+    return {f.name: folder / VOCABULARY_FOLDER / f"{n}.arrow" for n, f in enumerate(spec.sparse)}
+
+
 def open_encoder(folder: Path) -> Encoder:
-    """The encoder of a version's folder."""
-    model = folder / MODEL
-    spec = FeatureSpec.from_json((model / FEATURE_SPEC).read_text(encoding="utf-8"))
-    vocabulary = verified_manifest(model)["vocabulary"]
+    """The encoder of a version's folder, whose files `verified_version` has verified, or `publish` has just written."""
+    spec, vocabulary = model_spec(folder), read_manifest(folder / MODEL)["vocabulary"]
     if vocabulary["kind"] == "hash":
         return Encoder(spec, {}, vocabulary["num_buckets"])
-    paths = {f.name: folder / VOCABULARY_FOLDER / f"{n}.arrow" for n, f in enumerate(spec.sparse)}
+    paths = vocabulary_paths(folder, spec)
     return Encoder(spec, {name: ValueIndex(path) for name, path in paths.items() if path.exists()}, None)
