@@ -45,7 +45,7 @@ require-jdk:
 	[ "$${major:-0}" -ge 17 ] || { \
 	  echo "error: no JDK 17 or newer found (java says: $${major:-nothing}); Spark needs one: install it (Debian, Ubuntu: apt-get install openjdk-17-jdk-headless; macOS: brew install openjdk@17) or set JAVA_HOME" >&2; exit 2; }
 
-$(VENV)/.ready: constraints.txt setup.cfg pyproject.toml cluster/spark/install_delta_jars.py | require-python require-jdk
+$(VENV)/.ready: constraints.txt setup.cfg pyproject.toml cluster/spark/install_delta_jars.py $(wildcard etl/spark_conf/*) | require-python require-jdk
 	@echo "setup: virtual environment in $(VENV) (a few minutes the first time; torch is large)"
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --constraint constraints.txt --editable '.[etl,train,serve,docs,dev]' > $(VENV)/pip.log 2>&1 \

@@ -1,7 +1,7 @@
-"""Put Delta Lake's jars next to Spark's own, once, so that every later `spark-submit` needs no network and no flag.
+"""Put Delta Lake's jars and our settings next to Spark's own, so that a later `spark-submit` needs no network or flag.
 
-Spark's own resolver (Ivy) fetches them from Maven Central into a cache inside the project. On a cluster the same jars
-come with `--packages` or with the image instead; see docs/cluster.md.
+Spark's own resolver (Ivy) fetches the jars from Maven Central into a cache inside the project. On a cluster the same
+jars come with `--packages` or with the image instead, and so do settings; see docs/cluster.md.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+CONF = ROOT / "etl" / "spark_conf"
 SCALA = "2.13"
 
 
@@ -44,10 +45,31 @@ def resolve(cache: Path, package: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+def set_defaults(spark: Path, environment: Path) -> None:
+    """Make `environment`/bin/spark-submit right by itself: quiet, with our JVM's options, activated or not.
+
+    Without SPARK_CONF_DIR Spark reads `spark`/conf. And where the `python3` on PATH has no pyspark, PyPI's spark-submit
+    looks for a Spark in spark-distribution beside itself, and would run the job with that `python3`.
+
+    Args:
+        spark: pyspark's folder, which is a whole Spark.
+        environment: the virtual environment's folder.
+    """
+    shutil.copytree(CONF, spark / "conf", dirs_exist_ok=True)
+    with (spark / "conf" / "spark-defaults.conf").open("a", encoding="utf-8") as file:
+        file.write(f"spark.pyspark.driver.python  {environment / 'bin' / 'python'}\n")
+    link = environment / "bin" / "spark-distribution"
+    link.unlink(missing_ok=True)
+    link.symlink_to(spark)
+
+
 def main() -> int:
     import pyspark
 
-    jars = Path(pyspark.__file__).parent / "jars"
+    spark = Path(pyspark.__file__).parent
+    if sys.prefix != sys.base_prefix:  # a virtual environment, thus not an image, whose cluster has its own settings
+        set_defaults(spark, Path(sys.prefix))
+    jars = spark / "jars"
     package = coordinates()
     version = package.rsplit(":", 1)[1]
     if any(jars.glob(f"io.delta_delta-spark_*-{version}.jar")):

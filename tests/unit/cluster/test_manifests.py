@@ -7,6 +7,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -201,14 +202,39 @@ def test_no_properties_file_or_manifest_holds_a_key() -> None:
         assert not secret.search("\n".join(lines)), path
 
 
-def test_connectors_have_the_version_of_sparks_hadoop_and_do_not_double_its_jars(tmp_path: Path) -> None:
-    import sys
+def test_the_environments_spark_submit_is_right_without_activation_or_exports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(CLUSTER / "spark"))
+    import install_delta_jars
 
-    sys.path.insert(0, str(CLUSTER / "spark"))
-    try:
-        import install_store_jars as jars
-    finally:
-        sys.path.pop(0)
+    spark, binaries = tmp_path / "a b" / "pyspark", tmp_path / "a b" / "bin"
+    for path in (spark / "bin" / "spark-submit", spark / "jars" / "x.jar", binaries / "find_spark_home.py"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    finder = Path(pytest.importorskip("pyspark").__file__).with_name("find_spark_home.py")
+    (binaries / "find_spark_home.py").write_bytes(finder.read_bytes())
+    for _ in range(2):  # a second set-up changes nothing
+        install_delta_jars.set_defaults(spark, tmp_path / "a b")
+    # As PyPI's spark-submit asks: of a Python that has no pyspark.
+    command = [sys.executable, "-I", "-S", str(binaries / "find_spark_home.py")]
+    home = Path(subprocess.run(command, capture_output=True, text=True, check=True, cwd="/").stdout.strip())
+    assert home.resolve() == spark
+    conf = CLUSTER / "spark" / "conf"
+    assert (home / "conf" / "log4j2.properties").read_text() == (
+        CLUSTER / "spark" / "conf" / "log4j2.properties"
+    ).read_text()
+    lines = (home / "conf" / "spark-defaults.conf").read_text().splitlines()
+    ours = (conf / "spark-defaults.conf").read_text().splitlines()
+    assert lines == [*ours, f"spark.pyspark.driver.python  {binaries / 'python'}"]
+
+
+def test_connectors_have_the_version_of_sparks_hadoop_and_do_not_double_its_jars(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(CLUSTER / "spark"))
+    import install_store_jars as jars
+
     pyspark = pytest.importorskip("pyspark")
     shipped = Path(pyspark.__file__).parent / "jars"
     assert re.fullmatch(r"3\.\d+\.\d+", jars.hadoop_version(shipped))
