@@ -14,7 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from etl.jvm import print_error
-from usr_ray.cli import check_input, check_new_lake, job_config, job_dates, job_parser, run_job
+from usr_ray.cli import check_logs, check_new_lake, job_config, job_dates, job_parser, run_job
 from usr_ray.config import Config, UserError
 
 
@@ -30,7 +30,7 @@ def parse_watermark(text: str) -> dt.datetime:
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, dict[str, Any]]:
     """(arguments, configuration, dates and watermark of the build); UserError for what can be seen without Spark."""
     parser = job_parser(__doc__ or "", takes_dates=True)
-    parser.add_place("--logs", check_input, required=True, help="folder with one entry per log")
+    parser.add_place("--logs", check_logs, required=True, help="folder with one entry per log")
     parser.add_place("--lake", check_new_lake, required=True, help="where the tables are; made if it is not there")
     parser.add_argument("--dates", metavar="A:B", help="UTC dates to build, both included; today-N counts back")
     parser.add_argument(

@@ -28,6 +28,7 @@ from usr_ray.cli import (
     EXIT_OK,
     EXIT_USER_ERROR,
     check_input,
+    check_logs,
     check_new_lake,
     check_output,
     check_output_table,
@@ -294,7 +295,7 @@ def built_dates(lake: str) -> set[dt.date]:
 def main(argv: list[str]) -> None:
     parser = job_parser(__doc__ or "", takes_dates=True)
     parser.add_place("--work", None, type=Path, required=True, help="state, runs, exports and scores go here")
-    parser.add_place("--logs", check_input, help="folder with one entry per log")
+    parser.add_place("--logs", check_logs, help="folder with one entry per log")
     parser.add_place("--lake", check_new_lake, help="where the tables are")
     parser.add_argument("--date", default="today-1", help="newest complete UTC day of the logs (today-1)")
     parser.add_argument("--watermark", metavar="ISO", help="the logs are complete up to here (default: newest event)")

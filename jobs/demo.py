@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from usr_ray.cli import check_input, check_output_table, job_config, job_parser, run_job
+from usr_ray.cli import check_input, check_logs, check_output_table, job_config, job_parser, run_job
 from usr_ray.config import Config, UserError, parse_dates
 from usr_ray.launch.spark import spark_environment, spark_submit
 
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
     parser = job_parser(__doc__ or "")
     parser.add_argument("--source", default=SIMULATED, help="data set to ingest (ignored with --logs)")
     parser.add_place("--input", check_input, type=Path, help="folder of the data set's files")
-    parser.add_place("--logs", check_input, type=Path, help="logs of the contract that are already there")
+    parser.add_place("--logs", check_logs, type=Path, help="logs of the contract that are already there")
     parser.add_place("--work", check_output_table, type=Path, required=True, help="for logs, lake and run; emptied")
     arguments = parser.parse_args(argv)
     config = job_config(arguments)

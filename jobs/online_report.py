@@ -17,14 +17,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from usr_ray.cli import check_input, check_lake, check_output, job_config, job_parser, run_job
+from usr_ray.cli import check_lake, check_logs, check_output, job_config, job_parser, run_job
 from usr_ray.config import Config, parse_dates
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, tuple[dt.date, dt.date]]:
     """(arguments, configuration, dates); UserError for what can be seen without Spark."""
     parser = job_parser(__doc__ or "", takes_dates=True)
-    parser.add_place("--logs", check_input, required=True, help="the logs that the lake was built from")
+    parser.add_place("--logs", check_logs, required=True, help="the logs that the lake was built from")
     parser.add_place("--lake", check_lake, required=True, help="the lake of jobs/build_samples.py")
     parser.add_argument("--dates", required=True, metavar="A:B", help="UTC dates of the experiment, both included")
     parser.add_place("--output", check_output, type=Path, required=True, help="folder for online.json and online.html")

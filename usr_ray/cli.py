@@ -187,6 +187,22 @@ def check_input(place: Path | str, *, flag: str) -> None:
         raise UserError(f"{flag} {text}: cannot be read ({error.strerror}); name a folder that you may read") from error
 
 
+def check_logs(logs: Path | str, *, flag: str) -> None:
+    """UserError unless `logs` is a folder that Spark can read, or an address."""
+    check_input(logs, flag=flag)
+    _check_spark_path(str(logs), flag=flag)
+
+
+def _check_spark_path(place: str, *, flag: str) -> None:
+    where = os.path.abspath(place)
+    signs = re.search(r"[*?\[\]{}]", where)
+    if "://" not in place and ":" in where and signs:
+        raise UserError(
+            f"{flag} {place}: the whole path must not hold both a colon and {signs[0]!r}, a sign of a glob, which "
+            "Hadoop cannot read together; rename one"
+        )
+
+
 def check_file(place: Path | str, *, flag: str) -> None:
     """UserError unless `place` is a file on this machine that can be read."""
     text = str(place)
@@ -215,6 +231,7 @@ def check_lake(lake: Path | str, *, flag: str) -> None:
 def check_new_lake(lake: Path | str, *, flag: str) -> None:
     """UserError unless `lake` is a folder that can be written, or made."""
     _check_lake_path(str(lake), flag=flag)
+    _check_spark_path(str(lake), flag=flag)
     check_output(lake, flag=flag)
 
 

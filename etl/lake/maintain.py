@@ -21,7 +21,7 @@ from pyspark.sql import functions as F
 from etl.checks import DataCheckError
 from etl.jvm import file_system, parquet_footer, table_properties, table_version
 from etl.lake.tables import TABLES, Lake, samples_item_features, without_dictionaries
-from etl.session import MIN_FILE_BYTES
+from etl.session import MIN_FILE_BYTES, literal_path
 from usr_ray.config import DAY_US
 from usr_ray.schema import ITEM_FEATURES, PINS, SAMPLES
 
@@ -128,18 +128,20 @@ def maintain(spark: SparkSession, request: MaintainRequest, report: Callable[[st
 def table_shape(spark: SparkSession, lake: Lake, table: str) -> TableShape:
     """Count and measure the files of a table, old ones included."""
     path = lake.path(table)
-    current = {_name(file): file for file in spark.read.format("delta").load(path).inputFiles()}
-    on_disk = {row["path"]: row["length"] for row in _files(spark, path).select("path", "length").collect()}
-    sizes = {_name(file): size for file, size in on_disk.items()}
-    every = sorted(current)
+    current = {_name(file) for file in spark.read.format("delta").load(path).inputFiles()}
+    on_disk = _files(spark, path).select("path", "length").collect()
+    sizes = {_name(row["path"]): row["length"] for row in on_disk}
+    # Paths of the listing: those that Delta gives are encoded as those of a URL.
+    paths = {_name(row["path"]): row["path"] for row in on_disk if _name(row["path"]) in current}
+    every = sorted(paths)
     sampled = every[:: -(-len(every) // _FOOTERS)] if every else []
     return TableShape(
         table=table,
         version=table_version(spark, path),
-        sizes={name: sizes[name] for name in current if name in sizes},
-        folders={name: file.rpartition("/")[0] for name, file in current.items()},
+        sizes={name: sizes[name] for name in paths},
+        folders={name: file.rpartition("/")[0] for name, file in paths.items()},
         old_sizes={name: size for name, size in sizes.items() if name not in current},
-        group_rows=tuple(rows for name in sampled for rows in _row_groups(spark, current[name])),
+        group_rows=tuple(rows for name in sampled for rows in _row_groups(spark, paths[name])),
     )
 
 
@@ -242,7 +244,9 @@ def _files(spark: SparkSession, path: str):  # type: ignore[no-untyped-def]
     """Data files below a table's folder, in the columns of VACUUM's inventory."""
     files = spark.read.format("binaryFile").option("recursiveFileLookup", True).option("pathGlobFilter", "*.parquet")
     millis = F.unix_millis("modificationTime")
-    return files.load(path).select("path", "length", F.lit(False).alias("isDir"), millis.alias("modificationTime"))
+    return files.load(literal_path(path)).select(
+        "path", "length", F.lit(False).alias("isDir"), millis.alias("modificationTime")
+    )
 
 
 def _row_groups(spark: SparkSession, file: str) -> list[int]:
@@ -317,7 +321,7 @@ def holds_of_pins(spark: SparkSession, lake: Lake) -> list[Hold]:
     system, hadoop_path = file_system(spark, folder)
     if not system.exists(hadoop_path):
         return []
-    texts = spark.read.text(folder, wholetext=True, pathGlobFilter="*.json")
+    texts = spark.read.text(literal_path(folder), wholetext=True, pathGlobFilter="*.json")
     found = []
     for row in sorted(texts.select("value", F.input_file_name().alias("path")).collect(), key=lambda row: row["path"]):
         version, files, raw = _parse(row["value"], row["path"])

@@ -24,6 +24,7 @@ from usr_ray.cli import (
     check_file,
     check_input,
     check_lake,
+    check_logs,
     check_new_lake,
     check_output_table,
     check_run_dir,
@@ -94,7 +95,7 @@ NO_PLACES = {
     "--use",
     "--help",
 }  # fmt: skip - a list of words
-READ = (check_file, check_input, check_lake, check_run_dir)
+READ = (check_file, check_input, check_lake, check_logs, check_run_dir)
 ODD = ("a b", "50%", "#1", "it's", '"x"', "für-dich", "北京", "🙂", "{a,b}", "?", "a:b", "=", "&", "العربية", "-", "*")
 """Names that every place may have."""
 
@@ -291,6 +292,10 @@ def test_names_with_odd_signs_are_taken_and_those_that_tables_cannot_have_are_re
             patch.setattr(JobParser, "parse_args", parse_args)
             with pytest.raises(ParsedError):
                 entry(job)(words)
+    if check in (check_logs, check_new_lake):
+        (world / "odd" / "10:15" / "{a}").mkdir(parents=True, exist_ok=True)
+        line = refusal(job, words_of(job, world, flag, str(world / "odd" / "10:15" / "{a}")), capsys)
+        assert "10:15/{a}: the whole path must not hold both a colon and '{', a sign of a glob" in line
     if check in (check_lake, check_new_lake, check_output_table):
         for name, sign in {"a[1]": "[", "%41": "%41", "a|b": "|", "a^b": "^", "a\\b": "\\"}.items():
             line = refusal(job, words_of(job, world, flag, str(world / name)), capsys)
