@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from etl.jvm import print_error
 from usr_ray.cli import check_lake, check_logs, check_output, job_config, job_parser, run_job
 from usr_ray.config import Config, parse_dates
 
@@ -66,4 +67,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(main))
+    sys.exit(run_job(main, report=print_error))

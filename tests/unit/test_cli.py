@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from types import ModuleType
 
 import pytest
 
+from jobs.__main__ import ON_SPARK
 from usr_ray.cli import job_config, job_parser, run_job
 from usr_ray.config import UserError, load_config
 
@@ -107,6 +109,20 @@ def test_a_number_on_the_command_line_that_makes_no_sense_is_one_line(
 ) -> None:
     assert run_job(load_job("daily").main, ["--work", str(tmp_path), "--status", *flag]) == 2
     assert "must be in [0, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("job", [*sorted(ON_SPARK), "ingest_logs"])
+def test_jobs_under_spark_submit_write_their_error_to_its_standard_error(
+    job: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which spark-submit joins to the standard output: etl.jvm.print_error knows another way."""
+    lines: list[str] = []
+    monkeypatch.setattr("etl.jvm.print_error", lines.append)
+    monkeypatch.setattr(sys, "argv", [job, "--nope"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(ROOT / "jobs" / f"{job}.py"), run_name="__main__")
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
 
 
 def test_every_job_outside_of_its_environment_says_so_in_one_line(tmp_path: Path) -> None:

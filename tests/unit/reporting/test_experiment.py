@@ -142,12 +142,20 @@ def test_what_was_left_out_is_said() -> None:
     assert "11 whose labels are not final" in text
 
 
-def test_one_bucket_or_an_unknown_control_is_refused_in_one_line() -> None:
+def test_no_bucket_one_bucket_or_an_unknown_control_is_refused_in_one_line() -> None:
     one = ExperimentCounts(cells={ALL: {"A": A}, "search": {"A": A}})
     with pytest.raises(
         UserError, match=r"--bucket-column bucket: users are in one bucket only, A; a comparison needs two"
     ):
         report(one)
+    nobody = ExperimentCounts(no_bucket=3, several_buckets=2, unplanned={"C": 4}, impressions_not_mature=50)
+    with pytest.raises(
+        UserError,
+        match=r"^--dates 2026-01-01:2026-01-07: no usable impression has a bucket in 'bucket' \(3 users have none, 2 "
+        r"several; unplanned buckets: \{'C': 4\}; 50 impressions are not mature\); check the dates, the column and "
+        r"online.shares$",
+    ):
+        report(nobody)
     with pytest.raises(UserError, match=r"--control X: no user is in this bucket; there are: A, B"):
         report(experiment(A, CLEARLY_BETTER), control="X")
 
