@@ -26,7 +26,16 @@ from etl.kernel.rows import EVENT_HOUR
 from etl.lake.tables import Lake
 from etl.session import literal_path
 from usr_ray.config import Config, parse_dates
-from usr_ray.schema import ALL_LABELS, FIRST_ID, PARTITION_COLUMN, REPORTS, UNKNOWN_ID, FeatureSpec, index_column
+from usr_ray.schema import (
+    ALL_LABELS,
+    FIRST_ID,
+    PARTITION_COLUMN,
+    REPORTS,
+    UNKNOWN_ID,
+    FeatureSpec,
+    index_column,
+    scaled_column,
+)
 
 HELPLESS_RATE = 0.98
 """Above this P(y_k = 1 | y_g = 1) the global label says nothing that the scenario's own does not: GLMT cannot help."""
@@ -75,7 +84,7 @@ class SampleCounts:
     known: Mapping[tuple[str, str], int]
     """(date, feature) -> impressions whose value has an id of its own."""
     present: Mapping[tuple[str, str], int]
-    """(date, feature) -> impressions that have a value at all."""
+    """(date, feature) -> impressions that have a value at all; of a number, one other than 0, which stands for null."""
     cold: Mapping[tuple[str, str], Mapping[str, int | None]] = field(default_factory=dict)
     """(date, scenario) -> impressions of each kind of COLD; null where it cannot be known."""
 
@@ -95,6 +104,8 @@ def count_samples(samples: DataFrame, spec: FeatureSpec, *, hashed: bool) -> Sam
     for feature in features:
         sums[f"known_{feature.name}"] = F.col(feature.column) >= FIRST_ID
         sums[f"present_{feature.name}"] = F.col(feature.column) >= UNKNOWN_ID
+    numbers = [feature.name for feature in spec.dense if feature.column == scaled_column(feature.name)]
+    sums |= {f"present_{name}": F.col(scaled_column(name)) != 0 for name in numbers}
     sums |= _cold_conditions(spec)
     rows = (
         samples.groupBy(F.col(PARTITION_COLUMN).cast("string").alias("date"), "scenario")
@@ -114,7 +125,8 @@ def count_samples(samples: DataFrame, spec: FeatureSpec, *, hashed: bool) -> Sam
         for feature in features:
             place = (row["date"], feature.name)
             known[place] = known.get(place, 0) + row[f"known_{feature.name}"]
-            present[place] = present.get(place, 0) + row[f"present_{feature.name}"]
+        for name in (*(feature.name for feature in features), *numbers):
+            present[row["date"], name] = present.get((row["date"], name), 0) + row[f"present_{name}"]
     return SampleCounts(funnels, known, present, cold)
 
 
@@ -233,8 +245,18 @@ def funnel_lines(counts: SampleCounts, spec: FeatureSpec) -> list[str]:
 
 
 def warnings_of(counts: SampleCounts, spec: FeatureSpec, logs: Collection[str]) -> list[str]:
-    """What the user should know of the labels before training on them; `logs`: names of those that were read."""
+    """What the user should know of labels and features before training; `logs`: names of those that were read."""
     result = []
+    owners = {f.name: f.owner for f in spec.sparse} | {f.name: f.owner for f in spec.dense}
+    for name, owner in owners.items():
+        there = [number for (_, feature), number in counts.present.items() if feature == name]
+        if there and not any(there) and (name != "query" or spec.query_scenarios):
+            way_out = (
+                f"compare {owner}_id in {owner}s with that of the impressions (1 and 1.0, 007 and 7, blanks)"
+                if owner in ("user", "item")
+                else "look at the column in the impressions logs"
+            )
+            result.append(f"{name}: no impression has a value of it (of a number: other than 0); {way_out}")
     for scenario in spec.scenarios:
         sums = counts.scenario(scenario)
         if not {"orders", f"{scenario}_orders"} & set(logs) and scenario not in spec.no_order_scenarios:

@@ -1,4 +1,4 @@
-"""Random names, values, formats and faults from logs to samples: the oracle's rows, or one line; never a stack trace.
+"""Random names, values, formats and faults from logs to scores: the oracle's rows, or one line; never a stack trace.
 
 Seeds are fixed, so that a failure can be repeated; `USR_RAY_RANDOM_LOGS=50` tries so many worlds instead.
 """
@@ -21,9 +21,13 @@ from pyspark.sql import SparkSession
 
 from etl.build.samples import BuildRequest, Progress, build_samples
 from etl.lake.tables import Lake
+from jobs import score
 from tests.etl_oracle import expected
 from tests.spark.shop import SCENARIOS, WINDOWS, Shop, logs_of, micros, moment, random_shop
 from tests.spark.test_build_samples import DATES, WATERMARK, rows_of
+from tests.unit.export_runs import PLAIN, run_config
+from tests.unit.test_odd_names import scores_of, train_run
+from usr_ray.cli import run_job
 from usr_ray.config import UserError, load_config
 
 pytestmark = pytest.mark.spark
@@ -148,6 +152,19 @@ def write_world(shop: Shop, folder: Path, rng: random.Random) -> list[str]:
     return [f"features.{OWNERS[name]}={json.dumps([fresh[name]], ensure_ascii=False)}" for name in OWNERS]
 
 
+def check_scores(lake: Path, root: Path, samples: dict[str, Any], *overrides: str) -> None:
+    """Train a few steps on the lake and score all of it: each sample once, as the run's own evaluation has it."""
+    config = load_config(None, (*CONFIG, *overrides)).to_dict()
+    small = run_config(**PLAIN).to_dict()
+    run_dir, output = root / "für dich [1] 🙂", root / "{scores} ü% #"
+    train_run({**config, **{name: small[name] for name in ("data", "model", "train")}}, list(SCENARIOS), lake, run_dir)
+    words = ["--run-dir", str(run_dir), "--lake", str(lake), "--dates", f"{DATES[0]}:{DATES[-1]}"]
+    assert run_job(score.main, [*words, "--output", str(output)]) == 0
+    found = scores_of(lake, run_dir, output)
+    assert found.keys() == samples.keys()
+    assert all(0 < probability < 1 for probability in found.values())
+
+
 def build(spark: SparkSession, logs: Path, lake: Path, *overrides: str) -> None:
     request = BuildRequest(logs=str(logs), lake=Lake(str(lake)), first=DATES[0], last=DATES[-1], watermark=WATERMARK)
     build_samples(spark, load_config(None, (*CONFIG, *overrides)), request, Progress(write=lambda line: None))
@@ -158,7 +175,9 @@ SEEDS = [pytest.param(seed, marks=[pytest.mark.slow] if 0 < seed < 3 else []) fo
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_random_logs_become_the_oracle_s_samples(spark: SparkSession, tmp_path: Path, seed: int) -> None:
+def test_random_logs_become_the_oracle_s_samples_and_their_scores(
+    spark: SparkSession, tmp_path: Path, seed: int
+) -> None:
     rng = random.Random(seed)
     shop = odd_world(random_shop(100 + seed, num_impressions=60), rng)
     features = write_world(shop, tmp_path / "logs [1] ü%20#", rng)
@@ -179,6 +198,7 @@ def test_random_logs_become_the_oracle_s_samples(spark: SparkSession, tmp_path: 
         shown.setdefault(i["id"], set()).add((i["user"], i["item"], i["query"], i["request"]))
     for key, row in found.items():
         assert tuple(row[n] for n in ("user_id", "item_id", "query", "request_id")) in shown[key]
+    check_scores(tmp_path / "lake {a,b} 🙂", tmp_path, found, *features)
 
 
 def _late_clicks(logs: Path) -> None:

@@ -126,6 +126,23 @@ def train_run(raw: dict[str, Any], scenarios: list[str], lake: Path, run_dir: Pa
     assert result.state.step >= 1
 
 
+def scores_of(lake: Path, run_dir: Path, output: Path) -> dict[str, float]:
+    """Impression -> probability of a click of a table of scores, which are those that the run's evaluation gave."""
+    scores = DeltaTable(str(output)).to_pyarrow_table()
+    of_id = dict(zip(scores["impression_id"].to_pylist(), scores["p_ctr"].to_pylist(), strict=True))
+    assert len(of_id) == scores.num_rows
+    record = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+    predictions, _, _ = read_predictions(run_dir / "predictions.parquet", record["config"]["scenarios"])
+    held_out = load_manifest(run_dir, "eval")
+    assert held_out is not None
+    tables = [pq.read_table(lake / "samples" / file.path, partitioning=None) for file in held_out.files]
+    ids = [impression for table in tables for impression in table["impression_id"].to_pylist()]
+    found = [of_id[ids[number]] for number in predictions.row_number_N]
+    assert found
+    assert found == pytest.approx(predictions.probs_NT[:, 0].tolist(), rel=1e-5)
+    return of_id
+
+
 class _Metric:
     """What Ray asks of a metric: names and tags of ASCII."""
 
@@ -151,18 +168,9 @@ def test_names_of_any_kind_go_the_whole_way(seed: int, tmp_path: Path, capsys: p
     ):
         if job is not export or seed == 0:  # the dear one
             assert run_job(job.main, words) == 0, capsys.readouterr().err[-3000:]
-    # Scores: each row of these dates once, with the probability that the evaluation gave it.
-    scores = DeltaTable(str(world.output / "scores")).to_pyarrow_table()
-    of_id = dict(zip(scores["impression_id"].to_pylist(), scores["p_ctr"].to_pylist(), strict=True))
     days = [date.isoformat() for date in world.table["impression_date"].to_pylist()]
     asked = [i for i, day in zip(world.table["impression_id"].to_pylist(), days, strict=True) if day > "2026-01-02"]
-    assert sorted(of_id) == sorted(asked)
-    record = json.loads((world.run_dir / "config.json").read_text(encoding="utf-8"))
-    predictions, _, _ = read_predictions(world.run_dir / "predictions.parquet", record["config"]["scenarios"])
-    files = [file.path for file in load_manifest(world.run_dir, "eval").files]  # type: ignore[union-attr]
-    ids = [i for f in files for i in pq.read_table(world.lake / "samples" / f, partitioning=None)[0].to_pylist()]
-    found = [of_id[ids[number]] for number in predictions.row_number_N]
-    assert found == pytest.approx(predictions.probs_NT[:, 0].tolist(), rel=1e-5)
+    assert sorted(scores_of(world.lake, world.run_dir, world.output / "scores")) == sorted(asked)
     if seed == 0:  # the export held its programs to the training model; its vocabularies are the lake's
         columns, key = ["feature", "value", "id"], [("feature", "ascending"), ("id", "ascending")]
         exported = pq.read_table(world.output / "export" / "vocabularies.parquet").select(columns)

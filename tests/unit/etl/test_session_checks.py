@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import metadata
 
 import pytest
@@ -75,6 +76,24 @@ def test_a_global_label_that_says_nothing_new_is_warned_of() -> None:
     assert len(warnings_of(COUNTS, spec_of("search"), ["orders"])) == 0
     (warning,) = warnings_of(COUNTS, spec_of("search", "feed"), ["orders"])
     assert warning.startswith("feed: P(is_click | is_click_global) = 1.0000 > 0.98")
+
+
+def test_a_feature_that_no_impression_has_is_warned_of() -> None:
+    """As where users.csv has 1.0 and the impressions 1: every join finds nothing, and null is a value like others."""
+    overrides = ('scenarios=["search","feed"]', 'query_scenarios=["search"]', 'features.user_categories=["city"]')
+    numbers = ('features.user_numbers=["age"]', 'features.context_numbers=["depth"]')
+    spec = feature_spec(load_config(None, (*overrides, *numbers)))
+    days = ("2026-01-01", "2026-01-02")
+    present = {(day, name): 0 for day in days for name in ("city", "age", "depth", "query")}
+    counts = replace(COUNTS, present=present | {("2026-01-02", "depth"): 1})
+    lines = [warning for warning in warnings_of(counts, spec, ["orders"]) if "no impression has a value" in warning]
+    assert [line.partition(":")[0] for line in lines] == ["query", "city", "age"]
+    assert "look at the column in the impressions logs" in lines[0]
+    assert "compare user_id in users with that of the impressions (1 and 1.0" in lines[1]
+    no_queries = [
+        line for line in warnings_of(counts, replace(spec, query_scenarios=()), ["orders"]) if "query" in line
+    ]
+    assert not no_queries
 
 
 def test_no_mature_row_is_warned_of() -> None:
