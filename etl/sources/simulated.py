@@ -14,24 +14,40 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from etl.sources.simulated_ceilings import Rows, ceilings, joined, lines
 from etl.sources.simulated_days import (
     Exposures,
+    Labels,
     Outcomes,
     Schedule,
     Windows,
     day_size,
     draw_exposures,
+    draw_labels,
     draw_outcomes,
     draw_schedule,
     logits,
+    visits_of,
+)
+from etl.sources.simulated_needs import (
+    Needs,
+    born_of_the_feed,
+    brand_word,
+    category_word,
+    needs_of_day,
+    price_word,
+    query_texts,
+    query_words,
 )
 from etl.sources.simulated_world import (
     CLICK_RATES,
     ORDER_RATES,
+    SEARCHER_ACTIVITY,
     Stream,
     World,
     bias_for_rate,
@@ -40,7 +56,7 @@ from etl.sources.simulated_world import (
     sigmoid,
 )
 from etl.sources.writer import LogWriter, text_column
-from usr_ray.config import DAY_US, Config, SimulatedConfig, day_number, parse_date
+from usr_ray.config import DAY_US, Config, SimulatedConfig, day_number, parse_date, parse_dates
 
 PILOT_DAY = 1 << 20
 PILOT_IMPRESSIONS = 40_000
@@ -57,6 +73,9 @@ class SimulatedDay:
     plan: Schedule
     shown: Exposures
     outcomes: Outcomes
+    labels: Labels
+    needs: Needs | None = None
+    """All that lived for a part of the day, as it left them; None in a world without."""
 
     @property
     def end_us(self) -> int:
@@ -84,10 +103,15 @@ def make_world(config: Config) -> World:
     """The world of a configuration, its biases set on a pilot day so that click and order rates meet their targets."""
     is_query_S = np.array([name in config.query_scenarios for name in config.scenarios])
     world = build_world(config.simulated, len(config.scenarios), is_query_S)
-    plan = draw_schedule(world, config.simulated, PILOT_DAY, PILOT_IMPRESSIONS)
+    if config.simulated.world == "needs":
+        weight_U = world.user_weight_U * np.where(world.shop.is_searcher_U, SEARCHER_ACTIVITY, 1.0)
+        world = replace(world, user_weight_U=weight_U / weight_U.sum())
+    needs = living_needs(world, config.simulated, PILOT_DAY, PILOT_IMPRESSIONS)
+    plan = draw_schedule(world, config.simulated, PILOT_DAY, PILOT_IMPRESSIONS, needs)
     shown = draw_exposures(world, config.simulated, PILOT_DAY, plan, label_windows(config).global_us)
     scenario_N = plan.scenario_R[shown.request_N]
-    click_N, order_N = logits(world, plan, shown)
+    bonus_N = draw_labels(world, config.simulated, PILOT_DAY, plan, shown, needs)[0].bonus_N
+    click_N, order_N = logits(world, plan, shown, bonus_N)
     S = len(config.scenarios)
     click_bias_S, order_bias_S = np.zeros(S), np.zeros(S)
     for k, click_rate, order_rate in zip(
@@ -99,24 +123,53 @@ def make_world(config: Config) -> World:
     return replace(world, click_bias_S=click_bias_S, order_bias_S=order_bias_S)
 
 
+def living_needs(
+    world: World, settings: SimulatedConfig, day: int, num_impressions: int, before: Needs | None = None
+) -> Needs | None:
+    """The needs that live on a day, `before` those of the day before; None in a world without."""
+    if settings.world == "static":
+        return None
+    return needs_of_day(world, settings, day, visits_of(num_impressions), before)
+
+
 def simulate_days(world: World, config: Config) -> Iterator[SimulatedDay]:
-    """Iterate over the SimulatedDays, first to last; each is a function of the seed and its number."""
+    """Iterate over the SimulatedDays in order: functions of seed and number and, with needs, of the days before."""
     settings, windows = config.simulated, label_windows(config)
     first = parse_date(settings.first_date, where="simulated.first_date")
     epoch_us = day_number(first) * DAY_US
-    plan = draw_schedule(world, settings, 0, day_size(settings, 0))
+    needs = living_needs(world, settings, 0, day_size(settings, 0))
+    plan = draw_schedule(world, settings, 0, day_size(settings, 0), needs)
     for number in range(settings.num_days):
+        shown = draw_exposures(world, settings, number, plan, windows.global_us)
+        if needs is not None:
+            needs = needs.and_new(feed_needs(world, settings, number, plan, shown), settings.num_categories)
+        labels, needs = draw_labels(world, settings, number, plan, shown, needs)
         next_us_U = np.full(len(world.user_weight_U), NO_REQUEST_US)
-        next_plan = None
+        next_plan, next_needs = None, None
         if number + 1 < settings.num_days:
-            next_plan = draw_schedule(world, settings, number + 1, day_size(settings, number + 1))
+            size = day_size(settings, number + 1)
+            next_needs = living_needs(world, settings, number + 1, size, needs)
+            next_plan = draw_schedule(world, settings, number + 1, size, next_needs)
             next_us_U[:] = 2 * DAY_US  # no request tomorrow: maybe one the day after
             np.minimum.at(next_us_U, next_plan.user_R, DAY_US + next_plan.time_us_R)
-        shown = draw_exposures(world, settings, number, plan, windows.global_us)
-        outcomes = draw_outcomes(world, settings, number, plan, shown, windows=windows, next_request_us_U=next_us_U)
-        yield SimulatedDay(number, epoch_us + number * DAY_US, plan, shown, outcomes)
+        outcomes = draw_outcomes(settings, number, plan, shown, labels, windows=windows, next_request_us_U=next_us_U)
+        yield SimulatedDay(number, epoch_us + number * DAY_US, plan, shown, outcomes, labels, needs)
         if next_plan is not None:
-            plan = next_plan
+            plan, needs = next_plan, next_needs
+
+
+def feed_needs(world: World, settings: SimulatedConfig, day: int, plan: Schedule, shown: Exposures) -> Needs:
+    """Needs that arise from what a day shows."""
+    return born_of_the_feed(
+        world,
+        settings,
+        day,
+        visits_of(len(shown.item_N)),
+        user_N=plan.user_R[shown.request_N],
+        item_N=shown.item_N,
+        scenario_N=plan.scenario_R[shown.request_N],
+        time_us_N=day * DAY_US + plan.time_us_R[shown.request_N],
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,13 +222,17 @@ class SimulatedSource:
         settings = config.simulated
         world = make_world(config)
         num_catalogues = 1 + len(config.scenarios) if settings.link_loss else 1
-        write_profiles(world, writer, num_catalogues)
+        write_profiles(world, writer, num_catalogues, has_titles=settings.world == "needs")
         for log in [f"{name}_{kind}" for name in config.scenarios for kind in ("impressions", "clicks")]:
             writer.declare(log)
         late = LateOrders(*(np.array([], dtype=np.int64) for _ in range(4)))
         num_before = 0
+        past: list[Rows] = []
         for day in simulate_days(world, config):
             rows = DayRows(day, settings, config.scenarios, num_before)
+            if day.needs is not None:
+                past.append(rows_of_day(world, settings, day))
+                write_needs(writer, day, day.needs, config)
             rows.write_events(writer)
             late = late + rows.late_orders()
             late = late.without_credit(day, num_catalogues * world.num_items, config.labels.order_window_us)
@@ -189,6 +246,69 @@ class SimulatedSource:
             print(
                 f"day {day.number + 1} of {settings.num_days}: {num_before:,} impressions", file=sys.stderr, flush=True
             )
+        if past:
+            write_ceilings(writer, joined(past), config)
+
+
+def rows_of_day(world: World, config: SimulatedConfig, day: SimulatedDay) -> Rows:
+    """A day's impressions, as what can be told of them is estimated."""
+    plan, shown, outcomes = day.plan, day.shown, day.outcomes
+    num_categories = world.user_theme_UC.shape[1]
+    query_N = plan.query_R[shown.request_N]
+    brand_R = query_words(config, day.number, day.needs or Needs.none(), plan.need_R).brand_R
+    known_click_N, known_order_N = logits(world, plan, shown)
+    return Rows(
+        user_N=day.user_N,
+        category_N=world.item_category_I[shown.item_N],
+        brand_N=world.item_brand_I[shown.item_N],
+        scenario_N=day.scenario_N,
+        time_s_N=(day.number * DAY_US + plan.time_us_R[shown.request_N]) // 1_000_000,
+        asked_N=np.where(query_N < 0, -1, query_N % num_categories),
+        asked_brand_N=brand_R[shown.request_N],
+        is_cheap_N=world.shop.is_cheap_I[shown.item_N],
+        day_N=np.full(len(query_N), day.number),
+        is_click_N=outcomes.is_click_N,
+        is_order_N=outcomes.is_order_N,
+        click_time_s_N=(day.number * DAY_US + outcomes.click_time_us_N) // 1_000_000,
+        p_click_N=outcomes.p_click_N,
+        p_order_N=outcomes.p_order_N,
+        known_click_N=known_click_N - shown.interest_N,
+        known_order_N=known_order_N,
+    )
+
+
+def write_needs(writer: LogWriter, day: SimulatedDay, needs: Needs, config: Config) -> None:
+    """The needs that ended on the day, and on the last day those that go on: who, what, born where and when."""
+    last_us = (day.number + 1) * DAY_US
+    ended = needs.dies_us_K < last_us
+    needs = needs if day.number == config.simulated.num_days - 1 else needs.where(ended)
+    first_us = day.start_us - day.number * DAY_US
+    writer.append(
+        "needs",
+        {
+            "user_id": text_column("u", needs.user_K),
+            "category_id": text_column("c", needs.category_K),
+            "brand_id": text_column("b", needs.brand_K),
+            "is_cheap": needs.is_cheap_K,
+            "scenario": np.array(config.scenarios)[needs.scenario_K],
+            "born_time": first_us + needs.born_us_K,
+            "end_time": first_us + needs.dies_us_K,
+            "is_ordered": needs.is_ordered_K,
+        },
+    )
+
+
+def write_ceilings(writer: LogWriter, rows: Rows, config: Config) -> None:
+    """Print and write what can be told of the held-out days: data.eval_dates, else the last fifth of the days."""
+    settings = config.simulated
+    first_held_out = settings.num_days - max(1, settings.num_days // 5)
+    if config.data.eval_dates:
+        start = day_number(parse_date(settings.first_date, where="simulated.first_date"))
+        first_held_out = day_number(parse_dates(config.data.eval_dates, where="data.eval_dates")[0]) - start
+    found = ceilings(rows, len(config.scenarios), settings.num_categories, first_held_out)
+    found = [{**row, "scenario": config.scenarios[int(str(row["scenario"]))]} for row in found]
+    print("\n".join(lines(found)), flush=True)
+    writer.append("ceilings", {name: [row[name] for row in found] for name in found[0]})
 
 
 def closing_impression(last: SimulatedDay, config: Config) -> dict[str, list[str] | pa.Array | np.ndarray]:
@@ -205,7 +325,7 @@ def closing_impression(last: SimulatedDay, config: Config) -> dict[str, list[str
     }
 
 
-def write_profiles(world: World, writer: LogWriter, num_catalogues: int) -> None:
+def write_profiles(world: World, writer: LogWriter, num_catalogues: int, *, has_titles: bool = False) -> None:
     """The users and items logs: what a shop knows of them, weakly informative of their tastes."""
     item = np.tile(np.arange(world.num_items), num_catalogues)
     writer.append(
@@ -217,15 +337,17 @@ def write_profiles(world: World, writer: LogWriter, num_catalogues: int) -> None
             "account_age_days": world.account_age_days_U.astype(np.float64),
         },
     )
-    writer.append(
-        "items",
-        {
-            "item_id": text_column("i", np.arange(len(item))),
-            "category_id": text_column("c", world.item_category_I[item]),
-            "brand_id": text_column("b", world.item_brand_I[item]),
-            "price": world.item_price_I[item],
-        },
-    )
+    columns: dict[str, Any] = {
+        "item_id": text_column("i", np.arange(len(item))),
+        "category_id": text_column("c", world.item_category_I[item]),
+        "brand_id": text_column("b", world.item_brand_I[item]),
+        "price": world.item_price_I[item],
+    }
+    if has_titles:  # in the words of the queries: a new item can be told by them before its first click
+        category, brand = world.item_category_I[item].tolist(), world.item_brand_I[item].tolist()
+        rows = zip(brand, category, world.shop.is_cheap_I[item].tolist(), strict=True)
+        columns["title"] = [f"{brand_word(b)} {category_word(c)} {price_word(is_cheap)}" for b, c, is_cheap in rows]
+    writer.append("items", columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +371,14 @@ class DayRows:
         rows = np.concatenate([rows, rows[rng.random(len(rows)) < self.settings.duplicate_rate]])
         return rows[np.argsort(time_us[rows], kind="stable")]
 
+    def _queries(self) -> pa.Array:
+        """(R,) the text of each request's query; null where it has none."""
+        plan, needs = self.day.plan, self.day.needs
+        if needs is None:
+            return text_column("query ", pa.array(plan.query_R, mask=plan.query_R < 0))
+        words = query_words(self.settings, self.day.number, needs, plan.need_R)
+        return query_texts(words, needs, plan.query_R, plan.need_R, self.settings.num_categories)
+
     def write_events(self, writer: LogWriter) -> None:
         """Append the day's impressions, clicks and truth."""
         plan, shown, outcomes = self.day.plan, self.day.shown, self.day.outcomes
@@ -257,9 +387,10 @@ class DayRows:
         shown_us_N, click_us_N = plan.time_us_R[shown.request_N], outcomes.click_time_us_N
         # A late click names its impression: without the name it would be nobody's for another reason.
         is_named_N = (rng.random(len(number_N)) >= self.settings.unnamed_click_rate) | outcomes.is_late_click_N
+        query_R = self._queries()
         for k, scenario in enumerate(self.scenarios):
             rows = self._logged(np.flatnonzero(self.day.scenario_N == k), shown_us_N, rng)
-            query = plan.query_R[shown.request_N[rows]]
+            query = query_R.take(pa.array(shown.request_N[rows]))
             writer.append(
                 f"{scenario}_impressions",
                 {
@@ -267,7 +398,7 @@ class DayRows:
                     "request_id": text_column(f"r{self.day.number}-", shown.request_N[rows]),
                     **self._event(rows, shown_us_N[rows]),
                     "position": shown.position_N[rows],
-                    "query": text_column("query ", pa.array(query, mask=query < 0)),
+                    "query": query,
                 },
             )
             clicked_N = (outcomes.is_click_N | outcomes.is_late_click_N) & (self.day.scenario_N == k)
@@ -286,6 +417,8 @@ class DayRows:
             "p_order": outcomes.p_order_N,
             "is_cross_exposure": shown.is_copy_N,
         }
+        if self.day.needs is not None:
+            truth["need_log_odds"] = self.day.labels.bonus_N
         writer.append("truth", truth)
 
     def late_orders(self) -> LateOrders:

@@ -10,7 +10,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from etl.sources.simulated_world import PAIR_INTEREST_STD, Stream, World, random_stream, sigmoid
+from etl.sources.simulated_needs import (
+    FEED_FOLLOWS_RATE,
+    OFF_TOPIC_LOGIT,
+    OFF_TOPIC_RATE,
+    ORDER_SHARE,
+    SEARCH_RATES,
+    Needs,
+    visits,
+)
+from etl.sources.simulated_world import OLD_MODEL_NOISE, PAIR_INTEREST_STD, Stream, World, random_stream, sigmoid
 from usr_ray.config import DAY_US, SimulatedConfig
 
 SLATE_SIZES = (3, 8)
@@ -40,6 +49,10 @@ class Schedule:
     """-1 outside query scenarios."""
     size_R: np.ndarray
     """Impressions of the request."""
+    need_R: np.ndarray
+    """The need that is searched for, as its place in the day's Needs; -1: none, or no search."""
+    is_off_topic_R: np.ndarray
+    """Searches whose query has nothing to do with what is shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +75,21 @@ def day_size(config: SimulatedConfig, day: int) -> int:
     return size + (day < rest)
 
 
-def draw_schedule(world: World, config: SimulatedConfig, day: int, num_impressions: int) -> Schedule:
-    """Visits of a day: users by activity, a theme each, one to six requests that wander between scenarios."""
+def visits_of(num_impressions: int) -> int:
+    """Visits that show so many impressions, about: some fewer are made."""
+    return int(num_impressions / (sum(SLATE_SIZES) / 2) / 3 * 1.1) + 20
+
+
+def draw_schedule(
+    world: World, config: SimulatedConfig, day: int, num_impressions: int, needs: Needs | None = None
+) -> Schedule:
+    """Visits of a day: users by activity, a theme each, one to six requests that wander between scenarios.
+
+    `needs` are those that live on the day, in a world that has them: some of the visits are made for them.
+    """
     rng = random_stream(config.seed, Stream.SCHEDULE, day)
     S = len(world.click_bias_S)
-    mean_size = sum(SLATE_SIZES) / 2
-    num_visits = int(num_impressions / mean_size / 3 * 1.1) + 20
+    num_visits = visits_of(num_impressions)
     length_V = 1 + rng.binomial(MAX_REQUESTS - 1, 0.4, num_visits)
     visit_user_V = rng.choice(len(world.user_weight_U), num_visits, p=world.user_weight_U)
     theme_VC = world.user_theme_UC[visit_user_V]
@@ -81,6 +103,13 @@ def draw_schedule(world: World, config: SimulatedConfig, day: int, num_impressio
     scenario = np.cumsum(np.concatenate([rng.integers(0, S, (num_visits, 1)), step[:, 1:]], axis=1), axis=1) % S
     gap = 40e6 + rng.exponential(80e6, shape)
     gap[:, 0] = 0
+    need_V = np.full(num_visits, -1)
+    if needs is not None:
+        # They take the place of the first visits: the last ones are cut where the day is full.
+        need, start = visits(config, needs, day)
+        count = min(len(need), int(0.9 * num_visits))
+        need_V[:count], start_V[:count], visit_user_V[:count] = need[:count], start[:count], needs.user_K[need[:count]]
+        scenario = _search_or_feed(world, config, day, needs, need_V, visit_user_V, scenario)
     time = (start_V[:, None] + np.cumsum(gap, axis=1))[in_use].astype(np.int64)
     visit_R = np.repeat(np.arange(num_visits), length_V)
     size_R = rng.integers(SLATE_SIZES[0], SLATE_SIZES[1] + 1, len(visit_R))
@@ -90,14 +119,72 @@ def draw_schedule(world: World, config: SimulatedConfig, day: int, num_impressio
     size_R = size_R[:num_requests].copy()
     size_R[-1] -= end_R[num_requests - 1] - num_impressions
     visit_R = visit_R[:num_requests]
-    scenario_R, theme_R = scenario[in_use][:num_requests], theme_V[visit_R]
-    query_R = np.where(
-        world.is_query_scenario_S[scenario_R], _draw_queries(world, theme_R, popular_R[:num_requests]), -1
-    )
+    scenario_R, theme_R, need_R = scenario[in_use][:num_requests], theme_V[visit_R], need_V[visit_R]
+    asked_R, is_off_topic_R = theme_R, np.zeros(num_requests, dtype=bool)
+    if needs is not None:
+        user_R = visit_user_V[visit_R]
+        theme_R, asked_R, need_R = _themes(world, config, day, needs, visit_R, need_R, scenario_R, user_R)
+        is_off_topic_R = asked_R != theme_R
+    is_search_R = world.is_query_scenario_S[scenario_R]
+    query_R = np.where(is_search_R, _draw_queries(world, asked_R, popular_R[:num_requests]), -1)
     user_R = visit_user_V[visit_R]
     order = np.lexsort((time[:num_requests], user_R))
     time_R = _space_out(user_R[order], time[:num_requests][order])
-    return Schedule(user_R[order], time_R, scenario_R[order], theme_R[order], query_R[order], size_R[order])
+    columns = (scenario_R, theme_R, query_R, size_R, need_R, is_off_topic_R)
+    return Schedule(user_R[order], time_R, *(column[order] for column in columns))
+
+
+def _search_or_feed(
+    world: World,
+    config: SimulatedConfig,
+    day: int,
+    needs: Needs,
+    need_V: np.ndarray,
+    user_V: np.ndarray,
+    scenario_VX: np.ndarray,
+) -> np.ndarray:
+    """The requests' scenarios: users who search do so in most requests, more of them for a need; others never do."""
+    with_query, without = (np.flatnonzero(world.is_query_scenario_S == has) for has in (True, False))
+    if not len(with_query) or not len(without):
+        return scenario_VX
+    is_born_there_V = np.append(world.is_query_scenario_S[needs.scenario_K], False)[need_V]
+    shows_V = (need_V >= 0) & (is_born_there_V | _carries(config, day, np.arange(len(need_V))))
+    rate_V = np.where(world.shop.is_searcher_U[user_V], np.where(shows_V, *SEARCH_RATES), 0.0)
+    is_search_VX = random_stream(config.seed, Stream.SEARCHES, day).random(scenario_VX.shape) < rate_V[:, None]
+    return np.where(is_search_VX, with_query[scenario_VX % len(with_query)], without[scenario_VX % len(without)])
+
+
+def _carries(config: SimulatedConfig, day: int, visit: np.ndarray) -> np.ndarray:
+    """Whether the need of a visit (its number) shows outside the scenario of its birth."""
+    draws = random_stream(config.seed, Stream.CARRIES, day).random(visit.max(initial=0) + 1)
+    return draws[visit] < config.need_carry
+
+
+def _themes(
+    world: World,
+    config: SimulatedConfig,
+    day: int,
+    needs: Needs,
+    visit_R: np.ndarray,
+    need_R: np.ndarray,
+    scenario_R: np.ndarray,
+    user_R: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(R,) what is shown, what is searched for, and the need where it is searched for.
+
+    A need that shows in the request's scenario is what is searched for, and what a feed shows in some of the visits;
+    every other request has a theme of its own of the user's habits, so that nothing else ties scenarios together.
+    """
+    rng, R = random_stream(config.seed, Stream.THEMES, day), len(need_R)
+    habit_RC = world.user_theme_UC[user_R]
+    theme_R = np.argmax(habit_RC + rng.gumbel(size=habit_RC.shape), axis=1)
+    follows_R = (rng.random(visit_R.max(initial=0) + 1) < FEED_FOLLOWS_RATE)[visit_R]
+    off_topic_R, other_R = rng.random(R) < OFF_TOPIC_RATE, rng.integers(0, habit_RC.shape[1], R)
+    is_search_R = world.is_query_scenario_S[scenario_R]
+    shows_R = (need_R >= 0) & ((np.append(needs.scenario_K, -1)[need_R] == scenario_R) | _carries(config, day, visit_R))
+    theme_R = np.where(shows_R & (is_search_R | follows_R), np.append(needs.category_K, -1)[need_R], theme_R)
+    asked_R = np.where(is_search_R & off_topic_R, other_R, theme_R)
+    return theme_R, asked_R, np.where(shows_R & is_search_R & (asked_R == theme_R), need_R, -1)
 
 
 def _draw_queries(world: World, theme_R: np.ndarray, popular_R: np.ndarray) -> np.ndarray:
@@ -143,6 +230,10 @@ def draw_exposures(world: World, config: SimulatedConfig, day: int, plan: Schedu
     interest_N = PAIR_INTEREST_STD * rng.standard_normal(N)
     interest_N = interest_N[_roots(np.where(is_noise_N, np.arange(N), pointer_N))]
     is_unlinked_N = is_copy_N & (rng.random(N) < config.link_loss)
+    if config.world == "needs":
+        score_N = old_score(world, plan, request_N, item_N, random_stream(config.seed, Stream.POSITIONS, day))
+        order = np.lexsort((-score_N, request_N))
+        position_N = position_N[np.argsort(order)]  # rows are by request, so the n-th in order is at the n-th position
     listing_N = item_N + np.where(is_unlinked_N, world.num_items * (1 + plan.scenario_R[request_N]), 0)
     return Exposures(request_N, position_N, item_N, interest_N, is_copy_N, listing_N)
 
@@ -183,17 +274,26 @@ def _draw_slates(
     """(N,) items: fresh ones by theme or popularity, redrawn until no request shows an item twice."""
     rng = random_stream(config.seed, Stream.ITEMS, day)
     is_out = world.item_launch_day_I[world.items_by_category_I] <= day
-    weight_I = np.where(is_out, world.item_weight_I[world.items_by_category_I], 0.0)
+    weight_I = world.item_weight_I if config.world == "static" else world.item_weight_I * world.shop.popularity(day)
+    weight_I = np.where(is_out, weight_I[world.items_by_category_I], 0.0)
     cumulative = np.concatenate([[0.0], np.cumsum(weight_I)])
     low_C, high_C = cumulative[world.category_start_C[:-1]], cumulative[world.category_start_C[1:]]
     root_N = _roots(pointer_N)
+
+    def pick(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        place = np.searchsorted(cumulative, low + rng.random(len(low)) * (high - low), side="right") - 1
+        return world.items_by_category_I[np.clip(place, 0, world.num_items - 1)]
 
     def draw(rows: np.ndarray, theme_rate: float) -> np.ndarray:
         theme = plan.theme_R[request_N[rows]]
         by_theme = (rng.random(len(rows)) < theme_rate) & (high_C[theme] > low_C[theme])
         low, high = np.where(by_theme, low_C[theme], 0.0), np.where(by_theme, high_C[theme], cumulative[-1])
-        place = np.searchsorted(cumulative, low + rng.random(len(rows)) * (high - low), side="right") - 1
-        return world.items_by_category_I[np.clip(place, 0, world.num_items - 1)]
+        item = pick(low, high)
+        if config.world == "static":
+            return item
+        other, request = pick(low, high), request_N[rows]  # of two candidates the one that the older model prefers
+        first, second = (old_score(world, plan, request, i, rng) for i in (item, other))
+        return np.where(second > first, other, item)
 
     item_N = draw(np.arange(len(request_N)), THEME_RATE)
     theme_rate = THEME_RATE
@@ -208,6 +308,14 @@ def _draw_slates(
         theme_rate *= 0.8  # a small category cannot fill a slate
         item_N[again] = draw(again, theme_rate)
     raise RuntimeError(f"simulated day {day}: no distinct slates after 1000 rounds; raise simulated.num_items")
+
+
+def old_score(
+    world: World, plan: Schedule, request_N: np.ndarray, item_N: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """(N,) what the model that was in use gives items: the user's taste, known with noise; it knows of no need."""
+    taste_N = world.taste(plan.scenario_R[request_N], plan.user_R[request_N], item_N)
+    return taste_N + OLD_MODEL_NOISE * rng.standard_normal(len(item_N))
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,8 +343,10 @@ class Outcomes:
     order_time_us_N: np.ndarray
 
 
-def logits(world: World, plan: Schedule, shown: Exposures) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) log odds of a click, and of an order given a click."""
+def logits(
+    world: World, plan: Schedule, shown: Exposures, bonus_N: np.ndarray | float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) log odds of a click, and of an order given a click; `bonus_N` is what needs add to both."""
     scenario_N, user_N = plan.scenario_R[shown.request_N], plan.user_R[shown.request_N]
     click_N = world.click_logit(
         scenario_N,
@@ -247,33 +357,84 @@ def logits(world: World, plan: Schedule, shown: Exposures) -> tuple[np.ndarray, 
         position_N=shown.position_N,
         interest_N=shown.interest_N,
     )
-    return click_N, world.order_logit(scenario_N, user_N, shown.item_N)
+    click_N = click_N + bonus_N + OFF_TOPIC_LOGIT * plan.is_off_topic_R[shown.request_N]
+    return click_N, world.order_logit(scenario_N, user_N, shown.item_N) + ORDER_SHARE * bonus_N
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """What the day's impressions lead to, without times."""
+
+    p_click_N: np.ndarray
+    """P(is_click): late clicks do not count."""
+    p_order_N: np.ndarray
+    """P(is_order), unconditional."""
+    is_clicked_N: np.ndarray
+    """In time or late."""
+    is_late_click_N: np.ndarray
+    is_ordered_N: np.ndarray
+    """In time or late, of a click in time."""
+    is_late_order_N: np.ndarray
+    """Whether an order would be late, on every row."""
+    bonus_N: np.ndarray
+    """Log odds that needs added."""
+
+
+def draw_labels(
+    world: World, config: SimulatedConfig, day: int, plan: Schedule, shown: Exposures, needs: Needs | None = None
+) -> tuple[Labels, Needs | None]:
+    """Clicks and orders of a day, and its needs as the orders left them."""
+    rng, on_time = random_stream(config.seed, Stream.LABELS, day), 1.0 - config.late_rate
+    click_draw_N, late_click_draw_N, order_draw_N, late_order_draw_N = rng.random((4, len(shown.item_N)))
+    is_late_click_N = late_click_draw_N < config.late_rate
+
+    def decide(bonus_N: np.ndarray) -> Labels:
+        p_click_N, p_order_N = (sigmoid(logit_N) for logit_N in logits(world, plan, shown, bonus_N))
+        is_clicked_N = click_draw_N < p_click_N
+        return Labels(
+            p_click_N=p_click_N * on_time,
+            p_order_N=p_click_N * on_time * p_order_N * on_time,
+            is_clicked_N=is_clicked_N,
+            is_late_click_N=is_late_click_N,
+            is_ordered_N=is_clicked_N & ~is_late_click_N & (order_draw_N < p_order_N),
+            is_late_order_N=late_order_draw_N < config.late_rate,
+            bonus_N=bonus_N,
+        )
+
+    bonus_N = np.zeros(len(shown.item_N))
+    if needs is None:
+        return decide(bonus_N), None
+    user_N, scenario_N = plan.user_R[shown.request_N], plan.scenario_R[shown.request_N]
+    time_us_N = day * DAY_US + plan.time_us_R[shown.request_N]
+    # A row fits one need at most, and what it leads to hangs on no other: the first order of a need, drawn as if no
+    # order had ended it, is the one that ends it. What comes after is decided again without it.
+    need_N = needs.of_rows(world, user_N, shown.item_N, time_us_N)
+    bonus_N = needs.bonus(world, config, need_N, shown.item_N, scenario_N)
+    ends = np.flatnonzero(decide(bonus_N).is_ordered_N & (bonus_N > 0))
+    needs = needs.ended(need_N[ends], time_us_N[ends])
+    need_N = needs.of_rows(world, user_N, shown.item_N, time_us_N)
+    return decide(needs.bonus(world, config, need_N, shown.item_N, scenario_N)), needs
 
 
 def draw_outcomes(
-    world: World,
     config: SimulatedConfig,
     day: int,
     plan: Schedule,
     shown: Exposures,
+    labels: Labels,
     *,
     windows: Windows,
     next_request_us_U: np.ndarray,
 ) -> Outcomes:
-    """Clicks and orders with their times, such that attribution (contract, section 2) gives back the drawn labels.
+    """Times of the clicks and orders, such that attribution (contract, section 2) gives back the drawn labels.
 
     A click falls before the user's next request; an order before the user is shown the item again, and before the
     next day's first request. `late_rate` of the clicks and of the orders fall after their window and count for none.
     `next_request_us_U` (U,): the user's first request of the next day, or that day's end, in microseconds of this day.
     """
     user_N, time_N = plan.user_R[shown.request_N], plan.time_us_R[shown.request_N]
-    N, on_time = len(shown.item_N), 1.0 - config.late_rate
-    p_click_N, p_order_N = (sigmoid(logit_N) for logit_N in logits(world, plan, shown))
-    rng = random_stream(config.seed, Stream.LABELS, day)
-    clicked_N, late_click_N = rng.random(N) < p_click_N, rng.random(N) < config.late_rate
-    is_click_N = clicked_N & ~late_click_N
-    ordered_N, late_order_N = is_click_N & (rng.random(N) < p_order_N), rng.random(N) < config.late_rate
-
+    N = len(shown.item_N)
+    late_click_N, ordered_N, late_order_N = labels.is_late_click_N, labels.is_ordered_N, labels.is_late_order_N
     rng = random_stream(config.seed, Stream.TIMES, day)
     same_user_R = np.append(plan.user_R[1:] == plan.user_R[:-1], False)
     next_R = np.where(same_user_R, np.append(plan.time_us_R[1:], 0), next_request_us_U[plan.user_R])
@@ -293,11 +454,11 @@ def draw_outcomes(
     overdue_N = windows.order_us + 1_000_000 + rng.exponential(7200e6, N)
     order_N = np.where(late_order_N, click_N + overdue_N.astype(np.int64), (last_R + wait_R)[shown.request_N])
     return Outcomes(
-        p_click_N=p_click_N * on_time,
-        p_order_N=p_click_N * on_time * p_order_N * on_time,
-        is_click_N=is_click_N,
+        p_click_N=labels.p_click_N,
+        p_order_N=labels.p_order_N,
+        is_click_N=labels.is_clicked_N & ~late_click_N,
         is_order_N=basket_N,
-        is_late_click_N=clicked_N & late_click_N,
+        is_late_click_N=labels.is_clicked_N & late_click_N,
         is_late_order_N=ordered_N & late_order_N,
         click_time_us_N=click_N,
         order_time_us_N=order_N,

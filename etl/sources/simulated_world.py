@@ -32,6 +32,15 @@ PAIR_INTEREST_STD = 0.4
 POSITION_SLOPE = 0.03
 HOUR_AMPLITUDE = 0.20
 
+# Of a world with needs.
+DRIFT = 0.5
+"""Standard deviation of an item's log popularity over the days."""
+DRIFT_DAYS = (6.0, 20.0)
+SEARCHER_ACTIVITY = 20.0
+"""Visits of a user who searches, of those of one who does not: the scenario without queries is the sparse one."""
+OLD_MODEL_NOISE = 1.0
+"""Of the older model that chooses and ranks what is shown, beside the user's taste, whose deviation is 1."""
+
 
 class Stream(IntEnum):
     """Independent random streams of one seed: turning one dial leaves the draws of the other streams as they are."""
@@ -43,11 +52,36 @@ class Stream(IntEnum):
     LABELS = 4
     TIMES = 5
     ROWS = 6
+    NEEDS = 7
+    FEED_NEEDS = 8
+    NEED_VISITS = 9
+    QUERIES = 10
+    SEARCHES = 11
+    CARRIES = 12
+    THEMES = 13
+    POSITIONS = 14
+    SHOP = 15
 
 
 def random_stream(seed: int, stream: Stream, day: int = 0) -> np.random.Generator:
     """The Philox generator of (seed, stream, day)."""
     return np.random.Generator(np.random.Philox(key=np.array([seed, (int(stream) << 32) + day], dtype=np.uint64)))
+
+
+@dataclass(frozen=True, slots=True)
+class Shop:
+    """What a world with needs has beside users with tastes and items with appeal."""
+
+    is_searcher_U: np.ndarray
+    """Whether the user ever opens a scenario with queries."""
+    is_cheap_I: np.ndarray
+    """Not above the median price of its category."""
+    drift_days_I: np.ndarray
+    drift_phase_I: np.ndarray
+
+    def popularity(self, day: int) -> np.ndarray:
+        """(I,) factor of an item's weight on a day: a wave of its own period."""
+        return np.exp(np.sqrt(2) * DRIFT * np.sin(2 * np.pi * day / self.drift_days_I + self.drift_phase_I))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +115,8 @@ class World:
     is_query_scenario_S: np.ndarray
     click_bias_S: np.ndarray
     order_bias_S: np.ndarray
+    shop: Shop
+    """Of use in a world with needs only."""
 
     @property
     def num_items(self) -> int:
@@ -172,7 +208,9 @@ def build_world(config: SimulatedConfig, num_scenarios: int, is_query_scenario_S
         account_age_days_U=rng.integers(1, 2000, num_users),
         item_category_I=category_I,
         item_brand_I=brand_I,
-        item_price_I=np.round(np.exp(category_price_C[category_I] + 0.5 * rng.standard_normal(num_items)), 2),
+        item_price_I=(
+            price_I := np.round(np.exp(category_price_C[category_I] + 0.5 * rng.standard_normal(num_items)), 2)
+        ),
         item_quality_I=QUALITY_STD * _mix(brand_quality, rng.standard_normal(num_items), 0.5),
         item_appeal_SID=_spread(item_appeal_SID, weight_I).astype(np.float32),
         item_latent_ID=_spread(item_common_ID, weight_I).astype(np.float32),
@@ -188,6 +226,18 @@ def build_world(config: SimulatedConfig, num_scenarios: int, is_query_scenario_S
         is_query_scenario_S=is_query_scenario_S,
         click_bias_S=np.zeros(num_scenarios),
         order_bias_S=np.zeros(num_scenarios),
+        shop=_build_shop(config, category_I, price_I),
+    )
+
+
+def _build_shop(config: SimulatedConfig, category_I: np.ndarray, price_I: np.ndarray) -> Shop:
+    rng = random_stream(config.seed, Stream.SHOP)
+    median_C = np.array([np.median(price_I[category_I == c]) for c in range(config.num_categories)])
+    return Shop(
+        is_searcher_U=rng.random(config.num_users) < config.searcher_share,
+        is_cheap_I=price_I <= median_C[category_I],
+        drift_days_I=rng.uniform(*DRIFT_DAYS, config.num_items),
+        drift_phase_I=rng.uniform(0, 2 * np.pi, config.num_items),
     )
 
 

@@ -37,6 +37,10 @@ ORDERS = pa.schema([("order_id", pa.string()), *_EVENT])
 USERS = pa.schema([("user_id", pa.string())])
 ITEMS = pa.schema([("item_id", pa.string())])
 TRUTH = pa.schema([("impression_id", pa.string()), ("p_click", pa.float64()), ("p_order", pa.float64())])
+NEEDS = pa.schema([("user_id", pa.string()), ("born_time", TIMESTAMP), ("end_time", TIMESTAMP)])
+CEILINGS = pa.schema([("scenario", pa.string()), ("task", pa.string())])
+SIDE_TABLES = {"truth": TRUTH, "needs": NEEDS, "ceilings": CEILINGS}
+"""What only the simulated source writes: no log of the contract."""
 
 
 def log_schema(log: str) -> pa.Schema:
@@ -44,7 +48,7 @@ def log_schema(log: str) -> pa.Schema:
     for ending, schema in (("_impressions", IMPRESSIONS), ("_clicks", CLICKS), ("_orders", ORDERS)):
         if log.endswith(ending):
             return schema
-    return {"orders": ORDERS, "users": USERS, "items": ITEMS, "truth": TRUTH}[log]
+    return {"orders": ORDERS, "users": USERS, "items": ITEMS, **SIDE_TABLES}[log]
 
 
 class LogWriter:

@@ -201,6 +201,17 @@ class SimulatedConfig:
     """Share of clicks that do not name their impression."""
     new_item_share: float = number(0.1, "[0, 1]")
     """Share of items that are launched on a random day, so that some are new on the held-out days (cold start)."""
+    world: str = choice("static", "needs")
+    """'static': no label depends on what the user did before, so that histories of another scenario tell nothing new.
+    'needs': users also have needs that come and go (etl/sources/simulated_needs.py); the keys below are its own."""
+    need_strength: float = number(3.0, "[0, 10]")
+    """Log odds that a living need adds to the click of an item that fits it in every way; to the order a quarter."""
+    need_carry: float = number(1.0, "[0, 1]")
+    """Share of a need that shows outside the scenario of its birth; 0: there joining can tell nothing of it."""
+    need_share: float = number(0.7, "[0, 0.8]")
+    """Share of visits that are made for a need."""
+    searcher_share: float = number(0.4, "[0, 1]")
+    """Share of users who ever search; they are the busy ones. The others are in the scenarios without queries only."""
 
     def __post_init__(self) -> None:
         check_fields(self, "simulated")
