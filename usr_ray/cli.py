@@ -30,6 +30,8 @@ MAX_PATH_BYTES = 3000
 """Of its whole path, for there are folders below it, and paths end at 4096."""
 _WRITTEN = {"_delta_log", "checkpoints", "tensorboard", "history.jsonl", ".lock"}
 """Folders and files that a job writes into when it finds them in its output."""
+_OF_RUNS = ("config.json", "metrics.json", "history.jsonl", "predictions.parquet", "manifest-train.json")
+"""Files of a run directory that no other output may replace."""
 _STORAGE_LIBRARIES = ("pyarrow", "_internal", "deltalake", "py4j", "pyspark")
 """Packages whose exceptions are searched for the words below; the second is how deltalake's own call theirs."""
 _STORAGE_WORDS = re.compile(
@@ -245,7 +247,7 @@ def _check_lake_path(lake: str, *, flag: str) -> None:
 def check_output_table(place: Path | str, *, flag: str) -> None:
     """UserError unless a Delta table can be written to `place`."""
     check_table_address(str(place), flag=flag)
-    check_output(place, flag=flag)
+    check_output(place, flag=flag, table=True)
 
 
 def check_output_file(place: Path | str, *, flag: str) -> None:
@@ -253,9 +255,10 @@ def check_output_file(place: Path | str, *, flag: str) -> None:
     check_output(place, flag=flag, file=True)
 
 
-def check_output(place: Path | str, *, flag: str, file: bool = False) -> None:
+def check_output(place: Path | str, *, flag: str, file: bool = False, table: bool = False) -> None:
     """UserError unless a folder (or with `file` a file) of this name can be written; nothing is left behind.
 
+    It must not lie in a table (with `table` it may be one), nor be one of the files that make a run what it is.
     It is tried with a file without a name in the nearest folder that is there: permissions alone do not reveal
     read-only file systems, and mean nothing to root. What an earlier job left in the folder, perhaps as another user,
     is asked for its permissions.
@@ -275,6 +278,15 @@ def check_output(place: Path | str, *, flag: str, file: bool = False) -> None:
     if os.path.isdir(path) if file else os.path.exists(path) and not os.path.isdir(path):
         raise UserError(f"{flag} {text}: is a {other}; name a {kind}")
     folder = path.parent if file else path
+    real = Path(os.path.realpath(path))
+    for above in real.parents if table or file else (real, *real.parents):
+        if os.path.isdir(above / "_delta_log"):
+            raise UserError(
+                f"{flag} {text}: lies in the table {above}, where VACUUM deletes what is not the table's; name a "
+                f"{kind} outside of it"
+            )
+    if file and path.name in _OF_RUNS and os.path.exists(folder / _OF_RUNS[0]):
+        raise UserError(f"{flag} {text}: is a file that the run of {folder} needs; name another {kind}")
     existing = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
     try:
         with tempfile.TemporaryFile(dir=existing):

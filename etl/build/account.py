@@ -22,6 +22,8 @@ from usr_ray.config import Config, date_of
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 UNDATED = "undated"
 """Stands for the date of a row whose time is missing or cannot be read, and of the users and items tables."""
+MAX_DUPLICATE_SHARE = 0.05
+"""Of a log's rows; a log delivered twice has more, and so has one whose id is that of a page or a session."""
 
 
 @dataclass(slots=True)
@@ -72,6 +74,18 @@ class Account:
                 f"{count.rejects:,} rejected, {count.duplicates:,} duplicates"
             )
         return result
+
+    def duplicate_notes(self, keys: Mapping[str, str]) -> list[str]:
+        """Warnings of logs that lose many rows to an id that is perhaps none; `keys`: log -> the columns of its id."""
+        found = []
+        for log, key in keys.items():
+            count = self.total(log)
+            if count.duplicates > MAX_DUPLICATE_SHARE * count.rows_in:
+                found.append(
+                    f"log {log}: {count.duplicates:,} of {count.rows_in:,} rows have the {key} of another row and are "
+                    f"left out; where they are no copies, the id is not unique: join columns in logs.{log}.columns"
+                )
+        return found
 
     @property
     def dates_without_impressions(self) -> list[dt.date]:

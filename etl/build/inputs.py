@@ -18,7 +18,7 @@ from etl.build.staging import stage, staged
 from etl.features.vocabulary import scale
 from etl.kernel.attribution import LabelRules
 from etl.kernel.chunks import KEY_HASH, REQUEST_KEY, USER_KEY
-from etl.kernel.events import KIND_CLICK, KIND_IMPRESSION, context_column
+from etl.kernel.events import KIND_CLICK, KIND_IMPRESSION, KIND_ORDER, context_column
 from etl.kernel.packs import EMITTED, REJECT, VALUE
 from etl.kernel.user_pass import PassPlan, first_pass
 from etl.logs.duplicates import key_hash, mark_foreign
@@ -195,8 +195,10 @@ def run_pass(
         stage(hashed.mapInArrow(run, from_arrow_schema(EMITTED)), folder)
     add_pass(logs.account, spark, folder, logs.logs, num_usable)
     check_rejects(logs.account, logs.config, logs.logs, staged(spark, folder, REJECT), logs.events)
+    keys = {log.name: "order_id and item_id" if log.kind == KIND_ORDER else log.key for log in logs.logs}
     notes = (
         *logs.folder.notes(),
+        *logs.account.duplicate_notes({"users": "user_id", "items": "item_id"} | keys),
         *null_like_values(_staged(spark, folder, VALUE), {"user": logs.users, "item": logs.items}, logs.config),
     )
     return Inputs(spark, folder, logs.logs, logs.users, logs.items, logs.account, notes)

@@ -128,7 +128,7 @@ def read_features(
     """
     raw, _ = folder.read(log, [key, *categories, *numbers])
     check_columns(log, names_of(raw), [key, *categories, *numbers])
-    _check_numbers(raw, log, numbers)
+    _check_numbers(folder, raw, log, numbers)
     ident = _text(raw, log, key)
     tests = [*_unreadable(raw, [key, *categories, *numbers]), (ident.isNull(), f"null_{key}")]
     return raw.select(
@@ -139,8 +139,8 @@ def read_features(
     )
 
 
-def _check_numbers(raw: DataFrame, log: str, numbers: Sequence[str]) -> None:
-    """A column of text that is mostly no number, such as 12,50, would become null without a word."""
+def _check_numbers(folder: LogFolder, raw: DataFrame, log: str, numbers: Sequence[str]) -> None:
+    """A column of text that is mostly no number, such as 12,50, would become null without a word; some are told."""
     texts = [name for name in numbers if isinstance(raw.schema[name].dataType, T.StringType)]
     if not texts:
         return
@@ -152,11 +152,12 @@ def _check_numbers(raw: DataFrame, log: str, numbers: Sequence[str]) -> None:
     found = raw.agg(*(column.alias(str(n)) for n, column in enumerate(sums))).collect()[0]
     for place, name in enumerate(texts):
         given, unreadable, example = found[3 * place : 3 * place + 3]
+        line = f"log {log}: column '{name}' is no number in {unreadable:,} of {given:,} rows, such as {example!r}"
+        way_out = f"; write 1234.50, or name it in logs.{log}.decimal_comma"
         if 2 * unreadable > given:
-            raise DataCheckError(
-                f"log {log}: column '{name}' is no number in {unreadable:,} of {given:,} rows, such as {example!r}; "
-                f"write 1234.50, or name it in logs.{log}.decimal_comma"
-            )
+            raise DataCheckError(line + way_out)
+        if unreadable:
+            folder.note(f"{line}, and null there{way_out}")
 
 
 def _event_rows(log: EventLog, raw: DataFrame, *, text: bool, contexts: dict[str, bool], config: Config) -> DataFrame:

@@ -54,6 +54,7 @@ class LogFolder:
         self._found: dict[str, Found] = {}
         self._formats = Formats(spark)
         self._asked: set[str] = set()
+        self._told: list[str] = []
         entries = self._list(self._root)
         if entries is None:
             raise DataCheckError(f"--logs {root}: there is no such folder; run jobs/ingest_logs.py or name another one")
@@ -68,9 +69,13 @@ class LogFolder:
         """What was read of a log, such as '3 csv files'; '' where it was not."""
         return str(self._found.get(log, ""))
 
+    def note(self, line: str) -> None:
+        """Add what a reader has found in a log to the notes."""
+        self._told.append(line)
+
     def notes(self) -> list[str]:
-        """What the user should know of the logs that were read: columns that some files lack, and misspelt ones."""
-        notes = list(self._formats.notes)
+        """What the user should know of the logs that were read: columns that some files lack, misspelt logs ..."""
+        notes = [*self._formats.notes, *self._told]
         logs = {*self._found, *self._asked}
         read = {self._entry(log) for log in logs}
         for name in sorted(name for name in self._entries if name not in read and not self._mappings):

@@ -359,6 +359,15 @@ def test_one_events_file_of_a_german_shop(spark: SparkSession, tmp_path: Path) -
     )
     with pytest.raises(DataCheckError, match=message):
         read_features(folder, "items", "item_id", [], ["price"])
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "items.csv").write_text('item_id,price\na,1\nb,"2,50"\nc,3\n', encoding="utf-8")
+    folder = LogFolder(spark, str(tmp_path / "some"))
+    prices = read_features(folder, "items", "item_id", [], ["price"]).orderBy("item_id").collect()
+    assert [row["price"] for row in prices] == [1.0, None, 3.0]
+    assert folder.notes() == [
+        "log items: column 'price' is no number in 1 of 3 rows, such as '2,50', and null there; write 1234.50, or name "
+        "it in logs.items.decimal_comma"
+    ]
     items = replace(config.logs["items"], decimal_comma=("weight",))
     with pytest.raises(
         DataCheckError, match=r"logs.items.decimal_comma names 'weight', which is not there; there are: "

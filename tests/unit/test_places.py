@@ -26,6 +26,7 @@ from usr_ray.cli import (
     check_lake,
     check_logs,
     check_new_lake,
+    check_output,
     check_output_table,
     check_run_dir,
     run_job,
@@ -252,6 +253,24 @@ def test_a_place_to_write_that_cannot_be_written(
         assert flag in line
         assert f"{flag} {place[:40]}" in line
     assert not list(world.glob("*/new"))
+
+
+@pytest.mark.parametrize(("job", "flag"), [p for p in PLACES if not is_read(*p)])
+def test_outputs_do_not_go_into_tables_or_over_the_files_of_a_run(
+    job: str, flag: str, world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """VACUUM would delete them, or a run would be lost: both without a word."""
+    (world / "table" / "_delta_log").mkdir(parents=True, exist_ok=True)
+    line = refusal(job, words_of(job, world, flag, str(world / "table" / "new")), capsys)
+    assert f"{flag} {world}/table/new: lies in the table {world}/table, where VACUUM deletes" in line
+    if parser_of(job).places[flag][0] is check_output:
+        assert "lies in the table" in refusal(job, words_of(job, world, flag, str(world / "table")), capsys)
+    if job in ("evaluate", "report") and flag == "--output":
+        for name in ("config.json", "metrics.json"):
+            (world / "run" / "metrics.json").touch()
+            line = refusal(job, words_of(job, world, flag, str(world / "run" / name)), capsys)
+            assert f"run/{name}: is a file that the run of {world}/run needs; name another file" in line
+        (world / "run" / "metrics.json").unlink()
 
 
 @pytest.mark.parametrize("job", ["evaluate", "report", "log-mlflow"])

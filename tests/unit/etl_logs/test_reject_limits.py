@@ -70,6 +70,22 @@ def test_an_account_adds_up_the_dates_that_were_read_whole() -> None:
     assert account.rejects_of("feed_clicks") == {"no_impression": 8}
 
 
+def test_an_id_that_many_rows_share_is_told() -> None:
+    """As where impression_id is that of a page: all but one of its rows would be lost as duplicates."""
+    account = Account()
+    for log, rows, duplicates in (("feed_impressions", 1000, 51), ("feed_clicks", 1000, 50), ("users", 10, 9)):
+        account.counts[log, UNDATED] += LogCount(rows_in=rows, duplicates=duplicates, used=rows - duplicates)
+    keys = {"feed_impressions": "impression_id", "feed_clicks": "click_id", "users": "user_id", "orders": "order_id"}
+    assert account.duplicate_notes(keys) == [
+        f"log {log}: {numbers} rows have the {key} of another row and are left out; where they are no copies, the id "
+        f"is not unique: join columns in logs.{log}.columns"
+        for log, numbers, key in (
+            ("feed_impressions", "51 of 1,000", "impression_id"),
+            ("users", "9 of 10", "user_id"),
+        )
+    ]
+
+
 def used(**days: tuple[int, int]) -> Account:
     return Account(used_days={int(day[1:]): found for day, found in days.items()})
 
