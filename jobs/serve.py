@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from usr_ray.cli import JobParser, check_file, check_input, number_in, run_job
+from usr_ray.cli import JobParser, check_file, check_input, check_output, number_in, run_job
 from usr_ray.config import UserError
 from usr_ray.launch.environment import OWN, prepare_environment
 
@@ -52,6 +52,7 @@ def wait_for_signal(address: str) -> None:
 def main(argv: list[str]) -> None:
     parser = JobParser(__doc__)
     parser.add_place("--registry", check_input, type=Path, required=True, help="of jobs/publish.py")
+    parser.add_place("--log-dir", check_output, type=Path, metavar="DIR", help="events are kept here (REGISTRY/log)")
     parser.add_place("--token-file", check_file, type=Path, metavar="FILE", help="the bearer token that requests carry")
     parser.add_argument("--host", default="127.0.0.1", metavar="IP", help="address to listen on")
     count = number_in("[1, 65535]", int)
@@ -67,7 +68,10 @@ def main(argv: list[str]) -> None:
     from usr_ray.serving.service import Service, Settings
 
     settings = Settings(
-        registry=arguments.registry.absolute(), num_workers=arguments.workers, max_queued=arguments.max_queued
+        registry=arguments.registry.absolute(),
+        num_workers=arguments.workers,
+        max_queued=arguments.max_queued,
+        log_dir=arguments.log_dir and arguments.log_dir.absolute(),
     )
     if arguments.alone:
         import uvicorn

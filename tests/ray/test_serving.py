@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +20,7 @@ PORT = 18_431
 
 def named_service(settings: Settings) -> Service:
     """In the replica: a version is nothing but its name in the pointer."""
-    Ranker.load = lambda registry, **_: Version(json.loads((registry / "current.json").read_text())["stable"])  # type: ignore[method-assign, assignment, misc]
+    Ranker.open = lambda folder, **_: Version(folder.name)  # type: ignore[method-assign, assignment, misc]
     return Service(settings)
 
 
@@ -30,6 +29,8 @@ def address(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     from ray import serve
 
     registry = tmp_path_factory.mktemp("registry")
+    for name in ("one", "two"):
+        (registry / "versions" / name).mkdir(parents=True)
     move_pointer(registry, "one")
     serve.start(http_options={"host": "127.0.0.1", "port": PORT})
     settings = Settings(registry, num_workers=1, max_queued=4, poll_s=0.1)

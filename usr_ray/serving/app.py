@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hmac
 import os
 from collections.abc import Callable
@@ -36,14 +37,14 @@ def make_app(service: Service, token: str | None = None) -> FastAPI:
                 return JSONResponse({"error": "Authorization: Bearer and the service's token are needed"}, 401)
         return await call_next(request)
 
-    async def answer(request: Request, *, ranked: bool) -> Response:
+    async def answer(request: Request, submit: Callable[[bytes], Any]) -> Response:
         body = b""
         async for part in request.stream():
             body += part
             if len(body) > MAX_BODY_BYTES:  # no more is read; the answer says so
                 break
         try:
-            status, content = await asyncio.wrap_future(service.submit(body, ranked=ranked))
+            status, content = await asyncio.wrap_future(submit(body))
         except OverloadError:
             status, content = 429, {"error": "too many requests wait; try again after a second"}
         service.count(request.url.path, status)
@@ -52,12 +53,17 @@ def make_app(service: Service, token: str | None = None) -> FastAPI:
     @app.post("/v1/score")
     async def score(request: Request) -> Response:
         """Probabilities of the candidates, in their order."""
-        return await answer(request, ranked=False)
+        return await answer(request, functools.partial(service.submit, ranked=False))
 
     @app.post("/v1/rank")
     async def rank(request: Request) -> Response:
         """The candidates with the largest probabilities first."""
-        return await answer(request, ranked=True)
+        return await answer(request, functools.partial(service.submit, ranked=True))
+
+    @app.post("/v1/events")
+    async def events(request: Request) -> Response:
+        """Impressions, clicks and orders, which the next request's histories see."""
+        return await answer(request, service.submit_events)
 
     @app.get("/v1/model")
     async def model() -> dict[str, Any]:

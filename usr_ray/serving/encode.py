@@ -9,7 +9,7 @@ Shape letters: N candidates or values, V events, L history length.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from usr_ray.config import DAY_US, UserError
-from usr_ray.schema import FIRST_ID, PADDING_ID, UNKNOWN_ID, FeatureSpec, scaled_column
+from usr_ray.schema import ACTION_ORDER, FIRST_ID, PADDING_ID, UNKNOWN_ID, FeatureSpec, scaled_column
 
 Ints = NDArray[np.int64]
 EVENT_HOUR = "event_hour"
@@ -140,6 +140,8 @@ class UserEvents:
     item: NDArray[np.int32]
     """Encoded."""
     query: NDArray[np.int32]
+    key: NDArray[np.uint64]
+    """`event_keys`."""
 
     def rows(self, places: Ints) -> UserEvents:
         """Some of the events, in the order of `places`."""
@@ -150,13 +152,25 @@ class UserEvents:
             self.action[places],
             self.item[places],
             self.query[places],
+            self.key[places],
         )
+
+    def and_then(self, more: UserEvents) -> UserEvents:
+        """These events and others, sorted by (time, action); of equal ones these first."""
+        parts = [np.concatenate([getattr(self, name), getattr(more, name)]) for name in self.__slots__]
+        whole = UserEvents(*parts)
+        return whole.rows(np.lexsort((whole.action, whole.time)))
 
     @classmethod
     def none(cls) -> UserEvents:
         """Of a user who has done nothing."""
         times, small, ids = np.empty(0, np.int64), np.empty(0, np.uint8), np.empty(0, np.int32)
-        return cls(times, times, small, small, ids, ids)
+        return cls(times, times, small, small, ids, ids, np.empty(0, np.uint64))
+
+
+def event_keys(events: Iterable[tuple[int, str, str]]) -> NDArray[np.uint64]:
+    """What tells events of a user apart, from (action, id, item_id) of each: click_id, or order_id and item_id."""
+    return hashes([f"{action} {id_}" + (f"\n{item}" if action == ACTION_ORDER else "") for action, id_, item in events])
 
 
 @dataclass(frozen=True, slots=True)

@@ -205,6 +205,7 @@ def _describe(folder: Path, run: TrainedRun, model: ServingModel) -> dict[str, A
         "checkpoint": {"name": run.checkpoint.path.name, "step": run.checkpoint.step, "id": model_id(run.checkpoint)},
         "table": run.checkpoint.state.get("table"),
         "model": run.config.to_dict()["model"],
+        "labels": run.config.to_dict()["labels"],
         "exported_at": f"{dt.datetime.now(dt.UTC):%Y-%m-%dT%H:%M:%SZ}",
         "versions": {"usr_ray": __version__} | {package: metadata.version(package) for package in _PACKAGES},
     }

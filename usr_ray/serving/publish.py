@@ -12,6 +12,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from usr_ray.config import LabelsConfig
 from usr_ray.data.events import read_events
 from usr_ray.data.manifest import Manifest, build_manifest, join_path, open_filesystem
 from usr_ray.files import sync
 from usr_ray.serving.encode import Encoder, ValueIndex
+from usr_ray.serving.events import Rules
 from usr_ray.serving.export import export_run
 from usr_ray.serving.ranker import Ranker, iso_time
 from usr_ray.serving.runtime import VOCABULARIES
@@ -81,6 +84,7 @@ def publish(
             "model_id": exported["checkpoint"]["id"],
             "scenarios": exported["scenarios"],
             "as_of": iso_time(as_of),
+            "rules": asdict(Rules.of(LabelsConfig(**exported["labels"]))),
             "lake": {"uri": manifest.table_uri, "samples": manifest.version, "state": state_version},
             "items": num_items,
             "users": num_users,

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from usr_ray.config import UserError
 from usr_ray.serving.encode import EncodeError, Encoder, Profile, UserEvents, category_text
+from usr_ray.serving.events import EventLog, Rules, with_live
 from usr_ray.serving.runtime import ExportedModel
 from usr_ray.serving.stores import ItemTable, StoreError, UserStore
 from usr_ray.serving.versions import GOLDEN, MODEL, RegistryError, open_encoder, stable_folder, verified_version
@@ -77,10 +78,12 @@ class Ranker:
         self._program = program
         self._items, self._users = stores
         self._exact_from_us = exact_from_us
+        self._rules = Rules(**version["rules"])
+        self._log: EventLog | None = None
 
     @classmethod
     def load(cls, registry: Path | str, *, num_threads: int = 1) -> Ranker:
-        """The stable version of a registry.
+        """The stable version of a registry, without events since it was published.
 
         Raises:
             UserError: no registry, or a version that is damaged or does not answer its golden requests as it did.
@@ -88,10 +91,11 @@ class Ranker:
         return cls.open(stable_folder(Path(registry)), num_threads=num_threads)
 
     @classmethod
-    def open(cls, folder: Path, *, num_threads: int = 1) -> Ranker:
-        """A version by its folder. Raises UserError: see `load`."""
+    def open(cls, folder: Path, *, num_threads: int = 1, log: EventLog | None = None) -> Ranker:
+        """A version by its folder, with the events of a log. Raises UserError: see `load`."""
         ranker = cls.of_files(folder, verified_version(folder), num_threads=num_threads)
         ranker.check_golden(json.loads((folder / GOLDEN).read_text(encoding="utf-8")))
+        ranker._log = log
         return ranker
 
     @classmethod
@@ -180,6 +184,12 @@ class Ranker:
         except StoreError:
             found, is_degraded = None, True
         events, user = (UserEvents.none(), encoder.nothing("user")) if found is None else found
+        try:
+            if self._log is not None:
+                rows = self._log.of_user(request.user_id)
+                events = with_live(events, rows, self._rules, encoder, request.time_us) if rows else events
+        except OSError:
+            is_degraded = True
         inputs = encoder.inputs(
             scenario=request.scenario,
             time_us=request.time_us,

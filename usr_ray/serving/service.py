@@ -19,8 +19,10 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from usr_ray.config import UserError
+from usr_ray.files import one_line
+from usr_ray.serving.events import EventError, EventLog, checked_rows
 from usr_ray.serving.ranker import Ranker, RequestError
-from usr_ray.serving.versions import read_pointer
+from usr_ray.serving.versions import read_pointer, stable_folder
 
 MAX_BODY_BYTES = 4 << 20
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -39,6 +41,8 @@ class Settings:
     """Requests that are computed or wait; one more is refused at once (429)."""
     poll_s: float = 1.0
     """Seconds between two looks at the pointer."""
+    log_dir: Path | None = None
+    """Where events are kept (`events.EventLog`); None: REGISTRY/log."""
 
 
 class OverloadError(Exception):
@@ -57,7 +61,8 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.ranker = Ranker.load(settings.registry, num_threads=settings.num_threads)
+        self.log = EventLog((settings.log_dir or settings.registry / "log") / "events")
+        self.ranker = self._opened()
         self.last_error = ""
         """Why the version that the pointer names is not the one that is served; '' where it is."""
         self._pool = ThreadPoolExecutor(settings.num_workers, thread_name_prefix="score")
@@ -75,6 +80,7 @@ class Service:
             registry=self._metrics,
         )
         self._candidates = Counter("usr_ray_serving_candidates", "Candidates scored.", registry=self._metrics)
+        self._events = Counter("usr_ray_serving_events", "Events taken.", registry=self._metrics)
         self._degraded = Counter("usr_ray_serving_degraded", "Answers without history.", registry=self._metrics)
         self._failed_swaps = Counter(
             "usr_ray_serving_failed_swaps", "Versions that could not be opened.", registry=self._metrics
@@ -88,12 +94,19 @@ class Service:
 
     def submit(self, body: bytes, *, ranked: bool) -> Any:
         """A future of (status, answer) of one request; OverloadError when too many are in work."""
+        return self._submit(self._answer, body, ranked)
+
+    def submit_events(self, body: bytes) -> Any:
+        """A future of (status, answer) of a post of events, once they are on the disk; raises as `submit`."""
+        return self._submit(self._keep, body)
+
+    def _submit(self, work: Callable[..., Any], *arguments: Any) -> Any:
         with self._lock:
             if self._num_queued >= self.settings.max_queued:
                 raise OverloadError
             self._num_queued += 1
         started = time.perf_counter()
-        future = self._pool.submit(self._answer, body, ranked)
+        future = self._pool.submit(work, *arguments)
         future.add_done_callback(lambda _: self._done(started))
         return future
 
@@ -111,6 +124,17 @@ class Service:
         self._candidates.inc(len(answer["items"]))
         self._degraded.inc(answer["degraded"])
         return 200, answer
+
+    def _keep(self, body: bytes) -> tuple[int, dict[str, Any]]:
+        try:
+            rows = checked_rows(parsed(body), self.ranker.encoder.spec.scenarios)
+            num_new = self.log.append(rows)
+        except (RequestError, EventError) as error:
+            return 422, {"error": str(error)}
+        except OSError as error:
+            return 503, {"error": f"events: cannot be kept ({one_line(error)}); post them again later"}
+        self._events.inc(num_new)
+        return 200, {"accepted": num_new, "known_before": len(rows) - num_new}
 
     def count(self, path: str, status: int) -> None:
         """Count one answered request."""
@@ -134,7 +158,7 @@ class Service:
             if name == self.ranker.version["version"]:
                 self.last_error = ""
                 return False
-            ranker = Ranker.load(self.settings.registry, num_threads=self.settings.num_threads)
+            ranker = self._opened()
         except UserError as error:
             if str(error) != self.last_error:
                 self._failed_swaps.inc()
@@ -143,6 +167,10 @@ class Service:
         # Requests that hold the old version finish with it; its files are unmapped when the last of them lets it go.
         self.ranker, self.last_error = ranker, ""
         return True
+
+    def _opened(self) -> Ranker:
+        folder = stable_folder(self.settings.registry)
+        return Ranker.open(folder, num_threads=self.settings.num_threads, log=self.log)
 
     def _watch(self) -> None:
         while not self._stopped.wait(self.settings.poll_s):

@@ -28,10 +28,10 @@ from numpy.typing import NDArray
 from usr_ray.config import UserError
 from usr_ray.data.manifest import REBUILD, DataError, Manifest, join_path, open_filesystem
 from usr_ray.files import one_line
-from usr_ray.serving.encode import Encoder, Ints, Profile, UserEvents, ValueIndex
+from usr_ray.serving.encode import Encoder, Ints, Profile, UserEvents, ValueIndex, event_keys
 
 ITEMS, ITEM_IDS, ITEM_NUMBERS, USERS = "items.arrow", "items_ids.npy", "items_numbers.npy", "users"
-_EVENT_BYTES = 8 + 8 + 4 + 4 + 1 + 1
+_EVENT_BYTES = 8 + 8 + 4 + 4 + 1 + 1 + 8
 _PAGE_BYTES = 4096
 _MIN_MAP_BYTES = 1 << 24
 
@@ -105,12 +105,15 @@ def _profiles(rows: pa.Table, encoder: Encoder, owner: str) -> Profile:
 def write_items(folder: Path, manifest: Manifest, encoder: Encoder) -> int:
     """Write the item table of every item in the samples; its rows."""
     rows = newest_features(manifest, "item_id", "item")
-    names = rows["item_id"].to_pylist()
-    profiles = _profiles(rows, encoder, "item")
+    put_items(folder, rows["item_id"].to_pylist(), _profiles(rows, encoder, "item"), encoder)
+    return rows.num_rows
+
+
+def put_items(folder: Path, names: Sequence[str], profiles: Profile, encoder: Encoder) -> None:
+    """Write the item table: raw ids, each once, and their features, a row each."""
     ValueIndex.write(folder / ITEMS, names, np.arange(len(names)))
     np.save(folder / ITEM_IDS, np.column_stack([encoder.ids("item_id", names).astype(np.int32), profiles.ids]))
     np.save(folder / ITEM_NUMBERS, profiles.numbers)
-    return len(names)
 
 
 class ItemTable:
@@ -161,6 +164,12 @@ def write_users(
     profiles = _profiles(rows, encoder, "user")
     names: list[str] = rows["user_id"].to_pylist()
     of_users, as_of = _events_of(events, encoder, names, length)
+    put_users(folder, names, of_users, profiles)
+    return len(names), as_of
+
+
+def put_users(folder: Path, names: Sequence[str], of_users: Sequence[UserEvents], profiles: Profile) -> None:
+    """Write the user store: raw ids, each once, their events, and their features, a row each."""
     num_bytes = sum(
         _PAGE_BYTES // 4 + 2 * _EVENT_BYTES * len(found.time) + 8 * (profiles.ids.shape[1] + profiles.numbers.shape[1])
         for found in of_users
@@ -174,7 +183,6 @@ def write_users(
             transaction.put(digests[n], _packed(of_users[n], profile), append=True)
     environment.sync(True)
     environment.close()
-    return len(names), as_of
 
 
 def _events_of(
@@ -190,6 +198,7 @@ def _events_of(
         action=events["action"].to_numpy().astype(np.uint8),
         item=_encoded(events["item_id"], encoder, "item_id"),
         query=_encoded(events["query"], encoder, "query"),
+        key=event_keys(zip(*(events[name].to_pylist() for name in ("action", "id", "item_id")), strict=True)),
     )
     as_of = int(time_V.max(initial=0)) + 1
     users = events["user_id"].combine_chunks().dictionary_encode()
@@ -225,7 +234,7 @@ def user_key(user_id: str) -> bytes:
 
 
 def _packed(events: UserEvents, profile: Profile) -> bytes:
-    parts = (events.time, events.known, events.item, events.query, profile.ids, profile.numbers)
+    parts = (events.time, events.known, events.key, events.item, events.query, profile.ids, profile.numbers)
     head = struct.pack("<II", len(events.time), 0)
     return b"".join([head, *(part.tobytes() for part in parts), events.scenario.tobytes(), events.action.tobytes()])
 
@@ -240,11 +249,11 @@ def _unpacked(value: bytes, num_ids: int, num_numbers: int) -> tuple[UserEvents,
         place += array.nbytes
         return array
 
-    time, known = take(np.int64, size), take(np.int64, size)
+    time, known, key = take(np.int64, size), take(np.int64, size), take(np.uint64, size)
     item, query = take(np.int32, size), take(np.int32, size)
     profile = Profile(take(np.int32, num_ids), take(np.float32, num_numbers))
     scenario, action = take(np.uint8, size), take(np.uint8, size)
-    return UserEvents(time, known, scenario, action, item, query), profile
+    return UserEvents(time, known, scenario, action, item, query, key), profile
 
 
 class _Environment:

@@ -20,7 +20,7 @@ from usr_ray.schema import FeatureSpec
 from usr_ray.serving.encode import Encoder, ValueIndex
 from usr_ray.serving.runtime import FEATURE_SPEC, changed_file, described, read_manifest
 
-FORMAT = 1
+FORMAT = 2
 VERSION, POINTER, VERSIONS = "version.json", "current.json", "versions"
 MODEL, VOCABULARY_FOLDER, GOLDEN = "model", "vocabularies", "golden.json"
 _PUBLISH = "publish one with jobs/publish.py"

@@ -86,7 +86,8 @@ def events_of(*rows):
     time, known, scenario, action, item, query = np.array(rows).T
     at = FIRST + 1_000_000 * np.array([time, known])
     small = [part.astype(np.uint8) for part in (scenario, action)]
-    return UserEvents(at[0], at[1], *small, *(part.astype(np.int32) for part in (item, query)))
+    keys = np.arange(len(time), dtype=np.uint64)
+    return UserEvents(at[0], at[1], *small, *(part.astype(np.int32) for part in (item, query)), keys)
 
 
 def test_a_history_is_strictly_before_and_known_by_and_newest_last(encoder):
@@ -194,14 +195,14 @@ def test_a_version_with_a_changed_file_is_refused(tmp_path):
         verified_version(tmp_path)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b").write_text("x")
-    about = {"format": 1, "files": version_files(tmp_path)}
+    about = {"format": 2, "files": version_files(tmp_path)}
     (tmp_path / "version.json").write_text(json.dumps(about))
     assert list(verified_version(tmp_path)["files"]) == ["a/b"]
     (tmp_path / "a" / "b").write_text("y")
     with pytest.raises(RegistryError, match="b: missing or changed since it was published"):
         verified_version(tmp_path)
-    (tmp_path / "version.json").write_text('{"format": 2}')
-    with pytest.raises(RegistryError, match="format 2, this version reads 1"):
+    (tmp_path / "version.json").write_text('{"format": 1}')
+    with pytest.raises(RegistryError, match="format 1, this version reads 2"):
         verified_version(tmp_path)
 
 
@@ -237,7 +238,13 @@ BAD = [
 
 @pytest.fixture
 def ranker(encoder):
-    return Ranker({"version": "v"}, None, encoder, (None, None), exact_from_us=FIRST)
+    return Ranker(
+        {"version": "v", "rules": {"click_window": 0, "order_window": 0}},
+        None,
+        encoder,
+        (None, None),
+        exact_from_us=FIRST,
+    )
 
 
 @pytest.mark.parametrize(("change", "message"), BAD, ids=[str(change)[:40] for change, _ in BAD])

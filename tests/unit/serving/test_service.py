@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
 from jobs.serve import read_token
+from tests.unit.samples_table import samples_spec
 from usr_ray.config import UserError
 from usr_ray.serving.app import make_app
+from usr_ray.serving.events import EventLog
 from usr_ray.serving.ranker import Ranker, RequestError
 from usr_ray.serving.service import OverloadError, Service, Settings, parsed
 from usr_ray.serving.versions import RegistryError, move_pointer
@@ -24,8 +27,10 @@ class Version:
 
     gate = threading.Event()
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, log: EventLog | None = None) -> None:
         self.version = {"version": name, "model_id": name, "files": {"x": 1}}
+        self.encoder = SimpleNamespace(spec=samples_spec())
+        self.log = log
 
     def answer(self, raw: Any, *, ranked: bool) -> dict[str, Any]:
         if raw.get("wait"):
@@ -33,19 +38,22 @@ class Version:
         if "candidates" not in raw:
             raise RequestError("candidates: NoneType; a list is needed")
         items = [{"id": c} for c in raw["candidates"]]
+        if self.log is not None and "user_id" in raw:
+            items = [{"id": row.id} for row in self.log.of_user(raw["user_id"])]
         return {"version": self.version["version"], "items": items[:: -1 if ranked else 1], "degraded": "slow" in raw}
 
 
 @pytest.fixture
 def service(tmp_path, monkeypatch):
-    def load(registry, *, num_threads):
-        name = json.loads((registry / "current.json").read_text())["stable"]
-        if name == "torn":
+    def opened(folder, *, num_threads, log):
+        if folder.name == "torn":
             raise RegistryError("versions/torn: missing or changed since it was published; publish again")
-        return Version(name)
+        return Version(folder.name, log)
 
-    monkeypatch.setattr(Ranker, "load", load)
+    monkeypatch.setattr(Ranker, "open", opened)
     Version.gate.clear()
+    for name in ("one", "two", "torn"):
+        (tmp_path / "versions" / name).mkdir(parents=True)
     move_pointer(tmp_path, "one")
     service = Service(Settings(tmp_path, num_workers=1, max_queued=2, poll_s=60))
     yield service
@@ -129,6 +137,23 @@ def test_metrics_count_requests_candidates_and_answers_without_history(client):
         "usr_ray_serving_queue 0.0",
     ):
         assert line in text
+
+
+def test_posted_events_are_kept_before_they_are_answered_and_seen_by_the_next_request(service, client, tmp_path):
+    click = {"click_id": "c", "user_id": "u", "item_id": "x", "event_time": "2026-01-01T00:00:00Z"}
+    answer = client.post("/v1/events", json={"search_clicks": [click]})
+    assert (answer.status_code, answer.json()) == (200, {"accepted": 1, "known_before": 0})
+    assert client.post("/v1/events", json={"search_clicks": [click]}).json() == {"accepted": 0, "known_before": 1}
+    assert client.post("/v1/score", json=GOOD | {"user_id": "u"}).json()["items"] == [{"id": "c"}]
+    bad = client.post("/v1/events", json={"search_clicks": [click | {"click_id": "d"}, {}]})
+    assert (bad.status_code, bad.json()["error"][:26]) == (422, "search_clicks[1].click_id:")
+    assert [row.id for row in EventLog(tmp_path / "log" / "events").of_user("u")] == ["c"]
+    assert "usr_ray_serving_events_total 1.0" in client.get("/metrics").text
+    service.log.folder = tmp_path / "versions" / "one" / "x"
+    service.log.folder.parent.rmdir()
+    service.log.folder.parent.touch()  # no folder can be made there
+    gone = client.post("/v1/events", json={"search_clicks": [click | {"click_id": "d"}]})
+    assert (gone.status_code, gone.json()["error"][:23]) == (503, "events: cannot be kept ")
 
 
 def test_the_token_is_asked_for_everywhere_but_where_only_numbers_are(service):

@@ -1,0 +1,194 @@
+"""Events since a publication: histories against the ETL's slow oracle; a log that is kept, shared and read again."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.etl_oracle import Windows, World, expected
+from tests.unit.etl_worlds import NOON, SECOND, duplicated, windows_of, worlds
+from tests.unit.samples_table import samples_spec
+from usr_ray.serving.encode import Encoder, UserEvents
+from usr_ray.serving.events import EventError, EventLog, Row, Rules, checked_rows, with_live
+
+pytestmark = pytest.mark.unit
+
+LENGTH = 3
+SCENARIOS = ("search", "recommendation")
+
+
+class Indexed:
+    """A vocabulary of a few values."""
+
+    def __init__(self, *values: str) -> None:
+        self.numbers = {value: 2 + n for n, value in enumerate(values)}
+
+    def find(self, values: list[str]) -> Any:
+        return np.array([self.numbers.get(value, -1) for value in values], dtype=np.int64)
+
+
+IDS = {"item_id": Indexed("x", "y"), "query": Indexed("q", "r")}
+ENCODER = Encoder(samples_spec(history_length=LENGTH), IDS, None)  # type: ignore[arg-type]
+
+
+def rows_of(world: World) -> list[Row]:
+    """As the service gets them, all logs of the world."""
+
+    def iso(micros: int) -> str:
+        return (dt.datetime(1970, 1, 1, tzinfo=dt.UTC) + dt.timedelta(microseconds=micros)).isoformat()
+
+    raw: dict[str, list[dict[str, Any]]] = {}
+    for kind, rows in (("impression", world.impressions), ("click", world.clicks), ("order", world.orders)):
+        for r in rows:
+            row = {f"{kind}_id": r["id"], "user_id": r["user"], "item_id": r["item"], "event_time": iso(r["time"])}
+            if r["known"] != r["time"]:
+                row["ingest_time"] = iso(r["known"])
+            if kind == "impression" and r["query"] is not None:
+                row["query"] = r["query"]
+            if r.get("names") is not None:
+                row["impression_id"] = r["names"]
+            log = "orders" if r["scenario"] is None else f"{SCENARIOS[r['scenario']]}_{kind}s"
+            raw.setdefault(log, []).append(row)
+    return checked_rows(raw, SCENARIOS)
+
+
+def number(feature: str, value: str | None) -> int:
+    return 0 if value is None else IDS[feature].numbers[value]
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), world=worlds(), windows=windows_of(max_user_day_rows=0))
+def test_a_request_sees_what_the_etl_would_have_shown_it(
+    data: Any, world: World, windows: Windows, tmp_path_factory: Any
+) -> None:
+    world = duplicated(data.draw, world)
+    rows = data.draw(st.permutations(rows_of(world)))
+    cut = data.draw(st.integers(0, len(rows)))
+    log = EventLog(tmp_path_factory.mktemp("log"))
+    log.append(rows[:cut])
+    log.append(rows[cut:])
+    rules = Rules(windows.click, windows.order, windows.skew, windows.credit_impression)
+    as_of = NOON + data.draw(st.integers(0, 30)) * SECOND
+    for shown in world.impressions:
+        of_user = log.of_user(shown["user"])
+        # What a lake up to `as_of` has put into the store comes to the same; the log holds it too.
+        stored = with_live(UserEvents.none(), of_user, rules, ENCODER, min(as_of, shown["time"]))
+        for before in (UserEvents.none(), stored):
+            events = with_live(before, of_user, rules, ENCODER, shown["time"])
+            assert len(np.unique(events.key)) == len(events.key)
+            found = ENCODER.histories(events, shown["time"])
+            one = expected_at(world, shown, windows)
+            for scenario, history in zip(SCENARIOS, one, strict=True):
+                padding = [0] * (LENGTH - len(history))
+                items = [number("item_id", item) for item, *_ in history]
+                assert found[f"{scenario}_history_item_ids"][0].tolist() == padding + items
+                assert found[f"{scenario}_history_actions"][0].tolist() == padding + [a for _, _, a, _ in history]
+                ages = [np.float32(age / 1e6) for *_, age in history]
+                assert found[f"{scenario}_history_ages_s"][0].tolist() == padding + ages
+            queries = [number("query", query) for _, query, *_ in one[0]]
+            assert found["search_history_query_ids"][0].tolist() == [0] * (LENGTH - len(queries)) + queries
+
+
+def expected_at(world: World, shown: dict[str, Any], windows: Windows) -> list[list[tuple]]:
+    """The histories of a new impression of the user of `shown`, of no known item, at its time."""
+    asked = World([*world.impressions], world.clicks, world.orders)
+    asked.impression("asked", shown["user"], "none", 0, shown["time"])
+    return expected(asked, windows, num_scenarios=2, length=LENGTH, watermark=0).samples["asked"]["histories"]
+
+
+CLICK = Row("clicks", "c", "u", "x", "search", 5, 5, None)
+
+
+def ids(log: EventLog, user: str = "u") -> list[tuple[str, int]]:
+    return sorted((row.id, row.time) for row in log.of_user(user))
+
+
+def test_the_log_is_read_again_at_a_start_and_shared_between_replicas(tmp_path: Any) -> None:
+    one, two = EventLog(tmp_path / "log"), EventLog(tmp_path / "log")
+    assert ids(one) == []
+    assert one.append([CLICK, CLICK]) == 1
+    assert ids(two) == [("c", 5)]
+    assert two.append([CLICK._replace(id="d"), CLICK]) == 1
+    assert ids(one) == ids(EventLog(tmp_path / "log")) == [("c", 5), ("d", 5)]
+
+
+def test_of_two_rows_with_one_key_the_earliest_stays(tmp_path: Any) -> None:
+    log = EventLog(tmp_path)
+    assert log.append([CLICK]) == 1
+    assert log.append([CLICK._replace(time=6), CLICK._replace(known=9)]) == 0
+    assert log.append([CLICK._replace(time=3, user="v")]) == 1
+    assert (ids(log), ids(log, "v")) == ([], [("c", 3)])
+    assert (ids(EventLog(tmp_path)), ids(EventLog(tmp_path), "v")) == ([], [("c", 3)])
+    # Another scenario's click and another line of an order are others.
+    order = CLICK._replace(kind="orders")
+    assert log.append([CLICK._replace(scenario="recommendation"), order, order._replace(item="y")]) == 3
+
+
+def test_a_line_that_a_crash_cut_off_loses_itself_only(tmp_path: Any) -> None:
+    log = EventLog(tmp_path)
+    log.append([CLICK])
+    (file,) = tmp_path.iterdir()
+    with file.open("a") as opened:
+        opened.write(json.dumps(CLICK._replace(id="torn"))[:-9])
+    assert ids(log) == ids(EventLog(tmp_path)) == [("c", 5)]
+    log.append([CLICK._replace(id="d")])
+    assert ids(log) == ids(EventLog(tmp_path)) == [("c", 5), ("d", 5)]
+
+
+def test_days_that_are_over_for_long_are_forgotten(tmp_path: Any) -> None:
+    log = EventLog(tmp_path)
+    log.append([CLICK])
+    (file,) = tmp_path.iterdir()
+    file.rename(tmp_path / "2020-01-01.jsonl")
+    old = EventLog(tmp_path)
+    assert ids(old) == [("c", 5)]  # the only file: nothing newer says that its time is over
+    assert old.append([CLICK._replace(id="d")]) == 1
+    assert ids(old) == [("d", 5)]
+    assert [path.name for path in tmp_path.iterdir()] != ["2020-01-01.jsonl"]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+GOOD = {"click_id": "c", "user_id": 7, "item_id": "x", "event_time": "2026-01-01T00:00:00Z"}
+BAD: list[tuple[Any, str]] = [
+    ([], r"^events: list; an object of logs is needed: search_impressions, search_clicks"),
+    ({}, r"^events: dict"),
+    ({"cart_clicks": []}, r"^unknown log 'cart_clicks'; there are: search_impressions"),
+    ({"orders": {}}, r"^orders: is dict; a list of rows"),
+    ({"orders": [3]}, r"^orders\[0\]: is int; an object"),
+    (
+        {"search_clicks": [GOOD, GOOD | {"x": 1}]},
+        r"^search_clicks\[1\]: unknown field 'x'; a row has: click_id, user_id",
+    ),
+    ({"search_clicks": [GOOD | {"user_id": ""}]}, r"^search_clicks\[0\].user_id: is ''"),
+    ({"search_clicks": [GOOD | {"user_id": True}]}, r"^search_clicks\[0\].user_id: is bool"),
+    ({"search_clicks": [GOOD | {"event_time": "2026-01-01"}]}, r"^search_clicks\[0\].event_time: .* cannot be read"),
+    ({"search_clicks": [GOOD | {"ingest_time": 3}]}, r"^search_clicks\[0\].ingest_time: 3 cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("raw", "message"), BAD, ids=[message[:40] for _, message in BAD])
+def test_bad_events_are_refused_in_one_line(raw: Any, message: str) -> None:
+    with pytest.raises(EventError, match=message):
+        checked_rows(raw, SCENARIOS)
+
+
+def test_rows_are_those_of_the_logs() -> None:
+    at = 1_767_225_600_000_000
+    shown = {
+        "impression_id": 1,
+        "user_id": 7,
+        "item_id": "x",
+        "event_time": "2026-01-01T00:00:00Z",
+        "query": "q",
+        "page": 3,
+    }
+    assert checked_rows({"search_impressions": [shown], "search_clicks": [GOOD | {"impression_id": 1}]}, SCENARIOS) == [
+        Row("impressions", "1", "7", "x", "search", at, at, "q"),
+        Row("clicks", "c", "7", "x", "search", at, at, "1"),
+    ]
