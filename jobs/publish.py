@@ -1,20 +1,23 @@
 """Publish a trained run for serving: its program with the lake's items and users, as a version of a registry.
 
-python jobs/publish.py --run-dir DIR --lake DIR --registry DIR [--not-stable]
-python jobs/publish.py --registry DIR --rollback
+python jobs/publish.py --run-dir DIR --lake DIR --registry DIR [--canary SHARE | --shadow | --not-stable]
+python jobs/publish.py --registry DIR --canary SHARE | --stable | --rollback
 
-The new version becomes the one that is served, unless --not-stable is given; --rollback serves the one before again.
+The new version becomes the one that is served: to everybody, with --canary to a share of the users, with --shadow to
+nobody (its scores are logged). Without a run, --canary changes the share (0 ends it), --stable gives the canary to
+everybody, --rollback serves the version before again.
 docs/serving.md has the files of a version.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from usr_ray.cli import JobParser, check_lake, check_output, check_run_dir, run_job
+from usr_ray.cli import JobParser, check_lake, check_output, check_run_dir, number_in, run_job
 from usr_ray.config import UserError
 
 
@@ -23,27 +26,44 @@ def main(argv: list[str]) -> None:
     parser.add_place("--run-dir", check_run_dir, type=Path, help="the --run-dir of jobs/train.py")
     parser.add_place("--lake", check_lake, help="the lake that the run was trained on")
     parser.add_place("--registry", check_output, type=Path, required=True, help="folder of versions; created")
-    parser.add_argument("--not-stable", action="store_true", help="do not serve the new version yet")
-    parser.add_argument("--rollback", action="store_true", help="serve the version before the stable one again")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--canary", type=number_in("[0, 1]"), metavar="SHARE", help="of the users get the new version")
+    how.add_argument("--shadow", action="store_true", help="the new version scores too; its scores are logged only")
+    how.add_argument("--stable", action="store_true", help="the canary becomes the stable version")
+    how.add_argument("--not-stable", action="store_true", help="do not serve the new version yet")
+    how.add_argument("--rollback", action="store_true", help="serve the version before the stable one again")
     arguments = parser.parse_args(argv)
-    if arguments.rollback:
-        from usr_ray.serving.versions import roll_back  # loads Arrow
+    from usr_ray.serving.versions import move_pointer, read_pointer, roll_back, with_canary  # loads Arrow
 
-        print(f"{arguments.registry}: {roll_back(arguments.registry)} is stable again")
+    registry: Path = arguments.registry
+    if arguments.rollback:
+        print(f"{registry}: {roll_back(registry)} is stable again, without canary and shadow")
+        return
+    if arguments.run_dir is None and (arguments.stable or arguments.canary is not None):
+        canary = read_pointer(registry).canary
+        if canary is None:
+            raise UserError(f"--registry {registry}: has no canary; publish one with --run-dir, --lake and --canary")
+        if arguments.stable:
+            move_pointer(registry, canary)
+        else:
+            with_canary(registry, canary, arguments.canary)
+        print(f"{registry}: {canary} answers to {1 if arguments.stable else arguments.canary:g} of the users")
         return
     if arguments.run_dir is None or arguments.lake is None:
         missing = "run-dir" if arguments.run_dir is None else "lake"
         raise UserError(f"--{missing} is missing; name the run and its lake, or give --rollback")
     from usr_ray.serving.publish import publish  # loads torch
 
-    name = publish(
-        arguments.run_dir,
-        arguments.lake,
-        arguments.registry,
-        stable=not arguments.not_stable,
-        report=lambda line: print(line, flush=True),
-    )
-    print(f"{arguments.registry}: version {name} published" + ("" if arguments.not_stable else ", and stable"))
+    if arguments.shadow or arguments.canary is not None:
+        read_pointer(registry)  # there must be a stable version beside it: said before the export
+    name = publish(arguments.run_dir, arguments.lake, registry, report=lambda line: print(line, flush=True))
+    if arguments.shadow:
+        replace(read_pointer(registry), shadow=name).write(registry)
+    elif arguments.canary is not None:
+        with_canary(registry, name, arguments.canary)
+    elif not arguments.not_stable:
+        move_pointer(registry, name)
+    print(f"{registry}: version {name} published")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Publish a run: its program, and what the lake knows of items and users, as one version of a registry.
 
-The version's folder appears whole or not at all, and becomes the stable one only after its golden requests were
-answered from its own files.
+The version's folder appears whole or not at all, after its golden requests were answered from its own files.
 """
 
 from __future__ import annotations
@@ -39,7 +38,6 @@ from usr_ray.serving.versions import (
     VERSIONS,
     VOCABULARY_FOLDER,
     model_spec,
-    move_pointer,
     open_encoder,
     version_files,
     vocabulary_paths,
@@ -49,16 +47,13 @@ _NUM_GOLDEN = 16
 _GOLDEN_CANDIDATES = 20
 
 
-def publish(
-    run_dir: Path, lake: Path | str, registry: Path, *, stable: bool = True, report: Callable[[str], None] = print
-) -> str:
-    """Publish a run's best checkpoint with the lake's items and users; the version's name.
+def publish(run_dir: Path, lake: Path | str, registry: Path, *, report: Callable[[str], None] = print) -> str:
+    """Publish a run's best checkpoint with the lake's items and users; the version's name. The pointer stays as it is.
 
     Args:
         run_dir: of jobs/train.py.
         lake: that it was trained on; the newest versions of its tables are read, and named in version.json.
         registry: folder, created when it is absent.
-        stable: make it the version that is served.
         report: takes a line a stage.
 
     Raises:
@@ -98,8 +93,6 @@ def publish(
         sync(registry / VERSIONS)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    if stable:
-        move_pointer(registry, name)
     return name
 
 

@@ -25,7 +25,7 @@ from usr_ray.serving.encode import EncodeError, Encoder, Profile, UserEvents, ca
 from usr_ray.serving.events import EventLog, Rules, with_live
 from usr_ray.serving.runtime import ExportedModel
 from usr_ray.serving.stores import ItemTable, StoreError, UserStore
-from usr_ray.serving.versions import GOLDEN, MODEL, RegistryError, open_encoder, stable_folder, verified_version
+from usr_ray.serving.versions import GOLDEN, MODEL, STABLE, RegistryError, open_encoder, stable_folder, verified_version
 
 MAX_CANDIDATES = 2000
 GOLDEN_TOLERANCE = 1e-6
@@ -163,7 +163,7 @@ class Ranker:
             "request_id": request.request_id,
             "model_id": self.version["model_id"],
             "version": self.version["version"],
-            "bucket": "stable",
+            "bucket": STABLE,
             "items": items[: request.k],
             "unknown": unknown,
             "degraded": is_degraded,

@@ -8,6 +8,7 @@ version or the other, whole. A version that cannot be opened leaves the running 
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -21,10 +22,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from usr_ray.config import UserError
 from usr_ray.files import one_line
 from usr_ray.serving.events import EventError, EventLog, checked_rows
-from usr_ray.serving.ranker import Ranker, RequestError
-from usr_ray.serving.versions import read_pointer, stable_folder
+from usr_ray.serving.ranker import Ranker, RequestError, iso_time
+from usr_ray.serving.versions import CANARY, Pointer, read_pointer, version_folder
 
 MAX_BODY_BYTES = 4 << 20
+_MAX_SHADOWS = 64
+"""Requests that wait for the shadow; the next ones go without."""
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -42,7 +45,7 @@ class Settings:
     poll_s: float = 1.0
     """Seconds between two looks at the pointer."""
     log_dir: Path | None = None
-    """Where events are kept (`events.EventLog`); None: REGISTRY/log."""
+    """Where events (`events.EventLog`) and scores of the shadow are kept; None: REGISTRY/log."""
 
 
 class OverloadError(Exception):
@@ -61,11 +64,14 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.log = EventLog((settings.log_dir or settings.registry / "log") / "events")
-        self.ranker = self._opened()
+        self._log_dir = settings.log_dir or settings.registry / "log"
+        self.log = EventLog(self._log_dir / "events")
+        self._served = self._opened({})
         self.last_error = ""
         """Why the version that the pointer names is not the one that is served; '' where it is."""
         self._pool = ThreadPoolExecutor(settings.num_workers, thread_name_prefix="score")
+        self._shadow_pool = ThreadPoolExecutor(1, thread_name_prefix="shadow")
+        self._shadow_slots = threading.BoundedSemaphore(_MAX_SHADOWS)
         self._num_queued = 0
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -81,6 +87,9 @@ class Service:
         )
         self._candidates = Counter("usr_ray_serving_candidates", "Candidates scored.", registry=self._metrics)
         self._events = Counter("usr_ray_serving_events", "Events taken.", registry=self._metrics)
+        self._shadows = Counter(
+            "usr_ray_serving_shadows", "Requests by what became of the shadow's.", ["outcome"], registry=self._metrics
+        )
         self._degraded = Counter("usr_ray_serving_degraded", "Answers without history.", registry=self._metrics)
         self._failed_swaps = Counter(
             "usr_ray_serving_failed_swaps", "Versions that could not be opened.", registry=self._metrics
@@ -110,17 +119,29 @@ class Service:
         future.add_done_callback(lambda _: self._done(started))
         return future
 
+    @property
+    def ranker(self) -> Ranker:
+        """The stable version."""
+        pointer, rankers = self._served
+        return rankers[pointer.stable]
+
     def _done(self, started: float) -> None:
         with self._lock:
             self._num_queued -= 1
         self._seconds.observe(time.perf_counter() - started)
 
     def _answer(self, body: bytes, ranked: bool) -> tuple[int, dict[str, Any]]:
-        ranker = self.ranker  # one version for the whole request
+        pointer, rankers = self._served  # one version for the whole request
         try:
-            answer = ranker.answer(parsed(body), ranked=ranked)
+            request = parsed(body)
+            user = request.get("user_id") if isinstance(request, dict) else None
+            bucket = pointer.bucket(str(user))
+            ranker = rankers[str(pointer.canary if bucket == CANARY else pointer.stable)]
+            answer = ranker.answer(request, ranked=ranked) | {"bucket": bucket}
         except RequestError as error:
             return 422, {"error": str(error)}
+        if pointer.shadow is not None:
+            self._compare(rankers[pointer.shadow], request, answer)
         self._candidates.inc(len(answer["items"]))
         self._degraded.inc(answer["degraded"])
         return 200, answer
@@ -136,6 +157,32 @@ class Service:
         self._events.inc(num_new)
         return 200, {"accepted": num_new, "known_before": len(rows) - num_new}
 
+    def _compare(self, shadow: Ranker, request: dict[str, Any], answer: dict[str, Any]) -> None:
+        """Let the shadow score a request that was answered, unless it is behind; its scores go to the log only."""
+        if not self._shadow_slots.acquire(blocking=False):
+            self._shadows.labels("skipped").inc()
+            return
+        self._shadow_pool.submit(self._score_shadow, shadow, request, answer).add_done_callback(
+            lambda _: self._shadow_slots.release()
+        )
+
+    def _score_shadow(self, shadow: Ranker, request: dict[str, Any], answer: dict[str, Any]) -> None:
+        try:
+            found = shadow.score(request)
+            line = {
+                "time": iso_time(time.time_ns() // 1000),
+                "user_id": request["user_id"],
+                "scenario": request["scenario"],
+                **{name: answer[name] for name in ("request_id", "version", "bucket", "items")},
+                "shadow": {name: found[name] for name in ("version", "items")},
+            }
+            self._log_dir.mkdir(parents=True, exist_ok=True)
+            with (self._log_dir / f"shadow-{os.getpid()}.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            self._shadows.labels("logged").inc()
+        except Exception:  # a shadow's fault, or a full disk, must not reach a request
+            self._shadows.labels("failed").inc()
+
     def count(self, path: str, status: int) -> None:
         """Count one answered request."""
         self._requests.labels(path, status).inc()
@@ -146,31 +193,43 @@ class Service:
 
     def about(self) -> dict[str, Any]:
         """The answer to GET /v1/model."""
-        version = {key: value for key, value in self.ranker.version.items() if key != "files"}
-        return {"stable": version, "last_error": self.last_error}
+        pointer, rankers = self._served
+        named = {"stable": pointer.stable, "canary": pointer.canary, "shadow": pointer.shadow}
+        versions = {
+            place: name and {key: value for key, value in rankers[name].version.items() if key != "files"}
+            for place, name in named.items()
+        }
+        return versions | {"share": pointer.share, "last_error": self.last_error}
 
     # ---- versions
 
     def look(self) -> bool:
-        """Serve the version that the pointer names, if it is another one; True when it was swapped."""
+        """Serve the versions that the pointer names, if it was moved; True when they were swapped."""
         try:
-            name = read_pointer(self.settings.registry)["stable"]
-            if name == self.ranker.version["version"]:
+            before, rankers = self._served
+            if read_pointer(self.settings.registry) == before:
                 self.last_error = ""
                 return False
-            ranker = self._opened()
+            served = self._opened(rankers)
         except UserError as error:
             if str(error) != self.last_error:
                 self._failed_swaps.inc()
             self.last_error = str(error)
             return False
         # Requests that hold the old version finish with it; its files are unmapped when the last of them lets it go.
-        self.ranker, self.last_error = ranker, ""
+        self._served, self.last_error = served, ""
         return True
 
-    def _opened(self) -> Ranker:
-        folder = stable_folder(self.settings.registry)
-        return Ranker.open(folder, num_threads=self.settings.num_threads, log=self.log)
+    def _opened(self, before: dict[str, Ranker]) -> tuple[Pointer, dict[str, Ranker]]:
+        """The pointer and the versions that it names; those of `before` stay open."""
+        registry, threads = self.settings.registry, self.settings.num_threads
+        pointer = read_pointer(registry)
+        names = {name for name in (pointer.stable, pointer.canary, pointer.shadow) if name is not None}
+        folders = {name: version_folder(registry, name) for name in sorted(names)}
+        return pointer, {
+            name: before.get(name) or Ranker.open(folder, num_threads=threads, log=self.log)
+            for name, folder in folders.items()
+        }
 
     def _watch(self) -> None:
         while not self._stopped.wait(self.settings.poll_s):
@@ -184,6 +243,7 @@ class Service:
         self._stopped.set()
         self._watcher.join()
         self._pool.shutdown()
+        self._shadow_pool.shutdown()
 
 
 def parsed(body: bytes) -> Any:

@@ -1,6 +1,6 @@
 """A registry: a folder of versions, each whole and checked, and the pointer that says which one is served.
 
-current.json                   {"stable": NAME, "before": [NAME, ..]}, replaced in one step
+current.json                   `Pointer` as JSON, replaced in one step
 versions/NAME/version.json     SHA-256 and bytes of every file, model, lake, pinned versions of its tables
 versions/NAME/model/           usr_ray/serving/export.py
 versions/NAME/vocabularies/    N.arrow for the N-th feature of the spec (encode.ValueIndex); none for hashed ids
@@ -11,18 +11,21 @@ versions/NAME/golden.json      requests with the probabilities that this version
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from usr_ray.config import UserError
 from usr_ray.files import file_sha256, write_whole
 from usr_ray.schema import FeatureSpec
-from usr_ray.serving.encode import Encoder, ValueIndex
+from usr_ray.serving.encode import Encoder, ValueIndex, hashes
 from usr_ray.serving.runtime import FEATURE_SPEC, changed_file, described, read_manifest
 
 FORMAT = 2
 VERSION, POINTER, VERSIONS = "version.json", "current.json", "versions"
 MODEL, VOCABULARY_FOLDER, GOLDEN = "model", "vocabularies", "golden.json"
+STABLE, CANARY = "stable", "canary"
+"""Buckets."""
 _PUBLISH = "publish one with jobs/publish.py"
 
 
@@ -51,52 +54,97 @@ def verified_version(folder: Path) -> dict[str, Any]:
     return version
 
 
-def read_pointer(registry: Path) -> dict[str, Any]:
-    """current.json: `stable`, and `before`, what was stable before it, the newest last.
+@dataclass(frozen=True, slots=True)
+class Pointer:
+    """Which versions answer."""
+
+    stable: str
+    before: tuple[str, ...] = ()
+    """What was stable before, the newest last."""
+    canary: str | None = None
+    """Answers to `share` of the users."""
+    share: float = 0.0
+    shadow: str | None = None
+    """Scores every request after it was answered; its scores are logged, never returned."""
+
+    def bucket(self, user_id: str) -> str:
+        """'canary' or 'stable': always the same for a user while the canary is one version; a larger share adds users.
+
+        The user's hash is salted with the canary's name, so that the next canary meets other users.
+        """
+        if self.canary is None:
+            return STABLE
+        return CANARY if hashes([f"{self.canary} {user_id}"])[0] < self.share * 2.0**64 else STABLE
+
+    def write(self, registry: Path) -> None:
+        """Make it the pointer of a registry."""
+        write_whole(registry / POINTER, json.dumps(asdict(self), indent=2) + "\n")
+
+
+def read_pointer(registry: Path) -> Pointer:
+    """current.json.
 
     Raises:
         RegistryError: there is none, or it names no version of the registry.
     """
     try:
-        pointer: dict[str, Any] = json.loads((registry / POINTER).read_text(encoding="utf-8"))
-        stable, before = pointer["stable"], pointer["before"]
+        raw = json.loads((registry / POINTER).read_text(encoding="utf-8"))
+        pointer = Pointer(**raw | {"before": tuple(raw["before"])})
+        if not 0 <= pointer.share <= 1:
+            raise ValueError
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RegistryError(f"--registry {registry}: holds no readable {POINTER}; {_PUBLISH}") from error
-    for name in (stable, *before):
+    optional = [name for name in (pointer.canary, pointer.shadow) if name is not None]
+    for name in (pointer.stable, *pointer.before, *optional):
         if not isinstance(name, str) or "/" in name or name.startswith("."):
             raise RegistryError(f"--registry {registry}: {POINTER} names {name!r}, which is no version; {_PUBLISH}")
     return pointer
 
 
 def move_pointer(registry: Path, name: str) -> None:
-    """Make a version the stable one."""
-    before: list[str] = []
+    """Make a version the stable one; one that was the canary or the shadow is no longer."""
+    pointer = Pointer(name)
     if (registry / POINTER).exists():
-        pointer = read_pointer(registry)
-        before = [*pointer["before"], pointer["stable"]]
-    write_whole(registry / POINTER, json.dumps({"stable": name, "before": before}, indent=2) + "\n")
+        old = read_pointer(registry)
+        pointer = replace(old, stable=name, before=(*old.before, old.stable))
+        if old.canary == name:
+            pointer = replace(pointer, canary=None, share=0.0)
+        if old.shadow == name:
+            pointer = replace(pointer, shadow=None)
+    pointer.write(registry)
+
+
+def with_canary(registry: Path, name: str, share: float) -> None:
+    """Let a version answer to a share of the users; 0 ends it. Raises RegistryError."""
+    canary = name if share > 0 else None
+    replace(read_pointer(registry), canary=canary, share=share).write(registry)
 
 
 def roll_back(registry: Path) -> str:
-    """Make the version before the stable one stable again; its name.
+    """Make the version before the stable one stable again, without canary and shadow; its name.
 
     Raises:
         RegistryError: there was none before.
     """
     pointer = read_pointer(registry)
-    if not pointer["before"]:
-        raise RegistryError(f"--registry {registry}: no version was stable before {pointer['stable']}; {_PUBLISH}")
-    *before, name = pointer["before"]
-    write_whole(registry / POINTER, json.dumps({"stable": name, "before": before}, indent=2) + "\n")
-    return str(name)
+    if not pointer.before:
+        raise RegistryError(f"--registry {registry}: no version was stable before {pointer.stable}; {_PUBLISH}")
+    *before, name = pointer.before
+    Pointer(name, tuple(before)).write(registry)
+    return name
+
+
+def version_folder(registry: Path, name: str) -> Path:
+    """The folder of a version that the pointer names. Raises RegistryError."""
+    folder = registry / VERSIONS / name
+    if not folder.is_dir():
+        raise RegistryError(f"--registry {registry}: {POINTER} names {folder.name}, which is not there; {_PUBLISH}")
+    return folder
 
 
 def stable_folder(registry: Path) -> Path:
     """The folder of the stable version. Raises RegistryError."""
-    folder = registry / VERSIONS / str(read_pointer(registry)["stable"])
-    if not folder.is_dir():
-        raise RegistryError(f"--registry {registry}: {POINTER} names {folder.name}, which is not there; {_PUBLISH}")
-    return folder
+    return version_folder(registry, read_pointer(registry).stable)
 
 
 def model_spec(folder: Path) -> FeatureSpec:

@@ -19,6 +19,7 @@ from usr_ray.serving.encode import EncodeError, Encoder, UserEvents, ValueIndex,
 from usr_ray.serving.ranker import MAX_CANDIDATES, Ranker, RequestError
 from usr_ray.serving.stores import ItemTable, StoreError, UserStore, write_items, write_users
 from usr_ray.serving.versions import (
+    Pointer,
     RegistryError,
     move_pointer,
     read_pointer,
@@ -26,6 +27,7 @@ from usr_ray.serving.versions import (
     stable_folder,
     verified_version,
     version_files,
+    with_canary,
 )
 
 pytestmark = pytest.mark.unit
@@ -177,7 +179,15 @@ def test_the_pointer_moves_and_goes_back(tmp_path):
     for name in ("one", "two", "three"):
         (tmp_path / "versions" / name).mkdir(parents=True)
         move_pointer(tmp_path, name)
-    assert read_pointer(tmp_path) == {"stable": "three", "before": ["one", "two"]}
+    with_canary(tmp_path, "four", 0.25)
+    assert read_pointer(tmp_path) == Pointer("three", ("one", "two"), "four", 0.25)
+    move_pointer(tmp_path, "four")  # what was the canary has become stable
+    assert read_pointer(tmp_path) == Pointer("four", ("one", "two", "three"))
+    with_canary(tmp_path, "five", 0.25)
+    assert roll_back(tmp_path) == "three"
+    assert read_pointer(tmp_path) == Pointer("three", ("one", "two"))
+    with_canary(tmp_path, "five", 0.0)
+    assert read_pointer(tmp_path).canary is None
     assert (roll_back(tmp_path), roll_back(tmp_path)) == ("two", "one")
     assert stable_folder(tmp_path).name == "one"
     with pytest.raises(RegistryError, match="no version was stable before one"):
@@ -185,9 +195,30 @@ def test_the_pointer_moves_and_goes_back(tmp_path):
     move_pointer(tmp_path, "gone")
     with pytest.raises(RegistryError, match=r"names gone, which is not there"):
         stable_folder(tmp_path)
+    for strange in ('{"stable": "x", "before": [], "share": 2}', '{"stable": "x", "before": [], "x": 1}', "[]"):
+        (tmp_path / "current.json").write_text(strange)
+        with pytest.raises(RegistryError, match=r"holds no readable current\.json"):
+            read_pointer(tmp_path)
     (tmp_path / "current.json").write_text('{"stable": "../x", "before": []}')
     with pytest.raises(RegistryError, match=r"names '../x', which is no version"):
         stable_folder(tmp_path)
+
+
+def test_the_canary_has_its_share_of_the_users_and_keeps_them():
+    users = [f"u{n}" for n in range(20_000)]
+
+    def canaries(name, share):
+        return {user for user in users if Pointer("one", canary=name, share=share).bucket(user) == "canary"}
+
+    tenth, third = canaries("two", 0.1), canaries("two", 0.3)
+    # Of a binomial's standard deviation, 42 and 65 users, five.
+    assert abs(len(tenth) - 2_000) < 5 * 42
+    assert abs(len(third) - 6_000) < 5 * 65
+    assert tenth < third
+    assert canaries("two", 1.0) == set(users)
+    assert canaries("two", 0.0) == set()
+    other = canaries("three", 0.1)  # another canary meets other users: of 2,000 some 200
+    assert len(tenth & other) < 300
 
 
 def test_a_version_with_a_changed_file_is_refused(tmp_path):

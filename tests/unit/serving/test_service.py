@@ -17,7 +17,7 @@ from usr_ray.serving.app import make_app
 from usr_ray.serving.events import EventLog
 from usr_ray.serving.ranker import Ranker, RequestError
 from usr_ray.serving.service import OverloadError, Service, Settings, parsed
-from usr_ray.serving.versions import RegistryError, move_pointer
+from usr_ray.serving.versions import Pointer, RegistryError, move_pointer, roll_back
 
 pytestmark = pytest.mark.unit
 
@@ -32,15 +32,23 @@ class Version:
         self.encoder = SimpleNamespace(spec=samples_spec())
         self.log = log
 
+    def score(self, raw: Any) -> dict[str, Any]:
+        return self.answer(raw, ranked=False)
+
     def answer(self, raw: Any, *, ranked: bool) -> dict[str, Any]:
         if raw.get("wait"):
             assert self.gate.wait(30)
         if "candidates" not in raw:
             raise RequestError("candidates: NoneType; a list is needed")
         items = [{"id": c} for c in raw["candidates"]]
-        if self.log is not None and "user_id" in raw:
+        if raw.get("events"):
             items = [{"id": row.id} for row in self.log.of_user(raw["user_id"])]
-        return {"version": self.version["version"], "items": items[:: -1 if ranked else 1], "degraded": "slow" in raw}
+        return {
+            "request_id": None,
+            "version": self.version["version"],
+            "items": items[:: -1 if ranked else 1],
+            "degraded": "slow" in raw,
+        }
 
 
 @pytest.fixture
@@ -115,12 +123,49 @@ def test_the_pointer_swaps_the_version_and_a_torn_one_stays_out(service, client,
     assert not service.look()
     assert client.get("/readyz").json() == {"version": "two"}
     move_pointer_text(tmp_path, "two")
-    assert not service.look()
+    assert service.look()
     assert client.get("/v1/model").json()["last_error"] == ""
 
 
 def move_pointer_text(registry, name):
     (registry / "current.json").write_text(json.dumps({"stable": name, "before": []}))
+
+
+def test_the_canary_answers_to_its_users_and_the_shadow_to_nobody(service, client, tmp_path):
+    Pointer("one", canary="two", share=0.5, shadow="two").write(tmp_path)
+    assert service.look()
+    assert not service.look()
+    answers = [client.post("/v1/score", json=GOOD | {"user_id": f"u{n}"}).json() for n in range(40)]
+    found = {(answer["bucket"], answer["version"]) for answer in answers}
+    assert found == {("stable", "one"), ("canary", "two")}
+    again = client.post("/v1/score", json=GOOD | {"user_id": "u0"}).json()
+    assert (again["bucket"], "shadow" in again) == (answers[0]["bucket"], False)
+    about = client.get("/v1/model").json()
+    assert (about["canary"]["version"], about["shadow"]["version"], about["share"]) == ("two", "two", 0.5)
+    # A canary that is torn stays out, and the rollback ends both.
+    Pointer("one", canary="torn", share=0.5).write(tmp_path)
+    assert not service.look()
+    assert client.get("/v1/model").json()["canary"]["version"] == "two"
+    Pointer("two", ("one",), canary="torn", share=0.5).write(tmp_path)
+    assert roll_back(tmp_path) == "one"
+    assert service.look()
+    assert {client.post("/v1/score", json=GOOD | {"user_id": f"u{n}"}).json()["version"] for n in range(40)} == {"one"}
+
+
+def test_the_shadows_scores_are_logged_and_its_faults_are_its_own(service, client, tmp_path):
+    Pointer("one", shadow="two").write(tmp_path)
+    assert service.look()
+    asked = GOOD | {"user_id": "u", "scenario": "search"}
+    answer = client.post("/v1/rank", json=asked).json()
+    assert client.post("/v1/score", json=GOOD).status_code == 200  # without a user the shadow's line cannot be written
+    service._shadow_pool.shutdown()
+    (file,) = (tmp_path / "log").glob("shadow-*.jsonl")
+    (line,) = map(json.loads, file.read_text().splitlines())
+    assert (line["version"], line["items"], line["bucket"]) == ("one", answer["items"], "stable")
+    assert line["shadow"] == {"version": "two", "items": [{"id": "a"}, {"id": "b"}]}
+    text = client.get("/metrics").text
+    assert 'usr_ray_serving_shadows_total{outcome="logged"} 1.0' in text
+    assert 'usr_ray_serving_shadows_total{outcome="failed"} 1.0' in text
 
 
 def test_metrics_count_requests_candidates_and_answers_without_history(client):
@@ -144,7 +189,7 @@ def test_posted_events_are_kept_before_they_are_answered_and_seen_by_the_next_re
     answer = client.post("/v1/events", json={"search_clicks": [click]})
     assert (answer.status_code, answer.json()) == (200, {"accepted": 1, "known_before": 0})
     assert client.post("/v1/events", json={"search_clicks": [click]}).json() == {"accepted": 0, "known_before": 1}
-    assert client.post("/v1/score", json=GOOD | {"user_id": "u"}).json()["items"] == [{"id": "c"}]
+    assert client.post("/v1/score", json=GOOD | {"user_id": "u", "events": 1}).json()["items"] == [{"id": "c"}]
     bad = client.post("/v1/events", json={"search_clicks": [click | {"click_id": "d"}, {}]})
     assert (bad.status_code, bad.json()["error"][:26]) == (422, "search_clicks[1].click_id:")
     assert [row.id for row in EventLog(tmp_path / "log" / "events").of_user("u")] == ["c"]
