@@ -88,6 +88,10 @@ class Config:
             not strays or self.query_scenarios == ("search",),
             f"query_scenarios names {', '.join(strays)}, not among scenarios: {', '.join(self.scenarios)}",
         )
+        require(
+            self.data.only_scenario in ("", *self.scenarios),
+            f"data.only_scenario {self.data.only_scenario!r} is not among scenarios: {', '.join(self.scenarios)}",
+        )
         strays = sorted(set(self.labels.no_order_scenarios) - set(self.scenarios))
         require(
             not strays,

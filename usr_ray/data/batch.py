@@ -28,6 +28,12 @@ class History:
     offsets: Tensor
     """int64, B + 1, starts at 0."""
 
+    def emptied(self) -> History:
+        """As many rows, without an event."""
+        queries = None if self.query_ids_V is None else self.query_ids_V[:0]
+        events = (self.item_ids_V[:0], self.actions_V[:0], self.ages_s_V[:0], queries)
+        return History(*events, torch.zeros_like(self.offsets))
+
     def padded(self, max_length: int, *, align: str = "right") -> PaddedHistory:
         """The newest `max_length` events of each row as dense tensors, on the history's own device.
 

@@ -36,12 +36,18 @@ class RowGroupDecoder:
     """Decodes row groups of a manifest; safe to call from several threads."""
 
     def __init__(
-        self, manifest: Manifest, *, ready_before_us: int | None, mature_only: bool, cache_dir: Path | str | None = None
+        self,
+        manifest: Manifest,
+        *,
+        ready_before_us: int | None,
+        mature_only: bool,
+        only_scenario: str = "",
+        cache_dir: Path | str | None = None,
     ) -> None:
         """See SampleReader for the arguments."""
         self._manifest = manifest
         self._ready_before_us = ready_before_us
-        self._mature_only = mature_only
+        self._mature_only, self._only_scenario = mature_only, only_scenario
         unused = {"is_mature": mature_only, "event_time": ready_before_us is not None}
         self.columns = [name for name in model_columns(manifest.spec) if unused.get(name, True)]
         self._filesystem, self._table_path = open_filesystem(manifest.table_uri)
@@ -68,6 +74,7 @@ class RowGroupDecoder:
             first_row=ref.first_row,
             ready_before_us=self._ready_before_us,
             mature_only=self._mature_only,
+            only_scenario=self._only_scenario,
         )
 
     def read(self, ref: RowGroupRef, *, use_threads: bool = False) -> pa.Table:
@@ -107,6 +114,7 @@ def table_to_batch(
     first_row: int,
     ready_before_us: int | None = None,
     mature_only: bool = False,
+    only_scenario: str = "",
 ) -> UsrBatch:
     """Rows of a samples table as a checked batch; the events are as wide as in the table (BatchBuilder narrows them).
 
@@ -118,6 +126,7 @@ def table_to_batch(
         first_row: row_number of the first row.
         ready_before_us: rows whose labels close later get weight 0; None: all are in time.
         mature_only: rows with is_mature false get weight 0.
+        only_scenario: rows of the other scenarios get weight 0, and all rows empty histories of those; '': none do.
 
     Raises:
         DataError: a value that breaks the contract of the samples table.
@@ -128,15 +137,21 @@ def table_to_batch(
         weights_B *= columns.scalars("is_mature").to_numpy(zero_copy_only=False)
     if ready_before_us is not None:
         weights_B *= labels_close_us(columns.event_time_us(), spec) <= ready_before_us
+    scenario_B = columns.ids("scenario_index", len(spec.scenarios), "scenarios")
+    histories = tuple(columns.history(names, spec) for names in spec.histories)
+    if only_scenario:
+        weights_B *= scenario_B.to_numpy() == spec.scenarios.index(only_scenario)
+        pairs = zip(spec.histories, histories, strict=True)
+        histories = tuple(events if names.scenario == only_scenario else events.emptied() for names, events in pairs)
     ids = [columns.ids(feature.column, feature.num_embeddings).to_numpy() for feature in spec.sparse]
     numbers = [columns.finite(feature.column) for feature in spec.dense]
     return UsrBatch(
         labels_BT=torch.from_numpy(columns.labels()),
         weights_B=torch.from_numpy(weights_B),
-        scenario_B=torch.from_dlpack(columns.ids("scenario_index", len(spec.scenarios), "scenarios")),
+        scenario_B=torch.from_dlpack(scenario_B),
         sparse_BF=torch.from_numpy(_stack(ids, table.num_rows, sparse_type(spec).type)),
         dense_BF=torch.from_numpy(_stack(numbers, table.num_rows, np.float32)),
-        histories=tuple(columns.history(names, spec) for names in spec.histories),
+        histories=histories,
         user_key_B=torch.from_dlpack(columns.scalars("user_key")),
         request_key_B=torch.from_dlpack(columns.scalars("request_key")),
         row_number_B=torch.arange(first_row, first_row + table.num_rows),

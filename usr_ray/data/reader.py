@@ -53,6 +53,8 @@ class Reading:
     are not read; None: no such limit."""
     mature_only: bool = True
     """Likewise for rows with is_mature false."""
+    only_scenario: str = ""
+    """Rows of other scenarios get weight 0, and the histories of other scenarios are empty; '': all count."""
     num_shards: int = 1
     """Spans of a block that are permuted separately, so that a rank decodes only its own (order.py); 1 permutes whole
     blocks, and every rank decodes every row group."""
@@ -90,7 +92,11 @@ class SampleReader:
         self.refs = usable_row_groups(manifest, ready_before_us=ready_before_us, mature_only=mature_only)
         """The row groups that are read, in file order."""
         self.decoder = RowGroupDecoder(
-            manifest, ready_before_us=ready_before_us, mature_only=mature_only, cache_dir=reading.cache_dir
+            manifest,
+            ready_before_us=ready_before_us,
+            mature_only=mature_only,
+            only_scenario=reading.only_scenario,
+            cache_dir=reading.cache_dir,
         )
         self._executor: ThreadPoolExecutor | None = None
         self._streams: weakref.WeakSet[_Stream] = weakref.WeakSet()
@@ -168,7 +174,8 @@ class SampleReader:
     def _fingerprint(self) -> str:
         spec, r = self.manifest.spec, self.reading
         order = {"kind": r.order, "seed": r.seed, "block_rows": r.block_rows, "num_shards": r.num_shards}
-        rows = [r.global_batch_size, r.group_size, r.ready_before_us, r.mature_only]
+        rows: list[object] = [r.global_batch_size, r.group_size, r.ready_before_us, r.mature_only]
+        rows += [r.only_scenario] if r.only_scenario else []
         fixed = [self.manifest.sha256, spec.label_delay_us, spec.label_day_span, order, *rows]
         return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 

@@ -146,7 +146,7 @@ def _compare(
     if not pairs:
         return
     scenarios = trials.config(pairs[0][0]).scenarios
-    first = trials.predictions(pairs[0][0].trial_id)
+    first = trials.predictions(_narrowest(trials, pairs[0]).trial_id)
     masks = rows_by_part(first, trials.training_rows(pairs[0][0])) if sliced else {WHOLE: np.ones(len(first), bool)}
     for part, mask in masks.items():
         sides = [[_masked(trials, t, mask, first) for t in side] for side in zip(*pairs, strict=True)]
@@ -164,10 +164,21 @@ def _gap(
     return paired_auc_gap(labels, np.stack([c[1] for c in ours]), np.stack([c[1] for c in theirs]), users)
 
 
+def _narrowest(trials: Trials, pair: tuple[Trial, Trial]) -> Trial:
+    """The one that was evaluated on one scenario alone (data.only_scenario), if there is such a one: on these rows."""
+    return next((trial for trial in pair if trials.config(trial).data.only_scenario), pair[0])
+
+
 def _masked(trials: Trials, trial: Trial, mask_N: NDArray[np.bool_], first: Predictions) -> Predictions:
     rows = trials.predictions(trial.trial_id)
+    if not trials.config(trial).data.only_scenario:
+        rows = _rows(rows, np.isin(rows.row_number_N, first.row_number_N))
     if not np.array_equal(rows.row_number_N, first.row_number_N):
         raise StudyError(f"trial {trial.trial_id}: was evaluated on other rows than those it is compared with")
+    return _rows(rows, mask_N)
+
+
+def _rows(rows: Predictions, mask_N: NDArray[np.bool_]) -> Predictions:
     columns = {
         name: value[mask_N]
         for name in (

@@ -52,7 +52,7 @@ from usr_ray.serving.runtime import (
     require_packages,
 )
 from usr_ray.training.checkpoint import SUMS, TENSORS, Checkpoint
-from usr_ray.training.evaluate import TrainedRun, check_table, load_run
+from usr_ray.training.evaluate import TrainedRun, check_table, load_whole_run
 
 TOLERANCE = 1e-5
 """Largest difference of a probability from the training model's."""
@@ -80,7 +80,7 @@ def export_run(run_dir: Path, output_dir: Path, lake: Path | str | None = None) 
     output_dir = output_dir.resolve()  # "." has no name
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ExportError(f"--output {output_dir}: is not empty; name another directory, or delete this one")
-    run = load_run(run_dir)
+    run = load_whole_run(run_dir)
     vocabularies = None
     if lake is not None:
         check_table(run, open_samples(lake))

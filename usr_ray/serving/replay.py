@@ -31,7 +31,7 @@ from usr_ray.serving.library import Run
 from usr_ray.serving.runtime import ExportedModel
 from usr_ray.serving.stores import ItemTable, UserStore, write_items, write_users
 from usr_ray.serving.versions import MODEL, open_encoder, stable_folder, verified_version
-from usr_ray.training.evaluate import check_table, load_run
+from usr_ray.training.evaluate import check_table, load_whole_run
 
 TOLERANCE = 1e-6
 _EXAMPLES = 3
@@ -109,7 +109,7 @@ def replay(
     """
     folder = stable_folder(registry)
     version = verified_version(folder)
-    trained = load_run(run_dir)
+    trained = load_whole_run(run_dir)
     if model_id(trained.checkpoint) != version["model_id"]:
         raise DataError(
             f"--run-dir {run_dir}: its model is {model_id(trained.checkpoint)}, the registry's stable version "

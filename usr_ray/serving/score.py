@@ -35,7 +35,7 @@ from usr_ray.schema import PARTITION_COLUMN
 from usr_ray.serving.check import training_probabilities
 from usr_ray.serving.export import model_id
 from usr_ray.serving.model import GLOBAL_PROBABILITIES, PROBABILITIES
-from usr_ray.training.evaluate import TrainedRun, check_table, evaluation_reader, load_run, score_batches
+from usr_ray.training.evaluate import TrainedRun, check_table, evaluation_reader, load_whole_run, score_batches
 from usr_ray.training.worker import Worker
 
 _REPORT_EVERY_S = 10.0
@@ -204,7 +204,7 @@ def score_dates(
     """
     if worker.world_size > 1:
         raise ScoreError("jobs/score.py runs in one process; share the dates over several jobs with their own --output")
-    run = load_run(run_dir, worker.device)
+    run = load_whole_run(run_dir, worker.device)
     manifest = build_manifest(lake, dates=dates, allow_missing=allow_missing)
     check_table(run, manifest)
     table = ScoreTable(output, model_id=model_id(run.checkpoint), model_step=run.checkpoint.step)

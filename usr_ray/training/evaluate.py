@@ -93,6 +93,7 @@ def evaluation_reader(manifest: Manifest, worker: Worker, config: Config) -> Sam
         group_size=config.model.contrastive.group_size,
         order="file",
         mature_only=config.data.mature_only,
+        only_scenario=config.data.only_scenario,
         rank=worker.rank,
         world_size=worker.world_size,
         num_threads=config.train.reader_threads,
@@ -236,6 +237,21 @@ def load_run(run_dir: Path, device: torch.device | str = "cpu") -> TrainedRun:
     tables = EmbeddingTables(spec, config.model.embedding_dim, config.train.seed, device, sides)
     tables.load_state_dict(_part(tensors, "tables"))
     return TrainedRun(module.to(device).eval(), tables, config, spec, checkpoint)
+
+
+def load_whole_run(run_dir: Path, device: torch.device | str = "cpu") -> TrainedRun:
+    """`load_run`, for a use that meets rows of every scenario.
+
+    Raises:
+        EvaluationError: as load_run; or the run has data.only_scenario.
+    """
+    run = load_run(run_dir, device)
+    if only := run.config.data.only_scenario:
+        raise EvaluationError(
+            f"--run-dir {run_dir}: was trained on scenario {only!r} alone (data.only_scenario), so that it knows no "
+            "other row and no other history; name a run that was trained on all"
+        )
+    return run
 
 
 def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:

@@ -40,6 +40,7 @@ def training_reader(config: Config, manifest: Manifest, *, rank: int = 0, world_
         order=config.train.order,
         ready_before_us=end_of_us(last) if config.data.mature_only else None,
         mature_only=config.data.mature_only,
+        only_scenario=config.data.only_scenario,
         num_shards=config.train.reader_shards,
         rank=rank,
         world_size=world_size,

@@ -38,6 +38,7 @@ FIXED_KEYS = (
     "train.warm_start",
     "train.warm_start_optimizer",
     "data.mature_only",
+    "data.only_scenario",
 )
 """Configuration that gives the weights and the cursor their meaning: a resumed run must have the same."""
 _PIECE_BYTES = 1 << 26

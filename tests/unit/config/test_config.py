@@ -279,6 +279,7 @@ REFUSED = [
         'labels.no_order_scenarios=["feed"]',
         "labels.no_order_scenarios names feed, not among scenarios: search, recommendation",
     ),
+    ('data.only_scenario="feed"', "data.only_scenario 'feed' is not among scenarios: search, recommendation"),
     ("scenarios=[]", "scenarios is empty; name at least one"),
     ('scenarios=["a", "a"]', "scenarios has doubles: ['a', 'a']"),
     ('scenarios=["Search"]', "scenarios: 'Search' must be lower-case letters, digits and '_'"),

@@ -83,6 +83,16 @@ def test_rows_without_any_event_decode() -> None:
     assert all(history.offsets.tolist() == [0] * 61 for history in decode(table).histories)
 
 
+def test_of_one_scenario_alone_only_its_rows_count_and_only_its_histories_are_there() -> None:
+    every, alone = decode(TABLE), decode(TABLE, only_scenario="recommendation")
+    assert alone.weights_B.tolist() == [float(n == "recommendation") for n in TABLE["scenario"].to_pylist()]
+    assert torch.equal(alone.sparse_BF, every.sparse_BF)
+    gone, kept = alone.histories
+    assert gone.offsets.tolist() == [0] * 61
+    assert [len(values) for values in (gone.item_ids_V, gone.actions_V, gone.ages_s_V, gone.query_ids_V)] == [0] * 4
+    assert lists(kept, "item_ids_V") == TABLE["recommendation_history_item_ids"].to_pylist()
+
+
 def test_tables_without_numbers_and_with_one_scenario_decode() -> None:
     spec = samples_spec(scenarios=("feed",), query_scenarios=())
     table = samples_arrow(spec, num_rows=9, num_days=1)

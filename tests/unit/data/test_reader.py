@@ -364,11 +364,12 @@ def test_fingerprint_is_of_the_batches_and_not_of_the_workers(manifest: Manifest
             {"block_rows": 151},
             {"num_shards": 2},
             {"mature_only": True},
+            {"only_scenario": "search"},
             {"ready_before_us": START_US + 9 * DAY_US},
             {"manifest": dataclasses.replace(manifest, spec=longer)},
         )
     ]
-    assert len({base, *others}) == 10
+    assert len({base, *others}) == 11
 
 
 @pytest.fixture

@@ -96,6 +96,35 @@ def test_rows_that_differ_are_never_compared(study: Study, tmp_path: Path) -> No
         contrasts(Trials(tmp_path, study))
 
 
+def test_a_model_of_one_scenario_is_compared_on_its_rows(tmp_path: Path) -> None:
+    axis = {"name": "model", "values": {"joint": {}, "alone": {"data.only_scenario": "search"}}}
+    comparison = {"axis": "model", "of": ["joint"], "against": "alone"}
+    raw = {"seeds": [0, 1], "axes": [axis], "comparisons": [comparison, {"axis": "model", "against": "joint"}]}
+    study = parse_study(raw, name="joint", scale="full")
+    write_record(tmp_path, open_study(tmp_path, study, BASE, lake="/lake", command=[]))
+    for trial in expand(study):
+        predictions = rows(0.5 if trial.point["model"] == "joint" else 1.5, trial.seed)
+        if trial.point["model"] == "alone":
+            columns = {name: getattr(predictions, name) for name in predictions.__slots__}
+            own = predictions.scenario_N == 0
+            predictions = replace(predictions, **{n: v[own] for n, v in columns.items() if v is not None})
+        finish(tmp_path, study, trial, predictions)
+    found = {(c.label, c.scenario, c.task): c.gap for c in contrasts(Trials(tmp_path, study))}
+    own = rows(0.5, 0).scenario_N == 0
+    expected = []
+    for seed in (0, 1):
+        joint, alone = (rows(noise, seed) for noise in (0.5, 1.5))
+        areas = [auc(p.labels_NT[own, 0], p.probs_NT[own, 0]) or 0.0 for p in (joint, alone)]
+        expected.append(areas[0] - areas[1])
+    gap, back = found["joint", "search", "ctr"], found["alone", "search", "ctr"]
+    assert gap is not None
+    assert back is not None
+    assert gap.by_seed == pytest.approx(expected)
+    assert back.by_seed == pytest.approx([-value for value in expected])
+    assert found["joint", "recommendation", "ctr"] is None, "it has no row there"
+    assert "joint against alone" in write_study_report(tmp_path, study).read_text(encoding="utf-8")
+
+
 def test_nothing_finished_is_one_line(study: Study, tmp_path: Path) -> None:
     with pytest.raises(StudyError, match=r"no trial of study blur is finished; run jobs/study.py"):
         Trials(tmp_path, study)

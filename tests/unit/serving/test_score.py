@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import shutil
 
@@ -17,7 +18,9 @@ from usr_ray.cli import run_job
 from usr_ray.config import UserError
 from usr_ray.data.manifest import build_manifest
 from usr_ray.schema import SAMPLES
+from usr_ray.serving.export import export_run
 from usr_ray.serving.score import SCORES_SCHEMA, ScoreError, ScoreTable, score_dates, score_rows
+from usr_ray.training import evaluate as evaluate_module
 from usr_ray.training.evaluate import evaluate, load_run
 from usr_ray.training.worker import LocalWorker
 
@@ -132,6 +135,21 @@ def test_a_failure_on_the_way_commits_nothing_and_keeps_its_type(lake, run_dir, 
     with pytest.raises(ZeroDivisionError):
         table.write_date(FIRST_DATE, (1 // 0 if n else one_row for n in range(2)))
     assert rows_of(output) == before
+
+
+def test_a_run_of_one_scenario_alone_scores_nothing_and_is_not_exported(lake, run_dir, tmp_path, monkeypatch):
+    run = load_run(run_dir)
+    data = dataclasses.replace(run.config.data, only_scenario="search")
+    alone = dataclasses.replace(run, config=dataclasses.replace(run.config, data=data))
+    monkeypatch.setattr(evaluate_module, "load_run", lambda *_: alone)
+    message = (
+        r"--run-dir .*: was trained on scenario 'search' alone \(data.only_scenario\), so that it knows no other row"
+    )
+    with pytest.raises(UserError, match=message):
+        score(run_dir, lake, tmp_path / "scores")
+    with pytest.raises(UserError, match=message):
+        export_run(run_dir, tmp_path / "out", lake=lake)
+    assert not list(tmp_path.iterdir())
 
 
 def refused(capsys, *words):
