@@ -33,7 +33,7 @@ def address(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         (registry / "versions" / name).mkdir(parents=True)
     move_pointer(registry, "one")
     serve.start(http_options={"host": "127.0.0.1", "port": PORT})
-    settings = Settings(registry, num_workers=1, max_queued=4, poll_s=0.1)
+    settings = Settings(registry, num_workers=1, max_queued=4, poll_s=0.1, max_wait_s=60)
     serve.run(deployment(settings, "secret", make_service=named_service), route_prefix="/")
     yield f"http://127.0.0.1:{PORT}", registry
     serve.shutdown()

@@ -13,6 +13,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,14 @@ from numpy.typing import NDArray
 
 from usr_ray.config import UserError
 from usr_ray.serving.encode import EncodeError, Encoder, Profile, UserEvents, category_text
-from usr_ray.serving.events import EventLog, Rules, with_live
+from usr_ray.serving.events import EventLog, Row, Rules, with_live
 from usr_ray.serving.runtime import ExportedModel
 from usr_ray.serving.stores import ItemTable, StoreError, UserStore
 from usr_ray.serving.versions import GOLDEN, MODEL, STABLE, RegistryError, open_encoder, stable_folder, verified_version
 
 MAX_CANDIDATES = 2000
+_NUM_READERS = 4
+"""Of users: a store that hangs holds so many, and the next requests are answered without it."""
 GOLDEN_TOLERANCE = 1e-6
 TASKS = ("ctr", "ctcvr")
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
@@ -80,6 +83,8 @@ class Ranker:
         self._exact_from_us = exact_from_us
         self._rules = Rules(**version["rules"])
         self._log: EventLog | None = None
+        self._readers: ThreadPoolExecutor | None = None
+        self._deadline_s: float | None = None
 
     @classmethod
     def load(cls, registry: Path | str, *, num_threads: int = 1) -> Ranker:
@@ -91,11 +96,24 @@ class Ranker:
         return cls.open(stable_folder(Path(registry)), num_threads=num_threads)
 
     @classmethod
-    def open(cls, folder: Path, *, num_threads: int = 1, log: EventLog | None = None) -> Ranker:
-        """A version by its folder, with the events of a log. Raises UserError: see `load`."""
+    def open(
+        cls, folder: Path, *, num_threads: int = 1, log: EventLog | None = None, deadline_s: float | None = None
+    ) -> Ranker:
+        """A version by its folder, for a service.
+
+        Args:
+            folder: of the version.
+            num_threads: of ONNX Runtime, for one request.
+            log: of events since it was published.
+            deadline_s: how long a request waits for what is known of its user; None: as long as it takes.
+
+        Raises:
+            UserError: see `load`.
+        """
         ranker = cls.of_files(folder, verified_version(folder), num_threads=num_threads)
         ranker.check_golden(json.loads((folder / GOLDEN).read_text(encoding="utf-8")))
         ranker._log = log
+        ranker.read_within(deadline_s)
         return ranker
 
     @classmethod
@@ -116,6 +134,11 @@ class Ranker:
             stores,
             exact_from_us=(exact_from - _EPOCH) // dt.timedelta(microseconds=1),
         )
+
+    def read_within(self, deadline_s: float | None) -> None:
+        """Answer without history, marked degraded, where a user cannot be read within so many seconds."""
+        self._deadline_s = deadline_s
+        self._readers = None if deadline_s is None else ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="read")
 
     def check_golden(self, golden: Sequence[Mapping[str, Any]]) -> None:
         """Answer requests whose answers are known.
@@ -179,17 +202,14 @@ class Ranker:
                 ids[place], numbers[place] = profile.ids, profile.numbers
             of_items = Profile(ids, numbers)
         is_degraded = False
+        found, rows = None, list[Row]()
         try:
-            found = self._users.get(request.user_id)
-        except StoreError:
-            found, is_degraded = None, True
-        events, user = (UserEvents.none(), encoder.nothing("user")) if found is None else found
-        try:
-            if self._log is not None:
-                rows = self._log.of_user(request.user_id)
-                events = with_live(events, rows, self._rules, encoder, request.time_us) if rows else events
-        except OSError:
+            found, rows = self._read(request.user_id)
+        except (StoreError, OSError, TimeoutError):
             is_degraded = True
+        events, user = (UserEvents.none(), encoder.nothing("user")) if found is None else found
+        if rows:
+            events = with_live(events, rows, self._rules, encoder, request.time_us)
         inputs = encoder.inputs(
             scenario=request.scenario,
             time_us=request.time_us,
@@ -202,6 +222,20 @@ class Ranker:
         )
         new = [item for item, is_unknown in zip(request.candidates, is_new, strict=True) if is_unknown]
         return inputs, {"user": found is None, "candidates": new}, is_degraded
+
+    def _read(self, user_id: str) -> tuple[tuple[UserEvents, Profile] | None, list[Row]]:
+        """What the store and the log hold of a user. Raises StoreError, OSError, or TimeoutError."""
+
+        def read() -> tuple[tuple[UserEvents, Profile] | None, list[Row]]:
+            return self._users.get(user_id), [] if self._log is None else self._log.of_user(user_id)
+
+        if self._readers is None:
+            return read()
+        future = self._readers.submit(read)
+        try:
+            return future.result(self._deadline_s)
+        finally:
+            future.cancel()  # where it waits for a reader that hangs, it must not be read later
 
     # ---- checks
 

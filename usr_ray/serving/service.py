@@ -44,6 +44,10 @@ class Settings:
     """Requests that are computed or wait; one more is refused at once (429)."""
     poll_s: float = 1.0
     """Seconds between two looks at the pointer."""
+    max_wait_s: float = 0.5
+    """A request that waited longer for a worker is not computed (429): who asked has likely gone."""
+    store_deadline_s: float = 0.05
+    """A request whose user cannot be read within it is answered without history, marked degraded."""
     log_dir: Path | None = None
     """Where events (`events.EventLog`) and scores of the shadow are kept; None: REGISTRY/log."""
 
@@ -115,9 +119,14 @@ class Service:
                 raise OverloadError
             self._num_queued += 1
         started = time.perf_counter()
-        future = self._pool.submit(work, *arguments)
+        future = self._pool.submit(self._in_time, started, work, *arguments)
         future.add_done_callback(lambda _: self._done(started))
         return future
+
+    def _in_time(self, started: float, work: Callable[..., Any], *arguments: Any) -> Any:
+        if time.perf_counter() - started > self.settings.max_wait_s:
+            return 429, {"error": "waited too long for a worker; try again after a second"}
+        return work(*arguments)
 
     @property
     def ranker(self) -> Ranker:
@@ -222,12 +231,12 @@ class Service:
 
     def _opened(self, before: dict[str, Ranker]) -> tuple[Pointer, dict[str, Ranker]]:
         """The pointer and the versions that it names; those of `before` stay open."""
-        registry, threads = self.settings.registry, self.settings.num_threads
+        registry, threads, deadline = self.settings.registry, self.settings.num_threads, self.settings.store_deadline_s
         pointer = read_pointer(registry)
         names = {name for name in (pointer.stable, pointer.canary, pointer.shadow) if name is not None}
         folders = {name: version_folder(registry, name) for name in sorted(names)}
         return pointer, {
-            name: before.get(name) or Ranker.open(folder, num_threads=threads, log=self.log)
+            name: before.get(name) or Ranker.open(folder, num_threads=threads, log=self.log, deadline_s=deadline)
             for name, folder in folders.items()
         }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -148,6 +149,30 @@ def test_users_keep_what_a_later_request_can_see(encoder, stores):
     again = UserStore(folder, encoder)  # LMDB itself refuses to open one twice in a process
     del users
     assert again.get("u2")[0].action.tolist() == [2]
+
+
+def test_a_user_who_cannot_be_read_in_time_has_no_history(encoder, stores):
+    folder, as_of = stores
+    gate, users = threading.Event(), UserStore(folder, encoder)
+
+    class Hanging:
+        def get(self, user_id):
+            assert gate.wait(30)
+            return users.get(user_id)
+
+    version = {"version": "v", "rules": {"click_window": 0, "order_window": 0}}
+    ranker = Ranker(version, None, encoder, (ItemTable(folder), Hanging()), exact_from_us=as_of)
+    ranker.read_within(0.01)
+    request = ranker.checked({"scenario": "search", "user_id": "u1", "candidates": ["v1"]})
+    for _ in range(6):  # more than there are readers
+        inputs, unknown, is_degraded = ranker.encoded(request)
+        assert (is_degraded, unknown["user"]) == (True, True)
+        assert not inputs["search_history_item_ids"].any()
+    gate.set()
+    ranker.read_within(30)
+    inputs, unknown, is_degraded = ranker.encoded(request)
+    assert (is_degraded, unknown["user"]) == (False, False)
+    assert inputs["search_history_item_ids"].any()
 
 
 def test_items_are_as_their_newest_impression_has_them(encoder, stores):

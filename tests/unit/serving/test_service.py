@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 from types import SimpleNamespace
@@ -53,7 +54,7 @@ class Version:
 
 @pytest.fixture
 def service(tmp_path, monkeypatch):
-    def opened(folder, *, num_threads, log):
+    def opened(folder, *, num_threads, log, deadline_s):
         if folder.name == "torn":
             raise RegistryError("versions/torn: missing or changed since it was published; publish again")
         return Version(folder.name, log)
@@ -63,7 +64,7 @@ def service(tmp_path, monkeypatch):
     for name in ("one", "two", "torn"):
         (tmp_path / "versions" / name).mkdir(parents=True)
     move_pointer(tmp_path, "one")
-    service = Service(Settings(tmp_path, num_workers=1, max_queued=2, poll_s=60))
+    service = Service(Settings(tmp_path, num_workers=1, max_queued=2, poll_s=60, max_wait_s=60))
     yield service
     Version.gate.set()
     service.close()
@@ -102,6 +103,12 @@ def test_more_requests_than_the_queue_takes_are_429_at_once(service, client):
     Version.gate.set()
     assert [future.result(30)[0] for future in waiting] == [200, 200]
     assert client.post("/v1/score", json=GOOD).status_code == 200
+
+
+def test_a_request_that_has_waited_too_long_is_not_computed(service):
+    service.settings = dataclasses.replace(service.settings, max_wait_s=0.0)
+    status, answer = service.submit(json.dumps(GOOD).encode(), ranked=False).result(30)
+    assert (status, answer["error"][:15]) == (429, "waited too long")
 
 
 def test_the_pointer_swaps_the_version_and_a_torn_one_stays_out(service, client, tmp_path):
