@@ -1,6 +1,7 @@
 """The daily run, as cron calls it: build, restate, train on, judge, export, publish, score. Resumable; one at a time.
 
-    python jobs/daily.py --config FILE --logs DIR --lake DIR --work DIR [--date today-1] [--watermark ISO] [--set a.b=c]
+    python jobs/daily.py --config FILE --logs DIR --lake DIR --work DIR [--date today-1] [--watermark ISO]
+        [--registry DIR] [--set a.b=c]
     python jobs/daily.py --work DIR --status             the days and the model in use
     python jobs/daily.py --work DIR --use 2026-01-05     go back to the model of that day
 
@@ -177,9 +178,20 @@ class Day:
         return None
 
     def publish(self) -> str | None:
-        """Put the new model into use."""
+        """Put the new model into use, in the registry of the service too where there is one."""
         if self.state.verdict != PROMOTED:
             return "no new model"
+        if self.arguments.registry is not None:
+            self._python(
+                "publish",
+                "jobs/publish.py",
+                "--run-dir",
+                self.run_dir,
+                "--lake",
+                self.arguments.lake,
+                "--registry",
+                self.arguments.registry,
+            )
         write_current(
             self.work, name=self.plan.day, trained_to=self.plan.train_last, why=self.state.record["verdict"]["why"]
         )
@@ -297,6 +309,7 @@ def main(argv: list[str]) -> None:
     parser.add_place("--work", None, type=Path, required=True, help="state, runs, exports and scores go here")
     parser.add_place("--logs", check_logs, help="folder with one entry per log")
     parser.add_place("--lake", check_new_lake, help="where the tables are")
+    parser.add_place("--registry", check_output, type=Path, help="publish for jobs/serve.py here, too")
     parser.add_argument("--date", default="today-1", help="newest complete UTC day of the logs (today-1)")
     parser.add_argument("--watermark", metavar="ISO", help="the logs are complete up to here (default: newest event)")
     parser.add_argument(
@@ -342,6 +355,7 @@ def main(argv: list[str]) -> None:
         address = getattr(arguments, name)
         setattr(arguments, name, address if "://" in address else str(Path(address).resolve()))
     arguments.config = arguments.config.resolve()
+    arguments.registry = arguments.registry and arguments.registry.resolve()
     config = job_config(arguments)
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # a scheduler's stop is an interruption
     with locked(arguments.work) as lock:

@@ -19,7 +19,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 MANIFESTS = ROOT / "cluster" / "kubernetes"
 FIELDS_FILE = Path(__file__).with_suffix(".json")
-KINDS = ("RayCluster", "RayJob", "SparkApplication", "ScheduledSparkApplication")
+KINDS = ("RayCluster", "RayJob", "RayService", "SparkApplication", "ScheduledSparkApplication")
 SOURCES = "kuberay-operator 1.7.0 (ray.io/v1), spark-operator 2.5.2 (sparkoperator.k8s.io/v1beta2)"
 
 

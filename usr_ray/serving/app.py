@@ -7,12 +7,14 @@ import functools
 import hmac
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
 from usr_ray import __version__
+from usr_ray.config import UserError
 from usr_ray.serving.service import MAX_BODY_BYTES, OverloadError, Service, Settings
 
 _OPEN = ("/healthz", "/readyz", "/metrics")
@@ -109,6 +111,23 @@ def deployment(
         """One process with its own copy of the stable version."""
 
     return UsrRay.bind()  # type: ignore[attr-defined]
+
+
+def application(arguments: dict[str, Any]) -> Any:
+    """What `serve deploy` and a RayService call (cluster/serve/usr_ray.yaml).
+
+    Args:
+        arguments: the fields of `Settings`, and `token_file`, whose content requests must carry.
+
+    Raises:
+        UserError: no token.
+    """
+    settings: dict[str, Any] = {n: Path(v) if n in ("registry", "log_dir") else v for n, v in arguments.items()}
+    path = settings.pop("token_file", None)
+    token = "" if path is None else Path(path).read_text(encoding="utf-8").strip()
+    if not token:
+        raise UserError(f"token_file {path}: holds no token; write one into it, and name it among the args")
+    return deployment(Settings(**settings), token)
 
 
 def serve_on_ray(

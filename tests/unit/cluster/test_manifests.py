@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 
 import usr_ray
 from tests.unit.crd_fields import FIELDS_FILE, custom_resources, documents, fields, leaves, paths, problems, read_crds
+from usr_ray.config import UserError
 from usr_ray.launch.environment import RAY_ENVIRONMENT
 
 pytestmark = pytest.mark.unit
@@ -58,6 +59,11 @@ def spark_specs() -> list[dict[str, Any]]:
 def ray_specs() -> list[dict[str, Any]]:
     specs = {d["kind"]: d["spec"] for d in custom_resources()}
     return [specs["RayCluster"], specs["RayJob"]["rayClusterSpec"]]
+
+
+def all_ray_specs() -> list[dict[str, Any]]:
+    """With the service's, whose size is fixed."""
+    return [*ray_specs(), {d["kind"]: d["spec"] for d in custom_resources()}["RayService"]["rayClusterConfig"]]
 
 
 # ---- the operators' schemas
@@ -109,7 +115,7 @@ def test_the_launchers_file_passes_rays_own_schema() -> None:
 def test_versions_are_those_of_constraints_and_of_this_package() -> None:
     for spec in spark_specs():
         assert spec["sparkVersion"] == pins()["pyspark"]
-    for spec in ray_specs():
+    for spec in all_ray_specs():
         assert spec["rayVersion"] == pins()["ray"]
     images = {image for d in custom_resources() for image in found(d["spec"], "image")}
     images.add(yaml.safe_load((CLUSTER / "ray" / "aws.yaml").read_text(encoding="utf-8"))["docker"]["image"])
@@ -298,14 +304,14 @@ def test_rays_pods_and_image_have_the_environment_that_training_needs() -> None:
     text = (CLUSTER / "images" / "ray.Dockerfile").read_text(encoding="utf-8")
     in_image = dict(re.findall(r"([A-Z_]+)=(\S+)", text.split("ENV ", 1)[1].split("\nUSER")[0]))
     assert RAY_ENVIRONMENT.items() <= in_image.items()
-    for spec in ray_specs():
+    for spec in all_ray_specs():
         for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
             (container,) = group["template"]["spec"]["containers"]
             assert {e["name"]: e["value"] for e in container["env"]} == RAY_ENVIRONMENT
 
 
 def test_ray_is_never_without_a_token() -> None:
-    for spec in ray_specs():
+    for spec in all_ray_specs():
         assert spec["authOptions"] == {"mode": "token"}
     launcher = (CLUSTER / "ray" / "aws.yaml").read_text(encoding="utf-8")
     starts = re.findall(r"^.*ray start .*$", launcher, re.M)
@@ -335,6 +341,32 @@ def test_cpu_and_gpu_groups_grow_from_nothing_and_hold_what_a_worker_asks_for() 
         assert int(wanted["num_workers"]) <= room["maxReplicas"]
 
 
+def test_the_service_is_the_file_that_serve_deploy_takes_and_fits_its_workers(tmp_path: Path) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    from usr_ray.serving import app
+
+    spec = {d["kind"]: d["spec"] for d in custom_resources()}["RayService"]
+    text = (CLUSTER / "serve" / "usr_ray.yaml").read_text(encoding="utf-8")
+    assert spec["serveConfigV2"] == text
+    (found_app,) = ServeDeploySchema.parse_obj(yaml.safe_load(text)).applications
+    (group,) = spec["rayClusterConfig"]["workerGroupSpecs"]
+    (replica,) = found_app.deployments
+    assert replica.num_replicas == group["replicas"] == group["minReplicas"] == group["maxReplicas"]
+    assert group["rayStartParams"]["num-cpus"] == str(found_app.args["num_workers"])
+    assert found_app.import_path == f"{app.__name__}:{app.application.__name__}"
+    for container in found(spec, "containers"):
+        places = [mount["mountPath"] for mount in container[0]["volumeMounts"]]
+        assert all(any(found_app.args[name].startswith(p) for p in places) for name in ("registry", "token_file"))
+    token = tmp_path / "token"
+    token.write_text("\n")
+    with pytest.raises(UserError, match="holds no token"):
+        app.application(found_app.args | {"token_file": str(token)})
+    token.write_text("secret\n")
+    bound = app.application(found_app.args | {"token_file": str(token)})
+    assert bound._bound_deployment.name == replica.name
+
+
 # ---- names, ports and rights, across the files
 
 
@@ -361,7 +393,7 @@ def test_no_pod_runs_as_root_or_keeps_a_right_it_does_not_need() -> None:
         assert context["seccompProfile"] == {"type": "RuntimeDefault"}
     templates = [t for d in custom_resources() if d["kind"].startswith("Ray") for t in found(d["spec"], "template")]
     templates += list(found({d["kind"]: d["spec"] for d in custom_resources()}["RayJob"], "submitterPodTemplate"))
-    assert len(templates) == 7, "two clusters of a head and two groups, and a submitter"
+    assert len(templates) == 9, "two clusters of a head and two groups, a head and a group that serve, and a submitter"
     for template in templates:
         context = template["spec"]["securityContext"]
         assert (context["runAsNonRoot"], context["runAsUser"]) == (True, 1000)
@@ -386,7 +418,7 @@ def test_policies_let_in_nobody_but_ourselves_the_operator_and_prometheus() -> N
     for document in custom_resources():
         for found_labels in found(document["spec"], "labels"):
             assert labels[0].items() <= found_labels.items(), "else the policies would not know the pod"
-    for spec in ray_specs():
+    for spec in all_ray_specs():
         (head,) = spec["headGroupSpec"]["template"]["spec"]["containers"]
         listening = {port["name"]: port["containerPort"] for port in head["ports"]}
         assert (listening["dashboard"], listening["metrics"]) == (8265, 8080)

@@ -63,7 +63,7 @@ class Shop:
     def __init__(self, folder: Path) -> None:
         self.root, self.work = folder / "root", folder / "work"
         (self.root / "jobs").mkdir(parents=True)
-        for name in ("build_samples", "train", "evaluate", "export", "score"):
+        for name in ("build_samples", "train", "evaluate", "export", "publish", "score"):
             (self.root / "jobs" / f"{name}.py").write_text(FAKE)
         (folder / "shop.toml").write_text('[data]\ntrain_dates = "2026-01-01"\n')
         self.argv = [
@@ -194,6 +194,22 @@ def test_dates_that_are_not_there_are_left_out_of_the_labels_to_check_where_that
     check_labels(reports, plan, allow_missing=True)
     with pytest.raises(UserError, match=f"{plan.held_out} is not in the lake"):
         check_labels(reports[:2], plan, allow_missing=True)
+
+
+def test_a_registry_gets_the_model_that_passes_the_gate_and_no_other(shop: Shop, tmp_path: Path) -> None:
+    registry = str(tmp_path / "registry")
+    shop.tell(loss={"2026-01-06": 0.4}, exit={"publish": 1})
+    assert shop.day("2026-01-06", "--registry", registry) == 1
+    assert names(shop.calls())[-1] == "publish"
+    assert read_current(shop.work) is None  # what failed is not in use anywhere
+    shop.tell(loss={"2026-01-06": 0.4, "2026-01-07": 0.9})
+    assert shop.day("2026-01-06", "--registry", registry) == 0
+    publish, score = shop.calls()
+    assert publish == ["publish", "--run-dir", str(shop.work / "runs" / "2026-01-06"), *publish[3:]]
+    assert publish[publish.index("--registry") + 1] == registry
+    assert score[0] == "score"
+    assert shop.day("2026-01-07", "--registry", registry) == 3
+    assert "publish" not in names(shop.calls())
 
 
 def test_a_first_day_builds_from_the_beginning_and_publishes(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
