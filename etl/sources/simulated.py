@@ -118,6 +118,8 @@ def make_world(config: Config) -> World:
         range(S), np.linspace(*CLICK_RATES, S), np.linspace(*ORDER_RATES, S), strict=True
     ):
         rows = scenario_N == k
+        if not rows.any():  # nobody searches
+            continue
         click_bias_S[k] = bias_for_rate(click_N[rows], np.ones(rows.sum()), click_rate)
         order_bias_S[k] = bias_for_rate(order_N[rows], sigmoid(click_N[rows] + click_bias_S[k]), order_rate)
     return replace(world, click_bias_S=click_bias_S, order_bias_S=order_bias_S)
@@ -299,12 +301,13 @@ def write_needs(writer: LogWriter, day: SimulatedDay, needs: Needs, config: Conf
 
 
 def write_ceilings(writer: LogWriter, rows: Rows, config: Config) -> None:
-    """Print and write what can be told of the held-out days: data.eval_dates, else the last fifth of the days."""
+    """Print and write what can be told of the days held out: from data.eval_dates on, else the last fifth."""
     settings = config.simulated
     first_held_out = settings.num_days - max(1, settings.num_days // 5)
     if config.data.eval_dates:
         start = day_number(parse_date(settings.first_date, where="simulated.first_date"))
-        first_held_out = day_number(parse_dates(config.data.eval_dates, where="data.eval_dates")[0]) - start
+        named = day_number(parse_dates(config.data.eval_dates, where="data.eval_dates")[0]) - start
+        first_held_out = named if 0 < named < settings.num_days else first_held_out
     found = ceilings(rows, len(config.scenarios), settings.num_categories, first_held_out)
     found = [{**row, "scenario": config.scenarios[int(str(row["scenario"]))]} for row in found]
     print("\n".join(lines(found)), flush=True)

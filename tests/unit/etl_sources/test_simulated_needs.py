@@ -124,6 +124,15 @@ def test_who_never_searches_has_no_query_and_a_need_is_what_is_searched_for() ->
     assert 0.08 < off_topic.mean() < 0.18
 
 
+def test_without_searchers_only_the_closing_impression_is_in_search(tmp_path: Path) -> None:
+    logs = write_logs(tmp_path / "logs", config_of("simulated.searcher_share=0", "data.eval_dates='2030-01-01'"))
+    assert pq.read_table(logs / "search_impressions")["impression_id"].to_pylist() == ["end"]
+    assert {row["scenario"] for row in pq.read_table(logs / "needs").to_pylist()} == {"recommendation"}
+    search, _, feed, _ = pq.read_table(logs / "ceilings").to_pylist()
+    assert np.isnan(search["truth"])
+    assert feed["truth"] > feed["joint"] == pytest.approx(feed["own"], abs=1e-9) != 0.5
+
+
 def test_queries_and_titles_share_their_words(tmp_path: Path) -> None:
     logs = write_logs(tmp_path / "logs", config_of())
     titles = [row["title"].split() for row in pq.read_table(logs / "items").to_pylist()]
