@@ -42,7 +42,7 @@ from usr_ray.experiments.space import (
 )
 from usr_ray.experiments.study import StudyResult, run_study
 from usr_ray.experiments.trials import Progress, num_slots, run_trial
-from usr_ray.experiments.worlds import pinned_rows, whole_path
+from usr_ray.experiments.worlds import check_same_rows, pinned_rows, whole_path
 from usr_ray.files import write_whole
 from usr_ray.launch.environment import OWN, SUBMITTED
 from usr_ray.launch.session import ray_session
@@ -90,6 +90,8 @@ def run_search(base: Base, lake: str, run_dir: Path, *, cluster: str = OWN, comm
     print(f"trials train on {dates.train}, {dates.choose} chooses, {config.data.eval_dates} judges", flush=True)
     with ray_session(config.ray, cluster=cluster):
         manifests = pinned_rows(lake, base, record["table_version"])
+        check_same_rows(record, manifests, run_dir)
+        write_search(run_dir, record)
         write_pin(manifests, run_dir)
         points = _search(config, lake, run_dir, record["table_version"])
         choice = choose(points, config)

@@ -30,7 +30,15 @@ from usr_ray.experiments.record import (
     write_results,
 )
 from usr_ray.experiments.trials import LOG_FILE, Progress, num_slots, run_trial
-from usr_ray.experiments.worlds import BuildWorlds, World, pinned_rows, prepare_worlds, table_version, whole_path
+from usr_ray.experiments.worlds import (
+    BuildWorlds,
+    World,
+    check_same_rows,
+    pinned_rows,
+    prepare_worlds,
+    table_version,
+    whole_path,
+)
 from usr_ray.launch.environment import OWN, SUBMITTED
 from usr_ray.launch.session import ray_session
 from usr_ray.launch.trainer import refuse_relative
@@ -97,8 +105,10 @@ def run_study(
         name: record["tables"].get(name) or {"lake": world.lake, "version": table_version(world.lake, base)}
         for name, world in worlds.items()
     }
-    write_record(run_dir, record)
     pinned = [pinned_rows(table["lake"], base, table["version"]) for table in tables.values()] if todo else []
+    for table, manifests in zip(tables.values(), pinned, strict=bool(todo)):
+        check_same_rows(table, manifests, run_dir)
+    write_record(run_dir, record)
     for manifests in pinned:  # trials to come read these files too, and have no pin of their own yet
         write_pin(manifests, run_dir)
     jobs = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from usr_ray.config import load_config, parse_dates
 from usr_ray.data.manifest import Manifest
@@ -60,6 +61,20 @@ def pinned_rows(lake: str, base: Base, version: int | None) -> list[Manifest]:
     """
     config = base.config(Resources())
     return [split_manifest(lake, config, split, version=version) for split in SPLITS]
+
+
+def check_same_rows(record: dict[str, Any], manifests: Sequence[Manifest], run_dir: Path) -> None:
+    """Keep the hashes of the rows in `record`, or compare them: a lake built anew counts its versions from 0 again.
+
+    Raises:
+        StudyError: trials that ended were trained on other files than those that are to come.
+    """
+    found = [manifest.sha256 for manifest in manifests]
+    if record.setdefault("rows", found) != found:
+        raise StudyError(
+            f"--run-dir {run_dir}: holds trials on other files of {manifests[0].table_uri} than version "
+            f"{manifests[0].version} has now (was the lake built anew?); use another --run-dir"
+        )
 
 
 def whole_path(lake: str) -> str:

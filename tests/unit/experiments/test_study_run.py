@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jobs import build_worlds
+from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
+from usr_ray.data.manifest import build_manifest
 from usr_ray.experiments import study as study_module
 from usr_ray.experiments.grid import Resources, StudyError, expand, load_study, parse_study
 from usr_ray.experiments.record import Base
 from usr_ray.experiments.trials import num_slots
-from usr_ray.experiments.worlds import build_commands, prepare_worlds
+from usr_ray.experiments.worlds import build_commands, check_same_rows, prepare_worlds
 
 pytestmark = pytest.mark.unit
 
@@ -104,3 +108,17 @@ def test_a_world_that_cannot_be_built_says_where_to_look(tmp_path: Path, monkeyp
         prepare_worlds(study, base, expand(study), tmp_path / "run", build=build_worlds.in_spark)
     with pytest.raises(ValueError, match=r"study w makes worlds: hand in what builds them"):
         prepare_worlds(study, base, expand(study), tmp_path / "run")
+
+
+def test_a_lake_that_was_built_anew_is_not_that_of_earlier_trials(tmp_path: Path) -> None:
+    """Its path and the number of its version may be those of the old one."""
+    record: dict[str, Any] = {}
+    for _ in range(2):
+        write_samples(tmp_path / "lake", samples_spec(), num_rows=20, num_days=2)
+        manifests = [build_manifest(tmp_path / "lake", dates=(FIRST_DATE, FIRST_DATE))]
+        if not record:
+            check_same_rows(record, manifests, tmp_path / "run")
+            check_same_rows(record, manifests, tmp_path / "run")
+            shutil.rmtree(tmp_path / "lake")
+    with pytest.raises(StudyError, match=r"run: holds trials on other files of \S+lake/samples than version 1 has now"):
+        check_same_rows(record, manifests, tmp_path / "run")
