@@ -288,15 +288,24 @@ def holds_of_runs(folders: Sequence[str]) -> list[Hold]:
     """What the runs below these folders are pinned to, by the manifests that jobs/train.py left.
 
     Raises:
-        DataCheckError: there is no such folder, or a manifest cannot be read: then nobody knows what its run needs.
+        DataCheckError: there is no such folder, it holds no run (as where nothing is mounted), or a folder or a
+            manifest cannot be read: then nobody knows what a run needs.
     """
-    found = []
+    found: list[Hold] = []
+
+    def refuse(error: OSError) -> None:
+        raise _unreadable(error.filename, str(error.strerror)) from error
+
     for folder in folders:
         if not Path(folder).is_dir():
             raise DataCheckError(f"--runs {folder}: there is no such folder; name the folder of the run directories")
-        for place, inside, _ in os.walk(folder):
-            # Checkpoints are many and hold no run.
-            inside[:] = sorted(name for name in inside if name != "checkpoints")
+        seen = {os.path.realpath(folder)}
+        num_before = len(found)
+        for place, inside, _ in os.walk(folder, onerror=refuse, followlinks=True):
+            # Checkpoints are many and hold no run. A link may lead to where we have been.
+            paths = {name: os.path.realpath(f"{place}/{name}") for name in sorted(inside) if name != "checkpoints"}
+            inside[:] = [name for name, path in paths.items() if path not in seen]
+            seen |= set(paths.values())
             manifests = sorted(Path(place).glob(_MANIFESTS))
             if manifests:
                 read = [_read(path) for path in manifests]
@@ -308,6 +317,11 @@ def holds_of_runs(folders: Sequence[str]) -> list[Hold]:
                         files=frozenset().union(*(hold[1] for hold in read)),
                     )
                 )
+        if len(found) == num_before:
+            raise DataCheckError(
+                f"--runs {folder}: holds no run of jobs/train.py at any depth; name the folder of the run directories, "
+                "or leave --runs out if there is none yet"
+            )
     return found
 
 
