@@ -33,9 +33,8 @@ from usr_ray.experiments.trials import LOG_FILE, Progress, num_slots, run_trial
 from usr_ray.experiments.worlds import (
     BuildWorlds,
     World,
-    check_same_rows,
-    pinned_rows,
     prepare_worlds,
+    rows_of,
     table_version,
     whole_path,
 )
@@ -105,9 +104,7 @@ def run_study(
         name: record["tables"].get(name) or {"lake": world.lake, "version": table_version(world.lake, base)}
         for name, world in worlds.items()
     }
-    pinned = [pinned_rows(table["lake"], base, table["version"]) for table in tables.values()] if todo else []
-    for table, manifests in zip(tables.values(), pinned, strict=bool(todo)):
-        check_same_rows(table, manifests, run_dir)
+    pinned = [rows_of(table, base, run_dir) for table in tables.values()] if todo else []
     write_record(run_dir, record)
     for manifests in pinned:  # trials to come read these files too, and have no pin of their own yet
         write_pin(manifests, run_dir)

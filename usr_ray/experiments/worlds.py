@@ -77,6 +77,17 @@ def check_same_rows(record: dict[str, Any], manifests: Sequence[Manifest], run_d
         )
 
 
+def rows_of(table: dict[str, Any], base: Base, run_dir: Path) -> list[Manifest]:
+    """`pinned_rows` of a study's table (`lake`, `version`), which must be those that its earlier trials had.
+
+    Raises:
+        UserError: as pinned_rows and check_same_rows.
+    """
+    manifests = pinned_rows(table["lake"], base, table["version"])
+    check_same_rows(table, manifests, run_dir)
+    return manifests
+
+
 def whole_path(lake: str) -> str:
     """A lake as processes with other working directories find it."""
     return lake if "://" in lake else str(Path(lake).resolve())
