@@ -4,7 +4,8 @@ It writes the logs of the contract and `truth` (impression_id, p_click, p_order,
 the labels were drawn from. Attribution with the configured windows gives back exactly the drawn labels: a click falls
 before its user's next request, an order before the user meets the item again, a late click or order after its window
 and where no other click could earn it. Events run on past the last day until all its labels are final. One day is in
-memory at a time.
+memory at a time. A world with needs has two side tables more, `needs` and `ceilings` (simulated_ceilings.py); for the
+second a few columns of all days' impressions are kept.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """One day of the simulated world: who visits when, what is shown, and what is clicked and ordered when.
 
-Every (seed, day) is a pure function, so memory holds two days at most. The times are such that attribution (contract,
-section 2) gives back exactly the drawn labels. Shape letters: U users, R requests, N impressions.
+Every (seed, day) is a pure function, with needs also of those that the day before left; memory holds two days at most.
+The times are such that attribution (contract, section 2) gives back exactly the drawn labels.
+Shape letters: U users, R requests, N impressions.
 """
 
 from __future__ import annotations

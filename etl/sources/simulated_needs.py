@@ -3,7 +3,8 @@
 A need is a category with a brand and a price leaning. It arises by itself or from what a feed shows, lives half a day
 to two days and ends with its age or with the order of an item that fits. While it lives it brings the user back, sets
 what is searched for and raises the click and order odds of fitting items: in full in the scenario of its birth, by
-`simulated.need_carry` of it in the others.
+`simulated.need_carry` of it in the others. The visits of a day are planned at its start: those for a need that an order
+ends are still made that day, without its odds.
 
 Public joint logs are why: KuaiSAR (arXiv 2306.07705) has the searches and the recommendations of the same users, SESRec
 (arXiv 2305.10822) finds that some searches share their interest with the recommendations and others do not, UniSAR
@@ -144,7 +145,7 @@ def num_born(config: SimulatedConfig, num_visits: int) -> float:
 
 
 def born_by_themselves(world: World, config: SimulatedConfig, day: int, num_visits: int) -> Needs:
-    """Needs that arise on a day (negative: before the first): of active users more, in their habitual categories."""
+    """Needs that arise on a day (negative: before the first): of active users more, in part of them habitual ones."""
     rng = random_stream(config.seed, Stream.NEEDS, day + _SETTLING_DAYS)
     count = rng.poisson((1 - FEED_BORN_RATE) * num_born(config, num_visits))
     user = rng.choice(len(world.user_weight_U), count, p=world.user_weight_U)
