@@ -36,6 +36,8 @@ MIN_FILE_BYTES, MAX_FILE_BYTES = 128 << 20, 512 << 20
 CHUNK_BATCH_BYTES = 32 << 20
 """And its bytes, about: a pack of the second pass is one row of some megabytes."""
 
+_ASKED_FOR = ("functions", "org.apache.spark.sql.functions", "PythonUtils", "org.apache.spark.sql.classic.SparkSession")
+
 _SHIPPED = ("etl/**/*.py", "usr_ray/__init__.py", "usr_ray/schema.py", "usr_ray/config/*.py")
 """What the Python workers need of this package."""
 
@@ -66,6 +68,8 @@ DEFAULTS = {
     "spark.databricks.delta.optimize.maxFileSize": str(MAX_FILE_BYTES),
     # Delta's own check knows one week and no runs; etl/lake/maintain.py knows who still needs a file.
     "spark.databricks.delta.retentionDurationCheck.enabled": "false",
+    # The files of a version in its .crc as well: this Delta never reads them, and a Spark job a commit collects them.
+    "spark.databricks.delta.allFilesInCrc.enabled": "false",
     # Or every call on a column asks the JVM several times more, to name the line of Python in an error's text.
     "spark.python.sql.dataFrameDebugging.enabled": "false",
     "spark.sql.dataFrameQueryContext.enabled": "false",
@@ -75,7 +79,7 @@ DEFAULTS = {
 """What `--conf` of spark-submit may change."""
 LOCAL_DEFAULTS = {
     "spark.sql.shuffle.partitions": "4",
-    "spark.databricks.delta.snapshotPartitions": "2",
+    "spark.databricks.delta.snapshotPartitions": "1",
     # VACUUM lists a table's folders in so many tasks, however few there are; Spark's default is 10,000.
     "spark.sql.sources.parallelPartitionDiscovery.parallelism": "8",
     "spark.driver.host": "127.0.0.1",
@@ -114,6 +118,7 @@ def build_spark(app_name: str, options: Mapping[str, str] | None = None) -> Spar
         ) from error
     spark.sparkContext.setLogLevel("WARN")
     _check_delta(spark)
+    _know_classes(spark)
     _ship_code(spark)
     return spark
 
@@ -160,6 +165,17 @@ def _check_java(text: str) -> None:
     if version < MIN_JAVA:
         found = f"Java {version}" if version else "none"
         raise UserError(f"java: found {found}, needed JDK {MIN_JAVA} or newer; install it and point JAVA_HOME to it")
+
+
+def _know_classes(spark: SparkSession) -> None:
+    """Look up once the classes that pyspark asks for at every call on a column.
+
+    py4j keeps none of them, and one named without its package is looked for in every imported package and jar: an
+    eighth of the driver's time in a build of a few rows.
+    """
+    view = spark.sparkContext._jvm
+    for name in _ASKED_FOR:
+        setattr(view, name, getattr(view, name))
 
 
 def _check_delta(spark: SparkSession) -> None:
