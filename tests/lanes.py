@@ -1,13 +1,14 @@
-"""The tests that need a JVM or Ray, in two processes side by side: one waits where the other computes.
+"""The tests that need a JVM or Ray, in two processes at a time: one waits where the other computes.
 
     python tests/lanes.py [words for pytest, such as -m slow]
 
-Each lane writes to its own file, and the file is printed when the lane has ended: what failed stands together. The exit
-code is 1 if any lane failed. Ctrl-C (or SIGTERM) ends both, with what they started.
+The longest two lanes begin, and each of the others when one has ended, so that no core is idle before the last. Each
+lane writes to its own file, and the file is printed when the lane has ended: what failed stands together. The exit code
+is 1 if any lane failed. Ctrl-C (or SIGTERM) ends them all, with what they started.
 
 The tests of Ray itself are in one lane: a machine has one list of clusters for Prometheus and one "cluster that was
-started last" (docs/decisions.md), so two at once would be a test of that. Jobs on real logs, which start a Ray of
-their own, run in the other, whose Rays keep such files in a folder apart: so both lanes end at about the same time.
+started last" (docs/decisions.md), so two at once would be a test of that. Jobs on real logs and studies, which start a
+Ray of their own, are in other lanes, whose Rays keep such files in a folder apart.
 """
 
 from __future__ import annotations
@@ -24,12 +25,20 @@ from types import FrameType
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGS = ROOT / ".cache" / "tests"
-BESIDE_SPARK = ("tests/e2e/test_real_logs.py", "tests/e2e/test_export.py", "tests/e2e/test_studies.py")
+REAL = ("tests/e2e/test_real_logs.py", "tests/e2e/test_export.py", "tests/e2e/test_studies.py")
+"""Jobs in processes of their own, one after another."""
+JOBS = ("tests/spark/test_standalone.py", "tests/spark/test_build_killed.py")
+"""The same of Spark."""
 LANES = {
-    "spark": ("tests/spark", *BESIDE_SPARK),
-    "ray": ("tests/ray", "tests/e2e", *(f"--ignore={path}" for path in BESIDE_SPARK)),
+    "spark": ("tests/spark", *(f"--ignore={path}" for path in JOBS)),
+    "ray": ("tests/ray", "tests/e2e", *(f"--ignore={path}" for path in REAL)),
+    "real": REAL,
+    "jobs": JOBS,
 }
 """Lane -> what pytest is told to run. A new file of these folders is in one of them by itself."""
+AT_A_TIME = 2
+NO_TESTS = 5
+"""pytest's exit code where `words` leave a lane none (-m slow)."""
 REPORT_EVERY_S = 60
 TIME_TO_END_S = 60
 
@@ -61,11 +70,18 @@ def last_line(name: str) -> str:
     return lines[-1][-100:] if lines else "begins"
 
 
-def follow(lanes: dict[str, subprocess.Popen[bytes]]) -> int:
-    """Print each lane as it ends, and now and then how far the others are; 1 if any failed."""
+def follow(words: list[str], ray_files: str, lanes: dict[str, subprocess.Popen[bytes]]) -> int:
+    """Start the lanes in turn, print each as it ends, and now and then how far the others are; 1 if any failed.
+
+    `lanes` is filled: whoever catches an interruption ends those.
+    """
     started = reported = time.monotonic()
     codes: dict[str, int] = {}
-    while len(codes) < len(lanes):
+    waiting = list(LANES)
+    while len(codes) < len(LANES):
+        if waiting and len(lanes) - len(codes) < AT_A_TIME:
+            lanes[waiting[0]] = start(waiting.pop(0), words, ray_files)
+            continue
         time.sleep(0.2)
         seconds = time.monotonic() - started
         for name, process in lanes.items():
@@ -78,11 +94,11 @@ def follow(lanes: dict[str, subprocess.Popen[bytes]]) -> int:
             reported = time.monotonic()
             left = (f"{name} {last_line(name)}" for name in lanes if name not in codes)
             print(f"{seconds:5.0f} s: {'; '.join(left)}", flush=True)
-    return int(any(codes.values()))
+    return int(any(code != NO_TESTS for code in codes.values() if code))
 
 
 def main(words: list[str]) -> int:
-    """Run both lanes; the exit code."""
+    """Run the lanes; the exit code."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -92,11 +108,9 @@ def main(words: list[str]) -> int:
     lanes: dict[str, subprocess.Popen[bytes]] = {}
     ray_files = tempfile.mkdtemp(prefix="usr-")  # short: Ray's sockets lie deep in it, and their paths have 107 bytes
     try:
-        for name in LANES:
-            lanes[name] = start(name, words, ray_files)
-        return follow(lanes)
+        return follow(words, ray_files, lanes)
     except KeyboardInterrupt:
-        print("\nended on request; both lanes are told to end", file=sys.stderr, flush=True)
+        print("\nended on request; the lanes are told to end", file=sys.stderr, flush=True)
         end(lanes)
         return 130
     finally:

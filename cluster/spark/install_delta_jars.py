@@ -1,5 +1,7 @@
 """Put Delta Lake's jars and our settings next to Spark's own, so that a later `spark-submit` needs no network or flag.
 
+Then an archive of the JVM's classes is made (class-data sharing), which later jobs start from.
+
 Spark's own resolver (Ivy) fetches the jars from Maven Central into a cache inside the project. On a cluster the same
 jars come with `--packages` or with the image instead, and so do settings; see docs/cluster.md.
 """
@@ -11,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,13 +66,56 @@ def set_defaults(spark: Path, environment: Path) -> None:
     link.symlink_to(spark)
 
 
+def archive_classes(spark: Path) -> str:
+    """Make the archive of `usr_ray.launch.spark.archived_classes` in `spark`/conf, from a build of examples/own_logs.
+
+    Returns:
+        Why there is none, or ''. Jobs run without it too.
+    """
+    from usr_ray.launch.spark import CLASSES, LOGGING, archived_classes, spark_environment
+
+    conf, example = spark / "conf", ROOT / "examples" / "own_logs"
+    (conf / CLASSES).unlink(missing_ok=True)
+    with zipfile.ZipFile(conf / LOGGING, "w") as jar:
+        jar.write(CONF / "log4j2.properties", "log4j2.properties")
+    variables = archived_classes(conf, use="ArchiveClassesAtExit")
+    if " " in f"{conf}" or not variables:
+        return "the environment's path has a blank in it" if variables else "spark-defaults.conf has keys of its own"
+    command = [str(spark / "bin" / "spark-submit"), "jobs/build_samples.py", "--logs", str(example)]
+    command += ["--config", str(example / "own_logs.toml"), "--dates", "2026-03-28:2026-03-30", "--lake"]
+    with tempfile.TemporaryDirectory() as scratch:
+        environment = spark_environment() | variables
+        done = subprocess.run(
+            [*command, f"{scratch}/lake"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+    if done.returncode != 0 or not (conf / CLASSES).is_file():
+        (conf / CLASSES).unlink(missing_ok=True)
+        return f"the build ended with exit code {done.returncode}: {done.stderr.strip()[-300:]}"
+    return ""
+
+
 def main() -> int:
     import pyspark
 
     spark = Path(pyspark.__file__).parent
-    if sys.prefix != sys.base_prefix:  # a virtual environment, thus not an image, whose cluster has its own settings
+    is_ours = (
+        sys.prefix != sys.base_prefix
+    )  # a virtual environment, thus not an image, whose cluster has its own settings
+    if is_ours:
         set_defaults(spark, Path(sys.prefix))
-    jars = spark / "jars"
+    code = install_jars(spark / "jars")
+    if code == 0 and is_ours:
+        print(
+            "setup: an archive of the JVM's classes, so that jobs of Spark start sooner (a minute or two)", flush=True
+        )
+        failure = archive_classes(spark)
+        if failure:
+            print(f"warning: no archive of classes ({failure}); jobs of Spark start slower without it", file=sys.stderr)
+    return code
+
+
+def install_jars(jars: Path) -> int:
+    """Fetch Delta's jars into a folder, where they are not there yet; the exit code."""
     package = coordinates()
     version = package.rsplit(":", 1)[1]
     if any(jars.glob(f"io.delta_delta-spark_*-{version}.jar")):

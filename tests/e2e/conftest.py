@@ -23,7 +23,6 @@ def run_command(*command: str | Path, timeout_s: int = 420) -> subprocess.Comple
     environment = dict(os.environ)
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     environment["SPARK_LOCAL_IP"] = "127.0.0.1"
-    environment["SPARK_CONF_DIR"] = str(ROOT / "cluster" / "spark" / "conf")
     environment.pop("RAY_ADDRESS", None)
     return subprocess.run(
         [str(word) for word in command],
@@ -60,7 +59,15 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def usr(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Usr:
     """`usr-ray ...` in an empty folder, without anything that an activated environment or the Makefile sets."""
     work = tmp_path_factory.mktemp("elsewhere")
-    unset = {"SPARK_HOME", "SPARK_CONF_DIR", "SPARK_LOCAL_IP", "RAY_ADDRESS", "VIRTUAL_ENV"}
+    unset = {
+        "SPARK_HOME",
+        "SPARK_CONF_DIR",
+        "SPARK_SUBMIT_OPTS",
+        "SPARK_DRIVER_MEMORY",
+        "SPARK_LOCAL_IP",
+        "RAY_ADDRESS",
+        "VIRTUAL_ENV",
+    }
     environment = {key: value for key, value in os.environ.items() if key not in unset}
     environment |= {"PYTHONPATH": str(installed), "PATH": "/usr/local/bin:/usr/bin:/bin"}
     if "JAVA_HOME" not in environment and (java := shutil.which("java")):
