@@ -12,7 +12,9 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
 
+from jobs.publish import main as publish_job
 from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
+from usr_ray.config import UserError
 from usr_ray.data.events import COLUMNS
 from usr_ray.data.manifest import build_manifest
 from usr_ray.schema import DenseFeature
@@ -227,6 +229,22 @@ def test_the_pointer_moves_and_goes_back(tmp_path):
     (tmp_path / "current.json").write_text('{"stable": "../x", "before": []}')
     with pytest.raises(RegistryError, match=r"names '../x', which is no version"):
         stable_folder(tmp_path)
+
+
+def test_the_job_moves_the_pointer_without_a_run(tmp_path):
+    Pointer("one").write(tmp_path)
+    for words in (["--canary", "0.1"], ["--stable"]):
+        with pytest.raises(UserError, match=r"has no canary; publish one with --run-dir"):
+            publish_job(["--registry", str(tmp_path), *words])
+    with_canary(tmp_path, "two", 0.5)
+    publish_job(["--registry", str(tmp_path), "--canary", "0.1"])
+    assert read_pointer(tmp_path) == Pointer("one", canary="two", share=0.1)
+    publish_job(["--registry", str(tmp_path), "--stable"])
+    assert read_pointer(tmp_path) == Pointer("two", ("one",))
+    publish_job(["--registry", str(tmp_path), "--rollback"])
+    assert read_pointer(tmp_path) == Pointer("one")
+    with pytest.raises(UserError, match="--run-dir is missing"):
+        publish_job(["--registry", str(tmp_path), "--shadow"])
 
 
 def test_the_canary_has_its_share_of_the_users_and_keeps_them():
