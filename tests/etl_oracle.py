@@ -5,6 +5,7 @@ Times are whole microseconds. A row is a dict; `scenario` is its position in the
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,7 +72,84 @@ def unique(rows: list[Row], key: tuple[str, ...]) -> list[Row]:
     return list(kept.values())
 
 
+@dataclass
+class Attributed:
+    impressions: list[Row]
+    clicks: list[Row]
+    """`target`: the impression; `at`: its time, not before the impression's."""
+    orders: list[Row]
+    """`target`, `at` and `click`, None where an impression is credited."""
+    rejects: dict[tuple[str, str, str], str]
+    duplicates: dict[str, int]
+    capped: int
+
+
 def expected(world: World, windows: Windows, *, num_scenarios: int, length: int, watermark: int) -> Expected:
+    found = attributed(world, windows)
+    samples = {
+        i["id"]: sample(i, found.clicks, found.orders, windows, num_scenarios, length, watermark)
+        for i in found.impressions
+    }
+    return Expected(samples, found.rejects, found.duplicates, found.capped)
+
+
+def counted(world: World, windows: Windows) -> list[Row]:
+    """Every impression, attributed click and credited order line: what, by what, event day and the day it was known."""
+    found = attributed(world, windows)
+    rows = [(0, i, i, i["time"]) for i in found.impressions]
+    rows += [(1, c["target"], c, c["at"]) for c in found.clicks]
+    rows += [(2, o["target"], o, o["at"]) for o in found.orders]
+    return [
+        {
+            "what": what,
+            "id": target["id"],
+            "user_id": target["user"],
+            "item_id": target["item"],
+            "query": target["query"],
+            "scenario": target["scenario"],
+            "event_day": at // DAY,
+            "day": max(at, event["known"]) // DAY,
+        }
+        for what, target, event, at in rows
+    ]
+
+
+def counters(
+    past: list[Row], own: dict[str, Any], scenario: int | None, day: int, window: int | None, prior: float
+) -> dict[str, float]:
+    """The counters of a row (contract 5).
+
+    Args:
+        past: of `counted`.
+        own: key -> value of the row.
+        scenario: None: over all of them.
+        day: of the row.
+        window: days; None: all before.
+        prior: as in the configuration.
+    """
+    near = [
+        event
+        for event in past
+        if event["day"] < day
+        and (window is None or event["day"] >= day - window)
+        and scenario in (None, event["scenario"])
+    ]
+    is_known = None not in own.values()
+    mine = [event for event in near if is_known and all(event[key] == value for key, value in own.items())]
+    counts = Counter(event["what"] for event in mine)
+    every = Counter(event["what"] for event in near)
+    values = {name: math.log(1 + counts[n]) for n, name in enumerate(("impressions", "clicks", "orders"))}
+    for name, (of, hit) in {"ctr": (0, 1), "cvr": (1, 2)}.items():
+        trials, all_trials = max(counts[of], counts[hit]), max(every[of], every[hit])
+        values[name] = 0.0
+        if trials and 0 < every[hit] < all_trials:
+            rate = every[hit] / all_trials
+            smooth = (counts[hit] + prior * rate) / (trials + prior)
+            values[name] = math.log(smooth / (1 - smooth)) - math.log(rate / (1 - rate))
+    return values
+
+
+def attributed(world: World, windows: Windows) -> Attributed:
     impressions = unique(world.impressions, ("id",))
     clicks = unique(world.clicks, ("scenario", "id"))
     orders = unique(world.orders, ("id", "item"))
@@ -100,10 +178,7 @@ def expected(world: World, windows: Windows, *, num_scenarios: int, length: int,
             rejects["order", order["id"], order["item"]] = reason
         else:
             good_orders.append(order | {"target": shown, "click": None, "at": max(order["time"], shown["time"])})
-    samples = {
-        i["id"]: sample(i, good_clicks, good_orders, windows, num_scenarios, length, watermark) for i in impressions
-    }
-    return Expected(samples, rejects, duplicates, capped)
+    return Attributed(impressions, good_clicks, good_orders, rejects, duplicates, capped)
 
 
 def without_giants(impressions: list[Row], clicks: list[Row], orders: list[Row], most: int) -> tuple:

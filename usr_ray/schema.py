@@ -41,6 +41,7 @@ LABEL_ORDER = (
 SAMPLES = "samples"
 VOCABULARIES = "vocabularies"
 ITEM_FEATURES = "item_features"
+COUNTERS = "counters"
 STATE = "state"
 """Table of what builds keep for later ones: every attributed click and order of a user, and counts of values."""
 PAST_CLICK, PAST_ORDER = 4, 5
@@ -134,11 +135,12 @@ class SparseFeature:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DenseFeature:
-    """One number feature, scaled by ETL; null became 0."""
+    """One number feature, scaled by ETL; null became 0. A counter's name is that of its column."""
 
     name: str
     column: str
     owner: str
+    """As of SparseFeature."""
 
 
 _LATER_KEYS = ("history_item_features",)

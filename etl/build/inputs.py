@@ -15,10 +15,11 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from etl.build.account import Account, add_pass, null_like_values, unique_features
 from etl.build.reject_limits import check_rejects
 from etl.build.staging import stage, staged
+from etl.features.counters import counted_columns
 from etl.features.vocabulary import scale
 from etl.kernel.attribution import LabelRules
 from etl.kernel.chunks import KEY_HASH, REQUEST_KEY, USER_KEY
-from etl.kernel.events import KIND_CLICK, KIND_IMPRESSION, KIND_ORDER, context_column
+from etl.kernel.events import KIND_CLICK, KIND_IMPRESSION, KIND_ORDER, context_column, owned_column
 from etl.kernel.packs import EMITTED, REJECT, VALUE
 from etl.kernel.user_pass import PassPlan, first_pass
 from etl.logs.duplicates import key_hash, mark_foreign
@@ -136,6 +137,7 @@ def make_plan(config: Config, days: tuple[int, ...], since_us: int | None = None
         since=_BEGINNING if since_us is None else since_us,
         categories=tuple(map(context_column, config.features.context_categories)),
         numbers=tuple(map(context_column, config.features.context_numbers)),
+        counted=tuple(dict.fromkeys(counted_columns(config, counter) for counter in config.every_counter.values())),
         max_user_day_rows=config.limits.max_user_events_per_day,
     )
 
@@ -173,6 +175,7 @@ def run_pass(
         logs.account.whole_from = date_of(-(-first_row // DAY_US))
     with readable(ANY_LOG):
         rows, num_usable = mark_foreign(read.select(*_OF_PASS, *plan.categories, *scaled, key.alias(USER_KEY)))
+    rows = _with_owned(rows, logs, plan)
     if past is not None:
         past = past.withColumn(USER_KEY, F.xxhash64("user_id"))
         rows = rows.unionByName(past, allowMissingColumns=True)
@@ -202,6 +205,20 @@ def run_pass(
         *null_like_values(_staged(spark, folder, VALUE), {"user": logs.users, "item": logs.items}, logs.config),
     )
     return Inputs(spark, folder, logs.logs, logs.users, logs.items, logs.account, notes)
+
+
+def _with_owned(rows: DataFrame, logs: Logs, plan: PassPlan) -> DataFrame:
+    """Event rows with the categories of their users and items that counters count by."""
+    columns = {column for keys in plan.counted for column in keys}
+    features = logs.config.features
+    for key, table, names in (
+        ("user_id", logs.users, features.user_categories),
+        ("item_id", logs.items, features.item_categories),
+    ):
+        wanted = [F.col(name).alias(owned_column(name)) for name in names if owned_column(name) in columns]
+        if wanted and table is not None:
+            rows = rows.join(table.select(key, *wanted), on=key, how="left")
+    return rows
 
 
 def watermark_of(account: Account, asked: dt.datetime | None, days: Sequence[int], rules: LabelRules) -> int:

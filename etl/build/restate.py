@@ -18,13 +18,14 @@ from etl.build.inputs import Inputs, day_of, make_plan, open_logs, run_pass
 from etl.build.report import read_reports
 from etl.build.samples import Job, Progress, read_from, row_plan, show_inputs, write_dates
 from etl.build.staging import staging_folder
-from etl.build.state import DUPLICATE_SPAN, find_state, past_events, write_state
+from etl.build.state import DUPLICATE_SPAN, find_state, past_events, write_state, write_sums
 from etl.checks import DataCheckError
+from etl.features.counters import counter_fingerprints
 from etl.features.item_features import update_item_features
 from etl.features.vocabulary import existing_vocabularies, feature_spec
 from etl.kernel.attribution import LabelRules
 from etl.kernel.fingerprint import date_fingerprint
-from etl.kernel.packs import EVENT, VALUE
+from etl.kernel.packs import COUNT, EVENT, VALUE
 from etl.lake.tables import Lake, check_tables, prepare_samples
 from usr_ray.config import Config, dates_there
 from usr_ray.schema import SAMPLES
@@ -81,11 +82,13 @@ def restate_samples(
         # Events may have changed that only dates yet to come show.
         last = max(dt.date.fromisoformat(max(reports)), state.complete_until or dt.date.min)
         whole = replace(state, complete_until=last if state.complete_until else None)
+        sums = write_sums(spark, config, lake, whole, inputs.staged(COUNT), last)
         write_state(spark, config, lake, whole, inputs.staged(EVENT), inputs.staged(VALUE), last)
         known = existing_vocabularies(spark, config, lake)
         spec = feature_spec(config, known)
         rows = row_plan(config, spec, inputs.account, request.watermark, plan.days)
-        touched = touched_dates(reports, inputs.account, plan.rules, rows.watermark)
+        seen = {} if sums is None else counter_fingerprints(sums, config, plan.days)
+        touched = touched_dates(reports, inputs.account, plan.rules, rows.watermark, seen)
         recounted = [
             date for date, report in reports.items() if date in touched or _recounted(date, report, inputs.account)
         ]
@@ -96,19 +99,26 @@ def restate_samples(
             return {}
         rows = replace(rows, days=tuple(map(day_of, touched)))
         prepare_samples(spark, lake, spec, config, update_item_features(spark, config, lake, inputs.items, known))
-        job = Job(spark=spark, config=config, lake=lake, inputs=inputs, plan=rows, known=known, progress=progress)
+        job = Job(
+            spark=spark, config=config, lake=lake, inputs=inputs, plan=rows, known=known, progress=progress, sums=sums
+        )
         write_dates(job, _dates(touched), _dates(recounted))
     return touched
 
 
 def touched_dates(
-    reports: dict[str, dict[str, Any]], account: Account, rules: LabelRules, watermark: int
+    reports: dict[str, dict[str, Any]], account: Account, rules: LabelRules, watermark: int, counters: dict[str, str]
 ) -> dict[str, list[str]]:
-    """Date -> names of its fingerprints that differ from the report's; a report without any differs in all."""
+    """Date -> names of its fingerprints that differ from the report's; a report without any differs in all.
+
+    `counters` has the fingerprint of each date's counters, where there are any.
+    """
     touched = {}
     for date, report in reports.items():
         before = report.get("fingerprint", {})
         now = date_fingerprint(day_of(date), account.cells, rules, watermark)
+        if date in counters:
+            now["counters"] = counters[date]
         changed = [name for name, value in now.items() if before.get(name) != value]
         if changed:
             touched[date] = changed

@@ -5,9 +5,9 @@ from __future__ import annotations
 import datetime as dt
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
 
 from etl.build.account import UNDATED, Account
 from etl.build.inputs import Inputs, day_of, iso_time, make_plan, open_logs, run_pass, watermark_of
@@ -21,15 +21,16 @@ from etl.build.report import (
     write_report,
 )
 from etl.build.staging import staging_folder
-from etl.build.state import State, find_state, past_events, value_counts, write_state
+from etl.build.state import State, find_state, past_events, value_counts, write_state, write_sums
 from etl.checks import AccountingError, DataCheckError
+from etl.features.counters import counter_fingerprints, counter_plan, sums_of_values
 from etl.features.encoding import encoded_packs, pack_features, sample_frame
 from etl.features.item_features import update_item_features
 from etl.features.vocabulary import Vocabularies, feature_spec, grow_vocabularies
 from etl.jvm import table_version
 from etl.kernel.attribution import LabelRules
 from etl.kernel.fingerprint import date_fingerprint
-from etl.kernel.packs import EVENT, PACK, VALUE
+from etl.kernel.packs import COUNT, EVENT, PACK, VALUE
 from etl.kernel.rows import RowPlan
 from etl.lake.tables import Lake, any_date_condition, check_tables, prepare_samples, replace_dates, write_rejects
 from usr_ray.config import SHOWN_RANGES, Config, date_ranges, dates_there
@@ -76,6 +77,8 @@ class Job:
     plan: RowPlan
     known: Vocabularies
     progress: Progress
+    sums: DataFrame | None = None
+    """The counters' daily sums (etl/features/counters.py); None: there are no counters."""
 
 
 def build_samples(spark: SparkSession, config: Config, request: BuildRequest, progress: Progress) -> SampleCounts:
@@ -102,11 +105,14 @@ def build_samples(spark: SparkSession, config: Config, request: BuildRequest, pr
         dates = [date.isoformat() for date in built]
         counts = value_counts(spark, lake, state, inputs.staged(VALUE))
         known, spec = grow_vocabularies(spark, config, lake, counts, (inputs.users, inputs.items), dates)
+        sums = write_sums(spark, config, lake, state, inputs.staged(COUNT), built[-1])
         item_features = update_item_features(spark, config, lake, inputs.items, known)
         prepare_samples(spark, lake, spec, config, item_features)
         progress("vocabularies: " + ", ".join(f"{f.name} {f.num_embeddings - FIRST_ID:,}" for f in spec.sparse))
         rows = row_plan(config, spec, inputs.account, request.watermark, tuple(map(day_of, dates)))
-        job = Job(spark=spark, config=config, lake=lake, inputs=inputs, plan=rows, known=known, progress=progress)
+        job = Job(
+            spark=spark, config=config, lake=lake, inputs=inputs, plan=rows, known=known, progress=progress, sums=sums
+        )
         found = write_dates(job, built, built)
         write_state(spark, config, lake, state, inputs.staged(EVENT), inputs.staged(VALUE), built[-1])
         return found
@@ -149,8 +155,11 @@ def write_dates(job: Job, dates: Sequence[dt.date], reported: Sequence[dt.date])
     build = {"watermark": iso_time(job.plan.watermark), "table_version": version}
     known_dates = account.impression_dates | {date for date, _ in counts.funnels}
     shown = sorted(date.isoformat() for date in reported if date.isoformat() in known_dates)
+    seen = {} if job.sums is None else counter_fingerprints(job.sums, job.config, map(day_of, shown))
     for date in shown:
         fingerprint = date_fingerprint(day_of(date), account.cells, job.plan.rules, job.plan.watermark)
+        if date in seen:
+            fingerprint["counters"] = seen[date]
         report = date_report(
             date,
             account=account,
@@ -174,8 +183,12 @@ def _write_samples(job: Job, dates: Sequence[dt.date], reported: Sequence[dt.dat
     path, inputs = job.lake.path(SAMPLES), job.inputs
     if dates:
         packs, values = inputs.staged(PACK), inputs.staged(VALUE)
-        encoded = encoded_packs(packs, values, (inputs.users, inputs.items), job.known, job.config)
-        replace_dates(sample_frame(encoded, job.plan), path, any_date_condition(PARTITION_COLUMN, dates))
+        plan, sums = job.plan, None
+        if job.sums is not None:
+            plan = replace(plan, counters=counter_plan(job.sums, job.config, plan.days))
+            sums = sums_of_values(job.sums, job.config, plan.days)
+        encoded = encoded_packs(packs, values, (inputs.users, inputs.items), job.known, job.config, sums)
+        replace_dates(sample_frame(encoded, plan), path, any_date_condition(PARTITION_COLUMN, dates))
     version = table_version(job.spark, path)
     table = job.spark.read.format("delta").option("versionAsOf", version).load(path)
     rows = mark_new(table.filter(any_date_condition(PARTITION_COLUMN, reported)), table, job.config, reported)

@@ -17,13 +17,14 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
+from etl.features.counters import update_counters
 from etl.kernel.attribution import LabelRules
 from etl.kernel.chunks import FOREIGN
 from etl.kernel.packs import EVENT, VALUE
-from etl.lake.tables import Lake, content_hash, create_table, replace_dates
+from etl.lake.tables import Lake, content_hash, create_table, dates_condition, replace_dates
 from etl.session import kept
 from usr_ray.config import DAY_US, Config, day_number
-from usr_ray.schema import STATE
+from usr_ray.schema import COUNTERS, STATE
 
 STATE_SCHEMA = T.StructType(
     [
@@ -74,18 +75,29 @@ class State:
 
 def find_state(spark: SparkSession, config: Config, lake: Lake, first: dt.date) -> State:
     """The newest state, where it can be trusted: of this configuration, and nobody has changed its rows since."""
-    if not lake.has(spark, STATE):
+    found = _trusted(spark, config, lake, STATE)
+    if found is None:
         return State()
-    for commit in DeltaTable.forPath(spark, lake.path(STATE)).history().collect():  # newest first
+    version, mark = found
+    until = dt.date.fromisoformat(mark["complete_until"])
+    if config.every_counter:  # committed before the state: never complete for less
+        sums = _trusted(spark, config, lake, COUNTERS)
+        if sums is None or sums[1]["complete_until"] < mark["complete_until"]:
+            return State()
+    return State(min(first, until + dt.timedelta(days=1)), version, until, mark.get("content", ""))
+
+
+def _trusted(spark: SparkSession, config: Config, lake: Lake, table: str) -> tuple[int, dict[str, str]] | None:
+    """Version and mark of the newest commit of a build, where it was of this configuration and the rows are its own."""
+    if not lake.has(spark, table):
+        return None
+    for commit in DeltaTable.forPath(spark, lake.path(table)).history().collect():  # newest first
         mark = json.loads(commit["userMetadata"] or "{}")
         if mark.get("complete_until"):
-            if mark["meaning"] != config.row_meaning():
-                return State()
-            until = dt.date.fromisoformat(mark["complete_until"])
-            return State(min(first, until + dt.timedelta(days=1)), commit["version"], until, mark.get("content", ""))
+            return (commit["version"], mark) if mark["meaning"] == config.row_meaning() else None
         if commit["operation"] not in _HARMLESS:
-            return State()
-    return State()
+            return None
+    return None
 
 
 def past_events(spark: SparkSession, lake: Lake, state: State) -> DataFrame:
@@ -146,11 +158,7 @@ def write_state(
         counts.select(F.lit(VALUE).alias("part"), "*"),
     ]
     frame = parts[0].unionByName(parts[1], allowMissingColumns=True)
-    condition = f"date <= DATE'{last}'"
-    if state.since is not None:
-        condition += f" AND date >= DATE'{state.since}'"
-    elif state.complete_until is None:
-        condition = "date IS NOT NULL"  # nothing of an untrusted state stays
+    condition = _replaced(state, last, "date")
     frame = frame.filter(F.col("date") <= F.lit(last)).select(STATE_SCHEMA.names)
     until = max(last, state.complete_until or last)
     content = ""
@@ -162,8 +170,40 @@ def write_state(
         there = spark.read.format("delta").option("versionAsOf", state.version).load(path).filter(condition)
         if content_hash(there.select(STATE_SCHEMA.names)) == content_hash(frame):
             return
+    replace_dates(frame, path, condition, metadata=_mark(config, until, content))
+
+
+def write_sums(
+    spark: SparkSession, config: Config, lake: Lake, state: State, counted: DataFrame, last: dt.date
+) -> DataFrame | None:
+    """Replace the counters' daily sums as write_state does the state, before it; the whole table, None without any.
+
+    Args:
+        spark: the session.
+        config: names the counters; its row meaning is part of the mark.
+        lake: where the table is.
+        state: what this build has read.
+        counted: `count` rows of the pass.
+        last: newest date that is built.
+    """
+    if not config.every_counter:
+        return None
+    mark = _mark(config, max(last, state.complete_until or last), "")
+    replaced = _replaced(state, last, "event_date")
+    return update_counters(spark, config, lake, counted.filter(_date(F.col("day")) <= F.lit(last)), replaced, mark)
+
+
+def _mark(config: Config, until: dt.date, content: str) -> str:
     mark = {"complete_until": until.isoformat(), "meaning": config.row_meaning(), "content": content}
-    replace_dates(frame, path, condition, metadata=json.dumps(mark, sort_keys=True))
+    return json.dumps(mark, sort_keys=True)
+
+
+def _replaced(state: State, last: dt.date, column: str) -> str:
+    """SQL condition: the dates whose rows a build replaces, as far as `last`."""
+    if state.since is not None:
+        return dates_condition(column, state.since, last)
+    # Nothing of an untrusted state stays.
+    return f"{column} <= DATE'{last}'" if state.complete_until else f"{column} IS NOT NULL"
 
 
 def _earlier(spark: SparkSession, lake: Lake, state: State, part: str) -> DataFrame:

@@ -12,6 +12,7 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import to_arrow_schema
 
+from etl.features.counters import counted_feature
 from etl.features.vocabulary import Vocabularies, encode, hash_index, scale
 from etl.kernel.rows import RowPlan, sample_rows
 from etl.lake.tables import samples_schema
@@ -20,11 +21,15 @@ from usr_ray.schema import PADDING_ID, UNKNOWN_ID
 
 _MAX_BROADCAST_VALUES = 1_000_000
 """Values of all chunks together that are sent to every task; more of them travel with their packs in a shuffle."""
+_MAX_BROADCAST_SUMS = 100_000
+"""Likewise where counters' sums come with them."""
 
 
 def pack_features(config: Config) -> tuple[str, ...]:
-    """Features whose codes packs hold."""
-    return ("user_id", "item_id", "query", *config.features.context_categories)
+    """Features whose codes packs hold: those with values of their own, and those that counters count by."""
+    own = ("user_id", "item_id", "query", *config.features.context_categories)
+    counted = (counted_feature(config, counter) for counter in config.every_counter.values())
+    return tuple(dict.fromkeys((*own, *counted)))
 
 
 def encoded_packs(
@@ -33,6 +38,7 @@ def encoded_packs(
     tables: tuple[DataFrame | None, DataFrame | None],
     known: Vocabularies,
     config: Config,
+    sums: DataFrame | None = None,
 ) -> DataFrame:
     """Every pack with the lookups of its chunk: what `sample_rows` reads.
 
@@ -42,9 +48,10 @@ def encoded_packs(
         tables: users and items, one row a key, where the configuration names features of theirs.
         known: the vocabularies, this build's included.
         config: names the features.
+        sums: feature, value and the sums that its counters need (etl/features/counters.py); None: no counters.
     """
-    lookups = _lookups(values, tables, known, config)
-    if values.count() <= _MAX_BROADCAST_VALUES:
+    lookups = _lookups(values, tables, known, config, sums)
+    if values.count() <= (_MAX_BROADCAST_VALUES if sums is None else _MAX_BROADCAST_SUMS):
         lookups = F.broadcast(lookups)
     return packs.select("chunk", "targets", "events").join(lookups, on="chunk", how="inner")
 
@@ -65,8 +72,9 @@ def _lookups(
     tables: tuple[DataFrame | None, DataFrame | None],
     known: Vocabularies,
     config: Config,
+    sums: DataFrame | None,
 ) -> DataFrame:
-    """One row a chunk: `lookups`, a list of (feature, code, value, ids, numbers), one for every code of it."""
+    """One row a chunk: `lookups`, a list of (feature, code, value, ids, numbers, sums), one for every code of it."""
     features = config.features
     names = pack_features(config)
     number = F.lit(None).cast("int")
@@ -94,7 +102,11 @@ def _lookups(
         zeros = F.array(*[F.lit(0.0)] * len(scaled)).cast("array<float>")
         ids = F.when(mine, F.concat(ids, F.coalesce(f"{key}_ids", padding))).otherwise(ids)
         numbers = F.when(mine, F.coalesce(f"{key}_numbers", zeros)).otherwise(numbers)
-    entry = F.struct(number.alias("feature"), "code", "value", ids.alias("ids"), numbers.alias("numbers"))
+    counted = []
+    if sums is not None:
+        rows, counted = rows.join(sums, on=["feature", "value"], how="left"), [F.col("sums")]
+    own = (number.alias("feature"), F.col("code"), F.col("value"), ids.alias("ids"), numbers.alias("numbers"))
+    entry = F.struct(*own, *counted)
     return rows.groupBy("chunk").agg(F.collect_list(entry).alias("lookups"))
 
 

@@ -7,7 +7,7 @@ version of the table still reads the newer one.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pyspark.sql import Column, DataFrame, Row, SparkSession, Window
@@ -19,6 +19,7 @@ from etl.kernel.rows import EVENT_HOUR, NUM_HOURS
 from etl.lake.tables import Lake, append_vocabularies
 from etl.session import kept
 from usr_ray.config import Config, VocabularyConfig, parse_dates
+from usr_ray.config.counters import CounterConfig, counter_columns
 from usr_ray.schema import (
     FEATURE_SPEC_PROPERTY,
     FIRST_ID,
@@ -268,10 +269,17 @@ def feature_spec(config: Config, known: Vocabularies | None = None) -> FeatureSp
         scenarios=config.scenarios,
         query_scenarios=tuple(s for s in config.scenarios if s in config.query_scenarios),
         sparse=(*sparse[:3], hour, *sparse[3:]),
-        dense=tuple(
-            DenseFeature(name=name, column=scaled_column(name), owner=owner)
-            for owner, names in owners
-            for name in names
+        dense=(
+            *(
+                DenseFeature(name=name, column=scaled_column(name), owner=owner)
+                for owner, names in owners
+                for name in names
+            ),
+            *(
+                DenseFeature(name=column, column=column, owner=_counter_owner(counter, dict(value_features(config))))
+                for name, counter in config.every_counter.items()
+                for column in counter_columns(name, counter)
+            ),
         ),
         history_length=config.histories.length,
         label_delay_us=config.labels.global_window_us + config.labels.order_window_us,
@@ -279,6 +287,12 @@ def feature_spec(config: Config, known: Vocabularies | None = None) -> FeatureSp
         no_order_scenarios=tuple(s for s in config.scenarios if s in config.labels.no_order_scenarios),
         history_item_features=config.features.sides,
     )
+
+
+def _counter_owner(counter: CounterConfig, owners: Mapping[str, str]) -> str:
+    """Whose feature a counter is: the item's if it changes with the item; else of what changes oftenest."""
+    found = {owners[key] for key in counter.keys}
+    return next(owner for owner in ("item", "context", "query", "user") if owner in found)
 
 
 def encode(frame: DataFrame, features: Sequence[str], known: Vocabularies, config: VocabularyConfig) -> DataFrame:

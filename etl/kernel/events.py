@@ -29,6 +29,11 @@ def context_column(feature: str) -> str:
     return f"context:{feature}"
 
 
+def owned_column(feature: str) -> str:
+    """Column of a category of the row's user or item, likewise; only where counters count by it."""
+    return f"owned:{feature}"
+
+
 @dataclass(frozen=True, slots=True)
 class Events:
     """One chunk of N rows as numbers. Rows of a user are adjacent and sorted by (time, kind, id, item)."""

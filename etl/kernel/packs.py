@@ -17,7 +17,7 @@ from etl.kernel.events import Events, Ints
 from etl.kernel.fingerprint import Hashes, event_hashes, mix, span_hashes
 from etl.kernel.histories import HistoryEvents, last_events, last_spans, num_visible
 
-ACCOUNT, REJECT, CELL, VALUE, EVENT, PACK = "account", "reject", "cell", "value", "event", "pack"
+ACCOUNT, REJECT, CELL, VALUE, EVENT, COUNT, PACK = "account", "reject", "cell", "value", "event", "count", "pack"
 """Parts of what the pass emits."""
 _TIMESTAMP = pa.timestamp("us", tz="UTC")
 EMITTED = pa.schema(
@@ -39,7 +39,8 @@ EMITTED = pa.schema(
         ("event_time", _TIMESTAMP),
         ("known_time", _TIMESTAMP),
         # values: what a code of a chunk stands for, and how many impressions have it on which days; events: `value` is
-        # the query, `kind` the one of a past event
+        # the query, `kind` the one of a past event; counts (etl/kernel/counters.py): `day` is that of the events,
+        # `days` the one on which they were known, `counts` are impressions, clicks and orders
         ("chunk", pa.string()),
         ("feature", pa.string()),
         ("code", pa.int32()),
@@ -53,6 +54,8 @@ EMITTED = pa.schema(
 )
 EVENT_COLUMNS = ("time", "action", "item_id", "query")
 """Columns of a pack's events; item_id and query are codes of the chunk."""
+CELL = "cell:"
+"""How names of features begin that are made for counters alone and have no vocabulary (etl/kernel/counters.py)."""
 _LATE_ROWS = 4_096
 """Rows whose late events are looked up at once: bounds memory."""
 
@@ -85,11 +88,14 @@ class Dictionaries:
         return codes
 
     def rows(self, chunk: str, counted: Ints, days: Ints) -> Iterator[pa.RecordBatch]:
-        """`value` rows of all codes that are used in packs or that occur in the counted rows, which have these days."""
+        """`value` rows of all codes that are used in packs or that occur in the counted rows, which have these days.
+
+        Nothing counts for the features of counters, which have no vocabulary.
+        """
         first = int(days.min(initial=0))
         width = int(days.max(initial=0)) - first + 1
         for name, (codes, values) in self.features.items():
-            there = codes[counted] >= 0
+            there = (codes[counted] >= 0) & (not name.startswith(CELL))
             places, counts = np.unique(codes[counted][there] * width + (days[there] - first), return_counts=True)
             num_days = np.bincount(places // width, minlength=len(values))
             needed = num_days > 0

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 
 from etl.kernel.attribution import LabelRules
 from etl.kernel.chunks import REQUEST_KEY, USER_KEY
+from etl.kernel.counters import SUMS, CounterPlan, DailySums, counter_columns
 from etl.kernel.events import Ints, context_column
 from etl.kernel.labels import NO_TIME, mature
-from etl.kernel.packs import EVENT_COLUMNS, unpack
+from etl.kernel.packs import CELL, EVENT_COLUMNS, unpack
 from usr_ray.config import DAY_US
 from usr_ray.schema import ALL_LABELS, FIRST_ID, PADDING_ID, PARTITION_COLUMN, FeatureSpec, index_column, scaled_column
 
@@ -35,11 +36,12 @@ class RowPlan:
     days: tuple[int, ...]
     """Impressions of these days (since 1970, UTC) are written."""
     features: tuple[str, ...]
-    """Feature of each number in a lookup: user_id, item_id, query, then the context categories."""
+    """Feature of each number in a lookup: user_id, item_id, query, then the context categories, those of counters."""
     owned_categories: dict[str, tuple[str, ...]]
     """Of `user_id` and `item_id`: categories that come with them, in the order of a lookup's `ids` behind the first."""
     owned_numbers: dict[str, tuple[str, ...]]
     """Likewise for a lookup's `numbers`."""
+    counters: CounterPlan = field(default_factory=CounterPlan)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,8 @@ class Lookup:
     """(codes + 1, 1 + categories)."""
     numbers: np.ndarray
     """(codes + 1, numbers)."""
+    sums: DailySums | None
+    """By code + 1, where counters count by the feature."""
 
 
 def sample_rows(batches: Iterable[pa.RecordBatch], plan: RowPlan, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
@@ -58,7 +62,8 @@ def sample_rows(batches: Iterable[pa.RecordBatch], plan: RowPlan, schema: pa.Sch
 
     Args:
         batches: rows with `targets` and `events` (a pack) and `lookups`: a list of (feature, code, value, ids, numbers)
-            structures with every code of the pack's chunk.
+            structures with every code of the pack's chunk; where there are counters with `sums` too: counters.SUMS of
+            each day and scenario, one after the other.
         plan: what is written.
         schema: columns of the result.
     """
@@ -103,14 +108,21 @@ def _lookups(entries: pa.StructArray, plan: RowPlan) -> dict[str, Lookup]:
         if numbers.shape[1]:
             numbers[code[rows] + 1] = some.field("numbers").flatten().to_numpy().reshape(-1, numbers.shape[1])
         text = entries.field("value").take(picked)
-        result[name] = Lookup(text, ids, numbers)
+        sums = None
+        if any(counter.feature == name for counter in plan.counters.columns):
+            lists = some.field("sums")
+            sizes = lists.value_lengths().fill_null(0).to_numpy() // len(SUMS)
+            flat = lists.flatten().to_numpy().reshape(-1, len(SUMS))
+            sums = DailySums(np.repeat(code[rows] + 1, sizes).astype(np.int64), flat, plan.counters.num_scenarios)
+        result[name] = Lookup(text, ids, numbers, sums)
     return result
 
 
 def _own_columns(rows: pa.Table, found: dict[str, Lookup], plan: RowPlan) -> dict[str, pa.Array]:
     time = rows["event_time"].to_numpy()
     columns = {name: rows[name] for name in ("impression_id", "request_id", "position", *ALL_LABELS)}
-    columns |= {scaled_column(f.name): rows[context_column(f.name)] for f in plan.spec.dense if f.owner == "context"}
+    numbers = [f.name for f in plan.spec.dense if f.owner == "context" and f.column == scaled_column(f.name)]
+    columns |= {scaled_column(name): rows[context_column(name)] for name in numbers}
     columns["event_time"] = _times(time)
     columns["is_mature"] = pa.array(mature(time, plan.watermark, plan.rules))
     columns["click_time"], columns["order_time"] = (
@@ -121,9 +133,14 @@ def _own_columns(rows: pa.Table, found: dict[str, Lookup], plan: RowPlan) -> dic
     columns["scenario"] = pa.array(plan.spec.scenarios).take(rows["scenario"])
     columns[index_column("scenario")] = rows["scenario"]
     columns[index_column(EVENT_HOUR)] = pa.array(time // _HOUR_US % NUM_HOURS + FIRST_ID)
+    codes: dict[str, Ints] = {}
     for name, lookup in found.items():
         is_own = name in ("user_id", "item_id", "query")
-        places = rows[name if is_own else context_column(name)].to_numpy() + 1
+        is_cell = name.startswith(CELL)
+        places = rows[name if is_own or is_cell else context_column(name)].to_numpy() + 1
+        codes[name] = places.astype(np.int64)
+        if is_cell:
+            continue
         if is_own:
             columns[name] = lookup.text.take(pa.array(places))
         ids = lookup.ids[places]
@@ -131,7 +148,9 @@ def _own_columns(rows: pa.Table, found: dict[str, Lookup], plan: RowPlan) -> dic
             columns[index_column(column)] = pa.array(ids[:, n])
         for n, column in enumerate(plan.owned_numbers.get(name, ())):
             columns[scaled_column(column)] = pa.array(lookup.numbers[places, n])
-    return columns
+    sums = {name: lookup.sums for name, lookup in found.items() if lookup.sums is not None}
+    counters = counter_columns(plan.counters, sums, codes, rows["scenario"].to_numpy(), time // DAY_US)
+    return columns | {name: pa.array(values) for name, values in counters.items()}
 
 
 def _history_columns(rows: pa.Table, flat: dict[str, Ints], spec: FeatureSpec) -> dict[str, pa.Array]:

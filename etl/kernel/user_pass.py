@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from etl.kernel.attribution import REASONS, Attribution, LabelRules, attribute
 from etl.kernel.chunks import REQUEST_KEY, USER_KEY, Cleaned, cleaned, days_of, whole_users
+from etl.kernel.counters import cell_name, count_rows, counter_cells
 from etl.kernel.events import KIND_IMPRESSION, KIND_ORDER, Events, Ints, codes_and_values
 from etl.kernel.fingerprint import combined, label_hashes
 from etl.kernel.histories import HistoryEvents, history_events
@@ -47,6 +48,8 @@ class PassPlan:
     """Context features that get a vocabulary."""
     numbers: tuple[str, ...] = ()
     """Context features that are numbers, scaled already."""
+    counted: tuple[tuple[str, ...], ...] = ()
+    """Columns by whose values together past events are counted (etl/kernel/counters.py)."""
     max_user_day_rows: int = 0
     """limits.max_user_events_per_day; 0: no limit."""
     chunk_rows: int = 200_000
@@ -161,9 +164,9 @@ def _samples(
     histories = [history_events(events, attribution, k, plan.since) for k in range(plan.num_scenarios)]
     for k, history in enumerate(histories):
         yield from _history_rows(rows, history, k, plan.since)
-    values = Dictionaries(
-        {name: codes_and_values(rows[name]) for name in ("user_id", "item_id", "query", *plan.categories)}
-    )
+    names = ("user_id", "item_id", "query", *plan.categories)
+    encoded = {name: codes_and_values(rows[name]) for name in names}
+    values = Dictionaries(encoded | counter_cells(rows, shown, encoded, plan.counted))
     row_hash, value_hash = (rows[name].to_numpy().view(np.uint64) for name in ("row_hash", "value_hash"))
     cells = {"impressions": row_hash[targets], "labels": label_hashes(row_hash[targets], labels)}
     history_hash = [np.empty(0, np.uint64)]
@@ -186,6 +189,7 @@ def _samples(
             },
         )
     yield from values.rows(chunk, shown[is_counted], days[is_counted])
+    yield from count_rows(events, histories, shown[is_counted], values, map(cell_name, plan.counted), plan.since)
 
 
 def _history_rows(rows: pa.Table, history: HistoryEvents, scenario: int, since: int) -> Iterator[pa.RecordBatch]:

@@ -23,6 +23,7 @@ from usr_ray.config import Config, first_difference
 from usr_ray.schema import (
     ALL_LABELS,
     CONFIG_PROPERTY,
+    COUNTERS,
     FEATURE_SPEC_PROPERTY,
     ITEM_FEATURES,
     ITEM_FEATURES_PROPERTY,
@@ -36,7 +37,7 @@ from usr_ray.schema import (
     index_column,
 )
 
-TABLES = (SAMPLES, REJECTS, VOCABULARIES, ITEM_FEATURES, STATE)
+TABLES = (SAMPLES, REJECTS, VOCABULARIES, ITEM_FEATURES, COUNTERS, STATE)
 """Delta tables of a lake."""
 
 SWITCHED_OFF = {"delta.enableDeletionVectors": "false", "delta.columnMapping.mode": "none"}
@@ -52,6 +53,7 @@ STATISTICS = {
     REJECTS: "log",
     VOCABULARIES: "id",
     ITEM_FEATURES: "item_id_index",
+    COUNTERS: "date",
     STATE: "part",
 }
 """Columns whose least and greatest values Delta keeps for each file: what readers and builds filter by."""
@@ -86,6 +88,18 @@ VOCABULARIES_SCHEMA = T.StructType(
         T.StructField("value", T.StringType(), nullable=False),
         T.StructField("id", T.LongType(), nullable=False),
         T.StructField("count", T.LongType(), nullable=False),
+    ]
+)
+COUNTERS_SCHEMA = T.StructType(
+    [
+        T.StructField("name", T.StringType(), nullable=False),
+        T.StructField("key", T.StringType(), nullable=False),
+        T.StructField("date", T.DateType(), nullable=False),
+        T.StructField("event_date", T.DateType(), nullable=False),
+        T.StructField("scenario", T.StringType(), nullable=False),
+        T.StructField("impressions", T.LongType(), nullable=False),
+        T.StructField("clicks", T.LongType(), nullable=False),
+        T.StructField("orders", T.LongType(), nullable=False),
     ]
 )
 
@@ -309,6 +323,7 @@ def check_tables(spark: SparkSession, lake: Lake, config: Config, spec: FeatureS
         REJECTS: REJECTS_SCHEMA,
         VOCABULARIES: VOCABULARIES_SCHEMA,
         ITEM_FEATURES: item_features_schema(config),
+        COUNTERS: COUNTERS_SCHEMA,
     }
     for table, schema in schemas.items():
         if not lake.has(spark, table):

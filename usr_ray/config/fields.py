@@ -354,6 +354,10 @@ def build(kind: type, raw: Any, *, path: str) -> Any:
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{path} must be a section, got {raw!r}")
     hints = _hints(kind)
+    for taker in (key.name for key in dataclasses.fields(kind) if key.metadata.get("takes_sections")):
+        others = {k: v for k, v in raw.items() if k not in hints and isinstance(v, Mapping)}
+        if others:
+            raw = {k: v for k, v in raw.items() if k not in others} | {taker: {**raw.get(taker, {}), **others}}
     unknown = sorted(set(raw) - set(hints))
     if unknown:
         where = f"{path}." if path else ""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from usr_ray.config.counters import COUNTER_IDS, CounterConfig, CountersConfig, counter_columns
 from usr_ray.config.etl import (
     FeaturesConfig,
     HistoriesConfig,
@@ -47,6 +48,7 @@ class Config:
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    counters: CountersConfig = field(default_factory=CountersConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -97,12 +99,34 @@ class Config:
             not strays,
             f"labels.no_order_scenarios names {', '.join(strays)}, not among scenarios: {', '.join(self.scenarios)}",
         )
+        self._check_counters()
         group = self.model.contrastive.group_size
         require(
             self.train.global_batch_size % group == 0,
             f"train.global_batch_size ({self.train.global_batch_size}) must be a multiple of "
             f"model.contrastive.group_size ({group})",
         )
+
+    def _check_counters(self) -> None:
+        features = self.features
+        keys = (*COUNTER_IDS, *features.user_categories, *features.item_categories, *features.context_categories)
+        for name, counter in self.every_counter.items():
+            strays = sorted(set(counter.keys) - set(keys))
+            require(
+                not strays,
+                f"counters.{name}.keys: {', '.join(strays)} is no id or category; there can be: {', '.join(keys)}",
+            )
+        columns = [column for name, counter in self.every_counter.items() for column in counter_columns(name, counter)]
+        numbers = (*features.user_numbers, *features.item_numbers, *features.context_numbers)
+        names = [name.lower() for name in (*keys, *numbers, *columns)]
+        twice = [column for column in columns if names.count(column.lower()) > 1]
+        require(not twice, f"features: '{''.join(twice[:1])}' is a column of [counters]; call the feature another name")
+
+    @property
+    def every_counter(self) -> dict[str, CounterConfig]:
+        """Name -> counter: those of [counters.NAME], and the default ones where they are wanted."""
+        has_queries = bool(set(self.query_scenarios) & set(self.scenarios))
+        return self.counters.every(self.features.item_categories, has_queries=has_queries)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dictionaries, as saved in config.json."""
@@ -118,6 +142,9 @@ class Config:
             meaning["labels"][name] = f"{getattr(self.labels, f'{name}_us') / 1e6:g} s"
         if self.limits.max_user_events_per_day:
             meaning["limits"] = {"max_user_events_per_day": self.limits.max_user_events_per_day}
+        if self.every_counter:  # by what they are, however they were asked for
+            counters = {name: dataclasses.asdict(counter) for name, counter in self.every_counter.items()}
+            meaning["counters"] = json.loads(json.dumps({"prior": self.counters.prior, **counters}))
         meaning["vocabulary"] = {"kind": self.vocabulary.kind}
         if self.vocabulary.kind == "hash":
             meaning["vocabulary"]["num_buckets"] = self.vocabulary.num_buckets

@@ -211,6 +211,7 @@ def build_manifest(
     version: int | None = None,
     where: str = "--dates",
     allow_missing: bool = False,
+    warmup_days: int = 0,
 ) -> Manifest:
     """The manifest of some dates, or of all, of `<lake>/samples`.
 
@@ -220,11 +221,11 @@ def build_manifest(
         version: of the Delta table; None: the newest.
         where: what names the dates, for messages.
         allow_missing: where some of the dates have no rows, print a warning and take the others.
+        warmup_days: first days of the table that are left out (counters.warmup_days).
 
     Raises:
         UserError: no table or version there, no files in these dates, or none in some of them.
-        DataError: a table that would be read wrong (column mapping, deletion vectors), that training does not
-            understand (feature spec or columns missing, wrong types), or with a file missing or damaged.
+        DataError: a table that would be read wrong (deletion vectors), is not understood, or lacks a file or column.
     """
     table_uri = table_address(lake, SAMPLES)
     table = open_table(table_uri, version)
@@ -232,10 +233,13 @@ def build_manifest(
     adds = pa.table(table.get_add_actions(flatten=True))
     days = adds.column(f"partition.{PARTITION_COLUMN}").to_pylist()
     first, last = dates or (dt.date.min, dt.date.max)
-    chosen = [n for n, day in enumerate(days) if day is not None and first <= day <= last]
+    known = {day for day in days if day is not None}
+    start = max(first, min(known) + dt.timedelta(days=warmup_days)) if known else first
+    chosen = [n for n, day in enumerate(days) if day is not None and start <= day <= last]
     if not chosen:
-        held = date_ranges({str(day) for day in days if day is not None}, most=SHOWN_RANGES)
+        held = date_ranges([*map(str, known)], most=SHOWN_RANGES)
         span = f"the table holds {held}" if held else "the table is empty"
+        span += f", and counters.warmup_days leaves out those before {start}" if start > first else ""
         raise UserError(f"{table_uri}: no rows in {first}:{last}; {span}: build these dates or choose others")
     names, sizes = adds.column("path").to_pylist(), adds.column("size_bytes").to_pylist()
     _refuse_deletion_vectors(table, table_uri, [names[n] for n in chosen])
@@ -249,11 +253,10 @@ def build_manifest(
         files = [file for file in pool.map(footer, chosen) if file.row_groups]
     if not files:
         raise UserError(f"{table_uri}: no rows in {first}:{last}; its files of these dates are empty")
-    if dates:
-        there = {str(day) for day in days if day is not None and not first <= day <= last} | {f.date for f in files}
-        words = {"where": where, "source": f"the table {table_uri} holds"}
-        if warning := dates_there(dates, there, **words, allow_missing=allow_missing)[1]:
-            print(f"warning: {warning}", flush=True)
+    there = {str(day) for day in known if not start <= day <= last} | {f.date for f in files}
+    source = f"the table {table_uri} holds"
+    if dates and (warning := dates_there(dates, there, where=where, source=source, allow_missing=allow_missing)[1]):
+        print(f"warning: {warning}", flush=True)
     of_items = _item_features(table, lake) if about["spec"].history_item_features else ()
     return make_manifest(**about, files=files, item_features=of_items)
 
@@ -363,12 +366,11 @@ def _refuse_deletion_vectors(table: Any, table_uri: str, names: list[str]) -> No
     """File lists ignore deletion vectors, so deleted rows would be trained on."""
     if "deletionVectors" not in (table.protocol().reader_features or []):
         return
+    reason = ""
     try:
         marked = [str(path) for path in pa.table(table.deletion_vectors()).column("filepath").to_pylist()]
     except Exception as error:  # a vector that cannot be decoded is still a vector in use
         marked, reason = names, f" ({one_line(error)})"
-    else:
-        reason = ""
     found = [name for name in names if any(path.endswith(name) for path in marked)]
     if found:
         raise DataError(

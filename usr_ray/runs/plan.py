@@ -33,12 +33,12 @@ from usr_ray.training.warm_start import check_warm_start
 
 RUNNING, FINISHED = "running", "finished"
 SPLITS = ("train", "eval")
-_FIXED = ("scenarios", "data", *FIXED_KEYS)
+_FIXED = ("scenarios", "data", "counters", *FIXED_KEYS)
 """What gives the run its meaning: another value needs another run directory."""
 _VERSION_KEY = "data.table_version"
 _NOT_MEANT = (_VERSION_KEY, "data.allow_missing_dates")
 """Keys of `data` that may change: a run keeps the rows it was started on."""
-_TRAINED_FROM = ("scenarios", "data", "model", "train")
+_TRAINED_FROM = ("scenarios", "data", "counters", "model", "train")
 """Sections that training computes from; with any other change a finished run stays finished."""
 _MORE_PACKAGES = ("ray", "deltalake")
 
@@ -178,7 +178,10 @@ def split_manifest(lake: Path | str, config: Config, split: str, *, version: int
     """The rows of data.train_dates ('train') or data.eval_dates ('eval') in a lake; raises as build_manifest."""
     where, allow_missing = f"data.{split}_dates", config.data.allow_missing_dates
     dates = parse_dates(getattr(config.data, f"{split}_dates"), where=where)
-    return build_manifest(lake, dates=dates, version=version, where=where, allow_missing=allow_missing)
+    warmup_days = config.counters.warmup_days if split == "train" else 0
+    return build_manifest(
+        lake, dates=dates, version=version, where=where, allow_missing=allow_missing, warmup_days=warmup_days
+    )
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:

@@ -136,6 +136,7 @@ def test_hashed_ids_belong_together_by_their_parameters() -> None:
         ('query_scenarios=["recommendation"]', "query_scenarios of the samples table is recommendation, but the model"),
         ("vocabulary.kind=hash", "vocabulary.kind of the samples table is hash, but the model was trained with fit"),
         ("labels.global_span=day", "labels.global_span of the samples table is day, but the model was trained with"),
+        ("counters.defaults=true", "counters.item.events of the samples table is impressions, clicks, orders, but"),
         ('features.user_numbers=["age"]', "features.user_numbers of the samples table is age, but the model was"),
     ],
 )
@@ -147,7 +148,10 @@ def test_another_configuration_of_the_build_is_another_meaning(override: str, wo
     check_config(now, table(OURS, built_with(now)))
 
 
-@pytest.mark.parametrize("override", ["labels.click_window=60 minutes", "vocabulary.min_count=7", "train.seed=3"])
+@pytest.mark.parametrize(
+    "override",
+    ["labels.click_window=60 minutes", "vocabulary.min_count=7", "train.seed=3", "counters.warmup_days=3"],
+)
 def test_what_does_not_change_a_row_does_not_matter(override: str) -> None:
     config = load_config(None, [override])
     check_config(config, table(OURS, built_with(load_config(None))))

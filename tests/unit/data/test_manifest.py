@@ -105,6 +105,14 @@ def test_manifest_takes_only_the_asked_dates(built: Path) -> None:
     assert manifest.sha256 != whole.sha256
 
 
+def test_the_table_s_first_days_are_left_out_of_training(built: Path) -> None:
+    every = build_manifest(built, dates=DATES).dates
+    assert build_manifest(built, dates=DATES, warmup_days=2).dates == every[2:]
+    assert build_manifest(built, dates=(DATES[1], DATES[1]), warmup_days=2).dates == every[-1:]
+    with pytest.raises(UserError, match=r"no rows in .*, and counters.warmup_days leaves out those before 2026-01-03"):
+        build_manifest(built, dates=(DATES[0], DATES[0]), warmup_days=2)
+
+
 def test_an_older_version_is_read_as_it_was(lake: Path) -> None:
     before = build_manifest(lake, dates=DATES)
     table = samples_arrow(SPEC, num_rows=50, num_days=1, seed=5)

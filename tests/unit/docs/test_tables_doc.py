@@ -14,11 +14,13 @@ from etl.build.state import STATE_SCHEMA
 from etl.kernel.attribution import REASONS
 from etl.kernel.user_pass import OVER_LIMIT
 from etl.lake.tables import (
+    COUNTERS_SCHEMA,
     REJECTS_SCHEMA,
     STATISTICS,
     TABLE_PROPERTIES,
     TABLES,
     VOCABULARIES_SCHEMA,
+    item_features_schema,
     label_constraints,
     samples_schema,
 )
@@ -27,6 +29,7 @@ from usr_ray.config import load_config
 from usr_ray.schema import (
     CONFIG_PROPERTY,
     FEATURE_SPEC_PROPERTY,
+    ITEM_FEATURES_PROPERTY,
     DenseFeature,
     FeatureSpec,
     SparseFeature,
@@ -79,7 +82,10 @@ def spec() -> FeatureSpec:
         history_length=5,
         label_delay_us=0,
         sparse=tuple(sparse(*pair) for pair in (*names, ("<feature>", "item"))),
-        dense=(DenseFeature(name="<feature>", column=scaled_column("<feature>"), owner="item"),),
+        dense=tuple(
+            DenseFeature(name=column, column=column, owner="item")
+            for column in (scaled_column("<feature>"), "counter_<name>_<window>_<event>")
+        ),
     )
 
 
@@ -88,7 +94,14 @@ def test_samples_columns_types_and_nulls_are_documented() -> None:
 
 
 @pytest.mark.parametrize(
-    ("title", "schema"), [("vocabularies", VOCABULARIES_SCHEMA), ("rejects", REJECTS_SCHEMA), ("state", STATE_SCHEMA)]
+    ("title", "schema"),
+    [
+        ("vocabularies", VOCABULARIES_SCHEMA),
+        ("item_features", item_features_schema(load_config(None, ('features.item_categories=["<category>"]',)))),
+        ("counters", COUNTERS_SCHEMA),
+        ("rejects", REJECTS_SCHEMA),
+        ("state", STATE_SCHEMA),
+    ],
 )
 def test_the_other_tables_are_documented(title: str, schema: T.StructType) -> None:
     assert documented(title) == written(schema)
@@ -110,7 +123,7 @@ def test_the_properties_of_the_tables_are_documented() -> None:
     wanted = {name: f"`{value}`" for name, value in TABLE_PROPERTIES.items()}
     assert rows == wanted | {"delta.dataSkippingStatsColumns": statistics}
     assert set(STATISTICS) == set(TABLES)
-    for name in (FEATURE_SPEC_PROPERTY, CONFIG_PROPERTY):
+    for name in (FEATURE_SPEC_PROPERTY, CONFIG_PROPERTY, ITEM_FEATURES_PROPERTY):
         assert f"`{name}`" in section("samples")
 
 

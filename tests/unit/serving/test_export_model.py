@@ -12,11 +12,10 @@ import pytest
 import torch
 
 from tests.unit.export_runs import MODELS, NAMES, PLAIN, make_run
-from tests.unit.random_batches import make_batch, make_config, make_spec
+from tests.unit.random_batches import make_batch, make_config, make_spec, make_tables
 from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
 from usr_ray.data.manifest import build_manifest
 from usr_ray.data.reader import Reading, SampleReader
-from usr_ray.model.embedding import EmbeddingTables
 from usr_ray.model.history import NUM_AGES, age_buckets
 from usr_ray.model.usr import UsrModel
 from usr_ray.schema import UNKNOWN_ID
@@ -283,14 +282,14 @@ def test_a_request_equals_its_rows_one_by_one(lake, tmp_path, backbone, is_plain
 @pytest.mark.parametrize("switches", [{}, {"interest": {"enabled": False}}, {"multitask": {"enabled": False}}], ids=str)
 @pytest.mark.parametrize("row", [0, 1, 2], ids=["search", "recommendation", "feed"])
 def test_a_request_with_features_of_every_owner_equals_its_rows(switches, row):
-    for spec in (make_spec(3), make_spec(3, dense=False)):
+    for spec in (make_spec(3), make_spec(3, dense=False), make_spec(3, sides=("brand", "kind"))):
         config = make_config(**switches)
         torch.manual_seed(0)
         module = UsrModel(spec, config).eval()
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.add_(torch.randn(parameter.shape) * 0.2)
-        tables = EmbeddingTables(spec, config.embedding_dim, seed=0)
+        tables = make_tables(spec, config.embedding_dim, seed=0)
         for table_ND in tables.tables.values():
             table_ND[1:] += torch.randn(table_ND[1:].shape)
         assert_a_request_equals_its_rows(module, tables, spec, row)

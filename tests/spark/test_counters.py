@@ -1,0 +1,221 @@
+"""Counters of a random shop against the slow oracle: day by day on the sums of earlier days, and restated."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pyspark.sql import SparkSession
+
+from etl.build.report import read_reports
+from etl.build.restate import RestateRequest, restate_samples
+from etl.build.samples import Progress
+from etl.build.state import State, find_state
+from etl.features.counters import counter_fingerprints
+from etl.lake.tables import Lake
+from tests.etl_oracle import DAY, Row, World, counted, counters, unique
+from tests.spark.shop import CONFIG, DAYS, SCENARIOS, START, WINDOWS, Shop, logs_of, random_shop, write_logs
+from tests.spark.test_build_daily import ALL, build
+from tests.spark.test_build_samples import DATES, WATERMARK, rows_of
+from usr_ray.config import day_number, load_config
+from usr_ray.data.manifest import build_manifest
+
+pytestmark = pytest.mark.spark
+
+EVERY = ("impressions", "clicks", "orders", "ctr", "cvr")
+WANTED = (
+    ("item", ("item_id",), False, ("1d", "2d", "all"), EVERY),
+    ("user_brand", ("user_id", "brand"), True, ("2d", "all"), EVERY),
+    ("typed", ("query",), True, ("all", "1d"), ("clicks", "impressions", "ctr")),
+    ("mixed", ("device", "brand", "city"), False, ("all",), ("impressions", "orders")),
+    ("brand", ("brand",), True, ("1d",), ("clicks",)),
+    ("device", ("device",), True, ("1d",), ("clicks",)),
+)
+"""Name, keys, per_scenario, windows, columns."""
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return json.dumps(names)
+
+
+COUNTERS = (
+    "counters.prior=5",
+    *(f"counters.{name}.keys={_listed(keys)}" for name, keys, *_ in WANTED),
+    *(f"counters.{name}.per_scenario={str(per_scenario).lower()}" for name, _, per_scenario, *_ in WANTED),
+    *(f"counters.{name}.windows={_listed(windows)}" for name, _, _, windows, _ in WANTED),
+    *(f"counters.{name}.events={_listed(tuple(w for w in whats if len(w) > 3))}" for name, _, _, _, whats in WANTED),
+)
+Found = dict[str, dict[str, float]]
+
+
+def found_in(lake: Path) -> Found:
+    """impression_id -> the counters' columns."""
+    rows = rows_of(lake / "samples")
+    return {row["impression_id"]: {c: v for c, v in row.items() if c.startswith("counter_")} for row in rows}
+
+
+def known_of(shop: Shop, world: World) -> dict[str, Row]:
+    """impression_id -> the values of everything that counters count by."""
+    return {
+        i["id"]: {
+            "user_id": i["user"],
+            "item_id": i["item"],
+            "query": i["query"],
+            "device": i["device"],
+            "brand": shop.items.get(i["item"], {}).get("brand"),
+            "city": shop.users.get(i["user"], {}).get("city"),
+        }
+        for i in unique(world.impressions, ("id",))
+    }
+
+
+def wanted_of(shop: Shop, world: World) -> Found:
+    known = known_of(shop, world)
+    past = [event | known[event["id"]] for event in counted(world, WINDOWS)]
+    found: Found = {}
+    for i in unique(world.impressions, ("id",)):
+        columns = found[i["id"]] = {}
+        for name, keys, per_scenario, windows, whats in WANTED:
+            own = {key: known[i["id"]][key] for key in keys}
+            for window in windows:
+                days = None if window == "all" else int(window[:-1])
+                of_row = counters(past, own, i["scenario"] if per_scenario else None, i["time"] // DAY, days, 5.0)
+                columns |= {f"counter_{name}_{window}_{what}": of_row[what] for what in whats}
+    return found
+
+
+def sums_of(shop: Shop, world: World) -> dict[tuple, list[int]]:
+    """Rows of the table, without those of whole scenarios: of the days that are built, whenever they were known."""
+    known = known_of(shop, world)
+    sums: dict[tuple, list[int]] = {}
+    for event in counted(world, WINDOWS):
+        for keys in {keys for _, keys, *_ in WANTED}:
+            values = [known[event["id"]][key] for key in keys]
+            if None not in values and event["event_day"] < DAYS:
+                place = ":".join(keys), "|".join(values), event["day"], event["event_day"], SCENARIOS[event["scenario"]]
+                sums.setdefault(place, [0, 0, 0])[event["what"]] += 1
+    return sums
+
+
+def table_of(lake: Path) -> dict[tuple, list[int]]:
+    def day_of(date: dt.date) -> int:
+        return (date - START.date()).days
+
+    rows = [row for row in rows_of(lake / "counters") if row["name"] != "*"]
+    found = {
+        (r["name"], r["key"], day_of(r["date"]), day_of(r["event_date"]), r["scenario"]): [
+            r["impressions"],
+            r["clicks"],
+            r["orders"],
+        ]
+        for r in rows
+    }
+    assert len(found) == len(rows)
+    return found
+
+
+def assert_equal(found: Found, wanted: Found) -> None:
+    assert found.keys() == wanted.keys()
+    for key, columns in wanted.items():
+        assert found[key].keys() == columns.keys()
+        assert found[key] == pytest.approx(columns, abs=1e-5), key
+
+
+@pytest.fixture(scope="module")
+def shop() -> Shop:
+    """Half of all impressions are of one item."""
+    shop = random_shop(41, num_impressions=240)
+    rng = np.random.default_rng(2)
+    for row in shop.world.impressions:
+        row["item"] = "4" if rng.random() < 0.5 else row["item"]
+    return shop
+
+
+@pytest.fixture(scope="module")
+def fewer(shop: Shop) -> World:
+    """A tenth of the first day's impressions and clicks is missing."""
+    rng = np.random.default_rng(0)
+
+    def early(rows: list[Row]) -> list[Row]:
+        late = {row["id"] for row in rows if row["time"] < DAY and rng.random() < 0.1}
+        assert late
+        return [row for row in rows if row["id"] not in late]
+
+    return World(early(shop.world.impressions), early(shop.world.clicks), shop.world.orders)
+
+
+@pytest.fixture(scope="module")
+def daily(spark: SparkSession, shop: Shop, fewer: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Days 0 and 1, then 2 and 3 on the state and the sums of the days before, in other partitions."""
+    folder = tmp_path_factory.mktemp("counters")
+    lake, logs = folder / "lake", write_logs(logs_of(replace(shop, world=fewer)), folder / "logs")
+    assert build(spark, logs, lake, 0, 1, *COUNTERS) == ALL
+    before = spark.conf.get("spark.sql.shuffle.partitions")
+    spark.conf.set("spark.sql.shuffle.partitions", "5")
+    assert build(spark, logs, lake, 2, 3, *COUNTERS).startswith(f"events before {DATES[2]} are known")
+    spark.conf.set("spark.sql.shuffle.partitions", str(before))
+    return lake
+
+
+def test_days_that_are_built_on_the_sums_of_earlier_ones_equal_the_oracle(
+    daily: Path, shop: Shop, fewer: World
+) -> None:
+    wanted = wanted_of(shop, fewer)
+    assert_equal(found_in(daily), wanted)
+    values = [value for columns in wanted.values() for value in columns.values()]
+    assert len(set(values)) > 100, "the world is not trivial"
+    first = {i["id"] for i in fewer.impressions if i["time"] < DAY} & wanted.keys()
+    assert all(not any(wanted[key].values()) for key in first), "nothing lies before the first day"
+    spec = build_manifest(daily, dates=(DATES[0], DATES[3])).spec
+    owners = {f.name: f.owner for f in spec.dense if f.name.startswith("counter_")}
+    assert len(owners) == 15 + 10 + 6 + 2 + 1 + 1
+    assert (owners["counter_item_2d_ctr"], owners["counter_typed_1d_clicks"]) == ("item", "query")
+
+
+def test_the_table_holds_the_sums_of_each_day(daily: Path, shop: Shop, fewer: World) -> None:
+    found = table_of(daily)
+    assert found == sums_of(shop, fewer)
+    assert any(place[2] > place[3] for place in found), "some were known later"
+
+
+def test_vocabularies_hold_nothing_of_the_counters(daily: Path) -> None:
+    assert {row["feature"] for row in rows_of(daily / "vocabularies")} <= {
+        *("user_id", "item_id", "query", "city", "brand", "device")
+    }
+
+
+def test_late_rows_restate_the_days_that_count_them(
+    spark: SparkSession, shop: Shop, daily: Path, tmp_path: Path
+) -> None:
+    lake = tmp_path / "lake"
+    shutil.copytree(daily, lake)
+    logs = write_logs(logs_of(shop), tmp_path / "logs")
+    request = RestateRequest(logs=str(logs), lake=Lake(str(lake)), watermark=WATERMARK)
+    settings = load_config(None, (*CONFIG, "vocabulary.min_count=9", *COUNTERS))
+    touched = restate_samples(spark, settings, request, Progress(write=[].append))
+    assert_equal(found_in(lake), wanted_of(shop, shop.world))
+    assert table_of(lake) == sums_of(shop, shop.world)
+    assert "counters" not in touched[DATES[0].isoformat()], "nothing is counted before the first day"
+    assert all("counters" in touched[DATES[day].isoformat()] for day in (1, 2, 3)), '"all" sees every earlier day'
+    # What the reports say now is what another restate would find.
+    table = spark.read.format("delta").load(str(lake / "counters"))
+    seen = counter_fingerprints(table, settings, [day_number(date) for date in DATES])
+    reports = read_reports(spark, Lake(str(lake)))
+    assert {date: report["fingerprint"]["counters"] for date, report in reports.items()} == seen
+
+
+def test_sums_that_somebody_changed_or_lost_are_not_trusted(spark: SparkSession, daily: Path, tmp_path: Path) -> None:
+    shutil.copytree(daily, tmp_path / "lake")
+    lake, settings = Lake(str(tmp_path / "lake")), load_config(None, (*CONFIG, *COUNTERS))
+    assert find_state(spark, settings, lake, DATES[3]).since == DATES[3]
+    spark.sql(f"OPTIMIZE delta.`{lake.root}/counters`")
+    assert find_state(spark, settings, lake, DATES[3]).since == DATES[3]
+    spark.sql(f"DELETE FROM delta.`{lake.root}/counters` WHERE name = 'query'")
+    assert find_state(spark, settings, lake, DATES[3]) == State()
+    shutil.rmtree(tmp_path / "lake" / "counters")
+    assert find_state(spark, settings, lake, DATES[3]) == State()

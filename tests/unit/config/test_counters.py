@@ -1,0 +1,125 @@
+"""`[counters]`: sections of any name, what they stand for in the columns, and each mistake as one line."""
+
+from __future__ import annotations
+
+import pytest
+
+from etl.build.inputs import make_plan
+from etl.features.vocabulary import feature_spec
+from usr_ray.config import Config, ConfigError, load_config
+
+pytestmark = pytest.mark.unit
+
+
+def test_any_section_is_a_counter_and_names_its_columns() -> None:
+    config = load_config(None, ('counters.shelf.keys=["item_id"]', 'counters.shelf.windows=["all","7d"]'))
+    assert Config.from_dict(config.to_dict()) == config
+    counts = ("impressions", "clicks", "orders", "ctr", "cvr")
+    wanted = [f"counter_shelf_{window}_{what}" for window in ("all", "7d") for what in counts]
+    assert [(f.name, f.column, f.owner) for f in feature_spec(config).dense] == [(c, c, "item") for c in wanted]
+    config = load_config(
+        None, ('counters.q.keys=["query"]', 'counters.q.windows=["1d"]', 'counters.q.events=["orders","clicks"]')
+    )
+    assert [f.name for f in feature_spec(config).dense] == [
+        "counter_q_1d_orders",
+        "counter_q_1d_clicks",
+        "counter_q_1d_cvr",
+    ]
+
+
+def test_the_default_ones_of_which_any_may_be_another() -> None:
+    brand = 'features.item_categories=["brand"]'
+    config = load_config(
+        None, ("counters.defaults=true", brand, 'counters.item.keys=["item_id"]', 'counters.item.windows=["1d"]')
+    )
+    every = config.every_counter
+    assert [(name, c.keys, c.per_scenario) for name, c in every.items()] == [
+        ("user", ("user_id",), False),
+        ("user_scenario", ("user_id",), True),
+        ("item", ("item_id",), True),
+        ("item_scenario", ("item_id",), True),
+        ("user_brand", ("user_id", "brand"), False),
+        ("user_brand_scenario", ("user_id", "brand"), True),
+        ("query", ("query",), False),
+        ("query_scenario", ("query",), True),
+        ("query_item", ("query", "item_id"), False),
+        ("query_item_scenario", ("query", "item_id"), True),
+    ]
+    assert every["item"].windows == ("1d",)
+    owners = {f.name: f.owner for f in feature_spec(config).dense}
+    assert owners["counter_user_brand_1d_ctr"] == owners["counter_query_item_all_cvr"] == "item"
+    assert (owners["counter_user_7d_orders"], owners["counter_query_1d_ctr"]) == ("user", "query")
+    without = load_config(None, ("counters.defaults=true", "query_scenarios=[]")).every_counter
+    assert list(without) == ["user", "user_scenario", "item", "item_scenario"]
+    assert not load_config(None).every_counter
+    assert make_plan(load_config(None), ()).counted == ()
+
+
+def test_keys_are_ids_and_categories_of_every_owner() -> None:
+    names = ("user_id", "item_id", "query", "city", "brand", "device")
+    keys = ",".join(f'"{name}"' for name in names)
+    categories = [
+        f'features.{o}_categories=["{n}"]' for o, n in zip(("user", "item", "context"), names[3:], strict=True)
+    ]
+    config = load_config(None, (*categories, f"counters.a.keys=[{keys}]", 'counters.b.keys=["device"]'))
+    assert make_plan(config, ()).counted == (
+        ("user_id", "item_id", "query", "owned:city", "owned:brand", "context:device"),
+        ("context:device",),
+    )
+    assert {f.owner for f in feature_spec(config).dense if f.name.startswith("counter_b")} == {"context"}
+
+
+def test_what_is_counted_decides_what_a_row_means_and_the_warm_up_does_not() -> None:
+    assert "counters" not in load_config(None, ("counters.warmup_days=2",)).row_meaning()
+    by_name = load_config(None, ('counters.a.keys=["item_id"]', "counters.prior=3"))
+    meaning = by_name.row_meaning()["counters"]
+    assert meaning == {
+        "prior": 3.0,
+        "a": {
+            "keys": ["item_id"],
+            "windows": ["1d", "7d", "all"],
+            "events": ["impressions", "clicks", "orders"],
+            "per_scenario": True,
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ('counters.a.keys=["user_id","brand"]', 'features.context_categories=["device"]'),
+            r"counters.a.keys: brand is no id or category; there can be: user_id, item_id, query, device$",
+        ),
+        (
+            ('counters.a.keys=["user_id","user_id"]',),
+            r"counters.a.keys must name what is counted by, each once, .* got \['user_id', 'user_id'\]",
+        ),
+        (("counters.a.per_scenario=false",), r"counters.a.keys must name what is counted by, .* got \[\]"),
+        (('counters.a.keys=["query"]', 'counters.a.windows=["0d"]'), r"counters.a.windows must name days, each once"),
+        (('counters.a.keys=["query"]', 'counters.a.windows=["367d"]'), r"at most '366d'\) or 'all', got \['367d'\]"),
+        (
+            ('counters.a.keys=["query"]', 'counters.a.windows=["1d","1d"]'),
+            r"counters.a.windows must name days, each once",
+        ),
+        (('counters.a.keys=["query"]', "counters.a.windows=[]"), r"counters.a.windows must name days, each once"),
+        (
+            ('counters.a.keys=["query"]', 'counters.a.events=["views"]'),
+            r"counters.a.events must name some of impressions",
+        ),
+        (('counters.a.keys=["query"]', "counters.a.window=1"), r"unknown key 'counters.named.a.window'"),
+        (('counters.A-b.keys=["query"]',), r"counters: 'A-b' must be lower-case letters, digits and '_'"),
+        (
+            ("counters.priro=3",),
+            r"unknown key 'counters.priro'; counters has: prior, .*did you mean 'counters.prior'\?",
+        ),
+        (("counters.prior=0",), r"counters.prior must be in \(0, 1e9\], got 0"),
+        (
+            ('counters.a.keys=["query"]', 'features.user_numbers=["Counter_a_1d_clicks"]'),
+            r"features: 'counter_a_1d_clicks' is a column of \[counters\]; call the feature another name",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, overrides)

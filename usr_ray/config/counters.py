@@ -1,0 +1,105 @@
+"""`[counters]`: counts of past impressions, clicks and orders by keys of a row, as features. Standard library."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from usr_ray.config.fields import check_fields, number, require
+
+COUNTER_IDS = ("user_id", "item_id", "query")
+"""What is counted by beside categories."""
+COUNTED = ("impressions", "clicks", "orders")
+"""What is counted, in the order of the columns."""
+_RATES = {"ctr": ("impressions", "clicks"), "cvr": ("clicks", "orders")}
+"""Rate -> what it is out of, and what it is of."""
+ALL_DAYS = "all"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CounterConfig:
+    """`[counters.NAME]`: what is counted, by what, over which days before the row's own."""
+
+    keys: tuple[str, ...] = ()
+    windows: tuple[str, ...] = ("1d", "7d", ALL_DAYS)
+    events: tuple[str, ...] = COUNTED
+    per_scenario: bool = True
+    """The row's scenario is one more key."""
+
+    def check(self, where: str) -> None:
+        """ConfigError naming `where` on a key, window or event that cannot be."""
+        require(
+            bool(self.keys) and len(set(self.keys)) == len(self.keys),
+            f"{where}.keys must name what is counted by, each once, such as ['user_id', 'item_id'], got "
+            f"{list(self.keys)}",
+        )
+        good = [re.fullmatch(rf"{ALL_DAYS}|[1-9]\d{{0,2}}d", w) and (self.days(w) or 0) <= 366 for w in self.windows]
+        require(
+            bool(self.windows) and all(good) and len(set(self.windows)) == len(self.windows),
+            f"{where}.windows must name days, each once, such as '1d', '7d' (at most '366d') or '{ALL_DAYS}', "
+            f"got {list(self.windows)}",
+        )
+        require(
+            bool(self.events) and set(self.events) <= set(COUNTED) and len(set(self.events)) == len(self.events),
+            f"{where}.events must name some of {', '.join(COUNTED)}, each once, got {list(self.events)}",
+        )
+
+    @staticmethod
+    def days(window: str) -> int | None:
+        """Days of a window; None: all days before."""
+        return None if window == ALL_DAYS else int(window[:-1])
+
+    @property
+    def rates(self) -> tuple[str, ...]:
+        """Of ctr and cvr those whose two counts are among the events."""
+        return tuple(name for name, counts in _RATES.items() if set(counts) <= set(self.events))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CountersConfig:
+    """Counters of past days (docs/tables.md, counters); none by default."""
+
+    prior: float = number(20.0, "(0, 1e9]")
+    """Impressions (clicks) at the scenario's own rate that every ctr (cvr) begins with."""
+    warmup_days: int = number(0, "[0, 366]")
+    """Dates at the beginning of the table, which have no days behind them to count, that are not trained on."""
+    defaults: bool = False
+    """Counters of user, item, query, user x each item category, and query x item: over all scenarios, and of each."""
+    named: Mapping[str, CounterConfig] = field(default_factory=dict, metadata={"takes_sections": True})
+    """Every other section [counters.NAME]."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "counters")
+        for name, counter in self.named.items():
+            require(
+                re.fullmatch(r"[a-z][a-z0-9_]*", name) is not None,
+                f"counters: {name!r} must be lower-case letters, digits and '_': it is part of column names",
+            )
+            counter.check(f"counters.{name}")
+
+    def every(self, item_categories: Sequence[str], *, has_queries: bool) -> dict[str, CounterConfig]:
+        """Name -> counter, the default ones first where they are wanted; one of the same name takes its place.
+
+        Args:
+            item_categories: as in the features; each has a default counter with the user.
+            has_queries: some scenario has; else there is no default counter by query.
+        """
+        usual: dict[str, tuple[str, ...]] = {}
+        if self.defaults:
+            usual = {"user": ("user_id",), "item": ("item_id",)}
+            usual |= {f"user_{name}": ("user_id", name) for name in item_categories}
+            usual |= {"query": ("query",), "query_item": ("query", "item_id")} if has_queries else {}
+        found = {
+            f"{name}{'_scenario' if per_scenario else ''}": CounterConfig(keys=keys, per_scenario=per_scenario)
+            for name, keys in usual.items()
+            for per_scenario in (False, True)
+        }
+        return found | dict(self.named)
+
+
+def counter_columns(name: str, counter: CounterConfig) -> list[str]:
+    """Columns of a counter in the samples: window by window the events, then the rates."""
+    return [
+        f"counter_{name}_{window}_{what}" for window in counter.windows for what in (*counter.events, *counter.rates)
+    ]
