@@ -121,7 +121,7 @@ def _visible(table: DataFrame, config: Config, days: Sequence[int]) -> DataFrame
 
     What no window of days reaches counts for "all" alone, as one day.
     """
-    windows = _windows(config)
+    windows = counted_windows(config)
     reach = min(days) - max([0, *(days_ for days_ in windows if days_ is not None)])
     day = F.unix_date("date").cast("bigint")
     rows = table.filter(day < max(days))
@@ -135,12 +135,13 @@ def _visible(table: DataFrame, config: Config, days: Sequence[int]) -> DataFrame
     return rows.groupBy("name", "key", "day", index.alias("index")).agg(*sums)
 
 
-def _windows(config: Config) -> list[int | None]:
+def counted_windows(config: Config) -> list[int | None]:
+    """Days that each window of each counter looks back; None: all."""
     return [counter.days(window) for counter in config.every_counter.values() for window in counter.windows]
 
 
 def _longest(config: Config) -> int | None:
-    windows = _windows(config)
+    windows = counted_windows(config)
     return None if None in windows else max(days for days in windows if days is not None)
 
 

@@ -12,7 +12,7 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import to_arrow_schema
 
-from etl.features.counters import counted_feature
+from etl.features.counters import counted_feature, counted_windows
 from etl.features.vocabulary import Vocabularies, encode, hash_index, scale
 from etl.kernel.rows import RowPlan, sample_rows
 from etl.lake.tables import samples_schema
@@ -20,9 +20,10 @@ from usr_ray.config import Config
 from usr_ray.schema import PADDING_ID, UNKNOWN_ID
 
 _MAX_BROADCAST_VALUES = 1_000_000
-"""Values of all chunks together that are sent to every task; more of them travel with their packs in a shuffle."""
-_MAX_BROADCAST_SUMS = 100_000
-"""Likewise where counters' sums come with them."""
+"""Values of all chunks together that are sent to every task; more of them travel with their packs in a shuffle.
+
+A value with the sums of as many days as counters look back is as much as so many values.
+"""
 
 
 def pack_features(config: Config) -> tuple[str, ...]:
@@ -51,7 +52,8 @@ def encoded_packs(
         sums: feature, value and the sums that its counters need (etl/features/counters.py); None: no counters.
     """
     lookups = _lookups(values, tables, known, config, sums)
-    if values.count() <= (_MAX_BROADCAST_VALUES if sums is None else _MAX_BROADCAST_SUMS):
+    look_back = max((days for days in counted_windows(config) if days is not None), default=0)
+    if values.count() * (1 + look_back) <= _MAX_BROADCAST_VALUES:
         lookups = F.broadcast(lookups)
     return packs.select("chunk", "targets", "events").join(lookups, on="chunk", how="inner")
 

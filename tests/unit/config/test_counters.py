@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import datetime as dt
+
 import pytest
 
 from etl.build.inputs import make_plan
+from etl.build.state import State, write_sums
+from etl.features.encoding import pack_features
 from etl.features.vocabulary import feature_spec
+from etl.lake.tables import Lake
 from usr_ray.config import Config, ConfigError, load_config
 
 pytestmark = pytest.mark.unit
@@ -52,7 +57,14 @@ def test_the_default_ones_of_which_any_may_be_another() -> None:
     without = load_config(None, ("counters.defaults=true", "query_scenarios=[]")).every_counter
     assert list(without) == ["user", "user_scenario", "item", "item_scenario"]
     assert not load_config(None).every_counter
-    assert make_plan(load_config(None), ()).counted == ()
+
+
+def test_without_counters_a_build_does_nothing_for_them() -> None:
+    config = load_config(None)
+    assert make_plan(config, ()).counted == ()
+    assert pack_features(config) == ("user_id", "item_id", "query")
+    # No session, no table: nothing is looked at.
+    assert write_sums(None, config, Lake("nowhere"), State(), None, dt.date(2026, 1, 1)) is None
 
 
 def test_keys_are_ids_and_categories_of_every_owner() -> None:
