@@ -17,7 +17,7 @@ from pyspark.sql import functions as F
 from etl.jvm import table_version
 from etl.kernel.counters import ALL_ROWS, CounterColumns, CounterPlan, cell_name
 from etl.kernel.events import context_column, owned_column
-from etl.kernel.packs import CELL
+from etl.kernel.packs import CELL_PREFIX
 from etl.lake.tables import COUNTERS_SCHEMA, Lake, create_table, replace_dates
 from usr_ray.config import Config, date_of
 from usr_ray.config.counters import COUNTER_IDS, CounterConfig, counter_columns
@@ -57,7 +57,7 @@ def update_counters(
     scenario = F.element_at(F.array(*map(F.lit, config.scenarios)), F.col("scenario") + 1)
     number = [F.sum(F.col("counts")[n]).alias(name) for n, name in enumerate(("impressions", "clicks", "orders"))]
     fresh = counted.groupBy(
-        F.regexp_replace("feature", f"^({CELL}|{context_column('')})", "").alias("name"),
+        F.regexp_replace("feature", f"^({CELL_PREFIX}|{context_column('')})", "").alias("name"),
         F.col("value").alias("key"),
         _date(F.col("days")[0]).alias("date"),
         _date(F.col("day")).alias("event_date"),
@@ -72,8 +72,8 @@ def sums_of_values(table: DataFrame, config: Config, days: Sequence[int]) -> Dat
     visible = _visible(table, config, days).filter(F.col("name") != ALL_ROWS)
     entry = F.array("day", "index", "impressions", "clicks", "orders")
     features = {counted_feature(config, counter) for counter in config.every_counter.values()}
-    cells = [name.removeprefix(CELL) for name in features if name.startswith(CELL)]
-    feature = F.when(F.col("name").isin(cells), F.concat(F.lit(CELL), "name")).otherwise(F.col("name"))
+    cells = [name.removeprefix(CELL_PREFIX) for name in features if name.startswith(CELL_PREFIX)]
+    feature = F.when(F.col("name").isin(cells), F.concat(F.lit(CELL_PREFIX), "name")).otherwise(F.col("name"))
     grouped = visible.groupBy(feature.alias("feature"), F.col("key").alias("value"))
     return grouped.agg(F.flatten(F.collect_list(entry)).alias("sums"))
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from etl.kernel.events import Events, Ints, codes_and_values, owned_column
 from etl.kernel.histories import HistoryEvents
-from etl.kernel.packs import CELL, COUNT, Dictionaries, emitted
+from etl.kernel.packs import CELL_PREFIX, COUNT, Dictionaries, emitted
 from usr_ray.config import DAY_US
 from usr_ray.schema import ACTION_CLICK
 
@@ -32,7 +32,7 @@ def cell_name(columns: Sequence[str]) -> str:
     """Feature whose values are those of some columns of the pass together; of one that has a vocabulary, itself."""
     if len(columns) == 1 and not columns[0].startswith(owned_column("")):
         return columns[0]
-    return CELL + ":".join(column.rpartition(":")[2] for column in columns)
+    return CELL_PREFIX + ":".join(column.rpartition(":")[2] for column in columns)
 
 
 def counter_cells(
@@ -51,7 +51,7 @@ def counter_cells(
     found = {}
     for columns in counted:
         name = cell_name(columns)
-        if not name.startswith(CELL):
+        if not name.startswith(CELL_PREFIX):
             continue
         codes = np.full(rows.num_rows, -1, dtype=np.int64)
         places, texts = np.zeros(len(shown), np.int64), None

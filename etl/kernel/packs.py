@@ -54,7 +54,7 @@ EMITTED = pa.schema(
 )
 EVENT_COLUMNS = ("time", "action", "item_id", "query")
 """Columns of a pack's events; item_id and query are codes of the chunk."""
-CELL = "cell:"
+CELL_PREFIX = "cell:"
 """How names of features begin that are made for counters alone and have no vocabulary (etl/kernel/counters.py)."""
 _LATE_ROWS = 4_096
 """Rows whose late events are looked up at once: bounds memory."""
@@ -95,7 +95,7 @@ class Dictionaries:
         first = int(days.min(initial=0))
         width = int(days.max(initial=0)) - first + 1
         for name, (codes, values) in self.features.items():
-            there = (codes[counted] >= 0) & (not name.startswith(CELL))
+            there = (codes[counted] >= 0) & (not name.startswith(CELL_PREFIX))
             places, counts = np.unique(codes[counted][there] * width + (days[there] - first), return_counts=True)
             num_days = np.bincount(places // width, minlength=len(values))
             needed = num_days > 0

@@ -13,7 +13,7 @@ from etl.kernel.chunks import REQUEST_KEY, USER_KEY
 from etl.kernel.counters import SUMS, CounterPlan, DailySums, counter_columns
 from etl.kernel.events import Ints, context_column
 from etl.kernel.labels import NO_TIME, mature
-from etl.kernel.packs import CELL, EVENT_COLUMNS, unpack
+from etl.kernel.packs import CELL_PREFIX, EVENT_COLUMNS, unpack
 from usr_ray.config import DAY_US
 from usr_ray.schema import ALL_LABELS, FIRST_ID, PADDING_ID, PARTITION_COLUMN, FeatureSpec, index_column, scaled_column
 
@@ -136,7 +136,7 @@ def _own_columns(rows: pa.Table, found: dict[str, Lookup], plan: RowPlan) -> dic
     codes: dict[str, Ints] = {}
     for name, lookup in found.items():
         is_own = name in ("user_id", "item_id", "query")
-        is_cell = name.startswith(CELL)
+        is_cell = name.startswith(CELL_PREFIX)
         places = rows[name if is_own or is_cell else context_column(name)].to_numpy() + 1
         codes[name] = places.astype(np.int64)
         if is_cell:
