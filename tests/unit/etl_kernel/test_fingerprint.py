@@ -71,14 +71,13 @@ def test_no_change_of_a_row_goes_unseen(world: World, windows: Windows, later: i
         row["time"] += shift
         row["known"] += shift
     before = copy.deepcopy(after)
-    for kind in data.draw(
-        st.lists(st.sampled_from(["click", "order", "impression", "gone", "query", "known"]), max_size=3)
+    for number, kind in enumerate(
+        data.draw(st.lists(st.sampled_from(["click", "order", "impression", "gone", "query", "known"]), max_size=3))
     ):
         shown = data.draw(st.sampled_from(after.impressions))
         time = data.draw(
             st.sampled_from([shown["time"], shown["time"] + 2 * SECOND, shown["time"] + DAY, data.draw(seconds)])
         )
-        number = len(after.clicks) + len(after.orders) + len(after.impressions)
         if kind == "click":
             after.click(
                 f"z{number}", shown["user"], shown["item"], shown["scenario"], time, known=time + data.draw(lags)
