@@ -80,7 +80,8 @@ def follow(words: list[str], ray_files: str, lanes: dict[str, subprocess.Popen[b
     waiting = list(LANES)
     while len(codes) < len(LANES):
         if waiting and len(lanes) - len(codes) < AT_A_TIME:
-            lanes[waiting[0]] = start(waiting.pop(0), words, ray_files)
+            name = waiting.pop(0)
+            lanes[name] = start(name, words, ray_files)
             continue
         time.sleep(0.2)
         seconds = time.monotonic() - started
