@@ -60,6 +60,9 @@ WORDS: dict[str, list[str]] = {
 }
 """What each job needs beside places."""
 NO_PLACES = {
+    "--stable",
+    "--canary",
+    "--shadow",
     "--set",
     "--dates",
     "--allow-missing-dates",
