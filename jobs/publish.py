@@ -57,13 +57,18 @@ def main(argv: list[str]) -> None:
     if arguments.shadow or arguments.canary is not None:
         read_pointer(registry)  # there must be a stable version beside it: said before the export
     name = publish(arguments.run_dir, arguments.lake, registry, report=lambda line: print(line, flush=True))
+    served = "and stable"
     if arguments.shadow:
         replace(read_pointer(registry), shadow=name).write(registry)
+        served = "and scores as shadow"
     elif arguments.canary is not None:
         with_canary(registry, name, arguments.canary)
-    elif not arguments.not_stable:
+        served = f"and serves a share of {arguments.canary:g} of the users"
+    elif arguments.not_stable:
+        served = "but not served"
+    else:
         move_pointer(registry, name)
-    print(f"{registry}: version {name} published")
+    print(f"{registry}: version {name} published, {served}")
 
 
 if __name__ == "__main__":
