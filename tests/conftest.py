@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
-from pathlib import Path
 
 from usr_ray.launch.spark import spark_environment
 
-CONF = Path(__file__).resolve().parents[1] / "cluster" / "spark" / "conf"
-os.environ.setdefault("SPARK_CONF_DIR", str(CONF))
-os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
-_SPARK = ("SPARK_CONF_DIR", "SPARK_SUBMIT_OPTS", "SPARK_DRIVER_MEMORY")
+_SPARK = ("SPARK_CONF_DIR", "SPARK_LOCAL_IP", "SPARK_SUBMIT_OPTS", "SPARK_DRIVER_MEMORY")
 os.environ.update({name: value for name, value in spark_environment().items() if name in _SPARK})
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Ray reads it once, when it is first imported; tests/ray sets it too late for a process in which a unit test was first.

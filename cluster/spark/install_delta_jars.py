@@ -98,16 +98,13 @@ def main() -> int:
     import pyspark
 
     spark = Path(pyspark.__file__).parent
-    is_ours = (
-        sys.prefix != sys.base_prefix
-    )  # a virtual environment, thus not an image, whose cluster has its own settings
+    # A virtual environment, thus not an image, whose cluster has its own settings.
+    is_ours = sys.prefix != sys.base_prefix
     if is_ours:
         set_defaults(spark, Path(sys.prefix))
     code = install_jars(spark / "jars")
     if code == 0 and is_ours:
-        print(
-            "setup: an archive of the JVM's classes, so that jobs of Spark start sooner (a minute or two)", flush=True
-        )
+        print("setup: an archive of the JVM's classes; jobs of Spark start sooner (a minute or two)", flush=True)
         failure = archive_classes(spark)
         if failure:
             print(f"warning: no archive of classes ({failure}); jobs of Spark start slower without it", file=sys.stderr)

@@ -87,7 +87,7 @@ def restate_samples(
         known = existing_vocabularies(spark, config, lake)
         spec = feature_spec(config, known)
         rows = row_plan(config, spec, inputs.account, request.watermark, plan.days)
-        seen = {} if sums is None else counter_fingerprints(sums, config, plan.days)
+        seen = counter_fingerprints(sums, config, plan.days)
         touched = touched_dates(reports, inputs.account, plan.rules, rows.watermark, seen)
         recounted = [
             date for date, report in reports.items() if date in touched or _recounted(date, report, inputs.account)
@@ -100,7 +100,15 @@ def restate_samples(
         rows = replace(rows, days=tuple(map(day_of, touched)))
         prepare_samples(spark, lake, spec, config, update_item_features(spark, config, lake, inputs.items, known))
         job = Job(
-            spark=spark, config=config, lake=lake, inputs=inputs, plan=rows, known=known, progress=progress, sums=sums
+            spark=spark,
+            config=config,
+            lake=lake,
+            inputs=inputs,
+            plan=rows,
+            known=known,
+            progress=progress,
+            sums=sums,
+            seen=seen,
         )
         write_dates(job, _dates(touched), _dates(recounted))
     return touched

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from pyspark.sql import DataFrame, SparkSession
@@ -79,6 +79,8 @@ class Job:
     progress: Progress
     sums: DataFrame | None = None
     """The counters' daily sums (etl/features/counters.py); None: there are no counters."""
+    seen: Mapping[str, str] = field(default_factory=dict)
+    """Date -> fingerprint of what its counters see."""
 
 
 def build_samples(spark: SparkSession, config: Config, request: BuildRequest, progress: Progress) -> SampleCounts:
@@ -111,7 +113,15 @@ def build_samples(spark: SparkSession, config: Config, request: BuildRequest, pr
         progress("vocabularies: " + ", ".join(f"{f.name} {f.num_embeddings - FIRST_ID:,}" for f in spec.sparse))
         rows = row_plan(config, spec, inputs.account, request.watermark, tuple(map(day_of, dates)))
         job = Job(
-            spark=spark, config=config, lake=lake, inputs=inputs, plan=rows, known=known, progress=progress, sums=sums
+            spark=spark,
+            config=config,
+            lake=lake,
+            inputs=inputs,
+            plan=rows,
+            known=known,
+            progress=progress,
+            sums=sums,
+            seen=counter_fingerprints(sums, config, rows.days),
         )
         found = write_dates(job, built, built)
         write_state(spark, config, lake, state, inputs.staged(EVENT), inputs.staged(VALUE), built[-1])
@@ -155,11 +165,10 @@ def write_dates(job: Job, dates: Sequence[dt.date], reported: Sequence[dt.date])
     build = {"watermark": iso_time(job.plan.watermark), "table_version": version}
     known_dates = account.impression_dates | {date for date, _ in counts.funnels}
     shown = sorted(date.isoformat() for date in reported if date.isoformat() in known_dates)
-    seen = {} if job.sums is None else counter_fingerprints(job.sums, job.config, map(day_of, shown))
     for date in shown:
         fingerprint = date_fingerprint(day_of(date), account.cells, job.plan.rules, job.plan.watermark)
-        if date in seen:
-            fingerprint["counters"] = seen[date]
+        if date in job.seen:
+            fingerprint["counters"] = job.seen[date]
         report = date_report(
             date,
             account=account,

@@ -99,8 +99,10 @@ def counter_plan(table: DataFrame, config: Config, days: Sequence[int]) -> Count
     )
 
 
-def counter_fingerprints(table: DataFrame, config: Config, days: Iterable[int]) -> dict[str, str]:
-    """Date -> hash of all sums that its rows may see: another one means that its counters are others."""
+def counter_fingerprints(table: DataFrame | None, config: Config, days: Iterable[int]) -> dict[str, str]:
+    """Date -> hash of all sums that its rows may see: where it differs, its counters do; {} without counters."""
+    if table is None:
+        return {}
     per_day = table.groupBy("name", "key", "date", "scenario").agg(*map(F.sum, ("impressions", "clicks", "orders")))
     hashed = per_day.groupBy("date").agg(
         F.bit_xor(F.xxhash64(*(c for c in per_day.columns if c != "date"))).alias("hash")

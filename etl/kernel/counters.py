@@ -57,8 +57,9 @@ def counter_cells(
         places, texts = np.zeros(len(shown), np.int64), None
         for column in columns:
             of_rows, values = encoded.get(column) or codes_and_values(rows[column])
-            escaped = values if len(columns) == 1 else pc.replace_substring(values, "\\", "\\\\")
-            escaped = escaped if len(columns) == 1 else pc.replace_substring(escaped, "|", "\\|")
+            escaped = values
+            if len(columns) > 1:
+                escaped = pc.replace_substring(pc.replace_substring(values, "\\", "\\\\"), "|", "\\|")
             own, width = of_rows[shown], max(len(values), 1)
             joined = np.where((places < 0) | (own < 0), -1, places * width + own)
             distinct, inverse = np.unique(joined, return_inverse=True)
@@ -169,7 +170,7 @@ class DailySums:
     def __init__(self, codes: Ints, sums_N5: Ints, num_scenarios: int) -> None:
         self.num_scenarios = num_scenarios
         days = sums_N5[:, 0]
-        self._first = int(days.min(initial=1 << 40)) if len(days) else 0
+        self._first = int(days.min()) if len(days) else 0
         self._width = int(days.max(initial=self._first)) - self._first + 2  # one more: the day after all others
         place = self._place(codes, sums_N5[:, 1], days)
         order = np.argsort(place, kind="stable")

@@ -9,6 +9,7 @@ Shape letters: N candidates or values, V events, L history length.
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +30,16 @@ _NUM_HOURS = 24
 _SEED = 42
 """Of Spark's xxhash64."""
 _FIXED = ("user_id", "item_id", "query", EVENT_HOUR)
+EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
 
 class EncodeError(UserError):
     """Values that cannot be encoded."""
+
+
+def micros_of(text: Any) -> int:
+    """Microseconds since 1970 of an ISO 8601 time with a zone; TypeError or ValueError where it is none."""
+    return (dt.datetime.fromisoformat(text) - EPOCH) // dt.timedelta(microseconds=1)
 
 
 def hashes(values: Sequence[str]) -> NDArray[np.uint64]:

@@ -22,12 +22,11 @@ import numpy as np
 
 from usr_ray.config import LabelsConfig, UserError
 from usr_ray.schema import ACTION_CLICK, ACTION_ORDER
-from usr_ray.serving.encode import EncodeError, Encoder, UserEvents, category_text, event_keys
+from usr_ray.serving.encode import EncodeError, Encoder, UserEvents, category_text, event_keys, micros_of
 
 IMPRESSION, CLICK, ORDER = "impressions", "clicks", "orders"
 _IDS = {IMPRESSION: "impression_id", CLICK: "click_id", ORDER: "order_id"}
 _OPTIONAL = {IMPRESSION: ("query",), CLICK: ("impression_id",), ORDER: ()}
-_EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 KEPT_DAYS = 8
 """Days of arrival that the log holds: longer than two publications and the label windows lie apart."""
 
@@ -311,7 +310,7 @@ def _row(raw: Any, scenario: str | None, kind: str, where: str) -> Row:
 
 def _micros(raw: Any, where: str) -> int:
     try:
-        return (dt.datetime.fromisoformat(raw) - _EPOCH) // dt.timedelta(microseconds=1)
+        return micros_of(raw)
     except (TypeError, ValueError) as error:
         raise EventError(
             f"{where}: {raw!r:.60} cannot be read; ISO 8601 with a zone is needed, such as 2026-01-08T12:00:00Z"

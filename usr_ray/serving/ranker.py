@@ -22,7 +22,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from usr_ray.config import UserError
-from usr_ray.serving.encode import EncodeError, Encoder, Profile, UserEvents, category_text
+from usr_ray.serving.encode import (
+    EPOCH,
+    EncodeError,
+    Encoder,
+    Profile,
+    UserEvents,
+    category_text,
+    micros_of,
+)
 from usr_ray.serving.events import EventLog, Row, Rules, with_live
 from usr_ray.serving.runtime import ExportedModel
 from usr_ray.serving.stores import ItemTable, StoreError, UserStore
@@ -33,7 +41,6 @@ _NUM_READERS = 4
 """Of users: a store that hangs holds so many, and the next requests are answered without it."""
 GOLDEN_TOLERANCE = 1e-6
 TASKS = ("ctr", "ctcvr")
-_EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _FIELDS = ("request_id", "scenario", "user_id", "query", "context", "time", "candidates", "task", "k")
 
 
@@ -43,7 +50,7 @@ class RequestError(UserError):
 
 def iso_time(micros: int) -> str:
     """ISO 8601 of microseconds since 1970, UTC."""
-    return (_EPOCH + dt.timedelta(microseconds=micros)).isoformat()
+    return (EPOCH + dt.timedelta(microseconds=micros)).isoformat()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,14 +132,13 @@ class Ranker:
         """
         program = ExportedModel(folder / MODEL, num_threads=num_threads, per_request=True)
         encoder = open_encoder(folder)
-        exact_from = dt.datetime.fromisoformat(version["as_of"])
         stores = ItemTable(folder), UserStore(folder, encoder)
         return cls(
             version,
             program,
             encoder,
             stores,
-            exact_from_us=(exact_from - _EPOCH) // dt.timedelta(microseconds=1),
+            exact_from_us=micros_of(version["as_of"]),
         )
 
     def read_within(self, deadline_s: float | None) -> None:
@@ -296,8 +302,7 @@ class Ranker:
             time_us = time.time_ns() // 1000
         else:
             try:
-                moment = dt.datetime.fromisoformat(raw)
-                time_us = (moment - _EPOCH) // dt.timedelta(microseconds=1)
+                time_us = micros_of(raw)
             except (TypeError, ValueError) as error:
                 needed = "ISO 8601 with a zone is needed, such as 2026-01-08T12:00:00Z"
                 raise RequestError(f"time: {raw!r} cannot be read; {needed}") from error
