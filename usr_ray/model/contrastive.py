@@ -24,6 +24,7 @@ from torch.nn.functional import softplus
 
 from usr_ray.model.counter_random import hash_keys, to_uniform
 from usr_ray.model.history import Events
+from usr_ray.model.ops import log_sum_exp_products
 
 _EVENT_STREAM, _FEATURE_STREAM = 1, 2
 _NORM_FLOOR = 1e-6
@@ -99,16 +100,24 @@ def _contrast(units_NGSD: Tensor, twins_NGSD: Tensor, valid_NG: Tensor, user_NG:
     positive_NSG = (units_NGSD * twins_NGSD).sum(3).transpose(1, 2) / temperature
     # One view's rows after another's: X = S G vectors of a group, each beside all.
     units_NXD = units_NGSD.transpose(1, 2).flatten(1, 2)
-    scores_NXX = torch.bmm(units_NXD, units_NXD.transpose(1, 2)) / temperature
-    is_own_user_NGG = user_NG.unsqueeze(2) == user_NG.unsqueeze(1)
-    is_own_view_SS = torch.eye(num_views, dtype=torch.bool, device=scores_NXX.device)
-    # (N, S, G, S, G): a row of the same user in the same view, the vector itself among them; or no row at all.
-    is_left_out = is_own_user_NGG[:, None, :, None] & is_own_view_SS[:, None, :, None]
-    is_left_out = (is_left_out | ~valid_NG[:, None, None, None]).reshape_as(scores_NXX)
+    left_out_NXX = _left_out(valid_NG, user_NG, num_views, units_NXD.dtype)
+    total_NX = log_sum_exp_products(units_NXD, left_out_NXX, 1 / temperature)
+    return softplus(total_NX.view(num_groups, num_views, num_rows) - positive_NSG).transpose(1, 2)
+
+
+def _left_out(valid_NG: Tensor, user_NG: Tensor, num_views: int, dtype: torch.dtype) -> Tensor:
+    """(N, X, X): a large negative number for a pair that is no pair of negatives, else 0.
+
+    Left out are rows that are not valid, and in a vector's own view the rows of its user, itself among them.
+    """
     # A finite floor: a vector without any negative would have a gradient that is not a number.
-    floor = torch.finfo(scores_NXX.dtype).min / 2
-    total_NSG = scores_NXX.masked_fill(is_left_out, floor).logsumexp(2).view(num_groups, num_views, num_rows)
-    return softplus(total_NSG - positive_NSG).transpose(1, 2)
+    floor = torch.finfo(dtype).min / 2
+    invalid_N1G = (~valid_NG).unsqueeze(1)
+    of_user_NGG = (user_NG.unsqueeze(2) == user_NG.unsqueeze(1)) | invalid_N1G
+    num_groups, num_rows = valid_NG.shape
+    left_out_NSGSG = (invalid_N1G.to(dtype) * floor)[:, None, :, None].repeat(1, num_views, num_rows, num_views, 1)
+    left_out_NSGSG.diagonal(dim1=1, dim2=3).copy_((of_user_NGG.to(dtype) * floor).unsqueeze(3))
+    return left_out_NSGSG.view(num_groups, num_views * num_rows, num_views * num_rows)
 
 
 def _groups(values_B: Tensor, group_size: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Two operations whose backward is written by hand, each beside its plain torch twin.
+"""Three operations whose backward is written by hand, each beside its plain torch twin.
 
 Both save at least 5 % of a whole training step of USR (docs/speed.md); others did not and were deleted.
 
@@ -6,11 +6,13 @@ Both save at least 5 % of a whole training step of USR (docs/speed.md); others d
   beforehand it is a segmented sum, with the same order of additions every time, on a GPU as well.
 - `masked_attention`: torch's own backward builds the gradients of keys and values apart, the values' once for each
   mask, and joins them: three more passes over the largest tensor of a step.
+- `log_sum_exp_products`: torch multiplies twice for the gradient of a product of vectors with themselves, where one
+  product by the sum of a matrix and its transpose does, and takes every exponential twice.
 
-`with plain():` switches both to their twins; torch.export always takes the twins.
+`with plain():` switches them to their twins; torch.export always takes the twins.
 
 Shape letters: U rows of a weight, V places (history events; queries, that is views, in attention), C columns, G groups
-of places; B rows of the batch, L events, M masks, W = M * V, K size of a key and of a value.
+of places; B rows of the batch, L events, M masks, W = M * V, K size of a key and of a value; N groups of X vectors.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
-ALL = ("pool_sum", "masked_attention")
+ALL = ("pool_sum", "masked_attention", "log_sum_exp_products")
 _plain: tuple[str, ...] = ()
 
 
@@ -193,3 +195,43 @@ class _MaskedAttention(torch.autograd.Function):
         right_BXK[:, :num_queries, :size] = query_BVK
         right_BXK[:, num_queries:, size:] = grad_BWK
         return torch.bmm(grad_score_BVL, key_BLK), torch.bmm(left_BXL.transpose(1, 2), right_BXK), None
+
+
+def log_sum_exp_products(units_NXD: Tensor, bias_NXX: Tensor, scale: float) -> Tensor:
+    """Log-sum-exp of scale * u_x . u_y + bias_xy for every vector x over the vectors y of its group, (N, X).
+
+    Args:
+        units_NXD: float32 or float64.
+        bias_NXX: without a gradient; a large negative but finite number leaves a pair out. A vector left with no pair
+            at all gives a large negative number, and its gradient must come in as 0.
+        scale: of the products.
+    """
+    if _is_plain("log_sum_exp_products"):
+        return plain_log_sum_exp_products(units_NXD, bias_NXX, scale)
+    with torch.autocast(units_NXD.device.type, enabled=False):
+        sums_NX: Tensor = _LogSumExpProducts.apply(units_NXD, bias_NXX, scale)  # type: ignore[no-untyped-call]
+    return sums_NX
+
+
+def plain_log_sum_exp_products(units_NXD: Tensor, bias_NXX: Tensor, scale: float) -> Tensor:
+    """`log_sum_exp_products` by autograd."""
+    return (torch.bmm(units_NXD, units_NXD.transpose(1, 2)) * scale + bias_NXX).logsumexp(2)
+
+
+class _LogSumExpProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, units_NXD: Tensor, bias_NXX: Tensor, scale: float) -> Tensor:
+        scores_NXX = torch.baddbmm(bias_NXX, units_NXD, units_NXD.transpose(1, 2), alpha=scale)
+        largest_NX1 = scores_NXX.amax(2, keepdim=True)
+        exponentials_NXX = scores_NXX.sub_(largest_NX1).exp_()
+        sums_NX = exponentials_NXX.sum(2)
+        ctx.save_for_backward(units_NXD, exponentials_NXX, sums_NX)
+        ctx.scale = scale
+        return sums_NX.log().add_(largest_NX1.squeeze(2))
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc]
+    def backward(ctx: Any, grad_NX: Tensor) -> tuple[Tensor, None, None]:
+        units_NXD, exponentials_NXX, sums_NX = ctx.saved_tensors
+        grad_NXX = exponentials_NXX * (grad_NX * ctx.scale / sums_NX).unsqueeze(2)
+        return torch.bmm(grad_NXX + grad_NXX.transpose(1, 2), units_NXD), None, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 from tests.unit.random_batches import make_batch, make_config, make_spec
 from usr_ray.model import ops
 from usr_ray.model.embedding import EmbeddingTables
-from usr_ray.model.ops import Groups, group_places, masked_attention, pool_sum
+from usr_ray.model.ops import Groups, group_places, log_sum_exp_products, masked_attention, pool_sum
 from usr_ray.model.usr import UsrModel
 from usr_ray.training.loss import row_counts, usr_loss
 
@@ -53,6 +54,20 @@ def test_masked_attention_equals_its_twin() -> None:
     same_with_plain(lambda q, p: masked_attention(q, p, valid_BML), [query, pairs])
 
 
+def test_log_sum_exp_products_equals_its_twin_and_its_formula() -> None:
+    torch.manual_seed(0)
+    units = torch.nn.functional.normalize(torch.randn(2, 5, 3, dtype=torch.float64), dim=2).requires_grad_()
+    bias = (torch.rand(2, 5, 5) < 0.3).double() * (torch.finfo(torch.float64).min / 2)
+    bias.diagonal(dim1=1, dim2=2).zero_()  # every vector keeps a pair
+    same_with_plain(lambda u: log_sum_exp_products(u, bias, 500.0), [units])
+    value = log_sum_exp_products(units, bias, 2.0)
+    for group in range(2):
+        for vector in range(5):
+            kept = [y for y in range(5) if not bias[group, vector, y]]
+            terms = [math.exp(2 * float(units.detach()[group, vector] @ units.detach()[group, y])) for y in kept]
+            assert float(value[group, vector]) == pytest.approx(math.log(sum(terms)), rel=1e-12)
+
+
 def test_the_switch_reaches_a_whole_step(monkeypatch: pytest.MonkeyPatch) -> None:
     spec, config = make_spec(), make_config()
     batch, tables = make_batch(spec), EmbeddingTables(spec, 4, seed=0)
@@ -64,7 +79,7 @@ def test_the_switch_reaches_a_whole_step(monkeypatch: pytest.MonkeyPatch) -> Non
         return float(terms.total.detach())
 
     by_hand = loss()
-    for name in ("_PoolSum", "_MaskedAttention"):
+    for name in ("_PoolSum", "_MaskedAttention", "_LogSumExpProducts"):
         monkeypatch.delattr(ops, name)
     with pytest.raises(NameError):
         loss()
