@@ -13,10 +13,11 @@ import io
 import json
 import os
 import platform
+import re
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ import torch
 from numpy.typing import NDArray
 
 from usr_ray.config import Config, end_of_us, load_config, parse_dates
-from usr_ray.data.manifest import Manifest, build_manifest
+from usr_ray.data.manifest import Manifest
 from usr_ray.evaluation.baseline import popularity_baseline
+from usr_ray.evaluation.files import read_predictions, write_predictions
 from usr_ray.evaluation.metrics import Predictions, auc
+from usr_ray.runs.plan import split_manifest
 from usr_ray.schema import TASKS
 from usr_ray.training.loop import train
 from usr_ray.training.rows import read_training_rows
@@ -51,13 +54,14 @@ class Data:
     held_out: Manifest
 
     @classmethod
-    def of(cls, config_path: Path, lake: Path, overrides: Sequence[str] = ()) -> Data:
+    def of(cls, config_path: Path, lake: Path, overrides: Sequence[str] = (), counters: str = ".") -> Data:
+        """`counters`: a regular expression; of the lake's counter columns models get those that it is found in."""
         config = load_config(config_path, overrides)
-        parts = [
-            build_manifest(lake, dates=parse_dates(dates, where="data"))
-            for dates in (config.data.train_dates, config.data.eval_dates)
-        ]
-        return cls(config_path, tuple(overrides), *parts)
+        parts = [split_manifest(lake, config, split, version=None) for split in ("train", "eval")]
+        spec = parts[0].spec
+        dense = [f for f in spec.dense if not f.column.startswith("counter_") or re.search(counters, f.column)]
+        spec = replace(spec, dense=tuple(dense))
+        return cls(config_path, tuple(overrides), *(replace(part, spec=spec) for part in parts))
 
     def config(self, overrides: Sequence[str] = ()) -> Config:
         quiet = ("train.checkpoint_every_steps=1000000", "train.keep_checkpoints=1")
@@ -81,22 +85,38 @@ class Runs:
     """Training time of a run, mean."""
 
 
-def train_seeds(data: Data, overrides: Sequence[str], seeds: Sequence[int]) -> Runs:
-    """One training a seed, with jobs/train.py's loop on one worker, evaluated after the last epoch."""
+def train_seeds(data: Data, overrides: Sequence[str], seeds: Sequence[int], kept: Path | None = None) -> Runs:
+    """One training a seed, with jobs/train.py's loop on one worker, evaluated after the last epoch.
+
+    With `kept`, a folder, each seed's predictions stay there, and those that are there are not trained again.
+    """
     worker, probs, seconds = LocalWorker("cpu"), [], 0.0
     worker.stop_on_signal()
     for seed in seeds:
         config = data.config([*overrides, f"train.seed={seed}"])
+        file = kept and kept / f"{seed}.parquet"
+        columns = [f.column for f in (*data.train.spec.sparse, *data.train.spec.dense)]
+        meant = {"config": config.to_dict(), "manifest": data.train.sha256, "columns": columns}
+        if file and file.exists():
+            rows, _, about = read_predictions(file, config.scenarios)
+            if about["meant"] == json.loads(json.dumps(meant)):
+                probs.append(rows.probs_NT)
+                seconds += about["seconds"]
+                continue
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as run_dir, contextlib.redirect_stdout(io.StringIO()):
             result = train(
                 config, worker, train_manifest=data.train, eval_manifest=data.held_out, run_dir=Path(run_dir)
             )
-        seconds += time.perf_counter() - start
+        took = time.perf_counter() - start
         if result.evaluation is None or result.evaluation.predictions is None:
             raise StoppedError
         rows = result.evaluation.predictions
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_predictions(file, rows, config.scenarios, about={"meant": meant, "seconds": took})
         probs.append(rows.probs_NT)
+        seconds += took
     return Runs(rows, np.stack(probs), seconds / len(seeds))
 
 

@@ -1,10 +1,11 @@
 """Evaluate a trained run on some dates, beside the popularity baseline, and write the metrics.
 
-python jobs/evaluate.py --run-dir DIR --lake DIR --dates A:B [--output FILE]
+python jobs/evaluate.py --run-dir DIR --lake DIR --dates A:B [--importance] [--output FILE]
 
 Writes <run-dir>/evaluation-A_B.json and predictions-A_B.parquet, which jobs/report.py reads; other evaluations' files
 stay. Dates that the run was trained on are evaluated too, under the split 'train' in place of 'eval'. One process, no
-Ray; any number of workers would give the same numbers.
+Ray; any number of workers would give the same numbers. --importance adds the click AUC that is lost without each
+signal, by permutation: 10,000 rows are scored once more for each.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ def main(argv: list[str]) -> None:
     parser.add_place("--lake", check_lake, required=True, help="the lake of jobs/build_samples.py")
     parser.add_argument("--dates", required=True, metavar="A:B", help="first and last date, both included")
     add_allow_missing_dates(parser)
+    parser.add_argument("--importance", action="store_true", help="which signal carries what, by permutation")
     parser.add_place("--output", None, type=Path, metavar="FILE", help="the metrics as JSON in another place too")
     arguments = parser.parse_args(argv)
     first, last = parse_dates(arguments.dates, where="--dates")
@@ -62,6 +64,7 @@ def main(argv: list[str]) -> None:
     from usr_ray.evaluation.files import metrics_text
     from usr_ray.runs.evaluations import about_rows, dates_heading, dates_of, trained_dates, write_evaluation
     from usr_ray.training.evaluate import check_table, evaluate, load_run
+    from usr_ray.training.importance import importance, importance_text
     from usr_ray.training.worker import LocalWorker
 
     worker = LocalWorker()
@@ -73,6 +76,9 @@ def main(argv: list[str]) -> None:
         dates = dates_of(manifest, result.predictions.row_number_N)
         if left_out := set(manifest.dates) - set(dates):
             print(f"warning: without {date_ranges(left_out)}, of which no row has final labels", flush=True)
+        about = about_rows(manifest, dates, step=run.checkpoint.step, checkpoint=run.checkpoint.path.name)
+        if arguments.importance:
+            about["importance"] = importance(run.module, run.tables, manifest, worker, run.config)
         seen = trained_dates(arguments.run_dir, run.config.to_dict())
         splits = write_evaluation(
             arguments.run_dir,
@@ -81,11 +87,13 @@ def main(argv: list[str]) -> None:
             manifest.spec.scenarios,
             metrics=result.metrics,
             baseline=baseline_of(run.config, arguments.lake, manifest, result.predictions),
-            about=about_rows(manifest, dates, step=run.checkpoint.step, checkpoint=run.checkpoint.path.name),
+            about=about,
             seen=seen,
             output=arguments.output,
         )
         print(f"{dates_heading(dates, seen)}:\n{metrics_text(splits)}")
+        if arguments.importance:
+            print(importance_text(about["importance"]))
         where = " and ".join(date_ranges(dates).replace(":", " to ").split(", "))
         written = arguments.output or arguments.run_dir / f"evaluation-{name}.json"
         print(f"{run.checkpoint.path.name} on {where}: {len(result.predictions):,} rows; written to {written}")

@@ -25,6 +25,7 @@ from usr_ray.evaluation.statistics import (
     ctr_slices,
     roc_points,
 )
+from usr_ray.reporting.importance import importance_section
 from usr_ray.reporting.lake import cold_part, funnel
 from usr_ray.reporting.page import (
     DASH,
@@ -110,6 +111,7 @@ def write_report(run_dir: Path, lake: Path | str | None = None, output: Path | N
         curves=curves_section(run.history, scenarios),
         calibration=_calibration_section(run),
         ranking=_ranking_section(run),
+        importance=importance_section(run.about.get("importance"), scenarios),
         slices={} if run.predictions is None else _slices(run),
         funnel=funnel(reports, scenarios),
         cold=cold_part(reports, scenarios, str(run.config.get("data", {}).get("train_dates") or "")),

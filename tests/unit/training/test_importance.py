@@ -1,0 +1,173 @@
+"""Feature importance: a signal that a model does not use loses exactly nothing, one that is all it uses loses all."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import nn
+
+from jobs import evaluate as job
+from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
+from tests.unit.training.test_evaluate import NoTables, expected_rows, make_config, sizes
+from usr_ray.cli import run_job
+from usr_ray.data.batch import UsrOutputs
+from usr_ray.data.manifest import build_manifest
+from usr_ray.model.unique import ItemSides, unique_ids
+from usr_ray.reporting.importance import importance_section
+from usr_ray.schema import UNKNOWN_ID, DenseFeature
+from usr_ray.training.checkpoint import CheckpointStore
+from usr_ray.training.importance import importance, importance_text, signals_of
+from usr_ray.training.state import TrainState
+from usr_ray.training.worker import LocalWorker
+
+pytestmark = pytest.mark.unit
+
+HELD_OUT = (FIRST_DATE + dt.timedelta(days=2), FIRST_DATE + dt.timedelta(days=3))
+
+
+@pytest.fixture(scope="module")
+def lake(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lake")
+    write_samples(folder, samples_spec(sides=("brand",)), num_rows=1600, num_days=4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def manifest(lake):
+    return build_manifest(lake, dates=HELD_OUT)
+
+
+class OneSignal(nn.Module):
+    """log P that follows one value of the row, which `of` takes from a batch."""
+
+    def __init__(self, of):
+        super().__init__()
+        self.of = of
+
+    def forward(self, batch, lookup):
+        log_p_BT = -1 - torch.stack([self.of(batch), self.of(batch)], dim=1).float() / 1000
+        return UsrOutputs(log_p_BT, torch.log1p(-log_p_BT.exp()))
+
+
+def found_of(of, manifest, *, mature_only=True, **options):
+    tables, config = NoTables(sizes(manifest.spec)), make_config(mature_only=mature_only)
+    tables.sides = None
+    return importance(OneSignal(of), tables, manifest, LocalWorker("cpu"), config, **options)
+
+
+def newest_item(batch):
+    """The newest item of each row's search history; 0 where it is empty."""
+    history = batch.histories[0]
+    ends = history.offsets[1:]
+    is_empty = ends == history.offsets[:-1]
+    return torch.where(is_empty, 0, history.item_ids_V[(ends - 1).clamp(min=0)])
+
+
+@pytest.mark.parametrize(
+    ("signal", "of"),
+    [
+        ("item_id", lambda batch: batch.sparse_BF[:, 1]),
+        ("price", lambda batch: 1000 * batch.dense_BF[:, 0]),
+        ("search_history", newest_item),
+    ],
+)
+def test_only_the_signal_in_use_loses_auc(manifest, signal, of):
+    for part in found_of(of, manifest)["parts"]:
+        others = {name: drop for name, drop in part["drops"].items() if name != signal}
+        assert all(drop == {"drop": 0, "low": 0, "high": 0} for drop in others.values())
+        if part["rows"] == "all":
+            assert part["drops"][signal]["drop"] != 0
+
+
+def test_the_drop_is_the_auc_less_that_of_the_exchanged_values(lake, manifest):
+    rows = [row for _, row in expected_rows(lake, manifest)]
+    parts = {(p["scenario"], p["rows"]): p for p in found_of(lambda batch: batch.sparse_BF[:, 1], manifest)["parts"]}
+    of_part = {("search", "all"): [r for r in rows if r["scenario"] == "search"]}
+    of_part["search", "unseen item"] = [r for r in of_part["search", "all"] if r["item_id_index"] == UNKNOWN_ID]
+    for key, own in of_part.items():
+        labels, items = [r["is_click"] for r in own], np.array([r["item_id_index"] for r in own])
+        part = parts[key]
+        assert (part["num_rows"], part["num_positives"]) == (len(own), sum(labels))
+        whole = roc_auc_score(labels, -items)
+        exchanged = roc_auc_score(labels, -items[np.random.default_rng(0).permutation(len(own))])
+        assert part["auc"] == pytest.approx(whole)
+        assert part["drops"]["item_id"]["drop"] == pytest.approx(whole - exchanged, abs=1e-12)
+    assert parts["search", "unseen item"]["drops"]["item_id"]["drop"] == 0, "they all have one id"
+
+
+class SideTables(NoTables):
+    """The model sees, in place of a lookup, what brand the event's item has."""
+
+    def __init__(self, spec):
+        super().__init__(sizes(spec))
+        self.sides = ItemSides(("brand",), torch.arange(sizes(spec)["item_id"])[:, None] % sizes(spec)["brand"])
+
+    def unique_ids(self, batch):
+        return unique_ids(batch, self.num_rows(), self.sides)
+
+    def lookup(self, batch, unique):
+        return unique
+
+
+def test_the_sides_of_the_events_are_a_signal_of_their_own(manifest):
+    class BySides(OneSignal):
+        def forward(self, batch, lookup):
+            names = [f.name for f in manifest.spec.sparse]
+            items, brand = lookup[names.index("item_id")].ids_U, lookup[names.index("brand")]
+            brands_U = brand.ids_U[brand.of_items.index_V]
+            self.of = lambda batch: brands_U[torch.searchsorted(items, newest_item(batch).long())]
+            return super().forward(batch, lookup)
+
+    tables = SideTables(manifest.spec)
+    found = importance(BySides(None), tables, manifest, LocalWorker("cpu"), make_config())
+    drops = found["parts"][0]["drops"]
+    assert {name for name, drop in drops.items() if drop["drop"]} == {"search_history", "sides of the events"}
+
+
+def test_a_counter_is_one_signal(manifest):
+    names = ["counter_user_brand_7d_ctr", "counter_user_brand_all_clicks", "counter_user_all_clicks", "counter_rate"]
+    counters = tuple(DenseFeature(name=name, column=name, owner="user") for name in names)
+    signals = signals_of(replace(manifest.spec, dense=counters), None)
+    found = {signal.name: signal.dense for signal in signals if signal.dense}
+    assert found == {"counter_user_brand": (0, 1), "counter_user": (2,), "counter_rate": (3,)}
+
+
+def test_rows_are_bounded_and_drawn_alike_each_time(manifest):
+    one, two = (found_of(lambda batch: batch.sparse_BF[:, 1], manifest, max_rows=200) for _ in range(2))
+    assert one == two
+    assert 100 < one["num_rows"] <= 200
+    assert sum(p["num_rows"] for p in one["parts"] if p["rows"] == "all") == one["num_rows"]
+
+
+def test_a_part_without_both_labels_has_no_drops(manifest):
+    found = found_of(lambda batch: batch.sparse_BF[:, 1], manifest, mature_only=False, max_rows=1)
+    assert [(p["num_rows"], p["auc"], p["drops"]) for p in found["parts"]] == [(1, None, {})]
+    assert not importance_section(found, ("search", "recommendation")).plots
+
+
+def test_the_job_writes_it_and_the_report_shows_it(lake, tmp_path, capsys):
+    config = make_config()
+    train = build_manifest(lake, dates=(FIRST_DATE, FIRST_DATE))
+    state = TrainState(config, train, LocalWorker("cpu"), order="x")
+    CheckpointStore(tmp_path / "checkpoints").save(1, state.tensors(), state.describe(LocalWorker("cpu")))
+    command = ["--run-dir", str(tmp_path), "--lake", str(lake), "--dates", "2026-01-03:2026-01-04", "--importance"]
+    assert run_job(job.main, command) == 0
+    about = json.loads((tmp_path / "evaluation-2026-01-03_2026-01-04.json").read_text())["about"]
+    drops = about["importance"]["parts"][0]["drops"]
+    assert {"user_id", "item_id", "query", "brand", "price", "search_history", "sides of the events"} <= set(drops)
+    assert importance_text(about["importance"]) in capsys.readouterr().out
+    section = importance_section(about["importance"], ("search", "recommendation"))
+    assert [plot.title for plot in section.plots] == ["Clicks in search", "Clicks in recommendation"]
+    assert section.table.head[:3] == ["AUC lost without", "search", "search, unseen user"]
+    (row,) = (row.values for row in section.table.rows if row.values[0] == "brand")
+    assert row[1].replace("\N{MINUS SIGN}", "-") == f"{drops['brand']['drop']:+.4f}"
+
+
+def test_a_run_without_it_has_no_such_section():
+    assert not importance_section(None, ("search",)).plots

@@ -1,0 +1,206 @@
+"""Feature importance by permutation: the click AUC that a model loses when rows exchange their values of one signal.
+
+A signal is a feature of the row, all columns of one counter, one scenario's history, or the sides of the events (which
+item has which categories). Values are exchanged inside a part of the rows: a scenario, or its rows of an unseen user,
+item or query. So a search row gets the query of another search row, and an unseen user never a known one's id.
+
+A low drop does not say that a signal is useless: another may say the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from usr_ray.config import Config
+from usr_ray.data.assemble import BatchBuilder, take_rows
+from usr_ray.data.batch import UsrBatch, map_tensors
+from usr_ray.data.manifest import Manifest
+from usr_ray.evaluation.metrics import auc
+from usr_ray.evaluation.statistics import paired_auc_gap
+from usr_ray.model.embedding import RowSource
+from usr_ray.model.unique import ItemSides, unique_ids
+from usr_ray.schema import FIRST_ID, UNKNOWN_ID, FeatureSpec
+from usr_ray.training.evaluate import evaluation_reader, known_ids
+from usr_ray.training.worker import Worker
+
+MAX_ROWS = 10_000
+"""Rows that are scored once more for each signal, drawn from the evaluated ones."""
+SEED = 0
+ALL_ROWS = "all"
+UNSEEN = ("user", "item", "query")
+"""What a cold row does not know; FeatureSpec.sparse starts with their ids, in this order."""
+_COUNTER = re.compile(r"(counter_.+)_(?:\d+d|all)_[a-z]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """What is permuted together."""
+
+    name: str
+    sparse: tuple[int, ...] = ()
+    """Columns of UsrBatch.sparse_BF."""
+    dense: tuple[int, ...] = ()
+    history: int | None = None
+    """Place in UsrBatch.histories."""
+    is_sides: bool = False
+
+
+def signals_of(spec: FeatureSpec, sides: ItemSides | None) -> list[Signal]:
+    """Every signal that a model of this table can use; `sides`: what the items of its histories are, if it asks."""
+    signals = [Signal(feature.name, sparse=(place,)) for place, feature in enumerate(spec.sparse)]
+    numbers: dict[str, tuple[int, ...]] = {}
+    for place, number in enumerate(spec.dense):
+        counter = _COUNTER.fullmatch(number.column)
+        name = counter[1] if counter else number.name
+        numbers[name] = (*numbers.get(name, ()), place)
+    signals += [Signal(name, dense=places) for name, places in numbers.items()]
+    signals += [Signal(f"{scenario}_history", history=place) for place, scenario in enumerate(spec.scenarios)]
+    return [*signals, Signal("sides of the events", is_sides=True)] if sides and sides.names else signals
+
+
+def importance(
+    model: nn.Module,
+    tables: RowSource,
+    manifest: Manifest,
+    worker: Worker,
+    config: Config,
+    *,
+    max_rows: int = MAX_ROWS,
+) -> dict[str, Any]:
+    """The drop of click AUC by part of the rows and signal, as it goes into an evaluation's file.
+
+    Args:
+        model: trained; put back into the mode it came in.
+        tables: its embedding tables.
+        manifest: the evaluated rows; those of weight 0 take no part.
+        worker: the only one.
+        config: of the run.
+        max_rows: drawn from the manifest; fixed by it and SEED.
+
+    Returns:
+        {"num_rows": rows scored, "parts": [{"scenario", "rows": 'all' or 'unseen user' ..., "num_rows",
+        "num_positives", "auc", "drops": {signal: {"drop", "low", "high"}}}]}; low and high are the ends of a 95 %
+        interval over users. A part without both labels has "auc" null and no drops.
+    """
+    sample = _sample(manifest, worker, config, max_rows)
+    sample = known_ids(sample, manifest.spec, tables.num_rows())
+    scorer = _Scorer(model, tables, worker.device, config.train.global_batch_size)
+    signals = signals_of(manifest.spec, tables.sides)
+    was_training = model.training
+    model.eval()
+    try:
+        parts = [
+            {"scenario": scenario, "rows": name, **_drops(take_rows(sample, rows), signals, scorer)}
+            for scenario, name, rows in _parts(sample, manifest.spec)
+        ]
+    finally:
+        model.train(was_training)
+    return {"num_rows": len(sample), "parts": parts}
+
+
+def importance_text(found: Mapping[str, Any], most: int = 5) -> str:
+    """For the terminal: a line for each scenario with the signals that carry most."""
+    lines = [f"click AUC lost when the rows exchange a signal ({found['num_rows']:,} rows):"]
+    for part in found["parts"]:
+        if part["rows"] == ALL_ROWS and part["drops"]:
+            first = sorted(part["drops"].items(), key=lambda entry: -entry[1]["drop"])[:most]
+            lines.append(f"  {part['scenario']}: " + ", ".join(f"{name} {drop['drop']:.4f}" for name, drop in first))
+    return "\n".join(lines)
+
+
+def _sample(manifest: Manifest, worker: Worker, config: Config, max_rows: int) -> UsrBatch:
+    """Some of the rows that count, in file order, in one batch on the CPU."""
+    num_rows = manifest.num_rows
+    chosen = np.random.default_rng(SEED).choice(num_rows, min(max_rows, num_rows), replace=False)
+    pieces = []
+    with evaluation_reader(manifest, worker, config) as reader:
+        for batch in reader.batches(epoch=0):
+            is_taken = (batch.weights_B.numpy() > 0) & np.isin(batch.row_number_B.numpy(), chosen)
+            pieces.append(take_rows(batch, np.flatnonzero(is_taken)))
+    builder, first = BatchBuilder(manifest.spec, sum(map(len, pieces))), 0
+    for piece in pieces:
+        builder.add(piece, np.arange(first, first + len(piece)))
+        first += len(piece)
+    return builder.finish()
+
+
+def _parts(sample: UsrBatch, spec: FeatureSpec) -> Iterator[tuple[str, str, NDArray[np.int64]]]:
+    """(scenario, name, rows) of every part that has rows: a scenario, then its cold rows."""
+    scenario_B, ids_BF = sample.scenario_B.numpy(), sample.sparse_BF.numpy()
+    for place, scenario in enumerate(spec.scenarios):
+        inside_B = scenario_B == place
+        cold = [(f"unseen {name}", inside_B & (ids_BF[:, f] == UNKNOWN_ID)) for f, name in enumerate(UNSEEN)]
+        for name, rows_B in [(ALL_ROWS, inside_B), *cold]:
+            if rows_B.any():
+                yield scenario, name, np.flatnonzero(rows_B)
+
+
+def _drops(rows: UsrBatch, signals: Sequence[Signal], scorer: _Scorer) -> dict[str, Any]:
+    """What a part of the rows loses by each signal."""
+    labels_N, users_N = rows.labels_BT[:, 0].numpy(), rows.user_key_B.numpy()
+    counts = {"num_rows": len(rows), "num_positives": int(labels_N.sum())}
+    if counts["num_positives"] in (0, len(rows)):
+        return {**counts, "auc": None, "drops": {}}
+    whole_N, drops = scorer(rows), {}
+    for signal in signals:
+        generator = np.random.default_rng(SEED)  # the same exchange for each, so that another signal changes none
+        if signal.is_sides:
+            permuted_N = scorer(rows, _permuted_sides(scorer.tables.sides, generator))
+        else:
+            permuted_N = scorer(_permuted(rows, signal, generator.permutation(len(rows))))
+        gap = paired_auc_gap(labels_N, whole_N[None], permuted_N[None], users_N)
+        assert gap is not None  # both labels are there
+        drops[signal.name] = {"drop": gap.value, "low": gap.low, "high": gap.high}
+    return {**counts, "auc": auc(labels_N, whole_N), "drops": drops}
+
+
+def _permuted(rows: UsrBatch, signal: Signal, order_N: NDArray[np.int64]) -> UsrBatch:
+    """The rows with the signal of the rows `order_N`."""
+    index = torch.from_numpy(order_N)
+    sparse_BF, dense_BF, histories = rows.sparse_BF.clone(), rows.dense_BF.clone(), list(rows.histories)
+    for place in signal.sparse:
+        sparse_BF[:, place] = rows.sparse_BF[index, place]
+    for place in signal.dense:
+        dense_BF[:, place] = rows.dense_BF[index, place]
+    if signal.history is not None:
+        histories[signal.history] = take_rows(rows, order_N).histories[signal.history]
+    return replace(rows, sparse_BF=sparse_BF, dense_BF=dense_BF, histories=tuple(histories))
+
+
+def _permuted_sides(sides: ItemSides | None, generator: np.random.Generator) -> ItemSides:
+    """Every item with the categories of another; padding and unknown keep theirs."""
+    assert sides is not None  # else there is no such signal
+    order_N = np.arange(len(sides.ids_NC))
+    order_N[FIRST_ID:] = generator.permutation(order_N[FIRST_ID:])
+    return replace(sides, ids_NC=sides.ids_NC[torch.from_numpy(order_N).to(sides.ids_NC.device)])
+
+
+@dataclass(frozen=True, slots=True)
+class _Scorer:
+    """log P(click) of rows, a few at a time."""
+
+    model: nn.Module
+    tables: RowSource
+    device: torch.device
+    batch_size: int
+
+    def __call__(self, rows: UsrBatch, sides: ItemSides | None = None) -> NDArray[np.float64]:
+        """float64 (N,); `sides`: in place of the tables' own."""
+        found = []
+        for start in range(0, len(rows), self.batch_size):
+            batch = rows.slice_rows(start, min(start + self.batch_size, len(rows))).count_longest()
+            unique = (
+                self.tables.unique_ids(batch) if sides is None else unique_ids(batch, self.tables.num_rows(), sides)
+            )
+            batch, unique = map_tensors((batch, unique), lambda tensor: tensor.to(self.device))
+            with torch.inference_mode():
+                found.append(self.model(batch, self.tables.lookup(batch, unique)).log_p_BT[:, 0].double().cpu())
+        return torch.cat(found).numpy()
