@@ -56,7 +56,7 @@ $(VENV)/.ready: constraints.txt setup.cfg pyproject.toml cluster/spark/install_d
 	@touch $@
 	@echo "setup: done"
 
-demo: setup require-jdk  ## logs -> Delta -> 2-worker training of USR -> evaluation -> report
+demo: setup require-jdk  ## logs -> Delta -> 2-worker training of USR -> evaluation -> report -> service
 	@python jobs/demo.py --source $(SOURCE) --config '$(CONFIG)' --work '$(WORK)' \
 	  $(if $(INPUT),--input '$(INPUT)') $(if $(LOGS),--logs '$(LOGS)') $(OVERRIDES)
 

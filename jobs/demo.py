@@ -1,26 +1,39 @@
-"""The whole way once: logs -> Delta -> 2-worker training of USR -> evaluation -> report, as `make demo` runs it.
+"""The whole way once, as `make demo` runs it: from logs to a trained, evaluated and served model, with a report.
 
 Every step is one of the jobs, run by the command that is printed before it, so that a newcomer can run them alone.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from usr_ray.cli import check_input, check_logs, check_output_table, job_config, job_parser, run_job
 from usr_ray.config import Config, UserError, parse_dates
+from usr_ray.launch.environment import LOOPBACK, free_port
 from usr_ray.launch.spark import spark_environment, spark_submit
 
 MARKER = ".usr-ray-demo"
 SIMULATED = "simulated"
+FIRST_PORT = 8000
+SERVE_PACKAGES = ("onnx", "onnxscript", "onnxruntime", "lmdb", "xxhash", "fastapi", "uvicorn")
+"""What the extra [serve] brings for publishing and serving."""
+NUM_TIMED = 50
+NUM_SHOWN = 5
+START_S = 60.0
+"""Seconds within which the service must answer."""
 
 
 class StepFailed(SystemExit):
@@ -37,15 +50,75 @@ def fresh_folder(work: Path) -> None:
     (work / MARKER).touch()
 
 
-def step(title: str, *command: str) -> None:
-    """Print and run one job; stop the demo with its exit code when it fails."""
+def step(title: str, *command: str, may_refuse: bool = False) -> bool:
+    """Print and run one job; stop the demo with its exit code when it fails. False: it refused, and might."""
     print(f"\n== {title}\n$ {shlex.join(command)}", flush=True)
     started = time.monotonic()
     done = subprocess.run(command, cwd=ROOT, env=spark_environment(), check=False)
+    if done.returncode == 2 and may_refuse:
+        return False
     if done.returncode != 0:
         print(f"demo: stopped, '{title}' ended with exit code {done.returncode}", file=sys.stderr)
         raise StepFailed(done.returncode)
     print(f"   {title}: {time.monotonic() - started:.0f} s", flush=True)
+    return True
+
+
+def serve(run: Path, lake: Path, registry: Path) -> None:
+    """Publish the run, start the service and show its answer to one request."""
+    missing = [name for name in SERVE_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"\ndemo: not served, as {', '.join(missing)} is not installed; pip install 'usr-ray[serve]'", flush=True)
+        return
+    places = ["--run-dir", str(run), "--lake", str(lake), "--registry", str(registry)]
+    if not step("publish", sys.executable, "jobs/publish.py", *places, may_refuse=True):
+        print("demo: not served, as the line above says; the run and its report are whole", flush=True)
+        return
+    port = free_port(FIRST_PORT)
+    command = [sys.executable, "jobs/serve.py", "--registry", str(registry), "--alone", "--port", str(port)]
+    print(f"\n== serve\n$ {shlex.join(command)}", flush=True)
+    service = subprocess.Popen(command, cwd=ROOT)
+    try:
+        ask(f"http://{LOOPBACK}:{port}", registry, service)
+    finally:
+        service.terminate()
+        service.wait()
+
+
+def ask(address: str, registry: Path, service: subprocess.Popen[bytes]) -> None:
+    """Rank the candidates of a published request once the service answers, and time the same request."""
+    deadline = time.monotonic() + START_S
+    while service.poll() is None and time.monotonic() < deadline:
+        try:
+            urllib.request.urlopen(f"{address}/readyz", timeout=1).close()
+            break
+        except OSError:
+            time.sleep(0.1)
+    else:
+        print("demo: stopped, the service does not answer", file=sys.stderr)
+        raise StepFailed(service.poll() or 1)
+    version = json.loads((registry / "current.json").read_text(encoding="utf-8"))["stable"]
+    golden = json.loads((registry / "versions" / version / "golden.json").read_text(encoding="utf-8"))
+    request = next((case["request"] for case in golden if "query" in case["request"]), golden[0]["request"])
+    words = {key: value for key, value in request.items() if key not in ("candidates", "time")}
+    shown = json.dumps(words)[:-1] + f', "candidates": [{len(request["candidates"])} items]}}'
+    print(f"$ POST {address}/v1/rank {shown}", flush=True)
+    seconds = []
+    answer: dict[str, Any] = {}
+    for _ in range(NUM_TIMED + 1):
+        started = time.perf_counter()
+        with urllib.request.urlopen(f"{address}/v1/rank", json.dumps(request).encode(), timeout=10) as response:
+            answer = json.load(response)
+        seconds.append(time.perf_counter() - started)
+    names = [name for name in answer["items"][0] if name != "id"]
+    width = max(len(item["id"]) for item in answer["items"])
+    print("   " + "  ".join([" #", "item".ljust(width), *(name.rjust(14) for name in names)]))
+    for place, item in enumerate(answer["items"][:NUM_SHOWN], 1):
+        cells = [f"{place:2}", item["id"].ljust(width), *(f"{item[name]:14.4f}" for name in names)]
+        print("   " + "  ".join(cells))
+    p50 = statistics.median(seconds[1:]) * 1e3
+    print(f"   p50 of {NUM_TIMED} requests one after the other, each on a connection of its own: {p50:.1f} ms")
+    print(f"   again: usr-ray serve --registry {registry} --alone", flush=True)
 
 
 def build_dates(config: Config) -> str:
@@ -60,6 +133,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--source", default=SIMULATED, help="data set to ingest (ignored with --logs)")
     parser.add_place("--input", check_input, type=Path, help="folder of the data set's files")
     parser.add_place("--logs", check_logs, type=Path, help="logs of the contract that are already there")
+    parser.add_argument("--no-serve", action="store_true", help="end with the report: do not publish and serve the run")
     parser.add_place("--work", check_output_table, type=Path, required=True, help="for logs, lake and run; emptied")
     arguments = parser.parse_args(argv)
     config = job_config(arguments)
@@ -116,6 +190,8 @@ def main(argv: list[str]) -> None:
         *(["--allow-missing-dates"] if config.data.allow_missing_dates else []),
     )
     step("report", sys.executable, "jobs/report.py", "--run-dir", str(run), "--lake", str(lake))
+    if not arguments.no_serve:
+        serve(run, lake, work / "registry")
     print(f"\ndemo: done in {time.monotonic() - started:.0f} s", flush=True)
 
 

@@ -36,6 +36,19 @@ def test_the_demo_prints_auc_per_scenario_and_task_and_the_report(smoke: Path) -
         assert word.lower() in printed.lower(), word
 
 
+def test_the_demo_ends_with_one_request_answered(smoke: Path) -> None:
+    printed = (smoke / "stdout.txt").read_text().partition("== serve")[2]
+    case = next(
+        c
+        for c in json.loads(next(smoke.glob("registry/versions/*/golden.json")).read_text())
+        if "query" in c["request"]
+    )
+    best = sorted(case["items"], key=lambda item: -item["p_ctr"])[:5]
+    rows = [line.split() for line in printed.splitlines() if line.strip()[:1].isdigit()]
+    assert [row[:3] for row in rows] == [[str(n), i["id"], f"{i['p_ctr']:.4f}"] for n, i in enumerate(best, 1)]
+    assert "p50 of 50 requests" in printed
+
+
 def test_metrics_have_the_contract_shape(smoke: Path) -> None:
     metrics = json.loads((smoke / "run" / "metrics.json").read_text())
     (split,) = metrics.values()

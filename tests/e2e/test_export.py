@@ -187,7 +187,7 @@ def test_an_export_that_cannot_be_written_leaves_nothing(lake, exported, tmp_pat
     words = ["--run-dir", str(exported / "run"), "--output", str(tmp_path / "new" / "out")]
     assert run_job(job.main, [*words, "--lake", str(tmp_path)]) == 2
     assert "no Delta table at" in capsys.readouterr().err
-    monkeypatch.setattr("usr_ray.serving.export.largest_differences", lambda *_: {"model.onnx": float("nan")})
+    monkeypatch.setattr("usr_ray.serving.export.largest_differences", lambda *_, **__: {"model.onnx": float("nan")})
     assert run_job(job.main, words) == 1
     assert "differs from the training model" in capsys.readouterr().err
     assert not any((tmp_path / "new").iterdir())

@@ -20,6 +20,7 @@ def demo(run: Run, work: Path, source: str, input_dir: Path, *settings: str) -> 
     done = run(
         sys.executable,
         "jobs/demo.py",
+        "--no-serve",
         "--source",
         source,
         "--input",

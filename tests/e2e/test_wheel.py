@@ -60,6 +60,6 @@ def test_logs_become_samples_a_model_and_scores(usr: Usr, smoke: Path, tmp_path:
 @pytest.mark.slow  # the installed wheel's demo is the same program, and tests/e2e runs most jobs from the checkout
 def test_the_demo_of_a_checkout_in_a_folder_with_a_blank(run: Run, tmp_path: Path) -> None:
     work = tmp_path / "my demo"
-    done = run(sys.executable, "jobs/demo.py", "--config", "jobs/configs/smoke.toml", "--work", work)
+    done = run(sys.executable, "jobs/demo.py", "--no-serve", "--config", "jobs/configs/smoke.toml", "--work", work)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert (work / "run" / "report.html").is_file()

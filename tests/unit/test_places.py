@@ -96,6 +96,7 @@ NO_PLACES = {
     "--workers",
     "--max-queued",
     "--alone",
+    "--no-serve",
     "--use",
     "--help",
 }  # fmt: skip - a list of words

@@ -85,13 +85,14 @@ def training_probabilities(outputs: UsrOutputs) -> dict[str, Tensor]:
     return probs
 
 
-def largest_differences(directory: Path, run: TrainedRun) -> dict[str, float]:
+def largest_differences(directory: Path, run: TrainedRun, *, requests_only: bool) -> dict[str, float]:
     """File -> largest absolute difference of a probability from the training model's, on drawn rows; NaN stays NaN."""
     batch = drawn_batch(run.spec, _NUM_ROWS)
     inputs = padded_inputs(batch, run.spec)
     differences = {
         name: _difference(ExportedModel(directory, runtime=runtime), inputs, run, batch)
         for runtime, name in RUNTIMES.items()
+        if not requests_only
     }
     program = ExportedModel(directory, per_request=True)
     requests = [one_request(batch, run.spec, row) for row in range(len(run.spec.scenarios))]

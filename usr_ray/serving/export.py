@@ -61,13 +61,16 @@ _EXTERNAL_BYTES = 1_500_000_000
 _PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "numpy")
 
 
-def export_run(run_dir: Path, output_dir: Path, lake: Path | str | None = None) -> dict[str, Any]:
+def export_run(
+    run_dir: Path, output_dir: Path, lake: Path | str | None = None, *, requests_only: bool = False
+) -> dict[str, Any]:
     """Export the model of a run's best checkpoint (its newest one where none was marked best).
 
     Args:
         run_dir: of jobs/train.py.
         output_dir: where to write; absent or empty.
         lake: whose vocabularies go with the model (vocabulary.kind = "hash" has none); None: none do.
+        requests_only: write request.onnx alone of the programs and weights, in a third of the time.
 
     Returns:
         The content of manifest.json.
@@ -90,7 +93,7 @@ def export_run(run_dir: Path, output_dir: Path, lake: Path | str | None = None) 
     temporary = output_dir.with_name(f".{output_dir.name}.tmp-{uuid.uuid4().hex}")
     temporary.mkdir()
     try:
-        manifest = _write(temporary, run, vocabularies)
+        manifest = _write(temporary, run, vocabularies, requests_only)
         os.replace(temporary, output_dir)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -133,17 +136,18 @@ def model_id(checkpoint: Checkpoint) -> str:
     raise AssertionError(f"{checkpoint.path}: was verified when it was loaded")
 
 
-def _write(folder: Path, run: TrainedRun, vocabularies: pa.Table | None) -> dict[str, Any]:
+def _write(folder: Path, run: TrainedRun, vocabularies: pa.Table | None, requests_only: bool) -> dict[str, Any]:
     model = ServingModel(run.module, run.tables, run.spec)
-    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, folder / WEIGHTS)
-    write_programs(model, run.spec, folder)
+    if not requests_only:
+        save_file({name: t.contiguous() for name, t in model.state_dict().items()}, folder / WEIGHTS)
+    write_programs(model, run.spec, folder, requests_only=requests_only)
     (folder / FEATURE_SPEC).write_text(run.spec.to_json() + "\n", encoding="utf-8")
     if vocabularies is not None:
         pq.write_table(vocabularies, folder / VOCABULARIES, compression="zstd")
     manifest = _describe(folder, run, model)
     _write_manifest(folder, manifest)
     # The files themselves are opened as a user would, so that what was checked is what is served.
-    differences = largest_differences(folder, run)
+    differences = largest_differences(folder, run, requests_only=requests_only)
     wrong = {name: value for name, value in differences.items() if not value <= TOLERANCE}
     if wrong:
         raise RuntimeError(f"the exported model differs from the training model: {wrong}, allowed {TOLERANCE}")
@@ -154,8 +158,8 @@ def _write(folder: Path, run: TrainedRun, vocabularies: pa.Table | None) -> dict
     return manifest
 
 
-def write_programs(model: ServingModel, spec: FeatureSpec, folder: Path) -> None:
-    """model.pt2 and model.onnx for any number of rows, and request.onnx for any number of candidates."""
+def write_programs(model: ServingModel, spec: FeatureSpec, folder: Path, *, requests_only: bool) -> None:
+    """request.onnx for any number of candidates and, unless `requests_only`, model.pt2 and model.onnx for rows."""
     num_bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     rows, items = torch.export.Dim("rows"), torch.export.Dim("items")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of torchvision, which nothing here uses
@@ -166,7 +170,7 @@ def write_programs(model: ServingModel, spec: FeatureSpec, folder: Path) -> None
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name, module, shapes, size in programs:
+        for name, module, shapes, size in programs[requests_only:]:
             # Two rows: torch.export takes a size of 1 for a constant.
             example = {n: torch.zeros([s or 2 for s in shape], dtype=dtype) for n, (dtype, shape) in shapes.items()}
             dynamic = {n: {0: size} if shape[0] is None else {} for n, (_, shape) in shapes.items()}

@@ -65,7 +65,7 @@ def publish(run_dir: Path, lake: Path | str, registry: Path, *, report: Callable
     temporary = registry / VERSIONS / f".tmp-{uuid.uuid4().hex}"
     temporary.mkdir(parents=True)
     try:
-        exported = export_run(run_dir, temporary / MODEL, lake)
+        exported = export_run(run_dir, temporary / MODEL, lake, requests_only=True)
         report(f"model {exported['checkpoint']['id']} exported")
         name = f"{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%S}-{exported['checkpoint']['id']}"
         write_vocabularies(temporary)
