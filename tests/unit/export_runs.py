@@ -20,7 +20,8 @@ NAMES = [f"{backbone}{'' if is_plain else '+usr'}" for backbone, is_plain in MOD
 
 
 def run_config(**model: Any) -> Config:
-    """A small run; `model` are keys of [model], or its sections as dictionaries."""
+    """A small run; `model` are keys of [model], or its sections as dictionaries; `crosses` are features.crosses."""
+    crosses = model.pop("crosses", [])
     small: dict[str, Any] = {
         "interest": {"rank": 2, "over_parameterisation": 4},
         "generator": {"hidden": 4},
@@ -42,6 +43,7 @@ def run_config(**model: Any) -> Config:
     return Config.from_dict(
         {
             "data": {"train_dates": "2026-01-01", "eval_dates": "2026-01-03:2026-01-04"},
+            "features": {"crosses": crosses},
             "model": {**sizes, **sections, **model},
             "train": {"global_batch_size": 64, "reader_threads": 1},
         }
@@ -56,6 +58,8 @@ def make_run(run_dir: Path, lake: Path, *, step: int = 5, best: bool = False, se
     with torch.no_grad():
         for parameter in state.module.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        if state.module.wide is not None:
+            state.module.wide.weights_NH[0] = 0  # padding, which no training moves
         for name, value in state.module.named_buffers():
             if "moving_" in name:
                 value.add_(torch.rand(value.shape, generator=generator))

@@ -133,9 +133,12 @@ class FeaturesConfig:
     context_numbers: tuple[str, ...] = ()
     history_item_features: tuple[str, ...] = ("*",)
     """Item categories that each event of a history carries beside its item's id; "*": all of them."""
+    crosses: tuple[tuple[str, ...], ...] = ()
+    """Categories made of several, for model.wide: each names two or more of the ids, categories, `event_hour` and
+    `scenario`. No column holds them; the model makes them of the encoded ids (usr_ray/model/wide.py)."""
 
     def __post_init__(self) -> None:
-        columns = [f.name for f in dataclasses.fields(self) if f.name != "history_item_features"]
+        columns = [f.name for f in dataclasses.fields(self) if f.name not in ("history_item_features", "crosses")]
         names = [name for column in columns for name in getattr(self, column)]
         # Delta has no such columns, and the names are part of a table property that is set by a statement of SQL.
         # A dot would name a field of a structure; a colon marks the ETL's own columns beside the features.
@@ -163,6 +166,19 @@ class FeaturesConfig:
             f"features.history_item_features: {', '.join(strange)} is not in features.item_categories "
             f"({', '.join(self.item_categories) or 'none'}); name categories of items, or leave it out for all of them",
         )
+        self._check_crosses()
+
+    def _check_crosses(self) -> None:
+        known = (*_OWN_FEATURES, *self.user_categories, *self.item_categories, *self.context_categories)
+        for place, cross in enumerate(self.crosses):
+            where = f"features.crosses[{place}]"
+            strays = sorted(set(cross) - set(known))
+            require(not strays, f"{where}: {', '.join(strays)} is no id or category; there can be: {', '.join(known)}")
+            require(
+                len(set(cross)) == len(cross) > 1, f"{where}: {list(cross)} must name two or more, each of them once"
+            )
+        alike = [sorted(cross) for cross in self.crosses if [set(c) for c in self.crosses].count(set(cross)) > 1]
+        require(not alike, f"features.crosses: {alike[:1]} is named more than once; take one of them out")
 
     @property
     def sides(self) -> tuple[str, ...]:

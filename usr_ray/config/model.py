@@ -96,6 +96,13 @@ class ModelConfig:
     """Products user * item, query * item and history * item among the features (usr_ray/model/inputs.py)."""
     interaction_hidden: int = number(32, "[0, 65536]")
     """Hidden units of the small tower that each side passes before the products; 0: none."""
+    wide: bool = False
+    """A first-order part beside the network: one weight a head for each value of the categories, of the categories by
+    scenario, and of features.crosses, added to the logits (usr_ray/model/wide.py)."""
+    wide_buckets: int = number(1 << 18, "[2, 16777216]")
+    """Rows of the one table of those weights; values are hashed into it."""
+    wide_l2: float = number(10.0, "[0, 1000]")
+    """Weight decay of those weights, as train.weight_decay is of the other matrices."""
     scenario_weights: str = choice("equal", "rows")
     """'equal': every scenario counts the same in the loss, however few rows it has; 'rows': each row does."""
     hidden: tuple[int, ...] = number((128, 64), SIZE)

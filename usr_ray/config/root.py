@@ -100,6 +100,10 @@ class Config:
             f"labels.no_order_scenarios names {', '.join(strays)}, not among scenarios: {', '.join(self.scenarios)}",
         )
         self._check_counters()
+        require(
+            self.model.wide or not self.features.crosses,
+            "features.crosses is for the first-order part; set model.wide=true, or leave the crosses out",
+        )
         group = self.model.contrastive.group_size
         require(
             self.train.global_batch_size % group == 0,
@@ -137,6 +141,7 @@ class Config:
         raw = self.to_dict()
         meaning = {key: raw[key] for key in ("scenarios", "query_scenarios", "labels", "histories", "features")}
         del meaning["features"]["history_item_features"]  # a table of its own (etl/features/item_features.py)
+        del meaning["features"]["crosses"]  # made of columns that are there
         # "60 minutes" is "1 hour", and an empty global window is the click window.
         for name in ("click_window", "order_window", "global_window", "clock_skew"):
             meaning["labels"][name] = f"{getattr(self.labels, f'{name}_us') / 1e6:g} s"

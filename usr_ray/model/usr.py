@@ -9,7 +9,7 @@ embedding, X backbone input.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,7 +28,8 @@ from usr_ray.model.inputs import InputNetwork, Inputs, Trigger, side_by_side
 from usr_ray.model.interest import InterestExtractor, PooledHistory
 from usr_ray.model.multitask import GlobalHeads, global_outputs, scenario_outputs
 from usr_ray.model.unique import ITEM_TABLE, QUERY_TABLE, event_sides
-from usr_ray.schema import FeatureSpec
+from usr_ray.model.wide import Wide
+from usr_ray.schema import TASKS, FeatureSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +61,11 @@ class UsrModel(nn.Module):
     - `contrastive.*_weight` 0, or the part it acts on off, or one scenario: no twins are computed.
 
     With IE and FG both off there are no views: e_k takes the place of z_k, and backbones that want a trigger (APG)
-    get [e_k ; e_q or e_noq ; e_c] unchanged.
+    get [e_k ; e_q or e_noq ; e_c] unchanged. `wide` on, each head's logit has the first-order part besides; of
+    `crosses` (features.crosses) it alone knows.
     """
 
-    def __init__(self, spec: FeatureSpec, config: ModelConfig) -> None:
+    def __init__(self, spec: FeatureSpec, config: ModelConfig, crosses: Sequence[Sequence[str]] = ()) -> None:
         super().__init__()
         self.config = config
         num_scenarios, dim = len(spec.scenarios), config.embedding_dim
@@ -102,6 +104,8 @@ class UsrModel(nn.Module):
         self.global_heads = (
             GlobalHeads(joined_dim, config.multitask, config.dropout) if config.multitask.enabled else None
         )
+        num_heads = len(TASKS) * (2 if config.multitask.enabled else 1)
+        self.wide = Wide(spec, crosses, config.wide_buckets, num_heads) if config.wide else None
         cl = config.contrastive
         self.twins_interest = ie.enabled and cl.interest_weight > 0 and num_scenarios > 1
         self.twins_features = fg.enabled and cl.feature_weight > 0 and num_scenarios > 1
@@ -120,6 +124,7 @@ class UsrModel(nn.Module):
         # In the query table, padding is not "nothing" but the learned e_noq.
         has_query_B1 = (lookup.tables[QUERY_TABLE].column_B > 0).unsqueeze(1)
         columns[QUERY_TABLE] = torch.where(has_query_B1, columns[QUERY_TABLE], self.inputs.no_query_D)
+        ids = dict(zip(self.inputs.names, batch.sparse_BF.unbind(1), strict=True))
         masks = None
         if self.training and (self.twins_interest or self.twins_features):
             rate = self.config.contrastive.mask_rate
@@ -131,11 +136,12 @@ class UsrModel(nn.Module):
                 if self.twins_features
                 else None,
             )
-        return self.score(columns, batch.dense_BF, histories, batch.scenario_B, batch.weights_B, masks)
+        return self.score(columns, ids, batch.dense_BF, histories, batch.scenario_B, batch.weights_B, masks)
 
     def score(
         self,
         columns: Mapping[str, Tensor],
+        ids: Mapping[str, Tensor],
         dense_BF: Tensor,
         histories: Histories,
         scenario_B: Tensor,
@@ -149,6 +155,7 @@ class UsrModel(nn.Module):
 
         Args:
             columns: embedding (B, D) of the row by feature name; in the query's, e_noq where there is no query.
+            ids: encoded id (B) of the row by feature name, for the first-order part.
             dense_BF: as UsrBatch.dense_BF.
             histories: of the same rows.
             scenario_B: int64, the row's own scenario.
@@ -174,12 +181,17 @@ class UsrModel(nn.Module):
         x_BX = side_by_side([i_BD, f_BC, last_BX], num_rows)
         scenario_BE, trigger_BZ = scenario_BE.expand(num_rows, -1), trigger_BZ.expand(num_rows, -1)
         logits_BT = self.backbone(BackboneInput(x_BX, scenario_B, scenario_BE, trigger_BZ, weights_B))
+        wide_BH = None if self.wide is None else self.wide(ids, scenario_B)
+        if wide_BH is not None:
+            logits_BT = logits_BT + wide_BH[:, : len(TASKS)]
         if self.global_heads is None:
             outputs = scenario_outputs(logits_BT)
         else:
             flat = [views.interests_BVD.flatten(1), views.features_BVC.flatten(1), *joined]
-            joined_BJ = side_by_side(flat, num_rows)
-            outputs = global_outputs(logits_BT, self.global_heads(joined_BJ), self.config.multitask.variant)
+            global_BT = self.global_heads(side_by_side(flat, num_rows))
+            if wide_BH is not None:
+                global_BT = global_BT + wide_BH[:, len(TASKS) :]
+            outputs = global_outputs(logits_BT, global_BT, self.config.multitask.variant)
         return self._with_views(outputs, views)
 
     def _pool(self, histories: Histories) -> Tensor:

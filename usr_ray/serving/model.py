@@ -128,17 +128,18 @@ class _Embeddings(nn.Module):
             self.register_buffer("sides_NC", tables.sides.ids_NC.long())
 
     def forward(self, name: str, ids: Tensor) -> Tensor:
-        return embedding(self._known(name, ids), self.tables[self.places[name]])
+        return embedding(self.known(name, ids), self.tables[self.places[name]])
 
     def item_vectors(self, ids: Tensor) -> Tensor:
         """(.., X): [e_item ; e_side ..] of every item."""
         parts = [self(ITEM_TABLE, ids)]
         if self.sides:
-            sides = self.get_buffer("sides_NC")[self._known(ITEM_TABLE, ids)]
+            sides = self.get_buffer("sides_NC")[self.known(ITEM_TABLE, ids)]
             parts += [self(name, sides[..., n]) for n, name in enumerate(self.sides)]
         return torch.cat(parts, dim=-1)
 
-    def _known(self, name: str, ids: Tensor) -> Tensor:
+    def known(self, name: str, ids: Tensor) -> Tensor:
+        """The ids, unknown where the table does not hold them."""
         is_known = (ids >= 0) & (ids < self.tables[self.places[name]].shape[0])
         return torch.where(is_known, ids, UNKNOWN_ID)
 
@@ -170,16 +171,16 @@ class ServingModel(nn.Module):
 
         Histories are padded on the left: the newest event is in the last column; action 0 marks an empty place.
         """
-        columns = {f.name: self.embeddings(f.name, inputs[SPARSE][:, n]) for n, f in enumerate(self.spec.sparse)}
-        return self.probabilities(columns, inputs.get(DENSE), inputs)
+        ids = {f.name: inputs[SPARSE][:, n] for n, f in enumerate(self.spec.sparse)}
+        return self.probabilities(ids, inputs.get(DENSE), inputs)
 
     def probabilities(
-        self, columns: dict[str, Tensor], dense_BF: Tensor | None, inputs: dict[str, Tensor]
+        self, ids: dict[str, Tensor], dense_BF: Tensor | None, inputs: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Output name -> probabilities (B).
 
         Args:
-            columns: as `UsrModel.score` takes them.
+            ids: encoded id of the row, or of all rows, by feature name.
             dense_BF: None: there are no dense features.
             inputs: scenario and histories, of B rows, or of one for all.
         """
@@ -189,9 +190,11 @@ class ServingModel(nn.Module):
         histories = PaddedHistories(
             inputs, self.spec.histories, self.embeddings, self.embeddings.item_vectors, no_query_D, kinds_NH
         )
+        columns = {name: self.embeddings(name, ids_B) for name, ids_B in ids.items()}
+        ids = {name: self.embeddings.known(name, ids_B) for name, ids_B in ids.items()}
         weights_B = torch.ones_like(columns[ITEM_TABLE][:, 0])
         dense_BF = weights_B.unsqueeze(1) if dense_BF is None else dense_BF
-        outputs = self.model.score(columns, dense_BF, histories, scenario_B, weights_B)
+        outputs = self.model.score(columns, ids, dense_BF, histories, scenario_B, weights_B)
         log_probs = [outputs.log_p_BT]
         if outputs.log_p_global_BT is not None:
             log_probs.append(outputs.log_p_global_BT)
@@ -213,7 +216,7 @@ class RequestModel(nn.Module):
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Output name -> probabilities (B) of inputs of `request_shapes`; equal to those of the rows one by one."""
         num_rows = inputs[ITEM_SPARSE].shape[0]
-        columns: dict[str, Tensor] = {}
+        ids: dict[str, Tensor] = {}
         dense: dict[int, Tensor] = {}
         for name in (REQUEST_SPARSE, ITEM_SPARSE, REQUEST_DENSE, ITEM_DENSE):
             features = _features(name, self.spec)
@@ -221,9 +224,8 @@ class RequestModel(nn.Module):
             for place, number in enumerate(features.columns):
                 value_B = inputs[name][:, place]
                 if features.rows == SPARSE:
-                    feature = self.spec.sparse[number].name
-                    columns[feature] = self.model.embeddings(feature, value_B)
+                    ids[self.spec.sparse[number].name] = value_B
                 else:
                     dense[number] = value_B.expand(num_rows)
         dense_BF = torch.stack([dense[number] for number in sorted(dense)], dim=1) if dense else None
-        return self.model.probabilities(columns, dense_BF, inputs)
+        return self.model.probabilities(ids, dense_BF, inputs)

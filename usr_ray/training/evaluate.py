@@ -222,7 +222,7 @@ def load_run(run_dir: Path, device: torch.device | str = "cpu") -> TrainedRun:
     try:
         config = Config.from_dict(checkpoint.state["config"])
         spec = FeatureSpec.from_json(json.dumps(checkpoint.state["spec"]))
-        module = UsrModel(spec, config.model)
+        module = UsrModel(spec, config.model, config.features.crosses)
         tensors = averaged_tensors(checkpoint.tensors, config.train.average, checkpoint.step)
         module.load_state_dict(_part(tensors, "model"))
         names = event_sides(spec, config.model)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -132,15 +132,25 @@ class DenseAdamW:
     """AdamW on a module's parameters, with gradient clipping; its state goes by parameter name.
 
     Fused on the devices that can. Weight decay spares vectors (biases, norms), as is usual.
+
+    Args:
+        module: whose parameters are trained.
+        config: rates, weight decay and clipping.
+        own_decay: weight decay of parameters that have another, by name.
     """
 
-    def __init__(self, module: nn.Module, config: TrainConfig) -> None:
+    def __init__(self, module: nn.Module, config: TrainConfig, own_decay: Mapping[str, float] | None = None) -> None:
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.gradient_clip = config.gradient_clip
         self.learning_rate = config.learning_rate
-        matrices = [p for p in self.parameters.values() if p.dim() > 1]
-        vectors = [p for p in self.parameters.values() if p.dim() <= 1]
-        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        own = {name: decay for name, decay in (own_decay or {}).items() if name in self.parameters}
+        matrices = [p for name, p in self.parameters.items() if p.dim() > 1 and name not in own]
+        vectors = [p for name, p in self.parameters.items() if p.dim() <= 1 and name not in own]
+        groups: list[dict[str, Any]] = [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+            *({"params": [self.parameters[name]], "weight_decay": decay} for name, decay in own.items()),
+        ]
         fused = all(p.device.type in ("cpu", "cuda") for p in self.parameters.values())
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.learning_rate, fused=fused)
 

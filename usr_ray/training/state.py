@@ -18,6 +18,7 @@ from usr_ray.data.manifest import Manifest
 from usr_ray.model.embedding import WEIGHTS, Lookup
 from usr_ray.model.unique import EmbeddingError, ItemSides
 from usr_ray.model.usr import UsrModel
+from usr_ray.model.wide import WEIGHTS as WEIGHTS_OF_WIDE
 from usr_ray.schema import FeatureSpec
 from usr_ray.training.average import DENSE, DenseAverage
 from usr_ray.training.checkpoint import Checkpoint, CheckpointError
@@ -29,6 +30,7 @@ from usr_ray.training.worker import Worker
 FORMAT = 1
 FIXED_KEYS = (
     "model",
+    "features.crosses",
     "train.seed",
     "train.global_batch_size",
     "train.order",
@@ -67,14 +69,14 @@ class TrainState:
         self.order = order
         self.total_steps = total_steps
         torch.manual_seed(config.train.seed)
-        self.module = UsrModel(manifest.spec, config.model)
+        self.module = UsrModel(manifest.spec, config.model, config.features.crosses)
         """The dense part itself: what is saved, exported and evaluated."""
         self.tables = build_embeddings(manifest.spec, config, worker, load_sides(manifest, config.model))
         """The embedding tables with their optimiser."""
         compiled = torch.compile(self.module) if config.train.compile else self.module
         self.model = worker.wrap_model(compiled)  # type: ignore[arg-type]
         """What a training step calls."""
-        self.dense = DenseAdamW(self.module, config.train)
+        self.dense = DenseAdamW(self.module, config.train, {WEIGHTS_OF_WIDE: config.model.wide_l2})
         self.average = DenseAverage(self.module, config.train.average) if config.train.average else None
         self._at_step(0)
         self.epoch = 0

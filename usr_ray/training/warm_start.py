@@ -7,13 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from usr_ray.config import Config, UserError, first_difference
+from usr_ray.config import Config, ModelConfig, UserError, first_difference
+from usr_ray.config.fields import complete
 from usr_ray.data.lineage import built_with, difference
 from usr_ray.data.manifest import Manifest
 from usr_ray.model.unique import event_sides
 from usr_ray.schema import FeatureSpec
 from usr_ray.training.checkpoint import STATE, Checkpoint, CheckpointError, CheckpointStore
 
+_WIDE = {key: getattr(ModelConfig(), key) for key in ("wide", "wide_buckets", "wide_l2")}
+_COME_SINCE: dict[str, Any] = {"model": _WIDE, "features": {"crosses": []}}
+"""Keys that older runs do not name, as these runs had them."""
 _WAY_OUT = "name another, or set train.warm_start='' to begin afresh"
 
 
@@ -67,7 +71,7 @@ def warm_start_refusal(
     try:
         old = FeatureSpec.from_json(json.dumps(state["spec"]))
         trained_with = Config.from_dict(Config.completed(state["config"]))
-        saved = dict(state["config"])
+        saved = complete(state["config"], _COME_SINCE)
     except (KeyError, TypeError, ValueError, UserError) as error:
         return f"train.warm_start {path}: not written by this version ({error}); {_WAY_OUT}"
     problem = difference(old, built_with(trained_with), manifest, may_read=may_read)
@@ -89,7 +93,7 @@ def warm_start_refusal(
             f"categories, this run's {', '.join(wanted) or 'none'}; set model.event_sides to "
             f"{str(bool(carried)).lower()}, or {_WAY_OUT}"
         )
-    keys = ["model", *(["train.embedding_optimizer"] if config.train.warm_start_optimizer else [])]
+    keys = ["model", "features.crosses", *(["train.embedding_optimizer"] if config.train.warm_start_optimizer else [])]
     if other := first_difference(saved, config.to_dict(), keys, but=["model.event_sides"]):
         key, before, now = other
         return f"train.warm_start {path}: it has {key} = {before!r}, this run {now!r}; set it so, or {_WAY_OUT}"

@@ -132,6 +132,24 @@ def test_events_are_served_with_their_items_categories(tmp_path, is_plain):
             torch.testing.assert_close(torch.from_numpy(found[name]), value, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("is_plain", [False, True], ids=["USR", "plain"])
+def test_the_first_order_part_is_served(lake, tmp_path, is_plain):
+    """Crosses with a query have no value on rows without one; ids newer than the tables are unknown to both sides."""
+    wide = {"wide": True, "wide_buckets": 500, "crosses": [["user_id", "item_id", "scenario"], ["item_id", "query"]]}
+    run = load_run(make_run(tmp_path / "run", lake, **wide, **(PLAIN if is_plain else {})))
+    assert_parity(run, lake)
+    assert_a_request_equals_its_rows(run.module, run.tables, run.spec)
+    batch = real_batches(lake)[0]
+    known = both(run, batch)[0]["p_ctr"]
+    run.module.wide.weights_NH.data.zero_()
+    assert not torch.allclose(both(run, batch)[0]["p_ctr"], known, atol=1e-3)
+    export_run(tmp_path / "run", tmp_path / "export", None)
+    inputs = {name: value.numpy() for name, value in padded_inputs(batch, run.spec).items()}
+    for runtime in ("torch", "onnx"):
+        found = ExportedModel(tmp_path / "export", runtime=runtime).predict(inputs)["p_ctr"]
+        torch.testing.assert_close(torch.from_numpy(found), known, rtol=0, atol=1e-5)
+
+
 def test_a_row_alone_equals_the_row_in_a_batch(lake, tmp_path):
     run = load_run(make_run(tmp_path, lake, backbone="m2m"))
     model = ServingModel(run.module, run.tables, run.spec)
@@ -279,7 +297,11 @@ def test_a_request_equals_its_rows_one_by_one(lake, tmp_path, backbone, is_plain
     assert_a_request_equals_its_rows(run.module, run.tables, run.spec)
 
 
-@pytest.mark.parametrize("switches", [{}, {"interest": {"enabled": False}}, {"multitask": {"enabled": False}}], ids=str)
+@pytest.mark.parametrize(
+    "switches",
+    [{}, {"interest": {"enabled": False}}, {"multitask": {"enabled": False}}, {"wide": True, "wide_buckets": 99}],
+    ids=str,
+)
 @pytest.mark.parametrize("row", [0, 1, 2], ids=["search", "recommendation", "feed"])
 def test_a_request_with_features_of_every_owner_equals_its_rows(switches, row):
     for spec in (make_spec(3), make_spec(3, dense=False), make_spec(3, sides=("brand", "kind"))):

@@ -40,7 +40,7 @@ NUM_STEPS = 8
 
 
 def make_config(**changes: Any) -> Config:
-    """USR round SharedBottom, small; a change is named section_key."""
+    """USR round SharedBottom, small; a change is named section_key, or section for all of it."""
     raw: dict[str, Any] = {
         "data": {"train_dates": "2026-01-01:2026-01-03", "eval_dates": "2026-01-04"},
         "model": {
@@ -63,7 +63,10 @@ def make_config(**changes: Any) -> Config:
     }
     for key, value in changes.items():
         section, _, name = key.partition("_")
-        raw[section][name] = value
+        if name:
+            raw[section][name] = value
+        else:
+            raw[section] = value
     return Config.from_dict(raw)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from usr_ray.data.manifest import Manifest, build_manifest
 from usr_ray.model.embedding import EmbeddingTables
 from usr_ray.schema import FEATURE_SPEC_PROPERTY, ITEM_FEATURES_PROPERTY, SAMPLES, FeatureSpec
 from usr_ray.training.checkpoint import CheckpointError
+from usr_ray.training.evaluate import load_run
 from usr_ray.training.state import TrainState
-from usr_ray.training.warm_start import check_warm_start, find_checkpoint
+from usr_ray.training.warm_start import check_warm_start, find_checkpoint, warm_start_refusal
 from usr_ray.training.worker import LocalWorker
 
 pytestmark = pytest.mark.unit
@@ -152,6 +154,11 @@ def test_tables_that_grew_hold_the_old_rows_and_then_fresh_ones(
         (make_config(), lambda s: dataclasses.replace(s, label_delay_us=1), "labels' delay in microseconds"),
         (make_config(model_embedding_dim=8), lambda s: s, "it has model.embedding_dim = 4, this run 8; set it so, or"),
         (
+            make_config(model_wide=True),
+            lambda s: s,
+            "it has model.wide = False, this run True; set it so, or name another",
+        ),
+        (
             make_config(train_embedding_optimizer="rowwise_adam"),
             lambda s: s,
             "it has train.embedding_optimizer = 'rowwise_adagrad', this run 'rowwise_adam'",
@@ -225,3 +232,37 @@ def test_events_with_sides_go_on_with_the_features_of_now_and_refuse_a_run_witho
         check_warm_start(make_config(train_warm_start=str(tmp_path / "without")), later)
     off = make_config(train_warm_start=str(tmp_path / "without"), model_event_sides=False)
     check_warm_start(off, later)
+
+
+def test_the_first_order_part_goes_on_while_the_vocabularies_grow_and_keeps_its_crosses(
+    earlier: tuple[Path, Manifest], tmp_path: Path
+) -> None:
+    """Checkpoints from before there was such a part fit a run without it: `earlier`'s, with the keys taken out."""
+    run_dir, manifest = earlier
+    state = dict(find_checkpoint(str(run_dir)).state)
+    state["config"] = json.loads(json.dumps(state["config"]))
+    del state["config"]["features"]["crosses"]
+    for key in ("wide", "wide_buckets", "wide_l2"):
+        del state["config"]["model"][key]
+    assert warm_start_refusal(state, "old", make_config(), manifest) is None
+
+    crosses = [["user_id", "item_id"], ["item_id", "query", "scenario"]]
+    wide = {"model_wide": True, "model_wide_buckets": 200, "features": {"crosses": crosses}}
+    run(make_config(**wide), (manifest, None), tmp_path / "wide")
+    saved = find_checkpoint(str(tmp_path / "wide")).tensors
+    grown = with_spec(manifest, resized(manifest.spec, {"item_id": 60}))
+    worker, again = LocalWorker("cpu"), make_config(**wide, train_warm_start=str(tmp_path / "wide"))
+    later = TrainState(again, grown, worker, order="")
+    later.warm_start(str(tmp_path / "wide"), worker)
+    weights = later.tensors()["model/wide.weights_NH"]
+    assert torch.equal(weights, saved["model/wide.weights_NH"])
+    assert weights[1:].any()
+    assert not weights[0].any()
+    ids_BP = torch.randint(1, 42, (50, len(later.module.wide.parts) + 1))
+    before = load_run(tmp_path / "wide").module.wide
+    assert torch.equal(later.module.wide.buckets(ids_BP), before.buckets(ids_BP))
+    other = make_config(**wide | {"features": {"crosses": crosses[:1]}}, train_warm_start=str(tmp_path / "wide"))
+    with pytest.raises(
+        CheckpointError, match=r"it has features.crosses = \[\['user_id', 'item_id'\], .*; set it so, or"
+    ):
+        check_warm_start(other, grown)
