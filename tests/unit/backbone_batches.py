@@ -23,6 +23,7 @@ SMALL = ModelConfig(
     apg_rank=3,
     apg_over_parameterisation=7,
     apg_hidden=(5,),
+    pepnet_hidden=5,
 )
 ALL = BACKBONES
 

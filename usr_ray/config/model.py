@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from usr_ray.config.fields import FINITE, SIZE, check_fields, choice, number, require
 
-BACKBONES = ("shared_bottom", "mmoe", "ple", "star", "m2m", "apg")
+BACKBONES = ("shared_bottom", "mmoe", "ple", "star", "m2m", "apg", "pepnet")
 _OWN_BACKBONE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -84,7 +84,7 @@ class ModelConfig:
     backbone: str = "shared_bottom"
     """One of BACKBONES, or "module:Class" of your own (examples/add_a_backbone), importable on every machine."""
     backbone_options: Mapping[str, float] = number({}, FINITE)
-    """Numbers for a backbone of your own; the six have keys of their own below."""
+    """Numbers for a backbone of your own; the seven have keys of their own below."""
     embedding_dim: int = number(16, SIZE)
     """d."""
     trigger_dim: int = number(16, SIZE)
@@ -125,6 +125,8 @@ class ModelConfig:
     """P >= K: inner size of the products that APG's U and V are folded from."""
     apg_hidden: tuple[int, ...] = number((32,), SIZE)
     """Hidden layers of the MLP that gives APG's S."""
+    pepnet_hidden: int = number(64, SIZE)
+    """Hidden units of each of PEPNet's gates."""
     interest: InterestConfig = field(default_factory=InterestConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     multitask: MultitaskConfig = field(default_factory=MultitaskConfig)

@@ -55,6 +55,7 @@ BACKBONE_NAMES = {
     "star": "STAR",
     "m2m": "M2M",
     "apg": "APG",
+    "pepnet": "PEPNet",
 }
 METRIC_COLUMNS = (
     ("auc", "AUC", 4),

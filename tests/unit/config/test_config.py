@@ -321,7 +321,7 @@ REFUSED = [
     # Model
     (
         "model.backbone=dnn",
-        "model.backbone 'dnn' is not known; choose from: shared_bottom, mmoe, ple, star, m2m, apg; "
+        "model.backbone 'dnn' is not known; choose from: shared_bottom, mmoe, ple, star, m2m, apg, pepnet; "
         "or name a class of your own as module:Class",
     ),
     ("model.backbone=mine:", "model.backbone 'mine:' is not known"),

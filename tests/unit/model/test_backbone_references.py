@@ -1,4 +1,4 @@
-"""STAR, M2M and APG against slow loops over rows written from the formulas; PLE against a case worked by hand."""
+"""STAR, M2M, APG and PEPNet against slow loops over rows from the formulas; PLE against a case worked by hand."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tests.unit.backbone_batches import SMALL, batch_of, small_backbone, weighte
 from usr_ray.model.backbones import BackboneInput, build_backbone
 from usr_ray.model.backbones.apg import APG, GeneratedLinear, GeneratedMLP
 from usr_ray.model.backbones.m2m import M2M, MetaUnit
+from usr_ray.model.backbones.pepnet import GateUnit, PEPNet
 from usr_ray.model.backbones.ple import PLE
 from usr_ray.model.backbones.star import STAR, StarMLP
 
@@ -198,6 +199,47 @@ def test_apg_products_keep_the_rank_of_the_core() -> None:
     layer = GeneratedLinear(9, 8, 4, rank=5, inner_dim=5, hidden=(6,)).double()
     assert torch.linalg.matrix_rank(layer.v_IK()) == 5
     assert torch.linalg.matrix_rank(layer.u_KO()) == 5
+
+
+# PEPNet
+
+
+def gate(unit: GateUnit, condition_C: Tensor) -> Tensor:
+    return 2 / (1 + torch.exp(-dense(unit.mlp, condition_C)))
+
+
+def pepnet_by_rows(pepnet: PEPNet, inputs: BackboneInput) -> Tensor:
+    logits = []
+    for row in range(len(inputs.scenario_B)):
+        x_D = inputs.x_BD[row]
+        x_D = x_D * gate(pepnet.input_gate, torch.cat([inputs.scenario_embedding_BE[row], x_D.detach()]))
+        condition_C = torch.cat([inputs.trigger_BZ[row], x_D.detach()])
+        for tower in pepnet.towers:
+            h_H = x_D
+            for layer, unit in zip(tower.layers, tower.gates, strict=True):
+                h_H = dense(layer, h_H).clamp(min=0) * gate(unit, condition_C)
+            logits.append(dense(tower.output, h_H))
+    return torch.cat(logits).view(-1, 2)
+
+
+def test_pepnet_equals_a_loop_over_rows() -> None:
+    pepnet = small_backbone("pepnet")
+    assert isinstance(pepnet, PEPNet)
+    inputs = batch_of(MIXED)
+    same_logits_and_gradients(pepnet, pepnet_by_rows(pepnet, inputs), inputs)
+
+
+def test_pepnet_gates_do_not_move_the_embeddings_they_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The listed mistake: no stop of the gradient. With gates that are constants of the same size the gradient of x is
+    # the same.
+    pepnet = small_backbone("pepnet")
+    x_BD = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    inputs = replace(batch_of([0, 1, 2, 0]), x_BD=x_BD)
+    (found,) = torch.autograd.grad(weighted_sum(pepnet(inputs), inputs), x_BD)
+    moving = GateUnit.forward
+    monkeypatch.setattr(GateUnit, "forward", lambda self, condition_BC: moving(self, condition_BC).detach())
+    (wanted,) = torch.autograd.grad(weighted_sum(pepnet(inputs), inputs), x_BD)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
 
 
 # PLE

@@ -1,4 +1,4 @@
-"""What all six backbones promise: own scenario's logits, rows apart, every parameter trained, nothing from padding."""
+"""What all backbones promise: own scenario's logits, rows apart, every parameter trained, nothing from padding."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_in_evaluation_a_row_alone_scores_as_in_a_batch(name: str) -> None:
 def test_the_scenario_of_a_row_chooses_its_logits(name: str) -> None:
     backbone = small_backbone(name).eval()
     inputs = batch_of([0, 0, 0])
-    # M2M and APG know the scenario by its embedding alone, so that changes with it.
+    # M2M, APG and PEPNet know the scenario by its embedding alone, so that changes with it.
     other = replace(inputs, scenario_B=inputs.scenario_B + 1, scenario_embedding_BE=inputs.scenario_embedding_BE + 1)
     assert ((backbone(inputs) - backbone(other)).abs() > 1e-6).all()
 
@@ -73,7 +73,7 @@ def test_parameters_of_an_absent_scenario_are_in_the_graph_with_gradient_zero(na
     for key, gradient_SX in own.items():
         assert (gradient_SX[[1, 3]] == 0).all(), key
         assert (gradient_SX[[0, 2]].abs().sum(dim=1) > 0).all(), key
-    assert bool(own) == (name not in ("m2m", "apg"))
+    assert bool(own) == (name not in ("m2m", "apg", "pepnet"))
 
 
 def scenario_parameters(backbone: Backbone, *, num_scenarios: int) -> list[tuple[str, Tensor]]:
@@ -112,7 +112,7 @@ def test_a_batch_of_one_row_trains_without_nan(name: str) -> None:
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in backbone.parameters())
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [name for name in ALL if name != "pepnet"])  # its gates stop gradients on purpose
 @pytest.mark.parametrize("is_training", [True, False], ids=["training", "evaluation"])
 def test_gradients_agree_with_finite_differences(name: str, is_training: bool) -> None:
     backbone = small_backbone(name).train(is_training)

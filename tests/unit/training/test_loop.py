@@ -529,7 +529,7 @@ def test_bf16_keeps_weights_in_float32_and_still_learns(manifests: tuple[Manifes
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("backbone", ["mmoe", "ple", "star", "m2m", "apg"])
+@pytest.mark.parametrize("backbone", ["mmoe", "ple", "star", "m2m", "apg", "pepnet"])
 def test_every_backbone_resumes_bit_for_bit(
     manifests: tuple[Manifest, Manifest], tmp_path: Path, backbone: str
 ) -> None:

@@ -1,4 +1,4 @@
-"""The six backbones, and your own, behind one interface: BackboneInput in, the row's own logits (B, T) out."""
+"""The seven backbones, and your own, behind one interface: BackboneInput in, the row's own logits (B, T) out."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from usr_ray.model.backbones.interface import Backbone, BackboneDims, BackboneIn
 from usr_ray.model.backbones.m2m import M2M
 from usr_ray.model.backbones.mmoe import MMoE
 from usr_ray.model.backbones.own import OwnBackboneError, check_backbone, own_backbone
+from usr_ray.model.backbones.pepnet import PEPNet
 from usr_ray.model.backbones.ple import PLE
 from usr_ray.model.backbones.shared_bottom import SharedBottom
 from usr_ray.model.backbones.star import STAR
@@ -23,6 +24,7 @@ _KINDS: dict[str, Callable[[ModelConfig, BackboneDims], Backbone]] = {
     "star": STAR,
     "m2m": M2M,
     "apg": APG,
+    "pepnet": PEPNet,
 }
 
 

@@ -42,7 +42,7 @@ class BackboneDims:
 
 
 class Backbone(nn.Module):
-    """Base of the six backbones, and of yours: `__init__(config, dims)` as theirs, then `forward`.
+    """Base of the seven backbones, and of yours: `__init__(config, dims)` as theirs, then `forward`.
 
     A row's logits depend on that row alone in evaluation, and every parameter takes part in the graph of every
     forward, whatever the scenarios of the batch: DistributedDataParallel needs no search for unused parameters.
