@@ -15,8 +15,8 @@ from usr_ray.model.unique import event_sides
 from usr_ray.schema import FeatureSpec
 from usr_ray.training.checkpoint import STATE, Checkpoint, CheckpointError, CheckpointStore
 
-_WIDE = {key: getattr(ModelConfig(), key) for key in ("wide", "wide_buckets", "wide_l2")}
-_COME_SINCE: dict[str, Any] = {"model": _WIDE, "features": {"crosses": []}}
+_NEW = {key: getattr(ModelConfig(), key) for key in ("wide", "wide_buckets", "wide_l2", "pepnet_hidden")}
+_COME_SINCE: dict[str, Any] = {"model": _NEW, "features": {"crosses": []}}
 """Keys that older runs do not name, as these runs had them."""
 _WAY_OUT = "name another, or set train.warm_start='' to begin afresh"
 
