@@ -242,7 +242,7 @@ def test_the_first_order_part_goes_on_while_the_vocabularies_grow_and_keeps_its_
     state = dict(find_checkpoint(str(run_dir)).state)
     state["config"] = json.loads(json.dumps(state["config"]))
     del state["config"]["features"]["crosses"]
-    for key in ("wide", "wide_buckets", "wide_l2"):
+    for key in ("wide", "wide_buckets", "wide_l2", "pepnet_hidden"):
         del state["config"]["model"][key]
     assert warm_start_refusal(state, "old", make_config(), manifest) is None
 
