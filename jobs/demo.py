@@ -118,7 +118,10 @@ def ask(address: str, registry: Path, service: subprocess.Popen[bytes]) -> None:
         print("   " + "  ".join(cells))
     p50 = statistics.median(seconds[1:]) * 1e3
     print(f"   p50 of {NUM_TIMED} requests one after the other, each on a connection of its own: {p50:.1f} ms")
-    print(f"   again: usr-ray serve --registry {registry} --alone", flush=True)
+    print(
+        f"   look at it: usr-ray serve --registry {registry} --alone --page, then open http://{LOOPBACK}:8000/",
+        flush=True,
+    )
 
 
 def build_dates(config: Config) -> str:

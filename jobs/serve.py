@@ -1,8 +1,10 @@
 """Serve the stable version of a registry over HTTP, on Ray Serve.
 
 python jobs/serve.py --registry DIR [--host 127.0.0.1] [--port 8000] [--token-file FILE] [--replicas N] [--alone]
+    [--page]
 
---alone serves from this process without Ray. Anything but the loopback needs a token. docs/serving.md has the paths.
+--alone serves from this process without Ray. Anything but the loopback needs a token. --page shows a page at / with
+histories of users to whoever may ask. docs/serving.md has the paths.
 """
 
 from __future__ import annotations
@@ -61,6 +63,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workers", type=count, default=2, help="requests that a replica computes at once")
     parser.add_argument("--max-queued", type=count, default=32, help="requests that a replica takes before it says 429")
     parser.add_argument("--alone", action="store_true", help="one process, without Ray")
+    parser.add_argument("--page", action="store_true", help="a page at /; it shows what users have done")
     arguments = parser.parse_args(argv)
     token = read_token(arguments.token_file, arguments.host)
     cluster = prepare_environment(dashboard=False)
@@ -72,6 +75,7 @@ def main(argv: list[str]) -> None:
         num_workers=arguments.workers,
         max_queued=arguments.max_queued,
         log_dir=arguments.log_dir and arguments.log_dir.absolute(),
+        page=arguments.page,
     )
     if arguments.alone:
         import uvicorn

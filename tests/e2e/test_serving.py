@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
+import uvicorn
 from fastapi.testclient import TestClient
 
 from tests.e2e.conftest import Run
+from usr_ray.launch.environment import free_port
 from usr_ray.serving.app import make_app
 from usr_ray.serving.ranker import Ranker
 from usr_ray.serving.service import Service, Settings
@@ -66,3 +72,38 @@ def test_a_version_that_was_tampered_with_or_computes_otherwise_is_not_served(re
     case["items"][0]["p_ctr"] += 1e-4
     with pytest.raises(RegistryError, match=r"p_ctr of a golden request is .*, it was .* when it was published"):
         ranker.check_golden([case])
+
+
+def test_the_page_shows_history_ranking_and_signals_in_a_browser(registry: Path, tmp_path: Path) -> None:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium or google-chrome on PATH to open the page with")
+    service, port = Service(Settings(registry, page=True, log_dir=tmp_path / "log")), free_port(18_600)
+    server = uvicorn.Server(uvicorn.Config(make_app(service), port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.05)
+        case = next(
+            c for c in json.loads((stable_folder(registry) / "golden.json").read_text()) if "query" in c["request"]
+        )
+        explained = TestClient(make_app(service)).post("/v1/explain", json=case["request"]).json()
+        words = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'chromium'}"]
+        words += ["--virtual-time-budget=20000", "--dump-dom"]
+        where = f"http://127.0.0.1:{port}/?scenario=search&user={case['request']['user_id']}"
+        done = subprocess.run([chromium, *words, where], capture_output=True, text=True, timeout=120, check=True)
+    finally:
+        server.should_exit = True
+        thread.join()
+        service.close()
+    ranked = sorted(explained["items"], key=lambda item: -item["p_ctr"])
+    shown = re.findall(r'<tr data-id="([^"]+)">(.*?)</tr>', done.stdout)
+    assert [name for name, _ in shown] == [item["id"] for item in ranked]
+    for (_, row), item in zip(shown, ranked, strict=True):
+        assert f">{100 * item['p_ctr']:.2f} %<" in row
+        name, effect = max(item["signals"].items(), key=lambda pair: abs(pair[1]))
+        assert name.replace("_", " ") in row, effect
+    assert done.stdout.count(" ago</td>") == len(explained["history"])
+    assert {item["id"]: item["p_ctr"] for item in explained["items"]} == {i["id"]: i["p_ctr"] for i in case["items"]}

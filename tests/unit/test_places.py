@@ -97,6 +97,7 @@ NO_PLACES = {
     "--max-queued",
     "--alone",
     "--no-serve",
+    "--page",
     "--use",
     "--help",
 }  # fmt: skip - a list of words

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 
 from usr_ray import __version__
 from usr_ray.config import UserError
@@ -19,6 +19,9 @@ from usr_ray.serving.service import MAX_BODY_BYTES, OverloadError, Service, Sett
 
 _OPEN = ("/healthz", "/readyz", "/metrics")
 """Paths that answer without the token: they tell numbers and names of versions only."""
+_PAGE = Path(__file__).with_name("page.html")
+_PAGE_MAY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
+"""What the page may do: run what is in it, and ask this service."""
 
 
 def make_app(service: Service, token: str | None = None) -> FastAPI:
@@ -29,11 +32,12 @@ def make_app(service: Service, token: str | None = None) -> FastAPI:
         token: what `Authorization: Bearer` must carry; None: nothing.
     """
     app = FastAPI(title="usr-ray", version=__version__, docs_url=None, redoc_url=None)
+    page = "/" if service.settings.page else None  # it holds no data: its own requests carry the token
 
     @app.middleware("http")
     async def guarded(request: Request, call_next: Any) -> Response:
         path = request.url.path
-        if token is not None and path not in _OPEN:
+        if token is not None and path not in _OPEN and path != page:
             given = request.headers.get("authorization", "")
             if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
                 return JSONResponse({"error": "Authorization: Bearer and the service's token are needed"}, 401)
@@ -83,7 +87,28 @@ def make_app(service: Service, token: str | None = None) -> FastAPI:
         """For Prometheus."""
         return Response(service.metrics(), media_type="text/plain; version=0.0.4")
 
+    if page is not None:
+        _add_page(app, service, answer)
     return app
+
+
+def _add_page(app: FastAPI, service: Service, answer: Callable[..., Any]) -> None:
+    """The page and the paths that it asks."""
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        headers = {"Content-Security-Policy": _PAGE_MAY, "Cache-Control": "no-store"}
+        return HTMLResponse(_PAGE.read_text(encoding="utf-8"), headers=headers)
+
+    @app.get("/v1/examples")
+    async def examples() -> dict[str, Any]:
+        """Scenarios, and requests of users, queries and candidates to pick from."""
+        return service.examples()
+
+    @app.post("/v1/explain")
+    async def explain(request: Request) -> Response:
+        """As /v1/score, with the history that the model saw and what each signal adds to p_ctr."""
+        return await answer(request, service.submit_explained)  # type: ignore[no-any-return]
 
 
 def deployment(

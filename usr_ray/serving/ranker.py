@@ -177,7 +177,7 @@ class Ranker:
         """The answer to POST /v1/score, or with `ranked` to /v1/rank."""
         request = self.checked(raw)
         inputs, unknown, is_degraded = self.encoded(request)
-        probs = self._program.predict(inputs)
+        probs = self.predict(inputs)
         order = np.arange(len(request.candidates))
         if ranked:
             value_N = request.weights[0] * probs["p_ctr"] + request.weights[1] * probs["p_ctcvr"]
@@ -197,6 +197,10 @@ class Ranker:
             "unknown": unknown,
             "degraded": is_degraded,
         }
+
+    def predict(self, inputs: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[np.float32]]:
+        """The program's outputs for the inputs of one request (`encoded`)."""
+        return self._program.predict(inputs)
 
     def encoded(self, request: Request) -> tuple[dict[str, NDArray[Any]], dict[str, Any], bool]:
         """The program's inputs, what of the request the lake has not seen, and whether the user could not be read."""

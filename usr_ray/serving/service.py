@@ -11,6 +11,7 @@ import json
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from usr_ray.config import UserError
 from usr_ray.files import one_line
 from usr_ray.serving.events import EventError, EventLog, checked_rows
+from usr_ray.serving.explain import Explainer
 from usr_ray.serving.ranker import Ranker, RequestError, iso_time
-from usr_ray.serving.versions import CANARY, Pointer, read_pointer, version_folder
+from usr_ray.serving.versions import CANARY, GOLDEN, Pointer, read_pointer, version_folder
 
 MAX_BODY_BYTES = 4 << 20
 _MAX_SHADOWS = 64
@@ -50,6 +52,8 @@ class Settings:
     """A request whose user cannot be read within it is answered without history, marked degraded."""
     log_dir: Path | None = None
     """Where events (`events.EventLog`) and scores of the shadow are kept; None: REGISTRY/log."""
+    page: bool = False
+    """Show the page, which tells histories and examples of users to whoever may ask."""
 
 
 class OverloadError(Exception):
@@ -73,6 +77,7 @@ class Service:
         self._served = self._opened({})
         self.last_error = ""
         """Why the version that the pointer names is not the one that is served; '' where it is."""
+        self._explainers: weakref.WeakKeyDictionary[Ranker, Explainer] = weakref.WeakKeyDictionary()
         self._pool = ThreadPoolExecutor(settings.num_workers, thread_name_prefix="score")
         self._shadow_pool = ThreadPoolExecutor(1, thread_name_prefix="shadow")
         self._shadow_slots = threading.BoundedSemaphore(_MAX_SHADOWS)
@@ -113,6 +118,22 @@ class Service:
         """A future of (status, answer) of a post of events, once they are on the disk; raises as `submit`."""
         return self._submit(self._keep, body)
 
+    def submit_explained(self, body: bytes) -> Any:
+        """A future of (status, answer) of one request with its history and signals; raises as `submit`."""
+        return self._submit(self._explain, body)
+
+    def examples(self) -> dict[str, Any]:
+        """What the page offers to pick: scenarios, and the requests that the stable version was published with."""
+        pointer, rankers = self._served
+        spec = rankers[pointer.stable].encoder.spec
+        golden = version_folder(self.settings.registry, pointer.stable) / GOLDEN
+        return {
+            "version": pointer.stable,
+            "scenarios": list(spec.scenarios),
+            "query_scenarios": list(spec.query_scenarios),
+            "requests": [case["request"] for case in json.loads(golden.read_text(encoding="utf-8"))],
+        }
+
     def _submit(self, work: Callable[..., Any], *arguments: Any) -> Any:
         with self._lock:
             if self._num_queued >= self.settings.max_queued:
@@ -143,8 +164,7 @@ class Service:
         pointer, rankers = self._served  # one version for the whole request
         try:
             request = parsed(body)
-            user = request.get("user_id") if isinstance(request, dict) else None
-            bucket = pointer.bucket(str(user))
+            bucket = _bucket(pointer, request)
             ranker = rankers[str(pointer.canary if bucket == CANARY else pointer.stable)]
             answer = ranker.answer(request, ranked=ranked) | {"bucket": bucket}
         except RequestError as error:
@@ -154,6 +174,18 @@ class Service:
         self._candidates.inc(len(answer["items"]))
         self._degraded.inc(answer["degraded"])
         return 200, answer
+
+    def _explain(self, body: bytes) -> tuple[int, dict[str, Any]]:
+        pointer, rankers = self._served
+        try:
+            request = parsed(body)
+            bucket = _bucket(pointer, request)
+            ranker = rankers[str(pointer.canary if bucket == CANARY else pointer.stable)]
+            if ranker not in self._explainers:
+                self._explainers[ranker] = Explainer(ranker)
+            return 200, self._explainers[ranker].answer(request) | {"bucket": bucket}
+        except RequestError as error:
+            return 422, {"error": str(error)}
 
     def _keep(self, body: bytes) -> tuple[int, dict[str, Any]]:
         try:
@@ -253,6 +285,10 @@ class Service:
         self._watcher.join()
         self._pool.shutdown()
         self._shadow_pool.shutdown()
+
+
+def _bucket(pointer: Pointer, request: Any) -> str:
+    return pointer.bucket(str(request.get("user_id") if isinstance(request, dict) else None))
 
 
 def parsed(body: bytes) -> Any:

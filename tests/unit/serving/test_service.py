@@ -217,6 +217,26 @@ def test_the_token_is_asked_for_everywhere_but_where_only_numbers_are(service):
     assert client.get("/healthz").status_code == client.get("/metrics").status_code == 200
 
 
+def test_the_page_is_off_unless_asked_for_and_its_data_need_the_token(service, tmp_path):
+    paths = ("/", "/v1/examples", "/v1/explain")
+    off = TestClient(make_app(service))
+    assert [off.request("POST" if "explain" in path else "GET", path).status_code for path in paths] == [404] * 3
+    service.settings = dataclasses.replace(service.settings, page=True)
+    golden = [{"request": GOOD | {"scenario": "search", "user_id": "u"}, "items": []}]
+    (tmp_path / "versions" / "one" / "golden.json").write_text(json.dumps(golden))
+    client = TestClient(make_app(service, "secret"))
+    page = client.get("/")
+    assert (page.status_code, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    assert page.headers["content-security-policy"].startswith("default-src 'none'")
+    assert "http" not in page.text.replace("http-equiv", "")  # nothing is fetched from elsewhere
+    assert client.get("/v1/examples").status_code == client.post("/v1/explain", json=GOOD).status_code == 401
+    client.headers["Authorization"] = "Bearer secret"
+    examples = client.get("/v1/examples").json()
+    assert (examples["version"], examples["requests"]) == ("one", [golden[0]["request"]])
+    assert (examples["scenarios"], examples["query_scenarios"]) == (["search", "recommendation"], ["search"])
+    assert client.post("/v1/explain", content=b"{").status_code == 422
+
+
 def test_others_than_this_machine_need_a_token(tmp_path):
     (tmp_path / "token").write_text(" abc\n")
     (tmp_path / "empty").write_text("\n")

@@ -1,0 +1,117 @@
+"""Effects of signals on a request, against a slow reference that replaces one value of one candidate at a time."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.unit.samples_table import samples_spec
+from usr_ray.schema import FIRST_ID
+from usr_ray.serving.explain import Explainer, effects_of
+from usr_ray.serving.ranker import RequestError
+
+pytestmark = pytest.mark.unit
+SPEC = samples_spec()
+CLICKED, QUERIED = SPEC.histories[0].item_ids, SPEC.histories[0].query_ids
+
+
+def predict(inputs: Any) -> dict[str, Any]:
+    """p_ctr that every signal has its part in, those of an item together with its brand."""
+    item, brand = inputs["item_sparse"].T
+    price = inputs["item_dense"][:, 0]
+    user, query, hour = inputs["request_sparse"][0]
+    own = 0.01 * item + 0.02 * brand + 0.003 * item * brand + 0.1 * price
+    rest = 0.005 * user + 0.001 * query * item + 0.002 * hour + 0.04 * inputs["request_dense"][0, 0]
+    return {"p_ctr": (own + rest + 0.01 * inputs[CLICKED].sum()).astype(np.float64)}
+
+
+def inputs_of(num_candidates: int) -> dict[str, Any]:
+    rng = np.random.default_rng(num_candidates)
+    inputs = {
+        "item_sparse": rng.integers(FIRST_ID, 8, (num_candidates, 2)),
+        "item_dense": rng.normal(size=(num_candidates, 1)).astype(np.float32),
+        "request_sparse": np.array([[5, 7, 3]]),
+        "request_dense": np.array([[1.5]], dtype=np.float32),
+    }
+    for names in SPEC.histories:
+        for name in (names.item_ids, names.actions, names.ages_s, names.query_ids):
+            if name is not None:
+                inputs[name] = np.zeros((1, SPEC.history_length), dtype=np.int64)
+    inputs[SPEC.histories[0].actions][0, -2:] = 1, 2
+    inputs[CLICKED][0, -2:] = 9, 4
+    inputs[SPEC.histories[0].ages_s][0, -2:] = 60, 30
+    inputs[QUERIED][0, -2:] = 0, 6
+    return inputs
+
+
+def replaced(inputs: dict[str, Any], name: str, row: int, column: int, value: Any) -> float:
+    changed = inputs[name].copy()
+    changed[row, column] = value
+    return float(predict({**inputs, name: changed})["p_ctr"][row])
+
+
+@pytest.mark.parametrize("num_candidates", [1, 2, 6])
+def test_each_signal_s_effect_is_the_mean_change_with_the_others_values(num_candidates: int) -> None:
+    inputs = inputs_of(num_candidates)
+    found = effects_of(predict, inputs, SPEC)
+    base = predict(inputs)["p_ctr"]
+    for signal, name, column, default in (
+        ("item_id", "item_sparse", 0, 1),
+        ("brand", "item_sparse", 1, 0),
+        ("price", "item_dense", 0, 0),
+    ):
+        for n in range(num_candidates):
+            others = [inputs[name][m, column] for m in range(num_candidates) if m != n] or [default]
+            mean = np.mean([replaced(inputs, name, n, column, value) for value in others])
+            assert found[signal][n] == pytest.approx(base[n] - mean)
+    items = inputs["item_sparse"][:, 0]
+    np.testing.assert_allclose(found["user"], 0.005 * (5 - 1) + 0.04 * 1.5)  # the unknown user is 1
+    np.testing.assert_allclose(found["query"], 0.007 * items)
+    np.testing.assert_allclose(found["context"], 0.006)
+    np.testing.assert_allclose(found["history of search"], 0.13)
+    assert set(found) == {"item_id", "brand", "price", "user", "query", "context", "history of search"}
+
+
+def test_of_many_candidates_eight_others_stand_for_all() -> None:
+    sizes = []
+
+    def counted(inputs: Any) -> dict[str, Any]:
+        sizes.append(len(inputs["item_sparse"]))
+        return predict(inputs)
+
+    effects_of(counted, inputs_of(30), SPEC)
+    assert max(sizes) == 8 * 30
+
+
+def explainer() -> Explainer:
+    def score(raw: Any) -> dict[str, Any]:
+        return {"items": [{"id": name} for name in raw["candidates"]], "k": raw["k"]}
+
+    names = {"item_id": {9: "shoe", 4: "hat"}, "query": {6: "hats"}}
+    encoder = SimpleNamespace(spec=SPEC, values=lambda feature: names[feature])
+
+    def checked(raw: Any) -> Any:
+        return SimpleNamespace(candidates=raw["candidates"], time_us=0)
+
+    ranker: Any = SimpleNamespace(encoder=encoder, checked=checked, score=score, predict=predict)
+    ranker.encoded = lambda request: (inputs_of(len(request.candidates)), {}, False)
+    return Explainer(ranker)
+
+
+def test_the_history_is_what_the_model_saw_and_every_candidate_is_explained() -> None:
+    answer = explainer().answer({"candidates": ["a", "b"], "k": 1})
+    assert answer["history"] == [
+        {"scenario": "search", "action": "order", "item": "hat", "query": "hats", "age_s": 30.0},
+        {"scenario": "search", "action": "click", "item": "shoe", "query": None, "age_s": 60.0},
+    ]
+    assert [item["id"] for item in answer["items"]] == ["a", "b"]
+    assert answer["items"][0]["signals"]["context"] == pytest.approx(0.006)
+    assert (answer["k"], answer["time"]) == (None, "1970-01-01T00:00:00+00:00")
+
+
+def test_too_many_candidates_are_not_explained() -> None:
+    with pytest.raises(RequestError, match=r"^candidates: 101; 100 are the most that are explained$"):
+        explainer().answer({"candidates": ["a"] * 101})
