@@ -14,14 +14,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.chaos import faults_processes, faults_storage, faults_table
+from tests.chaos import faults_processes, faults_serving, faults_storage, faults_table
 from tests.chaos.bench import Bench, Fault
 from tests.chaos.observe import Seen
 from usr_ray.config import UserError
 from usr_ray.files import write_whole
 from usr_ray.training.state import package_versions
 
-FAULTS: tuple[Fault, ...] = (*faults_processes.FAULTS, *faults_storage.FAULTS, *faults_table.FAULTS)
+FAULTS: tuple[Fault, ...] = (
+    *faults_processes.FAULTS,
+    *faults_storage.FAULTS,
+    *faults_table.FAULTS,
+    *faults_serving.FAULTS,
+)
 GOOD, BAD, SKIPPED = "good", "bad", "skipped"
 JSON_FILE, TABLE_FILE = "chaos.json", "chaos.md"
 

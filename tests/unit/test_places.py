@@ -97,6 +97,7 @@ NO_PLACES = {
     "--max-queued",
     "--alone",
     "--no-serve",
+    "--importance",
     "--page",
     "--use",
     "--help",

@@ -133,7 +133,10 @@ class ItemTable:
         """Encoded ids and features (N) of raw items, and which of them are in no impression of the lake."""
         rows = self._rows.find(item_ids)
         is_new = rows < 0
-        ids, numbers = self._ids[np.maximum(rows, 0)], self._numbers[np.maximum(rows, 0)]
+        if len(self):
+            ids, numbers = self._ids[np.maximum(rows, 0)], self._numbers[np.maximum(rows, 0)]
+        else:
+            ids, numbers = (np.empty((len(rows), of.shape[1]), of.dtype) for of in (self._ids, self._numbers))
         if is_new.any():
             nothing = encoder.nothing("item")
             ids, numbers = np.array(ids), np.array(numbers)
