@@ -133,6 +133,11 @@ class SparseFeature:
     hashed ids (num_embeddings, HASHED). Empty for event_hour, which has no vocabulary, and in older tables."""
 
 
+LOG1P = "log1p"
+SCALES = (LOG1P, "none")
+"""How a number x becomes a column: sign(x) log1p(|x|), or x itself."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DenseFeature:
     """One number feature, scaled by ETL; null became 0. A counter's name is that of its column."""
@@ -141,6 +146,8 @@ class DenseFeature:
     column: str
     owner: str
     """As of SparseFeature."""
+    scale: str = LOG1P
+    """One of SCALES."""
 
 
 _LATER_KEYS = ("history_item_features",)
@@ -189,6 +196,9 @@ class FeatureSpec:
         for name in _LATER_KEYS:
             if not raw[name]:  # as it was written before there was such a key: old checkpoints still fit their tables
                 del raw[name]
+        for feature in raw["dense"]:
+            if feature["scale"] == LOG1P:  # likewise
+                del feature["scale"]
         return json.dumps(raw, sort_keys=True, separators=(",", ":"))
 
     @classmethod

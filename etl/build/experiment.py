@@ -88,7 +88,7 @@ def bucket_of_impressions(
     """
     column = config.online.bucket_column
     bucket = F.col(f"`{context_column(column)}`")
-    own = replace(config, features=replace(config.features, context_categories=(column,), context_numbers=()))
+    own = replace(config, features=replace(config.features, context_categories=(column,), context_numbers=(), scale={}))
     events = read_events(own, folder, logs).filter(F.col("reason").isNull())
     names = F.array(*(F.lit(s) for s in config.scenarios))
     return (

@@ -165,7 +165,8 @@ def run_pass(
         AccountingError: rows were lost or invented on the way.
         DataCheckError: a file cannot be read, or too many rows of a log are rejected (limits.max_reject_share).
     """
-    scaled = [scale(F.col(name)).alias(name) for name in plan.numbers]
+    kinds = map(logs.config.features.scale_of, logs.config.features.context_numbers)
+    scaled = [scale(F.col(name), kind).alias(name) for name, kind in zip(plan.numbers, kinds, strict=True)]
     # Rows without a user are spread by their content.
     key = F.when(F.col("reason").isNull(), F.xxhash64("user_id")).otherwise(F.xxhash64("row_json"))
     time = F.col("event_time")

@@ -129,5 +129,7 @@ def _owned(
     return encoded.select(
         F.col(key).alias("value"),
         listed([F.col(f"id:{name}") for name in categories], "bigint").alias(f"{key}_ids"),
-        listed([scale(F.col(name)) for name in numbers], "float").alias(f"{key}_numbers"),
+        listed([scale(F.col(name), config.features.scale_of(name)) for name in numbers], "float").alias(
+            f"{key}_numbers"
+        ),
     )

@@ -24,6 +24,7 @@ from usr_ray.schema import (
     FEATURE_SPEC_PROPERTY,
     FIRST_ID,
     HASHED,
+    LOG1P,
     MAX_FINGERPRINTS,
     PADDING_ID,
     PARTITION_COLUMN,
@@ -271,7 +272,7 @@ def feature_spec(config: Config, known: Vocabularies | None = None) -> FeatureSp
         sparse=(*sparse[:3], hour, *sparse[3:]),
         dense=(
             *(
-                DenseFeature(name=name, column=scaled_column(name), owner=owner)
+                DenseFeature(name=name, column=scaled_column(name), owner=owner, scale=config.features.scale_of(name))
                 for owner, names in owners
                 for name in names
             ),
@@ -317,7 +318,8 @@ def hash_index(value: Column, config: VocabularyConfig) -> Column:
     return F.when(value.isNull(), F.lit(PADDING_ID)).otherwise(bucket).cast("bigint")
 
 
-def scale(value: Column) -> Column:
-    """sign(x) * log1p(|x|) as float; null, NaN and infinite values become 0."""
+def scale(value: Column, kind: str) -> Column:
+    """sign(x) * log1p(|x|), or x itself by `kind`, as float; null, NaN and infinite values become 0."""
     usable = value.isNotNull() & ~F.isnan(value) & (F.abs(value) != F.lit(float("inf")))
-    return F.when(usable, F.signum(value) * F.log1p(F.abs(value))).otherwise(F.lit(0.0)).cast("float")
+    scaled = F.signum(value) * F.log1p(F.abs(value)) if kind == LOG1P else value
+    return F.when(usable, scaled).otherwise(F.lit(0.0)).cast("float")

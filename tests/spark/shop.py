@@ -33,6 +33,7 @@ CONFIG = (
     'features.user_numbers=["age"]',
     'features.item_categories=["brand"]',
     'features.item_numbers=["price"]',
+    'features.scale={price = "none"}',
     'features.context_categories=["device"]',
     'features.context_numbers=["depth"]',
 )

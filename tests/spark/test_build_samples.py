@@ -195,6 +195,7 @@ def test_raw_and_encoded_columns(samples: dict, shop: Shop, ids: dict) -> None:
         assert row["event_hour_index"] == time.hour + 2
         for name, value in {"age": user.get("age"), "price": item.get("price"), "depth": depth}.items():
             scaled = 0.0 if value is None else math.copysign(math.log1p(abs(value)), value)
+            scaled = value or 0.0 if name == "price" else scaled  # features.scale
             assert row[f"{name}_scaled"] == pytest.approx(scaled, rel=1e-6)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from usr_ray.config.fields import (
     COUNT,
@@ -20,6 +20,7 @@ from usr_ray.config.fields import (
     parse_instant_us,
     require,
 )
+from usr_ray.schema import LOG1P, SCALES
 
 _WINDOW = ("0 s", "366 days")
 
@@ -123,7 +124,7 @@ _OWN_FEATURES = ("user_id", "item_id", "query", "scenario", "event_hour")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeaturesConfig:
-    """Feature columns beyond user_id, item_id and query. Categories get a vocabulary; numbers sign(x) * log1p(|x|)."""
+    """Feature columns beyond user_id, item_id and query. Categories get a vocabulary; numbers `scale`."""
 
     user_categories: tuple[str, ...] = ()
     user_numbers: tuple[str, ...] = ()
@@ -131,6 +132,8 @@ class FeaturesConfig:
     item_numbers: tuple[str, ...] = ()
     context_categories: tuple[str, ...] = ()
     context_numbers: tuple[str, ...] = ()
+    scale: Mapping[str, str] = field(default_factory=dict)
+    """Number -> how its values become a column, of schema.SCALES; of one that is not named "log1p"."""
     history_item_features: tuple[str, ...] = ("*",)
     """Item categories that each event of a history carries beside its item's id; "*": all of them."""
     crosses: tuple[tuple[str, ...], ...] = ()
@@ -138,7 +141,9 @@ class FeaturesConfig:
     `scenario`. No column holds them; the model makes them of the encoded ids (usr_ray/model/wide.py)."""
 
     def __post_init__(self) -> None:
-        columns = [f.name for f in dataclasses.fields(self) if f.name not in ("history_item_features", "crosses")]
+        columns = [
+            f.name for f in dataclasses.fields(self) if f.name not in ("history_item_features", "crosses", "scale")
+        ]
         names = [name for column in columns for name in getattr(self, column)]
         # Delta has no such columns, and the names are part of a table property that is set by a statement of SQL.
         # A dot would name a field of a structure; a colon marks the ETL's own columns beside the features.
@@ -167,6 +172,23 @@ class FeaturesConfig:
             f"({', '.join(self.item_categories) or 'none'}); name categories of items, or leave it out for all of them",
         )
         self._check_crosses()
+        self._check_scale()
+
+    def _check_scale(self) -> None:
+        numbers = (*self.user_numbers, *self.item_numbers, *self.context_numbers)
+        strays = sorted(set(self.scale) - set(numbers))
+        require(
+            not strays, f"features.scale.{''.join(strays[:1])}: is no number; there are: {', '.join(numbers) or 'none'}"
+        )
+        for name, kind in self.scale.items():
+            require(
+                kind in SCALES,
+                f"features.scale.{name} must be {' or '.join(map(repr, SCALES))}, got {kind!r}",
+            )
+
+    def scale_of(self, name: str) -> str:
+        """How the values of a number become its column."""
+        return self.scale.get(name, LOG1P)
 
     def _check_crosses(self) -> None:
         known = (*_OWN_FEATURES, *self.user_categories, *self.item_categories, *self.context_categories)

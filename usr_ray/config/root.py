@@ -32,6 +32,7 @@ from usr_ray.config.logs import LogConfig, OnlineConfig, log_names
 from usr_ray.config.model import ModelConfig
 from usr_ray.config.training import DataConfig, RayConfig, TrainConfig
 from usr_ray.config.tune import TuneConfig
+from usr_ray.schema import LOG1P
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,6 +143,9 @@ class Config:
         meaning = {key: raw[key] for key in ("scenarios", "query_scenarios", "labels", "histories", "features")}
         del meaning["features"]["history_item_features"]  # a table of its own (etl/features/item_features.py)
         del meaning["features"]["crosses"]  # made of columns that are there
+        scale = meaning["features"].pop("scale")
+        if scale := {name: kind for name, kind in scale.items() if kind != LOG1P}:
+            meaning["features"]["scale"] = scale
         # "60 minutes" is "1 hour", and an empty global window is the click window.
         for name in ("click_window", "order_window", "global_window", "clock_skew"):
             meaning["labels"][name] = f"{getattr(self.labels, f'{name}_us') / 1e6:g} s"

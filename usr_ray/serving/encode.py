@@ -22,7 +22,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from usr_ray.config import DAY_US, UserError
-from usr_ray.schema import ACTION_ORDER, FIRST_ID, PADDING_ID, UNKNOWN_ID, FeatureSpec, scaled_column
+from usr_ray.schema import ACTION_ORDER, FIRST_ID, LOG1P, PADDING_ID, UNKNOWN_ID, FeatureSpec, scaled_column
 
 Ints = NDArray[np.int64]
 EVENT_HOUR = "event_hour"
@@ -108,11 +108,12 @@ class ValueIndex:
         return found
 
 
-def scaled(values: Sequence[float | None]) -> NDArray[np.float32]:
-    """sign(x) log1p(|x|); 0 for None, NaN and infinity (etl/features/vocabulary.py, scale)."""
+def scaled(values: Sequence[float | None], kinds: Sequence[str]) -> NDArray[np.float32]:
+    """sign(x) log1p(|x|), or x by its kind; 0 for None, NaN and infinity (etl/features/vocabulary.py, scale)."""
     x = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
     x[~np.isfinite(x)] = 0.0
-    return (np.sign(x) * np.log1p(np.abs(x))).astype(np.float32)
+    is_log = np.array([kind == LOG1P for kind in kinds], dtype=np.bool_)
+    return np.where(is_log, np.sign(x) * np.log1p(np.abs(x)), x).astype(np.float32)
 
 
 def category_text(value: Any) -> str | None:
@@ -213,6 +214,8 @@ class Encoder:
             for owner in ("user", "item", "context")
         }
         """Owner -> its categories beside the ids and the hour."""
+        self.scales = {f.name: f.scale for f in spec.dense}
+        """Number -> how its values become a column."""
         self.numbers = {
             owner: tuple(f.name for f in spec.dense if f.owner == owner) for owner in ("user", "item", "context")
         }
@@ -248,7 +251,7 @@ class Encoder:
             raise EncodeError(f"unknown feature {unknown[0]!r}; features of the {owner} are: {there}")
         ids = [int(self.ids(name, [_named(name, category_text, values.get(name))])[0]) for name in categories]
         found = [_named(name, _number, values.get(name)) for name in numbers]
-        return Profile(np.array(ids, dtype=np.int32), scaled(found))
+        return Profile(np.array(ids, dtype=np.int32), scaled(found, [self.scales[name] for name in numbers]))
 
     def nothing(self, owner: str) -> Profile:
         """Of a user or item that no table knows: padding and 0."""

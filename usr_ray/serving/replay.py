@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from usr_ray.data.events import read_events
 from usr_ray.data.manifest import DataError, Manifest, build_manifest, join_path, open_filesystem
 from usr_ray.files import one_line
-from usr_ray.schema import UNKNOWN_ID
+from usr_ray.schema import LOG1P, UNKNOWN_ID
 from usr_ray.serving.encode import Encoder, Profile, UserEvents
 from usr_ray.serving.export import model_id
 from usr_ray.serving.library import Run
@@ -199,7 +199,8 @@ class _Replayer:
                 encoded[name] = number
         for name in encoder.numbers["context"]:
             scaled = float(columns[name][n])
-            values[name] = float(np.sign(scaled) * np.expm1(abs(scaled)))
+            is_log = encoder.scales[name] == LOG1P
+            values[name] = float(np.sign(scaled) * np.expm1(abs(scaled))) if is_log else scaled
         profile = encoder.profile("context", values)
         for name, number in encoded.items():  # a hash, or a value without an id
             profile.ids[encoder.categories["context"].index(name)] = number

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from etl.features.vocabulary import Vocabularies, feature_spec
-from usr_ray.config import load_config
+from usr_ray.config import ConfigError, first_difference, load_config
 from usr_ray.schema import FeatureSpec
 
 pytestmark = pytest.mark.unit
@@ -33,6 +33,10 @@ def test_tables_are_as_large_as_the_largest_id_plus_one() -> None:
         "app": (2, "context"),
     }
     assert [(f.column, f.owner) for f in spec.dense] == [("price_scaled", "item")]
+    assert '"scale"' not in spec.to_json()  # as before there were scales: checkpoints of then fit their tables
+    plain = feature_spec(load_config(None, (*FEATURES, "features.scale.price=none")), known({}))
+    assert plain.dense[0].scale == "none"
+    assert FeatureSpec.from_json(plain.to_json()) == plain
 
 
 def test_hashed_tables_all_have_the_number_of_buckets() -> None:
@@ -75,3 +79,15 @@ def test_each_build_that_adds_values_leaves_a_fingerprint(
 def test_hashed_ids_are_known_by_their_parameters() -> None:
     spec = feature_spec(load_config(None, ("vocabulary.kind=hash", "vocabulary.num_buckets=77")))
     assert spec.sparse_feature("item_id").fingerprints == ((77, "xxhash64"),)
+
+
+def test_scales_are_part_of_a_rows_meaning_and_wrong_ones_are_refused() -> None:
+    default, named = load_config(None, FEATURES), load_config(None, (*FEATURES, "features.scale.price=log1p"))
+    assert default.row_meaning() == named.row_meaning()
+    assert "scale" not in default.row_meaning()["features"]  # as before there were scales: lakes of then go on
+    other = load_config(None, (*FEATURES, "features.scale.price=none"))
+    assert first_difference(default.row_meaning(), other.row_meaning()) == ("features.scale.price", None, "none")
+    with pytest.raises(ConfigError, match=r"^features.scale.cost: is no number; there are: price$"):
+        load_config(None, (*FEATURES, "features.scale.cost=none"))
+    with pytest.raises(ConfigError, match=r"^features.scale.price must be 'log1p' or 'none', got 'buckets'$"):
+        load_config(None, (*FEATURES, "features.scale.price=buckets"))

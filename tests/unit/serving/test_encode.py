@@ -76,7 +76,10 @@ def test_a_model_with_counters_is_refused(encoder):
 
 def test_numbers_are_scaled_as_the_etl_does():
     expected = [np.log1p(9.0), -np.log1p(3.5), 0, 0, 0, 0]
-    assert scaled([9, -3.5, 0.0, None, np.nan, np.inf]).tolist() == np.array(expected, np.float32).tolist()
+    values = [9, -3.5, 0.0, None, np.nan, np.inf]
+    assert scaled(values, ["log1p"] * 6).tolist() == np.array(expected, np.float32).tolist()
+    assert scaled(values, ["none"] * 6).tolist() == [9, -3.5, 0, 0, 0, 0]
+    assert scaled([9, 9], ["none", "log1p"]).tolist() == [9, float(np.float32(np.log1p(9)))]
 
 
 def test_categories_are_texts():
