@@ -33,16 +33,32 @@ BEFORE = (
 )
 """The demo's configuration before the recipe; the configuration itself is the recipe."""
 NO_CL = ("model.contrastive.interest_weight=0", "model.contrastive.feature_weight=0")
+CROSSES = [
+    ["age_band", "category_id"],
+    ["age_band", "category_id", "scenario"],
+    ["city", "category_id"],
+    ["city", "category_id", "scenario"],
+    ["age_band", "city", "category_id", "scenario"],
+    ["user_id", "category_id"],
+    ["user_id", "category_id", "scenario"],
+    ["query", "category_id"],
+]
+"""Those of the logistic regression in docs/learning.md, as far as they name categories."""
+WIDE = ("model.wide=true", "model.wide_l2=30", f"features.crosses={json.dumps(CROSSES)}")
 MODELS: dict[str, tuple[str, ...]] = {
     "plain, before": (*PLAIN, *BEFORE),
     "plain, recipe without towers": (*PLAIN, "model.interaction_hidden=0"),
     "plain, recipe without averages": (*PLAIN, "train.average=0"),
     "plain, recipe": PLAIN,
+    "plain, recipe and first-order part": (*PLAIN, *WIDE),
     "USR, before": BEFORE,
     "USR, recipe without CL": NO_CL,
     "USR, recipe": (),
+    "USR, recipe and first-order part": WIDE,
 }
 GAPS = {
+    "plain, recipe and first-order part": "plain, recipe",
+    "USR, recipe and first-order part": "USR, recipe",
     "plain, recipe": "plain, before",
     "USR, recipe": "plain, recipe",
     "USR, before": "plain, before",
