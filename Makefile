@@ -30,6 +30,7 @@ help:  ## this list
 	@echo
 	@echo "  make demo SOURCE=kuairand INPUT=DIR      the demo on KuaiRand-Pure's files (also kuaisearch, kuaisar, jdsearch)"
 	@echo "  make demo LOGS=DIR CONFIG=FILE           the demo on your own logs (docs/tables.md says what they look like)"
+	@echo "  make demo COMPARE=1                      the demo beside a logistic regression and the same backbone without USR"
 	@echo "  make chaos FAULT=\"worker-killed slow-rank\"   some faults; ADDRESS=http://HOST:8265 WORK=SHARED_DIR: on your cluster"
 	@echo "  make demo SET=\"train.num_epochs=2\"       with overrides of the configuration, separated by spaces"
 
@@ -58,7 +59,7 @@ $(VENV)/.ready: constraints.txt setup.cfg pyproject.toml cluster/spark/install_d
 
 demo: setup require-jdk  ## logs -> Delta -> 2-worker training of USR -> evaluation -> report -> service
 	@python jobs/demo.py --source $(SOURCE) --config '$(CONFIG)' --work '$(WORK)' \
-	  $(if $(INPUT),--input '$(INPUT)') $(if $(LOGS),--logs '$(LOGS)') $(OVERRIDES)
+	  $(if $(COMPARE),--compare) $(if $(INPUT),--input '$(INPUT)') $(if $(LOGS),--logs '$(LOGS)') $(OVERRIDES)
 
 # A process a core for the unit tests (tests/unit/conftest.py shares them out). Then Spark in one process and Ray in another,
 # side by side (tests/lanes.py): each alone leaves a third of two cores idle.

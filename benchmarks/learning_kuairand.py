@@ -119,12 +119,11 @@ def tune_rechub(
     return Runs(rows, np.stack(last), (time.perf_counter() - start) / len(seeds)), {"best": best, "grid": grid}
 
 
-def peer_rows(data: Data, rows: Predictions) -> tuple[Rows, Rows]:
-    """Training and held-out rows for torch-rechub; the held-out ones in the order of `rows`."""
+def peer_rows(data: Data) -> tuple[Rows, Rows]:
+    """Training and held-out rows for torch-rechub; the held-out ones in file order, as an evaluation has them."""
     worker, config = LocalWorker("cpu"), data.config()
     train = Rows(training_reader(config, data.train), data.train.spec)
     held_out = Rows(evaluation_reader(data.held_out, worker, config), data.train.spec)
-    assert (held_out.row_number.numpy() == rows.row_number_N).all(), "both score the same rows in one order"
     return train, held_out
 
 
@@ -150,7 +149,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 add(f"ours, {backbone}{suffix}", partial(train_seeds, data, overrides, seeds))
         if not arguments.without_peers:
             rows = next(iter(models.values())).rows
-            train, held_out = peer_rows(data, rows)
+            train, held_out = peer_rows(data)
+            assert (held_out.row_number.numpy() == rows.row_number_N).all(), "both score the same rows in one order"
             for name in MODELS:
 
                 def peer(name: str = name) -> Runs:

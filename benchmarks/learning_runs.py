@@ -88,7 +88,8 @@ class Runs:
 def train_seeds(data: Data, overrides: Sequence[str], seeds: Sequence[int], kept: Path | None = None) -> Runs:
     """One training a seed, with jobs/train.py's loop on one worker, evaluated after the last epoch.
 
-    With `kept`, a folder, each seed's predictions stay there, and those that are there are not trained again.
+    With `kept`, a folder, each seed's predictions stay there, and those of the same settings, rows and columns are not
+    trained again: after a change of the code, name an empty folder.
     """
     worker, probs, seconds = LocalWorker("cpu"), [], 0.0
     worker.stop_on_signal()
@@ -96,10 +97,11 @@ def train_seeds(data: Data, overrides: Sequence[str], seeds: Sequence[int], kept
         config = data.config([*overrides, f"train.seed={seed}"])
         file = kept and kept / f"{seed}.parquet"
         columns = [f.column for f in (*data.train.spec.sparse, *data.train.spec.dense)]
-        meant = {"config": config.to_dict(), "manifest": data.train.sha256, "columns": columns}
+        settings = [data.config_path.read_text(), *data.overrides, *overrides]
+        meant = {"settings": settings, "rows": [data.train.sha256, data.held_out.sha256], "columns": columns}
         if file and file.exists():
             rows, _, about = read_predictions(file, config.scenarios)
-            if about["meant"] == json.loads(json.dumps(meant)):
+            if about["meant"] == meant:
                 probs.append(rows.probs_NT)
                 seconds += about["seconds"]
                 continue

@@ -34,6 +34,8 @@ NUM_TIMED = 50
 NUM_SHOWN = 5
 START_S = 60.0
 """Seconds within which the service must answer."""
+PLAIN = ("model.interest.enabled=false", "model.generator.enabled=false", "model.multitask.enabled=false")
+"""The backbone without any part of USR."""
 
 
 class StepFailed(SystemExit):
@@ -137,6 +139,7 @@ def main(argv: list[str]) -> None:
     parser.add_place("--input", check_input, type=Path, help="folder of the data set's files")
     parser.add_place("--logs", check_logs, type=Path, help="logs of the contract that are already there")
     parser.add_argument("--no-serve", action="store_true", help="end with the report: do not publish and serve the run")
+    parser.add_argument("--compare", action="store_true", help="train the plain twin and a logistic regression besides")
     parser.add_place("--work", check_output_table, type=Path, required=True, help="for logs, lake and run; emptied")
     arguments = parser.parse_args(argv)
     config = job_config(arguments)
@@ -180,6 +183,12 @@ def main(argv: list[str]) -> None:
         *settings,
     )
     step("train", sys.executable, "jobs/train.py", "--lake", str(lake), "--run-dir", str(run), *settings)
+    compare = []
+    if arguments.compare:
+        compare = ["--compare", str(work / "run-plain"), "--importance"]
+        plain = [word for override in PLAIN for word in ("--set", override)]
+        twin = [sys.executable, "jobs/train.py", "--lake", str(lake), "--run-dir", compare[1]]
+        step("train the plain twin", *twin, *settings, *plain)
     step(
         "evaluate",
         sys.executable,
@@ -191,6 +200,7 @@ def main(argv: list[str]) -> None:
         "--dates",
         config.data.eval_dates,
         *(["--allow-missing-dates"] if config.data.allow_missing_dates else []),
+        *compare,
     )
     step("report", sys.executable, "jobs/report.py", "--run-dir", str(run), "--lake", str(lake))
     if not arguments.no_serve:

@@ -1,18 +1,20 @@
 """Evaluate a trained run on some dates, beside the popularity baseline, and write the metrics.
 
-python jobs/evaluate.py --run-dir DIR --lake DIR --dates A:B [--importance] [--output FILE]
+python jobs/evaluate.py --run-dir DIR --lake DIR --dates A:B [--importance] [--compare RUN_DIR] [--output FILE]
 
 Writes <run-dir>/evaluation-A_B.json and predictions-A_B.parquet, which jobs/report.py reads; other evaluations' files
 stay. Dates that the run was trained on are evaluated too, under the split 'train' in place of 'eval'. One process, no
 Ray; any number of workers would give the same numbers. --importance adds the click AUC that is lost without each
-signal, by permutation: 10,000 rows are scored once more for each.
+signal, by permutation: 10,000 rows are scored once more for each. --compare puts another run (the same backbone without
+USR, say) and a logistic regression on crossed columns beside it, fitted on the run's training rows.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -22,6 +24,7 @@ from usr_ray.config import Config, UserError, date_ranges, end_of_us, parse_date
 if TYPE_CHECKING:  # torch takes seconds to load: a wrong command line is reported without it
     from usr_ray.data.manifest import Manifest
     from usr_ray.evaluation.metrics import Predictions
+    from usr_ray.training.evaluate import TrainedRun
 
 
 def baseline_of(config: Config, lake: str, held_out: Manifest, predictions: Predictions) -> Predictions | None:
@@ -46,6 +49,36 @@ def baseline_of(config: Config, lake: str, held_out: Manifest, predictions: Pred
     return popularity_baseline(rows, predictions, len(held_out.spec.scenarios))
 
 
+def comparison_of(
+    run: TrainedRun, other_dir: Path, held_out: Manifest, predictions: Predictions, baseline: Predictions | None
+) -> dict[str, Any]:
+    """Popularity, a logistic regression, another run and this one on the same rows."""
+    from usr_ray.data.manifest import Manifest as SavedManifest
+    from usr_ray.evaluation.comparison import compare
+    from usr_ray.reporting.run import model_name
+    from usr_ray.runs.plan import manifest_path
+    from usr_ray.training.evaluate import check_table, evaluate, evaluation_reader, load_run
+    from usr_ray.training.logistic import PlainRows, logistic_regression
+    from usr_ray.training.rows import training_reader
+    from usr_ray.training.worker import LocalWorker
+
+    worker = LocalWorker("cpu")
+    other = load_run(other_dir)
+    check_table(other, held_out)
+    ours, theirs = (model_name(one.config.to_dict()) for one in (run, other))
+    scored = evaluate(other.module, other.tables, held_out, worker, other.config).predictions
+    assert scored is not None  # there is one rank
+    trained_on = SavedManifest.load(manifest_path(run.checkpoint.path.parent.parent, "train"))
+    fit, rows = (
+        PlainRows.read(reader)
+        for reader in (training_reader(run.config, trained_on), evaluation_reader(held_out, worker, run.config))
+    )
+    by_hand = replace(predictions, probs_NT=logistic_regression(held_out.spec, fit, rows), global_probs_NT=None)
+    found = {"popularity": baseline} if baseline else {}
+    found |= {"logistic regression": by_hand, theirs if theirs != ours else str(other_dir): scored, ours: predictions}
+    return compare(found, ours, held_out.spec.scenarios)
+
+
 def main(argv: list[str]) -> None:
     parser = JobParser(__doc__)
     parser.add_place("--run-dir", check_run_dir, type=Path, required=True, help="the --run-dir of jobs/train.py")
@@ -53,6 +86,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dates", required=True, metavar="A:B", help="first and last date, both included")
     add_allow_missing_dates(parser)
     parser.add_argument("--importance", action="store_true", help="which signal carries what, by permutation")
+    parser.add_place("--compare", check_run_dir, type=Path, metavar="RUN_DIR", help="another run of the same lake")
     parser.add_place("--output", None, type=Path, metavar="FILE", help="the metrics as JSON in another place too")
     arguments = parser.parse_args(argv)
     first, last = parse_dates(arguments.dates, where="--dates")
@@ -61,6 +95,7 @@ def main(argv: list[str]) -> None:
         check_output_file(arguments.output, flag="--output")
     check_output_file(arguments.run_dir / f"evaluation-{name}.json", flag="--run-dir")
     from usr_ray.data.manifest import build_manifest
+    from usr_ray.evaluation.comparison import comparison_text
     from usr_ray.evaluation.files import metrics_text
     from usr_ray.runs.evaluations import about_rows, dates_heading, dates_of, trained_dates, write_evaluation
     from usr_ray.training.evaluate import check_table, evaluate, load_run
@@ -79,6 +114,9 @@ def main(argv: list[str]) -> None:
         about = about_rows(manifest, dates, step=run.checkpoint.step, checkpoint=run.checkpoint.path.name)
         if arguments.importance:
             about["importance"] = importance(run.module, run.tables, manifest, worker, run.config)
+        baseline = baseline_of(run.config, arguments.lake, manifest, result.predictions)
+        if arguments.compare:
+            about["comparison"] = comparison_of(run, arguments.compare, manifest, result.predictions, baseline)
         seen = trained_dates(arguments.run_dir, run.config.to_dict())
         splits = write_evaluation(
             arguments.run_dir,
@@ -86,12 +124,14 @@ def main(argv: list[str]) -> None:
             result.predictions,
             manifest.spec.scenarios,
             metrics=result.metrics,
-            baseline=baseline_of(run.config, arguments.lake, manifest, result.predictions),
+            baseline=baseline,
             about=about,
             seen=seen,
             output=arguments.output,
         )
         print(f"{dates_heading(dates, seen)}:\n{metrics_text(splits)}")
+        if arguments.compare:
+            print(comparison_text(about["comparison"]))
         if arguments.importance:
             print(importance_text(about["importance"]))
         where = " and ".join(date_ranges(dates).replace(":", " to ").split(", "))

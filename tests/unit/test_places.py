@@ -66,6 +66,8 @@ NO_PLACES = {
     "--set",
     "--dates",
     "--allow-missing-dates",
+    "--importance",
+    "--compare",
     "--date",
     "--watermark",
     "--restate",
@@ -153,7 +155,7 @@ def world() -> Iterator[Path]:
 def words_of(job: str, world: Path, flag: str = "", place: str = "") -> list[str]:
     """A command line with good places, but for one."""
     good = {"--logs": "logs", "--lake": "lake", "--run-dir": "run", "--input": "input", "--config": "c.toml"}
-    good |= {"--plan": "file", "--runs": "run", "--registry": "input", "--token-file": "file"}
+    good |= {"--plan": "file", "--runs": "run", "--registry": "input", "--token-file": "file", "--compare": "run"}
     words = list(WORDS[job])
     for name in parser_of(job).places:
         where = str(world / good.get(name, f"out/{job}{name}"))

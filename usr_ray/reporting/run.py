@@ -31,15 +31,18 @@ from usr_ray.reporting.page import (
     DASH,
     REPORT_FILE,
     TASK_NAMES,
+    VERDICTS,
     Fact,
     Row,
     Section,
     Table,
+    cell_name,
     cell_task,
     count,
     duration,
     listed,
     moment,
+    signed,
     span,
     words,
     write_page,
@@ -112,6 +115,7 @@ def write_report(run_dir: Path, lake: Path | str | None = None, output: Path | N
         curves=curves_section(run.history, scenarios),
         calibration=_calibration_section(run),
         ranking=_ranking_section(run),
+        comparison=comparison_section(run.about.get("comparison")),
         importance=importance_section(run.about.get("importance"), scenarios),
         slices={} if run.predictions is None else _slices(run),
         funnel=funnel(reports, scenarios),
@@ -119,6 +123,28 @@ def write_report(run_dir: Path, lake: Path | str | None = None, output: Path | N
         config_json=json.dumps(run.config, indent=2, ensure_ascii=False),
         packages=sorted((run.record.get("packages") or {}).items()),
     )
+
+
+def comparison_section(found: Mapping[str, Any] | None) -> Section:
+    """The run beside other scorers of the same rows; empty where evaluate.py was not asked for it."""
+    rows = []
+    for entry in found["cells"] if found else ():
+        for name, area in entry["auc"].items():
+            lead = entry["leads"].get(name)
+            texts = ["", "", ""]
+            if lead:
+                texts = [signed(lead["value"]), f"{signed(lead['low'])} to {signed(lead['high'])}"]
+                texts.append(VERDICTS[lead["verdict"]])
+            auc = DASH if area is None else f"{area:.4f}"
+            cell = cell_name(entry["cell"])
+            rows.append(Row([cell, TASK_NAMES[entry["task"]], name, auc, *texts], [lead["verdict"] if lead else ""]))
+    head = ["Scenario", "Task", "Scorer", "AUC", "Lead of the run", "95% interval", "The run is"]
+    note = (
+        "All on the same rows; the logistic regression has crossed categories and no histories. Intervals are paired, "
+        "over users: they do not know the noise of another training seed. Verdicts hold after Holm's correction over "
+        "this table."
+    )
+    return Section("Beside simpler models", note, table=Table(head, rows, 3))
 
 
 def model_name(config: Mapping[str, Any]) -> str:

@@ -16,8 +16,10 @@ from jobs import evaluate as job
 from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
 from tests.unit.training.test_evaluate import NoTables, expected_rows, make_config, sizes
 from usr_ray.cli import run_job
+from usr_ray.config import Config
 from usr_ray.data.batch import UsrOutputs
 from usr_ray.data.manifest import build_manifest
+from usr_ray.evaluation.comparison import comparison_text
 from usr_ray.model.unique import ItemSides, unique_ids
 from usr_ray.reporting.importance import importance_section
 from usr_ray.schema import UNKNOWN_ID, DenseFeature
@@ -151,22 +153,42 @@ def test_a_part_without_both_labels_has_no_drops(manifest):
     assert not importance_section(found, ("search", "recommendation")).plots
 
 
-def test_the_job_writes_it_and_the_report_shows_it(lake, tmp_path, capsys):
-    config = make_config()
-    train = build_manifest(lake, dates=(FIRST_DATE, FIRST_DATE))
-    state = TrainState(config, train, LocalWorker("cpu"), order="x")
-    CheckpointStore(tmp_path / "checkpoints").save(1, state.tensors(), state.describe(LocalWorker("cpu")))
-    command = ["--run-dir", str(tmp_path), "--lake", str(lake), "--dates", "2026-01-03:2026-01-04", "--importance"]
-    assert run_job(job.main, command) == 0
-    about = json.loads((tmp_path / "evaluation-2026-01-03_2026-01-04.json").read_text())["about"]
+@pytest.fixture(scope="module")
+def runs(lake, tmp_path_factory):
+    """A USR and its plain twin, as they are before the first step."""
+    train, folders = build_manifest(lake, dates=(FIRST_DATE, FIRST_DATE + dt.timedelta(days=1))), []
+    parts = {"interest": False, "generator": False, "multitask": False}
+    for name, changes in (("usr", {}), ("plain", parts)):
+        config = make_config(train_dates="2026-01-01:2026-01-02").to_dict()
+        for part, is_on in changes.items():
+            config["model"][part]["enabled"] = is_on
+        state = TrainState(Config.from_dict(config), train, LocalWorker("cpu"), order="x")
+        folders.append(tmp_path_factory.mktemp(name))
+        store = CheckpointStore(folders[-1] / "checkpoints")
+        store.save(1, state.tensors(), state.describe(LocalWorker("cpu")))
+        train.save(folders[-1] / "manifest-train.json")
+    return folders
+
+
+def test_the_job_writes_it_and_the_report_shows_it(lake, runs, capsys):
+    usr, plain = runs
+    command = ["--run-dir", str(usr), "--lake", str(lake), "--dates", "2026-01-03:2026-01-04", "--importance"]
+    assert run_job(job.main, [*command, "--compare", str(plain)]) == 0
+    about = json.loads((usr / "evaluation-2026-01-03_2026-01-04.json").read_text())["about"]
     drops = about["importance"]["parts"][0]["drops"]
     assert {"user_id", "item_id", "query", "brand", "price", "search_history", "sides of the events"} <= set(drops)
-    assert importance_text(about["importance"]) in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert importance_text(about["importance"]) in printed
     section = importance_section(about["importance"], ("search", "recommendation"))
     assert [plot.title for plot in section.plots] == ["Clicks in search", "Clicks in recommendation"]
     assert section.table.head[:3] == ["AUC lost without", "search", "search, unseen user"]
     (row,) = (row.values for row in section.table.rows if row.values[0] == "brand")
     assert row[1].replace("\N{MINUS SIGN}", "-") == f"{drops['brand']['drop']:+.4f}"
+    assert comparison_text(about["comparison"]) in printed
+    first = about["comparison"]["cells"][0]["auc"]
+    assert list(first) == ["popularity", "logistic regression", "SharedBottom alone", "USR on SharedBottom"]
+    metrics = json.loads((usr / "evaluation-2026-01-03_2026-01-04.json").read_text())["eval"]
+    assert first["USR on SharedBottom"] == metrics["search"]["ctr"]["auc"]
 
 
 def test_a_run_without_it_has_no_such_section():

@@ -1,0 +1,78 @@
+"""The logistic regression's columns, by hand; it finds a cross that no column says alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from usr_ray.config import UserError
+from usr_ray.schema import DenseFeature, FeatureSpec, SparseFeature
+from usr_ray.training.logistic import MIN_ROWS, PlainRows, crossed_columns, design, logistic_regression
+
+pytestmark = pytest.mark.unit
+
+OWNERS = {"user_id": "user", "item_id": "item", "query": "query", "age": "user", "city": "user", "brand": "item"}
+
+
+def spec_of():
+    sparse = [SparseFeature(name=n, column=n, num_embeddings=40, owner=o) for n, o in OWNERS.items()]
+    dense = (DenseFeature(name="price", column="price", owner="item"),)
+    return FeatureSpec(
+        scenarios=("search", "feed"),
+        query_scenarios=("search",),
+        sparse=tuple(sparse),
+        dense=dense,
+        history_length=1,
+        label_delay_us=1,
+    )
+
+
+def rows_of(ids, labels, scenario=0):
+    ids = np.array(ids)
+    labels_NT = np.stack([labels, labels], axis=1).astype(np.float32)
+    numbers = np.arange(len(ids), dtype=np.float32)
+    return PlainRows(ids, numbers[:, None], np.full(len(ids), scenario), labels_NT, np.arange(len(ids)))
+
+
+def test_crosses_join_the_users_side_with_the_items():
+    found = crossed_columns(spec_of())
+    assert [names for names in found if len(names) == 1] == [("scenario",), *((n,) for n in OWNERS)]
+    assert {names[1:] for names in found if len(names) == 3} == {
+        ("user_id", "brand"),
+        ("age", "item_id"),
+        ("age", "brand"),
+        ("city", "item_id"),
+        ("city", "brand"),
+        ("query", "item_id"),
+        ("query", "brand"),
+    }
+    assert [names[1:] for names in found if len(names) == 4] == [("age", "city", "item_id"), ("age", "city", "brand")]
+
+
+def test_a_value_has_a_column_where_training_has_it_often_enough():
+    often = [[2, 2, 2, 2, 2, 2]] * MIN_ROWS
+    seldom = [[3, 3, 3, 3, 3, 3]] * (MIN_ROWS - 1)
+    train = rows_of(often + seldom, [0] * (2 * MIN_ROWS - 1))
+    fitted, scored = design(spec_of(), train, rows_of([often[0], seldom[0]], [0, 0]))
+    num_crosses = len(crossed_columns(spec_of()))
+    assert fitted.shape == (2 * MIN_ROWS - 1, num_crosses + 1)  # one value of each, and the price
+    assert scored.toarray()[0, :-1].tolist() == [1] * num_crosses
+    assert scored.toarray()[1, :-1].sum() == 1, "the scenario alone is known"
+    assert fitted.toarray()[:, -1].mean() == pytest.approx(0, abs=1e-6)
+    assert fitted.toarray()[:, -1].std() == pytest.approx(1, abs=1e-4)
+
+
+def test_it_finds_what_only_two_columns_together_say():
+    generator = np.random.default_rng(0)
+    ids = np.full((2000, 6), 2)
+    ids[:, 3], ids[:, 5] = generator.integers(2, 4, 2000), generator.integers(2, 4, 2000)
+    labels = ids[:, 3] == ids[:, 5]
+    probs_NT = logistic_regression(spec_of(), rows_of(ids, labels), rows_of(ids[:50], labels[:50]))
+    assert probs_NT.shape == (50, 2)
+    assert ((probs_NT[:, 0] > 0.9) == labels[:50]).all()
+    assert ((probs_NT[:, 0] < 0.1) == ~labels[:50]).all()
+
+
+def test_rows_of_one_label_are_refused():
+    with pytest.raises(UserError, match="--compare: all training rows have one label of ctr"):
+        logistic_regression(spec_of(), *[rows_of([[2] * 6] * 9, [0] * 9)] * 2)
