@@ -99,7 +99,6 @@ NO_PLACES = {
     "--max-queued",
     "--alone",
     "--no-serve",
-    "--importance",
     "--page",
     "--use",
     "--help",
