@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,14 @@ def build_dates(config: Config) -> str:
     return f"{first}:{last}"
 
 
+def train_twin(run: Path, lake: Path, settings: Sequence[str]) -> list[str]:
+    """Train the backbone without USR; the flags with which jobs/evaluate.py compares the two."""
+    plain = [word for override in PLAIN for word in ("--set", override)]
+    train = [sys.executable, "jobs/train.py", "--lake", str(lake), "--run-dir", str(run)]
+    step("train the plain twin", *train, *settings, *plain)
+    return ["--compare", str(run), "--importance"]
+
+
 def main(argv: list[str]) -> None:
     parser = job_parser(__doc__ or "")
     parser.add_argument("--source", default=SIMULATED, help="data set to ingest (ignored with --logs)")
@@ -183,12 +192,7 @@ def main(argv: list[str]) -> None:
         *settings,
     )
     step("train", sys.executable, "jobs/train.py", "--lake", str(lake), "--run-dir", str(run), *settings)
-    compare = []
-    if arguments.compare:
-        compare = ["--compare", str(work / "run-plain"), "--importance"]
-        plain = [word for override in PLAIN for word in ("--set", override)]
-        twin = [sys.executable, "jobs/train.py", "--lake", str(lake), "--run-dir", compare[1]]
-        step("train the plain twin", *twin, *settings, *plain)
+    beside = train_twin(work / "run-plain", lake, settings) if arguments.compare else []
     step(
         "evaluate",
         sys.executable,
@@ -200,7 +204,7 @@ def main(argv: list[str]) -> None:
         "--dates",
         config.data.eval_dates,
         *(["--allow-missing-dates"] if config.data.allow_missing_dates else []),
-        *compare,
+        *beside,
     )
     step("report", sys.executable, "jobs/report.py", "--run-dir", str(run), "--lake", str(lake))
     if not arguments.no_serve:
