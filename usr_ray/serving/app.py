@@ -15,6 +15,15 @@ from fastapi.responses import HTMLResponse, JSONResponse
 
 from usr_ray import __version__
 from usr_ray.config import UserError
+from usr_ray.serving.openapi import (
+    EVENTS_ANSWER,
+    EXPLAIN_ANSWER,
+    RANK_ANSWER,
+    RANK_REQUEST,
+    described,
+    events_request,
+)
+from usr_ray.serving.openapi import page as fields_page
 from usr_ray.serving.service import MAX_BODY_BYTES, OverloadError, Service, Settings
 
 _OPEN = ("/healthz", "/readyz", "/metrics")
@@ -56,17 +65,19 @@ def make_app(service: Service, token: str | None = None) -> FastAPI:
         service.count(request.url.path, status)
         return JSONResponse(content, status, headers={"Retry-After": "1"} if status == 429 else None)
 
-    @app.post("/v1/score")
+    @app.post("/v1/score", openapi_extra=described(RANK_REQUEST, RANK_ANSWER))
     async def score(request: Request) -> Response:
         """Probabilities of the candidates, in their order."""
         return await answer(request, functools.partial(service.submit, ranked=False))
 
-    @app.post("/v1/rank")
+    @app.post("/v1/rank", openapi_extra=described(RANK_REQUEST, RANK_ANSWER))
     async def rank(request: Request) -> Response:
         """The candidates with the largest probabilities first."""
         return await answer(request, functools.partial(service.submit, ranked=True))
 
-    @app.post("/v1/events")
+    scenarios = tuple(service.ranker.encoder.spec.scenarios)
+
+    @app.post("/v1/events", openapi_extra=described(events_request(scenarios), EVENTS_ANSWER))
     async def events(request: Request) -> Response:
         """Impressions, clicks and orders, which the next request's histories see."""
         return await answer(request, service.submit_events)
@@ -87,6 +98,10 @@ def make_app(service: Service, token: str | None = None) -> FastAPI:
         """For Prometheus."""
         return Response(service.metrics(), media_type="text/plain; version=0.0.4")
 
+    @app.get("/docs", include_in_schema=False)
+    async def fields() -> Response:
+        return HTMLResponse(fields_page(app.openapi()))
+
     if page is not None:
         _add_page(app, service, answer)
     return app
@@ -105,7 +120,7 @@ def _add_page(app: FastAPI, service: Service, answer: Callable[..., Any]) -> Non
         """Scenarios, and requests of users, queries and candidates to pick from."""
         return service.examples()
 
-    @app.post("/v1/explain")
+    @app.post("/v1/explain", openapi_extra=described(RANK_REQUEST, EXPLAIN_ANSWER))
     async def explain(request: Request) -> Response:
         """As /v1/score, with the history that the model saw and what each signal adds to p_ctr."""
         return await answer(request, service.submit_explained)  # type: ignore[no-any-return]

@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from usr_ray.config import LabelsConfig, UserError
+from usr_ray.config import DAY_US, LabelsConfig, UserError
 from usr_ray.schema import ACTION_CLICK, ACTION_ORDER
 from usr_ray.serving.encode import EncodeError, Encoder, UserEvents, category_text, event_keys, micros_of
 
@@ -62,18 +63,20 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """Of attribution: `labels.*` of the lake that a version was published from, in microseconds."""
+    """Of attribution: `labels.*`, in microseconds, and the limit of the lake that a version was published from."""
 
     click_window: int
     order_window: int
     clock_skew: int = 0
     credit_impression: bool = False
+    max_user_day_rows: int = 0
+    """`limits.max_user_events_per_day`; 0: no limit."""
 
     @classmethod
-    def of(cls, labels: LabelsConfig) -> Rules:
+    def of(cls, labels: LabelsConfig, max_user_day_rows: int) -> Rules:
         """The rules of a configuration."""
         credit = labels.order_without_click == "credit_impression"
-        return cls(labels.click_window_us, labels.order_window_us, labels.clock_skew_us, credit)
+        return cls(labels.click_window_us, labels.order_window_us, labels.clock_skew_us, credit, max_user_day_rows)
 
 
 class Event(NamedTuple):
@@ -86,14 +89,20 @@ class Event(NamedTuple):
 
 
 def attributed(rows: Iterable[Row], rules: Rules, scenarios: Sequence[str]) -> list[Event]:
-    """Clicks and orders of one user that belong to an impression, sorted by (time, action, id)."""
+    """Clicks and orders of one user that belong to an impression, sorted by (time, action, id).
+
+    A UTC day with more rows than the rules allow is left out whole, before anything else. Rows of the day that were
+    published before, and never posted here, are not counted.
+    """
+    rows = [row for row in rows if row.scenario is None or row.scenario in scenarios]
+    if rules.max_user_day_rows:
+        of_day = Counter(row.time // DAY_US for row in rows)
+        rows = [row for row in rows if of_day[row.time // DAY_US] <= rules.max_user_day_rows]
     shown: dict[str, Row] = {}
     by_item: dict[str, list[Row]] = {}
     clicks: list[Row] = []
     orders: list[Row] = []
     for row in sorted(rows, key=lambda row: (row.time, row.id)):
-        if row.scenario is not None and row.scenario not in scenarios:
-            continue
         if row.kind == IMPRESSION:
             shown[row.id] = row
             by_item.setdefault(row.item, []).append(row)

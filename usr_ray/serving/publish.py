@@ -79,7 +79,7 @@ def publish(run_dir: Path, lake: Path | str, registry: Path, *, report: Callable
             "model_id": exported["checkpoint"]["id"],
             "scenarios": exported["scenarios"],
             "as_of": iso_time(as_of),
-            "rules": asdict(Rules.of(LabelsConfig(**exported["labels"]))),
+            "rules": asdict(Rules.of(LabelsConfig(**exported["labels"]), most_rows_a_day(manifest))),
             "lake": {"uri": manifest.table_uri, "samples": manifest.version, "state": state_version},
             "items": num_items,
             "users": num_users,
@@ -94,6 +94,12 @@ def publish(run_dir: Path, lake: Path | str, registry: Path, *, report: Callable
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return name
+
+
+def most_rows_a_day(manifest: Manifest) -> int:
+    """limits.max_user_events_per_day that the samples were built with; 0: no limit."""
+    limits = json.loads(manifest.built_with or "{}").get("limits", {})
+    return int(limits.get("max_user_events_per_day", 0))
 
 
 def write_vocabularies(folder: Path) -> None:

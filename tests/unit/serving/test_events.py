@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,11 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.etl_oracle import Windows, World, expected
+from tests.etl_oracle import Windows, World, expected, unique, without_giants
 from tests.unit.etl_worlds import NOON, SECOND, duplicated, windows_of, worlds
 from tests.unit.samples_table import samples_spec
+from usr_ray.config import Config
+from usr_ray.config.etl import LimitsConfig
 from usr_ray.serving.encode import Encoder, UserEvents
-from usr_ray.serving.events import EventError, EventLog, Row, Rules, checked_rows, with_live
+from usr_ray.serving.events import EventError, EventLog, Row, Rules, attributed, checked_rows, with_live
+from usr_ray.serving.publish import most_rows_a_day
 
 pytestmark = pytest.mark.unit
 
@@ -73,7 +78,10 @@ def test_a_request_sees_what_the_etl_would_have_shown_it(
     log = EventLog(tmp_path_factory.mktemp("log"))
     log.append(rows[:cut])
     log.append(rows[cut:])
-    rules = Rules(windows.click, windows.order, windows.skew, windows.credit_impression)
+    most = data.draw(st.sampled_from([0, 0, 2, 4]))
+    rules = Rules(windows.click, windows.order, windows.skew, windows.credit_impression, most)
+    counted = (unique(world.impressions, ("id",)), unique(world.clicks, ("scenario", "id")))
+    whole = World(*without_giants(*counted, unique(world.orders, ("id", "item")), most)[:3])
     as_of = NOON + data.draw(st.integers(0, 30)) * SECOND
     for shown in world.impressions:
         of_user = log.of_user(shown["user"])
@@ -83,7 +91,7 @@ def test_a_request_sees_what_the_etl_would_have_shown_it(
             events = with_live(before, of_user, rules, ENCODER, shown["time"])
             assert len(np.unique(events.key)) == len(events.key)
             found = ENCODER.histories(events, shown["time"])
-            one = expected_at(world, shown, windows)
+            one = expected_at(whole, shown, windows)
             for scenario, history in zip(SCENARIOS, one, strict=True):
                 padding = [0] * (LENGTH - len(history))
                 items = [number("item_id", item) for item, *_ in history]
@@ -192,3 +200,29 @@ def test_rows_are_those_of_the_logs() -> None:
         Row("impressions", "1", "7", "x", "search", at, at, "q"),
         Row("clicks", "c", "7", "x", "search", at, at, "1"),
     ]
+
+
+def test_a_day_with_more_rows_than_the_limit_is_left_out_whole() -> None:
+    day = 86_400_000_000
+    rows = [
+        Row("impressions", "i", "u", "x", "search", 5, 5, None),
+        Row("clicks", "c", "u", "x", "search", 9, 9, "i"),
+        Row("clicks", "elsewhere", "u", "x", "gone", 9, 9, None),  # of a scenario that is none: not counted
+        Row("impressions", "j", "u", "x", "search", day + 5, day + 5, None),
+        Row("clicks", "d", "u", "x", "search", day + 9, day + 9, "j"),
+        Row("orders", "o", "u", "x", "search", day + 11, day + 11, None),
+    ]
+    for most, kept in ((0, ["c", "d", "o"]), (3, ["c", "d", "o"]), (2, ["c"]), (1, [])):
+        found = attributed(rows, Rules(day, day, max_user_day_rows=most), SCENARIOS)
+        assert [event.row.id for event in found] == kept
+
+
+def test_the_limit_is_the_one_that_the_samples_were_built_with() -> None:
+    built = [
+        dataclasses.replace(Config(), limits=LimitsConfig(max_user_events_per_day=n)).row_meaning() for n in (0, 9)
+    ]
+    for text, most in (("", 0), (json.dumps(built[0]), 0), (json.dumps(built[1]), 9)):
+        manifest: Any = SimpleNamespace(built_with=text)
+        assert most_rows_a_day(manifest) == most
+    rules = Rules.of(Config().labels, 9)
+    assert (rules.max_user_day_rows, rules.click_window) == (9, Config().labels.click_window_us)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import pytest
 from tests.chaos import faults_serving
 from tests.chaos.bench import Bench, Fault
 from tests.chaos.observe import Seen
-from tests.chaos.serving_bench import Judge, write_version
+from tests.chaos.serving_bench import Judge, requests, write_version
+from usr_ray.serving.openapi import EXPLAIN_ANSWER, RANK_ANSWER
 from usr_ray.serving.service import Service, Settings
 from usr_ray.serving.versions import move_pointer
 
@@ -21,6 +23,21 @@ def test_a_fault_leads_to_no_wrong_score(fault: Fault, tmp_path: Path, monkeypat
     monkeypatch.setattr(faults_serving, "NUM_FLIPS", 16)  # 100 in make chaos
     seen = fault.observe(Bench(tmp_path, tmp_path, (), {}))
     assert seen.is_right, seen.words
+
+
+def test_answers_have_the_fields_of_the_openapi_document(tmp_path: Path) -> None:
+    write_version(tmp_path, "one", 1.0)
+    move_pointer(tmp_path, "one")
+    service = Service(Settings(tmp_path, poll_s=3600.0, store_deadline_s=30.0))
+    body = json.dumps(requests()[1]).encode()
+    answers = service.submit(body, ranked=True).result(60), service.submit_explained(body).result(60)
+    service.close()
+    for (status, answer), schema in zip(answers, (RANK_ANSWER, EXPLAIN_ANSWER), strict=True):
+        assert (status, set(answer)) == (200, set(schema["properties"]))
+        for name in ("items", "history"):
+            if name in answer:
+                assert set(answer[name][0]) == set(schema["properties"][name]["items"]["properties"])
+        assert set(answer["unknown"]) == set(schema["properties"]["unknown"]["properties"])
 
 
 def test_the_judge_sees_a_wrong_score_and_a_fault_without_a_name(tmp_path: Path) -> None:

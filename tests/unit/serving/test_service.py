@@ -15,8 +15,8 @@ from jobs.serve import read_token
 from tests.unit.samples_table import samples_spec
 from usr_ray.config import UserError
 from usr_ray.serving.app import make_app
-from usr_ray.serving.events import EventLog
-from usr_ray.serving.ranker import Ranker, RequestError
+from usr_ray.serving.events import EventError, EventLog, checked_rows
+from usr_ray.serving.ranker import _FIELDS, Ranker, RequestError
 from usr_ray.serving.service import OverloadError, Service, Settings, parsed
 from usr_ray.serving.versions import Pointer, RegistryError, move_pointer, roll_back
 
@@ -235,6 +235,41 @@ def test_the_page_is_off_unless_asked_for_and_its_data_need_the_token(service, t
     assert (examples["version"], examples["requests"]) == ("one", [golden[0]["request"]])
     assert (examples["scenarios"], examples["query_scenarios"]) == (["search", "recommendation"], ["search"])
     assert client.post("/v1/explain", content=b"{").status_code == 422
+
+
+def test_the_openapi_document_names_the_fields_that_are_taken_and_answered(service, client):
+    service.settings = dataclasses.replace(service.settings, page=True)
+    paths = TestClient(make_app(service)).get("/openapi.json").json()["paths"]
+
+    def schema(path, status=None):
+        post = paths[path]["post"]
+        return (post["responses"][status] if status else post["requestBody"])["content"]["application/json"]["schema"]
+
+    for path in ("/v1/score", "/v1/rank", "/v1/explain"):
+        assert tuple(schema(path)["properties"]) == _FIELDS
+    logs = schema("/v1/events")["properties"]
+    for log, rows in logs.items():
+        row = {name: "2026-01-01T00:00:00Z" if "time" in name else "x" for name in rows["items"]["properties"]}
+        assert len(checked_rows({log: [row]}, samples_spec().scenarios)) == 1
+        needed = {name: row[name] for name in rows["items"]["required"]}
+        assert len(checked_rows({log: [needed]}, samples_spec().scenarios)) == 1
+        for name in needed:
+            with pytest.raises(EventError):
+                checked_rows({log: [{k: v for k, v in needed.items() if k != name}]}, samples_spec().scenarios)
+    assert len(logs) == 7
+    click = {"click_id": "c", "user_id": "u", "item_id": "x", "event_time": "2026-01-01T00:00:00Z"}
+    kept = client.post("/v1/events", json={"search_clicks": [click]}).json()
+    assert set(schema("/v1/events", "200")["properties"]) == set(kept)
+    page = client.get("/docs").text
+    for word in (
+        "POST /v1/rank",
+        "candidates[].features",
+        "items[].p_ctcvr_global",
+        "search_clicks[].click_id",
+        "Retry-After",
+    ):
+        assert word in page
+    assert TestClient(make_app(service, "secret")).get("/docs").status_code == 401
 
 
 def test_others_than_this_machine_need_a_token(tmp_path):
