@@ -82,6 +82,15 @@ def make_app(service: Service, token: str | None = None) -> FastAPI:
         """Impressions, clicks and orders, which the next request's histories see."""
         return await answer(request, service.submit_events)
 
+    _add_about(app, service)
+    if page is not None:
+        _add_page(app, service, answer)
+    return app
+
+
+def _add_about(app: FastAPI, service: Service) -> None:
+    """What the service tells of itself."""
+
     @app.get("/v1/model")
     async def model() -> dict[str, Any]:
         """The version that is served."""
@@ -101,10 +110,6 @@ def make_app(service: Service, token: str | None = None) -> FastAPI:
     @app.get("/docs", include_in_schema=False)
     async def fields() -> Response:
         return HTMLResponse(fields_page(app.openapi()))
-
-    if page is not None:
-        _add_page(app, service, answer)
-    return app
 
 
 def _add_page(app: FastAPI, service: Service, answer: Callable[..., Any]) -> None:
