@@ -53,7 +53,7 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
     "LightGBM": [{"num_leaves": leaves, "cat_smooth": smooth} for leaves in (7, 31) for smooth in (10, 100)],
     **{f"torch-rechub, {name}": [{"lr": lr, "decay": 1e-5} for lr in (0.0005, 0.001, 0.002)] for name in RECHUB},
 }
-MODELS = ["popularity", *OURS, *GRIDS]
+MODELS = [*OURS, "popularity", *GRIDS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,31 +228,30 @@ class World:
 
 
 def measure(world: World, models: Sequence[str], seeds: Sequence[int], output: Path) -> None:
-    """Train what is missing, and write the result after each model."""
-    scenarios, runs, details = load_config(world.config).scenarios, {}, {}
-    for name in models:
+    """Train what is missing, and write the result after each model; ours first, since the others are held to them."""
+    scenarios, ours = load_config(world.config).scenarios, {}
+    for name in OURS | dict.fromkeys(sorted(models, key=MODELS.index)):
+        details: dict[str, Any] = {}
         if name in OURS:
-            runs[name] = world.ours(name, seeds)
+            runs = ours[name] = world.ours(name, seeds)
         elif name in GRIDS:
-            runs[name], details[name] = world.peer(name, seeds)
+            runs, details = world.peer(name, seeds)
         else:
             rows = world.rows()
-            runs[name] = Runs(rows, world.data("judged").popularity(rows).probs_NT[None])
-        found: dict[str, Any] = {}
-        for model, own in runs.items():
-            found[model] = {"auc": mean_auc(own, scenarios), "seeds": len(own.probs_RNT), **details.get(model, {})}
-            for ours in OURS:
-                if ours in runs and model != ours:
-                    found[model][f"{ours} over it"] = gaps(runs[ours], own, scenarios)
-        print(name, found[name]["auc"], flush=True)
-        old = json.loads(output.read_text())["worlds"] if output.exists() else {}
-        save(output, {"worlds": old | {world.name: {"rows": len(runs[name].rows), "models": found}}})
+            runs = Runs(rows, world.data("judged").popularity(rows).probs_NT[None])
+        entry: dict[str, Any] = {"auc": mean_auc(runs, scenarios), "seeds": len(runs.probs_RNT), **details}
+        entry |= {f"{one} over it": gaps(own, runs, scenarios) for one, own in ours.items() if one != name}
+        print(name, entry["auc"], flush=True)
+        worlds = json.loads(output.read_text())["worlds"] if output.exists() else {}
+        before = worlds.get(world.name, {}).get("models", {})
+        worlds[world.name] = {"rows": len(runs.rows), "models": before | {name: entry}}
+        save(output, {"worlds": worlds})
 
 
-def table(worlds: Mapping[str, Any]) -> str:
+def table(report: Mapping[str, Any]) -> str:
     """A line for each world and model: pooled AUC, and how far ours are ahead."""
     lines = []
-    for world, entry in worlds.items():
+    for world, entry in report["worlds"].items():
         for model, found in entry["models"].items():
             ahead = []
             for ours, task in itertools.product(OURS, TASKS):
@@ -286,7 +285,7 @@ def main() -> None:
     columns = "." if arguments.counters else "^$"
     world = World(shown, ROOT / "jobs" / "configs" / f"{name}.toml", lake, arguments.work / shown, columns, {})
     measure(world, arguments.models, range(arguments.seeds), arguments.output)
-    text = table(json.loads(arguments.output.read_text())["worlds"])
+    text = table(json.loads(arguments.output.read_text()))
     print(text)
     if arguments.output == RESULTS:
         put_table("learning.md", RESULTS.stem, text)

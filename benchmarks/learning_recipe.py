@@ -54,6 +54,8 @@ MODELS: dict[str, tuple[str, ...]] = {
     "USR, before": BEFORE,
     "USR, recipe without CL": NO_CL,
     "USR, recipe": (),
+    "plain, without sides": (*PLAIN, "model.event_sides=false"),
+    "USR, without sides": ("model.event_sides=false",),
     "USR, recipe and first-order part": WIDE,
 }
 GAPS = {
@@ -79,11 +81,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--validation", action="store_true")
+    parser.add_argument("--counters", default="^$", help="regular expression of the lake's counter columns that count")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    data = Data.of(CONFIG, arguments.lake, (*(VALIDATION if arguments.validation else ()), *arguments.set))
+    data = Data.of(
+        CONFIG, arguments.lake, (*(VALIDATION if arguments.validation else ()), *arguments.set), arguments.counters
+    )
     scenarios, seeds, trained = data.config().scenarios, list(range(arguments.seeds)), {}
     for name in arguments.models:
         runs = trained[name] = train_seeds(data, MODELS[name], seeds)
@@ -95,7 +100,12 @@ def main() -> None:
         print(name, entry["by_seed"], flush=True)
         old = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
         models = old.get("models", {}) | {name: entry}
-        settings = {"seeds": len(seeds), "validation": arguments.validation, "set": arguments.set}
+        settings = {
+            "seeds": len(seeds),
+            "validation": arguments.validation,
+            "set": arguments.set,
+            "counters": arguments.counters,
+        }
         save(arguments.output, {"settings": settings, "held_out_rows": rows, "models": models})
 
 

@@ -21,6 +21,7 @@ from benchmarks import data_stall, embedding_wire, launchers, peers, reader, res
 
 sys.path.append(str(Path(__file__).resolve().parents[3] / "benchmarks"))
 
+import anchors
 import build_samples_report
 
 pytestmark = pytest.mark.unit
@@ -31,6 +32,7 @@ TABLES = {
     "speed": (usr_cost, reader, data_stall, launchers, peers, resume),
     "embeddings": (table_size, embedding_wire),
     "serving": (serving,),
+    "learning": (anchors,),
 }
 """Page -> the benchmarks whose tables it holds between the lines `<!-- NAME -->` and `<!-- /NAME -->`."""
 
