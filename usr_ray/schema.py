@@ -6,6 +6,7 @@ same names. A column is added here first, then in `docs/tables.md`.
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -88,6 +89,11 @@ def index_column(feature: str) -> str:
     return f"{feature}_index"
 
 
+def list_column(feature: str) -> str:
+    """Column of the encoded ids (array<bigint>) of tags or terms."""
+    return f"{feature}_indices"
+
+
 def scaled_column(feature: str) -> str:
     """Column of the scaled value (float) of a number feature."""
     return f"{feature}_scaled"
@@ -132,6 +138,39 @@ class SparseFeature:
     """(num_embeddings, fingerprint of the values below it) after each build that added values, the newest last; of
     hashed ids (num_embeddings, HASHED). Empty for event_hour, which has no vocabulary, and in older tables."""
 
+    @property
+    def vocabulary(self) -> str:
+        """Its `feature` in the vocabularies table."""
+        return self.name
+
+
+TERM = "term"
+"""Vocabulary and embedding table of all terms, of queries and of items."""
+QUERY_TERMS, ITEM_TERMS = "query_terms", "item_terms"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ListFeature(SparseFeature):
+    """Tags or terms: several values a row, each once; its column (array<bigint>) holds no null and no padding."""
+
+    table: str
+    """Vocabulary and embedding table: its own name of tags, TERM of terms."""
+    length: int
+    """Most values of a row."""
+    sources: tuple[str, ...]
+    """Columns of the logs whose text it is made of."""
+
+    @property
+    def vocabulary(self) -> str:
+        """As of SparseFeature."""
+        return self.table
+
+    @property
+    def key(self) -> str:
+        """What decides the values: the id of a user or item, the query, or the column of the impression itself."""
+        keys = {"user": "user_id", "item": "item_id"} | ({"query": "query"} if self.table == TERM else {})
+        return keys.get(self.owner, self.name)
+
 
 LOG1P = "log1p"
 SCALES = (LOG1P, "none")
@@ -150,7 +189,7 @@ class DenseFeature:
     """One of SCALES."""
 
 
-_LATER_KEYS = ("history_item_features",)
+_LATER_KEYS = ("history_item_features", "lists")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,6 +211,19 @@ class FeatureSpec:
     rows because nobody looked, so neither the loss nor a metric takes them for labels."""
     history_item_features: tuple[str, ...] = ()
     """Sparse features of items that `<lake>/item_features` holds by encoded item id, for the events of histories."""
+    lists: tuple[ListFeature, ...] = ()
+    """Tags and terms; those of one vocabulary stand together."""
+
+    @property
+    def vocabularies(self) -> dict[str, SparseFeature]:
+        """Vocabulary, and so embedding table -> a feature of it, in the order of `sparse` and then `lists`."""
+        return {feature.vocabulary: feature for feature in (*self.sparse, *self.lists)}
+
+    @property
+    def list_places(self) -> dict[str, tuple[int, int]]:
+        """First column and end of each feature of `lists` where all of them stand side by side, padded."""
+        ends = list(itertools.accumulate(feature.length for feature in self.lists))
+        return {f.name: (end - f.length, end) for f, end in zip(self.lists, ends, strict=True)}
 
     @property
     def histories(self) -> tuple[HistoryColumns, ...]:
@@ -206,15 +258,19 @@ class FeatureSpec:
         """Inverse of `to_json`. Raises ValueError when a field is missing or unknown."""
         raw: dict[str, Any] = json.loads(text)
         try:
-            raw["sparse"] = tuple(
-                SparseFeature(**{**f, "fingerprints": tuple((n, h) for n, h in f.get("fingerprints", ()))})
-                for f in raw["sparse"]
+            raw["sparse"] = tuple(SparseFeature(**_with_fingerprints(f)) for f in raw["sparse"])
+            raw["lists"] = tuple(
+                ListFeature(**{**_with_fingerprints(f), "sources": tuple(f["sources"])}) for f in raw.get("lists", ())
             )
             raw["dense"] = tuple(DenseFeature(**f) for f in raw["dense"])
             raw["scenarios"] = tuple(raw["scenarios"])
             raw["query_scenarios"] = tuple(raw["query_scenarios"])
-            for name in ("no_order_scenarios", *_LATER_KEYS):
+            for name in ("no_order_scenarios", "history_item_features"):
                 raw[name] = tuple(raw.get(name, ()))
             return cls(**raw)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a feature spec: {error}") from error
+
+
+def _with_fingerprints(feature: dict[str, Any]) -> dict[str, Any]:
+    return {**feature, "fingerprints": tuple((n, h) for n, h in feature.get("fingerprints", ()))}

@@ -23,7 +23,7 @@ from etl.kernel.events import KIND_CLICK, KIND_IMPRESSION, KIND_ORDER, context_c
 from etl.kernel.packs import EMITTED, REJECT, VALUE
 from etl.kernel.user_pass import PassPlan, first_pass
 from etl.logs.duplicates import key_hash, mark_foreign
-from etl.logs.events import EventLog, event_logs, read_events, read_features
+from etl.logs.events import EventLog, context_tags, event_logs, read_events, read_features
 from etl.logs.files import ANY_LOG, LogFolder, readable
 from usr_ray.config import DAY_US, Config, date_of, day_number
 
@@ -117,8 +117,9 @@ def open_logs(spark: SparkSession, config: Config, logs_dir: str) -> Logs:
         ("users", "user_id", features.user_categories, features.user_numbers),
         ("items", "item_id", features.item_categories, features.item_numbers),
     ):
-        if categories or numbers:
-            tables[log] = read_features(folder, log, key, categories, numbers)
+        lists = tuple(feature for feature in features.lists if feature.key == key)
+        if categories or numbers or lists:
+            tables[log] = read_features(folder, log, key, categories, numbers, lists)
     unique: dict[str, DataFrame] = {}
     for log, table in tables.items():
         with readable(log):
@@ -135,7 +136,9 @@ def make_plan(config: Config, days: tuple[int, ...], since_us: int | None = None
         history_length=config.histories.length,
         days=days,
         since=_BEGINNING if since_us is None else since_us,
-        categories=tuple(map(context_column, config.features.context_categories)),
+        categories=tuple(
+            map(context_column, (*config.features.context_categories, *context_tags(config.features.lists)))
+        ),
         numbers=tuple(map(context_column, config.features.context_numbers)),
         counted=tuple(dict.fromkeys(counted_columns(config, counter) for counter in config.every_counter.values())),
         max_user_day_rows=config.limits.max_user_events_per_day,

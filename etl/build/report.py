@@ -33,6 +33,8 @@ from usr_ray.schema import (
     REPORTS,
     UNKNOWN_ID,
     FeatureSpec,
+    ListFeature,
+    SparseFeature,
     index_column,
     scaled_column,
 )
@@ -82,7 +84,7 @@ class SampleCounts:
     funnels: Mapping[tuple[str, str], Funnel]
     """(date, scenario) -> sums."""
     known: Mapping[tuple[str, str], int]
-    """(date, feature) -> impressions whose value has an id of its own."""
+    """(date, feature) -> impressions whose value has an id of its own; of tags and terms, values that have one."""
     present: Mapping[tuple[str, str], int]
     """(date, feature) -> impressions that have a value at all; of a number, one other than 0, which stands for null."""
     cold: Mapping[tuple[str, str], Mapping[str, int | None]] = field(default_factory=dict)
@@ -99,11 +101,14 @@ class SampleCounts:
 
 def count_samples(samples: DataFrame, spec: FeatureSpec, *, hashed: bool) -> SampleCounts:
     """Read the labels and ids of written samples (with the columns of `mark_new`) back and add them up."""
-    features = [feature for feature in spec.sparse if feature.name != EVENT_HOUR]  # an hour is always known
+    features = [
+        *(feature for feature in spec.sparse if feature.name != EVENT_HOUR),  # an hour is always known
+        *spec.lists,
+    ]
     sums = {"rows": F.lit(1), "mature": F.col("is_mature"), **{name: F.col(name) for name in ALL_LABELS}}
     for feature in features:
-        sums[f"known_{feature.name}"] = F.col(feature.column) >= FIRST_ID
-        sums[f"present_{feature.name}"] = F.col(feature.column) >= UNKNOWN_ID
+        for kind, least in (("known", FIRST_ID), ("present", UNKNOWN_ID)):
+            sums[f"{kind}_{feature.name}"] = _at_least(feature, least)
     numbers = [feature.name for feature in spec.dense if feature.column == scaled_column(feature.name)]
     sums |= {f"present_{name}": F.col(scaled_column(name)) != 0 for name in numbers}
     sums |= _cold_conditions(spec)
@@ -128,6 +133,13 @@ def count_samples(samples: DataFrame, spec: FeatureSpec, *, hashed: bool) -> Sam
         for name in (*(feature.name for feature in features), *numbers):
             present[row["date"], name] = present.get((row["date"], name), 0) + row[f"present_{name}"]
     return SampleCounts(funnels, known, present, cold)
+
+
+def _at_least(feature: SparseFeature, least: int) -> Column:
+    """How many values of a row have such an id."""
+    if isinstance(feature, ListFeature):
+        return F.size(F.filter(feature.column, lambda value: value >= least))
+    return F.col(feature.column) >= least
 
 
 def _cold_conditions(spec: FeatureSpec) -> dict[str, Column]:
@@ -199,7 +211,7 @@ def date_report(
             for s in config.scenarios
             if (found := counts.cold.get((date, s))) is not None
         },
-        "num_embeddings": {feature.name: feature.num_embeddings for feature in spec.sparse},
+        "num_embeddings": {name: feature.num_embeddings for name, feature in spec.vocabularies.items()},
     }
 
 
@@ -247,7 +259,7 @@ def funnel_lines(counts: SampleCounts, spec: FeatureSpec) -> list[str]:
 def warnings_of(counts: SampleCounts, spec: FeatureSpec, logs: Collection[str]) -> list[str]:
     """What the user should know of labels and features before training; `logs`: names of those that were read."""
     result = []
-    owners = {f.name: f.owner for f in spec.sparse} | {f.name: f.owner for f in spec.dense}
+    owners = {f.name: f.owner for f in (*spec.sparse, *spec.lists)} | {f.name: f.owner for f in spec.dense}
     for name, owner in owners.items():
         there = [number for (_, feature), number in counts.present.items() if feature == name]
         if there and not any(there) and (name != "query" or spec.query_scenarios):

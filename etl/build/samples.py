@@ -26,6 +26,7 @@ from etl.checks import AccountingError, DataCheckError
 from etl.features.counters import counter_fingerprints, counter_plan, sums_of_values
 from etl.features.encoding import encoded_packs, pack_features, sample_frame
 from etl.features.item_features import update_item_features
+from etl.features.lists import cut_values, list_values
 from etl.features.vocabulary import Vocabularies, feature_spec, grow_vocabularies
 from etl.jvm import table_version
 from etl.kernel.attribution import LabelRules
@@ -110,7 +111,9 @@ def build_samples(spark: SparkSession, config: Config, request: BuildRequest, pr
         sums = write_sums(spark, config, lake, state, inputs.staged(COUNT), built[-1])
         item_features = update_item_features(spark, config, lake, inputs.items, known)
         prepare_samples(spark, lake, spec, config, item_features)
-        progress("vocabularies: " + ", ".join(f"{f.name} {f.num_embeddings - FIRST_ID:,}" for f in spec.sparse))
+        progress(
+            "vocabularies: " + ", ".join(f"{n} {f.num_embeddings - FIRST_ID:,}" for n, f in spec.vocabularies.items())
+        )
         rows = row_plan(config, spec, inputs.account, request.watermark, tuple(map(day_of, dates)))
         job = Job(
             spark=spark,
@@ -153,7 +156,7 @@ def write_dates(job: Job, dates: Sequence[dt.date], reported: Sequence[dt.date])
     spark, lake, account = job.spark, job.lake, job.inputs.account
     path = lake.path(SAMPLES)
     names = {date.isoformat() for date in dates}
-    version, counts = _write_samples(job, dates, reported)
+    version, counts, cut = _write_samples(job, dates, reported)
     for date, needed in job.inputs.num_impressions(names).items():
         if counts.date(date).impressions != needed:
             raise AccountingError(f"samples of {date}: {counts.date(date).impressions} rows written, {needed} came in")
@@ -162,7 +165,11 @@ def write_dates(job: Job, dates: Sequence[dt.date], reported: Sequence[dt.date])
         f"table version {version}"
     )
     _write_rejects(job, reported)
-    build = {"watermark": iso_time(job.plan.watermark), "table_version": version}
+    build = {
+        "watermark": iso_time(job.plan.watermark),
+        "table_version": version,
+        **({"cut_values": cut} if cut else {}),
+    }
     known_dates = account.impression_dates | {date for date, _ in counts.funnels}
     shown = sorted(date.isoformat() for date in reported if date.isoformat() in known_dates)
     for date in shown:
@@ -187,21 +194,28 @@ def write_dates(job: Job, dates: Sequence[dt.date], reported: Sequence[dt.date])
     return counts
 
 
-def _write_samples(job: Job, dates: Sequence[dt.date], reported: Sequence[dt.date]) -> tuple[int, SampleCounts]:
-    """Replace the rows of `dates`; the table's version, and what it holds on the `reported` ones."""
+def _write_samples(
+    job: Job, dates: Sequence[dt.date], reported: Sequence[dt.date]
+) -> tuple[int, SampleCounts, dict[str, int]]:
+    """Replace the rows of `dates`; the table's version, what it holds on the `reported` ones, and what was cut."""
     path, inputs = job.lake.path(SAMPLES), job.inputs
+    cut: dict[str, int] = {}
     if dates:
         packs, values = inputs.staged(PACK), inputs.staged(VALUE)
         plan, sums = job.plan, None
         if job.sums is not None:
             plan = replace(plan, counters=counter_plan(job.sums, job.config, plan.days))
             sums = sums_of_values(job.sums, job.config, plan.days)
-        encoded = encoded_packs(packs, values, (inputs.users, inputs.items), job.known, job.config, sums)
+        tables, features = (inputs.users, inputs.items), job.config.features.lists
+        lists = list_values(values, tables, features)
+        if lists is not None:
+            cut = cut_values(lists, features)
+        encoded = encoded_packs(packs, values, tables, job.known, job.config, sums, lists)
         replace_dates(sample_frame(encoded, plan), path, any_date_condition(PARTITION_COLUMN, dates))
     version = table_version(job.spark, path)
     table = job.spark.read.format("delta").option("versionAsOf", version).load(path)
     rows = mark_new(table.filter(any_date_condition(PARTITION_COLUMN, reported)), table, job.config, reported)
-    return version, count_samples(rows, job.plan.spec, hashed=job.config.vocabulary.kind == "hash")
+    return version, count_samples(rows, job.plan.spec, hashed=job.config.vocabulary.kind == "hash"), cut
 
 
 def read_from(state: State, first_row: int | None) -> str:

@@ -28,7 +28,8 @@ A value with the sums of as many days as counters look back is as much as so man
 
 def pack_features(config: Config) -> tuple[str, ...]:
     """Features whose codes packs hold: those with values of their own, and those that counters count by."""
-    own = ("user_id", "item_id", "query", *config.features.context_categories)
+    of_rows = (feature.key for feature in config.features.lists if feature.key == feature.name)
+    own = ("user_id", "item_id", "query", *config.features.context_categories, *of_rows)
     counted = (counted_feature(config, counter) for counter in config.every_counter.values())
     return tuple(dict.fromkeys((*own, *counted)))
 
@@ -40,6 +41,7 @@ def encoded_packs(
     known: Vocabularies,
     config: Config,
     sums: DataFrame | None = None,
+    lists: DataFrame | None = None,
 ) -> DataFrame:
     """Every pack with the lookups of its chunk: what `sample_rows` reads.
 
@@ -50,8 +52,9 @@ def encoded_packs(
         known: the vocabularies, this build's included.
         config: names the features.
         sums: feature, value and the sums that its counters need (etl/features/counters.py); None: no counters.
+        lists: of `list_values` (etl/features/lists.py); None: neither tags nor terms.
     """
-    lookups = _lookups(values, tables, known, config, sums)
+    lookups = _lookups(values, tables, known, config, sums, lists)
     look_back = max((days for days in counted_windows(config) if days is not None), default=0)
     if values.count() * (1 + look_back) <= _MAX_BROADCAST_VALUES:
         lookups = F.broadcast(lookups)
@@ -75,8 +78,9 @@ def _lookups(
     known: Vocabularies,
     config: Config,
     sums: DataFrame | None,
+    lists: DataFrame | None,
 ) -> DataFrame:
-    """One row a chunk: `lookups`, a list of (feature, code, value, ids, numbers, sums), one for every code of it."""
+    """One row a chunk: `lookups`, a list of (feature, code, value, ids, numbers, sums, lists), one for every code."""
     features = config.features
     names = pack_features(config)
     number = F.lit(None).cast("int")
@@ -107,9 +111,35 @@ def _lookups(
     counted = []
     if sums is not None:
         rows, counted = rows.join(sums, on=["feature", "value"], how="left"), [F.col("sums")]
+    if lists is not None:
+        rows = rows.join(_list_ids(lists, known, config), on=["feature", "value"], how="left")
+        counted.append(F.col("lists"))
     own = (number.alias("feature"), F.col("code"), F.col("value"), ids.alias("ids"), numbers.alias("numbers"))
     entry = F.struct(*own, *counted)
     return rows.groupBy("chunk").agg(F.collect_list(entry).alias("lookups"))
+
+
+def _list_ids(found: DataFrame, known: Vocabularies, config: Config) -> DataFrame:
+    """feature, value and `lists` of every user, item, query and text with a tag or term: place, id, place, id ..
+
+    The places are those in FeatureSpec.lists, ascending; the ids of a list stand in the order of its values.
+    """
+    names = F.array(*(F.lit(feature.vocabulary) for feature in config.features.lists))
+    single = found.select(
+        F.col("feature").alias("of"),
+        F.col("value").alias("whose"),
+        "list",
+        F.posexplode("values").alias("pos", "value"),
+    ).withColumn("feature", F.element_at(names, F.col("list") + 1))
+    if config.vocabulary.kind == "hash":
+        single = single.withColumn("id", hash_index(F.col("value"), config.vocabulary))
+    else:
+        single = single.join(known.entries.select("feature", "value", "id"), on=["feature", "value"], how="left")
+    number = F.coalesce("id", F.lit(UNKNOWN_ID)).cast("bigint").alias("id")
+    entry = F.struct("list", "pos", number)
+    grouped = single.groupBy(F.col("of").alias("feature"), F.col("whose").alias("value"))
+    pairs = F.transform(F.array_sort(F.collect_list(entry)), lambda one: F.array(one["list"].cast("bigint"), one["id"]))
+    return grouped.agg(F.flatten(pairs).alias("lists"))
 
 
 def _owned(

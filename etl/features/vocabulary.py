@@ -14,6 +14,7 @@ from pyspark.sql import Column, DataFrame, Row, SparkSession, Window
 from pyspark.sql import functions as F
 
 from etl.checks import DataCheckError
+from etl.features.lists import count_list_values
 from etl.jvm import table_properties, table_version
 from etl.kernel.rows import EVENT_HOUR, NUM_HOURS
 from etl.lake.tables import Lake, append_vocabularies
@@ -104,6 +105,10 @@ def count_values(per_date: DataFrame, users: DataFrame | None, items: DataFrame 
             .agg(F.sum("count:").alias("count"))
         )
         result = result.unionByName(owned)
+    if lists := config.features.lists:
+        # What the pass counts of tags are whole texts.
+        result = result.filter(~F.col("feature").isin([feature.name for feature in lists]))
+        result = result.unionByName(count_list_values(counts, (users, items), lists))
     return result
 
 
@@ -159,7 +164,7 @@ def existing_vocabularies(spark: SparkSession, config: Config, lake: Lake) -> Vo
     recorded = {}
     if lake.has(spark, SAMPLES):
         spec = FeatureSpec.from_json(table_properties(spark, lake.path(SAMPLES))[FEATURE_SPEC_PROPERTY])
-        recorded = {feature.name: feature.fingerprints for feature in spec.sparse}
+        recorded = {name: feature.fingerprints for name, feature in spec.vocabularies.items()}
     return read_vocabularies(spark, path, version, recorded)
 
 
@@ -220,7 +225,8 @@ def grow_vocabularies(
         return known, feature_spec(config, known)
     fitting = [dt.date.fromisoformat(date) for date in sorted(fitting_dates(spark, config, lake, dates))]
     counted = per_date.filter(F.col("date").isin(fitting))
-    fresh, grown = new_entries(count_values(counted, *tables, config), known, config.vocabulary.min_count)
+    counts = count_values(counted, *tables, config)
+    fresh, grown = new_entries(counts, known, config.vocabulary.min_count)
     if grown.max_ids != known.max_ids:
         append_vocabularies(spark, lake, fresh)
         known = replace(grown, entries=kept(spark.read.format("delta").load(lake.path(VOCABULARIES))))
@@ -249,15 +255,21 @@ def new_entries(counts: DataFrame, known: Vocabularies, min_count: int) -> tuple
 def feature_spec(config: Config, known: Vocabularies | None = None) -> FeatureSpec:
     """What the samples table offers a model under these vocabularies; None: empty ones."""
     hashed = ((config.vocabulary.num_buckets, HASHED),)
+
+    def fingerprints(name: str) -> tuple[tuple[int, str], ...]:
+        if config.vocabulary.kind == "hash":
+            return hashed
+        return known.fingerprints(name) if known else ((FIRST_ID, fingerprint_text((0, 0))),)
+
     sparse = []
     for name, owner in value_features(config):
-        found = known.fingerprints(name) if known else ((FIRST_ID, fingerprint_text((0, 0))),)
-        found = hashed if config.vocabulary.kind == "hash" else found
+        found = fingerprints(name)
         sparse.append(
             SparseFeature(
                 name=name, column=index_column(name), num_embeddings=found[-1][0], owner=owner, fingerprints=found
             )
         )
+    lists = [(feature, fingerprints(feature.vocabulary)) for feature in config.features.lists]
     hour = SparseFeature(
         name=EVENT_HOUR, column=index_column(EVENT_HOUR), num_embeddings=FIRST_ID + NUM_HOURS, owner="context"
     )
@@ -287,6 +299,7 @@ def feature_spec(config: Config, known: Vocabularies | None = None) -> FeatureSp
         label_day_span=config.labels.global_span == "day",
         no_order_scenarios=tuple(s for s in config.scenarios if s in config.labels.no_order_scenarios),
         history_item_features=config.features.sides,
+        lists=tuple(replace(of, num_embeddings=found[-1][0], fingerprints=found) for of, found in lists),
     )
 
 

@@ -34,6 +34,11 @@ def owned_column(feature: str) -> str:
     return f"owned:{feature}"
 
 
+def texts_column(feature: str) -> str:
+    """Column of the users or items table with the texts (array<string>) that tags or terms are made of."""
+    return f"texts:{feature}"
+
+
 @dataclass(frozen=True, slots=True)
 class Events:
     """One chunk of N rows as numbers. Rows of a user are adjacent and sorted by (time, kind, id, item)."""

@@ -147,6 +147,7 @@ def samples_schema(spec: FeatureSpec) -> T.StructType:
         column(index_column("scenario"), number),
         *(column(feature.column, number) for feature in spec.sparse),
         *(column(feature.column, T.FloatType()) for feature in spec.dense),
+        *(column(feature.column, ids) for feature in spec.lists),
     ]
     for names in spec.histories:
         fields += [column(names.item_ids, ids), column(names.actions, ids), column(names.ages_s, ages)]
@@ -166,6 +167,16 @@ def label_constraints() -> dict[str, str]:
     return ranges | {f"{low}_le_{high}": f"{low} <= {high}" for low, high in LABEL_ORDER}
 
 
+def list_constraints(spec: FeatureSpec) -> dict[str, str]:
+    """CHECK constraints of tags and terms, likewise: not too many, and none of them padding."""
+    return {
+        f"list_{number}_fits": (
+            f"size(`{feature.column}`) <= {feature.length} AND NOT array_contains(`{feature.column}`, 0)"
+        )
+        for number, feature in enumerate(spec.lists)
+    }
+
+
 def prepare_samples(
     spark: SparkSession, lake: Lake, spec: FeatureSpec, config: Config, item_features: int | None
 ) -> None:
@@ -179,7 +190,8 @@ def prepare_samples(
         properties[ITEM_FEATURES_PROPERTY] = str(item_features)
     if not lake.has(spark, SAMPLES):
         properties[CONFIG_PROPERTY] = json.dumps(config.row_meaning(), sort_keys=True)
-        properties |= {f"delta.constraints.{name}": rule for name, rule in label_constraints().items()}
+        rules = label_constraints() | list_constraints(spec)
+        properties |= {f"delta.constraints.{name}": rule for name, rule in rules.items()}
         create_table(spark, lake, SAMPLES, samples_schema(spec), PARTITION_COLUMN, properties)
         return
     there = table_properties(spark, path)
@@ -335,7 +347,7 @@ def check_tables(spark: SparkSession, lake: Lake, config: Config, spec: FeatureS
             _check_meaning(path, properties, config)
         _check_schema(path, spark.read.format("delta").load(path).schema, schema)
         if table == SAMPLES:
-            _check_constraints(path, properties)
+            _check_constraints(path, properties, label_constraints() | list_constraints(spec))
 
 
 def _check_switches(path: str, properties: Mapping[str, str]) -> None:
@@ -379,8 +391,8 @@ def _check_schema(path: str, found: T.StructType, wanted: T.StructType) -> None:
             )
 
 
-def _check_constraints(path: str, properties: Mapping[str, str]) -> None:
-    for name, rule in label_constraints().items():
+def _check_constraints(path: str, properties: Mapping[str, str], rules: Mapping[str, str]) -> None:
+    for name, rule in rules.items():
         found = properties.get(f"delta.constraints.{name}")
         if found != rule:
             drop = f"ALTER TABLE delta.`{path}` DROP CONSTRAINT {name} and " if found is not None else ""

@@ -6,7 +6,8 @@ rejects, and the one shuffle by user.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pyspark.sql import Column, DataFrame
@@ -14,17 +15,21 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from etl.checks import DataCheckError, check_columns
-from etl.kernel.events import KIND_CLICK, KIND_IMPRESSION, KIND_ORDER, NO_SCENARIO, context_column
+from etl.kernel.events import KIND_CLICK, KIND_IMPRESSION, KIND_ORDER, NO_SCENARIO, context_column, texts_column
 from etl.logs.files import TEXT_FORMATS, LogFolder
 from etl.logs.formats import MALFORMED, REPLACEMENT, own
 from etl.logs.mapping import FIRST_MICRO, LAST_MICRO, TIMES, as_written, iso_instant, names_of
 from usr_ray.config import Config
+from usr_ray.config.terms import SEPARATOR
+from usr_ray.schema import TERM, ListFeature
 
 _INTEGERS = (T.ByteType, T.ShortType, T.IntegerType, T.LongType)
 REASON = "reason:"
 """Column of a feature table: why the row cannot be used; null where it can."""
 _TIME, _UNREADABLE, _UNPARSABLE, _RAW = "time:", "unreadable:", "unparsable:", "raw:"
 """Columns between a log's own and those of `read_events`."""
+Read = Callable[[DataFrame, str, str], Column]
+"""Reads a column of a log of that name."""
 _ATOMIC = (T.StringType, T.BooleanType, T.NumericType, T.DateType)
 
 
@@ -99,12 +104,14 @@ def read_events(config: Config, folder: LogFolder, logs: Sequence[EventLog]) -> 
 
     Columns: log, kind, scenario, id, item_id, user_id, event_time, known_time, impression_id (that a click names),
     request_id, position, query, the context features under names that no other column has (`context_column`;
-    categories string, numbers double), `reason` (null: usable) and `row_json` (the row as it stood, where it is not).
+    categories and tags string, numbers double), `reason` (null: usable) and `row_json` (the row as it stood, where
+    it is not).
 
     Raises:
         DataCheckError: a log or column is missing or has the wrong type; nothing has been computed yet.
     """
-    context = (*config.features.context_categories, *config.features.context_numbers)
+    features = config.features
+    context = (*features.context_categories, *features.context_numbers, *context_tags(features.lists))
     optional = {KIND_IMPRESSION: ("position", "ingest_time", *context)}
     frames = [(log, *folder.read(log.name, [*log.required, *optional.get(log.kind, ["ingest_time"])])) for log in logs]
     contexts = _context_columns(config, [raw for log, raw, _ in frames if log.kind == KIND_IMPRESSION])
@@ -117,26 +124,46 @@ def read_events(config: Config, folder: LogFolder, logs: Sequence[EventLog]) -> 
 
 
 def read_features(
-    folder: LogFolder, log: str, key: str, categories: Sequence[str], numbers: Sequence[str]
+    folder: LogFolder,
+    log: str,
+    key: str,
+    categories: Sequence[str],
+    numbers: Sequence[str],
+    lists: Sequence[ListFeature] = (),
 ) -> DataFrame:
     """The `users` or `items` table: its key, category columns as strings, number columns as doubles, and REASON.
+
+    The texts of tags and terms are in columns of their own (`texts_column`).
 
     Rows of one key are all kept.
 
     Raises:
         DataCheckError: the table or a column that the configuration names is missing or has the wrong type.
     """
-    raw, _ = folder.read(log, [key, *categories, *numbers])
-    check_columns(log, names_of(raw), [key, *categories, *numbers])
+    sources = [name for feature in lists for name in feature.sources]
+    columns = list(dict.fromkeys((key, *categories, *numbers, *sources)))
+    raw, _ = folder.read(log, columns)
+    check_columns(log, names_of(raw), columns)
     _check_numbers(folder, raw, log, numbers)
     ident = _text(raw, log, key)
-    tests = [*_unreadable(raw, [key, *categories, *numbers]), (ident.isNull(), f"null_{key}")]
+    tests = [*_unreadable(raw, columns), (ident.isNull(), f"null_{key}")]
     return raw.select(
         first_reason(tests).alias(REASON),
         ident.alias(key),
         *(_category(raw, log, name).alias(name) for name in categories),
         *(_number(raw, log, name).alias(name) for name in numbers),
+        *(
+            F.array(*(_list_text(raw, log, name, feature) for name in feature.sources)).alias(
+                texts_column(feature.name)
+            )
+            for feature in lists
+        ),
     )
+
+
+def context_tags(lists: Sequence[ListFeature]) -> dict[str, ListFeature]:
+    """Column of the impressions logs -> tags of the query or the context."""
+    return {feature.name: feature for feature in lists if feature.key == feature.name}
 
 
 def _check_numbers(folder: LogFolder, raw: DataFrame, log: str, numbers: Sequence[str]) -> None:
@@ -160,7 +187,7 @@ def _check_numbers(folder: LogFolder, raw: DataFrame, log: str, numbers: Sequenc
             folder.note(f"{line}, and null there{way_out}")
 
 
-def _event_rows(log: EventLog, raw: DataFrame, *, text: bool, contexts: dict[str, bool], config: Config) -> DataFrame:
+def _event_rows(log: EventLog, raw: DataFrame, *, text: bool, contexts: dict[str, Read], config: Config) -> DataFrame:
     check_columns(log.name, names_of(raw), log.required)
     shown = log.kind == KIND_IMPRESSION
     has_query = shown and config.scenarios[log.scenario] in config.query_scenarios
@@ -179,15 +206,14 @@ def _event_rows(log: EventLog, raw: DataFrame, *, text: bool, contexts: dict[str
         "position": _position(raw, log.name) if shown else _null("int"),
         "query": _text(raw, log.name, "query") if has_query else _null("string"),
     }
-    for name, is_category in contexts.items():
+    for name, read in contexts.items():
         there = shown and name in raw.columns
-        cast = _category if is_category else _number
-        nothing = _null("string" if is_category else "double")
-        columns[context_column(name)] = cast(raw, log.name, name) if there else nothing
+        nothing = _null("double" if read is _number else "string")
+        columns[context_column(name)] = read(raw, log.name, name) if there else nothing
     # A mapped time that cannot be read is null: whether there was one stands beside it.
     given = {name: as_written(name) if as_written(name) in raw.columns else name for name in TIMES}
     texts = [log.key, "user_id", "item_id", "impression_id", "request_id", "query", *contexts]
-    read = timed.select(
+    rows = timed.select(
         *(column.alias(name) for name, column in columns.items()),
         first_reason(_unreadable(raw, texts)).alias(_UNREADABLE),
         *((own(given[name]).isNotNull() & own(_TIME + name).isNull()).alias(_UNPARSABLE + name) for name in times),
@@ -200,7 +226,7 @@ def _event_rows(log: EventLog, raw: DataFrame, *, text: bool, contexts: dict[str
         (F.col("event_time").isNull() & ~own(f"{_UNPARSABLE}event_time"), "null_event_time"),
         *((own(_UNPARSABLE + name), f"unparsable_{name}") for name in times),
     ]
-    judged = read.withColumn("reason", F.coalesce(own(_UNREADABLE), first_reason(tests)))
+    judged = rows.withColumn("reason", F.coalesce(own(_UNREADABLE), first_reason(tests)))
     return judged.select(
         F.lit(log.name).alias("log"),
         F.lit(log.kind).alias("kind"),
@@ -216,10 +242,12 @@ def first_reason(tests: Sequence[tuple[Column, str]]) -> Column:
     return F.coalesce(*(F.when(test, F.lit(name)) for test, name in tests), _null("string"))
 
 
-def _context_columns(config: Config, impressions: Sequence[DataFrame]) -> dict[str, bool]:
-    """Context features -> is it a category. Each must be in one impressions log at least; elsewhere it is null."""
-    wanted = dict.fromkeys(config.features.context_categories, True)
-    wanted |= dict.fromkeys(config.features.context_numbers, False)
+def _context_columns(config: Config, impressions: Sequence[DataFrame]) -> dict[str, Read]:
+    """Context features -> how one is read. Each must be in one impressions log at least; elsewhere it is null."""
+    wanted: dict[str, Read] = dict.fromkeys(config.features.context_categories, _category)
+    wanted |= dict.fromkeys(config.features.context_numbers, _number)
+    for name, feature in context_tags(config.features.lists).items():
+        wanted[name] = functools.partial(_list_text, feature=feature)
     there = {column for frame in impressions for column in names_of(frame)}
     for name in wanted:
         if name not in there:
@@ -298,3 +326,18 @@ def _number(raw: DataFrame, log: str, column: str) -> Column:
     if not isinstance(kind, (T.NullType, T.StringType, T.BooleanType, T.NumericType)):
         raise _wrong_type(log, column, kind, "number")
     return own(column).try_cast("double")
+
+
+def _list_text(raw: DataFrame, log: str, column: str, feature: ListFeature) -> Column:
+    """The values of tags, or the text of terms, as one text: the elements of a list with SEPARATOR between them."""
+    kind = raw.schema[column].dataType
+    if isinstance(kind, T.ArrayType) and isinstance(kind.elementType, (T.NullType, *_ATOMIC)):
+        return F.nullif(F.array_join(own(column).cast("array<string>"), SEPARATOR), F.lit(""))
+    is_text = isinstance(kind, T.StringType)
+    if (feature.vocabulary == TERM and is_text) or isinstance(kind, T.NullType):
+        return F.nullif(own(column).cast("string"), F.lit(""))
+    if is_text:
+        way_out = f'set logs.{log}.split = {{ {column} = "|" }}, or what stands between its values'
+        raise _wrong_type(log, column, kind, "a list of single values", way_out)
+    needed = "text or a list of single values" if feature.vocabulary == TERM else "a list of single values"
+    raise _wrong_type(log, column, kind, needed)

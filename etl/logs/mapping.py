@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import zoneinfo
 from functools import reduce
 
@@ -71,6 +72,14 @@ def map_columns(raw: DataFrame, log: str, mapping: LogConfig) -> DataFrame:
         # Spaces too stand between thousands, as 1 234,50 with a no-break space.
         whole = F.regexp_replace(own(number).cast("string"), r"[.\s\u00a0\u202f]", "")
         targets[name] = F.regexp_replace(whole, ",", ".")
+    for name, separator in mapping.split.items():
+        text = targets.get(name, own(name) if name in raw.columns else None)
+        if text is None:
+            raise DataCheckError(
+                f"log {log}: logs.{log}.split names '{name}', which is not there; there are: "
+                f"{', '.join([*mapping.columns, *names_of(raw)])}; name one of those"
+            )
+        targets[name] = F.split(text.cast("string"), re.escape(separator), -1)
     targets |= {name: F.lit(value) for name, value in mapping.constants.items()}
     # Spark's names ignore case: an own column of a target's name, however written, would make it ambiguous.
     hidden = {name.lower() for name in targets}

@@ -193,6 +193,9 @@ _TYPES = {
     "depth": pa.float64(),
     "age": pa.float64(),
     "price": pa.float64(),
+    "hobbies": pa.list_(pa.string()),
+    "tags": pa.list_(pa.string()),
+    "moods": pa.list_(pa.string()),
 }
 
 

@@ -51,8 +51,54 @@ MIN_COUNT = 12
 START_US = int(START.timestamp()) * 1_000_000
 
 
+LISTS = (
+    'features.user_tags=["hobbies"]',
+    'features.item_tags=["tags"]',
+    'features.context_tags=["moods"]',
+    "features.max_tags=2",
+    "features.query_terms=true",
+    'features.item_terms=["title"]',
+    "features.max_terms=3",
+)
+HOBBIES = (["chess"], None, ["golf", "chess", "golf"])
+TAGS = (["new", "red"], [], None, ["red", " new ", "", "sale"], ["old"])
+TITLES = ("Red SHOES", "Tea-Tasse", None, "红茶 tea", "[20, 34]", "\uff34\uff25\uff21 größe xl red", "")
+MOODS = (["calm"], ["glad", "calm", "busy"], None)
+TERMS = {
+    "red shoes": ["red", "shoes"],
+    "tea": ["tea"],
+    'größe, "xl"': ["größe", "xl"],
+    "Red SHOES": ["red", "shoes"],
+    "Tea-Tasse": ["tea", "tasse"],
+    "红茶 tea": ["红", "红茶", "茶"],
+    "[20, 34]": ["20", "34"],
+    "\uff34\uff25\uff21 größe xl red": ["tea", "größe", "xl"],
+}
+"""Text -> its first three terms, by hand."""
+
+
 def config(*overrides: str) -> Config:
-    return load_config(None, (*CONFIG, f"vocabulary.min_count={MIN_COUNT}", *overrides))
+    return load_config(None, (*CONFIG, *LISTS, f"vocabulary.min_count={MIN_COUNT}", *overrides))
+
+
+def moods_of(impression_id: str) -> list[str] | None:
+    return MOODS[int(impression_id[1:]) % len(MOODS)]
+
+
+def lists_of(shop: Shop, impression: dict[str, Any]) -> dict[str, list[str]]:
+    """Tags (two at most, each once) and terms of an impression."""
+
+    def tags(values: list[str] | None) -> list[str]:
+        return list(dict.fromkeys(v.strip() for v in values or () if v.strip()))[:2]
+
+    user, item = shop.users.get(impression["user"], {}), shop.items.get(impression["item"], {})
+    return {
+        "hobbies": tags(user.get("hobbies")),
+        "tags": tags(item.get("tags")),
+        "moods": tags(None if impression["scenario"] == 2 else moods_of(impression["id"])),
+        "query_terms": TERMS.get(impression["query"] or "", []),
+        "item_terms": TERMS.get(item.get("title") or "", []),
+    }
 
 
 def build(
@@ -79,12 +125,21 @@ def sorted_table(spark: SparkSession, path: Path, *keys: str) -> list[tuple]:
 
 @pytest.fixture(scope="module")
 def shop() -> Shop:
-    return random_shop(7)
+    shop = random_shop(7)
+    for n, row in enumerate(shop.users.values()):
+        row["hobbies"] = HOBBIES[n % len(HOBBIES)]
+    for n, row in enumerate(shop.items.values()):
+        row |= {"tags": TAGS[n % len(TAGS)], "title": TITLES[n % len(TITLES)]}
+    return shop
 
 
 @pytest.fixture(scope="module")
 def logs(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_logs(logs_of(shop), tmp_path_factory.mktemp("shop") / "logs")
+    rows = logs_of(shop)
+    for name in ("search_impressions", "feed_impressions"):
+        for row in rows[name]:
+            row["moods"] = moods_of(row["impression_id"] or "i0")
+    return write_logs(rows, tmp_path_factory.mktemp("shop") / "logs")
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +175,7 @@ def samples(lake: Path) -> dict[str, dict[str, Any]]:
 def ids(spark: SparkSession, lake: Path) -> dict[str, dict[str, int]]:
     """feature -> value -> id."""
     found: dict[str, dict[str, int]] = collections.defaultdict(dict)
-    for row in spark.read.format("delta").load(str(lake / "vocabularies")).collect():
+    for row in spark.read.format("delta").load(str(lake / "vocabularies")).orderBy("id").collect():
         found[row["feature"]][row["value"]] = row["id"]
     return found
 
@@ -210,7 +265,7 @@ def test_dates_do_not_lean_on_one_another_s_builds(samples: dict, grown: Path) -
     rows = {row["impression_id"]: row for row in rows_of(grown / "samples")}
     assert rows.keys() == samples.keys()
     for key, row in rows.items():
-        same = [name for name in row if not name.endswith(("_index", "_item_ids", "_query_ids"))]
+        same = [name for name in row if not name.endswith(("_index", "_indices", "_item_ids", "_query_ids"))]
         assert {name: row[name] for name in same} == {name: samples[key][name] for name in same}
 
 
@@ -233,6 +288,24 @@ def test_vocabularies_hold_what_is_common_and_grow_by_appending(
         assert found == [(n + 2, value) for n, value in enumerate(order)]
     assert any(c[0] < MIN_COUNT <= sum(c) for c in counts.values())
     assert any(sum(c) < MIN_COUNT for c in counts.values())
+
+
+def test_tags_and_terms_equal_plain_python(samples: dict, shop: Shop, ids: dict) -> None:
+    first = {i["id"]: i for i in sorted(shop.world.impressions, key=lambda i: (i["time"], i["known"]), reverse=True)}
+    counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+    lengths = collections.Counter()
+    for key, row in samples.items():
+        for name, values in lists_of(shop, first[key]).items():
+            vocabulary = "term" if name.endswith("_terms") else name
+            assert row[f"{name}_indices"] == [code(ids, vocabulary, value) for value in values], (key, name)
+            counts[name].update(values)
+            lengths[name, len(values)] += 1
+    assert {name for name, n in lengths if n == 0} == {name for name, n in lengths if n > 1} == set(counts)
+    counts["term"] = counts.pop("query_terms") + counts.pop("item_terms")
+    for vocabulary, values in counts.items():
+        # Each term of an impression counts once for the query and once for the item.
+        wanted = sorted((-count, value) for value, count in values.items() if count >= MIN_COUNT)
+        assert list(ids[vocabulary].items()) == [(value, n + 2) for n, (_, value) in enumerate(wanted)], vocabulary
 
 
 def test_the_feature_spec_fits_the_table(spark: SparkSession, lake: Path, samples: dict, ids: dict) -> None:
@@ -316,11 +389,11 @@ def stores_of(lake: Path, folder: Path) -> tuple[Encoder, ItemTable, UserStore]:
     """What a service would read, of a lake without a model."""
     manifest = build_manifest(lake, dates=(DATES[0], DATES[-1]))
     entries, indexes = read_vocabularies(lake), {}
-    for number, feature in enumerate(manifest.spec.sparse):
-        part = entries.filter(pc.equal(entries["feature"], feature.name))
+    for number, name in enumerate(manifest.spec.vocabularies):
+        part = entries.filter(pc.equal(entries["feature"], name))
         if part.num_rows:
             ValueIndex.write(folder / f"{number}.arrow", part["value"].to_pylist(), part["id"].to_numpy())
-            indexes[feature.name] = ValueIndex(folder / f"{number}.arrow")
+            indexes[name] = ValueIndex(folder / f"{number}.arrow")
     encoder = Encoder(manifest.spec, indexes, None)
     write_items(folder, manifest, encoder)
     write_users(folder, manifest, read_events(lake)[0], encoder, length=None)
@@ -334,6 +407,11 @@ def columns_of(inputs: dict, spec: FeatureSpec) -> dict[str, Any]:
         for owner in ("item", "request"):
             mine = [f.column for f in features if (f.owner == "item") == (owner == "item")]
             found |= dict(zip(mine, inputs[f"{owner}_{kind}"][0].tolist(), strict=True))
+    for feature in spec.lists:
+        ids = inputs[feature.column][0].tolist()
+        num_values = sum(number > 0 for number in ids)
+        assert not any(ids[num_values:])
+        found[feature.column] = ids[:num_values]
     for history in spec.histories:
         num_events = int((inputs[history.actions] > 0).sum())
         for name in (history.item_ids, history.actions, history.ages_s, history.query_ids):
@@ -362,6 +440,7 @@ def test_a_request_of_raw_values_is_encoded_as_its_sample(
         assert (of_items.ids[0].tolist(), of_items.numbers[0].tolist()) == (item.ids.tolist(), item.numbers.tolist())
         assert not is_new[0]
         context = {"device": shown["device"], "depth": None if shown["scenario"] == 2 else shown["depth"]}
+        context["moods"] = None if shown["scenario"] == 2 else moods_of(shown["id"])
         inputs = encoder.inputs(
             scenario=shown["scenario"],
             time_us=START_US + micros(row["event_time"]),

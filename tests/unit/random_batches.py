@@ -12,7 +12,18 @@ from usr_ray.config.model import ContrastiveConfig, GeneratorConfig, InterestCon
 from usr_ray.data.batch import History, UsrBatch
 from usr_ray.model.embedding import EmbeddingTables
 from usr_ray.model.unique import ItemSides
-from usr_ray.schema import DenseFeature, FeatureSpec, SparseFeature, index_column, scaled_column
+from usr_ray.schema import (
+    ITEM_TERMS,
+    QUERY_TERMS,
+    TERM,
+    DenseFeature,
+    FeatureSpec,
+    ListFeature,
+    SparseFeature,
+    index_column,
+    list_column,
+    scaled_column,
+)
 
 NAMES = ("search", "recommendation", "feed", "mail", "home", "cart", "ads", "live")
 OWNERS = {
@@ -32,7 +43,9 @@ def make_spec(
     dense: bool = True,
     query_scenarios: tuple[str, ...] = ("search",),
     sides: tuple[str, ...] = (),
+    lists: bool = False,
 ) -> FeatureSpec:
+    """With `lists`: tags of every owner, and terms of queries and items."""
     return FeatureSpec(
         scenarios=NAMES[:num_scenarios],
         query_scenarios=query_scenarios,
@@ -49,6 +62,29 @@ def make_spec(
         history_length=6,
         label_delay_us=1,
         history_item_features=sides,
+        lists=make_lists(num_embeddings) if lists else (),
+    )
+
+
+def make_lists(num_embeddings: int) -> tuple[ListFeature, ...]:
+    def feature(name: str, owner: str, length: int, table: str = "") -> ListFeature:
+        return ListFeature(
+            name=name,
+            column=list_column(name),
+            table=table or name,
+            num_embeddings=num_embeddings,
+            owner=owner,
+            length=length,
+            sources=("query" if owner == "query" else name,),
+        )
+
+    return (
+        feature("hobbies", "user", 3),
+        feature("tags", "item", 2),
+        feature("intents", "query", 2),
+        feature("moods", "context", 1),
+        feature(QUERY_TERMS, "query", 3, TERM),
+        feature(ITEM_TERMS, "item", 4, TERM),
     )
 
 
@@ -123,6 +159,14 @@ def make_batch(
                 offsets=torch.cat([torch.zeros(1, dtype=torch.int64), lengths_SB[s].cumsum(0)]),
             )
         )
+    bags = [
+        torch.randint(1, f.num_embeddings, (num_rows, f.length), generator=g)
+        * (torch.arange(f.length) < torch.randint(0, f.length + 1, (num_rows, 1), generator=g))
+        for f in spec.lists
+    ]
+    lists_BW = torch.cat(bags, dim=1) if bags else None
+    if lists_BW is not None:
+        lists_BW[real:] = 0
     labels_BT = torch.stack([click, order, click_g, order_g], dim=1)
     labels_BT[real:] = 0
     return UsrBatch(
@@ -135,6 +179,7 @@ def make_batch(
         user_key_B=torch.arange(num_rows),
         request_key_B=torch.arange(num_rows),
         row_number_B=row_number_B,
+        lists_BW=lists_BW,
     )
 
 
@@ -157,6 +202,6 @@ def rows(batch: UsrBatch, keep: Tensor | slice | list[int]) -> UsrBatch:
     flat = {
         f.name: getattr(batch, f.name)[numbers]
         for f in dataclasses.fields(batch)
-        if f.name not in ("histories", "longest")
+        if f.name not in ("histories", "longest") and getattr(batch, f.name) is not None
     }
     return UsrBatch(histories=tuple(histories), **flat)

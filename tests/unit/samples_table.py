@@ -26,6 +26,7 @@ from usr_ray.schema import (
     VOCABULARIES,
     DenseFeature,
     FeatureSpec,
+    ListFeature,
     SparseFeature,
     index_column,
     scaled_column,
@@ -45,8 +46,9 @@ def samples_spec(
     history_length: int = 5,
     label_delay_us: int = 25 * HOUR_US,
     sides: Sequence[str] = (),
+    lists: tuple[ListFeature, ...] = (),
 ) -> FeatureSpec:
-    """Spec of the table: the fixed features, one item category and two numbers."""
+    """Spec of the table: the fixed features, one item category and two numbers; tags and terms as asked."""
     sizes = {"user_id": (num_users, "user"), "item_id": (num_items, "item"), "query": (num_queries, "query")}
     sizes |= {"event_hour": (24, "context"), "brand": (6, "item")}
     return FeatureSpec(
@@ -63,6 +65,7 @@ def samples_spec(
         history_length=history_length,
         label_delay_us=label_delay_us,
         history_item_features=tuple(sides),
+        lists=lists,
     )
 
 
@@ -106,6 +109,9 @@ def samples_arrow(spec: FeatureSpec, *, num_rows: int, num_days: int, seed: int 
     own["event_hour"] = time_N // HOUR_US % 24 + FIRST_ID
     columns |= {feature.column: own[feature.name] for feature in spec.sparse}
     columns |= {feature.column: rng.normal(size=num_rows).astype(np.float32) for feature in spec.dense}
+    for of_list in spec.lists:
+        lengths_N = rng.integers(0, of_list.length + 1, num_rows)
+        columns[of_list.column] = _lists(rng.integers(1, of_list.num_embeddings, int(lengths_N.sum())), lengths_N)
     for history in spec.histories:
         lengths_N = rng.integers(0, spec.history_length + 1, num_rows)
         total = int(lengths_N.sum())

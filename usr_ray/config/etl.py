@@ -20,7 +20,7 @@ from usr_ray.config.fields import (
     parse_instant_us,
     require,
 )
-from usr_ray.schema import LOG1P, SCALES
+from usr_ray.schema import FIRST_ID, ITEM_TERMS, LOG1P, QUERY_TERMS, SCALES, TERM, ListFeature, list_column
 
 _WINDOW = ("0 s", "366 days")
 
@@ -134,6 +134,19 @@ class FeaturesConfig:
     context_numbers: tuple[str, ...] = ()
     scale: Mapping[str, str] = field(default_factory=dict)
     """Number -> how its values become a column, of schema.SCALES; of one that is not named "log1p"."""
+    user_tags: tuple[str, ...] = ()
+    item_tags: tuple[str, ...] = ()
+    query_tags: tuple[str, ...] = ()
+    context_tags: tuple[str, ...] = ()
+    """Columns with several values a row; those of the query and of the context are in the impressions logs."""
+    max_tags: int = number(16, "[1, 1000]")
+    """Tags of one column that a row keeps, the first ones."""
+    query_terms: bool = False
+    """The query as a bag of terms too (usr_ray/config/terms.py)."""
+    item_terms: tuple[str, ...] = ()
+    """Columns of items whose texts are one bag of terms, such as the title."""
+    max_terms: int = number(32, "[1, 1000]")
+    """Terms of a query, and of an item, that a row keeps, the first ones."""
     history_item_features: tuple[str, ...] = ("*",)
     """Item categories that each event of a history carries beside its item's id; "*": all of them."""
     crosses: tuple[tuple[str, ...], ...] = ()
@@ -141,10 +154,15 @@ class FeaturesConfig:
     `scenario`. No column holds them; the model makes them of the encoded ids (usr_ray/model/wide.py)."""
 
     def __post_init__(self) -> None:
-        columns = [
-            f.name for f in dataclasses.fields(self) if f.name not in ("history_item_features", "crosses", "scale")
-        ]
+        check_fields(self, "features")
+        kinds = (f.name for f in dataclasses.fields(self) if f.name.endswith(("_categories", "_numbers", "_tags")))
+        columns = [kind for kind in kinds if kind != "max_tags"]
         names = [name for column in columns for name in getattr(self, column)]
+        if self.query_terms or self.item_terms:
+            ours = [name for name in names if name.lower() in (TERM, QUERY_TERMS, ITEM_TERMS)]
+            require(
+                not ours, f"features: '{''.join(ours[:1])}' is taken by terms; map the column to another name in [logs]"
+            )
         # Delta has no such columns, and the names are part of a table property that is set by a statement of SQL.
         # A dot would name a field of a structure; a colon marks the ETL's own columns beside the features.
         strange = [name for name in names if not name or re.search(r"[\s,;{}()=`'\"\\$.:\x00-\x1f\x7f]", name)]
@@ -201,6 +219,46 @@ class FeaturesConfig:
             )
         alike = [sorted(cross) for cross in self.crosses if [set(c) for c in self.crosses].count(set(cross)) > 1]
         require(not alike, f"features.crosses: {alike[:1]} is named more than once; take one of them out")
+
+    @property
+    def lists(self) -> tuple[ListFeature, ...]:
+        """Tags and terms as FeatureSpec has them, without a vocabulary yet."""
+
+        def feature(name: str, owner: str, length: int, sources: tuple[str, ...], table: str) -> ListFeature:
+            return ListFeature(
+                name=name,
+                column=list_column(name),
+                table=table,
+                num_embeddings=FIRST_ID,
+                owner=owner,
+                length=length,
+                sources=sources,
+            )
+
+        found = [
+            feature(name, owner, self.max_tags, (name,), name)
+            for owner in ("user", "item", "query", "context")
+            for name in getattr(self, f"{owner}_tags")
+        ]
+        if self.query_terms:
+            found.append(feature(QUERY_TERMS, "query", self.max_terms, ("query",), TERM))
+        if self.item_terms:
+            found.append(feature(ITEM_TERMS, "item", self.max_terms, self.item_terms, TERM))
+        return tuple(found)
+
+    def row_meaning(self) -> dict[str, object]:
+        """The keys that decide what a row means; those of tags and terms only where they are in use."""
+        raw = dataclasses.asdict(self)
+        del raw["history_item_features"]  # a table of its own (etl/features/item_features.py)
+        del raw["crosses"]  # made of columns that are there
+        scale = {name: kind for name, kind in raw.pop("scale").items() if kind != LOG1P}
+        raw |= {"scale": scale} if scale else {}
+        for kind in ("tags", "terms"):
+            keys = [key for key in raw if key.endswith(f"_{kind}") and key != f"max_{kind}"]
+            unused = [key for key in keys if not raw[key]]
+            for key in (*unused, *([f"max_{kind}"] if unused == keys else [])):
+                del raw[key]
+        return raw
 
     @property
     def sides(self) -> tuple[str, ...]:

@@ -60,6 +60,8 @@ class LogConfig:
     """Of CSV and JSON lines: 'UTF-8', 'ISO-8859-1', 'windows-1252' or another."""
     columns: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     """Column of the contract or feature -> own column; of several own columns the values are joined by '|'."""
+    split: Mapping[str, str] = field(default_factory=dict)
+    """Column of tags or terms, by its name in the contract -> text between its values, such as "|"."""
     decimal_comma: tuple[str, ...] = ()
     """Number columns, by their name in the contract, written as 1.234,50."""
     constants: Mapping[str, str | int | float | bool] = number({}, FINITE)
@@ -89,6 +91,8 @@ class LogConfig:
         for key in ("columns", "where"):
             empty = [name for name, value in getattr(self, key).items() if value in ("", ())]
             require(not empty, f"{where}.{key}.{''.join(empty[:1])} is empty; name at least one")
+        empty = [name for name, text in self.split.items() if not text]
+        require(not empty, f"{where}.split.{''.join(empty[:1])} is empty; name what stands between the values")
         require(
             _is_time_format(self.time_format),
             f"{where}.time_format must be 'iso', 's', 'ms', 'us', 'ns' or a pattern of strptime such as "

@@ -32,7 +32,6 @@ from usr_ray.config.logs import LogConfig, OnlineConfig, log_names
 from usr_ray.config.model import ModelConfig
 from usr_ray.config.training import DataConfig, RayConfig, TrainConfig
 from usr_ray.config.tune import TuneConfig
-from usr_ray.schema import LOG1P
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,6 +104,13 @@ class Config:
             self.model.wide or not self.features.crosses,
             "features.crosses is for the first-order part; set model.wide=true, or leave the crosses out",
         )
+        has_queries = bool(set(self.query_scenarios) & set(self.scenarios))
+        for key in ("query_terms", "query_tags"):
+            require(
+                has_queries or not getattr(self.features, key),
+                f"features.{key}: no scenario has queries ({', '.join(self.scenarios)}); name one in "
+                "query_scenarios, or take the key out",
+            )
         group = self.model.contrastive.group_size
         require(
             self.train.global_batch_size % group == 0,
@@ -140,12 +146,8 @@ class Config:
     def row_meaning(self) -> dict[str, Any]:
         """The keys that decide what a row of the samples means; min_count is not one: it only adds ids."""
         raw = self.to_dict()
-        meaning = {key: raw[key] for key in ("scenarios", "query_scenarios", "labels", "histories", "features")}
-        del meaning["features"]["history_item_features"]  # a table of its own (etl/features/item_features.py)
-        del meaning["features"]["crosses"]  # made of columns that are there
-        scale = meaning["features"].pop("scale")
-        if scale := {name: kind for name, kind in scale.items() if kind != LOG1P}:
-            meaning["features"]["scale"] = scale
+        meaning = {key: raw[key] for key in ("scenarios", "query_scenarios", "labels", "histories")}
+        meaning["features"] = json.loads(json.dumps(self.features.row_meaning()))
         # "60 minutes" is "1 hour", and an empty global window is the click window.
         for name in ("click_window", "order_window", "global_window", "clock_skew"):
             meaning["labels"][name] = f"{getattr(self.labels, f'{name}_us') / 1e6:g} s"

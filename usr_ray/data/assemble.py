@@ -33,6 +33,7 @@ _ROW_FIELDS = (
     "user_key_B",
     "request_key_B",
     "row_number_B",
+    "lists_BW",
 )
 _EVENT_FIELDS = ("item_ids_V", "actions_V", "ages_s_V", "query_ids_V")
 EventTypes = Mapping[str, "np.dtype[Any]"]
@@ -62,10 +63,15 @@ def sparse_type(spec: FeatureSpec) -> np.dtype[Any]:
     return id_type(*(feature.num_embeddings for feature in spec.sparse))
 
 
+def list_type(spec: FeatureSpec) -> np.dtype[Any]:
+    """Type of UsrBatch.lists_BW."""
+    return id_type(*(feature.num_embeddings for feature in spec.lists))
+
+
 def padding_batch(spec: FeatureSpec, num_rows: int) -> UsrBatch:
     """`num_rows` padding rows: weight 0, row_number -1, ids and labels 0, empty histories."""
     batch = _rows_to_fill(spec, num_rows)
-    for name in _ROW_FIELDS:
+    for name in _row_fields(batch):
         getattr(batch, name).fill_(-1 if name == "row_number_B" else 0)
     return batch
 
@@ -100,7 +106,13 @@ def _rows_to_fill(spec: FeatureSpec, num_rows: int) -> UsrBatch:
         user_key_B=rows(np.int64),
         request_key_B=rows(np.int64),
         row_number_B=rows(np.int64),
+        lists_BW=rows(list_type(spec).type, sum(feature.length for feature in spec.lists)) if spec.lists else None,
     )
+
+
+def _row_fields(batch: UsrBatch) -> list[str]:
+    """Those of _ROW_FIELDS that the batch has."""
+    return [name for name in _ROW_FIELDS if getattr(batch, name) is not None]
 
 
 def empty_array(shape: tuple[int, ...], dtype: type) -> NDArray[Any]:
@@ -115,7 +127,7 @@ def empty_array(shape: tuple[int, ...], dtype: type) -> NDArray[Any]:
 def take_rows(batch: UsrBatch, rows: IntArray) -> UsrBatch:
     """The given rows of a batch, in that order, copied."""
     index = torch.from_numpy(rows)
-    fields: dict[str, Any] = {name: getattr(batch, name)[index] for name in _ROW_FIELDS}
+    fields: dict[str, Any] = {name: getattr(batch, name)[index] for name in _row_fields(batch)}
     histories = []
     for history in batch.histories:
         offsets = history.offsets.numpy()
@@ -143,7 +155,7 @@ class BatchBuilder:
         first, last = (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0)
         is_run = last - first == len(places) and bool((np.diff(places) == 1).all())
         index = torch.from_numpy(places)
-        for name in _ROW_FIELDS:
+        for name in _row_fields(self._batch):
             target = getattr(self._batch, name)
             values = getattr(rows, name).to(target.dtype)
             if is_run:
@@ -175,7 +187,7 @@ class BatchBuilder:
         index = pa.array(source, mask=missing if missing.any() else None)
         if missing.any():
             padding = padding_batch(self._spec, 1)
-            for name in _ROW_FIELDS:
+            for name in _row_fields(padding):
                 getattr(self._batch, name).numpy()[missing] = getattr(padding, name).numpy()
         if np.array_equal(source, np.arange(first)):
             index = None  # file order: nothing moves

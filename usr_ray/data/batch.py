@@ -122,6 +122,9 @@ class UsrBatch:
     """int64 hash of the raw request_id: groups rows for NDCG."""
     row_number_B: Tensor
     """int64 position of the row in the manifest (file order, then row order), -1 for padding."""
+    lists_BW: Tensor | None = None
+    """(B, W), encoded ids of tags and terms in the order of FeatureSpec.lists, each list padded with 0 to its length,
+    of any integer type; None where the spec has none."""
     longest: int | None = None
     """Events of the row that has most, over all its histories; None: not counted (`count_longest`)."""
 
@@ -151,6 +154,7 @@ class UsrBatch:
             user_key_B=self.user_key_B[start:stop],
             request_key_B=self.request_key_B[start:stop],
             row_number_B=self.row_number_B[start:stop],
+            lists_BW=None if self.lists_BW is None else self.lists_BW[start:stop],
         )
 
     def num_bytes(self) -> int:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from usr_ray.data.assemble import empty_array, sparse_type
+from usr_ray.data.assemble import empty_array, list_type, sparse_type
 from usr_ray.data.batch import History, UsrBatch
 from usr_ray.data.cache import RowGroupCache
 from usr_ray.data.manifest import (
@@ -26,7 +26,7 @@ from usr_ray.data.manifest import (
 )
 from usr_ray.data.mature import labels_close_us
 from usr_ray.files import one_line
-from usr_ray.schema import ACTION_ORDER, ALL_LABELS, LABEL_ORDER, FeatureSpec, HistoryColumns
+from usr_ray.schema import ACTION_ORDER, ALL_LABELS, LABEL_ORDER, PADDING_ID, FeatureSpec, HistoryColumns
 
 _STRIP_ROWS = 4096
 _TYPES = {"long": pa.int64(), "float": pa.float32(), "boolean": pa.bool_()}
@@ -155,6 +155,7 @@ def table_to_batch(
         user_key_B=torch.from_dlpack(columns.scalars("user_key")),
         request_key_B=torch.from_dlpack(columns.scalars("request_key")),
         row_number_B=torch.arange(first_row, first_row + table.num_rows),
+        lists_BW=torch.from_numpy(columns.padded_lists(spec)) if spec.lists else None,
     )
 
 
@@ -246,6 +247,23 @@ class _Columns:
             query_ids_V=None if query_ids is None else torch.from_dlpack(query_ids),
             offsets=torch.from_numpy(offsets),
         )
+
+    def padded_lists(self, spec: FeatureSpec) -> NDArray[Any]:
+        """UsrBatch.lists_BW."""
+        width = sum(feature.length for feature in spec.lists)
+        lists_BW = empty_array((self._table.num_rows, width), list_type(spec).type)
+        lists_BW.fill(PADDING_ID)
+        for feature in spec.lists:
+            offsets, ids = self._lists(feature.column)
+            lengths = np.diff(offsets)
+            if lengths.max(initial=0) > feature.length:
+                found = f"holds {lengths.max()} values in a row"
+                raise self._fail(feature.column, f"{found}, the table's feature spec has {feature.length} of them")
+            self._check_ids(feature.column, ids, feature.num_embeddings)
+            rows = np.repeat(np.arange(len(lengths)), lengths)
+            first = spec.list_places[feature.name][0]
+            lists_BW[rows, first + np.arange(len(rows)) - offsets[rows]] = ids.to_numpy()
+        return lists_BW
 
     def _array(self, name: str) -> pa.Array:
         if name not in self._table.column_names:

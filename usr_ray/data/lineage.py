@@ -57,6 +57,10 @@ def difference(model: FeatureSpec, model_built_with: str, table: Manifest, *, ma
         "query_scenarios": (model.query_scenarios, table.spec.query_scenarios),
         "categories": (tuple(f.name for f in model.sparse), tuple(f.name for f in table.spec.sparse)),
         "numbers": (tuple(f.name for f in model.dense), tuple(f.name for f in table.spec.dense)),
+        "tags and terms": tuple(
+            tuple(f"{f.name} ({f.length} of {', '.join(f.sources)})" for f in spec.lists)
+            for spec in (model, table.spec)
+        ),
         "labels.no_order_scenarios": (model.no_order_scenarios, table.spec.no_order_scenarios),
         "histories.length": (model.history_length, table.spec.history_length),
         "the labels' delay in microseconds": (model.label_delay_us, table.spec.label_delay_us),
@@ -71,7 +75,7 @@ def difference(model: FeatureSpec, model_built_with: str, table: Manifest, *, ma
             return (
                 f"{name} of the samples table is {_words(of_table)}, but the model was trained with {_words(of_model)}"
             )
-    for old, new in zip(model.sparse, table.spec.sparse, strict=True):
+    for old, new in zip((*model.sparse, *model.lists), (*table.spec.sparse, *table.spec.lists), strict=True):
         same = _same_ids(old, new)
         if same is None:
             same = not may_read or _fingerprint_in(table, old) == old.fingerprints[-1]
@@ -100,8 +104,8 @@ def _xor(rows: Iterable[tuple[int, str]]) -> tuple[int, int]:
 
 
 def _fingerprint_in(table: Manifest, feature: SparseFeature) -> tuple[int, str]:
-    entries = read_vocabularies(table.table_uri.rpartition("/")[0], feature.name)
-    return fingerprint(entries, feature.name, feature.num_embeddings)
+    entries = read_vocabularies(table.table_uri.rpartition("/")[0], feature.vocabulary)
+    return fingerprint(entries, feature.vocabulary, feature.num_embeddings)
 
 
 def _same_ids(model: SparseFeature, table: SparseFeature) -> bool | None:

@@ -22,7 +22,7 @@ from typing_extensions import override
 from usr_ray.data.batch import UsrBatch
 from usr_ray.model.counter_random import hash_keys, to_uniform
 from usr_ray.model.ops import Places
-from usr_ray.model.unique import EmbeddingError, ItemSides, TableIds, UniqueIds, unique_ids
+from usr_ray.model.unique import EmbeddingError, ItemSides, TableIds, UniqueIds, table_columns, unique_ids
 from usr_ray.schema import PADDING_ID, FeatureSpec
 
 INIT_STD = 0.05
@@ -51,7 +51,7 @@ class TableLookup:
     rows_UD: Tensor
     """float32 copy of the rows, the first all zero; a leaf whose `.grad` (U, D) is filled by the backward."""
     column_B: Tensor
-    """int64: place in ids_U of the row's own value."""
+    """int64: place in ids_U of the row's own value; (B, L) of tags and terms."""
     events: Places | None
     """Places in ids_U of the histories' values; None for tables that no history uses."""
     of_items: Places | None = None
@@ -68,7 +68,7 @@ class Lookup:
     """What `EmbeddingTables.lookup` hands to the model and to the optimiser."""
 
     tables: dict[str, TableLookup]
-    """Table name -> its rows of this step, in the order of FeatureSpec.sparse."""
+    """Table name -> its rows of this step, in the order of FeatureSpec.vocabularies."""
 
     def updates(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Table name -> (ids_U, gradient (U, D)) of the rows to train, after the backward; padding is left out."""
@@ -80,6 +80,8 @@ class RowSource(abc.ABC):
 
     sides: ItemSides | None
     """What the items of histories are; None: nothing but their ids is looked up."""
+    lists: Mapping[str, tuple[int, int]]
+    """Tables of tags and terms (unique.table_columns)."""
 
     @abc.abstractmethod
     def num_rows(self) -> dict[str, int]:
@@ -105,17 +107,17 @@ class RowSource(abc.ABC):
         Raises:
             EmbeddingError: an id is outside its table: the samples table grew after this run's manifest.
         """
-        return unique_ids(batch, self.num_rows(), self.sides)
+        return unique_ids(batch, self.num_rows(), self.sides, self.lists)
 
 
 class EmbeddingTables(RowSource):
-    """One float32 table for each categorical feature; row 0 (padding) is zero and never trained.
+    """One float32 table for each vocabulary; row 0 (padding) is zero and never trained.
 
     Every value of a fresh table is a pure function of (seed, table, row, column): ranks agree without a broadcast, and
     a table that grew equals one that was large from the start.
 
     Args:
-        spec: names and sizes of the tables (FeatureSpec.sparse).
+        spec: names and sizes of the tables (FeatureSpec.vocabularies).
         dim: D.
         seed: of the fresh rows.
         device: where the tables live; batches must be on the same device.
@@ -130,12 +132,13 @@ class EmbeddingTables(RowSource):
         device: torch.device | str = "cpu",
         sides: ItemSides | None = None,
     ) -> None:
-        self.sides = sides
+        self.sides, self.lists = sides, table_columns(spec)
         self.dim = dim
         self.seed = seed
         self.device = torch.device(device)
         self.tables: dict[str, Tensor] = {
-            f.name: fresh_rows(f.name, 0, f.num_embeddings, dim=dim, seed=seed).to(self.device) for f in spec.sparse
+            name: fresh_rows(name, 0, f.num_embeddings, dim=dim, seed=seed).to(self.device)
+            for name, f in spec.vocabularies.items()
         }
         """Table name -> (N, D); the optimiser writes its rows in place."""
 

@@ -18,6 +18,7 @@ from torch.nn.functional import embedding
 from usr_ray.config import ModelConfig
 from usr_ray.model.embedding import INIT_STD
 from usr_ray.model.history import EventKinds, Histories
+from usr_ray.model.lists import TERM_OVERLAP, TERM_PRODUCT, has_both_terms
 from usr_ray.model.mlp import MLP
 from usr_ray.model.unique import ITEM_TABLE, QUERY_TABLE, event_sides
 from usr_ray.schema import FeatureSpec
@@ -31,7 +32,8 @@ class Inputs:
     """
 
     features_BC: Tensor
-    """f: every sparse feature's embedding in the order of FeatureSpec.sparse, the dense features, the interactions."""
+    """f: every sparse feature's embedding in the order of FeatureSpec.sparse, the dense features, the interactions, the
+    pooled tags and terms."""
     target_BH: Tensor
     """t = [e_v ; e_side .. ; e_q or e_noq], the row's own columns."""
     context_BC: Tensor
@@ -91,11 +93,15 @@ class InputNetwork(nn.Module):
         embedding_dim = config.embedding_dim
         self.item_columns = (ITEM_TABLE, *event_sides(spec, config))
         self.event_dim = (len(self.item_columns) + 1) * embedding_dim
-        self.user_names = [f.name for f in spec.sparse if f.owner == "user"]
-        self.item_names = [f.name for f in spec.sparse if f.owner == "item"]
+        named = (*spec.sparse, *spec.lists)
+        self.user_names = [f.name for f in named if f.owner == "user"]
+        self.item_names = [f.name for f in named if f.owner == "item"]
         self.has_queries = bool(spec.query_scenarios)
         self.names = tuple(f.name for f in spec.sparse)
-        self.sparse_context = [f.name for f in spec.sparse if f.owner == "context"]
+        # What list_columns (model/lists.py) adds, behind all else in f.
+        met = (TERM_PRODUCT, TERM_OVERLAP) if has_both_terms(spec) else ()
+        self.list_names = (*(f.name for f in spec.lists), *met)
+        self.sparse_context = [f.name for f in named if f.owner == "context"]
         self.dense_context = [i for i, f in enumerate(spec.dense) if f.owner == "context"]
         self.no_query_D = nn.Parameter(torch.randn(embedding_dim) * INIT_STD)
         num_dense = len(spec.dense)
@@ -108,6 +114,7 @@ class InputNetwork(nn.Module):
             num_others = 2 if self.has_queries else 1
             self.interactions = Interactions(embedding_dim, num_others, config.interaction_hidden)
             self.feature_widths += [embedding_dim] * (1 + num_others)
+        self.feature_widths += [2 if name == TERM_OVERLAP else embedding_dim for name in self.list_names]
         self.feature_dim = sum(self.feature_widths)
         self.context_dim = embedding_dim * len(self.sparse_context) + len(self.dense_context)
 
@@ -115,7 +122,8 @@ class InputNetwork(nn.Module):
         """The inputs of a batch.
 
         Args:
-            columns: embedding (B, D) of the row by feature name; in the query's, e_noq where there is no query.
+            columns: embedding (B, D) of the row by feature name; in the query's, e_noq where there is no query; with
+                tags or terms those of `list_columns` too.
             dense_BF: as UsrBatch.dense_BF; not looked at where there are no dense features.
             histories: of the same rows.
 
@@ -135,6 +143,7 @@ class InputNetwork(nn.Module):
             parts += self.interactions(
                 [columns[n] for n in self.user_names], [columns[n] for n in self.item_names], others
             )
+        parts += [columns[name] for name in self.list_names]
         return Inputs(
             features_BC=side_by_side(parts, num_rows),
             target_BH=side_by_side([*(columns[name] for name in self.item_columns), query_BD], num_rows),

@@ -39,7 +39,7 @@ class TableIds:
     ids_U: Tensor
     """int64, ascending, unique; the first is the padding id 0, whether the batch has any or not."""
     column_B: Tensor
-    """int64: place in ids_U of the row's own value."""
+    """int64: place in ids_U of the row's own value; (B, L) of tags and terms."""
     events: Places | None
     """Places in ids_U of the histories' values; None for tables that no history uses."""
     of_items: Places | None = None
@@ -62,20 +62,38 @@ def event_sides(spec: FeatureSpec, config: ModelConfig) -> tuple[str, ...]:
 
 
 UniqueIds = tuple[TableIds, ...]
-"""All that a lookup needs besides the tables, in the order of FeatureSpec.sparse."""
+"""All that a lookup needs besides the tables, in the order of FeatureSpec.vocabularies."""
 
 
-def unique_ids(batch: UsrBatch, num_rows: Mapping[str, int], sides: ItemSides | None = None) -> UniqueIds:
+def table_columns(spec: FeatureSpec) -> dict[str, tuple[int, int]]:
+    """Table of tags or terms -> its first column and end in UsrBatch.lists_BW."""
+    found: dict[str, tuple[int, int]] = {}
+    for feature in spec.lists:
+        first, end = spec.list_places[feature.name]
+        found[feature.vocabulary] = (found.get(feature.vocabulary, (first, end))[0], end)
+    return found
+
+
+def unique_ids(
+    batch: UsrBatch,
+    num_rows: Mapping[str, int],
+    sides: ItemSides | None = None,
+    lists: Mapping[str, tuple[int, int]] | None = None,
+) -> UniqueIds:
     """Which rows of which table a batch uses, and where: the part of a lookup that sorts.
 
     Args:
         batch: on any device; on the CPU, ids outside their table are refused.
-        num_rows: table name -> N, in the order of FeatureSpec.sparse.
+        num_rows: table name -> N, in the order of FeatureSpec.vocabularies.
         sides: what the items of histories are; None: nothing but their ids is wanted.
+        lists: of `table_columns`; None: there are neither tags nor terms.
 
     Raises:
         EmbeddingError: an id is outside its table: the samples table grew after this run's manifest.
     """
+    lists = lists or {}
+    of_lists = tuple(_list_ids(name, num_rows[name], batch, *span) for name, span in lists.items())
+    num_rows = {name: size for name, size in num_rows.items() if name not in lists}
     if batch.sparse_BF.is_cpu and len(batch):
         lowest_F, highest_F = torch.aminmax(batch.sparse_BF, dim=0)
         for (name, size), *ends in zip(num_rows.items(), lowest_F.tolist(), highest_F.tolist(), strict=True):
@@ -95,7 +113,18 @@ def unique_ids(batch: UsrBatch, num_rows: Mapping[str, int], sides: ItemSides | 
             found = _with_events(name, num_rows[name], columns[name], ids_U)
             shared[name] = replace(found, events=None, of_items=found.events)
     own = _sort_columns(batch.sparse_BF, list(num_rows.values()))
-    return tuple(shared[name] if name in shared else own.table(f) for f, name in enumerate(num_rows))
+    return (*(shared[name] if name in shared else own.table(f) for f, name in enumerate(num_rows)), *of_lists)
+
+
+def _list_ids(name: str, num_rows: int, batch: UsrBatch, first: int, end: int) -> TableIds:
+    """The ids of a table of tags or terms; its column is (B, L), padding where a list is shorter."""
+    assert batch.lists_BW is not None
+    ids_BL = batch.lists_BW[:, first:end]
+    parts = [ids_BL.new_full((1,), PADDING_ID), ids_BL.flatten()]
+    unique, index = torch.unique(torch.cat(parts).to(_key_type(num_rows)), return_inverse=True)
+    if unique.is_cpu:
+        _check_range(name, num_rows, int(unique[0]), int(unique[-1]))
+    return TableIds(unique.long(), index[1:].view(ids_BL.shape), None)
 
 
 def _with_events(name: str, num_rows: int, column_B: Tensor, history_V: Tensor) -> TableIds:

@@ -26,8 +26,9 @@ from usr_ray.model.generator import FeatureGenerator
 from usr_ray.model.history import Histories, JaggedHistories
 from usr_ray.model.inputs import InputNetwork, Inputs, Trigger, side_by_side
 from usr_ray.model.interest import InterestExtractor, PooledHistory
+from usr_ray.model.lists import list_columns
 from usr_ray.model.multitask import GlobalHeads, global_outputs, scenario_outputs
-from usr_ray.model.unique import ITEM_TABLE, QUERY_TABLE, event_sides
+from usr_ray.model.unique import ITEM_TABLE, QUERY_TABLE, event_sides, table_columns
 from usr_ray.model.wide import Wide
 from usr_ray.schema import TASKS, FeatureSpec
 
@@ -67,7 +68,7 @@ class UsrModel(nn.Module):
 
     def __init__(self, spec: FeatureSpec, config: ModelConfig, crosses: Sequence[Sequence[str]] = ()) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.spec = config, spec
         num_scenarios, dim = len(spec.scenarios), config.embedding_dim
         self.num_scenarios = num_scenarios
         self.scenario_embedding_SE = nn.Parameter(torch.randn(num_scenarios, dim) * dim**-0.5)
@@ -121,6 +122,7 @@ class UsrModel(nn.Module):
         """
         histories = JaggedHistories(batch, lookup, self.inputs.no_query_D, self.inputs.kinds(), self.sides)
         columns = {name: embedding(table.column_B, table.rows_UD) for name, table in lookup.tables.items()}
+        columns |= self._list_columns(batch, columns)
         # In the query table, padding is not "nothing" but the learned e_noq.
         has_query_B1 = (lookup.tables[QUERY_TABLE].column_B > 0).unsqueeze(1)
         columns[QUERY_TABLE] = torch.where(has_query_B1, columns[QUERY_TABLE], self.inputs.no_query_D)
@@ -138,6 +140,19 @@ class UsrModel(nn.Module):
             )
         return self.score(columns, ids, batch.dense_BF, histories, batch.scenario_B, batch.weights_B, masks)
 
+    def _list_columns(self, batch: UsrBatch, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What tags and terms add, from the embeddings (B, L, D) of their tables."""
+        if batch.lists_BW is None:
+            return {}
+        ids, own = {}, {}
+        starts = table_columns(self.spec)
+        for feature in self.spec.lists:
+            first, end = self.spec.list_places[feature.name]
+            start = starts[feature.vocabulary][0]
+            ids[feature.name] = batch.lists_BW[:, first:end]
+            own[feature.name] = vectors[feature.vocabulary][:, first - start : end - start]
+        return list_columns(self.spec, ids, own)
+
     def score(
         self,
         columns: Mapping[str, Tensor],
@@ -154,7 +169,8 @@ class UsrModel(nn.Module):
         the scenario have one row, and whatever depends on these alone is computed once.
 
         Args:
-            columns: embedding (B, D) of the row by feature name; in the query's, e_noq where there is no query.
+            columns: embedding (B, D) of the row by feature name; in the query's, e_noq where there is no query;
+                those of `list_columns` too.
             ids: encoded id (B) of the row by feature name, for the first-order part.
             dense_BF: as UsrBatch.dense_BF.
             histories: of the same rows.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from usr_ray.data.batch import History, UsrBatch, UsrOutputs, map_tensors
-from usr_ray.schema import ACTION_ORDER, ALL_LABELS, FeatureSpec
+from usr_ray.schema import ACTION_ORDER, ALL_LABELS, PADDING_ID, FeatureSpec, ListFeature
 from usr_ray.serving.model import GLOBAL_PROBABILITIES, PROBABILITIES, padded_inputs, request_inputs
 from usr_ray.serving.runtime import REQUEST, RUNTIMES, ExportedModel
 from usr_ray.training.evaluate import TrainedRun
@@ -52,7 +52,17 @@ def drawn_batch(spec: FeatureSpec, num_rows: int, *, seed: int = 0) -> UsrBatch:
         user_key_B=torch.arange(num_rows),
         request_key_B=torch.arange(num_rows),
         row_number_B=torch.arange(num_rows),
+        lists_BW=torch.cat([_drawn_list(feature, num_rows, g) for feature in spec.lists], dim=1)
+        if spec.lists
+        else None,
     )
+
+
+def _drawn_list(feature: ListFeature, num_rows: int, g: torch.Generator) -> Tensor:
+    """(B, L) ids of 0 to L values a row, padded."""
+    ids_BL = torch.randint(1, feature.num_embeddings, (num_rows, feature.length), generator=g)
+    lengths_B1 = torch.randint(0, feature.length + 1, (num_rows, 1), generator=g)
+    return torch.where(torch.arange(feature.length) < lengths_B1, ids_BL, PADDING_ID)
 
 
 def one_request(batch: UsrBatch, spec: FeatureSpec, row: int) -> UsrBatch:
@@ -73,6 +83,9 @@ def one_request(batch: UsrBatch, spec: FeatureSpec, row: int) -> UsrBatch:
         scenario_B=batch.scenario_B[row].repeat(num_rows),
         sparse_BF=mixed(batch.sparse_BF, [f.owner for f in spec.sparse]),
         dense_BF=mixed(batch.dense_BF, [f.owner for f in spec.dense]),
+        lists_BW=None
+        if batch.lists_BW is None
+        else mixed(batch.lists_BW, [f.owner for f in spec.lists for _ in range(f.length)]),
         histories=tuple(map(repeated, batch.histories)),
     )
 

@@ -22,7 +22,19 @@ import xxhash
 from numpy.typing import NDArray
 
 from usr_ray.config import DAY_US, UserError
-from usr_ray.schema import ACTION_ORDER, FIRST_ID, LOG1P, PADDING_ID, UNKNOWN_ID, FeatureSpec, scaled_column
+from usr_ray.config.terms import SEPARATOR, tags_of, terms_of
+from usr_ray.schema import (
+    ACTION_ORDER,
+    FIRST_ID,
+    LOG1P,
+    PADDING_ID,
+    QUERY_TERMS,
+    TERM,
+    UNKNOWN_ID,
+    FeatureSpec,
+    ListFeature,
+    scaled_column,
+)
 
 Ints = NDArray[np.int64]
 EVENT_HOUR = "event_hour"
@@ -186,7 +198,7 @@ class Profile:
     """Encoded features of a user or, a row each, of N candidates, without the id's own."""
 
     ids: NDArray[np.int32]
-    """(categories) or (N, categories), in the spec's order."""
+    """(width) or (N, width): the categories in the spec's order, then each list of `Encoder.lists`, padded with 0."""
     numbers: NDArray[np.float32]
     """(numbers) or (N, numbers)."""
 
@@ -216,6 +228,11 @@ class Encoder:
         """Owner -> its categories beside the ids and the hour."""
         self.scales = {f.name: f.scale for f in spec.dense}
         """Number -> how its values become a column."""
+        self.lists = {
+            owner: tuple(f for f in spec.lists if f.owner in owners and f.name != QUERY_TERMS)
+            for owner, owners in (("user", ("user",)), ("item", ("item",)), ("context", ("query", "context")))
+        }
+        """Owner -> its tags and terms; a query's tags come with the context."""
         self.numbers = {
             owner: tuple(f.name for f in spec.dense if f.owner == owner) for owner in ("user", "item", "context")
         }
@@ -233,6 +250,26 @@ class Encoder:
         result[is_given] = np.where(found < 0, UNKNOWN_ID, found)
         return result
 
+    def width(self, owner: str) -> int:
+        """Of Profile.ids."""
+        return len(self.categories[owner]) + sum(feature.length for feature in self.lists[owner])
+
+    def list_places(self, owner: str) -> dict[str, slice]:
+        """Name of tags or terms -> where they are in Profile.ids."""
+        places, start = {}, len(self.categories[owner])
+        for feature in self.lists[owner]:
+            places[feature.name] = slice(start, start + feature.length)
+            start += feature.length
+        return places
+
+    def list_ids(self, feature: ListFeature, texts: Sequence[str | None]) -> NDArray[np.int32]:
+        """Ids (L) of the tags or terms of some texts, padded with 0, as the ETL has them (etl/kernel/lists.py)."""
+        read = terms_of if feature.table == TERM else tags_of
+        values = list(dict.fromkeys(value for text in texts if text for value in read(text)))[: feature.length]
+        result = np.full(feature.length, PADDING_ID, dtype=np.int32)
+        result[: len(values)] = self.ids(feature.vocabulary, values)
+        return result
+
     def values(self, feature: str) -> dict[int, str]:
         """Encoded id -> value of every value that the model knows; empty for hashed ids."""
         index = self._indexes.get(feature)
@@ -244,19 +281,24 @@ class Encoder:
         Raises:
             EncodeError: a key is none of the owner's features, or a value has the wrong type.
         """
-        categories, numbers = self.categories[owner], self.numbers[owner]
-        unknown = sorted(set(values) - {*categories, *numbers})
+        categories, numbers, lists = self.categories[owner], self.numbers[owner], self.lists[owner]
+        sources = [name for feature in lists for name in feature.sources]
+        unknown = sorted(set(values) - {*categories, *numbers, *sources})
         if unknown:
-            there = ", ".join((*categories, *numbers)) or "none"
+            there = ", ".join(dict.fromkeys((*categories, *numbers, *sources))) or "none"
             raise EncodeError(f"unknown feature {unknown[0]!r}; features of the {owner} are: {there}")
         ids = [int(self.ids(name, [_named(name, category_text, values.get(name))])[0]) for name in categories]
+        parts = [np.array(ids, dtype=np.int32)]
+        for feature in lists:
+            read = _text_of_terms if feature.table == TERM else _text_of_tags
+            parts.append(self.list_ids(feature, [_named(name, read, values.get(name)) for name in feature.sources]))
         found = [_named(name, _number, values.get(name)) for name in numbers]
-        return Profile(np.array(ids, dtype=np.int32), scaled(found, [self.scales[name] for name in numbers]))
+        return Profile(np.concatenate(parts), scaled(found, [self.scales[name] for name in numbers]))
 
     def nothing(self, owner: str) -> Profile:
         """Of a user or item that no table knows: padding and 0."""
         return Profile(
-            np.full(len(self.categories[owner]), PADDING_ID, dtype=np.int32),
+            np.full(self.width(owner), PADDING_ID, dtype=np.int32),
             np.zeros(len(self.numbers[owner]), dtype=np.float32),
         )
 
@@ -292,11 +334,15 @@ class Encoder:
             EVENT_HOUR: time_us // (DAY_US // _NUM_HOURS) % _NUM_HOURS + FIRST_ID,
         }
         numbers: dict[str, Any] = {}
+        lists: dict[str, NDArray[Any]] = {}
         for owner, profile in (("user", user), ("context", context)):
-            own |= dict(zip(self.categories[owner], profile.ids, strict=True))
+            own |= dict(zip(self.categories[owner], profile.ids[: len(self.categories[owner])], strict=True))
+            lists |= {name: profile.ids[None, place] for name, place in self.list_places(owner).items()}
             numbers |= dict(zip(self.numbers[owner], profile.numbers, strict=True))
         item_ids, of_items = items
-        columns = {"item_id": item_ids} | dict(zip(self.categories["item"], of_items.ids.T, strict=True))
+        categories = self.categories["item"]
+        columns = {"item_id": item_ids} | dict(zip(categories, of_items.ids[:, : len(categories)].T, strict=True))
+        lists |= {name: of_items.ids[:, place] for name, place in self.list_places("item").items()}
         item_numbers = dict(zip(self.numbers["item"], of_items.numbers.T, strict=True))
         sparse, dense = ([(f.name, f.owner == "item") for f in features] for features in (spec.sparse, spec.dense))
         inputs: dict[str, NDArray[Any]] = {
@@ -309,6 +355,10 @@ class Encoder:
             inputs["request_dense"] = np.array([row], dtype=np.float32)
         if any(of_item for _, of_item in dense):
             inputs["item_dense"] = np.stack([item_numbers[name] for name, of_item in dense if of_item], axis=1)
+        for feature in spec.lists:
+            if feature.name == QUERY_TERMS:
+                lists[feature.name] = self.list_ids(feature, [query if has_query else None])[None]
+            inputs[feature.column] = lists[feature.name].astype(np.int64)
         return inputs | self.histories(events, time_us)
 
     def histories(self, events: UserEvents, time_us: int) -> dict[str, NDArray[Any]]:
@@ -342,3 +392,19 @@ def _named(name: str, read: Any, value: Any) -> Any:
         return read(value)
     except EncodeError as error:
         raise EncodeError(f"{name}: {error}") from error
+
+
+def _text_of_tags(value: Any) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple):
+        raise EncodeError(f"is {type(value).__name__}; a list of strings or null is needed")
+    return SEPARATOR.join(text for text in map(category_text, value) if text is not None)
+
+
+def _text_of_terms(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return category_text(value)
+    if not isinstance(value, list | tuple):
+        raise EncodeError(f"is {type(value).__name__}; a string, a list of strings or null is needed")
+    return _text_of_tags(value)

@@ -107,20 +107,20 @@ def known_values(entries: pa.Table, spec: FeatureSpec, lake: Path | str) -> pa.T
         ExportError: a feature's ids are not exactly those of its table: the lake is another one.
     """
     parts = []
-    for feature in spec.sparse:
-        mask = pc.and_(pc.equal(entries["feature"], feature.name), pc.less(entries["id"], feature.num_embeddings))
+    for name, feature in spec.vocabularies.items():
+        mask = pc.and_(pc.equal(entries["feature"], name), pc.less(entries["id"], feature.num_embeddings))
         part = entries.filter(mask)
-        if feature.fingerprints and fingerprint(part, feature.name, feature.num_embeddings) != feature.fingerprints[-1]:
+        if feature.fingerprints and fingerprint(part, name, feature.num_embeddings) != feature.fingerprints[-1]:
             raise ExportError(
-                f"--lake {lake}: its vocabulary of {feature.name} holds other values than those the model was trained "
+                f"--lake {lake}: its vocabulary of {name} holds other values than those the model was trained "
                 "with; name the lake that the run was trained on"
             )
         num_values = feature.num_embeddings - FIRST_ID
-        if part.num_rows == 0 and not pc.any(pc.equal(entries["feature"], feature.name)).as_py():
+        if part.num_rows == 0 and not pc.any(pc.equal(entries["feature"], name)).as_py():
             continue  # event_hour, and features without a value, have no entries
         if part.num_rows != num_values:
             raise ExportError(
-                f"--lake {lake}: has {part.num_rows} values of {feature.name} where the model has {num_values} "
+                f"--lake {lake}: has {part.num_rows} values of {name} where the model has {num_values} "
                 "embeddings; name the lake that the run was trained on"
             )
         parts.append(part.sort_by("id"))
@@ -203,6 +203,7 @@ def _describe(folder: Path, run: TrainedRun, model: ServingModel) -> dict[str, A
         "outputs": [{"name": name, "dtype": "float32", "shape": ["rows"]} for name in model.output_names],
         "sparse": [{"name": f.name, "num_embeddings": f.num_embeddings} for f in run.spec.sparse],
         "dense": [f.name for f in run.spec.dense],
+        **({"lists": [{"name": f.name, "input": f.column} for f in run.spec.lists]} if run.spec.lists else {}),
         "scenarios": list(run.spec.scenarios),
         "vocabulary": {"kind": vocabulary.kind}
         | ({"num_buckets": vocabulary.num_buckets} if vocabulary.kind == "hash" else {}),

@@ -84,7 +84,11 @@ class Run:
         """
         # Ids that the vocabularies have gained since the training are allowed here, and unknown to the model.
         limits = self.trained.tables.num_rows()
-        open_ended = replace(self.spec, sparse=tuple(replace(f, num_embeddings=2**31) for f in self.spec.sparse))
+        open_ended = replace(
+            self.spec,
+            sparse=tuple(replace(f, num_embeddings=2**31) for f in self.spec.sparse),
+            lists=tuple(replace(f, num_embeddings=2**31) for f in self.spec.lists),
+        )
         table = _model_table(frame, self.spec)
         if not table.num_rows:
             names = (*PROBABILITIES, *(GLOBAL_PROBABILITIES if self.config.model.multitask.enabled else ()))

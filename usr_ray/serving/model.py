@@ -18,6 +18,7 @@ from torch.nn.functional import embedding
 from usr_ray.data.batch import UsrBatch
 from usr_ray.model.embedding import EmbeddingTables
 from usr_ray.model.history import PaddedHistories
+from usr_ray.model.lists import list_columns
 from usr_ray.model.unique import ITEM_TABLE, QUERY_TABLE
 from usr_ray.model.usr import UsrModel
 from usr_ray.schema import TASKS, UNKNOWN_ID, FeatureSpec
@@ -36,6 +37,9 @@ def padded_inputs(batch: UsrBatch, spec: FeatureSpec) -> dict[str, Tensor]:
     inputs = {SCENARIO: batch.scenario_B, SPARSE: batch.sparse_BF}
     if spec.dense:
         inputs[DENSE] = batch.dense_BF
+    for feature in spec.lists:
+        assert batch.lists_BW is not None
+        inputs[feature.column] = batch.lists_BW[:, slice(*spec.list_places[feature.name])]
     for history, names in zip(batch.histories, spec.histories, strict=True):
         padded = history.padded(spec.history_length)
         inputs |= {names.item_ids: padded.item_ids_BL, names.actions: padded.actions_BL, names.ages_s: padded.ages_s_BL}
@@ -63,6 +67,7 @@ def input_shapes(spec: FeatureSpec) -> dict[str, tuple[torch.dtype, tuple[int, .
     }
     if spec.dense:
         inputs[DENSE] = (torch.float32, (len(spec.dense),))
+    inputs |= {feature.column: (torch.int64, (feature.length,)) for feature in spec.lists}
     for names in spec.histories:
         for name in (names.item_ids, names.actions, names.ages_s, names.query_ids):
             if name is not None:
@@ -75,16 +80,18 @@ def request_shapes(spec: FeatureSpec) -> dict[str, tuple[torch.dtype, tuple[int 
     """Input name of a RequestModel -> (dtype, shape), in order: None is the number of candidates, all else has one row.
 
     Features of users, queries and context are in `request_sparse` and `request_dense`, those of items in `item_sparse`
-    and `item_dense`, each in the spec's order; an input that would be empty is left out.
+    and `item_dense`, each in the spec's order; an input that would be empty is left out. Tags and terms are inputs of
+    their own, those of items with a row for each candidate.
     """
     rows = input_shapes(spec)
     inputs: dict[str, tuple[torch.dtype, tuple[int | None, ...]]] = {}
+    of_items = {feature.column for feature in spec.lists if feature.owner == "item"}
     for name in (SCENARIO, REQUEST_SPARSE, ITEM_SPARSE, REQUEST_DENSE, ITEM_DENSE, *rows):
         features = _features(name, spec)
         if features is not None and features.columns:
             inputs[name] = (rows[features.rows][0], (None if features.of_items else 1, len(features.columns)))
         elif features is None and name not in (SPARSE, DENSE):
-            inputs[name] = (rows[name][0], (1, *rows[name][1]))
+            inputs[name] = (rows[name][0], (None if name in of_items else 1, *rows[name][1]))
     return inputs
 
 
@@ -182,7 +189,7 @@ class ServingModel(nn.Module):
         Args:
             ids: encoded id of the row, or of all rows, by feature name.
             dense_BF: None: there are no dense features.
-            inputs: scenario and histories, of B rows, or of one for all.
+            inputs: scenario, histories, tags and terms, of B rows, or of one for all.
         """
         # ONNX counts a negative index from the end; as torch does, it shall refuse it.
         scenario_B = torch.where(inputs[SCENARIO] < 0, self.model.num_scenarios, inputs[SCENARIO])
@@ -191,6 +198,9 @@ class ServingModel(nn.Module):
             inputs, self.spec.histories, self.embeddings, self.embeddings.item_vectors, no_query_D, kinds_NH
         )
         columns = {name: self.embeddings(name, ids_B) for name, ids_B in ids.items()}
+        lists = {f.name: self.embeddings.known(f.vocabulary, inputs[f.column]) for f in self.spec.lists}
+        vectors = {f.name: self.embeddings(f.vocabulary, lists[f.name]) for f in self.spec.lists}
+        columns |= list_columns(self.spec, lists, vectors)
         ids = {name: self.embeddings.known(name, ids_B) for name, ids_B in ids.items()}
         weights_B = torch.ones_like(columns[ITEM_TABLE][:, 0])
         dense_BF = weights_B.unsqueeze(1) if dense_BF is None else dense_BF

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from usr_ray.data.events import read_events
 from usr_ray.data.manifest import DataError, Manifest, build_manifest, join_path, open_filesystem
 from usr_ray.files import one_line
-from usr_ray.schema import LOG1P, UNKNOWN_ID
+from usr_ray.schema import LOG1P, UNKNOWN_ID, ListFeature
 from usr_ray.serving.encode import Encoder, Profile, UserEvents
 from usr_ray.serving.export import model_id
 from usr_ray.serving.library import Run
@@ -151,7 +151,7 @@ def _rows(manifest: Manifest) -> Iterator[pa.Table]:
 class _Replayer:
     def __init__(self, encoder: Encoder, program: ExportedModel, items: ItemTable, users: UserStore, run: Run) -> None:
         self._encoder, self._program, self._items, self._users, self._run = encoder, program, items, users, run
-        self._limits = {f.name: f.num_embeddings for f in encoder.spec.sparse}
+        self._limits = {name: f.num_embeddings for name, f in encoder.spec.vocabularies.items()}
         self._values = {name: encoder.values(name) for name in encoder.categories["context"]}
         self.num_impressions = 0
         self.differences: dict[str, Difference] = {}
@@ -166,6 +166,7 @@ class _Replayer:
         columns |= {f.name: rows[f.column].to_numpy() for f in spec.dense}
         history_names = [n for h in spec.histories for n in (h.item_ids, h.actions, h.ages_s, h.query_ids)]
         lists = {name: rows[name].combine_chunks() for name in history_names if name is not None}
+        bags = {f.name: rows[f.column].combine_chunks() for f in spec.lists}
         scenario_N = rows["scenario_index"].to_numpy()
         for n in range(rows.num_rows):
             impression = raw["impression_id"][n]
@@ -178,16 +179,26 @@ class _Replayer:
                 user_id=raw["user_id"][n],
                 query=raw["query"][n],
                 user=user,
-                context=self._context(columns, n),
+                context=self._context(columns, bags, n),
                 events=events,
                 items=(item_ids, of_items),
             )
             self._compare(impression, inputs, columns, lists, n)
+            for feature in spec.lists:
+                expected = self._padded(feature, bags[feature.name], n)
+                self._difference(feature.name).add(impression, inputs[feature.column][0], expected)
             for name, value in self._program.predict(inputs).items():
                 self._difference(name).add(impression, value[0], scores[name][n].as_py(), TOLERANCE)
         self.num_impressions += rows.num_rows
 
-    def _context(self, columns: dict[str, NDArray[Any]], n: int) -> Profile:
+    def _padded(self, feature: ListFeature, column: pa.ListArray, n: int) -> NDArray[np.int64]:
+        """Tags or terms of a row as the model takes them."""
+        ids = column[n].values.to_numpy(zero_copy_only=False)
+        padded = np.zeros(feature.length, dtype=np.int64)
+        padded[: len(ids)] = self._known(feature.vocabulary, ids)
+        return padded
+
+    def _context(self, columns: dict[str, NDArray[Any]], bags: dict[str, pa.ListArray], n: int) -> Profile:
         """The impression's context, from values where there are such again."""
         encoder = self._encoder
         values: dict[str, Any] = {}
@@ -204,6 +215,9 @@ class _Replayer:
         profile = encoder.profile("context", values)
         for name, number in encoded.items():  # a hash, or a value without an id
             profile.ids[encoder.categories["context"].index(name)] = number
+        places = encoder.list_places("context")
+        for feature in encoder.lists["context"]:  # the lake keeps no text of theirs
+            profile.ids[places[feature.name]] = self._padded(feature, bags[feature.name], n)
         return profile
 
     def _compare(

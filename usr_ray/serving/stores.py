@@ -1,7 +1,7 @@
 """What a service knows of items and users: files beside the model, read through memory maps, one read a request.
 
     items.arrow          raw item_id -> row        (encode.ValueIndex)
-    items_ids.npy        (rows, 1 + categories): encoded item_id and categories, int32
+    items_ids.npy        (rows, 1 + width): encoded item_id, then categories, tags and terms, int32
     items_numbers.npy    (rows, numbers), float32, scaled
     users/data.mdb       LMDB: digest of the raw user_id -> one packed value, features and events
 
@@ -52,14 +52,15 @@ def newest_features(manifest: Manifest, key: str, owner: str) -> pa.Table:
         owner: 'user' or 'item'.
 
     Returns:
-        `key` (string), the encoded columns of its categories, the scaled ones of its numbers; one row a key.
+        `key` (string), the encoded columns of its categories, tags and terms, the scaled ones of its numbers; one row a
+        key.
 
     Raises:
         DataError: a file of the table cannot be read.
     """
     spec = manifest.spec
     columns = [f.column for f in spec.sparse if f.owner == owner and f.name != key]
-    columns += [f.column for f in spec.dense if f.owner == owner]
+    columns += [f.column for f in spec.dense if f.owner == owner] + [f.column for f in spec.lists if f.owner == owner]
     filesystem, table_path = open_filesystem(manifest.table_uri)
     newest: pa.Table | None = None
     for _, files in groupby(manifest.files, key=lambda file: file.date):
@@ -87,11 +88,20 @@ def _last_of_each(rows: pa.Table, key: str) -> pa.Table:
 
 def _profiles(rows: pa.Table, encoder: Encoder, owner: str) -> Profile:
     """Rows of `newest_features` as the model takes them: ids that it has no embedding for are unknown."""
-    ids = np.zeros((rows.num_rows, len(encoder.categories[owner])), dtype=np.int32)
+    ids = np.zeros((rows.num_rows, encoder.width(owner)), dtype=np.int32)
     for place, name in enumerate(encoder.categories[owner]):
         feature = encoder.spec.sparse_feature(name)
         column = rows[feature.column].to_numpy()
         ids[:, place] = np.where(column < feature.num_embeddings, column, 1)
+    places = encoder.list_places(owner)
+    for of_list in encoder.lists[owner]:
+        lists = rows[of_list.column].combine_chunks()
+        lengths = lists.value_lengths().to_numpy()
+        owner_V = np.repeat(np.arange(len(lengths)), lengths)
+        place_V = np.arange(len(owner_V)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        known_V = lists.flatten().to_numpy()
+        known_V = np.where(known_V < of_list.num_embeddings, known_V, 1)
+        ids[owner_V, places[of_list.name].start + place_V] = known_V
     numbers = np.zeros((rows.num_rows, len(encoder.numbers[owner])), dtype=np.float32)
     dense = {f.name: f.column for f in encoder.spec.dense}
     for place, name in enumerate(encoder.numbers[owner]):
@@ -274,7 +284,7 @@ class UserStore:
     """The users of a version. Raises StoreError when it cannot be opened or read."""
 
     def __init__(self, folder: Path, encoder: Encoder) -> None:
-        self._sizes = (len(encoder.categories["user"]), len(encoder.numbers["user"]))
+        self._sizes = (encoder.width("user"), len(encoder.numbers["user"]))
         path = (folder / USERS).resolve()
         try:
             with _opening:

@@ -154,7 +154,7 @@ def model_spec(folder: Path) -> FeatureSpec:
 
 def vocabulary_paths(folder: Path, spec: FeatureSpec) -> dict[str, Path]:
     """Feature -> where its vocabulary is, or would be, in a version's folder; by number, as names may be odd."""
-    return {f.name: folder / VOCABULARY_FOLDER / f"{n}.arrow" for n, f in enumerate(spec.sparse)}
+    return {name: folder / VOCABULARY_FOLDER / f"{n}.arrow" for n, name in enumerate(spec.vocabularies)}
 
 
 def open_encoder(folder: Path) -> Encoder:

@@ -37,7 +37,7 @@ from typing_extensions import override
 from usr_ray.config import Config
 from usr_ray.data.batch import UsrBatch
 from usr_ray.model.embedding import WEIGHTS, EmbeddingMemory, Lookup, TableLookup, fresh_rows
-from usr_ray.model.unique import ItemSides, UniqueIds
+from usr_ray.model.unique import ItemSides, UniqueIds, table_columns
 from usr_ray.schema import FeatureSpec
 from usr_ray.training.embeddings import Embeddings
 from usr_ray.training.optimizer_rows import RowwiseAdagrad
@@ -79,11 +79,11 @@ class ShardedEmbeddings(Embeddings):
     """
 
     def __init__(self, spec: FeatureSpec, config: Config, worker: Worker, sides: ItemSides | None = None) -> None:
-        self.sides = sides
+        self.sides, self.lists = sides, table_columns(spec)
         self.worker = worker
         self.dim = config.model.embedding_dim
         self.learning_rate = config.train.embedding_learning_rate
-        self._num_rows = {f.name: f.num_embeddings for f in spec.sparse}
+        self._num_rows = {name: f.num_embeddings for name, f in spec.vocabularies.items()}
         self._num_held = {name: -(-size // worker.world_size) for name, size in self._num_rows.items()}
         """c by table."""
         self._module = self._build(config)

@@ -112,7 +112,7 @@ def score_batches(
     given to it as unknown, as any new value is. Ranks are not in step here, so DDP's wrapper is not called.
     """
     limits = tables.num_rows()
-    has_grown = any(limits[feature.name] < feature.num_embeddings for feature in spec.sparse)
+    has_grown = any(limits[name] < feature.num_embeddings for name, feature in spec.vocabularies.items())
     module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     was_training = module.training
 
@@ -147,7 +147,11 @@ def known_ids(batch: UsrBatch, spec: FeatureSpec, limits: dict[str, int]) -> Usr
         )
         for history in batch.histories
     )
-    return replace(batch, sparse_BF=torch.stack(columns, dim=1), histories=histories)
+    lists = batch.lists_BW
+    if lists is not None:
+        parts = {feature: lists[:, slice(*spec.list_places[feature.name])] for feature in spec.lists}
+        lists = torch.cat([known(ids, feature.vocabulary) for feature, ids in parts.items()], dim=1)
+    return replace(batch, sparse_BF=torch.stack(columns, dim=1), histories=histories, lists_BW=lists)
 
 
 _ITEM = 1

@@ -77,7 +77,8 @@ def warm_start_refusal(
     problem = difference(old, built_with(trained_with), manifest, may_read=may_read)
     if problem:
         return f"train.warm_start {path}: {problem} ({manifest.table_uri}); {_WAY_OUT}"
-    for feature, new in zip(old.sparse, manifest.spec.sparse, strict=True):
+    of_table = (*manifest.spec.sparse, *manifest.spec.lists)
+    for feature, new in zip((*old.sparse, *old.lists), of_table, strict=True):
         if new.num_embeddings < feature.num_embeddings:
             return (
                 f"train.warm_start {path}: {feature.name} had {feature.num_embeddings} ids, {manifest.table_uri} "

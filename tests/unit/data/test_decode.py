@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from tests.unit.random_batches import make_lists
 from tests.unit.samples_table import samples_arrow, samples_spec
 from usr_ray.data.batch import UsrBatch
 from usr_ray.data.decode import table_to_batch
@@ -63,6 +64,27 @@ def test_a_slice_or_chunks_of_a_table_decode_as_the_rows_they_show(table: pa.Tab
         assert len(history.item_ids_V) == history.offsets[-1]
         assert lists(history, "item_ids_V") == [row[names.item_ids] for row in rows]
         assert lists(history, "ages_s_V") == [row[names.ages_s] for row in rows]
+
+
+def test_tags_and_terms_decode_side_by_side_and_padded() -> None:
+    spec = samples_spec(lists=make_lists(9))
+    table = samples_arrow(spec, num_rows=40, num_days=1).slice(5, 30)
+    batch = table_to_batch(table, spec, where="x", first_row=0)
+    assert batch.lists_BW is not None
+    assert batch.lists_BW.dtype == torch.int32
+    for feature in spec.lists:
+        first, end = spec.list_places[feature.name]
+        wanted = [row + [0] * (feature.length - len(row)) for row in table[feature.column].to_pylist()]
+        assert batch.lists_BW[:, first:end].tolist() == wanted
+    assert decode(TABLE).lists_BW is None
+    column = table.column_names.index("tags_indices")
+    for values, message in (
+        ([1, 2, 3], "column tags_indices holds 3 values in a row, the table's feature spec has 2 of them"),
+        ([9], "column tags_indices holds id 9, but the table's feature spec has 9 embeddings"),
+    ):
+        wrong = table.set_column(column, "tags_indices", pa.array([values] * 30, pa.list_(pa.int64())))
+        with pytest.raises(DataError, match=f"^x: {message}"):
+            table_to_batch(wrong, spec, where="x", first_row=0)
 
 
 def test_no_row_decodes_to_an_empty_batch() -> None:

@@ -13,12 +13,13 @@ import pytest
 from deltalake import DeltaTable
 
 from jobs.publish import main as publish_job
+from tests.unit.random_batches import make_lists
 from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
 from usr_ray.config import UserError
 from usr_ray.data.events import COLUMNS
 from usr_ray.data.manifest import build_manifest
 from usr_ray.schema import DenseFeature
-from usr_ray.serving.encode import EncodeError, Encoder, UserEvents, ValueIndex, category_text, scaled
+from usr_ray.serving.encode import EncodeError, Encoder, Profile, UserEvents, ValueIndex, category_text, scaled
 from usr_ray.serving.ranker import MAX_CANDIDATES, Ranker, RequestError
 from usr_ray.serving.stores import ItemTable, StoreError, UserStore, write_items, write_users
 from usr_ray.serving.versions import (
@@ -66,6 +67,39 @@ def test_ids_are_padding_unknown_or_known(encoder):
     assert encoder.ids("event_hour", ["x"]).tolist() == [1]  # a feature without values
     # Spark: SELECT xxhash64('a') = -8582455328737087284; pmod(.., 98) + 2
     assert Encoder(encoder.spec, {}, 100).ids("query", ["a", None]).tolist() == [-8582455328737087284 % 98 + 2, 0]
+
+
+def test_tags_and_terms_of_a_request(tmp_path):
+    """Made as make_lists has them: two tags an item, three terms a query, four an item."""
+    spec = samples_spec(history_length=3, lists=make_lists(9))
+    values = {"tags": ["red", "new"], "term": ["tea", "茶", "xl"]}
+    indexes = {name: index_of(tmp_path / f"{name}.arrow", *found) for name, found in values.items()}
+    encoder = Encoder(spec, indexes, None)
+    item = encoder.profile("item", {"tags": ["new", " red ", "red", "old"], "item_terms": "XL 茶杯 xl"})
+    assert item.ids.tolist() == [0, 3, 2, 4, 3, 1, 1]  # brand; tags; xl, 茶, 茶杯, 杯
+    assert encoder.profile("item", {"item_terms": [4, True]}).ids.tolist() == [0, 0, 0, 1, 1, 0, 0]
+    context = encoder.profile("context", {"intents": None, "moods": []})
+    assert context.ids.tolist() == [0, 0, 0]
+    inputs = encoder.inputs(
+        scenario=0,
+        time_us=FIRST,
+        user_id="u",
+        query="Tea, tea XL",
+        user=encoder.nothing("user"),
+        context=context,
+        events=UserEvents.none(),
+        items=(np.array([5, 6]), Profile(np.stack([item.ids, item.ids * 0]), np.zeros((2, 1), np.float32))),
+    )
+    assert inputs["query_terms_indices"].tolist() == [[2, 4, 0]]
+    assert inputs["tags_indices"].tolist() == [[3, 2], [0, 0]]
+    assert inputs["item_terms_indices"].tolist() == [[4, 3, 1, 1], [0, 0, 0, 0]]
+    assert inputs["hobbies_indices"].tolist() == [[0, 0, 0]]
+    assert inputs["item_sparse"].tolist() == [[5, 0], [6, 0]]
+    assert {value.dtype for name, value in inputs.items() if name.endswith("_indices")} == {np.dtype(np.int64)}
+    with pytest.raises(EncodeError, match="tags: is str; a list of strings or null is needed"):
+        encoder.profile("item", {"tags": "red"})
+    with pytest.raises(EncodeError, match="item_terms: is float; a string, a list of strings or null is needed"):
+        encoder.profile("item", {"item_terms": 4.5})
 
 
 def test_a_model_with_counters_is_refused(encoder):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.unit.export_runs import MODELS, NAMES, PLAIN, make_run
-from tests.unit.random_batches import make_batch, make_config, make_spec, make_tables
+from tests.unit.random_batches import make_batch, make_config, make_lists, make_spec, make_tables
 from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
 from usr_ray.data.manifest import build_manifest
 from usr_ray.data.reader import Reading, SampleReader
@@ -31,7 +31,7 @@ from usr_ray.serving.model import (
     request_shapes,
 )
 from usr_ray.serving.runtime import ExportedModel, require_packages, verified_manifest
-from usr_ray.training.evaluate import load_run
+from usr_ray.training.evaluate import known_ids, load_run
 
 pytestmark = pytest.mark.unit
 
@@ -148,6 +148,27 @@ def test_the_first_order_part_is_served(lake, tmp_path, is_plain):
     for runtime in ("torch", "onnx"):
         found = ExportedModel(tmp_path / "export", runtime=runtime).predict(inputs)["p_ctr"]
         torch.testing.assert_close(torch.from_numpy(found), known, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_plain", [False, True], ids=["USR", "plain"])
+def test_tags_and_terms_are_served(tmp_path, is_plain):
+    """Of every owner, by rows and by requests; ids that came after the training are unknown."""
+    lake = make_lake(tmp_path / "lake", lists=make_lists(9))
+    run = load_run(make_run(tmp_path / "run", lake, **(PLAIN if is_plain else {})))
+    assert_parity(run, lake)
+    manifest = export_run(tmp_path / "run", tmp_path / "export", None)
+    assert max(manifest["largest_difference_from_training_model"].values()) < 1e-5
+    shapes = {entry["name"]: entry["shape"] for entry in manifest["request_inputs"]}
+    assert (shapes["tags_indices"], shapes["item_terms_indices"]) == (["items", 2], ["items", 4])
+    assert (shapes["hobbies_indices"], shapes["query_terms_indices"]) == ([1, 3], [1, 3])
+    batch = real_batches(lake)[0]
+    grown = replace(batch, lists_BW=torch.where(batch.lists_BW > 6, batch.lists_BW + 90, batch.lists_BW))
+    unknown = replace(batch, lists_BW=torch.where(batch.lists_BW > 6, 1, batch.lists_BW))
+    smaller = {name: 7 if name in ("term", "tags") else size for name, size in run.tables.num_rows().items()}
+    wide = replace(run.spec, lists=tuple(replace(f, num_embeddings=99) for f in run.spec.lists))
+    found = known_ids(grown, wide, smaller | dict.fromkeys(("hobbies", "intents", "moods"), 7))
+    assert torch.equal(found.lists_BW, unknown.lists_BW)
+    assert not torch.allclose(both(run, batch)[0]["p_ctr"], both(run, unknown)[0]["p_ctr"])
 
 
 def test_a_row_alone_equals_the_row_in_a_batch(lake, tmp_path):
