@@ -75,7 +75,7 @@ def make_lists(num_embeddings: int) -> tuple[ListFeature, ...]:
             num_embeddings=num_embeddings,
             owner=owner,
             length=length,
-            sources=("query" if owner == "query" else name,),
+            sources=("query" if name == QUERY_TERMS else name,),
         )
 
     return (

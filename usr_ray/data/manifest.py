@@ -196,8 +196,7 @@ def model_columns(spec: FeatureSpec) -> dict[str, str]:
     columns = dict.fromkeys(ALL_LABELS, "float")
     columns |= {"is_mature": "boolean", "event_time": "timestamp", "scenario_index": "long"}
     columns |= {feature.column: "long" for feature in spec.sparse}
-    columns |= {feature.column: "float" for feature in spec.dense}
-    columns |= {feature.column: "array<long>" for feature in spec.lists}
+    columns |= {f.column: "float" for f in spec.dense} | {f.column: "array<long>" for f in spec.lists}
     for history in spec.histories:
         columns |= {history.item_ids: "array<long>", history.actions: "array<long>", history.ages_s: "array<float>"}
         if history.query_ids:

@@ -95,7 +95,9 @@ def effects_of(predict: Predict, inputs: Inputs, spec: FeatureSpec) -> dict[str,
 
 def _item_signals(inputs: Inputs, spec: FeatureSpec) -> Iterator[tuple[str, Inputs]]:
     """Each signal of the items, with inputs of R * N candidates: it is replaced once in each group of N."""
-    of_items = {name: value for name, value in inputs.items() if name.startswith("item_")}
+    lists = {feature.column: feature.name for feature in spec.lists if feature.owner == "item"}
+    names = ("item_sparse", "item_dense", *lists)
+    of_items = {name: value for name, value in inputs.items() if name in names}
     num_candidates = len(of_items["item_sparse"])
     num_others = min(num_candidates - 1, _MAX_OTHERS)
     # The others at even distances round the list of candidates.
@@ -109,6 +111,11 @@ def _item_signals(inputs: Inputs, spec: FeatureSpec) -> Iterator[tuple[str, Inpu
             else:
                 repeated[kind][:, column] = UNKNOWN_ID if feature.name == "item_id" else PADDING_ID
             yield feature.name, {**inputs, **repeated}
+    for of_list, name in lists.items():
+        repeated = {other: np.concatenate([value] * max(num_others, 1)) for other, value in of_items.items()}
+        values = [np.roll(of_items[of_list], -shift, axis=0) for shift in shifts]
+        repeated[of_list] = np.concatenate(values) if values else np.zeros_like(of_items[of_list])
+        yield name, {**inputs, **repeated}
 
 
 def _request_signals(inputs: Inputs, spec: FeatureSpec) -> Iterator[tuple[str, Inputs]]:
@@ -121,6 +128,9 @@ def _request_signals(inputs: Inputs, spec: FeatureSpec) -> Iterator[tuple[str, I
             if own and name in inputs:
                 emptied[name] = inputs[name].copy()
                 emptied[name][:, own] = [UNKNOWN_ID if columns[n].name == "user_id" else PADDING_ID for n in own]
+        for feature in spec.lists:
+            if feature.owner == owner:
+                emptied[feature.column] = np.zeros_like(inputs[feature.column])
         if any((value != inputs[name]).any() for name, value in emptied.items()):
             yield owner, {**inputs, **emptied}
     for scenario, names in zip(spec.scenarios, spec.histories, strict=True):

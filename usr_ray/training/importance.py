@@ -51,6 +51,8 @@ class Signal:
     history: int | None = None
     """Place in UsrBatch.histories."""
     is_sides: bool = False
+    in_lists: tuple[int, int] | None = None
+    """First column and end in UsrBatch.lists_BW."""
 
 
 def signals_of(spec: FeatureSpec, sides: ItemSides | None) -> list[Signal]:
@@ -62,6 +64,7 @@ def signals_of(spec: FeatureSpec, sides: ItemSides | None) -> list[Signal]:
         name = counter[1] if counter else number.name
         numbers[name] = (*numbers.get(name, ()), place)
     signals += [Signal(name, dense=places) for name, places in numbers.items()]
+    signals += [Signal(feature.name, in_lists=spec.list_places[feature.name]) for feature in spec.lists]
     signals += [Signal(f"{scenario}_history", history=place) for place, scenario in enumerate(spec.scenarios)]
     return [*signals, Signal("sides of the events", is_sides=True)] if sides and sides.names else signals
 
@@ -172,7 +175,12 @@ def _permuted(rows: UsrBatch, signal: Signal, order_N: NDArray[np.int64]) -> Usr
         dense_BF[:, place] = rows.dense_BF[index, place]
     if signal.history is not None:
         histories[signal.history] = take_rows(rows, order_N).histories[signal.history]
-    return replace(rows, sparse_BF=sparse_BF, dense_BF=dense_BF, histories=tuple(histories))
+    lists_BW = rows.lists_BW
+    if signal.in_lists is not None and lists_BW is not None:
+        columns = slice(*signal.in_lists)
+        lists_BW = lists_BW.clone()
+        lists_BW[:, columns] = lists_BW[index, columns]
+    return replace(rows, sparse_BF=sparse_BF, dense_BF=dense_BF, histories=tuple(histories), lists_BW=lists_BW)
 
 
 def _permuted_sides(sides: ItemSides | None, generator: np.random.Generator) -> ItemSides:
@@ -198,7 +206,9 @@ class _Scorer:
         for start in range(0, len(rows), self.batch_size):
             batch = rows.slice_rows(start, min(start + self.batch_size, len(rows))).count_longest()
             unique = (
-                self.tables.unique_ids(batch) if sides is None else unique_ids(batch, self.tables.num_rows(), sides)
+                self.tables.unique_ids(batch)
+                if sides is None
+                else unique_ids(batch, self.tables.num_rows(), sides, self.tables.lists)
             )
             batch, unique = map_tensors((batch, unique), lambda tensor: tensor.to(self.device))
             with torch.inference_mode():

@@ -22,6 +22,7 @@ from etl.lake.tables import (
     VOCABULARIES_SCHEMA,
     item_features_schema,
     label_constraints,
+    list_constraints,
     samples_schema,
 )
 from etl.session import MAX_FILE_BYTES, MIN_FILE_BYTES, ROW_GROUP_ROWS
@@ -32,8 +33,10 @@ from usr_ray.schema import (
     ITEM_FEATURES_PROPERTY,
     DenseFeature,
     FeatureSpec,
+    ListFeature,
     SparseFeature,
     index_column,
+    list_column,
     scaled_column,
 )
 
@@ -86,6 +89,17 @@ def spec() -> FeatureSpec:
             DenseFeature(name=column, column=column, owner="item")
             for column in (scaled_column("<feature>"), "counter_<name>_<window>_<event>")
         ),
+        lists=(
+            ListFeature(
+                name="<feature>",
+                column=list_column("<feature>"),
+                table="<feature>",
+                num_embeddings=9,
+                owner="item",
+                length=16,
+                sources=("<feature>",),
+            ),
+        ),
     )
 
 
@@ -114,6 +128,9 @@ def test_every_reason_of_a_reject_is_documented() -> None:
 def test_the_constraints_are_documented_rule_by_rule() -> None:
     table = section("samples").split("\n| constraint | rule |\n")[1].split("\n\n")[0]
     assert dict(re.findall(r"^\| `([^`]+)` \| `([^`]+)` \|$", table, re.MULTILINE)) == label_constraints()
+    ((name, rule),) = list_constraints(spec()).items()
+    shown = (name.replace("0", "<n>"), rule.replace("<= 16", "<= <most>").replace("`", ""))
+    assert re.findall(r"^\| `(list_[^`]+)` \| ``([^`]+)`` \|$", table, re.MULTILINE) == [shown]
 
 
 def test_the_properties_of_the_tables_are_documented() -> None:
@@ -137,5 +154,5 @@ def test_the_keys_of_a_report_are_documented() -> None:
     report = date_report(
         "2026-01-01", account=Account(), counts=SampleCounts({}, {}, {}), config=config, spec=spec(), build={}
     )
-    about_the_build = {"watermark", "table_version", "fingerprint"}
+    about_the_build = {"watermark", "table_version", "fingerprint", "cut_values"}
     assert documented_keys("reports") == set(report) | about_the_build
