@@ -108,6 +108,7 @@ class SideTables(NoTables):
 
     def __init__(self, spec):
         super().__init__(sizes(spec))
+        self.lists = {}
         self.sides = ItemSides(("brand",), torch.arange(sizes(spec)["item_id"])[:, None] % sizes(spec)["brand"])
 
     def unique_ids(self, batch):
