@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.unit.random_batches import make_lists
 from tests.unit.samples_table import samples_spec
 from usr_ray.schema import FIRST_ID
 from usr_ray.serving.explain import Explainer, effects_of
@@ -73,6 +74,31 @@ def test_each_signal_s_effect_is_the_mean_change_with_the_others_values(num_cand
     np.testing.assert_allclose(found["context"], 0.006)
     np.testing.assert_allclose(found["history of search"], 0.13)
     assert set(found) == {"item_id", "brand", "price", "user", "query", "context", "history of search"}
+
+
+def test_tags_and_terms_are_signals_too() -> None:
+    """Those of items by the others', whole; those of the request by nothing, with what else is its owner's."""
+    spec = samples_spec(lists=make_lists(9))
+    inputs = inputs_of(3) | {
+        "tags_indices": np.array([[2, 3], [4, 0], [0, 0]]),
+        "item_terms_indices": np.zeros((3, 4), dtype=np.int64),
+        "hobbies_indices": np.array([[7, 0, 0]]),
+        "intents_indices": np.zeros((1, 2), dtype=np.int64),
+        "moods_indices": np.array([[5]]),
+        "query_terms_indices": np.array([[3, 6, 0]]),
+    }
+
+    def with_lists(given: Any) -> dict[str, Any]:
+        own = 0.01 * given["tags_indices"].sum(1) + 0.1 * given["item_terms_indices"].sum(1)
+        shared = sum(given[f"{name}_indices"].sum() for name in ("hobbies", "moods", "query_terms"))
+        return {"p_ctr": predict(given)["p_ctr"] + own + 0.001 * shared}
+
+    found = effects_of(with_lists, inputs, spec)
+    np.testing.assert_allclose(found["tags"], [0.05 - 0.02, 0.04 - 0.025, 0 - 0.045], atol=1e-12)
+    np.testing.assert_allclose(found["item_terms"], 0, atol=1e-12)
+    plain = effects_of(predict, inputs_of(3), SPEC)
+    for owner, ids in (("user", 7), ("context", 5), ("query", 9)):
+        np.testing.assert_allclose(found[owner] - plain[owner], 0.001 * ids, atol=1e-12)
 
 
 def test_of_many_candidates_eight_others_stand_for_all() -> None:

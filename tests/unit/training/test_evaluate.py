@@ -150,7 +150,7 @@ class KnownScores(nn.Module):
 
 
 def sizes(spec):
-    return {feature.name: feature.num_embeddings for feature in spec.sparse}
+    return {name: feature.num_embeddings for name, feature in spec.vocabularies.items()}
 
 
 def expected_rows(lake, manifest):

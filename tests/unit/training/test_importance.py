@@ -13,6 +13,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from jobs import evaluate as job
+from tests.unit.random_batches import make_lists
 from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
 from tests.unit.training.test_evaluate import NoTables, expected_rows, make_config, sizes
 from usr_ray.cli import run_job
@@ -20,7 +21,7 @@ from usr_ray.config import Config
 from usr_ray.data.batch import UsrOutputs
 from usr_ray.data.manifest import build_manifest
 from usr_ray.evaluation.comparison import comparison_text
-from usr_ray.model.unique import ItemSides, unique_ids
+from usr_ray.model.unique import ItemSides, table_columns, unique_ids
 from usr_ray.reporting.importance import importance_section
 from usr_ray.schema import UNKNOWN_ID, DenseFeature
 from usr_ray.training.checkpoint import CheckpointStore
@@ -36,7 +37,7 @@ HELD_OUT = (FIRST_DATE + dt.timedelta(days=2), FIRST_DATE + dt.timedelta(days=3)
 @pytest.fixture(scope="module")
 def lake(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lake")
-    write_samples(folder, samples_spec(sides=("brand",)), num_rows=1600, num_days=4)
+    write_samples(folder, samples_spec(sides=("brand",), lists=make_lists(9)), num_rows=1600, num_days=4)
     return folder
 
 
@@ -77,6 +78,8 @@ def newest_item(batch):
         ("item_id", lambda batch: batch.sparse_BF[:, 1]),
         ("price", lambda batch: 1000 * batch.dense_BF[:, 0]),
         ("search_history", newest_item),
+        ("tags", lambda batch: batch.lists_BW[:, 3:5].sum(1)),  # make_lists: three hobbies, then two tags
+        ("item_terms", lambda batch: batch.lists_BW[:, -4:].sum(1)),
     ],
 )
 def test_only_the_signal_in_use_loses_auc(manifest, signal, of):
@@ -108,11 +111,11 @@ class SideTables(NoTables):
 
     def __init__(self, spec):
         super().__init__(sizes(spec))
-        self.lists = {}
+        self.lists = table_columns(spec)
         self.sides = ItemSides(("brand",), torch.arange(sizes(spec)["item_id"])[:, None] % sizes(spec)["brand"])
 
     def unique_ids(self, batch):
-        return unique_ids(batch, self.num_rows(), self.sides)
+        return unique_ids(batch, self.num_rows(), self.sides, self.lists)
 
     def lookup(self, batch, unique):
         return unique

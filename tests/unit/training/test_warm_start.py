@@ -14,6 +14,7 @@ import pytest
 import torch
 from deltalake import DeltaTable, WriterProperties, write_deltalake
 
+from tests.unit.random_batches import make_lists
 from tests.unit.samples_table import FIRST_DATE, samples_arrow, samples_spec, write_samples
 from tests.unit.training.test_loop import assert_equal_states, make_config, run
 from usr_ray.config import Config
@@ -186,6 +187,26 @@ def test_the_optimisers_kind_may_change_when_its_state_is_left_behind(earlier: t
         train_warm_start=str(run_dir), train_warm_start_optimizer=False, train_embedding_optimizer="rowwise_adam"
     )
     check_warm_start(config, manifest)
+
+
+def test_terms_go_on_while_their_vocabulary_grows(tmp_path: Path) -> None:
+    spec = samples_spec(lists=make_lists(9))
+    write_samples(tmp_path / "lake", spec, num_rows=300, num_days=3)
+    manifest = build_manifest(tmp_path / "lake", dates=(DAYS[0], DAYS[-1]))
+    run(make_config(), (manifest, None), tmp_path / "run")
+    saved = find_checkpoint(str(tmp_path / "run")).tensors["tables/term"]
+    lists = tuple(dataclasses.replace(f, num_embeddings=12 if f.table == "term" else 9) for f in spec.lists)
+    grown = dataclasses.replace(manifest, spec=dataclasses.replace(manifest.spec, lists=lists))
+    config, worker = make_config(train_warm_start=str(tmp_path / "run")), LocalWorker("cpu")
+    state = TrainState(config, grown, worker, order="")
+    fresh = state.tensors()["tables/term"].clone()
+    state.warm_start(str(tmp_path / "run"), worker)
+    now = state.tensors()["tables/term"]
+    assert (saved[1:] != fresh[1:9]).all(dim=1).any(), "nothing was learned"
+    assert torch.equal(now, torch.cat([saved, fresh[9:]]))
+    shorter = dataclasses.replace(grown, spec=dataclasses.replace(grown.spec, lists=lists[:-1]))
+    with pytest.raises(CheckpointError, match="item_terms"):
+        check_warm_start(config, shorter)
 
 
 def test_a_folder_without_a_checkpoint_is_refused(earlier: tuple[Path, Manifest], tmp_path: Path) -> None:
