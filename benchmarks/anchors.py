@@ -31,11 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from learning_kuairand import Rows, peer_rows, rechub_model, train_rechub
-from learning_runs import PLAIN, Data, Runs, gaps, mean_auc, save, train_seeds
+from learning_runs import Data, Runs, gaps, mean_auc, save, train_seeds
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks.doc_tables import markdown, put_table
+from jobs.demo import PLAIN
 from usr_ray.config import date_ranges, dates_in, load_config
 from usr_ray.evaluation.metrics import Predictions, auc
 from usr_ray.schema import TASKS, FeatureSpec

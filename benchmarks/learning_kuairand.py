@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from learning_runs import PLAIN, Data, Runs, StoppedError, gaps, mean_auc, save, show_gap, train_seeds
+from learning_runs import Data, Runs, StoppedError, gaps, mean_auc, save, show_gap, train_seeds
 from torch import Tensor, nn
 
+from jobs.demo import PLAIN
 from usr_ray.config import BACKBONES
 from usr_ray.data.reader import SampleReader
 from usr_ray.evaluation.metrics import Predictions, auc

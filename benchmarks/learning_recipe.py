@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from learning_runs import PLAIN, Data, Runs, cells, gaps, mean_auc, save, train_seeds
+from learning_runs import Data, Runs, cells, gaps, mean_auc, save, train_seeds
 
+from jobs.demo import PLAIN
 from usr_ray.evaluation.metrics import auc
 from usr_ray.schema import TASKS
 

@@ -36,7 +36,6 @@ from usr_ray.training.loop import train
 from usr_ray.training.rows import read_training_rows
 from usr_ray.training.worker import LocalWorker
 
-PLAIN = ("model.interest.enabled=false", "model.generator.enabled=false", "model.multitask.enabled=false")
 NUM_RESAMPLES = 200
 
 

@@ -22,8 +22,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from deltalake import DeltaTable
-from learning_runs import PLAIN, Data, Runs, gaps, mean_auc, save, show_gap, train_seeds
+from learning_runs import Data, Runs, gaps, mean_auc, save, show_gap, train_seeds
 
+from jobs.demo import PLAIN
 from usr_ray.config import BACKBONES, load_config
 from usr_ray.data.decode import RowGroupDecoder
 from usr_ray.evaluation.metrics import Predictions

@@ -53,10 +53,9 @@ def comparison_of(
     run: TrainedRun, other_dir: Path, held_out: Manifest, predictions: Predictions, baseline: Predictions | None
 ) -> dict[str, Any]:
     """Popularity, a logistic regression, another run and this one on the same rows."""
-    from usr_ray.data.manifest import Manifest as SavedManifest
     from usr_ray.evaluation.comparison import compare
     from usr_ray.reporting.run import model_name
-    from usr_ray.runs.plan import manifest_path
+    from usr_ray.runs.plan import load_manifest
     from usr_ray.training.evaluate import check_table, evaluate, evaluation_reader, load_run
     from usr_ray.training.logistic import PlainRows, logistic_regression
     from usr_ray.training.rows import training_reader
@@ -68,7 +67,8 @@ def comparison_of(
     ours, theirs = (model_name(one.config.to_dict()) for one in (run, other))
     scored = evaluate(other.module, other.tables, held_out, worker, other.config).predictions
     assert scored is not None  # there is one rank
-    trained_on = SavedManifest.load(manifest_path(run.checkpoint.path.parent.parent, "train"))
+    trained_on = load_manifest(run.checkpoint.path.parent.parent, "train")
+    assert trained_on is not None  # every run has one
     fit, rows = (
         PlainRows.read(reader)
         for reader in (training_reader(run.config, trained_on), evaluation_reader(held_out, worker, run.config))

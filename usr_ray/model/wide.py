@@ -70,9 +70,8 @@ class Wide(nn.Module):
             scenario_B: int64.
         """
         columns = [scenario_B + FIRST_ID if part == SCENARIO else ids[part].long() for part in self.parts]
-        ids_BP = torch.stack(
-            [*torch.broadcast_tensors(*columns), torch.ones_like(columns[0]).expand(_rows(columns))], 1
-        )
+        columns = list(torch.broadcast_tensors(*columns))
+        ids_BP = torch.stack([*columns, torch.ones_like(columns[0])], 1)
         weights_BKH = embedding(self.buckets(ids_BP), self.weights_NH, padding_idx=0)
         return weights_BKH.sum(1)
 
@@ -87,10 +86,6 @@ class Wide(nn.Module):
         """(B, K, longest term)."""
         places_KP = self.get_buffer("places_KP")
         return values_BP.index_select(1, places_KP.flatten()).unflatten(1, places_KP.shape)
-
-
-def _rows(columns: Sequence[Tensor]) -> int:
-    return max(column.shape[0] for column in columns)
 
 
 def _constant(text: str) -> int:
