@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from cluster.daemons import Daemon
-from usr_ray.cli import JobParser, run_job
+from usr_ray.cli import JobParser, flags, run_job
 from usr_ray.config import UserError
 from usr_ray.launch.environment import (
     API_SERVER,
@@ -100,37 +100,17 @@ class LocalRay:
             head = {name: getattr(arguments, name) for name in ("port", "dashboard_port", "metrics_port")}
             for name, port in head.items():
                 _refuse_port_in_use("--" + name.replace("_", "-"), port)
-            self._launch(
-                self.head,
-                head,
-                arguments,
-                token,
-                [
-                    # The agent takes jobs; at its fixed port it fails silently beside another Ray on this machine.
-                    "--dashboard-agent-listen-port",
-                    "0",
-                    "--head",
-                    "--dashboard-host",
-                    LOOPBACK,
-                    "--port",
-                    str(arguments.port),
-                    "--dashboard-port",
-                    str(arguments.dashboard_port),
-                    "--metrics-export-port",
-                    str(arguments.metrics_port),
-                ],
+            ports = flags(
+                dashboard_host=LOOPBACK,
+                port=arguments.port,
+                dashboard_port=arguments.dashboard_port,
+                metrics_export_port=arguments.metrics_port,
             )
+            self._launch(self.head, head, arguments, token, ["--head", *ports])
         for number in range(1, arguments.nodes):
             node = Daemon(self.state, f"node-{number}")
             if node.running() is None:  # one after the other: each start takes a core
-                # Ports of its own choice: the fixed ones are the head's.
-                self._launch(
-                    node,
-                    head,
-                    arguments,
-                    token,
-                    ["--address", f"{LOOPBACK}:{head['port']}", "--dashboard-agent-listen-port", "0"],
-                )
+                self._launch(node, head, arguments, token, flags(address=f"{LOOPBACK}:{head['port']}"))
         self.status()
         address = f"http://{LOOPBACK}:{head['dashboard_port']}"
         print(f"submit:     RAY_AUTH_MODE=token ray job submit --address {address} --working-dir . -- \\")
@@ -138,7 +118,7 @@ class LocalRay:
         print("stop:       python cluster/local_ray.py stop")
 
     def _launch(
-        self, node: Daemon, head: dict[str, Any], arguments: argparse.Namespace, token: str, flags: list[str]
+        self, node: Daemon, head: dict[str, Any], arguments: argparse.Namespace, token: str, own: list[str]
     ) -> None:
         """Start a node and wait until as many have registered as run."""
         ray = [str(Path(sys.executable).parent / "ray")] if node is self.head else [sys.executable, "-c", _MORE_NODES]
@@ -147,14 +127,13 @@ class LocalRay:
             "start",
             "--block",
             "--disable-usage-stats",
-            "--node-ip-address",
-            LOOPBACK,
-            *flags,
-            "--object-store-memory",
-            str(int(arguments.object_store_gb * 1e9)),
+            *flags(node_ip_address=LOOPBACK, object_store_memory=int(arguments.object_store_gb * 1e9)),
+            # The agent takes jobs; at its fixed port it fails silently beside another node or Ray on this machine.
+            *flags(dashboard_agent_listen_port=0),
+            *own,
         ]
         if arguments.num_cpus:
-            command += ["--num-cpus", str(arguments.num_cpus)]
+            command += flags(num_cpus=arguments.num_cpus)
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
         # A submitted job runs `python`: this one, with ray and torch, whatever the shell's PATH says.
         environment |= {

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from cluster.daemons import Daemon, answers, check_private
 from cluster.local_ray import api, train_runs
-from usr_ray.cli import JobParser, run_job
+from usr_ray.cli import JobParser, flags, run_job
 from usr_ray.config import UserError
 from usr_ray.launch.environment import LOOPBACK, RAY_ENVIRONMENT, ensure_token, token_file
 
@@ -42,29 +42,16 @@ def start_command(arguments: argparse.Namespace) -> list[str]:
         "start",
         "--block",
         "--disable-usage-stats",
-        "--node-ip-address",
-        arguments.host,
-        "--metrics-export-port",
-        str(arguments.metrics_port),
-        "--object-store-memory",
-        str(int(arguments.object_store_gb * 1e9)),
+        *flags(node_ip_address=arguments.host, metrics_export_port=arguments.metrics_port),
+        *flags(object_store_memory=int(arguments.object_store_gb * 1e9)),
     ]
     if arguments.action == "head":
-        command += [
-            "--head",
-            "--port",
-            str(arguments.port),
-            "--dashboard-host",
-            LOOPBACK,
-            "--dashboard-port",
-            str(arguments.dashboard_port),
-        ]
+        ports = flags(port=arguments.port, dashboard_host=LOOPBACK, dashboard_port=arguments.dashboard_port)
+        command += ["--head", *ports]
     else:
-        command += ["--address", arguments.head]
-    for name in ("num_cpus", "num_gpus"):
-        if getattr(arguments, name) is not None:
-            command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
-    return command
+        command += flags(address=arguments.head)
+    given = {name: getattr(arguments, name) for name in ("num_cpus", "num_gpus")}
+    return command + flags(**{name: count for name, count in given.items() if count is not None})
 
 
 def device_of(host: str) -> str:

@@ -33,6 +33,7 @@ from usr_ray.cli import (
     check_new_lake,
     check_output,
     check_output_table,
+    flags,
     job_config,
     job_dates,
     job_parser,
@@ -135,15 +136,7 @@ class Day:
             "data.mature_only": "false",
             "train.warm_start": str(self.work / plan.warm_start) if plan.warm_start else "",
         }
-        self._python(
-            "train",
-            "jobs/train.py",
-            "--lake",
-            self.arguments.lake,
-            "--run-dir",
-            self.run_dir,
-            *self._settings(overrides),
-        )
+        self._python("train", self.run_dir, *self._settings(overrides))
         return None
 
     def judge(self) -> str | None:
@@ -165,16 +158,7 @@ class Day:
         if self.state.verdict != PROMOTED:
             return "no new model"
         if not (self.export_dir / "manifest.json").exists():  # it appears whole or not at all
-            self._python(
-                "export",
-                "jobs/export.py",
-                "--run-dir",
-                self.run_dir,
-                "--lake",
-                self.arguments.lake,
-                "--output",
-                self.export_dir,
-            )
+            self._python("export", self.run_dir, output=self.export_dir)
         return None
 
     def publish(self) -> str | None:
@@ -182,16 +166,7 @@ class Day:
         if self.state.verdict != PROMOTED:
             return "no new model"
         if self.arguments.registry is not None:
-            self._python(
-                "publish",
-                "jobs/publish.py",
-                "--run-dir",
-                self.run_dir,
-                "--lake",
-                self.arguments.lake,
-                "--registry",
-                self.arguments.registry,
-            )
+            self._python("publish", self.run_dir, registry=self.arguments.registry)
         write_current(
             self.work, name=self.plan.day, trained_to=self.plan.train_last, why=self.state.record["verdict"]["why"]
         )
@@ -202,18 +177,8 @@ class Day:
         current = read_current(self.work)
         if current is None:
             return "no model is in use yet"
-        self._python(
-            "score",
-            "jobs/score.py",
-            "--run-dir",
-            self.work / current["run"],
-            "--lake",
-            self.arguments.lake,
-            "--dates",
-            self.plan.day,
-            "--output",
-            self.work / "scores" / Path(current["run"]).name,
-        )
+        output = self.work / "scores" / Path(current["run"]).name
+        self._python("score", self.work / current["run"], dates=self.plan.day, output=output)
         return None
 
     def _build(self, *words: str) -> None:
@@ -223,10 +188,7 @@ class Day:
             "restate" if "--restate" in words else "build",
             shlex.split(self.arguments.spark_submit) or [spark_submit()],
             "jobs/build_samples.py",
-            "--logs",
-            self.arguments.logs,
-            "--lake",
-            self.arguments.lake,
+            *flags(logs=self.arguments.logs, lake=self.arguments.lake),
             *words,
             *watermark,
             *self._settings(fitted),
@@ -234,30 +196,20 @@ class Day:
 
     def _evaluate(self, name: str, run_dir: Path) -> Path:
         output = self.state.folder / f"{name}.json"
-        self._python(
-            "judge",
-            "jobs/evaluate.py",
-            "--run-dir",
-            run_dir,
-            "--lake",
-            self.arguments.lake,
-            "--dates",
-            self.plan.held_out,
-            "--output",
-            output,
-        )
+        self._python("judge", run_dir, job="evaluate", dates=self.plan.held_out, output=output)
         return output
 
     def _settings(self, overrides: dict[str, str]) -> list[str]:
         own = [*self.arguments.overrides, *(f"{key}={value}" for key, value in overrides.items())]
         return ["--config", str(self.arguments.config), *(word for line in own for word in ("--set", line))]
 
-    def _python(self, step: str, *words: str | Path) -> None:
-        self._call(step, [sys.executable], *words)
+    def _python(self, step: str, run_dir: Path, *words: str, job: str = "", **places: object) -> None:
+        given = flags(run_dir=run_dir, lake=self.arguments.lake, **places)
+        self._call(step, [sys.executable], f"jobs/{job or step}.py", *given, *words)
 
-    def _call(self, step: str, program: list[str], *words: str | Path) -> None:
+    def _call(self, step: str, program: list[str], *words: str) -> None:
         """Run a job, its output here and in <step>.log; it holds the lock too, should this driver die before it."""
-        command = [*program, *map(str, words)]
+        command = [*program, *words]
         log = self.state.folder / f"{step}.log"
         print(f"$ {shlex.join(command)}", flush=True)
         with log.open("a", encoding="utf-8") as file:

@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from usr_ray.cli import check_input, check_logs, check_output_table, job_config, job_parser, run_job
+from usr_ray.cli import check_input, check_logs, check_output_table, flags, job_config, job_parser, run_job
 from usr_ray.config import Config, UserError, parse_dates
 from usr_ray.launch.environment import LOOPBACK, free_port
 from usr_ray.launch.spark import spark_environment, spark_submit
@@ -73,12 +73,12 @@ def serve(run: Path, lake: Path, registry: Path) -> None:
     if missing:
         print(f"\ndemo: not served, as {', '.join(missing)} is not installed; pip install 'usr-ray[serve]'", flush=True)
         return
-    places = ["--run-dir", str(run), "--lake", str(lake), "--registry", str(registry)]
+    places = flags(run_dir=run, lake=lake, registry=registry)
     if not step("publish", sys.executable, "jobs/publish.py", *places, may_refuse=True):
         print("demo: not served, as the line above says; the run and its report are whole", flush=True)
         return
     port = free_port(FIRST_PORT)
-    command = [sys.executable, "jobs/serve.py", "--registry", str(registry), "--alone", "--port", str(port)]
+    command = [sys.executable, "jobs/serve.py", "--alone", *flags(registry=registry, port=port)]
     print(f"\n== serve\n$ {shlex.join(command)}", flush=True)
     service = subprocess.Popen(command, cwd=ROOT)
     try:
@@ -137,7 +137,7 @@ def build_dates(config: Config) -> str:
 def train_twin(run: Path, lake: Path, settings: Sequence[str]) -> list[str]:
     """Train the backbone without USR; the flags with which jobs/evaluate.py compares the two."""
     plain = [word for override in PLAIN for word in ("--set", override)]
-    train = [sys.executable, "jobs/train.py", "--lake", str(lake), "--run-dir", str(run)]
+    train = [sys.executable, "jobs/train.py", *flags(lake=lake, run_dir=run)]
     step("train the plain twin", *train, *settings, *plain)
     return ["--compare", str(run), "--importance"]
 
@@ -164,49 +164,20 @@ def main(argv: list[str]) -> None:
         setattr(arguments, flag, place and place.absolute())
     fresh_folder(work)
     logs, lake, run = arguments.logs or work / "logs", work / "lake", work / "run"
-    settings = ["--config", str(arguments.config)] if arguments.config else []
+    settings = flags(config=arguments.config) if arguments.config else []
     settings += [word for override in arguments.overrides for word in ("--set", override)]
     if arguments.logs is None:
-        where = ["--input", str(arguments.input)] if arguments.input else []
-        step(
-            "ingest",
-            sys.executable,
-            "jobs/ingest_logs.py",
-            "--source",
-            arguments.source,
-            *where,
-            "--logs",
-            str(logs),
-            *settings,
-        )
-    step(
-        "build samples",
-        spark_submit(),
-        "jobs/build_samples.py",
-        "--logs",
-        str(logs),
-        "--lake",
-        str(lake),
-        "--dates",
-        build_dates(config),
-        *settings,
-    )
-    step("train", sys.executable, "jobs/train.py", "--lake", str(lake), "--run-dir", str(run), *settings)
+        where = flags(source=arguments.source, **({"input": arguments.input} if arguments.input else {}), logs=logs)
+        step("ingest", sys.executable, "jobs/ingest_logs.py", *where, *settings)
+    dated = flags(logs=logs, lake=lake, dates=build_dates(config))
+    step("build samples", spark_submit(), "jobs/build_samples.py", *dated, *settings)
+    step("train", sys.executable, "jobs/train.py", *flags(lake=lake, run_dir=run), *settings)
     beside = train_twin(work / "run-plain", lake, settings) if arguments.compare else []
-    step(
-        "evaluate",
-        sys.executable,
-        "jobs/evaluate.py",
-        "--run-dir",
-        str(run),
-        "--lake",
-        str(lake),
-        "--dates",
-        config.data.eval_dates,
-        *(["--allow-missing-dates"] if config.data.allow_missing_dates else []),
-        *beside,
-    )
-    step("report", sys.executable, "jobs/report.py", "--run-dir", str(run), "--lake", str(lake))
+    places = flags(run_dir=run, lake=lake)
+    if config.data.allow_missing_dates:
+        beside = ["--allow-missing-dates", *beside]
+    step("evaluate", sys.executable, "jobs/evaluate.py", *places, "--dates", config.data.eval_dates, *beside)
+    step("report", sys.executable, "jobs/report.py", *places)
     if not arguments.no_serve:
         serve(run, lake, work / "registry")
     print(f"\ndemo: done in {time.monotonic() - started:.0f} s", flush=True)

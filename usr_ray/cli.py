@@ -146,6 +146,11 @@ def number_in(within: str, kind: type[int] | type[float] = float) -> Callable[[s
     return read
 
 
+def flags(**values: object) -> list[str]:
+    """Words of a command line, in the order given: of run_dir="r" the two words --run-dir and r."""
+    return [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
 def job_config(arguments: argparse.Namespace) -> Config:
     """The checked configuration of parsed arguments."""
     return load_config(arguments.config, arguments.overrides)

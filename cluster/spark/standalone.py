@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from cluster.daemons import Daemon, check_private, private_file
-from usr_ray.cli import JobParser, run_job
+from usr_ray.cli import JobParser, flags, run_job
 from usr_ray.config import UserError
 
 MASTER_CLASS, WORKER_CLASS = "org.apache.spark.deploy.master.Master", "org.apache.spark.deploy.worker.Worker"
@@ -73,15 +73,7 @@ class Standalone:
         arguments = self.arguments
         self._write_settings()
         master = Daemon(self.state, "master")
-        command = [
-            MASTER_CLASS,
-            "--host",
-            arguments.host,
-            "--port",
-            str(arguments.port),
-            "--webui-port",
-            str(arguments.ui_port),
-        ]
+        command = [MASTER_CLASS, *flags(host=arguments.host, port=arguments.port, webui_port=arguments.ui_port)]
         process = self._launch(master, command, host=arguments.host, port=arguments.port, ui_port=arguments.ui_port)
         master.wait(process, lambda: self._page() is not None, timeout_s=START_TIMEOUT_S)
 
@@ -92,20 +84,8 @@ class Standalone:
             raise UserError(f"worker: no secret in {self.state / 'secret'}; copy the master's file there (scp -p)")
         self._write_settings()
         work = self.state / "work" / name
-        command = [
-            WORKER_CLASS,
-            "--host",
-            arguments.host,
-            "--cores",
-            str(arguments.cores),
-            "--memory",
-            arguments.executor_memory,
-            "--work-dir",
-            str(work),
-            "--webui-port",
-            "0",
-            master,
-        ]
+        size = flags(cores=arguments.cores, memory=arguments.executor_memory)
+        command = [WORKER_CLASS, *flags(host=arguments.host, work_dir=work, webui_port=0), *size, master]
         process = self._launch(Daemon(self.state, name), command, host=arguments.host, master=master)
         Daemon(self.state, name).wait(process, work.exists, timeout_s=START_TIMEOUT_S)
 

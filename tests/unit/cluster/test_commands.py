@@ -124,7 +124,6 @@ def test_the_commands_of_the_documents_are_found() -> None:
         "cluster/local_ray.py",
         "cluster/ray_nodes.py",
         "cluster/spark/standalone.py",
-        "cluster/monitoring/dashboard.py",
     } <= by_script
     folded = "#   ray job submit -- \\\n#     python jobs/train.py --lake s3a://x --run-dir /runs/1 "
     folded += "--set ray.num_workers=4\n"
