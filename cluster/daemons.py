@@ -6,7 +6,6 @@ import contextlib
 import ipaddress
 import json
 import os
-import secrets
 import signal
 import socket
 import subprocess
@@ -117,15 +116,3 @@ def answers(host: str, port: int) -> bool:
             return True
     except OSError:
         return False
-
-
-def private_file(path: Path, text: str | None = None) -> str:
-    """The content of a file that only its owner may read; made of `text`, or of a new secret, unless it is there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(secrets.token_hex(32) if text is None else text)
-    if path.stat().st_mode & 0o077:
-        path.chmod(0o600)
-    return path.read_text(encoding="utf-8").strip()

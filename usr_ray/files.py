@@ -1,7 +1,8 @@
-"""Files that are whole or absent, and their checksums. Standard library only."""
+"""Files that are whole or absent, their checksums and the time in them. Standard library only."""
 
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
 import os
 import re
@@ -18,6 +19,11 @@ def write_whole(path: Path, text: str) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
 
 
 def sync(path: Path) -> None:

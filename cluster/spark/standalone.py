@@ -26,14 +26,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from cluster.daemons import Daemon, check_private, private_file
+from cluster.daemons import Daemon, check_private
 from usr_ray.cli import JobParser, flags, run_job
 from usr_ray.config import UserError
+from usr_ray.launch.environment import LOOPBACK, private_file
 
 MASTER_CLASS, WORKER_CLASS = "org.apache.spark.deploy.master.Master", "org.apache.spark.deploy.worker.Worker"
 CONFIG_FILES = ("cluster.conf", "object_stores.conf")
 START_TIMEOUT_S = 90.0
-LOOPBACK = "127.0.0.1"
 
 
 def spark_home() -> Path:

@@ -7,7 +7,6 @@ when it finishes; a run that was killed keeps it until it is resumed and finishe
 
 from __future__ import annotations
 
-import datetime as dt
 import hashlib
 import json
 import re
@@ -19,7 +18,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from usr_ray.data.manifest import Manifest, open_filesystem
-from usr_ray.files import write_whole
+from usr_ray.files import now, write_whole
 from usr_ray.schema import PINS
 
 
@@ -40,7 +39,7 @@ def write_pin(manifests: Sequence[Manifest], run_dir: Path) -> None:
     pin = {
         "run": str(run_dir.absolute()),
         "host": socket.gethostname(),
-        "created": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        "created": now(),
         "version": manifests[0].version,
         "files": sorted({path for manifest in manifests for path in _paths(manifest)}),
     }

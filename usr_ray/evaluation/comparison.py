@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from usr_ray.evaluation.files import aligned
 from usr_ray.evaluation.metrics import ALL, Predictions, auc
 from usr_ray.evaluation.statistics import Judged, cell_rows, corrected, paired_auc_gap
 from usr_ray.schema import TASKS
@@ -53,5 +54,4 @@ def comparison_text(found: Mapping[str, Any]) -> str:
             if lead:
                 texts = (f"{lead['value']:+.4f}", f"{lead['low']:+.4f} to {lead['high']:+.4f}", lead["verdict"])
             lines.append((entry["cell"], entry["task"], name, "-" if area is None else f"{area:.4f}", *texts))
-    widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
-    return "\n".join("  ".join(t.ljust(w) for t, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(aligned(lines))

@@ -36,6 +36,18 @@ def write_metrics(path: Path, splits: Mapping[str, CellMetrics], *, about: Mappi
     write_whole(path, json.dumps(whole, indent=2, allow_nan=False) + "\n")
 
 
+def aligned(lines: Sequence[Sequence[str]], num_left: int | None = None) -> list[str]:
+    """Lines of a table for people: the first `num_left` columns (None: all) to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(
+            text.ljust(width) if num_left is None or place < num_left else text.rjust(width)
+            for place, (text, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+
+
 def metrics_text(splits: Mapping[str, CellMetrics]) -> str:
     """A table for the terminal: a line for each scenario, task and split; '-' where a metric is undefined.
 
@@ -52,21 +64,13 @@ def metrics_text(splits: Mapping[str, CellMetrics]) -> str:
                 values = ["-" if m[key] is None else f"{m[key]:.4f}" for key in ("auc", "gauc", "log_loss", "pcoc")]
                 counts = [f"{m[key]:,}" for key in ("num_samples", "num_positives")]
                 lines.append((cell, task, "model" if split == model else "popularity", *values, *counts))
-    widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
-    table = [
-        "  ".join(
-            text.ljust(w) if place < 3 else text.rjust(w)
-            for place, (text, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
     unknown = [
         f"{cell} {task}: the logs know no orders of these {m['num_unknown']:,} rows"
         for cell, tasks in splits[model].items()
         for task, m in tasks.items()
         if m["num_samples"] == 0 and m.get("num_unknown")
     ]
-    return "\n".join([*table, *unknown])
+    return "\n".join([*aligned(lines, num_left=3), *unknown])
 
 
 def write_predictions(

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binomtest
 from scipy.stats import t as student
 
 from usr_ray.evaluation.metrics import ALL, GLOBAL, Predictions, auc
@@ -194,11 +195,7 @@ def normal_p_value(z: float) -> float:
 
 def wilson_interval(num_positives: int, num_rows: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Wilson score interval of a rate; sound for few rows and for rates near 0."""
-    z = normal_quantile(confidence)
-    rate, square = num_positives / num_rows, z * z / num_rows
-    centre = (rate + square / 2) / (1 + square)
-    half = z * math.sqrt(rate * (1 - rate) / num_rows + square / (4 * num_rows)) / (1 + square)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return tuple(binomtest(num_positives, num_rows).proportion_ci(confidence, method="wilson"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -179,20 +179,7 @@ def _masked(trials: Trials, trial: Trial, mask_N: NDArray[np.bool_], first: Pred
 
 
 def _rows(rows: Predictions, mask_N: NDArray[np.bool_]) -> Predictions:
-    columns = {
-        name: value[mask_N]
-        for name in (
-            "row_number_N",
-            "scenario_N",
-            "labels_NT",
-            "probs_NT",
-            "user_key_N",
-            "request_key_N",
-            "item_id_N",
-            "history_length_N",
-        )
-        for value in [getattr(rows, name)]
-    }
+    columns = {key.name: getattr(rows, key.name)[mask_N] for key in fields(rows) if key.name != "global_probs_NT"}
     return replace(rows, **columns, global_probs_NT=None)
 
 

@@ -13,7 +13,7 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +116,6 @@ class Trial:
     """Id of its world; '' for a lake that was given."""
     world_overrides: Mapping[str, Any]
 
-    def to_sets(self) -> list[str]:
-        """The overrides as `--set` takes them."""
-        return as_sets(self.overrides)
-
 
 def as_sets(overrides: Mapping[str, Any]) -> list[str]:
     """Overrides by dotted path as `a.b=c`, c in TOML."""
@@ -154,20 +150,7 @@ def load_study(source: str, *, scale: str, folder: Path, seeds: Sequence[int] | 
         raise StudyError(f"--study {path}: {error}") from error
 
 
-_KEYS = (
-    "title",
-    "question",
-    "seeds",
-    "base",
-    "axes",
-    "comparisons",
-    "resources",
-    "world",
-    "source",
-    "slices",
-    "representations",
-    "small",
-)
+_KEYS = (*(key.name for key in fields(Study) if key.name != "name"), "small")
 _SMALL_KEYS = ("seeds", "base", "world", "axes")
 
 

@@ -22,9 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from usr_ray.config import Config, ConfigError, first_difference, load_config
-from usr_ray.evaluation.files import SPLIT
-from usr_ray.experiments.grid import Resources, Study, StudyError, Trial
-from usr_ray.files import write_whole
+from usr_ray.experiments.grid import Resources, Study, StudyError, Trial, as_sets
+from usr_ray.files import now, write_whole
 from usr_ray.runs.evaluations import CONFIG_FILE, METRICS_FILE
 from usr_ray.runs.plan import FINISHED
 
@@ -48,7 +47,7 @@ class Base:
         """
         sets = [
             *self.overrides,
-            *(trial.to_sets() if trial else []),
+            *(as_sets(trial.overrides) if trial else []),
             f"ray.num_workers={resources.num_workers}",
             f"ray.cpus_per_worker={float(resources.cpus_per_worker)}",
             f"data.table_version={table_version}",
@@ -202,15 +201,6 @@ def write_results(run_dir: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     return path
 
 
-def table_version_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, set[int]]:
-    """Table -> versions that finished trials were trained on: exactly one each, or something is wrong."""
-    found: dict[str, set[int]] = {}
-    for row in rows:
-        if row["status"] == FINISHED and row.get("split") == SPLIT:
-            found.setdefault(row["table_uri"], set()).add(row["table_version"])
-    return found
-
-
 def _seconds(record: Mapping[str, Any]) -> float | None:
     """Of the last attempt: earlier ones were cut off at an unknown time."""
     attempts = record.get("attempts") or []
@@ -226,8 +216,3 @@ def _read(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-
-
-def now() -> str:
-    """The time in UTC, ISO 8601, to the second."""
-    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")

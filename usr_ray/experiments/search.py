@@ -25,7 +25,7 @@ from usr_ray.config import Config
 from usr_ray.config.tune import METRICS, SpaceConfig, TuneConfig
 from usr_ray.data.pins import remove_pin, write_pin
 from usr_ray.experiments.grid import Resources, Study
-from usr_ray.experiments.record import Base, now
+from usr_ray.experiments.record import Base
 from usr_ray.experiments.search_record import as_row, open_search, read_points, write_search, write_values
 from usr_ray.experiments.space import (
     Choice,
@@ -43,13 +43,13 @@ from usr_ray.experiments.space import (
 from usr_ray.experiments.study import StudyResult, run_study
 from usr_ray.experiments.trials import Progress, num_slots, run_trial
 from usr_ray.experiments.worlds import check_same_rows, pinned_rows, whole_path
-from usr_ray.files import write_whole
+from usr_ray.files import now, write_whole
 from usr_ray.launch.environment import OWN, SUBMITTED
 from usr_ray.launch.session import ray_session
 from usr_ray.launch.trainer import refuse_relative
 from usr_ray.training.worker import LocalWorker
 
-SEARCH_FILE, BEST_FILE, TRIALS_DIR, RAY_DIR, FINAL_DIR = "search.json", "best.toml", "trials", "ray", "final"
+BEST_FILE, TRIALS_DIR, RAY_DIR, FINAL_DIR = "best.toml", "trials", "ray", "final"
 _EXPERIMENT = "search"
 _DRIVER_MEMORY_BYTES = 200_000_000
 """What a driver of a worker group reserves: Ray refuses nothing at all, and its workers would wait for a CPU."""

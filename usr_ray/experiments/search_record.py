@@ -16,10 +16,10 @@ from typing import Any
 
 from usr_ray.config import Config, first_difference
 from usr_ray.evaluation.metrics import CellMetrics
-from usr_ray.experiments.record import Base, failure_of, now
+from usr_ray.experiments.record import Base, failure_of
 from usr_ray.experiments.space import TriedPoint, TuneError, trial_config
 from usr_ray.experiments.worlds import table_version
-from usr_ray.files import write_whole
+from usr_ray.files import now, write_whole
 from usr_ray.launch.monitor import HISTORY_FILE
 from usr_ray.training.monitor import summarise
 

@@ -14,6 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
 from usr_ray.config import Config, UserError, dotted, load_config, parse_dates
 from usr_ray.config.fields import override_key
 from usr_ray.config.tune import METRICS, SpaceConfig
@@ -192,35 +196,23 @@ def importance(points: Sequence[TriedPoint], space: Mapping[str, SpaceConfig], *
     scored = [(p, min(c) if minimise else max(c)) for p in points if (c := [v for v in p.curve if math.isfinite(v)])]
     if len(scored) < 5:
         return {}
-    targets = _ranks([value for _, value in scored])
+    targets = rankdata([value for _, value in scored])
     found = {}
     for path, of in space.items():
         values = [point.values[path] for point, _ in scored]
-        found[path] = _eta(values, targets) if of.kind == "choice" else abs(_correlation(_ranks(values), targets))
+        with np.errstate(invalid="ignore"):  # all of one value: no correlation
+            found[path] = (
+                _eta(values, targets)
+                if of.kind == "choice"
+                else abs(float(np.nan_to_num(np.corrcoef(rankdata(values), targets)[0, 1])))
+            )
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def _ranks(values: Sequence[float]) -> list[float]:
-    """Ranks from 1; ties share their mean."""
-    order = sorted(values)
-    return [(2 * order.index(v) + order.count(v) + 1) / 2 for v in values]
-
-
-def _correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    top = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
-    bottom = math.sqrt(sum((a - mean_x) ** 2 for a in x) * sum((b - mean_y) ** 2 for b in y))
-    return top / bottom if bottom else 0.0
-
-
-def _eta(labels: Sequence[Any], y: Sequence[float]) -> float:
-    mean = sum(y) / len(y)
-    groups: dict[Any, list[float]] = {}
-    for label, value in zip(labels, y, strict=True):
-        groups.setdefault(label, []).append(value)
-    total = sum((v - mean) ** 2 for v in y)
-    between = sum(len(g) * (sum(g) / len(g) - mean) ** 2 for g in groups.values())
-    return math.sqrt(between / total) if total else 0.0
+def _eta(labels: Sequence[Any], targets: NDArray) -> float:
+    _, group_N = np.unique([repr(label) for label in labels], return_inverse=True)
+    means = np.bincount(group_N, weights=targets) / np.bincount(group_N)
+    return math.sqrt(means[group_N].var() / targets.var()) if targets.var() else 0.0
 
 
 def config_toml(config: Config, *, comment: str) -> str:

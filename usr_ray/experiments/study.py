@@ -32,7 +32,6 @@ from usr_ray.experiments.record import (
 from usr_ray.experiments.trials import LOG_FILE, Progress, num_slots, run_trial
 from usr_ray.experiments.worlds import (
     BuildWorlds,
-    World,
     prepare_worlds,
     rows_of,
     table_version,
@@ -97,12 +96,12 @@ def run_study(
         write_record(run_dir, record)  # the worlds are built in its directory; else nothing is written for a wrong lake
     todo = [trial for trial in trials if not is_finished(trial_dir(run_dir, trial))]
     print(f"{study.name}: {len(trials)} trials, {len(trials) - len(todo)} of them finished already", flush=True)
-    worlds = {"": World(str(lake))}
+    worlds = {"": str(lake)}
     if study.has_worlds:
         worlds = prepare_worlds(study, base, trials, run_dir, input_dir, build=build_worlds)
     record["tables"] = tables = {
-        name: record["tables"].get(name) or {"lake": world.lake, "version": table_version(world.lake, base)}
-        for name, world in worlds.items()
+        name: record["tables"].get(name) or {"lake": place, "version": table_version(place, base)}
+        for name, place in worlds.items()
     }
     pinned = [rows_of(table, base, run_dir) for table in tables.values()] if todo else []
     write_record(run_dir, record)

@@ -20,13 +20,6 @@ WORLDS_DIR, _READY = "worlds", "ready"
 
 
 @dataclass(frozen=True, slots=True)
-class World:
-    """A lake to train on."""
-
-    lake: str
-
-
-@dataclass(frozen=True, slots=True)
 class WorldPlan:
     """A lake to build."""
 
@@ -106,7 +99,7 @@ def prepare_worlds(
     input_dir: Path | None = None,
     *,
     build: BuildWorlds | None = None,
-) -> dict[str, World]:
+) -> dict[str, str]:
     """The lake of each world that the trials name; builds those that are not there.
 
     Raises:
@@ -128,7 +121,7 @@ def prepare_worlds(
             for name, trial in missing.items()
         ]
         build(plans, run_dir / WORLDS_DIR)
-    return {name: World(str(folder / "lake")) for name, folder in folders.items()}
+    return {name: str(folder / "lake") for name, folder in folders.items()}
 
 
 def build_commands(

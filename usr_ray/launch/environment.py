@@ -189,7 +189,7 @@ def ensure_token(environment: MutableMapping[str, str] | None = None) -> str:
     if environment.get("RAY_AUTH_TOKEN"):
         return environment["RAY_AUTH_TOKEN"]
     try:
-        return _token_of(token_file(environment))
+        return private_file(token_file(environment))
     except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows this user's home
         raise UserError(
             f"Ray's token: cannot be read or written ({error}); set HOME to your folder, or RAY_AUTH_TOKEN_PATH to "
@@ -197,12 +197,13 @@ def ensure_token(environment: MutableMapping[str, str] | None = None) -> str:
         ) from error
 
 
-def _token_of(path: Path) -> str:
+def private_file(path: Path, text: str | None = None) -> str:
+    """The content of a file that only its owner may read; made of `text`, or of a new secret, unless it is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(secrets.token_hex(32))
+            file.write(secrets.token_hex(32) if text is None else text)
     if path.stat().st_mode & 0o077:
         path.chmod(0o600)
     return path.read_text(encoding="utf-8").strip()

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from usr_ray.config import DAY_US, Config, UserError, parse_dates
-from usr_ray.files import write_whole
+from usr_ray.files import now, write_whole
 
 STEPS = ("build", "restate", "train", "judge", "export", "publish", "score")
 DONE, SKIPPED, RUNNING, FAILED = "done", "skipped", "running", "failed"
@@ -283,8 +283,3 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path}: is damaged ({error}); remove it, the steps find out what is there") from error
     return record
-
-
-def now() -> str:
-    """UTC, in seconds."""
-    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")

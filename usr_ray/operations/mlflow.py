@@ -9,12 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from usr_ray.config import UserError, check_address, dotted
 from usr_ray.runs.evaluations import CONFIG_FILE, METRICS_FILE, read_json
 from usr_ray.runs.read import HISTORY_FILE, read_history
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
 
 RUN_TAG, STEP_TAG = "usr_ray.run", "usr_ray.step"
 """Which run directory it is, by its path and its start; the last (step, kind) that was logged."""
@@ -24,20 +27,7 @@ _BATCH, _PARAM_LENGTH = 900, 5000
 _STATES = {"finished": "FINISHED", "running": "RUNNING"}
 
 
-class Tracking(Protocol):
-    """What is used of mlflow.tracking.MlflowClient."""
-
-    def get_experiment_by_name(self, name: str) -> Any: ...  # noqa: D102
-    def create_experiment(self, name: str) -> str: ...  # noqa: D102
-    def search_runs(self, experiment_ids: list[str], filter_string: str) -> Any: ...  # noqa: D102
-    def create_run(self, experiment_id: str, *, tags: dict[str, str], run_name: str) -> Any: ...  # noqa: D102
-    def log_batch(self, run_id: str, *, metrics: Any = (), params: Any = ()) -> Any: ...  # noqa: D102
-    def log_artifact(self, run_id: str, local_path: str) -> None: ...  # noqa: D102
-    def set_tag(self, run_id: str, key: str, value: str) -> None: ...  # noqa: D102
-    def set_terminated(self, run_id: str, *, status: str) -> None: ...  # noqa: D102
-
-
-def client(tracking_uri: str) -> Tracking:
+def client(tracking_uri: str) -> MlflowClient:
     """MLflow's client of a tracking server or store.
 
     Raises:
@@ -55,7 +45,7 @@ def client(tracking_uri: str) -> Tracking:
         raise UserError(f"--tracking-uri {tracking_uri}: does not open ({str(error).splitlines()[0][:200]})") from error
 
 
-def log_run(run_dir: Path, tracking: Tracking, *, experiment: str) -> tuple[str, int]:
+def log_run(run_dir: Path, tracking: MlflowClient, *, experiment: str) -> tuple[str, int]:
     """Make or bring up to date the MLflow run of a run directory.
 
     Params are the dotted keys of the configuration; metrics by step are named as in TensorBoard (`train/<name>`,
@@ -115,7 +105,7 @@ def param_key(key: str) -> str:
     return re.sub(r"[^/\w. :-]", lambda found: f"-x{ord(found[0]):x}-", key)
 
 
-def _log_params(tracking: Tracking, run_id: str, record: dict[str, Any]) -> None:
+def _log_params(tracking: MlflowClient, run_id: str, record: dict[str, Any]) -> None:
     from mlflow.entities import Param
 
     table = {f"table.{key}": value for key, value in record["table"].items()}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from usr_ray.evaluation.experiment import FEW, HIGHER, INVALID, LOWER, METRICS, MIN_USERS
+from usr_ray.evaluation.files import aligned
 from usr_ray.reporting.page import DASH, Row, Section, Table, p_value, span, words, write_page
 from usr_ray.reporting.plots import Bar, Plot, forest_plot
 
@@ -25,9 +26,10 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
     lines += [f"WARNING: {warning}" for warning in report["warnings"]] + [""] * bool(report["warnings"])
     lines.append(f"{report['dates']}, buckets from '{report['bucket_column']}', control {report['control']}")
     lines += [f"{name}: {text}" for name, text in account(report).items()]
-    lines += ["", "sample ratio", *table_lines(ratio_table(report))]
-    lines += ["", "per bucket", *table_lines(bucket_table(report))]
-    lines += ["", f"against {report['control']}", *table_lines(comparison_table(report))]
+    tables = {"sample ratio": ratio_table, "per bucket": bucket_table, f"against {report['control']}": comparison_table}
+    for title, table_of in tables.items():
+        table = table_of(report)
+        lines += ["", title, *aligned([table.head, *(row.values for row in table.rows)])]
     return [*lines, "", *note_lines(report)]
 
 
@@ -163,13 +165,6 @@ def comparison_table(report: Mapping[str, Any]) -> Table:
         ps = [p_value(row["p_value"]), p_value(row["p_value_holm"])]
         rows.append(Row([*names, *numbers, *ps], [colour, *[""] * (len(numbers) + 2)]))
     return Table(head, rows, num_left=4, is_dense=True)
-
-
-def table_lines(table: Table) -> list[str]:
-    """Columns as wide as their widest entry."""
-    lines = [table.head, *(row.values for row in table.rows)]
-    widths = [max(len(line[n]) for line in lines) for n in range(len(table.head))]
-    return ["  ".join(entry.ljust(w) for entry, w in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
 def intervals(entry: Mapping[str, Any], text: Callable[[float], str]) -> list[str]:

@@ -10,7 +10,6 @@ the run it holds, on the rows that the run was started on, however far the table
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from usr_ray.data.lineage import check_config
 from usr_ray.data.manifest import Manifest, build_manifest
 from usr_ray.data.order_quality import ShuffleQuality
 from usr_ray.data.pins import remove_pin, write_pin
-from usr_ray.files import write_whole
+from usr_ray.files import now, write_whole
 from usr_ray.model.backbones import check_own_backbone
 from usr_ray.runs.evaluations import CONFIG_FILE, warm_start_dates
 from usr_ray.training.rows import training_reader
@@ -93,7 +92,7 @@ def plan_run(config: Config, lake: Path | str, run_dir: Path | str, *, command: 
     record = _read_record(folder)
     if record is None:
         manifests = _build_all(config, lake)
-        record = {"created": _now(), "status": RUNNING, "attempts": []}
+        record = {"created": now(), "status": RUNNING, "attempts": []}
     else:
         _refuse_other_run(config, record, folder)
         _refuse_other_version(config, record, folder)
@@ -119,7 +118,7 @@ def plan_run(config: Config, lake: Path | str, run_dir: Path | str, *, command: 
         "trained_dates": date_ranges(before | set(train_manifest.dates)),
         "packages": package_versions() | _installed(_MORE_PACKAGES),
     }
-    record["attempts"] = [*record["attempts"], {"started": _now(), "command": list(command)}]
+    record["attempts"] = [*record["attempts"], {"started": now(), "command": list(command)}]
     return RunPlan(config, folder, train_manifest, manifests["eval"], record)
 
 
@@ -138,7 +137,7 @@ def write_plan(plan: RunPlan) -> None:
 
 def mark_finished(plan: RunPlan, *, outcome: str, step: int) -> None:
     """Note in config.json that the result is there; take back the pin. `outcome`: as in train.TrainResult.status."""
-    _write_record(plan.run_dir, plan.record | {"status": FINISHED, "outcome": outcome, "step": step, "ended": _now()})
+    _write_record(plan.run_dir, plan.record | {"status": FINISHED, "outcome": outcome, "step": step, "ended": now()})
     remove_pin(plan.train_manifest.table_uri, plan.run_dir)
 
 
@@ -200,9 +199,9 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
 def _refuse_other_run(config: Config, record: Mapping[str, Any], folder: Path) -> None:
     found = first_difference(Config.completed(record["config"]), config.to_dict(), _FIXED, but=_NOT_MEANT)
     if found:
-        key, saved, now = found
+        key, saved, here = found
         raise UserError(
-            f"--run-dir {folder}: holds a run with {key} = {saved!r}, this command has {now!r}; "
+            f"--run-dir {folder}: holds a run with {key} = {saved!r}, this command has {here!r}; "
             "set it back to go on with that run, or use another --run-dir"
         )
 
@@ -256,7 +255,3 @@ def _about(manifest: Manifest) -> dict[str, Any]:
 
 def _write_record(run_dir: Path, record: Mapping[str, Any]) -> None:
     write_whole(run_dir / CONFIG_FILE, json.dumps(record, indent=2) + "\n")
-
-
-def _now() -> str:
-    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")

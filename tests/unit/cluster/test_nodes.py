@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from cluster import ray_nodes
-from cluster.daemons import Daemon, check_private, private_file
+from cluster.daemons import Daemon, check_private
 from cluster.spark import standalone
 from usr_ray.cli import job_dates, run_job
 from usr_ray.config import ConfigError, UserError
+from usr_ray.launch.environment import private_file
 
 pytestmark = pytest.mark.unit
 

@@ -57,7 +57,7 @@ def test_every_point_comes_with_every_seed_and_the_first_seed_first() -> None:
         "model.multitask.enabled": False,
         "train.seed": 3,
     }
-    config = load_config(None, trials[2].to_sets())
+    config = load_config(None, as_sets(trials[2].overrides))
     assert (config.model.backbone, config.model.dropout, config.train.seed) == ("ple", 0.1, 3)
     assert not config.model.multitask.enabled
 
@@ -163,7 +163,7 @@ def test_an_unknown_study_is_told_which_there_are(tmp_path: Path) -> None:
 def test_the_declared_studies_make_configurations(path: Path, scale: str) -> None:
     study = load_study(path.stem, scale=scale, folder=STUDIES)
     for trial in expand(study):
-        load_config(ROOT / "jobs" / "configs" / f"{study.source}.toml", trial.to_sets())
+        load_config(ROOT / "jobs" / "configs" / f"{study.source}.toml", as_sets(trial.overrides))
     assert len(study.seeds) >= 5 or scale == "small"
     assert study.comparisons
 
