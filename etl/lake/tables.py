@@ -74,33 +74,18 @@ _BROKEN_RULE = re.compile(
     r"CHECK constraint (?P<check>\w+) .* violated by row|NOT NULL constraint violated for column: (?P<column>\w+)"
 )
 
-REJECTS_SCHEMA = T.StructType(
-    [
-        T.StructField("log", T.StringType(), nullable=False),
-        T.StructField("reason", T.StringType(), nullable=False),
-        T.StructField("row", T.StringType(), nullable=False),
-        T.StructField("date", T.DateType()),
-    ]
-)
-VOCABULARIES_SCHEMA = T.StructType(
-    [
-        T.StructField("feature", T.StringType(), nullable=False),
-        T.StructField("value", T.StringType(), nullable=False),
-        T.StructField("id", T.LongType(), nullable=False),
-        T.StructField("count", T.LongType(), nullable=False),
-    ]
-)
-COUNTERS_SCHEMA = T.StructType(
-    [
-        T.StructField("name", T.StringType(), nullable=False),
-        T.StructField("key", T.StringType(), nullable=False),
-        T.StructField("date", T.DateType(), nullable=False),
-        T.StructField("event_date", T.DateType(), nullable=False),
-        T.StructField("scenario", T.StringType(), nullable=False),
-        T.StructField("impressions", T.LongType(), nullable=False),
-        T.StructField("clicks", T.LongType(), nullable=False),
-        T.StructField("orders", T.LongType(), nullable=False),
-    ]
+
+def plain_schema(kinds: Mapping[str, T.DataType], *, nullable: Sequence[str] = ()) -> T.StructType:
+    """The schema of a table whose columns, but for the `nullable` ones, must have values."""
+    return T.StructType([T.StructField(name, kind, name in nullable) for name, kind in kinds.items()])
+
+
+_TEXT, _DATE, _COUNT = T.StringType(), T.DateType(), T.LongType()
+REJECTS_SCHEMA = plain_schema({"log": _TEXT, "reason": _TEXT, "row": _TEXT, "date": _DATE}, nullable=["date"])
+VOCABULARIES_SCHEMA = plain_schema({"feature": _TEXT, "value": _TEXT, "id": _COUNT, "count": _COUNT})
+COUNTERS_SCHEMA = plain_schema(
+    {"name": _TEXT, "key": _TEXT, "date": _DATE, "event_date": _DATE, "scenario": _TEXT}
+    | dict.fromkeys(("impressions", "clicks", "orders"), _COUNT)
 )
 
 
@@ -158,7 +143,7 @@ def samples_schema(spec: FeatureSpec) -> T.StructType:
 def item_features_schema(config: Config) -> T.StructType:
     """Encoded item id, and the encoded id of each of its categories."""
     names = ("item_id", *config.features.item_categories)
-    return T.StructType([T.StructField(index_column(name), T.LongType(), nullable=False) for name in names])
+    return plain_schema(dict.fromkeys(map(index_column, names), T.LongType()))
 
 
 def label_constraints() -> dict[str, str]:

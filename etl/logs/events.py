@@ -55,24 +55,9 @@ def event_logs(config: Config, folder: LogFolder) -> tuple[EventLog, ...]:
     logs = []
     for number, scenario in enumerate(config.scenarios):
         query = ("query",) if scenario in config.query_scenarios else ()
-        logs.append(
-            EventLog(
-                name=f"{scenario}_impressions",
-                kind=KIND_IMPRESSION,
-                scenario=number,
-                key="impression_id",
-                required=("impression_id", "request_id", "user_id", "item_id", "event_time", *query),
-            )
-        )
-        logs.append(
-            EventLog(
-                name=f"{scenario}_clicks",
-                kind=KIND_CLICK,
-                scenario=number,
-                key="click_id",
-                required=("click_id", "impression_id", "user_id", "item_id", "event_time"),
-            )
-        )
+        shown, clicks = f"{scenario}_impressions", f"{scenario}_clicks"
+        logs.append(_event_log(shown, KIND_IMPRESSION, number, ("impression_id", "request_id"), query))
+        logs.append(_event_log(clicks, KIND_CLICK, number, ("click_id", "impression_id")))
     orders = [(f"{scenario}_orders", number) for number, scenario in enumerate(config.scenarios)]
     found = [(name, number) for name, number in [*orders, ("orders", NO_SCENARIO)] if folder.has(name)]
     unknown = config.labels.no_order_scenarios
@@ -86,17 +71,13 @@ def event_logs(config: Config, folder: LogFolder) -> tuple[EventLog, ...]:
             )
     if not found and len(unknown) < len(config.scenarios):
         folder.read("orders")  # says what is missing and what there is
-    logs += [
-        EventLog(
-            name=name,
-            kind=KIND_ORDER,
-            scenario=number,
-            key="order_id",
-            required=("order_id", "user_id", "item_id", "event_time"),
-        )
-        for name, number in found
-    ]
+    logs += [_event_log(name, KIND_ORDER, number, ("order_id",)) for name, number in found]
     return tuple(logs)
+
+
+def _event_log(name: str, kind: int, scenario: int, ids: tuple[str, ...], query: tuple[str, ...] = ()) -> EventLog:
+    required = (*ids, "user_id", "item_id", "event_time", *query)
+    return EventLog(name=name, kind=kind, scenario=scenario, key=ids[0], required=required)
 
 
 def read_events(config: Config, folder: LogFolder, logs: Sequence[EventLog]) -> DataFrame:

@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv as pacsv
 
-from etl.sources.writer import LogWriter, input_files, log_schema, require_columns, require_scenarios
+from etl.sources.writer import LogWriter, input_files, log_schema, require_columns, require_scenarios, text_blocks
 from usr_ray.config import DAY_US, Config, JdSearchConfig, UserError
 
 SEARCH, RECOMMENDATION = "search", "recommendation"
@@ -164,18 +163,5 @@ def _hash(*parts: int | str) -> int:
 
 
 def _append_products(writer: LogWriter, path: Path) -> None:
-    with path.open(encoding="utf-8") as file:
-        require_columns(path, file.readline().rstrip("\r\n").split("\t"), ("wid", *PRODUCT_COLUMNS))
-    reader = pacsv.open_csv(
-        path,
-        read_options=pacsv.ReadOptions(block_size=1 << 25),
-        parse_options=pacsv.ParseOptions(delimiter="\t", quote_char=False),
-        convert_options=pacsv.ConvertOptions(
-            include_columns=["wid", *PRODUCT_COLUMNS],
-            column_types={name: pa.string() for name in ("wid", *PRODUCT_COLUMNS)},
-            strings_can_be_null=True,
-            null_values=[""],
-        ),
-    )
-    for batch in reader:
-        writer.append("items", pa.Table.from_batches([batch]).rename_columns(["item_id", *PRODUCT_COLUMNS]))
+    for block in text_blocks(path, ["wid", *PRODUCT_COLUMNS], delimiter="\t", quote_char=False):
+        writer.append("items", block.rename_columns(["item_id", *PRODUCT_COLUMNS]))

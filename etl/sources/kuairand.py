@@ -38,7 +38,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from etl.sources.writer import LogWriter, constant_column, input_files, require_columns, require_scenarios, text_column
+from etl.sources.writer import LogWriter, input_files, require_columns, require_scenarios, text_blocks, text_column
 from usr_ray.config import DAY_US, Config, UserError
 
 DEFAULT_TAB_GROUPS = {"main": (1,), "tab_0": (0,), "tab_4": (4,), "rest": ()}
@@ -146,35 +146,21 @@ def _write_scenario(
     user, video, time_ms = rows["user_id"], rows["video_id"], rows["time_ms"]
     impression_id = text_column(user, "-", video, "-", time_ms, "-", rows["tab"])
     event = {"user_id": text_column(user), "item_id": text_column(video), "event_time": pa.array(time_ms * 1000)}
-    shown = pa.table(
-        {
-            "impression_id": impression_id,
-            "request_id": text_column(user, "-", time_ms),
-            **event,
-            "position": pa.nulls(len(user), pa.int32()),
-            "query": constant_column(None, len(user)),
-            "tab": text_column(rows["tab"]),
-        }
+    writer.append_events(
+        scenario,
+        event,
+        impression_id=impression_id,
+        request_id=text_column(user, "-", time_ms),
+        clicked=pa.array(rows["is_click"] > 0),
+        tab=text_column(rows["tab"]),
     )
-    writer.append(f"{scenario}_impressions", shown)
-    clicks = pa.table({"click_id": impression_id, "impression_id": impression_id, **event})
-    writer.append(f"{scenario}_clicks", clicks.filter(pa.array(rows["is_click"] > 0)))
     orders = pa.table({"order_id": impression_id, **event, "event_time": pa.array(order_us)})
     writer.append(f"{scenario}_orders", orders.filter(pa.array(rows[action] > 0)))
 
 
 def _read_features(path: Path, columns: tuple[str, ...]) -> pa.Table:
     """The named columns as text, empty fields null."""
-    with path.open(encoding="utf-8") as file:
-        header = file.readline().rstrip("\r\n").split(",")
-    require_columns(path, header, columns)
-    convert = pacsv.ConvertOptions(
-        include_columns=list(columns),
-        column_types={name: pa.string() for name in columns},
-        strings_can_be_null=True,
-        null_values=[""],
-    )
-    return pacsv.read_csv(path, convert_options=convert)
+    return pa.concat_tables(text_blocks(path, columns))
 
 
 def _user_rows(path: Path) -> pa.Table:
@@ -226,20 +212,11 @@ class EarlierSequences:
         time_us_N = np.minimum(self.last_us_U, newest_us)[owner_N] - from_end_N * STEP_US
         ids = text_column(user_N, "-", video_N, "-earlier-", from_end_N)
         event = {"user_id": text_column(user_N), "item_id": text_column(video_N), "event_time": pa.array(time_us_N)}
-        num_rows = len(user_N)
-        shown = {
-            "impression_id": ids,
-            "request_id": ids,
-            **event,
-            "position": pa.nulls(num_rows, pa.int32()),
-            "query": constant_column(None, num_rows),
-            "tab": constant_column(None, num_rows),
-        }
-        writer.append(f"{scenario}_impressions", pa.table(shown))
-        writer.append(f"{scenario}_clicks", pa.table({"click_id": ids, "impression_id": ids, **event}))
+        no_tab = pa.nulls(len(ids), pa.string())
+        writer.append_events(scenario, event, impression_id=ids, request_id=ids, tab=no_tab)
         if is_order:
-            writer.append(f"{scenario}_orders", pa.table({"order_id": ids, **event}))
-        return num_rows
+            writer.append(f"{scenario}_orders", {"order_id": ids, **event})
+        return len(ids)
 
     def user_numbers(self, user_ids: pa.ChunkedArray) -> dict[str, pa.Array]:
         """Number columns for these users (text ids), in their order."""

@@ -15,16 +15,14 @@ Files are read by header name and streamed, so memory does not grow with their s
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pacsv
 
-from etl.sources.writer import LogWriter, constant_column, input_files, require_columns, require_scenarios, text_column
+from etl.sources.writer import LogWriter, header_of, input_files, require_scenarios, text_blocks, text_column
 from usr_ray.config import Config
 
 SEARCH, RECOMMENDATION = "search", "recommendation"
@@ -42,9 +40,13 @@ ITEM_CATEGORIES = (
     "third_level_category_id",
     "fourth_level_category_id",
 )
+FILES = {
+    "rec_inter": "recommendation log",
+    "src_inter": "search log",
+    "user_features": "user table",
+    "item_features": "item table",
+}
 NULLS = ("", "NA", "nan", "NaN", "null")
-BLOCK_BYTES = 1 << 25
-PROGRESS_EVERY = 2_000_000
 
 
 class KuaiSarSource:
@@ -57,35 +59,23 @@ class KuaiSarSource:
         """Append both scenarios' impressions and clicks, recommendation_orders, users and items."""
         require_scenarios(config, (SEARCH, RECOMMENDATION), source=self.name)
         action = config.kuaisar.order_column
-        files = {
-            name: input_files(input_dir, (f"{name}*.csv",), what=what)
-            for name, what in (
-                ("rec_inter", "recommendation log"),
-                ("src_inter", "search log"),
-                ("user_features", "user table"),
-                ("item_features", "item table"),
-            )
-        }
-        for log in (
-            f"{SEARCH}_impressions",
-            f"{SEARCH}_clicks",
-            f"{RECOMMENDATION}_impressions",
-            f"{RECOMMENDATION}_clicks",
-            f"{RECOMMENDATION}_orders",
-        ):
-            writer.declare(log)
+        files = {name: input_files(input_dir, (f"{name}*.csv",), what=what) for name, what in FILES.items()}
+        for scenario in (SEARCH, RECOMMENDATION):
+            writer.declare(f"{scenario}_impressions")
+            writer.declare(f"{scenario}_clicks")
+        writer.declare(f"{RECOMMENDATION}_orders")
         for path in files["rec_inter"]:
-            for rows in _batches(path, (*REC_COLUMNS, action)):
+            for rows in _blocks(path, (*REC_COLUMNS, action)):
                 _append_recommendation(writer, rows, action)
         for path in files["src_inter"]:
-            for rows in _batches(path, SRC_COLUMNS):
+            for rows in _blocks(path, SRC_COLUMNS):
                 _append_search(writer, rows)
         for path in files["user_features"]:
-            active = next((name for name in REC_ACTIVE if name in _header(path)), REC_ACTIVE[0])
-            for rows in _batches(path, ("user_id", *USER_CATEGORIES, active)):
+            active = next((name for name in REC_ACTIVE if name in header_of(path)), REC_ACTIVE[0])
+            for rows in _blocks(path, ("user_id", *USER_CATEGORIES, active)):
                 writer.append("users", rows.rename_columns(["user_id", *USER_CATEGORIES, REC_ACTIVE[0]]))
         for path in files["item_features"]:
-            for rows in _batches(path, ("item_id", *ITEM_CATEGORIES)):
+            for rows in _blocks(path, ("item_id", *ITEM_CATEGORIES)):
                 writer.append("items", _without_padding(rows))
         if SEARCH not in config.labels.no_order_scenarios:
             print(
@@ -93,34 +83,6 @@ class KuaiSarSource:
                 'labels.no_order_scenarios = ["search"], else its is_order is 0 on every row',
                 file=sys.stderr,
             )
-
-
-def _header(path: Path) -> list[str]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        return next(csv.reader(file), [])
-
-
-def _batches(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
-    """The named columns as text, block by block; empty fields and NA are null. UserError for a missing column."""
-    require_columns(path, _header(path), columns)
-    reader = pacsv.open_csv(
-        path,
-        read_options=pacsv.ReadOptions(block_size=BLOCK_BYTES),
-        parse_options=pacsv.ParseOptions(newlines_in_values=True),
-        convert_options=pacsv.ConvertOptions(
-            include_columns=list(columns),
-            column_types={name: pa.string() for name in columns},
-            strings_can_be_null=True,
-            quoted_strings_can_be_null=True,
-            null_values=list(NULLS),
-        ),
-    )
-    num_rows = 0
-    for batch in reader:
-        if (num_rows + batch.num_rows) // PROGRESS_EVERY > num_rows // PROGRESS_EVERY:
-            print(f"{path.name}: {num_rows + batch.num_rows:,} rows", file=sys.stderr, flush=True)
-        num_rows += batch.num_rows
-        yield pa.Table.from_batches([batch])
 
 
 def _number(text: pa.ChunkedArray) -> pa.Array:
@@ -139,17 +101,19 @@ def _text(rows: pa.Table, name: str) -> pa.Array:
     return rows[name].combine_chunks()
 
 
+def _blocks(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
+    return text_blocks(path, columns, nulls=NULLS, newlines_in_values=True)
+
+
 def _append_recommendation(writer: LogWriter, rows: pa.Table, action: str) -> None:
     user, item, time_ms = _text(rows, "user_id"), _text(rows, "item_id"), _number(rows["timestamp"])
     impression_id = text_column("r-", user, "-", item, "-", time_ms)
     event = {"user_id": user, "item_id": item, "event_time": pc.multiply(time_ms, 1000)}
-    _append_events(
-        writer,
+    writer.append_events(
         RECOMMENDATION,
-        impression_id,
-        text_column(user, "-", time_ms),
         event,
-        query=constant_column(None, rows.num_rows),
+        impression_id=impression_id,
+        request_id=text_column(user, "-", time_ms),
         clicked=_is_positive(rows["click"]),
     )
     orders = pa.table({"order_id": impression_id, **event})
@@ -159,38 +123,15 @@ def _append_recommendation(writer: LogWriter, rows: pa.Table, action: str) -> No
 def _append_search(writer: LogWriter, rows: pa.Table) -> None:
     user, item, session = _text(rows, "user_id"), _text(rows, "item_id"), _text(rows, "search_session_id")
     words = pc.replace_substring_regex(_text(rows, "keyword"), r"[\[\],\s]+", " ")
-    event = {
-        "user_id": user,
-        "item_id": item,
-        "event_time": pc.multiply(_number(rows["search_session_timestamp"]), 1000),
-    }
-    impression_id, request_id = text_column("s-", user, "-", session, "-", item), text_column(user, "-", session)
-    _append_events(
-        writer,
+    time_ms = _number(rows["search_session_timestamp"])
+    writer.append_events(
         SEARCH,
-        impression_id,
-        request_id,
-        event,
+        {"user_id": user, "item_id": item, "event_time": pc.multiply(time_ms, 1000)},
+        impression_id=text_column("s-", user, "-", session, "-", item),
+        request_id=text_column(user, "-", session),
         query=pc.utf8_trim_whitespace(words),
         clicked=_is_positive(rows["click_cnt"]),
     )
-
-
-def _append_events(
-    writer: LogWriter,
-    scenario: str,
-    impression_id: pa.Array,
-    request_id: pa.Array,
-    event: dict[str, pa.Array],
-    *,
-    query: pa.Array,
-    clicked: pa.Array,
-) -> None:
-    position = pa.nulls(len(impression_id), pa.int32())
-    shown = {"impression_id": impression_id, "request_id": request_id, **event, "position": position, "query": query}
-    writer.append(f"{scenario}_impressions", shown)
-    clicks = pa.table({"click_id": impression_id, "impression_id": impression_id, **event})
-    writer.append(f"{scenario}_clicks", clicks.filter(clicked))
 
 
 def _without_padding(rows: pa.Table) -> pa.Table:

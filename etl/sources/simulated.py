@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from etl.sources.simulated_ceilings import Rows, ceilings, joined, lines
+from etl.sources.simulated_ceilings import Rows, ceilings, lines
 from etl.sources.simulated_days import (
     Exposures,
     Labels,
@@ -49,6 +49,7 @@ from etl.sources.simulated_world import (
     CLICK_RATES,
     ORDER_RATES,
     SEARCHER_ACTIVITY,
+    Columns,
     Stream,
     World,
     bias_for_rate,
@@ -176,7 +177,7 @@ def feed_needs(world: World, settings: SimulatedConfig, day: int, plan: Schedule
 
 
 @dataclass(frozen=True, slots=True)
-class LateOrders:
+class LateOrders(Columns):
     """Orders after their window, held back until it is known that no later click of the pair earns them."""
 
     number: np.ndarray
@@ -184,18 +185,6 @@ class LateOrders:
     user: np.ndarray
     item: np.ndarray
     time_us: np.ndarray
-
-    def where(self, chosen: np.ndarray) -> LateOrders:
-        """The chosen ones."""
-        return LateOrders(self.number[chosen], self.user[chosen], self.item[chosen], self.time_us[chosen])
-
-    def __add__(self, other: LateOrders) -> LateOrders:
-        return LateOrders(
-            np.concatenate([self.number, other.number]),
-            np.concatenate([self.user, other.user]),
-            np.concatenate([self.item, other.item]),
-            np.concatenate([self.time_us, other.time_us]),
-        )
 
     def without_credit(self, day: SimulatedDay, num_listings: int, order_window_us: int) -> LateOrders:
         """Those that no click of the day could earn. The others are never logged: their label is 0 either way."""
@@ -250,7 +239,7 @@ class SimulatedSource:
                 f"day {day.number + 1} of {settings.num_days}: {num_before:,} impressions", file=sys.stderr, flush=True
             )
         if past:
-            write_ceilings(writer, joined(past), config)
+            write_ceilings(writer, Rows.joined(past), config)
 
 
 def rows_of_day(world: World, config: SimulatedConfig, day: SimulatedDay) -> Rows:

@@ -23,8 +23,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import rankdata
 
-from etl.sources.simulated_world import BRANDS_PER_CATEGORY, sigmoid
+from etl.sources.simulated_world import BRANDS_PER_CATEGORY, Columns, sigmoid
 
 CEILINGS = ("truth", "joint", "own", "no_needs")
 WINDOW_S = 2 * 86_400
@@ -34,7 +35,7 @@ RIDGE = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class Rows(Columns):
     """Impressions of one day or of all, in the order of the days, users and times."""
 
     user_N: np.ndarray
@@ -56,11 +57,6 @@ class Rows:
     known_click_N: np.ndarray
     """Log odds of a click without needs and without the pair's interest of the moment."""
     known_order_N: np.ndarray
-
-
-def joined(days: Sequence[Rows]) -> Rows:
-    """The rows of several days."""
-    return Rows(*(np.concatenate([getattr(day, name) for day in days]) for name in Rows.__slots__))
 
 
 def ceilings(rows: Rows, num_scenarios: int, num_categories: int, first_held_out: int) -> list[dict[str, object]]:
@@ -157,9 +153,8 @@ def area(label_N: np.ndarray, score_N: np.ndarray) -> float:
     num_negative = len(label_N) - num_positive
     if not num_positive or not num_negative:
         return float("nan")
-    _, place_N, count = np.unique(score_N, return_inverse=True, return_counts=True)
-    rank = np.cumsum(count) - (count - 1) / 2
-    return float((rank[place_N][label_N].sum() - num_positive * (num_positive + 1) / 2) / num_positive / num_negative)
+    wins = rankdata(score_N)[label_N].sum() - num_positive * (num_positive + 1) / 2
+    return float(wins / num_positive / num_negative)
 
 
 def lines(found: Iterable[dict[str, object]]) -> list[str]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 
-from etl.sources.simulated_world import BRANDS_PER_CATEGORY, Stream, World, random_stream
+from etl.sources.simulated_world import BRANDS_PER_CATEGORY, Columns, Stream, World, random_stream
 from usr_ray.config import DAY_US, SimulatedConfig
 
 LIFE_DAYS = (0.5, 2.0)
@@ -50,7 +50,7 @@ _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 
 
 @dataclass(frozen=True, slots=True)
-class Needs:
+class Needs(Columns):
     """Needs of which each lives for a part of one day at least; at most one of a user in a category."""
 
     user_K: np.ndarray
@@ -75,13 +75,6 @@ class Needs:
         """No needs."""
         ints, flags = np.array([], dtype=np.int64), np.array([], dtype=bool)
         return cls(ints, ints, ints, flags, ints, ints, ints, flags)
-
-    def where(self, chosen: np.ndarray) -> Needs:
-        """The chosen ones."""
-        return Needs(*(getattr(self, name)[chosen] for name in self.__slots__))
-
-    def __add__(self, other: Needs) -> Needs:
-        return Needs(*(np.concatenate([getattr(self, n), getattr(other, n)]) for n in self.__slots__))
 
     def and_new(self, other: Needs, num_categories: int) -> Needs:
         """With those of `other` whose user has no need in the category; the earliest where there are several."""

@@ -5,8 +5,10 @@ Shape letters: U users, I items, C categories, Q queries, S scenarios, D latent 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from enum import IntEnum
+from typing import Self
 
 import numpy as np
 
@@ -40,6 +42,23 @@ SEARCHER_ACTIVITY = 20.0
 """Visits of a user who searches, of those of one who does not: the scenario without queries is the sparse one."""
 OLD_MODEL_NOISE = 1.0
 """Of the older model that chooses and ranks what is shown, beside the user's taste, whose deviation is 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Base of a dataclass of arrays of one length: a table."""
+
+    def where(self, chosen: np.ndarray) -> Self:
+        """The chosen rows."""
+        return type(self)(*(getattr(self, key.name)[chosen] for key in fields(self)))
+
+    def __add__(self, other: Self) -> Self:
+        return self.joined([self, other])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """The rows of several."""
+        return cls(*(np.concatenate([getattr(part, key.name) for part in parts]) for key in fields(cls)))
 
 
 class Stream(IntEnum):

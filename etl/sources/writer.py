@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
+import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -13,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from usr_ray.config import Config, UserError
@@ -20,6 +23,8 @@ from usr_ray.config import Config, UserError
 MARKER = "_ingest.json"
 """Written beside the logs: source, configuration and counts. Only a folder that has it may be overwritten."""
 ROWS_PER_FILE = 1 << 20
+_BLOCK_BYTES = 1 << 25
+_PROGRESS_EVERY = 2_000_000
 TIMESTAMP = pa.timestamp("us", tz="UTC")
 
 _EVENT = [("user_id", pa.string()), ("item_id", pa.string()), ("event_time", TIMESTAMP)]
@@ -114,6 +119,28 @@ class LogWriter:
         if log not in self._buffers:
             self.append(log, log_schema(log).empty_table())
 
+    def append_events(
+        self,
+        scenario: str,
+        event: Mapping[str, pa.Array],
+        *,
+        impression_id: pa.Array,
+        request_id: pa.Array,
+        clicked: pa.Array | None = None,
+        query: pa.Array | None = None,
+        **more: pa.Array,
+    ) -> None:
+        """Add impressions without a position, and a click at the same time of those that are `clicked` (None: all).
+
+        `event` has user_id, item_id and event_time; the click's id is the impression's.
+        """
+        text, place = pa.nulls(len(impression_id), pa.string()), pa.nulls(len(impression_id), pa.int32())
+        query = text if query is None else query
+        shown = {"impression_id": impression_id, "request_id": request_id, **event, "position": place, "query": query}
+        self.append(f"{scenario}_impressions", shown | more)
+        clicks = pa.table({"click_id": impression_id, "impression_id": impression_id, **event})
+        self.append(f"{scenario}_clicks", clicks if clicked is None else clicks.filter(clicked))
+
     def _flush(self, log: str) -> None:
         buffer = self._buffers[log]
         number = self._num_files.get(log, 0)
@@ -184,11 +211,6 @@ def text_column(*parts: str | np.ndarray | pa.Array) -> pa.Array:
     return pc.binary_join_element_wise(*columns, "")
 
 
-def constant_column(value: str | None, num_rows: int) -> pa.Array:
-    """`num_rows` times the same string or null."""
-    return pa.nulls(num_rows, pa.string()) if value is None else pa.repeat(pa.scalar(value, pa.string()), num_rows)
-
-
 def input_files(input_dir: Path, patterns: Sequence[str], *, what: str) -> list[Path]:
     """Files of `input_dir` that match a pattern, sorted by name; UserError when there is none."""
     if not input_dir.is_dir():
@@ -204,6 +226,41 @@ def require_columns(path: Path, names: Sequence[str], needed: Sequence[str]) -> 
     missing = [name for name in needed if name not in names]
     if missing:
         raise UserError(f"{path}: no column {', '.join(missing)}; it has: {', '.join(names)}")
+
+
+def text_blocks(
+    path: Path, columns: Sequence[str], *, nulls: Sequence[str] = ("",), delimiter: str = ",", **parse: Any
+) -> Iterator[pa.Table]:
+    """Columns of a CSV file as text, one block at least, with lines of progress; fields such as `nulls` are null.
+
+    `parse` is for pyarrow's ParseOptions. UserError for a missing column.
+    """
+    require_columns(path, header_of(path, delimiter), columns)
+    reader = pacsv.open_csv(
+        path,
+        read_options=pacsv.ReadOptions(block_size=_BLOCK_BYTES),
+        parse_options=pacsv.ParseOptions(delimiter=delimiter, **parse),
+        convert_options=pacsv.ConvertOptions(
+            include_columns=list(columns),
+            column_types={name: pa.string() for name in columns},
+            strings_can_be_null=True,
+            null_values=list(nulls),
+        ),
+    )
+    num_rows = 0
+    for batch in reader:
+        before, num_rows = num_rows, num_rows + batch.num_rows
+        if num_rows // _PROGRESS_EVERY > before // _PROGRESS_EVERY:
+            print(f"{path.name}: {num_rows:,} rows", file=sys.stderr, flush=True)
+        yield pa.Table.from_batches([batch])
+    if not num_rows:
+        yield reader.schema.empty_table()
+
+
+def header_of(path: Path, delimiter: str = ",") -> list[str]:
+    """Names in the first line of a CSV file."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        return next(csv.reader(file, delimiter=delimiter), [])
 
 
 def require_scenarios(config: Config, wanted: Sequence[str], *, source: str) -> None:

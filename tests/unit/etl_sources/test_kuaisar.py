@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from etl.sources import kuaisar
+from etl.sources import kuaisar, writer
 from etl.sources.kuaisar import KuaiSarSource
 from etl.sources.writer import LogWriter
 from tests.unit.plain_attribution import attribute, read_rows
@@ -58,9 +58,9 @@ def hand_written(folder: Path, **changed: str) -> Path:
 
 
 def ingest(folder: Path, logs: Path, *overrides: str) -> Path:
-    with LogWriter(logs) as writer:
-        KuaiSarSource().write(folder, writer, load_config(None, list(overrides)))
-        writer.commit({})
+    with LogWriter(logs) as log_writer:
+        KuaiSarSource().write(folder, log_writer, load_config(None, list(overrides)))
+        log_writer.commit({})
     return logs
 
 
@@ -139,8 +139,8 @@ def test_features(logs: Path) -> None:
 def test_files_of_many_blocks_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     header, row, *_ = FILES["rec_inter.csv"].splitlines()
     rows = [row.replace("1,700", f"{n},{n % 7}", 1) for n in range(3_000)]
-    monkeypatch.setattr(kuaisar, "BLOCK_BYTES", 10_000)
-    monkeypatch.setattr(kuaisar, "PROGRESS_EVERY", 1_000)
+    monkeypatch.setattr(writer, "_BLOCK_BYTES", 10_000)
+    monkeypatch.setattr(writer, "_PROGRESS_EVERY", 1_000)
     logs = ingest(hand_written(tmp_path / "in", rec_inter="\n".join([header, *rows]) + "\n"), tmp_path / "logs")
     shown = pq.read_table(logs / "recommendation_impressions")
     assert shown["user_id"].to_pylist() == [str(n) for n in range(3_000)]

@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from etl.sources.simulated import SimulatedDay, make_world, rows_of_day, simulate_days
-from etl.sources.simulated_ceilings import AGES_S, RIDGE, WINDOW_S, area, ceilings, joined, recent
+from etl.sources.simulated_ceilings import AGES_S, RIDGE, WINDOW_S, Rows, area, ceilings, recent
 from etl.sources.simulated_ceilings import _fitted as fitted
 from etl.sources.simulated_needs import FIT, Needs, word
 from etl.sources.simulated_world import World
@@ -178,7 +178,7 @@ def gains(carry: float) -> dict[str, float]:
     dials = [f"simulated.need_carry={carry}", "simulated.need_strength=5", "simulated.num_users=800"]
     config = load_config(None, ['simulated.world="needs"', "simulated.num_impressions=80000", *dials])
     world, days = drawn(config)
-    rows = joined([rows_of_day(world, config.simulated, day) for day in days])
+    rows = Rows.joined([rows_of_day(world, config.simulated, day) for day in days])
     search, _, feed, _ = ceilings(rows, 2, config.simulated.num_categories, config.simulated.num_days - 2)
     assert (search["scenario"], feed["scenario"], feed["task"]) == (0, 1, "ctr")
     return {name: float(str(feed[name])) for name in ("truth", "joint", "own", "no_needs")}
