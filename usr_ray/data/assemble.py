@@ -24,17 +24,6 @@ from usr_ray.data.batch import History, UsrBatch
 from usr_ray.schema import ALL_LABELS, FeatureSpec
 
 IntArray = NDArray[np.int64]
-_ROW_FIELDS = (
-    "labels_BT",
-    "weights_B",
-    "scenario_B",
-    "sparse_BF",
-    "dense_BF",
-    "user_key_B",
-    "request_key_B",
-    "row_number_B",
-    "lists_BW",
-)
 _EVENT_FIELDS = ("item_ids_V", "actions_V", "ages_s_V", "query_ids_V")
 EventTypes = Mapping[str, "np.dtype[Any]"]
 """Type of each of _EVENT_FIELDS in a batch."""
@@ -71,7 +60,7 @@ def list_type(spec: FeatureSpec) -> np.dtype[Any]:
 def padding_batch(spec: FeatureSpec, num_rows: int) -> UsrBatch:
     """`num_rows` padding rows: weight 0, row_number -1, ids and labels 0, empty histories."""
     batch = _rows_to_fill(spec, num_rows)
-    for name in _row_fields(batch):
+    for name in batch.row_fields:
         getattr(batch, name).fill_(-1 if name == "row_number_B" else 0)
     return batch
 
@@ -110,11 +99,6 @@ def _rows_to_fill(spec: FeatureSpec, num_rows: int) -> UsrBatch:
     )
 
 
-def _row_fields(batch: UsrBatch) -> list[str]:
-    """Those of _ROW_FIELDS that the batch has."""
-    return [name for name in _ROW_FIELDS if getattr(batch, name) is not None]
-
-
 def empty_array(shape: tuple[int, ...], dtype: type) -> NDArray[Any]:
     """np.empty in Arrow's memory pool, which reuses large blocks that numpy would return to the kernel.
 
@@ -127,7 +111,7 @@ def empty_array(shape: tuple[int, ...], dtype: type) -> NDArray[Any]:
 def take_rows(batch: UsrBatch, rows: IntArray) -> UsrBatch:
     """The given rows of a batch, in that order, copied."""
     index = torch.from_numpy(rows)
-    fields: dict[str, Any] = {name: getattr(batch, name)[index] for name in _row_fields(batch)}
+    fields: dict[str, Any] = {name: getattr(batch, name)[index] for name in batch.row_fields}
     histories = []
     for history in batch.histories:
         offsets = history.offsets.numpy()
@@ -155,7 +139,7 @@ class BatchBuilder:
         first, last = (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0)
         is_run = last - first == len(places) and bool((np.diff(places) == 1).all())
         index = torch.from_numpy(places)
-        for name in _row_fields(self._batch):
+        for name in self._batch.row_fields:
             target = getattr(self._batch, name)
             values = getattr(rows, name).to(target.dtype)
             if is_run:
@@ -187,7 +171,7 @@ class BatchBuilder:
         index = pa.array(source, mask=missing if missing.any() else None)
         if missing.any():
             padding = padding_batch(self._spec, 1)
-            for name in _row_fields(padding):
+            for name in padding.row_fields:
                 getattr(self._batch, name).numpy()[missing] = getattr(padding, name).numpy()
         if np.array_equal(source, np.arange(first)):
             index = None  # file order: nothing moves

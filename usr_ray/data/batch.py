@@ -34,28 +34,17 @@ class History:
         events = (self.item_ids_V[:0], self.actions_V[:0], self.ages_s_V[:0], queries)
         return History(*events, torch.zeros_like(self.offsets))
 
-    def padded(self, max_length: int, *, align: str = "right") -> PaddedHistory:
-        """The newest `max_length` events of each row as dense tensors, on the history's own device.
+    def padded(self, max_length: int) -> PaddedHistory:
+        """The newest `max_length` events of each row as dense tensors on its own device; the newest in the last column.
 
         Nothing here waits for the device: the shapes depend on max_length alone.
 
         Args:
             max_length: L, columns of the result; pass FeatureSpec.history_length to drop no event.
-            align: 'right': the newest event is always in column L - 1; 'left': the oldest kept event is in column 0.
-
-        Raises:
-            ValueError: another `align`.
         """
-        if align not in ("left", "right"):
-            raise ValueError(f"align must be 'left' or 'right', got {align!r}")
         start_B1, end_B1 = self.offsets[:-1, None], self.offsets[1:, None]
-        column_L = torch.arange(max_length, device=self.offsets.device)
-        if align == "right":
-            source_BL = end_B1 - max_length + column_L
-            mask_BL = source_BL >= start_B1
-        else:
-            source_BL = torch.maximum(start_B1, end_B1 - max_length) + column_L
-            mask_BL = source_BL < end_B1
+        source_BL = end_B1 - max_length + torch.arange(max_length, device=self.offsets.device)
+        mask_BL = source_BL >= start_B1
         num_events = self.item_ids_V.shape[0]
         source_BL = source_BL.clamp(0, max(num_events - 1, 0))
 
@@ -131,6 +120,12 @@ class UsrBatch:
     def __len__(self) -> int:
         return int(self.scenario_B.shape[0])
 
+    @property
+    def row_fields(self) -> list[str]:
+        """Names of the fields with one entry a row that the batch has."""
+        names = (key.name for key in fields(self) if key.name not in ("histories", "longest"))
+        return [name for name in names if getattr(self, name) is not None]
+
     def map(self, function: Any) -> UsrBatch:
         """A batch with `function` applied to every tensor."""
         return map_tensors(self, function)
@@ -144,30 +139,14 @@ class UsrBatch:
 
     def slice_rows(self, start: int, stop: int) -> UsrBatch:
         """Rows start..stop - 1; all but the history offsets are views. For batches on the CPU."""
-        return UsrBatch(
-            labels_BT=self.labels_BT[start:stop],
-            weights_B=self.weights_B[start:stop],
-            scenario_B=self.scenario_B[start:stop],
-            sparse_BF=self.sparse_BF[start:stop],
-            dense_BF=self.dense_BF[start:stop],
-            histories=tuple(history.slice_rows(start, stop) for history in self.histories),
-            user_key_B=self.user_key_B[start:stop],
-            request_key_B=self.request_key_B[start:stop],
-            row_number_B=self.row_number_B[start:stop],
-            lists_BW=None if self.lists_BW is None else self.lists_BW[start:stop],
-        )
+        rows = {name: getattr(self, name)[start:stop] for name in self.row_fields}
+        return UsrBatch(**rows, histories=tuple(history.slice_rows(start, stop) for history in self.histories))
 
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
-        total = 0
-
-        def count(tensor: Tensor) -> Tensor:
-            nonlocal total
-            total += tensor.numel() * tensor.element_size()
-            return tensor
-
-        self.map(count)
-        return total
+        tensors: list[Tensor] = []
+        map_tensors(self, tensors.append)
+        return sum(tensor.nbytes for tensor in tensors)
 
 
 def map_tensors(value: Any, function: Any) -> Any:

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,47 +33,27 @@ Moved = TypeVar("Moved")
 Kept = TypeVar("Kept")
 
 
-class Event(Protocol):
-    """The end of a copy."""
-
-    def synchronize(self) -> None:
-        """Have this host thread wait for it."""
-
-
-class Copies(Protocol):
-    """The copies of a device; tests have an implementation without a device."""
-
-    def allocate(self, num_bytes: int) -> Tensor:
-        """A host buffer, uint8, from which copies run on their own."""
-
-    def start(self, buffer: Tensor) -> tuple[Tensor, Event]:
-        """Begin a copy of the buffer to the device, on the copy stream; the event occurs when it is done."""
-
-    def hand_over(self, on_device: Tensor, event: Event) -> None:
-        """Have the caller's stream wait for the copy and keep the memory until that stream has used it."""
-
-
 class CudaCopies:
-    """Copies to one GPU, on their own stream."""
+    """The copies to one GPU, on their own stream; tests have a stand-in without a device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
 
     def allocate(self, num_bytes: int) -> Tensor:
-        """See Copies: page-locked."""
+        """A page-locked host buffer, uint8."""
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
-    def start(self, buffer: Tensor) -> tuple[Tensor, Event]:
-        """See Copies. The device's memory comes from the copy stream's pool."""
+    def start(self, buffer: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+        """Begin a copy to the device, whose memory is of the copy stream's pool; the event occurs when it is done."""
         with torch.cuda.stream(self._stream):
             on_device = buffer.to(self._device, non_blocking=True)
             event = torch.cuda.Event()
             event.record(self._stream)
         return on_device, event
 
-    def hand_over(self, on_device: Tensor, event: Any) -> None:
-        """See Copies."""
+    def hand_over(self, on_device: Tensor, event: torch.cuda.Event) -> None:
+        """Have the caller's stream wait for the copy and keep the memory until that stream has used it."""
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(event)
         # The allocator would otherwise give the memory to the next copy as soon as the host drops the batch.
@@ -83,18 +63,18 @@ class CudaCopies:
 @dataclass(slots=True)
 class _Buffer:
     bytes: Tensor
-    copied: Event | None = None
+    copied: torch.cuda.Event | None = None
 
 
 class PinnedRing:
     """Host buffers used in turn, each only after its last copy has ended."""
 
-    def __init__(self, copies: Copies, num_buffers: int = _NUM_BUFFERS) -> None:
+    def __init__(self, copies: CudaCopies, num_buffers: int = _NUM_BUFFERS) -> None:
         self._copies = copies
         self._buffers = [_Buffer(torch.empty(0, dtype=torch.uint8)) for _ in range(num_buffers)]
         self._next = 0
 
-    def copy(self, value: Moved) -> tuple[Moved, Tensor, Event]:
+    def copy(self, value: Moved) -> tuple[Moved, Tensor, torch.cuda.Event]:
         """`value` with all its tensors on the device, the memory that holds them, and the event of the copy."""
         tensors: list[Tensor] = []
         map_tensors(value, tensors.append)
@@ -125,7 +105,7 @@ class _Item(Generic[Moved, Kept]):
     moved: Moved
     kept: Kept
     memory: Tensor | None = None
-    copied: Event | None = None
+    copied: torch.cuda.Event | None = None
 
 
 class _EndError(Exception):
@@ -152,7 +132,7 @@ class Feed(Generic[Moved, Kept]):
         device: torch.device,
         *,
         depth: int = 2,
-        copies: Copies | None = None,
+        copies: CudaCopies | None = None,
     ) -> None:
         self._source = source
         self._device = device

@@ -89,29 +89,22 @@ LISTS = st.lists(st.lists(st.integers(1, 99), max_size=6), min_size=0, max_size=
 
 @depth(30)
 @given(lists=LISTS, max_length=st.integers(1, 8), has_queries=st.booleans())
-def test_padded_history_keeps_the_newest_events_at_either_end(
+def test_padded_history_keeps_the_newest_events_at_its_end(
     lists: list[list[int]], max_length: int, has_queries: bool
 ) -> None:
     history = history_of(lists, has_queries=has_queries)
-    for align in ("right", "left"):
-        padded = history.padded(max_length, align=align)
-        assert padded.item_ids_BL.shape == (len(lists), max_length)
-        for b, events in enumerate(lists):
-            kept = events[-max_length:]
-            empty = [0] * (max_length - len(kept))
-            items = empty + kept if align == "right" else kept + empty
-            assert padded.item_ids_BL[b].tolist() == items
-            assert padded.mask_BL[b].tolist() == [item != 0 for item in items]
-            assert padded.actions_BL[b].tolist() == [item % 2 + 1 if item else 0 for item in items]
-            assert padded.ages_s_BL[b].tolist() == [item / 2 for item in items]
-            if padded.query_ids_BL is not None:
-                assert padded.query_ids_BL[b].tolist() == [item + 1000 if item else 0 for item in items]
-        assert (padded.query_ids_BL is not None) == has_queries
-
-
-def test_padded_refuses_an_unknown_side() -> None:
-    with pytest.raises(ValueError, match="align must be 'left' or 'right', got 'centre'"):
-        history_of([[1]]).padded(2, align="centre")
+    padded = history.padded(max_length)
+    assert padded.item_ids_BL.shape == (len(lists), max_length)
+    for b, events in enumerate(lists):
+        kept = events[-max_length:]
+        items = [0] * (max_length - len(kept)) + kept
+        assert padded.item_ids_BL[b].tolist() == items
+        assert padded.mask_BL[b].tolist() == [item != 0 for item in items]
+        assert padded.actions_BL[b].tolist() == [item % 2 + 1 if item else 0 for item in items]
+        assert padded.ages_s_BL[b].tolist() == [item / 2 for item in items]
+        if padded.query_ids_BL is not None:
+            assert padded.query_ids_BL[b].tolist() == [item + 1000 if item else 0 for item in items]
+    assert (padded.query_ids_BL is not None) == has_queries
 
 
 def test_padding_rows_count_nothing() -> None:
