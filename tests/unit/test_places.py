@@ -59,6 +59,7 @@ WORDS: dict[str, list[str]] = {
     "tune": [],
 }
 """What each job needs beside places."""
+# fmt: off - a list of words
 NO_PLACES = {
     "--stable",
     "--canary",
@@ -102,7 +103,8 @@ NO_PLACES = {
     "--page",
     "--use",
     "--help",
-}  # fmt: skip - a list of words
+}
+# fmt: on
 READ = (check_file, check_input, check_lake, check_logs, check_run_dir)
 ODD = ("a b", "50%", "#1", "it's", '"x"', "für-dich", "北京", "🙂", "{a,b}", "?", "a:b", "=", "&", "العربية", "-", "*")
 """Names that every place may have."""

@@ -202,15 +202,13 @@ def test_a_number_outside_its_range_is_refused_and_its_ends_are_not(path: str) -
             assert "must be in" not in message, path
 
 
-SHARES = ("similarity", "cross_exposure", "global_noise", "link_loss", "duplicate_rate", "late_rate")
+CHOICES = {path: field for path, (_, field) in KEYS.items() if "choices" in field.metadata and ".name." not in path}
 
 
-@pytest.mark.parametrize("key", SHARES)
-def test_shares_must_be_shares(key: str) -> None:
-    for value in ("-0.1", "1.1", "nan"):
-        assert refused(f"simulated.{key}={value}") == f"simulated.{key} must be in [0, 1], got {value}"
-    for value in ("0", "1"):
-        load_config(None, [f"simulated.{key}={value}"])
+@pytest.mark.parametrize("path", CHOICES)
+def test_a_word_that_is_no_choice_is_refused_with_those_there_are(path: str) -> None:
+    *words, last = map(repr, CHOICES[path].metadata["choices"])
+    assert refused(f"{path}=strange") == f"{path} must be {', '.join(words)} or {last}, got 'strange'"
 
 
 def test_ranges_are_read_as_they_are_written() -> None:
@@ -223,16 +221,7 @@ def test_ranges_are_read_as_they_are_written() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        # Trained on, before
-        ("train.weight_decay=-1", "train.weight_decay must be in [0, 1000], got -1.0"),
-        ("train.seed=-1", "train.seed must be in [0, 4294967295], got -1"),
-        ("train.warmup_steps=-5", "train.warmup_steps must be in [0, 1000000000], got -5"),
-        # Ended in stack traces, before, a minute later
-        ("train.gradient_clip=nan", "train.gradient_clip must be in [0, 1e9], got nan"),
-        ("ray.cpus_per_worker=0", "ray.cpus_per_worker must be in [0.01, 1024], got 0.0"),
         ("ray.timeout=0 s", "ray.timeout must be between 1 s and 30 days, got '0 s'"),
-        ("train.seed=12345678901234567890", "train.seed must be in [0, 4294967295], got 12345678901234567890"),
-        # Their kin
         ("labels.order_window=99999999999999 days", "labels.order_window must be between 0 s and 366 days, got"),
         (f"labels.order_window={'9' * 400} days", "labels.order_window must be between 0 s and 366 days, got"),
         ("model.backbone_options.depth=nan", "model.backbone_options.depth must be in [-1e300, 1e300], got nan"),
@@ -295,24 +284,15 @@ REFUSED = [
         "labels.global_window=5 minutes",
         "labels.global_window (5 minutes) must not be shorter than labels.click_window (1 hour)",
     ),
-    ("labels.global_span=week", "labels.global_span must be 'window' or 'day', got 'week'"),
-    (
-        "labels.order_without_click=keep",
-        "labels.order_without_click must be 'reject' or 'credit_impression', got 'keep'",
-    ),
-    ("vocabulary.kind=fitted", "vocabulary.kind must be 'fit' or 'hash', got 'fitted'"),
-    ("vocabulary.num_buckets=2", "vocabulary.num_buckets must be in [3, 2147483647], got 2"),
     ("data.train_dates=yesterday", "data.train_dates: 'yesterday' is not a date; write YYYY-MM-DD"),
     ("data.eval_dates=2026-01-02:2026-01-01", "data.eval_dates: the range '2026-01-02:2026-01-01' is empty"),
     # Sources
     ("simulated.num_impressions=7", "simulated.num_impressions (7) must not be below simulated.num_days (8)"),
     ("simulated.num_categories=2000", "simulated.num_items (1000) must not be below simulated.num_categories (2000)"),
     ("simulated.num_queries=5", "simulated.num_queries (5) must not be below simulated.num_categories (24)"),
-    ("simulated.num_items=31", "simulated.num_items must be in [32, 1000000000], got 31"),
     ("simulated.first_date=today", "simulated.first_date: 'today' is not a date; write YYYY-MM-DD"),
     ("kuaisearch.step=0 s", "kuaisearch.step must be between 1 us and 366 days, got '0 s'"),
     ("kuaisearch.base_time=today", "kuaisearch.base_time: 'today' is not a time"),
-    ("kuaisar.order_column=buy", "kuaisar.order_column must be 'like', 'follow' or 'forward', got 'buy'"),
     (
         "jdsearch.base_time=2022-11-01T01:00:00Z",
         "jdsearch.base_time must be midnight UTC, got '2022-11-01T01:00:00+00:00': no history may share its date",
@@ -332,23 +312,9 @@ REFUSED = [
     ("model.hidden=[]", "model.hidden is empty; give at least one width, for example [64]"),
     ("model.hidden=[64, 0]", "model.hidden[1] must be in [1, 65536], got 0"),
     ("model.tower_hidden=[-1]", "model.tower_hidden[0] must be in [1, 65536], got -1"),
-    ("model.dropout=1", "model.dropout must be in [0, 1), got 1.0"),
     ("model.apg_rank=65", "model.apg_over_parameterisation (64) must not be below model.apg_rank (65)"),
     ("model.interest.rank=33", "model.interest.over_parameterisation (32) must not be below model.interest.rank (33)"),
-    ("model.multitask.alpha=-1", "model.multitask.alpha must be in [0, 1000], got -1.0"),
-    ("model.scenario_weights=even", "model.scenario_weights must be 'equal' or 'rows', got 'even'"),
-    ("model.multitask.variant=C", "model.multitask.variant must be 'A' or 'B', got 'C'"),
-    ("model.contrastive.feature_weight=-1", "model.contrastive.feature_weight must be in [0, 1000], got -1.0"),
-    ("model.contrastive.mask_rate=1", "model.contrastive.mask_rate must be in (0, 1), got 1.0"),
     # Training
-    ("train.schedule=step", "train.schedule must be 'none', 'cosine' or 'linear', got 'step'"),
-    ("train.order=random", "train.order must be 'shuffled' or 'by_date', got 'random'"),
-    (
-        "train.embedding_optimizer=adam",
-        "train.embedding_optimizer must be 'rowwise_adagrad' or 'rowwise_adam', got 'adam'",
-    ),
-    ("train.embedding_strategy=torchrec", "train.embedding_strategy must be 'replicated' or 'sharded', got 'torchrec'"),
-    ("train.precision=fp8", "train.precision must be 'float32' or 'bf16', got 'fp8'"),
     (
         "train.global_batch_size=1000",
         "train.global_batch_size (1000) must be a multiple of model.contrastive.group_size (128)",
