@@ -53,8 +53,9 @@ def comparison_of(
     run: TrainedRun, other_dir: Path, held_out: Manifest, predictions: Predictions, baseline: Predictions | None
 ) -> dict[str, Any]:
     """Popularity, a logistic regression, another run and this one on the same rows."""
-    from usr_ray.evaluation.comparison import compare
+    from usr_ray.evaluation.comparison import compare, on_common_rows
     from usr_ray.reporting.run import model_name
+    from usr_ray.runs.evaluations import dates_of, trained_dates
     from usr_ray.runs.plan import load_manifest
     from usr_ray.training.evaluate import check_table, evaluate, evaluation_reader, load_run
     from usr_ray.training.logistic import PlainRows, logistic_regression
@@ -76,7 +77,19 @@ def comparison_of(
     by_hand = replace(predictions, probs_NT=logistic_regression(held_out.spec, fit, rows), global_probs_NT=None)
     found = {"popularity": baseline} if baseline else {}
     found |= {"logistic regression": by_hand, theirs if theirs != ours else str(other_dir): scored, ours: predictions}
-    return compare(found, ours, held_out.spec.scenarios)
+    found = on_common_rows(found)
+    if not len(found[ours]):
+        raise UserError(
+            f"--compare {other_dir}: this run and that one evaluate no row in common (data.only_scenario); name a run "
+            "that knows the same scenario"
+        )
+    notes = []
+    if len(found[ours]) < len(predictions):
+        notes.append(f"on the {len(found[ours]):,} of {len(predictions):,} rows that both runs evaluate")
+    seen = trained_dates(other_dir, other.config.to_dict()) & set(dates_of(held_out, found[ours].row_number_N))
+    if seen:
+        notes.append(f"{other_dir} was trained on {date_ranges(seen)}: for it these dates are not held out")
+    return compare(found, ours, held_out.spec.scenarios) | {"notes": notes}
 
 
 def main(argv: list[str]) -> None:
@@ -131,6 +144,8 @@ def main(argv: list[str]) -> None:
         )
         print(f"{dates_heading(dates, seen)}:\n{metrics_text(splits)}")
         if arguments.compare:
+            for note in about["comparison"]["notes"]:
+                print(f"warning: --compare: {note}")
             print(comparison_text(about["comparison"]))
         if arguments.importance:
             print(importance_text(about["importance"]))

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from usr_ray.evaluation.files import aligned
 from usr_ray.evaluation.metrics import ALL, Predictions, auc
 from usr_ray.evaluation.statistics import Judged, cell_rows, corrected, paired_auc_gap
 from usr_ray.schema import TASKS
+
+
+def on_common_rows(scored: Mapping[str, Predictions]) -> dict[str, Predictions]:
+    """The rows that every scorer has, in the order of the manifest: runs may know a scenario alone, or immature rows.
+
+    Args:
+        scored: name -> rows of one manifest, sorted by row_number.
+    """
+    common_M = functools.reduce(np.intersect1d, [rows.row_number_N for rows in scored.values()])
+    return {name: rows.take(np.searchsorted(rows.row_number_N, common_M)) for name, rows in scored.items()}
 
 
 def compare(scored: Mapping[str, Predictions], ours: str, scenarios: Sequence[str]) -> dict[str, Any]:

@@ -9,7 +9,8 @@ Shape letters: N rows, T tasks (schema.TASKS), G groups (users or requests).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +51,11 @@ class Predictions:
 
     def __len__(self) -> int:
         return len(self.row_number_N)
+
+    def take(self, places_M: NDArray[np.int64]) -> Predictions:
+        """Some of the rows, in the order of `places_M`."""
+        columns: dict[str, Any] = {key.name: getattr(self, key.name) for key in fields(self)}
+        return Predictions(**{name: None if of is None else of[places_M] for name, of in columns.items()})
 
 
 def known_labels_only(

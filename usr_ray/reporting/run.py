@@ -144,6 +144,7 @@ def comparison_section(found: Mapping[str, Any] | None) -> Section:
         "over users: they do not know the noise of another training seed. Verdicts hold after Holm's correction over "
         "this table."
     )
+    note += "".join(f" Mind: {text}." for text in (found or {}).get("notes", ()))
     return Section("Beside simpler models", note, table=Table(head, rows, 3))
 
 

@@ -107,9 +107,10 @@ def logistic_regression(
     columns, wanted = design(spec, train, scored)
     probs = []
     for place, task in enumerate(TASKS):
-        labels_N = train.labels_NT[:, place]
-        if labels_N.min() == labels_N.max():
+        known_N = np.array(spec.known_labels)[train.scenario_N, place]  # an unobserved 0 is no label
+        labels_N = train.labels_NT[known_N, place]
+        if len(np.unique(labels_N)) < 2:
             raise UserError(f"--compare: all training rows have one label of {task}; train on dates that have both")
-        fitted = LogisticRegression(C=inverse_l2, max_iter=200, tol=1e-3).fit(columns, labels_N)
+        fitted = LogisticRegression(C=inverse_l2, max_iter=200, tol=1e-3).fit(columns[known_N], labels_N)
         probs.append(fitted.predict_proba(wanted)[:, 1])
     return np.stack(probs, axis=1)

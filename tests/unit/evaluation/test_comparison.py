@@ -9,7 +9,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from tests.unit.reporting.test_run import SCENARIOS, make_predictions
-from usr_ray.evaluation.comparison import compare, comparison_text
+from usr_ray.evaluation.comparison import compare, comparison_text, on_common_rows
 from usr_ray.reporting.run import comparison_section
 
 pytestmark = pytest.mark.unit
@@ -46,6 +46,24 @@ def test_two_equal_scorers_are_even():
     ours = make_predictions()
     found = compare({"twin": ours, "ours": ours}, "ours", SCENARIOS)
     assert {lead["verdict"] for entry in found["cells"] for lead in entry["leads"].values()} == {"even"}
+
+
+def test_scorers_of_other_rows_are_compared_on_those_in_common():
+    whole = make_predictions()
+    alone = whole.take(np.flatnonzero(whole.scenario_N == 1))  # a run of one scenario
+    late = whole.take(np.flatnonzero(whole.row_number_N >= 100))
+    found = on_common_rows({"whole": whole, "alone": alone, "late": late})
+    for rows in found.values():
+        assert (rows.row_number_N >= 100).all()
+        assert (rows.scenario_N == 1).all()
+        assert len(rows) == ((whole.scenario_N == 1) & (whole.row_number_N >= 100)).sum()
+        np.testing.assert_array_equal(rows.probs_NT, whole.probs_NT[rows.row_number_N])
+        assert rows.global_probs_NT is None
+    assert len(on_common_rows({"one": alone, "other": whole.take(np.flatnonzero(whole.scenario_N == 0))})["one"]) == 0
+
+
+def test_what_one_must_mind_of_a_comparison_is_in_the_report():
+    assert "Mind: on 3 of 5 rows." in comparison_section({"cells": [], "notes": ["on 3 of 5 rows"]}).note
 
 
 def test_without_a_comparison_the_report_has_no_such_section():

@@ -195,5 +195,35 @@ def test_the_job_writes_it_and_the_report_shows_it(lake, runs, capsys):
     assert first["USR on SharedBottom"] == metrics["search"]["ctr"]["auc"]
 
 
+def test_a_comparison_says_what_the_other_run_has_seen_and_which_rows_it_knows(lake, runs, tmp_path, capsys):
+    usr, plain = runs
+    store = CheckpointStore(plain / "checkpoints").newest_valid()
+    config = store.state["config"] | {"data": store.state["config"]["data"] | {"only_scenario": "search"}}
+    other = tmp_path / "other"
+    CheckpointStore(other / "checkpoints").save(1, store.tensors, store.state | {"config": config})
+    (other / "config.json").write_text(json.dumps({"config": config, "trained_dates": "2026-01-01:2026-01-03"}))
+    command = ["--run-dir", str(usr), "--lake", str(lake), "--dates", "2026-01-03:2026-01-04", "--output"]
+    assert run_job(job.main, [*command, str(tmp_path / "m.json"), "--compare", str(other)]) == 0
+    found = json.loads((tmp_path / "m.json").read_text())
+    num_rows = {name: found["eval"][name]["ctr"]["num_samples"] for name in ("search", "all")}
+    notes = found["about"]["comparison"]["notes"]
+    assert notes == [
+        f"on the {num_rows['search']:,} of {num_rows['all']:,} rows that both runs evaluate",
+        f"{other} was trained on 2026-01-03: for it these dates are not held out",
+    ]
+    cells = {entry["cell"]: entry for entry in found["about"]["comparison"]["cells"] if entry["task"] == "ctr"}
+    assert cells["all"]["auc"] == cells["search"]["auc"], "the search's rows are all"
+    assert cells["search"]["auc"]["USR on SharedBottom"] == found["eval"]["search"]["ctr"]["auc"]
+    assert cells["recommendation"]["leads"] == {}
+    printed = capsys.readouterr().out
+    assert [f"warning: --compare: {note}" in printed for note in notes] == [True, True]
+    alone = store.state | {"config": config | {"data": config["data"] | {"only_scenario": "recommendation"}}}
+    CheckpointStore(tmp_path / "feed" / "checkpoints").save(1, store.tensors, alone)
+    (tmp_path / "feed" / "manifest-train.json").write_bytes((plain / "manifest-train.json").read_bytes())
+    command[1] = str(tmp_path / "feed")
+    assert run_job(job.main, [*command, str(tmp_path / "n.json"), "--compare", str(other)]) == 2
+    assert "evaluate no row in common (data.only_scenario); name a run" in capsys.readouterr().err
+
+
 def test_a_run_without_it_has_no_such_section():
     assert not importance_section(None, ("search",)).plots

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
 
 from usr_ray.config import UserError
 from usr_ray.schema import DenseFeature, FeatureSpec, SparseFeature
-from usr_ray.training.logistic import MIN_ROWS, PlainRows, crossed_columns, design, logistic_regression
+from usr_ray.training.logistic import INVERSE_L2, MIN_ROWS, PlainRows, crossed_columns, design, logistic_regression
 
 pytestmark = pytest.mark.unit
 
@@ -71,6 +74,23 @@ def test_it_finds_what_only_two_columns_together_say():
     assert probs_NT.shape == (50, 2)
     assert ((probs_NT[:, 0] > 0.9) == labels[:50]).all()
     assert ((probs_NT[:, 0] < 0.1) == ~labels[:50]).all()
+
+
+def test_labels_that_no_log_knows_are_no_labels():
+    """The feed logs no orders: its rows, all of them 0, must not change what the search's say."""
+    generator = np.random.default_rng(0)
+    ids = np.full((400, 6), 2)
+    ids[:, 3] = generator.integers(2, 4, 400)
+    labels = (ids[:, 3] == 3) ^ (generator.random(400) < 0.2)
+    search, feed = rows_of(ids, labels), rows_of(ids, labels * 0, scenario=1)
+    both = PlainRows(*(np.concatenate([getattr(one, name) for one in (search, feed)]) for name in PlainRows.__slots__))
+    both.labels_NT[400:, 0] = labels
+    knows_search = replace(spec_of(), no_order_scenarios=("feed",))
+    fitted, scored = design(spec_of(), both, search)
+    model = LogisticRegression(C=INVERSE_L2, max_iter=200, tol=1e-3).fit(fitted[:400], labels)
+    probs_NT = logistic_regression(knows_search, both, search)
+    np.testing.assert_array_equal(probs_NT[:, 1], model.predict_proba(scored)[:, 1])
+    assert abs(probs_NT[:, 1].mean() - labels.mean()) < 0.02
 
 
 def test_rows_of_one_label_are_refused():
