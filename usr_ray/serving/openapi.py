@@ -33,8 +33,7 @@ _FEATURES: Schema = {
 _CANDIDATE = _object(
     {
         "id": _text("Raw item_id."),
-        "features": _FEATURES
-        | {"description": "Of the item, in place of those that the lake has. Raw values by name."},
+        "features": _FEATURES | {"description": "Of the item, in place of all that the lake has. Raw values by name."},
     },
     needed=("id",),
     additionalProperties=False,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +39,7 @@ MAX_CANDIDATES = 2000
 _NUM_READERS = 4
 """Of users: a store that hangs holds so many, and the next requests are answered without it."""
 GOLDEN_TOLERANCE = 1e-6
+_MAX_WEIGHT = 1e300
 TASKS = ("ctr", "ctcvr")
 _FIELDS = ("request_id", "scenario", "user_id", "query", "context", "time", "candidates", "task", "k")
 
@@ -180,7 +180,9 @@ class Ranker:
         probs = self.predict(inputs)
         order = np.arange(len(request.candidates))
         if ranked:
-            value_N = request.weights[0] * probs["p_ctr"] + request.weights[1] * probs["p_ctcvr"]
+            # In float64: as float32 a large weight is infinite, a small one 0, and all candidates are equal.
+            ctr_N, ctcvr_N = (probs[name].astype(np.float64) for name in ("p_ctr", "p_ctcvr"))
+            value_N = request.weights[0] * ctr_N + request.weights[1] * ctcvr_N
             order = np.argsort(-value_N, kind="stable")
         names = list(probs)
         rows = zip(*(probs[name][order].tolist() for name in names), strict=True)
@@ -332,7 +334,7 @@ def _weights(task: Any) -> tuple[float, float]:
         return float(task == "ctr"), float(task == "ctcvr")
     if isinstance(task, Mapping) and task and set(task) <= set(TASKS):
         found = [task.get(name, 0) for name in TASKS]
-        if all(isinstance(w, int | float) and not isinstance(w, bool) and math.isfinite(w) for w in found):
+        if all(isinstance(w, int | float) and not isinstance(w, bool) and abs(w) <= _MAX_WEIGHT for w in found):
             return float(found[0]), float(found[1])
     raise RequestError(f"task: {task!r:.60} is none; 'ctr', 'ctcvr', or an object of weights of both is needed")
 

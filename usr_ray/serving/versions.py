@@ -106,7 +106,8 @@ def move_pointer(registry: Path, name: str) -> None:
     pointer = Pointer(name)
     if (registry / POINTER).exists():
         old = read_pointer(registry)
-        pointer = replace(old, stable=name, before=(*old.before, old.stable))
+        # One that is stable already has no other place to go back to than it had.
+        pointer = replace(old, stable=name, before=old.before if old.stable == name else (*old.before, old.stable))
         if old.canary == name:
             pointer = replace(pointer, canary=None, share=0.0)
         if old.shadow == name:

@@ -6,6 +6,7 @@ import datetime as dt
 import json
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -243,6 +244,7 @@ def test_the_pointer_moves_and_goes_back(tmp_path):
     for name in ("one", "two", "three"):
         (tmp_path / "versions" / name).mkdir(parents=True)
         move_pointer(tmp_path, name)
+    move_pointer(tmp_path, "three")  # once more
     with_canary(tmp_path, "four", 0.25)
     assert read_pointer(tmp_path) == Pointer("three", ("one", "two"), "four", 0.25)
     move_pointer(tmp_path, "four")  # what was the canary has become stable
@@ -343,6 +345,8 @@ BAD = [
     ({"time": "2025-12-31T00:00:00Z"}, r"^time: 2025-12-31T00:00:00\+00:00 is before 2026-01-01"),
     ({"task": "cvr"}, r"^task: 'cvr' is none; 'ctr', 'ctcvr'"),
     ({"task": {"ctr": "1"}}, r"^task: "),
+    ({"task": {"ctr": 1e301}}, r"^task: "),
+    ({"task": {"ctr": float("nan")}}, r"^task: "),
     ({"k": 0}, r"^k: is 0; an integer from 1 on"),
 ]
 
@@ -362,6 +366,19 @@ def ranker(encoder):
 def test_bad_requests_are_refused_in_one_line(ranker, change, message):
     with pytest.raises(RequestError, match=message):
         ranker.checked(GOOD | change if isinstance(change, dict) else change)
+
+
+@pytest.mark.parametrize("weight", [1.0, 1e-60, 1e250])
+def test_candidates_are_ordered_by_weights_of_any_size(encoder, weight):
+    names = [f"v{n}" for n in range(4)]
+    ctr, ctcvr = ([0.1, 0.4, 0.3, 0.2], [0.1, 0.05, 0.2, 0.1])
+    program = SimpleNamespace(predict=lambda inputs: {"p_ctr": np.float32(ctr), "p_ctcvr": np.float32(ctcvr)})
+    version = {"version": "v", "model_id": "m", "rules": {"click_window": 0, "order_window": 0}}
+    ranker = Ranker(version, program, encoder, (None, None), exact_from_us=FIRST)
+    ranker.encoded = lambda request: ({}, {}, False)
+    answer = ranker.rank(**GOOD | {"candidates": names, "task": {"ctr": weight, "ctcvr": 2 * weight}})
+    # 0.3, 0.5, 0.7, 0.4
+    assert [item["id"] for item in answer["items"]] == ["v2", "v1", "v3", "v0"]
 
 
 def test_a_good_request(ranker):
