@@ -150,7 +150,9 @@ class Config:
         meaning["features"] = json.loads(json.dumps(self.features.row_meaning()))
         # "60 minutes" is "1 hour", and an empty global window is the click window.
         for name in ("click_window", "order_window", "global_window", "clock_skew"):
-            meaning["labels"][name] = f"{getattr(self.labels, f'{name}_us') / 1e6:g} s"
+            seconds = getattr(self.labels, f"{name}_us") / 1e6
+            short = f"{seconds:g}"  # as older tables have it; six digits do not tell 2592000 s from 2592001
+            meaning["labels"][name] = (short if float(short) == seconds else repr(seconds)) + " s"
         if self.limits.max_user_events_per_day:
             meaning["limits"] = {"max_user_events_per_day": self.limits.max_user_events_per_day}
         if self.every_counter:  # by what they are, however they were asked for

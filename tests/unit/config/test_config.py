@@ -107,6 +107,14 @@ def test_durations(text: str, us: int) -> None:
     assert parse_duration_us(text, where="x") == us
 
 
+def test_windows_mean_the_same_to_the_microsecond_and_as_older_tables_have_them() -> None:
+    def meant(window: str) -> str:
+        return load_config(None, (f'labels.order_window="{window}"',)).row_meaning()["labels"]["order_window"]
+
+    assert (meant("1 hour"), meant("60 min"), meant("30 days")) == ("3600 s", "3600 s", "2.592e+06 s")
+    assert len({meant(window) for window in ("30 days", "2592001 s", "2592000000001 us", "1 s", "1000001 us")}) == 5
+
+
 @pytest.mark.parametrize("text", ["", "hour", "1", "-1 hour", "1 fortnight", "1 hour 5 minutes", "1e3 s", "one hour"])
 def test_what_is_no_duration_is_refused(text: str) -> None:
     message = f"labels.x: {text!r} is not a duration; write a number and a unit, for example '24 hours'"
