@@ -54,8 +54,9 @@ class Predictions:
 
     def take(self, places_M: NDArray[np.int64]) -> Predictions:
         """Some of the rows, in the order of `places_M`."""
-        columns: dict[str, Any] = {key.name: getattr(self, key.name) for key in fields(self)}
-        return Predictions(**{name: None if of is None else of[places_M] for name, of in columns.items()})
+        columns = {key.name: getattr(self, key.name) for key in fields(self)}
+        taken: dict[str, Any] = {name: None if of is None else of[places_M] for name, of in columns.items()}
+        return Predictions(**taken)
 
 
 def known_labels_only(
