@@ -54,6 +54,12 @@ main()
 which would then be the machine's outward one, is given."""
 
 
+def start_flags(host: str, object_store_gb: float) -> list[str]:
+    """What every `ray start` of ours has."""
+    size = flags(node_ip_address=host, object_store_memory=int(object_store_gb * 1e9))
+    return ["start", "--block", "--disable-usage-stats", *size]
+
+
 def api(port: int, path: str, token: str, timeout_s: float = 5.0) -> dict:
     """One GET of the dashboard's REST interface, as its JSON; OSError when it does not answer."""
     request = urllib.request.Request(f"http://{LOOPBACK}:{port}{path}", headers={"Authorization": f"Bearer {token}"})
@@ -122,16 +128,9 @@ class LocalRay:
     ) -> None:
         """Start a node and wait until as many have registered as run."""
         ray = [str(Path(sys.executable).parent / "ray")] if node is self.head else [sys.executable, "-c", _MORE_NODES]
-        command = [
-            *ray,
-            "start",
-            "--block",
-            "--disable-usage-stats",
-            *flags(node_ip_address=LOOPBACK, object_store_memory=int(arguments.object_store_gb * 1e9)),
-            # The agent takes jobs; at its fixed port it fails silently beside another node or Ray on this machine.
-            *flags(dashboard_agent_listen_port=0),
-            *own,
-        ]
+        # The agent takes jobs; at its fixed port it fails silently beside another node or Ray on this machine.
+        own = [*flags(dashboard_agent_listen_port=0), *own]
+        command = [*ray, *start_flags(LOOPBACK, arguments.object_store_gb), *own]
         if arguments.num_cpus:
             command += flags(num_cpus=arguments.num_cpus)
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}

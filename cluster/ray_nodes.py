@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from cluster.daemons import Daemon, answers, check_private
-from cluster.local_ray import api, train_runs
+from cluster.local_ray import api, start_flags, train_runs
 from usr_ray.cli import JobParser, flags, run_job
 from usr_ray.config import UserError
 from usr_ray.launch.environment import LOOPBACK, RAY_ENVIRONMENT, ensure_token, token_file
@@ -39,11 +39,8 @@ def start_command(arguments: argparse.Namespace) -> list[str]:
     """`ray start` of a head or a worker; the token is not in it."""
     command = [
         str(Path(sys.executable).parent / "ray"),
-        "start",
-        "--block",
-        "--disable-usage-stats",
-        *flags(node_ip_address=arguments.host, metrics_export_port=arguments.metrics_port),
-        *flags(object_store_memory=int(arguments.object_store_gb * 1e9)),
+        *start_flags(arguments.host, arguments.object_store_gb),
+        *flags(metrics_export_port=arguments.metrics_port),
     ]
     if arguments.action == "head":
         ports = flags(port=arguments.port, dashboard_host=LOOPBACK, dashboard_port=arguments.dashboard_port)

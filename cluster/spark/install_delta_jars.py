@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -129,11 +130,16 @@ def install_jars(jars: Path) -> int:
             file=sys.stderr,
         )
         return 2
+    put(found, jars)
+    return 0
+
+
+def put(found: Iterable[Path], jars: Path) -> None:
+    """Copy jars into a folder, each whole or not at all."""
     for jar in found:
         partial = jars / f".{jar.name}.partial"
         shutil.copyfile(jar, partial)
         partial.rename(jars / jar.name)
-    return 0
 
 
 if __name__ == "__main__":

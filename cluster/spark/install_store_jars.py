@@ -7,14 +7,13 @@ the Hadoop client that Spark ships; another one would not load.
 from __future__ import annotations
 
 import re
-import shutil
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
-from install_delta_jars import resolve
+from install_delta_jars import put, resolve
 
 from usr_ray.cli import JobParser, run_job
 from usr_ray.config import UserError
@@ -44,7 +43,7 @@ def missing(found: list[Path], jars: Path) -> list[Path]:
 
 def install(stores: list[str], jars: Path, cache: Path) -> list[str]:
     """Names of the jars that were put into `jars`; UserError where Maven Central does not give them."""
-    version, added = hadoop_version(jars), []
+    version, added = hadoop_version(jars), list[str]()
     for store in stores:
         package = f"org.apache.hadoop:{CONNECTORS[store]}:{version}"
         print(f"jars: {package}", flush=True)
@@ -53,11 +52,9 @@ def install(stores: list[str], jars: Path, cache: Path) -> list[str]:
         if done.returncode != 0 or not any(CONNECTORS[store] in path.name for path in found):
             print(done.stderr[-2000:], file=sys.stderr)
             raise UserError(f"{package}: not to be had from Maven Central; check the network or proxy and run again")
-        for path in missing(found, jars):
-            partial = jars / f".{path.name}.partial"
-            shutil.copyfile(path, partial)
-            partial.rename(jars / path.name)
-            added.append(path.name)
+        lacking = missing(found, jars)
+        put(lacking, jars)
+        added += [path.name for path in lacking]
     return added
 
 

@@ -1,4 +1,4 @@
-"""The labels of the contract (section 2), row by row in plain Python: a slow reference for the sources' tests."""
+"""The labels that the oracle of the contract (tests/etl_oracle.py) gives the logs of a source, user by user."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tests.etl_oracle import Windows, World, expected
+
 
 def read_rows(logs: Path, log: str) -> list[dict[str, Any]]:
     """Rows of a log, event_time as microseconds since 1970."""
@@ -17,14 +19,6 @@ def read_rows(logs: Path, log: str) -> list[dict[str, Any]]:
         place = table.schema.get_field_index("event_time")
         table = table.set_column(place, "event_time", table["event_time"].cast(pa.int64()))
     return table.to_pylist()
-
-
-def first_by_key(rows: list[dict[str, Any]], *key: str) -> list[dict[str, Any]]:
-    """One row a key, the earliest."""
-    kept: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for row in sorted(rows, key=lambda r: r["event_time"]):
-        kept.setdefault(tuple(row[name] for name in key), row)
-    return list(kept.values())
 
 
 class Labels(NamedTuple):
@@ -40,64 +34,25 @@ class Labels(NamedTuple):
 def attribute(
     logs: Path, scenarios: list[str], *, click_us: int, order_us: int, global_us: int, orders_by_scenario: bool = False
 ) -> Labels:
-    shown: dict[str, dict[str, Any]] = {}
-    by_pair: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
-    for scenario in scenarios:
-        for row in first_by_key(read_rows(logs, f"{scenario}_impressions"), "impression_id"):
-            shown[row["impression_id"]] = row | {"scenario": scenario}
-            by_pair[row["user_id"], row["item_id"], scenario].append(row)
-    clicks: dict[tuple[str, str], list[tuple[int, str, str, str]]] = defaultdict(list)
-    clicked, lost_clicks = set(), []
-    for scenario in scenarios:
-        for click in first_by_key(read_rows(logs, f"{scenario}_clicks"), "click_id"):
-            impression = click_owner(click, scenario, shown, by_pair, click_us)
-            if impression is None:
-                lost_clicks.append(click)
-                continue
-            clicked.add(impression)
-            event = (click["event_time"], click["click_id"], impression, scenario)
-            clicks[click["user_id"], click["item_id"]].append(event)
-    ordered, lost_orders = set(), []
-    for scenario in scenarios if orders_by_scenario else [None]:
-        log = "orders" if scenario is None else f"{scenario}_orders"
-        for order in first_by_key(read_rows(logs, log), "order_id", "item_id"):
-            earned = [
-                event
-                for event in clicks[order["user_id"], order["item_id"]]
-                if event[0] <= order["event_time"] <= event[0] + order_us and scenario in (None, event[3])
-            ]
-            if earned:
-                ordered.add(max(earned)[2])
-            else:
-                lost_orders.append(order)
-    is_global = {
-        impression
-        for impression, row in shown.items()
-        if impression in clicked
-        or any(0 <= e[0] - row["event_time"] <= global_us for e in clicks[row["user_id"], row["item_id"]])
-    }
-    return Labels(clicked, ordered, is_global, lost_clicks, lost_orders, shown)
-
-
-def click_owner(
-    click: dict[str, Any],
-    scenario: str,
-    shown: dict[str, dict[str, Any]],
-    by_pair: dict[tuple[str, str, str], list[dict[str, Any]]],
-    click_us: int,
-) -> str | None:
-    time_us = click["event_time"]
-    if click["impression_id"] is not None:
-        row = shown.get(click["impression_id"])
-        same = row is not None and (row["user_id"], row["item_id"], row["scenario"]) == (
-            click["user_id"],
-            click["item_id"],
-            scenario,
-        )
-        return row["impression_id"] if row and same and 0 <= time_us - row["event_time"] <= click_us else None
-    fitting = [
-        (row["event_time"], row["impression_id"])
-        for row in by_pair[click["user_id"], click["item_id"], scenario]
-        if 0 <= time_us - row["event_time"] <= click_us
-    ]
-    return max(fitting)[1] if fitting else None
+    worlds: dict[str, World] = defaultdict(World)
+    found = Labels(set(), set(), set(), [], [], {})
+    for number, scenario in enumerate(scenarios):
+        for row in read_rows(logs, f"{scenario}_impressions"):
+            event = (row["user_id"], row["item_id"], number, row["event_time"])
+            worlds[row["user_id"]].impression(row["impression_id"], *event)
+            found.impressions.setdefault(row["impression_id"], row)
+        for row in read_rows(logs, f"{scenario}_clicks"):
+            event = (row["user_id"], row["item_id"], number, row["event_time"])
+            worlds[row["user_id"]].click(row["click_id"], *event, row["impression_id"], row=row)
+    for number, log in enumerate(f"{s}_orders" for s in scenarios) if orders_by_scenario else [(None, "orders")]:
+        for row in read_rows(logs, log):
+            event = (row["user_id"], row["item_id"], row["event_time"], number)
+            worlds[row["user_id"]].order(row["order_id"], *event, row=row)
+    for world in worlds.values():
+        seen = expected(world, Windows(click_us, order_us, global_us), num_scenarios=0, length=0, watermark=0)
+        for name in ("is_click", "is_order", "is_click_global"):
+            getattr(found, name).update(key for key, labels in seen.samples.items() if labels[name])
+        for kind, rows, lost in (("click", world.clicks, found[3]), ("order", world.orders, found[4])):
+            keys = [(kind, row["id"], row["item"]) for row in rows]
+            lost.extend({key: row["row"] for key, row in zip(keys, rows, strict=True) if key in seen.rejects}.values())
+    return found

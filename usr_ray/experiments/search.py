@@ -26,7 +26,7 @@ from usr_ray.config.tune import METRICS, SpaceConfig, TuneConfig
 from usr_ray.data.pins import remove_pin, write_pin
 from usr_ray.experiments.grid import Resources, Study
 from usr_ray.experiments.record import Base
-from usr_ray.experiments.search_record import as_row, open_search, read_points, write_search, write_values
+from usr_ray.experiments.search_record import FINAL_DIR, as_row, open_search, read_points, write_search, write_values
 from usr_ray.experiments.space import (
     Choice,
     TriedPoint,
@@ -49,7 +49,7 @@ from usr_ray.launch.session import ray_session
 from usr_ray.launch.trainer import refuse_relative
 from usr_ray.training.worker import LocalWorker
 
-BEST_FILE, TRIALS_DIR, RAY_DIR, FINAL_DIR = "best.toml", "trials", "ray", "final"
+BEST_FILE, TRIALS_DIR, RAY_DIR = "best.toml", "trials", "ray"
 _EXPERIMENT = "search"
 _DRIVER_MEMORY_BYTES = 200_000_000
 """What a driver of a worker group reserves: Ray refuses nothing at all, and its workers would wait for a CPU."""

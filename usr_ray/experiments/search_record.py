@@ -23,7 +23,7 @@ from usr_ray.files import now, write_whole
 from usr_ray.launch.monitor import HISTORY_FILE
 from usr_ray.training.monitor import summarise
 
-TRIAL_FILE, SEARCH_FILE = "trial.json", "search.json"
+TRIAL_FILE, SEARCH_FILE, FINAL_DIR = "trial.json", "search.json", "final"
 
 
 def write_values(folder: Path, values: Mapping[str, Any], *, num_epochs: int) -> None:

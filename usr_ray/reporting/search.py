@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from usr_ray.config import Config
 from usr_ray.config.tune import METRICS
+from usr_ray.experiments.search_record import FINAL_DIR
 from usr_ray.experiments.space import TriedPoint, choosing_dates, importance
 from usr_ray.reporting.page import DASH, REPORT_FILE, Row, Section, Table, span
 from usr_ray.reporting.plots import Dimension, Plot, bars_plot, parallel_plot
@@ -16,8 +17,6 @@ from usr_ray.reporting.study import write_study_report
 
 if TYPE_CHECKING:  # tune imports Ray; the report of a search needs none
     from usr_ray.experiments.search import TuneResult
-
-FINAL_DIR = "final"
 
 
 def write_search_report(run_dir: Path, config: Config, result: TuneResult) -> Path:

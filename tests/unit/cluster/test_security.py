@@ -122,12 +122,6 @@ def test_a_scenario_that_could_leave_a_path_or_a_name_is_refused(bad: str) -> No
         load_config(None, [f"scenarios={json.dumps([bad])}"])
 
 
-@pytest.mark.parametrize("bad", ["lake`x", "s3://shop/a\nb", "/lake/${env:HOME}"])
-def test_a_path_that_would_end_a_quoted_name_is_refused(bad: str) -> None:
-    with pytest.raises(UserError, match=r"--lake .*: a path must hold no backtick"):
-        check_address(bad, flag="--lake")
-
-
 def test_ordinary_paths_are_taken() -> None:
     for path in (
         "lake",
