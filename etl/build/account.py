@@ -41,8 +41,6 @@ class Account:
     """(fingerprint, day since 1970) -> hash of the samples of the day (etl/kernel/fingerprint.py)."""
     whole_from: dt.date | None = None
     """Of earlier dates only some rows were read, as a margin. None: of none."""
-    num_unusable: int = 0
-    """Rows without a key or a time that can be read."""
 
     def add_rejects(self, log: str, date: str, reason: str, num_rows: int) -> None:
         """Count rows that were rejected."""
@@ -126,7 +124,6 @@ def add_pass(account: Account, spark: SparkSession, folder: str, logs: Sequence[
             account.add_rejects(*place, row["reason"], row["rows"])
         elif row["what"] == UNUSABLE:
             account.counts[place] += LogCount(rows_in=row["rows"])
-            account.num_unusable += row["rows"]
         else:
             account.counts[place] += LogCount(**{row["what"]: row["rows"]})
             if row["what"] == "rows_in":

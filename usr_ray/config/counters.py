@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from usr_ray.config.fields import check_fields, number, require
+from usr_ray.config.fields import number, require
 
 COUNTER_IDS = ("user_id", "item_id", "query")
 """What is counted by beside categories."""
@@ -70,7 +70,6 @@ class CountersConfig:
     """Every other section [counters.NAME]."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "counters")
         for name, counter in self.named.items():
             require(
                 re.fullmatch(r"[a-z][a-z0-9_]*", name) is not None,

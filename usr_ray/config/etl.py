@@ -11,7 +11,6 @@ from usr_ray.config.fields import (
     COUNT,
     DAY_US,
     SEED,
-    check_fields,
     choice,
     duration,
     number,
@@ -45,7 +44,6 @@ class LabelsConfig:
     """Scenarios whose orders no log knows: not known, which is not the same as none. They have no CTCVR task."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "labels")
         require(
             self.global_window_us >= self.click_window_us,
             f"labels.global_window ({self.global_window}) must not be shorter than "
@@ -80,9 +78,6 @@ class HistoriesConfig:
     length: int = number(50, "[1, 10000]")
     """Newest events kept per scenario."""
 
-    def __post_init__(self) -> None:
-        check_fields(self, "histories")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LimitsConfig:
@@ -94,9 +89,6 @@ class LimitsConfig:
     """Share of a log's rows that may be rejected for one reason; with more the build stops."""
     max_reject_shares: Mapping[str, Mapping[str, float]] = number({}, "[0, 1]")
     """Log -> reason -> the share, where one reason of one log is known to be more common."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, "limits")
 
     def reject_share(self, log: str, reason: str) -> float:
         """Share of a log's rows that may be rejected for this reason."""
@@ -113,9 +105,6 @@ class VocabularyConfig:
     """Impressions of a value in the training dates before it gets an id of its own."""
     num_buckets: int = number(1_048_576, "[3, 2147483647]")
     """Rows of every table under kind = 'hash', padding and unknown included."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, "vocabulary")
 
 
 _OWN_FEATURES = ("user_id", "item_id", "query", "scenario", "event_hour")
@@ -154,7 +143,6 @@ class FeaturesConfig:
     `scenario`. No column holds them; the model makes them of the encoded ids (usr_ray/model/wide.py)."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "features")
         kinds = (f.name for f in dataclasses.fields(self) if f.name.endswith(("_categories", "_numbers", "_tags")))
         columns = [kind for kind in kinds if kind != "max_tags"]
         names = [name for column in columns for name in getattr(self, column)]
@@ -310,7 +298,6 @@ class SimulatedConfig:
     """Share of users who ever search; they are the busy ones. The others are in the scenarios without queries only."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "simulated")
         for key, least in (
             ("num_impressions", "num_days"),
             ("num_items", "num_categories"),
@@ -333,7 +320,6 @@ class KuaiRandConfig:
     """Scenario name -> tabs; every tab not named goes to the last scenario. Empty: the documented default groups."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "kuairand")
         tabs = [tab for group in self.tab_groups.values() for tab in group]
         doubled = sorted({tab for tab in tabs if tabs.count(tab) > 1})
         require(not doubled, f"kuairand.tab_groups: tab {', '.join(map(str, doubled))} is in more than one group")
@@ -345,9 +331,6 @@ class KuaiSarConfig:
 
     order_column: str = choice("like", "follow", "forward")
     """Later action of a recommendation row that stands in for an order; search rows have none."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, "kuaisar")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -362,7 +345,6 @@ class JdSearchConfig:
     """Of the days and of the shuffled candidates."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "jdsearch")
         parse_instant_us(self.base_time, where="jdsearch.base_time")
         require(
             self.base_time_us % DAY_US == 0,
@@ -386,7 +368,6 @@ class KuaiSearchConfig:
     """Write users and items: for a copy whose ids are those of the sessions (in the published demo they are not)."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "kuaisearch")
         parse_instant_us(self.base_time, where="kuaisearch.base_time")
 
     @property

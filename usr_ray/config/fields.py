@@ -241,14 +241,16 @@ def _default(value: Any) -> dict[str, Any]:
     return {"default_factory": dict} if value == {} else {"default": value}
 
 
-def check_fields(section: Any, where: str) -> None:
-    """Check a dataclass against its fields' own rules (number, choice, duration).
+def check_values(kind: type, values: Mapping[str, Any], where: str) -> None:
+    """Check the values of a dataclass against its fields' own rules (number, choice, duration).
 
     Raises:
         ConfigError: naming `where`, the field, its value and what it may be.
     """
-    for key in dataclasses.fields(section):
-        value, path = getattr(section, key.name), f"{where}.{key.name}"
+    for key in dataclasses.fields(kind):
+        if key.name not in values:
+            continue
+        value, path = values[key.name], f"{where}.{key.name}"
         if "range" in key.metadata:
             for place, part in _parts(value):
                 is_number = isinstance(part, int | float) and not isinstance(part, bool)
@@ -350,7 +352,10 @@ _hints = functools.cache(typing.get_type_hints)
 
 
 def build(kind: type, raw: Any, *, path: str) -> Any:
-    """A dataclass of type `kind` from nested dictionaries; ConfigError naming the dotted path of what does not fit."""
+    """A dataclass of type `kind` from nested dictionaries; ConfigError naming the dotted path of what does not fit.
+
+    Here values are held to their ranges, choices and durations; what keys mean together is checked by the classes.
+    """
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{path} must be a section, got {raw!r}")
     hints = _hints(kind)
@@ -366,6 +371,7 @@ def build(kind: type, raw: Any, *, path: str) -> Any:
         hint = f"; did you mean '{where}{near[0]}'?" if near else ""
         raise ConfigError(f"unknown key '{where}{unknown[0]}'; {owner} has: {', '.join(hints)}{hint}")
     values = {k: _convert(hints[k], v, path=f"{path}.{k}" if path else k) for k, v in raw.items()}
+    check_values(kind, values, path)
     return kind(**values)
 
 

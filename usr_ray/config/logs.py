@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from usr_ray.config.fields import FINITE, SEED, check_fields, choice, number, require
+from usr_ray.config.fields import FINITE, SEED, choice, number, require
 
 TIME_UNITS_NS = {"s": 1_000_000_000, "ms": 1_000_000, "us": 1_000, "ns": 1}
 """time_format of a number -> nanoseconds of its unit."""
@@ -77,7 +77,6 @@ class LogConfig:
 
     def check(self, where: str) -> None:
         """Raise ConfigError, naming `where`, unless every value can be used."""
-        check_fields(self, where)
         require(len(self.separator) == 1, f"{where}.separator must be one character, got {self.separator!r}")
         require(
             _is_encoding(self.encoding),
@@ -163,7 +162,6 @@ class OnlineConfig:
     """Of the bootstrap."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "online")
         require(bool(self.bucket_column), "online.bucket_column is empty; name a column of the impressions logs")
         require(
             len(self.shares) != 1,

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from usr_ray.config.fields import FINITE, SIZE, check_fields, choice, number, require
+from usr_ray.config.fields import FINITE, SIZE, choice, number, require
 
 BACKBONES = ("shared_bottom", "mmoe", "ple", "star", "m2m", "apg", "pepnet")
 _OWN_BACKBONE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
@@ -23,7 +23,6 @@ class InterestConfig:
     """Inner size of the products that U and V are folded from."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "model.interest")
         require(
             self.over_parameterisation >= self.rank,
             f"model.interest.over_parameterisation ({self.over_parameterisation}) must not be below "
@@ -38,9 +37,6 @@ class GeneratorConfig:
     enabled: bool = True
     hidden: int = number(64, SIZE)
 
-    def __post_init__(self) -> None:
-        check_fields(self, "model.generator")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MultitaskConfig:
@@ -53,9 +49,6 @@ class MultitaskConfig:
     """Weight of the global tasks in the loss."""
     hidden: tuple[int, ...] = number((64, 32), SIZE)
     """MLP of the global heads, on the joined views."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, "model.multitask")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,9 +65,6 @@ class ContrastiveConfig:
     """Rows whose vectors serve one another as negatives: fixed, so that the loss does not depend on the workers."""
     mask_rate: float = number(0.2, "(0, 1)")
     """Share of history events (and of features) masked in the twin."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, "model.contrastive")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,7 +123,6 @@ class ModelConfig:
     contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
 
     def __post_init__(self) -> None:
-        check_fields(self, "model")
         is_own = _OWN_BACKBONE.fullmatch(self.backbone) is not None
         require(
             self.backbone in BACKBONES or is_own,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from usr_ray.config.fields import COUNT, SEED, check_fields, choice, duration, number, parse_dates, require
+from usr_ray.config.fields import COUNT, SEED, choice, duration, number, parse_dates, require
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +26,6 @@ class DataConfig:
     For comparisons (study joint): such a run is not exported and scores nothing."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "data")
         for key in ("train_dates", "eval_dates"):
             if getattr(self, key):
                 parse_dates(getattr(self, key), where=f"data.{key}")
@@ -96,7 +95,6 @@ class TrainConfig:
     """Keep the weights of the epoch with the best mean log loss on eval_dates, and stop when it grows."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "train")
         require(
             self.global_batch_size % self.reader_shards == 0,
             f"train.reader_shards ({self.reader_shards}) must divide train.global_batch_size "
@@ -127,6 +125,3 @@ class RayConfig:
     """A collective that takes longer is a failure, not a hang."""
     dashboard: bool = True
     """Whether a Ray that the job starts for itself has a dashboard (about 1 GB of memory)."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, "ray")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from usr_ray.config.fields import COUNT, FINITE, SEED, check_fields, choice, number, require
+from usr_ray.config.fields import COUNT, FINITE, SEED, choice, number, require
 
 SEARCHES = ("random", "optuna")
 SPACE_KINDS = ("log_uniform", "uniform", "int", "choice")
@@ -25,7 +25,6 @@ class SpaceConfig:
 
     def check(self, where: str) -> None:
         """Raise ConfigError, naming `where`, unless values can be drawn."""
-        check_fields(self, where)
         require(self.kind in SPACE_KINDS, f"{where}.kind must be one of {', '.join(SPACE_KINDS)}, got {self.kind!r}")
         if self.kind == "choice":
             require(bool(self.values), f"{where}.values is empty; name the values to choose from")
@@ -68,7 +67,6 @@ class TuneConfig:
     """Dotted path -> values: [tune.space."train.learning_rate"]."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "tune")
         require(bool(self.final_seeds), "tune.final_seeds is empty; name at least one seed")
         for path, space in self.space.items():
             space.check(f"tune.space.{path}")

@@ -181,8 +181,3 @@ class UsrOutputs:
     features_BSD: Tensor | None = None
     """(B, S, D) f_k of every view."""
     features_twin_BSD: Tensor | None = None
-
-    @property
-    def probs_BT(self) -> Tensor:
-        """(B, 2) probabilities of CTR and CTCVR in the row's own scenario."""
-        return self.log_p_BT.exp()

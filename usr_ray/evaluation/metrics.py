@@ -168,7 +168,6 @@ def compute_metrics(
     user_keys: NDArray,
     *,
     request_keys: NDArray | None = None,
-    weights: NDArray | None = None,
 ) -> TaskMetrics:
     """All metrics of one task on one set of rows.
 
@@ -177,7 +176,6 @@ def compute_metrics(
         probs: (N,) probabilities in [0, 1].
         user_keys: (N,) integers, equal for rows of one user.
         request_keys: (N,) integers, equal for rows of one request; None leaves NDCG undefined.
-        weights: (N,) rows of weight 0 (padding, labels not final) are dropped; every other row counts once.
 
     Returns:
         auc, gauc, log_loss, pcoc, normalised_entropy, ndcg_at_10 (float, None when undefined), num_samples and
@@ -191,8 +189,6 @@ def compute_metrics(
         raise ValueError(
             f"labels, probs and keys must be one-dimensional and equally long, got {[c.shape for c in columns]}"
         )
-    if weights is not None:
-        columns = [c[np.asarray(weights) > 0] for c in columns]
     labels_N, probs_N, users_N, requests_N = columns
     if not np.isin(labels_N, (0, 1)).all():
         raise ValueError("labels must be 0 or 1")

@@ -145,14 +145,6 @@ def test_auc_stays_exact_on_many_rows():
     assert m.auc(labels, probs) == 0.5
 
 
-def test_rows_of_weight_zero_do_not_count():
-    labels, probs, users = np.array([1, 0, 1, 0]), np.array([0.9, 0.2, 0.1, 0.8]), np.array([1, 1, 1, 1])
-    kept = compute_metrics(labels[:2], probs[:2], users[:2])
-    assert compute_metrics(labels, probs, users, weights=np.array([1, 1, 0, 0])) == kept
-    assert kept["num_samples"] == 2
-    assert kept["num_positives"] == 1
-
-
 def test_no_rows_give_no_metrics_and_valid_json():
     empty = compute_metrics(np.array([]), np.array([]), np.array([]), request_keys=np.array([]))
     assert empty == {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.unit.backbone_batches import ALL, SMALL, batch_of, rows, small_backbone, weighted_sum
-from usr_ray.config import ConfigError, ModelConfig
+from usr_ray.config import Config, ConfigError, ModelConfig
 from usr_ray.model.backbones import Backbone, BackboneInput, build_backbone
 
 pytestmark = pytest.mark.unit
@@ -262,4 +262,4 @@ def test_a_known_function_of_each_cell_is_learned(name: str) -> None:
 )
 def test_sizes_that_cannot_be_built_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
-        ModelConfig(**values)  # type: ignore[arg-type]
+        Config.from_dict({"model": values})

@@ -24,7 +24,7 @@ def test_probabilities_are_the_products_of_the_method() -> None:
     expected = {"A": sig(a_g) * sig(b_g) * sig(b_k), "B": sig(a_g) * sig(a_k) * sig(b_k)}
     for variant, ctcvr in expected.items():
         outputs = global_outputs(own, both, variant)
-        torch.testing.assert_close(outputs.probs_BT, torch.tensor([[sig(a_g) * sig(a_k), ctcvr]]))
+        torch.testing.assert_close(outputs.log_p_BT.exp(), torch.tensor([[sig(a_g) * sig(a_k), ctcvr]]))
         torch.testing.assert_close(
             outputs.log_not_p_BT, torch.tensor([[math.log(1 - sig(a_g) * sig(a_k)), math.log(1 - ctcvr)]])
         )
@@ -38,7 +38,7 @@ def test_probabilities_are_the_products_of_the_method() -> None:
 
 def test_without_glmt_each_task_is_its_own_logits_sigmoid() -> None:
     outputs = scenario_outputs(torch.tensor([[0.3, -1.2]]))
-    torch.testing.assert_close(outputs.probs_BT, torch.tensor([[sig(0.3), sig(-1.2)]]))
+    torch.testing.assert_close(outputs.log_p_BT.exp(), torch.tensor([[sig(0.3), sig(-1.2)]]))
     torch.testing.assert_close(outputs.log_not_p_BT.exp(), torch.tensor([[sig(-0.3), sig(1.2)]]))
     assert outputs.log_p_global_BT is None
     assert outputs.log_not_p_global_BT is None
