@@ -19,7 +19,7 @@ from usr_ray.config import UserError
 
 
 def main(argv: list[str]) -> None:
-    from etl.sources import SOURCES, LogWriter, find_source
+    from etl.sources import SIMULATED, SOURCES, LogWriter, find_source
 
     parser = job_parser(__doc__ or "")
     parser.add_argument("--source", required=True, help=f"the data set: {', '.join(SOURCES)}")
@@ -27,17 +27,17 @@ def main(argv: list[str]) -> None:
     parser.add_place("--logs", check_output, type=Path, required=True, help="folder for the logs; new or empty")
     parser.add_argument("--overwrite", action="store_true", help="replace logs written by an earlier ingest")
     arguments = parser.parse_args(argv)
-    source = find_source(arguments.source)
+    name, write = arguments.source, find_source(arguments.source)
     if arguments.config is None:
         # Each data set has scenarios of its own; its example configuration knows them.
-        arguments.config = ROOT / "jobs" / "configs" / f"{source.name}.toml"
+        arguments.config = ROOT / "jobs" / "configs" / f"{name}.toml"
     config = job_config(arguments)
-    if source.needs_input and arguments.input is None:
-        raise UserError(f"--source {source.name}: --input is missing; name the folder with the data set's files")
+    if name != SIMULATED and arguments.input is None:
+        raise UserError(f"--source {name}: --input is missing; name the folder with the data set's files")
     started = time.monotonic()
     with LogWriter(arguments.logs, overwrite=arguments.overwrite) as writer:
-        source.write(arguments.input or Path(), writer, config)
-        num_rows = writer.commit({"source": source.name, "usr_ray": __version__, "config": config.to_dict()})
+        write(arguments.input or Path(), writer, config)
+        num_rows = writer.commit({"source": name, "usr_ray": __version__, "config": config.to_dict()})
     width = max(map(len, num_rows))
     print(f"{'log':<{width}}  {'rows':>12}")
     for log, count in num_rows.items():

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from etl.sources.jdsearch import JdSearchSource
-from etl.sources.kuairand import KuaiRandSource
-from etl.sources.kuaisar import KuaiSarSource
-from etl.sources.kuaisearch import KuaiSearchSource
-from etl.sources.simulated import SimulatedSource
-from etl.sources.writer import LogWriter, Source
-from usr_ray.config import UserError
+from collections.abc import Callable
+from pathlib import Path
 
-__all__ = ["SOURCES", "LogWriter", "Source", "find_source"]
+from etl.sources.jdsearch import write_jdsearch
+from etl.sources.kuairand import write_kuairand
+from etl.sources.kuaisar import write_kuaisar
+from etl.sources.kuaisearch import write_kuaisearch
+from etl.sources.simulated import write_simulated
+from etl.sources.writer import LogWriter
+from usr_ray.config import Config, UserError
 
+Source = Callable[[Path, LogWriter, Config], None]
+"""Reads a data set's files in a folder and appends all of its logs; UserError when a file or a column is missing."""
+SIMULATED = "simulated"
+"""The source that reads no files."""
 SOURCES: dict[str, Source] = {
-    source.name: source
-    for source in (SimulatedSource(), KuaiRandSource(), KuaiSearchSource(), KuaiSarSource(), JdSearchSource())
+    SIMULATED: write_simulated,
+    "kuairand": write_kuairand,
+    "kuaisearch": write_kuaisearch,
+    "kuaisar": write_kuaisar,
+    "jdsearch": write_jdsearch,
 }
 
 

@@ -46,36 +46,33 @@ PROGRESS_EVERY = 20_000
 SECOND_US = 1_000_000
 
 
-class JdSearchSource:
-    """user_behavior_data*.txt, product_meta_data*.txt."""
+def write_jdsearch(input_dir: Path, writer: LogWriter, config: Config) -> None:
+    """Append both scenarios' impressions, clicks and orders, and items; there is no user table.
 
-    name = "jdsearch"
-    needs_input = True
-
-    def write(self, input_dir: Path, writer: LogWriter, config: Config) -> None:
-        """Append both scenarios' impressions, clicks and orders, and items; there is no user table."""
-        require_scenarios(config, (SEARCH, RECOMMENDATION), source=self.name)
-        behaviour = input_files(input_dir, ("user_behavior_data*.txt",), what="behaviour log")
-        products = input_files(input_dir, ("product_meta_data*.txt",), what="product table")
-        chunk = _Chunk(writer)
-        number = 0
-        for path in behaviour:
-            with path.open(encoding="utf-8", newline="\n") as file:
-                header = file.readline().rstrip("\r\n").split("\t")
-                require_columns(path, header, COLUMNS)
-                for line_number, line in enumerate(file, start=2):
-                    if not line.strip():
-                        continue
-                    fields = dict(zip(header, line.rstrip("\r\n").split("\t"), strict=False))
-                    _append_row(chunk, fields, number, config.jdsearch, where=f"{path}: line {line_number}")
-                    number += 1
-                    if number % ROWS_PER_CHUNK == 0:
-                        chunk.flush()
-                    if number % PROGRESS_EVERY == 0:
-                        print(f"{number:,} users", file=sys.stderr, flush=True)
-        chunk.flush()
-        for path in products:
-            _append_products(writer, path)
+    Reads user_behavior_data*.txt, product_meta_data*.txt.
+    """
+    require_scenarios(config, (SEARCH, RECOMMENDATION), source="jdsearch")
+    behaviour = input_files(input_dir, ("user_behavior_data*.txt",), what="behaviour log")
+    products = input_files(input_dir, ("product_meta_data*.txt",), what="product table")
+    chunk = _Chunk(writer)
+    number = 0
+    for path in behaviour:
+        with path.open(encoding="utf-8", newline="\n") as file:
+            header = file.readline().rstrip("\r\n").split("\t")
+            require_columns(path, header, COLUMNS)
+            for line_number, line in enumerate(file, start=2):
+                if not line.strip():
+                    continue
+                fields = dict(zip(header, line.rstrip("\r\n").split("\t"), strict=False))
+                _append_row(chunk, fields, number, config.jdsearch, where=f"{path}: line {line_number}")
+                number += 1
+                if number % ROWS_PER_CHUNK == 0:
+                    chunk.flush()
+                if number % PROGRESS_EVERY == 0:
+                    print(f"{number:,} users", file=sys.stderr, flush=True)
+    chunk.flush()
+    for path in products:
+        _append_products(writer, path)
 
 
 class _Chunk:

@@ -69,44 +69,39 @@ PRIOR_IMPRESSIONS = 10.0
 """Impressions at the mean rate that every user and item starts with: an unseen one has the mean's log-odds."""
 
 
-class KuaiRandSource:
-    """rec_*.parquet or log_*.csv, user_features_*.csv, video_features_basic_*.csv, user_sequences_until_*.parquet."""
+def write_kuairand(input_dir: Path, writer: LogWriter, config: Config) -> None:
+    """Append impressions, clicks and orders of each tab group, users and items.
 
-    name = "kuairand"
-    needs_input = True
-
-    def write(self, input_dir: Path, writer: LogWriter, config: Config) -> None:
-        """Append impressions, clicks and orders of each tab group, users and items."""
-        groups = config.kuairand.tab_groups or DEFAULT_TAB_GROUPS
-        require_scenarios(config, list(groups), source=self.name)
-        logs = input_files(input_dir, ("rec_*.parquet", "log_*.csv"), what="impression log")
-        users = input_files(input_dir, ("user_features*.csv",), what="user table")
-        videos = input_files(input_dir, ("video_features_basic*.csv",), what="video table")
-        earlier = EarlierSequences.read(sorted(input_dir.glob("user_sequences_until_*.parquet")))
-        for path in users:
-            table = _user_rows(path)
-            writer.append("users", with_columns(table, earlier.user_numbers(table["user_id"])))
-        for path in videos:
-            table = _item_rows(path)
-            writer.append("items", with_columns(table, earlier.item_numbers(table["item_id"])))
-        action = config.kuairand.order_column
-        table = pa.concat_tables([_read_log(path, (*LOG_COLUMNS, action)) for path in logs])
-        print(f"{table.num_rows:,} impressions read from {len(logs)} file(s)", file=sys.stderr, flush=True)
-        rows = {name: table[name].to_numpy() for name in table.column_names}
-        if table.num_rows:
-            first_us = int(rows["time_ms"].min()) * 1000
-            num_earlier = earlier.write_events(
-                writer, config.scenarios[0], before_us=first_us, is_order=action == "long_view"
-            )
-            print(f"{num_earlier:,} long views read from before the log", file=sys.stderr, flush=True)
-        scenario = np.full(table.num_rows, len(config.scenarios) - 1)
-        for k, name in enumerate(config.scenarios):
-            scenario[np.isin(rows["tab"], groups[name])] = k
-        order_us = _action_times_us(rows, scenario)
-        for k, name in enumerate(config.scenarios):
-            _write_scenario(
-                writer, name, {c: v[scenario == k] for c, v in rows.items()}, action, order_us[scenario == k]
-            )
+    Reads rec_*.parquet or log_*.csv, user_features_*.csv, video_features_basic_*.csv, user_sequences_until_*.parquet.
+    """
+    groups = config.kuairand.tab_groups or DEFAULT_TAB_GROUPS
+    require_scenarios(config, list(groups), source="kuairand")
+    logs = input_files(input_dir, ("rec_*.parquet", "log_*.csv"), what="impression log")
+    users = input_files(input_dir, ("user_features*.csv",), what="user table")
+    videos = input_files(input_dir, ("video_features_basic*.csv",), what="video table")
+    earlier = EarlierSequences.read(sorted(input_dir.glob("user_sequences_until_*.parquet")))
+    for path in users:
+        table = _user_rows(path)
+        writer.append("users", with_columns(table, earlier.user_numbers(table["user_id"])))
+    for path in videos:
+        table = _item_rows(path)
+        writer.append("items", with_columns(table, earlier.item_numbers(table["item_id"])))
+    action = config.kuairand.order_column
+    table = pa.concat_tables([_read_log(path, (*LOG_COLUMNS, action)) for path in logs])
+    print(f"{table.num_rows:,} impressions read from {len(logs)} file(s)", file=sys.stderr, flush=True)
+    rows = {name: table[name].to_numpy() for name in table.column_names}
+    if table.num_rows:
+        first_us = int(rows["time_ms"].min()) * 1000
+        num_earlier = earlier.write_events(
+            writer, config.scenarios[0], before_us=first_us, is_order=action == "long_view"
+        )
+        print(f"{num_earlier:,} long views read from before the log", file=sys.stderr, flush=True)
+    scenario = np.full(table.num_rows, len(config.scenarios) - 1)
+    for k, name in enumerate(config.scenarios):
+        scenario[np.isin(rows["tab"], groups[name])] = k
+    order_us = _action_times_us(rows, scenario)
+    for k, name in enumerate(config.scenarios):
+        _write_scenario(writer, name, {c: v[scenario == k] for c, v in rows.items()}, action, order_us[scenario == k])
 
 
 def _read_log(path: Path, columns: tuple[str, ...]) -> pa.Table:

@@ -49,40 +49,37 @@ FILES = {
 NULLS = ("", "NA", "nan", "NaN", "null")
 
 
-class KuaiSarSource:
-    """rec_inter.csv, src_inter.csv, user_features.csv, item_features.csv."""
+def write_kuaisar(input_dir: Path, writer: LogWriter, config: Config) -> None:
+    """Append both scenarios' impressions and clicks, recommendation_orders, users and items.
 
-    name = "kuaisar"
-    needs_input = True
-
-    def write(self, input_dir: Path, writer: LogWriter, config: Config) -> None:
-        """Append both scenarios' impressions and clicks, recommendation_orders, users and items."""
-        require_scenarios(config, (SEARCH, RECOMMENDATION), source=self.name)
-        action = config.kuaisar.order_column
-        files = {name: input_files(input_dir, (f"{name}*.csv",), what=what) for name, what in FILES.items()}
-        for scenario in (SEARCH, RECOMMENDATION):
-            writer.declare(f"{scenario}_impressions")
-            writer.declare(f"{scenario}_clicks")
-        writer.declare(f"{RECOMMENDATION}_orders")
-        for path in files["rec_inter"]:
-            for rows in _blocks(path, (*REC_COLUMNS, action)):
-                _append_recommendation(writer, rows, action)
-        for path in files["src_inter"]:
-            for rows in _blocks(path, SRC_COLUMNS):
-                _append_search(writer, rows)
-        for path in files["user_features"]:
-            active = next((name for name in REC_ACTIVE if name in header_of(path)), REC_ACTIVE[0])
-            for rows in _blocks(path, ("user_id", *USER_CATEGORIES, active)):
-                writer.append("users", rows.rename_columns(["user_id", *USER_CATEGORIES, REC_ACTIVE[0]]))
-        for path in files["item_features"]:
-            for rows in _blocks(path, ("item_id", *ITEM_CATEGORIES)):
-                writer.append("items", _without_padding(rows))
-        if SEARCH not in config.labels.no_order_scenarios:
-            print(
-                "search has no later action in KuaiSAR, so there is no log search_orders: set "
-                'labels.no_order_scenarios = ["search"], else its is_order is 0 on every row',
-                file=sys.stderr,
-            )
+    Reads rec_inter.csv, src_inter.csv, user_features.csv, item_features.csv.
+    """
+    require_scenarios(config, (SEARCH, RECOMMENDATION), source="kuaisar")
+    action = config.kuaisar.order_column
+    files = {name: input_files(input_dir, (f"{name}*.csv",), what=what) for name, what in FILES.items()}
+    for scenario in (SEARCH, RECOMMENDATION):
+        writer.declare(f"{scenario}_impressions")
+        writer.declare(f"{scenario}_clicks")
+    writer.declare(f"{RECOMMENDATION}_orders")
+    for path in files["rec_inter"]:
+        for rows in _blocks(path, (*REC_COLUMNS, action)):
+            _append_recommendation(writer, rows, action)
+    for path in files["src_inter"]:
+        for rows in _blocks(path, SRC_COLUMNS):
+            _append_search(writer, rows)
+    for path in files["user_features"]:
+        active = next((name for name in REC_ACTIVE if name in header_of(path)), REC_ACTIVE[0])
+        for rows in _blocks(path, ("user_id", *USER_CATEGORIES, active)):
+            writer.append("users", rows.rename_columns(["user_id", *USER_CATEGORIES, REC_ACTIVE[0]]))
+    for path in files["item_features"]:
+        for rows in _blocks(path, ("item_id", *ITEM_CATEGORIES)):
+            writer.append("items", _without_padding(rows))
+    if SEARCH not in config.labels.no_order_scenarios:
+        print(
+            "search has no later action in KuaiSAR, so there is no log search_orders: set "
+            'labels.no_order_scenarios = ["search"], else its is_order is 0 on every row',
+            file=sys.stderr,
+        )
 
 
 def _number(text: pa.ChunkedArray) -> pa.Array:

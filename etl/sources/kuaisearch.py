@@ -44,41 +44,38 @@ USER_COLUMNS = ("gender", "age_bucket", "fre_province", "fre_city")
 ITEM_COLUMNS = ("brand_id", "seller_id", "category_level1_id", "category_level2_id", "category_level3_id")
 
 
-class KuaiSearchSource:
-    """recall*.jsonl: one session a line."""
+def write_kuaisearch(input_dir: Path, writer: LogWriter, config: Config) -> None:
+    """Append the search log, clicks and orders, in chunks of sessions so that memory is bounded.
 
-    name = "kuaisearch"
-    needs_input = True
-
-    def write(self, input_dir: Path, writer: LogWriter, config: Config) -> None:
-        """Append the search log, clicks and orders, in chunks of sessions so that memory is bounded."""
-        require_scenarios(config, (SCENARIO,), source=self.name)
-        settings = config.kuaisearch
-        for log in (f"{SCENARIO}_impressions", f"{SCENARIO}_clicks", "orders"):
-            writer.declare(log)
-        sessions: list[dict[str, Any]] = []
-        num_open = 0
-        for path in input_files(input_dir, ("recall*.jsonl",), what="session log"):
-            for number, session in enumerate(_lines(path), start=1):
-                _check(session, where=f"{path}: line {number}")
-                sessions.append(session)
-                num_open += len(session["impressed_item_ids"])
-                if num_open >= IMPRESSIONS_PER_CHUNK:
-                    _append_chunk(writer, sessions, settings.base_time_us, settings.step_us)
-                    sessions, num_open = [], 0
-                if number % PROGRESS_EVERY == 0:
-                    print(f"{path.name}: {number:,} sessions", file=sys.stderr, flush=True)
-        if sessions:
-            _append_chunk(writer, sessions, settings.base_time_us, settings.step_us)
-        if settings.write_features:
-            _append_features(writer, input_dir, "users", "user_id", USER_COLUMNS)
-            _append_features(writer, input_dir, "items", "item_id", ITEM_COLUMNS)
-        else:
-            print(
-                "users and items are not written: their ids are not the sessions' (kuaisearch.write_features)",
-                file=sys.stderr,
-                flush=True,
-            )
+    Reads recall*.jsonl: one session a line.
+    """
+    require_scenarios(config, (SCENARIO,), source="kuaisearch")
+    settings = config.kuaisearch
+    for log in (f"{SCENARIO}_impressions", f"{SCENARIO}_clicks", "orders"):
+        writer.declare(log)
+    sessions: list[dict[str, Any]] = []
+    num_open = 0
+    for path in input_files(input_dir, ("recall*.jsonl",), what="session log"):
+        for number, session in enumerate(_lines(path), start=1):
+            _check(session, where=f"{path}: line {number}")
+            sessions.append(session)
+            num_open += len(session["impressed_item_ids"])
+            if num_open >= IMPRESSIONS_PER_CHUNK:
+                _append_chunk(writer, sessions, settings.base_time_us, settings.step_us)
+                sessions, num_open = [], 0
+            if number % PROGRESS_EVERY == 0:
+                print(f"{path.name}: {number:,} sessions", file=sys.stderr, flush=True)
+    if sessions:
+        _append_chunk(writer, sessions, settings.base_time_us, settings.step_us)
+    if settings.write_features:
+        _append_features(writer, input_dir, "users", "user_id", USER_COLUMNS)
+        _append_features(writer, input_dir, "items", "item_id", ITEM_COLUMNS)
+    else:
+        print(
+            "users and items are not written: their ids are not the sessions' (kuaisearch.write_features)",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _lines(path: Path) -> Iterator[Any]:

@@ -203,43 +203,35 @@ class LateOrders(Columns):
         return self.where(np.array(free, dtype=bool))
 
 
-class SimulatedSource:
-    """Users, items and queries with tastes; config.scenarios scenarios; see SimulatedConfig for the dials."""
-
-    name = "simulated"
-    needs_input = False
-
-    def write(self, input_dir: Path, writer: LogWriter, config: Config) -> None:  # noqa: ARG002 - of the interface
-        """Write users, items, and day by day impressions, clicks, orders and truth. `input_dir` is not read."""
-        settings = config.simulated
-        world = make_world(config)
-        num_catalogues = 1 + len(config.scenarios) if settings.link_loss else 1
-        write_profiles(world, writer, num_catalogues, has_titles=settings.world == "needs")
-        for log in [f"{name}_{kind}" for name in config.scenarios for kind in ("impressions", "clicks")]:
-            writer.declare(log)
-        late = LateOrders(*(np.array([], dtype=np.int64) for _ in range(4)))
-        num_before = 0
-        past: list[Rows] = []
-        for day in simulate_days(world, config):
-            rows = DayRows(day, settings, config.scenarios, num_before)
-            if day.needs is not None:
-                past.append(rows_of_day(world, settings, day))
-                write_needs(writer, day, day.needs, config)
-            rows.write_events(writer)
-            late = late + rows.late_orders()
-            late = late.without_credit(day, num_catalogues * world.num_items, config.labels.order_window_us)
-            is_last = day.number == settings.num_days - 1
-            is_due = (late.time_us < day.end_us) | is_last
-            rows.write_orders(writer, late.where(is_due))
-            late = late.where(~is_due)
-            num_before += len(day.shown.item_N)
-            if is_last:
-                writer.append(f"{config.scenarios[0]}_impressions", closing_impression(day, config))
-            print(
-                f"day {day.number + 1} of {settings.num_days}: {num_before:,} impressions", file=sys.stderr, flush=True
-            )
-        if past:
-            write_ceilings(writer, Rows.joined(past), config)
+def write_simulated(input_dir: Path, writer: LogWriter, config: Config) -> None:  # noqa: ARG001 - as every source
+    """Write users, items, and day by day impressions, clicks, orders and truth. `input_dir` is not read."""
+    settings = config.simulated
+    world = make_world(config)
+    num_catalogues = 1 + len(config.scenarios) if settings.link_loss else 1
+    write_profiles(world, writer, num_catalogues, has_titles=settings.world == "needs")
+    for log in [f"{name}_{kind}" for name in config.scenarios for kind in ("impressions", "clicks")]:
+        writer.declare(log)
+    late = LateOrders(*(np.array([], dtype=np.int64) for _ in range(4)))
+    num_before = 0
+    past: list[Rows] = []
+    for day in simulate_days(world, config):
+        rows = DayRows(day, settings, config.scenarios, num_before)
+        if day.needs is not None:
+            past.append(rows_of_day(world, settings, day))
+            write_needs(writer, day, day.needs, config)
+        rows.write_events(writer)
+        late = late + rows.late_orders()
+        late = late.without_credit(day, num_catalogues * world.num_items, config.labels.order_window_us)
+        is_last = day.number == settings.num_days - 1
+        is_due = (late.time_us < day.end_us) | is_last
+        rows.write_orders(writer, late.where(is_due))
+        late = late.where(~is_due)
+        num_before += len(day.shown.item_N)
+        if is_last:
+            writer.append(f"{config.scenarios[0]}_impressions", closing_impression(day, config))
+        print(f"day {day.number + 1} of {settings.num_days}: {num_before:,} impressions", file=sys.stderr, flush=True)
+    if past:
+        write_ceilings(writer, Rows.joined(past), config)
 
 
 def rows_of_day(world: World, config: SimulatedConfig, day: SimulatedDay) -> Rows:

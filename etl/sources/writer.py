@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -175,16 +175,6 @@ class LogWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-class Source(Protocol):
-    """One data set: reads its files and writes the logs of the contract."""
-
-    name: str
-    needs_input: bool
-
-    def write(self, input_dir: Path, writer: LogWriter, config: Config) -> None:
-        """Append every log of the data set to `writer`; UserError when a file or a column is missing."""
 
 
 def _contract_table(log: str, columns: Mapping[str, Any] | pa.Table) -> pa.Table:

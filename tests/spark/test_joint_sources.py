@@ -20,9 +20,7 @@ from etl.checks import DataCheckError
 from etl.lake.tables import Lake
 from etl.logs.events import event_logs
 from etl.logs.files import LogFolder
-from etl.sources.jdsearch import JdSearchSource
-from etl.sources.kuaisar import KuaiSarSource
-from etl.sources.writer import LogWriter, Source
+from etl.sources import SOURCES, LogWriter
 from usr_ray.config import Config, load_config, parse_dates
 from usr_ray.data.manifest import build_manifest
 from usr_ray.training.loop import TrainResult, train
@@ -57,9 +55,9 @@ class Steps(Monitor):
         self.last = dict(metrics) | {"step": step}
 
 
-def ingest(source: Source, folder: Path, logs: Path, config: Config) -> None:
+def ingest(source: str, folder: Path, logs: Path, config: Config) -> None:
     with LogWriter(logs) as writer:
-        source.write(folder, writer, config)
+        SOURCES[source](folder, writer, config)
         writer.commit({})
 
 
@@ -198,7 +196,7 @@ def test_kuaisar_from_its_bytes_to_trained_steps(spark: SparkSession, tmp_path: 
     # Few users and items, at random: many likes lie before or long after the click that another row of the pair has.
     overrides = (*dates, "limits.max_reject_share=0.2", *SMALL_MODEL)
     config = load_config(ROOT / "jobs" / "configs" / "kuaisar.toml", overrides)
-    ingest(KuaiSarSource(), tmp_path / "in", tmp_path / "logs", config)
+    ingest("kuaisar", tmp_path / "in", tmp_path / "logs", config)
     lines = build(spark, config, tmp_path / "logs", tmp_path / "lake", KUAISAR_DATES)
 
     expected = kuaisar_labels(watched, searched, window_ms=30 * 60_000, global_ms=60 * 60_000)
@@ -250,7 +248,7 @@ def test_jdsearch_from_real_rows_to_trained_steps(spark: SparkSession, tmp_path:
     # The sample has a few searches, and days are drawn: two of the eight have one.
     words = ("vocabulary.min_count=1", "data.allow_missing_dates=true", *SMALL_MODEL)
     config = load_config(ROOT / "jobs" / "configs" / "jdsearch.toml", words)
-    ingest(JdSearchSource(), REAL_JDSEARCH, tmp_path / "logs", config)
+    ingest("jdsearch", REAL_JDSEARCH, tmp_path / "logs", config)
     build(spark, config, tmp_path / "logs", tmp_path / "lake", "2022-11-01:2022-11-08")
 
     raw = pd.read_csv(REAL_JDSEARCH / "user_behavior_data_sample.txt", sep="\t", dtype=str)

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from etl.sources import jdsearch
-from etl.sources.jdsearch import JdSearchSource
+from etl.sources.jdsearch import write_jdsearch
 from etl.sources.writer import LogWriter
 from tests.unit.plain_attribution import attribute, read_rows
 from usr_ray.config import UserError, load_config
@@ -41,7 +41,7 @@ def hand_written(folder: Path, *rows: str, header: str = HEADER) -> Path:
 
 def ingest(folder: Path, logs: Path, *overrides: str) -> Path:
     with LogWriter(logs) as writer:
-        JdSearchSource().write(folder, writer, load_config(None, list(overrides)))
+        write_jdsearch(folder, writer, load_config(None, list(overrides)))
         writer.commit({})
     return logs
 

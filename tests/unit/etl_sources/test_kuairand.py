@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from etl.sources.kuairand import DEFAULT_TAB_GROUPS, KuaiRandSource
+from etl.sources.kuairand import DEFAULT_TAB_GROUPS, write_kuairand
 from etl.sources.writer import LogWriter
 from tests.unit.plain_attribution import attribute, read_rows
 from usr_ray.config import Config, UserError, load_config
@@ -44,7 +44,7 @@ FULL_SCENARIOS = 'scenarios=["main", "tab_0", "tab_4", "rest"]'
 
 def ingest(input_dir: Path, logs: Path, config: Config) -> Path:
     with LogWriter(logs) as writer:
-        KuaiRandSource().write(input_dir, writer, config)
+        write_kuairand(input_dir, writer, config)
         writer.commit({})
     return logs
 

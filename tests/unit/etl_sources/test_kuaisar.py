@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from etl.sources import kuaisar, writer
-from etl.sources.kuaisar import KuaiSarSource
+from etl.sources.kuaisar import write_kuaisar
 from etl.sources.writer import LogWriter
 from tests.unit.plain_attribution import attribute, read_rows
 from usr_ray.config import UserError, load_config
@@ -59,7 +59,7 @@ def hand_written(folder: Path, **changed: str) -> Path:
 
 def ingest(folder: Path, logs: Path, *overrides: str) -> Path:
     with LogWriter(logs) as log_writer:
-        KuaiSarSource().write(folder, log_writer, load_config(None, list(overrides)))
+        write_kuaisar(folder, log_writer, load_config(None, list(overrides)))
         log_writer.commit({})
     return logs
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from etl.sources import kuaisearch
-from etl.sources.kuaisearch import KuaiSearchSource
+from etl.sources.kuaisearch import write_kuaisearch
 from etl.sources.writer import LogWriter
 from tests.unit.plain_attribution import attribute, read_rows
 from usr_ray.config import Config, UserError, load_config
@@ -26,7 +26,7 @@ MINUTE_US = 60_000_000
 
 def ingest(input_dir: Path, logs: Path, config: Config) -> Path:
     with LogWriter(logs) as writer:
-        KuaiSearchSource().write(input_dir, writer, config)
+        write_kuaisearch(input_dir, writer, config)
         writer.commit({})
     return logs
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from etl.sources.simulated import SimulatedDay, SimulatedSource, make_world, simulate_days
+from etl.sources.simulated import SimulatedDay, make_world, simulate_days, write_simulated
 from etl.sources.simulated_world import World
 from etl.sources.writer import LogWriter
 from tests.unit.plain_attribution import Labels, attribute, read_rows
@@ -36,7 +36,7 @@ def small_config(*overrides: str) -> Config:
 
 def write_logs(folder: Path, config: Config) -> Path:
     with LogWriter(folder) as writer:
-        SimulatedSource().write(Path(), writer, config)
+        write_simulated(Path(), writer, config)
         writer.commit({})
     return folder
 
