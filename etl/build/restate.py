@@ -14,10 +14,11 @@ from typing import Any
 from pyspark.sql import SparkSession
 
 from etl.build.account import UNDATED, Account
-from etl.build.inputs import Inputs, day_of
+from etl.build.inputs import Inputs, day_of, make_plan, open_logs, run_pass
 from etl.build.report import read_reports
-from etl.build.samples import Job, Progress, attributed, row_plan, write_dates
-from etl.build.state import DUPLICATE_SPAN, write_state, write_sums
+from etl.build.samples import Job, Progress, read_from, row_plan, show_inputs, write_dates
+from etl.build.staging import staging_folder
+from etl.build.state import DUPLICATE_SPAN, find_state, past_events, write_state, write_sums
 from etl.checks import DataCheckError
 from etl.features.counters import counter_fingerprints
 from etl.features.item_features import update_item_features
@@ -65,9 +66,19 @@ def restate_samples(
         _, warning = dates_there(span, set(reports), where="--dates", source=source, allow_missing=True)
         if warning:  # a scheduled restatement looks back further than a young lake goes
             progress.write(f"warning: {warning}")
-    rules = LabelRules.from_config(config.labels)
-    with attributed(spark, config, lake, request.logs, reports, request.first, progress) as (state, inputs):
-        _check_logs(lake, reports, inputs, rules)
+    logs = open_logs(spark, config, request.logs)
+    progress(f"reading {len(logs.logs)} event logs")
+    state = find_state(spark, config, lake, request.first or dt.date.max)
+    if request.first is None:
+        state = replace(state, since=None)  # everything before is attributed again
+    plan = make_plan(config, tuple(map(day_of, reports)), state.since_us)
+    first_row = state.first_row(plan.rules, whole_days=bool(plan.max_user_day_rows))
+    past = None if first_row is None else past_events(spark, lake, state)
+    progress(read_from(state, first_row))
+    with staging_folder(spark, lake) as folder:
+        inputs = run_pass(spark, logs, plan, folder, first_row=first_row, past=past)
+        show_inputs(inputs, progress)
+        _check_logs(lake, reports, inputs, plan.rules)
         # Events may have changed that only dates yet to come show.
         last = max(dt.date.fromisoformat(max(reports)), state.complete_until or dt.date.min)
         whole = replace(state, complete_until=last if state.complete_until else None)
@@ -75,9 +86,9 @@ def restate_samples(
         write_state(spark, config, lake, whole, inputs.staged(EVENT), inputs.staged(VALUE), last)
         known = existing_vocabularies(spark, config, lake)
         spec = feature_spec(config, known)
-        rows = row_plan(config, spec, inputs.account, request.watermark, tuple(map(day_of, reports)))
-        seen = counter_fingerprints(sums, config, rows.days)
-        touched = touched_dates(reports, inputs.account, rules, rows.watermark, seen)
+        rows = row_plan(config, spec, inputs.account, request.watermark, plan.days)
+        seen = counter_fingerprints(sums, config, plan.days)
+        touched = touched_dates(reports, inputs.account, plan.rules, rows.watermark, seen)
         recounted = [
             date for date, report in reports.items() if date in touched or _recounted(date, report, inputs.account)
         ]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from pyspark.sql import DataFrame, SparkSession
@@ -94,8 +93,17 @@ def build_samples(spark: SparkSession, config: Config, request: BuildRequest, pr
     """
     lake = request.lake
     check_tables(spark, lake, config, feature_spec(config))
+    logs = open_logs(spark, config, request.logs)
+    progress(f"reading {len({log.name for log in logs.logs})} event logs")
     dates = [date.isoformat() for date in request.dates]
-    with attributed(spark, config, lake, request.logs, dates, request.first, progress) as (state, inputs):
+    state = find_state(spark, config, lake, request.first)
+    plan = make_plan(config, tuple(map(day_of, dates)), state.since_us)
+    first_row = state.first_row(plan.rules, whole_days=bool(plan.max_user_day_rows))
+    past = None if first_row is None else past_events(spark, lake, state)
+    progress(read_from(state, first_row))
+    with staging_folder(spark, lake) as folder:
+        inputs = run_pass(spark, logs, plan, folder, first_row=first_row, past=past)
+        show_inputs(inputs, progress)
         built = _dates_there(request, inputs, config, progress)
         dates = [date.isoformat() for date in built]
         counts = value_counts(spark, lake, state, inputs.staged(VALUE))
@@ -121,45 +129,6 @@ def build_samples(spark: SparkSession, config: Config, request: BuildRequest, pr
         found = write_dates(job, built, built)
         write_state(spark, config, lake, state, inputs.staged(EVENT), inputs.staged(VALUE), built[-1])
         return found
-
-
-@contextmanager
-def attributed(
-    spark: SparkSession,
-    config: Config,
-    lake: Lake,
-    logs_dir: str,
-    dates: Iterable[str],
-    first: dt.date | None,
-    progress: Progress,
-) -> Iterator[tuple[State, Inputs]]:
-    """Open the logs and attribute every row once; what is staged is there inside the block, and gone behind it.
-
-    Args:
-        spark: the session.
-        config: of the build.
-        lake: its state says what need not be read again.
-        logs_dir: folder of the logs.
-        dates: whose samples may be written.
-        first: of them; None: everything before is attributed again too.
-        progress: says what is done.
-    """
-    logs = open_logs(spark, config, logs_dir)
-    progress(f"reading {len({log.name for log in logs.logs})} event logs")
-    state = find_state(spark, config, lake, first or dt.date.max)
-    if first is None:
-        state = replace(state, since=None)
-    plan = make_plan(config, tuple(map(day_of, dates)), state.since_us)
-    first_row = state.first_row(plan.rules, whole_days=bool(plan.max_user_day_rows))
-    past = None if first_row is None else past_events(spark, lake, state)
-    if first_row is None:
-        progress("no state of earlier dates: all logs are read")
-    else:
-        progress(f"events before {state.since} are known; the logs are read from {iso_time(first_row)} on")
-    with staging_folder(spark, lake) as folder:
-        inputs = run_pass(spark, logs, plan, folder, first_row=first_row, past=past)
-        _show_inputs(inputs, progress)
-        yield state, inputs
 
 
 def row_plan(
@@ -249,19 +218,35 @@ def _write_samples(
     return version, count_samples(rows, job.plan.spec, hashed=job.config.vocabulary.kind == "hash"), cut
 
 
-def _show_inputs(inputs: Inputs, progress: Progress) -> None:
-    """Progress lines about the rows that came in and where they went, log by log, and warnings."""
-    counts = inputs.account.counts
-    rows_in, rejects, duplicates = (
-        sum(getattr(count, name) for count in counts.values()) for name in ("rows_in", "rejects", "duplicates")
-    )
-    used = sum(count.used for (_, date), count in counts.items() if date != UNDATED)
-    progress(f"read {rows_in:,} rows of {len({log for log, _ in counts})} logs")
-    progress(f"attributed: {used:,} events used, {rejects:,} rejected, {duplicates:,} duplicates")
+def read_from(state: State, first_row: int | None) -> str:
+    """A progress line about what is read instead of being attributed again."""
+    if first_row is None:
+        return "no state of earlier dates: all logs are read"
+    return f"events before {state.since} are known; the logs are read from {iso_time(first_row)} on"
+
+
+def show_inputs(inputs: Inputs, progress: Progress) -> None:
+    """Progress lines about the rows that came in, log by log, and warnings."""
+    progress(described(inputs.account))
+    progress(accounted(inputs.account))
     for line in inputs.account.lines():
         progress.write(line)
     for note in inputs.notes:
         progress.write(f"warning: {note}")
+
+
+def described(account: Account) -> str:
+    """A progress line about the rows that came in."""
+    rows_in = sum(count.rows_in for count in account.counts.values())
+    return f"read {rows_in:,} rows of {len({log for log, _ in account.counts})} logs"
+
+
+def accounted(account: Account) -> str:
+    """A progress line about where the rows went."""
+    used = sum(count.used for (_, date), count in account.counts.items() if date != UNDATED)
+    rejects = sum(count.rejects for count in account.counts.values())
+    duplicates = sum(count.duplicates for count in account.counts.values())
+    return f"attributed: {used:,} events used, {rejects:,} rejected, {duplicates:,} duplicates"
 
 
 def _dates_there(request: BuildRequest, inputs: Inputs, config: Config, progress: Progress) -> list[dt.date]:
