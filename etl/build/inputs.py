@@ -15,7 +15,7 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from etl.build.account import Account, add_pass, null_like_values, unique_features
 from etl.build.reject_limits import check_rejects
 from etl.build.staging import stage, staged
-from etl.features.counters import counted_columns
+from etl.features.counters import counted_columns, told_columns
 from etl.features.vocabulary import scale
 from etl.kernel.attribution import LabelRules
 from etl.kernel.chunks import KEY_HASH, REQUEST_KEY, USER_KEY
@@ -141,6 +141,7 @@ def make_plan(config: Config, days: tuple[int, ...], since_us: int | None = None
         ),
         numbers=tuple(map(context_column, config.features.context_numbers)),
         counted=tuple(dict.fromkeys(counted_columns(config, counter) for counter in config.every_counter.values())),
+        told=told_columns(config),
         max_user_day_rows=config.limits.max_user_events_per_day,
     )
 
@@ -213,7 +214,7 @@ def run_pass(
 
 def _with_owned(rows: DataFrame, logs: Logs, plan: PassPlan) -> DataFrame:
     """Event rows with the categories of their users and items that counters count by."""
-    columns = {column for keys in plan.counted for column in keys}
+    columns = {column for keys in (*plan.counted, *plan.told) for column in keys}
     features = logs.config.features
     for key, table, names in (
         ("user_id", logs.users, features.user_categories),

@@ -15,12 +15,13 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from etl.jvm import table_version
-from etl.kernel.counters import ALL_ROWS, CounterColumns, CounterPlan, cell_name
+from etl.kernel.counters import cell_name
 from etl.kernel.events import context_column, owned_column
 from etl.kernel.packs import CELL_PREFIX
 from etl.lake.tables import COUNTERS_SCHEMA, Lake, create_table, replace_dates
 from usr_ray.config import Config, date_of
-from usr_ray.config.counters import COUNTER_IDS, CounterConfig, counter_columns
+from usr_ray.config.counters import COUNTER_IDS, CounterConfig
+from usr_ray.daily_sums import ALL_ROWS, CounterColumns, CounterPlan
 from usr_ray.schema import COUNTERS
 
 
@@ -36,6 +37,16 @@ def counted_columns(config: Config, counter: CounterConfig) -> tuple[str, ...]:
 def counted_feature(config: Config, counter: CounterConfig) -> str:
     """Feature of the packs whose values are those of a counter's keys."""
     return cell_name(counted_columns(config, counter)).removeprefix(context_column(""))
+
+
+def told_columns(config: Config) -> tuple[tuple[str, ...], ...]:
+    """Columns of the pass that are summed for the service alone: each category that counters count by, with its owner.
+
+    So `<lake>/counters` says which value a user or item had when it was shown last, as text and however rare.
+    """
+    keys = {key for counter in config.every_counter.values() for key in counter.keys}
+    owners = (("user_id", config.features.user_categories), ("item_id", config.features.item_categories))
+    return tuple((owner, owned_column(name)) for owner, names in owners for name in names if name in keys)
 
 
 def update_counters(
@@ -68,10 +79,11 @@ def update_counters(
 
 
 def sums_of_values(table: DataFrame, config: Config, days: Sequence[int]) -> DataFrame:
-    """feature, value and `sums` (kernel.counters.SUMS, one after the other) of what the rows of `days` may see."""
-    visible = _visible(table, config, days).filter(F.col("name") != ALL_ROWS)
-    entry = F.array("day", "index", "impressions", "clicks", "orders")
+    """feature, value and `sums` (daily_sums.SUMS, one after the other) of what the rows of `days` may see."""
     features = {counted_feature(config, counter) for counter in config.every_counter.values()}
+    names = [name.removeprefix(CELL_PREFIX) for name in features]
+    visible = _visible(table, config, days).filter(F.col("name").isin(names))
+    entry = F.array("day", "index", "impressions", "clicks", "orders")
     cells = [name.removeprefix(CELL_PREFIX) for name in features if name.startswith(CELL_PREFIX)]
     feature = F.when(F.col("name").isin(cells), F.concat(F.lit(CELL_PREFIX), "name")).otherwise(F.col("name"))
     grouped = visible.groupBy(feature.alias("feature"), F.col("key").alias("value"))
@@ -82,17 +94,9 @@ def counter_plan(table: DataFrame, config: Config, days: Sequence[int]) -> Count
     """The columns of the counters, and the sums of whole scenarios."""
     visible = _visible(table, config, days).filter(F.col("name") == ALL_ROWS)
     rows = visible.select("day", "index", "impressions", "clicks", "orders").collect()
-    columns = []
-    for name, counter in config.every_counter.items():
-        kinds = (*counter.events, *counter.rates)
-        named = iter(counter_columns(name, counter))
-        windows = tuple(
-            (counter.days(window), tuple((next(named), kind) for kind in kinds)) for window in counter.windows
-        )
-        feature = counted_feature(config, counter)
-        columns.append(CounterColumns(feature=feature, per_scenario=counter.per_scenario, windows=windows))
+    counters = config.every_counter.items()
     return CounterPlan(
-        columns=tuple(columns),
+        columns=tuple(CounterColumns.of(name, one, counted_feature(config, one)) for name, one in counters),
         prior=config.counters.prior,
         num_scenarios=len(config.scenarios),
         of_scenarios=tuple(int(number) for row in sorted(rows) for number in row),

@@ -10,12 +10,12 @@ import pyarrow as pa
 
 from etl.kernel.attribution import LabelRules
 from etl.kernel.chunks import REQUEST_KEY, USER_KEY
-from etl.kernel.counters import SUMS, CounterPlan, DailySums, counter_columns
 from etl.kernel.events import Ints, context_column
 from etl.kernel.labels import NO_TIME, mature
 from etl.kernel.lists import lists_by_code
 from etl.kernel.packs import CELL_PREFIX, EVENT_COLUMNS, unpack
 from usr_ray.config import DAY_US
+from usr_ray.daily_sums import SUMS, CounterPlan, DailySums, counter_values
 from usr_ray.schema import ALL_LABELS, FIRST_ID, PADDING_ID, PARTITION_COLUMN, FeatureSpec, index_column, scaled_column
 
 EVENT_HOUR = "event_hour"
@@ -65,7 +65,7 @@ def sample_rows(batches: Iterable[pa.RecordBatch], plan: RowPlan, schema: pa.Sch
 
     Args:
         batches: rows with `targets` and `events` (a pack) and `lookups`: a list of (feature, code, value, ids, numbers)
-            structures with every code of the pack's chunk; where there are counters with `sums` too: counters.SUMS of
+            structures with every code of the pack's chunk; where there are counters with `sums` too: daily_sums.SUMS of
             each day and scenario, one after the other; with tags or terms `lists`: place, id, place, id ..
         plan: what is written.
         schema: columns of the result.
@@ -116,7 +116,7 @@ def _lookups(entries: pa.StructArray, plan: RowPlan) -> dict[str, Lookup]:
             lists = some.field("sums")
             sizes = lists.value_lengths().fill_null(0).to_numpy() // len(SUMS)
             flat = lists.flatten().to_numpy().reshape(-1, len(SUMS))
-            sums = DailySums(np.repeat(code[rows] + 1, sizes).astype(np.int64), flat, plan.counters.num_scenarios)
+            sums = DailySums.of(np.repeat(code[rows] + 1, sizes).astype(np.int64), flat, plan.counters.num_scenarios)
         places = [n for n, feature in enumerate(plan.spec.lists) if feature.key == name]
         lists = lists_by_code(code[rows], some.field("lists"), places, size) if places else {}
         result[name] = Lookup(text, ids, numbers, sums, lists)
@@ -155,7 +155,8 @@ def _own_columns(rows: pa.Table, found: dict[str, Lookup], plan: RowPlan) -> dic
             columns[scaled_column(column)] = pa.array(lookup.numbers[places, n])
         columns |= {plan.spec.lists[n].column: found.take(pa.array(places)) for n, found in lookup.lists.items()}
     sums = {name: lookup.sums for name, lookup in found.items() if lookup.sums is not None}
-    counters = counter_columns(plan.counters, sums, codes, rows["scenario"].to_numpy(), time // DAY_US)
+    scenarios = rows["scenario"].to_numpy()
+    counters = counter_values(plan.counters, plan.counters.totals(), sums, codes, scenarios, time // DAY_US)
     return columns | {name: pa.array(values) for name, values in counters.items()}
 
 

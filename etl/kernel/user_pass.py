@@ -50,6 +50,8 @@ class PassPlan:
     """Context features that are numbers, scaled already."""
     counted: tuple[tuple[str, ...], ...] = ()
     """Columns by whose values together past events are counted (etl/kernel/counters.py)."""
+    told: tuple[tuple[str, ...], ...] = ()
+    """Columns by whose values they are counted too, though no row needs it."""
     max_user_day_rows: int = 0
     """limits.max_user_events_per_day; 0: no limit."""
     chunk_rows: int = 200_000
@@ -189,7 +191,9 @@ def _samples(
             },
         )
     yield from values.rows(chunk, shown[is_counted], days[is_counted])
-    yield from count_rows(events, histories, shown[is_counted], values, map(cell_name, plan.counted), plan.since)
+    counted = {name: values.features[name] for name in map(cell_name, plan.counted)}
+    counted |= counter_cells(rows, shown, encoded, plan.told)
+    yield from count_rows(events, histories, shown[is_counted], counted, plan.since)
 
 
 def _history_rows(rows: pa.Table, history: HistoryEvents, scenario: int, since: int) -> Iterator[pa.RecordBatch]:

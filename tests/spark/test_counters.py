@@ -94,7 +94,8 @@ def sums_of(shop: Shop, world: World) -> dict[tuple, list[int]]:
     known = known_of(shop, world)
     sums: dict[tuple, list[int]] = {}
     for event in counted(world, WINDOWS):
-        for keys in {keys for _, keys, *_ in WANTED}:
+        # The last two tell the service what a user or an item is.
+        for keys in {keys for _, keys, *_ in WANTED} | {("user_id", "city"), ("item_id", "brand")}:
             values = [known[event["id"]][key] for key in keys]
             if None not in values and event["event_day"] < DAYS:
                 place = ":".join(keys), "|".join(values), event["day"], event["event_day"], SCENARIOS[event["scenario"]]

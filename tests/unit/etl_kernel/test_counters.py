@@ -13,13 +13,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from etl.kernel.counters import ALL_ROWS, CounterColumns, CounterPlan, DailySums, cell_name, counter_columns, log_odds
+from etl.kernel.counters import cell_name
 from etl.kernel.rows import RowPlan, sample_rows
 from etl.kernel.user_pass import PassPlan
 from tests.etl_oracle import DAY, Row, Windows, World, counted, counters, unique
 from tests.unit.etl_kernel.test_user_pass import SPEC, passed
 from tests.unit.etl_worlds import NOON, duplicated, event_rows, rules_of, windows_of, worlds
 from tests.unit.examples import depth
+from usr_ray.daily_sums import (
+    ALL_ROWS,
+    CounterColumns,
+    CounterPlan,
+    DailySums,
+    counter_values,
+    key_parts,
+    key_parts_joined,
+    log_odds,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -329,11 +339,24 @@ def test_log_odds_are_those_of_the_smoothed_rate_less_those_of_all() -> None:
 
 def test_a_giant_item_and_days_far_apart_add_up() -> None:
     codes = np.array([1, 1, 3])
-    sums = DailySums(codes, np.array([[10, 0, 2**40, 7, 1], [3000, 1, 5, 5, 5], [10, 0, 1, 0, 0]]), 2)
-    rows, end = np.array([1, 1, 3, 2, 0]), np.array([11, 3001, 11, 3001, 3001])
-    assert sums.within(rows, np.array([0, 1, 0, 0, 0]), None, end)[:, 0].tolist() == [2**40, 5, 1, 0, 0]
-    assert sums.within(rows, None, end - 1, end)[:, 0].tolist() == [2**40, 5, 1, 0, 0]
-    assert sums.within(rows, None, None, np.full(5, 10)).sum() == 0
+    sums = DailySums.of(codes, np.array([[10, 0, 2**40, 7, 1], [3000, 1, 5, 5, 5], [10, 0, 1, 0, 0]]), 2)
+    rows, days = np.array([1, 1, 3, 2, 0, -1]), np.array([11, 3001, 11, 3001, 3001, 3001])
+    found = sums.before(rows, days, (None, 1))
+    assert found.shape == (2, 2, 6, 3)
+    assert found[0, 0, :, 0].tolist() == [2**40, 2**40, 1, 0, 0, 0]
+    assert found[0, 1, :, 0].tolist() == [2**40, 0, 1, 0, 0, 0]
+    assert found[1, 1].tolist() == found[1, 0].tolist() == [[0] * 3, [5, 5, 5], *[[0] * 3] * 4]
+    assert not sums.before(rows, np.array([10]), (None, 1, 366)).any()
+    assert sums.before(rows, np.array([11]), (1,))[0, 0, :, 1].tolist() == [7, 7, 0, 0, 0, 0]
+
+
+@given(st.lists(st.tuples(*[st.text("a|\\01", max_size=4)] * 3), max_size=5))
+def test_the_text_of_several_values_tells_them_again(values: list[tuple[str, ...]]) -> None:
+    parts = [pa.array(column, pa.string()) for column in zip(*values, strict=True)] or [pa.array([], pa.string())] * 3
+    for number in (1, 2, 3):
+        joined = key_parts_joined(parts[:number])
+        assert joined.to_pylist() == [text_of(list(row[:number])) for row in values]
+        assert [part.to_pylist() for part in key_parts(joined, number)] == [p.to_pylist() for p in parts[:number]]
 
 
 def test_columns_of_one_counter_are_its_windows() -> None:
@@ -346,8 +369,8 @@ def test_columns_of_one_counter_are_its_windows() -> None:
         num_scenarios=1,
         of_scenarios=(10, 0, 40, 10, 0, 12, 0, 10, 5, 0),
     )
-    sums = {"item_id": DailySums(np.array([1, 1]), np.array(daily), 1)}
-    found = counter_columns(plan, sums, {"item_id": np.array([1])}, np.array([0]), np.array([13]))
+    sums = {"item_id": DailySums.of(np.array([1, 1]), np.array(daily), 1)}
+    found = counter_values(plan, plan.totals(), sums, {"item_id": np.array([1])}, np.array([0]), np.array([13]))
     # Near: (1 + 20 / 2) / 21 beside 5 / 10. Far: (3 + 20 * .3) / 25 = 9 / 25 beside 15 / 50.
     wanted = {"near": math.log(11 / 10), "shown": math.log(6), "far": math.log(9 / 16) - math.log(3 / 7)}
     assert {name: values.item() for name, values in found.items()} == pytest.approx(wanted, abs=1e-6)

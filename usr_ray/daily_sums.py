@@ -1,0 +1,200 @@
+"""Daily sums of past events, and the counters that a row of a day has of them (contract 5, counters).
+
+A row of day D sees whole days before D and nothing of D. The ETL writes a row's counters with this code, the service
+computes those of a request with it: both get the same numbers, bit for bit. Numpy and Arrow only.
+
+Shape letters: N rows, S scenarios, W windows, K windows of all counters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from usr_ray.config.counters import COUNTED, CounterConfig, counter_columns
+
+Ints = NDArray[np.int64]
+ALL_ROWS = "*"
+"""Name and key of the sums over all rows of a scenario: the rates that counters are compared with."""
+SUMS = ("day", "scenario", *COUNTED)
+"""One day's sums of a value: days since 1970, position of the scenario, then the counts."""
+_KINDS = (*COUNTED, "ctr", "cvr")
+
+
+# ---- keys
+
+
+def key_parts_joined(parts: Sequence[pa.Array]) -> pa.Array:
+    """One text for several values: joined by "|"; what is "|" or a backslash in a value has a backslash before it.
+
+    A single value is its own text. Null where one of the values is.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    escaped = [pc.replace_substring(pc.replace_substring(part, "\\", "\\\\"), "|", "\\|") for part in parts]
+    return pc.binary_join_element_wise(*escaped, "|")
+
+
+def key_parts(keys: pa.Array, num_parts: int) -> list[pa.Array]:
+    """Inverse of `key_parts_joined`, of texts without nulls."""
+    if num_parts == 1:
+        return [keys]
+    # Two characters for two: a backslash is "\0" and a "|" of a value is "\1", so that every other "|" separates.
+    marked = pc.replace_substring(pc.replace_substring(keys, "\\\\", "\\0"), "\\|", "\\1")
+    flat = pc.list_flatten(pc.split_pattern(marked, "|"))
+    plain = pc.replace_substring(pc.replace_substring(flat, "\\1", "|"), "\\0", "\\")
+    return [plain.take(pa.array(np.arange(n, len(plain), num_parts))) for n in range(num_parts)]
+
+
+# ---- sums
+
+
+@dataclass(frozen=True, slots=True)
+class DailySums:
+    """Sums by (code, scenario, day), of which the sums over any days before one are two look-ups."""
+
+    places: NDArray[np.integer[Any]]
+    """(entries), ascending: code, scenario and day as one number."""
+    until: NDArray[np.integer[Any]]
+    """(entries + 1, 3): sums of COUNTED over all entries before each. Unsigned ones may wrap: differences do not."""
+    first: int
+    """Day; earlier ones are taken for it."""
+    width: int
+    """Days from the first on that are told apart; later ones are taken for the last."""
+    num_scenarios: int
+
+    @classmethod
+    def of(cls, codes: Ints, sums_N5: Ints, num_scenarios: int) -> DailySums:
+        """Sums of codes from 0 on, a row of SUMS each; several rows of one code, scenario and day add up."""
+        days = sums_N5[:, 0]
+        first = int(days.min()) if len(days) else 0
+        width = int(days.max(initial=first)) - first + 2  # one more: the day after all others
+        place = (codes * num_scenarios + sums_N5[:, 1]) * width + days - first
+        order = np.argsort(place, kind="stable")
+        until = np.concatenate([np.zeros((1, 3), np.int64), np.cumsum(sums_N5[order, 2:], axis=0)])
+        return cls(place[order], until, first, width, num_scenarios)
+
+    def before(self, codes_N: Ints, days_N: Ints, windows: Sequence[int | None]) -> Ints:
+        """(S, W, N, 3): COUNTED of each scenario over the days of each window, which ends before a row's own day.
+
+        Args:
+            codes_N: all sums of a code without entries, -1 among them, are 0.
+            days_N: of the rows, or one day for all of them.
+            windows: days that each looks back; None: to the beginning.
+        """
+        back_W1 = np.array([days or 0 for days in windows], dtype=np.int64)[:, None]
+        is_bounded_W1 = np.array([days is not None for days in windows])[:, None]
+        start_WN = np.where(is_bounded_W1, np.clip(days_N - back_W1 - self.first, 0, self.width - 1), 0)
+        end_N = np.clip(days_N - self.first, 0, self.width - 1)
+        base_SN = (codes_N * self.num_scenarios + np.arange(self.num_scenarios)[:, None]) * self.width
+        low_SWN = np.searchsorted(self.places, base_SN[:, None] + start_WN)
+        high_SN = np.searchsorted(self.places, base_SN + end_N)
+        return (self.until[high_SN][:, None] - self.until[low_SWN]).astype(np.int64, copy=False)
+
+
+# ---- counters
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CounterColumns:
+    """Columns of one counter."""
+
+    feature: str
+    """What it counts by."""
+    per_scenario: bool
+    windows: tuple[tuple[int | None, tuple[tuple[str, str], ...]], ...]
+    """(days, None: all before; (column, what it is: an event or a rate) ..)."""
+
+    @classmethod
+    def of(cls, name: str, counter: CounterConfig, feature: str) -> CounterColumns:
+        """Of a configured counter."""
+        named = iter(counter_columns(name, counter))
+        kinds = (*counter.events, *counter.rates)
+        windows = tuple((counter.days(w), tuple((next(named), kind) for kind in kinds)) for w in counter.windows)
+        return cls(feature=feature, per_scenario=counter.per_scenario, windows=windows)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CounterPlan:
+    """What rows need for their counters beside the sums of their own values; sent with the task."""
+
+    columns: tuple[CounterColumns, ...] = ()
+    prior: float = 0.0
+    num_scenarios: int = 0
+    of_scenarios: tuple[int, ...] = ()
+    """SUMS of each day and scenario, one after the other."""
+
+    def totals(self) -> DailySums:
+        """Sums of whole scenarios, under code 0."""
+        totals_N5 = np.array(self.of_scenarios, dtype=np.int64).reshape(-1, len(SUMS))
+        return DailySums.of(np.zeros(len(totals_N5), np.int64), totals_N5, self.num_scenarios)
+
+
+def counter_values(
+    plan: CounterPlan,
+    totals: DailySums,
+    sums: Mapping[str, DailySums],
+    codes: Mapping[str, Ints],
+    scenarios_N: Ints,
+    days_N: Ints,
+) -> dict[str, NDArray[np.float32]]:
+    """Column -> counters of some rows: logarithms of 1 + the counts, and log odds less those of the scenario.
+
+    Args:
+        plan: the columns.
+        totals: of the plan.
+        sums: feature -> sums by code.
+        codes: feature -> of each row, one that `sums` lacks where the row has no value; one for all rows where it is
+            the same, and then a column has one number.
+        scenarios_N: of each row, or one for all.
+        days_N: of each row since 1970, or one for all.
+    """
+    if not plan.columns:
+        return {}
+    spans = list(dict.fromkeys(days for counter in plan.columns for days, _ in counter.windows))
+    every_SWN3 = totals.before(np.zeros_like(days_N), days_N, spans)
+    own_SWN3 = {name: sums[name].before(codes[name], days_N, spans) for name in {c.feature for c in plan.columns}}
+    groups: dict[int, tuple[list[Ints], list[Ints], list[tuple[tuple[str, str], ...]]]] = {}
+    for counter in plan.columns:
+        picked = [spans.index(days) for days, _ in counter.windows]
+        own, every = (
+            (_of_scenario(found[:, picked], scenarios_N) if counter.per_scenario else found[:, picked].sum(axis=0))
+            for found in (own_SWN3[counter.feature], every_SWN3)
+        )
+        group = groups.setdefault(own.shape[1], ([], [], []))
+        group[0].append(own)
+        group[1].append(every)
+        group[2].extend(columns for _, columns in counter.windows)
+    found: dict[str, NDArray[np.float32]] = {}
+    for owns, everys, names in groups.values():  # few calls for many counters: a request has one row
+        own_KN3, every_KN3 = np.concatenate(owns), np.concatenate(everys)
+        odds_KN2 = log_odds(own_KN3[..., 1:], own_KN3[..., :2], every_KN3[..., 1:], every_KN3[..., :2], plan.prior)
+        values_KN5 = np.concatenate([np.log1p(own_KN3), odds_KN2], axis=2).astype(np.float32)
+        for k, columns in enumerate(names):
+            found |= {column: values_KN5[k, :, _KINDS.index(what)] for column, what in columns}
+    return found
+
+
+def _of_scenario(sums_SWN3: Ints, scenarios_N: Ints) -> Ints:
+    if len(scenarios_N) == 1:
+        return sums_SWN3[scenarios_N[0]]
+    return np.take_along_axis(sums_SWN3, scenarios_N[None, None, :, None], axis=0)[0]
+
+
+def log_odds(hits: Ints, trials: Ints, all_hits: Ints, all_trials: Ints, prior: float) -> NDArray[np.float64]:
+    """Log odds of hits out of trials, smoothed by `prior` trials at the rate of all, less the log odds of that rate.
+
+    0 without a trial, and where none or every one of all trials is a hit. Several clicks of an impression, or one on a
+    later day than the impression, can be more than the impressions: trials then are as many as hits.
+    """
+    trials, all_trials = np.maximum(trials, hits), np.maximum(all_trials, all_hits)
+    defined = (trials > 0) & (all_hits > 0) & (all_hits < all_trials)
+    rate = np.where(defined, all_hits / np.maximum(all_trials, 1), 0.5)
+    odds = (hits + prior * rate) / (trials - hits + prior * (1 - rate))
+    return np.where(defined, np.log(odds) - np.log(rate / (1 - rate)), 0.0)
