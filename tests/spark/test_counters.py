@@ -19,11 +19,15 @@ from etl.build.state import State, find_state
 from etl.features.counters import counter_fingerprints
 from etl.lake.tables import Lake
 from tests.etl_oracle import DAY, Row, World, counted, counters, unique
-from tests.spark.shop import CONFIG, DAYS, SCENARIOS, START, WINDOWS, Shop, logs_of, random_shop, write_logs
+from tests.spark.shop import CONFIG, DAYS, SCENARIOS, START, WINDOWS, Shop, logs_of, moment, random_shop, write_logs
 from tests.spark.test_build_daily import ALL, build
 from tests.spark.test_build_samples import DATES, WATERMARK, rows_of
 from usr_ray.config import day_number, load_config
+from usr_ray.data.events import read_events
 from usr_ray.data.manifest import build_manifest
+from usr_ray.serving.counters import Counters, lake_counters
+from usr_ray.serving.encode import Encoder
+from usr_ray.serving.stores import ItemTable, UserStore, write_items, write_users
 
 pytestmark = pytest.mark.spark
 
@@ -35,6 +39,7 @@ WANTED = (
     ("mixed", ("device", "brand", "city"), False, ("all",), ("impressions", "orders")),
     ("brand", ("brand",), True, ("1d",), ("clicks",)),
     ("device", ("device",), True, ("1d",), ("clicks",)),
+    ("query_item", ("query", "item_id"), False, ("all",), ("clicks",)),
 )
 """Name, keys, per_scenario, windows, columns."""
 
@@ -177,7 +182,7 @@ def test_days_that_are_built_on_the_sums_of_earlier_ones_equal_the_oracle(
     assert all(not any(wanted[key].values()) for key in first), "nothing lies before the first day"
     spec = build_manifest(daily, dates=(DATES[0], DATES[3])).spec
     owners = {f.name: f.owner for f in spec.dense if f.name.startswith("counter_")}
-    assert len(owners) == 15 + 10 + 6 + 2 + 1 + 1
+    assert len(owners) == 15 + 10 + 6 + 2 + 1 + 1 + 1
     assert (owners["counter_item_2d_ctr"], owners["counter_typed_1d_clicks"]) == ("item", "query")
 
 
@@ -185,6 +190,37 @@ def test_the_table_holds_the_sums_of_each_day(daily: Path, shop: Shop, fewer: Wo
     found = table_of(daily)
     assert found == sums_of(shop, fewer)
     assert any(place[2] > place[3] for place in found), "some were known later"
+
+
+@pytest.mark.parametrize("first", [None, 2])
+def test_a_request_has_the_counters_of_its_row_bit_for_bit(
+    daily: Path, shop: Shop, fewer: World, tmp_path: Path, first: int | None
+) -> None:
+    """Of a store for a replay, and of one that was published at the beginning of the third day."""
+    manifest = build_manifest(daily, dates=(DATES[0], DATES[3]))
+    as_of_us = None if first is None else int(moment(first * DAY).timestamp()) * 1_000_000
+    counted, _ = lake_counters(tmp_path, daily, manifest.spec, manifest.built_with, as_of_us=as_of_us)
+    store = Counters(tmp_path)
+    encoder = Encoder(manifest.spec, {}, None, store.indexes)
+    write_items(tmp_path, manifest, encoder, counted)
+    write_users(tmp_path, manifest, read_events(daily)[0], encoder, length=None, counted=counted)
+    items, users, known = ItemTable(tmp_path), UserStore(tmp_path, encoder), known_of(shop, fewer)
+    num_compared = 0
+    for row in rows_of(daily / "samples"):
+        if row["event_time"] < moment((first or 0) * DAY).replace(tzinfo=row["event_time"].tzinfo):
+            continue
+        raw = known[row["impression_id"]]
+        profiles = {
+            "user": users.get(row["user_id"])[1],
+            "context": encoder.profile("context", {"device": raw["device"]}),
+            "item": items.find([row["item_id"]], encoder)[1],
+        }
+        time_us = int(row["event_time"].timestamp() * 1e6)
+        found = store.values(encoder, SCENARIOS.index(row["scenario"]), time_us, row["query"], profiles)
+        for name, values in found.items():
+            assert values.tolist() == [row[name]], (row["impression_id"], name)
+            num_compared += row[name] != 0
+    assert num_compared > 500
 
 
 def test_vocabularies_hold_nothing_of_the_counters(daily: Path) -> None:

@@ -198,9 +198,12 @@ class Profile:
     """Encoded features of a user or, a row each, of N candidates, without the id's own."""
 
     ids: NDArray[np.int32]
-    """(width) or (N, width): the categories in the spec's order, then each list of `Encoder.lists`, padded with 0."""
+    """(width) or (N, width): the categories in the spec's order, then each list of `Encoder.lists`, padded with 0, then
+    the codes of what counters count by (`Encoder.counted`), 0 for none."""
     numbers: NDArray[np.float32]
     """(numbers) or (N, numbers)."""
+    sums: tuple[Ints, NDArray[np.uint32]] | None = None
+    """Of a user: places and sums of the counters that count by the user (daily_sums.DailySums)."""
 
 
 class Encoder:
@@ -210,22 +213,28 @@ class Encoder:
         spec: of the model.
         indexes: of each feature's vocabulary; empty for hashed ids.
         num_buckets: of hashed ids; None: the vocabularies are fitted.
-
-    Raises:
-        EncodeError: the model has features that change from day to day, which no store holds.
+        counted: codes of the columns that counters count by (counters.Counters).
     """
 
-    def __init__(self, spec: FeatureSpec, indexes: Mapping[str, ValueIndex], num_buckets: int | None) -> None:
-        daily = [f.name for f in spec.dense if f.column != scaled_column(f.name)]
-        if daily:
-            raise EncodeError(f"features: {daily[0]} changes from day to day and cannot be served; train without it")
+    def __init__(
+        self,
+        spec: FeatureSpec,
+        indexes: Mapping[str, ValueIndex],
+        num_buckets: int | None,
+        counted: Mapping[str, ValueIndex] | None = None,
+    ) -> None:
         self.spec = spec
-        self._indexes, self._num_buckets = indexes, num_buckets
+        self._indexes, self._num_buckets, self._counted = indexes, num_buckets, counted or {}
         self.categories = {
             owner: tuple(f.name for f in spec.sparse if f.owner == owner and f.name not in _FIXED)
             for owner in ("user", "item", "context")
         }
         """Owner -> its categories beside the ids and the hour."""
+        self.counted = {
+            owner: tuple(name for name in (f"{owner}_id", *names) if name in self._counted)
+            for owner, names in self.categories.items()
+        }
+        """Owner -> what of it counters count by; the user's id has no code."""
         self.scales = {f.name: f.scale for f in spec.dense}
         """Number -> how its values become a column."""
         self.lists = {
@@ -234,7 +243,8 @@ class Encoder:
         }
         """Owner -> its tags and terms; a query's tags come with the context."""
         self.numbers = {
-            owner: tuple(f.name for f in spec.dense if f.owner == owner) for owner in ("user", "item", "context")
+            owner: tuple(f.name for f in spec.dense if f.owner == owner and f.column == scaled_column(f.name))
+            for owner in ("user", "item", "context")
         }
 
     def ids(self, feature: str, values: Sequence[str | None]) -> Ints:
@@ -252,7 +262,18 @@ class Encoder:
 
     def width(self, owner: str) -> int:
         """Of Profile.ids."""
-        return len(self.categories[owner]) + sum(feature.length for feature in self.lists[owner])
+        lists = sum(feature.length for feature in self.lists[owner])
+        return len(self.categories[owner]) + lists + len(self.counted[owner])
+
+    def codes(self, name: str, texts: Sequence[str | None]) -> Ints:
+        """Code of each value of a column that counters count by; 0 for None, and for one that was never counted."""
+        found = self._counted[name].find([text or "" for text in texts])
+        return np.where([text is None for text in texts], 0, np.maximum(found, 0))
+
+    def counted_places(self, owner: str) -> dict[str, int]:
+        """Column that counters count by -> where its code is in Profile.ids."""
+        names = self.counted[owner]
+        return {name: self.width(owner) - len(names) + n for n, name in enumerate(names)}
 
     def list_places(self, owner: str) -> dict[str, slice]:
         """Name of tags or terms -> where they are in Profile.ids."""
@@ -275,8 +296,13 @@ class Encoder:
         index = self._indexes.get(feature)
         return {} if index is None else index.items()
 
-    def profile(self, owner: str, values: Mapping[str, Any]) -> Profile:
+    def profile(self, owner: str, values: Mapping[str, Any], own_id: str | None = None) -> Profile:
         """Raw features of one user or item; a missing key is a null.
+
+        Args:
+            owner: 'user', 'item' or 'context'.
+            values: by feature.
+            own_id: of the item, by which counters may count.
 
         Raises:
             EncodeError: a key is none of the owner's features, or a value has the wrong type.
@@ -287,11 +313,14 @@ class Encoder:
         if unknown:
             there = ", ".join(dict.fromkeys((*categories, *numbers, *sources))) or "none"
             raise EncodeError(f"unknown feature {unknown[0]!r}; features of the {owner} are: {there}")
-        ids = [int(self.ids(name, [_named(name, category_text, values.get(name))])[0]) for name in categories]
-        parts = [np.array(ids, dtype=np.int32)]
+        texts: dict[str, str | None] = {n: _named(n, category_text, values.get(n)) for n in categories}
+        parts = [np.array([int(self.ids(name, [texts[name]])[0]) for name in categories], dtype=np.int32)]
         for feature in lists:
             read = _text_of_terms if feature.table == TERM else _text_of_tags
             parts.append(self.list_ids(feature, [_named(name, read, values.get(name)) for name in feature.sources]))
+        texts["item_id"] = own_id
+        codes = [int(self.codes(name, [texts[name]])[0]) for name in self.counted[owner]]
+        parts.append(np.array(codes, dtype=np.int32))
         found = [_named(name, _number, values.get(name)) for name in numbers]
         return Profile(np.concatenate(parts), scaled(found, [self.scales[name] for name in numbers]))
 
@@ -313,6 +342,7 @@ class Encoder:
         context: Profile,
         events: UserEvents,
         items: tuple[Ints, Profile],
+        counters: Mapping[str, NDArray[np.float32]] | None = None,
     ) -> dict[str, NDArray[Any]]:
         """The inputs of request.onnx for one request.
 
@@ -325,6 +355,7 @@ class Encoder:
             context: of the request.
             events: of the user.
             items: encoded item_id (N) and features of the candidates.
+            counters: of counters.Counters, where the model has some.
         """
         spec = self.spec
         has_query = spec.scenarios[scenario] in spec.query_scenarios
@@ -333,7 +364,8 @@ class Encoder:
             "query": self.ids("query", [(query or None) if has_query else None])[0],
             EVENT_HOUR: time_us // (DAY_US // _NUM_HOURS) % _NUM_HOURS + FIRST_ID,
         }
-        numbers: dict[str, Any] = {}
+        daily = counters or {}
+        numbers: dict[str, Any] = {name: values[0] for name, values in daily.items()}
         lists: dict[str, NDArray[Any]] = {}
         for owner, profile in (("user", user), ("context", context)):
             own |= dict(zip(self.categories[owner], profile.ids[: len(self.categories[owner])], strict=True))
@@ -343,7 +375,7 @@ class Encoder:
         categories = self.categories["item"]
         columns = {"item_id": item_ids} | dict(zip(categories, of_items.ids[:, : len(categories)].T, strict=True))
         lists |= {name: of_items.ids[:, place] for name, place in self.list_places("item").items()}
-        item_numbers = dict(zip(self.numbers["item"], of_items.numbers.T, strict=True))
+        item_numbers = dict(daily) | dict(zip(self.numbers["item"], of_items.numbers.T, strict=True))
         sparse, dense = ([(f.name, f.owner == "item") for f in features] for features in (spec.sparse, spec.dense))
         inputs: dict[str, NDArray[Any]] = {
             "scenario": np.array([scenario], dtype=np.int64),

@@ -24,12 +24,13 @@ from usr_ray.config import LabelsConfig
 from usr_ray.data.events import read_events
 from usr_ray.data.manifest import Manifest, build_manifest, join_path, open_filesystem
 from usr_ray.files import sync
-from usr_ray.serving.encode import Encoder, ValueIndex
+from usr_ray.serving.counters import lake_counters, planned_counters
+from usr_ray.serving.encode import ValueIndex
 from usr_ray.serving.events import Rules
 from usr_ray.serving.export import export_run
 from usr_ray.serving.ranker import Ranker, iso_time
 from usr_ray.serving.runtime import VOCABULARIES
-from usr_ray.serving.stores import write_items, write_users
+from usr_ray.serving.stores import instant_after, write_items, write_users
 from usr_ray.serving.versions import (
     FORMAT,
     GOLDEN,
@@ -38,6 +39,7 @@ from usr_ray.serving.versions import (
     VERSIONS,
     VOCABULARY_FOLDER,
     model_spec,
+    open_counters,
     open_encoder,
     version_files,
     vocabulary_paths,
@@ -60,7 +62,7 @@ def publish(run_dir: Path, lake: Path | str, registry: Path, *, report: Callable
         UserError: no run, no checkpoint, another lake, or a table that cannot be read. Nothing is left behind then.
     """
     manifest = build_manifest(lake, dates=None)
-    Encoder(manifest.spec, {}, None)  # what cannot be encoded is said before the export, which takes a minute
+    planned_counters(manifest.spec, manifest.built_with)  # said before the export, which takes a minute
     events, state_version = read_events(lake)
     temporary = registry / VERSIONS / f".tmp-{uuid.uuid4().hex}"
     temporary.mkdir(parents=True)
@@ -69,9 +71,11 @@ def publish(run_dir: Path, lake: Path | str, registry: Path, *, report: Callable
         report(f"model {exported['checkpoint']['id']} exported")
         name = f"{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%S}-{exported['checkpoint']['id']}"
         write_vocabularies(temporary)
-        encoder = open_encoder(temporary)
-        num_items = write_items(temporary, manifest, encoder)
-        num_users, as_of = write_users(temporary, manifest, events, encoder, length=encoder.spec.history_length)
+        spec, as_of = model_spec(temporary), instant_after(events)
+        counted, sums_version = lake_counters(temporary, lake, spec, manifest.built_with, as_of_us=as_of)
+        encoder = open_encoder(temporary, open_counters(temporary))
+        num_items = write_items(temporary, manifest, encoder, counted)
+        num_users = write_users(temporary, manifest, events, encoder, length=spec.history_length, counted=counted)
         report(f"{num_items:,} items and {num_users:,} users of samples version {manifest.version}")
         version: dict[str, Any] = {
             "format": FORMAT,
@@ -80,9 +84,11 @@ def publish(run_dir: Path, lake: Path | str, registry: Path, *, report: Callable
             "scenarios": exported["scenarios"],
             "as_of": iso_time(as_of),
             "rules": asdict(Rules.of(LabelsConfig(**exported["labels"]), most_rows_a_day(manifest))),
-            "lake": {"uri": manifest.table_uri, "samples": manifest.version, "state": state_version},
+            "lake": {"uri": manifest.table_uri, "samples": manifest.version, "state": state_version}
+            | ({} if counted is None else {"counters": sums_version}),
             "items": num_items,
             "users": num_users,
+            "counters_until": None if counted is None else counted.until,
             "published_at": f"{dt.datetime.now(dt.UTC):%Y-%m-%dT%H:%M:%SZ}",
         }
         ranker = Ranker.of_files(temporary, version)

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from usr_ray.config import UserError
+from usr_ray.serving.counters import Counters
 from usr_ray.serving.encode import (
     EPOCH,
     EncodeError,
@@ -33,7 +34,16 @@ from usr_ray.serving.encode import (
 from usr_ray.serving.events import EventLog, Row, Rules, with_live
 from usr_ray.serving.runtime import ExportedModel
 from usr_ray.serving.stores import ItemTable, StoreError, UserStore
-from usr_ray.serving.versions import GOLDEN, MODEL, STABLE, RegistryError, open_encoder, stable_folder, verified_version
+from usr_ray.serving.versions import (
+    GOLDEN,
+    MODEL,
+    STABLE,
+    RegistryError,
+    open_counters,
+    open_encoder,
+    stable_folder,
+    verified_version,
+)
 
 MAX_CANDIDATES = 2000
 _NUM_READERS = 4
@@ -82,11 +92,13 @@ class Ranker:
         stores: tuple[ItemTable, UserStore],
         *,
         exact_from_us: int,
+        counters: Counters | None = None,
     ) -> None:
         self.version = version
         self.encoder = encoder
         self._program = program
         self._items, self._users = stores
+        self._counters = counters
         self._exact_from_us = exact_from_us
         self._rules = Rules(**version["rules"])
         self._log: EventLog | None = None
@@ -131,15 +143,11 @@ class Ranker:
             UserError: the model, or a store, is damaged.
         """
         program = ExportedModel(folder / MODEL, num_threads=num_threads, per_request=True)
-        encoder = open_encoder(folder)
+        counters = open_counters(folder)
+        encoder = open_encoder(folder, counters)
         stores = ItemTable(folder), UserStore(folder, encoder)
-        return cls(
-            version,
-            program,
-            encoder,
-            stores,
-            exact_from_us=micros_of(version["as_of"]),
-        )
+        exact_from_us = micros_of(version["as_of"])
+        return cls(version, program, encoder, stores, exact_from_us=exact_from_us, counters=counters)
 
     def read_within(self, deadline_s: float | None) -> None:
         """Answer without history, marked degraded, where a user cannot be read within so many seconds."""
@@ -222,6 +230,10 @@ class Ranker:
         events, user = (UserEvents.none(), encoder.nothing("user")) if found is None else found
         if rows:
             events = with_live(events, rows, self._rules, encoder, request.time_us)
+        counters = None
+        if self._counters is not None:
+            profiles = {"user": user, "context": request.context, "item": of_items}
+            counters = self._counters.values(encoder, request.scenario, request.time_us, request.query, profiles)
         inputs = encoder.inputs(
             scenario=request.scenario,
             time_us=request.time_us,
@@ -231,6 +243,7 @@ class Ranker:
             context=request.context,
             events=events,
             items=(item_ids, of_items),
+            counters=counters,
         )
         new = [item for item, is_unknown in zip(request.candidates, is_new, strict=True) if is_unknown]
         return inputs, {"user": found is None, "candidates": new}, is_degraded
@@ -290,16 +303,16 @@ class Ranker:
             strange = sorted(set(item) - {"id", "features"})
             if strange:
                 raise RequestError(f"{where}: unknown field {strange[0]!r}; an item has: id, features")
-            if item.get("features") is not None:
-                given[place] = self._profile("item", item["features"], f"{where}.features")
             names.append(_text(item.get("id"), where))
+            if item.get("features") is not None:
+                given[place] = self._profile("item", item["features"], f"{where}.features", names[-1])
         return names, given
 
-    def _profile(self, owner: str, raw: Any, where: str) -> Profile:
+    def _profile(self, owner: str, raw: Any, where: str, own_id: str | None = None) -> Profile:
         if raw is not None and not isinstance(raw, Mapping):
             raise RequestError(f"{where}: is {type(raw).__name__}; an object of features is needed")
         try:
-            return self.encoder.profile(owner, raw or {})
+            return self.encoder.profile(owner, raw or {}, own_id)
         except EncodeError as error:
             raise RequestError(f"{where}: {error}") from error
 

@@ -25,12 +25,13 @@ from usr_ray.data.events import read_events
 from usr_ray.data.manifest import DataError, Manifest, build_manifest, join_path, open_filesystem
 from usr_ray.files import one_line
 from usr_ray.schema import LOG1P, UNKNOWN_ID, ListFeature
+from usr_ray.serving.counters import Counters, lake_counters
 from usr_ray.serving.encode import Encoder, Profile, UserEvents
 from usr_ray.serving.export import model_id
 from usr_ray.serving.library import Run
 from usr_ray.serving.runtime import ExportedModel
 from usr_ray.serving.stores import ItemTable, UserStore, write_items, write_users
-from usr_ray.serving.versions import MODEL, open_encoder, stable_folder, verified_version
+from usr_ray.serving.versions import MODEL, model_spec, open_counters, open_encoder, stable_folder, verified_version
 from usr_ray.training.evaluate import check_table, load_whole_run
 
 TOLERANCE = 1e-6
@@ -117,16 +118,18 @@ def replay(
         )
     manifest = build_manifest(lake, dates=dates, allow_missing=allow_missing)
     check_table(trained, manifest)
-    encoder = open_encoder(folder)
     program = ExportedModel(folder / MODEL, per_request=True)
     with tempfile.TemporaryDirectory(prefix="usr-ray-replay-") as name:
         stores = Path(name)
         whole = build_manifest(lake, dates=None, version=manifest.version)
-        write_items(stores, whole, encoder)
-        write_users(stores, whole, read_events(lake)[0], encoder, length=None)
+        counted, _ = lake_counters(stores, lake, model_spec(folder), whole.built_with, as_of_us=None)
+        counters = open_counters(stores)
+        encoder = open_encoder(folder, counters)
+        write_items(stores, whole, encoder, counted)
+        write_users(stores, whole, read_events(lake)[0], encoder, length=None, counted=counted)
         report(f"items and users of samples version {manifest.version} read")
         users = UserStore(stores, encoder)
-        replayed = _Replayer(encoder, program, ItemTable(stores), users, Run(run_dir, trained))
+        replayed = _Replayer(encoder, program, (ItemTable(stores), users, counters), Run(run_dir, trained))
         told = time.monotonic()
         for rows in _rows(manifest):
             replayed.add(rows)
@@ -149,8 +152,11 @@ def _rows(manifest: Manifest) -> Iterator[pa.Table]:
 
 
 class _Replayer:
-    def __init__(self, encoder: Encoder, program: ExportedModel, items: ItemTable, users: UserStore, run: Run) -> None:
-        self._encoder, self._program, self._items, self._users, self._run = encoder, program, items, users, run
+    def __init__(
+        self, encoder: Encoder, program: ExportedModel, stores: tuple[ItemTable, UserStore, Counters | None], run: Run
+    ) -> None:
+        self._encoder, self._program, self._run = encoder, program, run
+        self._items, self._users, self._counters = stores
         self._limits = {name: f.num_embeddings for name, f in encoder.spec.vocabularies.items()}
         self._values = {name: encoder.values(name) for name in encoder.categories["context"]}
         self.num_impressions = 0
@@ -173,15 +179,23 @@ class _Replayer:
             found = self._users.get(raw["user_id"][n])
             events, user = (UserEvents.none(), encoder.nothing("user")) if found is None else found
             item_ids, of_items, _ = self._items.find([raw["item_id"][n]], encoder)
+            context, nameless = self._context(columns, bags, n)
+            scenario, time_us, query = int(scenario_N[n]), int(time_us_N[n]), raw["query"][n]
+            counters = None
+            if self._counters is not None:
+                profiles = {"user": user, "context": context, "item": of_items}
+                counters = self._counters.values(encoder, scenario, time_us, query, profiles)
+                counters |= {name: columns[name][n : n + 1] for name in self._counters.columns_by(nameless)}
             inputs = encoder.inputs(
-                scenario=int(scenario_N[n]),
-                time_us=int(time_us_N[n]),
+                scenario=scenario,
+                time_us=time_us,
                 user_id=raw["user_id"][n],
-                query=raw["query"][n],
+                query=query,
                 user=user,
-                context=self._context(columns, bags, n),
+                context=context,
                 events=events,
                 items=(item_ids, of_items),
+                counters=counters,
             )
             self._compare(impression, inputs, columns, lists, n)
             for feature in spec.lists:
@@ -198,8 +212,10 @@ class _Replayer:
         padded[: len(ids)] = self._known(feature.vocabulary, ids)
         return padded
 
-    def _context(self, columns: dict[str, NDArray[Any]], bags: dict[str, pa.ListArray], n: int) -> Profile:
-        """The impression's context, from values where there are such again."""
+    def _context(
+        self, columns: dict[str, NDArray[Any]], bags: dict[str, pa.ListArray], n: int
+    ) -> tuple[Profile, list[str]]:
+        """The impression's context, from values where there are such again, and what has a value that is not known."""
         encoder = self._encoder
         values: dict[str, Any] = {}
         encoded: dict[str, int] = {}
@@ -218,7 +234,7 @@ class _Replayer:
         places = encoder.list_places("context")
         for feature in encoder.lists["context"]:  # the lake keeps no text of theirs
             profile.ids[places[feature.name]] = self._padded(feature, bags[feature.name], n)
-        return profile
+        return profile, [name for name, number in encoded.items() if number]
 
     def _compare(
         self, impression: str, inputs: dict[str, NDArray[Any]], columns: dict[str, NDArray[Any]], lists: Any, n: int

@@ -1,9 +1,9 @@
 """What a service knows of items and users: files beside the model, read through memory maps, one read a request.
 
     items.arrow          raw item_id -> row        (encode.ValueIndex)
-    items_ids.npy        (rows, 1 + width): encoded item_id, then categories, tags and terms, int32
+    items_ids.npy        (rows, 1 + width): encoded item_id, then `Profile.ids`: categories, tags, terms, codes; int32
     items_numbers.npy    (rows, numbers), float32, scaled
-    users/data.mdb       LMDB: digest of the raw user_id -> one packed value, features and events
+    users/data.mdb       LMDB: digest of the raw user_id -> one packed value: features, events, sums for counters
 
 Both are made from the lake: features from the newest impression of each item and user, events from `<lake>/state`.
 """
@@ -28,10 +28,12 @@ from numpy.typing import NDArray
 from usr_ray.config import UserError
 from usr_ray.data.manifest import REBUILD, DataError, Manifest, join_path, open_filesystem
 from usr_ray.files import one_line
+from usr_ray.serving.counters import LakeCounters
 from usr_ray.serving.encode import Encoder, Ints, Profile, UserEvents, ValueIndex, event_keys
 
 ITEMS, ITEM_IDS, ITEM_NUMBERS, USERS = "items.arrow", "items_ids.npy", "items_numbers.npy", "users"
 _EVENT_BYTES = 8 + 8 + 4 + 4 + 1 + 1 + 8
+_SUM_BYTES = 8 + 3 * 4
 _PAGE_BYTES = 4096
 _MIN_MAP_BYTES = 1 << 24
 
@@ -86,11 +88,12 @@ def _last_of_each(rows: pa.Table, key: str) -> pa.Table:
     return rows.take(pa.array(len(codes) - 1 - from_end))
 
 
-def _profiles(rows: pa.Table, encoder: Encoder, owner: str) -> Profile:
+def _profiles(rows: pa.Table, encoder: Encoder, owner: str, counted: LakeCounters | None) -> Profile:
     """Rows of `newest_features` as the model takes them: ids that it has no embedding for are unknown."""
+    spec = encoder.spec
     ids = np.zeros((rows.num_rows, encoder.width(owner)), dtype=np.int32)
     for place, name in enumerate(encoder.categories[owner]):
-        feature = encoder.spec.sparse_feature(name)
+        feature = spec.sparse_feature(name)
         column = rows[feature.column].to_numpy()
         ids[:, place] = np.where(column < feature.num_embeddings, column, 1)
     places = encoder.list_places(owner)
@@ -102,8 +105,12 @@ def _profiles(rows: pa.Table, encoder: Encoder, owner: str) -> Profile:
         known_V = lists.flatten().to_numpy()
         known_V = np.where(known_V < of_list.num_embeddings, known_V, 1)
         ids[owner_V, places[of_list.name].start + place_V] = known_V
+    for name, place in encoder.counted_places(owner).items():
+        assert counted is not None
+        encoded = np.ones(rows.num_rows) if name == f"{owner}_id" else rows[spec.sparse_feature(name).column].to_numpy()
+        ids[:, place] = counted.codes(name, rows[f"{owner}_id"].combine_chunks(), encoded)
     numbers = np.zeros((rows.num_rows, len(encoder.numbers[owner])), dtype=np.float32)
-    dense = {f.name: f.column for f in encoder.spec.dense}
+    dense = {f.name: f.column for f in spec.dense}
     for place, name in enumerate(encoder.numbers[owner]):
         numbers[:, place] = rows[dense[name]].to_numpy()
     return Profile(ids, numbers)
@@ -112,10 +119,10 @@ def _profiles(rows: pa.Table, encoder: Encoder, owner: str) -> Profile:
 # ---- items
 
 
-def write_items(folder: Path, manifest: Manifest, encoder: Encoder) -> int:
-    """Write the item table of every item in the samples; its rows."""
+def write_items(folder: Path, manifest: Manifest, encoder: Encoder, counted: LakeCounters | None = None) -> int:
+    """Write the item table of every item in the samples; its rows. `counted` as in `write_users`."""
     rows = newest_features(manifest, "item_id", "item")
-    put_items(folder, rows["item_id"].to_pylist(), _profiles(rows, encoder, "item"), encoder)
+    put_items(folder, rows["item_id"].to_pylist(), _profiles(rows, encoder, "item", counted), encoder)
     return rows.num_rows
 
 
@@ -148,10 +155,12 @@ class ItemTable:
         else:
             ids, numbers = (np.empty((len(rows), of.shape[1]), of.dtype) for of in (self._ids, self._numbers))
         if is_new.any():
-            nothing = encoder.nothing("item")
+            nothing, new = encoder.nothing("item"), [i for i, new in zip(item_ids, is_new, strict=True) if new]
             ids, numbers = np.array(ids), np.array(numbers)
-            ids[is_new, 0] = encoder.ids("item_id", [i for i, new in zip(item_ids, is_new, strict=True) if new])
+            ids[is_new, 0] = encoder.ids("item_id", new)
             ids[is_new, 1:], numbers[is_new] = nothing.ids, nothing.numbers
+            if "item_id" in encoder.counted["item"]:
+                ids[is_new, 1 + encoder.counted_places("item")["item_id"]] = encoder.codes("item_id", new)
         return ids[:, 0].astype(np.int64), Profile(ids[:, 1:], numbers), is_new
 
 
@@ -159,9 +168,15 @@ class ItemTable:
 
 
 def write_users(
-    folder: Path, manifest: Manifest, events: pa.Table, encoder: Encoder, *, length: int | None
-) -> tuple[int, int]:
-    """Write the users of the samples into an LMDB.
+    folder: Path,
+    manifest: Manifest,
+    events: pa.Table,
+    encoder: Encoder,
+    *,
+    length: int | None,
+    counted: LakeCounters | None = None,
+) -> int:
+    """Write the users of the samples into an LMDB; how many.
 
     Args:
         folder: of the version.
@@ -169,39 +184,47 @@ def write_users(
         events: of `usr_ray.data.events.read_events`.
         encoder: of the same version.
         length: newest events kept per scenario: what a request after all of them can see. None: all, for `replay`.
-
-    Returns:
-        Users written, and microseconds since 1970 before which a store with a length does not know what was visible.
+        counted: what counters count by the users, where the model has counters.
     """
     rows = newest_features(manifest, "user_id", "user")
-    profiles = _profiles(rows, encoder, "user")
+    profiles = _profiles(rows, encoder, "user", counted)
     names: list[str] = rows["user_id"].to_pylist()
-    of_users, as_of = _events_of(events, encoder, names, length)
-    put_users(folder, names, of_users, profiles)
-    return len(names), as_of
+    put_users(folder, names, _events_of(events, encoder, names, length), profiles, counted)
+    return len(names)
 
 
-def put_users(folder: Path, names: Sequence[str], of_users: Sequence[UserEvents], profiles: Profile) -> None:
-    """Write the user store: raw ids, each once, their events, and their features, a row each."""
+def instant_after(events: pa.Table) -> int:
+    """Microseconds since 1970 before which a store with a length does not know what was visible."""
+    times = events["event_time"].cast(pa.timestamp("us", tz="UTC")).cast(pa.int64()).to_numpy()
+    return int(times.max(initial=0)) + 1
+
+
+def put_users(
+    folder: Path,
+    names: Sequence[str],
+    of_users: Sequence[UserEvents],
+    profiles: Profile,
+    counted: LakeCounters | None = None,
+) -> None:
+    """Write the user store: raw ids, each once, their events, their features, a row each, and sums for counters."""
     num_bytes = sum(
         _PAGE_BYTES // 4 + 2 * _EVENT_BYTES * len(found.time) + 8 * (profiles.ids.shape[1] + profiles.numbers.shape[1])
         for found in of_users
-    )
+    ) + (0 if counted is None else 2 * _SUM_BYTES * counted.num_user_sums)
     digests = [user_key(name) for name in names]
     order = sorted(range(len(names)), key=digests.__getitem__)
     environment = lmdb.open(str(folder / USERS), map_size=max(2 * num_bytes, _MIN_MAP_BYTES), lock=False, sync=False)
     with environment.begin(write=True) as transaction:
         for n in order:  # in the order of the keys pages are filled one after the other
-            profile = Profile(profiles.ids[n], profiles.numbers[n])
+            sums = None if counted is None else counted.sums(names[n])
+            profile = Profile(profiles.ids[n], profiles.numbers[n], sums)
             transaction.put(digests[n], _packed(of_users[n], profile), append=True)
     environment.sync(True)
     environment.close()
 
 
-def _events_of(
-    events: pa.Table, encoder: Encoder, names: list[str], length: int | None
-) -> tuple[list[UserEvents], int]:
-    """The events of each user in `names`, and the instant after the newest of all."""
+def _events_of(events: pa.Table, encoder: Encoder, names: list[str], length: int | None) -> list[UserEvents]:
+    """The events of each user in `names`."""
     micros = pa.timestamp("us", tz="UTC")
     time_V, known_V = (events[name].cast(micros).cast(pa.int64()).to_numpy() for name in ("event_time", "known_time"))
     whole = UserEvents(
@@ -213,7 +236,7 @@ def _events_of(
         query=_encoded(events["query"], encoder, "query"),
         key=event_keys(zip(*(events[name].to_pylist() for name in ("action", "id", "item_id")), strict=True)),
     )
-    as_of = int(time_V.max(initial=0)) + 1
+    as_of = instant_after(events)
     users = events["user_id"].combine_chunks().dictionary_encode()
     # Sorted by user: code n is the n-th user, whose events stand together.
     edges = [*np.flatnonzero(np.diff(users.indices.to_numpy(), prepend=-1)).tolist(), len(users)]
@@ -222,7 +245,7 @@ def _events_of(
     for name in names:
         some = whole.rows(rows.get(name, np.empty(0, np.int64)))
         found.append(some if length is None else some.rows(_kept(some, as_of, length)))
-    return found, as_of
+    return found
 
 
 def _kept(events: UserEvents, as_of: int, length: int) -> Ints:
@@ -247,13 +270,14 @@ def user_key(user_id: str) -> bytes:
 
 
 def _packed(events: UserEvents, profile: Profile) -> bytes:
-    parts = (events.time, events.known, events.key, events.item, events.query, profile.ids, profile.numbers)
-    head = struct.pack("<II", len(events.time), 0)
-    return b"".join([head, *(part.tobytes() for part in parts), events.scenario.tobytes(), events.action.tobytes()])
+    places, until = profile.sums or (np.empty(0, np.int64), np.empty((0, 3), np.uint32))
+    parts: list[NDArray[Any]] = [events.time, events.known, events.key, places, until, events.item, events.query]
+    parts += [profile.ids, profile.numbers, events.scenario, events.action]
+    return b"".join([struct.pack("<II", len(events.time), len(until)), *(part.tobytes() for part in parts)])
 
 
 def _unpacked(value: bytes, num_ids: int, num_numbers: int) -> tuple[UserEvents, Profile]:
-    size = struct.unpack_from("<I", value)[0]
+    size, num_sums = struct.unpack_from("<II", value)
     place = 8
 
     def take(dtype: Any, count: int) -> NDArray[Any]:
@@ -263,8 +287,11 @@ def _unpacked(value: bytes, num_ids: int, num_numbers: int) -> tuple[UserEvents,
         return array
 
     time, known, key = take(np.int64, size), take(np.int64, size), take(np.uint64, size)
+    sums = None
+    if num_sums:  # one more than there are places
+        sums = take(np.int64, num_sums - 1), take(np.uint32, 3 * num_sums).reshape(-1, 3)
     item, query = take(np.int32, size), take(np.int32, size)
-    profile = Profile(take(np.int32, num_ids), take(np.float32, num_numbers))
+    profile = Profile(take(np.int32, num_ids), take(np.float32, num_numbers), sums)
     scenario, action = take(np.uint8, size), take(np.uint8, size)
     return UserEvents(time, known, scenario, action, item, query, key), profile
 

@@ -5,6 +5,7 @@ versions/NAME/version.json     SHA-256 and bytes of every file, model, lake, pin
 versions/NAME/model/           usr_ray/serving/export.py
 versions/NAME/vocabularies/    N.arrow for the N-th feature of the spec (encode.ValueIndex); none for hashed ids
 versions/NAME/items*, users/   usr_ray/serving/stores.py
+versions/NAME/counters/        usr_ray/serving/counters.py; none for a model without counters
 versions/NAME/golden.json      requests with the probabilities that this version gave when it was published
 """
 
@@ -18,6 +19,8 @@ from typing import Any
 from usr_ray.config import UserError
 from usr_ray.files import file_sha256, write_whole
 from usr_ray.schema import FeatureSpec
+from usr_ray.serving.counters import FOLDER as COUNTERS_FOLDER
+from usr_ray.serving.counters import Counters
 from usr_ray.serving.encode import Encoder, ValueIndex, hashes
 from usr_ray.serving.runtime import FEATURE_SPEC, changed_file, described, read_manifest
 
@@ -158,10 +161,16 @@ def vocabulary_paths(folder: Path, spec: FeatureSpec) -> dict[str, Path]:
     return {name: folder / VOCABULARY_FOLDER / f"{n}.arrow" for n, name in enumerate(spec.vocabularies)}
 
 
-def open_encoder(folder: Path) -> Encoder:
+def open_counters(folder: Path) -> Counters | None:
+    """The counters of a version's folder, verified or just written; None where the model has none."""
+    return Counters(folder) if (folder / COUNTERS_FOLDER).is_dir() else None
+
+
+def open_encoder(folder: Path, counters: Counters | None = None) -> Encoder:
     """The encoder of a version's folder, whose files `verified_version` has verified, or `publish` has just written."""
     spec, vocabulary = model_spec(folder), read_manifest(folder / MODEL)["vocabulary"]
+    counted = None if counters is None else counters.indexes
     if vocabulary["kind"] == "hash":
-        return Encoder(spec, {}, vocabulary["num_buckets"])
+        return Encoder(spec, {}, vocabulary["num_buckets"], counted)
     paths = vocabulary_paths(folder, spec)
-    return Encoder(spec, {name: ValueIndex(path) for name, path in paths.items() if path.exists()}, None)
+    return Encoder(spec, {name: ValueIndex(path) for name, path in paths.items() if path.exists()}, None, counted)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime as dt
 import json
 import threading
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,10 +18,9 @@ from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
 from usr_ray.config import UserError
 from usr_ray.data.events import COLUMNS
 from usr_ray.data.manifest import build_manifest
-from usr_ray.schema import DenseFeature
 from usr_ray.serving.encode import EncodeError, Encoder, Profile, UserEvents, ValueIndex, category_text, scaled
 from usr_ray.serving.ranker import MAX_CANDIDATES, Ranker, RequestError
-from usr_ray.serving.stores import ItemTable, StoreError, UserStore, write_items, write_users
+from usr_ray.serving.stores import ItemTable, StoreError, UserStore, instant_after, write_items, write_users
 from usr_ray.serving.versions import (
     Pointer,
     RegistryError,
@@ -103,12 +101,6 @@ def test_tags_and_terms_of_a_request(tmp_path):
         encoder.profile("item", {"item_terms": 4.5})
 
 
-def test_a_model_with_counters_is_refused(encoder):
-    counter = DenseFeature(name="counter_user_7d_ctr", column="counter_user_7d_ctr", owner="user")
-    with pytest.raises(EncodeError, match=r"counter_user_7d_ctr changes from day to day and cannot be served"):
-        Encoder(replace(encoder.spec, dense=(*encoder.spec.dense, counter)), {}, None)
-
-
 def test_numbers_are_scaled_as_the_etl_does():
     expected = [np.log1p(9.0), -np.log1p(3.5), 0, 0, 0, 0]
     values = [9, -3.5, 0.0, None, np.nan, np.inf]
@@ -169,8 +161,8 @@ def stores(encoder, tmp_path):
         micros = pa.array([FIRST + 1_000_000 * s for s in events[name].to_pylist()])
         events = events.set_column(place, name, micros.cast(pa.timestamp("us", tz="UTC")))
     write_items(tmp_path, manifest, encoder)
-    _, as_of = write_users(tmp_path, manifest, events, encoder, length=encoder.spec.history_length)
-    return tmp_path, as_of
+    write_users(tmp_path, manifest, events, encoder, length=encoder.spec.history_length)
+    return tmp_path, instant_after(events)
 
 
 def test_users_keep_what_a_later_request_can_see(encoder, stores):
