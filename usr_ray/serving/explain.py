@@ -1,14 +1,15 @@
 """Why a request was answered as it was: the history that the model saw, and which signals moved each candidate.
 
-A signal of a candidate (its id, a category, a number) is given the other candidates' values, one after the other; what
-belongs to the request (user, query, context, each history) is left empty. A signal's effect is p_ctr as it is less the
-mean of p_ctr with the signal replaced: above 0, the signal has raised the candidate.
+A signal of a candidate (its id, a category, a number, a counter) is given the other candidates' values, one after the
+other; what belongs to the request (user, query, context, each history) is left empty. A signal's effect is p_ctr as it
+is less the mean of p_ctr with the signal replaced: above 0, the signal has raised the candidate.
 
 Shape letters: N candidates, R replacements.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -22,6 +23,8 @@ MAX_EXPLAINED = 100
 """Candidates of a request: each costs some ten requests' work."""
 _MAX_OTHERS = 8
 """Other candidates whose values a signal is given."""
+_COUNTER = re.compile(r"^(counter_.+)_(?:\d+d|all)_[a-z]+$")
+"""Column of a counter, whose windows and events are one signal."""
 Inputs = Mapping[str, NDArray[Any]]
 Predict = Callable[[Inputs], Mapping[str, NDArray[np.float32]]]
 
@@ -48,8 +51,8 @@ class Explainer:
             raise RequestError(
                 f"candidates: {len(request.candidates)}; {MAX_EXPLAINED} are the most that are explained"
             )
-        answer = self._ranker.score({**raw, "k": None, "time": iso_time(request.time_us)})
-        inputs, _, _ = self._ranker.encoded(request)
+        inputs, unknown, is_degraded = self._ranker.encoded(request)
+        answer = self._ranker.answered(request, (inputs, unknown, is_degraded), ranked=False)
         effects = effects_of(self._ranker.predict, inputs, self._ranker.encoder.spec)
         for n, item in enumerate(answer["items"]):
             item["signals"] = {name: float(effect_N[n]) for name, effect_N in effects.items()}
@@ -103,14 +106,17 @@ def _item_signals(inputs: Inputs, spec: FeatureSpec) -> Iterator[tuple[str, Inpu
     # The others at even distances round the list of candidates.
     shifts = [1 + n * (num_candidates - 1) // num_others for n in range(num_others)]
     for kind, features in (("item_sparse", spec.sparse), ("item_dense", spec.dense)):
-        for column, feature in enumerate(f for f in features if f.owner == "item"):
+        signals: dict[str, list[int]] = {}
+        for column, name in enumerate(f.name for f in features if f.owner == "item"):
+            signals.setdefault(_COUNTER.sub(r"\1", name), []).append(column)
+        for signal, columns in signals.items():
             repeated = {name: np.concatenate([value] * max(num_others, 1)) for name, value in of_items.items()}
             if shifts:
-                values = [np.roll(of_items[kind][:, column], -shift) for shift in shifts]
-                repeated[kind][:, column] = np.concatenate(values)
+                values = [np.roll(of_items[kind][:, columns], -shift, axis=0) for shift in shifts]
+                repeated[kind][:, columns] = np.concatenate(values)
             else:
-                repeated[kind][:, column] = UNKNOWN_ID if feature.name == "item_id" else PADDING_ID
-            yield feature.name, {**inputs, **repeated}
+                repeated[kind][:, columns] = UNKNOWN_ID if signal == "item_id" else PADDING_ID
+            yield signal, {**inputs, **repeated}
     for of_list, name in lists.items():
         repeated = {other: np.concatenate([value] * max(num_others, 1)) for other, value in of_items.items()}
         values = [np.roll(of_items[of_list], -shift, axis=0) for shift in shifts]

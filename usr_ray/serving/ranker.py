@@ -184,7 +184,14 @@ class Ranker:
     def answer(self, raw: Mapping[str, Any], *, ranked: bool) -> dict[str, Any]:
         """The answer to POST /v1/score, or with `ranked` to /v1/rank."""
         request = self.checked(raw)
-        inputs, unknown, is_degraded = self.encoded(request)
+        answer = self.answered(request, self.encoded(request), ranked=ranked)
+        return answer | {"items": answer["items"][: request.k]}
+
+    def answered(
+        self, request: Request, encoded: tuple[dict[str, NDArray[Any]], dict[str, Any], bool], *, ranked: bool
+    ) -> dict[str, Any]:
+        """The answer to a checked request that was encoded, with all of its candidates."""
+        inputs, unknown, is_degraded = encoded
         probs = self.predict(inputs)
         order = np.arange(len(request.candidates))
         if ranked:
@@ -203,7 +210,7 @@ class Ranker:
             "model_id": self.version["model_id"],
             "version": self.version["version"],
             "bucket": STABLE,
-            "items": items[: request.k],
+            "items": items,
             "unknown": unknown,
             "degraded": is_degraded,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from tests.unit.random_batches import make_lists
 from tests.unit.samples_table import samples_spec
-from usr_ray.schema import FIRST_ID
+from usr_ray.schema import FIRST_ID, DenseFeature
 from usr_ray.serving.explain import Explainer, effects_of
 from usr_ray.serving.ranker import RequestError
 
@@ -101,6 +102,22 @@ def test_tags_and_terms_are_signals_too() -> None:
         np.testing.assert_allclose(found[owner] - plain[owner], 0.001 * ids, atol=1e-12)
 
 
+def test_the_columns_of_a_counter_are_one_signal() -> None:
+    names = ["counter_user_brand_1d_clicks", "counter_user_brand_all_ctr", "counter_item_7d_clicks"]
+    more = [DenseFeature(name=name, column=name, owner="item") for name in names]
+    spec = replace(SPEC, dense=(*SPEC.dense, *more))
+    inputs = inputs_of(2)
+    inputs["item_dense"] = np.column_stack([inputs["item_dense"], [[1, 10, 5], [3, 40, 5]]])
+
+    def with_counters(given: Any) -> dict[str, Any]:
+        return {"p_ctr": predict(given)["p_ctr"] + given["item_dense"][:, 1:].sum(1)}
+
+    found = effects_of(with_counters, inputs, spec)
+    assert {name for name in found if name.startswith("counter")} == {"counter_user_brand", "counter_item"}
+    np.testing.assert_allclose(found["counter_user_brand"], [11 - 43, 43 - 11])
+    np.testing.assert_allclose(found["counter_item"], 0, atol=1e-12)
+
+
 def test_of_many_candidates_eight_others_stand_for_all() -> None:
     sizes = []
 
@@ -113,8 +130,15 @@ def test_of_many_candidates_eight_others_stand_for_all() -> None:
 
 
 def explainer() -> Explainer:
-    def score(raw: Any) -> dict[str, Any]:
-        return {"items": [{"id": name} for name in raw["candidates"]], "k": raw["k"]}
+    def answered(request: Any, encoded: Any, *, ranked: bool) -> dict[str, Any]:
+        assert encoded[0] is encodings[-1][0]
+        return {"items": [{"id": name} for name in request.candidates], "ranked": ranked}
+
+    def encode(request: Any) -> Any:
+        encodings.append((inputs_of(len(request.candidates)), {}, False))
+        return encodings[-1]
+
+    encodings: list[Any] = []
 
     names = {"item_id": {9: "shoe", 4: "hat"}, "query": {6: "hats"}}
     encoder = SimpleNamespace(spec=SPEC, values=lambda feature: names[feature])
@@ -122,20 +146,23 @@ def explainer() -> Explainer:
     def checked(raw: Any) -> Any:
         return SimpleNamespace(candidates=raw["candidates"], time_us=0)
 
-    ranker: Any = SimpleNamespace(encoder=encoder, checked=checked, score=score, predict=predict)
-    ranker.encoded = lambda request: (inputs_of(len(request.candidates)), {}, False)
+    ranker: Any = SimpleNamespace(
+        encoder=encoder, checked=checked, answered=answered, predict=predict, encoded=encode, encodings=encodings
+    )
     return Explainer(ranker)
 
 
 def test_the_history_is_what_the_model_saw_and_every_candidate_is_explained() -> None:
-    answer = explainer().answer({"candidates": ["a", "b"], "k": 1})
+    found = explainer()
+    answer = found.answer({"candidates": ["a", "b"], "k": 1})
+    assert len(found._ranker.encodings) == 1, "it is encoded once"
     assert answer["history"] == [
         {"scenario": "search", "action": "order", "item": "hat", "query": "hats", "age_s": 30.0},
         {"scenario": "search", "action": "click", "item": "shoe", "query": None, "age_s": 60.0},
     ]
     assert [item["id"] for item in answer["items"]] == ["a", "b"]
     assert answer["items"][0]["signals"]["context"] == pytest.approx(0.006)
-    assert (answer["k"], answer["time"]) == (None, "1970-01-01T00:00:00+00:00")
+    assert (answer["ranked"], answer["time"]) == (False, "1970-01-01T00:00:00+00:00")
 
 
 def test_too_many_candidates_are_not_explained() -> None:
