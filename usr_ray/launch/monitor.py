@@ -75,9 +75,6 @@ class FileMonitor(Monitor):
         events = {f"eval/{key}": value for key, value in numbers.items() if value is not None}
         self._write(step, {"kind": "eval", "step": step, "time": _now(), **numbers}, events)
 
-    def on_checkpoint(self, step: int, path: Path | None) -> None:
-        """See train.Monitor; checkpoints are on disk, not in the history."""
-
     def close(self) -> None:
         """Flush and close the event file; what does not fit on full storage is lost, after a warning."""
         writer, self._writer = self._writer, None

@@ -2,6 +2,11 @@
 
 Torch says only that some other process did not answer. The list is in the run directory, which every rank sees; it is
 written when a group starts and when something fails, so a step costs nothing.
+
+A worker's UserError is not worth a restart, but Ray restarts the group for any error. So the worker records it before
+it raises: the ranks of the next group see it and leave at once, and the driver shows the line. The file is there from
+the start, filled with spaces, and is written over in place: that needs no room on a full disk, and a network file
+system that has denied a file may go on denying it for a minute.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ _COLLECTIVE = re.compile(r"gloo|nccl|process group", re.IGNORECASE)
 _WAIT_S = 5.0
 """The ranks notice within moments of each other; a rank that has not signed by then is not running."""
 _POLL_S = 0.1
+_REFUSAL_BYTES = 4096
 
 
 class RollCall:
@@ -82,3 +88,29 @@ class RollCall:
             if about["state"] != "failed":
                 silent[rank] = f"pid {about['pid']} on {about['host']}" if "pid" in about else about["state"]
         return silent
+
+
+def reserve_refusal(path: Path) -> None:
+    """Make the file before the workers start."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b" " * _REFUSAL_BYTES)
+
+
+def write_refusal(path: Path, message: str) -> None:
+    """Write the line; it is cut to the file's size. Raises OSError."""
+    content = b""
+    while not content or len(content) > _REFUSAL_BYTES:
+        message = message if not content else message[: len(message) * 3 // 4]
+        content = json.dumps(message).encode()
+    with path.open("r+b") as file:
+        file.write(content.ljust(_REFUSAL_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_refusal(path: Path) -> str | None:
+    """The line; None when no worker has refused, or the file is not whole."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

@@ -33,8 +33,7 @@ from usr_ray.data.order_quality import order_text
 from usr_ray.evaluation.metrics import CellMetrics
 from usr_ray.launch.environment import OWN, SUBMITTED
 from usr_ray.launch.monitor import RayMonitor
-from usr_ray.launch.refusal import read_refusal, reserve_refusal, write_refusal
-from usr_ray.launch.rollcall import RollCall
+from usr_ray.launch.rollcall import RollCall, read_refusal, reserve_refusal, write_refusal
 from usr_ray.launch.session import START_ATTEMPTS, ray_session
 from usr_ray.launch.stop import (
     StoppableTorchConfig,
@@ -238,7 +237,7 @@ def train_worker(settings: Mapping[str, Any]) -> dict[str, Any]:
     """One rank of an attempt. Runs in a thread of a Ray worker process, again after each restart of the group.
 
     A restart cannot mend a UserError, but a rank that simply ended would leave the others waiting. So it is
-    recorded and raised: Ray ends the group, and the ranks of the next one leave at once (refusal.py).
+    recorded and raised: Ray ends the group, and the ranks of the next one leave at once (rollcall.py).
     """
     run_dir, config = Path(settings["run_dir"]), Config.from_dict(settings["config"])
     refused = run_dir / RAY_DIR / settings["attempt"] / _REFUSED

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from usr_ray.launch import rollcall as trainer_rollcall
-from usr_ray.launch.refusal import read_refusal, reserve_refusal, write_refusal
-from usr_ray.launch.rollcall import RollCall
+from usr_ray.launch.rollcall import RollCall, read_refusal, reserve_refusal, write_refusal
 
 pytestmark = pytest.mark.unit
 
