@@ -80,6 +80,12 @@ def _cause(log: EventLog, reason: str, rejected: DataFrame, events: DataFrame, c
     )
     if reason.endswith("_time") or reason in ("malformed_line", "undecodable_text"):
         return _of_texts(log, reason, [row[0] for row in mine.select("row").limit(_SAMPLE).collect()])
+    if reason == "unparsable_number":
+        row = mine.select("row").limit(1).collect()
+        return (
+            f"such as {row[0][0][:200]}; write 1234.50, or name the column in logs.{log.name}.decimal_comma, or what "
+            f"stands for no value in logs.{log.name}.null_values; "
+        )
     if log.kind == KIND_IMPRESSION or reason.startswith("null_"):
         row = mine.select("row").limit(1).collect()
         return f"such as {row[0][0][:200]}; " if row and row[0][0] else ""

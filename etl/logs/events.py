@@ -18,7 +18,16 @@ from etl.checks import DataCheckError, check_columns
 from etl.kernel.events import KIND_CLICK, KIND_IMPRESSION, KIND_ORDER, NO_SCENARIO, context_column, texts_column
 from etl.logs.files import TEXT_FORMATS, LogFolder
 from etl.logs.formats import MALFORMED, REPLACEMENT, own
-from etl.logs.mapping import FIRST_MICRO, LAST_MICRO, TIMES, as_written, iso_instant, names_of
+from etl.logs.mapping import (
+    FIRST_MICRO,
+    LAST_MICRO,
+    TIMES,
+    as_written,
+    is_value,
+    iso_instant,
+    names_of,
+    plain_number,
+)
 from usr_ray.config import Config
 from usr_ray.config.terms import SEPARATOR
 from usr_ray.schema import TERM, ListFeature
@@ -26,7 +35,7 @@ from usr_ray.schema import TERM, ListFeature
 _INTEGERS = (T.ByteType, T.ShortType, T.IntegerType, T.LongType)
 REASON = "reason:"
 """Column of a feature table: why the row cannot be used; null where it can."""
-_TIME, _UNREADABLE, _UNPARSABLE, _RAW = "time:", "unreadable:", "unparsable:", "raw:"
+_TIME, _UNREADABLE, _UNPARSABLE, _UNREAD_NUMBER, _RAW = "time:", "unreadable:", "unparsable:", "number:", "raw:"
 """Columns between a log's own and those of `read_events`."""
 Read = Callable[[DataFrame, str, str], Column]
 """Reads a column of a log of that name."""
@@ -154,8 +163,8 @@ def _check_numbers(folder: LogFolder, raw: DataFrame, log: str, numbers: Sequenc
         return
     sums = []
     for name in texts:
-        value = F.nullif(F.trim(own(name)), F.lit(""))
-        unread = value.isNotNull() & value.try_cast("double").isNull()
+        value = F.when(is_value(own(name)), own(name))
+        unread = value.isNotNull() & plain_number(value).isNull()
         sums += [F.count(value), F.count_if(unread), F.min(F.when(unread, value))]
     found = raw.agg(*(column.alias(str(n)) for n, column in enumerate(sums))).collect()[0]
     for place, name in enumerate(texts):
@@ -194,10 +203,12 @@ def _event_rows(log: EventLog, raw: DataFrame, *, text: bool, contexts: dict[str
     # A mapped time that cannot be read is null: whether there was one stands beside it.
     given = {name: as_written(name) if as_written(name) in raw.columns else name for name in TIMES}
     texts = [log.key, "user_id", "item_id", "impression_id", "request_id", "query", *contexts]
+    numbers = [name for name, read in contexts.items() if read is _number]
     rows = timed.select(
         *(column.alias(name) for name, column in columns.items()),
         first_reason(_unreadable(raw, texts)).alias(_UNREADABLE),
         *((own(given[name]).isNotNull() & own(_TIME + name).isNull()).alias(_UNPARSABLE + name) for name in times),
+        first_reason(_unread_numbers(raw, log.name, numbers) if shown else []).alias(_UNREAD_NUMBER),
         F.struct(*map(own, raw.columns)).alias(_RAW),
     )
     tests = [
@@ -207,7 +218,7 @@ def _event_rows(log: EventLog, raw: DataFrame, *, text: bool, contexts: dict[str
         (F.col("event_time").isNull() & ~own(f"{_UNPARSABLE}event_time"), "null_event_time"),
         *((own(_UNPARSABLE + name), f"unparsable_{name}") for name in times),
     ]
-    judged = rows.withColumn("reason", F.coalesce(own(_UNREADABLE), first_reason(tests)))
+    judged = rows.withColumn("reason", F.coalesce(own(_UNREADABLE), first_reason(tests), own(_UNREAD_NUMBER)))
     return judged.select(
         F.lit(log.name).alias("log"),
         F.lit(log.kind).alias("kind"),
@@ -290,9 +301,28 @@ def _position(raw: DataFrame, log: str) -> Column:
     if "position" not in raw.columns:
         return _null("int")
     kind = raw.schema["position"].dataType
-    if not isinstance(kind, (T.StringType, T.NullType, *_INTEGERS)):
+    if not isinstance(kind, (T.StringType, T.NullType, T.NumericType)):
         raise _wrong_type(log, "position", kind, "integer")
-    return F.col("position").try_cast("int")
+    if isinstance(kind, T.NullType):
+        return _null("int")
+    # 3.0 is how pandas writes a 3 of a column in which some are missing.
+    whole = own("position").cast("string").try_cast("decimal(38,9)") if kind == T.StringType() else own("position")
+    return F.when(whole == F.floor(whole), whole.try_cast("int"))
+
+
+def _unread_numbers(raw: DataFrame, log: str, numbers: Sequence[str]) -> list[tuple[Column, str]]:
+    """Tests of a position and of numbers of the context that are given and cannot be read, with the reason of each.
+
+    As null a price of 12,50 would be one of 0, and a position of "3rd" one that was never logged.
+    """
+    columns = [(name, _number(raw, log, name), "unparsable_number") for name in numbers if name in raw.columns]
+    columns += [("position", _position(raw, log), "unparsable_position")] if "position" in raw.columns else []
+    tests = []
+    for name, read, reason in columns:
+        kind, value = raw.schema[name].dataType, own(name)
+        if isinstance(kind, T.StringType) or (name == "position" and isinstance(kind, T.NumericType)):
+            tests.append((is_value(value.cast("string")) & read.isNull(), reason))
+    return tests
 
 
 def _category(raw: DataFrame, log: str, column: str) -> Column:
@@ -306,14 +336,16 @@ def _number(raw: DataFrame, log: str, column: str) -> Column:
     kind = raw.schema[column].dataType
     if not isinstance(kind, (T.NullType, T.StringType, T.BooleanType, T.NumericType)):
         raise _wrong_type(log, column, kind, "number")
-    return own(column).try_cast("double")
+    return plain_number(own(column)) if isinstance(kind, T.StringType) else own(column).try_cast("double")
 
 
 def _list_text(raw: DataFrame, log: str, column: str, feature: ListFeature) -> Column:
     """The values of tags, or the text of terms, as one text: the elements of a list with SEPARATOR between them."""
     kind = raw.schema[column].dataType
     if isinstance(kind, T.ArrayType) and isinstance(kind.elementType, (T.NullType, *_ATOMIC)):
-        return F.nullif(F.array_join(own(column).cast("array<string>"), SEPARATOR), F.lit(""))
+        joined = F.nullif(F.array_join(own(column).cast("array<string>"), SEPARATOR), F.lit(""))
+        # A separator says that these are terms as they are, of a list with one element too.
+        return F.concat(F.lit(SEPARATOR), joined) if feature.vocabulary == TERM else joined
     is_text = isinstance(kind, T.StringType)
     if (feature.vocabulary == TERM and is_text) or isinstance(kind, T.NullType):
         return F.nullif(own(column).cast("string"), F.lit(""))

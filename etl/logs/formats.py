@@ -55,6 +55,8 @@ class FileColumn:
 
 
 Columns = tuple[FileColumn, ...]
+Layout = tuple[Columns, str]
+"""The columns of a file, and what ends its lines; '' where the reader finds that out, and of Parquet."""
 
 
 class Formats:
@@ -62,7 +64,7 @@ class Formats:
 
     def __init__(self, spark: SparkSession) -> None:
         self._spark = spark
-        self._columns: dict[tuple[str, ...], Columns | None] = {}
+        self._layouts: dict[tuple[str, ...], Layout | None] = {}
         self.notes: list[str] = []
 
     def open(
@@ -89,19 +91,20 @@ class Formats:
             paths = [literal_path(file) for file in files]
             raw = reader.json(paths, primitivesAsString=True, columnNameOfCorruptRecord=MALFORMED)
             return renamed(log, raw, raw.columns, needed)
-        groups: dict[Columns, list[str]] = {}
-        for file, columns in zip(files, self._learned(log, kind, files, mapping), strict=True):
-            if columns is not None:
-                groups.setdefault(columns, []).append(file)
+        groups: dict[Layout, list[str]] = {}
+        for file, layout in zip(files, self._learned(log, kind, files, mapping), strict=True):
+            if layout is not None:
+                groups.setdefault(layout, []).append(file)
         names, kinds = self._agreed(log, groups, needed)
         parts = []
-        for columns, same in groups.items():
+        for (columns, line_end), same in groups.items():
             once = _once(columns)
             paths = [literal_path(file) for file in same]
             if kind == "csv":  # by position: every field has its place
                 fields = [c.name if c in once else f"{_UNREAD}{n}" for n, c in enumerate(columns)]
                 schema = T.StructType([T.StructField(name, T.StringType()) for name in (*fields, MALFORMED)])
-                raw = reader.schema(schema).csv(paths, **_csv_options(mapping.separator, charset))
+                raw = reader.schema(schema).csv(paths, **_csv_options(mapping.separator, charset, line_end))
+                raw = _without_carriage_returns(raw, fields) if line_end else raw
             else:
                 schema = T.StructType([T.StructField(column.name, column.read_as) for column in once])
                 raw = reader.schema(schema).parquet(*paths)
@@ -115,33 +118,35 @@ class Formats:
     def _charset(self, log: str, mapping: LogConfig) -> str:
         """Java's name of the encoding, which Python may call otherwise: latin-1."""
         name = codecs.lookup(mapping.encoding).name.removesuffix("-sig")
-        if not knows_charset(self._spark, name):
+        forms = (name, mapping.encoding, re.sub(r"-(?=[lb]e$)", "", name))  # utf-16-le is Java's UTF-16LE
+        known = next((form for form in forms if knows_charset(self._spark, form)), None)
+        if known is None:
             raise DataCheckError(
                 f"log {log}: logs.{log}.encoding {mapping.encoding!r} is not known to Java; write it as 'UTF-8', "
                 "'ISO-8859-1' or 'windows-1252', or write the file again in UTF-8"
             )
-        return name
+        return known
 
-    def _learned(self, log: str, kind: str, files: Sequence[str], mapping: LogConfig) -> list[Columns | None]:
+    def _learned(self, log: str, kind: str, files: Sequence[str], mapping: LogConfig) -> list[Layout | None]:
         place = (kind, mapping.separator, mapping.encoding) if kind == "csv" else (kind,)
 
-        def learn(file: str) -> Columns | None:
+        def learn(file: str) -> Layout | None:
             key = (file, *place)
-            if key not in self._columns:
-                self._columns[key] = self._header(log, file, mapping) if kind == "csv" else self._footer(file)
-            return self._columns[key]
+            if key not in self._layouts:
+                self._layouts[key] = self._header(log, file, mapping) if kind == "csv" else (self._footer(file), "")
+            return self._layouts[key]
 
         with ThreadPoolExecutor(_THREADS) as pool:
             return list(pool.map(learn, files))
 
     def _agreed(
-        self, log: str, groups: Mapping[Columns, Sequence[str]], needed: Sequence[str]
+        self, log: str, groups: Mapping[Layout, Sequence[str]], needed: Sequence[str]
     ) -> tuple[dict[str, str], dict[str, T.DataType]]:
         """Name in the result of each column's plain name, and its type; None of those that no type holds."""
         wanted = {plain(name): name for name in reversed(needed)}
         names: dict[str, str] = {}
         seen: dict[str, list[tuple[T.DataType, str, int]]] = {}
-        for columns, files in groups.items():
+        for (columns, _), files in groups.items():
             _check_once(log, [column.name for column in columns], wanted, files[0])
             for column in _once(columns):
                 key = plain(column.name)
@@ -172,8 +177,8 @@ class Formats:
                 kinds[key] = kind
         return names, kinds
 
-    def _header(self, log: str, file: str, mapping: LogConfig) -> Columns | None:
-        """Names in the first line of a CSV file; None where the file is empty."""
+    def _header(self, log: str, file: str, mapping: LogConfig) -> Layout | None:
+        """Names in the first line of a CSV file, and what ends its lines; None where the file is empty."""
         for size in _HEAD_BYTES:
             head = file_head(self._spark, file, size)
             text = codecs.getincrementaldecoder(mapping.encoding)("replace").decode(head).removeprefix("\ufeff")
@@ -186,13 +191,16 @@ class Formats:
             raise DataCheckError(f"log {log}: cannot be read as CSV: {file}: {error}; write it again") from error
         if row is None:
             return None
-        broken = [name for name in row if REPLACEMENT in name]
+        broken = [name for name in row if REPLACEMENT in name or "\0" in name]
         if broken:
+            example = encoding_of(head) or "windows-1252"
             raise DataCheckError(
                 f"log {log}: the header of {file} holds bytes that are not {mapping.encoding} ({broken[0]!r}); set "
-                f"logs.{log}.encoding, for example to 'windows-1252'"
+                f"logs.{log}.encoding, for example to {example!r}"
             )
-        return tuple(FileColumn(name, T.StringType(), T.StringType()) for name in row)
+        columns = tuple(FileColumn(name, T.StringType(), T.StringType()) for name in row)
+        end = re.search(r"\r\n?|\n", re.sub('"[^"]*"', "", text))
+        return columns, "" if end and end[0] == "\r" else "\n"
 
     def _footer(self, file: str) -> Columns:
         """The columns of a Parquet file as Spark reads them. Nanoseconds: see spark.sql.legacy.parquet.nanosAsLong."""
@@ -210,6 +218,14 @@ def nanosecond_columns(schema: str) -> dict[str, T.DataType]:
         name: T.TimestampType() if is_instant == "true" else T.TimestampNTZType()
         for name, is_instant in _NANOS.findall(schema)
     }
+
+
+def encoding_of(head: bytes) -> str:
+    """The UTF-16 of a file's first bytes, by its byte order mark or by where the zeros of its letters are; or ''."""
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    zero = head.find(b"\0")
+    return "" if zero < 0 else "UTF-16LE" if zero % 2 else "UTF-16BE"
 
 
 def wider(one: T.DataType, other: T.DataType) -> T.DataType | None:
@@ -262,9 +278,11 @@ def _once(columns: Columns) -> Columns:
     return tuple(column for column in columns if plain(column.name) and counts[plain(column.name)] == 1)
 
 
-def _csv_options(separator: str, charset: str) -> dict[str, Any]:
+def _csv_options(separator: str, charset: str, line_end: str) -> dict[str, Any]:
     # RFC 4180: quotes are doubled, and a quoted field may hold line breaks and be of any length.
-    return {
+    # Left alone, Spark takes the end of the header for that of all lines: a file of both kinds, as where a header was
+    # put before an export, would keep carriage returns in its last column, or two lines would be one.
+    return ({"lineSep": line_end} if line_end else {}) | {
         "header": True,
         "sep": separator,
         "encoding": charset,
@@ -273,6 +291,14 @@ def _csv_options(separator: str, charset: str) -> dict[str, Any]:
         "maxCharsPerColumn": -1,
         "columnNameOfCorruptRecord": MALFORMED,
     }
+
+
+def _without_carriage_returns(raw: DataFrame, fields: Sequence[str]) -> DataFrame:
+    """Lines that end in CRLF, read as ones of LF: without the rest of it in the last field, and without empty lines."""
+    last = own(fields[-1])
+    end = F.when(last != "\r", F.regexp_replace(last, r"\r\z", ""))
+    lines = raw.filter(F.coalesce(own(fields[0]) != "\r", F.lit(True))) if len(fields) > 1 else raw
+    return lines.withColumn(fields[-1], end)
 
 
 def _cast(raw: DataFrame, columns: Columns, names: Mapping[str, str], kinds: Mapping[str, T.DataType]) -> DataFrame:

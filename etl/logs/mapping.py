@@ -28,6 +28,9 @@ _ISO = _DATE + f"(?:{_CLOCK}" + r"\s*(\S.*?)?)?\s*$"
 """A date, a clock time behind it, a zone (group 1) behind that: Spark takes a bare clock time for one of today, and a
 number for a year."""
 _OFFSET = r"^(?:Z|(?:UTC?|GMT)?[+-]\d{1,2}(?::?\d{2}){0,2}|UTC?|GMT)$"
+_NUMBER = r"^\s*[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?\s*$"
+_DECIMAL_COMMA = r"^\s*[+-]?(?:\d{1,3}(?:[.\s\u00a0\u202f]\d{3})+|\d+)(?:,\d*)?\s*$"
+"""Points and spaces, no-break ones too, stand between thousands only."""
 _AMERICAN = {"EDT": "-04:00", "CST": "-06:00", "CDT": "-05:00", "MDT": "-06:00", "PST": "-08:00", "PDT": "-07:00"}
 """Short names that RFC 2822 defines and the time zone database lacks. Java reads PST as Los Angeles, in summer too, and
 BST as Dhaka: of all others without a slash only those of the database are names of zones."""
@@ -69,11 +72,11 @@ def map_columns(raw: DataFrame, log: str, mapping: LogConfig) -> DataFrame:
                 f"log {log}: logs.{log}.decimal_comma names '{name}', which is not there; there are: "
                 f"{', '.join([*mapping.columns, *names_of(raw)])}; name one of those"
             )
-        # Spaces too stand between thousands, as 1 234,50 with a no-break space.
-        whole = F.regexp_replace(own(number).cast("string"), r"[.\s\u00a0\u202f]", "")
-        targets[name] = F.regexp_replace(whole, ",", ".")
+        _check_is_text(raw, log, "decimal_comma", name, number)
+        targets[name] = _with_point(own(number))
     for name, separator in mapping.split.items():
         text = targets.get(name, own(name) if name in raw.columns else None)
+        _check_is_text(raw, log, "split", name, mapping.columns.get(name, name))
         if text is None:
             raise DataCheckError(
                 f"log {log}: logs.{log}.split names '{name}', which is not there; there are: "
@@ -118,6 +121,36 @@ def _check_there(raw: DataFrame, log: str, key: str, column: str) -> None:
             f"log {log}: logs.{log}.{key} names the column '{column}', which is not there; "
             f"there are: {', '.join(names_of(raw))}; name one of those"
         )
+
+
+def _check_is_text(raw: DataFrame, log: str, key: str, name: str, source: str | tuple[str, ...]) -> None:
+    """What is a number or a list already would be read as its text: 12.5 as 125, [x, y] as one tag."""
+    if not isinstance(source, str) or source not in raw.columns:
+        return
+    kind = raw.schema[source].dataType
+    if not isinstance(kind, T.StringType | T.NullType):
+        raise DataCheckError(
+            f"log {log}: logs.{log}.{key} names '{name}', which is no text but {kind.simpleString()}; take it out of "
+            f"{key}"
+        )
+
+
+def _with_point(text: Column) -> Column:
+    """1.234,50 -> 1234.50; what is not written so, as 12.50, becomes no number: which of two it is nobody knows."""
+    digits = F.regexp_replace(F.regexp_replace(text, r"[.\s\u00a0\u202f]", ""), ",", ".")
+    read = F.when(text.rlike(_DECIMAL_COMMA), digits)
+    return F.coalesce(read, F.when(F.trim(text) == "", text), F.concat(F.lit("no decimal comma: "), text))
+
+
+def plain_number(text: Column) -> Column:
+    """Text as a double; null where it is none. Java's own reading takes 12d and 3f for numbers, and 1e400 for one."""
+    read = F.when(text.rlike(_NUMBER), text.try_cast("double"))
+    return F.when(F.abs(read) != F.lit(float("inf")), read)
+
+
+def is_value(text: Column) -> Column:
+    """Whether there is something to read in a number's text: no blanks alone, and no NaN, as pandas writes a null."""
+    return F.coalesce(~text.rlike(r"^\s*(?:[nN]a[nN])?\s*$"), F.lit(False))
 
 
 def _joined(columns: tuple[str, ...]) -> Column:

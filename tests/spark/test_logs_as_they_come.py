@@ -18,8 +18,9 @@ from pyspark.sql import functions as F
 
 from etl.build.samples import BuildRequest, Progress, build_samples
 from etl.checks import DataCheckError
+from etl.kernel.events import context_column
 from etl.lake.tables import Lake
-from etl.logs.events import REASON, read_features
+from etl.logs.events import REASON, event_logs, read_events, read_features
 from etl.logs.files import LogFolder
 from etl.logs.mapping import iso_instant
 from tests.spark.test_build_samples import rows_of
@@ -226,7 +227,7 @@ FEATURES = ("count", "reason", "position", "kind", "log", "request_key", "user_k
 def test_features_may_be_called_like_columns_of_ours(spark: SparkSession, tmp_path: Path) -> None:
     shown, names = impressions(), list(FEATURES)
     for n, row in enumerate(shown):
-        row.update({name: f"{name}{n % 2}" for name in names}, event_time_index=n)
+        row.update({name: f"{name}{n % 2}" for name in names}, event_time_index=n, position=n, first_0=n % 2)
     csv(tmp_path / "feed_impressions.csv", shown)
     csv(tmp_path / "feed_clicks.csv", clicks(shown))
     csv(
@@ -250,7 +251,8 @@ def test_features_may_be_called_like_columns_of_ours(spark: SparkSession, tmp_pa
         mine = found[row["impression_id"]]
         assert mine["user_key"] != mine["user_key_index"]
         assert mine["event_time_index_scaled"] == np.float32(np.log1p(n))
-        assert mine["first_0_scaled"] == 0  # a text that is no number
+        assert mine["first_0_scaled"] == np.float32(np.log1p(n % 2))
+        assert mine["position"] == n
         assert mine["value_index_scaled"] == np.float32(np.log1p(n % 5))
         assert mine["chunk_scaled"] == np.float32(np.log1p(n))
         assert {mine[f"{name}_index"] for name in ("count", "reason", "kind", "user_key")} <= {2, 3}
@@ -286,6 +288,12 @@ def test_bytes_that_are_no_text_are_found_in_parquet_and_in_headers_too(spark: S
     (tmp_path / "users.csv").write_bytes("user_id,Größe\nu,1\n".encode("latin-1"))
     with pytest.raises(DataCheckError, match=r"the header of .*users.csv holds bytes that are not UTF-8 \(.*encoding"):
         LogFolder(spark, str(tmp_path)).read("users", ["user_id"])
+    for name in ("UTF-16", "UTF-16LE"):
+        (tmp_path / "users.csv").write_bytes("user_id,Größe\r\nu,ü\r\n".encode(name))
+        with pytest.raises(DataCheckError, match=rf"that are not UTF-8 .*; set logs.users.encoding, .* to '{name}'"):
+            LogFolder(spark, str(tmp_path)).read("users", ["user_id"])
+        users = LogFolder(spark, str(tmp_path), {"users": LogConfig(path="users.csv", encoding=name)})
+        assert [row["Größe"] for row in users.read("users", ["user_id"])[0].collect()] == ["ü"]
 
 
 def test_lines_with_too_few_or_too_many_fields_are_rejected(spark: SparkSession, tmp_path: Path) -> None:
@@ -299,6 +307,50 @@ def test_lines_with_too_few_or_too_many_fields_are_rejected(spark: SparkSession,
         ("d", None),
     ]
     assert rows[3]["brand"] == "q\nr"
+
+
+@pytest.mark.parametrize(("header", "rest"), [("\n", "\r\n"), ("\r\n", "\n"), ("\r\n", "\r\n"), ("\r", "\r")])
+def test_lines_may_end_in_one_way_or_the_other(spark: SparkSession, tmp_path: Path, header: str, rest: str) -> None:
+    lines = ["a,1,red", 'b,2,"green, dark"', 'c,3,""', "d,4,", "", 'e,5,"x\ny"', "f,6,last"]
+    text = "item_id,price,colour" + header + rest.join([*lines, ""])
+    (tmp_path / "items.csv").write_bytes(text.encode())
+    folder = LogFolder(spark, str(tmp_path))
+    rows = read_features(folder, "items", "item_id", ["colour"], ["price"]).orderBy("item_id").collect()
+    assert [(row["item_id"], row["price"], row["colour"], row[REASON]) for row in rows] == [
+        (name, price, colour, None)
+        for name, price, colour in zip(
+            "abcdef", range(1, 7), ["red", "green, dark", None, None, "x\ny", "last"], strict=True
+        )
+    ]
+
+
+def test_positions_and_numbers_that_cannot_be_read_are_rejected(spark: SparkSession, tmp_path: Path) -> None:
+    positions = {"3": 3, "3.0": 3, " 4 ": 4, "-1": -1, "": None, "NaN": None}  # pandas writes the second and the last
+    numbers = {"1.5": 1.5, "": None, "nan": None, "-2e1": -20.0, " 7 ": 7.0, ".5": 0.5}
+    wrong = [
+        ("3.5", "1"),
+        ("top", "1"),
+        ("9999999999", "1"),
+        ("1", "12,50"),
+        ("1", "1e400"),
+        ("1", "12d"),
+        ("1", "inf"),
+    ]
+    rows = [*zip(positions, numbers, strict=True), *wrong]
+    texts = [f'i{n},r,u,a,2026-01-01T12:00:00Z,{place},"{number}"' for n, (place, number) in enumerate(rows)]
+    header = "impression_id,request_id,user_id,item_id,event_time,position,price"
+    (tmp_path / "feed_impressions.csv").write_text("\n".join([header, *texts, ""]))
+    (tmp_path / "feed_clicks.csv").write_text("click_id,impression_id,user_id,item_id,event_time\n")
+    config, folder = load_config(None, (*PLAIN, 'features.context_numbers=["price"]')), LogFolder(spark, str(tmp_path))
+    shown = read_events(config, folder, event_logs(config, folder)[:1]).collect()
+    found = {row["id"]: (row["position"], row[context_column("price")], row["reason"]) for row in shown}
+    expected = [(*pair, None) for pair in zip(positions.values(), numbers.values(), strict=True)]
+    assert [found[f"i{n}"] for n in range(len(expected))] == expected
+    reasons = [found[f"i{n}"][2] for n in range(len(expected), len(rows))]
+    assert reasons == ["unparsable_position"] * 3 + ["unparsable_number"] * 4
+    told = refusal(spark, tmp_path, tmp_path / "lake", 'features.context_numbers=["price"]')
+    assert "4 of 13 rows (30.8%) are rejected as unparsable_number" in told
+    assert "write 1234.50, or name the column in logs.feed_impressions.decimal_comma" in told
 
 
 def test_texts_that_mean_no_value_are_told_and_can_be_named(spark: SparkSession, tmp_path: Path) -> None:

@@ -368,6 +368,19 @@ def test_one_events_file_of_a_german_shop(spark: SparkSession, tmp_path: Path) -
         "log items: column 'price' is no number in 1 of 3 rows, such as '2,50', and null there; write 1234.50, or name "
         "it in logs.items.decimal_comma"
     ]
+    (tmp_path / "some" / "items.csv").write_text(
+        "item_id;price\na;1.234,50\nb;12.50\nc;1.2.3,4\nd;1 234,5\ne;-3,25\nf;1.234\ng;\n", encoding="utf-8"
+    )
+    comma = {"items": LogConfig(path="items.csv", separator=";", decimal_comma=("price",))}
+    folder = LogFolder(spark, str(tmp_path / "some"), comma)
+    prices = read_features(folder, "items", "item_id", [], ["price"]).orderBy("item_id").collect()
+    assert [row["price"] for row in prices] == [1234.5, None, None, 1234.5, -3.25, 1234.0, None]
+    assert "is no number in 2 of 6 rows, such as 'no decimal comma: 1.2.3,4', and null there" in folder.notes()[0]
+    pq.write_table(pa.table({"item_id": ["a"], "price": [12.5], "tags": [["x", "y"]]}), tmp_path / "some.parquet")
+    for key, value, kind in (("decimal_comma", ("price",), "double"), ("split", {"tags": "|"}, "array<string>")):
+        folder = LogFolder(spark, str(tmp_path), {"items": LogConfig(path="some.parquet", **{key: value})})
+        with pytest.raises(DataCheckError, match=rf"logs.items.{key} names '\w+', which is no text but {kind}"):
+            folder.read("items")
     items = replace(config.logs["items"], decimal_comma=("weight",))
     with pytest.raises(
         DataCheckError, match=r"logs.items.decimal_comma names 'weight', which is not there; there are: "

@@ -15,6 +15,8 @@ _RUN = (
 )
 _PARTS = re.compile(f"[{_RUN}]+|[^{_RUN}]+")
 _IS_RUN = re.compile(f"[{_RUN}]")
+_UNSEEN = re.compile("[\u00ad\u200c\u200d\u2060\ufe00-\ufe0f\ufeff]")
+"""Soft hyphens, joiners and variation selectors: they change how a word looks, not which word it is."""
 
 
 def tags_of(text: str) -> list[str]:
@@ -33,14 +35,14 @@ def terms_of(text: str) -> list[str]:
         return _each_once((ids[1] or "").split(","))
     if _ID_SEPARATORS.search(text):
         return _each_once(_ID_SEPARATORS.split(text))
-    normal = unicodedata.normalize("NFKC", text).lower()
+    normal = _UNSEEN.sub("", unicodedata.normalize("NFKC", text).lower())
     # Vowel signs and accents that have no letter of their own belong to the word.
     spaced = "".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in normal)
     found: list[str] = []
     for word in spaced.split():
         for part in _PARTS.findall(word):
             found += _characters_and_pairs(part) if _IS_RUN.match(part) else [part]
-    return _each_once(found)
+    return _each_once(term for term in found if any(map(str.isalnum, term)))
 
 
 def _characters_and_pairs(run: str) -> list[str]:

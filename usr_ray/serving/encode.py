@@ -439,4 +439,4 @@ def _text_of_terms(value: Any) -> str | None:
         return category_text(value)
     if not isinstance(value, list | tuple):
         raise EncodeError(f"is {type(value).__name__}; a string, a list of strings or null is needed")
-    return _text_of_tags(value)
+    return SEPARATOR + (_text_of_tags(value) or "")  # terms as they are, of a list with one element too

@@ -28,6 +28,11 @@ pytestmark = pytest.mark.unit
         ("[red, 3]", ["red", "3"]),  # no list of ids, but a text
         ("A1\x18b2\x18A1", ["A1", "b2"]),  # ids stay as they are
         (f"New York{SEPARATOR} Rome ", ["New York", "Rome"]),
+        (f"{SEPARATOR}Red Shoes", ["Red Shoes"]),  # a list of one element
+        ("Fuß\u00adball", ["fußball"]),
+        ("नमस्\u200dते", ["नमस्ते"]),
+        ("\u2764\ufe0f \u2600\ufe0f 👩\u200d👧", []),  # emoji; of two unlike ones nothing may be the same
+        ("\u0301 茶\u0301", ["茶"]),  # a mark without a letter is no word
         (" ,;!", []),
         ("", []),
     ],

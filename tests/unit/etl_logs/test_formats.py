@@ -8,7 +8,7 @@ import pytest
 from pyspark.sql import types as T
 
 from etl.logs.files import _partition_keys, _suffix
-from etl.logs.formats import nanosecond_columns, plain, wider
+from etl.logs.formats import encoding_of, nanosecond_columns, plain, wider
 from etl.session import literal_path
 
 pytestmark = pytest.mark.unit
@@ -30,6 +30,11 @@ SCHEMA = """message spark_schema {
 
 def test_nanoseconds_are_found_at_the_top_level_whatever_their_name() -> None:
     assert nanosecond_columns(SCHEMA) == {"paid at": T.TimestampType(), "local": T.TimestampNTZType()}
+
+
+def test_utf_16_is_known_by_its_mark_or_its_zeros() -> None:
+    heads = {name: "id,name\n".encode(name) for name in ("utf-16", "utf-16-le", "utf-16-be", "utf-8", "latin-1")}
+    assert [encoding_of(head) for head in heads.values()] == ["UTF-16", "UTF-16LE", "UTF-16BE", "", ""]
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,9 @@ def test_tags_and_terms_of_a_request(tmp_path):
     item = encoder.profile("item", {"tags": ["new", " red ", "red", "old"], "item_terms": "XL 茶杯 xl"})
     assert item.ids.tolist() == [0, 3, 2, 4, 3, 1, 1]  # brand; tags; xl, 茶, 茶杯, 杯
     assert encoder.profile("item", {"item_terms": [4, True]}).ids.tolist() == [0, 0, 0, 1, 1, 0, 0]
+    assert encoder.profile("item", {"item_terms": ["xl"]}).ids.tolist() == [0, 0, 0, 4, 0, 0, 0]
+    assert encoder.profile("item", {"item_terms": ["XL"]}).ids.tolist() == [0, 0, 0, 1, 0, 0, 0]  # terms as they are
+    assert encoder.profile("item", {"item_terms": ["", None]}).ids.tolist() == [0, 0, 0, 0, 0, 0, 0]
     context = encoder.profile("context", {"intents": None, "moods": []})
     assert context.ids.tolist() == [0, 0, 0]
     inputs = encoder.inputs(
