@@ -48,6 +48,7 @@ REQUIRED = {
     "spark.sql.ansi.enabled": "true",
     "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
     "spark.sql.legacy.parquet.nanosAsLong": "true",  # etl/logs/formats.py makes timestamps of them
+    "spark.sql.sources.partitionColumnTypeInference.enabled": "false",  # a folder shop=007 says 007, not 7
     "spark.sql.legacy.javaCharsets": "true",  # else windows-1252 is refused (logs.<log>.encoding)
     "spark.databricks.delta.properties.defaults.enableDeletionVectors": "false",
     "spark.databricks.delta.properties.defaults.columnMapping.mode": "none",

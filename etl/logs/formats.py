@@ -113,7 +113,7 @@ class Formats:
             return self._spark.createDataFrame(
                 [], T.StructType([T.StructField(name, T.StringType()) for name in needed])
             )
-        return reduce(DataFrame.unionByName, _alike(parts))
+        return reduce(DataFrame.unionByName, parts)
 
     def _charset(self, log: str, mapping: LogConfig) -> str:
         """Java's name of the encoding, which Python may call otherwise: latin-1."""
@@ -317,10 +317,3 @@ def _cast(raw: DataFrame, columns: Columns, names: Mapping[str, str], kinds: Map
         result.append(value.cast(kind).alias(names[key]))
     others = [n for n in raw.columns if plain(n) not in kinds and plain(n) not in mine and not n.startswith(_UNREAD)]
     return raw.select(*result, *map(own, others))
-
-
-def _alike(parts: list[DataFrame]) -> list[DataFrame]:
-    """The parts with columns of `key=value` folders as text, where Spark took them for other types in each."""
-    types = [dict(part.dtypes) for part in parts]
-    odd = [name for name in types[0] if len({found[name] for found in types}) > 1]
-    return [part.withColumns({name: own(name).cast("string") for name in odd}) if odd else part for part in parts]
