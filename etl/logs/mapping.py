@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import zoneinfo
+from collections.abc import Sequence
 from functools import reduce
 
 from pyspark.sql import Column, DataFrame
@@ -52,9 +53,9 @@ def map_columns(raw: DataFrame, log: str, mapping: LogConfig) -> DataFrame:
             that its time_format cannot read.
     """
     rows = _matching_rows(raw, log, mapping)
-    if mapping.null_values:
-        texts = [f.name for f in raw.schema.fields if isinstance(f.dataType, T.StringType) and f.name != MALFORMED]
-        rows = rows.withColumns({name: F.when(~own(name).isin([*mapping.null_values]), own(name)) for name in texts})
+    if nulls := mapping.null_values:
+        fields = [field for field in raw.schema.fields if field.name != MALFORMED]
+        rows = rows.withColumns({field.name: _without(own(field.name), field.dataType, nulls) for field in fields})
     targets: dict[str, Column] = {}
     for name, source in mapping.columns.items():
         for column in [source] if isinstance(source, str) else source:
@@ -82,7 +83,8 @@ def map_columns(raw: DataFrame, log: str, mapping: LogConfig) -> DataFrame:
                 f"log {log}: logs.{log}.split names '{name}', which is not there; there are: "
                 f"{', '.join([*mapping.columns, *names_of(raw)])}; name one of those"
             )
-        targets[name] = F.split(text.cast("string"), re.escape(separator), -1)
+        values = F.split(text.cast("string"), re.escape(separator), -1)
+        targets[name] = _without(values, T.ArrayType(T.StringType()), mapping.null_values)
     targets |= {name: F.lit(value) for name, value in mapping.constants.items()}
     # Spark's names ignore case: an own column of a target's name, however written, would make it ambiguous.
     hidden = {name.lower() for name in targets}
@@ -121,6 +123,19 @@ def _check_there(raw: DataFrame, log: str, key: str, column: str) -> None:
             f"log {log}: logs.{log}.{key} names the column '{column}', which is not there; "
             f"there are: {', '.join(names_of(raw))}; name one of those"
         )
+
+
+def _without(value: Column, kind: T.DataType, nulls: Sequence[str]) -> Column:
+    """The value, or null where it is one of `nulls`; of a list the values that are none of them."""
+    if isinstance(kind, T.ArrayType):
+        element = kind.elementType
+        return F.filter(value, lambda one: _without(one, element, nulls).isNotNull()) if nulls else value
+    if isinstance(kind, T.FloatType | T.DoubleType):  # -1 is -1.0
+        numbers = [float(text) for text in nulls if re.fullmatch(r"[+-]?\d{1,15}(?:\.\d*)?", text)]
+        return F.when(~value.isin(numbers), value) if numbers else value
+    if isinstance(kind, T.StringType | T.NumericType):
+        return F.when(~value.cast("string").isin([*nulls]), value)
+    return value
 
 
 def _check_is_text(raw: DataFrame, log: str, key: str, name: str, source: str | tuple[str, ...]) -> None:

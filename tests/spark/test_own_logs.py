@@ -113,6 +113,24 @@ def test_a_line_with_an_unreadable_time_is_rejected_as_it_was_written(spark: Spa
     assert found["unparsable_event_time"]["impression_id"] == "e9998"
 
 
+def test_values_that_stand_for_none_are_null_in_columns_of_any_type(spark: SparkSession) -> None:
+    kinds = "item_id string, shop int, big bigint, price double, tags array<string>, more string, day date"
+    day = dt.date(2026, 1, 1)
+    rows = [
+        ("a", -1, -1, -1.0, ["-1", "x", "NULL"], "x|NULL|-1", day),
+        ("NULL", 1, 2**53 + 1, -1.5, None, None, None),
+        ("-10", None, None, float("nan"), [], "NULL", day),
+    ]
+    nulls = LogConfig(null_values=("NULL", "-1", "9007199254740992"), split={"more": "|"})
+    found = map_columns(spark.createDataFrame(rows, kinds), "items", nulls)
+    names = [name.partition(" ")[0] for name in kinds.split(", ")]
+    a, null, ten = (tuple(row[name] for name in names) for row in found.collect())
+    assert a == ("a", None, None, None, ["x"], ["x"], day)
+    assert null == (None, 1, 2**53 + 1, -1.5, None, None, None)
+    assert (*ten[:3], *ten[4:]) == ("-10", None, None, [], None, day)
+    assert math.isnan(ten[3])
+
+
 def frame(spark: SparkSession, kind: str, *values: Any) -> DataFrame:
     return spark.createDataFrame([(value,) for value in values], f"t {kind}")
 
