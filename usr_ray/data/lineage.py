@@ -38,6 +38,14 @@ def check_config(config: Config, table: Manifest) -> None:
             f"{key}: the configuration has {here!r}, the table at {table.table_uri} has {of_table!r}; train with the "
             "configuration the table was built with"
         )
+    asked, sides = config.features.history_item_features, table.spec.history_item_features
+    # Else the events would carry the table's all the same.
+    if config.model.event_sides and "*" not in asked and config.features.sides != sides:
+        raise DataError(
+            f"features.history_item_features: the configuration has {', '.join(asked) or 'none'}, the table at "
+            f"{table.table_uri} has {', '.join(sides) or 'none'}; build a date with it, or set model.event_sides=false "
+            "for events that carry none"
+        )
 
 
 def difference(model: FeatureSpec, model_built_with: str, table: Manifest, *, may_read: bool = True) -> str | None:

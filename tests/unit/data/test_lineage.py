@@ -158,6 +158,22 @@ def test_what_does_not_change_a_row_does_not_matter(override: str) -> None:
     assert difference(OURS, built_with(config), table(OURS, built_with(load_config(None)))) is None
 
 
+@pytest.mark.parametrize(
+    ("asked", "there", "is_good"), [("*", "brand", True), ("", "brand", False), ("brand", "", False), ("", "", True)]
+)
+def test_sides_that_the_table_does_not_have_so_are_refused(asked: str, there: str, is_good: bool) -> None:
+    wanted = json.dumps([asked] if asked else [])
+    config = load_config(None, ('features.item_categories=["brand"]', f"features.history_item_features={wanted}"))
+    of_table = table(samples_spec(sides=[there] if there else []), built_with(config))
+    if is_good:
+        check_config(config, of_table)
+        return
+    told = f"the configuration has {asked or 'none'}, the table at .* has {there or 'none'}"
+    with pytest.raises(UserError, match=f"features.history_item_features: {told}; build a date"):
+        check_config(config, of_table)
+    check_config(dataclasses.replace(config, model=dataclasses.replace(config.model, event_sides=False)), of_table)
+
+
 def by_job(name: str, *more: str) -> Callable[[Path, Path, Path], int]:
     def job(run_dir: Path, lake: Path, output: Path) -> int:
         words = ["--run-dir", run_dir, "--lake", lake, *more, *(["--output", output] if name != "evaluate" else [])]
