@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -172,15 +172,10 @@ def _narrowest(trials: Trials, pair: tuple[Trial, Trial]) -> Trial:
 def _masked(trials: Trials, trial: Trial, mask_N: NDArray[np.bool_], first: Predictions) -> Predictions:
     rows = trials.predictions(trial.trial_id)
     if not trials.config(trial).data.only_scenario:
-        rows = _rows(rows, np.isin(rows.row_number_N, first.row_number_N))
+        rows = rows.take(np.flatnonzero(np.isin(rows.row_number_N, first.row_number_N)))
     if not np.array_equal(rows.row_number_N, first.row_number_N):
         raise StudyError(f"trial {trial.trial_id}: was evaluated on other rows than those it is compared with")
-    return _rows(rows, mask_N)
-
-
-def _rows(rows: Predictions, mask_N: NDArray[np.bool_]) -> Predictions:
-    columns = {key.name: getattr(rows, key.name)[mask_N] for key in fields(rows) if key.name != "global_probs_NT"}
-    return replace(rows, **columns, global_probs_NT=None)
+    return rows.take(np.flatnonzero(mask_N))
 
 
 def rows_by_part(rows: Predictions, trained: TrainingRows) -> dict[str, NDArray[np.bool_]]:
