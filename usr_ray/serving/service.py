@@ -288,7 +288,8 @@ class Service:
 
 
 def _bucket(pointer: Pointer, request: Any) -> str:
-    return pointer.bucket(str(request.get("user_id") if isinstance(request, dict) else None))
+    user_id = str(request.get("user_id") if isinstance(request, dict) else None)
+    return pointer.bucket(user_id.encode(errors="replace").decode())  # what is no Unicode is refused later, in words
 
 
 def parsed(body: bytes) -> Any:

@@ -147,6 +147,9 @@ def test_the_canary_answers_to_its_users_and_the_shadow_to_nobody(service, clien
     assert found == {("stable", "one"), ("canary", "two")}
     again = client.post("/v1/score", json=GOOD | {"user_id": "u0"}).json()
     assert (again["bucket"], "shadow" in again) == (answers[0]["bucket"], False)
+    # No Unicode: what refuses it is the version (these stand-ins look at no user), not the choice between them.
+    body = b'{"candidates": ["a"], "user_id": "\\ud800"}'
+    assert client.post("/v1/score", content=body).status_code == 200
     about = client.get("/v1/model").json()
     assert (about["canary"]["version"], about["shadow"]["version"], about["share"]) == ("two", "two", 0.5)
     # A canary that is torn stays out, and the rollback ends both.
