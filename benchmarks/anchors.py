@@ -39,7 +39,7 @@ from benchmarks.doc_tables import markdown, put_table
 from jobs.demo import PLAIN
 from usr_ray.config import date_ranges, dates_in, load_config
 from usr_ray.evaluation.metrics import Predictions, auc
-from usr_ray.schema import TASKS, FeatureSpec
+from usr_ray.schema import OPEN_LABEL, TASKS, FeatureSpec
 from usr_ray.training.logistic import PlainRows, logistic_regression
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,10 +110,11 @@ def fit_trees(pair: Pair, settings: Mapping[str, Any], seed: int) -> list[NDArra
     models = [
         lightgbm.train(
             options,
-            lightgbm.Dataset(train, labels_NT[:, task].copy(), categorical_feature=list(range(len(sparse)))),
+            lightgbm.Dataset(train[known_N], labels_NT[known_N, task], categorical_feature=list(range(len(sparse)))),
             num_boost_round=400,
         )
         for task in range(len(TASKS))
+        for known_N in [labels_NT[:, task] != OPEN_LABEL]
     ]
     return [np.stack([m.predict(scored, num_iteration=n) for m in models], axis=1) for n in (100, 200, 400)]
 

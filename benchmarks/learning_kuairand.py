@@ -28,7 +28,7 @@ from jobs.demo import PLAIN
 from usr_ray.config import BACKBONES
 from usr_ray.data.reader import SampleReader
 from usr_ray.evaluation.metrics import Predictions, auc
-from usr_ray.schema import TASKS, FeatureSpec
+from usr_ray.schema import OPEN_LABEL, TASKS, FeatureSpec
 from usr_ray.training.evaluate import evaluation_reader
 from usr_ray.training.rows import training_reader
 from usr_ray.training.worker import LocalWorker
@@ -88,7 +88,8 @@ def train_rechub(
         model.train()
         for columns, labels in train.batches(batch, shuffled=True):
             optimizer.zero_grad()
-            nn.functional.binary_cross_entropy(model(columns), labels).backward()
+            known = (labels != OPEN_LABEL).float()
+            nn.functional.binary_cross_entropy(model(columns), labels.clamp(min=0), weight=known).backward()
             optimizer.step()
         model.eval()
         with torch.inference_mode():

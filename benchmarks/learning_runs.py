@@ -69,7 +69,9 @@ class Data:
     def popularity(self, rows: Predictions) -> Predictions:
         config = self.config()
         last = parse_dates(config.data.train_dates, where="data.train_dates")[1]
-        seen = read_training_rows(self.train, ready_before_us=end_of_us(last), mature_only=True)
+        seen = read_training_rows(
+            self.train, ready_before_us=end_of_us(last), mature_only=True, order_wait_us=config.order_wait_us
+        )
         return popularity_baseline(seen, rows, len(config.scenarios))
 
 

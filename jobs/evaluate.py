@@ -42,7 +42,12 @@ def baseline_of(config: Config, lake: str, held_out: Manifest, predictions: Pred
         manifest = build_manifest(
             lake, dates=dates, version=held_out.version, where="data.train_dates", allow_missing=allow_missing
         )
-        rows = read_training_rows(manifest, ready_before_us=end_of_us(dates[1]), mature_only=config.data.mature_only)
+        rows = read_training_rows(
+            manifest,
+            ready_before_us=end_of_us(dates[1]),
+            mature_only=config.data.mature_only,
+            order_wait_us=config.order_wait_us,
+        )
     except UserError as error:
         print(f"no popularity baseline: {error}")
         return None

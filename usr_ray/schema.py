@@ -31,6 +31,8 @@ GLOBAL_LABELS = ("is_click_global", "is_order_global")
 """Global label column of each task, in the order of TASKS."""
 ALL_LABELS = LABELS + GLOBAL_LABELS
 """The label axis of a batch (labels_BT): is_click, is_order, is_click_global, is_order_global."""
+ORDERS = [1, 3]
+"""Places of the labels of orders on that axis."""
 LABEL_ORDER = (
     ("is_order", "is_click"),
     ("is_click", "is_click_global"),
@@ -38,6 +40,9 @@ LABEL_ORDER = (
     ("is_order_global", "is_click_global"),
 )
 """Pairs (a, b) with a <= b on every row; checked by ETL (Delta CHECK), by the decoder and by the feed of the loss."""
+
+OPEN_LABEL = -1.0
+"""In a training batch: a label that was not final yet when training starts (data.final_labels), which is no 0."""
 
 SAMPLES = "samples"
 VOCABULARIES = "vocabularies"

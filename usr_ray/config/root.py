@@ -99,6 +99,11 @@ class Config:
             not strays,
             f"labels.no_order_scenarios names {', '.join(strays)}, not among scenarios: {', '.join(self.scenarios)}",
         )
+        require(
+            self.data.final_labels == "all" or self.labels.order_without_click == "reject",
+            "data.final_labels 'clicks' needs labels.order_without_click 'reject': with 'credit_impression' an order "
+            "makes a click, so clicks are final no sooner than orders; set data.final_labels to 'all'",
+        )
         self._check_counters()
         require(
             self.model.wide or not self.features.crosses,
@@ -132,6 +137,11 @@ class Config:
         names = [name.lower() for name in (*keys, *numbers, *columns)]
         twice = [column for column in columns if names.count(column.lower()) > 1]
         require(not twice, f"features: '{''.join(twice[:1])}' is a column of [counters]; call the feature another name")
+
+    @property
+    def order_wait_us(self) -> int:
+        """How much later than its clicks a row's orders are final, where training counts the row as of its clicks."""
+        return self.labels.order_window_us if self.data.final_labels == "clicks" else 0
 
     @property
     def every_counter(self) -> dict[str, CounterConfig]:

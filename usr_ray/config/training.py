@@ -21,6 +21,9 @@ class DataConfig:
     """Version of the samples table to train on; -1: the newest when the run starts. The run then stays on it."""
     mature_only: bool = True
     """Read only rows whose labels are final (is_mature); for training, final at the end of train_dates."""
+    final_labels: str = choice("all", "clicks")
+    """Which labels of a row must be final at the end of train_dates for training to count it: 'all', or 'clicks': its
+    orders take part in the loss only where they are final too. Of use with mature_only; held-out rows want all."""
     only_scenario: str = ""
     """Train and evaluate on the rows and the histories of this scenario alone, as if there were no other; '': on all.
     For comparisons (study joint): such a run is not exported and scores nothing."""

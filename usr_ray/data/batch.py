@@ -94,7 +94,7 @@ class UsrBatch:
     """One step's rows of one rank. Padding rows have weight 0, row_number -1, ids 0 and empty histories."""
 
     labels_BT: Tensor
-    """float32 (B, 4) in the order of schema.ALL_LABELS."""
+    """float32 (B, 4) in the order of schema.ALL_LABELS: 0, 1, or OPEN_LABEL in training (Reading.order_wait_us)."""
     weights_B: Tensor
     """float32, 1 for a row with weight, 0 for padding and for rows whose labels are not final."""
     scenario_B: Tensor

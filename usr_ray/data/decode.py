@@ -26,7 +26,16 @@ from usr_ray.data.manifest import (
 )
 from usr_ray.data.mature import labels_close_us
 from usr_ray.files import one_line
-from usr_ray.schema import ACTION_ORDER, ALL_LABELS, LABEL_ORDER, PADDING_ID, FeatureSpec, HistoryColumns
+from usr_ray.schema import (
+    ACTION_ORDER,
+    ALL_LABELS,
+    LABEL_ORDER,
+    OPEN_LABEL,
+    ORDERS,
+    PADDING_ID,
+    FeatureSpec,
+    HistoryColumns,
+)
 
 _STRIP_ROWS = 4096
 _TYPES = {"long": pa.int64(), "float": pa.float32(), "boolean": pa.bool_()}
@@ -41,6 +50,7 @@ class RowGroupDecoder:
         *,
         ready_before_us: int | None,
         mature_only: bool,
+        order_wait_us: int = 0,
         only_scenario: str = "",
         cache_dir: Path | str | None = None,
     ) -> None:
@@ -48,6 +58,7 @@ class RowGroupDecoder:
         self._manifest = manifest
         self._ready_before_us = ready_before_us
         self._mature_only, self._only_scenario = mature_only, only_scenario
+        self._order_wait_us = order_wait_us
         unused = {"is_mature": mature_only, "event_time": ready_before_us is not None}
         self.columns = [name for name in model_columns(manifest.spec) if unused.get(name, True)]
         self._filesystem, self._table_path = open_filesystem(manifest.table_uri)
@@ -74,6 +85,7 @@ class RowGroupDecoder:
             first_row=ref.first_row,
             ready_before_us=self._ready_before_us,
             mature_only=self._mature_only,
+            order_wait_us=self._order_wait_us,
             only_scenario=self._only_scenario,
         )
 
@@ -114,6 +126,7 @@ def table_to_batch(
     first_row: int,
     ready_before_us: int | None = None,
     mature_only: bool = False,
+    order_wait_us: int = 0,
     only_scenario: str = "",
 ) -> UsrBatch:
     """Rows of a samples table as a checked batch; the events are as wide as in the table (BatchBuilder narrows them).
@@ -126,6 +139,7 @@ def table_to_batch(
         first_row: row_number of the first row.
         ready_before_us: rows whose labels close later get weight 0; None: all are in time.
         mature_only: rows with is_mature false get weight 0.
+        order_wait_us: see Reading.
         only_scenario: rows of the other scenarios get weight 0, and all rows empty histories of those; '': none do.
 
     Raises:
@@ -133,10 +147,14 @@ def table_to_batch(
     """
     columns = _Columns(table, spec, where)
     weights_B = np.ones(table.num_rows, dtype=np.float32)
+    labels_BT = columns.labels()
     if mature_only:
         weights_B *= columns.scalars("is_mature").to_numpy(zero_copy_only=False)
     if ready_before_us is not None:
-        weights_B *= labels_close_us(columns.event_time_us(), spec) <= ready_before_us
+        close_us_B = labels_close_us(columns.event_time_us(), spec)
+        weights_B *= close_us_B - order_wait_us <= ready_before_us
+        if order_wait_us:
+            labels_BT[:, ORDERS] = np.where((close_us_B > ready_before_us)[:, None], OPEN_LABEL, labels_BT[:, ORDERS])
     scenario_B = columns.ids("scenario_index", len(spec.scenarios), "scenarios")
     histories = tuple(columns.history(names, spec) for names in spec.histories)
     if only_scenario:
@@ -146,7 +164,7 @@ def table_to_batch(
     ids = [columns.ids(feature.column, feature.num_embeddings).to_numpy() for feature in spec.sparse]
     numbers = [columns.finite(feature.column) for feature in spec.dense]
     return UsrBatch(
-        labels_BT=torch.from_numpy(columns.labels()),
+        labels_BT=torch.from_numpy(labels_BT),
         weights_B=torch.from_numpy(weights_B),
         scenario_B=torch.from_dlpack(scenario_B),
         sparse_BF=torch.from_numpy(_stack(ids, table.num_rows, sparse_type(spec).type)),

@@ -53,6 +53,9 @@ class Reading:
     are not read; None: no such limit."""
     mature_only: bool = True
     """Likewise for rows with is_mature false."""
+    order_wait_us: int = 0
+    """Config.order_wait_us: above 0, a row has weight once its labels of clicks have closed, and those of orders that
+    close after ready_before_us are schema.OPEN_LABEL."""
     only_scenario: str = ""
     """Rows of other scenarios get weight 0, and the histories of other scenarios are empty; '': all count."""
     num_shards: int = 1
@@ -89,12 +92,16 @@ class SampleReader:
             num_shards=reading.num_shards,
         )
         ready_before_us, mature_only = reading.ready_before_us, reading.mature_only
-        self.refs = usable_row_groups(manifest, ready_before_us=ready_before_us, mature_only=mature_only)
+        wait_us = reading.order_wait_us
+        self.refs = usable_row_groups(
+            manifest, ready_before_us=ready_before_us, mature_only=mature_only, order_wait_us=wait_us
+        )
         """The row groups that are read, in file order."""
         self.decoder = RowGroupDecoder(
             manifest,
             ready_before_us=ready_before_us,
             mature_only=mature_only,
+            order_wait_us=wait_us,
             only_scenario=reading.only_scenario,
             cache_dir=reading.cache_dir,
         )
@@ -176,6 +183,7 @@ class SampleReader:
         order = {"kind": r.order, "seed": r.seed, "block_rows": r.block_rows, "num_shards": r.num_shards}
         rows: list[object] = [r.global_batch_size, r.group_size, r.ready_before_us, r.mature_only]
         rows += [r.only_scenario] if r.only_scenario else []
+        rows += [{"order_wait_us": r.order_wait_us}] if r.order_wait_us else []
         fixed = [self.manifest.sha256, spec.label_delay_us, spec.label_day_span, order, *rows]
         return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 

@@ -97,7 +97,12 @@ class Trials:
         config, manifest = self.config(trial), load_manifest(trial_dir(self.run_dir, trial), "train")
         assert manifest is not None
         last = parse_dates(config.data.train_dates, where="data.train_dates")[1]
-        return read_training_rows(manifest, ready_before_us=end_of_us(last), mature_only=config.data.mature_only)
+        return read_training_rows(
+            manifest,
+            ready_before_us=end_of_us(last),
+            mature_only=config.data.mature_only,
+            order_wait_us=config.order_wait_us,
+        )
 
 
 def means(trials: Trials) -> dict[Point, dict[tuple[str, str, str], Mean]]:

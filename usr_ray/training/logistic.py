@@ -18,7 +18,7 @@ from scipy import sparse
 
 from usr_ray.config import UserError
 from usr_ray.data.reader import SampleReader
-from usr_ray.schema import TASKS, FeatureSpec
+from usr_ray.schema import OPEN_LABEL, TASKS, FeatureSpec
 
 INVERSE_L2 = 0.1
 """scikit-learn's C."""
@@ -107,7 +107,8 @@ def logistic_regression(
     columns, wanted = design(spec, train, scored)
     probs = []
     for place, task in enumerate(TASKS):
-        known_N = np.array(spec.known_labels)[train.scenario_N, place]  # an unobserved 0 is no label
+        # An unobserved 0 is no label, and an open one neither.
+        known_N = np.array(spec.known_labels)[train.scenario_N, place] & (train.labels_NT[:, place] != OPEN_LABEL)
         labels_N = train.labels_NT[known_N, place]
         if len(np.unique(labels_N)) < 2:
             raise UserError(f"--compare: all training rows have one label of {task}; train on dates that have both")

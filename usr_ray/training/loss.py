@@ -6,6 +6,9 @@ total = sum over (k, task) of mean BCE on the rows of k + alpha * sum over tasks
 Where a scenario's logs know no orders, its rows have no label of CTCVR, neither their own nor the global one: the cell
 is left out, and the global mean is over the rows that have the label.
 
+A label that is still open (schema.OPEN_LABEL: clicks are final before orders, data.final_labels) takes no part either,
+but its row counts in the means: every known label weighs the same, and a mean of CTCVR is that much smaller.
+
 Every mean divides by a count over ALL ranks, handed in, so the sum of the ranks' totals is the global loss whatever
 the mix of scenarios on each: gradients are summed over ranks, never averaged.
 
@@ -23,7 +26,7 @@ from torch import Tensor
 from usr_ray.config import ModelConfig
 from usr_ray.data.batch import UsrBatch, UsrOutputs
 from usr_ray.model.contrastive import contrastive_sums
-from usr_ray.schema import LABELS, TASKS
+from usr_ray.schema import LABELS, OPEN_LABEL, TASKS
 
 KnownLabels = Sequence[Sequence[bool]]
 """FeatureSpec.known_labels: (S, T), False where the rows of a scenario have no label of a task."""
@@ -101,6 +104,8 @@ def _usr_loss(
     known_ST = _known(known_labels, counts_S)
     # A label that is not known has weight 0: its logits stay in the graph, so DDP finds every parameter.
     weights_BT = batch.weights_B.to(dtype).unsqueeze(1) * known_ST.to(dtype)[batch.scenario_B]
+    weights_BT = weights_BT * (labels_BT[:, : len(LABELS)] != OPEN_LABEL)  # a global label is open where the own one is
+    labels_BT = labels_BT.clamp(min=0)
     # In float64 until here: a count above 2^24 is no float32.
     per_row_S = (1 / counts_S.clamp(min=1)).to(dtype)
     per_row = (1 / counts_S.sum().clamp(min=1)).to(dtype)

@@ -18,7 +18,7 @@ from usr_ray.evaluation.baseline import TrainingRows
 from usr_ray.evaluation.metrics import known_labels_only
 from usr_ray.model.embedding import RowSource
 from usr_ray.model.unique import UniqueIds
-from usr_ray.schema import ALL_LABELS, LABEL_ORDER
+from usr_ray.schema import ALL_LABELS, LABEL_ORDER, ORDERS
 from usr_ray.training.loss import row_counts
 
 
@@ -29,8 +29,8 @@ class LabelOrderError(UserError):
 def training_reader(config: Config, manifest: Manifest, *, rank: int = 0, world_size: int = 1) -> SampleReader:
     """Reads the part of the training batches that is the rank's.
 
-    A row has weight when its labels were final at the train cut-off, midnight UTC after the last training date: a
-    global label that closes later has seen the held-out days.
+    A row has weight when its labels (by data.final_labels those of clicks alone) were final at the train cut-off,
+    midnight UTC after the last training date: a global label that closes later has seen the held-out days.
     """
     last = parse_dates(config.data.train_dates or manifest.dates[-1], where="data.train_dates")[1]
     reading = Reading(
@@ -40,6 +40,7 @@ def training_reader(config: Config, manifest: Manifest, *, rank: int = 0, world_
         order=config.train.order,
         ready_before_us=end_of_us(last) if config.data.mature_only else None,
         mature_only=config.data.mature_only,
+        order_wait_us=config.order_wait_us,
         only_scenario=config.data.only_scenario,
         num_shards=config.train.reader_shards,
         rank=rank,
@@ -86,8 +87,12 @@ def check_label_order(batch: UsrBatch) -> None:
             )
 
 
-def read_training_rows(manifest: Manifest, *, ready_before_us: int | None, mature_only: bool) -> TrainingRows:
+def read_training_rows(
+    manifest: Manifest, *, ready_before_us: int | None, mature_only: bool, order_wait_us: int = 0
+) -> TrainingRows:
     """The rows of a manifest that training would count, by the same rules (see SampleReader), four columns of them.
+
+    Labels that were still open are NaN.
 
     Raises:
         DataError: no row counts, or a file cannot be read.
@@ -96,18 +101,25 @@ def read_training_rows(manifest: Manifest, *, ready_before_us: int | None, matur
     item_column = manifest.spec.sparse_feature("item_id").column
     decoder.columns = [*ALL_LABELS, "scenario_index", "user_key", item_column, "is_mature", "event_time"]
     parts = []
-    for ref in usable_row_groups(manifest, ready_before_us=ready_before_us, mature_only=mature_only):
+    usable = usable_row_groups(
+        manifest, ready_before_us=ready_before_us, mature_only=mature_only, order_wait_us=order_wait_us
+    )
+    for ref in usable:
         table = decoder.read(ref)
         counts_N = np.ones(table.num_rows, dtype=bool)
         if mature_only:
             counts_N &= table["is_mature"].to_numpy()
         if ready_before_us is not None:
             time_us_N = table["event_time"].cast(pa.timestamp("us", tz="UTC")).cast(pa.int64()).to_numpy()
-            counts_N &= labels_close_us(time_us_N, manifest.spec) <= ready_before_us
+            wait_us_N = labels_close_us(time_us_N, manifest.spec) - ready_before_us
+            counts_N &= wait_us_N <= order_wait_us
+            table = table.append_column("is_open", pa.array(wait_us_N > 0))
         parts.append(table.drop_columns(["is_mature", "event_time"]).filter(pa.array(counts_N)))
     rows = pa.concat_tables(parts)
     scenario_N = rows["scenario_index"].to_numpy()
     labels_NT = np.stack([rows[label].to_numpy() for label in ALL_LABELS], axis=1)
+    if ready_before_us is not None:
+        labels_NT[np.ix_(rows["is_open"].to_numpy(), ORDERS)] = np.nan
     return TrainingRows(
         scenario_N=scenario_N,
         user_key_N=rows["user_key"].to_numpy(),

@@ -40,6 +40,7 @@ FIXED_KEYS = (
     "train.warm_start",
     "train.warm_start_optimizer",
     "data.mature_only",
+    "data.final_labels",
     "data.only_scenario",
 )
 """Configuration that gives the weights and the cursor their meaning: a resumed run must have the same."""

@@ -331,6 +331,18 @@ REFUSED = [
 ]
 
 
+def test_clicks_that_orders_make_are_not_final_before_orders() -> None:
+    overrides = ["data.final_labels=clicks", "labels.order_window=2 hours"]
+    assert load_config(None, overrides).order_wait_us == 7_200_000_000
+    assert load_config(None, overrides[1:]).order_wait_us == 0
+    message = (
+        "data.final_labels 'clicks' needs labels.order_without_click 'reject': with 'credit_impression' an order "
+        "makes a click, so clicks are final no sooner than orders; set data.final_labels to 'all'"
+    )
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, [*overrides, "labels.order_without_click=credit_impression"])
+
+
 @pytest.mark.parametrize(("override", "message"), REFUSED, ids=[override for override, _ in REFUSED])
 def test_what_cannot_be_used_is_refused_in_one_line(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)) as error:

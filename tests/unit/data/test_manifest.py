@@ -388,6 +388,11 @@ def test_row_groups_that_cannot_count_are_not_read_and_rows_keep_their_numbers()
     assert first_rows(ready_before_us=cut_off, mature_only=True) == [0, 20]
     assert first_rows(ready_before_us=cut_off, mature_only=False) == [0, 10, 20]
     assert first_rows(ready_before_us=cut_off - 1, mature_only=False) == [0, 10]
+    # Clicks close 24 hours before orders.
+    clicks = cut_off - 24 * HOUR_US
+    assert first_rows(ready_before_us=clicks, mature_only=True, order_wait_us=24 * HOUR_US) == [0, 20]
+    with pytest.raises(DataError, match=r"no row's labels are final by .* \(they close 1 hours after"):
+        first_rows(ready_before_us=START_US, mature_only=True, order_wait_us=24 * HOUR_US)
 
 
 def test_a_table_without_a_mature_row_is_refused() -> None:

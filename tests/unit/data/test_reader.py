@@ -23,7 +23,7 @@ from usr_ray.config import DAY_US, UserError
 from usr_ray.data.batch import UsrBatch
 from usr_ray.data.manifest import DataError, Manifest, build_manifest
 from usr_ray.data.reader import Reading, SampleReader, _Stream
-from usr_ray.schema import ALL_LABELS
+from usr_ray.schema import ALL_LABELS, OPEN_LABEL
 
 pytestmark = pytest.mark.unit
 
@@ -245,6 +245,45 @@ def test_weights_follow_maturity_and_the_cut_off(
                 # A row of a row group without any row that counts is not read at all.
                 assert found.get(n, 0) == expected
             assert len(found) == NUM_ROWS or mature_only or ready_before_us
+
+
+@pytest.mark.parametrize("label_day_span", [False, True])
+def test_rows_count_once_their_clicks_are_final_and_later_orders_stay_open(
+    manifest: Manifest, raw_rows: list[dict[str, Any]], label_day_span: bool
+) -> None:
+    """Clicks close 1 hour after the impression (or its day), orders 25."""
+    manifest = dataclasses.replace(manifest, spec=dataclasses.replace(SPEC, label_day_span=label_day_span))
+    cut_off = FIRST_DATE + dt.timedelta(days=3)
+    batches = read(manifest, ready_before_us=START_US + 3 * DAY_US, order_wait_us=24 * HOUR_US)
+    found = {
+        n: (w, labels)
+        for batch in batches
+        for n, w, labels in zip(
+            batch.row_number_B.tolist(), batch.weights_B.tolist(), batch.labels_BT.tolist(), strict=True
+        )
+        if n >= 0
+    }
+    counted = {"final": 0, "open": 0}
+    for n, row in enumerate(raw_rows):
+        start = row["event_time"].replace(tzinfo=None)
+        if label_day_span:
+            start = dt.datetime.combine(start.date(), dt.time()) + dt.timedelta(days=1)
+        left = (dt.datetime.combine(cut_off, dt.time()) - start) / dt.timedelta(hours=1)
+        weight, labels = found.get(n, (0, None))
+        assert weight == float(left >= 1)
+        if labels is not None:
+            kind = "final" if left >= 25 else "open"
+            orders = [OPEN_LABEL] * 2 if kind == "open" else [row["is_order"], row["is_order_global"]]
+            assert labels == [row["is_click"], orders[0], row["is_click_global"], orders[1]]
+            counted[kind] += int(weight)
+    assert min(counted.values()) > 50
+
+
+def test_when_orders_are_final_is_part_of_the_order(manifest: Manifest) -> None:
+    cut_off = START_US + 3 * DAY_US
+    readings = [Reading(**SIZES, ready_before_us=cut_off, order_wait_us=wait) for wait in (0, HOUR_US)]
+    readers = [SampleReader(manifest, reading) for reading in readings]
+    assert readers[0].fingerprint != readers[1].fingerprint
 
 
 def test_row_groups_without_a_row_that_counts_are_left_out(manifest: Manifest) -> None:

@@ -291,6 +291,22 @@ def test_baseline_counts_the_rows_that_training_counts(lake):
     assert rows.labels_NT.sum(axis=0).tolist() == [pc.sum(wanted[label]).as_py() for label in ALL_LABELS]
 
 
+def test_baseline_does_not_count_orders_that_are_open(lake):
+    first = build_manifest(lake, dates=(FIRST_DATE, HELD_OUT[1]))
+    ready_before_us, wait_us = end_of_us(HELD_OUT[1]), 24 * 3_600_000_000
+    rows = read_training_rows(first, ready_before_us=ready_before_us, mature_only=True, order_wait_us=wait_us)
+    table = DeltaTable(str(lake / SAMPLES)).to_pyarrow_table().filter(pc.field("is_mature"))
+    time_us = table["event_time"].cast("int64")
+    clicks_final, final = (
+        table.filter(pc.less_equal(pc.add(time_us, hours * 3_600_000_000), ready_before_us)) for hours in (1, 25)
+    )
+    assert len(rows.labels_NT) == clicks_final.num_rows > final.num_rows > 0
+    for place, label in enumerate(ALL_LABELS):
+        of = final if "order" in label else clicks_final
+        assert np.isfinite(rows.labels_NT[:, place]).sum() == of.num_rows
+        assert np.nansum(rows.labels_NT[:, place]) == pc.sum(of[label]).as_py()
+
+
 @pytest.mark.parametrize("has_baseline", [True, False])
 @pytest.mark.parametrize("has_global", [True, False])
 def test_predictions_read_back_as_written(alone, tmp_path, has_baseline, has_global):

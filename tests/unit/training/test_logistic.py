@@ -9,7 +9,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from usr_ray.config import UserError
-from usr_ray.schema import DenseFeature, FeatureSpec, SparseFeature
+from usr_ray.schema import OPEN_LABEL, DenseFeature, FeatureSpec, SparseFeature
 from usr_ray.training.logistic import INVERSE_L2, MIN_ROWS, PlainRows, crossed_columns, design, logistic_regression
 
 pytestmark = pytest.mark.unit
@@ -91,6 +91,20 @@ def test_labels_that_no_log_knows_are_no_labels():
     probs_NT = logistic_regression(knows_search, both, search)
     np.testing.assert_array_equal(probs_NT[:, 1], model.predict_proba(scored)[:, 1])
     assert abs(probs_NT[:, 1].mean() - labels.mean()) < 0.02
+
+
+def test_rows_whose_label_is_open_are_left_out():
+    ids, labels = [[2] * 6] * 20 + [[3] * 6] * 20, [0, 1] * 10 + [0, 0, 0, 1] * 5
+    train, scored = rows_of(ids, labels), rows_of([ids[0], ids[-1]], [0, 0])
+    train.labels_NT[10:25, 1] = OPEN_LABEL
+    columns, wanted = design(spec_of(), train, scored)
+    known = [*range(10), *range(25, 40)]
+    alone = LogisticRegression(C=INVERSE_L2, max_iter=200, tol=1e-3).fit(columns[known], train.labels_NT[known, 1])
+    probs_NT = logistic_regression(spec_of(), train, scored)
+    assert probs_NT[:, 1].tolist() == alone.predict_proba(wanted)[:, 1].tolist()
+    whole = logistic_regression(spec_of(), rows_of(ids, labels), scored)
+    assert probs_NT[:, 0].tolist() == whole[:, 0].tolist()
+    assert probs_NT[:, 1].tolist() != whole[:, 1].tolist()
 
 
 def test_rows_of_one_label_are_refused():

@@ -16,6 +16,7 @@ from usr_ray.data.batch import UsrBatch, UsrOutputs
 from usr_ray.model.embedding import EmbeddingTables
 from usr_ray.model.multitask import global_outputs
 from usr_ray.model.usr import UsrModel
+from usr_ray.schema import OPEN_LABEL
 from usr_ray.training.loss import LossTerms, row_counts, usr_loss
 from usr_ray.training.rows import LabelOrderError, training_batches
 
@@ -77,6 +78,28 @@ def test_a_label_that_no_log_knows_is_neither_a_row_nor_a_zero() -> None:
     assert float(terms.total) == pytest.approx(sum(map(sum, cells)) + 0.5 * sum(overall), rel=1e-5)
     assert "loss/recommendation/ctcvr" not in terms.named(("search", "recommendation"), known)
     assert "loss/recommendation/ctr" in terms.named(("search", "recommendation"), known)
+
+
+def test_an_open_order_teaches_nothing_and_its_click_teaches_as_before() -> None:
+    """The third row's clicks are final and its orders are not (data.final_labels = "clicks")."""
+    probs = [[0.5, 0.2], [0.1, 0.3], [0.25, 0.4], [0.01, 0.01]]
+    global_probs = [[0.6, 0.3], [0.7, 0.35], [0.5, 0.45], [0.01, 0.01]]
+    batch, config = hand_batch(), make_config(multitask={"alpha": 0.5}, contrastive=NO_CL)
+    batch.labels_BT[2] = torch.tensor([0, OPEN_LABEL, 0, OPEN_LABEL])
+    outputs = outputs_of(probs, global_probs)
+    outputs.log_p_BT.requires_grad_()
+    terms = usr_loss(outputs, batch, row_counts(batch, 2), config)
+    log = math.log
+    cells = [[-(log(0.5) + log(0.75)) / 2, -log(0.8) / 2], [-log(0.9), -log(0.7)]]
+    torch.testing.assert_close(terms.cells_ST, torch.tensor(cells))
+    overall = [-(log(0.6) + log(0.7) + log(0.5)) / 3, -(log(0.3) + log(0.65)) / 3]
+    torch.testing.assert_close(terms.global_T, torch.tensor(overall))
+    assert float(terms.total.detach()) == pytest.approx(sum(map(sum, cells)) + 0.5 * sum(overall), rel=1e-5)
+    batch.labels_BT[0] = torch.tensor([1, OPEN_LABEL, 1, OPEN_LABEL])
+    usr_loss(outputs, batch, row_counts(batch, 2), config).total.backward()
+    assert outputs.log_p_BT.grad is not None
+    assert outputs.log_p_BT.grad[[0, 2], 1].tolist() == [0, 0]
+    assert outputs.log_p_BT.grad[0, 0] != 0
 
 
 def test_nothing_the_model_says_of_an_unknown_label_moves_it() -> None:
