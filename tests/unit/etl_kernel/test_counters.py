@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import collections
+import datetime as dt
+import json
 import math
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,9 +34,13 @@ from usr_ray.daily_sums import (
     key_parts_joined,
     log_odds,
 )
+from usr_ray.schema import DenseFeature, SparseFeature
+from usr_ray.serving.counters import Counters, write_counters
+from usr_ray.serving.encode import Encoder
 
 pytestmark = pytest.mark.unit
 
+EPOCH = dt.date(1970, 1, 1).toordinal()
 STRETCH = 10_800
 """Makes a second three hours: worlds of twenty seconds last three days, and rows become known up to two days late."""
 WHAT = ("impressions", "clicks", "orders", "ctr", "cvr")
@@ -57,6 +65,8 @@ COUNTED = (
     ("query", "item_id"),
     ("owned:brand", "context:page", "query"),
 )
+TOLD = (("item_id", "owned:brand"),)
+"""Summed for the service alone."""
 Sums = dict[tuple, list[int]]
 """(feature, value, scenario, event day, day on which it was known) -> impressions, clicks, orders."""
 
@@ -105,6 +115,7 @@ def plan_of(windows: Windows, days: tuple[int, ...], since: int | None, chunk_ro
         chunk_rows=chunk_rows,
         categories=("context:page",),
         counted=COUNTED,
+        told=TOLD,
         **more,
     )
 
@@ -124,7 +135,7 @@ def wanted_sums(world: World, windows: Windows) -> Sums:
     want: Sums = collections.defaultdict(lambda: [0, 0, 0])
     for event in map(with_features, counted(world, windows)):
         places = {ALL_ROWS: [ALL_ROWS]}
-        places |= {cell_name(columns): [event[COLUMNS[column]] for column in columns] for columns in COUNTED}
+        places |= {cell_name(columns): [event[COLUMNS[column]] for column in columns] for columns in (*COUNTED, *TOLD)}
         for name, values in places.items():
             if None not in values:
                 want[name, text_of(values), event["scenario"], event["event_day"], event["day"]][event["what"]] += 1
@@ -293,6 +304,79 @@ def test_no_label_of_a_held_out_day_changes_a_counter_of_its_rows(
     days = (day,)
     found = [passed(event_table(w), plan_of(windows, days, None), 5) for w in (world, other)]
     assert rows_of(found[0], sums_of(found[0]), windows) == rows_of(found[1], sums_of(found[1]), windows)
+
+
+def lake_table(sums: Sums) -> pa.Table:
+    """`<lake>/counters` as the build writes it."""
+    rows = [
+        {
+            "name": feature.removeprefix("cell:").removeprefix("context:"),
+            "key": value,
+            "date": dt.date.fromordinal(EPOCH + known),
+            "event_date": dt.date.fromordinal(EPOCH + day),
+            "scenario": SPEC.scenarios[scenario],
+            **dict(zip(WHAT, counts, strict=False)),
+        }
+        for (feature, value, scenario, day, known), counts in sums.items()
+    ]
+    return pa.Table.from_pylist(rows)
+
+
+@depth(10)
+@given(world=late_worlds(), windows=windows_of().map(wide), day=st.integers(0, 3))
+def test_the_service_has_the_counters_of_each_row_bit_for_bit(world: World, windows: Windows, day: int) -> None:
+    day += NOON // DAY
+    parts = passed(event_table(world), plan_of(windows, (day,), None), 5)
+    found = rows_of(parts, sums_of(parts), windows)
+    if not found:
+        return
+    named = {f"c{n}": counter for n, counter in enumerate(COUNTERS)}
+    meaning = {
+        name: {
+            "keys": [COLUMNS[column] for column in columns],
+            "windows": ["all" if days is None else f"{days}d"],
+            "events": WHAT[:3],
+            "per_scenario": per_scenario,
+        }
+        for name, (columns, per_scenario, days) in named.items()
+    }
+    columns = {
+        f"counter_{name}_{meaning[name]['windows'][0]}_{what}": column_of(*counter, what)
+        for name, counter in named.items()
+        for what in WHAT
+    }
+    categories = [
+        SparseFeature(name=name, column=f"{name}_index", num_embeddings=9, owner=owner)
+        for name, owner in (("item_id", "item"), ("query", "query"), ("brand", "item"), ("page", "context"))
+    ]
+    spec = replace(
+        SPEC,
+        query_scenarios=SPEC.scenarios,  # the drawn worlds have queries everywhere
+        sparse=(*SPEC.sparse, *categories),
+        dense=tuple(DenseFeature(name=name, column=name, owner="item") for name in columns),
+    )
+    built_with = json.dumps({"counters": {"prior": 2.0, **meaning}})
+    with tempfile.TemporaryDirectory() as name:
+        lake = write_counters(Path(name), spec, built_with, lake_table(sums_of(parts)), as_of_us=day * DAY)
+        service = Counters(Path(name))
+        encoder = Encoder(spec, {}, None, service.indexes)
+        for shown in unique(world.impressions, ("id",)):
+            if shown["time"] // DAY != day:
+                continue
+            nothing = encoder.nothing("user")
+            profiles = {
+                "user": replace(nothing, sums=lake.sums(shown["user"])),
+                "context": encoder.profile("context", {"page": page_of(shown["id"])}),
+                "item": encoder.profile("item", {"brand": BRANDS[shown["item"]]}, shown["item"]),
+            }
+            values = service.values(encoder, shown["scenario"], shown["time"], shown["query"], profiles)
+            assert {columns[c]: v.tolist() for c, v in values.items()} == {
+                c: [v] for c, v in found[shown["id"]].items()
+            }
+        of_items = {i["item"]: BRANDS[i["item"]] for i in world.impressions}
+        known = [item for item in sorted(of_items) if of_items[item]]
+        codes = lake.codes("brand", pa.array(known, pa.string()), np.ones(len(known)))
+        assert codes.tolist() == encoder.codes("brand", [of_items[item] for item in known]).tolist()
 
 
 def test_a_click_counts_for_its_impression_s_query_on_the_day_it_was_known() -> None:
