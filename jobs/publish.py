@@ -1,6 +1,7 @@
 """Publish a trained run for serving: its program with the lake's items and users, as a version of a registry.
 
 python jobs/publish.py --run-dir DIR --lake DIR --registry DIR [--canary SHARE | --shadow | --not-stable]
+    [--users redis://HOST:PORT/DB]
 python jobs/publish.py --registry DIR --canary SHARE | --stable | --rollback
 
 The new version becomes the one that is served: to everybody, with --canary to a share of the users, with --shadow to
@@ -11,6 +12,7 @@ docs/serving.md has the files of a version.
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +28,7 @@ def main(argv: list[str]) -> None:
     parser.add_place("--run-dir", check_run_dir, type=Path, help="the --run-dir of jobs/train.py")
     parser.add_place("--lake", check_lake, help="the lake that the run was trained on")
     parser.add_place("--registry", check_output, type=Path, required=True, help="folder of versions; created")
+    parser.add_argument("--users", metavar="URL", help="Redis that takes the users: redis://HOST:PORT/DB; else an LMDB")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--canary", type=number_in("[0, 1]"), metavar="SHARE", help="of the users get the new version")
     how.add_argument("--shadow", action="store_true", help="the new version scores too; its scores are logged only")
@@ -52,11 +55,16 @@ def main(argv: list[str]) -> None:
     if arguments.run_dir is None or arguments.lake is None:
         missing = "run-dir" if arguments.run_dir is None else "lake"
         raise UserError(f"--{missing} is missing; name the run and its lake, or give --rollback")
+    if arguments.users is not None:
+        from usr_ray.serving.redis_users import check_server
+
+        check_server(arguments.users)
     from usr_ray.serving.publish import publish  # loads torch
 
     if arguments.shadow or arguments.canary is not None:
         read_pointer(registry)  # there must be a stable version beside it: said before the export
-    name = publish(arguments.run_dir, arguments.lake, registry, report=lambda line: print(line, flush=True))
+    report = functools.partial(print, flush=True)
+    name = publish(arguments.run_dir, arguments.lake, registry, users_at=arguments.users, report=report)
     served = "and stable"
     if arguments.shadow:
         replace(read_pointer(registry), shadow=name).write(registry)

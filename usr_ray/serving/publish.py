@@ -29,18 +29,21 @@ from usr_ray.serving.encode import ValueIndex
 from usr_ray.serving.events import Rules
 from usr_ray.serving.export import export_run
 from usr_ray.serving.ranker import Ranker, iso_time
+from usr_ray.serving.redis_users import forget_users, move_users
 from usr_ray.serving.runtime import VOCABULARIES
 from usr_ray.serving.stores import instant_after, write_items, write_users
 from usr_ray.serving.versions import (
     FORMAT,
     GOLDEN,
     MODEL,
+    POINTER,
     VERSION,
     VERSIONS,
     VOCABULARY_FOLDER,
     model_spec,
     open_counters,
     open_encoder,
+    read_pointer,
     version_files,
     vocabulary_paths,
 )
@@ -49,13 +52,21 @@ _NUM_GOLDEN = 16
 _GOLDEN_CANDIDATES = 20
 
 
-def publish(run_dir: Path, lake: Path | str, registry: Path, *, report: Callable[[str], None] = print) -> str:
+def publish(
+    run_dir: Path,
+    lake: Path | str,
+    registry: Path,
+    *,
+    users_at: str | None = None,
+    report: Callable[[str], None] = print,
+) -> str:
     """Publish a run's best checkpoint with the lake's items and users; the version's name. The pointer stays as it is.
 
     Args:
         run_dir: of jobs/train.py.
         lake: that it was trained on; the newest versions of its tables are read, and named in version.json.
         registry: folder, created when it is absent.
+        users_at: address of a Redis that takes the users (redis_users.py); None: an LMDB in the version.
         report: takes a line a stage.
 
     Raises:
@@ -91,15 +102,29 @@ def publish(run_dir: Path, lake: Path | str, registry: Path, *, report: Callable
             "counters_until": None if counted is None else counted.until,
             "published_at": f"{dt.datetime.now(dt.UTC):%Y-%m-%dT%H:%M:%SZ}",
         }
+        if users_at is not None:
+            version["users_at"] = users_at
+            move_users(temporary, users_at, name, registry)
         ranker = Ranker.of_files(temporary, version)
         golden = [{"request": r, "items": ranker.score(r)["items"]} for r in golden_requests(manifest, iso_time(as_of))]
         _finish(temporary, version, golden)
         Ranker.open(temporary)  # opened as a service would: files verified, golden requests answered
         os.replace(temporary, registry / VERSIONS / name)
         sync(registry / VERSIONS)
+        if users_at is not None and (gone := forget_users(users_at, registry, {name, *in_use(registry)})):
+            report(f"users of {', '.join(gone)} removed from {users_at}")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return name
+
+
+def in_use(registry: Path) -> set[str]:
+    """Versions that the pointer names, and the one that a rollback would take."""
+    if not (registry / POINTER).exists():
+        return set()
+    pointer = read_pointer(registry)
+    names = (pointer.stable, *pointer.before[-1:], pointer.canary, pointer.shadow)
+    return {name for name in names if name is not None}
 
 
 def most_rows_a_day(manifest: Manifest) -> int:

@@ -145,7 +145,7 @@ class Ranker:
         program = ExportedModel(folder / MODEL, num_threads=num_threads, per_request=True)
         counters = open_counters(folder)
         encoder = open_encoder(folder, counters)
-        stores = ItemTable(folder), UserStore(folder, encoder)
+        stores = ItemTable(folder), _open_users(folder, version, encoder)
         exact_from_us = micros_of(version["as_of"])
         return cls(version, program, encoder, stores, exact_from_us=exact_from_us, counters=counters)
 
@@ -338,6 +338,15 @@ class Ranker:
                 "histories go; leave it out, or publish from the lake of that day"
             )
         return time_us
+
+
+def _open_users(folder: Path, version: Mapping[str, Any], encoder: Encoder) -> UserStore:
+    address = version.get("users_at")
+    if address is None:
+        return UserStore(folder, encoder)
+    from usr_ray.serving.redis_users import RedisUsers
+
+    return RedisUsers(address, version["version"], encoder)
 
 
 def _text(value: Any, where: str) -> str:

@@ -327,8 +327,11 @@ class UserStore:
             StoreError: the store cannot be read.
         """
         try:
-            with self._environment.lmdb.begin() as transaction:
-                value = transaction.get(user_key(user_id))
+            value = self._value(user_key(user_id))
             return None if value is None else _unpacked(value, *self._sizes)
         except (lmdb.Error, OSError, ValueError, struct.error) as error:
             raise StoreError(f"users: cannot be read ({one_line(error)}); publish again") from error
+
+    def _value(self, digest: bytes) -> bytes | None:
+        with self._environment.lmdb.begin() as transaction:
+            return transaction.get(digest)
