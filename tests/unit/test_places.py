@@ -64,6 +64,7 @@ NO_PLACES = {
     "--stable",
     "--canary",
     "--shadow",
+    "--users",
     "--set",
     "--dates",
     "--allow-missing-dates",

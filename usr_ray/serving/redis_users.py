@@ -138,8 +138,9 @@ def move_users(folder: Path, address: str, version: str, registry: Path) -> None
             raise StoreError(f"--users {address}: another publication removed version {version}; publish again")
         client.set(mark, b"1")
     except (OSError, _errors()) as error:
-        what = f"does not take the users ({one_line(error)})"
-        raise StoreError(f"--users {address}: {what}; nothing was published") from error
+        raise StoreError(
+            f"--users {address}: does not take the users ({one_line(error)}); nothing was published"
+        ) from error
     for path in (folder / USERS).iterdir():
         path.unlink()
     (folder / USERS).rmdir()
