@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit, logit
 
 from usr_ray.evaluation.metrics import Predictions
 from usr_ray.schema import TASKS
@@ -61,10 +62,8 @@ def _popularity(labels: NDArray, users: tuple[NDArray, NDArray], items: tuple[ND
     labels, users, items = labels[known], (users[0][known], users[1]), (items[0][known], items[1])
     # Half a positive and half a negative row keep the rate inside (0, 1) for labels of one class.
     rate = (float(labels.sum()) + 0.5) / (len(labels) + 1)
-    logits = (
-        _logit(_smoothed_rates(labels, *users, rate)) + _logit(_smoothed_rates(labels, *items, rate)) - _logit(rate)
-    )
-    return 1 / (1 + np.exp(-logits))
+    logits = logit(_smoothed_rates(labels, *users, rate)) + logit(_smoothed_rates(labels, *items, rate)) - logit(rate)
+    return expit(logits)
 
 
 def _smoothed_rates(labels: NDArray, keys: NDArray, wanted: NDArray, rate: float) -> NDArray[np.float64]:
@@ -78,7 +77,3 @@ def _smoothed_rates(labels: NDArray, keys: NDArray, wanted: NDArray, rate: float
     return (np.where(is_known, positives[place], 0.0) + SMOOTHING * rate) / (
         np.where(is_known, rows[place], 0) + SMOOTHING
     )
-
-
-def _logit(p: NDArray | float) -> NDArray:
-    return np.log(p) - np.log1p(-np.asarray(p))
