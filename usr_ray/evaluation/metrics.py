@@ -52,10 +52,10 @@ class Predictions:
     def __len__(self) -> int:
         return len(self.row_number_N)
 
-    def take(self, places_M: NDArray[np.int64]) -> Predictions:
-        """Some of the rows, in the order of `places_M`."""
+    def take(self, chosen: NDArray[np.int64] | NDArray[np.bool_]) -> Predictions:
+        """Some of the rows: those of a mask, or of places, in their order."""
         columns = {key.name: getattr(self, key.name) for key in fields(self)}
-        taken: dict[str, Any] = {name: None if of is None else of[places_M] for name, of in columns.items()}
+        taken: dict[str, Any] = {name: None if of is None else of[chosen] for name, of in columns.items()}
         return Predictions(**taken)
 
 

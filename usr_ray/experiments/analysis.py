@@ -177,10 +177,10 @@ def _narrowest(trials: Trials, pair: tuple[Trial, Trial]) -> Trial:
 def _masked(trials: Trials, trial: Trial, mask_N: NDArray[np.bool_], first: Predictions) -> Predictions:
     rows = trials.predictions(trial.trial_id)
     if not trials.config(trial).data.only_scenario:
-        rows = rows.take(np.flatnonzero(np.isin(rows.row_number_N, first.row_number_N)))
+        rows = rows.take(np.isin(rows.row_number_N, first.row_number_N))
     if not np.array_equal(rows.row_number_N, first.row_number_N):
         raise StudyError(f"trial {trial.trial_id}: was evaluated on other rows than those it is compared with")
-    return rows.take(np.flatnonzero(mask_N))
+    return rows.take(mask_N)
 
 
 def rows_by_part(rows: Predictions, trained: TrainingRows) -> dict[str, NDArray[np.bool_]]:

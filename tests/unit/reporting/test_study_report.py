@@ -105,9 +105,7 @@ def test_a_model_of_one_scenario_is_compared_on_its_rows(tmp_path: Path) -> None
     for trial in expand(study):
         predictions = rows(0.5 if trial.point["model"] == "joint" else 1.5, trial.seed)
         if trial.point["model"] == "alone":
-            columns = {name: getattr(predictions, name) for name in predictions.__slots__}
-            own = predictions.scenario_N == 0
-            predictions = replace(predictions, **{n: v[own] for n, v in columns.items() if v is not None})
+            predictions = predictions.take(predictions.scenario_N == 0)
         finish(tmp_path, study, trial, predictions)
     found = {(c.label, c.scenario, c.task): c.gap for c in contrasts(Trials(tmp_path, study))}
     own = rows(0.5, 0).scenario_N == 0
