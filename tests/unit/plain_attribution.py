@@ -1,4 +1,4 @@
-"""The labels that the oracle of the contract (tests/etl_oracle.py) gives the logs of a source, user by user."""
+"""Logs of a source, and the labels that the oracle of the contract (tests/etl_oracle.py) gives them, user by user."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from etl.sources import SOURCES
+from etl.sources.writer import LogWriter
 from tests.etl_oracle import Windows, World, expected
+from usr_ray.config import load_config
+
+
+def ingest(source: str, input_dir: Path, logs: Path, *overrides: str, file: Path | None = None) -> Path:
+    with LogWriter(logs) as writer:
+        SOURCES[source](input_dir, writer, load_config(file, list(overrides)))
+        writer.commit({})
+    return logs
 
 
 def read_rows(logs: Path, log: str) -> list[dict[str, Any]]:

@@ -9,10 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from etl.sources import jdsearch
-from etl.sources.jdsearch import write_jdsearch
-from etl.sources.writer import LogWriter
-from tests.unit.plain_attribution import attribute, read_rows
-from usr_ray.config import UserError, load_config
+from tests.unit.plain_attribution import attribute, ingest, read_rows
+from usr_ray.config import UserError
 
 pytestmark = pytest.mark.unit
 
@@ -39,15 +37,8 @@ def hand_written(folder: Path, *rows: str, header: str = HEADER) -> Path:
     return folder
 
 
-def ingest(folder: Path, logs: Path, *overrides: str) -> Path:
-    with LogWriter(logs) as writer:
-        write_jdsearch(folder, writer, load_config(None, list(overrides)))
-        writer.commit({})
-    return logs
-
-
 def test_candidates_become_a_search_in_an_order_that_tells_nothing(tmp_path: Path) -> None:
-    logs = ingest(hand_written(tmp_path / "in", SEARCH_ROW), tmp_path / "logs", "jdsearch.num_days=1")
+    logs = ingest("jdsearch", hand_written(tmp_path / "in", SEARCH_ROW), tmp_path / "logs", "jdsearch.num_days=1")
     shown = [r for r in read_rows(logs, "search_impressions") if "h" not in r["impression_id"]]
     assert {r["item_id"] for r in shown} == {"w1", "w2", "w3", "w4"}
     assert {(r["request_id"], r["user_id"], r["query"], r["event_time"], r["position"]) for r in shown} == {
@@ -61,7 +52,7 @@ def test_candidates_become_a_search_in_an_order_that_tells_nothing(tmp_path: Pat
 
 
 def test_history_events_keep_their_gaps_and_end_before_the_first_search(tmp_path: Path) -> None:
-    logs = ingest(hand_written(tmp_path / "in", SEARCH_ROW), tmp_path / "logs", "jdsearch.num_days=8")
+    logs = ingest("jdsearch", hand_written(tmp_path / "in", SEARCH_ROW), tmp_path / "logs", "jdsearch.num_days=8")
     events = {
         r["impression_id"]: (s, r["item_id"], r["query"], (r["event_time"] - BASE_US) // SECOND_US)
         for s in ("search", "recommendation")
@@ -82,7 +73,7 @@ def test_history_events_keep_their_gaps_and_end_before_the_first_search(tmp_path
 
 def test_an_event_without_a_gap_still_lies_before_the_search(tmp_path: Path) -> None:
     row = "5\tw1\t0.0\t-1\tw2\tCLICK\t0_0"
-    logs = ingest(hand_written(tmp_path / "in", row), tmp_path / "logs")
+    logs = ingest("jdsearch", hand_written(tmp_path / "in", row), tmp_path / "logs")
     (event,) = read_rows(logs, "recommendation_impressions")
     assert event["event_time"] == BASE_US - SECOND_US
 
@@ -94,7 +85,7 @@ def test_searches_are_spread_over_the_days_and_shuffled_anew_for_each_user(
     monkeypatch.setattr(jdsearch, "PROGRESS_EVERY", 100)
     items = [f"w{n}" for n in range(10)]
     row = f"5\t{'_'.join(items)}\t{'_'.join(['1.0'] + ['0.0'] * 9)}\t\t\t\t"
-    logs = ingest(hand_written(tmp_path / "in", *[row] * 400), tmp_path / "logs", "jdsearch.num_days=4")
+    logs = ingest("jdsearch", hand_written(tmp_path / "in", *[row] * 400), tmp_path / "logs", "jdsearch.num_days=4")
     shown = read_rows(logs, "search_impressions")
     assert len(shown) == 4_000
     days = [(r["event_time"] - BASE_US) / DAY_US for r in shown[::10]]
@@ -102,13 +93,13 @@ def test_searches_are_spread_over_the_days_and_shuffled_anew_for_each_user(
     assert min(days.count(day) for day in range(4)) > 70
     places = [n % 10 for n, r in enumerate(shown) if r["item_id"] == "w0"]  # where the clicked candidate stands
     assert min(places.count(place) for place in range(10)) > 20
-    again = ingest(tmp_path / "in", tmp_path / "again", "jdsearch.num_days=4")
+    again = ingest("jdsearch", tmp_path / "in", tmp_path / "again", "jdsearch.num_days=4")
     assert read_rows(again, "search_impressions") == shown
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real logs are not beside the project")
 def test_every_real_row_is_accounted_for(tmp_path: Path) -> None:
-    logs = ingest(REAL, tmp_path / "logs")
+    logs = ingest("jdsearch", REAL, tmp_path / "logs")
     with (REAL / "user_behavior_data_sample.txt").open(encoding="utf-8") as file:
         rows = [line.rstrip("\n").split("\t") for line in file][1:]
     candidates = sum(len(row[1].split("_")) for row in rows)
@@ -132,7 +123,7 @@ def test_every_real_row_is_accounted_for(tmp_path: Path) -> None:
 
 
 def test_products_with_quotes_and_gaps(tmp_path: Path) -> None:
-    logs = ingest(hand_written(tmp_path / "in", SEARCH_ROW), tmp_path / "logs")
+    logs = ingest("jdsearch", hand_written(tmp_path / "in", SEARCH_ROW), tmp_path / "logs")
     assert read_rows(logs, "items") == [
         {
             "item_id": "w1",
@@ -156,19 +147,19 @@ def test_products_with_quotes_and_gaps(tmp_path: Path) -> None:
 )
 def test_a_broken_row_is_named(tmp_path: Path, row: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        ingest(hand_written(tmp_path / "in", row), tmp_path / "logs")
+        ingest("jdsearch", hand_written(tmp_path / "in", row), tmp_path / "logs")
     assert not (tmp_path / "logs").exists()
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"user_behavior_data.txt: no column candidate_wid_list"):
-        ingest(hand_written(tmp_path / "in", header="query\tx"), tmp_path / "logs")
+        ingest("jdsearch", hand_written(tmp_path / "in", header="query\tx"), tmp_path / "logs")
     hand_written(tmp_path / "in", SEARCH_ROW)
     (tmp_path / "in" / "product_meta_data.txt").write_text("wid\tname\n")
     with pytest.raises(UserError, match=r"product_meta_data.txt: no column brand_id, cate_id_1"):
-        ingest(tmp_path / "in", tmp_path / "logs")
+        ingest("jdsearch", tmp_path / "in", tmp_path / "logs")
     (tmp_path / "in" / "product_meta_data.txt").unlink()
     with pytest.raises(UserError, match=r"no product table \(product_meta_data\*.txt\)"):
-        ingest(tmp_path / "in", tmp_path / "logs")
+        ingest("jdsearch", tmp_path / "in", tmp_path / "logs")
     with pytest.raises(UserError, match=r"source jdsearch writes \['search', 'recommendation'\]"):
-        ingest(tmp_path / "in", tmp_path / "logs", 'scenarios=["search"]')
+        ingest("jdsearch", tmp_path / "in", tmp_path / "logs", 'scenarios=["search"]')

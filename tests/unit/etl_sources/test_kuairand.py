@@ -12,10 +12,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from etl.sources.kuairand import DEFAULT_TAB_GROUPS, write_kuairand
-from etl.sources.writer import LogWriter
-from tests.unit.plain_attribution import attribute, read_rows
-from usr_ray.config import Config, UserError, load_config
+from etl.sources.kuairand import DEFAULT_TAB_GROUPS
+from tests.unit.plain_attribution import attribute, ingest, read_rows
+from usr_ray.config import UserError, load_config
 
 pytestmark = pytest.mark.unit
 
@@ -42,16 +41,9 @@ NOTHING_EARLIER = {"item_earlier_impressions": 0.0, "item_earlier_long_view_log_
 FULL_SCENARIOS = 'scenarios=["main", "tab_0", "tab_4", "rest"]'
 
 
-def ingest(input_dir: Path, logs: Path, config: Config) -> Path:
-    with LogWriter(logs) as writer:
-        write_kuairand(input_dir, writer, config)
-        writer.commit({})
-    return logs
-
-
 @pytest.fixture(scope="module")
 def real_logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ingest(REAL, tmp_path_factory.mktemp("kuairand") / "logs", load_config(CONFIG))
+    return ingest("kuairand", REAL, tmp_path_factory.mktemp("kuairand") / "logs", file=CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +167,7 @@ def test_an_action_is_known_after_the_playing_time_but_before_the_next_click_of_
         row(ms=1_000, play=60_000, video=8),  # another video
         row(ms=30_000, play=2_000, click=0),  # no click, an action all the same
     )
-    logs = ingest(hand_written(tmp_path / "in", *rows), tmp_path / "logs", load_config(None, [FULL_SCENARIOS]))
+    logs = ingest("kuairand", hand_written(tmp_path / "in", *rows), tmp_path / "logs", FULL_SCENARIOS)
     assert order_times(logs, "main") == {
         "0-7-1000-1": 9_999_999,
         "0-7-10000-1": 10_500_000,
@@ -188,7 +180,7 @@ def test_an_action_is_known_after_the_playing_time_but_before_the_next_click_of_
 
 def test_a_row_logged_twice_with_another_hour_stays_a_duplicate(tmp_path: Path) -> None:
     rows = (row(ms=1_000, play=5_000, hour=0), row(ms=1_000, play=5_000, hour=100), row(ms=3_000, play=1))
-    logs = ingest(hand_written(tmp_path / "in", *rows), tmp_path / "logs", load_config(None, [FULL_SCENARIOS]))
+    logs = ingest("kuairand", hand_written(tmp_path / "in", *rows), tmp_path / "logs", FULL_SCENARIOS)
     for log in ("main_impressions", "main_clicks", "main_orders"):
         first, second, _ = read_rows(logs, log)
         assert first == second
@@ -208,7 +200,7 @@ def test_groups_and_action_are_configurable(tmp_path: Path) -> None:
         "kuairand.tab_groups.far=[5, 3]",
         "kuairand.order_column=is_like",
     ]
-    logs = ingest(hand_written(tmp_path / "in", *rows), tmp_path / "logs", load_config(None, settings))
+    logs = ingest("kuairand", hand_written(tmp_path / "in", *rows), tmp_path / "logs", *settings)
     assert [r["impression_id"] for r in read_rows(logs, "far_impressions")] == ["0-7-3-5", "0-7-4-3"]
     assert [r["impression_id"] for r in read_rows(logs, "near_impressions")] == [
         "0-7-1-1",
@@ -256,7 +248,7 @@ def test_what_users_did_before_the_log_is_history_and_counts(tmp_path: Path) -> 
         "like_seq": [[], [8]],
     }
     pq.write_table(pa.table(sequences), folder / "user_sequences_until_1970.parquet")
-    logs = ingest(folder, tmp_path / "logs", load_config(None, [FULL_SCENARIOS]))
+    logs = ingest("kuairand", folder, tmp_path / "logs", FULL_SCENARIOS)
     for log, key in (("main_impressions", "impression_id"), ("main_clicks", "click_id"), ("main_orders", "order_id")):
         events = [r for r in read_rows(logs, log) if "earlier" in r[key]]
         assert [(r["user_id"], r["item_id"], r["event_time"] // 1000) for r in events] == [
@@ -281,15 +273,14 @@ def test_an_action_that_is_no_long_view_has_no_earlier_orders(tmp_path: Path) ->
     folder = hand_written(tmp_path / "in", row(ms=86_400_000 * 3, play=1, like=1))
     sequences = {"user_id": [0], "history_len": [1], "last_time_ms": [9], "watch_seq": [[7]], "long_watch_seq": [[7]]}
     pq.write_table(pa.table(sequences), folder / "user_sequences_until_1970.parquet")
-    config = load_config(None, [FULL_SCENARIOS, "kuairand.order_column=is_like"])
-    logs = ingest(folder, tmp_path / "logs", config)
+    logs = ingest("kuairand", folder, tmp_path / "logs", FULL_SCENARIOS, "kuairand.order_column=is_like")
     assert len(read_rows(logs, "main_clicks")) == 2
     assert len(read_rows(logs, "main_orders")) == 1
 
 
 def refused(tmp_path: Path, input_dir: Path, *overrides: str) -> str:
     with pytest.raises(UserError) as error:
-        ingest(input_dir, tmp_path / "logs", load_config(None, list(overrides) or [FULL_SCENARIOS]))
+        ingest("kuairand", input_dir, tmp_path / "logs", *(overrides or [FULL_SCENARIOS]))
     assert not (tmp_path / "logs").exists()
     assert "\n" not in str(error.value)
     return str(error.value)

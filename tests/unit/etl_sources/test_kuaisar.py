@@ -8,10 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from etl.sources import kuaisar, writer
-from etl.sources.kuaisar import write_kuaisar
-from etl.sources.writer import LogWriter
-from tests.unit.plain_attribution import attribute, read_rows
-from usr_ray.config import UserError, load_config
+from tests.unit.plain_attribution import attribute, ingest, read_rows
+from usr_ray.config import UserError
 
 pytestmark = pytest.mark.unit
 
@@ -57,16 +55,9 @@ def hand_written(folder: Path, **changed: str) -> Path:
     return folder
 
 
-def ingest(folder: Path, logs: Path, *overrides: str) -> Path:
-    with LogWriter(logs) as log_writer:
-        write_kuaisar(folder, log_writer, load_config(None, list(overrides)))
-        log_writer.commit({})
-    return logs
-
-
 @pytest.fixture
 def logs(tmp_path: Path) -> Path:
-    return ingest(hand_written(tmp_path / "in"), tmp_path / "logs")
+    return ingest("kuaisar", hand_written(tmp_path / "in"), tmp_path / "logs")
 
 
 def test_recommendation_rows(logs: Path) -> None:
@@ -109,7 +100,7 @@ def test_search_rows(logs: Path) -> None:
 def test_labels_follow(tmp_path: Path) -> None:
     bad_rows = FILES["rec_inter.csv"].splitlines(keepends=True)[:-2]
     folder = hand_written(tmp_path / "in", rec_inter="".join(bad_rows))
-    logs = ingest(folder, tmp_path / "logs", "kuaisar.order_column=forward")
+    logs = ingest("kuaisar", folder, tmp_path / "logs", "kuaisar.order_column=forward")
     hour_us = 3_600_000_000
     windows = {"click_us": hour_us, "order_us": hour_us, "global_us": 12 * hour_us}
     labels = attribute(logs, ["recommendation"], **windows, orders_by_scenario=True)
@@ -141,7 +132,8 @@ def test_files_of_many_blocks_lose_nothing(tmp_path: Path, monkeypatch: pytest.M
     rows = [row.replace("1,700", f"{n},{n % 7}", 1) for n in range(3_000)]
     monkeypatch.setattr(writer, "_BLOCK_BYTES", 10_000)
     monkeypatch.setattr(writer, "_PROGRESS_EVERY", 1_000)
-    logs = ingest(hand_written(tmp_path / "in", rec_inter="\n".join([header, *rows]) + "\n"), tmp_path / "logs")
+    folder = hand_written(tmp_path / "in", rec_inter="\n".join([header, *rows]) + "\n")
+    logs = ingest("kuaisar", folder, tmp_path / "logs")
     shown = pq.read_table(logs / "recommendation_impressions")
     assert shown["user_id"].to_pylist() == [str(n) for n in range(3_000)]
 
@@ -149,12 +141,12 @@ def test_files_of_many_blocks_lose_nothing(tmp_path: Path, monkeypatch: pytest.M
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     folder = hand_written(tmp_path / "in", src_inter="user_id,item_id\n1,2\n")
     with pytest.raises(UserError, match=r"src_inter.csv: no column keyword, click_cnt, search_session_id, search_ses"):
-        ingest(folder, tmp_path / "logs")
+        ingest("kuaisar", folder, tmp_path / "logs")
     (folder / "item_features.csv").unlink()
     with pytest.raises(UserError, match=r"no item table \(item_features\*.csv\)"):
-        ingest(folder, tmp_path / "logs")
+        ingest("kuaisar", folder, tmp_path / "logs")
     with pytest.raises(UserError, match=r"source kuaisar writes \['search', 'recommendation'\]"):
-        ingest(folder, tmp_path / "logs", 'scenarios=["feed"]')
+        ingest("kuaisar", folder, tmp_path / "logs", 'scenarios=["feed"]')
     assert not (tmp_path / "logs").exists()
 
 
@@ -162,7 +154,7 @@ def test_orders_of_search_that_nobody_logged_are_said_unless_the_configuration_s
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = hand_written(tmp_path / "in")
-    ingest(folder, tmp_path / "logs")
+    ingest("kuaisar", folder, tmp_path / "logs")
     assert 'no log search_orders: set labels.no_order_scenarios = ["search"]' in capsys.readouterr().err
-    ingest(folder, tmp_path / "again", 'labels.no_order_scenarios=["search"]')
+    ingest("kuaisar", folder, tmp_path / "again", 'labels.no_order_scenarios=["search"]')
     assert "search_orders" not in capsys.readouterr().err

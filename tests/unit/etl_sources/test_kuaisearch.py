@@ -10,10 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from etl.sources import kuaisearch
-from etl.sources.kuaisearch import write_kuaisearch
-from etl.sources.writer import LogWriter
-from tests.unit.plain_attribution import attribute, read_rows
-from usr_ray.config import Config, UserError, load_config
+from tests.unit.plain_attribution import attribute, ingest, read_rows
+from usr_ray.config import UserError
 
 pytestmark = pytest.mark.unit
 
@@ -22,13 +20,6 @@ REAL = ROOT.parent / "shared" / "data" / "kuaisearch-demo"
 ONE_SCENARIO = 'scenarios=["search"]'
 BASE_US = 1_735_689_600_000_000  # 2025-01-01T00:00:00Z
 MINUTE_US = 60_000_000
-
-
-def ingest(input_dir: Path, logs: Path, config: Config) -> Path:
-    with LogWriter(logs) as writer:
-        write_kuaisearch(input_dir, writer, config)
-        writer.commit({})
-    return logs
 
 
 def session(number: int = 1, **values: Any) -> dict[str, Any]:
@@ -53,14 +44,14 @@ def hand_written(folder: Path, *sessions: Any) -> Path:
 
 def written(tmp_path: Path, *sessions: Any, overrides: tuple[str, ...] = ()) -> Path:
     folder = hand_written(tmp_path / "in", *sessions)
-    return ingest(folder, tmp_path / "logs", load_config(None, [ONE_SCENARIO, *overrides]))
+    return ingest("kuaisearch", folder, tmp_path / "logs", ONE_SCENARIO, *overrides)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real logs are not beside the project")
 @pytest.mark.parametrize("chunk", [200_000, 500])
 def test_every_real_session_is_accounted_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     monkeypatch.setattr(kuaisearch, "IMPRESSIONS_PER_CHUNK", chunk)
-    logs = ingest(REAL, tmp_path / "logs", load_config(ROOT / "jobs" / "configs" / "kuaisearch.toml"))
+    logs = ingest("kuaisearch", REAL, tmp_path / "logs", file=ROOT / "jobs" / "configs" / "kuaisearch.toml")
     sessions = [json.loads(line) for line in (REAL / "recall.jsonl").open(encoding="utf-8")]
     assert (
         pq.read_table(logs / "search_impressions").num_rows
@@ -146,14 +137,14 @@ def test_features_are_written_only_when_ids_are_one_numbering(tmp_path: Path) ->
     }
     (folder / "users.jsonl").write_text(json.dumps(user) + "\n")
     (folder / "items.jsonl").write_text(json.dumps(item) + "\n")
-    plain = ingest(folder, tmp_path / "plain", load_config(None, [ONE_SCENARIO]))
+    plain = ingest("kuaisearch", folder, tmp_path / "plain", ONE_SCENARIO)
     assert sorted(path.name for path in plain.iterdir()) == [
         "_ingest.json",
         "orders",
         "search_clicks",
         "search_impressions",
     ]
-    joined = ingest(folder, tmp_path / "joined", load_config(None, [ONE_SCENARIO, "kuaisearch.write_features=true"]))
+    joined = ingest("kuaisearch", folder, tmp_path / "joined", ONE_SCENARIO, "kuaisearch.write_features=true")
     assert read_rows(joined, "users") == [
         {"user_id": "5", "gender": "F", "age_bucket": "31-40", "fre_province": None, "fre_city": "y"}
     ]
@@ -169,7 +160,7 @@ def test_features_are_written_only_when_ids_are_one_numbering(tmp_path: Path) ->
     ]
     (folder / "items.jsonl").write_text('{"item_id": 30}\n')
     with pytest.raises(UserError, match=r"items.jsonl: no column brand_id, seller_id"):
-        ingest(folder, tmp_path / "bad", load_config(None, [ONE_SCENARIO, "kuaisearch.write_features=true"]))
+        ingest("kuaisearch", folder, tmp_path / "bad", ONE_SCENARIO, "kuaisearch.write_features=true")
 
 
 @pytest.mark.parametrize(
@@ -190,7 +181,7 @@ def test_a_broken_line_is_named(tmp_path: Path, lines: tuple[Any, ...], message:
 
 def test_other_scenarios_and_missing_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"source kuaisearch writes \['search'\]"):
-        ingest(hand_written(tmp_path / "in", session()), tmp_path / "logs", load_config(None))
+        ingest("kuaisearch", hand_written(tmp_path / "in", session()), tmp_path / "logs")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no session log \(recall\*.jsonl\)"):
-        ingest(tmp_path / "empty", tmp_path / "logs", load_config(None, [ONE_SCENARIO]))
+        ingest("kuaisearch", tmp_path / "empty", tmp_path / "logs", ONE_SCENARIO)
