@@ -47,6 +47,8 @@ OPEN_LABEL = -1.0
 SAMPLES = "samples"
 VOCABULARIES = "vocabularies"
 ITEM_FEATURES = "item_features"
+VECTOR_TABLES = {"user": "user_vectors", "item": "item_vectors"}
+"""Owner -> table of the vectors of users or of items."""
 COUNTERS = "counters"
 STATE = "state"
 """Table of what builds keep for later ones: every attributed click and order of a user, and counts of values."""
@@ -76,6 +78,8 @@ one that is late would give ids outside the embedding tables.
 """
 ITEM_FEATURES_PROPERTY = "usr_ray.item_features_version"
 """Delta table property of `<lake>/samples` with the version of `<lake>/item_features` that belongs to its rows."""
+VECTORS_PROPERTIES = {owner: f"usr_ray.{table}_version" for owner, table in VECTOR_TABLES.items()}
+"""Likewise of the tables of vectors, by owner."""
 
 
 HASHED = "xxhash64"
@@ -142,11 +146,18 @@ class SparseFeature:
     fingerprints: tuple[tuple[int, str], ...] = ()
     """(num_embeddings, fingerprint of the values below it) after each build that added values, the newest last; of
     hashed ids (num_embeddings, HASHED). Empty for event_hour, which has no vocabulary, and in older tables."""
+    edges: tuple[float, ...] | None = None
+    """Of a number in buckets: their lower edges, ascending, without the first bucket's; None: values have ids."""
 
     @property
     def vocabulary(self) -> str:
         """Its `feature` in the vocabularies table."""
         return self.name
+
+    @property
+    def nothing(self) -> int:
+        """Encoded id where there is no value: padding, or a number's own bucket of nulls."""
+        return PADDING_ID if self.edges is None else UNKNOWN_ID
 
 
 TERM = "term"
@@ -177,9 +188,10 @@ class ListFeature(SparseFeature):
         return keys.get(self.owner, self.name)
 
 
-LOG1P = "log1p"
+LOG1P, STANDARD, BUCKETS = "log1p", "standard", "buckets"
 SCALES = (LOG1P, "none")
-"""How a number x becomes a column: sign(x) log1p(|x|), or x itself."""
+"""How a number x becomes a column: sign(x) log1p(|x|), or x itself. Readers also know STANDARD, (x - mean) / deviation,
+and BUCKETS, the id of its bucket, which no build writes yet."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,10 +203,32 @@ class DenseFeature:
     owner: str
     """As of SparseFeature."""
     scale: str = LOG1P
-    """One of SCALES."""
+    """One of SCALES, but never BUCKETS: such a number is a sparse feature."""
+    mean: float = 0.0
+    deviation: float = 1.0
+    """Of STANDARD, as they were fitted."""
 
 
-_LATER_KEYS = ("history_item_features", "lists")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VectorFeature:
+    """A vector of each user or item, made elsewhere; held once an encoded id and never trained."""
+
+    name: str
+    """Also its column in the table of its owner's vectors."""
+    owner: str
+    """'user' or 'item'."""
+    length: int
+    scale: float = 1.0
+    """Root mean square of the numbers that the first build found: the table holds vectors divided by it."""
+
+    @property
+    def key(self) -> str:
+        """The feature whose ids it goes by, `user_id` or `item_id`."""
+        return f"{self.owner}_id"
+
+
+_AS_BEFORE = {"scale": LOG1P, "mean": 0.0, "deviation": 1.0}
+_LATER_KEYS = ("history_item_features", "lists", "vectors")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -218,6 +252,8 @@ class FeatureSpec:
     """Sparse features of items that `<lake>/item_features` holds by encoded item id, for the events of histories."""
     lists: tuple[ListFeature, ...] = ()
     """Tags and terms; those of one vocabulary stand together."""
+    vectors: tuple[VectorFeature, ...] = ()
+    """Of users, then of items."""
 
     @property
     def vocabularies(self) -> dict[str, SparseFeature]:
@@ -253,9 +289,13 @@ class FeatureSpec:
         for name in _LATER_KEYS:
             if not raw[name]:  # as it was written before there was such a key: old checkpoints still fit their tables
                 del raw[name]
+        for feature in (*raw["sparse"], *raw.get("lists", ())):  # likewise
+            if feature["edges"] is None:
+                del feature["edges"]
         for feature in raw["dense"]:
-            if feature["scale"] == LOG1P:  # likewise
-                del feature["scale"]
+            for name, default in _AS_BEFORE.items():
+                if feature[name] == default:
+                    del feature[name]
         return json.dumps(raw, sort_keys=True, separators=(",", ":"))
 
     @classmethod
@@ -267,6 +307,7 @@ class FeatureSpec:
             raw["lists"] = tuple(
                 ListFeature(**{**_with_fingerprints(f), "sources": tuple(f["sources"])}) for f in raw.get("lists", ())
             )
+            raw["vectors"] = tuple(VectorFeature(**f) for f in raw.get("vectors", ()))
             raw["dense"] = tuple(DenseFeature(**f) for f in raw["dense"])
             raw["scenarios"] = tuple(raw["scenarios"])
             raw["query_scenarios"] = tuple(raw["query_scenarios"])
@@ -278,4 +319,5 @@ class FeatureSpec:
 
 
 def _with_fingerprints(feature: dict[str, Any]) -> dict[str, Any]:
-    return {**feature, "fingerprints": tuple((n, h) for n, h in feature.get("fingerprints", ()))}
+    edges = {"edges": tuple(feature["edges"])} if "edges" in feature else {}
+    return {**feature, **edges, "fingerprints": tuple((n, h) for n, h in feature.get("fingerprints", ()))}

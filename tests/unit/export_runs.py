@@ -65,5 +65,6 @@ def make_run(run_dir: Path, lake: Path, *, step: int = 5, best: bool = False, se
                 value.add_(torch.rand(value.shape, generator=generator))
     for table_ND in state.tables.tables.values():
         table_ND[1:] += torch.randn(table_ND[1:].shape, generator=generator) * 0.5
-    CheckpointStore(run_dir / "checkpoints").save(step, state.tensors(), state.describe(worker), best=best)
+    store = CheckpointStore(run_dir / "checkpoints")
+    store.save(step, state.tensors(), state.describe(worker), vectors=state.tables.vectors, best=best)
     return run_dir

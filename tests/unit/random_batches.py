@@ -20,6 +20,7 @@ from usr_ray.schema import (
     FeatureSpec,
     ListFeature,
     SparseFeature,
+    VectorFeature,
     index_column,
     list_column,
     scaled_column,
@@ -44,6 +45,7 @@ def make_spec(
     query_scenarios: tuple[str, ...] = ("search",),
     sides: tuple[str, ...] = (),
     lists: bool = False,
+    vectors: tuple[VectorFeature, ...] = (),
 ) -> FeatureSpec:
     """With `lists`: tags of every owner, and terms of queries and items."""
     return FeatureSpec(
@@ -63,6 +65,7 @@ def make_spec(
         label_delay_us=1,
         history_item_features=sides,
         lists=make_lists(num_embeddings) if lists else (),
+        vectors=vectors,
     )
 
 
@@ -89,15 +92,36 @@ def make_lists(num_embeddings: int) -> tuple[ListFeature, ...]:
 
 
 def make_tables(spec: FeatureSpec, dim: int, seed: int) -> EmbeddingTables:
-    """Fresh tables; the items' categories are drawn, but for padding and unknown, which have none."""
+    """Fresh tables; categories of items and vectors are drawn, but for padding and unknown, which have none."""
+    vectors = make_vectors(spec, seed)
     if not spec.history_item_features:
-        return EmbeddingTables(spec, dim, seed)
+        return EmbeddingTables(spec, dim, seed, vectors=vectors)
     g = torch.Generator().manual_seed(seed)
     sizes = [spec.sparse_feature(name).num_embeddings for name in spec.history_item_features]
     num_items = spec.sparse_feature("item_id").num_embeddings
     ids_NC = torch.stack([torch.randint(0, size, (num_items,), generator=g) for size in sizes], dim=1)
     ids_NC[:2] = 0
-    return EmbeddingTables(spec, dim, seed, sides=ItemSides(spec.history_item_features, ids_NC))
+    return EmbeddingTables(spec, dim, seed, sides=ItemSides(spec.history_item_features, ids_NC), vectors=vectors)
+
+
+VECTORS = (
+    VectorFeature(name="face", owner="user", length=3),
+    VectorFeature(name="title_vector", owner="item", length=5, scale=2.5),
+    VectorFeature(name="picture", owner="item", length=2),
+)
+
+
+def make_vectors(spec: FeatureSpec, seed: int) -> dict[str, Tensor]:
+    """Every third user or item has none, as padding and unknown; the last column says so."""
+    g = torch.Generator().manual_seed(seed)
+    found = {}
+    for vector in spec.vectors:
+        values_NP = torch.randn(spec.sparse_feature(vector.key).num_embeddings, vector.length + 1, generator=g)
+        values_NP[:, -1] = torch.arange(len(values_NP)) % 3 == 1
+        values_NP[:2, -1] = 1
+        values_NP[values_NP[:, -1] == 1, :-1] = 0
+        found[vector.name] = values_NP.half()
+    return found
 
 
 def make_config(**changes: object) -> ModelConfig:

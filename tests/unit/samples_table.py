@@ -23,11 +23,14 @@ from usr_ray.schema import (
     ITEM_FEATURES,
     ITEM_FEATURES_PROPERTY,
     SAMPLES,
+    VECTOR_TABLES,
+    VECTORS_PROPERTIES,
     VOCABULARIES,
     DenseFeature,
     FeatureSpec,
     ListFeature,
     SparseFeature,
+    VectorFeature,
     index_column,
     scaled_column,
 )
@@ -47,8 +50,9 @@ def samples_spec(
     label_delay_us: int = 25 * HOUR_US,
     sides: Sequence[str] = (),
     lists: tuple[ListFeature, ...] = (),
+    vectors: tuple[VectorFeature, ...] = (),
 ) -> FeatureSpec:
-    """Spec of the table: the fixed features, one item category and two numbers; tags and terms as asked."""
+    """Spec of the table: the fixed features, one item category and two numbers; tags, terms and vectors as asked."""
     sizes = {"user_id": (num_users, "user"), "item_id": (num_items, "item"), "query": (num_queries, "query")}
     sizes |= {"event_hour": (24, "context"), "brand": (6, "item")}
     return FeatureSpec(
@@ -66,6 +70,7 @@ def samples_spec(
         label_delay_us=label_delay_us,
         history_item_features=tuple(sides),
         lists=lists,
+        vectors=vectors,
     )
 
 
@@ -150,7 +155,24 @@ def write_samples(
         num_brands = spec.sparse_feature("brand").num_embeddings
         brands_N = items_N % (num_brands - 1) + 1  # as in the rows
         write_deltalake(str(lake / ITEM_FEATURES), pa.table({"item_id_index": items_N, "brand_index": brands_N}))
+    for owner in dict.fromkeys(vector.owner for vector in spec.vectors):
+        properties[VECTORS_PROPERTIES[owner]] = "0"
+        write_deltalake(str(lake / VECTOR_TABLES[owner]), vectors_arrow(spec, owner, seed))
     DeltaTable(lake / SAMPLES).alter.set_table_properties(properties, raise_if_not_exists=False)
+
+
+def vectors_arrow(spec: FeatureSpec, owner: str, seed: int = 0) -> pa.Table:
+    """Vectors by encoded id, as bytes of float16; every fifth user or item has no row, every third no vector in it."""
+    rng = np.random.default_rng(seed + 1)
+    ids_N = np.arange(FIRST_ID, spec.sparse_feature(f"{owner}_id").num_embeddings)
+    ids_N = ids_N[ids_N % 5 != 0]
+    columns: dict[str, Any] = {index_column(f"{owner}_id"): ids_N}
+    for vector in spec.vectors:
+        if vector.owner == owner:
+            values = rng.normal(size=(len(ids_N), vector.length)).astype("<f2")
+            bytes_of = [None if n % 3 == 0 else v.tobytes() for n, v in zip(ids_N, values, strict=True)]
+            columns[vector.name] = pa.array(bytes_of, pa.binary())
+    return pa.table(columns)
 
 
 def named(spec: FeatureSpec, prefix: str, *before: FeatureSpec) -> FeatureSpec:

@@ -46,17 +46,32 @@ class SlowUsr:
         self.tables = {n: t.double() for n, t in tables.tables.items()}
         self.no_query = model.inputs.no_query_D
         self.sides = tables.sides
+        self.vectors = {n: t.double() for n, t in tables.vectors.items()}
+
+    def vector(self, name: str, number: int) -> Tensor:
+        """The projected vector of a user or item, or what stands for none."""
+        place = [v.name for v in self.spec.vectors].index(name)
+        weights = self.model.inputs.vector_maps[place]
+        *values, is_missing = self.vectors[name][number].tolist()
+        return weights[-1] if is_missing else sum(x * row for x, row in zip(values, weights[:-1], strict=True))
+
+    @property
+    def item_vectors(self) -> list[str]:
+        return [v.name for v in self.spec.vectors if v.owner == "item"] if self.model.config.event_sides else []
 
     def item(self, number: int) -> list[Tensor]:
         """e_item and the rows of its categories, by what the item features say of it."""
         named = [] if self.sides is None else zip(self.sides.names, self.sides.ids_NC[number].tolist(), strict=True)
-        return [self.tables["item_id"][number], *(self.tables[name][value] for name, value in named)]
+        vectors = [self.vector(name, number) for name in self.item_vectors]
+        return [self.tables["item_id"][number], *(self.tables[name][value] for name, value in named), *vectors]
 
     def target(self, batch: UsrBatch, row: int) -> Tensor:
         """t: of the row's own columns, which an item unknown to the item features has too."""
         values = dict(zip((f.name for f in self.spec.sparse), batch.sparse_BF[row].tolist(), strict=True))
         names = ("item_id", *(() if self.sides is None else self.sides.names))
-        return torch.cat([*(self.tables[name][values[name]] for name in names), self.query(values["query"])])
+        vectors = [self.vector(name, values["item_id"]) for name in self.item_vectors]
+        own = [self.tables[name][values[name]] for name in names]
+        return torch.cat([*own, *vectors, self.query(values["query"])])
 
     def query(self, number: int) -> Tensor:
         return self.no_query if number == 0 else self.tables["query"][number]
@@ -74,15 +89,21 @@ class SlowUsr:
             part = (batch.dense_BF[row, number].double() * scale + shift).view(1)
             parts.append(part)
             context += [part] if dense.owner == "context" else []
+        numbers = {"user": int(batch.sparse_BF[row, 0]), "item": int(batch.sparse_BF[row, 1])}
+        vectors = [(v.owner, self.vector(v.name, numbers[v.owner])) for v in self.spec.vectors]
         if self.model.config.interactions:
-            parts += self.interactions(batch, row, parts)
+            parts += self.interactions(batch, row, parts, vectors)
+        parts += [vector for _, vector in vectors]
         return torch.cat(parts), torch.cat(context)
 
-    def interactions(self, batch: UsrBatch, row: int, parts: list[Tensor]) -> list[Tensor]:
+    def interactions(
+        self, batch: UsrBatch, row: int, parts: list[Tensor], vectors: list[tuple[str, Tensor]]
+    ) -> list[Tensor]:
         """u * v, q * v and mean item * v of sides over the start's standard deviation, 0.05, through their towers."""
         sums = {}
         for owner in ("user", "item"):
             own = [p for p, feature in zip(parts, self.spec.sparse, strict=False) if feature.owner == owner]
+            own += [vector for whose, vector in vectors if whose == owner]
             sums[owner] = sum(own) / len(own) ** 0.5
         past = [sum(v := self.item(item)) / len(v) ** 0.5 for _, item, _, _, _ in row_events(batch, row)]
         query = [self.query(int(batch.sparse_BF[row, 2]))] if self.spec.query_scenarios else []

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from usr_ray.data.manifest import Manifest, RowGroupRef
+from usr_ray.data.manifest import Manifest
+from usr_ray.data.parts import RowGroupRef
 from usr_ray.files import one_line
 
 

@@ -19,12 +19,12 @@ from usr_ray.data.manifest import (
     REBUILD,
     DataError,
     Manifest,
-    RowGroupRef,
     join_path,
     model_columns,
     open_filesystem,
 )
 from usr_ray.data.mature import labels_close_us
+from usr_ray.data.parts import RowGroupRef
 from usr_ray.files import one_line
 from usr_ray.schema import (
     ACTION_ORDER,

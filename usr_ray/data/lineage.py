@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from usr_ray.config import Config, first_difference
 from usr_ray.data.manifest import DataError, Manifest, read_vocabularies
-from usr_ray.schema import HASHED, FeatureSpec, SparseFeature, fingerprint_text
+from usr_ray.schema import HASHED, STANDARD, FeatureSpec, SparseFeature, fingerprint_text
 
 
 def built_with(config: Config) -> str:
@@ -65,9 +65,17 @@ def difference(model: FeatureSpec, model_built_with: str, table: Manifest, *, ma
         "query_scenarios": (model.query_scenarios, table.spec.query_scenarios),
         "categories": (tuple(f.name for f in model.sparse), tuple(f.name for f in table.spec.sparse)),
         "numbers": (tuple(f.name for f in model.dense), tuple(f.name for f in table.spec.dense)),
+        "what numbers were fitted to": tuple(
+            tuple(f"{f.name} {f.mean} {f.deviation}" for f in spec.dense if f.scale == STANDARD)
+            + tuple(f"{f.name} {f.edges}" for f in spec.sparse if f.edges is not None)
+            for spec in (model, table.spec)
+        ),
         "tags and terms": tuple(
             tuple(f"{f.name} ({f.length} of {', '.join(f.sources)})" for f in spec.lists)
             for spec in (model, table.spec)
+        ),
+        "vectors": tuple(
+            tuple(f"{f.name} ({f.length} over {f.scale})" for f in spec.vectors) for spec in (model, table.spec)
         ),
         "labels.no_order_scenarios": (model.no_order_scenarios, table.spec.no_order_scenarios),
         "histories.length": (model.history_length, table.spec.history_length),

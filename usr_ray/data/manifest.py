@@ -11,7 +11,7 @@ import datetime as dt
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from usr_ray.config import DAY_US, SHOWN_RANGES, UserError, check_table_address, date_ranges, dates_there
+from usr_ray.data.parts import DataFile, FeatureFile, RowGroup, RowGroupRef
 from usr_ray.files import one_line, whole_line, write_whole
 from usr_ray.schema import (
     ALL_LABELS,
@@ -32,12 +33,16 @@ from usr_ray.schema import (
     ITEM_FEATURES_PROPERTY,
     PARTITION_COLUMN,
     SAMPLES,
+    VECTOR_TABLES,
+    VECTORS_PROPERTIES,
     VOCABULARIES,
     FeatureSpec,
 )
 
 FORMAT = 1
 """Format version of the JSON file; another is refused."""
+_BY_ID = (ITEM_FEATURES, *VECTOR_TABLES.values())
+"""Tables by encoded id, and where a manifest has their files."""
 _FOOTER_THREADS = 16
 REBUILD = "rebuild its date with jobs/build_samples.py"
 STORE_HINT = "check the address, and the store's keys and endpoint in the environment (docs/cluster.md, object stores)"
@@ -46,55 +51,6 @@ _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
 class DataError(UserError):
     """A samples table that cannot be used: one line naming the file and, where known, the row group."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RowGroup:
-    """One Parquet row group, the smallest unit of reading."""
-
-    num_rows: int
-    num_bytes: int
-    """Uncompressed."""
-    min_event_time_us: int
-    """Microseconds since 1970 UTC; the start of the file's date where the footer has no statistics."""
-    max_event_time_us: int
-    """Likewise, the end of the file's date."""
-    has_mature: bool
-    """False: every row has is_mature = false."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataFile:
-    """One Parquet file of the table."""
-
-    path: str
-    """Relative to the table, or absolute where the table refers to a file outside of itself."""
-    date: str
-    """impression_date of all its rows, YYYY-MM-DD."""
-    size_bytes: int
-    row_groups: tuple[RowGroup, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RowGroupRef:
-    """Where a row group is: in the manifest and in the numbering of rows."""
-
-    file: int
-    """Position in Manifest.files."""
-    index: int
-    """Position in the file."""
-    first_row: int
-    """row_number of its first row: rows of the manifest before it, pruned row groups included."""
-    row_group: RowGroup
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FeatureFile:
-    """One Parquet file of `<lake>/item_features`."""
-
-    path: str
-    """Relative to that table."""
-    size_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +65,9 @@ class Manifest:
     """Configuration keys that decide what a row means, as JSON (schema.CONFIG_PROPERTY); '' where not known."""
     item_features: tuple[FeatureFile, ...]
     """Of the version of `<lake>/item_features` that belongs to the rows; none where `spec` names no such features."""
+    user_vectors: tuple[FeatureFile, ...] = ()
+    """Likewise of `<lake>/user_vectors`, where `spec` names vectors of users."""
+    item_vectors: tuple[FeatureFile, ...] = ()
     sha256: str
     """Of everything that fixes the order of rows; not of table_uri (a copy of the table reads alike) or version."""
 
@@ -155,7 +114,7 @@ class Manifest:
                 files=[
                     DataFile(**f | {"row_groups": tuple(RowGroup(**g) for g in f["row_groups"])}) for f in raw["files"]
                 ],
-                item_features=[FeatureFile(**file) for file in raw.get("item_features", [])],
+                by_id={name: [FeatureFile(**file) for file in raw.get(name, [])] for name in _BY_ID},
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"manifest {path}: not a manifest ({error}); build it again from the lake") from error
@@ -170,15 +129,18 @@ def make_manifest(
     version: int,
     spec: FeatureSpec,
     files: list[DataFile],
-    item_features: Sequence[FeatureFile] = (),
+    by_id: Mapping[str, Sequence[FeatureFile]] | None = None,
     built_with: str = "",
 ) -> Manifest:
-    """A manifest of these files, sorted by (date, path) and hashed."""
+    """A manifest of these files, sorted by (date, path) and hashed; `by_id`: of the tables that go by encoded id."""
     ordered = tuple(sorted(files, key=lambda file: (file.date, file.path)))
-    of_items = tuple(sorted(item_features, key=lambda file: file.path))
+    others = {name: tuple(sorted(found, key=lambda file: file.path)) for name, found in (by_id or {}).items()}
     fixed: list[Any] = [FORMAT, [dataclasses.asdict(file) for file in ordered]]
-    if of_items:
-        fixed.append([dataclasses.asdict(file) for file in of_items])
+    if others.get(ITEM_FEATURES):
+        fixed.append([dataclasses.asdict(file) for file in others[ITEM_FEATURES]])
+    for name in VECTOR_TABLES.values():
+        if others.get(name):
+            fixed.append({name: [dataclasses.asdict(file) for file in others[name]]})
     sha256 = hashlib.sha256(json.dumps(fixed, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
     return Manifest(
         table_uri=table_uri,
@@ -186,7 +148,9 @@ def make_manifest(
         spec=spec,
         files=ordered,
         built_with=built_with,
-        item_features=of_items,
+        item_features=others.get(ITEM_FEATURES, ()),
+        user_vectors=others.get(VECTOR_TABLES["user"], ()),
+        item_vectors=others.get(VECTOR_TABLES["item"], ()),
         sha256=sha256,
     )
 
@@ -257,19 +221,31 @@ def build_manifest(
     source = f"the table {table_uri} holds"
     if dates and (warning := dates_there(dates, there, where=where, source=source, allow_missing=allow_missing)[1]):
         print(f"warning: {warning}", flush=True)
-    of_items = _item_features(table, lake) if about["spec"].history_item_features else ()
-    return make_manifest(**about, files=files, item_features=of_items)
+    spec: FeatureSpec = about["spec"]
+    wanted = {VECTOR_TABLES[vector.owner]: VECTORS_PROPERTIES[vector.owner] for vector in spec.vectors}
+    if spec.history_item_features:
+        wanted[ITEM_FEATURES] = ITEM_FEATURES_PROPERTY
+    by_id = {name: _files_by_id(table, lake, name, version_in) for name, version_in in wanted.items()}
+    return make_manifest(**about, files=files, by_id=by_id)
 
 
-def _item_features(table: Any, lake: Path | str) -> list[FeatureFile]:
-    """The files of the version of `<lake>/item_features` that belongs to a version of the samples."""
-    wanted = table.metadata().configuration.get(ITEM_FEATURES_PROPERTY, "")
+def _files_by_id(table: Any, lake: Path | str, name: str, version_in: str) -> list[FeatureFile]:
+    """The files of the version of a table by encoded id that belongs to a version of the samples.
+
+    Args:
+        table: the samples.
+        lake: where both are.
+        name: of the other table.
+        version_in: property of the samples with its version.
+    """
+    wanted = table.metadata().configuration.get(version_in, "")
     if not wanted.isdecimal():
+        what = "categories of history events" if name == ITEM_FEATURES else "vectors"
         raise DataError(
-            f"{table_address(lake, SAMPLES)}: the table property {ITEM_FEATURES_PROPERTY} is missing, though the "
-            "feature spec names categories of history events; rebuild the newest date with jobs/build_samples.py"
+            f"{table_address(lake, SAMPLES)}: the table property {version_in} is missing, though the "
+            f"feature spec names {what}; rebuild the newest date with jobs/build_samples.py"
         )
-    adds = pa.table(open_table(table_address(lake, ITEM_FEATURES), int(wanted)).get_add_actions(flatten=True))
+    adds = pa.table(open_table(table_address(lake, name), int(wanted)).get_add_actions(flatten=True))
     pairs = zip(adds.column("path").to_pylist(), adds.column("size_bytes").to_pylist(), strict=True)
     return [FeatureFile(path=path, size_bytes=size) for path, size in pairs]
 

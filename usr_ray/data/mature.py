@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from usr_ray.config import DAY_US
-from usr_ray.data.manifest import DataError, Manifest, RowGroupRef
+from usr_ray.data.manifest import DataError, Manifest
+from usr_ray.data.parts import RowGroupRef
 from usr_ray.schema import FeatureSpec
 
 

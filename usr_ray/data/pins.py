@@ -75,4 +75,5 @@ def _place(table_uri: str, run_dir: Path) -> tuple[pafs.FileSystem, str]:
 
 def _paths(manifest: Manifest) -> list[str]:
     """Every file that a run reads, each relative to its table."""
-    return [file.path for file in manifest.files] + [file.path for file in manifest.item_features]
+    by_id = (*manifest.item_features, *manifest.user_vectors, *manifest.item_vectors)
+    return [file.path for file in manifest.files] + [file.path for file in by_id]

@@ -5,7 +5,7 @@ rows of a batch into leaf tensors; after the backward their `.grad` is what the 
 (usr_ray/training/optimizers.py).
 
 Shape letters: B rows of the batch, N rows of a table, U rows of a table used in this step, D embedding, V events of
-all histories (scenario after scenario), S scenarios, F features.
+all histories (scenario after scenario), S scenarios, F features, P numbers of a vector.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import abc
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -69,6 +69,9 @@ class Lookup:
 
     tables: dict[str, TableLookup]
     """Table name -> its rows of this step, in the order of FeatureSpec.vocabularies."""
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+    """Vector -> float32 (U, P + 1) of the users or items that ids_U of their table names, as data/vectors.py has them;
+    not trained."""
 
     def updates(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Table name -> (ids_U, gradient (U, D)) of the rows to train, after the backward; padding is left out."""
@@ -82,6 +85,9 @@ class RowSource(abc.ABC):
     """What the items of histories are; None: nothing but their ids is looked up."""
     lists: Mapping[str, tuple[int, int]]
     """Tables of tags and terms (unique.table_columns)."""
+    spec: FeatureSpec
+    vectors: dict[str, Tensor]
+    """Vector -> float16 (N, P + 1) on the tables' device, whole on every rank (data/vectors.py); never trained."""
 
     @abc.abstractmethod
     def num_rows(self) -> dict[str, int]:
@@ -100,6 +106,11 @@ class RowSource(abc.ABC):
         Raises:
             EmbeddingError: see `unique_ids`.
         """
+
+    def vectors_of(self, tables: Mapping[str, TableLookup]) -> dict[str, Tensor]:
+        """Lookup.vectors for the rows of a step."""
+        keys = {vector.name: vector.key for vector in self.spec.vectors}
+        return {n: v_NP.index_select(0, tables[keys[n]].ids_U).float() for n, v_NP in self.vectors.items()}
 
     def unique_ids(self, batch: UsrBatch) -> UniqueIds:
         """What a lookup must know of a batch: from any thread, on the batch's own device, ahead of the step.
@@ -122,6 +133,7 @@ class EmbeddingTables(RowSource):
         seed: of the fresh rows.
         device: where the tables live; batches must be on the same device.
         sides: what the items of histories are, where the model wants to know.
+        vectors: of the spec (data/vectors.py).
     """
 
     def __init__(
@@ -131,11 +143,13 @@ class EmbeddingTables(RowSource):
         seed: int,
         device: torch.device | str = "cpu",
         sides: ItemSides | None = None,
+        vectors: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.sides, self.lists = sides, table_columns(spec)
+        self.sides, self.lists, self.spec = sides, table_columns(spec), spec
         self.dim = dim
         self.seed = seed
         self.device = torch.device(device)
+        self.vectors = {name: vectors_NP.to(self.device) for name, vectors_NP in (vectors or {}).items()}
         self.tables: dict[str, Tensor] = {
             name: fresh_rows(name, 0, f.num_embeddings, dim=dim, seed=seed).to(self.device)
             for name, f in spec.vocabularies.items()
@@ -146,7 +160,7 @@ class EmbeddingTables(RowSource):
     def lookup(self, batch: UsrBatch, unique: UniqueIds | None = None) -> Lookup:
         found = self.unique_ids(batch) if unique is None else unique
         tables = {n: self._rows(self.tables[n], ids) for n, ids in zip(self.tables, found, strict=True)}
-        return Lookup(tables)
+        return Lookup(tables, self.vectors_of(tables))
 
     def _rows(self, table_ND: Tensor, ids: TableIds) -> TableLookup:
         rows_UD = table_ND.index_select(0, ids.ids_U)
@@ -166,6 +180,7 @@ class EmbeddingTables(RowSource):
         """Move the tables to `device`, in place; returns self."""
         self.device = torch.device(device)
         self.tables = {name: table.to(self.device) for name, table in self.tables.items()}
+        self.vectors = {name: vectors_NP.to(self.device) for name, vectors_NP in self.vectors.items()}
         return self
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -197,6 +212,8 @@ class EmbeddingTables(RowSource):
     def grow(self, sizes: Mapping[str, int]) -> None:
         """Append fresh rows until table `name` has `sizes[name]` rows; rows that exist keep their values.
 
+        Users and items of the new rows have no vectors.
+
         Raises:
             EmbeddingError: a table is unknown or would shrink: vocabularies grow and never renumber.
         """
@@ -213,6 +230,11 @@ class EmbeddingTables(RowSource):
             table_ND = self.tables[name]
             fresh_ND = fresh_rows(name, table_ND.shape[0], size, dim=self.dim, seed=self.seed)
             self.tables[name] = torch.cat([table_ND, fresh_ND.to(self.device)])
+        for vector in self.spec.vectors:
+            own_NP = self.vectors[vector.name]
+            none_NP = own_NP.new_zeros(self.tables[vector.key].shape[0] - own_NP.shape[0], own_NP.shape[1])
+            none_NP[:, -1] = 1
+            self.vectors[vector.name] = torch.cat([own_NP, none_NP])
 
 
 def fresh_rows(name: str, first: int, end: int, step: int = 1, *, dim: int, seed: int) -> Tensor:

@@ -1,8 +1,8 @@
 """What a model asks of a batch's histories: jagged in a training batch, padded in the inputs of an exported model.
 
 h_j = [e_item ; e_side .. ; e_query or e_noq] + type + action + log-dt, where type is the scenario the event happened
-in and the sides are the item's categories (FeatureSpec.history_item_features), which come with the item and not with
-the event: a category's row is put beside its item's once, however many events name the item.
+in and the sides are the item's categories (FeatureSpec.history_item_features) and projected vectors, which come with
+the item and not with the event: they are put beside its item's row once, however many events name the item.
 
 Shape letters: B rows, S scenarios, V events of all histories (scenario after scenario, then row after row), G = S * B
 histories, L longest row of the batch over all scenarios (padded: S times the history length), P = B * L slots,
@@ -167,12 +167,22 @@ def lay_out(events: Events, longest: int | None = None) -> Grid:
 
 
 class JaggedHistories(Histories):
-    """Of a training batch: rows of the tables are projected or pooled once each, however many events take them."""
+    """Of a training batch: rows of the tables are projected or pooled once each, however many events take them.
+
+    `sides` names the tables of the items' categories; `projected` are the items' vectors (InputNetwork.projected),
+    (U, D) each, for the rows of the item table.
+    """
 
     def __init__(
-        self, batch: UsrBatch, lookup: Lookup, no_query_D: Tensor, kinds_NH: Tensor, sides: Sequence[str] = ()
+        self,
+        batch: UsrBatch,
+        lookup: Lookup,
+        no_query_D: Tensor,
+        kinds_NH: Tensor,
+        sides: Sequence[str] = (),
+        projected: Sequence[Tensor] = (),
     ) -> None:
-        self.no_query_D, self.kinds_NH, self.num_sides = no_query_D, kinds_NH, len(sides)
+        self.no_query_D, self.kinds_NH, self.num_sides = no_query_D, kinds_NH, len(sides) + len(projected)
         self.events = list_events(batch)
         self._longest = batch.longest
         self._grid: Grid | None = None
@@ -180,7 +190,8 @@ class JaggedHistories(Histories):
         # Every lookup groups the events of these two tables.
         assert items.events is not None
         assert queries.events is not None
-        self.items_UX, self.queries_UD = _with_sides(items, [lookup.tables[name] for name in sides]), queries.rows_UD
+        of_sides = [lookup.tables[name] for name in sides]
+        self.items_UX, self.queries_UD = _with_sides(items, of_sides, projected), queries.rows_UD
         self.places = (items.events, queries.events, self.events.kinds)
 
     @property
@@ -234,14 +245,15 @@ class JaggedHistories(Histories):
         return sum_BD, (index_BR > 0).sum(1, keepdim=True)
 
 
-def _with_sides(items: TableLookup, sides: Sequence[TableLookup]) -> Tensor:
-    """(U, X): [e_item ; e_side ..] of every item that a step uses."""
+def _with_sides(items: TableLookup, sides: Sequence[TableLookup], projected: Sequence[Tensor]) -> Tensor:
+    """(U, X): [e_item ; e_side .. ; vector ..] of every item that a step uses."""
     parts = [items.rows_UD]
     for side in sides:
         assert side.of_items is not None  # the tables were built with the sides that the model wants
         numbers_U = torch.arange(items.rows_UD.shape[0], device=items.rows_UD.device)
         parts.append(pool_sum([side.rows_UD], [side.of_items], Groups(numbers_U, numbers_U, numbers_U)))
-    return torch.cat(parts, dim=1) if sides else items.rows_UD
+    parts += projected
+    return torch.cat(parts, dim=1) if len(parts) > 1 else items.rows_UD
 
 
 class PaddedHistories(Histories):

@@ -1,7 +1,7 @@
 """Input network: features f, target t, and the scenario trigger z_k (method, section 3).
 
 Shape letters: B rows, S scenarios, F features of one kind, D embedding, C concatenated features, H target and event
-vector, E scenario embedding, Z trigger.
+vector, E scenario embedding, Z trigger, P numbers of a vector, U users or items of a step.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from usr_ray.model.embedding import INIT_STD
 from usr_ray.model.history import EventKinds, Histories
 from usr_ray.model.lists import TERM_OVERLAP, TERM_PRODUCT, has_both_terms
 from usr_ray.model.mlp import MLP
-from usr_ray.model.unique import ITEM_TABLE, QUERY_TABLE, event_sides
-from usr_ray.schema import FeatureSpec
+from usr_ray.model.unique import ITEM_TABLE, QUERY_TABLE, event_sides, event_vectors
+from usr_ray.schema import FeatureSpec, SparseFeature, VectorFeature
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +33,9 @@ class Inputs:
 
     features_BC: Tensor
     """f: every sparse feature's embedding in the order of FeatureSpec.sparse, the dense features, the interactions, the
-    pooled tags and terms."""
+    pooled tags and terms, the projected vectors."""
     target_BH: Tensor
-    """t = [e_v ; e_side .. ; e_q or e_noq], the row's own columns."""
+    """t = [e_v ; e_side .. ; vector .. ; e_q or e_noq], the row's own columns."""
     context_BC: Tensor
     """e_c: the context features of f; may have no columns."""
     query_BD: Tensor
@@ -91,9 +91,9 @@ class InputNetwork(nn.Module):
     def __init__(self, spec: FeatureSpec, config: ModelConfig) -> None:
         super().__init__()
         embedding_dim = config.embedding_dim
-        self.item_columns = (ITEM_TABLE, *event_sides(spec, config))
+        self.item_columns = (ITEM_TABLE, *event_sides(spec, config), *event_vectors(spec, config))
         self.event_dim = (len(self.item_columns) + 1) * embedding_dim
-        named = (*spec.sparse, *spec.lists)
+        named: tuple[SparseFeature | VectorFeature, ...] = (*spec.sparse, *spec.lists, *spec.vectors)
         self.user_names = [f.name for f in named if f.owner == "user"]
         self.item_names = [f.name for f in named if f.owner == "item"]
         self.has_queries = bool(spec.query_scenarios)
@@ -115,15 +115,28 @@ class InputNetwork(nn.Module):
             self.interactions = Interactions(embedding_dim, num_others, config.interaction_hidden)
             self.feature_widths += [embedding_dim] * (1 + num_others)
         self.feature_widths += [2 if name == TERM_OVERLAP else embedding_dim for name in self.list_names]
+        # Vectors are behind all else in f. Each has a map of [v / scale ; 1 where there is none]: the last row of a map
+        # stands for no vector.
+        self.vector_names = tuple(vector.name for vector in spec.vectors)
+        starts = [torch.randn(vector.length + 1, embedding_dim) * INIT_STD for vector in spec.vectors]
+        for start_PD in starts:
+            start_PD[:-1] /= math.sqrt(len(start_PD) - 1)  # as large as an embedding, of numbers around 1
+        self.vector_maps = nn.ParameterList(nn.Parameter(start_PD) for start_PD in starts)
+        self.feature_widths += [embedding_dim] * len(spec.vectors)
         self.feature_dim = sum(self.feature_widths)
         self.context_dim = embedding_dim * len(self.sparse_context) + len(self.dense_context)
+
+    def projected(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Name -> (U, D) of vectors (U, P + 1), as data/vectors.py has them."""
+        maps = zip(self.vector_names, self.vector_maps, strict=True)
+        return {name: vectors[name] @ map_PD for name, map_PD in maps}
 
     def forward(self, columns: Mapping[str, Tensor], dense_BF: Tensor, histories: Histories) -> Inputs:
         """The inputs of a batch.
 
         Args:
             columns: embedding (B, D) of the row by feature name; in the query's, e_noq where there is no query; with
-                tags or terms those of `list_columns` too.
+                tags or terms those of `list_columns` too, with vectors the projected ones.
             dense_BF: as UsrBatch.dense_BF; not looked at where there are no dense features.
             histories: of the same rows.
 
@@ -143,7 +156,7 @@ class InputNetwork(nn.Module):
             parts += self.interactions(
                 [columns[n] for n in self.user_names], [columns[n] for n in self.item_names], others
             )
-        parts += [columns[name] for name in self.list_names]
+        parts += [columns[name] for name in (*self.list_names, *self.vector_names)]
         return Inputs(
             features_BC=side_by_side(parts, num_rows),
             target_BH=side_by_side([*(columns[name] for name in self.item_columns), query_BD], num_rows),

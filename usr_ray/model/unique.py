@@ -61,6 +61,11 @@ def event_sides(spec: FeatureSpec, config: ModelConfig) -> tuple[str, ...]:
     return spec.history_item_features if config.event_sides else ()
 
 
+def event_vectors(spec: FeatureSpec, config: ModelConfig) -> tuple[str, ...]:
+    """Vectors that events of histories and the target carry: those of their items."""
+    return tuple(vector.name for vector in spec.vectors if vector.owner == "item") if config.event_sides else ()
+
+
 UniqueIds = tuple[TableIds, ...]
 """All that a lookup needs besides the tables, in the order of FeatureSpec.vocabularies."""
 

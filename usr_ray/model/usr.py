@@ -28,7 +28,7 @@ from usr_ray.model.inputs import InputNetwork, Inputs, Trigger, side_by_side
 from usr_ray.model.interest import InterestExtractor, PooledHistory
 from usr_ray.model.lists import list_columns
 from usr_ray.model.multitask import GlobalHeads, global_outputs, scenario_outputs
-from usr_ray.model.unique import ITEM_TABLE, QUERY_TABLE, event_sides, table_columns
+from usr_ray.model.unique import ITEM_TABLE, QUERY_TABLE, event_sides, event_vectors, table_columns
 from usr_ray.model.wide import Wide
 from usr_ray.schema import TASKS, FeatureSpec
 
@@ -73,7 +73,7 @@ class UsrModel(nn.Module):
         self.num_scenarios = num_scenarios
         self.scenario_embedding_SE = nn.Parameter(torch.randn(num_scenarios, dim) * dim**-0.5)
         self.inputs = InputNetwork(spec, config)
-        self.sides = event_sides(spec, config)
+        self.sides, self.event_vectors = event_sides(spec, config), event_vectors(spec, config)
         event_dim = self.inputs.event_dim
         ie, fg = config.interest, config.generator
         self.has_views = ie.enabled or fg.enabled
@@ -120,8 +120,12 @@ class UsrModel(nn.Module):
             step_seed: draws the twins' masks: one number per step, the same on every rank (an int64 scalar tensor where
                 a new number would be a new constant for torch.compile). Not used in evaluation.
         """
-        histories = JaggedHistories(batch, lookup, self.inputs.no_query_D, self.inputs.kinds(), self.sides)
+        projected = self.inputs.projected(lookup.vectors)
+        of_items = [projected[name] for name in self.event_vectors]
+        histories = JaggedHistories(batch, lookup, self.inputs.no_query_D, self.inputs.kinds(), self.sides, of_items)
         columns = {name: embedding(table.column_B, table.rows_UD) for name, table in lookup.tables.items()}
+        for vector in self.spec.vectors:
+            columns[vector.name] = embedding(lookup.tables[vector.key].column_B, projected[vector.name])
         columns |= self._list_columns(batch, columns)
         # In the query table, padding is not "nothing" but the learned e_noq.
         has_query_B1 = (lookup.tables[QUERY_TABLE].column_B > 0).unsqueeze(1)
@@ -170,7 +174,7 @@ class UsrModel(nn.Module):
 
         Args:
             columns: embedding (B, D) of the row by feature name; in the query's, e_noq where there is no query;
-                those of `list_columns` too.
+                those of `list_columns` and the projected vectors too.
             ids: encoded id (B) of the row by feature name, for the first-order part.
             dense_BF: as UsrBatch.dense_BF.
             histories: of the same rows.

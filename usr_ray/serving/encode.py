@@ -2,14 +2,16 @@
 
 The samples table is the reference: for an impression of it, these inputs equal its columns bit for bit (`usr-ray
 replay`). Ids come from the vocabularies, memory-mapped and looked up by hash, or are hashes themselves; numbers are
-sign(x) log1p(|x|); a history holds the newest events strictly before the request and known by it.
+scaled as the feature spec says; a history holds the newest events strictly before the request and known by it.
 
 Shape letters: N candidates or values, V events, L history length.
 """
 
 from __future__ import annotations
 
+import bisect
 import datetime as dt
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +31,10 @@ from usr_ray.schema import (
     LOG1P,
     PADDING_ID,
     QUERY_TERMS,
+    STANDARD,
     TERM,
     UNKNOWN_ID,
+    DenseFeature,
     FeatureSpec,
     ListFeature,
     scaled_column,
@@ -120,12 +124,23 @@ class ValueIndex:
         return found
 
 
-def scaled(values: Sequence[float | None], kinds: Sequence[str]) -> NDArray[np.float32]:
-    """sign(x) log1p(|x|), or x by its kind; 0 for None, NaN and infinity (etl/features/vocabulary.py, scale)."""
+def scaled(values: Sequence[float | None], features: Sequence[DenseFeature]) -> NDArray[np.float32]:
+    """Each value by its feature's scale; 0 for None, NaN and infinity (etl/features/vocabulary.py, scale)."""
     x = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
-    x[~np.isfinite(x)] = 0.0
-    is_log = np.array([kind == LOG1P for kind in kinds], dtype=np.bool_)
-    return np.where(is_log, np.sign(x) * np.log1p(np.abs(x)), x).astype(np.float32)
+    is_there = np.isfinite(x)
+    x[~is_there] = 0.0
+    kinds = np.array([feature.scale for feature in features])
+    fits = np.array([(feature.mean, feature.deviation) for feature in features]).reshape(-1, 2)
+    standard = np.where(is_there, (x - fits[:, 0]) / fits[:, 1], 0.0)
+    found = np.select([kinds == LOG1P, kinds == STANDARD], [np.sign(x) * np.log1p(np.abs(x)), standard], x)
+    return found.astype(np.float32)
+
+
+def bucket_id(value: float | None, edges: Sequence[float]) -> int:
+    """The id of a number's bucket (etl/kernel/numbers.py, bucket_ids)."""
+    if value is None or not math.isfinite(value):
+        return UNKNOWN_ID
+    return FIRST_ID + bisect.bisect_right(edges, value)
 
 
 def category_text(value: Any) -> str | None:
@@ -229,14 +244,15 @@ class Encoder:
             owner: tuple(f.name for f in spec.sparse if f.owner == owner and f.name not in _FIXED)
             for owner in ("user", "item", "context")
         }
-        """Owner -> its categories beside the ids and the hour."""
+        """Owner -> its categories beside the ids and the hour, numbers in buckets among them."""
         self.counted = {
             owner: tuple(name for name in (f"{owner}_id", *names) if name in self._counted)
             for owner, names in self.categories.items()
         }
         """Owner -> what of it counters count by; the user's id has no code."""
-        self.scales = {f.name: f.scale for f in spec.dense}
-        """Number -> how its values become a column."""
+        self.edges = {f.name: f.edges for f in spec.sparse if f.edges is not None}
+        """Number in buckets -> the edges between them."""
+        self.dense = {f.name: f for f in spec.dense}
         self.lists = {
             owner: tuple(f for f in spec.lists if f.owner in owners and f.name != QUERY_TERMS)
             for owner, owners in (("user", ("user",)), ("item", ("item",)), ("context", ("query", "context")))
@@ -313,8 +329,11 @@ class Encoder:
         if unknown:
             there = ", ".join(dict.fromkeys((*categories, *numbers, *sources))) or "none"
             raise EncodeError(f"unknown feature {unknown[0]!r}; features of the {owner} are: {there}")
-        texts: dict[str, str | None] = {n: _named(n, category_text, values.get(n)) for n in categories}
-        parts = [np.array([int(self.ids(name, [texts[name]])[0]) for name in categories], dtype=np.int32)]
+        texts: dict[str, str | None] = {
+            n: _named(n, category_text, values.get(n)) for n in categories if n not in self.edges
+        }
+        ids = [self._bucket(n, values.get(n)) if n in self.edges else self.ids(n, [texts[n]])[0] for n in categories]
+        parts = [np.array(ids, dtype=np.int32)]
         for feature in lists:
             read = _text_of_terms if feature.table == TERM else _text_of_tags
             parts.append(self.list_ids(feature, [_named(name, read, values.get(name)) for name in feature.sources]))
@@ -322,14 +341,17 @@ class Encoder:
         codes = [int(self.codes(name, [texts[name]])[0]) for name in self.counted[owner]]
         parts.append(np.array(codes, dtype=np.int32))
         found = [_named(name, _number, values.get(name)) for name in numbers]
-        return Profile(np.concatenate(parts), scaled(found, [self.scales[name] for name in numbers]))
+        return Profile(np.concatenate(parts), scaled(found, [self.dense[name] for name in numbers]))
+
+    def _bucket(self, name: str, value: Any) -> int:
+        return bucket_id(_named(name, _number, value), self.edges[name])
 
     def nothing(self, owner: str) -> Profile:
-        """Of a user or item that no table knows: padding and 0."""
-        return Profile(
-            np.full(self.width(owner), PADDING_ID, dtype=np.int32),
-            np.zeros(len(self.numbers[owner]), dtype=np.float32),
-        )
+        """Of a user or item that no table knows: padding, a number's bucket of nulls, and 0."""
+        ids = np.full(self.width(owner), PADDING_ID, dtype=np.int32)
+        for place, name in enumerate(self.categories[owner]):
+            ids[place] = self.spec.sparse_feature(name).nothing
+        return Profile(ids, np.zeros(len(self.numbers[owner]), dtype=np.float32))
 
     def inputs(
         self,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from usr_ray.schema import ACTION_ORDER, PADDING_ID, UNKNOWN_ID, FeatureSpec
+from usr_ray.schema import ACTION_ORDER, UNKNOWN_ID, DenseFeature, FeatureSpec, SparseFeature
 from usr_ray.serving.ranker import Ranker, RequestError, iso_time
 
 MAX_EXPLAINED = 100
@@ -115,7 +115,8 @@ def _item_signals(inputs: Inputs, spec: FeatureSpec) -> Iterator[tuple[str, Inpu
                 values = [np.roll(of_items[kind][:, columns], -shift, axis=0) for shift in shifts]
                 repeated[kind][:, columns] = np.concatenate(values)
             else:
-                repeated[kind][:, columns] = UNKNOWN_ID if signal == "item_id" else PADDING_ID
+                nothing = [_nothing(f) for f in features if f.owner == "item"]
+                repeated[kind][:, columns] = [nothing[column] for column in columns]
             yield signal, {**inputs, **repeated}
     for of_list, name in lists.items():
         repeated = {other: np.concatenate([value] * max(num_others, 1)) for other, value in of_items.items()}
@@ -133,7 +134,7 @@ def _request_signals(inputs: Inputs, spec: FeatureSpec) -> Iterator[tuple[str, I
             own = [n for n, f in enumerate(columns) if f.owner == owner]
             if own and name in inputs:
                 emptied[name] = inputs[name].copy()
-                emptied[name][:, own] = [UNKNOWN_ID if columns[n].name == "user_id" else PADDING_ID for n in own]
+                emptied[name][:, own] = [_nothing(columns[n]) for n in own]
         for feature in spec.lists:
             if feature.owner == owner:
                 emptied[feature.column] = np.zeros_like(inputs[feature.column])
@@ -143,3 +144,10 @@ def _request_signals(inputs: Inputs, spec: FeatureSpec) -> Iterator[tuple[str, I
         parts = [n for n in (names.item_ids, names.actions, names.ages_s, names.query_ids) if n is not None]
         if inputs[names.actions].any():
             yield f"history of {scenario}", {**inputs, **{name: np.zeros_like(inputs[name]) for name in parts}}
+
+
+def _nothing(feature: SparseFeature | DenseFeature) -> int:
+    """What a column holds where there is no value: of a user or item, one that nobody knows."""
+    if feature.name in ("user_id", "item_id"):
+        return UNKNOWN_ID
+    return feature.nothing if isinstance(feature, SparseFeature) else 0

@@ -9,6 +9,7 @@ Shape letters: B rows or candidates, F features, H event vector, D embedding, N 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn.functional import embedding
 from usr_ray.data.batch import UsrBatch
 from usr_ray.model.embedding import EmbeddingTables
 from usr_ray.model.history import PaddedHistories
+from usr_ray.model.inputs import InputNetwork
 from usr_ray.model.lists import list_columns
 from usr_ray.model.unique import ITEM_TABLE, QUERY_TABLE
 from usr_ray.model.usr import UsrModel
@@ -122,13 +124,16 @@ def _features(name: str, spec: FeatureSpec) -> _Features | None:
 class _Embeddings(nn.Module):
     """The tables. An id that a table does not hold is taken as unknown, as any new value is."""
 
-    def __init__(self, tables: EmbeddingTables, no_query_D: Tensor) -> None:
+    def __init__(self, tables: EmbeddingTables, inputs: InputNetwork, event_vectors: Sequence[str]) -> None:
         super().__init__()
-        self.places = {name: place for place, name in enumerate(tables.tables)}
-        rows = [t.detach().cpu() for t in tables.tables.values()]
+        # Vectors are multiplied out, and are tables like others then, with a row for each id of their owner.
+        projected = inputs.projected({name: v_NP.cpu().float() for name, v_NP in tables.vectors.items()})
+        self.places = {name: place for place, name in enumerate((*tables.tables, *projected))}
+        rows = [t.detach().cpu() for t in (*tables.tables.values(), *projected.values())]
         # In the query table, padding is not "nothing" but the learned e_noq.
         query = self.places[QUERY_TABLE]
-        rows[query] = torch.cat([no_query_D.detach().cpu().unsqueeze(0), rows[query][1:]])
+        rows[query] = torch.cat([inputs.no_query_D.detach().cpu().unsqueeze(0), rows[query][1:]])
+        self.event_vectors = tuple(event_vectors)
         self.tables = nn.ParameterList(nn.Parameter(table_ND, requires_grad=False) for table_ND in rows)
         self.sides = () if tables.sides is None else tables.sides.names
         if tables.sides is not None:
@@ -138,12 +143,12 @@ class _Embeddings(nn.Module):
         return embedding(self.known(name, ids), self.tables[self.places[name]])
 
     def item_vectors(self, ids: Tensor) -> Tensor:
-        """(.., X): [e_item ; e_side ..] of every item."""
+        """(.., X): [e_item ; e_side .. ; vector ..] of every item."""
         parts = [self(ITEM_TABLE, ids)]
         if self.sides:
             sides = self.get_buffer("sides_NC")[self.known(ITEM_TABLE, ids)]
             parts += [self(name, sides[..., n]) for n, name in enumerate(self.sides)]
-        return torch.cat(parts, dim=-1)
+        return torch.cat([*parts, *(self(name, ids) for name in self.event_vectors)], dim=-1)
 
     def known(self, name: str, ids: Tensor) -> Tensor:
         """The ids, unknown where the table does not hold them."""
@@ -164,7 +169,7 @@ class ServingModel(nn.Module):
         super().__init__()
         self.spec = spec
         self.model = model.fold().cpu()
-        self.embeddings = _Embeddings(tables, self.model.inputs.no_query_D)
+        self.embeddings = _Embeddings(tables, self.model.inputs, self.model.event_vectors)
         self.requires_grad_(False)
         self.eval()
 
@@ -198,6 +203,7 @@ class ServingModel(nn.Module):
             inputs, self.spec.histories, self.embeddings, self.embeddings.item_vectors, no_query_D, kinds_NH
         )
         columns = {name: self.embeddings(name, ids_B) for name, ids_B in ids.items()}
+        columns |= {vector.name: self.embeddings(vector.name, ids[vector.key]) for vector in self.spec.vectors}
         lists = {f.name: self.embeddings.known(f.vocabulary, inputs[f.column]) for f in self.spec.lists}
         vectors = {f.name: self.embeddings(f.vocabulary, lists[f.name]) for f in self.spec.lists}
         columns |= list_columns(self.spec, lists, vectors)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from usr_ray.data.events import read_events
 from usr_ray.data.manifest import DataError, Manifest, build_manifest, join_path, open_filesystem
 from usr_ray.files import one_line
-from usr_ray.schema import LOG1P, UNKNOWN_ID, ListFeature
+from usr_ray.schema import FIRST_ID, LOG1P, STANDARD, UNKNOWN_ID, DenseFeature, ListFeature
 from usr_ray.serving.counters import Counters, lake_counters
 from usr_ray.serving.encode import Encoder, Profile, UserEvents
 from usr_ray.serving.export import model_id
@@ -151,6 +151,13 @@ def _rows(manifest: Manifest) -> Iterator[pa.Table]:
             raise DataError(f"{path}: cannot be read ({one_line(error)})") from error
 
 
+def _unscaled(scaled: float, feature: DenseFeature) -> float:
+    """A value that becomes `scaled`."""
+    if feature.scale == LOG1P:
+        return float(np.sign(scaled) * np.expm1(abs(scaled)))
+    return scaled * feature.deviation + feature.mean if feature.scale == STANDARD else scaled
+
+
 class _Replayer:
     def __init__(
         self, encoder: Encoder, program: ExportedModel, stores: tuple[ItemTable, UserStore, Counters | None], run: Run
@@ -221,13 +228,12 @@ class _Replayer:
         encoded: dict[str, int] = {}
         for name in encoder.categories["context"]:
             number = int(columns[name][n])
-            values[name] = self._values[name].get(number)
+            in_bucket = name in encoder.edges
+            values[name] = self._in_bucket(name, number) if in_bucket else self._values[name].get(number)
             if values[name] is None:
                 encoded[name] = number
         for name in encoder.numbers["context"]:
-            scaled = float(columns[name][n])
-            is_log = encoder.scales[name] == LOG1P
-            values[name] = float(np.sign(scaled) * np.expm1(abs(scaled))) if is_log else scaled
+            values[name] = _unscaled(float(columns[name][n]), encoder.dense[name])
         profile = encoder.profile("context", values)
         for name, number in encoded.items():  # a hash, or a value without an id
             profile.ids[encoder.categories["context"].index(name)] = number
@@ -235,6 +241,15 @@ class _Replayer:
         for feature in encoder.lists["context"]:  # the lake keeps no text of theirs
             profile.ids[places[feature.name]] = self._padded(feature, bags[feature.name], n)
         return profile, [name for name, number in encoded.items() if number]
+
+    def _in_bucket(self, name: str, number: int) -> float | None:
+        """A value of a number's bucket; None: it is the one of nulls."""
+        edges = self._encoder.edges[name]
+        if number < FIRST_ID:
+            return None
+        if number == FIRST_ID:  # below all edges
+            return float(np.nextafter(edges[0], -np.inf)) if edges else 0.0
+        return edges[number - FIRST_ID - 1]
 
     def _compare(
         self, impression: str, inputs: dict[str, NDArray[Any]], columns: dict[str, NDArray[Any]], lists: Any, n: int

@@ -2,6 +2,7 @@
 
     <run>/checkpoints/step-00000050/     tensors.safetensors, state.json, SHA256SUMS
     <run>/checkpoints/best-00000200/     the same; kept apart from the last k
+    <run>/checkpoints/vectors-<hash>.safetensors   what the run reads and never trains, once for all its checkpoints
     <run>/checkpoints/step-00000100.tmp-1f...   being written, or left by a crash: never read, cleaned by the next save
 
 The directory names are the index: a rename is atomic, so there is no index file that could be torn. Nothing here is
@@ -30,9 +31,12 @@ from usr_ray.config import UserError
 from usr_ray.files import file_sha256, sync
 
 TENSORS, STATE, SUMS = "tensors.safetensors", "state.json", "SHA256SUMS"
+VECTORS = "vectors"
+"""In a checkpoint's state: the file beside it that holds the vectors its run was trained with."""
 STORAGE_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """No space left, quota used up, file size limit: the storage refuses to grow, the run itself is sound."""
 
+_VECTORS_DIGITS = 16
 _NAME = re.compile(r"(step|best)-(\d{8,})")
 _log = logging.getLogger(__name__)
 
@@ -67,6 +71,8 @@ class CheckpointStore:
             raise ValueError(f"keep_last must be at least 1, got {keep_last}")
         self.directory = Path(directory)
         self.keep_last = keep_last
+        self._vectors = ""
+        """Name of the file with the vectors, once this process has written it."""
 
     def save(
         self,
@@ -74,6 +80,7 @@ class CheckpointStore:
         tensors: Mapping[str, Tensor],
         state: Mapping[str, Any],
         *,
+        vectors: Mapping[str, Tensor] | None = None,
         best: bool = False,
         must: bool = False,
     ) -> Path | None:
@@ -83,6 +90,7 @@ class CheckpointStore:
             step: steps of the whole run done so far, >= 0.
             tensors: any shapes, dtypes and devices; copied to the CPU as they are.
             state: JSON values; NaN and infinity are refused, since JSON has none.
+            vectors: what all checkpoints of the run share: written once, and named in the state as VECTORS.
             best: write it as the run's best checkpoint, in place of the former best, instead of as one of the last k.
             must: the run's result depends on it.
 
@@ -98,12 +106,15 @@ class CheckpointStore:
             raise ValueError(f"step must not be negative, got {step}")
         kind = "best" if best else "step"
         final = self.directory / f"{kind}-{step:08d}"
-        text = json.dumps(dict(state), indent=1, sort_keys=True, allow_nan=False)
+        json.dumps(dict(state), allow_nan=False)  # refused before anything is written
         temporary = final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex}")
         try:
             self._clean()
             temporary.mkdir(parents=True)
-            _write(temporary, tensors, text)
+            if vectors and not self._vectors:
+                self._vectors = self._save_vectors(vectors)
+            named = {**state, **({VECTORS: self._vectors} if vectors else {})}
+            _write(temporary, tensors, json.dumps(named, indent=1, sort_keys=True, allow_nan=False))
             self._put(temporary, final)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -123,6 +134,40 @@ class CheckpointStore:
             raise
         self._prune(kind, step)
         return final
+
+    def _save_vectors(self, vectors: Mapping[str, Tensor]) -> str:
+        """The name of the file that holds them now, with the head of its SHA-256 in it."""
+        temporary = self.directory / f"{VECTORS}.tmp-{uuid.uuid4().hex}"
+        try:
+            _save_tensors(vectors, temporary)
+            name = f"{VECTORS}-{file_sha256(temporary)[:_VECTORS_DIGITS]}.safetensors"
+            sync(temporary)
+            temporary.rename(self.directory / name)
+            sync(self.directory)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return name
+
+    def load_vectors(self, name: str) -> dict[str, Tensor]:
+        """What `save` wrote under this name, verified.
+
+        Raises:
+            CheckpointError: there is no such file, or its content is another.
+        """
+        path = self.directory / name
+        digits = name.removeprefix(f"{VECTORS}-").removesuffix(".safetensors")
+        try:
+            if "/" in name or path.is_symlink() or file_sha256(path)[:_VECTORS_DIGITS] != digits:
+                raise CheckpointError(
+                    f"{path}: does not match its checksum (torn or changed); copy the run again with all of its "
+                    "checkpoints folder"
+                )
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{path}: cannot be read ({error}), and without its vectors the model cannot be used; copy the run "
+                "again with all of its checkpoints folder"
+            ) from error
 
     def newest_valid(self) -> Checkpoint | None:
         """The newest `step-` checkpoint whose checksums agree; a torn one is skipped with a warning."""
@@ -207,18 +252,22 @@ def _shortage(error: OSError, directory: Path, tensors: Mapping[str, Tensor]) ->
 
 
 def _write(folder: Path, tensors: Mapping[str, Tensor], state: str) -> None:
-    try:
-        save_file({name: _plain(tensor) for name, tensor in tensors.items()}, folder / TENSORS)
-    except SafetensorError as error:  # the library hides errno in its text
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder / TENSORS)) from error
+    _save_tensors(tensors, folder / TENSORS)
     (folder / STATE).write_text(state, encoding="utf-8")
     sums = [f"{file_sha256(folder / name)}  {name}\n" for name in (STATE, TENSORS)]
     (folder / SUMS).write_text("".join(sums), encoding="utf-8")
     for path in (folder / TENSORS, folder / STATE, folder / SUMS, folder):
         sync(path)
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        save_file({name: _plain(tensor) for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # the library hides errno in its text
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from typing_extensions import override
 from usr_ray.config import Config, ModelConfig
 from usr_ray.data.item_features import read_item_features
 from usr_ray.data.manifest import Manifest
+from usr_ray.data.vectors import read_vectors
 from usr_ray.model.embedding import WEIGHTS, EmbeddingMemory, EmbeddingTables, Lookup, RowSource
 from usr_ray.model.unique import EmbeddingError, ItemSides, event_sides
 from usr_ray.schema import FeatureSpec
@@ -74,10 +75,18 @@ class ReplicatedEmbeddings(EmbeddingTables, Embeddings):
         config: model.embedding_dim, train.seed and train.embedding_*.
         worker: this rank.
         sides: as for EmbeddingTables.
+        vectors: likewise.
     """
 
-    def __init__(self, spec: FeatureSpec, config: Config, worker: Worker, sides: ItemSides | None = None) -> None:
-        super().__init__(spec, config.model.embedding_dim, config.train.seed, worker.device, sides)
+    def __init__(
+        self,
+        spec: FeatureSpec,
+        config: Config,
+        worker: Worker,
+        sides: ItemSides | None = None,
+        vectors: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__(spec, config.model.embedding_dim, config.train.seed, worker.device, sides, vectors)
         self.worker = worker
         self.optimizer = build_row_optimizer(self.tables, config.train)
         self.averages = RowAverages(self.tables, config.train.average) if config.train.average else None
@@ -151,14 +160,25 @@ def load_sides(manifest: Manifest, config: ModelConfig) -> ItemSides | None:
     return ItemSides(names, torch.from_numpy(read_item_features(manifest))) if names else None
 
 
+def load_vectors(manifest: Manifest) -> dict[str, Tensor]:
+    """Vectors of users and items, of the versions that belong to the rows (data/vectors.py).
+
+    Raises:
+        DataError: see read_vectors.
+    """
+    return {name: torch.from_numpy(vectors_NP) for name, vectors_NP in read_vectors(manifest).items()}
+
+
 def describe_memory(embeddings: Embeddings, config: Config, worker: Worker) -> str:
     """One line for the start of a run: what the tables are and what a worker holds of them."""
     sizes, memory = embeddings.num_rows(), embeddings.memory()
     strategy = config.train.embedding_strategy if worker.world_size > 1 else "replicated"
+    held = sum(vectors_NP.nbytes for vectors_NP in embeddings.vectors.values())
+    vectors = f"; vectors {held / 1e6:,.1f} MB" if held else ""
     return (
         f"{len(sizes)} embedding tables, {sum(sizes.values()):,} rows of {config.model.embedding_dim}, {strategy}: "
         f"{memory.weight_bytes / 1e6:,.1f} MB of weights and {memory.optimizer_bytes / 1e6:,.1f} MB of optimiser state "
-        f"on each of {worker.world_size} workers"
+        f"on each of {worker.world_size} workers{vectors}"
     )
 
 

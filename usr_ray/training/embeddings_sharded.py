@@ -17,6 +17,7 @@ Shape letters: N rows of a table, U rows of a step, D embedding.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +62,7 @@ class _Shard:
 class ShardedLookup(Lookup):
     """A lookup that knows where its rows came from."""
 
-    sources: tuple[Tensor, ...]
+    sources: tuple[Tensor, ...] = ()
     """For each table (U - 1, D): the rows but for padding, with TorchRec's way back to their owners behind them."""
 
 
@@ -76,10 +77,19 @@ class ShardedEmbeddings(Embeddings):
         config: model.embedding_dim, train.seed and train.embedding_*.
         worker: this rank, in the default process group; more than one rank.
         sides: as for EmbeddingTables.
+        vectors: likewise; each rank holds them whole.
     """
 
-    def __init__(self, spec: FeatureSpec, config: Config, worker: Worker, sides: ItemSides | None = None) -> None:
-        self.sides, self.lists = sides, table_columns(spec)
+    def __init__(
+        self,
+        spec: FeatureSpec,
+        config: Config,
+        worker: Worker,
+        sides: ItemSides | None = None,
+        vectors: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.sides, self.lists, self.spec = sides, table_columns(spec), spec
+        self.vectors = {name: vectors_NP.to(worker.device) for name, vectors_NP in (vectors or {}).items()}
         self.worker = worker
         self.dim = config.model.embedding_dim
         self.learning_rate = config.train.embedding_learning_rate
@@ -165,7 +175,7 @@ class ShardedEmbeddings(Embeddings):
             if with_grad:
                 rows_UD.requires_grad_()
             tables[name] = TableLookup(ids.ids_U, rows_UD, ids.column_B, ids.events, ids.of_items)
-        return ShardedLookup(tables, sources)
+        return ShardedLookup(tables, self.vectors_of(tables), sources=sources)
 
     def _places(self, name: str, ids_U: Tensor) -> Tensor:
         """Where TorchRec's table keeps these rows."""

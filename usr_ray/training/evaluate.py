@@ -31,7 +31,7 @@ from usr_ray.model.unique import ItemSides, UniqueIds, event_sides
 from usr_ray.model.usr import UsrModel
 from usr_ray.schema import ALL_LABELS, TASKS, UNKNOWN_ID, FeatureSpec
 from usr_ray.training.average import averaged_tensors
-from usr_ray.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore
+from usr_ray.training.checkpoint import VECTORS, Checkpoint, CheckpointError, CheckpointStore
 from usr_ray.training.embeddings import SIDES
 from usr_ray.training.worker import Worker
 
@@ -231,14 +231,15 @@ def load_run(run_dir: Path, device: torch.device | str = "cpu") -> TrainedRun:
         module.load_state_dict(_part(tensors, "model"))
         names = event_sides(spec, config.model)
         sides = ItemSides(names, checkpoint.tensors[SIDES]) if names else None
-    except OwnBackboneError:  # says itself what is missing
+        vectors = store.load_vectors(checkpoint.state[VECTORS]) if spec.vectors else None
+    except (OwnBackboneError, CheckpointError):  # say themselves what is missing
         raise
     except (KeyError, ValueError, RuntimeError, UserError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(
             f"checkpoint {checkpoint.path}: not written by this version ({reason}); use the version that trained it"
         ) from error
-    tables = EmbeddingTables(spec, config.model.embedding_dim, config.train.seed, device, sides)
+    tables = EmbeddingTables(spec, config.model.embedding_dim, config.train.seed, device, sides, vectors)
     tables.load_state_dict(_part(tensors, "tables"))
     return TrainedRun(module.to(device).eval(), tables, config, spec, checkpoint)
 

@@ -9,6 +9,7 @@ A low drop does not say that a signal is useless: another may say the same.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -53,6 +54,8 @@ class Signal:
     is_sides: bool = False
     in_lists: tuple[int, int] | None = None
     """First column and end in UsrBatch.lists_BW."""
+    is_vector: bool = False
+    """The vector of that name; users or items exchange it wherever they are, histories included."""
 
 
 def signals_of(spec: FeatureSpec, sides: ItemSides | None) -> list[Signal]:
@@ -65,6 +68,7 @@ def signals_of(spec: FeatureSpec, sides: ItemSides | None) -> list[Signal]:
         numbers[name] = (*numbers.get(name, ()), place)
     signals += [Signal(name, dense=places) for name, places in numbers.items()]
     signals += [Signal(feature.name, in_lists=spec.list_places[feature.name]) for feature in spec.lists]
+    signals += [Signal(vector.name, is_vector=True) for vector in spec.vectors]
     signals += [Signal(f"{scenario}_history", history=place) for place, scenario in enumerate(spec.scenarios)]
     return [*signals, Signal("sides of the events", is_sides=True)] if sides and sides.names else signals
 
@@ -157,6 +161,9 @@ def _drops(rows: UsrBatch, signals: Sequence[Signal], scorer: _Scorer) -> dict[s
         generator = np.random.default_rng(SEED)  # the same exchange for each, so that another signal changes none
         if signal.is_sides:
             permuted_N = scorer(rows, _permuted_sides(scorer.tables.sides, generator))
+        elif signal.is_vector:
+            with _permuted_vectors(scorer.tables, signal.name, generator):
+                permuted_N = scorer(rows)
         else:
             permuted_N = scorer(_permuted(rows, signal, generator.permutation(len(rows))))
         gap = paired_auc_gap(labels_N, whole_N[None], permuted_N[None], users_N)
@@ -189,6 +196,19 @@ def _permuted_sides(sides: ItemSides | None, generator: np.random.Generator) -> 
     order_N = np.arange(len(sides.ids_NC))
     order_N[FIRST_ID:] = generator.permutation(order_N[FIRST_ID:])
     return replace(sides, ids_NC=sides.ids_NC[torch.from_numpy(order_N).to(sides.ids_NC.device)])
+
+
+@contextlib.contextmanager
+def _permuted_vectors(tables: RowSource, name: str, generator: np.random.Generator) -> Iterator[None]:
+    """Inside the block every user or item has the vector of another; padding and unknown keep theirs."""
+    own = tables.vectors
+    order_N = np.arange(len(own[name]))
+    order_N[FIRST_ID:] = generator.permutation(order_N[FIRST_ID:])
+    tables.vectors = {**own, name: own[name][torch.from_numpy(order_N).to(own[name].device)]}
+    try:
+        yield
+    finally:
+        tables.vectors = own
 
 
 @dataclass(frozen=True, slots=True)

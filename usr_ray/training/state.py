@@ -22,7 +22,14 @@ from usr_ray.model.wide import WEIGHTS as WEIGHTS_OF_WIDE
 from usr_ray.schema import FeatureSpec
 from usr_ray.training.average import DENSE, DenseAverage
 from usr_ray.training.checkpoint import Checkpoint, CheckpointError
-from usr_ray.training.embeddings import SIDES, Embeddings, ReplicatedEmbeddings, check_shapes, load_sides
+from usr_ray.training.embeddings import (
+    SIDES,
+    Embeddings,
+    ReplicatedEmbeddings,
+    check_shapes,
+    load_sides,
+    load_vectors,
+)
 from usr_ray.training.optimizers import DenseAdamW, rate_scale, replica_hash
 from usr_ray.training.warm_start import find_checkpoint, warm_start_refusal
 from usr_ray.training.worker import Worker
@@ -72,7 +79,9 @@ class TrainState:
         torch.manual_seed(config.train.seed)
         self.module = UsrModel(manifest.spec, config.model, config.features.crosses)
         """The dense part itself: what is saved, exported and evaluated."""
-        self.tables = build_embeddings(manifest.spec, config, worker, load_sides(manifest, config.model))
+        self.tables = build_embeddings(
+            manifest.spec, config, worker, load_sides(manifest, config.model), load_vectors(manifest)
+        )
         """The embedding tables with their optimiser."""
         compiled = torch.compile(self.module) if config.train.compile else self.module
         self.model = worker.wrap_model(compiled)  # type: ignore[arg-type]
@@ -232,7 +241,13 @@ class TrainState:
             self.tables.load_rows(name, first, worker.broadcast(rows))
 
 
-def build_embeddings(spec: FeatureSpec, config: Config, worker: Worker, sides: ItemSides | None = None) -> Embeddings:
+def build_embeddings(
+    spec: FeatureSpec,
+    config: Config,
+    worker: Worker,
+    sides: ItemSides | None = None,
+    vectors: Mapping[str, Tensor] | None = None,
+) -> Embeddings:
     """The tables of a run, by `train.embedding_strategy`. One worker's share is everything: then both are replicated.
 
     Raises:
@@ -246,8 +261,8 @@ def build_embeddings(spec: FeatureSpec, config: Config, worker: Worker, sides: I
                 "train.embedding_strategy 'sharded' needs TorchRec and FBGEMM, which cannot be loaded "
                 f"({str(error).splitlines()[0]}); install the extra [sharded] (docs/embeddings.md) or set 'replicated'"
             ) from error
-        return ShardedEmbeddings(spec, config, worker, sides)
-    return ReplicatedEmbeddings(spec, config, worker, sides)
+        return ShardedEmbeddings(spec, config, worker, sides, vectors)
+    return ReplicatedEmbeddings(spec, config, worker, sides, vectors)
 
 
 def refusal(checkpoint: Checkpoint, config: Config, manifest: Manifest, order: str) -> str | None:

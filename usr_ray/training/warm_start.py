@@ -11,7 +11,7 @@ from usr_ray.config import Config, ModelConfig, UserError, first_difference
 from usr_ray.config.fields import complete
 from usr_ray.data.lineage import built_with, difference
 from usr_ray.data.manifest import Manifest
-from usr_ray.model.unique import event_sides
+from usr_ray.model.unique import event_sides, event_vectors
 from usr_ray.schema import FeatureSpec
 from usr_ray.training.checkpoint import STATE, Checkpoint, CheckpointError, CheckpointStore
 
@@ -86,12 +86,12 @@ def warm_start_refusal(
                 f"table; {_WAY_OUT}"
             )
     # What counts is what the events carried, however it was said.
-    carried = event_sides(old, trained_with.model)
-    wanted = event_sides(manifest.spec, config.model)
+    carried = (*event_sides(old, trained_with.model), *event_vectors(old, trained_with.model))
+    wanted = (*event_sides(manifest.spec, config.model), *event_vectors(manifest.spec, config.model))
     if carried != wanted:
         return (
             f"train.warm_start {path}: its history events carry {', '.join(carried) or 'none'} of the item's "
-            f"categories, this run's {', '.join(wanted) or 'none'}; set model.event_sides to "
+            f"categories and vectors, this run's {', '.join(wanted) or 'none'}; set model.event_sides to "
             f"{str(bool(carried)).lower()}, or {_WAY_OUT}"
         )
     keys = ["model", "features.crosses", *(["train.embedding_optimizer"] if config.train.warm_start_optimizer else [])]

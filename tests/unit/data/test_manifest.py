@@ -21,15 +21,14 @@ from tests.unit.samples_table import FIRST_DATE, HOUR_US, samples_arrow, samples
 from usr_ray.config import DAY_US, UserError
 from usr_ray.data.manifest import (
     DataError,
-    DataFile,
     Manifest,
-    RowGroup,
     build_manifest,
     make_manifest,
     open_filesystem,
     read_footer,
 )
 from usr_ray.data.mature import labels_close_us, usable_row_groups
+from usr_ray.data.parts import DataFile, RowGroup
 from usr_ray.runs.evaluations import dates_of
 from usr_ray.schema import FEATURE_SPEC_PROPERTY
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.unit.random_batches import NO_CL, PLAIN, make_batch, make_config, make_spec, make_tables, rows
+from tests.unit.random_batches import NO_CL, PLAIN, VECTORS, make_batch, make_config, make_spec, make_tables, rows
 from tests.unit.slow_usr import SlowUsr
 from usr_ray.config import BACKBONES, ConfigError, ModelConfig
 from usr_ray.data.batch import UsrBatch, UsrOutputs
 from usr_ray.model.embedding import EmbeddingTables, Lookup
 from usr_ray.model.usr import UsrModel
-from usr_ray.schema import FeatureSpec
+from usr_ray.schema import FeatureSpec, VectorFeature
 from usr_ray.training.loss import row_counts, usr_loss
 
 pytestmark = pytest.mark.unit
@@ -49,7 +49,8 @@ def as_double(value: UsrBatch | Lookup) -> UsrBatch | Lookup:
     if isinstance(value, UsrBatch):
         return value.map(lambda t: t.double() if t.is_floating_point() else t)
     tables = {n: dataclasses.replace(t, rows_UD=t.rows_UD.detach().double()) for n, t in value.tables.items()}
-    return dataclasses.replace(value, tables=tables)
+    vectors = {name: rows_UP.double() for name, rows_UP in value.vectors.items()}
+    return dataclasses.replace(value, tables=tables, vectors=vectors)
 
 
 class Recorder(nn.Module):
@@ -66,11 +67,23 @@ class Recorder(nn.Module):
 
 @pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
 @pytest.mark.parametrize(
-    ("num_scenarios", "sides"), [(1, ()), (2, ()), (3, ()), (2, ("brand",)), (3, ("brand", "kind"))]
+    ("num_scenarios", "sides", "vectors"),
+    [
+        (1, (), ()),
+        (2, (), ()),
+        (3, (), ()),
+        (2, ("brand",), ()),
+        (3, ("brand", "kind"), ()),
+        (2, (), VECTORS),
+        (3, ("brand",), VECTORS[:2]),
+    ],
 )
-def test_heads_are_given_what_the_formulas_say(switches: dict, num_scenarios: int, sides: tuple[str, ...]) -> None:
+def test_heads_are_given_what_the_formulas_say(
+    switches: dict, num_scenarios: int, sides: tuple[str, ...], vectors: tuple[VectorFeature, ...]
+) -> None:
     queries = ("search", "feed") if num_scenarios == 3 else ("search",)
-    spec, config = make_spec(num_scenarios, query_scenarios=queries, sides=sides), make_config(**switches)
+    spec = make_spec(num_scenarios, query_scenarios=queries, sides=sides, vectors=vectors)
+    config = make_config(**switches)
     model, tables = build(spec, config)
     model.double().eval()
     batch = as_double(make_batch(spec))

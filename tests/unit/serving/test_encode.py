@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,8 +19,10 @@ from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
 from usr_ray.config import UserError
 from usr_ray.data.events import COLUMNS
 from usr_ray.data.manifest import build_manifest
+from usr_ray.schema import DenseFeature, SparseFeature
 from usr_ray.serving.encode import EncodeError, Encoder, Profile, UserEvents, ValueIndex, category_text, scaled
 from usr_ray.serving.ranker import MAX_CANDIDATES, Ranker, RequestError
+from usr_ray.serving.replay import _unscaled
 from usr_ray.serving.stores import ItemTable, StoreError, UserStore, instant_after, write_items, write_users
 from usr_ray.serving.versions import (
     Pointer,
@@ -105,11 +108,37 @@ def test_tags_and_terms_of_a_request(tmp_path):
 
 
 def test_numbers_are_scaled_as_the_etl_does():
+    log = DenseFeature(name="n", column="n_scaled", owner="item")
+    plain = replace(log, scale="none")
     expected = [np.log1p(9.0), -np.log1p(3.5), 0, 0, 0, 0]
     values = [9, -3.5, 0.0, None, np.nan, np.inf]
-    assert scaled(values, ["log1p"] * 6).tolist() == np.array(expected, np.float32).tolist()
-    assert scaled(values, ["none"] * 6).tolist() == [9, -3.5, 0, 0, 0, 0]
-    assert scaled([9, 9], ["none", "log1p"]).tolist() == [9, float(np.float32(np.log1p(9)))]
+    assert scaled(values, [log] * 6).tolist() == np.array(expected, np.float32).tolist()
+    assert scaled(values, [plain] * 6).tolist() == [9, -3.5, 0, 0, 0, 0]
+    assert scaled([9, 9], [plain, log]).tolist() == [9, float(np.float32(np.log1p(9)))]
+    assert scaled([], []).tolist() == []
+
+
+def test_numbers_in_buckets_are_categories_of_a_request(encoder):
+    priced = SparseFeature(name="cost", column="cost_index", num_embeddings=5, owner="item", edges=(1.5, 4.0))
+    encoder = Encoder(replace(encoder.spec, sparse=(*encoder.spec.sparse, priced)), {}, None)
+    assert [encoder.profile("item", {"cost": v}).ids.tolist() for v in (None, 1, 1.5, 3, 4.0)] == [
+        [0, 1],
+        [0, 2],
+        [0, 3],
+        [0, 3],
+        [0, 4],
+    ]
+    assert encoder.profile("item", {}).ids.tolist() == encoder.nothing("item").ids.tolist() == [0, 1]
+    with pytest.raises(EncodeError, match="cost: is str; a number or null is needed"):
+        encoder.profile("item", {"cost": "4"})
+
+
+@pytest.mark.parametrize("scale", ["log1p", "none", "standard"])
+def test_a_replay_finds_a_value_of_a_scaled_number_again(scale):
+    feature = DenseFeature(name="n", column="n_scaled", owner="context", scale=scale, mean=1234.5, deviation=0.37)
+    columns = scaled([0.0, 1200.0, 1234.5, -7.25, 1e6], [feature] * 5)
+    again = [_unscaled(float(column), feature) for column in columns]
+    assert scaled(again, [feature] * 5).tolist() == columns.tolist()
 
 
 def test_categories_are_texts():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import functools
 import math
+import shutil
 from dataclasses import replace
 
 import pyarrow as pa
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from tests.unit.export_runs import MODELS, NAMES, PLAIN, make_run
-from tests.unit.random_batches import make_batch, make_config, make_lists, make_spec, make_tables
+from tests.unit.random_batches import VECTORS, make_batch, make_config, make_lists, make_spec, make_tables
 from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
 from usr_ray.data.manifest import build_manifest
 from usr_ray.data.reader import Reading, SampleReader
@@ -148,6 +149,32 @@ def test_the_first_order_part_is_served(lake, tmp_path, is_plain):
     for runtime in ("torch", "onnx"):
         found = ExportedModel(tmp_path / "export", runtime=runtime).predict(inputs)["p_ctr"]
         torch.testing.assert_close(torch.from_numpy(found), known, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("backbone", "is_plain"), MODELS, ids=NAMES)
+def test_vectors_are_served_by_every_backbone(tmp_path, backbone, is_plain):
+    """The run holds them once: when it is written, the lake is not asked again."""
+    lake = make_lake(tmp_path / "lake", vectors=VECTORS, sides=("brand",))
+    real_batches(lake)
+    run = load_run(make_run(tmp_path / "run", lake, backbone=backbone, **(PLAIN if is_plain else {})))
+    shutil.rmtree(lake)
+    assert not any("vector" in name for name in run.checkpoint.tensors if "inputs.vector_maps" not in name)
+    assert_parity(run, lake)
+    assert_a_request_equals_its_rows(run.module, run.tables, run.spec)
+    if backbone != "shared_bottom":
+        return
+    batch = real_batches(lake)[0]
+    known = both(run, batch)[0]["p_ctr"]
+    without = {name: torch.zeros_like(v_NP) for name, v_NP in run.tables.vectors.items()}
+    export_run(tmp_path / "run", tmp_path / "export", None)
+    inputs = {name: value.numpy() for name, value in padded_inputs(batch, run.spec).items()}
+    for runtime in ("torch", "onnx"):
+        found = ExportedModel(tmp_path / "export", runtime=runtime).predict(inputs)["p_ctr"]
+        torch.testing.assert_close(torch.from_numpy(found), known, rtol=0, atol=1e-5)
+    for name, zeros_NP in without.items():
+        of_all, run.tables.vectors[name] = run.tables.vectors[name], zeros_NP
+        assert not torch.allclose(both(run, batch)[0]["p_ctr"], known, atol=1e-4), name
+        run.tables.vectors[name] = of_all
 
 
 @pytest.mark.parametrize("is_plain", [False, True], ids=["USR", "plain"])

@@ -246,9 +246,7 @@ def test_events_with_sides_go_on_with_the_features_of_now_and_refuse_a_run_witho
     assert now["sides/item_id"][2:].unique().tolist() == [1]
     assert saved["sides/item_id"][2:].unique().tolist() != [1]
     assert all(torch.equal(now[name], saved[name]) for name in saved if name.startswith(("model/", "tables/")))
-    refused = (
-        r"its history events carry none of the item's categories, this run's brand; set model.event_sides to false"
-    )
+    refused = r"none of the item's categories and vectors, this run's brand; set model.event_sides to false"
     with pytest.raises(CheckpointError, match=refused):
         check_warm_start(make_config(train_warm_start=str(tmp_path / "without")), later)
     off = make_config(train_warm_start=str(tmp_path / "without"), model_event_sides=False)

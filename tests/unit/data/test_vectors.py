@@ -1,0 +1,102 @@
+"""Vectors from the lake's bytes to arrays by encoded id: by hand; what is wrong is one line. No JVM."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from deltalake import DeltaTable, write_deltalake
+
+from tests.unit.samples_table import samples_spec, write_samples
+from usr_ray.config import UserError
+from usr_ray.data.lineage import difference
+from usr_ray.data.manifest import DataError, Manifest, build_manifest
+from usr_ray.data.vectors import read_vectors
+from usr_ray.schema import SAMPLES, VectorFeature
+
+pytestmark = pytest.mark.unit
+
+TITLE = VectorFeature(name="title", owner="item", length=2, scale=4.0)
+FACE = VectorFeature(name="face", owner="user", length=3)
+SPEC = samples_spec(num_items=4, num_users=3, vectors=(FACE, TITLE))
+
+
+def halves(*numbers: float) -> bytes:
+    return np.array(numbers, "<f2").tobytes()
+
+
+def write_titles(lake: Path, ids: list[int], titles: list[bytes | None], kind: pa.DataType | None = None) -> Manifest:
+    """Vectors of items as a newer version that the samples name."""
+    rows = pa.table({"item_id_index": ids, "title": pa.array(titles, kind or pa.binary())})
+    write_deltalake(str(lake / "item_vectors"), rows, mode="overwrite", schema_mode="overwrite")
+    version = str(DeltaTable(lake / "item_vectors").version())
+    samples = DeltaTable(lake / SAMPLES)
+    samples.alter.set_table_properties({"usr_ray.item_vectors_version": version}, raise_if_not_exists=False)
+    return build_manifest(lake, dates=None)
+
+
+@pytest.fixture
+def lake(tmp_path: Path) -> Path:
+    write_samples(tmp_path / "lake", SPEC, num_rows=60, num_days=2)
+    return tmp_path / "lake"
+
+
+def test_rows_are_ids_and_the_last_column_says_who_has_none(lake: Path) -> None:
+    found = read_vectors(write_titles(lake, [5, 2, 3], [halves(1, -2), halves(0, 0), None]))
+    assert found["title"].dtype == np.float16
+    assert found["title"].tolist() == [[0, 0, 1], [0, 0, 1], [0, 0, 0], [0, 0, 1], [0, 0, 1], [1, -2, 0]]
+    assert found["face"].shape == (5, 4)
+    # samples_table: user 2 has one, 3 has none in its row, 4 one.
+    assert found["face"][:, 3].tolist() == [1, 1, 0, 1, 0]
+    assert read_vectors(build_manifest(lake, dates=None)).keys() == {"face", "title"}
+
+
+@pytest.mark.parametrize(
+    ("ids", "titles", "kind", "message"),
+    [
+        ([2], [halves(1)], None, "holds vectors of another length than 2 numbers; build any date with"),
+        ([2], [halves(1, np.nan)], None, "column title holds NaN or infinity; build any date"),
+        ([9], [halves(1, 2)], None, r"column item_id_index holds nulls or ids outside of 0\.\.5"),
+        ([2], ["1 2"], pa.string(), "column title is .*string, needed numbers of float16 as bytes"),
+    ],
+)
+def test_bytes_that_are_no_such_vectors_are_refused(
+    lake: Path, ids: list[int], titles: list, kind: pa.DataType | None, message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        read_vectors(write_titles(lake, ids, titles, kind))
+
+
+def test_a_manifest_holds_the_files_of_the_version_and_its_hash_covers_them(lake: Path, tmp_path: Path) -> None:
+    before = build_manifest(lake, dates=None)
+    after = write_titles(lake, [2], [halves(1, 2)])
+    assert before.user_vectors == after.user_vectors
+    assert before.item_vectors != after.item_vectors
+    assert before.sha256 != after.sha256
+    after.save(tmp_path / "m.json")
+    assert Manifest.load(tmp_path / "m.json") == after
+    raw = json.loads((tmp_path / "m.json").read_text())
+    (tmp_path / "m.json").write_text(json.dumps({**raw, "item_vectors": []}))
+    with pytest.raises(UserError, match="its hash does not match its files"):
+        Manifest.load(tmp_path / "m.json")
+    (lake / "item_vectors" / after.item_vectors[0].path).unlink()
+    with pytest.raises(DataError, match="missing or was replaced since the manifest was built"):
+        read_vectors(after)
+    samples = DeltaTable(lake / SAMPLES)
+    samples.alter.set_table_properties({"usr_ray.item_vectors_version": ""}, raise_if_not_exists=False)
+    with pytest.raises(DataError, match=r"item_vectors_version is missing, though the feature spec names vectors; reb"):
+        build_manifest(lake, dates=None)
+
+
+def test_a_model_of_other_vectors_does_not_fit_the_table(lake: Path) -> None:
+    table = build_manifest(lake, dates=None)
+    assert difference(SPEC, "", table) is None
+    longer = replace(SPEC, vectors=(FACE, replace(TITLE, length=3)))
+    assert difference(longer, "", table) == (
+        "vectors of the samples table is face (3 over 1.0), title (2 over 4.0), but the model was trained with "
+        "face (3 over 1.0), title (3 over 4.0)"
+    )
