@@ -49,7 +49,7 @@ require-jdk:
 $(VENV)/.ready: constraints.txt setup.cfg pyproject.toml cluster/spark/install_delta_jars.py $(wildcard etl/spark_conf/*) | require-python require-jdk
 	@echo "setup: virtual environment in $(VENV) (a few minutes the first time; torch is large)"
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --constraint constraints.txt --editable '.[etl,train,serve,redis,docs,dev]' > $(VENV)/pip.log 2>&1 \
+	@$(BIN)/python -m pip install --constraint constraints.txt --editable '.[etl,train,serve,redis,grpc,docs,dev]' > $(VENV)/pip.log 2>&1 \
 	  || { tail -20 $(VENV)/pip.log >&2; echo "error: the packages of constraints.txt could not be installed (all of pip's words: $(VENV)/pip.log)" >&2; exit 2; }
 	@$(BIN)/python -m pip install --constraint constraints.txt --no-deps $(SHARDED) >> $(VENV)/pip.log 2>&1 \
 	  || echo "setup: no TorchRec for this machine (see $(VENV)/pip.log); only embedding_strategy = \"sharded\" needs it"

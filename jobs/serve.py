@@ -1,10 +1,10 @@
 """Serve the stable version of a registry over HTTP, on Ray Serve.
 
 python jobs/serve.py --registry DIR [--host 127.0.0.1] [--port 8000] [--token-file FILE] [--replicas N] [--alone]
-    [--page]
+    [--grpc-port PORT] [--page]
 
---alone serves from this process without Ray. Anything but the loopback needs a token. --page shows a page at / with
-histories of users to whoever may ask. docs/serving.md has the paths.
+--alone serves from this process without Ray, with --grpc-port over gRPC too. Anything but the loopback needs a token.
+--page shows a page at / with histories of users to whoever may ask. docs/serving.md has the paths.
 """
 
 from __future__ import annotations
@@ -63,9 +63,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workers", type=count, default=2, help="requests that a replica computes at once")
     parser.add_argument("--max-queued", type=count, default=32, help="requests that a replica takes before it says 429")
     parser.add_argument("--alone", action="store_true", help="one process, without Ray")
+    parser.add_argument("--grpc-port", type=count, metavar="PORT", help="of gRPC; with --alone only")
     parser.add_argument("--page", action="store_true", help="a page at /; it shows what users have done")
     arguments = parser.parse_args(argv)
     token = read_token(arguments.token_file, arguments.host)
+    if arguments.grpc_port is not None and not arguments.alone:
+        raise UserError("--grpc-port: is served by one process without Ray; add --alone, or leave it out")
     cluster = prepare_environment(dashboard=False)
     from usr_ray.serving.app import make_app, serve_on_ray  # imports Ray, which reads the environment
     from usr_ray.serving.service import Service, Settings
@@ -81,8 +84,16 @@ def main(argv: list[str]) -> None:
         import uvicorn
 
         service = Service(settings)
+        grpc_server = None
+        if arguments.grpc_port is not None:
+            from usr_ray.serving.grpc_service import GrpcServer
+
+            grpc_server = GrpcServer(service, token, host=arguments.host, port=arguments.grpc_port)
+            print(f"serving gRPC at {arguments.host}:{grpc_server.port}", flush=True)
         print(f"serving at http://{arguments.host}:{arguments.port}", flush=True)
         uvicorn.run(make_app(service, token), host=arguments.host, port=arguments.port, log_level="warning")
+        if grpc_server is not None:
+            grpc_server.close()
         service.close()
         return
     serve_on_ray(

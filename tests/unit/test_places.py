@@ -65,6 +65,7 @@ NO_PLACES = {
     "--canary",
     "--shadow",
     "--users",
+    "--grpc-port",
     "--set",
     "--dates",
     "--allow-missing-dates",

@@ -1,0 +1,243 @@
+"""gRPC beside HTTP: one service, the same requests, the same answers and refusals."""
+
+from __future__ import annotations
+
+import re
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+
+from jobs.serve import main as serve_job
+from tests.unit.samples_table import samples_spec
+from usr_ray.config import UserError
+from usr_ray.serving import grpc_service
+from usr_ray.serving.app import make_app
+from usr_ray.serving.encode import Encoder, Profile, UserEvents
+from usr_ray.serving.grpc_service import RANKING, GrpcServer, body_of, message_classes
+from usr_ray.serving.ranker import Ranker
+from usr_ray.serving.service import Service, Settings
+from usr_ray.serving.stores import ItemTable, UserStore, put_items, put_users
+from usr_ray.serving.versions import move_pointer
+
+grpc = pytest.importorskip("grpc", reason="the package grpcio is not installed: pip install 'usr-ray[grpc]'")
+json_format = pytest.importorskip("google.protobuf.json_format")
+pytestmark = pytest.mark.unit
+NOW_US = 1_767_225_600_000_000
+TOKEN = "secret"
+ANSWERS = {"Score": "RankAnswer", "Rank": "RankAnswer", "Events": "EventsAnswer", "Model": "Struct"}
+PATHS = {"Score": "/v1/score", "Rank": "/v1/rank", "Events": "/v1/events"}
+GOOD = {
+    "scenario": "search",
+    "user_id": "u1",
+    "candidates": [{"id": "v1"}, {"id": "v2"}],
+    "time": "2026-01-02T00:00:00Z",
+}
+CODES = {422: "INVALID_ARGUMENT", 429: "RESOURCE_EXHAUSTED", 401: "UNAUTHENTICATED", 503: "UNAVAILABLE"}
+
+
+class Program:
+    """Probabilities that item, brand, price and user have their part in, in float32 as a program has them."""
+
+    gate = threading.Event()
+    gate.set()
+
+    def predict(self, inputs):
+        assert self.gate.wait(30)
+        p = inputs["item_sparse"].sum(1) / 97 + inputs["item_dense"][:, 0] / 7 + inputs["request_sparse"].sum() / 1e4
+        return {"p_ctr": (p % 1).astype(np.float32), "p_ctcvr": (p * 3 % 1).astype(np.float32)}
+
+
+@pytest.fixture
+def service(tmp_path, monkeypatch):
+    folder, encoder = tmp_path / "versions" / "one", Encoder(samples_spec(), {}, 50)
+    folder.mkdir(parents=True)
+    put_items(folder, ["v1", "v2"], Profile(np.array([[2], [3]], np.int32), np.ones((2, 1), np.float32)), encoder)
+    put_users(folder, ["u1"], [UserEvents.none()], Profile(np.zeros((1, 0), np.int32), np.ones((1, 1), np.float32)))
+    version = {"version": "one", "model_id": "m", "rules": {"click_window": 0, "order_window": 0}, "items": 2}
+
+    def opened(folder, *, num_threads, log, deadline_s):
+        stores = ItemTable(folder), UserStore(folder, encoder)
+        ranker = Ranker(version, Program(), encoder, stores, exact_from_us=NOW_US)
+        ranker._log = log
+        return ranker
+
+    monkeypatch.setattr(Ranker, "open", opened)
+    move_pointer(tmp_path, "one")
+    service = Service(Settings(tmp_path, num_workers=1, max_queued=2, poll_s=60, max_wait_s=30))
+    yield service
+    Program.gate.set()
+    service.close()
+
+
+@pytest.fixture
+def ask(service):
+    """(method, fields, token) -> (status name, answer as a dictionary or the words of the refusal)."""
+    server = GrpcServer(service, TOKEN, host="127.0.0.1", port=0)
+    classes = message_classes()
+
+    def asked(name, fields, token=TOKEN, message=None):
+        kind = {"Events": "EventsRequest", "Model": "ModelRequest"}.get(name, "RankRequest")
+        message = json_format.ParseDict(fields, classes[kind]()) if message is None else message
+        with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            call = channel.unary_unary(
+                f"/{RANKING}/{name}",
+                request_serializer=lambda m: m.SerializeToString(),
+                response_deserializer=classes[ANSWERS[name]].FromString,
+            )
+            try:
+                found = call(message, timeout=30, metadata=(("authorization", f"Bearer {token}"),))
+            except grpc.RpcError as error:
+                asked.metadata = dict(error.trailing_metadata())
+                return error.code().name, error.details()
+        return "OK", json_format.MessageToDict(found, preserving_proto_field_name=True)
+
+    yield asked
+    server.close()
+
+
+@pytest.fixture
+def http(service):
+    client = TestClient(make_app(service, TOKEN))
+    client.headers["Authorization"] = f"Bearer {TOKEN}"
+    return client
+
+
+CLICK = {"click_id": 7, "user_id": "u1", "item_id": "v1", "event_time": "2026-01-01T00:00:00Z"}
+ASKED = [
+    ("Score", GOOD),
+    ("Rank", GOOD | {"task": "ctcvr", "k": 1, "request_id": "r"}),
+    ("Rank", GOOD | {"task": {"ctr": 1, "ctcvr": 2.5}, "query": "red shoes"}),
+    (
+        "Score",
+        GOOD | {"candidates": [{"id": "new", "features": {"brand": 7, "price": -3.5}}, {"id": "v1"}], "context": {}},
+    ),
+    ("Score", GOOD | {"candidates": [{"id": "new", "features": {"brand": True, "price": None}}]}),
+    ("Score", GOOD | {"user_id": "nobody"}),
+    ("Events", {"search_clicks": [CLICK]}),
+]
+REFUSED = [
+    ("Score", {}),
+    ("Score", GOOD | {"scenario": "cart"}),
+    ("Score", GOOD | {"user_id": ""}),
+    ("Score", GOOD | {"candidates": []}),
+    ("Score", GOOD | {"candidates": [{"features": {}}]}),
+    ("Score", GOOD | {"candidates": [{"id": "v", "features": {"prise": 3}}]}),
+    ("Score", GOOD | {"candidates": [{"id": "v", "features": {"brand": 1.5}}]}),
+    ("Score", GOOD | {"context": {"x": 1}}),
+    ("Score", GOOD | {"time": "noon"}),
+    ("Rank", GOOD | {"k": 0}),
+    ("Rank", GOOD | {"task": "cvr"}),
+    ("Rank", GOOD | {"task": [1]}),
+    ("Events", {"carts": []}),
+    ("Events", {"search_clicks": [CLICK | {"event_time": 3}]}),
+    ("Events", {}),
+]
+
+
+def fields_of(name, body):
+    return {"logs": body} if name == "Events" else body
+
+
+@pytest.mark.parametrize(("name", "body"), ASKED)
+def test_answers_are_those_of_http(ask, http, name, body):
+    wanted = http.post(PATHS[name], json=body).json()
+    if name == "Events":
+        wanted = {"accepted": 0, "known_before": 1}  # by HTTP it was posted already
+    status, found = ask(name, fields_of(name, body))
+    assert status == "OK", found
+    if name == "Events":
+        assert {key: int(value) for key, value in found.items()} == wanted
+        return
+    assert len(wanted["items"]) > 0
+    wanted["unknown"] = {key: value for key, value in wanted["unknown"].items() if value != []}
+    assert found == {key: value for key, value in wanted.items() if value is not None}
+
+
+@pytest.mark.parametrize(("name", "body"), REFUSED)
+def test_refusals_have_the_words_of_http(ask, http, name, body):
+    wanted = http.post(PATHS[name], json=body)
+    assert wanted.status_code == 422
+    assert ask(name, fields_of(name, body)) == ("INVALID_ARGUMENT", wanted.json()["error"])
+
+
+def test_the_model_is_told_alike(ask, http):
+    status, found = ask("Model", {})
+    assert status == "OK"
+    assert found == http.get("/v1/model").json()
+
+
+def test_fields_and_numbers_that_json_has_not_are_refused(ask):
+    classes = message_classes()
+    message = classes["RankRequest"].FromString(b"\xa0\x06\x01")  # field 100, a number
+    assert ask("Score", {}, message=message) == (
+        "INVALID_ARGUMENT",
+        "request: has a field that service.proto does not have",
+    )
+    message = json_format.ParseDict(GOOD, classes["RankRequest"]())
+    message.candidates[0].features["price"] = float("nan")
+    status, words = ask("Score", {}, message=message)
+    assert (status, words.startswith("request: ")) == ("INVALID_ARGUMENT", True)
+    assert "\n" not in words
+
+
+def test_an_integer_that_a_message_may_have_rounded_is_no_id(ask):
+    status, words = ask("Events", {"logs": {"search_clicks": [CLICK | {"click_id": 2**53 + 1}]}})
+    assert (status, words[:27]) == ("INVALID_ARGUMENT", "search_clicks[0].click_id: ")
+    assert ask("Events", {"logs": {"search_clicks": [CLICK | {"click_id": 2**53 - 1}]}})[0] == "OK"
+    candidate = {"id": "new", "features": {"price": 1e300}}
+    assert ask("Score", GOOD | {"candidates": [candidate]})[0] == "OK"
+
+
+def test_without_the_token_and_beyond_the_queue_nothing_is_answered(ask, service):
+    for name in ANSWERS:
+        status, words = ask(name, {}, token="other")
+        assert (status, words) == ("UNAUTHENTICATED", "authorization: Bearer and the service's token are needed")
+    Program.gate.clear()
+    body = body_of(json_format.ParseDict(GOOD, message_classes()["RankRequest"]()))
+    waiting = [service.submit(body, ranked=False) for _ in range(2)]
+    assert ask("Score", GOOD)[0] == "RESOURCE_EXHAUSTED"
+    assert ask.metadata["retry-after"] == "1"
+    Program.gate.set()
+    assert [future.result(30)[0] for future in waiting] == [200, 200]
+    assert b'requests_total{path="grpc/Score",status="429"} 1.0' in service.metrics()
+
+
+def test_a_disk_that_does_not_take_events_is_unavailable(ask, service, tmp_path):
+    (tmp_path / "file").touch()
+    service.log.folder = tmp_path / "file" / "x"
+    status, words = ask("Events", {"logs": {"search_clicks": [CLICK]}})
+    assert (status, words[:22]) == ("UNAVAILABLE", "events: cannot be kept")
+
+
+def test_the_compiled_messages_are_those_of_the_file():
+    """Held to the text, as protoc is not at hand in every place."""
+    text = Path(grpc_service.__file__).with_name("service.proto").read_text(encoding="utf-8")
+    classes = message_classes()
+    written = dict(re.findall(r"^message (\w+) \{(.*?)\}$", text, re.MULTILINE | re.DOTALL))
+    assert set(written) | {"Struct"} == set(classes)
+    for name, body in written.items():
+        fields = {f.name: f.number for f in classes[name].DESCRIPTOR.fields}
+        assert fields == {field: int(n) for field, n in re.findall(r"(\w+) = (\d+);", body)}
+        kinds = re.findall(r"^  (optional|repeated|map)\b", body, re.MULTILINE)
+        for field, kind in zip(classes[name].DESCRIPTOR.fields, kinds, strict=True):
+            assert (kind == "optional") == field.has_presence
+    rpcs = re.findall(r"rpc (\w+)\((\w+)\) returns \(([\w.]+)\)", text)
+    methods = classes["RankRequest"].DESCRIPTOR.file.services_by_name["Ranking"].methods
+    assert [(m.name, m.input_type.name, m.output_type.name) for m in methods] == [
+        (name, of, answer.rpartition(".")[2]) for name, of, answer in rpcs
+    ]
+    assert {name: answer for name, _, answer in rpcs} == {
+        n: a.replace("Struct", "google.protobuf.Struct") for n, a in ANSWERS.items()
+    }
+
+
+def test_ports_that_cannot_be_are_refused(service, tmp_path):
+    server = GrpcServer(service, None, host="127.0.0.1", port=0)
+    with pytest.raises(UserError, match=r"--grpc-port \d+: cannot be listened on; name another"):
+        GrpcServer(service, None, host="127.0.0.1", port=server.port)
+    server.close()
+    with pytest.raises(UserError, match="--grpc-port: is served by one process without Ray; add --alone"):
+        serve_job(["--registry", str(tmp_path), "--grpc-port", "18999"])
