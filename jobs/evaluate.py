@@ -57,7 +57,11 @@ def baseline_of(config: Config, lake: str, held_out: Manifest, predictions: Pred
 def comparison_of(
     run: TrainedRun, other_dir: Path, held_out: Manifest, predictions: Predictions, baseline: Predictions | None
 ) -> dict[str, Any]:
-    """Popularity, a logistic regression, another run and this one on the same rows."""
+    """Popularity, a logistic regression, another run and this one on the rows that all of them have.
+
+    Raises:
+        UserError: the two runs evaluate no row in common.
+    """
     from usr_ray.evaluation.comparison import compare, on_common_rows
     from usr_ray.reporting.run import model_name
     from usr_ray.runs.evaluations import dates_of, trained_dates

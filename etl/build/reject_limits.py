@@ -95,7 +95,10 @@ def _cause(log: EventLog, reason: str, rejected: DataFrame, events: DataFrame, c
 def _of_texts(log: EventLog, reason: str, rows: Sequence[str]) -> str:
     found = [json.loads(row) for row in rows if row]
     if reason == "malformed_line":
-        return "they have more or fewer fields than the header, or are no JSON: look at separator and quotes; "
+        return (
+            "they have more or fewer fields than the header, or a quote that does not end, or are no JSON: look at "
+            f"logs.{log.name}.separator and quote; "
+        )
     if reason == "undecodable_text":
         return f"their bytes are not the encoding: set logs.{log.name}.encoding, for example to 'windows-1252'; "
     column = reason.partition("_")[2]

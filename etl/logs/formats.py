@@ -103,8 +103,9 @@ class Formats:
             if kind == "csv":  # by position: every field has its place
                 fields = [c.name if c in once else f"{_UNREAD}{n}" for n, c in enumerate(columns)]
                 schema = T.StructType([T.StructField(name, T.StringType()) for name in (*fields, MALFORMED)])
-                raw = reader.schema(schema).csv(paths, **_csv_options(mapping.separator, charset, line_end))
+                raw = reader.schema(schema).csv(paths, **_csv_options(mapping, charset, line_end))
                 raw = _without_carriage_returns(raw, fields) if line_end else raw
+                raw = _with_runaway_quotes(raw, fields, mapping.quote) if mapping.quote else raw
             else:
                 schema = T.StructType([T.StructField(column.name, column.read_as) for column in once])
                 raw = reader.schema(schema).parquet(*paths)
@@ -128,7 +129,7 @@ class Formats:
         return known
 
     def _learned(self, log: str, kind: str, files: Sequence[str], mapping: LogConfig) -> list[Layout | None]:
-        place = (kind, mapping.separator, mapping.encoding) if kind == "csv" else (kind,)
+        place = (kind, mapping.separator, mapping.quote, mapping.encoding) if kind == "csv" else (kind,)
 
         def learn(file: str) -> Layout | None:
             key = (file, *place)
@@ -185,7 +186,8 @@ class Formats:
             if "\n" in text or "\r" in text:
                 break
         try:
-            rows = csv.reader(io.StringIO(text, newline=""), delimiter=mapping.separator)
+            quoting: Any = {"quotechar": mapping.quote} if mapping.quote else {"quoting": csv.QUOTE_NONE}
+            rows = csv.reader(io.StringIO(text, newline=""), delimiter=mapping.separator, **quoting)
             row = next((row for row in rows if row), None)
         except csv.Error as error:
             raise DataCheckError(f"log {log}: cannot be read as CSV: {file}: {error}; write it again") from error
@@ -278,15 +280,16 @@ def _once(columns: Columns) -> Columns:
     return tuple(column for column in columns if plain(column.name) and counts[plain(column.name)] == 1)
 
 
-def _csv_options(separator: str, charset: str, line_end: str) -> dict[str, Any]:
+def _csv_options(mapping: LogConfig, charset: str, line_end: str) -> dict[str, Any]:
     # RFC 4180: quotes are doubled, and a quoted field may hold line breaks and be of any length.
     # Left alone, Spark takes the end of the header for that of all lines: a file of both kinds, as where a header was
     # put before an export, would keep carriage returns in its last column, or two lines would be one.
     return ({"lineSep": line_end} if line_end else {}) | {
         "header": True,
-        "sep": separator,
+        "sep": mapping.separator,
         "encoding": charset,
-        "escape": '"',
+        "quote": mapping.quote,
+        "escape": mapping.quote or '"',
         "multiLine": True,
         "maxCharsPerColumn": -1,
         "columnNameOfCorruptRecord": MALFORMED,
@@ -299,6 +302,19 @@ def _without_carriage_returns(raw: DataFrame, fields: Sequence[str]) -> DataFram
     end = F.when(last != "\r", F.regexp_replace(last, r"\r\z", ""))
     lines = raw.filter(F.coalesce(own(fields[0]) != "\r", F.lit(True))) if len(fields) > 1 else raw
     return lines.withColumn(fields[-1], end)
+
+
+def _with_runaway_quotes(raw: DataFrame, fields: Sequence[str], quote: str) -> DataFrame:
+    """Rows in which a quote that was none ran on to the next one, lines later, are malformed.
+
+    As in `a,"red,1`, where red with a quote before it was written as it was: the field ends at the next field with a
+    quote, and the lines between are in it. Spark leaves the first quote in such a field.
+    """
+    # One text for the parser: calls on columns, a few for each of many, are slow.
+    names = ["`" + field.replace("`", "``") + "`" for field in fields]
+    first = f"chr({ord(quote)})"
+    tests = " ".join(f"WHEN startswith({name}, {first}) AND contains({name}, chr(10)) THEN {name}" for name in names)
+    return raw.withColumn(MALFORMED, F.expr(f"coalesce(`{MALFORMED}`, CASE {tests} END)"))
 
 
 def _cast(raw: DataFrame, columns: Columns, names: Mapping[str, str], kinds: Mapping[str, T.DataType]) -> DataFrame:

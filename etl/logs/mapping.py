@@ -83,7 +83,10 @@ def map_columns(raw: DataFrame, log: str, mapping: LogConfig) -> DataFrame:
                 f"log {log}: logs.{log}.split names '{name}', which is not there; there are: "
                 f"{', '.join([*mapping.columns, *names_of(raw)])}; name one of those"
             )
-        values = F.split(text.cast("string"), re.escape(separator), -1)
+        whole = text.cast("string")
+        # A log of JSON lines with lists in some rows and texts in others has its lists as JSON.
+        in_json = F.when(whole.rlike(r"^\s*\["), F.from_json(whole, "array<string>"))
+        values = F.coalesce(in_json, F.split(whole, re.escape(separator), -1))
         targets[name] = _without(values, T.ArrayType(T.StringType()), mapping.null_values)
     targets |= {name: F.lit(value) for name, value in mapping.constants.items()}
     # Spark's names ignore case: an own column of a target's name, however written, would make it ambiguous.

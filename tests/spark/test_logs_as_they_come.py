@@ -325,6 +325,34 @@ def test_lines_may_end_in_one_way_or_the_other(spark: SparkSession, tmp_path: Pa
     ]
 
 
+def test_a_stray_quote_takes_no_lines_away_without_a_word(spark: SparkSession, tmp_path: Path) -> None:
+    lines = [
+        "item_id,colour,price",
+        'a,"red,1',
+        "b,blue,2",
+        'c,"green",3',
+        'd,5" wide,4',
+        'e,"5"" ""x""",5',
+        'f,"two\nl",6',
+    ]
+    (tmp_path / "items.csv").write_text("\n".join([*lines, ""]))
+
+    def read(quote: str) -> list[tuple[Any, ...]]:
+        folder = LogFolder(spark, str(tmp_path), {"items": LogConfig(path="items.csv", quote=quote)})
+        rows = read_features(folder, "items", "item_id", ["colour"], ["price"]).orderBy("item_id").collect()
+        return [(row["item_id"], row["colour"], row[REASON]) for row in rows]
+
+    rest = [("d", '5" wide', None), ("e", '5" "x"', None), ("f", "two\nl", None)]
+    assert read('"') == [("a", '"red,1\nb,blue,2\nc,"green"', "malformed_line"), *rest]
+    assert [row for row in read("") if row[2] is None] == [
+        ("a", '"red', None),
+        ("b", "blue", None),
+        ("c", '"green"', None),
+        ("d", '5" wide', None),
+        ("e", '"5"" ""x"""', None),
+    ]
+
+
 def test_positions_and_numbers_that_cannot_be_read_are_rejected(spark: SparkSession, tmp_path: Path) -> None:
     positions = {"3": 3, "3.0": 3, " 4 ": 4, "-1": -1, "": None, "NaN": None}  # pandas writes the second and the last
     numbers = {"1.5": 1.5, "": None, "nan": None, "-2e1": -20.0, " 7 ": 7.0, ".5": 0.5}

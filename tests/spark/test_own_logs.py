@@ -129,6 +129,9 @@ def test_values_that_stand_for_none_are_null_in_columns_of_any_type(spark: Spark
     assert null == (None, 1, 2**53 + 1, -1.5, None, None, None)
     assert (*ten[:3], *ten[4:]) == ("-10", None, None, [], None, day)
     assert math.isnan(ten[3])
+    texts = [('["a", "b|c"]',), ("a|[b]",), ("[no list|x",), ("[]",), (None,)]
+    split = map_columns(spark.createDataFrame(texts, "tags string"), "items", LogConfig(split={"tags": "|"}))
+    assert [row[0] for row in split.collect()] == [["a", "b|c"], ["a", "[b]"], ["[no list", "x"], [], None]
 
 
 def frame(spark: SparkSession, kind: str, *values: Any) -> DataFrame:

@@ -56,6 +56,8 @@ class LogConfig:
     """'parquet', 'delta', 'csv' or 'json' (one object a line); empty: what the file names end with."""
     separator: str = ","
     """Between the fields of a CSV line."""
+    quote: str = '"'
+    """Round a CSV field that holds separators, line breaks or quotes (doubled); '': a quote is a letter like others."""
     encoding: str = "UTF-8"
     """Of CSV and JSON lines: 'UTF-8', 'ISO-8859-1', 'windows-1252' or another."""
     columns: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
@@ -77,6 +79,7 @@ class LogConfig:
 
     def check(self, where: str) -> None:
         """Raise ConfigError, naming `where`, unless every value can be used."""
+        require(len(self.quote) <= 1, f"{where}.quote must be one character, or '' for none, got {self.quote!r}")
         require(len(self.separator) == 1, f"{where}.separator must be one character, got {self.separator!r}")
         require(
             _is_encoding(self.encoding),

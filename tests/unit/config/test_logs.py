@@ -48,11 +48,12 @@ def test_every_scenario_has_its_logs() -> None:
         ("logs.serch_clicks.path=x", "unknown log 'logs.serch_clicks'; with these scenarios there can be: search_impr"),
         (
             "logs.orders.colums={a='b'}",
-            "unknown key 'logs.orders.colums'; logs.orders has: path, format, separator, enc",
+            "unknown key 'logs.orders.colums'; logs.orders has: path, format, separator, quote, enc",
         ),
         ("logs.orders.format=xlsx", "logs.orders.format must be '', 'parquet', 'delta', 'csv' or 'json', got 'xlsx'"),
         ("logs.orders.encoding=latin-99", "logs.orders.encoding 'latin-99' is unknown; write it as 'UTF-8' or 'ISO-8"),
         ("logs.orders.separator=';;'", "logs.orders.separator must be one character, got ';;'"),
+        ("logs.orders.quote=none", "logs.orders.quote must be one character, or '' for none, got 'none'"),
         (
             "logs.orders.time_format=seconds",
             "logs.orders.time_format must be 'iso', 's', 'ms', 'us', 'ns' or a pattern",
