@@ -310,11 +310,8 @@ def _with_runaway_quotes(raw: DataFrame, fields: Sequence[str], quote: str) -> D
     As in `a,"red,1`, where red with a quote before it was written as it was: the field ends at the next field with a
     quote, and the lines between are in it. Spark leaves the first quote in such a field.
     """
-    # One text for the parser: calls on columns, a few for each of many, are slow.
-    names = ["`" + field.replace("`", "``") + "`" for field in fields]
-    first = f"chr({ord(quote)})"
-    tests = " ".join(f"WHEN startswith({name}, {first}) AND contains({name}, chr(10)) THEN {name}" for name in names)
-    return raw.withColumn(MALFORMED, F.expr(f"coalesce(`{MALFORMED}`, CASE {tests} END)"))
+    ran_on = F.filter(F.array(*map(own, fields)), lambda field: field.startswith(quote) & field.contains("\n"))
+    return raw.withColumn(MALFORMED, F.coalesce(own(MALFORMED), F.get(ran_on, F.lit(0))))
 
 
 def _cast(raw: DataFrame, columns: Columns, names: Mapping[str, str], kinds: Mapping[str, T.DataType]) -> DataFrame:
