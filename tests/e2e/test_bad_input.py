@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.e2e.conftest import Run
-from tests.unit.samples_table import samples_spec, write_samples
 
 pytestmark = pytest.mark.e2e
 
@@ -64,15 +63,4 @@ def test_an_unknown_config_key(run: Run, tmp_path: Path, job: str, flags: tuple[
     line = refused(run, lake, sys.executable, f"jobs/{job}.py", *words, lake, "--set", "train.learning_rat=1")
     assert "unknown key 'train.learning_rat'" in line
     assert "learning_rate" in line
-    assert not run_dir.exists()
-
-
-def test_a_table_without_mature_rows(run: Run, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    write_samples(tmp_path / "lake", samples_spec(label_delay_us=10**15), num_rows=200, num_days=4)
-    done = run(sys.executable, "jobs/train.py", "--config", SMOKE, "--lake", tmp_path / "lake", "--run-dir", run_dir)
-    lines = error_lines(done.stderr)
-    assert done.returncode == 2, done.stderr[-2000:]
-    assert len(lines) == 1
-    assert "mature" in lines[0]
     assert not run_dir.exists()

@@ -17,8 +17,7 @@ pytestmark = pytest.mark.e2e
 SMALL = (
     "train.global_batch_size=128",
     "train.num_epochs=4",
-    "ray.num_workers=1",
-    "ray.dashboard=false",
+    "ray.num_workers=0",
     "data.eval_dates=",
     "data.train_dates=2026-01-01",
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-import sys
+import os
 from pathlib import Path
 
 import deltalake
@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from tests.e2e.conftest import Run
+from jobs import export, train
+from usr_ray.cli import run_job
 from usr_ray.config import load_config, parse_dates
 from usr_ray.data.manifest import build_manifest
 from usr_ray.data.reader import Reading, SampleReader
@@ -127,11 +128,15 @@ def test_the_report_is_one_file_without_network(smoke: Path) -> None:
         assert load not in page
 
 
-def test_a_finished_run_says_so_and_keeps_its_result(smoke: Path, run: Run) -> None:
+def test_a_finished_run_says_so_and_keeps_its_result(
+    smoke: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert not list((smoke / "lake" / "pins").iterdir()), "it has taken back its pin"
     before = (smoke / "run" / "metrics.json").read_text()
-    done = run(sys.executable, "jobs/train.py", "--config", SMOKE, "--lake", smoke / "lake", "--run-dir", smoke / "run")
-    assert done.returncode == 0, done.stderr[-2000:]
+    monkeypatch.setattr(os, "environ", {**os.environ})  # the job prepares it for Ray
+    words = ["--config", SMOKE, "--lake", smoke / "lake", "--run-dir", smoke / "run"]
+    assert run_job(train.main, [str(word) for word in words]) == 0
+    assert "this run is finished" in capsys.readouterr().out
     assert (smoke / "run" / "metrics.json").read_text() == before
 
 
@@ -153,18 +158,9 @@ def test_auc_lies_below_the_truth(smoke: Path) -> None:
     assert 0.5 < split["all"]["ctr"]["auc"] < oracle + 0.01
 
 
-def test_the_demo_served_equals_the_demo_evaluated(smoke: Path, run: Run, tmp_path: Path) -> None:
-    done = run(
-        sys.executable,
-        "jobs/export.py",
-        "--run-dir",
-        smoke / "run",
-        "--lake",
-        smoke / "lake",
-        "--output",
-        tmp_path / "out",
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_the_demo_served_equals_the_demo_evaluated(smoke: Path, tmp_path: Path) -> None:
+    words = ["--run-dir", smoke / "run", "--lake", smoke / "lake", "--output", tmp_path / "out"]
+    assert run_job(export.main, [str(word) for word in words]) == 0
     spec = FeatureSpec.from_json((tmp_path / "out" / "feature_spec.json").read_text())
     predictions, _, about = read_predictions(smoke / "run" / "predictions.parquet", spec.scenarios)
     dates = parse_dates(about["dates"], where="dates")

@@ -21,6 +21,7 @@ from tests.unit.export_runs import MODELS, NAMES, PLAIN, make_run
 from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
 from tests.unit.serving.test_export_model import vocabulary
 from usr_ray.cli import run_job
+from usr_ray.config import BACKBONES
 from usr_ray.data.manifest import build_manifest
 from usr_ray.data.reader import Reading, SampleReader
 from usr_ray.schema import FeatureSpec
@@ -55,11 +56,30 @@ def arrays(batch, spec):
     return {name: value.numpy() for name, value in padded_inputs(batch, spec).items()}
 
 
-# Round each backbone USR; a plain one of its own once, the others of them are slow.
+# All programs of the first backbone, with USR round it and alone; those of the others are slow, for the request's
+# program (the test below) has every operation of a backbone, and tests/unit/serving has the model that is exported.
 CASES = [
-    pytest.param(*model, id=name, marks=[pytest.mark.slow] if model[1] and model[0] != "shared_bottom" else [])
+    pytest.param(*model, id=name, marks=[] if model[0] == "shared_bottom" else [pytest.mark.slow])
     for model, name in zip(MODELS, NAMES, strict=True)
 ]
+
+
+@pytest.mark.parametrize("backbone", [name for name in BACKBONES if name != "shared_bottom"])
+def test_a_request_of_every_backbone_is_answered_as_the_training_model_answers(lake, tmp_path, backbone):
+    run_dir = make_run(tmp_path / "run", lake, backbone=backbone)
+    export_run(run_dir, tmp_path / "out", lake, requests_only=True)
+    run = load_run(run_dir)
+    model = ExportedModel(tmp_path / "out", per_request=True)
+    for row in (0, 17):
+        batch = one_request(next(batches(lake)), run.spec, row)
+        with torch.inference_mode():
+            expected = training_probabilities(run.module(batch, run.tables.lookup(batch)))
+        inputs = request_inputs(padded_inputs(batch, run.spec), run.spec)
+        found = model.predict({name: value.numpy() for name, value in inputs.items()})
+        assert list(found) == list(expected)
+        for name, value in expected.items():
+            assert value.std() > 1e-4
+            np.testing.assert_allclose(found[name], value.numpy(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("backbone", "is_plain"), CASES)

@@ -13,7 +13,7 @@ import pytest
 from deltalake import DeltaTable
 
 from jobs import score as job
-from tests.e2e.conftest import ROOT, Run
+from tests.e2e.conftest import ROOT, Usr
 from tests.unit.export_runs import make_run
 from tests.unit.samples_table import samples_spec, write_samples
 from usr_ray.cli import run_job
@@ -24,15 +24,16 @@ from usr_ray.evaluation.files import read_predictions
 pytestmark = pytest.mark.e2e
 
 NUM_ROWS = 400
+MOMENTS = {"half-way": 2, "before the commit": 2, "after the commit": 1}
+"""When the job is killed -> dates that are left."""
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 from jobs import score as job
 from usr_ray.serving import score
-from usr_ray.serving import score
 from usr_ray.cli import run_job
 
-moment = sys.argv.pop(1)
+output = sys.argv[-1]
 plain, num_dates = score.score_rows, 0
 
 def die():
@@ -55,7 +56,12 @@ def write_date(table, date, batches, plain=score.ScoreTable.write_date):
 
 score.score_rows = score_rows
 score.ScoreTable.write_date = write_date
-sys.exit(run_job(job.main))
+# A process each, forked off one that has imported everything and started no thread.
+for moment in {moments!r}:
+    child = os.fork()
+    if child == 0:
+        os._exit(run_job(job.main, [*sys.argv[1:-1], os.path.join(output, moment)]))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -76,24 +82,31 @@ def command(run_dir: Path, lake: Path, output: Path) -> list[str]:
     return ["--run-dir", str(run_dir), "--lake", str(lake), *dates, "--output", str(output)]
 
 
-@pytest.mark.parametrize(("moment", "num_left"), [("half-way", 2), ("before the commit", 2), ("after the commit", 1)])
-def test_a_killed_job_goes_on_without_doubled_or_missing_rows(lake, run_dir, tmp_path, capsys, moment, num_left):
-    output = tmp_path / "scores"
-    words = command(run_dir, lake, output)
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED.format(root=str(ROOT)), moment, *words],
+@pytest.fixture(scope="module")
+def killed(lake, run_dir, tmp_path_factory) -> Path:
+    """A folder with the scores that the job had written at each moment at which it was killed."""
+    output = tmp_path_factory.mktemp("killed")
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED.format(root=str(ROOT), moments=[*MOMENTS]), *command(run_dir, lake, output)],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=300,
-        check=False,
+        check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    codes = [line for line in done.stdout.splitlines() if line.lstrip("-").isdigit()]
+    assert codes == [str(-signal.SIGKILL)] * len(MOMENTS), done.stdout[-2000:] + done.stderr[-2000:]
+    return output
+
+
+@pytest.mark.parametrize(("moment", "num_left"), MOMENTS.items())
+def test_a_killed_job_goes_on_without_doubled_or_missing_rows(lake, run_dir, killed, capsys, moment, num_left):
+    output = killed / moment
     left = DeltaTable(output).to_pyarrow_table()
     assert 0 < left.num_rows < NUM_ROWS
     assert len(set(left["impression_date"].to_pylist())) == 3 - num_left
-    assert run_job(job.main, words) == 0
+    assert run_job(job.main, command(run_dir, lake, output)) == 0
     printed = capsys.readouterr().out
     assert f"{3 - num_left} of 3 dates are done already" in printed
     assert f"({num_left} of {num_left}): written" in printed
@@ -101,20 +114,11 @@ def test_a_killed_job_goes_on_without_doubled_or_missing_rows(lake, run_dir, tmp
     assert sorted(ids) == sorted(f"i{n}" for n in range(NUM_ROWS))
 
 
-def test_scores_of_the_demo_equal_its_evaluation(smoke: Path, run: Run, tmp_path: Path) -> None:
-    done = run(
-        sys.executable,
-        "jobs/score.py",
-        "--run-dir",
-        smoke / "run",
-        "--lake",
-        smoke / "lake",
-        "--dates",
-        "2026-01-01:2026-01-04",
-        "--output",
-        tmp_path / "scores",
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_scores_of_the_demo_equal_its_evaluation(smoke: Path, usr: Usr, tmp_path: Path) -> None:
+    """By the installed wheel."""
+    words = ["--run-dir", smoke / "run", "--lake", smoke / "lake", "--dates", "2026-01-01:2026-01-04"]
+    done = usr("score", *words, "--output", tmp_path / "scores")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     samples = DeltaTable(smoke / "lake" / "samples").to_pyarrow_table(columns=["impression_id", "scenario"])
     scores = DeltaTable(tmp_path / "scores").to_pyarrow_table()
     key = [("impression_id", "ascending")]

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -15,7 +14,8 @@ import pytest
 import uvicorn
 from fastapi.testclient import TestClient
 
-from tests.e2e.conftest import Run
+from jobs import replay
+from usr_ray.cli import run_job
 from usr_ray.launch.environment import free_port
 from usr_ray.serving.app import make_app
 from usr_ray.serving.ranker import Ranker
@@ -32,13 +32,13 @@ def registry(smoke: Path) -> Path:
 
 
 def test_every_impression_of_the_held_out_day_is_served_as_it_was_trained(
-    smoke: Path, registry: Path, run: Run
+    smoke: Path, registry: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--run-dir", smoke / "run", "--lake", smoke / "lake", "--registry", registry, "--dates", "2026-01-04"]
-    done = run(sys.executable, "jobs/replay.py", *words)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "impressions: every input equal, probabilities within 1e-6" in done.stdout
-    named = {line.split()[0] for line in done.stdout.splitlines() if " 0 " in line}
+    assert run_job(replay.main, [str(word) for word in words]) == 0
+    printed = capsys.readouterr().out
+    assert "impressions: every input equal, probabilities within 1e-6" in printed
+    named = {line.split()[0] for line in printed.splitlines() if " 0 " in line}
     assert {"user_id", "query", "price", "search_history_ages_s", "p_ctr"} <= named
 
 

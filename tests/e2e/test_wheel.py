@@ -1,4 +1,7 @@
-"""The wheel where no checkout is: built, installed into a folder, and used from logs to scores by `usr-ray`."""
+"""The wheel where no checkout is: built, installed into a folder, and used by `usr-ray`.
+
+From logs to a served model it is the demo of tests/e2e/test_demo.py, to scores tests/e2e/test_score.py.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from deltalake import DeltaTable
 
 from tests.e2e.conftest import ROOT, Run, Usr
 
@@ -44,17 +46,6 @@ def test_a_mistake_is_one_line_before_a_jvm_starts(usr: Usr, tmp_path: Path) -> 
     done = usr("build-samples", "--logs", tmp_path / "no", "--lake", tmp_path / "lake", "--dates", "2026-01-01")
     assert (done.returncode, done.stderr) == (2, f"error: --logs {tmp_path / 'no'}: there is no such folder\n")
     assert usr("trian").stderr == "error: usr-ray: there is no job 'trian'; did you mean train?\n"
-
-
-def test_logs_become_samples_a_model_and_scores(usr: Usr, smoke: Path, tmp_path: Path) -> None:
-    """`smoke` is the installed wheel's demo."""
-    assert (smoke / "run" / "report.html").is_file()
-    scores = tmp_path / "scores"
-    done = usr(
-        "score", "--run-dir", smoke / "run", "--lake", smoke / "lake", "--dates", "2026-01-04", "--output", scores
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert DeltaTable(scores).to_pyarrow_table().num_rows > 100
 
 
 @pytest.mark.slow  # the installed wheel's demo is the same program, and tests/e2e runs most jobs from the checkout

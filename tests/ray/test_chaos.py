@@ -22,7 +22,15 @@ def bench(cluster: None, lake: Path, tmp_path_factory: pytest.TempPathFactory) -
     return Bench(tmp_path_factory.mktemp("chaos"), lake, arguments, address)
 
 
-@pytest.mark.parametrize("name", ["killed-in-checkpoint", "hanging-rank", "changed-schema-during"])
+# A killed worker and half a checkpoint are in tests/ray/test_trainer.py and tests/unit/training/test_checkpoint.py.
+NAMES = (
+    "hanging-rank",
+    "changed-schema-during",
+    pytest.param("killed-in-checkpoint", marks=pytest.mark.slow),
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_what_comes_of_a_fault_is_what_is_expected(bench: Bench, name: str) -> None:
     (fault,) = report.choose([name])
     seen = fault.observe(bench)

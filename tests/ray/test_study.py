@@ -22,7 +22,7 @@ SETS = (*OVERRIDES, "train.num_epochs=1")
 WILD = {"train.learning_rate": 1000.0, "train.weight_decay": 1000.0, "train.gradient_clip": 0.0}
 """Each step multiplies the weights by -999,999: a loss that is not a number, so that a trial fails on purpose."""
 GRID: dict[str, Any] = {
-    "seeds": [0, 1],
+    "seeds": [0],
     "axes": [
         {
             "name": "rate",
@@ -46,13 +46,13 @@ def test_failures_are_kept_and_a_second_call_runs_only_what_has_no_result(
 
     study, base, run_dir = parse_study(GRID, name="rates", scale="full"), Base(None, SETS), tmp_path / "study"
     first = run_study(study, base, str(own_lake), run_dir)
-    assert (first.num_finished, len(first.failures)) == (2, 2)
+    assert (first.num_finished, len(first.failures)) == (1, 1)
     assert all("diverged" in why and "diverging" in name for name, why in first.failures.items())
     rows = pq.read_table(first.results).to_pylist()
     assert {row["status"] for row in rows if "diverging" in row["trial_id"]} == {"failed"}
     sound = [row for row in rows if row["status"] == "finished"]
-    # 2 seeds x (2 scenarios + global + all) x 2 tasks
-    assert len(sound) == 16
+    # (2 scenarios + global + all) x 2 tasks
+    assert len(sound) == 8
     assert all(row["num_samples"] > 0 and row["table_version"] == 1 for row in sound)
 
     # The table moves on, the grid changes, and one new trial was cut off after a step: it goes on from its checkpoint,
@@ -67,7 +67,7 @@ def test_failures_are_kept_and_a_second_call_runs_only_what_has_no_result(
     config = base.config(study.resources, half, table_version=1)
     train_alone(config, str(own_lake), trial_dir(run_dir, half), cut_off)
     second = run_study(study, base, str(own_lake), run_dir)
-    assert (second.num_finished, second.failures) == (4, {})
+    assert (second.num_finished, second.failures) == (2, {})
     assert "resumed at step 1 " in (trial_dir(run_dir, half) / "train.log").read_text()
     assert before == {name: trial_files(run_dir, name) for name in before}
     assert {row["table_version"] for row in pq.read_table(second.results).to_pylist()} == {1}

@@ -24,6 +24,7 @@ from tests.ray.conftest import OVERRIDES, newest_step, small_config, training_wo
 from usr_ray.cli import run_job
 from usr_ray.config import UserError
 from usr_ray.data.manifest import build_manifest
+from usr_ray.launch.alone import run_alone
 from usr_ray.schema import TASKS
 
 pytestmark = pytest.mark.ray
@@ -101,33 +102,34 @@ def test_the_same_command_on_a_finished_run_says_so_and_trains_nothing(
     assert (unbroken / "config.json").read_text() == before
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
-        "ray.num_workers=1",
-        pytest.param(
-            "train.embedding_strategy='sharded'",
-            marks=pytest.mark.skipif(
-                importlib.util.find_spec("torchrec") is None,
-                reason="TorchRec is not installed; `make setup` does it (setup.cfg, extra [sharded])",
-            ),
-        ),
-    ],
+def test_one_rank_without_ray_trains_what_two_workers_train(unbroken: Path, lake: Path, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    run_alone(small_config("ray.num_workers=0"), lake, tmp_path / "run")
+    signal.signal(signal.SIGTERM, before)
+    assert_close_runs(tmp_path / "run", unbroken)
+
+
+@pytest.mark.slow  # tests/unit/training/test_embeddings.py has the same loop on two gloo ranks
+@pytest.mark.skipif(
+    importlib.util.find_spec("torchrec") is None,
+    reason="TorchRec is not installed; `make setup` does it (setup.cfg, extra [sharded])",
 )
-def test_one_worker_and_two_with_sharded_tables_train_what_two_train(
-    override: str, unbroken: Path, lake: Path, tmp_path: Path
-) -> None:
+def test_two_workers_with_sharded_tables_train_what_two_train(unbroken: Path, lake: Path, tmp_path: Path) -> None:
     from usr_ray.launch.trainer import run
 
-    run(small_config(override), lake, tmp_path / "run")
-    one, two = weights(tmp_path / "run"), weights(unbroken)
+    run(small_config("train.embedding_strategy='sharded'"), lake, tmp_path / "run")
+    assert_close_runs(tmp_path / "run", unbroken)
+
+
+def assert_close_runs(run_dir: Path, unbroken: Path) -> None:
+    one, two = weights(run_dir), weights(unbroken)
     assert set(one) == set(two)
     for name, tensor in one.items():
         if tensor.is_floating_point():
             torch.testing.assert_close(tensor, two[name], rtol=2e-3, atol=2e-4, msg=lambda text, name=name: name + text)
     aucs = [
-        [cells[task]["auc"] for cells in evaluation(run_dir).values() for task in TASKS]
-        for run_dir in (tmp_path / "run", unbroken)
+        [cells[task]["auc"] for cells in evaluation(folder).values() for task in TASKS]
+        for folder in (run_dir, unbroken)
     ]
     assert aucs[0] == pytest.approx(aucs[1], abs=2e-3)
 
@@ -226,18 +228,6 @@ def test_a_submitted_job_needs_whole_paths(flag: str, lake: Path, tmp_path: Path
     paths = {"--lake": lake, "--run-dir": tmp_path / "run"} | {flag: Path("runs/demo")}
     with pytest.raises(UserError, match=rf"{flag} runs/demo: is relative, .*; give the whole path"):
         run(small_config(), paths["--lake"], paths["--run-dir"], cluster="submitted")
-
-
-def test_two_trainings_in_one_directory_are_refused(cluster: None, lake: Path, tmp_path: Path) -> None:
-    import fcntl
-
-    from usr_ray.launch.trainer import run
-
-    (tmp_path / "run").mkdir()
-    with (tmp_path / "run" / ".lock").open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another process trains here"):
-            run(small_config(), lake, tmp_path / "run")
 
 
 def test_more_gpus_than_the_machine_has_are_refused_before_ray_starts(monkeypatch: pytest.MonkeyPatch) -> None:

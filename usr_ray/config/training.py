@@ -119,7 +119,8 @@ class TrainConfig:
 class RayConfig:
     """Ray Train's workers."""
 
-    num_workers: int = number(2, "[1, 100000]")
+    num_workers: int = number(2, "[0, 100000]")
+    """0: one rank in the job's own process, without Ray: what is small starts in seconds, and nothing restarts it."""
     use_gpu: bool = False
     cpus_per_worker: float = number(1.0, "[0.01, 1024]")
     max_failures: int = number(3, "[-1, 1000000000]")

@@ -272,7 +272,7 @@ def final_study(config: Config, choice: Choice) -> Study:
 def search_resources(config: Config) -> Resources:
     """What a trial takes, in the words of a study."""
     return Resources(
-        num_workers=config.ray.num_workers,
+        num_workers=max(1, config.ray.num_workers),
         cpus_per_worker=config.ray.cpus_per_worker,
         max_concurrent=config.tune.max_concurrent,
     )

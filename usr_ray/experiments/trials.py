@@ -19,11 +19,10 @@ import torch
 from usr_ray.config import Config, UserError
 from usr_ray.experiments.grid import Resources, StudyError
 from usr_ray.experiments.record import FAILURE_FILE, is_finished, note_failure
+from usr_ray.launch.alone import train_here
 from usr_ray.launch.monitor import RayMonitor
 from usr_ray.launch.trainer import run
-from usr_ray.runs.folder import write_result
-from usr_ray.runs.plan import load_manifest, mark_finished, plan_run, write_plan
-from usr_ray.training.loop import train
+from usr_ray.runs.plan import mark_finished, plan_run, write_plan
 from usr_ray.training.worker import LocalWorker
 
 LOG_FILE = "train.log"
@@ -54,7 +53,7 @@ def run_trial(
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / LOG_FILE).open("a", encoding="utf-8", buffering=1) as log, contextlib.redirect_stdout(log):
         try:
-            if config.ray.num_workers == 1:
+            if config.ray.num_workers <= 1:
                 train_alone(config, lake, run_dir, worker(), command=command)
             else:
                 run(config, lake, run_dir, command=command, callbacks=callbacks)
@@ -80,25 +79,13 @@ def train_alone(config: Config, lake: str, run_dir: Path, worker: LocalWorker, *
         return
     write_plan(plan)
     torch.set_num_threads(max(1, math.floor(config.ray.cpus_per_worker)))
-    train_manifest = load_manifest(run_dir, "train")
-    assert train_manifest is not None
     monitor = RayMonitor(run_dir, run_name=run_dir.name, rank=0)
     try:
-        result = train(
-            config,
-            worker,
-            train_manifest=train_manifest,
-            eval_manifest=plan.eval_manifest,
-            run_dir=run_dir,
-            monitor=monitor,
-        )
+        result = train_here(plan, worker, monitor)
     finally:
         monitor.close()
-    if result.status == "stopped":
-        return
-    if plan.eval_manifest is not None:
-        write_result(run_dir, result, plan.eval_manifest)
-    mark_finished(plan, outcome=result.status, step=result.step)
+    if result.status != "stopped":
+        mark_finished(plan, outcome=result.status, step=result.step)
 
 
 def num_slots(resources: Resources, present: Mapping[str, float], *, use_gpu: bool) -> int:

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
-import torch
 
 from usr_ray.config import RayConfig, UserError
+from usr_ray.launch.alone import refuse_missing_gpus
 from usr_ray.launch.environment import ADDRESS, API_SERVER, DASHBOARD_PORT, LOOPBACK, OWN, ROOT, SUBMITTED
 
 _OBJECT_STORE_BYTES = 200_000_000
@@ -31,12 +31,8 @@ def ray_session(config: RayConfig, *, cluster: str) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    num_gpus = torch.cuda.device_count()
-    if cluster == OWN and config.use_gpu and num_gpus < config.num_workers:
-        raise UserError(
-            f"ray.use_gpu: {config.num_workers} workers need a GPU each, this machine has {num_gpus}; set "
-            "ray.num_workers to that number, ray.use_gpu=false, or submit the job to a cluster"
-        )
+    if cluster == OWN:
+        refuse_missing_gpus(config)
     try:
         context = ray.init(**_init_arguments(config, cluster))
     except ConnectionError as error:

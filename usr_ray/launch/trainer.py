@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
-import fcntl
 import logging
 import math
 import os
@@ -17,8 +16,7 @@ import re
 import shutil
 import threading
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +27,7 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, Tr
 from ray.train.torch import TorchTrainer, get_device
 
 from usr_ray.config import Config, RayConfig, UserError, parse_duration_us
-from usr_ray.data.order_quality import order_text
-from usr_ray.evaluation.metrics import CellMetrics
+from usr_ray.launch.alone import RunSummary, carry_out
 from usr_ray.launch.environment import OWN, SUBMITTED
 from usr_ray.launch.monitor import RayMonitor
 from usr_ray.launch.rollcall import RollCall, read_refusal, reserve_refusal, write_refusal
@@ -43,28 +40,14 @@ from usr_ray.launch.stop import (
     watch_stop_file,
     worker_was_asked,
 )
-from usr_ray.runs.folder import print_result, write_result
-from usr_ray.runs.plan import RunPlan, load_manifest, mark_finished, plan_run, write_plan
+from usr_ray.runs.folder import write_result
+from usr_ray.runs.plan import RunPlan, load_manifest, plan_run
 from usr_ray.training.loop import train
 from usr_ray.training.worker import Worker
 
 RAY_DIR = "ray"
 _REFUSED, _STOP, _ROLLS = "refused.json", "stop", "rolls"
 """Files of an attempt: a worker's refusal, the request to stop, the roll calls."""
-
-
-@dataclass(frozen=True, slots=True)
-class RunSummary:
-    """What a call of `run` ended with."""
-
-    run_dir: Path
-    outcome: str
-    """'finished', 'early_stopped' or 'stopped' (train.TrainResult.status)."""
-    step: int
-    metrics: CellMetrics | None
-    """On the held-out rows; None without held-out dates or when stopped."""
-    was_finished: bool
-    """The run directory held the result already; nothing was trained."""
 
 
 class RayWorker(Worker):
@@ -111,20 +94,7 @@ def run(
         warm_start = {"train.warm_start": config.train.warm_start} if config.train.warm_start else {}
         refuse_relative({"--lake": lake, "--run-dir": run_dir} | warm_start)
     plan = plan_run(config, lake, run_dir, command=command)
-    if plan.is_finished:
-        print(f"{plan.run_dir}: this run is finished (step {plan.record['step']:,}); its result:")
-        return _summary(plan, plan.record["outcome"], plan.record["step"], was_finished=True)
-    if len(plan.record["attempts"]) > 1:
-        table = plan.record["table"]
-        print(f"{plan.run_dir}: goes on with version {table['version']} of {table['uri']}, on which it was started")
-    with ray_session(config.ray, cluster=cluster), _only_one(plan.run_dir):
-        write_plan(plan)
-        print(f"{plan.run_dir}: rows {order_text(plan.record['shuffle'])}", flush=True)
-        outcome, step = _fit(plan, callbacks)
-    if outcome != "stopped":
-        mark_finished(plan, outcome=outcome, step=step)
-    print(f"{plan.run_dir}: {outcome} at step {step:,}")
-    return _summary(plan, outcome, step, was_finished=False)
+    return carry_out(plan, lambda plan: _fit(plan, callbacks), ray_session(config.ray, cluster=cluster))
 
 
 def refuse_relative(paths: Mapping[str, Path | str]) -> None:
@@ -135,27 +105,6 @@ def refuse_relative(paths: Mapping[str, Path | str]) -> None:
                 f"{flag} {path}: is relative, and a submitted job runs in an uploaded copy of the working directory, "
                 "which is thrown away; give the whole path"
             )
-
-
-def _summary(plan: RunPlan, outcome: str, step: int, *, was_finished: bool) -> RunSummary:
-    metrics = None
-    if plan.eval_manifest is not None and outcome != "stopped":
-        metrics = print_result(plan.run_dir)
-    return RunSummary(plan.run_dir, outcome, step, metrics, was_finished)
-
-
-@contextlib.contextmanager
-def _only_one(run_dir: Path) -> Iterator[None]:
-    """Two trainings in one directory would overwrite each other's checkpoints. The lock ends with the process."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"--run-dir {run_dir}: another process trains here; wait for it, or use another") from error
-        except OSError:  # this storage knows no locks
-            pass
-        yield
 
 
 def _fit(plan: RunPlan, callbacks: Sequence[Any]) -> tuple[str, int]:

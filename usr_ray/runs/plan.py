@@ -158,7 +158,7 @@ def _check_rows(config: Config, manifest: Manifest) -> ShuffleQuality:
     check_own_backbone(config.model, num_scenarios=len(config.scenarios))
     if config.train.warm_start:
         check_warm_start(config, manifest)
-    with training_reader(config, manifest, world_size=config.ray.num_workers) as reader:
+    with training_reader(config, manifest, world_size=max(1, config.ray.num_workers)) as reader:
         return reader.shuffle_quality()
 
 

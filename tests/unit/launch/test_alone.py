@@ -1,0 +1,154 @@
+"""Training in the job's own process (ray.num_workers = 0): Ray is not even imported."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from jobs import train as job
+from tests.unit.samples_table import samples_spec, write_samples
+from usr_ray.cli import run_job
+from usr_ray.config import RayConfig, UserError
+from usr_ray.launch.alone import refuse_missing_gpus
+from usr_ray.launch.monitor import FileMonitor
+from usr_ray.training.checkpoint import CheckpointStore
+
+pytestmark = pytest.mark.unit
+
+SETS = (
+    "ray.num_workers=0",
+    "data.train_dates=2026-01-01:2026-01-02",
+    "data.eval_dates=2026-01-03",
+    "train.global_batch_size=64",
+    "train.num_epochs=2",
+    "train.checkpoint_every_steps=100",
+    "train.log_every_steps=1",
+    "train.reader_threads=1",
+    "model.hidden=[8]",
+    "model.tower_hidden=[4]",
+    "model.embedding_dim=4",
+    "model.contrastive.group_size=16",
+)
+STEPS = 8
+
+
+@pytest.fixture(autouse=True)
+def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name == "usr_ray.launch.trainer" or name.split(".")[0] == "ray"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "ray", None)
+
+
+@pytest.fixture(autouse=True)
+def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a job changes in its process."""
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="module")
+def lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lake")
+    write_samples(folder, samples_spec(), num_rows=960, num_days=4)
+    return folder
+
+
+def train(lake: Path, run_dir: Path, *overrides: str) -> int:
+    sets = [word for override in (*SETS, *overrides) for word in ("--set", override)]
+    return run_job(job.main, ["--lake", str(lake), "--run-dir", str(run_dir), *sets])
+
+
+def tensors(run_dir: Path) -> Mapping[str, torch.Tensor]:
+    checkpoint = CheckpointStore(run_dir / "checkpoints").newest_valid()
+    assert checkpoint is not None
+    assert checkpoint.step == STEPS
+    return checkpoint.tensors
+
+
+def test_a_run_that_was_asked_to_stop_goes_on_to_what_it_would_have_been(
+    lake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert train(lake, whole) == 0
+    assert f"{whole}: finished at step {STEPS}" in capsys.readouterr().out
+    metrics = json.loads((whole / "metrics.json").read_text())["eval"]
+    assert metrics["all"]["ctr"]["num_samples"] > 100
+    assert (whole / "predictions.parquet").is_file()
+
+    plain = FileMonitor.on_step
+
+    def on_step(self: FileMonitor, step: int, numbers: Mapping[str, float]) -> None:
+        plain(self, step, numbers)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileMonitor, "on_step", on_step)
+        with pytest.raises(SystemExit, match="1"):  # whoever waits for this job must not believe it finished
+            train(lake, stopped)
+    assert f"{stopped}: stopped at step 3" in capsys.readouterr().out
+    assert json.loads((stopped / "config.json").read_text())["status"] == "running"
+    assert train(lake, stopped) == 0
+    assert "resumed at step 3 " in capsys.readouterr().out
+    expected, found = tensors(whole), tensors(stopped)
+    assert set(expected) == set(found)
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    lines = [json.loads(line) for line in (stopped / "history.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, STEPS + 1))
+
+    assert train(lake, stopped) == 0
+    assert f"{stopped}: this run is finished (step {STEPS}); its result:" in capsys.readouterr().out
+
+
+def test_two_trainings_in_one_directory_are_refused(
+    lake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert train(lake, tmp_path / "run") == 2
+    expected = f"error: --run-dir {tmp_path / 'run'}: another process trains here; wait for it, or use another\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_a_table_without_mature_rows_is_one_line_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_samples(tmp_path / "lake", samples_spec(label_delay_us=10**15), num_rows=200, num_days=4)
+    assert train(tmp_path / "lake", tmp_path / "run") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert "mature" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_workers_that_cannot_share_a_batch_are_refused_before_torch_is_loaded(
+    lake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert train(lake, tmp_path / "run", "ray.num_workers=5") == 2
+    assert capsys.readouterr().err == (
+        "error: 5 workers cannot share a global batch of 4 groups (train.global_batch_size 64 / "
+        "model.contrastive.group_size 16): raise train.global_batch_size to at least 80 or lower ray.num_workers to at "
+        "most 4\n"
+    )
+
+
+@pytest.mark.parametrize(("num_workers", "needed"), [(0, 1), (3, 3)])
+def test_a_gpu_each_is_wanted(num_workers: int, needed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: needed - 1)
+    refusal = rf"ray.use_gpu: {needed} workers need a GPU each, this machine has {needed - 1}; set"
+    with pytest.raises(UserError, match=refusal):
+        refuse_missing_gpus(RayConfig(use_gpu=True, num_workers=num_workers))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: needed)
+    refuse_missing_gpus(RayConfig(use_gpu=True, num_workers=num_workers))

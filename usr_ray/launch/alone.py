@@ -1,0 +1,135 @@
+"""A run in this process, one rank without Ray (ray.num_workers = 0), and what a run under Ray shares with it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from usr_ray.config import Config, RayConfig, UserError
+from usr_ray.data.order_quality import order_text
+from usr_ray.evaluation.metrics import CellMetrics
+from usr_ray.launch.monitor import FileMonitor
+from usr_ray.runs.folder import print_result, write_result
+from usr_ray.runs.plan import RunPlan, load_manifest, mark_finished, plan_run, write_plan
+from usr_ray.training.loop import TrainResult, train
+from usr_ray.training.monitor import Monitor
+from usr_ray.training.worker import LocalWorker
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """What a run ended with."""
+
+    run_dir: Path
+    outcome: str
+    """'finished', 'early_stopped' or 'stopped' (train.TrainResult.status)."""
+    step: int
+    metrics: CellMetrics | None
+    """On the held-out rows; None without held-out dates or when stopped."""
+    was_finished: bool
+    """The run directory held the result already; nothing was trained."""
+
+
+def run_alone(config: Config, lake: Path | str, run_dir: Path | str, *, command: Sequence[str] = ()) -> RunSummary:
+    """`trainer.run` without Ray: the only rank is this process, so nothing restarts it. SIGTERM stops it with a save.
+
+    Raises:
+        UserError: as trainer.run; ray.use_gpu without a GPU.
+    """
+    refuse_missing_gpus(config.ray)
+
+    def fit(plan: RunPlan) -> tuple[str, int]:
+        worker, monitor = LocalWorker(None if config.ray.use_gpu else "cpu"), FileMonitor(plan.run_dir)
+        worker.stop_on_signal()
+        try:
+            result = train_here(plan, worker, monitor)
+        finally:
+            monitor.close()
+        return result.status, result.step
+
+    return carry_out(plan_run(config, lake, run_dir, command=command), fit)
+
+
+def train_here(plan: RunPlan, worker: LocalWorker, monitor: Monitor) -> TrainResult:
+    """Train a written plan on the only rank, or go on with it, and write its result."""
+    train_manifest = load_manifest(plan.run_dir, "train")
+    assert train_manifest is not None
+    result = train(
+        plan.config,
+        worker,
+        train_manifest=train_manifest,
+        eval_manifest=plan.eval_manifest,
+        run_dir=plan.run_dir,
+        monitor=monitor,
+    )
+    if plan.eval_manifest is not None and result.status != "stopped":
+        write_result(plan.run_dir, result, plan.eval_manifest)
+    return result
+
+
+def carry_out(
+    plan: RunPlan,
+    fit: Callable[[RunPlan], tuple[str, int]],
+    session: AbstractContextManager[None] | None = None,
+) -> RunSummary:
+    """Train a plan that is not finished, and print the metrics on the held-out rows.
+
+    Args:
+        plan: of plan_run, not written yet.
+        fit: trains it; (outcome, steps).
+        session: what `fit` needs around it; not entered for a finished run.
+
+    Raises:
+        UserError: another process trains in this directory.
+    """
+    if plan.is_finished:
+        print(f"{plan.run_dir}: this run is finished (step {plan.record['step']:,}); its result:")
+        return _summary(plan, plan.record["outcome"], plan.record["step"], was_finished=True)
+    if len(plan.record["attempts"]) > 1:
+        table = plan.record["table"]
+        print(f"{plan.run_dir}: goes on with version {table['version']} of {table['uri']}, on which it was started")
+    with session or contextlib.nullcontext(), _only_one(plan.run_dir):
+        write_plan(plan)
+        print(f"{plan.run_dir}: rows {order_text(plan.record['shuffle'])}", flush=True)
+        outcome, step = fit(plan)
+    if outcome != "stopped":
+        mark_finished(plan, outcome=outcome, step=step)
+    print(f"{plan.run_dir}: {outcome} at step {step:,}")
+    return _summary(plan, outcome, step, was_finished=False)
+
+
+def refuse_missing_gpus(config: RayConfig) -> None:
+    """UserError for ray.use_gpu on a machine with fewer GPUs than a run of this machine's own needs."""
+    needed, present = max(1, config.num_workers), torch.cuda.device_count()
+    if config.use_gpu and present < needed:
+        raise UserError(
+            f"ray.use_gpu: {needed} workers need a GPU each, this machine has {present}; set "
+            "ray.num_workers to that number, ray.use_gpu=false, or submit the job to a cluster"
+        )
+
+
+def _summary(plan: RunPlan, outcome: str, step: int, *, was_finished: bool) -> RunSummary:
+    metrics = None
+    if plan.eval_manifest is not None and outcome != "stopped":
+        metrics = print_result(plan.run_dir)
+    return RunSummary(plan.run_dir, outcome, step, metrics, was_finished)
+
+
+@contextlib.contextmanager
+def _only_one(run_dir: Path) -> Iterator[None]:
+    """Two trainings in one directory would overwrite each other's checkpoints. The lock ends with the process."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"--run-dir {run_dir}: another process trains here; wait for it, or use another") from error
+        except OSError:  # this storage knows no locks
+            pass
+        yield
