@@ -158,6 +158,7 @@ def test_auc_lies_below_the_truth(smoke: Path) -> None:
     assert 0.5 < split["all"]["ctr"]["auc"] < oracle + 0.01
 
 
+@pytest.mark.slow  # tests/e2e/test_serving.py replays every impression, test_export.py has the program for rows
 def test_the_demo_served_equals_the_demo_evaluated(smoke: Path, tmp_path: Path) -> None:
     words = ["--run-dir", smoke / "run", "--lake", smoke / "lake", "--output", tmp_path / "out"]
     assert run_job(export.main, [str(word) for word in words]) == 0

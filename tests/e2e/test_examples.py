@@ -10,9 +10,11 @@ from pathlib import Path
 import deltalake
 import onnxruntime
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from tests.e2e.conftest import ROOT, Run
+from usr_ray.schema import FeatureSpec
 
 pytestmark = pytest.mark.e2e
 
@@ -67,3 +69,6 @@ def test_a_search_ends_in_scores_and_an_export(smoke: Path, run: Run) -> None:
     assert f"{rows:,} scored rows" in printed
     assert rows == len(set(scores["impression_id"].to_pylist())) > 500
     onnxruntime.InferenceSession(smoke / "export" / "model.onnx", providers=["CPUExecutionProvider"])
+    spec = FeatureSpec.from_json((smoke / "export" / "feature_spec.json").read_text())
+    entries = pq.read_table(smoke / "export" / "vocabularies.parquet", columns=["feature"])
+    assert set(entries["feature"].to_pylist()) == {f.name for f in spec.sparse} - {"event_hour"}

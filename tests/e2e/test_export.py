@@ -195,11 +195,13 @@ def test_the_programs_themselves_refuse_a_scenario_they_lack(lake, exported, sce
 
 def test_large_weights_lie_beside_the_onnx_file(lake, exported, tmp_path, monkeypatch):
     monkeypatch.setattr("usr_ray.serving.export._EXTERNAL_BYTES", 100)
-    manifest = export_run(exported / "run", tmp_path / "out")
-    assert {"model.onnx", "model.onnx.data"} <= set(manifest["files"])
-    inputs = arrays(next(batches(lake)), samples_spec())
-    found = ExportedModel(tmp_path / "out").predict(inputs)
-    for name, value in ExportedModel(exported / "deep" / "out").predict(inputs).items():
+    manifest = export_run(exported / "run", tmp_path / "out", requests_only=True)
+    assert {"request.onnx", "request.onnx.data"} <= set(manifest["files"])
+    spec = samples_spec()
+    batch = one_request(next(batches(lake)), spec, 0)
+    inputs = {name: value.numpy() for name, value in request_inputs(padded_inputs(batch, spec), spec).items()}
+    found = ExportedModel(tmp_path / "out", per_request=True).predict(inputs)
+    for name, value in ExportedModel(exported / "deep" / "out", per_request=True).predict(inputs).items():
         assert np.array_equal(found[name], value)
 
 
@@ -207,6 +209,12 @@ def test_an_export_that_cannot_be_written_leaves_nothing(lake, exported, tmp_pat
     words = ["--run-dir", str(exported / "run"), "--output", str(tmp_path / "new" / "out")]
     assert run_job(job.main, [*words, "--lake", str(tmp_path)]) == 2
     assert "no Delta table at" in capsys.readouterr().err
+
+    def written_before(model, spec, folder, *, requests_only):
+        for name in ("model.pt2", "model.onnx", "request.onnx"):
+            os.link(exported / "deep" / "out" / name, folder / name)
+
+    monkeypatch.setattr("usr_ray.serving.export.write_programs", written_before)
     monkeypatch.setattr("usr_ray.serving.export.largest_differences", lambda *_, **__: {"model.onnx": float("nan")})
     assert run_job(job.main, words) == 1
     assert "differs from the training model" in capsys.readouterr().err
