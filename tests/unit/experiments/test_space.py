@@ -20,6 +20,7 @@ from usr_ray.experiments.space import (
     final_study,
     importance,
     load_search,
+    search_resources,
     trial_config,
 )
 
@@ -153,3 +154,8 @@ def test_the_choice_is_judged_against_the_given_configuration_on_the_reporting_d
     tuned = expand(study)[1].overrides
     assert tuned == {"train.learning_rate": 0.002, "train.num_epochs": 2, "train.seed": 4}
     assert not any(key.startswith("data.") for key in tuned), "trained on all of the dates, reported on eval_dates"
+
+
+@pytest.mark.parametrize(("num_workers", "of_a_trial"), [(0, 1), (1, 1), (2, 2)])
+def test_a_trial_of_a_run_without_ray_takes_one_worker(num_workers: int, of_a_trial: int) -> None:
+    assert search_resources(config(f"ray.num_workers={num_workers}")).num_workers == of_a_trial
