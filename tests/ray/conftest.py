@@ -1,4 +1,4 @@
-"""A small Ray for the folder, a small table, and ways to kill parts of a run."""
+"""A small Ray for a module, a small table, and ways to kill parts of a run."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def _environment() -> Iterator[None]:
     os.environ.update(before)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """Two logical CPUs, no dashboard; one for all files. usr_ray.launch.trainer uses a Ray that it finds connected."""
+    """Two logical CPUs, no dashboard. usr_ray.launch.trainer uses a Ray that this process is connected to."""
     import ray
 
     ray.init(

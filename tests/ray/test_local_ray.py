@@ -193,7 +193,7 @@ def _unbroken(worker: LocalWorker, folder: Path) -> dict[str, torch.Tensor]:
     return result.state.tensors()
 
 
-LONG_RUN = ("train.num_epochs=3", "train.checkpoint_every_steps=1000")
+LONG_RUN = ("train.num_epochs=4", "train.checkpoint_every_steps=1000")
 
 
 def test_a_submitted_training_can_be_stopped_gone_on_with_and_watched(head: Head, tmp_path: Path) -> None:
