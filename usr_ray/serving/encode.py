@@ -133,7 +133,8 @@ def scaled(values: Sequence[float | None], features: Sequence[DenseFeature]) -> 
     fits = np.array([(feature.mean, feature.deviation) for feature in features]).reshape(-1, 2)
     standard = np.where(is_there, (x - fits[:, 0]) / fits[:, 1], 0.0)
     found = np.select([kinds == LOG1P, kinds == STANDARD], [np.sign(x) * np.log1p(np.abs(x)), standard], x)
-    return found.astype(np.float32)
+    with np.errstate(over="ignore"):  # infinite then: `Encoder.profile` refuses it
+        return found.astype(np.float32)
 
 
 def bucket_id(value: float | None, edges: Sequence[float]) -> int:
@@ -341,7 +342,11 @@ class Encoder:
         codes = [int(self.codes(name, [texts[name]])[0]) for name in self.counted[owner]]
         parts.append(np.array(codes, dtype=np.int32))
         found = [_named(name, _number, values.get(name)) for name in numbers]
-        return Profile(np.concatenate(parts), scaled(found, [self.dense[name] for name in numbers]))
+        columns = scaled(found, [self.dense[name] for name in numbers])
+        for name, value in zip(numbers, columns.tolist(), strict=True):
+            if not math.isfinite(value):  # the probabilities would be no numbers; the reader of a table refuses it too
+                raise EncodeError(f"{name}: is too large to be taken as it is; a number below 3e38 is needed")
+        return Profile(np.concatenate(parts), columns)
 
     def _bucket(self, name: str, value: Any) -> int:
         return bucket_id(_named(name, _number, value), self.edges[name])

@@ -118,6 +118,17 @@ def test_numbers_are_scaled_as_the_etl_does():
     assert scaled([], []).tolist() == []
 
 
+@pytest.mark.parametrize(("scale", "is_good"), [("log1p", True), ("none", False), ("standard", False)])
+def test_a_number_that_no_float32_holds_is_refused_where_it_is_taken_as_it_is(encoder, scale, is_good):
+    dense = tuple(replace(feature, scale=scale) for feature in encoder.spec.dense)
+    encoder = Encoder(replace(encoder.spec, dense=dense), {}, None)
+    if is_good:
+        assert encoder.profile("item", {"price": -1e39}).numbers.tolist() == [np.float32(-np.log1p(1e39))]
+        return
+    with pytest.raises(EncodeError, match="price: is too large to be taken as it is; a number below 3e38 is needed"):
+        encoder.profile("item", {"price": 1e39})
+
+
 def test_numbers_in_buckets_are_categories_of_a_request(encoder):
     priced = SparseFeature(name="cost", column="cost_index", num_embeddings=5, owner="item", edges=(1.5, 4.0))
     encoder = Encoder(replace(encoder.spec, sparse=(*encoder.spec.sparse, priced)), {}, None)
