@@ -13,7 +13,9 @@ import zipfile
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
+from py4j.java_gateway import JavaPackage
 from pyspark import StorageLevel
 from pyspark.errors import PySparkRuntimeError
 from pyspark.sql import DataFrame, SparkSession
@@ -37,6 +39,8 @@ CHUNK_BATCH_BYTES = 32 << 20
 """And its bytes, about: a pack of the second pass is one row of some megabytes."""
 
 _ASKED_FOR = ("functions", "org.apache.spark.sql.functions", "PythonUtils", "org.apache.spark.sql.classic.SparkSession")
+
+_PACKAGES = ("org", "java", "io", "scala")
 
 _SHIPPED = ("etl/**/*.py", "usr_ray/__init__.py", "usr_ray/schema.py", "usr_ray/config/*.py")
 """What the Python workers need of this package."""
@@ -86,6 +90,11 @@ LOCAL_DEFAULTS = {
     "spark.driver.host": "127.0.0.1",
     "spark.driver.bindAddress": "127.0.0.1",
     "spark.ui.enabled": "false",
+    # What that UI would show of the last thousand plans: the collector walks through it again and again.
+    "spark.sql.ui.retainedExecutions": "10",
+    "spark.ui.retainedJobs": "100",
+    "spark.ui.retainedStages": "100",
+    "spark.sql.ui.explainMode": "simple",
 }
 """One machine: few partitions, and nothing listens beyond the loopback (Spark's UI heeds only SPARK_LOCAL_IP)."""
 
@@ -169,14 +178,28 @@ def _check_java(text: str) -> None:
 
 
 def _know_classes(spark: SparkSession) -> None:
-    """Look up once the classes that pyspark asks for at every call on a column.
+    """Look up once the classes that pyspark, Delta and etl/jvm.py ask for again and again.
 
-    py4j keeps none of them, and one named without its package is looked for in every imported package and jar: an
-    eighth of the driver's time in a build of a few rows.
+    py4j keeps none of them: one named without its package is looked for in every imported package and jar, and of one
+    named with it so is every part of the name (`org`, `org.apache` ..). An eighth of the driver's time in a build of a
+    few rows, and a twentieth.
     """
     view = spark.sparkContext._jvm
     for name in _ASKED_FOR:
         setattr(view, name, getattr(view, name))
+    for name in _PACKAGES:
+        setattr(view, name, _Package(name, view._gateway_client, jvm_id=view._id))  # type: ignore[union-attr]
+
+
+class _Package(JavaPackage):
+    """A package of the JVM that asks for each of its members once."""
+
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        if type(found) is JavaPackage:
+            found = _Package(found._fqn, self._gateway_client, jvm_id=self._jvm_id)
+        setattr(self, name, found)
+        return found
 
 
 def _check_delta(spark: SparkSession) -> None:

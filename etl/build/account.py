@@ -190,10 +190,13 @@ def null_like_values(values: DataFrame, tables: Mapping[str, DataFrame | None], 
         owners |= dict.fromkeys(names, f"{owner}s")
         long = table.select(*names).unpivot([], [F.col(name) for name in names], "feature", "value")
         counts = counts.unionByName(long.withColumn("rows", F.lit(1).cast("bigint")))
+    is_null_like = F.lower(F.trim("value")).isin(*NULL_LIKE)
+    if counts.filter(is_null_like).isEmpty():
+        return []
     sums = counts.filter(F.col("value").isNotNull()).groupBy("feature", "value").agg(F.sum("rows").alias("rows"))
     place = F.row_number().over(Window.partitionBy("feature").orderBy(F.desc("rows"), "value"))
     common = sums.withColumn("place", place).filter(F.col("place") <= _COMMON)
-    found = common.filter(F.lower(F.trim("value")).isin(*NULL_LIKE)).orderBy("feature", "place").collect()
+    found = common.filter(is_null_like).orderBy("feature", "place").collect()
     return [
         f"{row['feature']}: {row['value']!r} is among its commonest values ({row['rows']:,} rows) and taken for one; "
         f"if it means that there is none, set logs.{owners.get(row['feature'], '<s>_impressions')}.null_values"

@@ -49,14 +49,16 @@ def update_item_features(
     rows = item_features(items, known, config)
     if not lake.has(spark, ITEM_FEATURES):
         create_table(spark, lake, ITEM_FEATURES, item_features_schema(config))
-    # Not the newest version where the samples name another: a build that was killed, or samples and vocabularies that
-    # were RESTOREd, leave rows behind whose ids the vocabularies may not know.
-    newest, named = table_version(spark, path), samples_item_features(spark, lake)
-    version = newest if named is None else min(named, newest)  # a table that was deleted begins anew
-    there = spark.read.format("delta").option("versionAsOf", version).load(path)
-    rows = kept(rows.unionByName(there.join(rows.select(_ITEM), on=_ITEM, how="left_anti")))  # to compare and to write
-    if content_hash(rows) == content_hash(there.select(rows.columns)):
-        return version
+    else:
+        # Not the newest version where the samples name another: a build that was killed, or samples and vocabularies
+        # that were RESTOREd, leave rows behind whose ids the vocabularies may not know.
+        newest, named = table_version(spark, path), samples_item_features(spark, lake)
+        version = newest if named is None else min(named, newest)  # a table that was deleted begins anew
+        there = spark.read.format("delta").option("versionAsOf", version).load(path)
+        # Read twice: to compare, and to write.
+        rows = kept(rows.unionByName(there.join(rows.select(_ITEM), on=_ITEM, how="left_anti")))
+        if content_hash(rows) == content_hash(there.select(rows.columns)):
+            return version
     # One file, sorted: every training worker reads all of it.
     replace_dates(rows.repartition(1).sortWithinPartitions(_ITEM), path, f"{_ITEM} IS NOT NULL")
     return table_version(spark, path)

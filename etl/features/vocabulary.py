@@ -240,11 +240,11 @@ def new_entries(counts: DataFrame, known: Vocabularies, min_count: int) -> tuple
     """
     order = Window.partitionBy("feature").orderBy(F.desc("count"), "value")
     offset = _by_feature(known.max_ids, F.lit(FIRST_ID - 1))
-    fresh = kept(
-        counts.filter(F.col("count") >= min_count)
-        .join(known.entries.select("feature", "value"), on=["feature", "value"], how="left_anti")
-        .select("feature", "value", (F.row_number().over(order) + offset).cast("bigint").alias("id"), "count")
-    )
+    common = counts.filter(F.col("count") >= min_count)
+    if known.max_ids:
+        common = common.join(known.entries.select("feature", "value"), on=["feature", "value"], how="left_anti")
+    number = (F.row_number().over(order) + offset).cast("bigint").alias("id")
+    fresh = kept(common.select("feature", "value", number, "count"))
     max_ids, hashes = _found(fresh.groupBy("feature").agg(*_sizes()).collect())
     for feature, (high, low) in hashes.items():
         before = known.hashes.get(feature, (0, 0))

@@ -18,7 +18,7 @@ from etl.build.samples import BuildRequest, Progress, build_samples
 from etl.lake.tables import Lake
 from etl.session import build_spark
 from tests.spark import killed_build
-from tests.spark.shop import logs_of, write_logs
+from tests.spark.shop import CONFIG, DAYS, MINUTE, START, Shop, logs_of, random_shop, write_logs
 from usr_ray.config import load_config
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "own_logs"
@@ -35,6 +35,7 @@ def spark() -> Iterator[SparkSession]:
         "spark.sql.codegen.factoryMode": "NO_CODEGEN",
         "spark.sql.adaptive.enabled": "false",
         "spark.sql.files.minPartitionNum": "1",  # a task reads all files of a log
+        "spark.buffer.pageSize": "256k",  # or each sort and hash map of a task begins with eight megabytes
     }
     session = build_spark("tests", options)
     yield session
@@ -67,4 +68,38 @@ def narrow_lake(spark: SparkSession, narrow_logs: Path, tmp_path_factory: pytest
     """What an undisturbed build makes of them; to be read or copied only."""
     path = tmp_path_factory.mktemp("narrow") / "lake"
     killed_build.build(spark, narrow_logs, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def wide_shop() -> Shop:
+    """Three scenarios and features; without duplicates that are days apart, which a build on the state does not see."""
+    shop = random_shop(5, num_impressions=150)
+    for rows in (shop.world.impressions, shop.world.clicks, shop.world.orders):
+        first: dict[str, int] = {}
+        for row in rows:
+            first[row["id"]] = min(row["time"], first.get(row["id"], row["time"]))
+        rows[:] = [row for row in rows if row["time"] - first[row["id"]] < 12 * 60 * MINUTE]
+    return shop
+
+
+@pytest.fixture(scope="session")
+def wide_logs(wide_shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its logs; to be read or copied only."""
+    return write_logs(logs_of(wide_shop), tmp_path_factory.mktemp("wide") / "logs")
+
+
+@pytest.fixture(scope="session")
+def wide_lake(spark: SparkSession, wide_logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All dates of them, up to noon of the last, with vocabulary.min_count = 2; to be read or copied only."""
+    path, first = tmp_path_factory.mktemp("wide") / "lake", START.date()
+    request = BuildRequest(
+        logs=str(wide_logs),
+        lake=Lake(str(path)),
+        first=first,
+        last=first + dt.timedelta(days=DAYS - 1),
+        watermark=killed_build.WATERMARK,
+    )
+    config = load_config(None, (*CONFIG, "vocabulary.min_count=2"))
+    build_samples(spark, config, request, Progress(write=lambda line: None))
     return path

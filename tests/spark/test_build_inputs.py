@@ -18,13 +18,13 @@ from pyspark.sql import SparkSession
 from etl.build.samples import BuildRequest, Progress, build_samples
 from etl.checks import DataCheckError
 from etl.lake.tables import Lake
-from tests.spark.shop import CONFIG, Shop, logs_of, random_shop, write_logs
+from tests.spark.shop import CONFIG, Shop, logs_of, write_logs
 from tests.spark.test_build_samples import DATES, WATERMARK, rows_of
 from usr_ray.config import UserError, load_config
 
 pytestmark = pytest.mark.spark
 
-SMALL = "vocabulary.min_count=3"
+SMALL = "vocabulary.min_count=2"
 
 
 def build(
@@ -49,23 +49,21 @@ def content(lake: Path) -> list[tuple]:
 
 
 @pytest.fixture(scope="module")
-def shop() -> Shop:
-    return random_shop(11, num_impressions=60)
+def shop(wide_shop: Shop) -> Shop:
+    return wide_shop
 
 
 @pytest.fixture(scope="module")
-def logs(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_logs(logs_of(shop), tmp_path_factory.mktemp("small") / "logs")
+def logs(wide_logs: Path) -> Path:
+    return wide_logs
 
 
 @pytest.fixture(scope="module")
-def lake(spark: SparkSession, logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("small-lake") / "lake"
-    build(spark, logs, path)
-    return path
+def lake(wide_lake: Path) -> Path:
+    return wide_lake
 
 
-def test_csv_json_lines_delta_and_integer_ids_give_the_same_table(
+def test_csv_json_lines_delta_and_integer_ids_give_the_same_table_and_unreadable_times_are_rejected(
     spark: SparkSession, shop: Shop, logs: Path, lake: Path, tmp_path: Path
 ) -> None:
     """A scenario a format, orders and features in two: every kind of log is once in text."""
@@ -75,6 +73,9 @@ def test_csv_json_lines_delta_and_integer_ids_give_the_same_table(
     mixed = write_logs(csv, tmp_path / "mixed", "csv")
     for path in write_logs(lines, tmp_path / "lines", "json").iterdir():
         path.rename(mixed / path.name)
+    with (mixed / "search_clicks.csv").open("a") as file:
+        file.write('"x9","","u1","3","the day before yesterday","2026-01-01T00:00:00"\n')
+        file.write('"x8","","u1","3","2026-01-01T00:00:00","soon"\n')
     left = [folder for folder in logs.iterdir() if folder.name not in {**csv, **lines}]
     assert {"related_impressions", "related_clicks", "orders", "items"} <= {folder.name for folder in left}
     for folder in left:
@@ -87,28 +88,17 @@ def test_csv_json_lines_delta_and_integer_ids_give_the_same_table(
         frame.write.format("parquet" if folder.name == "items" else "delta").save(str(mixed / folder.name))
     build(spark, mixed, tmp_path / "lake")
     assert content(tmp_path / "lake") == content(lake)
-
-
-def test_an_unreadable_time_in_a_text_log_is_rejected_and_no_mature_row_is_a_warning(
-    spark: SparkSession, shop: Shop, tmp_path: Path
-) -> None:
-    folder = write_logs(logs_of(shop), tmp_path / "csv", "csv")
-    with (folder / "feed_clicks.csv").open("a") as file:
-        file.write('"x9","","u1","3","the day before yesterday","2026-01-01T00:00:00"\n')
-        file.write('"x8","","u1","3","2026-01-01T00:00:00","soon"\n')
-    lines = build(spark, folder, tmp_path / "lake", watermark=dt.datetime(2026, 1, 1, tzinfo=dt.UTC))
-    assert any(line.startswith("warning: no row is mature") for line in lines)
-    assert not any(row["is_mature"] for row in rows_of(tmp_path / "lake" / "samples"))
-    rejects = {row["reason"]: row for row in rows_of(tmp_path / "lake" / "rejects") if row["log"] == "feed_clicks"}
+    rejects = {row["reason"]: row for row in rows_of(tmp_path / "lake" / "rejects") if row["log"] == "search_clicks"}
     assert '"event_time":"the day before yesterday"' in rejects["unparsable_event_time"]["row"]
     assert rejects["unparsable_event_time"]["date"] is None
     assert rejects["unparsable_ingest_time"]["date"] == dt.date(2026, 1, 1)
 
 
 def test_hashed_ids_need_no_vocabulary_and_spread_over_the_buckets(
-    spark: SparkSession, logs: Path, lake: Path, tmp_path: Path
+    spark: SparkSession, shop: Shop, logs: Path, lake: Path, tmp_path: Path
 ) -> None:
-    build(spark, logs, tmp_path / "lake", "vocabulary.kind='hash'", "vocabulary.num_buckets=50")
+    """Fewer buckets than items, so that some share an id: item_features has the smallest raw id's row."""
+    build(spark, logs, tmp_path / "lake", "vocabulary.kind='hash'", "vocabulary.num_buckets=9")
     assert not (tmp_path / "lake" / "vocabularies").exists()
     hashed = {row["impression_id"]: row for row in rows_of(tmp_path / "lake" / "samples")}
     report = json.loads((tmp_path / "lake" / "reports" / f"{DATES[3]}.json").read_text())["cold_start"]["search"]
@@ -123,11 +113,22 @@ def test_hashed_ids_need_no_vocabulary_and_spread_over_the_buckets(
             by_value.setdefault(f"{feature} {value}", set()).add(mine[f"{feature}_index"])
             assert (mine[f"{feature}_index"] == 0) == (value in (None, 0))
     assert all(len(found) == 1 for found in by_value.values())
-    assert {n for found in by_value.values() for n in found} <= {0, *range(2, 50)}
+    assert {n for found in by_value.values() for n in found} == {0, *range(2, 9)}
     items = {row["item_id"]: row["item_id_index"] for row in hashed.values()}
     for row in hashed.values():
         for scenario in ("search", "feed", "related"):
             assert set(row[f"{scenario}_history_item_ids"]) <= set(items.values())
+
+    texts = sorted({*shop.items, "a", "b"})
+    frame = spark.createDataFrame([(text,) for text in texts], "text string")
+    ids = {row[0]: row[1] for row in frame.selectExpr("text", "2 + pmod(xxhash64(text), 7)").collect()}
+    wanted: dict[int, int] = {}
+    for item in sorted(shop.items):
+        brand = shop.items[item]["brand"]
+        wanted.setdefault(ids[item], 0 if brand is None else ids[brand])
+    found = {row["item_id_index"]: row["brand_index"] for row in rows_of(tmp_path / "lake" / "item_features")}
+    assert found == wanted
+    assert len(wanted) < len(shop.items)
 
 
 def test_vocabularies_are_fitted_on_the_training_dates_only(spark: SparkSession, logs: Path, tmp_path: Path) -> None:
@@ -138,7 +139,7 @@ def test_vocabularies_are_fitted_on_the_training_dates_only(spark: SparkSession,
         if row["impression_date"] in DATES[:2]:
             shown[row["item_id"]] = shown.get(row["item_id"], 0) + 1
     found = {r["value"]: r["count"] for r in rows_of(tmp_path / "lake" / "vocabularies") if r["feature"] == "item_id"}
-    assert found == {item: count for item, count in shown.items() if count >= 3}
+    assert found == {item: count for item, count in shown.items() if count >= 2}
     assert {r["item_id_index"] == 1 for r in rows if r["item_id"] not in found} == {True}
     users = {row["user_id"] for row in rows if row["impression_date"] in DATES[:2]}
     for place, date in enumerate(DATES):

@@ -19,7 +19,7 @@ from etl.checks import DataCheckError
 from etl.lake.tables import Lake
 from tests.etl_oracle import expected, unique
 from tests.spark.killed_build import OVERRIDES
-from tests.spark.shop import CONFIG, MINUTE, WINDOWS, Shop, logs_of, micros, moment, random_shop, write_logs
+from tests.spark.shop import CONFIG, MINUTE, WINDOWS, Shop, logs_of, micros, moment, write_logs
 from tests.spark.test_build_samples import DATES, WATERMARK, rows_of
 from usr_ray.config import Config, load_config
 
@@ -75,24 +75,8 @@ def changed_dates(before: Shop, after: Shop) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def shop() -> Shop:
-    """Without duplicates that are days apart, which a build on the state does not see (etl/build/state.py)."""
-    shop = random_shop(5, num_impressions=150)
-    for rows in (shop.world.impressions, shop.world.clicks, shop.world.orders):
-        first: dict[str, int] = {}
-        for row in rows:
-            first[row["id"]] = min(row["time"], first.get(row["id"], row["time"]))
-        rows[:] = [row for row in rows if row["time"] - first[row["id"]] < DAY // 2]
-    return shop
-
-
-@pytest.fixture(scope="module")
-def built(spark: SparkSession, shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The shop's logs, and the lake of all four dates built from them."""
-    work = tmp_path_factory.mktemp("restate")
-    logs = write_logs(logs_of(shop), work / "logs")
-    build(spark, logs, work / "lake", SETTINGS)
-    return logs, work / "lake"
+def shop(wide_shop: Shop) -> Shop:
+    return wide_shop
 
 
 @pytest.fixture(scope="module")
@@ -126,16 +110,11 @@ def late(shop: Shop) -> Shop:
 
 
 def test_late_events_change_the_touched_dates_and_equal_a_full_rebuild(
-    spark: SparkSession, shop: Shop, late: Shop, built: tuple[Path, Path], tmp_path: Path
+    spark: SparkSession, shop: Shop, late: Shop, wide_lake: Path, tmp_path: Path
 ) -> None:
-    logs, fresh = built[0], tmp_path / "fresh"
-    lake = Path(shutil.copytree(built[1], tmp_path / "lake"))
+    fresh = tmp_path / "fresh"
+    lake = Path(shutil.copytree(wide_lake, tmp_path / "lake"))
     first_files = files(lake)
-
-    state = deltalake.DeltaTable(str(lake / "state")).version()
-    assert restate(spark, logs, lake, SETTINGS)[0] == {}
-    assert deltalake.DeltaTable(str(lake / "samples")).version() == 1
-    assert deltalake.DeltaTable(str(lake / "state")).version() == state
 
     late_logs = write_logs(logs_of(late), tmp_path / "late")
     touched, lines = restate(spark, late_logs, lake, SETTINGS)
@@ -152,23 +131,31 @@ def test_late_events_change_the_touched_dates_and_equal_a_full_rebuild(
     for table in ("samples", "rejects", "vocabularies", "state"):
         assert content(lake, table) == content(fresh, table), table
     assert reports(lake) == reports(fresh)
-    assert restate(spark, late_logs, lake, SETTINGS)[1][-1].endswith("nothing to restate in 4 dates")
+    versions = [deltalake.DeltaTable(str(lake / table)).version() for table in ("samples", "state")]
+    touched, lines = restate(spark, late_logs, lake, SETTINGS)
+    assert touched == {}
+    assert lines[-1].endswith("nothing to restate in 4 dates")
+    assert [deltalake.DeltaTable(str(lake / table)).version() for table in ("samples", "state")] == versions
 
 
 def test_a_later_watermark_restates_the_dates_it_closes(
-    spark: SparkSession, built_narrow: tuple[Path, Path], tmp_path: Path
+    spark: SparkSession, narrow: Shop, built_narrow: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    logs, fresh = built_narrow[0], tmp_path / "fresh"
+    logs, later = built_narrow[0], WATERMARK.replace(day=9)
     lake = Path(shutil.copytree(built_narrow[1], tmp_path / "lake"))
-    touched, _ = restate(spark, logs, lake, NARROW, watermark=WATERMARK.replace(day=9))
+    touched, _ = restate(spark, logs, lake, NARROW, watermark=later)
     # Labels close six hours after the impression: up to noon of day 3, days 0 and 1 were final, and day 2 was too.
     assert touched == {str(DATES[3]): ["final_until"]}
-    assert all(row["is_mature"] for row in rows_of(lake / "samples"))
-    assert (
-        restate(spark, logs, lake, NARROW, watermark=WATERMARK.replace(day=9), first=DATES[0], last=DATES[1])[0] == {}
-    )
-    build(spark, logs, fresh, NARROW, WATERMARK.replace(day=9))
-    assert content(lake, "samples") == content(fresh, "samples")
+    assert restate(spark, logs, lake, NARROW, watermark=later, first=DATES[0], last=DATES[1])[0] == {}
+    wanted = expected(narrow.world, WINDOWS, num_scenarios=2, length=4, watermark=micros(later)).samples
+    found = {row["impression_id"]: row for row in rows_of(lake / "samples")}
+    assert found.keys() == wanted.keys()
+    labels = ("is_click", "is_order", "is_click_global", "is_order_global", "is_mature")
+    for key, want in wanted.items():
+        assert [found[key][name] for name in labels] == [want[name] for name in labels], key
+        assert want["is_mature"], key
+        for scenario, events in zip(("search", "feed"), want["histories"], strict=True):
+            assert found[key][f"{scenario}_history_actions"] == [event[2] for event in events], key
 
 
 def test_dates_whose_logs_are_gone_are_kept_and_those_after_them_can_be_restated(

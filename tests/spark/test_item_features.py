@@ -29,16 +29,13 @@ pytestmark = pytest.mark.spark
 
 
 @pytest.fixture(scope="module")
-def shop() -> Shop:
-    return random_shop(29, num_impressions=160)
+def shop(wide_shop: Shop) -> Shop:
+    return wide_shop
 
 
 @pytest.fixture(scope="module")
-def lake(spark: SparkSession, shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Days 0 and 1 of the shop; nobody writes to it but copies."""
-    folder = tmp_path_factory.mktemp("items")
-    build(spark, write_logs(logs_of(shop), folder / "logs"), folder / "lake", 0, 1, "vocabulary.min_count=2")
-    return folder / "lake"
+def lake(wide_lake: Path) -> Path:
+    return wide_lake
 
 
 def ids_of(lake: Path, feature: str) -> dict[str, int]:
@@ -134,7 +131,8 @@ def test_vacuum_keeps_the_versions_that_a_run_and_the_samples_name(
     spark: SparkSession, lake: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "lake"
-    shutil.copytree(lake, path)
+    # Every VACUUM goes through all tables of a lake; tests/spark/test_table_care.py has the others.
+    shutil.copytree(lake, path, ignore=shutil.ignore_patterns("state", "rejects", "vocabularies"))
     manifest = manifest_of(path)
     before = read_item_features(manifest)
     assert before.any()
@@ -182,18 +180,3 @@ def test_no_table_where_none_is_wanted(spark: SparkSession, shop: Shop, tmp_path
     build(spark, logs, tmp_path / "lake", 2, 2)
     assert manifest_of(tmp_path / "lake").spec.history_item_features == ("brand",)
     assert found(tmp_path / "lake") == expected(tmp_path / "lake", shop.items)
-
-
-def test_hashed_ids_take_the_item_with_the_smallest_raw_id(spark: SparkSession, shop: Shop, tmp_path: Path) -> None:
-    """Fewer buckets than items, so that some share an id."""
-    logs = write_logs(logs_of(shop), tmp_path / "logs")
-    build(spark, logs, tmp_path / "lake", 0, 0, "vocabulary.kind=hash", "vocabulary.num_buckets=9")
-    texts = sorted({*shop.items, "a", "b"})
-    frame = spark.createDataFrame([(text,) for text in texts], "text string")
-    hashed = {row[0]: row[1] for row in frame.selectExpr("text", "2 + pmod(xxhash64(text), 7)").collect()}
-    wanted: dict[int, int] = {}
-    for item in sorted(shop.items):
-        brand = shop.items[item]["brand"]
-        wanted.setdefault(hashed[item], 0 if brand is None else hashed[brand])
-    assert found(tmp_path / "lake") == wanted
-    assert len(wanted) < len(shop.items)

@@ -186,10 +186,11 @@ def test_one_clock_of_the_year_9999_makes_no_label_final(spark: SparkSession, tm
         row["ingest_time"] = "9999-12-31T00:00:00"
     csv(tmp_path / "feed_impressions.csv", shown)
     csv(tmp_path / "feed_clicks.csv", given)
-    build(spark, tmp_path, tmp_path / "lake", "limits.max_reject_share=0.5")
+    lines = build(spark, tmp_path, tmp_path / "lake", "limits.max_reject_share=0.5")
     report = json.loads((tmp_path / "lake" / "reports" / "2026-01-01.json").read_text())
     assert report["watermark"] == (NOON + dt.timedelta(minutes=39)).isoformat()
     assert not any(row["is_mature"] for row in rows_of(tmp_path / "lake" / "samples"))
+    assert any(line.startswith("warning: no row is mature") for line in lines)
 
 
 ZONES = {
@@ -225,21 +226,29 @@ def test_every_form_of_a_zone_is_read_as_python_reads_it_in_winter_and_summer(sp
 FEATURES = ("count", "reason", "position", "kind", "log", "request_key", "user_key", "row_json", "first_0", "is_click")
 
 
-def test_features_may_be_called_like_columns_of_ours(spark: SparkSession, tmp_path: Path) -> None:
+def test_features_may_be_called_like_columns_of_ours_and_integers_as_times_are_told_of_the_time_format(
+    spark: SparkSession, tmp_path: Path
+) -> None:
     shown, names = impressions(), list(FEATURES)
     for n, row in enumerate(shown):
         row.update({name: f"{name}{n % 2}" for name in names}, event_time_index=n, position=n, first_0=n % 2)
-    csv(tmp_path / "feed_impressions.csv", shown)
+    seconds = [int(dt.datetime.fromisoformat(row["event_time"]).timestamp()) for row in shown]
+    table = pa.Table.from_pylist(shown).set_column(4, "event_time", pa.array(seconds))
+    pq.write_table(table, tmp_path / "feed_impressions.parquet")
     csv(tmp_path / "feed_clicks.csv", clicks(shown))
     csv(
         tmp_path / "users.csv",
         [{"user_id": f"u{n}", "value": f"v{n % 2}", "feature": n, "value_index": n} for n in range(5)],
     )
     csv(tmp_path / "items.csv", [{"item_id": f"a{n}", "rows": n % 3, "id": n % 2, "chunk": n} for n in range(40)])
+    told = refusal(spark, tmp_path, tmp_path / "lake")
+    assert "column 'event_time' is bigint" in told
+    assert "set logs.feed_impressions.time_format to 's', 'ms', 'us' or 'ns'" in told
     build(
         spark,
         tmp_path,
         tmp_path / "lake",
+        'logs.feed_impressions.time_format="s"',
         f"features.context_categories={json.dumps([n for n in names if n not in ('position', 'first_0')])}",
         'features.context_numbers=["event_time_index", "first_0"]',
         'features.user_categories=["value", "feature"]',
@@ -248,6 +257,7 @@ def test_features_may_be_called_like_columns_of_ours(spark: SparkSession, tmp_pa
         'features.item_numbers=["chunk"]',
     )
     found = {row["impression_id"]: row for row in rows_of(tmp_path / "lake" / "samples")}
+    assert min(row["event_time"] for row in found.values()) == NOON
     for n, row in enumerate(shown):
         mine = found[row["impression_id"]]
         assert mine["user_key"] != mine["user_key_index"]
@@ -263,19 +273,6 @@ def test_features_may_be_called_like_columns_of_ours(spark: SparkSession, tmp_pa
             for n in range(40)
         }
         assert len(by_value) == (3 if name == "rows" else 2), name
-
-
-def test_bytes_of_another_encoding_are_rejected_and_never_one_value(spark: SparkSession, tmp_path: Path) -> None:
-    shown = impressions()
-    for row, user in zip(shown, ("Jürgen", "Jörgen"), strict=False):
-        row["user_id"] = user
-    csv(tmp_path / "feed_impressions.csv", shown, encoding="latin-1")
-    csv(tmp_path / "feed_clicks.csv", clicks(shown[2:]))
-    told = refusal(spark, tmp_path, tmp_path / "lake", "limits.max_reject_share=0.01")
-    assert "2 of 40 rows (5.0%) are rejected as undecodable_text" in told
-    assert "set logs.feed_impressions.encoding" in told
-    build(spark, tmp_path, tmp_path / "lake", 'logs.feed_impressions.encoding="latin-1"')
-    assert {"Jürgen", "Jörgen"} < {row["user_id"] for row in rows_of(tmp_path / "lake" / "samples")}
 
 
 def test_bytes_that_are_no_text_are_found_in_parquet_and_in_headers_too(spark: SparkSession, tmp_path: Path) -> None:
@@ -382,23 +379,34 @@ def test_positions_and_numbers_that_cannot_be_read_are_rejected(spark: SparkSess
     assert "write 1234.50, or name the column in logs.feed_impressions.decimal_comma" in told
 
 
-def test_texts_that_mean_no_value_are_told_and_can_be_named(spark: SparkSession, tmp_path: Path) -> None:
-    shown = impressions()
+def test_texts_that_mean_no_value_are_told_and_bytes_of_another_encoding_rejected_until_they_are_named(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    """Two bytes that are no UTF-8 must not become one value of two users."""
+    shown, logs = impressions(), tmp_path / "logs"
     for row in shown[:6]:
         row["user_id"] = "NULL"
-    csv(tmp_path / "feed_impressions.csv", shown)
-    csv(tmp_path / "feed_clicks.csv", clicks(shown[6:]))
-    csv(tmp_path / "users.csv", [{"user_id": f"u{n}", "city": "\\N" if n < 3 else "Rome"} for n in range(5)])
+    for row, user in zip(shown[6:8], ("Jürgen", "Jörgen"), strict=True):
+        row["user_id"] = user
+    csv(logs / "feed_impressions.csv", shown, encoding="latin-1")
+    csv(logs / "feed_clicks.csv", clicks(shown)[2:])
+    csv(logs / "users.csv", [{"user_id": f"u{n}", "city": "\\N" if n < 3 else "Rome"} for n in range(5)])
     features = 'features.user_categories=["city"]'
-    lines = build(spark, tmp_path, tmp_path / "lake", features)
-    told = [line for line in lines if line.startswith("warning: ") and "null_values" in line]
-    assert len(told) == 2
-    assert "user_id: 'NULL' is among its commonest values (6 rows)" in " ".join(told)
-    assert "set logs.users.null_values" in " ".join(told)
+    told = refusal(spark, logs, tmp_path / "lake", features, "limits.max_reject_share=0.01")
+    assert "2 of 40 rows (5.0%) are rejected as undecodable_text" in told
+    assert "set logs.feed_impressions.encoding" in told
+    lines = build(spark, logs, tmp_path / "lake", features, "limits.max_reject_share=0.2")
+    warned = [line for line in lines if line.startswith("warning: ") and "null_values" in line]
+    assert len(warned) == 2
+    assert "user_id: 'NULL' is among its commonest values (6 rows)" in " ".join(warned)
+    assert "set logs.users.null_values" in " ".join(warned)
+    assert sum("rgen" in row["user_id"] for row in rows_of(tmp_path / "lake" / "samples")) == 0
     nulls = ('logs.feed_impressions.null_values=["NULL"]', 'logs.users.null_values=["\\\\N"]')
-    lines = build(spark, tmp_path, tmp_path / "second", features, *nulls, "limits.max_reject_share=0.2")
+    known = ('logs.feed_impressions.encoding="latin-1"', *nulls, "limits.max_reject_share=0.2")
+    lines = build(spark, logs, tmp_path / "second", features, *known)
     rows = rows_of(tmp_path / "second" / "samples")
     assert len(rows) == 34, "a null user is rejected"
+    assert {"Jürgen", "Jörgen"} < {row["user_id"] for row in rows}
     assert {row["city_index"] for row in rows if row["user_id"] in ("u0", "u1", "u2")} == {0}
     assert not any("null_values" in line for line in lines)
 
@@ -436,19 +444,6 @@ def test_types_and_columns_of_older_files_are_widened(spark: SparkSession, tmp_p
         (2**40, 0.1, None, None),
     ]
     assert any("column 'brand' is in 1 of 3 files and null in the others" in note for note in folder.notes())
-
-
-def test_integers_as_times_are_told_of_the_time_format(spark: SparkSession, tmp_path: Path) -> None:
-    shown = impressions()
-    seconds = [int(dt.datetime.fromisoformat(row["event_time"]).timestamp()) for row in shown]
-    table = pa.Table.from_pylist(shown).set_column(4, "event_time", pa.array(seconds))
-    pq.write_table(table, tmp_path / "feed_impressions.parquet")
-    csv(tmp_path / "feed_clicks.csv", clicks(shown))
-    told = refusal(spark, tmp_path, tmp_path / "lake")
-    assert "column 'event_time' is bigint" in told
-    assert "set logs.feed_impressions.time_format to 's', 'ms', 'us' or 'ns'" in told
-    build(spark, tmp_path, tmp_path / "lake", 'logs.feed_impressions.time_format="s"')
-    assert min(row["event_time"] for row in rows_of(tmp_path / "lake" / "samples")) == NOON
 
 
 def test_a_file_that_breaks_while_it_is_read_is_one_line(spark: SparkSession, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import datetime as dt
 import gzip
 import json
 import math
-import shutil
 import zoneinfo
 from dataclasses import replace
 from pathlib import Path
@@ -95,22 +94,6 @@ def test_features_of_the_shop_are_encoded(spark: SparkSession, lake: Path) -> No
     assert {row["category_index"] for row in rows} == {2, 3, 4}  # three product groups
     assert {row["device_index"] for row in rows} == {2, 3}
     assert min(row["price_scaled"] for row in rows) > 2.3  # log1p(10)
-
-
-def test_a_line_with_an_unreadable_time_is_rejected_as_it_was_written(spark: SparkSession, tmp_path: Path) -> None:
-    logs = Path(shutil.copytree(EXAMPLE, tmp_path / "logs"))
-    with (logs / "events" / "2026-03-30.csv").open("a", encoding="utf-8") as file:
-        file.write("2026-03-30 10:00;e9998;v1;1;c01;view;feed;K-001;1;;;blue;app\n")
-        file.write(";e9999;v1;1;c01;view;feed;K-001;1;;;blue;app\n")
-    lake = Lake(str(tmp_path / "lake"))
-    request = BuildRequest(logs=str(logs), lake=lake, first=dt.date(2026, 3, 30), last=dt.date(2026, 3, 30))
-    build_samples(spark, load_config(EXAMPLE / "own_logs.toml"), request, Progress(write=lambda line: None))
-    found = {
-        row["reason"]: json.loads(row["row"]) for row in spark.read.format("delta").load(lake.path("rejects")).collect()
-    }
-    assert set(found) == {"unparsable_event_time", "null_event_time"}
-    assert found["unparsable_event_time"][as_written("event_time")] == "2026-03-30 10:00"
-    assert found["unparsable_event_time"]["impression_id"] == "e9998"
 
 
 def test_values_that_stand_for_none_are_null_in_columns_of_any_type(spark: SparkSession) -> None:
@@ -329,7 +312,10 @@ def test_parquet_times_of_every_unit_are_read(spark: SparkSession, tmp_path: Pat
 
 
 def test_one_events_file_of_a_german_shop(spark: SparkSession, tmp_path: Path) -> None:
-    """Gzip, windows-1252, semicolons, epoch milliseconds, a decimal comma; views, clicks and orders in one file."""
+    """Gzip, windows-1252, semicolons, epoch milliseconds, a decimal comma; views, clicks and orders in one file.
+
+    Two lines without a time that can be read are rejected, as they were written.
+    """
     lines = ["typ;zeit;vorgang;ansicht;kunde;artikel;ort;suchwort"]
     start = 1_774_736_000_000  # 2026-03-28T22:13:20Z
     for n in range(40):
@@ -339,6 +325,7 @@ def test_one_events_file_of_a_german_shop(spark: SparkSession, tmp_path: Path) -
             lines.append(f"geklickt;{at + 1000};c{n};v{n};{who};{'suche' if n % 2 else 'start'};")
         if n % 8 == 1:
             lines.append(f"gekauft;{at + 2000};o{n};;{who};;")
+    lines += ["gesehen;gestern, 10:00;v98;;k1;a1;start;", "gesehen;;v99;;k1;a1;start;"]
     (tmp_path / "ereignisse-1.csv.gz").write_bytes(gzip.compress(("\n".join(lines) + "\n").encode("windows-1252")))
     prices = ["12,50", "1.234,50", "7", "", "1\u00a0999,99"]
     catalogue = ["artikel;preis", *(f"a{n};{price}" for n, price in enumerate(prices))]
@@ -365,6 +352,11 @@ def test_one_events_file_of_a_german_shop(spark: SparkSession, tmp_path: Path) -
     build_samples(spark, config, request, Progress(write=lambda line: None))
     found = samples_of(spark, tmp_path / "lake")
     assert found.keys() == {f"v{n}" for n in range(40)}
+    rejects = spark.read.format("delta").load(str(tmp_path / "lake" / "rejects")).collect()
+    told = {row["reason"]: json.loads(row["row"]) for row in rejects}
+    assert set(told) == {"unparsable_event_time", "null_event_time"}
+    assert told["unparsable_event_time"][as_written("event_time")] == "gestern, 10:00"
+    assert [told[reason]["impression_id"] for reason in sorted(told)] == ["v99", "v98"]
     for n in range(40):
         row = found[f"v{n}"]
         assert row["event_time"].replace(tzinfo=UTC) == dt.datetime.fromtimestamp(start / 1000 + 60 * n, UTC)

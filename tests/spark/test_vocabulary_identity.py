@@ -12,7 +12,7 @@ from etl.checks import DataCheckError
 from etl.features.vocabulary import new_entries, read_vocabularies
 from etl.jvm import table_version
 from etl.lake.tables import Lake, append_vocabularies
-from tests.spark.test_build_daily import build, logs, shop  # noqa: F401 - fixtures
+from tests.spark.test_build_daily import build
 from usr_ray.data import lineage
 from usr_ray.data.manifest import open_samples
 from usr_ray.data.manifest import read_vocabularies as read_in_python
@@ -44,14 +44,11 @@ def test_sparks_fingerprints_are_pythons_and_grow_by_appending(spark: SparkSessi
 
 
 def test_a_vocabulary_that_the_samples_were_not_encoded_with_stops_the_build(
-    spark: SparkSession,
-    logs: Path,  # noqa: F811
-    tmp_path: Path,
+    spark: SparkSession, wide_logs: Path, wide_lake: Path, tmp_path: Path
 ) -> None:
-    lake = tmp_path / "lake"
-    build(spark, logs, lake, 0, 0)
+    lake = Path(shutil.copytree(wide_lake, tmp_path / "lake"))
     first = open_samples(lake)
-    build(spark, logs, lake, 1, 1, "vocabulary.min_count=3")
+    build(spark, wide_logs, lake, 3, 3, "vocabulary.min_count=1")
     grown = open_samples(lake)
     assert grown.spec.sparse_feature("item_id").num_embeddings > first.spec.sparse_feature("item_id").num_embeddings
     assert lineage.difference(first.spec, first.built_with, grown) is None
@@ -62,5 +59,5 @@ def test_a_vocabulary_that_the_samples_were_not_encoded_with_stops_the_build(
             assert found == feature.fingerprints[-1]
     shutil.rmtree(lake / VOCABULARIES)
     with pytest.raises(DataCheckError, match=r"the 0 values of .* are not those that the samples were encoded with"):
-        build(spark, logs, lake, 2, 2)
+        build(spark, wide_logs, lake, 2, 2)
     assert open_samples(lake).version == grown.version, "nothing was written"
