@@ -54,10 +54,10 @@ def benchmark_spec() -> FeatureSpec:
     return spec_of(sizes, [f"number_{n}" for n in range(4)])
 
 
-def exported_run(folder: Path, backbone: str, spec: FeatureSpec | None = None) -> TrainedRun:
+def exported_run(folder: Path, backbone: str) -> TrainedRun:
     """A run with an untrained model, and its export in `folder`/export."""
     worker = LocalWorker("cpu")
-    manifest = make_manifest(table_uri="none", version=0, spec=spec or benchmark_spec(), files=[])
+    manifest = make_manifest(table_uri="none", version=0, spec=benchmark_spec(), files=[])
     state = TrainState(Config.from_dict({"model": {"backbone": backbone}}), manifest, worker, order="none")
     CheckpointStore(folder / "run" / "checkpoints").save(1, state.tensors(), state.describe(worker))
     export_run(folder / "run", folder / "export")

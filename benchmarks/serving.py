@@ -35,13 +35,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-import pyarrow as pa
 
 from benchmarks.doc_tables import markdown, record
 from benchmarks.interleaved import header, settings_of
 from benchmarks.score import exported_run
 from usr_ray.schema import FeatureSpec
-from usr_ray.serving.counters import LakeCounters
 from usr_ray.serving.encode import Encoder, Profile, UserEvents, ValueIndex
 from usr_ray.serving.ranker import Ranker, iso_time
 from usr_ray.serving.runtime import ExportedModel
@@ -55,7 +53,6 @@ from usr_ray.serving.versions import (
     VOCABULARY_FOLDER,
     model_spec,
     move_pointer,
-    open_counters,
     open_encoder,
     version_files,
     vocabulary_paths,
@@ -73,29 +70,23 @@ OPEN_CANDIDATES, OPEN_CLIENTS = 200, 48
 """Candidates of a request in the open loop, and connections: more than the service's queue takes."""
 
 
-def published(
-    registry: Path,
-    num_users: int,
-    spec: FeatureSpec | None = None,
-    write: Callable[[Path], LakeCounters] | None = None,
-) -> Path:
-    """A version of drawn items and users, with the counters of `write` where its spec has some; its folder."""
+def published(registry: Path, num_users: int) -> Path:
+    """A version of drawn items and users; its folder."""
     folder = registry / VERSIONS / "drawn"
     folder.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as name:
-        exported_run(Path(name), "shared_bottom", spec)
+        exported_run(Path(name), "shared_bottom")
         (Path(name) / "export").rename(folder / MODEL)
     spec = model_spec(folder)
     (folder / VOCABULARY_FOLDER).mkdir()
     for feature, path in vocabulary_paths(folder, spec).items():
         number = spec.sparse_feature(feature).num_embeddings - 2
         ValueIndex.write(path, [f"{feature}-{n}" for n in range(number)], np.arange(2, 2 + number))
-    counted = None if write is None else write(folder)
-    encoder, rng = open_encoder(folder, open_counters(folder)), np.random.default_rng(0)
+    encoder, rng = open_encoder(folder), np.random.default_rng(0)
     items = [f"item_id-{n}" for n in range(NUM_ITEMS)]
-    put_items(folder, items, profiles(encoder, "item", NUM_ITEMS, rng, counted), encoder)
+    put_items(folder, items, profiles(encoder, "item", NUM_ITEMS, rng), encoder)
     users = [f"user_id-{n}" for n in range(num_users)]
-    put_users(folder, users, [events(rng) for _ in users], profiles(encoder, "user", num_users, rng), counted)
+    put_users(folder, users, [events(rng) for _ in users], profiles(encoder, "user", num_users, rng))
     (folder / GOLDEN).write_text("[]")
     about = {"format": FORMAT, "version": "drawn", "model_id": "drawn", "as_of": iso_time(NOW_US)}
     about["rules"] = {"click_window": 0, "order_window": 0}
@@ -104,14 +95,9 @@ def published(
     return folder
 
 
-def profiles(
-    encoder: Encoder, owner: str, rows: int, rng: np.random.Generator, counted: LakeCounters | None = None
-) -> Profile:
+def profiles(encoder: Encoder, owner: str, rows: int, rng: np.random.Generator) -> Profile:
     limits = [encoder.spec.sparse_feature(name).num_embeddings for name in encoder.categories[owner]]
     ids = rng.integers(2, limits, (rows, len(limits))).astype(np.int32)
-    owners = pa.array([f"{owner}_id-{n}" for n in range(rows)], pa.large_string())
-    codes = [] if counted is None else [counted.codes(n, owners, np.ones(rows)) for n in encoder.counted[owner]]
-    ids = np.column_stack([ids, *codes]).astype(np.int32)
     return Profile(ids, rng.normal(size=(rows, len(encoder.numbers[owner]))).astype(np.float32))
 
 
