@@ -26,7 +26,10 @@ CONFIG = ROOT / "jobs" / "configs" / "simulated.toml"
 RESULTS = Path(__file__).parent / "results" / "learning_recipe.json"
 VALIDATION = ("data.train_dates=2026-01-01:2026-01-05", "data.eval_dates=2026-01-06")
 
+OF_NOVEMBER = ("data.final_labels=all", "model.interaction_histories=all")
+"""The recipe as it first was, on rows whose orders are final too and with one history."""
 BEFORE = (
+    *OF_NOVEMBER,
     "train.average=0",
     "train.embedding_learning_rate=0.03",
     "train.num_epochs=2",
@@ -51,6 +54,8 @@ MODELS: dict[str, tuple[str, ...]] = {
     "plain, recipe without towers": (*PLAIN, "model.interaction_hidden=0"),
     "plain, recipe without averages": (*PLAIN, "train.average=0"),
     "plain, recipe": PLAIN,
+    "plain, recipe of November": (*PLAIN, *OF_NOVEMBER),
+    "plain, recipe and one history": (*PLAIN, OF_NOVEMBER[1]),
     "plain, recipe and first-order part": (*PLAIN, *WIDE),
     "USR, before": BEFORE,
     "USR, recipe without CL": NO_CL,

@@ -99,15 +99,25 @@ class SlowUsr:
     def interactions(
         self, batch: UsrBatch, row: int, parts: list[Tensor], vectors: list[tuple[str, Tensor]]
     ) -> list[Tensor]:
-        """u * v, q * v and mean item * v of sides over the start's standard deviation, 0.05, through their towers."""
+        """u * v, q * v and mean item * v of sides over the start's standard deviation, 0.05, through their towers.
+
+        The mean item is of all events, then perhaps of each scenario's.
+        """
         sums = {}
         for owner in ("user", "item"):
             own = [p for p, feature in zip(parts, self.spec.sparse, strict=False) if feature.owner == owner]
             own += [vector for whose, vector in vectors if whose == owner]
             sums[owner] = sum(own) / len(own) ** 0.5
-        past = [sum(v := self.item(item)) / len(v) ** 0.5 for _, item, _, _, _ in row_events(batch, row)]
+        groups = [range(len(self.spec.scenarios))]
+        if self.model.config.interaction_histories == "each" and len(groups[0]) > 1:
+            groups += [range(s, s + 1) for s in groups[0]]
+        means = []
+        for group in groups:
+            events = [item for s, item, _, _, _ in row_events(batch, row) if s in group]
+            past = [sum(v := self.item(item)) / len(v) ** 0.5 for item in events]
+            means.append(torch.stack(past).mean(0) if past else torch.zeros_like(parts[0]))
         query = [self.query(int(batch.sparse_BF[row, 2]))] if self.spec.query_scenarios else []
-        others = [*query, torch.stack(past).mean(0) if past else torch.zeros_like(parts[0])]
+        others = [*query, *means]
         sides = [x / 0.05 for x in (sums["user"], sums["item"], *others)]
         for n, tower in enumerate(self.model.inputs.interactions.towers or []):
             first, last = (layer.double() for layer in copy.deepcopy(tower).layers[::2])

@@ -43,12 +43,17 @@ class Histories(abc.ABC):
 
     @property
     @abc.abstractmethod
+    def lengths_SB(self) -> Tensor:
+        """int64, events of each history."""
+
+    @property
     def num_events_B(self) -> Tensor:
         """int64, events of a row in all scenarios."""
+        return self.lengths_SB.sum(0)
 
     @abc.abstractmethod
-    def item_sum(self) -> Tensor:
-        """(B, X): sum of the item vectors [e_item ; e_side ..] of all events of a row."""
+    def item_sums(self) -> Tensor:
+        """(S, B, X): sum of the item vectors [e_item ; e_side ..] of the events of each history."""
 
     @abc.abstractmethod
     def event_sum(self) -> Tensor:
@@ -62,15 +67,20 @@ class Histories(abc.ABC):
     def past_queries(self, scenario: int, num_recent: int) -> tuple[Tensor, Tensor]:
         """(B, D): sum of the newest past queries of one history; and int64 (B, 1): how many there are."""
 
-    def mean_item(self) -> Tensor:
+    def mean_items(self, *, each: bool) -> list[Tensor]:
         """(B, D): mean over all events of a row of the sum of what an item vector holds, over the root of their number.
 
-        Zeros for a row without events.
+        With `each` those of every scenario's events besides. Zeros where there are no events.
         """
-        sum_BX = self.item_sum()
+        sums_SBX, lengths_SB = self.item_sums(), self.lengths_SB
+        if each:
+            sums_SBX = torch.cat([sums_SBX.sum(0, keepdim=True), sums_SBX])
+            lengths_SB = torch.cat([lengths_SB.sum(0, keepdim=True), lengths_SB])
+        else:
+            sums_SBX, lengths_SB = sums_SBX.sum(0, keepdim=True), lengths_SB.sum(0, keepdim=True)
         if self.num_sides:
-            sum_BX = sum_BX.unflatten(1, (1 + self.num_sides, -1)).sum(1) / math.sqrt(1 + self.num_sides)
-        return sum_BX / self.num_events_B.clamp(min=1).unsqueeze(1)
+            sums_SBX = sums_SBX.unflatten(2, (1 + self.num_sides, -1)).sum(2) / math.sqrt(1 + self.num_sides)
+        return list((sums_SBX / lengths_SB.clamp(min=1).unsqueeze(2)).unbind(0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,12 +217,16 @@ class JaggedHistories(Histories):
 
     @property
     @override
-    def num_events_B(self) -> Tensor:
-        return self.events.num_events_B
+    def lengths_SB(self) -> Tensor:
+        return self.events.lengths_SB
 
     @override
-    def item_sum(self) -> Tensor:
-        return pool_sum([self.items_UX], [self.places[0]], self.events.rows)
+    def item_sums(self) -> Tensor:
+        history_V, starts_SB = self.events.history_V, self.events.starts_SB
+        # The events of a history stand side by side already.
+        numbers_V = torch.arange(history_V.shape[0], device=history_V.device)
+        histories = Groups(history_V, numbers_V, starts_SB.flatten())
+        return pool_sum([self.items_UX], [self.places[0]], histories).unflatten(0, starts_SB.shape)
 
     @override
     def event_sum(self) -> Tensor:
@@ -292,12 +306,13 @@ class PaddedHistories(Histories):
 
     @property
     @override
-    def num_events_B(self) -> Tensor:
-        return self.valid_BL.sum(1)
+    def lengths_SB(self) -> Tensor:
+        return self.valid_BL.unflatten(1, (len(self._queries), -1)).sum(2).T
 
     @override
-    def item_sum(self) -> Tensor:
-        return (self._item_BLX * self.valid_BL.unsqueeze(2)).sum(1)
+    def item_sums(self) -> Tensor:
+        known_BLX = self._item_BLX * self.valid_BL.unsqueeze(2)
+        return known_BLX.unflatten(1, (len(self._queries), -1)).sum(2).transpose(0, 1)
 
     @override
     def event_sum(self) -> Tensor:

@@ -111,7 +111,9 @@ class InputNetwork(nn.Module):
         self.feature_widths = [embedding_dim] * len(spec.sparse) + [1] * num_dense
         self.interactions: Interactions | None = None
         if config.interactions:
-            num_others = 2 if self.has_queries else 1
+            num_scenarios = len(spec.scenarios)
+            self.each_history = config.interaction_histories == "each" and num_scenarios > 1
+            num_others = (2 if self.has_queries else 1) + (num_scenarios if self.each_history else 0)
             self.interactions = Interactions(embedding_dim, num_others, config.interaction_hidden)
             self.feature_widths += [embedding_dim] * (1 + num_others)
         self.feature_widths += [2 if name == TERM_OVERLAP else embedding_dim for name in self.list_names]
@@ -152,7 +154,8 @@ class InputNetwork(nn.Module):
             # A request has one context: its first row has all of it.
             context += [dense_BF[: query_BD.shape[0], i : i + 1] for i in self.dense_context]
         if self.interactions is not None:
-            others = [query_BD, histories.mean_item()] if self.has_queries else [histories.mean_item()]
+            means = histories.mean_items(each=self.each_history)
+            others = [query_BD, *means] if self.has_queries else means
             parts += self.interactions(
                 [columns[n] for n in self.user_names], [columns[n] for n in self.item_names], others
             )

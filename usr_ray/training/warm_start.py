@@ -15,7 +15,8 @@ from usr_ray.model.unique import event_sides, event_vectors
 from usr_ray.schema import FeatureSpec
 from usr_ray.training.checkpoint import STATE, Checkpoint, CheckpointError, CheckpointStore
 
-_NEW = {key: getattr(ModelConfig(), key) for key in ("wide", "wide_buckets", "wide_l2", "pepnet_hidden")}
+_NEW_KEYS = ("wide", "wide_buckets", "wide_l2", "pepnet_hidden", "interaction_histories")
+_NEW = {key: getattr(ModelConfig(), key) for key in _NEW_KEYS}
 _COME_SINCE: dict[str, Any] = {"model": _NEW, "features": {"crosses": []}}
 """Keys that older runs do not name, as these runs had them."""
 _WAY_OUT = "name another, or set train.warm_start='' to begin afresh"

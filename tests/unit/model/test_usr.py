@@ -29,6 +29,7 @@ SWITCHES: Mapping[str, dict] = {
     "GLMT alone": {**PLAIN, "multitask": {"enabled": True}},
     "plain": PLAIN,
     "no interactions": {"interactions": False},
+    "products of each history": {"interaction_histories": "each"},
 }
 
 

@@ -114,6 +114,19 @@ def test_any_number_of_scenarios_is_served(tmp_path, spec):
 
 
 @pytest.mark.parametrize("is_plain", [False, True], ids=["USR", "plain"])
+def test_products_of_each_history_are_served(tmp_path, is_plain):
+    lake = make_lake(tmp_path / "lake", sides=("brand",))
+    switches = {"interaction_histories": "each", **(PLAIN if is_plain else {})}
+    assert_parity(load_run(make_run(tmp_path / "run", lake, **switches)), lake)
+    export_run(tmp_path / "run", tmp_path / "export", None)
+    batch, run = real_batches(lake)[0], load_run(tmp_path / "run")
+    inputs = {name: value.numpy() for name, value in padded_inputs(batch, run.spec).items()}
+    found = ExportedModel(tmp_path / "export", runtime="onnx").predict(inputs)
+    for name, value in both(run, batch)[0].items():
+        torch.testing.assert_close(torch.from_numpy(found[name]), value, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_plain", [False, True], ids=["USR", "plain"])
 def test_events_are_served_with_their_items_categories(tmp_path, is_plain):
     """The checkpoint holds them: once it is written, the lake is not asked again."""
     lake = make_lake(tmp_path / "lake", sides=("brand",))
