@@ -33,6 +33,8 @@ from usr_ray.training.evaluate import load_run
 
 pytestmark = pytest.mark.e2e
 
+RUN, OUT = "für-dich 北京 #1", "it's 50% of 北京 🙂"
+"""Folders of the export that most tests look at: those of any name can be exported and opened."""
 SIZES = {"user_id": 32, "item_id": 42, "query": 22, "brand": 8}
 
 
@@ -108,17 +110,17 @@ def test_both_programs_say_what_the_training_model_says(lake, tmp_path, backbone
 @pytest.fixture(scope="module")
 def exported(lake, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
-    make_run(folder / "run", lake, step=9)
-    make_run(folder / "run", lake, step=7, best=True, seed=1)
-    words = ["--run-dir", folder / "run", "--output", folder / "deep" / "out", "--lake", lake]
+    make_run(folder / RUN, lake, step=9)
+    make_run(folder / RUN, lake, step=7, best=True, seed=1)
+    words = ["--run-dir", folder / RUN, "--output", folder / "deep" / OUT, "--lake", lake]
     assert run_job(job.main, [str(word) for word in words]) == 0
     return folder
 
 
 def test_the_request_program_takes_any_number_of_candidates(exported):
-    run = load_run(exported / "run")
-    model = ExportedModel(exported / "deep" / "out", per_request=True)
-    rows = ExportedModel(exported / "deep" / "out")
+    run = load_run(exported / RUN)
+    model = ExportedModel(exported / "deep" / OUT, per_request=True)
+    rows = ExportedModel(exported / "deep" / OUT)
     assert [i["shape"][0] for i in model.manifest["request_inputs"]].count("items") == 2
     for num_items in (1, 2, 500):
         batch = one_request(drawn_batch(run.spec, num_items, seed=5), run.spec, 0)
@@ -130,7 +132,7 @@ def test_the_request_program_takes_any_number_of_candidates(exported):
 
 
 def test_the_directory_holds_what_its_manifest_says(lake, exported):
-    out = exported / "deep" / "out"
+    out = exported / "deep" / OUT
     manifest = json.loads((out / "manifest.json").read_text())
     names = {
         "model.pt2",
@@ -155,14 +157,14 @@ def test_the_directory_holds_what_its_manifest_says(lake, exported):
     values = pq.read_table(out / "vocabularies.parquet")
     assert values.num_rows == sum(size - 2 for size in SIZES.values())  # item_id has grown since: 8 values left out
     assert set(manifest["versions"]) >= {"usr_ray", "torch", "onnx", "onnxruntime"}
-    run = load_run(exported / "run")
+    run = load_run(exported / RUN)
     weights = load_file(out / "weights.safetensors")
     assert torch.equal(weights["embeddings.tables.1"], run.tables.tables["item_id"])
-    assert not [path for path in (exported / "deep").iterdir() if path.name != "out"]
+    assert not [path for path in (exported / "deep").iterdir() if path.name != OUT]
 
 
 def test_inputs_that_do_not_fit_are_refused(lake, exported):
-    model = ExportedModel(exported / "deep" / "out")
+    model = ExportedModel(exported / "deep" / OUT)
     inputs = arrays(next(batches(lake)), samples_spec())
     with pytest.raises(ExportError, match="inputs: missing dense, unknown numbers; the model takes: scenario, sparse"):
         model.predict({("numbers" if name == "dense" else name): value for name, value in inputs.items()})
@@ -176,7 +178,7 @@ def test_inputs_that_do_not_fit_are_refused(lake, exported):
 
 @pytest.mark.parametrize("runtime", ["torch", "onnx"])
 def test_no_rows_give_no_rows(lake, exported, runtime):
-    model = ExportedModel(exported / "deep" / "out", runtime=runtime)
+    model = ExportedModel(exported / "deep" / OUT, runtime=runtime)
     none = {name: value[:0] for name, value in arrays(next(batches(lake)), samples_spec()).items()}
     assert [value.shape for value in model.predict(none).values()] == [(0,)] * 4
 
@@ -184,48 +186,48 @@ def test_no_rows_give_no_rows(lake, exported, runtime):
 @pytest.mark.parametrize("scenario", [-1, 2])
 def test_the_programs_themselves_refuse_a_scenario_they_lack(lake, exported, scenario):
     inputs = arrays(next(batches(lake)), samples_spec()) | {"scenario": np.full(64, scenario)}
-    session = onnxruntime.InferenceSession(exported / "deep" / "out" / "model.onnx")
+    session = onnxruntime.InferenceSession(exported / "deep" / OUT / "model.onnx")
     with pytest.raises(InvalidArgument):
         session.run(None, inputs)
     with pytest.raises(IndexError):
-        torch.export.load(exported / "deep" / "out" / "model.pt2").module()(
+        torch.export.load(exported / "deep" / OUT / "model.pt2").module()(
             {name: torch.from_numpy(value) for name, value in inputs.items()}
         )
 
 
 def test_large_weights_lie_beside_the_onnx_file(lake, exported, tmp_path, monkeypatch):
     monkeypatch.setattr("usr_ray.serving.export._EXTERNAL_BYTES", 100)
-    manifest = export_run(exported / "run", tmp_path / "out", requests_only=True)
+    manifest = export_run(exported / RUN, tmp_path / "out", requests_only=True)
     assert {"request.onnx", "request.onnx.data"} <= set(manifest["files"])
     spec = samples_spec()
     batch = one_request(next(batches(lake)), spec, 0)
     inputs = {name: value.numpy() for name, value in request_inputs(padded_inputs(batch, spec), spec).items()}
     found = ExportedModel(tmp_path / "out", per_request=True).predict(inputs)
-    for name, value in ExportedModel(exported / "deep" / "out", per_request=True).predict(inputs).items():
+    for name, value in ExportedModel(exported / "deep" / OUT, per_request=True).predict(inputs).items():
         assert np.array_equal(found[name], value)
 
 
 def test_an_export_that_cannot_be_written_leaves_nothing(lake, exported, tmp_path, capsys, monkeypatch):
-    words = ["--run-dir", str(exported / "run"), "--output", str(tmp_path / "new" / "out")]
+    words = ["--run-dir", str(exported / RUN), "--output", str(tmp_path / "new" / "out")]
     assert run_job(job.main, [*words, "--lake", str(tmp_path)]) == 2
     assert "no Delta table at" in capsys.readouterr().err
 
     def written_before(model, spec, folder, *, requests_only):
         for name in ("model.pt2", "model.onnx", "request.onnx"):
-            os.link(exported / "deep" / "out" / name, folder / name)
+            os.link(exported / "deep" / OUT / name, folder / name)
 
     monkeypatch.setattr("usr_ray.serving.export.write_programs", written_before)
     monkeypatch.setattr("usr_ray.serving.export.largest_differences", lambda *_, **__: {"model.onnx": float("nan")})
     assert run_job(job.main, words) == 1
     assert "differs from the training model" in capsys.readouterr().err
     assert not any((tmp_path / "new").iterdir())
-    words[-1] = str(exported / "deep" / "out")
+    words[-1] = str(exported / "deep" / OUT)
     assert run_job(job.main, words) == 2
     assert "is not empty; name another directory, or delete this one" in capsys.readouterr().err
 
 
 def test_a_changed_file_is_refused(exported, tmp_path):
-    for path in (exported / "deep" / "out").iterdir():
+    for path in (exported / "deep" / OUT).iterdir():
         os.link(path, tmp_path / path.name)
     ExportedModel(tmp_path)
     (tmp_path / "model.onnx").unlink()

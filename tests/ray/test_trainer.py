@@ -19,7 +19,7 @@ import torch
 from deltalake import DeltaTable
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from jobs import export, report, score
+from jobs import report, score
 from tests.ray.conftest import OVERRIDES, newest_step, small_config, training_workers, wait_for, weights
 from usr_ray.cli import run_job
 from usr_ray.config import UserError
@@ -71,12 +71,6 @@ def test_a_run_of_any_name_is_scored_and_reported(unbroken: Path, lake: Path, tm
     assert table.num_rows == build_manifest(lake, dates=(dt.date(2026, 1, 5), dt.date(2026, 1, 6))).num_rows
     assert run_job(report.main, [*common[:2], "--output", str(output / "r.html")]) == 0
     assert unbroken.name in (output / "r.html").read_text(encoding="utf-8")
-
-
-def test_a_run_of_any_name_is_exported(unbroken: Path, tmp_path: Path) -> None:
-    output = tmp_path / "it's 50% of 北京 🙂"
-    assert run_job(export.main, ["--run-dir", str(unbroken), "--output", str(output)]) == 0
-    assert (output / "manifest.json").is_file()
 
 
 def test_every_log_step_and_evaluation_is_in_the_history_and_in_tensorboard(unbroken: Path) -> None:
