@@ -12,7 +12,7 @@ RUN apt-get update \
 WORKDIR /opt/usr-ray
 COPY constraints.txt setup.cfg pyproject.toml README.md LICENSE ./
 COPY usr_ray/__init__.py usr_ray/__init__.py
-RUN pip install --no-cache-dir --constraint constraints.txt --editable '.[train,serve]'
+RUN pip install --no-cache-dir --constraint constraints.txt --editable '.[train,serve,redis]'
 COPY usr_ray usr_ray
 COPY jobs jobs
 COPY cluster cluster

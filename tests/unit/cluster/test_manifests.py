@@ -124,7 +124,7 @@ def test_versions_are_those_of_constraints_and_of_this_package() -> None:
 
 
 def test_images_take_their_versions_from_constraints_and_are_tagged_with_ours() -> None:
-    for side, extras, tag in (("spark", "'.[etl]'", "spark"), ("ray", "'.[train,serve]'", "train")):
+    for side, extras, tag in (("spark", "'.[etl]'", "spark"), ("ray", "'.[train,serve,redis]'", "train")):
         text = (CLUSTER / "images" / f"{side}.Dockerfile").read_text(encoding="utf-8")
         assert f"--constraint constraints.txt --editable {extras}" in text
         assert f"--tag usr-ray-{tag}:{usr_ray.__version__} " in text
