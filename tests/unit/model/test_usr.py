@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tests.unit.random_batches import NO_CL, PLAIN, VECTORS, make_batch, make_config, make_spec, make_tables, rows
 from tests.unit.slow_usr import SlowUsr
-from usr_ray.config import BACKBONES, ConfigError, ModelConfig
+from usr_ray.config import BACKBONES, Config, ConfigError, ModelConfig
 from usr_ray.data.batch import UsrBatch, UsrOutputs
 from usr_ray.model.embedding import EmbeddingTables, Lookup
 from usr_ray.model.usr import UsrModel
@@ -327,7 +327,7 @@ def test_bfloat16_autocast_gives_finite_float32_outputs_and_gradients(switches: 
         ),
         (
             "interest",
-            {"rank": 9},
+            {"rank": 9, "over_parameterisation": 5},
             r"over_parameterisation \(5\) must not be below model.interest.rank \(9\): .* lose rank",
         ),
         ("generator", {"hidden": 0}, r"model.generator.hidden must be in [\[(][01].*, got 0"),
@@ -345,10 +345,10 @@ def test_bfloat16_autocast_gives_finite_float32_outputs_and_gradients(switches: 
 )
 def test_values_that_make_no_model_are_refused(section: str, values: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        make_config(**{section: values})
+        Config.from_dict({"model": {section: values}})
 
 
 @pytest.mark.parametrize("key", ["embedding_dim", "trigger_dim", "recent_queries"])
 def test_sizes_must_be_positive(key: str) -> None:
     with pytest.raises(ConfigError, match=rf"model.{key} must be in \[1, .*\], got 0"):
-        make_config(**{key: 0})
+        Config.from_dict({"model": {key: 0}})
