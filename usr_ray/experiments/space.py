@@ -12,16 +12,15 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
-from scipy.stats import rankdata
+from typing import TYPE_CHECKING, Any
 
 from usr_ray.config import Config, UserError, dotted, load_config, parse_dates
 from usr_ray.config.fields import override_key
 from usr_ray.config.tune import METRICS, SpaceConfig
 from usr_ray.experiments.grid import Axis, Comparison, Resources, Study, as_sets, toml_value
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _NOT_TUNED = (
     "data.",
@@ -196,6 +195,9 @@ def importance(points: Sequence[TriedPoint], space: Mapping[str, SpaceConfig], *
     scored = [(p, min(c) if minimise else max(c)) for p in points if (c := [v for v in p.curve if math.isfinite(v)])]
     if len(scored) < 5:
         return {}
+    import numpy as np  # not above: jobs/tune.py refuses a search before it needs any package
+    from scipy.stats import rankdata
+
     targets = rankdata([value for _, value in scored])
     found = {}
     for path, of in space.items():
@@ -210,6 +212,8 @@ def importance(points: Sequence[TriedPoint], space: Mapping[str, SpaceConfig], *
 
 
 def _eta(labels: Sequence[Any], targets: NDArray) -> float:
+    import numpy as np
+
     _, group_N = np.unique([repr(label) for label in labels], return_inverse=True)
     means = np.bincount(group_N, weights=targets) / np.bincount(group_N)
     return math.sqrt(means[group_N].var() / targets.var()) if targets.var() else 0.0
