@@ -189,9 +189,10 @@ class ListFeature(SparseFeature):
 
 
 LOG1P, STANDARD, BUCKETS = "log1p", "standard", "buckets"
-SCALES = (LOG1P, "none")
-"""How a number x becomes a column: sign(x) log1p(|x|), or x itself. Readers also know STANDARD, (x - mean) / deviation,
-and BUCKETS, the id of its bucket, which no build writes yet."""
+SCALES = (LOG1P, "none", STANDARD, BUCKETS)
+"""How a number x becomes a column: sign(x) log1p(|x|); x itself; (x - mean) / deviation; or the id of its bucket."""
+FITTED_SCALES = (STANDARD, BUCKETS)
+"""Those that the values of the training dates decide."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

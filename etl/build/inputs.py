@@ -26,6 +26,7 @@ from etl.logs.duplicates import key_hash, mark_foreign
 from etl.logs.events import EventLog, context_tags, event_logs, read_events, read_features
 from etl.logs.files import ANY_LOG, LogFolder, readable
 from usr_ray.config import DAY_US, Config, date_of, day_number
+from usr_ray.schema import FITTED_SCALES
 
 MAX_ROWS_PER_TASK = 1 << 22
 """Approximate event rows of one task of the pass; every core has at least one task."""
@@ -118,8 +119,9 @@ def open_logs(spark: SparkSession, config: Config, logs_dir: str) -> Logs:
         ("items", "item_id", features.item_categories, features.item_numbers),
     ):
         lists = tuple(feature for feature in features.lists if feature.key == key)
-        if categories or numbers or lists:
-            tables[log] = read_features(folder, log, key, categories, numbers, lists)
+        vectors = tuple(feature for feature in features.vectors if feature.key == key)
+        if categories or numbers or lists or vectors:
+            tables[log] = read_features(folder, log, key, categories, numbers, lists, vectors)
     unique: dict[str, DataFrame] = {}
     for log, table in tables.items():
         with readable(log):
@@ -170,7 +172,11 @@ def run_pass(
         DataCheckError: a file cannot be read, or too many rows of a log are rejected (limits.max_reject_share).
     """
     kinds = map(logs.config.features.scale_of, logs.config.features.context_numbers)
-    scaled = [scale(F.col(name), kind).alias(name) for name, kind in zip(plan.numbers, kinds, strict=True)]
+    # What is fitted is not known yet: the raw values go into the packs, and sample_rows scales them.
+    scaled = [
+        (F.col(name) if kind in FITTED_SCALES else scale(F.col(name), kind)).alias(name)
+        for name, kind in zip(plan.numbers, kinds, strict=True)
+    ]
     # Rows without a user are spread by their content.
     key = F.when(F.col("reason").isNull(), F.xxhash64("user_id")).otherwise(F.xxhash64("row_json"))
     time = F.col("event_time")

@@ -20,8 +20,8 @@ from etl.build.samples import Job, Progress, read_from, row_plan, show_inputs, w
 from etl.build.staging import staging_folder
 from etl.build.state import DUPLICATE_SPAN, find_state, past_events, write_state, write_sums
 from etl.checks import DataCheckError
+from etl.features.by_id import update_tables_by_id
 from etl.features.counters import counter_fingerprints
-from etl.features.item_features import update_item_features
 from etl.features.vocabulary import existing_vocabularies, feature_spec
 from etl.kernel.attribution import LabelRules
 from etl.kernel.fingerprint import date_fingerprint
@@ -98,7 +98,8 @@ def restate_samples(
             progress(f"nothing to restate in {len(reports)} dates")
             return {}
         rows = replace(rows, days=tuple(map(day_of, touched)))
-        prepare_samples(spark, lake, spec, config, update_item_features(spark, config, lake, inputs.items, known))
+        tables = (inputs.users, inputs.items)
+        prepare_samples(spark, lake, spec, config, update_tables_by_id(spark, config, lake, tables, known, spec))
         job = Job(
             spark=spark,
             config=config,

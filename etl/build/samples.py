@@ -23,9 +23,9 @@ from etl.build.report import (
 from etl.build.staging import staging_folder
 from etl.build.state import State, find_state, past_events, value_counts, write_state, write_sums
 from etl.checks import AccountingError, DataCheckError
+from etl.features.by_id import update_tables_by_id
 from etl.features.counters import counter_fingerprints, counter_plan, sums_of_values
-from etl.features.encoding import encoded_packs, pack_features, sample_frame
-from etl.features.item_features import update_item_features
+from etl.features.encoding import encoded_packs, owned_categories, owned_numbers, pack_features, sample_frame
 from etl.features.lists import cut_values, list_values
 from etl.features.vocabulary import Vocabularies, feature_spec, grow_vocabularies
 from etl.jvm import table_version
@@ -107,10 +107,12 @@ def build_samples(spark: SparkSession, config: Config, request: BuildRequest, pr
         built = _dates_there(request, inputs, config, progress)
         dates = [date.isoformat() for date in built]
         counts = value_counts(spark, lake, state, inputs.staged(VALUE))
-        known, spec = grow_vocabularies(spark, config, lake, counts, (inputs.users, inputs.items), dates)
+        known, spec = grow_vocabularies(
+            spark, config, lake, counts, (inputs.users, inputs.items), dates, inputs.staged(PACK)
+        )
         sums = write_sums(spark, config, lake, state, inputs.staged(COUNT), built[-1])
-        item_features = update_item_features(spark, config, lake, inputs.items, known)
-        prepare_samples(spark, lake, spec, config, item_features)
+        versions = update_tables_by_id(spark, config, lake, (inputs.users, inputs.items), known, spec)
+        prepare_samples(spark, lake, spec, config, versions)
         progress(
             "vocabularies: " + ", ".join(f"{n} {f.num_embeddings - FIRST_ID:,}" for n, f in spec.vocabularies.items())
         )
@@ -135,15 +137,14 @@ def row_plan(
     config: Config, spec: FeatureSpec, account: Account, watermark: dt.datetime | None, days: Sequence[int]
 ) -> RowPlan:
     """How the rows of some days are written; the watermark is by default the newest event that is used."""
-    features = config.features
     return RowPlan(
         rules=LabelRules.from_config(config.labels),
         spec=spec,
         watermark=watermark_of(account, watermark, days, LabelRules.from_config(config.labels)),
         days=tuple(days),
         features=pack_features(config),
-        owned_categories={"user_id": features.user_categories, "item_id": features.item_categories},
-        owned_numbers={"user_id": features.user_numbers, "item_id": features.item_numbers},
+        owned_categories=owned_categories(config),
+        owned_numbers=owned_numbers(config),
     )
 
 

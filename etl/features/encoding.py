@@ -13,11 +13,12 @@ from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import to_arrow_schema
 
 from etl.features.counters import counted_feature, counted_windows
+from etl.features.numbers import bucket
 from etl.features.vocabulary import Vocabularies, encode, hash_index, scale
 from etl.kernel.rows import RowPlan, sample_rows
 from etl.lake.tables import samples_schema
 from usr_ray.config import Config
-from usr_ray.schema import PADDING_ID, UNKNOWN_ID
+from usr_ray.schema import BUCKETS, PADDING_ID, SCALES, UNKNOWN_ID
 
 _MAX_BROADCAST_VALUES = 1_000_000
 """Values of all chunks together that are sent to every task; more of them travel with their packs in a shuffle.
@@ -32,6 +33,21 @@ def pack_features(config: Config) -> tuple[str, ...]:
     own = ("user_id", "item_id", "query", *config.features.context_categories, *of_rows)
     counted = (counted_feature(config, counter) for counter in config.every_counter.values())
     return tuple(dict.fromkeys((*own, *counted)))
+
+
+def owned_categories(config: Config) -> dict[str, tuple[str, ...]]:
+    """What comes as ids with a `user_id` and an `item_id`: categories, then numbers in buckets."""
+    features = config.features
+    return {
+        "user_id": (*features.user_categories, *features.numbers_of("user", BUCKETS)),
+        "item_id": (*features.item_categories, *features.numbers_of("item", BUCKETS)),
+    }
+
+
+def owned_numbers(config: Config) -> dict[str, tuple[str, ...]]:
+    """Likewise all other numbers."""
+    others = [scale for scale in SCALES if scale != BUCKETS]
+    return {f"{owner}_id": config.features.numbers_of(owner, *others) for owner in ("user", "item")}
 
 
 def encoded_packs(
@@ -95,16 +111,18 @@ def _lookups(
     ids, numbers = F.array("id"), F.array().cast("array<float>")
     users, items = tables
     for key, table, categories, scaled in (
-        ("user_id", users, features.user_categories, features.user_numbers),
-        ("item_id", items, features.item_categories, features.item_numbers),
+        ("user_id", users, features.user_categories, owned_numbers(config)["user_id"]),
+        ("item_id", items, features.item_categories, owned_numbers(config)["item_id"]),
     ):
         if table is None:
             continue
-        owned = _owned(table, key, categories, scaled, known, config).withColumn("feature", F.lit(key))
+        buckets = features.numbers_of(key.removesuffix("_id"), BUCKETS)
+        owned = _owned(table, key, known, config).withColumn("feature", F.lit(key))
         rows = rows.join(owned, on=["feature", "value"], how="left")
         mine = F.col("feature") == key
-        # A key without a row has padding for its categories and 0 for its numbers.
-        padding = F.array(*[F.lit(PADDING_ID)] * len(categories)).cast("array<bigint>")
+        # A key without a row has padding for its categories, the bucket of nulls, and 0 for its other numbers.
+        nothing = [F.lit(PADDING_ID)] * len(categories) + [F.lit(UNKNOWN_ID)] * len(buckets)
+        padding = F.array(*nothing).cast("array<bigint>")
         zeros = F.array(*[F.lit(0.0)] * len(scaled)).cast("array<float>")
         ids = F.when(mine, F.concat(ids, F.coalesce(f"{key}_ids", padding))).otherwise(ids)
         numbers = F.when(mine, F.coalesce(f"{key}_numbers", zeros)).otherwise(numbers)
@@ -142,24 +160,20 @@ def _list_ids(found: DataFrame, known: Vocabularies, config: Config) -> DataFram
     return grouped.agg(F.flatten(pairs).alias("lists"))
 
 
-def _owned(
-    table: DataFrame,
-    key: str,
-    categories: tuple[str, ...],
-    numbers: tuple[str, ...],
-    known: Vocabularies,
-    config: Config,
-) -> DataFrame:
+def _owned(table: DataFrame, key: str, known: Vocabularies, config: Config) -> DataFrame:
     """One row per user or item: `value` (its key), `<key>_ids` and `<key>_numbers`."""
+    features, fits = config.features, known.fits or {}
+    owner = key.removesuffix("_id")
+    categories = features.user_categories if owner == "user" else features.item_categories
 
     def listed(columns: list[Column], kind: str) -> Column:
         return F.array(*columns).cast(f"array<{kind}>")
 
-    encoded = encode(table, categories, known, config.vocabulary)
-    return encoded.select(
+    ids = [F.col(f"id:{name}") for name in categories]
+    ids += [bucket(F.col(name), fits[name]) for name in features.numbers_of(owner, BUCKETS)]
+    numbers = [scale(F.col(n), features.scale_of(n), *fits.get(n, ())) for n in owned_numbers(config)[key]]
+    return encode(table, categories, known, config.vocabulary).select(
         F.col(key).alias("value"),
-        listed([F.col(f"id:{name}") for name in categories], "bigint").alias(f"{key}_ids"),
-        listed([scale(F.col(name), config.features.scale_of(name)) for name in numbers], "float").alias(
-            f"{key}_numbers"
-        ),
+        listed(ids, "bigint").alias(f"{key}_ids"),
+        listed(numbers, "float").alias(f"{key}_numbers"),
     )

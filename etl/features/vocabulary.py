@@ -15,6 +15,7 @@ from pyspark.sql import functions as F
 
 from etl.checks import DataCheckError
 from etl.features.lists import count_list_values
+from etl.features.numbers import Fits, fit_numbers, fit_vectors, fits_of
 from etl.jvm import table_properties, table_version
 from etl.kernel.rows import EVENT_HOUR, NUM_HOURS
 from etl.lake.tables import Lake, append_vocabularies
@@ -22,6 +23,7 @@ from etl.session import kept
 from usr_ray.config import Config, VocabularyConfig, parse_dates
 from usr_ray.config.counters import CounterConfig, counter_columns
 from usr_ray.schema import (
+    BUCKETS,
     FEATURE_SPEC_PROPERTY,
     FIRST_ID,
     HASHED,
@@ -30,6 +32,8 @@ from usr_ray.schema import (
     PADDING_ID,
     PARTITION_COLUMN,
     SAMPLES,
+    SCALES,
+    STANDARD,
     UNKNOWN_ID,
     VOCABULARIES,
     DenseFeature,
@@ -53,6 +57,8 @@ class Vocabularies:
     """Of each feature that has values: the two halves of its fingerprint (usr_ray/data/lineage.py)."""
     recorded: dict[str, tuple[tuple[int, str], ...]]
     """FeatureSpec's fingerprints, as the samples table has them."""
+    fits: Fits | None = None
+    """Of the numbers whose scale is fitted (etl/features/numbers.py), as the samples table has them; None: no table."""
 
     def fingerprints(self, feature: str) -> tuple[tuple[int, str], ...]:
         """Those that the samples table has, and one of the values there are now, if it is another."""
@@ -157,15 +163,16 @@ def read_vocabularies(
 
 def existing_vocabularies(spark: SparkSession, config: Config, lake: Lake) -> Vocabularies:
     """The newest vocabularies of a lake; empty before the first build and for hashed ids."""
-    if config.vocabulary.kind == "hash":
-        return Vocabularies(spark.createDataFrame([], VOCABULARY_SCHEMA), {}, {}, {})
-    path = lake.path(VOCABULARIES)
-    version = table_version(spark, path) if lake.has(spark, VOCABULARIES) else None
-    recorded = {}
+    recorded, fits = {}, None
     if lake.has(spark, SAMPLES):
         spec = FeatureSpec.from_json(table_properties(spark, lake.path(SAMPLES))[FEATURE_SPEC_PROPERTY])
         recorded = {name: feature.fingerprints for name, feature in spec.vocabularies.items()}
-    return read_vocabularies(spark, path, version, recorded)
+        fits = fits_of(spec)
+    if config.vocabulary.kind == "hash":
+        return Vocabularies(spark.createDataFrame([], VOCABULARY_SCHEMA), {}, {}, {}, fits)
+    path = lake.path(VOCABULARIES)
+    version = table_version(spark, path) if lake.has(spark, VOCABULARIES) else None
+    return replace(read_vocabularies(spark, path, version, recorded), fits=fits)
 
 
 def _halves() -> tuple[Column, Column]:
@@ -209,8 +216,11 @@ def grow_vocabularies(
     per_date: DataFrame,
     tables: tuple[DataFrame | None, DataFrame | None],
     dates: Iterable[str],
+    packs: DataFrame,
 ) -> tuple[Vocabularies, FeatureSpec]:
     """Admit the values of the fitting dates, and say what the table offers: before the samples need the ids.
+
+    The first build of a samples table also fits the numbers that want it, and what vectors are divided by.
 
     Args:
         spark: the session.
@@ -219,11 +229,18 @@ def grow_vocabularies(
         per_date: impressions that carry a value: feature, value, date, count; of every fitting date.
         tables: users and items, where the configuration names features of theirs.
         dates: dates that are being built; with those built before, they are the ones fitted on.
+        packs: `pack` rows of the pass.
     """
     known = existing_vocabularies(spark, config, lake)
-    if config.vocabulary.kind == "hash":
+    is_hashed = config.vocabulary.kind == "hash"
+    if is_hashed and known.fits is not None:
         return known, feature_spec(config, known)
     fitting = [dt.date.fromisoformat(date) for date in sorted(fitting_dates(spark, config, lake, dates))]
+    if known.fits is None:
+        fits = fit_numbers(config, per_date, tables, packs, fitting)
+        known = replace(known, fits={**fits, **fit_vectors(config.features.vectors, tables)})
+    if is_hashed:
+        return known, feature_spec(config, known)
     counted = per_date.filter(F.col("date").isin(fitting))
     counts = count_values(counted, *tables, config)
     fresh, grown = new_entries(counts, known, config.vocabulary.min_count)
@@ -273,21 +290,14 @@ def feature_spec(config: Config, known: Vocabularies | None = None) -> FeatureSp
     hour = SparseFeature(
         name=EVENT_HOUR, column=index_column(EVENT_HOUR), num_embeddings=FIRST_ID + NUM_HOURS, owner="context"
     )
-    owners = (
-        ("user", config.features.user_numbers),
-        ("item", config.features.item_numbers),
-        ("context", config.features.context_numbers),
-    )
+    fits = (known.fits if known else None) or {}
+    buckets, dense = _number_features(config, fits)
     return FeatureSpec(
         scenarios=config.scenarios,
         query_scenarios=tuple(s for s in config.scenarios if s in config.query_scenarios),
-        sparse=(*sparse[:3], hour, *sparse[3:]),
+        sparse=(*sparse[:3], hour, *sparse[3:], *buckets),
         dense=(
-            *(
-                DenseFeature(name=name, column=scaled_column(name), owner=owner, scale=config.features.scale_of(name))
-                for owner, names in owners
-                for name in names
-            ),
+            *dense,
             *(
                 DenseFeature(name=column, column=column, owner=_counter_owner(counter, dict(value_features(config))))
                 for name, counter in config.every_counter.items()
@@ -299,8 +309,31 @@ def feature_spec(config: Config, known: Vocabularies | None = None) -> FeatureSp
         label_day_span=config.labels.global_span == "day",
         no_order_scenarios=tuple(s for s in config.scenarios if s in config.labels.no_order_scenarios),
         history_item_features=config.features.sides,
+        vectors=tuple(replace(of, scale=fits.get(of.name, (1.0,))[0]) for of in config.features.vectors),
         lists=tuple(replace(of, num_embeddings=found[-1][0], fingerprints=found) for of, found in lists),
     )
+
+
+def _number_features(config: Config, fits: Fits) -> tuple[list[SparseFeature], list[DenseFeature]]:
+    """Numbers in buckets, and all others; without a fit as if they had no values, for their columns alone."""
+    features = config.features
+    buckets = []
+    dense = []
+    for owner in ("user", "item", "context"):
+        for name in features.numbers_of(owner, BUCKETS):
+            edges = fits.get(name, ())
+            size = FIRST_ID + len(edges) + 1
+            column = index_column(name)
+            buckets.append(SparseFeature(name=name, column=column, num_embeddings=size, owner=owner, edges=edges))
+        for name in features.numbers_of(owner, *(scale for scale in SCALES if scale != BUCKETS)):
+            kind = features.scale_of(name)
+            mean, deviation = fits.get(name, (0.0, 1.0))
+            dense.append(
+                DenseFeature(
+                    name=name, column=scaled_column(name), owner=owner, scale=kind, mean=mean, deviation=deviation
+                )
+            )
+    return buckets, dense
 
 
 def _counter_owner(counter: CounterConfig, owners: Mapping[str, str]) -> str:
@@ -331,8 +364,11 @@ def hash_index(value: Column, config: VocabularyConfig) -> Column:
     return F.when(value.isNull(), F.lit(PADDING_ID)).otherwise(bucket).cast("bigint")
 
 
-def scale(value: Column, kind: str) -> Column:
-    """sign(x) * log1p(|x|), or x itself by `kind`, as float; null, NaN and infinite values become 0."""
+def scale(value: Column, kind: str, mean: float = 0.0, deviation: float = 1.0) -> Column:
+    """sign(x) * log1p(|x|), (x - mean) / deviation, or x itself by `kind`, as float; 0 for null, NaN and infinity."""
     usable = value.isNotNull() & ~F.isnan(value) & (F.abs(value) != F.lit(float("inf")))
-    scaled = F.signum(value) * F.log1p(F.abs(value)) if kind == LOG1P else value
+    scaled = {
+        LOG1P: F.signum(value) * F.log1p(F.abs(value)),
+        STANDARD: (value - F.lit(mean)) / F.lit(deviation),
+    }.get(kind, value)
     return F.when(usable, scaled).otherwise(F.lit(0.0)).cast("float")

@@ -13,10 +13,20 @@ from etl.kernel.chunks import REQUEST_KEY, USER_KEY
 from etl.kernel.events import Ints, context_column
 from etl.kernel.labels import NO_TIME, mature
 from etl.kernel.lists import lists_by_code
+from etl.kernel.numbers import bucket_ids, standardised
 from etl.kernel.packs import CELL_PREFIX, EVENT_COLUMNS, unpack
 from usr_ray.config import DAY_US
 from usr_ray.daily_sums import SUMS, CounterPlan, DailySums, counter_values
-from usr_ray.schema import ALL_LABELS, FIRST_ID, PADDING_ID, PARTITION_COLUMN, FeatureSpec, index_column, scaled_column
+from usr_ray.schema import (
+    ALL_LABELS,
+    FIRST_ID,
+    PADDING_ID,
+    PARTITION_COLUMN,
+    STANDARD,
+    FeatureSpec,
+    index_column,
+    scaled_column,
+)
 
 EVENT_HOUR = "event_hour"
 NUM_HOURS = 24
@@ -126,8 +136,15 @@ def _lookups(entries: pa.StructArray, plan: RowPlan) -> dict[str, Lookup]:
 def _own_columns(rows: pa.Table, found: dict[str, Lookup], plan: RowPlan) -> dict[str, pa.Array]:
     time = rows["event_time"].to_numpy()
     columns = {name: rows[name] for name in ("impression_id", "request_id", "position", *ALL_LABELS)}
-    numbers = [f.name for f in plan.spec.dense if f.owner == "context" and f.column == scaled_column(f.name)]
-    columns |= {scaled_column(name): rows[context_column(name)] for name in numbers}
+    for of in plan.spec.dense:
+        if of.owner == "context" and of.column == scaled_column(of.name):
+            value = rows[context_column(of.name)]
+            is_raw = of.scale == STANDARD
+            columns[of.column] = pa.array(standardised(value.to_numpy(), of.mean, of.deviation)) if is_raw else value
+    for in_buckets in plan.spec.sparse:
+        if in_buckets.owner == "context" and in_buckets.edges is not None:
+            raw = rows[context_column(in_buckets.name)].to_numpy()
+            columns[in_buckets.column] = pa.array(bucket_ids(raw, in_buckets.edges))
     columns["event_time"] = _times(time)
     columns["is_mature"] = pa.array(mature(time, plan.watermark, plan.rules))
     columns["click_time"], columns["order_time"] = (

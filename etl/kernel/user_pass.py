@@ -47,7 +47,7 @@ class PassPlan:
     categories: tuple[str, ...] = ()
     """Context features that get a vocabulary."""
     numbers: tuple[str, ...] = ()
-    """Context features that are numbers, scaled already."""
+    """Context features that are numbers: scaled already, or raw where the scale is fitted."""
     counted: tuple[tuple[str, ...], ...] = ()
     """Columns by whose values together past events are counted (etl/kernel/counters.py)."""
     told: tuple[tuple[str, ...], ...] = ()

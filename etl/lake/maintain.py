@@ -20,10 +20,10 @@ from pyspark.sql import functions as F
 
 from etl.checks import DataCheckError
 from etl.jvm import file_system, parquet_footer, table_properties, table_version
-from etl.lake.tables import TABLES, Lake, samples_item_features, without_dictionaries
+from etl.lake.tables import TABLES, Lake, samples_version, without_dictionaries
 from etl.session import MIN_FILE_BYTES, literal_path
 from usr_ray.config import DAY_US
-from usr_ray.schema import ITEM_FEATURES, PINS, SAMPLES
+from usr_ray.schema import ITEM_FEATURES, ITEM_FEATURES_PROPERTY, PINS, SAMPLES, VECTOR_TABLES, VECTORS_PROPERTIES
 
 RETENTION_PROPERTY = "delta.deletedFileRetentionDuration"
 _DEFAULT_RETENTION_DAYS = 7.0
@@ -35,6 +35,8 @@ _FOOTERS = 32
 """Files whose row groups are counted, at most."""
 _HOUR_US = DAY_US // 24
 _INVENTORY = "path string, length bigint, isDir boolean, modificationTime bigint"
+_BY_ID = {ITEM_FEATURES: ITEM_FEATURES_PROPERTY, **{t: VECTORS_PROPERTIES[o] for o, t in VECTOR_TABLES.items()}}
+"""Tables by encoded id -> the property of the samples with their version; also their files' key in a manifest."""
 _LISTED = ("table", "version", "files", "MB", "median MB", "rows a row group", "old files", "old MB")
 
 
@@ -105,10 +107,10 @@ def maintain(spark: SparkSession, request: MaintainRequest, report: Callable[[st
         report(line)
     # Checked for all tables first: a refusal leaves everything as it is.
     doomed = {table: _doomed(spark, request, table) for table in tables} if request.vacuum else {}
-    of_samples = _item_features_of_samples(spark, lake)
-    if ITEM_FEATURES in doomed:
-        doomed[ITEM_FEATURES] = [path for path in doomed[ITEM_FEATURES] if _name(path) not in of_samples]
-    held = _held([*doomed.get(SAMPLES, []), *doomed.get(ITEM_FEATURES, [])], holds)
+    of_samples = _files_of_samples(spark, lake)
+    for table in _BY_ID.keys() & doomed.keys():
+        doomed[table] = [path for path in doomed[table] if _name(path) not in of_samples]
+    held = _held([path for table in (SAMPLES, *_BY_ID) for path in doomed.get(table, [])], holds)
     if held and not request.keep_pinned:
         raise DataCheckError(_refusal(lake.path(SAMPLES), held))
     # What runs read is kept out of VACUUM's sight altogether: nothing can come of age between the check and the deed.
@@ -116,7 +118,7 @@ def maintain(spark: SparkSession, request: MaintainRequest, report: Callable[[st
     for shape in before:
         # VACUUM first: it must not find what OPTIMIZE has only now put aside.
         if request.vacuum:
-            kept = pinned_files if shape.table in (SAMPLES, ITEM_FEATURES) else set()
+            kept = pinned_files if shape.table in (SAMPLES, *_BY_ID) else set()
             report(_vacuum(spark, request, shape.table, doomed[shape.table], kept))
         if request.optimize:
             report(_optimize(spark, request, shape))
@@ -191,13 +193,15 @@ def _held(doomed: Sequence[str], holds: Sequence[Hold]) -> list[tuple[Hold, froz
     return [(hold, hold.files & names) for hold in holds if hold.files & names]
 
 
-def _item_features_of_samples(spark: SparkSession, lake: Lake) -> set[str]:
-    """Names of the files of item_features that the newest samples name: they need not be those of its own newest."""
-    version = samples_item_features(spark, lake)
-    if version is None or not lake.has(spark, ITEM_FEATURES):
-        return set()
-    there = spark.read.format("delta").option("versionAsOf", version).load(lake.path(ITEM_FEATURES))
-    return {_name(file) for file in there.inputFiles()}
+def _files_of_samples(spark: SparkSession, lake: Lake) -> set[str]:
+    """Names of the files by encoded id that the newest samples name: they need not be those of the tables' newest."""
+    found: set[str] = set()
+    for table, name in _BY_ID.items():
+        version = samples_version(spark, lake, name)
+        if version is not None and lake.has(spark, table):
+            there = spark.read.format("delta").option("versionAsOf", version).load(lake.path(table))
+            found |= {_name(file) for file in there.inputFiles()}
+    return found
 
 
 def _refusal(path: str, held: Sequence[tuple[Hold, frozenset[str]]]) -> str:
@@ -369,7 +373,7 @@ def _parse(text: str, where: str) -> tuple[int, frozenset[str], dict[str, Any]]:
     """Version and file names of a manifest (files are objects) or a pin (files are paths)."""
     try:
         raw = json.loads(text)
-        files = (*raw["files"], *raw.get("item_features", ()))
+        files = [*raw["files"], *(file for table in _BY_ID for file in raw.get(table, ()))]
         paths = [file if isinstance(file, str) else file["path"] for file in files]
         return int(raw["version"]), frozenset(path.rpartition("/")[2] for path in paths), raw
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -26,18 +26,18 @@ from usr_ray.schema import (
     COUNTERS,
     FEATURE_SPEC_PROPERTY,
     ITEM_FEATURES,
-    ITEM_FEATURES_PROPERTY,
     LABEL_ORDER,
     PARTITION_COLUMN,
     REJECTS,
     SAMPLES,
     STATE,
+    VECTOR_TABLES,
     VOCABULARIES,
     FeatureSpec,
     index_column,
 )
 
-TABLES = (SAMPLES, REJECTS, VOCABULARIES, ITEM_FEATURES, COUNTERS, STATE)
+TABLES = (SAMPLES, REJECTS, VOCABULARIES, ITEM_FEATURES, *VECTOR_TABLES.values(), COUNTERS, STATE)
 """Delta tables of a lake."""
 
 SWITCHED_OFF = {"delta.enableDeletionVectors": "false", "delta.columnMapping.mode": "none"}
@@ -53,6 +53,7 @@ STATISTICS = {
     REJECTS: "log",
     VOCABULARIES: "id",
     ITEM_FEATURES: "item_id_index",
+    **{table: f"{owner}_id_index" for owner, table in VECTOR_TABLES.items()},
     COUNTERS: "date",
     STATE: "part",
 }
@@ -146,6 +147,13 @@ def item_features_schema(config: Config) -> T.StructType:
     return plain_schema(dict.fromkeys(map(index_column, names), T.LongType()))
 
 
+def vectors_schema(config: Config, owner: str) -> T.StructType:
+    """Encoded id of a user or item, and its vectors: the bytes of float16 numbers, little-endian; null: it has none."""
+    names = getattr(config.features, f"{owner}_vectors")
+    key = T.StructField(index_column(f"{owner}_id"), T.LongType(), nullable=False)
+    return T.StructType([key, *(T.StructField(name, T.BinaryType()) for name in names)])
+
+
 def label_constraints() -> dict[str, str]:
     """CHECK constraints of the samples table: name -> condition."""
     ranges = {f"{name}_is_0_or_1": f"{name} IN (0.0, 1.0)" for name in ALL_LABELS}
@@ -163,16 +171,14 @@ def list_constraints(spec: FeatureSpec) -> dict[str, str]:
 
 
 def prepare_samples(
-    spark: SparkSession, lake: Lake, spec: FeatureSpec, config: Config, item_features: int | None
+    spark: SparkSession, lake: Lake, spec: FeatureSpec, config: Config, versions: Mapping[str, int]
 ) -> None:
     """Create the samples table, or update its feature spec: before data is committed that needs it.
 
-    `item_features` is the version of the table of that name, None where the configuration wants none.
+    `versions` are those of the tables by encoded id that belong to its rows, by the property that says so.
     """
     path = lake.path(SAMPLES)
-    properties = {FEATURE_SPEC_PROPERTY: spec.to_json()}
-    if item_features is not None:
-        properties[ITEM_FEATURES_PROPERTY] = str(item_features)
+    properties = {FEATURE_SPEC_PROPERTY: spec.to_json()} | {name: str(found) for name, found in versions.items()}
     if not lake.has(spark, SAMPLES):
         properties[CONFIG_PROPERTY] = json.dumps(config.row_meaning(), sort_keys=True)
         rules = label_constraints() | list_constraints(spec)
@@ -187,11 +193,14 @@ def prepare_samples(
         spark.sql(f"ALTER TABLE delta.`{path}` SET TBLPROPERTIES ({pairs})")
 
 
-def samples_item_features(spark: SparkSession, lake: Lake) -> int | None:
-    """The version of item_features that belongs to the newest samples; None where they name none."""
+def samples_version(spark: SparkSession, lake: Lake, name: str) -> int | None:
+    """The version of a table by encoded id that belongs to the newest samples; None where they name none.
+
+    `name` is the property of the samples that says so.
+    """
     if not lake.has(spark, SAMPLES):
         return None
-    version = table_properties(spark, lake.path(SAMPLES)).get(ITEM_FEATURES_PROPERTY)
+    version = table_properties(spark, lake.path(SAMPLES)).get(name)
     return None if version is None else int(version)
 
 
@@ -320,6 +329,7 @@ def check_tables(spark: SparkSession, lake: Lake, config: Config, spec: FeatureS
         REJECTS: REJECTS_SCHEMA,
         VOCABULARIES: VOCABULARIES_SCHEMA,
         ITEM_FEATURES: item_features_schema(config),
+        **{table: vectors_schema(config, owner) for owner, table in VECTOR_TABLES.items()},
         COUNTERS: COUNTERS_SCHEMA,
     }
     for table, schema in schemas.items():

@@ -30,7 +30,7 @@ from etl.logs.mapping import (
 )
 from usr_ray.config import Config
 from usr_ray.config.terms import SEPARATOR
-from usr_ray.schema import TERM, ListFeature
+from usr_ray.schema import TERM, ListFeature, VectorFeature
 
 _INTEGERS = (T.ByteType, T.ShortType, T.IntegerType, T.LongType)
 REASON = "reason:"
@@ -120,10 +120,12 @@ def read_features(
     categories: Sequence[str],
     numbers: Sequence[str],
     lists: Sequence[ListFeature] = (),
+    vectors: Sequence[VectorFeature] = (),
 ) -> DataFrame:
     """The `users` or `items` table: its key, category columns as strings, number columns as doubles, and REASON.
 
-    The texts of tags and terms are in columns of their own (`texts_column`).
+    The texts of tags and terms are in columns of their own (`texts_column`); vectors are lists of floats, as long as
+    they should be.
 
     Rows of one key are all kept.
 
@@ -131,12 +133,14 @@ def read_features(
         DataCheckError: the table or a column that the configuration names is missing or has the wrong type.
     """
     sources = [name for feature in lists for name in feature.sources]
-    columns = list(dict.fromkeys((key, *categories, *numbers, *sources)))
+    columns = list(dict.fromkeys((key, *categories, *numbers, *sources, *(vector.name for vector in vectors))))
     raw, _ = folder.read(log, columns)
     check_columns(log, names_of(raw), columns)
     _check_numbers(folder, raw, log, numbers)
     ident = _text(raw, log, key)
     tests = [*_unreadable(raw, columns), (ident.isNull(), f"null_{key}")]
+    read = {vector.name: _vector(raw, log, vector.name) for vector in vectors}
+    _check_vectors(raw.select(ident.alias(key), *(found.alias(n) for n, found in read.items())), log, key, vectors)
     return raw.select(
         first_reason(tests).alias(REASON),
         ident.alias(key),
@@ -148,6 +152,7 @@ def read_features(
             )
             for feature in lists
         ),
+        *(found.cast("array<float>").alias(name) for name, found in read.items()),
     )
 
 
@@ -175,6 +180,61 @@ def _check_numbers(folder: LogFolder, raw: DataFrame, log: str, numbers: Sequenc
             raise DataCheckError(line + way_out)
         if unreadable:
             folder.note(f"{line}, and null there{way_out}")
+
+
+def _vector(raw: DataFrame, log: str, column: str) -> Column:
+    """A list of doubles; text holds JSON ("[0.1, -2]") or, where the mapping splits it, its numbers.
+
+    Null where there is none; what is no list of numbers is a list with a null in it.
+    """
+    kind = raw.schema[column].dataType
+    if isinstance(kind, T.NullType):
+        return _null("array<double>")
+    nothing_read = F.array(F.lit(None).cast("double"))
+    if isinstance(kind, T.StringType):
+        text = F.nullif(F.trim(own(column)), F.lit(""))
+        read = F.from_json(text, "array<double>", {"allowNonNumericNumbers": "true"})
+        return F.when(text.isNotNull(), F.coalesce(read, nothing_read))
+    if isinstance(kind, T.ArrayType) and isinstance(kind.elementType, (T.NumericType, T.StringType)):
+        numbers = F.transform(own(column), lambda one: one.try_cast("double"))
+        is_text = isinstance(kind.elementType, T.StringType)  # an empty text that was split is a list of it
+        return F.when(F.trim(F.array_join(own(column), "")) != "", numbers) if is_text else numbers
+    raise _wrong_type(log, column, kind, "a list of numbers, or text such as [0.1, -2]")
+
+
+def _check_vectors(table: DataFrame, log: str, key: str, vectors: Sequence[VectorFeature]) -> None:
+    """Refuse vectors of another length, or with something in them that is no finite number of 32 bits.
+
+    Args:
+        table: `key` and each vector as `_vector` reads it.
+        log: for messages.
+        key: likewise.
+        vectors: what they should be.
+    """
+    if not vectors:
+        return
+    sums = []
+    for vector in vectors:
+        value = F.col(f"`{vector.name}`")
+        is_odd = F.exists(value, lambda one: one.isNull() | ~(F.abs(one.cast("float")) < F.lit(float("inf"))))
+        for wrong in (F.size(value) != vector.length, is_odd):
+            first = F.struct(F.coalesce(F.col(f"`{key}`"), F.lit("")).alias("key"), F.size(value).alias("size"))
+            sums += [F.count_if(value.isNotNull() & wrong), F.min(F.when(value.isNotNull() & wrong, first))]
+    found = table.agg(*(column.alias(str(n)) for n, column in enumerate(sums))).collect()[0]
+    for place, vector in enumerate(vectors):
+        num_long, a_long, num_odd, an_odd = found[4 * place : 4 * place + 4]
+        where = f"log {log}: column '{vector.name}'"
+        if num_odd:
+            raise DataCheckError(
+                f"{where} holds something that is no finite number in {num_odd:,} rows, such as {key} "
+                f"{an_odd['key']!r}; write a list of numbers or [0.1, -2] as text, or leave it null"
+            )
+        if num_long:
+            raise DataCheckError(
+                f"{where} has another length than features.{vector.owner}_vectors.{vector.name} = {vector.length} in "
+                f"{num_long:,} rows, such as {a_long['size']} in {key} {a_long['key']!r}; correct the length, or leave "
+                "the vector null"
+            )
 
 
 def _event_rows(log: EventLog, raw: DataFrame, *, text: bool, contexts: dict[str, Read], config: Config) -> DataFrame:

@@ -208,7 +208,7 @@ def write_simulated(input_dir: Path, writer: LogWriter, config: Config) -> None:
     settings = config.simulated
     world = make_world(config)
     num_catalogues = 1 + len(config.scenarios) if settings.link_loss else 1
-    write_profiles(world, writer, num_catalogues, has_titles=settings.world == "needs")
+    write_profiles(world, writer, num_catalogues, settings)
     for log in [f"{name}_{kind}" for name in config.scenarios for kind in ("impressions", "clicks")]:
         writer.declare(log)
     late = LateOrders(*(np.array([], dtype=np.int64) for _ in range(4)))
@@ -310,7 +310,7 @@ def closing_impression(last: SimulatedDay, config: Config) -> dict[str, list[str
     }
 
 
-def write_profiles(world: World, writer: LogWriter, num_catalogues: int, *, has_titles: bool = False) -> None:
+def write_profiles(world: World, writer: LogWriter, num_catalogues: int, settings: SimulatedConfig) -> None:
     """The users and items logs: what a shop knows of them, weakly informative of their tastes."""
     item = np.tile(np.arange(world.num_items), num_catalogues)
     writer.append(
@@ -328,11 +328,24 @@ def write_profiles(world: World, writer: LogWriter, num_catalogues: int, *, has_
         "brand_id": text_column("b", world.item_brand_I[item]),
         "price": world.item_price_I[item],
     }
-    if has_titles:  # in the words of the queries: a new item can be told by them before its first click
+    if settings.item_vector:
+        vectors = item_vectors(world, settings)[item]
+        edges = np.arange(len(item) + 1, dtype=np.int32) * settings.item_vector
+        columns["item_vector"] = pa.ListArray.from_arrays(edges, vectors.ravel())
+    if settings.world == "needs":  # in the words of the queries: a new item can be told by them before its first click
         category, brand = world.item_category_I[item].tolist(), world.item_brand_I[item].tolist()
         rows = zip(brand, category, world.shop.is_cheap_I[item].tolist(), strict=True)
         columns["title"] = [f"{brand_word(b)} {category_word(c)} {price_word(is_cheap)}" for b, c, is_cheap in rows]
     writer.append("items", columns)
+
+
+def item_vectors(world: World, settings: SimulatedConfig) -> np.ndarray:
+    """float32 (I, P): a direction of the item's category, and as much again that tells nothing."""
+    rng = random_stream(settings.seed, Stream.VECTORS)
+    centres_CP = rng.normal(size=(settings.num_categories, settings.item_vector))
+    noise_IP = rng.normal(size=(world.num_items, settings.item_vector))
+    vectors_IP: np.ndarray = (centres_CP[world.item_category_I] + noise_IP).astype(np.float32)
+    return vectors_IP
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,6 +80,7 @@ class Stream(IntEnum):
     THEMES = 13
     POSITIONS = 14
     SHOP = 15
+    VECTORS = 16
 
 
 def random_stream(seed: int, stream: Stream, day: int = 0) -> np.random.Generator:

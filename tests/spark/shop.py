@@ -196,6 +196,8 @@ _TYPES = {
     "hobbies": pa.list_(pa.string()),
     "tags": pa.list_(pa.string()),
     "moods": pa.list_(pa.string()),
+    "look": pa.list_(pa.float64()),
+    "face": pa.list_(pa.float32()),
 }
 
 

@@ -39,6 +39,7 @@ from tests.spark.shop import (
 from usr_ray.config import Config, load_config
 from usr_ray.data.events import read_events
 from usr_ray.data.manifest import build_manifest, read_vocabularies
+from usr_ray.data.vectors import read_vectors
 from usr_ray.schema import FEATURE_SPEC_PROPERTY, FeatureSpec
 from usr_ray.serving.encode import Encoder, ValueIndex
 from usr_ray.serving.stores import ItemTable, UserStore, write_items, write_users
@@ -60,6 +61,15 @@ LISTS = (
     'features.item_terms=["title"]',
     "features.max_terms=3",
 )
+NUMBERS = (
+    'features.user_numbers=["age", "spent"]',
+    'features.item_numbers=["price", "stock"]',
+    'features.context_numbers=["depth", "wait", "load"]',
+    'features.scale={price = "none", spent = "standard", load = "standard", stock = "buckets", wait = "buckets"}',
+    "features.scale_buckets=4",
+)
+VECTORS = ("features.user_vectors={face = 2}", "features.item_vectors={look = 3}")
+SPENT, STOCK = (12.5, None, 1e6, -3.0, 0.1), (0.0, 0.0, None, 7.0, 20.0, 20.5)
 HOBBIES = (["chess"], None, ["golf", "chess", "golf"])
 TAGS = (["new", "red"], [], None, ["red", " new ", "", "sale"], ["old"])
 TITLES = ("Red SHOES", "Tea-Tasse", None, "红茶 tea", "[20, 34]", "\uff34\uff25\uff21 größe xl red", "")
@@ -78,11 +88,16 @@ TERMS = {
 
 
 def config(*overrides: str) -> Config:
-    return load_config(None, (*CONFIG, *LISTS, f"vocabulary.min_count={MIN_COUNT}", *overrides))
+    return load_config(None, (*CONFIG, *LISTS, *NUMBERS, *VECTORS, f"vocabulary.min_count={MIN_COUNT}", *overrides))
 
 
 def moods_of(impression_id: str) -> list[str] | None:
     return MOODS[int(impression_id[1:]) % len(MOODS)]
+
+
+def numbers_of(impression_id: str) -> dict[str, float | None]:
+    number = int(impression_id[1:])
+    return {"wait": None if number % 5 == 0 else number % 7 / 3, "load": None if number % 4 == 0 else number / 1000}
 
 
 def lists_of(shop: Shop, impression: dict[str, Any]) -> dict[str, list[str]]:
@@ -127,18 +142,21 @@ def sorted_table(spark: SparkSession, path: Path, *keys: str) -> list[tuple]:
 def shop() -> Shop:
     shop = random_shop(7)
     for n, row in enumerate(shop.users.values()):
-        row["hobbies"] = HOBBIES[n % len(HOBBIES)]
+        row |= {"hobbies": HOBBIES[n % len(HOBBIES)], "spent": SPENT[n % len(SPENT)]}
+        row["face"] = [n / 7, -1.0] if n % 4 else None
     for n, row in enumerate(shop.items.values()):
-        row |= {"tags": TAGS[n % len(TAGS)], "title": TITLES[n % len(TITLES)]}
+        row |= {"tags": TAGS[n % len(TAGS)], "title": TITLES[n % len(TITLES)], "stock": STOCK[n % len(STOCK)]}
+        row["look"] = None if n % 5 == 2 else [n / 3, 0.1, -float(n)]
     return shop
 
 
 @pytest.fixture(scope="module")
 def logs(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = logs_of(shop)
-    for name in ("search_impressions", "feed_impressions"):
-        for row in rows[name]:
-            row["moods"] = moods_of(row["impression_id"] or "i0")
+    for log in ("search_impressions", "feed_impressions"):
+        for row in rows[log]:
+            name = row["impression_id"] or "i0"
+            row.update(moods=moods_of(name), **numbers_of(name))
     return write_logs(rows, tmp_path_factory.mktemp("shop") / "logs")
 
 
@@ -265,7 +283,9 @@ def test_dates_do_not_lean_on_one_another_s_builds(samples: dict, grown: Path) -
     rows = {row["impression_id"]: row for row in rows_of(grown / "samples")}
     assert rows.keys() == samples.keys()
     for key, row in rows.items():
-        same = [name for name in row if not name.endswith(("_index", "_indices", "_item_ids", "_query_ids"))]
+        # Vocabularies grow and scales stay: both are those of the first build.
+        other = ("_index", "_indices", "_item_ids", "_query_ids", "spent_scaled", "load_scaled")
+        same = [name for name in row if not name.endswith(other)]
         assert {name: row[name] for name in same} == {name: samples[key][name] for name in same}
 
 
@@ -308,11 +328,81 @@ def test_tags_and_terms_equal_plain_python(samples: dict, shop: Shop, ids: dict)
         assert list(ids[vocabulary].items()) == [(value, n + 2) for n, (_, value) in enumerate(wanted)], vocabulary
 
 
+def raw_numbers(shop: Shop, impression: dict[str, Any]) -> dict[str, float]:
+    """Values of the fitted numbers of an impression, NaN where it has none."""
+    user, item = shop.users.get(impression["user"], {}), shop.items.get(impression["item"], {})
+    context = {} if impression["scenario"] == 2 else numbers_of(impression["id"])
+    found = {"spent": user.get("spent"), "stock": item.get("stock"), "wait": None, "load": None} | context
+    return {name: math.nan if value is None else value for name, value in found.items()}
+
+
+@pytest.mark.parametrize("first_day", [0, 2])
+def test_fitted_scales_are_those_of_the_first_build_s_impressions(
+    lake: Path, grown: Path, shop: Shop, samples: dict, first_day: int
+) -> None:
+    """Against numpy on the raw values; `grown` was built on days 2 and 3 first, and then kept what it had."""
+    path = grown if first_day else lake
+    shown = {i["id"]: i for i in sorted(shop.world.impressions, key=lambda i: (i["time"], i["known"]), reverse=True)}
+    late = [key for key, row in samples.items() if row["event_time"] >= moment(first_day * 24 * 60 * MINUTE)]
+    values = {
+        n: np.array([raw_numbers(shop, shown[key])[n] for key in late]) for n in ("spent", "stock", "wait", "load")
+    }
+    there = {name: found[~np.isnan(found)] for name, found in values.items()}
+    spec = build_manifest(path, dates=None).spec
+    dense = {f.name: f for f in spec.dense}
+    rows = {row["impression_id"]: row for row in rows_of(path / "samples")}
+    for name in ("spent", "load"):
+        of = dense[name]
+        assert (of.scale, of.mean, of.deviation) == (
+            "standard",
+            pytest.approx(there[name].mean(), rel=1e-8),
+            pytest.approx(there[name].std(), rel=1e-8),
+        )
+    for name in ("stock", "wait"):
+        quantiles = np.quantile(there[name], [0, 0.25, 0.5, 0.75])
+        feature = spec.sparse_feature(name)
+        assert feature.edges == pytest.approx(sorted({*quantiles} - {quantiles[0]}))
+        assert feature.num_embeddings == 3 + len(feature.edges)
+    for key, row in rows.items():
+        for name, value in raw_numbers(shop, shown[key]).items():
+            if name in dense:
+                scaled = 0.0 if math.isnan(value) else (value - dense[name].mean) / dense[name].deviation
+                assert row[f"{name}_scaled"] == float(np.float32(scaled)), (key, name)
+            else:
+                number = 1 if math.isnan(value) else 2 + sum(edge <= value for edge in spec.sparse_feature(name).edges)
+                assert row[f"{name}_index"] == number, (key, name)
+
+
+def test_vectors_lie_once_by_encoded_id(lake: Path, grown: Path, shop: Shop, ids: dict) -> None:
+    """Divided by the root mean square of the shop's, rounded to float16; without one, and without an id, none."""
+    manifest = build_manifest(lake, dates=None)
+    found = read_vectors(manifest)
+    for name, key, rows in (("face", "user_id", shop.users), ("look", "item_id", shop.items)):
+        vectors = {raw: np.array(row[name], np.float32) for raw, row in rows.items() if row[name] is not None}
+        scale = float(np.sqrt(np.mean(np.concatenate(list(vectors.values())).astype(np.float64) ** 2)))
+        (of_spec,) = (v.scale for v in manifest.spec.vectors if v.name == name)
+        assert of_spec == pytest.approx(scale, rel=1e-8)
+        expected = np.zeros((manifest.spec.sparse_feature(key).num_embeddings, len(next(iter(vectors.values()))) + 1))
+        expected[:, -1] = 1
+        for raw, vector in vectors.items():
+            if raw in ids[key]:
+                expected[ids[key][raw]] = [*(vector.astype(np.float64) / of_spec).astype(np.float16), 0]
+        assert found[name].tolist() == expected.tolist()
+        assert {0.0, 1.0} == set(found[name][2:, -1].tolist())
+    # Ids that came with the second build have theirs too.
+    grown_ids = {r["value"]: r["id"] for r in rows_of(grown / "vocabularies") if r["feature"] == "item_id"}
+    looks = read_vectors(build_manifest(grown, dates=None))["look"]
+    assert {raw for raw, n in grown_ids.items() if not looks[n, -1]} == {
+        raw for raw in grown_ids if raw in shop.items and shop.items[raw]["look"] is not None
+    }
+
+
 def test_the_feature_spec_fits_the_table(spark: SparkSession, lake: Path, samples: dict, ids: dict) -> None:
     detail = DeltaTable.forPath(spark, str(lake / "samples")).detail().collect()[0]
     spec = FeatureSpec.from_json(detail["properties"][FEATURE_SPEC_PROPERTY])
-    assert [f.name for f in spec.sparse] == ["user_id", "item_id", "query", "event_hour", "city", "brand", "device"]
-    for feature in spec.sparse:
+    names = ["user_id", "item_id", "query", "event_hour", "city", "brand", "device", "stock", "wait"]
+    assert [f.name for f in spec.sparse] == names
+    for feature in spec.sparse[:-2]:
         largest = max(ids[feature.name].values()) if feature.name != "event_hour" else 25
         assert feature.num_embeddings == largest + 1
         assert max(row[feature.column] for row in samples.values()) < feature.num_embeddings
@@ -440,7 +530,8 @@ def test_a_request_of_raw_values_is_encoded_as_its_sample(
         assert (of_items.ids[0].tolist(), of_items.numbers[0].tolist()) == (item.ids.tolist(), item.numbers.tolist())
         assert not is_new[0]
         context = {"device": shown["device"], "depth": None if shown["scenario"] == 2 else shown["depth"]}
-        context["moods"] = None if shown["scenario"] == 2 else moods_of(shown["id"])
+        if shown["scenario"] != 2:
+            context |= {"moods": moods_of(shown["id"]), **numbers_of(shown["id"])}
         inputs = encoder.inputs(
             scenario=shown["scenario"],
             time_us=START_US + micros(row["event_time"]),

@@ -18,12 +18,16 @@ from etl.build.samples import Progress
 from etl.checks import DataCheckError
 from etl.lake.maintain import MaintainRequest, maintain
 from etl.lake.tables import Lake, prepare_samples, replace_dates
+from etl.logs.events import read_features
+from etl.logs.files import LogFolder
 from tests.spark.shop import CONFIG, Shop, logs_of, random_shop, write_logs
 from tests.spark.test_build_daily import build
 from tests.spark.test_build_samples import WATERMARK, rows_of
 from usr_ray.config import UserError, load_config
+from usr_ray.config.logs import LogConfig
 from usr_ray.data.item_features import read_item_features
 from usr_ray.data.manifest import DataError, Manifest, build_manifest
+from usr_ray.schema import ITEM_FEATURES_PROPERTY
 
 pytestmark = pytest.mark.spark
 
@@ -149,7 +153,7 @@ def test_vacuum_keeps_the_versions_that_a_run_and_the_samples_name(
 
     newest = DeltaTable(str(path / "item_features")).version()
     settings = load_config(None, (*CONFIG, "vocabulary.min_count=2"))
-    prepare_samples(spark, Lake(str(path)), manifest.spec, settings, newest)
+    prepare_samples(spark, Lake(str(path)), manifest.spec, settings, {ITEM_FEATURES_PROPERTY: newest})
     assert not read_item_features(manifest_of(path)).any()
     run_dir = tmp_path / "runs" / "run"
     run_dir.mkdir(parents=True)
@@ -165,6 +169,39 @@ def test_vacuum_keeps_the_versions_that_a_run_and_the_samples_name(
     assert "item_features: VACUUM deleted 1 files older than 0 days" in lines
     with pytest.raises(DataError, match="missing or was replaced since the manifest was built"):
         read_item_features(manifest)
+
+
+READ = {"json": "[1, -2.5]", "null": "", "empty": "[]", "odd": "[1, NaN]", "words": "red", "long": "[1,2,3]"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (("json", "null"), ""),
+        (
+            ("json", "odd", "words"),
+            "'look' holds something that is no finite number in 2 rows, such as item_id '2'",
+        ),
+        (("json", "long"), r"length than features.item_vectors.look = 2 in 1 rows, such as 3 in item_id '2'; correct"),
+        (("json", "empty"), r"length than features.item_vectors.look = 2 in 1 rows, such as 0 in item_id '2'; correct"),
+    ],
+)
+def test_vectors_in_text_are_read_or_one_line(
+    spark: SparkSession, tmp_path: Path, rows: tuple[str, ...], message: str
+) -> None:
+    lines = [f'{n},"{READ[row]}"' for n, row in enumerate(rows, start=1)]
+    (tmp_path / "items.csv").write_text("\n".join(["item_id,look", *lines]) + "\n")
+    vectors = load_config(None, ["features.item_vectors={look = 2}"]).features.vectors
+    folder = LogFolder(spark, str(tmp_path), {})
+    if message:
+        with pytest.raises(DataCheckError, match=message):
+            read_features(folder, "items", "item_id", (), (), (), vectors)
+        return
+    table = read_features(folder, "items", "item_id", (), (), (), vectors)
+    assert [(r["item_id"], r["look"]) for r in table.orderBy("item_id").collect()] == [("1", [1.0, -2.5]), ("2", None)]
+    split = LogFolder(spark, str(tmp_path), {"items": LogConfig(split={"look": ","})})
+    with pytest.raises(DataCheckError, match="holds something that is no finite number in 1 rows, such as item_id '1'"):
+        read_features(split, "items", "item_id", (), (), (), vectors)  # "[1" and " -2.5]"
 
 
 def test_no_table_where_none_is_wanted(spark: SparkSession, shop: Shop, tmp_path: Path) -> None:

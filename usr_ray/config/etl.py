@@ -19,7 +19,19 @@ from usr_ray.config.fields import (
     parse_instant_us,
     require,
 )
-from usr_ray.schema import FIRST_ID, ITEM_TERMS, LOG1P, QUERY_TERMS, SCALES, TERM, ListFeature, list_column
+from usr_ray.schema import (
+    BUCKETS,
+    FIRST_ID,
+    ITEM_TERMS,
+    LOG1P,
+    QUERY_TERMS,
+    SCALES,
+    TERM,
+    VECTOR_TABLES,
+    ListFeature,
+    VectorFeature,
+    list_column,
+)
 
 _WINDOW = ("0 s", "366 days")
 
@@ -123,6 +135,8 @@ class FeaturesConfig:
     context_numbers: tuple[str, ...] = ()
     scale: Mapping[str, str] = field(default_factory=dict)
     """Number -> how its values become a column, of schema.SCALES; of one that is not named "log1p"."""
+    scale_buckets: int = number(16, "[2, 1024]")
+    """Quantile buckets of a number whose scale is "buckets"; equal ones are one."""
     user_tags: tuple[str, ...] = ()
     item_tags: tuple[str, ...] = ()
     query_tags: tuple[str, ...] = ()
@@ -136,6 +150,10 @@ class FeaturesConfig:
     """Columns of items whose texts are one bag of terms, such as the title."""
     max_terms: int = number(32, "[1, 1000]")
     """Terms of a query, and of an item, that a row keeps, the first ones."""
+    user_vectors: Mapping[str, int] = number({}, "[1, 8192]")
+    """Column of users with a vector from elsewhere, such as a model of images -> how many numbers it has."""
+    item_vectors: Mapping[str, int] = number({}, "[1, 8192]")
+    """Likewise of items; events of histories carry them too."""
     history_item_features: tuple[str, ...] = ("*",)
     """Item categories that each event of a history carries beside its item's id; "*": all of them."""
     crosses: tuple[tuple[str, ...], ...] = ()
@@ -145,7 +163,7 @@ class FeaturesConfig:
     def __post_init__(self) -> None:
         kinds = (f.name for f in dataclasses.fields(self) if f.name.endswith(("_categories", "_numbers", "_tags")))
         columns = [kind for kind in kinds if kind != "max_tags"]
-        names = [name for column in columns for name in getattr(self, column)]
+        names = [name for column in (*columns, "user_vectors", "item_vectors") for name in getattr(self, column)]
         if self.query_terms or self.item_terms:
             ours = [name for name in names if name.lower() in (TERM, QUERY_TERMS, ITEM_TERMS)]
             require(
@@ -196,8 +214,18 @@ class FeaturesConfig:
         """How the values of a number become its column."""
         return self.scale.get(name, LOG1P)
 
+    def numbers_of(self, owner: str, *scales: str) -> tuple[str, ...]:
+        """Numbers of 'user', 'item' or 'context' whose scale is one of `scales`."""
+        return tuple(name for name in getattr(self, f"{owner}_numbers") if self.scale_of(name) in scales)
+
+    @property
+    def bucketed(self) -> tuple[str, ...]:
+        """Numbers in buckets, which are categories of the model."""
+        return tuple(name for owner in ("user", "item", "context") for name in self.numbers_of(owner, BUCKETS))
+
     def _check_crosses(self) -> None:
         known = (*_OWN_FEATURES, *self.user_categories, *self.item_categories, *self.context_categories)
+        known = (*known, *self.bucketed)
         for place, cross in enumerate(self.crosses):
             where = f"features.crosses[{place}]"
             strays = sorted(set(cross) - set(known))
@@ -234,13 +262,27 @@ class FeaturesConfig:
             found.append(feature(ITEM_TERMS, "item", self.max_terms, self.item_terms, TERM))
         return tuple(found)
 
+    @property
+    def vectors(self) -> tuple[VectorFeature, ...]:
+        """Vectors as FeatureSpec has them, without a fitted scale yet."""
+        return tuple(
+            VectorFeature(name=name, owner=owner, length=length)
+            for owner in VECTOR_TABLES
+            for name, length in getattr(self, f"{owner}_vectors").items()
+        )
+
     def row_meaning(self) -> dict[str, object]:
         """The keys that decide what a row means; those of tags and terms only where they are in use."""
         raw = dataclasses.asdict(self)
-        del raw["history_item_features"]  # a table of its own (etl/features/item_features.py)
+        del raw["history_item_features"]  # a table of its own (etl/features/by_id.py)
         del raw["crosses"]  # made of columns that are there
         scale = {name: kind for name, kind in raw.pop("scale").items() if kind != LOG1P}
         raw |= {"scale": scale} if scale else {}
+        if not self.bucketed:
+            del raw["scale_buckets"]
+        for key in ("user_vectors", "item_vectors"):
+            if not raw[key]:
+                del raw[key]
         for kind in ("tags", "terms"):
             keys = [key for key in raw if key.endswith(f"_{kind}") and key != f"max_{kind}"]
             unused = [key for key in keys if not raw[key]]
@@ -285,6 +327,9 @@ class SimulatedConfig:
     """Share of clicks that do not name their impression."""
     new_item_share: float = number(0.1, "[0, 1]")
     """Share of items that are launched on a random day, so that some are new on the held-out days (cold start)."""
+    item_vector: int = number(0, "[0, 1024]")
+    """Numbers of the column `item_vector` of items, as a model of pictures might give them: they tell the category in
+    part (features.item_vectors). 0: there is no such column."""
     world: str = choice("static", "needs")
     """'static': no label depends on what the user did before, so that histories of another scenario tell nothing new.
     'needs': users also have needs that come and go (etl/sources/simulated_needs.py); the keys below are its own."""

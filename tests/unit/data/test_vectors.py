@@ -11,12 +11,14 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
+from etl.features.vocabulary import feature_spec
+from etl.kernel.vectors import packed_vectors
 from tests.unit.samples_table import samples_spec, write_samples
-from usr_ray.config import UserError
+from usr_ray.config import UserError, load_config
 from usr_ray.data.lineage import difference
 from usr_ray.data.manifest import DataError, Manifest, build_manifest
 from usr_ray.data.vectors import read_vectors
-from usr_ray.schema import SAMPLES, VectorFeature
+from usr_ray.schema import SAMPLES, FeatureSpec, VectorFeature
 
 pytestmark = pytest.mark.unit
 
@@ -100,3 +102,40 @@ def test_a_model_of_other_vectors_does_not_fit_the_table(lake: Path) -> None:
         "vectors of the samples table is face (3 over 1.0), title (2 over 4.0), but the model was trained with "
         "face (3 over 1.0), title (3 over 4.0)"
     )
+
+
+def test_vectors_are_part_of_the_spec_and_of_a_row_s_meaning_where_there_are_some() -> None:
+    plain = load_config(None)
+    config = load_config(None, ["features.item_vectors={title = 2}", "features.user_vectors={face = 3}"])
+    spec = feature_spec(config)
+    assert [(v.name, v.owner, v.key, v.length, v.scale) for v in spec.vectors] == [
+        ("face", "user", "user_id", 3, 1.0),
+        ("title", "item", "item_id", 2, 1.0),
+    ]
+    assert FeatureSpec.from_json(spec.to_json()) == spec
+    assert '"vectors"' not in feature_spec(plain).to_json()
+    assert config.row_meaning()["features"] == plain.row_meaning()["features"] | {
+        "item_vectors": {"title": 2},
+        "user_vectors": {"face": 3},
+    }
+    for key, message in (
+        ("features.item_vectors={title = 0}", r"features.item_vectors.title must be in \[1, 8192\], got 0"),
+        ("features.item_vectors={item_id = 2}", "'item_id' is a feature of every table already"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_config(None, [key])
+
+
+def test_what_the_etl_packs_is_divided_rounded_and_null_where_it_was() -> None:
+    lists = pa.array([[4.0, -2.0], None, [1e9, 0.1], [-1e9, 0.0]], pa.list_(pa.float32()))
+    batch = pa.record_batch({"item_id_index": pa.array([2, 3, 4, 5]), "title": lists})
+    schema = pa.schema([("item_id_index", pa.int64()), ("title", pa.binary())])
+    sliced = [batch.slice(0, 2), batch.slice(2, 2), batch.slice(1, 0)]  # an Arrow slice keeps the whole's buffers
+    found = [row for part in packed_vectors(sliced, {"title": 4.0}, schema) for row in part.to_pylist()]
+    assert [row["title"] for row in found] == [
+        halves(1, -0.5),
+        None,
+        halves(65504, 0.1 / 4),
+        halves(-65504, 0),
+    ]
+    assert [row["item_id_index"] for row in found] == [2, 3, 4, 5]

@@ -24,6 +24,7 @@ from etl.lake.tables import (
     label_constraints,
     list_constraints,
     samples_schema,
+    vectors_schema,
 )
 from etl.session import MAX_FILE_BYTES, MIN_FILE_BYTES, ROW_GROUP_ROWS
 from usr_ray.config import load_config
@@ -31,6 +32,7 @@ from usr_ray.schema import (
     CONFIG_PROPERTY,
     FEATURE_SPEC_PROPERTY,
     ITEM_FEATURES_PROPERTY,
+    VECTORS_PROPERTIES,
     DenseFeature,
     FeatureSpec,
     ListFeature,
@@ -112,6 +114,10 @@ def test_samples_columns_types_and_nulls_are_documented() -> None:
     [
         ("vocabularies", VOCABULARIES_SCHEMA),
         ("item_features", item_features_schema(load_config(None, ('features.item_categories=["<category>"]',)))),
+        (
+            "user_vectors, item_vectors",
+            vectors_schema(load_config(None, ("features.item_vectors={'<vector>' = 2}",)), "item"),
+        ),
         ("counters", COUNTERS_SCHEMA),
         ("rejects", REJECTS_SCHEMA),
         ("state", STATE_SCHEMA),
@@ -140,7 +146,7 @@ def test_the_properties_of_the_tables_are_documented() -> None:
     wanted = {name: f"`{value}`" for name, value in TABLE_PROPERTIES.items()}
     assert rows == wanted | {"delta.dataSkippingStatsColumns": statistics}
     assert set(STATISTICS) == set(TABLES)
-    for name in (FEATURE_SPEC_PROPERTY, CONFIG_PROPERTY, ITEM_FEATURES_PROPERTY):
+    for name in (FEATURE_SPEC_PROPERTY, CONFIG_PROPERTY, ITEM_FEATURES_PROPERTY, *VECTORS_PROPERTIES.values()):
         assert f"`{name}`" in section("samples")
 
 

@@ -315,6 +315,22 @@ def test_the_same_seed_writes_the_same_bytes_and_another_seed_does_not(tmp_path:
     assert not any(filecmp.cmp(folders[0] / file, folders[2] / file, shallow=False) for file in files)
 
 
+def test_item_vectors_tell_the_category_in_part_and_change_nothing_else(tmp_path: Path) -> None:
+    plain, config = small_config(), small_config("simulated.item_vector=6")
+    without = write_logs(tmp_path / "without", plain)
+    logs = write_logs(tmp_path / "logs", config)
+    items = pq.read_table(logs / "items")
+    vectors = np.stack(items["item_vector"].to_numpy())
+    assert (vectors.shape, vectors.dtype) == ((150, 6), np.float32)
+    category = items["category_id"].to_numpy()
+    centres = np.stack([vectors[category == c].mean(0) for c in np.unique(category)])
+    nearest = np.unique(category)[((vectors[:, None] - centres) ** 2).sum(2).argmin(1)]
+    assert 0.5 < (nearest == category).mean() < 1
+    assert items.drop_columns(["item_vector"]).equals(pq.read_table(without / "items"))
+    others = [path.name for path in sorted(logs.iterdir()) if path.name not in ("items", "_ingest.json")]
+    assert all(pq.read_table(logs / name).equals(pq.read_table(without / name)) for name in others)
+
+
 def test_more_days_leave_the_first_days_as_they_are() -> None:
     settled = "simulated.new_item_share=0"  # launch days are drawn over the days there are
     short = drawn(small_config(settled))[1]

@@ -1,0 +1,131 @@
+"""Tables by encoded id: what items of histories are (`<lake>/item_features`), and vectors of users and items.
+
+A history names items by their encoded ids; what an item is stands here once, and not in every event of every row. A
+reader of the samples moves no byte more, and the model gathers what it needs of the items that a step uses. Vectors of
+users and items are held in the same way (`<lake>/user_vectors`, `<lake>/item_vectors`).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
+
+import pyarrow as pa
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql import types as T
+from pyspark.sql.pandas.types import to_arrow_schema
+
+from etl.features.vocabulary import Vocabularies, encode
+from etl.jvm import table_version
+from etl.kernel.vectors import packed_vectors
+from etl.lake.tables import (
+    Lake,
+    content_hash,
+    create_table,
+    item_features_schema,
+    replace_dates,
+    samples_version,
+    vectors_schema,
+)
+from etl.session import kept
+from usr_ray.config import Config
+from usr_ray.schema import (
+    FIRST_ID,
+    ITEM_FEATURES,
+    ITEM_FEATURES_PROPERTY,
+    VECTOR_TABLES,
+    VECTORS_PROPERTIES,
+    FeatureSpec,
+    VectorFeature,
+    index_column,
+)
+
+
+def update_tables_by_id(
+    spark: SparkSession,
+    config: Config,
+    lake: Lake,
+    tables: tuple[DataFrame | None, DataFrame | None],
+    known: Vocabularies,
+    spec: FeatureSpec,
+) -> dict[str, int]:
+    """Bring the tables up to date, each in one commit, and leave alone what has not changed.
+
+    Args:
+        spark: the session.
+        config: names the features.
+        lake: where the tables are.
+        tables: users and items, one row a key.
+        known: the vocabularies, this build's included.
+        spec: of the samples; says what vectors are divided by.
+
+    Returns:
+        Property of the samples -> the version that holds what this build knows.
+    """
+    versions = {}
+    users, items = tables
+    if items is not None and config.features.sides:
+        rows, schema = item_features(items, known, config), item_features_schema(config)
+        versions[ITEM_FEATURES_PROPERTY] = _update(spark, lake, ITEM_FEATURES, rows, schema, ITEM_FEATURES_PROPERTY)
+    for owner, table in (("user", users), ("item", items)):
+        vectors = [vector for vector in spec.vectors if vector.owner == owner]
+        if table is not None and vectors:
+            rows, schema = vectors_by_id(table, vectors, known, config), vectors_schema(config, owner)
+            name = VECTORS_PROPERTIES[owner]
+            versions[name] = _update(spark, lake, VECTOR_TABLES[owner], rows, schema, name)
+    return versions
+
+
+def _update(spark: SparkSession, lake: Lake, name: str, rows: DataFrame, schema: T.StructType, prop: str) -> int:
+    """The version of a table that has these rows, by its first column, and those of what the logs have dropped.
+
+    What a feature table has dropped keeps its row: histories go on naming it.
+    """
+    path, key = lake.path(name), schema[0].name
+    if not lake.has(spark, name):
+        create_table(spark, lake, name, schema)
+    # Not the newest version where the samples name another: a build that was killed, or samples and vocabularies that
+    # were RESTOREd, leave rows behind whose ids the vocabularies may not know.
+    newest, named = table_version(spark, path), samples_version(spark, lake, prop)
+    version = newest if named is None else min(named, newest)  # a table that was deleted begins anew
+    there = spark.read.format("delta").option("versionAsOf", version).load(path)
+    rows = kept(rows.unionByName(there.join(rows.select(key), on=key, how="left_anti")))  # to compare and to write
+    if content_hash(rows) == content_hash(there.select(rows.columns)):
+        return version
+    # One file, sorted: every training worker reads all of it.
+    replace_dates(rows.repartition(1).sortWithinPartitions(key), path, f"{key} IS NOT NULL")
+    return table_version(spark, path)
+
+
+def item_features(items: DataFrame, known: Vocabularies, config: Config) -> DataFrame:
+    """One row for each item with an id: `item_id_index` and `<category>_index`."""
+    names = config.features.item_categories
+    encoded = encode(items.select("item_id", *names), ("item_id", *names), known, config.vocabulary)
+    return _one_an_id(encoded, "item_id", {index_column(name): F.col(f"id:{name}") for name in names})
+
+
+def vectors_by_id(table: DataFrame, vectors: Sequence[VectorFeature], known: Vocabularies, config: Config) -> DataFrame:
+    """One row for each user or item that has an id and a vector: `<owner>_id_index`, and the vectors as bytes."""
+    key, names = vectors[0].key, [vector.name for vector in vectors]
+    has_one = reduce(operator.or_, (F.col(name).isNotNull() for name in names))
+    encoded = encode(table.select(key, *names).filter(has_one), (key,), known, config.vocabulary)
+    rows = _one_an_id(encoded, key, {name: F.col(name) for name in names})
+    schema = vectors_schema(config, vectors[0].owner)
+    arrow_schema = to_arrow_schema(schema)
+    scales = {vector.name: vector.scale for vector in vectors}
+
+    def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        return packed_vectors(batches, scales, arrow_schema)
+
+    return rows.mapInArrow(run, schema)
+
+
+def _one_an_id(encoded: DataFrame, key: str, columns: Mapping[str, Column]) -> DataFrame:
+    """`<key>_index` and the columns; of several that share a hashed id, those whose raw id is smallest."""
+    index = index_column(key)
+    named = encoded.select(key, F.col(f"id:{key}").alias(index), *(c.alias(name) for name, c in columns.items()))
+    of_key = F.min_by(F.struct(*columns), key) if columns else F.struct()
+    rows = named.filter(F.col(index) >= FIRST_ID).groupBy(index).agg(of_key.alias("of:"))
+    return rows.select(index, *(F.col(f"`of:`.`{name}`") for name in columns))

@@ -1,0 +1,163 @@
+"""What is fitted: of numbers mean and deviation, or quantile buckets, over the training dates; the scale of vectors.
+
+They are fitted by the build that makes the samples table, stand in its FeatureSpec beside the fingerprints of the
+vocabularies, and stay as they are: another fit would give rows of one table two meanings.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+
+import pyarrow as pa
+from pyspark.sql import Column, DataFrame
+from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import from_arrow_schema
+
+from etl.checks import DataCheckError
+from etl.kernel.numbers import COUNTED, number_counts
+from etl.session import kept
+from usr_ray.config import Config, date_ranges, day_number
+from usr_ray.schema import FIRST_ID, FITTED_SCALES, STANDARD, UNKNOWN_ID, FeatureSpec, VectorFeature
+
+Fits = Mapping[str, tuple[float, ...]]
+"""Number -> (mean, deviation) or the edges of its buckets (schema.SparseFeature.edges); vector -> (its scale,)."""
+
+
+def fits_of(spec: FeatureSpec) -> Fits:
+    """As a samples table has them."""
+    fits = {f.name: f.edges for f in spec.sparse if f.edges is not None}
+    fits |= {f.name: (f.scale,) for f in spec.vectors}
+    return fits | {f.name: (f.mean, f.deviation) for f in spec.dense if f.scale == STANDARD}
+
+
+def fit_numbers(
+    config: Config,
+    counts: DataFrame,
+    tables: tuple[DataFrame | None, DataFrame | None],
+    packs: DataFrame,
+    dates: Sequence[dt.date],
+) -> Fits:
+    """Fit every number that wants it, each impression counting once.
+
+    Args:
+        config: names the numbers.
+        counts: impressions of each user and item on the dates: feature, value, date, count.
+        tables: users and items.
+        packs: `pack` rows of the pass, for the numbers of the context.
+        dates: that are fitted on.
+
+    Raises:
+        DataCheckError: no impression of these dates has a value of one of them.
+    """
+    names = [
+        name for owner in ("user", "item", "context") for name in config.features.numbers_of(owner, *FITTED_SCALES)
+    ]
+    if not names:
+        return {}
+    found = kept(_counted(config, counts, tables, packs, dates))
+    shares = [n / config.features.scale_buckets for n in range(1, config.features.scale_buckets)]
+    quantiles = F.percentile("number", [0.0, *shares], F.col("count"))
+    sums = found.groupBy("feature").agg(F.sum("count").alias("rows"), _mean(F.col("number")), quantiles.alias("at"))
+    fitted = {row["feature"]: row for row in sums.collect()}
+    for name in names:
+        if name not in fitted:
+            raise DataCheckError(
+                f"features.scale.{name}: no impression has a value of it on the dates it is fitted on "
+                f"({date_ranges({date.isoformat() for date in dates}) or 'none'}); build dates of data.train_dates "
+                "that have one first, or take the number out"
+            )
+    mean = F.lit(0.0)
+    for name, row in fitted.items():
+        mean = F.when(F.col("feature") == name, F.lit(row["mean"])).otherwise(mean)
+    squares = found.groupBy("feature").agg(_mean((F.col("number") - mean) ** 2)).collect()
+    variances = {row["feature"]: row["mean"] for row in squares}
+    return {
+        name: standard_fit(fitted[name]["mean"], variances[name])
+        if config.features.scale_of(name) == STANDARD
+        else bucket_edges(fitted[name]["at"])
+        for name in names
+    }
+
+
+def standard_fit(mean: float, variance: float) -> tuple[float, float]:
+    """Mean and deviation, nine digits each: the order of a sum, and so the number of tasks, does not show.
+
+    A deviation that these digits of the mean cannot tell from none is taken as 1.
+    """
+    mean, deviation = (float(f"{number:.9g}") for number in (mean, math.sqrt(variance)))
+    return mean, deviation if deviation > 1e-7 * abs(mean) else 1.0
+
+
+def bucket_edges(quantiles: Sequence[float]) -> tuple[float, ...]:
+    """Edges between buckets: quantiles, each once, above the least value, which is the first of them."""
+    return tuple(above for below, above in pairwise(quantiles) if above > below)
+
+
+def fit_vectors(
+    vectors: Sequence[VectorFeature], tables: tuple[DataFrame | None, DataFrame | None]
+) -> dict[str, tuple[float, ...]]:
+    """Root mean square of the numbers of each vector over its owners, nine digits; 1 where there is none or all are 0.
+
+    Args:
+        vectors: what is in the tables.
+        tables: users and items.
+    """
+    found: dict[str, tuple[float, ...]] = {}
+    for owner, table in zip(("user", "item"), tables, strict=True):
+        names = [vector.name for vector in vectors if vector.owner == owner]
+        if table is None or not names:
+            continue
+        squares = []
+        for name in names:
+            of_one = F.aggregate(F.col(name), F.lit(0.0), lambda total, one: total + one.cast("double") ** 2)
+            squares.append(F.avg(of_one / F.size(name)).alias(name))
+        row = table.agg(*squares).collect()[0]
+        found |= {name: (float(f"{math.sqrt(row[name] or 0.0):.9g}") or 1.0,) for name in names}
+    return found
+
+
+def bucket(value: Column, edges: Sequence[float]) -> Column:
+    """FIRST_ID + how many edges are not above the value; UNKNOWN_ID for null, NaN and infinity (kernel/numbers.py)."""
+    usable = value.isNotNull() & ~F.isnan(value) & (F.abs(value) != F.lit(float("inf")))
+    every = F.array(*(F.lit(edge) for edge in edges)).cast("array<double>")
+    below = F.size(F.filter(every, lambda edge: edge <= value))
+    return F.when(usable, F.lit(FIRST_ID) + below).otherwise(F.lit(UNKNOWN_ID)).cast("bigint")
+
+
+def _mean(value: Column) -> Column:
+    return (F.sum(value * F.col("count")) / F.sum("count")).alias("mean")
+
+
+def _counted(
+    config: Config,
+    counts: DataFrame,
+    tables: tuple[DataFrame | None, DataFrame | None],
+    packs: DataFrame,
+    dates: Sequence[dt.date],
+) -> DataFrame:
+    """feature, number, count of every finite value; a value may stand in several rows."""
+    features = config.features
+    of_context = features.numbers_of("context", *FITTED_SCALES)
+    days = [day_number(date) for date in dates]
+
+    def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        return number_counts(batches, of_context, days)
+
+    wanted = packs.filter(F.lit(bool(of_context))).select("targets")
+    result = wanted.mapInArrow(run, from_arrow_schema(COUNTED))
+    on_dates = counts.filter(F.col("date").isin([*dates]))
+    for owner, table in zip(("user", "item"), tables, strict=True):
+        names = features.numbers_of(owner, *FITTED_SCALES)
+        if not names or table is None:
+            continue
+        key = f"{owner}_id"
+        # A colon is in no feature's name: a column of the table may be called count, feature or value.
+        of_key = on_dates.filter(F.col("feature") == key).groupBy(F.col("value").alias(key))
+        owned = table.select(key, *names).join(of_key.agg(F.sum("count").alias("count:")), on=key, how="inner")
+        single = owned.select("count:", *names).unpivot(["count:"], [F.col(n) for n in names], "feature", "number")
+        is_finite = F.col("number").isNotNull() & ~F.isnan("number") & (F.abs("number") != F.lit(float("inf")))
+        result = result.unionByName(single.filter(is_finite).withColumnRenamed("count:", "count"))
+    return result
