@@ -196,6 +196,7 @@ _TYPES = {
     "hobbies": pa.list_(pa.string()),
     "tags": pa.list_(pa.string()),
     "moods": pa.list_(pa.string()),
+    **dict.fromkeys(("spent", "stock", "wait", "load"), pa.float64()),
     "look": pa.list_(pa.float64()),
     "face": pa.list_(pa.float32()),
 }
