@@ -86,14 +86,16 @@ def _update(spark: SparkSession, lake: Lake, name: str, rows: DataFrame, schema:
     path, key = lake.path(name), schema[0].name
     if not lake.has(spark, name):
         create_table(spark, lake, name, schema)
-    # Not the newest version where the samples name another: a build that was killed, or samples and vocabularies that
-    # were RESTOREd, leave rows behind whose ids the vocabularies may not know.
-    newest, named = table_version(spark, path), samples_version(spark, lake, prop)
-    version = newest if named is None else min(named, newest)  # a table that was deleted begins anew
-    there = spark.read.format("delta").option("versionAsOf", version).load(path)
-    rows = kept(rows.unionByName(there.join(rows.select(key), on=key, how="left_anti")))  # to compare and to write
-    if content_hash(rows) == content_hash(there.select(rows.columns)):
-        return version
+    else:
+        # Not the newest version where the samples name another: a build that was killed, or samples and vocabularies
+        # that were RESTOREd, leave rows behind whose ids the vocabularies may not know.
+        newest, named = table_version(spark, path), samples_version(spark, lake, prop)
+        version = newest if named is None else min(named, newest)  # a table that was deleted begins anew
+        there = spark.read.format("delta").option("versionAsOf", version).load(path)
+        # Read twice: to compare, and to write.
+        rows = kept(rows.unionByName(there.join(rows.select(key), on=key, how="left_anti")))
+        if content_hash(rows) == content_hash(there.select(rows.columns)):
+            return version
     # One file, sorted: every training worker reads all of it.
     replace_dates(rows.repartition(1).sortWithinPartitions(key), path, f"{key} IS NOT NULL")
     return table_version(spark, path)
