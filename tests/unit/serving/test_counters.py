@@ -198,6 +198,16 @@ def test_sums_that_do_not_tell_a_category_are_refused(tmp_path):
         counted.codes("brand", pa.array(["v2", "v3"]), np.array([1, 5]))
 
 
+def test_an_item_that_was_never_counted_has_no_counts(tmp_path, monkeypatch):
+    wanted = {"query_item": WANTED["query_item"]}
+    monkeypatch.setitem(globals(), "WANTED", wanted)
+    table = table_of([e for e in drawn_events(np.random.default_rng(1), 200) if e["item_id"] != "v2" or not e["query"]])
+    counted = write_counters(tmp_path, spec_of(), built_with(), table, as_of_us=None)
+    codes = counted.codes("item_id", pa.array(["v2", "v3"]), np.ones(2))
+    assert codes[0] == 0
+    assert codes[1] > 0
+
+
 def test_columns_that_are_no_counters_of_the_lake_are_refused():
     with pytest.raises(EncodeError, match=r"^features: counter_user_1d_impressions is no counter of the lake that is"):
         planned_counters(spec_of(), "")
