@@ -11,7 +11,6 @@ import json
 import os
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -77,7 +76,7 @@ class Service:
         self._served = self._opened({})
         self.last_error = ""
         """Why the version that the pointer names is not the one that is served; '' where it is."""
-        self._explainers: weakref.WeakKeyDictionary[Ranker, Explainer] = weakref.WeakKeyDictionary()
+        self._explainers: dict[Ranker, Explainer] = {}
         self._pool = ThreadPoolExecutor(settings.num_workers, thread_name_prefix="score")
         self._shadow_pool = ThreadPoolExecutor(1, thread_name_prefix="shadow")
         self._shadow_slots = threading.BoundedSemaphore(_MAX_SHADOWS)
@@ -181,9 +180,10 @@ class Service:
             request = parsed(body)
             bucket = _bucket(pointer, request)
             ranker = rankers[str(pointer.canary if bucket == CANARY else pointer.stable)]
-            if ranker not in self._explainers:
-                self._explainers[ranker] = Explainer(ranker)
-            return 200, self._explainers[ranker].answer(request) | {"bucket": bucket}
+            explainer = self._explainers.get(ranker) or Explainer(ranker)
+            if ranker in self._served[1].values():  # it reads whole vocabularies: once a version
+                self._explainers[ranker] = explainer
+            return 200, explainer.answer(request) | {"bucket": bucket}
         except RequestError as error:
             return 422, {"error": str(error)}
 
@@ -259,6 +259,8 @@ class Service:
             return False
         # Requests that hold the old version finish with it; its files are unmapped when the last of them lets it go.
         self._served, self.last_error = served, ""
+        there = set(served[1].values())
+        self._explainers = {ranker: explainer for ranker, explainer in self._explainers.items() if ranker in there}
         return True
 
     def _opened(self, before: dict[str, Ranker]) -> tuple[Pointer, dict[str, Ranker]]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import threading
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -287,3 +289,21 @@ def test_others_than_this_machine_need_a_token(tmp_path):
         read_token(tmp_path / "empty", "127.0.0.1")
     with pytest.raises(UserError, match=r"--host localhost: is not an IP address"):
         read_token(None, "localhost")
+
+
+def test_a_version_that_is_no_longer_served_is_let_go_though_it_explained(service, tmp_path, monkeypatch):
+    made = []
+
+    def explainer(ranker):
+        made.append(ranker.version["version"])
+        return SimpleNamespace(ranker=ranker, answer=lambda raw: {})
+
+    monkeypatch.setattr("usr_ray.serving.service.Explainer", explainer)
+    old = weakref.ref(service.ranker)
+    for _ in range(2):
+        assert service.submit_explained(b"{}").result(30)[0] == 200
+    move_pointer(tmp_path, "two")
+    assert service.look()
+    assert service.submit_explained(b"{}").result(30)[0] == 200
+    gc.collect()
+    assert (old(), made) == (None, ["one", "two"])
