@@ -12,6 +12,7 @@ docs/serving.md has the files of a version.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import sys
 from dataclasses import replace
@@ -21,6 +22,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from usr_ray.cli import JobParser, check_lake, check_output, check_run_dir, number_in, run_job
 from usr_ray.config import UserError
+
+
+def move_only(registry: Path, arguments: argparse.Namespace) -> None:
+    """Move the pointer to a version that is there. Raises UserError."""
+    from usr_ray.serving.versions import move_pointer, read_pointer, roll_back, with_canary  # loads Arrow
+
+    if arguments.rollback:
+        print(f"{registry}: {roll_back(registry)} is stable again, without canary and shadow")
+        return
+    canary = read_pointer(registry).canary
+    if canary is None:
+        raise UserError(f"--registry {registry}: has no canary; publish one with --run-dir, --lake and --canary")
+    if arguments.stable:
+        move_pointer(registry, canary)
+    else:
+        with_canary(registry, canary, arguments.canary)
+    print(f"{registry}: {canary} answers to {1 if arguments.stable else arguments.canary:g} of the users")
 
 
 def main(argv: list[str]) -> None:
@@ -36,21 +54,11 @@ def main(argv: list[str]) -> None:
     how.add_argument("--not-stable", action="store_true", help="do not serve the new version yet")
     how.add_argument("--rollback", action="store_true", help="serve the version before the stable one again")
     arguments = parser.parse_args(argv)
-    from usr_ray.serving.versions import move_pointer, read_pointer, roll_back, with_canary  # loads Arrow
-
     registry: Path = arguments.registry
-    if arguments.rollback:
-        print(f"{registry}: {roll_back(registry)} is stable again, without canary and shadow")
-        return
-    if arguments.run_dir is None and (arguments.stable or arguments.canary is not None):
-        canary = read_pointer(registry).canary
-        if canary is None:
-            raise UserError(f"--registry {registry}: has no canary; publish one with --run-dir, --lake and --canary")
-        if arguments.stable:
-            move_pointer(registry, canary)
-        else:
-            with_canary(registry, canary, arguments.canary)
-        print(f"{registry}: {canary} answers to {1 if arguments.stable else arguments.canary:g} of the users")
+    if arguments.rollback or (arguments.run_dir is None and (arguments.stable or arguments.canary is not None)):
+        if arguments.users is not None:
+            raise UserError("--users: is for a new version; name its --run-dir and --lake, or leave it out")
+        move_only(registry, arguments)
         return
     if arguments.run_dir is None or arguments.lake is None:
         missing = "run-dir" if arguments.run_dir is None else "lake"
@@ -60,6 +68,7 @@ def main(argv: list[str]) -> None:
 
         check_server(arguments.users)
     from usr_ray.serving.publish import publish  # loads torch
+    from usr_ray.serving.versions import move_pointer, read_pointer, with_canary
 
     if arguments.shadow or arguments.canary is not None:
         read_pointer(registry)  # there must be a stable version beside it: said before the export

@@ -9,17 +9,23 @@ python jobs/serve.py --registry DIR [--host 127.0.0.1] [--port 8000] [--token-fi
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import signal
+import socket
 import sys
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from usr_ray.cli import JobParser, check_file, check_input, check_output, number_in, run_job
 from usr_ray.config import UserError
 from usr_ray.launch.environment import OWN, prepare_environment
+
+if TYPE_CHECKING:
+    from usr_ray.serving.service import Service
 
 
 def read_token(path: Path | None, host: str) -> str | None:
@@ -51,6 +57,39 @@ def wait_for_signal(address: str) -> None:
     stop.wait()
 
 
+def serve_alone(service: Service, token: str | None, *, host: str, port: int, grpc_port: int | None) -> None:
+    """Serve from this process until it is told to end, and finish the requests in work.
+
+    Raises:
+        UserError: a port is taken.
+    """
+    import uvicorn
+
+    from usr_ray.serving.app import make_app
+
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listening = socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise UserError(f"--port {port}: cannot be listened on at {host} ({error.strerror}); name another") from error
+    grpc_server = None
+    with listening:
+        if grpc_port is not None:
+            from usr_ray.serving.grpc_service import GrpcServer
+
+            grpc_server = GrpcServer(service, token, host=host, port=grpc_port)
+            print(f"serving gRPC at {host}:{grpc_server.port}", flush=True)
+        # uvicorn finishes its requests, and then raises the signal anew: by default that ends the process at once.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+        try:
+            print(f"serving at http://{host}:{port}", flush=True)
+            with contextlib.suppress(KeyboardInterrupt):
+                uvicorn.Server(uvicorn.Config(make_app(service, token), log_level="warning")).run([listening])
+        finally:
+            if grpc_server is not None:
+                grpc_server.close()
+
+
 def main(argv: list[str]) -> None:
     parser = JobParser(__doc__)
     parser.add_place("--registry", check_input, type=Path, required=True, help="of jobs/publish.py")
@@ -70,7 +109,7 @@ def main(argv: list[str]) -> None:
     if arguments.grpc_port is not None and not arguments.alone:
         raise UserError("--grpc-port: is served by one process without Ray; add --alone, or leave it out")
     cluster = prepare_environment(dashboard=False)
-    from usr_ray.serving.app import make_app, serve_on_ray  # imports Ray, which reads the environment
+    from usr_ray.serving.app import serve_on_ray  # imports Ray, which reads the environment
     from usr_ray.serving.service import Service, Settings
 
     settings = Settings(
@@ -81,20 +120,11 @@ def main(argv: list[str]) -> None:
         page=arguments.page,
     )
     if arguments.alone:
-        import uvicorn
-
         service = Service(settings)
-        grpc_server = None
-        if arguments.grpc_port is not None:
-            from usr_ray.serving.grpc_service import GrpcServer
-
-            grpc_server = GrpcServer(service, token, host=arguments.host, port=arguments.grpc_port)
-            print(f"serving gRPC at {arguments.host}:{grpc_server.port}", flush=True)
-        print(f"serving at http://{arguments.host}:{arguments.port}", flush=True)
-        uvicorn.run(make_app(service, token), host=arguments.host, port=arguments.port, log_level="warning")
-        if grpc_server is not None:
-            grpc_server.close()
-        service.close()
+        try:
+            serve_alone(service, token, host=arguments.host, port=arguments.port, grpc_port=arguments.grpc_port)
+        finally:
+            service.close()
         return
     serve_on_ray(
         settings,

@@ -21,6 +21,8 @@ RANKING = "usr_ray.v1.Ranking"
 _DESCRIPTORS = Path(__file__).with_name("service.binpb")
 _RETRY_AFTER = (("retry-after", "1"),)
 _EXACT = 1 << 53
+_MAX_WORDS = 1_000
+"""Of a refusal, which travels in a header: a client that gets 8 KiB of it says RESOURCE_EXHAUSTED instead."""
 _MORE_THREADS = 4
 """Than requests are taken: so many more are told at once that there are too many."""
 Submit = Callable[[bytes], Any]
@@ -158,4 +160,4 @@ class GrpcServer:
         if status == 429:
             context.set_trailing_metadata(_RETRY_AFTER)
         named = {401: codes.UNAUTHENTICATED, 422: codes.INVALID_ARGUMENT, 429: codes.RESOURCE_EXHAUSTED}
-        context.abort(named.get(status, codes.UNAVAILABLE), words)
+        context.abort(named.get(status, codes.UNAVAILABLE), words[:_MAX_WORDS])

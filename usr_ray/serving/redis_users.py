@@ -38,6 +38,8 @@ _KEEPS = ("noeviction", "volatile-lru", "volatile-lfu", "volatile-random", "vola
 
 def check_address(address: str) -> str:
     """The address of a server: redis://HOST:PORT/DB or rediss:// with TLS. Raises UserError."""
+    if "@" in address:  # before anything that would repeat it
+        raise UserError(f"--users: holds a password, which would be kept in version.json; set {PASSWORD} instead")
     try:
         parts = urlsplit(address)
         is_good = parts.scheme in ("redis", "rediss") and bool(parts.hostname) and (parts.port or 1) > 0
@@ -46,8 +48,6 @@ def check_address(address: str) -> str:
         is_good = False
     if not is_good:
         raise UserError(f"--users {address}: is no address of Redis; write redis://HOST:PORT/DB")
-    if parts.username or parts.password:
-        raise UserError(f"--users: holds a password, which would be kept in version.json; set {PASSWORD} instead")
     return address
 
 
@@ -99,7 +99,7 @@ class RedisUsers(UserStore):
         try:
             found, value = self._redis.mget(mark, mark + b":" + digest)
         except (OSError, ValueError, _errors()) as error:
-            raise StoreError(f"users: {self._address} cannot be read ({one_line(error)})") from error
+            raise StoreError(f"users: {self._address} cannot be read ({one_line(error)}); start Redis there") from error
         if found is None:
             raise StoreError(f"users: {self._address} has none of version {self._version}; publish again")
         return bytes(value) if value is not None else None
@@ -139,7 +139,8 @@ def move_users(folder: Path, address: str, version: str, registry: Path) -> None
         client.set(mark, b"1")
     except (OSError, _errors()) as error:
         raise StoreError(
-            f"--users {address}: does not take the users ({one_line(error)}); nothing was published"
+            f"--users {address}: does not take the users ({one_line(error)}); nothing was published: give it "
+            "memory, or take another server"
         ) from error
     for path in (folder / USERS).iterdir():
         path.unlink()
@@ -181,7 +182,10 @@ def forget_users(address: str, registry: Path, keep: Iterable[str]) -> list[str]
                 client.unlink(*batch)
             client.srem(of_registry, version)
     except (OSError, _errors()) as error:
-        raise StoreError(f"--users {address}: old users cannot be removed ({one_line(error)})") from error
+        raise StoreError(
+            f"--users {address}: old users cannot be removed ({one_line(error)}); the new version is whole, but not "
+            "served: publish again"
+        ) from error
     return sorted(written - set(keep))
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import threading
+import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +15,10 @@ import pytest
 from fastapi.testclient import TestClient
 
 from jobs.serve import main as serve_job
+from jobs.serve import serve_alone
 from tests.unit.samples_table import samples_spec
 from usr_ray.config import UserError
+from usr_ray.launch.environment import free_port
 from usr_ray.serving import grpc_service
 from usr_ray.serving.app import make_app
 from usr_ray.serving.encode import Encoder, Profile, UserEvents
@@ -163,6 +169,11 @@ def test_refusals_have_the_words_of_http(ask, http, name, body):
     assert ask(name, fields_of(name, body)) == ("INVALID_ARGUMENT", wanted.json()["error"])
 
 
+def test_a_refusal_that_repeats_what_was_sent_fits_a_header(ask):
+    status, words = ask("Score", GOOD | {"scenario": "x" * 100_000})
+    assert (status, len(words)) == ("INVALID_ARGUMENT", 1_000)
+
+
 def test_the_model_is_told_alike(ask, http):
     status, found = ask("Model", {})
     assert status == "OK"
@@ -238,6 +249,46 @@ def test_ports_that_cannot_be_are_refused(service, tmp_path):
     server = GrpcServer(service, None, host="127.0.0.1", port=0)
     with pytest.raises(UserError, match=r"--grpc-port \d+: cannot be listened on; name another"):
         GrpcServer(service, None, host="127.0.0.1", port=server.port)
+    port = server.port
+    with pytest.raises(UserError, match=rf"--port {port}: cannot be listened on at 127.0.0.1 \(.*\); name another"):
+        serve_alone(service, None, host="127.0.0.1", port=port, grpc_port=None)
     server.close()
     with pytest.raises(UserError, match="--grpc-port: is served by one process without Ray; add --alone"):
         serve_job(["--registry", str(tmp_path), "--grpc-port", "18999"])
+
+
+def test_a_service_that_is_told_to_end_answers_what_it_has_begun(service):
+    port, grpc_port = free_port(18_800), free_port(18_850)
+    classes, found = message_classes(), []
+
+    def ask_and_end():
+        while True:  # until uvicorn has its own handlers of signals
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=10).close()
+                break
+            except OSError:
+                time.sleep(0.02)
+        Program.gate.clear()
+        with grpc.insecure_channel(f"127.0.0.1:{grpc_port}") as channel:
+            call = channel.unary_unary(
+                f"/{RANKING}/Score",
+                request_serializer=lambda m: m.SerializeToString(),
+                response_deserializer=classes["RankAnswer"].FromString,
+            ).future(json_format.ParseDict(GOOD, classes["RankRequest"]()), timeout=30)
+            while service._num_queued == 0:
+                time.sleep(0.02)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)
+            Program.gate.set()
+            found.append([item.id for item in call.result().items])
+
+    before = signal.getsignal(signal.SIGTERM)
+    asking = threading.Thread(target=ask_and_end)
+    asking.start()
+    try:
+        with pytest.raises(SystemExit) as end:
+            serve_alone(service, None, host="127.0.0.1", port=port, grpc_port=grpc_port)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    asking.join(30)
+    assert (end.value.code, found) == (None, [["v1", "v2"]])

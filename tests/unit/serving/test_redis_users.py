@@ -157,6 +157,7 @@ def test_a_publication_that_breaks_off_leaves_no_version(server, encoder, tmp_pa
         ("127.0.0.1:6379", "is no address of Redis; write redis://HOST:PORT/DB"),
         ("redis://host:99999/0", "is no address of Redis"),
         ("redis://host/zero", "is no address of Redis"),
+        ("redis://:secret@host/zero", "holds a password, which would be kept in version.json"),
         ("redis://:secret@host/0", "holds a password, which would be kept in version.json; set USR_RAY_REDIS_PASSWORD"),
     ],
 )
@@ -169,6 +170,9 @@ def test_addresses_that_cannot_be_are_refused_before_the_export(tmp_path, addres
     places = ["--run-dir", str(tmp_path / "run"), "--lake", str(tmp_path / "lake"), "--registry", str(tmp_path / "r")]
     with pytest.raises(UserError):
         publish_job([*places, "--users", address])
+    for words in (["--rollback"], ["--stable"], [*places[:4], "--rollback"]):
+        with pytest.raises(UserError, match="--users: is for a new version; name its --run-dir and --lake"):
+            publish_job([*words, "--registry", str(tmp_path / "r"), "--users", "redis://127.0.0.1/0"])
 
 
 def test_a_server_with_a_password(server, monkeypatch):
