@@ -311,7 +311,9 @@ def _owned(table: pa.Table, spec: FeatureSpec, values: Mapping[str, pa.Array]) -
         if name in _OWNERS.values():
             found[name] = known, np.arange(1, len(known) + 1)
         elif feature.owner in _OWNERS:
-            _, (ids, texts) = _of_name(table.sort_by("event_date"), f"{_OWNERS[feature.owner]}:{name}")
+            rows, parts = _of_name(table, f"{_OWNERS[feature.owner]}:{name}")
+            by_date = pc.sort_indices(rows["event_date"])
+            ids, texts = (part.take(by_date) for part in parts)
             codes = pc.index_in(ids, value_set=(owners := pc.unique(ids))).to_numpy(zero_copy_only=False)
             last = np.zeros(len(owners), np.int64)
             last[codes] = np.arange(len(codes))  # of several, numpy keeps the last

@@ -198,6 +198,20 @@ def test_sums_that_do_not_tell_a_category_are_refused(tmp_path):
         counted.codes("brand", pa.array(["v2", "v3"]), np.array([1, 5]))
 
 
+def test_a_user_has_the_value_of_the_newest_date(tmp_path):
+    events = drawn_events(np.random.default_rng(1), 200)
+    for event in events:
+        if event["user_id"] == "u1":
+            event["city"] = "oslo" if event["day"] == 5 else "rome"
+    assert {event["city"] for event in events if event["user_id"] == "u1"} == {"oslo", "rome"}
+    for shuffled in (events, events[::-1], sorted(events, key=lambda e: -e["day"])):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        counted = write_counters(folder, spec_of(), built_with(), table_of(shuffled), as_of_us=None)
+        code = counted.codes("city", pa.array(["u1"]), np.ones(1))[0]
+        assert Counters(folder).indexes["city"].items()[code] == "oslo"
+
+
 def test_an_item_that_was_never_counted_has_no_counts(tmp_path, monkeypatch):
     wanted = {"query_item": WANTED["query_item"]}
     monkeypatch.setitem(globals(), "WANTED", wanted)
