@@ -106,7 +106,7 @@ def publish(
             version["users_at"] = users_at
             move_users(temporary, users_at, name, registry)
         ranker = Ranker.of_files(temporary, version)
-        golden = [{"request": r, "items": ranker.score(r)["items"]} for r in golden_requests(manifest, iso_time(as_of))]
+        golden = [{"request": r, "items": ranker.golden_items(r)} for r in golden_requests(manifest, iso_time(as_of))]
         _finish(temporary, version, golden)
         Ranker.open(temporary)  # opened as a service would: files verified, golden requests answered
         os.replace(temporary, registry / VERSIONS / name)

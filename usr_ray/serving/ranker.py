@@ -158,16 +158,27 @@ class Ranker:
         """Answer requests whose answers are known.
 
         Raises:
-            RegistryError: a probability differs by more than GOLDEN_TOLERANCE.
+            RegistryError: a probability differs by more than GOLDEN_TOLERANCE. StoreError: see `golden_items`.
         """
         for case in golden:
-            for found, expected in zip(self.score(case["request"])["items"], case["items"], strict=True):
+            for found, expected in zip(self.golden_items(case["request"]), case["items"], strict=True):
                 for name, value in expected.items():
                     if found[name] != value and not (name != "id" and abs(found[name] - value) <= GOLDEN_TOLERANCE):
                         raise RegistryError(
                             f"version {self.version['version']}: {name} of a golden request is {found[name]}, it was "
                             f"{value} when it was published; publish it again with jobs/publish.py on such a machine"
                         )
+
+    def golden_items(self, request: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The items of an answer that others are compared with. Raises StoreError where the user cannot be read."""
+        answer = self.score(request)
+        if answer["degraded"]:
+            raise StoreError(
+                f"version {self.version['version']}: user {request['user_id']!r} of a golden request cannot be read; "
+                "see that the store of its users answers, and try again"
+            )
+        found: list[dict[str, Any]] = answer["items"]
+        return found
 
     def rank(self, **request: Any) -> dict[str, Any]:
         """As `score`, the candidates with the largest probabilities first, at most `k` of them."""

@@ -248,3 +248,17 @@ def test_a_server_that_hangs_dies_or_is_empty_costs_the_history_and_no_answer(se
     checked(degraded=True)
     server.start()  # empty: no user is taken for an unknown one
     checked(degraded=True)
+
+
+def test_a_golden_request_without_its_user_is_no_other_answer(server, encoder, tmp_path):
+    folder = written(tmp_path / "a", encoder)
+    move_users(folder, server.address, "one", tmp_path)
+    version = {"version": "one", "model_id": "m", "rules": {"click_window": 0, "order_window": 0}}
+    stores = ItemTable(folder), RedisUsers(server.address, "one", encoder)
+    ranker = Ranker(version, Program(), encoder, stores, exact_from_us=NOW_US)
+    request = {"scenario": "search", "user_id": "u8", "candidates": ["v1"], "time": "2026-01-01T00:00:00Z"}
+    golden = [{"request": request, "items": ranker.golden_items(request)}]
+    ranker.check_golden(golden)
+    server.kill()
+    with pytest.raises(StoreError, match=r"version one: user 'u8' of a golden request cannot be read; see that the"):
+        ranker.check_golden(golden)
