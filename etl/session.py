@@ -42,7 +42,7 @@ _ASKED_FOR = ("functions", "org.apache.spark.sql.functions", "PythonUtils", "org
 
 _PACKAGES = ("org", "java", "io", "scala")
 
-_SHIPPED = ("etl/**/*.py", "usr_ray/__init__.py", "usr_ray/schema.py", "usr_ray/config/*.py")
+_SHIPPED = ("etl/**/*.py", *(f"usr_ray/{name}.py" for name in ("__init__", "schema", "daily_sums", "config/*")))
 """What the Python workers need of this package."""
 
 REQUIRED = {
