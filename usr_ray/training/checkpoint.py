@@ -222,7 +222,10 @@ class CheckpointStore:
     def _clean(self) -> None:
         """Remove what a crash left half-written. There is one writer, so none of it can be alive."""
         for name in self._names():
-            if ".tmp-" in name and _NAME.fullmatch(name.split(".tmp-")[0]):
+            whole, mark, _ = name.partition(".tmp-")
+            if mark and whole == VECTORS:
+                (self.directory / name).unlink(missing_ok=True)
+            elif mark and _NAME.fullmatch(whole):
                 shutil.rmtree(self.directory / name, ignore_errors=True)
 
     def _put(self, temporary: Path, final: Path) -> None:

@@ -80,8 +80,10 @@ def test_vectors_that_are_gone_or_torn_are_one_line(trained: tuple[Path, Manifes
     with pytest.raises(CheckpointError, match=r"cannot be read|does not match"):
         store.load_vectors("../vectors-0.safetensors")
     found = find_checkpoint(str(trained[0]))
+    (store.directory / "vectors.tmp-0f").write_bytes(b"of a process that was killed")
     store.save(found.step, found.tensors, found.state, vectors=load_run(trained[0]).tables.vectors)
     assert file.read_bytes() == content
+    assert not list(store.directory.glob("vectors.tmp-*"))
 
 
 def test_a_warm_start_has_the_vectors_of_now_and_goes_on_with_the_maps(
