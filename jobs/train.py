@@ -51,7 +51,7 @@ def _run(config: Config, lake: str, run_dir: str, cluster: str, command: list[st
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         from usr_ray.launch.alone import run_alone
 
-        return run_alone(config, lake, run_dir, command=command)
+        return run_alone(config, lake, run_dir, cluster=cluster, command=command)
     from usr_ray.launch.trainer import run  # imports ray, which reads the environment
 
     return run(config, lake, run_dir, cluster=cluster, command=command)

@@ -44,9 +44,9 @@ from usr_ray.experiments.study import StudyResult, run_study
 from usr_ray.experiments.trials import Progress, num_slots, run_trial
 from usr_ray.experiments.worlds import check_same_rows, pinned_rows, whole_path
 from usr_ray.files import now, write_whole
+from usr_ray.launch.alone import refuse_relative
 from usr_ray.launch.environment import OWN, SUBMITTED
 from usr_ray.launch.session import ray_session
-from usr_ray.launch.trainer import refuse_relative
 from usr_ray.training.worker import LocalWorker
 
 BEST_FILE, TRIALS_DIR, RAY_DIR = "best.toml", "trials", "ray"

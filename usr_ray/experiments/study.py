@@ -37,9 +37,9 @@ from usr_ray.experiments.worlds import (
     table_version,
     whole_path,
 )
+from usr_ray.launch.alone import refuse_relative
 from usr_ray.launch.environment import OWN, SUBMITTED
 from usr_ray.launch.session import ray_session
-from usr_ray.launch.trainer import refuse_relative
 from usr_ray.training.worker import LocalWorker
 
 _LOSSES = 2

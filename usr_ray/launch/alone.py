@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from usr_ray.config import Config, RayConfig, UserError
 from usr_ray.data.order_quality import order_text
 from usr_ray.evaluation.metrics import CellMetrics
+from usr_ray.launch.environment import OWN, SUBMITTED
 from usr_ray.launch.monitor import FileMonitor
 from usr_ray.runs.folder import print_result, write_result
 from usr_ray.runs.plan import RunPlan, load_manifest, mark_finished, plan_run, write_plan
@@ -36,12 +37,16 @@ class RunSummary:
     """The run directory held the result already; nothing was trained."""
 
 
-def run_alone(config: Config, lake: Path | str, run_dir: Path | str, *, command: Sequence[str] = ()) -> RunSummary:
+def run_alone(
+    config: Config, lake: Path | str, run_dir: Path | str, *, cluster: str = OWN, command: Sequence[str] = ()
+) -> RunSummary:
     """`trainer.run` without Ray: the only rank is this process, so nothing restarts it. SIGTERM stops it with a save.
 
     Raises:
         UserError: as trainer.run; ray.use_gpu without a GPU.
     """
+    if cluster == SUBMITTED:
+        refuse_relative_run(config, lake, run_dir)
     refuse_missing_gpus(config.ray)
 
     def fit(plan: RunPlan) -> tuple[str, int]:
@@ -102,6 +107,22 @@ def carry_out(
         mark_finished(plan, outcome=outcome, step=step)
     print(f"{plan.run_dir}: {outcome} at step {step:,}")
     return _summary(plan, outcome, step, was_finished=False)
+
+
+def refuse_relative(paths: Mapping[str, Path | str]) -> None:
+    """UserError for a path, by its flag, that a submitted job would look for in its uploaded copy."""
+    for flag, path in paths.items():
+        if "://" not in str(path) and not Path(path).is_absolute():
+            raise UserError(
+                f"{flag} {path}: is relative, and a submitted job runs in an uploaded copy of the working directory, "
+                "which is thrown away; give the whole path"
+            )
+
+
+def refuse_relative_run(config: Config, lake: Path | str, run_dir: Path | str) -> None:
+    """`refuse_relative` for all paths of a training."""
+    warm_start = {"train.warm_start": config.train.warm_start} if config.train.warm_start else {}
+    refuse_relative({"--lake": lake, "--run-dir": run_dir} | warm_start)
 
 
 def refuse_missing_gpus(config: RayConfig) -> None:

@@ -27,7 +27,7 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, Tr
 from ray.train.torch import TorchTrainer, get_device
 
 from usr_ray.config import Config, RayConfig, UserError, parse_duration_us
-from usr_ray.launch.alone import RunSummary, carry_out
+from usr_ray.launch.alone import RunSummary, carry_out, refuse_relative_run
 from usr_ray.launch.environment import OWN, SUBMITTED
 from usr_ray.launch.monitor import RayMonitor
 from usr_ray.launch.rollcall import RollCall, read_refusal, reserve_refusal, write_refusal
@@ -91,20 +91,9 @@ def run(
         TrainingFailedError: more failures than ray.max_failures.
     """
     if cluster == SUBMITTED:
-        warm_start = {"train.warm_start": config.train.warm_start} if config.train.warm_start else {}
-        refuse_relative({"--lake": lake, "--run-dir": run_dir} | warm_start)
+        refuse_relative_run(config, lake, run_dir)
     plan = plan_run(config, lake, run_dir, command=command)
     return carry_out(plan, lambda plan: _fit(plan, callbacks), ray_session(config.ray, cluster=cluster))
-
-
-def refuse_relative(paths: Mapping[str, Path | str]) -> None:
-    """UserError for a path, by its flag, that a submitted job would look for in its uploaded copy."""
-    for flag, path in paths.items():
-        if "://" not in str(path) and not Path(path).is_absolute():
-            raise UserError(
-                f"{flag} {path}: is relative, and a submitted job runs in an uploaded copy of the working directory, "
-                "which is thrown away; give the whole path"
-            )
 
 
 def _fit(plan: RunPlan, callbacks: Sequence[Any]) -> tuple[str, int]:

@@ -18,6 +18,7 @@ from tests.unit.samples_table import samples_spec, write_samples
 from usr_ray.cli import run_job
 from usr_ray.config import RayConfig, UserError
 from usr_ray.launch.alone import refuse_missing_gpus
+from usr_ray.launch.environment import SUBMITTED
 from usr_ray.launch.monitor import FileMonitor
 from usr_ray.training.checkpoint import CheckpointStore
 
@@ -108,6 +109,17 @@ def test_a_run_that_was_asked_to_stop_goes_on_to_what_it_would_have_been(
 
     assert train(lake, stopped) == 0
     assert f"{stopped}: this run is finished (step {STEPS}); its result:" in capsys.readouterr().out
+
+
+def test_a_submitted_job_wants_whole_paths_here_too(
+    lake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ray job submit -- python jobs/train.py --set ray.num_workers=0` runs in a copy that is thrown away."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(job, "prepare_environment", lambda **_: SUBMITTED)
+    assert train(lake, Path("run")) == 2
+    assert capsys.readouterr().err.startswith("error: --run-dir run: is relative, and a submitted job runs in an upl")
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_trainings_in_one_directory_are_refused(
