@@ -7,9 +7,7 @@ users and items are held in the same way (`<lake>/user_vectors`, `<lake>/item_ve
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Mapping, Sequence
-from functools import reduce
 
 import pyarrow as pa
 from pyspark.sql import Column, DataFrame, SparkSession
@@ -81,23 +79,25 @@ def update_tables_by_id(
 def _update(spark: SparkSession, lake: Lake, name: str, rows: DataFrame, schema: T.StructType, prop: str) -> int:
     """The version of a table that has these rows, by its first column, and those of what the logs have dropped.
 
-    What a feature table has dropped keeps its row: histories go on naming it.
+    What a feature table has dropped keeps its row: histories go on naming it. A row of nulls is none, and ends one.
     """
     path, key = lake.path(name), schema[0].name
+    wanted = rows.dropna("all", subset=rows.columns[1:])
+    named = samples_version(spark, lake, prop)
     if not lake.has(spark, name):
         create_table(spark, lake, name, schema)
-    else:
+    elif named is not None:
         # Not the newest version where the samples name another: a build that was killed, or samples and vocabularies
-        # that were RESTOREd, leave rows behind whose ids the vocabularies may not know.
-        newest, named = table_version(spark, path), samples_version(spark, lake, prop)
-        version = newest if named is None else min(named, newest)  # a table that was deleted begins anew
+        # that were RESTOREd, leave rows behind whose ids the vocabularies may not know. Nothing stays where no samples
+        # name a version, as where they were deleted: their vectors were divided by another scale.
+        version = min(named, table_version(spark, path))  # a table that was deleted begins anew
         there = spark.read.format("delta").option("versionAsOf", version).load(path)
         # Read twice: to compare, and to write.
-        rows = kept(rows.unionByName(there.join(rows.select(key), on=key, how="left_anti")))
-        if content_hash(rows) == content_hash(there.select(rows.columns)):
+        wanted = kept(wanted.unionByName(there.join(rows.select(key), on=key, how="left_anti")))
+        if content_hash(wanted) == content_hash(there.select(wanted.columns)):
             return version
     # One file, sorted: every training worker reads all of it.
-    replace_dates(rows.repartition(1).sortWithinPartitions(key), path, f"{key} IS NOT NULL")
+    replace_dates(wanted.repartition(1).sortWithinPartitions(key), path, f"{key} IS NOT NULL")
     return table_version(spark, path)
 
 
@@ -109,10 +109,9 @@ def item_features(items: DataFrame, known: Vocabularies, config: Config) -> Data
 
 
 def vectors_by_id(table: DataFrame, vectors: Sequence[VectorFeature], known: Vocabularies, config: Config) -> DataFrame:
-    """One row for each user or item that has an id and a vector: `<owner>_id_index`, and the vectors as bytes."""
+    """One row for each user or item that has an id: `<owner>_id_index`, and the vectors as bytes, null without one."""
     key, names = vectors[0].key, [vector.name for vector in vectors]
-    has_one = reduce(operator.or_, (F.col(name).isNotNull() for name in names))
-    encoded = encode(table.select(key, *names).filter(has_one), (key,), known, config.vocabulary)
+    encoded = encode(table.select(key, *names), (key,), known, config.vocabulary)
     rows = _one_an_id(encoded, key, {name: F.col(name) for name in names})
     schema = vectors_schema(config, vectors[0].owner)
     arrow_schema = to_arrow_schema(schema)
@@ -125,9 +124,9 @@ def vectors_by_id(table: DataFrame, vectors: Sequence[VectorFeature], known: Voc
 
 
 def _one_an_id(encoded: DataFrame, key: str, columns: Mapping[str, Column]) -> DataFrame:
-    """`<key>_index` and the columns; of several that share a hashed id, those whose raw id is smallest."""
+    """`<key>_index` and the columns; of several that share a hashed id, and have any, those of the smallest raw id."""
     index = index_column(key)
     named = encoded.select(key, F.col(f"id:{key}").alias(index), *(c.alias(name) for name, c in columns.items()))
-    of_key = F.min_by(F.struct(*columns), key) if columns else F.struct()
+    of_key = F.min_by(F.struct(*columns), F.struct(F.coalesce(*columns).isNull(), F.col(key)))
     rows = named.filter(F.col(index) >= FIRST_ID).groupBy(index).agg(of_key.alias("of:"))
     return rows.select(index, *(F.col(f"`of:`.`{name}`") for name in columns))

@@ -16,6 +16,8 @@ from pyspark.sql import functions as F
 from etl.build.restate import RestateRequest, restate_samples
 from etl.build.samples import Progress
 from etl.checks import DataCheckError
+from etl.features.by_id import update_tables_by_id
+from etl.features.vocabulary import existing_vocabularies, feature_spec
 from etl.lake.maintain import MaintainRequest, maintain
 from etl.lake.tables import Lake, prepare_samples, replace_dates
 from etl.logs.events import read_features
@@ -202,6 +204,27 @@ def test_vectors_in_text_are_read_or_one_line(
     split = LogFolder(spark, str(tmp_path), {"items": LogConfig(split={"look": ","})})
     with pytest.raises(DataCheckError, match="holds something that is no finite number in 1 rows, such as item_id '1'"):
         read_features(split, "items", "item_id", (), (), (), vectors)  # "[1" and " -2.5]"
+
+
+def test_a_vector_that_was_taken_back_is_gone_and_one_that_the_log_dropped_stays(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    config = load_config(None, ["vocabulary.kind=hash", "features.item_vectors={look = 2}"])
+
+    def update(lake: Lake, **looks: list[float] | None) -> list[list[float]]:
+        known = existing_vocabularies(spark, config, lake)
+        spec = feature_spec(config, known)
+        items = spark.createDataFrame([*looks.items()], "item_id string, look array<float>")
+        versions = update_tables_by_id(spark, config, lake, (None, items), known, spec)
+        prepare_samples(spark, lake, spec, config, versions)
+        rows = spark.read.format("delta").load(lake.path("item_vectors")).collect()
+        return sorted(np.frombuffer(row["look"], "<f2").tolist() for row in rows)
+
+    lake, without_samples = (Lake(str(tmp_path / name)) for name in ("lake", "without_samples"))
+    assert update(lake, a=[1.0, 2.0], b=[3.0, 4.0], c=[5.0, 6.0], d=None) == [[1, 2], [3, 4], [5, 6]]
+    assert update(lake, a=None, b=[3.5, 4.0]) == [[3.5, 4], [5, 6]]
+    shutil.copytree(lake.path("item_vectors"), without_samples.path("item_vectors"))
+    assert update(without_samples, b=[3.5, 4.0]) == [[3.5, 4]], "its scale is another's"
 
 
 def test_no_table_where_none_is_wanted(spark: SparkSession, shop: Shop, tmp_path: Path) -> None:
