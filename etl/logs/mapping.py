@@ -157,7 +157,7 @@ def _with_point(text: Column) -> Column:
     """1.234,50 -> 1234.50; what is not written so, as 12.50, becomes no number: which of two it is nobody knows."""
     digits = F.regexp_replace(F.regexp_replace(text, r"[.\s\u00a0\u202f]", ""), ",", ".")
     read = F.when(text.rlike(_DECIMAL_COMMA), digits)
-    return F.coalesce(read, F.when(F.trim(text) == "", text), F.concat(F.lit("no decimal comma: "), text))
+    return F.coalesce(read, F.when(~is_value(text), text), F.concat(F.lit("no decimal comma: "), text))
 
 
 def plain_number(text: Column) -> Column:

@@ -382,12 +382,12 @@ def test_one_events_file_of_a_german_shop(spark: SparkSession, tmp_path: Path) -
         "it in logs.items.decimal_comma"
     ]
     (tmp_path / "some" / "items.csv").write_text(
-        "item_id;price\na;1.234,50\nb;12.50\nc;1.2.3,4\nd;1 234,5\ne;-3,25\nf;1.234\ng;\n", encoding="utf-8"
+        "item_id;price\na;1.234,50\nb;12.50\nc;1.2.3,4\nd;1 234,5\ne;-3,25\nf;1.234\ng;\nh;NaN\n", encoding="utf-8"
     )
     comma = {"items": LogConfig(path="items.csv", separator=";", decimal_comma=("price",))}
     folder = LogFolder(spark, str(tmp_path / "some"), comma)
     prices = read_features(folder, "items", "item_id", [], ["price"]).orderBy("item_id").collect()
-    assert [row["price"] for row in prices] == [1234.5, None, None, 1234.5, -3.25, 1234.0, None]
+    assert [row["price"] for row in prices] == [1234.5, None, None, 1234.5, -3.25, 1234.0, None, None]
     assert "is no number in 2 of 6 rows, such as 'no decimal comma: 1.2.3,4', and null there" in folder.notes()[0]
     pq.write_table(pa.table({"item_id": ["a"], "price": [12.5], "tags": [["x", "y"]]}), tmp_path / "some.parquet")
     for key, value, kind in (("decimal_comma", ("price",), "double"), ("split", {"tags": "|"}, "array<string>")):

@@ -82,6 +82,10 @@ class LogConfig:
         require(len(self.quote) <= 1, f"{where}.quote must be one character, or '' for none, got {self.quote!r}")
         require(len(self.separator) == 1, f"{where}.separator must be one character, got {self.separator!r}")
         require(
+            self.quote != self.separator,
+            f"{where}: quote and separator are both {self.quote!r}; set another quote, or '' for files without quoting",
+        )
+        require(
             _is_encoding(self.encoding),
             f"{where}.encoding {self.encoding!r} is unknown; write it as 'UTF-8' or 'ISO-8859-1'",
         )

@@ -53,6 +53,10 @@ def test_every_scenario_has_its_logs() -> None:
         ("logs.orders.format=xlsx", "logs.orders.format must be '', 'parquet', 'delta', 'csv' or 'json', got 'xlsx'"),
         ("logs.orders.encoding=latin-99", "logs.orders.encoding 'latin-99' is unknown; write it as 'UTF-8' or 'ISO-8"),
         ("logs.orders.separator=';;'", "logs.orders.separator must be one character, got ';;'"),
+        (
+            "logs.orders.quote=','",
+            "logs.orders: quote and separator are both ','; set another quote, or '' for files w",
+        ),
         ("logs.orders.quote=none", "logs.orders.quote must be one character, or '' for none, got 'none'"),
         (
             "logs.orders.time_format=seconds",
