@@ -93,7 +93,7 @@ def design(spec: FeatureSpec, train: PlainRows, scored: PlainRows) -> tuple[spar
 def logistic_regression(
     spec: FeatureSpec, train: PlainRows, scored: PlainRows, inverse_l2: float = INVERSE_L2
 ) -> NDArray[np.float64]:
-    """Probabilities (N, T) of the scored rows, one regression a task.
+    """Probabilities (N, T) of the scored rows, one regression a task; NaN where no training row's log knows the label.
 
     Raises:
         UserError: scikit-learn is not installed, or the training rows lack a label.
@@ -108,7 +108,11 @@ def logistic_regression(
     probs = []
     for place, task in enumerate(TASKS):
         # An unobserved 0 is no label, and an open one neither.
-        known_N = np.array(spec.known_labels)[train.scenario_N, place] & (train.labels_NT[:, place] != OPEN_LABEL)
+        known_N = np.array(spec.known_labels)[train.scenario_N, place]
+        if not known_N.any():  # a run of such a scenario alone: no row is judged by this task either
+            probs.append(np.full(len(scored.scenario_N), np.nan))
+            continue
+        known_N &= train.labels_NT[:, place] != OPEN_LABEL
         labels_N = train.labels_NT[known_N, place]
         if len(np.unique(labels_N)) < 2:
             raise UserError(f"--compare: all training rows have one label of {task}; train on dates that have both")

@@ -91,6 +91,8 @@ def test_labels_that_no_log_knows_are_no_labels():
     probs_NT = logistic_regression(knows_search, both, search)
     np.testing.assert_array_equal(probs_NT[:, 1], model.predict_proba(scored)[:, 1])
     assert abs(probs_NT[:, 1].mean() - labels.mean()) < 0.02
+    alone_NT = logistic_regression(replace(spec_of(), no_order_scenarios=("search",)), search, search)
+    assert np.isnan(alone_NT).tolist() == [[False, True]] * 400, "no row has a label of this task"
 
 
 def test_rows_whose_label_is_open_are_left_out():
