@@ -129,9 +129,10 @@ def refuse_missing_gpus(config: RayConfig) -> None:
     """UserError for ray.use_gpu on a machine with fewer GPUs than a run of this machine's own needs."""
     needed, present = max(1, config.num_workers), torch.cuda.device_count()
     if config.use_gpu and present < needed:
+        fewer = f"ray.num_workers={present}, " if present else ""  # 0 needs one too
         raise UserError(
-            f"ray.use_gpu: {needed} workers need a GPU each, this machine has {present}; set "
-            "ray.num_workers to that number, ray.use_gpu=false, or submit the job to a cluster"
+            f"ray.use_gpu: {needed} workers need a GPU each, this machine has {present}; set {fewer}ray.use_gpu=false, "
+            "or submit the job to a cluster"
         )
 
 

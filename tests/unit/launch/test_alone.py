@@ -156,10 +156,10 @@ def test_workers_that_cannot_share_a_batch_are_refused_before_torch_is_loaded(
     )
 
 
-@pytest.mark.parametrize(("num_workers", "needed"), [(0, 1), (3, 3)])
-def test_a_gpu_each_is_wanted(num_workers: int, needed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("num_workers", "needed", "fewer"), [(0, 1, ""), (3, 3, "ray.num_workers=2, ")])
+def test_a_gpu_each_is_wanted(num_workers: int, needed: int, fewer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: needed - 1)
-    refusal = rf"ray.use_gpu: {needed} workers need a GPU each, this machine has {needed - 1}; set"
+    refusal = rf"ray.use_gpu: {needed} workers need a GPU each, this machine has {needed - 1}; set {fewer}ray.use_gpu="
     with pytest.raises(UserError, match=refusal):
         refuse_missing_gpus(RayConfig(use_gpu=True, num_workers=num_workers))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: needed)
