@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
+import numpy as np
 import pyarrow as pa
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
@@ -92,8 +93,10 @@ def standard_fit(mean: float, variance: float) -> tuple[float, float]:
 
 
 def bucket_edges(quantiles: Sequence[float]) -> tuple[float, ...]:
-    """Edges between buckets: quantiles, each once, above the least value, which is the first of them."""
-    return tuple(above for below, above in pairwise(quantiles) if above > below)
+    """Edges between buckets: quantiles as float32, each once, above the least value, which is the first of them."""
+    most = np.finfo(np.float32).max
+    singles = np.clip(quantiles, -most, most).astype(np.float32).tolist()
+    return tuple(above for below, above in pairwise(singles) if above > below)
 
 
 def fit_vectors(
@@ -122,8 +125,8 @@ def fit_vectors(
 def bucket(value: Column, edges: Sequence[float]) -> Column:
     """FIRST_ID + how many edges are not above the value; UNKNOWN_ID for null, NaN and infinity (kernel/numbers.py)."""
     usable = value.isNotNull() & ~F.isnan(value) & (F.abs(value) != F.lit(float("inf")))
-    every = F.array(*(F.lit(edge) for edge in edges)).cast("array<double>")
-    below = F.size(F.filter(every, lambda edge: edge <= value))
+    every = F.array(*(F.lit(edge) for edge in edges)).cast("array<float>")
+    below = F.size(F.filter(every, lambda edge: edge <= value.cast("float")))
     return F.when(usable, F.lit(FIRST_ID) + below).otherwise(F.lit(UNKNOWN_ID)).cast("bigint")
 
 

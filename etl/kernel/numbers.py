@@ -18,9 +18,14 @@ COUNTED = pa.schema([("feature", pa.string()), ("number", pa.float64()), ("count
 
 
 def bucket_ids(values: NDArray[np.float64], edges: Sequence[float]) -> Ints:
-    """FIRST_ID + how many edges are not above the value; UNKNOWN_ID for null, NaN and infinity (`bucket` in Spark)."""
+    """FIRST_ID + how many edges are not above the value; UNKNOWN_ID for null, NaN and infinity (`bucket` in Spark).
+
+    As float32: 0.1 is in the bucket that begins at 0.1 whether a log held it in 32 bits or a request wrote it out.
+    """
     usable = np.isfinite(values)
-    found = np.searchsorted(np.array(edges, np.float64), np.where(usable, values, 0.0), side="right")
+    with np.errstate(over="ignore"):  # infinite then: the last bucket, or the first
+        singles = np.where(usable, values, 0.0).astype(np.float32)
+    found = np.searchsorted(np.array(edges, np.float32), singles, side="right")
     return np.where(usable, found + FIRST_ID, UNKNOWN_ID).astype(np.int64)
 
 

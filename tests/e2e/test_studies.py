@@ -33,7 +33,7 @@ from usr_ray.experiments.grid import (
 )
 from usr_ray.experiments.record import Base
 from usr_ray.experiments.search_record import read_points
-from usr_ray.experiments.worlds import World, prepare_worlds
+from usr_ray.experiments.worlds import prepare_worlds
 from usr_ray.reporting.search import write_search_report
 from usr_ray.reporting.study import write_study_report
 from usr_ray.reporting.study_vectors import view_vectors
@@ -79,7 +79,7 @@ def lake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "lake"
 
 
-def world_lakes(folder: Path, real: bool) -> Callable[..., dict[str, World]]:
+def world_lakes(folder: Path, real: bool) -> Callable[..., dict[str, str]]:
     """In place of prepare_worlds: a table with the scenarios of each world, or, if `real`, worlds of Spark's."""
 
     def prepare(
@@ -95,7 +95,7 @@ def world_lakes(folder: Path, real: bool) -> Callable[..., dict[str, World]]:
                     scenarios=config.scenarios, query_scenarios=config.query_scenarios, label_delay_us=3_600_000_000
                 )
                 write_samples(lake, spec, num_rows=900, num_days=4)
-            worlds[trial.world] = World(str(lake))
+            worlds[trial.world] = str(lake)
         return worlds
 
     return prepare

@@ -67,7 +67,7 @@ def write_day(spark: SparkSession, lake: Path, day: str, count: int = 40, parts:
 def template(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two dates of four files each, and a rejects table: versions 0 to 2 of the samples."""
     lake = tmp_path_factory.mktemp("care") / "lake"
-    prepare_samples(spark, Lake(str(lake)), feature_spec(CONFIG), CONFIG, None)
+    prepare_samples(spark, Lake(str(lake)), feature_spec(CONFIG), CONFIG, {})
     for day in DAYS:
         write_day(spark, lake, day)
     rejected = spark.sql("SELECT 'orders' log, 'no_click' reason, '{}' row, DATE'2026-01-01' date")

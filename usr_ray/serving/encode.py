@@ -138,10 +138,11 @@ def scaled(values: Sequence[float | None], features: Sequence[DenseFeature]) -> 
 
 
 def bucket_id(value: float | None, edges: Sequence[float]) -> int:
-    """The id of a number's bucket (etl/kernel/numbers.py, bucket_ids)."""
+    """The id of a number's bucket, as float32 (etl/kernel/numbers.py, bucket_ids)."""
     if value is None or not math.isfinite(value):
         return UNKNOWN_ID
-    return FIRST_ID + bisect.bisect_right(edges, value)
+    with np.errstate(over="ignore"):
+        return FIRST_ID + bisect.bisect_right(edges, float(np.float32(value)))
 
 
 def category_text(value: Any) -> str | None:

@@ -138,7 +138,7 @@ def test_buckets_are_those_of_a_slow_count_in_the_etl_and_in_a_service() -> None
     values = np.random.default_rng(0).normal(size=1000).round(1)
     edges = bucket_edges(np.quantile(values, [0, 0.25, 0.5, 0.75]).tolist())
     assert len(edges) == 3
-    slow = [2 + sum(edge <= value for edge in edges) for value in values]
+    slow = [2 + sum(edge <= np.float32(value) for edge in edges) for value in values]
     assert bucket_ids(values, edges).tolist() == [bucket_id(value, edges) for value in values.tolist()] == slow
     shares = np.bincount(slow)[2:] / 1000
     assert shares.min() > 0.2  # quarters, but for equal values
@@ -147,6 +147,11 @@ def test_buckets_are_those_of_a_slow_count_in_the_etl_and_in_a_service() -> None
     assert bucket_id(None, edges) == 1
     # Mostly one value: its quantiles are one edge, and an edge at the least value would leave a bucket empty.
     assert bucket_edges([0.0, 0.0, 0.0, 5.0, 5.0, 9.0]) == (5.0, 9.0)
+    tenth = float(np.float32(0.1))  # a little above 0.1: what a log of 32 bits holds where a request says 0.1
+    assert bucket_edges([0.0, 0.1, 0.1 + 1e-12, 0.3]) == (tenth, float(np.float32(0.3)))
+    near = np.array([0.1, tenth, 0.0999999, 1e300, -1e300])
+    assert bucket_ids(near, (tenth, 5.0)).tolist() == [3, 3, 2, 4, 2]
+    assert [bucket_id(value, (tenth, 5.0)) for value in near.tolist()] == [3, 3, 2, 4, 2]
     assert bucket_edges([3.0, 3.0]) == ()
 
 
