@@ -17,19 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-
 from usr_ray.config import UserError
 from usr_ray.files import one_line
+from usr_ray.serving.encode import micros_of
 from usr_ray.serving.events import EventError, EventLog, checked_rows
 from usr_ray.serving.explain import Explainer
+from usr_ray.serving.metrics import ServiceMetrics
 from usr_ray.serving.ranker import Ranker, RequestError, iso_time
 from usr_ray.serving.versions import CANARY, GOLDEN, Pointer, read_pointer, version_folder
 
 MAX_BODY_BYTES = 4 << 20
 _MAX_SHADOWS = 64
 """Requests that wait for the shadow; the next ones go without."""
-_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,27 +82,7 @@ class Service:
         self._num_queued = 0
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        self._metrics = CollectorRegistry()
-        self._requests = Counter(
-            "usr_ray_serving_requests", "Requests by path and status.", ["path", "status"], registry=self._metrics
-        )
-        self._seconds = Histogram(
-            "usr_ray_serving_seconds",
-            "Seconds of a request, its wait included.",
-            buckets=_SECONDS,
-            registry=self._metrics,
-        )
-        self._candidates = Counter("usr_ray_serving_candidates", "Candidates scored.", registry=self._metrics)
-        self._events = Counter("usr_ray_serving_events", "Events taken.", registry=self._metrics)
-        self._shadows = Counter(
-            "usr_ray_serving_shadows", "Requests by what became of the shadow's.", ["outcome"], registry=self._metrics
-        )
-        self._degraded = Counter("usr_ray_serving_degraded", "Answers without history.", registry=self._metrics)
-        self._failed_swaps = Counter(
-            "usr_ray_serving_failed_swaps", "Versions that could not be opened.", registry=self._metrics
-        )
-        queue = Gauge("usr_ray_serving_queue", "Requests that are computed or wait.", registry=self._metrics)
-        queue.set_function(lambda: self._num_queued)
+        self.metrics = ServiceMetrics(lambda: self._num_queued, self._as_of_s)
         self._watcher = threading.Thread(target=self._watch, name="pointer", daemon=True)
         self._watcher.start()
 
@@ -157,10 +136,11 @@ class Service:
     def _done(self, started: float) -> None:
         with self._lock:
             self._num_queued -= 1
-        self._seconds.observe(time.perf_counter() - started)
+        self.metrics.seconds.observe(time.perf_counter() - started)
 
     def _answer(self, body: bytes, ranked: bool) -> tuple[int, dict[str, Any]]:
         pointer, rankers = self._served  # one version for the whole request
+        asked = iso_time(time.time_ns() // 1000)  # the shadow's "now" too: past midnight its counters would be others
         try:
             request = parsed(body)
             bucket = _bucket(pointer, request)
@@ -169,9 +149,9 @@ class Service:
         except RequestError as error:
             return 422, {"error": str(error)}
         if pointer.shadow is not None:
-            self._compare(rankers[pointer.shadow], request, answer)
-        self._candidates.inc(len(answer["items"]))
-        self._degraded.inc(answer["degraded"])
+            self._compare(rankers[pointer.shadow], {**request, "time": request.get("time") or asked}, answer)
+        self.metrics.candidates.inc(len(answer["items"]))
+        self.metrics.degraded.inc(answer["degraded"])
         return 200, answer
 
     def _explain(self, body: bytes) -> tuple[int, dict[str, Any]]:
@@ -195,13 +175,13 @@ class Service:
             return 422, {"error": str(error)}
         except OSError as error:
             return 503, {"error": f"events: cannot be kept ({one_line(error)}); post them again later"}
-        self._events.inc(num_new)
+        self.metrics.events.inc(num_new)
         return 200, {"accepted": num_new, "known_before": len(rows) - num_new}
 
     def _compare(self, shadow: Ranker, request: dict[str, Any], answer: dict[str, Any]) -> None:
         """Let the shadow score a request that was answered, unless it is behind; its scores go to the log only."""
         if not self._shadow_slots.acquire(blocking=False):
-            self._shadows.labels("skipped").inc()
+            self.metrics.shadows.labels("skipped").inc()
             return
         self._shadow_pool.submit(self._score_shadow, shadow, request, answer).add_done_callback(
             lambda _: self._shadow_slots.release()
@@ -220,17 +200,16 @@ class Service:
             self._log_dir.mkdir(parents=True, exist_ok=True)
             with (self._log_dir / f"shadow-{os.getpid()}.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-            self._shadows.labels("logged").inc()
+            self.metrics.shadows.labels("logged").inc()
         except Exception:  # a shadow's fault, or a full disk, must not reach a request
-            self._shadows.labels("failed").inc()
+            self.metrics.shadows.labels("failed").inc()
 
     def count(self, path: str, status: int) -> None:
         """Count one answered request."""
-        self._requests.labels(path, status).inc()
+        self.metrics.requests.labels(path, status).inc()
 
-    def metrics(self) -> bytes:
-        """What Prometheus reads."""
-        return generate_latest(self._metrics)
+    def _as_of_s(self) -> float:
+        return micros_of(self.ranker.version["as_of"]) / 1e6
 
     def about(self) -> dict[str, Any]:
         """The answer to GET /v1/model."""
@@ -254,7 +233,7 @@ class Service:
             served = self._opened(rankers)
         except UserError as error:
             if str(error) != self.last_error:
-                self._failed_swaps.inc()
+                self.metrics.failed_swaps.inc()
             self.last_error = str(error)
             return False
         # Requests that hold the old version finish with it; its files are unmapped when the last of them lets it go.

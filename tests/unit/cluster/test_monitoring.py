@@ -22,6 +22,7 @@ from usr_ray.launch.monitor import (
     RUN_GAUGES,
     TERM_GAUGE,
 )
+from usr_ray.serving.metrics import ServiceMetrics
 
 pytestmark = pytest.mark.unit
 
@@ -31,7 +32,8 @@ GAUGES = [name for gauges in (RANK_GAUGES, RUN_GAUGES, EVALUATION_GAUGES) for na
 PUBLISHED = {f"ray_{name}" for name in [*GAUGES, TERM_GAUGE, CHECKPOINT_AGE_GAUGE]}
 PUBLISHED |= {f"ray_{name}_total" for name in (CHECKPOINT_COUNTER, ATTEMPT_COUNTER)}
 LABELS = {"run", "rank", "term", "scenario", "task", "outcome", "job", "instance", "GpuIndex"}
-"""Tags of launch/monitor.py, and what Ray and Prometheus add."""
+LABELS |= {"path", "status", "replica", "le"}
+"""Tags of launch/monitor.py and of serving/metrics.py, and what Ray and Prometheus add."""
 
 
 def read(name: str) -> Any:
@@ -42,12 +44,20 @@ def metrics(text: str) -> set[str]:
     return set(re.findall(r"\b(?:ray_[a-z_]+|up)\b(?=[{\s)\[]|$)", text)) - {"ray_gpu", "up_"}
 
 
-def dashboard() -> dict[str, Any]:
-    return json.loads((FOLDER / "grafana" / "dashboards" / "usr_ray.json").read_text(encoding="utf-8"))
+def serving_metrics() -> set[str]:
+    """As Prometheus stores them."""
+    published = ServiceMetrics(lambda: 0, lambda: 0.0)
+    types = {metric.name: metric.type for metric in published.collect()}
+    endings = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket",)}
+    return {name + ending for name, kind in types.items() for ending in endings[kind]}
 
 
-def panel_expressions() -> list[str]:
-    return [target["expr"] for panel in dashboard()["panels"] for target in panel.get("targets", ())]
+def dashboard(name: str = "usr_ray") -> dict[str, Any]:
+    return json.loads((FOLDER / "grafana" / "dashboards" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def panel_expressions(name: str = "usr_ray") -> list[str]:
+    return [target["expr"] for panel in dashboard(name)["panels"] for target in panel.get("targets", ())]
 
 
 def rules() -> list[dict[str, Any]]:
@@ -63,11 +73,20 @@ def test_every_metric_of_ours_is_on_the_dashboard_and_none_that_is_not() -> None
     assert set(re.findall(r"\bray_usr_ray_[a-z_]+", documented)) <= PUBLISHED
 
 
+def test_every_metric_of_the_service_is_on_its_dashboard_and_none_that_is_not() -> None:
+    shown = {name for text in panel_expressions("usr_ray_serving") for name in re.findall(r"usr_ray_serving_\w+", text)}
+    assert shown == serving_metrics()
+    documented = (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")
+    assert {name for name in shown if name.removesuffix("_bucket") not in documented} == set()
+    in_alerts = {name for rule in rules() for name in re.findall(r"usr_ray_serving_\w+", rule["expr"])}
+    assert in_alerts < shown
+
+
 def test_every_metric_and_label_of_an_alert_is_published() -> None:
     texts = [rule["expr"] for rule in rules()]
     used = {name for text in texts for name in metrics(text)}
     assert {name for name in used if name.startswith("ray_usr_ray_")} <= PUBLISHED
-    for text in [*texts, *panel_expressions()]:
+    for text in [*texts, *panel_expressions(), *panel_expressions("usr_ray_serving")]:
         assert set(re.findall(r"(\w+)(?:=~|!~|!=|=)\"", text)) <= LABELS, text
     for rule in rules():
         for note in rule["annotations"].values():
@@ -97,9 +116,10 @@ def test_every_alert_says_what_to_do_and_has_a_test_of_its_own() -> None:
 
 
 def test_scraping_asks_the_ports_and_files_that_the_clusters_open() -> None:
-    (job,) = read("prometheus.yml")["scrape_configs"]
-    assert job["job_name"] == "ray", "the alerts and the dashboard select it"
+    job, service = read("prometheus.yml")["scrape_configs"]
+    assert (job["job_name"], service["job_name"]) == ("ray", "serving"), "the alerts and the dashboard select them"
     assert job["file_sd_configs"][0]["files"] == ["/tmp/ray/prom_metrics_service_discovery.json"]
+    assert service["file_sd_configs"][0]["files"] == ["serving.json"]
     ray, spark = read("prometheus-kubernetes.yml")["scrape_configs"]
     assert (ray["job_name"], spark["job_name"]) == ("ray", "spark")
     manifests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "cluster" / "kubernetes").glob("*.yaml"))
@@ -119,11 +139,13 @@ def test_grafana_finds_the_dashboard_and_its_source() -> None:
     variables = {variable["name"]: variable for variable in dashboard()["templating"]["list"]}
     assert variables["datasource"]["query"] == "prometheus"
     assert variables["run"]["query"]["query"] == "label_values(ray_usr_ray_step, run)"
-    ids = [panel["id"] for panel in dashboard()["panels"]]
-    assert len(set(ids)) == len(ids)
-    for panel in dashboard()["panels"]:
-        assert panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24
-        assert panel["type"] == "row" or panel["description"]
+    for name in ("usr_ray", "usr_ray_serving"):
+        ids = [panel["id"] for panel in dashboard(name)["panels"]]
+        assert len(set(ids)) == len(ids)
+        for panel in dashboard(name)["panels"]:
+            assert panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24
+            assert panel["type"] == "row" or panel["description"]
+    assert dashboard()["uid"] != dashboard("usr_ray_serving")["uid"]
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (of Prometheus) is not on PATH")

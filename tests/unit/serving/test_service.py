@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime as dt
 import gc
 import json
 import threading
+import time
 import weakref
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +20,7 @@ from tests.unit.samples_table import samples_spec
 from usr_ray.config import UserError
 from usr_ray.serving.app import make_app
 from usr_ray.serving.events import EventError, EventLog, checked_rows
-from usr_ray.serving.ranker import _FIELDS, Ranker, RequestError
+from usr_ray.serving.ranker import _FIELDS, Ranker, RequestError, iso_time
 from usr_ray.serving.service import OverloadError, Service, Settings, parsed
 from usr_ray.serving.versions import Pointer, RegistryError, move_pointer, roll_back
 
@@ -31,11 +33,13 @@ class Version:
     gate = threading.Event()
 
     def __init__(self, name: str, log: EventLog | None = None) -> None:
-        self.version = {"version": name, "model_id": name, "files": {"x": 1}}
+        self.version = {"version": name, "model_id": name, "files": {"x": 1}, "as_of": "2026-01-08T00:00:00Z"}
+        self.asked: list[Any] = []
         self.encoder = SimpleNamespace(spec=samples_spec())
         self.log = log
 
     def score(self, raw: Any) -> dict[str, Any]:
+        self.asked.append(raw)
         return self.answer(raw, ranked=False)
 
     def answer(self, raw: Any, *, ranked: bool) -> dict[str, Any]:
@@ -126,7 +130,7 @@ def test_the_pointer_swaps_the_version_and_a_torn_one_stays_out(service, client,
     move_pointer(tmp_path, "torn")
     assert not service.look()
     about = client.get("/v1/model").json()
-    assert about["stable"] == {"version": "two", "model_id": "two"}
+    assert about["stable"] == {"version": "two", "model_id": "two", "as_of": "2026-01-08T00:00:00Z"}
     assert about["last_error"].startswith("versions/torn: missing or changed")
     (tmp_path / "current.json").write_text("{")
     assert not service.look()
@@ -175,25 +179,43 @@ def test_the_shadows_scores_are_logged_and_its_faults_are_its_own(service, clien
     (line,) = map(json.loads, file.read_text().splitlines())
     assert (line["version"], line["items"], line["bucket"]) == ("one", answer["items"], "stable")
     assert line["shadow"] == {"version": "two", "items": [{"id": "a"}, {"id": "b"}]}
-    text = client.get("/metrics").text
-    assert 'usr_ray_serving_shadows_total{outcome="logged"} 1.0' in text
-    assert 'usr_ray_serving_shadows_total{outcome="failed"} 1.0' in text
+    counted = service.metrics.registry.get_sample_value
+    for outcome in ("logged", "failed"):
+        assert counted("usr_ray_serving_shadows_total", {"outcome": outcome}) == 1
+    # Its "now" is the request's, for a request waits for the shadow, and past midnight its counters would be others.
+    first, second = service._served[1]["two"].asked
+    assert first == asked | {"time": first["time"]}
+    assert first["time"] < second["time"] < iso_time(time.time_ns() // 1000)
 
 
-def test_metrics_count_requests_candidates_and_answers_without_history(client):
+def test_a_time_that_was_asked_for_is_the_shadows_too(service, client, tmp_path):
+    Pointer("one", shadow="two").write(tmp_path)
+    assert service.look()
+    asked = GOOD | {"user_id": "u", "scenario": "search", "time": "2026-01-09T10:00:00Z"}
+    assert client.post("/v1/rank", json=asked).status_code == 200
+    service._shadow_pool.shutdown()
+    assert service._served[1]["two"].asked == [asked]
+
+
+def test_metrics_count_requests_candidates_and_answers_without_history(service, client):
     client.post("/v1/score", json=GOOD)
     client.post("/v1/score", json=GOOD | {"slow": 1})
     client.post("/v1/rank", json={})
     text = client.get("/metrics").text
+    replica = f'replica="{service.metrics.replica}"'  # a scrape reaches one replica of several
     for line in (
-        'usr_ray_serving_requests_total{path="/v1/score",status="200"} 2.0',
-        'usr_ray_serving_requests_total{path="/v1/rank",status="422"} 1.0',
-        "usr_ray_serving_candidates_total 4.0",
-        "usr_ray_serving_degraded_total 1.0",
-        "usr_ray_serving_seconds_count 3.0",
-        "usr_ray_serving_queue 0.0",
+        f'usr_ray_serving_requests_total{{path="/v1/score",{replica},status="200"}} 2.0',
+        f'usr_ray_serving_requests_total{{path="/v1/rank",{replica},status="422"}} 1.0',
+        f"usr_ray_serving_candidates_total{{{replica}}} 4.0",
+        f"usr_ray_serving_degraded_total{{{replica}}} 1.0",
+        f"usr_ray_serving_seconds_count{{{replica}}} 3.0",
+        f"usr_ray_serving_queue{{{replica}}} 0.0",
     ):
         assert line in text
+    assert all(replica in line for line in text.splitlines() if not line.startswith("#"))
+    published = dt.datetime(2026, 1, 8, tzinfo=dt.UTC).timestamp()
+    age = service.metrics.registry.get_sample_value("usr_ray_serving_age_seconds")
+    assert abs(time.time() - published - age) < 60
 
 
 def test_posted_events_are_kept_before_they_are_answered_and_seen_by_the_next_request(service, client, tmp_path):
@@ -205,7 +227,7 @@ def test_posted_events_are_kept_before_they_are_answered_and_seen_by_the_next_re
     bad = client.post("/v1/events", json={"search_clicks": [click | {"click_id": "d"}, {}]})
     assert (bad.status_code, bad.json()["error"][:26]) == (422, "search_clicks[1].click_id:")
     assert [row.id for row in EventLog(tmp_path / "log" / "events").of_user("u")] == ["c"]
-    assert "usr_ray_serving_events_total 1.0" in client.get("/metrics").text
+    assert service.metrics.registry.get_sample_value("usr_ray_serving_events_total") == 1
     service.log.folder = tmp_path / "versions" / "one" / "x"
     service.log.folder.parent.rmdir()
     service.log.folder.parent.touch()  # no folder can be made there
