@@ -1,7 +1,7 @@
 """The daily run, as cron calls it: build, restate, train on, judge, export, publish, score. Resumable; one at a time.
 
     python jobs/daily.py --config FILE --logs DIR --lake DIR --work DIR [--date today-1] [--watermark ISO]
-        [--registry DIR] [--set a.b=c]
+        [--registry DIR [--users redis://HOST:PORT/DB]] [--set a.b=c]
     python jobs/daily.py --work DIR --status             the days and the model in use
     python jobs/daily.py --work DIR --use 2026-01-05     go back to the model of that day
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
+import json
 import shlex
 import signal
 import subprocess
@@ -162,11 +163,19 @@ class Day:
         return None
 
     def publish(self) -> str | None:
-        """Put the new model into use, in the registry of the service too where there is one."""
+        """Put the new model into use, in the registry of the service too where there is one.
+
+        Without a new model the one in use is published again: histories and counters that are served stay fresh.
+        """
         if self.state.verdict != PROMOTED:
-            return "no new model"
-        if self.arguments.registry is not None:
-            self._python("publish", self.run_dir, registry=self.arguments.registry)
+            current, registry = read_current(self.work), self.arguments.registry
+            if current is None or registry is None:
+                return "no new model"
+            if not serves(registry, self.work / current["export"]):
+                return f"{registry} serves another model than {current['run']}, the one in use; it stays"
+            self._publish(self.work / current["run"])
+            return None
+        self._publish(self.run_dir)
         write_current(
             self.work, name=self.plan.day, trained_to=self.plan.train_last, why=self.state.record["verdict"]["why"]
         )
@@ -180,6 +189,11 @@ class Day:
         output = self.work / "scores" / Path(current["run"]).name
         self._python("score", self.work / current["run"], dates=self.plan.day, output=output)
         return None
+
+    def _publish(self, run_dir: Path) -> None:
+        if self.arguments.registry is not None:
+            users = {} if self.arguments.users is None else {"users": self.arguments.users}
+            self._python("publish", run_dir, registry=self.arguments.registry, **users)
 
     def _build(self, *words: str) -> None:
         watermark = ["--watermark", self.arguments.watermark] if self.arguments.watermark else []
@@ -244,6 +258,17 @@ class Day:
             raise StepFailed(EXIT_USER_ERROR if code == EXIT_USER_ERROR else 1)
 
 
+def serves(registry: Path, export: Path) -> bool:
+    """Does the stable version of a registry have the model of an export? An operator may have gone back to another."""
+    from usr_ray.serving.versions import POINTER, VERSION, stable_folder
+
+    if not (registry / POINTER).exists():
+        return False
+    version = json.loads((stable_folder(registry) / VERSION).read_text(encoding="utf-8"))
+    manifest = json.loads((export / "manifest.json").read_text(encoding="utf-8"))
+    return bool(version["model_id"] == manifest["checkpoint"]["id"])
+
+
 def built_dates(lake: str) -> set[dt.date]:
     """Dates that the lake holds a report of; none where there is no lake yet."""
     from usr_ray.runs.read import read_etl_reports
@@ -262,6 +287,7 @@ def main(argv: list[str]) -> None:
     parser.add_place("--logs", check_logs, help="folder with one entry per log")
     parser.add_place("--lake", check_new_lake, help="where the tables are")
     parser.add_place("--registry", check_output, type=Path, help="publish for jobs/serve.py here, too")
+    parser.add_argument("--users", metavar="URL", help="with --registry: Redis that takes the users (jobs/publish.py)")
     parser.add_argument("--date", default="today-1", help="newest complete UTC day of the logs (today-1)")
     parser.add_argument("--watermark", metavar="ISO", help="the logs are complete up to here (default: newest event)")
     parser.add_argument(
@@ -302,6 +328,8 @@ def main(argv: list[str]) -> None:
     for name in ("config", "logs", "lake"):
         if getattr(arguments, name) is None:
             raise UserError(f"daily.py: --{name} is missing; see --help")
+    if arguments.users is not None and arguments.registry is None:
+        raise UserError("--users: is of what --registry publishes; name the registry too, or leave --users out")
     check_output_table(arguments.work, flag="--work")  # tables of scores are below it
     for name in ("logs", "lake"):
         address = getattr(arguments, name)

@@ -49,7 +49,13 @@ elif name == "evaluate":
 elif name == "export":
     output = pathlib.Path(flag("--output"))
     output.mkdir(parents=True)
-    (output / "manifest.json").write_text("{}")
+    (output / "manifest.json").write_text(json.dumps({"checkpoint": {"id": pathlib.Path(flag("--run-dir")).name}}))
+elif name == "publish" and "publish" not in told.get("exit", {}):
+    registry, model = pathlib.Path(flag("--registry")), pathlib.Path(flag("--run-dir")).name
+    (registry / "versions" / model).mkdir(parents=True, exist_ok=True)
+    (registry / "versions" / model / "version.json").write_text(json.dumps({"model_id": model}))
+    pointer = {"stable": model, "before": [], "canary": None, "share": 0.0, "shadow": None}
+    (registry / "current.json").write_text(json.dumps(pointer))
 print(name, "says something")
 (here / "up").touch()
 time.sleep(told.get("sleep", {}).get(name, 0))
@@ -196,7 +202,9 @@ def test_dates_that_are_not_there_are_left_out_of_the_labels_to_check_where_that
         check_labels(reports[:2], plan, allow_missing=True)
 
 
-def test_a_registry_gets_the_model_that_passes_the_gate_and_no_other(shop: Shop, tmp_path: Path) -> None:
+def test_a_registry_gets_the_model_that_passes_the_gate_or_the_one_in_use_with_the_day_s_events(
+    shop: Shop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     registry = str(tmp_path / "registry")
     shop.tell(loss={"2026-01-06": 0.4}, exit={"publish": 1})
     assert shop.day("2026-01-06", "--registry", registry) == 1
@@ -208,8 +216,27 @@ def test_a_registry_gets_the_model_that_passes_the_gate_and_no_other(shop: Shop,
     assert publish == ["publish", "--run-dir", str(shop.work / "runs" / "2026-01-06"), *publish[3:]]
     assert publish[publish.index("--registry") + 1] == registry
     assert score[0] == "score"
-    assert shop.day("2026-01-07", "--registry", registry) == 3
+    # Held by the gate: histories and counters of the service must not age for it.
+    assert shop.day("2026-01-07", "--registry", registry, "--users", "redis://localhost:6379/0") == 3
+    (publish,) = [call for call in shop.calls() if call[0] == "publish"]
+    assert publish[publish.index("--run-dir") + 1] == str(shop.work / "runs" / "2026-01-06")
+    assert publish[publish.index("--users") + 1] == "redis://localhost:6379/0"
+    # Somebody went back to an earlier model by hand: that is theirs to end.
+    pointer = tmp_path / "registry" / "current.json"
+    (tmp_path / "registry" / "versions" / "old").mkdir()
+    (tmp_path / "registry" / "versions" / "old" / "version.json").write_text('{"model_id": "old"}')
+    pointer.write_text(pointer.read_text().replace("2026-01-06", "old"))
+    shop.tell(loss={"2026-01-06": 0.4, "2026-01-08": 0.9})
+    assert shop.day("2026-01-08", "--registry", registry) == 3
     assert "publish" not in names(shop.calls())
+    assert "serves another model than runs/2026-01-06, the one in use; it stays" in capsys.readouterr().out
+
+
+def test_users_without_a_registry_are_refused(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
+    assert shop.day("2026-01-06", "--users", "redis://localhost:6379/0") == 2
+    assert capsys.readouterr().err == (
+        "error: --users: is of what --registry publishes; name the registry too, or leave --users out\n"
+    )
 
 
 def test_a_first_day_builds_from_the_beginning_and_publishes(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
