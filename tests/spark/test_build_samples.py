@@ -369,7 +369,8 @@ def test_fitted_scales_are_those_of_the_first_build_s_impressions(
                 scaled = 0.0 if math.isnan(value) else (value - dense[name].mean) / dense[name].deviation
                 assert row[f"{name}_scaled"] == float(np.float32(scaled)), (key, name)
             else:
-                number = 1 if math.isnan(value) else 2 + sum(edge <= np.float32(value) for edge in spec.sparse_feature(name).edges)
+                edges = spec.sparse_feature(name).edges
+                number = 1 if math.isnan(value) else 2 + sum(edge <= np.float32(value) for edge in edges)
                 assert row[f"{name}_index"] == number, (key, name)
 
 
