@@ -122,7 +122,7 @@ def ask(address: str, registry: Path, service: subprocess.Popen[bytes]) -> None:
     p50 = statistics.median(seconds[1:]) * 1e3
     print(f"   p50 of {NUM_TIMED} requests one after the other, each on a connection of its own: {p50:.1f} ms")
     print(
-        f"   look at it: usr-ray serve --registry {registry} --alone --page, then open http://{LOOPBACK}:8000/",
+        f"   look at it: usr-ray serve --registry {shlex.quote(str(registry))} --alone --page, then open http://{LOOPBACK}:8000/",
         flush=True,
     )
 

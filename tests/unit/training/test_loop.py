@@ -190,6 +190,16 @@ def test_the_loss_falls_and_the_numbers_are_reported(
     assert re.search(r"epoch 1/6 step 8/48 loss [\d.]+ [\d,]+ samples/s data stall \d+% left 0:00:\d\d", lines[0])
 
 
+def test_progress_is_nine_lines_however_often_a_run_logs(
+    manifests: tuple[Manifest, Manifest], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watcher = Watcher()
+    run(make_config(train_num_epochs=6, train_log_every_steps=1), (manifests[0], None), tmp_path, watcher)
+    assert len(watcher.steps) == 48, "history, TensorBoard and Ray have every one"
+    steps = re.findall(r"step (\d+)/48 loss", capsys.readouterr().out)
+    assert steps == ["1", "6", "12", "18", "24", "30", "36", "42", "48"]
+
+
 def test_evaluations_come_as_often_as_asked_and_at_the_end(
     manifests: tuple[Manifest, Manifest], tmp_path: Path
 ) -> None:
