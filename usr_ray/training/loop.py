@@ -1,15 +1,13 @@
 """The loop: Delta to loss, one way. No Ray; the same code on one CPU, under torchrun and inside Ray Train's workers.
 
-Batches, random numbers and the order of every sum are functions of (manifest, seed, step), so a run that was stopped
-and resumed at any step ends with bitwise the weights of one that was not (on a CPU), and any number of workers sees
-the same global batches.
+Batches, random numbers and the order of every sum are functions of (manifest, seed, step): a run resumed at any step ends
+with bitwise the weights of one never stopped (on a CPU), and any number of workers sees the same global batches.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,8 +103,6 @@ class _Run:
         self.meter = StepMeter(worker)
         self.best: tuple[int, float] | None = None
         """Step and log loss of the best epoch so far, with early stopping."""
-        self._said = (0, -math.inf)
-        """Step and time of the last line of progress."""
 
     def run(self) -> TrainResult:
         """Resume, train epoch after epoch, evaluate after each."""
@@ -195,7 +191,7 @@ class _Run:
             raise TrainError(f"step {state.step}: {found}; {way_out}")
         metrics |= {"epoch": state.epoch, "eta_s": (self.total_steps - state.step) * metrics["step_s"]}
         self.monitor.on_step(state.step, metrics)
-        if self._is_time_to_say(time.monotonic()):
+        if self.meter.is_time_to_say(state.step, self.total_steps):
             self._say(f"epoch {state.epoch + 1}/{num_epochs} step {state.step}/{self.total_steps} {progress(metrics)}")
 
     def _save(self, *, best_log_loss: float | None = None) -> None:
@@ -248,15 +244,6 @@ class _Run:
     def _score(self, manifest: Manifest) -> Evaluation:
         with self.state.averaged():
             return evaluate(self.state.model, self.state.tables, manifest, self.worker, self.config)
-
-    def _is_time_to_say(self, now_s: float) -> bool:
-        """At the first log step, then for each eighth of the training, and once a minute where that takes longer."""
-        step, (last_step, last_s) = self.state.step, self._said
-        eighths = [8 * n // self.total_steps for n in (last_step, step)]
-        if eighths[0] == eighths[1] and now_s - last_s < 60:
-            return False
-        self._said = (step, now_s)
-        return True
 
     def _say(self, text: str) -> None:
         if self.worker.is_main:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -37,6 +38,8 @@ class StepMeter:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._names: tuple[str, ...] = ()
+        self._said = (0, -math.inf)
+        """Step and time of the last line of progress."""
         self._restart()
 
     def _restart(self) -> None:
@@ -99,6 +102,15 @@ class StepMeter:
         }
         self._restart()
         return metrics
+
+
+    def is_time_to_say(self, step: int, total_steps: int) -> bool:
+        """A line of progress is due: at the first log step, in each eighth of the training, and once a minute."""
+        now_s, (last_step, last_s) = time.perf_counter(), self._said
+        if 8 * last_step // total_steps == 8 * step // total_steps and now_s - last_s < 60:
+            return False
+        self._said = (step, now_s)
+        return True
 
 
 def progress(metrics: Mapping[str, float]) -> str:
