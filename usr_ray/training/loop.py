@@ -1,7 +1,7 @@
 """The loop: Delta to loss, one way. No Ray; the same code on one CPU, under torchrun and inside Ray Train's workers.
 
-Batches, random numbers and the order of every sum are functions of (manifest, seed, step): a run resumed at any step ends
-with bitwise the weights of one never stopped (on a CPU), and any number of workers sees the same global batches.
+Batches, random numbers and the order of every sum are functions of (manifest, seed, step): a run resumed at any step
+ends with bitwise the weights of one never stopped (on a CPU), and any number of workers sees the same global batches.
 """
 
 from __future__ import annotations

@@ -103,7 +103,6 @@ class StepMeter:
         self._restart()
         return metrics
 
-
     def is_time_to_say(self, step: int, total_steps: int) -> bool:
         """A line of progress is due: at the first log step, in each eighth of the training, and once a minute."""
         now_s, (last_step, last_s) = time.perf_counter(), self._said
