@@ -35,7 +35,7 @@ from learning_runs import Data, Runs, gaps, mean_auc, save, train_seeds
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from benchmarks.doc_tables import markdown, put_table
+from benchmarks.doc_tables import markdown, show
 from jobs.demo import PLAIN
 from usr_ray.config import date_ranges, dates_in, load_config
 from usr_ray.evaluation.metrics import Predictions, auc
@@ -288,9 +288,7 @@ def main() -> None:
     world = World(shown, ROOT / "jobs" / "configs" / f"{name}.toml", lake, arguments.work / shown, columns, {})
     measure(world, arguments.models, range(arguments.seeds), arguments.output)
     text = table(json.loads(arguments.output.read_text()))
-    print(text)
-    if arguments.output == RESULTS:
-        put_table("learning.md", RESULTS.stem, text)
+    show(text, arguments.output, document="learning.md", place=RESULTS)
 
 
 if __name__ == "__main__":

@@ -27,10 +27,15 @@ def put_table(document: str, name: str, text: str) -> None:
     path.write_text(pattern.sub(lambda m: m[1] + text + "\n" + m[2], before), encoding="utf-8")
 
 
-def record(report: Mapping[str, Any], text: str, output: Path, *, document: str, place: Path) -> None:
-    """Write the report as JSON and print its table; only a report in its own place goes into the document."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=2) + "\n")
+def show(text: str, output: Path, *, document: str, place: Path) -> None:
+    """Print the table of a report; only that of a report in its own place goes into the document."""
     print(text)
     if output == place:
         put_table(document, place.stem, text)
+
+
+def record(report: Mapping[str, Any], text: str, output: Path, *, document: str, place: Path) -> None:
+    """Write the report as JSON and `show` its table."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(report, indent=2) + "\n")
+    show(text, output, document=document, place=place)

@@ -21,7 +21,7 @@ import torch
 from learning_recipe import VALIDATION
 from learning_runs import Data, Runs, gaps, mean_auc, save, train_seeds
 
-from benchmarks.doc_tables import markdown, put_table
+from benchmarks.doc_tables import markdown, show
 from jobs.demo import PLAIN
 from usr_ray.data.manifest import Manifest
 from usr_ray.schema import TASKS, TERM
@@ -80,9 +80,7 @@ def main() -> None:
             report = {"seeds": arguments.seeds, "validation": arguments.validation, "models": models}
             save(arguments.output, report)
     text = table(json.loads(arguments.output.read_text()))
-    print(text)
-    if arguments.output == RESULTS:
-        put_table("learning.md", RESULTS.stem, text)
+    show(text, arguments.output, document="learning.md", place=RESULTS)
 
 
 if __name__ == "__main__":

@@ -122,12 +122,16 @@ def fit_vectors(
     return found
 
 
+def is_finite(value: Column) -> Column:
+    """True for a number; False for null, NaN and infinity."""
+    return value.isNotNull() & ~F.isnan(value) & (F.abs(value) != F.lit(float("inf")))
+
+
 def bucket(value: Column, edges: Sequence[float]) -> Column:
     """FIRST_ID + how many edges are not above the value; UNKNOWN_ID for null, NaN and infinity (kernel/numbers.py)."""
-    usable = value.isNotNull() & ~F.isnan(value) & (F.abs(value) != F.lit(float("inf")))
     every = F.array(*(F.lit(edge) for edge in edges)).cast("array<float>")
     below = F.size(F.filter(every, lambda edge: edge <= value.cast("float")))
-    return F.when(usable, F.lit(FIRST_ID) + below).otherwise(F.lit(UNKNOWN_ID)).cast("bigint")
+    return F.when(is_finite(value), F.lit(FIRST_ID) + below).otherwise(F.lit(UNKNOWN_ID)).cast("bigint")
 
 
 def _mean(value: Column) -> Column:
@@ -161,6 +165,5 @@ def _counted(
         of_key = on_dates.filter(F.col("feature") == key).groupBy(F.col("value").alias(key))
         owned = table.select(key, *names).join(of_key.agg(F.sum("count").alias("count:")), on=key, how="inner")
         single = owned.select("count:", *names).unpivot(["count:"], [F.col(n) for n in names], "feature", "number")
-        is_finite = F.col("number").isNotNull() & ~F.isnan("number") & (F.abs("number") != F.lit(float("inf")))
-        result = result.unionByName(single.filter(is_finite).withColumnRenamed("count:", "count"))
+        result = result.unionByName(single.filter(is_finite(F.col("number"))).withColumnRenamed("count:", "count"))
     return result

@@ -15,7 +15,7 @@ from pyspark.sql import functions as F
 
 from etl.checks import DataCheckError
 from etl.features.lists import count_list_values
-from etl.features.numbers import Fits, fit_numbers, fit_vectors, fits_of
+from etl.features.numbers import Fits, fit_numbers, fit_vectors, fits_of, is_finite
 from etl.jvm import table_properties, table_version
 from etl.kernel.rows import EVENT_HOUR, NUM_HOURS
 from etl.lake.tables import Lake, append_vocabularies
@@ -366,9 +366,8 @@ def hash_index(value: Column, config: VocabularyConfig) -> Column:
 
 def scale(value: Column, kind: str, mean: float = 0.0, deviation: float = 1.0) -> Column:
     """sign(x) * log1p(|x|), (x - mean) / deviation, or x itself by `kind`, as float; 0 for null, NaN and infinity."""
-    usable = value.isNotNull() & ~F.isnan(value) & (F.abs(value) != F.lit(float("inf")))
     scaled = {
         LOG1P: F.signum(value) * F.log1p(F.abs(value)),
         STANDARD: (value - F.lit(mean)) / F.lit(deviation),
     }.get(kind, value)
-    return F.when(usable, scaled).otherwise(F.lit(0.0)).cast("float")
+    return F.when(is_finite(value), scaled).otherwise(F.lit(0.0)).cast("float")

@@ -140,7 +140,7 @@ class Service:
 
     def _answer(self, body: bytes, ranked: bool) -> tuple[int, dict[str, Any]]:
         pointer, rankers = self._served  # one version for the whole request
-        asked = iso_time(time.time_ns() // 1000)  # the shadow's "now" too: past midnight its counters would be others
+        asked_us = time.time_ns() // 1000  # the shadow's "now" too: past midnight its counters would be others
         try:
             request = parsed(body)
             bucket = _bucket(pointer, request)
@@ -149,7 +149,8 @@ class Service:
         except RequestError as error:
             return 422, {"error": str(error)}
         if pointer.shadow is not None:
-            self._compare(rankers[pointer.shadow], {**request, "time": request.get("time") or asked}, answer)
+            asked = request.get("time") or iso_time(asked_us)
+            self._compare(rankers[pointer.shadow], {**request, "time": asked}, answer)
         self.metrics.candidates.inc(len(answer["items"]))
         self.metrics.degraded.inc(answer["degraded"])
         return 200, answer
