@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
-import json
 import shlex
 import signal
 import subprocess
@@ -260,13 +259,12 @@ class Day:
 
 def serves(registry: Path, export: Path) -> bool:
     """Does the stable version of a registry have the model of an export? An operator may have gone back to another."""
-    from usr_ray.serving.versions import POINTER, VERSION, stable_folder
+    from usr_ray.serving.runtime import read_manifest
+    from usr_ray.serving.versions import POINTER, read_version, stable_folder
 
     if not (registry / POINTER).exists():
         return False
-    version = json.loads((stable_folder(registry) / VERSION).read_text(encoding="utf-8"))
-    manifest = json.loads((export / "manifest.json").read_text(encoding="utf-8"))
-    return bool(version["model_id"] == manifest["checkpoint"]["id"])
+    return bool(read_version(stable_folder(registry))["model_id"] == read_manifest(export)["checkpoint"]["id"])
 
 
 def built_dates(lake: str) -> set[dt.date]:

@@ -45,13 +45,18 @@ def version_files(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
+def read_version(folder: Path) -> dict[str, Any]:
+    """version.json of a version, whose files are not looked at. Raises RegistryError."""
+    return described(folder / VERSION, FORMAT, error=RegistryError, way_out=_PUBLISH)
+
+
 def verified_version(folder: Path) -> dict[str, Any]:
     """version.json of a version, after every file was found to be what it names.
 
     Raises:
         RegistryError: a file is missing or was changed, or there is none of this format.
     """
-    version = described(folder / VERSION, FORMAT, error=RegistryError, way_out=_PUBLISH)
+    version = read_version(folder)
     if changed := changed_file(folder, version["files"]):
         raise RegistryError(f"{changed}: missing or changed since it was published; {_PUBLISH}")
     return version

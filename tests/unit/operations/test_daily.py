@@ -49,11 +49,12 @@ elif name == "evaluate":
 elif name == "export":
     output = pathlib.Path(flag("--output"))
     output.mkdir(parents=True)
-    (output / "manifest.json").write_text(json.dumps({"checkpoint": {"id": pathlib.Path(flag("--run-dir")).name}}))
+    (output / "manifest.json").write_text(json.dumps(
+        {"format": 1, "checkpoint": {"id": pathlib.Path(flag("--run-dir")).name}}))
 elif name == "publish" and "publish" not in told.get("exit", {}):
     registry, model = pathlib.Path(flag("--registry")), pathlib.Path(flag("--run-dir")).name
     (registry / "versions" / model).mkdir(parents=True, exist_ok=True)
-    (registry / "versions" / model / "version.json").write_text(json.dumps({"model_id": model}))
+    (registry / "versions" / model / "version.json").write_text(json.dumps({"format": 2, "model_id": model}))
     pointer = {"stable": model, "before": [], "canary": None, "share": 0.0, "shadow": None}
     (registry / "current.json").write_text(json.dumps(pointer))
 print(name, "says something")
@@ -224,7 +225,7 @@ def test_a_registry_gets_the_model_that_passes_the_gate_or_the_one_in_use_with_t
     # Somebody went back to an earlier model by hand: that is theirs to end.
     pointer = tmp_path / "registry" / "current.json"
     (tmp_path / "registry" / "versions" / "old").mkdir()
-    (tmp_path / "registry" / "versions" / "old" / "version.json").write_text('{"model_id": "old"}')
+    (tmp_path / "registry" / "versions" / "old" / "version.json").write_text('{"format": 2, "model_id": "old"}')
     pointer.write_text(pointer.read_text().replace("2026-01-06", "old"))
     shop.tell(loss={"2026-01-06": 0.4, "2026-01-08": 0.9})
     assert shop.day("2026-01-08", "--registry", registry) == 3
