@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from usr_ray import __version__
 from usr_ray.config import UserError
@@ -33,6 +35,22 @@ _PAGE_MAY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-i
 """What the page may do: run what is in it, and ask this service."""
 
 
+class _Guard:
+    """Asks for the token before a request is looked at. No `@app.middleware`: that starts a task for each request."""
+
+    def __init__(self, app: ASGIApp, token: str, is_open: tuple[str | None, ...]) -> None:
+        self._app, self._needed, self._open = app, f"Bearer {token}".encode(), is_open
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in self._open:
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, self._needed):
+                refusal = {"error": "Authorization: Bearer and the service's token are needed"}
+                await JSONResponse(refusal, 401)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
 def make_app(service: Service, token: str | None = None) -> FastAPI:
     """The ASGI application of a service.
 
@@ -43,14 +61,8 @@ def make_app(service: Service, token: str | None = None) -> FastAPI:
     app = FastAPI(title="usr-ray", version=__version__, docs_url=None, redoc_url=None)
     page = "/" if service.settings.page else None  # it holds no data: its own requests carry the token
 
-    @app.middleware("http")
-    async def guarded(request: Request, call_next: Any) -> Response:
-        path = request.url.path
-        if token is not None and path not in _OPEN and path != page:
-            given = request.headers.get("authorization", "")
-            if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-                return JSONResponse({"error": "Authorization: Bearer and the service's token are needed"}, 401)
-        return await call_next(request)
+    if token is not None:
+        app.add_middleware(_Guard, token=token, is_open=(*_OPEN, page))
 
     async def answer(request: Request, submit: Callable[[bytes], Any]) -> Response:
         body = b""
@@ -63,7 +75,8 @@ def make_app(service: Service, token: str | None = None) -> FastAPI:
         except OverloadError:
             status, content = 429, {"error": "too many requests wait; try again after a second"}
         service.count(request.url.path, status)
-        return JSONResponse(content, status, headers={"Retry-After": "1"} if status == 429 else None)
+        headers = {"Retry-After": "1"} if status == 429 else None
+        return Response(orjson.dumps(content), status, headers, media_type="application/json")
 
     @app.post("/v1/score", openapi_extra=described(RANK_REQUEST, RANK_ANSWER))
     async def score(request: Request) -> Response:

@@ -126,6 +126,8 @@ class ValueIndex:
 
 def scaled(values: Sequence[float | None], features: Sequence[DenseFeature]) -> NDArray[np.float32]:
     """Each value by its feature's scale; 0 for None, NaN and infinity (etl/features/vocabulary.py, scale)."""
+    if not features:
+        return np.empty(0, np.float32)
     x = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
     is_there = np.isfinite(x)
     x[~is_there] = 0.0
