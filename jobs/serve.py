@@ -3,7 +3,7 @@
 python jobs/serve.py --registry DIR [--host 127.0.0.1] [--port 8000] [--token-file FILE] [--replicas N] [--alone]
     [--grpc-port PORT] [--page]
 
---alone serves from this process without Ray, with --grpc-port over gRPC too. Anything but the loopback needs a token.
+--alone serves from this process without Ray. --grpc-port serves over gRPC too. Anything but the loopback needs a token.
 --page shows a page at / with histories of users to whoever may ask. docs/serving.md has the paths.
 """
 
@@ -84,7 +84,9 @@ def serve_alone(service: Service, token: str | None, *, host: str, port: int, gr
         try:
             print(f"serving at http://{host}:{port}", flush=True)
             with contextlib.suppress(KeyboardInterrupt):
-                uvicorn.Server(uvicorn.Config(make_app(service, token), log_level="warning")).run([listening])
+                uvicorn.Server(uvicorn.Config(make_app(service, token), log_level="warning", access_log=False)).run(
+                    [listening]
+                )
         finally:
             if grpc_server is not None:
                 grpc_server.close()
@@ -102,12 +104,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workers", type=count, default=2, help="requests that a replica computes at once")
     parser.add_argument("--max-queued", type=count, default=32, help="requests that a replica takes before it says 429")
     parser.add_argument("--alone", action="store_true", help="one process, without Ray")
-    parser.add_argument("--grpc-port", type=count, metavar="PORT", help="of gRPC; with --alone only")
+    parser.add_argument("--grpc-port", type=count, metavar="PORT", help="of gRPC")
     parser.add_argument("--page", action="store_true", help="a page at /; it shows what users have done")
     arguments = parser.parse_args(argv)
     token = read_token(arguments.token_file, arguments.host)
-    if arguments.grpc_port is not None and not arguments.alone:
-        raise UserError("--grpc-port: is served by one process without Ray; add --alone, or leave it out")
+    if arguments.grpc_port is not None and not arguments.alone and token is None:
+        raise UserError("--grpc-port: Ray Serve listens for gRPC on every address; name a --token-file, or add --alone")
     cluster = prepare_environment(dashboard=False)
     from usr_ray.serving.app import serve_on_ray  # imports Ray, which reads the environment
     from usr_ray.serving.service import Service, Settings
@@ -131,6 +133,7 @@ def main(argv: list[str]) -> None:
         token,
         host=arguments.host,
         port=arguments.port,
+        grpc_port=arguments.grpc_port,
         num_replicas=arguments.replicas,
         own_cluster=cluster == OWN,
         wait=wait_for_signal,

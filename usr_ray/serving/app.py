@@ -154,9 +154,6 @@ def deployment(
     """An application of Ray Serve: `ray.serve.run(deployment(...))`; `make_service` is called in each replica."""
     from ray import serve
 
-    def build() -> FastAPI:
-        return make_app(make_service(settings), token)
-
     # The replica's own queue is the bound, and answers 429: Serve must let one request more in than it takes.
     @serve.deployment(
         name="usr_ray",
@@ -164,11 +161,46 @@ def deployment(
         max_ongoing_requests=4 * settings.max_queued,
         ray_actor_options={"num_cpus": settings.num_workers * settings.num_threads},
     )
-    @serve.ingress(build)
+    @serve.ingress()
     class UsrRay:
-        """One process with its own copy of the stable version."""
+        """One process with its own copy of the stable version; gRPC comes to the methods of service.proto's names."""
+
+        def __init__(self) -> None:
+            self._service = make_service(settings)
+            self._methods: Any = None
+
+        def __serve_build_asgi_app__(self) -> FastAPI:
+            return make_app(self._service, token)
+
+        async def _answer(self, name: str, message: bytes, context: Any) -> Any:
+            if self._methods is None:  # the first message: where gRPC is off, its packages may be missing
+                from usr_ray.serving.grpc_service import Methods
+
+                self._methods = Methods(self._service, token)
+            begun = self._methods.begun(name, message, context.invocation_metadata())
+            return self._methods.ended(name, *await asyncio.wrap_future(begun), context)
+
+        async def Score(self, message: bytes, grpc_context: Any) -> Any:
+            return await self._answer("Score", message, grpc_context)
+
+        async def Rank(self, message: bytes, grpc_context: Any) -> Any:
+            return await self._answer("Rank", message, grpc_context)
+
+        async def Events(self, message: bytes, grpc_context: Any) -> Any:
+            return await self._answer("Events", message, grpc_context)
+
+        async def Model(self, message: bytes, grpc_context: Any) -> Any:
+            return await self._answer("Model", message, grpc_context)
 
     return UsrRay.bind()  # type: ignore[attr-defined]
+
+
+def grpc_options(port: int | None) -> dict[str, Any] | None:
+    """Of Ray Serve's proxy. Its reflection, which asks for no token, is off."""
+    if port is None:
+        return None
+    functions = ["usr_ray.serving.grpc_service.add_ranking"]
+    return {"port": port, "grpc_servicer_functions": functions, "enable_reflection": False}
 
 
 def application(arguments: dict[str, Any]) -> Any:
@@ -194,6 +226,7 @@ def serve_on_ray(
     *,
     host: str,
     port: int,
+    grpc_port: int | None,
     num_replicas: int,
     own_cluster: bool,
     wait: Callable[[str], None],
@@ -205,6 +238,7 @@ def serve_on_ray(
         token: see `make_app`.
         host: address to listen on.
         port: of HTTP.
+        grpc_port: of gRPC, on every address of the machine: Serve's proxy knows no host for it; None: no gRPC.
         num_replicas: processes, each with its own copy.
         own_cluster: start a Ray on the loopback of this machine; else the one of the environment is used.
         wait: called with the service's address once it answers.
@@ -221,7 +255,7 @@ def serve_on_ray(
     }
     ray.init(log_to_driver=False, **(own if own_cluster else {}))
     try:
-        serve.start(http_options={"host": host, "port": port})
+        serve.start(http_options={"host": host, "port": port}, grpc_options=grpc_options(grpc_port))
         serve.run(deployment(settings, token, num_replicas=num_replicas), route_prefix="/")
         wait(f"http://{host}:{port}")
     finally:

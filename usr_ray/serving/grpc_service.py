@@ -1,23 +1,25 @@
 """The service over gRPC: the messages and answers of HTTP (service.proto), by the same checks and the same queue.
 
-A message becomes the JSON that HTTP would have brought, and the answer's JSON a message, so neither knows more than the
-other. Statuses: INVALID_ARGUMENT for 422, RESOURCE_EXHAUSTED for 429, UNAUTHENTICATED for 401, UNAVAILABLE for 503.
+A message becomes what the JSON of HTTP would have brought, and the answer's JSON a message, so neither knows more than
+the other. Statuses: INVALID_ARGUMENT for 422, RESOURCE_EXHAUSTED for 429, UNAUTHENTICATED for 401, UNAVAILABLE for 503.
 """
 
 from __future__ import annotations
 
 import hmac
-import json
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from usr_ray.config import UserError
-from usr_ray.serving.service import MAX_BODY_BYTES, OverloadError, Service
+from usr_ray.serving.ranker import RequestError
+from usr_ray.serving.service import MAX_BODY_BYTES, OverloadError, Service, check_size
 
 RANKING = "usr_ray.v1.Ranking"
+METHODS = {"Score": "RankAnswer", "Rank": "RankAnswer", "Events": "EventsAnswer", "Model": "Struct"}
+"""Method -> message of its answer."""
 _DESCRIPTORS = Path(__file__).with_name("service.binpb")
 _RETRY_AFTER = (("retry-after", "1"),)
 _EXACT = 1 << 53
@@ -25,7 +27,6 @@ _MAX_WORDS = 1_000
 """Of a refusal, which travels in a header: a client that gets 8 KiB of it says RESOURCE_EXHAUSTED instead."""
 _MORE_THREADS = 4
 """Than requests are taken: so many more are told at once that there are too many."""
-Submit = Callable[[bytes], Any]
 
 
 def message_classes() -> dict[str, Any]:
@@ -41,28 +42,33 @@ def message_classes() -> dict[str, Any]:
     return {name: message_factory.GetMessageClass(own[name]) for name in own} | {"Struct": struct_pb2.Struct}
 
 
-def body_of(message: Any) -> bytes:
-    """The JSON of a message, as HTTP would have brought it.
+def raw_of(kind: Any, content: bytes) -> Any:
+    """The raw request in a message, as the JSON of HTTP would have brought it.
 
     Raises:
-        ValueError: it has a field that service.proto has not, or a number that JSON has not.
+        RequestError: it is too long, no message of this kind, has a field that service.proto has not, or a number that
+            JSON has not.
     """
-    from google.protobuf import json_format, unknown_fields
+    from google.protobuf import json_format, message, unknown_fields
 
-    parts = [message, *getattr(message, "candidates", ())]
-    if any(len(unknown_fields.UnknownFieldSet(part)) for part in parts):
-        raise ValueError("request: has a field that service.proto does not have")
+    check_size(content)
     try:
-        raw = json_format.MessageToDict(message, preserving_proto_field_name=True)
+        found = kind.FromString(content)
+    except message.DecodeError as error:
+        raise RequestError(f"request: is no {kind.DESCRIPTOR.name} of service.proto") from error
+    parts = [found, *getattr(found, "candidates", ())]
+    if any(len(unknown_fields.UnknownFieldSet(part)) for part in parts):
+        raise RequestError("request: has a field that service.proto does not have")
+    try:
+        raw = json_format.MessageToDict(found, preserving_proto_field_name=True)
     except json_format.Error as error:
-        raise ValueError(f"request: {error}") from error
-    if message.DESCRIPTOR.name == "EventsRequest":
-        raw = raw.get("logs", {})
-    else:
-        raw.setdefault("candidates", [])
-        if "k" in raw:
-            raw["k"] = int(raw["k"])  # JSON of protobuf writes integers of 64 bits as strings
-    return json.dumps(_integral(raw)).encode()
+        raise RequestError(f"request: {error}") from error
+    if kind.DESCRIPTOR.name == "EventsRequest":
+        return _integral(raw.get("logs", {}))
+    raw.setdefault("candidates", [])
+    if "k" in raw:
+        raw["k"] = int(raw["k"])  # JSON of protobuf writes integers of 64 bits as strings
+    return _integral(raw)
 
 
 def _integral(value: Any) -> Any:
@@ -79,8 +85,75 @@ def _integral(value: Any) -> Any:
     return int(value) if abs(value) < _EXACT else float(value)
 
 
+class Methods:
+    """What becomes of a message, whoever brought it: a server of our own, or Ray Serve's proxy.
+
+    Messages come as bytes: they are read by the queue's workers, once the token was seen and there was room.
+
+    Args:
+        service: answers.
+        token: see app.make_app.
+    """
+
+    def __init__(self, service: Service, token: str | None) -> None:
+        import grpc
+
+        self._codes, self._service, self._token = grpc.StatusCode, service, token
+        classes = message_classes()
+        read = {name: partial(raw_of, classes[name]) for name in ("RankRequest", "EventsRequest")}
+        self._submits: dict[str, Callable[[bytes], Any]] = {
+            "Score": partial(service.submit, ranked=False, read=read["RankRequest"]),
+            "Rank": partial(service.submit, ranked=True, read=read["RankRequest"]),
+            "Events": partial(service.submit_events, read=read["EventsRequest"]),
+        }
+        self._answers = {name: classes[answer] for name, answer in METHODS.items()}
+
+    def begun(self, name: str, content: bytes, metadata: Iterable[tuple[str, Any]]) -> Future[tuple[int, Any]]:
+        """A future of (status of HTTP, answer) of a message with the metadata of its call."""
+        found: Future[tuple[int, Any]] = Future()
+        given = dict(metadata).get("authorization", "")
+        if self._token is not None and not hmac.compare_digest(str(given).encode(), f"Bearer {self._token}".encode()):
+            found.set_result((401, {"error": "authorization: Bearer and the service's token are needed"}))
+        elif name == "Model":
+            found.set_result((200, self._service.about()))
+        else:
+            try:
+                return self._submits[name](content)  # type: ignore[no-any-return]
+            except OverloadError:
+                found.set_result((429, {"error": "too many requests wait; try again after a second"}))
+        return found
+
+    def ended(self, name: str, status: int, content: Any, context: Any) -> Any:
+        """The message of an answer; of a refusal an empty one, with code, words and metadata in the context."""
+        from google.protobuf import json_format
+
+        if name != "Model":
+            self._service.count(f"grpc/{name}", status)
+        answer = self._answers[name]()
+        if status == 200:
+            return json_format.ParseDict(content, answer)
+        if status == 429:
+            context.set_trailing_metadata([*_RETRY_AFTER])
+        named = {
+            401: self._codes.UNAUTHENTICATED,
+            422: self._codes.INVALID_ARGUMENT,
+            429: self._codes.RESOURCE_EXHAUSTED,
+        }
+        context.set_code(named.get(status, self._codes.UNAVAILABLE))
+        context.set_details(content["error"][:_MAX_WORDS])
+        return answer
+
+
+def add_ranking(servicer: Any, server: Any) -> None:
+    """For Ray Serve's proxy (`grpc_servicer_functions`), which hands the bytes of messages to the deployment."""
+    import grpc
+
+    handlers = {name: grpc.unary_unary_rpc_method_handler(getattr(servicer, name)) for name in METHODS}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(RANKING, handlers),))
+
+
 class GrpcServer:
-    """Serves until `close`.
+    """Serves until `close`, without Ray.
 
     Args:
         service: answers.
@@ -97,15 +170,20 @@ class GrpcServer:
             import grpc
         except ImportError as error:
             raise UserError("the package grpcio is not installed here: pip install 'usr-ray[grpc]'") from error
-        self._grpc, self._service, self._token = grpc, service, token
-        self._classes = message_classes()
+        self._methods = Methods(service, token)
         threads = service.settings.max_queued + _MORE_THREADS
         self._server = grpc.server(
             ThreadPoolExecutor(threads, thread_name_prefix="grpc"),
             options=[("grpc.max_receive_message_length", MAX_BODY_BYTES), ("grpc.so_reuseport", 0)],
             maximum_concurrent_rpcs=threads,
         )
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(RANKING, self._handlers()),))
+        handlers = {
+            name: grpc.unary_unary_rpc_method_handler(
+                partial(self._answer, name), response_serializer=lambda message: message.SerializeToString()
+            )
+            for name in METHODS
+        }
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(RANKING, handlers),))
         try:
             self.port = self._server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
         except RuntimeError as error:
@@ -116,48 +194,6 @@ class GrpcServer:
         """Finish the requests in work."""
         self._server.stop(grace=5).wait()
 
-    def _handlers(self) -> dict[str, Any]:
-        service = self._service
-        ways: dict[str, tuple[str, str, Submit | None]] = {
-            "Score": ("RankRequest", "RankAnswer", partial(service.submit, ranked=False)),
-            "Rank": ("RankRequest", "RankAnswer", partial(service.submit, ranked=True)),
-            "Events": ("EventsRequest", "EventsAnswer", service.submit_events),
-            "Model": ("ModelRequest", "Struct", None),
-        }
-        return {
-            name: self._grpc.unary_unary_rpc_method_handler(
-                partial(self._answer, name, self._classes[answer], submit),
-                request_deserializer=self._classes[request].FromString,
-                response_serializer=self._classes[answer].SerializeToString,
-            )
-            for name, (request, answer, submit) in ways.items()
-        }
-
-    def _answer(self, name: str, answer: Any, submit: Submit | None, message: Any, context: Any) -> Any:
-        from google.protobuf import json_format
-
-        self._check_token(context)
-        if submit is None:
-            return json_format.ParseDict(self._service.about(), answer())
-        try:
-            status, content = submit(body_of(message)).result()
-        except ValueError as error:
-            status, content = 422, {"error": str(error)}
-        except OverloadError:
-            status, content = 429, {"error": "too many requests wait; try again after a second"}
-        self._service.count(f"grpc/{name}", status)
-        if status != 200:
-            self._refuse(context, status, content["error"])
-        return json_format.ParseDict(content, answer())
-
-    def _check_token(self, context: Any) -> None:
-        given = dict(context.invocation_metadata()).get("authorization", "")
-        if self._token is not None and not hmac.compare_digest(str(given).encode(), f"Bearer {self._token}".encode()):
-            self._refuse(context, 401, "authorization: Bearer and the service's token are needed")
-
-    def _refuse(self, context: Any, status: int, words: str) -> None:
-        codes = self._grpc.StatusCode
-        if status == 429:
-            context.set_trailing_metadata(_RETRY_AFTER)
-        named = {401: codes.UNAUTHENTICATED, 422: codes.INVALID_ARGUMENT, 429: codes.RESOURCE_EXHAUSTED}
-        context.abort(named.get(status, codes.UNAVAILABLE), words[:_MAX_WORDS])
+    def _answer(self, name: str, content: bytes, context: Any) -> Any:
+        status, answer = self._methods.begun(name, content, context.invocation_metadata()).result()
+        return self._methods.ended(name, status, answer, context)

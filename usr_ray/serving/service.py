@@ -54,6 +54,10 @@ class Settings:
     """Show the page, which tells histories and examples of users to whoever may ask."""
 
 
+Read = Callable[[bytes], Any]
+"""The raw request in a body. Raises RequestError."""
+
+
 class OverloadError(Exception):
     """The queue is full."""
 
@@ -88,13 +92,19 @@ class Service:
 
     # ---- requests
 
-    def submit(self, body: bytes, *, ranked: bool) -> Any:
-        """A future of (status, answer) of one request; OverloadError when too many are in work."""
-        return self._submit(self._answer, body, ranked)
+    def submit(self, body: bytes, *, ranked: bool, read: Read | None = None) -> Any:
+        """A future of (status, answer) of one request; OverloadError when too many are in work.
 
-    def submit_events(self, body: bytes) -> Any:
-        """A future of (status, answer) of a post of events, once they are on the disk; raises as `submit`."""
-        return self._submit(self._keep, body)
+        Args:
+            body: of the request, which is read once a worker takes it.
+            ranked: /v1/rank, else /v1/score.
+            read: None: `parsed`.
+        """
+        return self._submit(self._answer, body, ranked, read or parsed)
+
+    def submit_events(self, body: bytes, *, read: Read | None = None) -> Any:
+        """A future of (status, answer) of a post of events, once they are on the disk; as `submit`."""
+        return self._submit(self._keep, body, read or parsed)
 
     def submit_explained(self, body: bytes) -> Any:
         """A future of (status, answer) of one request with its history and signals; raises as `submit`."""
@@ -138,11 +148,11 @@ class Service:
             self._num_queued -= 1
         self.metrics.seconds.observe(time.perf_counter() - started)
 
-    def _answer(self, body: bytes, ranked: bool) -> tuple[int, dict[str, Any]]:
+    def _answer(self, body: bytes, ranked: bool, read: Read) -> tuple[int, dict[str, Any]]:
         pointer, rankers = self._served  # one version for the whole request
         asked_us = time.time_ns() // 1000  # the shadow's "now" too: past midnight its counters would be others
         try:
-            request = parsed(body)
+            request = read(body)
             bucket = _bucket(pointer, request)
             ranker = rankers[str(pointer.canary if bucket == CANARY else pointer.stable)]
             answer = ranker.answer(request, ranked=ranked) | {"bucket": bucket}
@@ -168,9 +178,9 @@ class Service:
         except RequestError as error:
             return 422, {"error": str(error)}
 
-    def _keep(self, body: bytes) -> tuple[int, dict[str, Any]]:
+    def _keep(self, body: bytes, read: Read) -> tuple[int, dict[str, Any]]:
         try:
-            rows = checked_rows(parsed(body), self.ranker.encoder.spec.scenarios)
+            rows = checked_rows(read(body), self.ranker.encoder.spec.scenarios)
             num_new = self.log.append(rows)
         except (RequestError, EventError) as error:
             return 422, {"error": str(error)}
@@ -274,10 +284,15 @@ def _bucket(pointer: Pointer, request: Any) -> str:
     return pointer.bucket(user_id.encode(errors="replace").decode())  # what is no Unicode is refused later, in words
 
 
-def parsed(body: bytes) -> Any:
-    """The JSON of a request. Raises RequestError."""
+def check_size(body: bytes) -> None:
+    """Raises RequestError where a body is longer than one may be."""
     if len(body) > MAX_BODY_BYTES:
         raise RequestError(f"request: has {len(body):,} bytes; {MAX_BODY_BYTES:,} are the most")
+
+
+def parsed(body: bytes) -> Any:
+    """The JSON of a request. Raises RequestError."""
+    check_size(body)
 
     def refuse(name: str) -> Callable[[], None]:
         raise RequestError(f"request: holds {name}; JSON has finite numbers only")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -22,7 +23,8 @@ from usr_ray.launch.environment import free_port
 from usr_ray.serving import grpc_service
 from usr_ray.serving.app import make_app
 from usr_ray.serving.encode import Encoder, Profile, UserEvents
-from usr_ray.serving.grpc_service import RANKING, GrpcServer, body_of, message_classes
+from usr_ray.serving.grpc_service import METHODS as ANSWERS
+from usr_ray.serving.grpc_service import RANKING, GrpcServer, message_classes
 from usr_ray.serving.ranker import Ranker
 from usr_ray.serving.service import Service, Settings
 from usr_ray.serving.stores import ItemTable, UserStore, put_items, put_users
@@ -33,7 +35,6 @@ json_format = pytest.importorskip("google.protobuf.json_format")
 pytestmark = pytest.mark.unit
 NOW_US = 1_767_225_600_000_000
 TOKEN = "secret"
-ANSWERS = {"Score": "RankAnswer", "Rank": "RankAnswer", "Events": "EventsAnswer", "Model": "Struct"}
 PATHS = {"Score": "/v1/score", "Rank": "/v1/rank", "Events": "/v1/events"}
 GOOD = {
     "scenario": "search",
@@ -86,11 +87,10 @@ def ask(service):
 
     def asked(name, fields, token=TOKEN, message=None):
         kind = {"Events": "EventsRequest", "Model": "ModelRequest"}.get(name, "RankRequest")
-        message = json_format.ParseDict(fields, classes[kind]()) if message is None else message
+        message = json_format.ParseDict(fields, classes[kind]()).SerializeToString() if message is None else message
         with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             call = channel.unary_unary(
                 f"/{RANKING}/{name}",
-                request_serializer=lambda m: m.SerializeToString(),
                 response_deserializer=classes[ANSWERS[name]].FromString,
             )
             try:
@@ -182,14 +182,14 @@ def test_the_model_is_told_alike(ask, http):
 
 def test_fields_and_numbers_that_json_has_not_are_refused(ask):
     classes = message_classes()
-    message = classes["RankRequest"].FromString(b"\xa0\x06\x01")  # field 100, a number
-    assert ask("Score", {}, message=message) == (
-        "INVALID_ARGUMENT",
-        "request: has a field that service.proto does not have",
-    )
+    for message, words in (
+        (b"\xa0\x06\x01", "request: has a field that service.proto does not have"),  # field 100, a number
+        (b"\xff", "request: is no RankRequest of service.proto"),
+    ):
+        assert ask("Score", {}, message=message) == ("INVALID_ARGUMENT", words)
     message = json_format.ParseDict(GOOD, classes["RankRequest"]())
     message.candidates[0].features["price"] = float("nan")
-    status, words = ask("Score", {}, message=message)
+    status, words = ask("Score", {}, message=message.SerializeToString())
     assert (status, words.startswith("request: ")) == ("INVALID_ARGUMENT", True)
     assert "\n" not in words
 
@@ -206,15 +206,17 @@ def test_without_the_token_and_beyond_the_queue_nothing_is_answered(ask, service
     for name in ANSWERS:
         status, words = ask(name, {}, token="other")
         assert (status, words) == ("UNAUTHENTICATED", "authorization: Bearer and the service's token are needed")
+    # What is refused is not read: these bytes are no message.
+    assert ask("Score", {}, token="other", message=b"\xff")[0] == "UNAUTHENTICATED"
     Program.gate.clear()
-    body = body_of(json_format.ParseDict(GOOD, message_classes()["RankRequest"]()))
-    waiting = [service.submit(body, ranked=False) for _ in range(2)]
-    assert ask("Score", GOOD)[0] == "RESOURCE_EXHAUSTED"
+    waiting = [service.submit(json.dumps(GOOD).encode(), ranked=False) for _ in range(2)]
+    assert ask("Score", {}, message=b"\xff")[0] == "RESOURCE_EXHAUSTED"
     assert ask.metadata["retry-after"] == "1"
     Program.gate.set()
     assert [future.result(30)[0] for future in waiting] == [200, 200]
     counted = service.metrics.registry.get_sample_value
     assert counted("usr_ray_serving_requests_total", {"path": "grpc/Score", "status": "429"}) == 1
+    assert counted("usr_ray_serving_requests_total", {"path": "grpc/Score", "status": "401"}) == 2
 
 
 def test_a_disk_that_does_not_take_events_is_unavailable(ask, service, tmp_path):
@@ -254,7 +256,7 @@ def test_ports_that_cannot_be_are_refused(service, tmp_path):
     with pytest.raises(UserError, match=rf"--port {port}: cannot be listened on at 127.0.0.1 \(.*\); name another"):
         serve_alone(service, None, host="127.0.0.1", port=port, grpc_port=None)
     server.close()
-    with pytest.raises(UserError, match="--grpc-port: is served by one process without Ray; add --alone"):
+    with pytest.raises(UserError, match="--grpc-port: Ray Serve listens for gRPC on every address; name a --token"):
         serve_job(["--registry", str(tmp_path), "--grpc-port", "18999"])
 
 

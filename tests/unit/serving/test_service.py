@@ -47,7 +47,7 @@ class Version:
             assert self.gate.wait(30)
         if "candidates" not in raw:
             raise RequestError("candidates: NoneType; a list is needed")
-        items = [{"id": c} for c in raw["candidates"]]
+        items = [{"id": c["id"] if isinstance(c, dict) else c} for c in raw["candidates"]]
         if raw.get("events"):
             items = [{"id": row.id} for row in self.log.of_user(raw["user_id"])]
         return {
