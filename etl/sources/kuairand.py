@@ -20,7 +20,10 @@ is history for every impression of it.
   (or on the evening before the log), each earlier one an hour before the next. Nor is their tab: they go to the first
   scenario.
 - Impressions without a long view are in no history. They count in `earlier_impressions` and in
-  `earlier_long_view_log_odds` of the user and of the item: number columns of the users and items logs.
+  `earlier_long_view_log_odds` of the user and of the item: number columns of the users and items logs. With
+  `kuairand.all_earlier_impressions` they are impressions as well, without a click, so that counters see them.
+
+A video's `tags` are all of them, its `tag` the first.
 
 Shape letters: U users, N sequence entries.
 """
@@ -96,6 +99,9 @@ def write_kuairand(input_dir: Path, writer: LogWriter, config: Config) -> None:
             writer, config.scenarios[0], before_us=first_us, is_order=action == "long_view"
         )
         print(f"{num_earlier:,} long views read from before the log", file=sys.stderr, flush=True)
+        if config.kuairand.all_earlier_impressions:
+            num_others = earlier.write_other_impressions(writer, config.scenarios[0], before_us=first_us)
+            print(f"{num_others:,} other impressions read from before the log", file=sys.stderr, flush=True)
     scenario = np.full(table.num_rows, len(config.scenarios) - 1)
     for k, name in enumerate(config.scenarios):
         scenario[np.isin(rows["tab"], groups[name])] = k
@@ -167,9 +173,11 @@ def _user_rows(path: Path) -> pa.Table:
 
 def _item_rows(path: Path) -> pa.Table:
     table = _read_features(path, ("video_id", *ITEM_CATEGORIES, "video_duration"))
-    first_tag = pc.list_element(pc.split_pattern(pc.fill_null(table["tag"], ""), ","), 0)
+    tags = pc.split_pattern(pc.fill_null(table["tag"], ""), ",")
+    first_tag = pc.list_element(tags, 0)
     columns = {"item_id": table["video_id"], **{name: table[name] for name in ITEM_CATEGORIES}}
     columns["tag"] = pc.if_else(pc.equal(first_tag, ""), None, first_tag)
+    columns["tags"] = tags
     columns["video_duration_s"] = pc.divide(table["video_duration"].cast(pa.float64()), 1000.0)
     return pa.table(columns)
 
@@ -211,6 +219,19 @@ class EarlierSequences:
         writer.append_events(scenario, event, impression_id=ids, request_id=ids, tab=no_tab)
         if is_order:
             writer.append(f"{scenario}_orders", {"order_id": ids, **event})
+        return len(ids)
+
+    def write_other_impressions(self, writer: LogWriter, scenario: str, *, before_us: int) -> int:
+        """Append the earlier impressions without a long view, at times as `write_events` has them; their number."""
+        others = np.flatnonzero(~self._is_long_N)
+        owner_N, from_end_N = self._shown.owner_N[others], self._shown.from_end_N[others]
+        user_N, video_N = self.user_U[owner_N], self._shown.values_N[others]
+        newest_us = before_us // DAY_US * DAY_US - STEP_US
+        time_us_N = np.minimum(self.last_us_U, newest_us)[owner_N] - from_end_N * STEP_US
+        ids = text_column(user_N, "-", video_N, "-shown-", from_end_N)
+        event = {"user_id": text_column(user_N), "item_id": text_column(video_N), "event_time": pa.array(time_us_N)}
+        unclicked, no_tab = pa.array(np.zeros(len(ids), dtype=bool)), pa.nulls(len(ids), pa.string())
+        writer.append_events(scenario, event, impression_id=ids, request_id=ids, clicked=unclicked, tab=no_tab)
         return len(ids)
 
     def user_numbers(self, user_ids: pa.ChunkedArray) -> dict[str, pa.Array]:

@@ -327,6 +327,7 @@ def write_profiles(world: World, writer: LogWriter, num_catalogues: int, setting
         "category_id": text_column("c", world.item_category_I[item]),
         "brand_id": text_column("b", world.item_brand_I[item]),
         "price": world.item_price_I[item],
+        "tags": pa.array([[f"style_{tag}" for tag in row] for row in item_tags(world, settings)[item].tolist()]),
     }
     if settings.item_vector:
         vectors = item_vectors(world, settings)[item]
@@ -337,6 +338,16 @@ def write_profiles(world: World, writer: LogWriter, num_catalogues: int, setting
         rows = zip(brand, category, world.shop.is_cheap_I[item].tolist(), strict=True)
         columns["title"] = [f"{brand_word(b)} {category_word(c)} {price_word(is_cheap)}" for b, c, is_cheap in rows]
     writer.append("items", columns)
+
+
+def item_tags(world: World, settings: SimulatedConfig) -> np.ndarray:
+    """int64 (I, 2): where the item goes furthest and next in what it is, each another's in three cases of ten."""
+    rng = random_stream(settings.seed, Stream.TAGS)
+    latent_ID = world.item_latent_ID
+    furthest_I2 = np.argsort(-np.abs(latent_ID), axis=1, kind="stable")[:, :2]
+    told_I2 = 2 * furthest_I2 + (np.take_along_axis(latent_ID, furthest_I2, axis=1) > 0)
+    other_I2 = rng.integers(0, 2 * latent_ID.shape[1], told_I2.shape)
+    return np.asarray(np.where(rng.random(told_I2.shape) < 0.7, told_I2, other_I2))
 
 
 def item_vectors(world: World, settings: SimulatedConfig) -> np.ndarray:

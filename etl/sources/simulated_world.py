@@ -81,6 +81,7 @@ class Stream(IntEnum):
     POSITIONS = 14
     SHOP = 15
     VECTORS = 16
+    TAGS = 17
 
 
 def random_stream(seed: int, stream: Stream, day: int = 0) -> np.random.Generator:

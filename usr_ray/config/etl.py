@@ -363,6 +363,8 @@ class KuaiRandConfig:
     """Post-click action that stands in for an order."""
     tab_groups: Mapping[str, tuple[int, ...]] = number({}, "[0, 1000000000]")
     """Scenario name -> tabs; every tab not named goes to the last scenario. Empty: the documented default groups."""
+    all_earlier_impressions: bool = False
+    """Impressions from before the log that are no long view become rows of the logs too, for counters alone."""
 
     def __post_init__(self) -> None:
         tabs = [tab for group in self.tab_groups.values() for tab in group]
