@@ -2,12 +2,13 @@
 
     python benchmarks/anchors.py static --lake LAKE [--seeds 3] [--models ...] [--counters]
 
-`static` and `needs` are the lakes of jobs/configs/simulated.toml and needs.toml, `kuairand` that of kuairand.toml
-(docs/learning.md). Every model has the same rows, categories and numbers, the scenario among them; --counters adds the
-lake's counters (`counters.defaults`), under a name of its own. Histories are ours alone: no peer here takes several of
-them. Each peer's settings come from a grid by mean AUC of both tasks on the last training day, trained on those before
-with the first seed; then it is trained on all training days. Ours have the configuration of the file: on the simulated
-worlds chosen on that day too, on KuaiRand on the held-out days (docs/learning.md).
+`static` and `needs` are the lakes of jobs/configs/simulated.toml and needs.toml, `kuairand` that of kuairand.toml, and
+`kuairand, own counters` one of it whose counts are the ETL's own (docs/learning.md). Every model has the same rows,
+categories and numbers, the scenario among them; --counters adds the lake's counters (`counters.defaults`), under a name
+of its own. Histories are ours alone: no peer here takes several of them. Each peer's settings come from a grid by mean
+AUC of both tasks on the last training day, trained on those before with the first seed; then it is trained on all
+training days. Ours have the configuration of the file: on the simulated worlds chosen on that day too, on KuaiRand on
+the held-out days (docs/learning.md).
 
 Every training is kept in --work and is not done again, so that the command goes on where it stopped. After each model
 it writes results/anchors.json and, once there is something to compare, the table of docs/learning.md.
@@ -31,20 +32,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from learning_kuairand import Rows, peer_rows, rechub_model, train_rechub
-from learning_runs import Data, Runs, gaps, mean_auc, save, train_seeds
+from learning_runs import Data, Runs, gaps, last_day, mean_auc, save, train_seeds
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks.doc_tables import markdown, show
 from jobs.demo import PLAIN
-from usr_ray.config import date_ranges, dates_in, load_config
+from usr_ray.config import load_config
 from usr_ray.evaluation.metrics import Predictions, auc
 from usr_ray.schema import OPEN_LABEL, TASKS, FeatureSpec
 from usr_ray.training.logistic import PlainRows, logistic_regression
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "anchors.json"
-WORLDS = {"static": "simulated", "needs": "needs", "kuairand": "kuairand"}
+WORLDS = {"static": "simulated", "needs": "needs", "kuairand": "kuairand", "kuairand, own counters": "kuairand"}
 """World -> its file in jobs/configs."""
 OURS = {"ours, plain": PLAIN, "ours, USR": ()}
 RECHUB = ("SharedBottom", "MMoE", "PLE", "DCNv2", "DeepFM")
@@ -170,12 +171,6 @@ def kept(path: Path, make: Callable[[], list[NDArray[np.float64]]]) -> list[NDAr
         np.save(partial_file, np.stack(found))
         partial_file.replace(path)
     return list(np.load(path))
-
-
-def last_day(config: Path) -> tuple[str, ...]:
-    """Overrides that train on all training days but the last and evaluate on that one."""
-    dates = sorted(dates_in(load_config(config).data.train_dates))
-    return (f"data.train_dates={date_ranges(dates[:-1])}", f"data.eval_dates={dates[-1]}")
 
 
 @dataclass(slots=True)

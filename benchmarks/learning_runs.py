@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from usr_ray.config import Config, end_of_us, load_config, parse_dates
+from usr_ray.config import Config, date_ranges, dates_in, end_of_us, load_config, parse_dates
 from usr_ray.data.manifest import Manifest
 from usr_ray.evaluation.baseline import popularity_baseline
 from usr_ray.evaluation.files import read_predictions, write_predictions
@@ -37,6 +37,12 @@ from usr_ray.training.rows import read_training_rows
 from usr_ray.training.worker import LocalWorker
 
 NUM_RESAMPLES = 200
+
+
+def last_day(config: Path) -> tuple[str, ...]:
+    """Overrides that train on all training days but the last and evaluate on that one."""
+    dates = sorted(dates_in(load_config(config).data.train_dates))
+    return (f"data.train_dates={date_ranges(dates[:-1])}", f"data.eval_dates={dates[-1]}")
 
 
 class StoppedError(Exception):
@@ -97,7 +103,8 @@ def train_seeds(data: Data, overrides: Sequence[str], seeds: Sequence[int], kept
     for seed in seeds:
         config = data.config([*overrides, f"train.seed={seed}"])
         file = kept and kept / f"{seed}.parquet"
-        columns = [f.column for f in (*data.train.spec.sparse, *data.train.spec.dense)]
+        spec = data.train.spec
+        columns = [f.column for f in (*spec.sparse, *spec.dense, *spec.lists)] + [f.name for f in spec.vectors]
         settings = [data.config_path.read_text(), *data.overrides, *overrides]
         meant = {"settings": settings, "rows": [data.train.sha256, data.held_out.sha256], "columns": columns}
         if file and file.exists():
