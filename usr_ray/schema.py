@@ -70,6 +70,8 @@ EXPERIMENT_USERS = "\nusers"
 """Stands for a scenario in the rows that count users by status; no scenario can have this name."""
 CONFIG_PROPERTY = "usr_ray.etl_config"
 """Delta table property of the samples: the configuration keys that decide what a row means (Config.row_meaning)."""
+FITTED_PROPERTY = "usr_ray.fitted"
+"""Likewise: JSON of the dates that vocabularies and scales were fitted on, and of vocabulary.min_count at last."""
 FEATURE_SPEC_PROPERTY = "usr_ray.feature_spec"
 """Delta table property of `<lake>/samples` with the FeatureSpec as JSON.
 

@@ -112,7 +112,7 @@ def build_samples(spark: SparkSession, config: Config, request: BuildRequest, pr
         )
         sums = write_sums(spark, config, lake, state, inputs.staged(COUNT), built[-1])
         versions = update_tables_by_id(spark, config, lake, (inputs.users, inputs.items), known, spec)
-        prepare_samples(spark, lake, spec, config, versions)
+        prepare_samples(spark, lake, spec, config, {**versions, **known.fitted})
         progress(
             "vocabularies: " + ", ".join(f"{n} {f.num_embeddings - FIRST_ID:,}" for n, f in spec.vocabularies.items())
         )

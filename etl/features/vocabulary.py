@@ -7,8 +7,9 @@ version of the table still reads the newer one.
 from __future__ import annotations
 
 import datetime as dt
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from pyspark.sql import Column, DataFrame, Row, SparkSession, Window
 from pyspark.sql import functions as F
@@ -20,12 +21,13 @@ from etl.jvm import table_properties, table_version
 from etl.kernel.rows import EVENT_HOUR, NUM_HOURS
 from etl.lake.tables import Lake, append_vocabularies
 from etl.session import kept
-from usr_ray.config import Config, VocabularyConfig, parse_dates
+from usr_ray.config import Config, VocabularyConfig, date_ranges, dates_in, parse_dates
 from usr_ray.config.counters import CounterConfig, counter_columns
 from usr_ray.schema import (
     BUCKETS,
     FEATURE_SPEC_PROPERTY,
     FIRST_ID,
+    FITTED_PROPERTY,
     HASHED,
     LOG1P,
     MAX_FINGERPRINTS,
@@ -59,6 +61,8 @@ class Vocabularies:
     """FeatureSpec's fingerprints, as the samples table has them."""
     fits: Fits | None = None
     """Of the numbers whose scale is fitted (etl/features/numbers.py), as the samples table has them; None: no table."""
+    fitted: Mapping[str, str] = field(default_factory=dict)
+    """Table property that says on which dates; empty where nothing was fitted in this build."""
 
     def fingerprints(self, feature: str) -> tuple[tuple[int, str], ...]:
         """Those that the samples table has, and one of the values there are now, if it is another."""
@@ -209,6 +213,14 @@ def fitting_dates(spark: SparkSession, config: Config, lake: Lake, dates: Iterab
     return fitting
 
 
+def _fitted_property(spark: SparkSession, config: Config, lake: Lake, fitting: Iterable[dt.date]) -> dict[str, str]:
+    """The samples' table property of what vocabularies and scales were fitted on: these dates, and those before."""
+    there = table_properties(spark, lake.path(SAMPLES)) if lake.has(spark, SAMPLES) else {}
+    before = dates_in(json.loads(there[FITTED_PROPERTY])["dates"]) if FITTED_PROPERTY in there else frozenset()
+    dates = date_ranges(before | {date.isoformat() for date in fitting})
+    return {FITTED_PROPERTY: json.dumps({"dates": dates, "min_count": config.vocabulary.min_count}, sort_keys=True)}
+
+
 def grow_vocabularies(
     spark: SparkSession,
     config: Config,
@@ -239,6 +251,9 @@ def grow_vocabularies(
     if known.fits is None:
         fits = fit_numbers(config, per_date, tables, packs, fitting)
         known = replace(known, fits={**fits, **fit_vectors(config.features.vectors, tables)})
+    if is_hashed and not known.fits:
+        return known, feature_spec(config, known)
+    known = replace(known, fitted=_fitted_property(spark, config, lake, fitting))
     if is_hashed:
         return known, feature_spec(config, known)
     counted = per_date.filter(F.col("date").isin(fitting))

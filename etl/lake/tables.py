@@ -171,11 +171,12 @@ def list_constraints(spec: FeatureSpec) -> dict[str, str]:
 
 
 def prepare_samples(
-    spark: SparkSession, lake: Lake, spec: FeatureSpec, config: Config, versions: Mapping[str, int]
+    spark: SparkSession, lake: Lake, spec: FeatureSpec, config: Config, versions: Mapping[str, int | str]
 ) -> None:
     """Create the samples table, or update its feature spec: before data is committed that needs it.
 
-    `versions` are those of the tables by encoded id that belong to its rows, by the property that says so.
+    `versions` are those of the tables by encoded id that belong to its rows, by the property that says so; other
+    properties may be among them.
     """
     path = lake.path(SAMPLES)
     properties = {FEATURE_SPEC_PROPERTY: spec.to_json()} | {name: str(found) for name, found in versions.items()}

@@ -21,6 +21,7 @@ from etl.lake.tables import Lake
 from tests.spark.shop import CONFIG, Shop, logs_of, write_logs
 from tests.spark.test_build_samples import DATES, WATERMARK, rows_of
 from usr_ray.config import UserError, load_config
+from usr_ray.data.manifest import open_samples
 
 pytestmark = pytest.mark.spark
 
@@ -141,6 +142,10 @@ def test_vocabularies_are_fitted_on_the_training_dates_only(spark: SparkSession,
     found = {r["value"]: r["count"] for r in rows_of(tmp_path / "lake" / "vocabularies") if r["feature"] == "item_id"}
     assert found == {item: count for item, count in shown.items() if count >= 2}
     assert {r["item_id_index"] == 1 for r in rows if r["item_id"] not in found} == {True}
+    assert json.loads(open_samples(tmp_path / "lake").fitted) == {
+        "dates": f"{DATES[0]}:{DATES[1]}",
+        "min_count": 2,
+    }
     users = {row["user_id"] for row in rows if row["impression_date"] in DATES[:2]}
     for place, date in enumerate(DATES):
         report = json.loads((tmp_path / "lake" / "reports" / f"{date}.json").read_text())["cold_start"]

@@ -569,6 +569,8 @@ def test_a_rerun_gives_the_same_table_and_other_partitions_too(
             sorted_table(spark, lake / "samples", "impression_id"),
             sorted_table(spark, lake / "rejects", "log", "reason", "row"),
             sorted_table(spark, lake / "vocabularies", "feature", "id"),
+            sorted_table(spark, lake / "item_features", "item_id_index"),
+            *(sorted_table(spark, lake / f"{owner}_vectors", f"{owner}_id_index") for owner in ("user", "item")),
         )
 
     before, version = content(), table_version(spark, str(lake / "samples"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from etl.features.vocabulary import new_entries, read_vocabularies
 from etl.jvm import table_version
 from etl.lake.tables import Lake, append_vocabularies
 from tests.spark.test_build_daily import build
+from tests.spark.test_build_samples import DATES
 from usr_ray.data import lineage
 from usr_ray.data.manifest import open_samples
 from usr_ray.data.manifest import read_vocabularies as read_in_python
@@ -57,6 +59,7 @@ def test_a_vocabulary_that_the_samples_were_not_encoded_with_stops_the_build(
         if feature.fingerprints:
             found = lineage.fingerprint(read_in_python(lake), feature.name, feature.num_embeddings)
             assert found == feature.fingerprints[-1]
+    assert json.loads(grown.fitted) == {"dates": f"{DATES[0]}:{DATES[3]}", "min_count": 1}, "of both builds"
     shutil.rmtree(lake / VOCABULARIES)
     with pytest.raises(DataCheckError, match=r"the 0 values of .* are not those that the samples were encoded with"):
         build(spark, wide_logs, lake, 2, 2)

@@ -15,8 +15,9 @@ from collections.abc import Iterable
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from usr_ray.config import Config, first_difference
+from usr_ray.config import Config, date_ranges, dates_in, end_of_us, first_difference, parse_dates
 from usr_ray.data.manifest import DataError, Manifest, read_vocabularies
+from usr_ray.data.mature import usable_row_groups
 from usr_ray.schema import HASHED, STANDARD, FeatureSpec, SparseFeature, fingerprint_text
 
 
@@ -46,6 +47,53 @@ def check_config(config: Config, table: Manifest) -> None:
             f"{table.table_uri} has {', '.join(sides) or 'none'}; build a date with it, or set model.event_sides=false "
             "for events that carry none"
         )
+
+
+def doubts(config: Config, train: Manifest, held_out: Manifest | None, *, first_counted: str | None) -> list[str]:
+    """Warnings, a line each, of what gives other numbers than the configuration says without being an error.
+
+    Args:
+        config: of the training.
+        train: its rows.
+        held_out: the rows that it is judged on.
+        first_counted: first date of the events that the table's counters know; None: there are no counters.
+    """
+    found = []
+    if train.fitted:
+        fitted = json.loads(train.fitted)
+        on = dates_in(fitted["dates"])
+        rebuild = f"(fitted on {fitted['dates']}); build a new --lake with the data.train_dates of this training"
+        if new := set(train.dates) - on:
+            found.append(
+                f"data.train_dates: values that only {date_ranges(new)} has are unknown ids, as the vocabularies were "
+                f"not fitted on it {rebuild}, or build these dates once more"
+            )
+        if held_out and (seen := set(held_out.dates) & on):
+            found.append(
+                f"data.eval_dates: the vocabularies and scales of the table were fitted on {date_ranges(seen)} too, "
+                f"which is held out {rebuild}"
+            )
+        if fitted["min_count"] != config.vocabulary.min_count and config.vocabulary.kind != "hash":
+            found.append(
+                f"vocabulary.min_count: the configuration has {config.vocabulary.min_count}, the table was last built "
+                f"with {fitted['min_count']}, which holds"
+            )
+    last = parse_dates(config.data.train_dates or train.dates[-1], where="data.train_dates")[1]
+    wanted = {"ready_before_us": end_of_us(last) if config.data.mature_only else None}
+    groups = usable_row_groups(train, **wanted, mature_only=config.data.mature_only, order_wait_us=config.order_wait_us)
+    if idle := set(train.dates) - {train.files[ref.file].date for ref in groups}:
+        hours = (train.spec.label_delay_us - config.order_wait_us) / 3.6e9
+        others = "" if config.order_wait_us else ", or set data.final_labels='clicks' to learn from its clicks"
+        found.append(
+            f"data.train_dates: no row of {date_ranges(idle)} is trained on, as its labels are not final by the end of "
+            f"{last} (they close after {hours:g} hours) or were not in its build; end the training dates later{others}"
+        )
+    if first_counted is not None and train.dates[0] <= first_counted:
+        found.append(
+            f"counters: nothing lies behind {train.dates[0]}, the first date trained on, so that they are 0 there and "
+            "mean more each day; set counters.warmup_days, or begin the logs earlier"
+        )
+    return found
 
 
 def difference(model: FeatureSpec, model_built_with: str, table: Manifest, *, may_read: bool = True) -> str | None:

@@ -28,7 +28,9 @@ from usr_ray.files import one_line, whole_line, write_whole
 from usr_ray.schema import (
     ALL_LABELS,
     CONFIG_PROPERTY,
+    COUNTERS,
     FEATURE_SPEC_PROPERTY,
+    FITTED_PROPERTY,
     ITEM_FEATURES,
     ITEM_FEATURES_PROPERTY,
     PARTITION_COLUMN,
@@ -68,6 +70,8 @@ class Manifest:
     user_vectors: tuple[FeatureFile, ...] = ()
     """Likewise of `<lake>/user_vectors`, where `spec` names vectors of users."""
     item_vectors: tuple[FeatureFile, ...] = ()
+    fitted: str = ""
+    """What vocabularies and scales were fitted on, as JSON (schema.FITTED_PROPERTY); '' where not known."""
     sha256: str
     """Of everything that fixes the order of rows; not of table_uri (a copy of the table reads alike) or version."""
 
@@ -111,6 +115,7 @@ class Manifest:
                 version=raw["version"],
                 spec=FeatureSpec.from_json(json.dumps(raw["spec"])),
                 built_with=raw.get("built_with", ""),
+                fitted=raw.get("fitted", ""),
                 files=[
                     DataFile(**f | {"row_groups": tuple(RowGroup(**g) for g in f["row_groups"])}) for f in raw["files"]
                 ],
@@ -131,6 +136,7 @@ def make_manifest(
     files: list[DataFile],
     by_id: Mapping[str, Sequence[FeatureFile]] | None = None,
     built_with: str = "",
+    fitted: str = "",
 ) -> Manifest:
     """A manifest of these files, sorted by (date, path) and hashed; `by_id`: of the tables that go by encoded id."""
     ordered = tuple(sorted(files, key=lambda file: (file.date, file.path)))
@@ -148,6 +154,7 @@ def make_manifest(
         spec=spec,
         files=ordered,
         built_with=built_with,
+        fitted=fitted,
         item_features=others.get(ITEM_FEATURES, ()),
         user_vectors=others.get(VECTOR_TABLES["user"], ()),
         item_vectors=others.get(VECTOR_TABLES["item"], ()),
@@ -262,7 +269,14 @@ def _about(table: Any, table_uri: str) -> dict[str, Any]:
         "version": table.version(),
         "spec": _check_table(table, table_uri),
         "built_with": table.metadata().configuration.get(CONFIG_PROPERTY, ""),
+        "fitted": table.metadata().configuration.get(FITTED_PROPERTY, ""),
     }
+
+
+def first_counted_date(lake: Path | str) -> str:
+    """The first date of the events in `<lake>/counters`, ISO. Raises UserError where there is no such table."""
+    adds = pa.table(open_table(table_address(lake, COUNTERS), None).get_add_actions(flatten=True))
+    return str(pc.min(adds.column("partition.event_date")).as_py())
 
 
 def read_vocabularies(lake: Path | str, feature: str | None = None) -> pa.Table:

@@ -101,6 +101,8 @@ def carry_out(
         print(f"{plan.run_dir}: goes on with version {table['version']} of {table['uri']}, on which it was started")
     with session or contextlib.nullcontext(), _only_one(plan.run_dir):
         write_plan(plan)
+        for doubt in plan.doubts:
+            print(f"warning: {doubt}", flush=True)
         print(f"{plan.run_dir}: rows {order_text(plan.record['shuffle'])}", flush=True)
         outcome, step = fit(plan)
     if outcome != "stopped":

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from usr_ray.config import Config, UserError, date_ranges, first_difference, parse_dates
-from usr_ray.data.lineage import check_config
-from usr_ray.data.manifest import Manifest, build_manifest
+from usr_ray.data.lineage import check_config, doubts
+from usr_ray.data.manifest import Manifest, build_manifest, first_counted_date
 from usr_ray.data.order_quality import ShuffleQuality
 from usr_ray.data.pins import remove_pin, write_pin
 from usr_ray.files import now, write_whole
@@ -54,6 +54,8 @@ class RunPlan:
     """None without data.eval_dates: nothing is evaluated."""
     record: dict[str, Any]
     """config.json as it will be written; `status` tells whether there is anything left to do."""
+    doubts: tuple[str, ...] = ()
+    """Warnings, to be shown where the run is trained (lineage.doubts)."""
 
     @property
     def is_finished(self) -> bool:
@@ -119,7 +121,10 @@ def plan_run(config: Config, lake: Path | str, run_dir: Path | str, *, command: 
         "packages": package_versions() | _installed(_MORE_PACKAGES),
     }
     record["attempts"] = [*record["attempts"], {"started": now(), "command": list(command)}]
-    return RunPlan(config, folder, train_manifest, manifests["eval"], record)
+    counted = any(feature.name.startswith("counter_") for feature in train_manifest.spec.dense)
+    first_counted = first_counted_date(lake) if counted else None
+    found = doubts(config, train_manifest, manifests["eval"], first_counted=first_counted)
+    return RunPlan(config, folder, train_manifest, manifests["eval"], record, tuple(found))
 
 
 def write_plan(plan: RunPlan) -> None:

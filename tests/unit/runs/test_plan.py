@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import deltalake
+import pyarrow as pa
 import pytest
 
 from tests.unit.samples_table import samples_arrow, samples_spec, write_samples
@@ -20,6 +23,7 @@ from usr_ray.launch.environment import ADDRESS, OWN, SUBMITTED, prepare_environm
 from usr_ray.runs import plan as trainer_plan
 from usr_ray.runs.evaluations import trained_dates, warm_start_dates
 from usr_ray.runs.plan import RunPlan, load_manifest, mark_finished, plan_run, write_plan
+from usr_ray.schema import FITTED_PROPERTY, DenseFeature
 
 pytestmark = pytest.mark.unit
 
@@ -100,6 +104,56 @@ def test_dates_without_rows_are_refused_or_recorded_as_left_out(shared_lake: Pat
     write_plan(plan)
     again = plan_run(config(asked), shared_lake, tmp_path / "run")  # a run keeps its rows: nothing to allow any more
     assert again.record["manifests"] == plan.record["manifests"]
+
+
+@pytest.mark.parametrize(
+    ("fitted", "overrides", "words"),
+    [
+        ("2026-01-01:2026-01-02", [], []),
+        ("", [], []),  # a table of before there was the property
+        ("2026-01-01", [], [r"data.train_dates: values that only 2026-01-02 has are unknown ids, .*2026-01-01\);"]),
+        ("2026-01-01:2026-01-05", [], [r"data.eval_dates: .* fitted on 2026-01-03 too, which is held out"]),
+        (
+            "2026-01-01:2026-01-02",
+            ["vocabulary.min_count=7"],
+            [r"vocabulary.min_count: the configuration has 7, the table was last built with 2, which holds"],
+        ),
+        (
+            "2026-01-01:2026-01-02",
+            ["data.final_labels='all'"],
+            [r"no row of 2026-01-02 is trained on, .* end of 2026-01-02 .*25 hours.*; .*data.final_labels='clicks'"],
+        ),
+    ],
+)
+def test_what_would_be_a_wrong_number_without_a_word_is_a_warning(
+    lake: Path, tmp_path: Path, fitted: str, overrides: list[str], words: list[str]
+) -> None:
+    if fitted:
+        properties = {FITTED_PROPERTY: json.dumps({"dates": fitted, "min_count": 2})}
+        deltalake.DeltaTable(lake / "samples").alter.set_table_properties(properties, raise_if_not_exists=False)
+    plan = started(lake, tmp_path / "run", "data.final_labels='clicks'", *overrides)
+    assert len(plan.doubts) == len(words)
+    assert all(re.search(word, doubt) for word, doubt in zip(words, plan.doubts, strict=True)), plan.doubts
+    again = plan_run(config("data.final_labels='clicks'", *overrides), lake, tmp_path / "run")
+    assert again.doubts == plan.doubts, "the saved manifest knows it too"
+
+
+@pytest.mark.parametrize(("first_counted", "warmup_days"), [("2025-12-25", 0), ("2026-01-01", 0), ("2026-01-01", 1)])
+def test_counters_with_nothing_behind_them_are_a_warning(tmp_path: Path, first_counted: str, warmup_days: int) -> None:
+    spec = samples_spec()
+    counter = DenseFeature(name="counter_item_1d_clicks", column="counter_item_1d_clicks", owner="item", scale="none")
+    settings = config("data.final_labels='clicks'", 'counters.item={keys=["item_id"]}')
+    write_samples(tmp_path / "lake", replace(spec, dense=(*spec.dense, counter)), num_rows=400, num_days=5)
+    dates = [dt.date.fromisoformat(first_counted), dt.date(2026, 1, 3)]
+    table = pa.table({"name": ["*", "*"], "event_date": dates})
+    deltalake.write_deltalake(tmp_path / "lake" / "counters", table, partition_by=["event_date"])
+    plan = plan_run(
+        replace(settings, counters=replace(settings.counters, warmup_days=warmup_days)),
+        tmp_path / "lake",
+        tmp_path / "run",
+    )
+    found = [doubt for doubt in plan.doubts if doubt.startswith("counters: nothing lies behind 2026-01-01")]
+    assert len(found) == (first_counted == "2026-01-01" and not warmup_days)
 
 
 def test_dates_that_a_warm_start_has_seen_are_no_held_out_dates(tmp_path: Path) -> None:
