@@ -9,8 +9,8 @@
   attributed clicks. With a query it is a search event, with "-1" a recommendation event. The gaps between events are
   kept, and the newest event stands its gap before base_time, not before the row's day: so these impressions, all
   clicked, lie on dates of their own, before any that is trained on or held out; ages are up to num_days - 1 days long.
-- Terms of a query, joined by byte 0x18 in the file, are joined by a space. A product that is not in the product table
-  has no features.
+- Terms of a query, joined by byte 0x18 in the file, are joined by a space; those of a product's name and brand_name
+  stay as they are (features.item_terms). A product that is not in the product table has no features.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ COLUMNS = (
     "history_type_list",
     "history_time_list",
 )
-PRODUCT_COLUMNS = ("brand_id", "cate_id_1", "cate_id_2", "cate_id_3", "cate_id_4", "shop_id")
+PRODUCT_COLUMNS = ("brand_id", "cate_id_1", "cate_id_2", "cate_id_3", "cate_id_4", "shop_id", "name", "brand_name")
 TERM_SEPARATOR = "\x18"
 NO_QUERY = "-1"
 ORDER_TYPE = "ORD"

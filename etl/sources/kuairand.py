@@ -177,7 +177,7 @@ def _item_rows(path: Path) -> pa.Table:
     first_tag = pc.list_element(tags, 0)
     columns = {"item_id": table["video_id"], **{name: table[name] for name in ITEM_CATEGORIES}}
     columns["tag"] = pc.if_else(pc.equal(first_tag, ""), None, first_tag)
-    columns["tags"] = tags
+    columns["tags"] = pc.if_else(pc.equal(first_tag, ""), None, tags)
     columns["video_duration_s"] = pc.divide(table["video_duration"].cast(pa.float64()), 1000.0)
     return pa.table(columns)
 

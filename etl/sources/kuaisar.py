@@ -3,12 +3,13 @@
 - rec_inter.csv: one row is one shown video; the user's rows of one timestamp (ms) are a request. A click is click = 1;
   a later action (`kuaisar.order_column`: like, follow or forward) stands in for an order, at the row's own time.
 - src_inter.csv: one row is one shown item of a search session, a request; a click is click_cnt > 0. The rows of a
-  session are not contiguous, which does not matter here. keyword "[20, 34, 3]" becomes the query "20 34 3".
+  session are not contiguous, which does not matter here. keyword "[20, 34, 3]" becomes the query "20 34 3", whose words
+  are its terms; an item's caption is a list of word ids of the same kind, and its elements are the item's terms.
 - Search rows know no later action, so there is no `search_orders` log, and `labels.no_order_scenarios = ["search"]`
   takes the CTCVR of search out of the loss and of the metrics; the job says so where the configuration does not.
 - Ids are made of the row's content, so exact duplicates stay duplicates. Rows without user, item or time stay rows
   with nulls: the ETL rejects and counts them.
-- Positions are not known. social_network.csv and captions are not read.
+- Positions are not known. social_network.csv is not read.
 
 Files are read by header name and streamed, so memory does not grow with their size.
 """
@@ -40,6 +41,7 @@ ITEM_CATEGORIES = (
     "third_level_category_id",
     "fourth_level_category_id",
 )
+CAPTION = "caption"
 FILES = {
     "rec_inter": "recommendation log",
     "src_inter": "search log",
@@ -72,7 +74,7 @@ def write_kuaisar(input_dir: Path, writer: LogWriter, config: Config) -> None:
         for rows in _blocks(path, ("user_id", *USER_CATEGORIES, active)):
             writer.append("users", rows.rename_columns(["user_id", *USER_CATEGORIES, REC_ACTIVE[0]]))
     for path in files["item_features"]:
-        for rows in _blocks(path, ("item_id", *ITEM_CATEGORIES)):
+        for rows in _blocks(path, ("item_id", *ITEM_CATEGORIES, CAPTION)):
             writer.append("items", _without_padding(rows))
     if SEARCH not in config.labels.no_order_scenarios:
         print(

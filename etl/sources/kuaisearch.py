@@ -41,7 +41,15 @@ NEEDED = {
 }
 _NAMES = {int: "a whole number", list: "a list", str: "a string"}
 USER_COLUMNS = ("gender", "age_bucket", "fre_province", "fre_city")
-ITEM_COLUMNS = ("brand_id", "seller_id", "category_level1_id", "category_level2_id", "category_level3_id")
+ITEM_COLUMNS = (
+    "brand_id",
+    "seller_id",
+    "category_level1_id",
+    "category_level2_id",
+    "category_level3_id",
+    "item_title",
+    "brand_name",
+)
 
 
 def write_kuaisearch(input_dir: Path, writer: LogWriter, config: Config) -> None:

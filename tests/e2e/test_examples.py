@@ -45,6 +45,22 @@ def test_a_backbone_from_one_file_is_trained_and_evaluated(smoke: Path, run: Run
     assert metrics["eval"]["all"]["ctr"]["log_loss"] < 0.69
 
 
+def test_a_shop_s_own_files_end_in_scores(run: Run, tmp_path: Path) -> None:
+    """With a title, tags, a scaled number and a counter."""
+    printed = follow(run, "own_logs", tmp_path)
+    assert "warning: data." not in printed
+    assert "warning: counters" not in printed
+    spec = FeatureSpec.from_json(
+        deltalake.DeltaTable(tmp_path / "lake" / "samples").metadata().configuration["usr_ray.feature_spec"]
+    )
+    assert [f.name for f in spec.lists] == ["tags", "query_terms", "item_terms"]
+    assert {f.name: f.scale for f in spec.dense}["price"] == "standard"
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    scores = deltalake.DeltaTable(tmp_path / "scores").to_pyarrow_table(columns=["impression_id", "p_ctr", "p_ctcvr"])
+    assert metrics["eval"]["all"]["ctr"]["num_samples"] == scores.num_rows > 30
+    assert len(set(scores["p_ctr"].to_pylist())) > 10
+
+
 def test_a_third_scenario_has_its_columns_views_and_metrics(run: Run, tmp_path: Path) -> None:
     follow(run, "third_scenario", tmp_path)
     table = deltalake.DeltaTable(tmp_path / "lake" / "samples").to_pyarrow_table(

@@ -7,6 +7,7 @@ import datetime as dt
 import gzip
 import json
 import math
+import statistics
 import zoneinfo
 from dataclasses import replace
 from pathlib import Path
@@ -93,7 +94,46 @@ def test_features_of_the_shop_are_encoded(spark: SparkSession, lake: Path) -> No
     rows = samples_of(spark, lake).values()
     assert {row["category_index"] for row in rows} == {2, 3, 4}  # three product groups
     assert {row["device_index"] for row in rows} == {2, 3}
-    assert min(row["price_scaled"] for row in rows) > 2.3  # log1p(10)
+    catalogue = {row["sku"]: row for row in csv.DictReader((EXAMPLE / "catalogue.csv").open(encoding="utf-8"))}
+    assert {sku: row["labels"].split("|") for sku, row in catalogue.items() if row["labels"]} == {
+        sku: names for sku, names in tags_of(spark, lake, rows).items() if names
+    }
+    prices = {row["item_id"]: float(catalogue[row["item_id"]]["price"]) for row in rows}
+    trained = [prices[row["item_id"]] for row in rows if row["impression_date"] < dt.date(2026, 3, 30)]
+    mean, deviation = statistics.fmean(trained), statistics.pstdev(trained)
+    for row in rows:
+        assert row["price_scaled"] == pytest.approx((prices[row["item_id"]] - mean) / deviation, abs=1e-5)
+
+
+def tags_of(spark: SparkSession, lake: Path, rows: Any) -> dict[str, list[str]]:
+    """Item -> its tags, decoded by the vocabulary."""
+    entries = spark.read.format("delta").load(str(lake / "vocabularies")).filter("feature = 'tags'").collect()
+    names = {row["id"]: row["value"] for row in entries}
+    return {row["item_id"]: [names[number] for number in row["tags_indices"]] for row in rows}
+
+
+def test_words_of_the_query_meet_those_of_the_title(spark: SparkSession, lake: Path) -> None:
+    rows = samples_of(spark, lake).values()
+    entries = spark.read.format("delta").load(str(lake / "vocabularies")).filter("feature = 'term'").collect()
+    names = {row["id"]: row["value"] for row in entries}
+    asked = {row["query"]: [names[n] for n in row["query_terms_indices"]] for row in rows}
+    assert asked["red shoes"] == ["red", "shoes"]
+    assert asked[None] == []
+    titled = {row["item_id"]: [names[n] for n in row["item_terms_indices"]] for row in rows}
+    assert titled["K-004"] == ["running", "shoes", "red"]
+    assert titled["K-008"] == ["red", "leather", "bag"]
+
+
+def test_an_item_s_views_and_clicks_of_the_days_before_are_counted(spark: SparkSession, lake: Path) -> None:
+    events, found = shop_events(), samples_of(spark, lake)
+    for view in (row for row in events if row["action"] == "view"):
+        row, day = found[view["event"]], view["utc"].date()
+        before = [e for e in events if e["sku"] == view["sku"] and e["utc"].date() < day]
+        for window, first in (("1d", day - dt.timedelta(days=1)), ("all", dt.date.min)):
+            near = [e["action"] for e in before if e["utc"].date() >= first]
+            for action, name in (("view", "impressions"), ("click", "clicks")):
+                wanted = math.log1p(near.count(action))
+                assert row[f"counter_item_{window}_{name}"] == pytest.approx(wanted, abs=1e-6)
 
 
 def test_values_that_stand_for_none_are_null_in_columns_of_any_type(spark: SparkSession) -> None:

@@ -11,6 +11,7 @@ import pytest
 from etl.sources import jdsearch
 from tests.unit.plain_attribution import attribute, ingest, read_rows
 from usr_ray.config import UserError
+from usr_ray.config.terms import terms_of
 
 pytestmark = pytest.mark.unit
 
@@ -119,7 +120,16 @@ def test_every_real_row_is_accounted_for(tmp_path: Path) -> None:
     assert {t.time() for t in times if t >= dt.datetime(2022, 11, 1, tzinfo=dt.UTC)} == {dt.time()}
     items = pq.read_table(logs / "items")
     assert items.num_rows == 409
-    assert items.column_names == ["item_id", "brand_id", "cate_id_1", "cate_id_2", "cate_id_3", "cate_id_4", "shop_id"]
+    assert items.column_names == ["item_id", *jdsearch.PRODUCT_COLUMNS]
+    with (REAL / "product_meta_data_sample.txt").open(encoding="utf-8") as file:
+        named = {wid: (name, brand) for wid, name, _, brand, *_ in (line.split("\t") for line in file)}
+    for item in items.to_pylist():  # term ids, as published: a query's words are among them
+        name, brand = named[item["item_id"]]
+        assert terms_of(item["name"]) == list(dict.fromkeys(name.split("\x18")))
+        assert terms_of(item["brand_name"] or "") == list(dict.fromkeys(filter(None, brand.split("\x18"))))
+    terms = {term for item in items.to_pylist() for term in terms_of(item["name"])}
+    asked = {term for query in events if query != "-1" for term in query.split("\x18")}
+    assert asked & terms
 
 
 def test_products_with_quotes_and_gaps(tmp_path: Path) -> None:
@@ -133,6 +143,8 @@ def test_products_with_quotes_and_gaps(tmp_path: Path) -> None:
             "cate_id_3": "c3",
             "cate_id_4": None,
             "shop_id": "s1",
+            "name": 'a"b\x18c',
+            "brand_name": "x",
         }
     ]
 

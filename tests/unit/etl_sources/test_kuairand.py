@@ -216,6 +216,7 @@ def test_groups_and_action_are_configurable(tmp_path: Path) -> None:
             "music_id": "99",
             "music_type": "9.0",
             "tag": "39",
+            "tags": ["39", "2"],
             "video_duration_s": 5.0,
             **NOTHING_EARLIER,
         },
@@ -227,6 +228,7 @@ def test_groups_and_action_are_configurable(tmp_path: Path) -> None:
             "music_id": None,
             "music_type": None,
             "tag": None,
+            "tags": None,
             "video_duration_s": None,
             **NOTHING_EARLIER,
         },
@@ -258,6 +260,14 @@ def test_what_users_did_before_the_log_is_history_and_counts(tmp_path: Path) -> 
             ("5", "8", 4_000),
         ]
     assert len(read_rows(logs, "tab_4_impressions")) == 0
+    # Of the five in watch_seq two are no long view (below); each stands in its list's place before the evening.
+    whole = ingest("kuairand", folder, tmp_path / "whole", FULL_SCENARIOS, "kuairand.all_earlier_impressions=true")
+    more = [r for r in read_rows(whole, "main_impressions") if r not in read_rows(logs, "main_impressions")]
+    assert [(r["user_id"], r["item_id"], r["event_time"] // 1000) for r in more] == [
+        ("0", "7", evening_ms - 2 * hour_ms),
+        ("5", "8", 4_000 - hour_ms),
+    ]
+    assert read_rows(whole, "main_clicks") == read_rows(logs, "main_clicks")
     # Read from the newest end, the impressions are: 7 long, 8 long, 7 not (9 is in the way); 8 long, 8 not. So 3 of 5
     # are long; with one more of each, ten impressions at 4 / 7 come on top.
     long, other = 10 * 4 / 7, 10 * 3 / 7

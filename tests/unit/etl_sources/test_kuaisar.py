@@ -10,6 +10,7 @@ import pytest
 from etl.sources import kuaisar, writer
 from tests.unit.plain_attribution import attribute, ingest, read_rows
 from usr_ray.config import UserError
+from usr_ray.config.terms import terms_of
 
 pytestmark = pytest.mark.unit
 
@@ -93,6 +94,7 @@ def test_search_rows(logs: Path) -> None:
         ("s-2-3-701", "2-3", "701", "", at + 2_000),
     ]
     assert [r["impression_id"] for r in read_rows(logs, "search_clicks")] == ["s-1-1-103656000000", "s-2-3-701"]
+    assert terms_of(shown[0]["query"]) == ["20", "34", "3"]
     assert not (logs / "search_orders").exists()  # unknown, which is not the same as none
     assert not (logs / "orders").exists()
 
@@ -123,7 +125,10 @@ def test_features(logs: Path) -> None:
         "second_level_category_id": "136",
         "third_level_category_id": "0",
         "fourth_level_category_id": "0",
+        "caption": "[1, 213,\n24]",
     }
+    assert terms_of(first["caption"]) == ["1", "213", "24"]
+    assert terms_of(second["caption"]) == []
     assert (second["author_id"], second["upload_type"]) == (None, None)
 
 

@@ -129,6 +129,7 @@ def test_features_are_written_only_when_ids_are_one_numbering(tmp_path: Path) ->
     item = {
         "item_id": 30,
         "item_title": "t",
+        "brand_name": "x",
         "brand_id": 1,
         "seller_id": 2,
         "category_level1_id": 3,
@@ -156,6 +157,8 @@ def test_features_are_written_only_when_ids_are_one_numbering(tmp_path: Path) ->
             "category_level1_id": "3",
             "category_level2_id": "4",
             "category_level3_id": "0",
+            "item_title": "t",
+            "brand_name": "x",
         }
     ]
     (folder / "items.jsonl").write_text('{"item_id": 30}\n')

@@ -331,6 +331,19 @@ def test_item_vectors_tell_the_category_in_part_and_change_nothing_else(tmp_path
     assert all(pq.read_table(logs / name).equals(pq.read_table(without / name)) for name in others)
 
 
+def test_item_tags_tell_what_an_item_is_in_part(tmp_path: Path) -> None:
+    config = small_config("simulated.num_items=1000")
+    world = make_world(config)
+    tags = pq.read_table(write_logs(tmp_path, config) / "items")["tags"].to_pylist()
+    assert {len(names) for names in tags} == {2}
+    latent_ID = world.item_latent_ID
+    furthest = np.abs(latent_ID).argmax(axis=1)
+    signs = latent_ID[np.arange(len(latent_ID)), furthest] > 0
+    told = [f"style_{2 * place + sign}" for place, sign in zip(furthest, signs, strict=True)]
+    right = np.mean([names[0] == name for names, name in zip(tags, told, strict=True)])
+    assert right == pytest.approx(0.7 + 0.3 / (2 * latent_ID.shape[1]), abs=0.05)
+
+
 def test_more_days_leave_the_first_days_as_they_are() -> None:
     settled = "simulated.new_item_share=0"  # launch days are drawn over the days there are
     short = drawn(small_config(settled))[1]
