@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from usr_ray.config import Config, date_ranges, dates_in, end_of_us, load_config, parse_dates
+from usr_ray.config import Config, date_ranges, dates_in, load_config
 from usr_ray.data.manifest import Manifest
 from usr_ray.evaluation.baseline import popularity_baseline
 from usr_ray.evaluation.files import read_predictions, write_predictions
@@ -33,7 +33,7 @@ from usr_ray.evaluation.metrics import Predictions, auc
 from usr_ray.runs.plan import split_manifest
 from usr_ray.schema import TASKS
 from usr_ray.training.loop import train
-from usr_ray.training.rows import read_training_rows
+from usr_ray.training.rows import baseline_rows
 from usr_ray.training.worker import LocalWorker
 
 NUM_RESAMPLES = 200
@@ -73,12 +73,8 @@ class Data:
         return load_config(self.config_path, [*self.overrides, *quiet, *overrides])
 
     def popularity(self, rows: Predictions) -> Predictions:
-        config = self.config()
-        last = parse_dates(config.data.train_dates, where="data.train_dates")[1]
-        seen = read_training_rows(
-            self.train, ready_before_us=end_of_us(last), mature_only=True, order_wait_us=config.order_wait_us
-        )
-        return popularity_baseline(seen, rows, len(config.scenarios))
+        config = self.config(["data.mature_only=true"])
+        return popularity_baseline(baseline_rows(config, self.train), rows, len(config.scenarios))
 
 
 @dataclass(frozen=True)

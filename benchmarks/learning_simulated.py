@@ -27,6 +27,7 @@ from learning_runs import Data, Runs, gaps, mean_auc, save, show_gap, train_seed
 from jobs.demo import PLAIN
 from usr_ray.config import BACKBONES, load_config
 from usr_ray.data.decode import RowGroupDecoder
+from usr_ray.data.mature import WhichRows
 from usr_ray.evaluation.metrics import Predictions
 from usr_ray.schema import TASKS
 
@@ -79,7 +80,7 @@ def oracle(data: Data, rows: Predictions, logs: Path) -> Runs:
 
 def _impression_ids(data: Data, rows: Predictions) -> np.ndarray:
     """impression_id of each row: `row_number` counts the rows of the manifest's files in order."""
-    decoder = RowGroupDecoder(data.held_out, ready_before_us=None, mature_only=True)
+    decoder = RowGroupDecoder(data.held_out, WhichRows())
     decoder.columns = ["impression_id"]
     parts = [decoder.read(ref)["impression_id"].to_numpy(zero_copy_only=False) for ref in data.held_out.row_groups()]
     return np.concatenate(parts)[rows.row_number_N]

@@ -37,6 +37,7 @@ from benchmarks.interleaved import header, interval, publish, ratio, spread, ver
 from benchmarks.step_cases import spec_of
 from usr_ray.data.decode import RowGroupDecoder
 from usr_ray.data.manifest import Manifest, build_manifest
+from usr_ray.data.mature import WhichRows
 from usr_ray.data.order import BLOCK_ROWS
 from usr_ray.data.order_quality import shuffle_quality
 from usr_ray.data.reader import Reading, SampleReader
@@ -120,14 +121,14 @@ def write_table(
 
 def decode_only(manifest: Manifest, num_threads: int) -> int:
     """Bare pyarrow: every row group decoded to Arrow by a pool of threads, nothing kept, nothing checked."""
-    decoder = RowGroupDecoder(manifest, ready_before_us=None, mature_only=True)
+    decoder = RowGroupDecoder(manifest, WhichRows())
     with ThreadPoolExecutor(num_threads) as pool:
         return sum(table.num_rows for table in pool.map(decoder.read, manifest.row_groups()))
 
 
 def decode_to_tensors(manifest: Manifest, num_threads: int) -> int:
     """As `decode_only`, and the columns of each row group as checked tensors: all but the shuffle and the batches."""
-    decoder = RowGroupDecoder(manifest, ready_before_us=None, mature_only=True)
+    decoder = RowGroupDecoder(manifest, WhichRows())
     with ThreadPoolExecutor(num_threads) as pool:
         return sum(pool.map(lambda ref: len(decoder.decode(ref)), manifest.row_groups()))
 
@@ -160,7 +161,7 @@ def ray_data_batches(manifest: Manifest, batch_format: str, shuffle_rows: int | 
             log_to_driver=False,
         )
         ray.data.DataContext.get_current().enable_progress_bars = False
-    columns = RowGroupDecoder(manifest, ready_before_us=None, mature_only=True).columns
+    columns = RowGroupDecoder(manifest, WhichRows()).columns
     files = [f"{manifest.table_uri}/{file.path}" for file in manifest.files]
     dataset = ray.data.read_parquet(files, columns=columns, partitioning=None)
     batches = dataset.iter_batches(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from usr_ray.cli import JobParser, add_allow_missing_dates, check_lake, check_output_file, check_run_dir, run_job
-from usr_ray.config import Config, UserError, date_ranges, end_of_us, parse_dates
+from usr_ray.config import Config, UserError, date_ranges, parse_dates
 
 if TYPE_CHECKING:  # torch takes seconds to load: a wrong command line is reported without it
     from usr_ray.data.manifest import Manifest
@@ -31,7 +31,7 @@ def baseline_of(config: Config, lake: str, held_out: Manifest, predictions: Pred
     """The popularity baseline on the same rows; None, and a line that says why, where it cannot be had."""
     from usr_ray.data.manifest import build_manifest
     from usr_ray.evaluation.baseline import popularity_baseline
-    from usr_ray.training.rows import read_training_rows
+    from usr_ray.training.rows import baseline_rows
 
     if not config.data.train_dates:
         print("no popularity baseline: the run's configuration names no data.train_dates")
@@ -42,12 +42,7 @@ def baseline_of(config: Config, lake: str, held_out: Manifest, predictions: Pred
         manifest = build_manifest(
             lake, dates=dates, version=held_out.version, where="data.train_dates", allow_missing=allow_missing
         )
-        rows = read_training_rows(
-            manifest,
-            ready_before_us=end_of_us(dates[1]),
-            mature_only=config.data.mature_only,
-            order_wait_us=config.order_wait_us,
-        )
+        rows = baseline_rows(config, manifest)
     except UserError as error:
         print(f"no popularity baseline: {error}")
         return None

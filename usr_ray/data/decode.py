@@ -23,7 +23,7 @@ from usr_ray.data.manifest import (
     model_columns,
     open_filesystem,
 )
-from usr_ray.data.mature import labels_close_us
+from usr_ray.data.mature import EVERY_ROW, WhichRows, labels_close_us
 from usr_ray.data.parts import RowGroupRef
 from usr_ray.files import one_line
 from usr_ray.schema import (
@@ -44,22 +44,10 @@ _TYPES = {"long": pa.int64(), "float": pa.float32(), "boolean": pa.bool_()}
 class RowGroupDecoder:
     """Decodes row groups of a manifest; safe to call from several threads."""
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        *,
-        ready_before_us: int | None,
-        mature_only: bool,
-        order_wait_us: int = 0,
-        only_scenario: str = "",
-        cache_dir: Path | str | None = None,
-    ) -> None:
-        """See SampleReader for the arguments."""
-        self._manifest = manifest
-        self._ready_before_us = ready_before_us
-        self._mature_only, self._only_scenario = mature_only, only_scenario
-        self._order_wait_us = order_wait_us
-        unused = {"is_mature": mature_only, "event_time": ready_before_us is not None}
+    def __init__(self, manifest: Manifest, which: WhichRows = EVERY_ROW, cache_dir: Path | str | None = None) -> None:
+        """`cache_dir`: as Reading has it."""
+        self._manifest, self._which = manifest, which
+        unused = {"is_mature": which.mature_only, "event_time": which.ready_before_us is not None}
         self.columns = [name for name in model_columns(manifest.spec) if unused.get(name, True)]
         self._filesystem, self._table_path = open_filesystem(manifest.table_uri)
         self._footers: dict[int, pq.FileMetaData] = {}
@@ -78,16 +66,7 @@ class RowGroupDecoder:
             table = self.read(ref, use_threads=use_threads)
             if self._cache:
                 self._cache.store(ref, table)
-        return table_to_batch(
-            table,
-            self._manifest.spec,
-            where=self._where(ref),
-            first_row=ref.first_row,
-            ready_before_us=self._ready_before_us,
-            mature_only=self._mature_only,
-            order_wait_us=self._order_wait_us,
-            only_scenario=self._only_scenario,
-        )
+        return table_to_batch(table, self._manifest.spec, self._which, where=self._where(ref), first_row=ref.first_row)
 
     def read(self, ref: RowGroupRef, *, use_threads: bool = False) -> pa.Table:
         """The needed columns of a row group, as stored in Parquet; DataError where the file has changed."""
@@ -119,28 +98,16 @@ class RowGroupDecoder:
 
 
 def table_to_batch(
-    table: pa.Table,
-    spec: FeatureSpec,
-    *,
-    where: str,
-    first_row: int,
-    ready_before_us: int | None = None,
-    mature_only: bool = False,
-    order_wait_us: int = 0,
-    only_scenario: str = "",
+    table: pa.Table, spec: FeatureSpec, which: WhichRows = EVERY_ROW, *, where: str, first_row: int
 ) -> UsrBatch:
     """Rows of a samples table as a checked batch; the events are as wide as in the table (BatchBuilder narrows them).
 
     Args:
-        table: the columns of `manifest.model_columns`; is_mature only if mature_only, event_time only if
-            ready_before_us.
+        table: the columns of `manifest.model_columns`; is_mature and event_time only if `which` looks at them.
         spec: of the table.
+        which: rows have weight.
         where: file and row group, for messages.
         first_row: row_number of the first row.
-        ready_before_us: rows whose labels close later get weight 0; None: all are in time.
-        mature_only: rows with is_mature false get weight 0.
-        order_wait_us: see Reading.
-        only_scenario: rows of the other scenarios get weight 0, and all rows empty histories of those; '': none do.
 
     Raises:
         DataError: a value that breaks the contract of the samples table.
@@ -148,19 +115,20 @@ def table_to_batch(
     columns = _Columns(table, spec, where)
     weights_B = np.ones(table.num_rows, dtype=np.float32)
     labels_BT = columns.labels()
-    if mature_only:
+    if which.mature_only:
         weights_B *= columns.scalars("is_mature").to_numpy(zero_copy_only=False)
-    if ready_before_us is not None:
+    if which.ready_before_us is not None:
         close_us_B = labels_close_us(columns.event_time_us(), spec)
-        weights_B *= close_us_B - order_wait_us <= ready_before_us
-        if order_wait_us:
-            labels_BT[:, ORDERS] = np.where((close_us_B > ready_before_us)[:, None], OPEN_LABEL, labels_BT[:, ORDERS])
+        weights_B *= close_us_B - which.order_wait_us <= which.ready_before_us
+        if which.order_wait_us:
+            is_open_B1 = (close_us_B > which.ready_before_us)[:, None]
+            labels_BT[:, ORDERS] = np.where(is_open_B1, OPEN_LABEL, labels_BT[:, ORDERS])
     scenario_B = columns.ids("scenario_index", len(spec.scenarios), "scenarios")
     histories = tuple(columns.history(names, spec) for names in spec.histories)
-    if only_scenario:
-        weights_B *= scenario_B.to_numpy() == spec.scenarios.index(only_scenario)
+    if only := which.only_scenario:
+        weights_B *= scenario_B.to_numpy() == spec.scenarios.index(only)
         pairs = zip(spec.histories, histories, strict=True)
-        histories = tuple(events if names.scenario == only_scenario else events.emptied() for names, events in pairs)
+        histories = tuple(events if names.scenario == only else events.emptied() for names, events in pairs)
     ids = [columns.ids(feature.column, feature.num_embeddings).to_numpy() for feature in spec.sparse]
     numbers = [columns.finite(feature.column) for feature in spec.dense]
     return UsrBatch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,25 @@ from usr_ray.config import DAY_US
 from usr_ray.data.manifest import DataError, Manifest
 from usr_ray.data.parts import RowGroupRef
 from usr_ray.schema import FeatureSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WhichRows:
+    """Which rows have weight."""
+
+    ready_before_us: int | None = None
+    """Rows whose labels close later (labels_close_us) get weight 0, and row groups that hold only such rows are not
+    read; None: no such limit."""
+    mature_only: bool = True
+    """Likewise for rows with is_mature false."""
+    order_wait_us: int = 0
+    """Config.order_wait_us: above 0, a row has weight once its labels of clicks have closed, and those of orders that
+    close after ready_before_us are schema.OPEN_LABEL."""
+    only_scenario: str = ""
+    """Rows of other scenarios get weight 0, and the histories of other scenarios are empty; '': all count."""
+
+
+EVERY_ROW = WhichRows(mature_only=False)
 
 
 def labels_close_us(event_time_us: NDArray[np.int64], spec: FeatureSpec) -> NDArray[np.int64]:
@@ -23,31 +43,28 @@ def labels_close_us(event_time_us: NDArray[np.int64], spec: FeatureSpec) -> NDAr
     return start + spec.label_delay_us
 
 
-def usable_row_groups(
-    manifest: Manifest, *, ready_before_us: int | None, mature_only: bool, order_wait_us: int = 0
-) -> list[RowGroupRef]:
-    """Row groups that may hold a row with weight: some mature row, and labels that close by ready_before_us.
-
-    `order_wait_us`: Config.order_wait_us; above 0 the labels of clicks must close by then.
+def usable_row_groups(manifest: Manifest, which: WhichRows) -> list[RowGroupRef]:
+    """Row groups that may hold a row with weight.
 
     Raises:
         DataError: there is none, so there is nothing to train on.
     """
     usable = []
     for ref in manifest.row_groups():
-        earliest = labels_close_us(np.array([ref.row_group.min_event_time_us]), manifest.spec)[0] - order_wait_us
-        if (ready_before_us is None or earliest <= ready_before_us) and (ref.row_group.has_mature or not mature_only):
+        earliest = labels_close_us(np.array([ref.row_group.min_event_time_us]), manifest.spec)[0] - which.order_wait_us
+        in_time = which.ready_before_us is None or earliest <= which.ready_before_us
+        if in_time and (ref.row_group.has_mature or not which.mature_only):
             usable.append(ref)
     if usable:
         return usable
     where = f"{manifest.table_uri}, {manifest.dates[0]} to {manifest.dates[-1]}"
-    if mature_only and not any(ref.row_group.has_mature for ref in manifest.row_groups()):
+    if which.mature_only and not any(ref.row_group.has_mature for ref in manifest.row_groups()):
         raise DataError(
             f"{where}: none of the {manifest.num_rows} rows is mature; rebuild the dates with a later --watermark, "
             "or set data.mature_only=false to read labels that may still change"
         )
-    cut_off = dt.datetime.fromtimestamp((ready_before_us or 0) / 1e6, tz=dt.UTC)
+    cut_off = dt.datetime.fromtimestamp((which.ready_before_us or 0) / 1e6, tz=dt.UTC)
     raise DataError(
         f"{where}: no row's labels are final by {cut_off:%Y-%m-%dT%H:%M:%SZ} (they close "
-        f"{(manifest.spec.label_delay_us - order_wait_us) / 3.6e9:g} hours after the impression); take more days"
+        f"{(manifest.spec.label_delay_us - which.order_wait_us) / 3.6e9:g} hours after the impression); take more days"
     )

@@ -28,7 +28,7 @@ from usr_ray.data.assemble import BatchBuilder, take_rows
 from usr_ray.data.batch import UsrBatch
 from usr_ray.data.decode import RowGroupDecoder
 from usr_ray.data.manifest import Manifest
-from usr_ray.data.mature import usable_row_groups
+from usr_ray.data.mature import WhichRows, usable_row_groups
 from usr_ray.data.order_quality import ShuffleQuality, epoch_quality
 from usr_ray.data.process import compute_alone
 
@@ -38,7 +38,7 @@ _POLL_S = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Reading:
+class Reading(WhichRows):
     """How a manifest is read. The global batches do not depend on rank, world_size and the fields below them."""
 
     global_batch_size: int
@@ -48,16 +48,6 @@ class Reading:
     seed: int = 0
     order: str = "shuffled"
     """'shuffled', 'by_date' or 'file' (order.epoch_order)."""
-    ready_before_us: int | None = None
-    """Rows whose labels close later (mature.labels_close_us) get weight 0, and row groups that hold only such rows
-    are not read; None: no such limit."""
-    mature_only: bool = True
-    """Likewise for rows with is_mature false."""
-    order_wait_us: int = 0
-    """Config.order_wait_us: above 0, a row has weight once its labels of clicks have closed, and those of orders that
-    close after ready_before_us are schema.OPEN_LABEL."""
-    only_scenario: str = ""
-    """Rows of other scenarios get weight 0, and the histories of other scenarios are empty; '': all count."""
     num_shards: int = 1
     """Spans of a block that are permuted separately, so that a rank decodes only its own (order.py); 1 permutes whole
     blocks, and every rank decodes every row group."""
@@ -91,20 +81,9 @@ class SampleReader:
             world_size=reading.world_size,
             num_shards=reading.num_shards,
         )
-        ready_before_us, mature_only = reading.ready_before_us, reading.mature_only
-        wait_us = reading.order_wait_us
-        self.refs = usable_row_groups(
-            manifest, ready_before_us=ready_before_us, mature_only=mature_only, order_wait_us=wait_us
-        )
+        self.refs = usable_row_groups(manifest, reading)
         """The row groups that are read, in file order."""
-        self.decoder = RowGroupDecoder(
-            manifest,
-            ready_before_us=ready_before_us,
-            mature_only=mature_only,
-            order_wait_us=wait_us,
-            only_scenario=reading.only_scenario,
-            cache_dir=reading.cache_dir,
-        )
+        self.decoder = RowGroupDecoder(manifest, reading, reading.cache_dir)
         self._executor: ThreadPoolExecutor | None = None
         self._streams: weakref.WeakSet[_Stream] = weakref.WeakSet()
         self.epoch_order(0)  # refuses an unknown order now, not in the first step

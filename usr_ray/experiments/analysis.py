@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from usr_ray.config import Config, end_of_us, parse_dates
+from usr_ray.config import Config
 from usr_ray.evaluation.baseline import TrainingRows
 from usr_ray.evaluation.files import PREDICTIONS_FILE, SPLIT, read_predictions
 from usr_ray.evaluation.metrics import ALL, GLOBAL, CellMetrics, Predictions
@@ -24,7 +24,7 @@ from usr_ray.experiments.record import is_finished, trial_dir
 from usr_ray.runs.evaluations import CONFIG_FILE, METRICS_FILE
 from usr_ray.runs.plan import load_manifest
 from usr_ray.schema import TASKS
-from usr_ray.training.rows import read_training_rows
+from usr_ray.training.rows import baseline_rows
 
 WHOLE = "all rows"
 Point = tuple[tuple[str, str], ...]
@@ -96,13 +96,7 @@ class Trials:
         """What the trial was trained on, four columns of it."""
         config, manifest = self.config(trial), load_manifest(trial_dir(self.run_dir, trial), "train")
         assert manifest is not None
-        last = parse_dates(config.data.train_dates, where="data.train_dates")[1]
-        return read_training_rows(
-            manifest,
-            ready_before_us=end_of_us(last),
-            mature_only=config.data.mature_only,
-            order_wait_us=config.order_wait_us,
-        )
+        return baseline_rows(config, manifest)
 
 
 def means(trials: Trials) -> dict[Point, dict[tuple[str, str, str], Mean]]:

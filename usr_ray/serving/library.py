@@ -13,6 +13,7 @@ import torch
 from usr_ray.config import Config, UserError, parse_dates
 from usr_ray.data.decode import RowGroupDecoder, table_to_batch
 from usr_ray.data.manifest import Manifest, build_manifest, model_columns, read_vocabularies
+from usr_ray.data.mature import WhichRows
 from usr_ray.model.usr import UsrModel
 from usr_ray.runs.evaluations import METRICS_FILE
 from usr_ray.schema import FeatureSpec
@@ -125,7 +126,7 @@ class Samples:
 
     def head(self, num_rows: int = 5) -> pa.Table:
         """The first rows in the table's order, with every column that training reads; fewer where there are fewer."""
-        decoder = RowGroupDecoder(self.manifest, ready_before_us=0, mature_only=True)
+        decoder = RowGroupDecoder(self.manifest, WhichRows(ready_before_us=0))
         found: list[pa.Table] = []
         for ref in self.manifest.row_groups():
             found.append(decoder.read(ref))

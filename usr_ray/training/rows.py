@@ -12,7 +12,7 @@ from usr_ray.config import Config, UserError, end_of_us, parse_dates
 from usr_ray.data.batch import UsrBatch
 from usr_ray.data.decode import RowGroupDecoder
 from usr_ray.data.manifest import Manifest
-from usr_ray.data.mature import labels_close_us, usable_row_groups
+from usr_ray.data.mature import WhichRows, labels_close_us, usable_row_groups
 from usr_ray.data.reader import Reading, SampleReader
 from usr_ray.evaluation.baseline import TrainingRows
 from usr_ray.evaluation.metrics import known_labels_only
@@ -87,38 +87,40 @@ def check_label_order(batch: UsrBatch) -> None:
             )
 
 
-def read_training_rows(
-    manifest: Manifest, *, ready_before_us: int | None, mature_only: bool, order_wait_us: int = 0
-) -> TrainingRows:
-    """The rows of a manifest that training would count, by the same rules (see SampleReader), four columns of them.
+def baseline_rows(config: Config, manifest: Manifest) -> TrainingRows:
+    """`read_training_rows` of a run's training dates: those final at their end."""
+    last = parse_dates(config.data.train_dates, where="data.train_dates")[1]
+    which = WhichRows(
+        ready_before_us=end_of_us(last), mature_only=config.data.mature_only, order_wait_us=config.order_wait_us
+    )
+    return read_training_rows(manifest, which)
 
-    Labels that were still open are NaN.
+
+def read_training_rows(manifest: Manifest, which: WhichRows) -> TrainingRows:
+    """The rows of a manifest that training would count, four columns of them; labels that were still open are NaN.
 
     Raises:
         DataError: no row counts, or a file cannot be read.
     """
-    decoder = RowGroupDecoder(manifest, ready_before_us=ready_before_us, mature_only=mature_only)
+    decoder = RowGroupDecoder(manifest, which)
     item_column = manifest.spec.sparse_feature("item_id").column
     decoder.columns = [*ALL_LABELS, "scenario_index", "user_key", item_column, "is_mature", "event_time"]
     parts = []
-    usable = usable_row_groups(
-        manifest, ready_before_us=ready_before_us, mature_only=mature_only, order_wait_us=order_wait_us
-    )
-    for ref in usable:
+    for ref in usable_row_groups(manifest, which):
         table = decoder.read(ref)
         counts_N = np.ones(table.num_rows, dtype=bool)
-        if mature_only:
+        if which.mature_only:
             counts_N &= table["is_mature"].to_numpy()
-        if ready_before_us is not None:
+        if which.ready_before_us is not None:
             time_us_N = table["event_time"].cast(pa.timestamp("us", tz="UTC")).cast(pa.int64()).to_numpy()
-            wait_us_N = labels_close_us(time_us_N, manifest.spec) - ready_before_us
-            counts_N &= wait_us_N <= order_wait_us
+            wait_us_N = labels_close_us(time_us_N, manifest.spec) - which.ready_before_us
+            counts_N &= wait_us_N <= which.order_wait_us
             table = table.append_column("is_open", pa.array(wait_us_N > 0))
         parts.append(table.drop_columns(["is_mature", "event_time"]).filter(pa.array(counts_N)))
     rows = pa.concat_tables(parts)
     scenario_N = rows["scenario_index"].to_numpy()
     labels_NT = np.stack([rows[label].to_numpy() for label in ALL_LABELS], axis=1)
-    if ready_before_us is not None:
+    if which.ready_before_us is not None:
         labels_NT[np.ix_(rows["is_open"].to_numpy(), ORDERS)] = np.nan
     return TrainingRows(
         scenario_N=scenario_N,

@@ -14,6 +14,7 @@ from tests.unit.samples_table import samples_arrow, samples_spec
 from usr_ray.data.batch import UsrBatch
 from usr_ray.data.decode import table_to_batch
 from usr_ray.data.manifest import DataError
+from usr_ray.data.mature import WhichRows
 
 pytestmark = pytest.mark.unit
 
@@ -23,7 +24,8 @@ ITEMS, ACTIONS, AGES = "search_history_item_ids", "search_history_actions", "sea
 
 
 def decode(table: pa.Table, **options: Any) -> UsrBatch:
-    return table_to_batch(table, SPEC, where="part-0.parquet, row group 3", first_row=100, **options)
+    which = WhichRows(**{"mature_only": False, **options})
+    return table_to_batch(table, SPEC, which, where="part-0.parquet, row group 3", first_row=100)
 
 
 def with_values(name: str, values: list[Any], kind: pa.DataType | None = None) -> pa.Table:

@@ -27,7 +27,7 @@ from usr_ray.data.manifest import (
     open_filesystem,
     read_footer,
 )
-from usr_ray.data.mature import labels_close_us, usable_row_groups
+from usr_ray.data.mature import WhichRows, labels_close_us, usable_row_groups
 from usr_ray.data.parts import DataFile, RowGroup
 from usr_ray.runs.evaluations import dates_of
 from usr_ray.schema import FEATURE_SPEC_PROPERTY
@@ -381,7 +381,7 @@ def test_row_groups_that_cannot_count_are_not_read_and_rows_keep_their_numbers()
     cut_off = START_US + 27 * HOUR_US
 
     def first_rows(**options: Any) -> list[int]:
-        return [ref.first_row for ref in usable_row_groups(manifest, **options)]
+        return [ref.first_row for ref in usable_row_groups(manifest, WhichRows(**options))]
 
     assert first_rows(ready_before_us=None, mature_only=True) == [0, 20, 30]
     assert first_rows(ready_before_us=cut_off, mature_only=True) == [0, 20]
@@ -399,11 +399,11 @@ def test_a_table_without_a_mature_row_is_refused() -> None:
     with pytest.raises(
         DataError, match=r"none of the 20 rows is mature; rebuild .*--watermark.*data.mature_only=false"
     ):
-        usable_row_groups(manifest, ready_before_us=None, mature_only=True)
+        usable_row_groups(manifest, WhichRows())
 
 
 def test_a_cut_off_before_all_labels_is_refused() -> None:
     manifest = plain_manifest(mature=[True, True], hours=[0, 1])
     message = r"no row's labels are final by 2026-01-01T00:00:00Z \(they close 25 hours after the impression\)"
     with pytest.raises(DataError, match=message):
-        usable_row_groups(manifest, ready_before_us=START_US, mature_only=True)
+        usable_row_groups(manifest, WhichRows(ready_before_us=START_US))

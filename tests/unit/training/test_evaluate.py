@@ -25,6 +25,7 @@ from usr_ray.config import Config, end_of_us
 from usr_ray.data.batch import UsrOutputs
 from usr_ray.data.lineage import difference
 from usr_ray.data.manifest import build_manifest
+from usr_ray.data.mature import WhichRows
 from usr_ray.evaluation.baseline import popularity_baseline
 from usr_ray.evaluation.files import metrics_text, read_predictions, write_metrics, write_predictions
 from usr_ray.evaluation.metrics import metrics_by_scenario
@@ -225,9 +226,9 @@ def test_a_scenario_whose_orders_no_log_knows_has_no_ctcvr(lake, manifest, alone
     assert result.metrics["recommendation"] == alone.metrics["recommendation"]
     in_search = result.predictions.scenario_N == 0
     assert np.isnan(result.predictions.labels_NT).tolist() == [[False, own, False, own] for own in in_search.tolist()]
-    train = read_training_rows(masked, ready_before_us=None, mature_only=True)
+    train = read_training_rows(masked, WhichRows())
     baseline = popularity_baseline(train, result.predictions, 2)
-    whole_train = read_training_rows(manifest, ready_before_us=None, mature_only=True)
+    whole_train = read_training_rows(manifest, WhichRows())
     whole = popularity_baseline(whole_train, alone.predictions, 2)
     assert (baseline.probs_NT[~in_search] == whole.probs_NT[~in_search]).all()
     assert (baseline.global_probs_NT[:, 0] == whole.global_probs_NT[:, 0]).all()
@@ -282,7 +283,7 @@ def test_ids_newer_than_the_model_are_unknown_to_it(manifest):
 def test_baseline_counts_the_rows_that_training_counts(lake):
     first = build_manifest(lake, dates=(FIRST_DATE, HELD_OUT[1]))
     ready_before_us = end_of_us(HELD_OUT[1])
-    rows = read_training_rows(first, ready_before_us=ready_before_us, mature_only=True)
+    rows = read_training_rows(first, WhichRows(ready_before_us=ready_before_us))
     table = DeltaTable(str(lake / SAMPLES)).to_pyarrow_table()
     closes = pc.add(table["event_time"].cast("int64"), 25 * 3_600_000_000)
     wanted = table.filter(pc.and_(pc.less_equal(closes, ready_before_us), table["is_mature"]))
@@ -294,7 +295,7 @@ def test_baseline_counts_the_rows_that_training_counts(lake):
 def test_baseline_does_not_count_orders_that_are_open(lake):
     first = build_manifest(lake, dates=(FIRST_DATE, HELD_OUT[1]))
     ready_before_us, wait_us = end_of_us(HELD_OUT[1]), 24 * 3_600_000_000
-    rows = read_training_rows(first, ready_before_us=ready_before_us, mature_only=True, order_wait_us=wait_us)
+    rows = read_training_rows(first, WhichRows(ready_before_us=ready_before_us, order_wait_us=wait_us))
     table = DeltaTable(str(lake / SAMPLES)).to_pyarrow_table().filter(pc.field("is_mature"))
     time_us = table["event_time"].cast("int64")
     clicks_final, final = (
