@@ -103,15 +103,12 @@ def count_rows(
         both = days[cells % len(days)]
         yield emitted(
             COUNT,
-            len(cells),
-            {
-                "feature": pa.repeat(name, len(cells)),
-                "value": of_code.take(pa.array(cells // len(days) // len(histories))),
-                "scenario": pa.array(cells // len(days) % len(histories)),
-                "day": pa.array(both // _MAX_DAYS + first),
-                "days": _lists(both % _MAX_DAYS + first, 1),
-                "counts": _lists(sums.reshape(-1), 3),
-            },
+            feature=name,
+            value=of_code.take(pa.array(cells // len(days) // len(histories))),
+            scenario=cells // len(days) % len(histories),
+            day=both // _MAX_DAYS + first,
+            days=_lists(both % _MAX_DAYS + first, 1),
+            counts=_lists(sums.reshape(-1), 3),
         )
 
 

@@ -60,12 +60,17 @@ _LATE_ROWS = 4_096
 """Rows whose late events are looked up at once: bounds memory."""
 
 
-def emitted(part: str, size: int, columns: Mapping[str, pa.Array | pa.ChunkedArray]) -> pa.RecordBatch:
-    """Rows of one part; columns that it lacks are null."""
+def emitted(part: str, **columns: pa.Array | pa.ChunkedArray | np.ndarray | str | int) -> pa.RecordBatch:
+    """Rows of one part, of columns and of values that all its rows have; columns that it lacks are null."""
+    size = next(len(column) for column in columns.values() if not isinstance(column, str | int))
     arrays = []
     for column in EMITTED:
-        found = pa.repeat(part, size) if column.name == "part" else columns.get(column.name)
-        array = pa.nulls(size, column.type) if found is None else found.cast(column.type)
+        found = part if column.name == "part" else columns.get(column.name)
+        if found is None:
+            found = pa.nulls(size, column.type)
+        elif isinstance(found, str | int):
+            found = pa.repeat(found, size)
+        array = (pa.array(found) if isinstance(found, np.ndarray) else found).cast(column.type)
         arrays.append(array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array)
     return pa.RecordBatch.from_arrays(arrays, schema=EMITTED)
 
@@ -106,15 +111,12 @@ class Dictionaries:
                 edges = pa.array(np.concatenate([[0], np.cumsum(num_days[picked])]).astype(np.int32))
                 yield emitted(
                     VALUE,
-                    len(picked),
-                    {
-                        "chunk": pa.repeat(chunk, len(picked)),
-                        "feature": pa.repeat(name, len(picked)),
-                        "code": pa.array(picked),
-                        "value": values.take(pa.array(picked)),
-                        "days": pa.ListArray.from_arrays(edges, pa.array(places % width + first)),
-                        "counts": pa.ListArray.from_arrays(edges, pa.array(counts)),
-                    },
+                    chunk=chunk,
+                    feature=name,
+                    code=picked,
+                    value=values.take(pa.array(picked)),
+                    days=pa.ListArray.from_arrays(edges, pa.array(places % width + first)),
+                    counts=pa.ListArray.from_arrays(edges, pa.array(counts)),
                 )
 
 

@@ -84,13 +84,9 @@ def _account(parts: Cleaned, events: Events, attribution: Attribution) -> Iterat
     """Rows in, duplicates and rows used, by kind, scenario and day."""
     logged = parts.rows.filter(pc.less_equal(parts.rows["kind"], KIND_ORDER))
     used = np.concatenate([events.rows(KIND_IMPRESSION), attribution.click_rows, attribution.order_rows])
-    for what, table in (
-        ("rows_in", logged),
-        ("rows_in", parts.capped),
-        ("rows_in", parts.duplicates),
-        ("duplicates", parts.duplicates),
-    ):
-        yield from _counted(what, table)
+    for table in (logged, parts.capped, parts.duplicates):
+        yield from _counted("rows_in", table)
+    yield from _counted("duplicates", parts.duplicates)
     yield from _counted("used", parts.rows.select(["kind", "scenario", "event_time"]).take(pa.array(used)))
 
 
@@ -102,28 +98,15 @@ def _counted(what: str, table: pa.Table) -> Iterator[pa.RecordBatch]:
     day = pa.array(pc.fill_null(time, 0).to_numpy() // DAY_US, mask=undated)
     grouped = pa.table({"kind": table["kind"], "scenario": table["scenario"], "day": day, "time": time})
     sums = grouped.group_by(["kind", "scenario", "day"]).aggregate([([], "count_all"), ("time", "max")])
-    yield emitted(
-        ACCOUNT,
-        sums.num_rows,
-        {
-            "what": pa.repeat(what, sums.num_rows),
-            "kind": sums["kind"],
-            "scenario": sums["scenario"],
-            "day": sums["day"],
-            "num_rows": sums["count_all"],
-            "event_time": sums["time_max"].cast(pa.timestamp("us", tz="UTC")),
-        },
-    )
+    columns = {name: sums[name] for name in ("kind", "scenario", "day")}
+    yield emitted(ACCOUNT, what=what, num_rows=sums["count_all"], event_time=sums["time_max"], **columns)
 
 
 def _unusable(rows: pa.Table) -> Iterator[pa.RecordBatch]:
     yield from _counted(UNUSABLE, rows)
     if rows.num_rows:
-        yield emitted(
-            REJECT,
-            rows.num_rows,
-            {"row": rows["row_json"], **{name: rows[name] for name in ("kind", "scenario", "reason", "event_time")}},
-        )
+        columns = {name: rows[name] for name in ("kind", "scenario", "reason", "event_time")}
+        yield emitted(REJECT, row=rows["row_json"], **columns)
 
 
 def _capped(rows: pa.Table) -> Iterator[pa.RecordBatch]:
@@ -132,17 +115,9 @@ def _capped(rows: pa.Table) -> Iterator[pa.RecordBatch]:
         return
     grouped = rows.select(["user_id", "kind", "scenario"]).append_column("day", pa.array(days_of(rows)))
     sums = grouped.group_by(["user_id", "kind", "scenario", "day"]).aggregate([([], "count_all")])
-    day = pa.array(sums["day"].to_numpy() * DAY_US).cast(pa.timestamp("us", tz="UTC"))
-    yield emitted(
-        REJECT,
-        sums.num_rows,
-        {
-            "reason": pa.repeat(OVER_LIMIT, sums.num_rows),
-            "event_time": day,
-            "num_rows": sums["count_all"],
-            **{name: sums[name] for name in ("user_id", "kind", "scenario")},
-        },
-    )
+    columns = {name: sums[name] for name in ("user_id", "kind", "scenario")}
+    day_us = sums["day"].to_numpy() * DAY_US
+    yield emitted(REJECT, reason=OVER_LIMIT, event_time=day_us, num_rows=sums["count_all"], **columns)
 
 
 def _rejects(rows: pa.Table, attribution: Attribution) -> Iterator[pa.RecordBatch]:
@@ -151,7 +126,7 @@ def _rejects(rows: pa.Table, attribution: Attribution) -> Iterator[pa.RecordBatc
         names = ("kind", "scenario", "id", "item_id", "user_id", "impression_id", "event_time", "known_time")
         picked = rows.select(list(names)).take(pa.array(rejected))
         reason = pa.array(REASONS).take(pa.array(attribution.reject_codes))
-        yield emitted(REJECT, len(rejected), {"reason": reason, **{name: picked[name] for name in names}})
+        yield emitted(REJECT, reason=reason, **{name: picked[name] for name in names})
 
 
 def _samples(
@@ -177,18 +152,12 @@ def _samples(
         packed = pack_histories(events, histories, targets[part], values, value_hash, plan.history_length)
         history_hash.append(packed.hashes(row_hash[targets[part]]))
         columns = _target_columns(rows, events, labels, targets, part, values, plan)
-        yield emitted(PACK, 1, {"chunk": pa.array([chunk]), **pack(columns | packed.spans, packed.events)})
+        yield emitted(PACK, chunk=chunk, **pack(columns | packed.spans, packed.events))
     cells["histories"] = np.concatenate(history_hash)
     for what, hashes in cells.items():
         by_day = combined(days[is_target], hashes)
         yield emitted(
-            CELL,
-            len(by_day),
-            {
-                "what": pa.repeat(what, len(by_day)),
-                "day": pa.array(list(by_day), pa.int64()),
-                "hash": pa.array(list(by_day.values()), pa.int64()),
-            },
+            CELL, what=what, day=pa.array(list(by_day), pa.int64()), hash=pa.array(list(by_day.values()), pa.int64())
         )
     yield from values.rows(chunk, shown[is_counted], days[is_counted])
     counted = {name: values.features[name] for name in map(cell_name, plan.counted)}
@@ -199,25 +168,21 @@ def _samples(
 def _history_rows(rows: pa.Table, history: HistoryEvents, scenario: int, since: int) -> Iterator[pa.RecordBatch]:
     """The events that this pass attributed, for the builds of later dates."""
     fresh = history.time >= since
-    size = int(fresh.sum())
-    if not size:
+    if not fresh.any():
         return
     own = rows.select(["user_id", "id"]).take(pa.array(history.row[fresh]))
     of_impression = rows.select(["item_id", "query"]).take(pa.array(history.impression[fresh]))
     yield emitted(
         EVENT,
-        size,
-        {
-            "kind": pa.array(history.action[fresh] + KIND_ORDER),
-            "scenario": pa.repeat(scenario, size),
-            "day": pa.array(history.time[fresh] // DAY_US),
-            "user_id": own["user_id"],
-            "id": own["id"],
-            "item_id": of_impression["item_id"],
-            "value": of_impression["query"],
-            "event_time": pa.array(history.time[fresh]),
-            "known_time": pa.array(history.known[fresh]),
-        },
+        kind=history.action[fresh] + KIND_ORDER,
+        scenario=scenario,
+        day=history.time[fresh] // DAY_US,
+        user_id=own["user_id"],
+        id=own["id"],
+        item_id=of_impression["item_id"],
+        value=of_impression["query"],
+        event_time=history.time[fresh],
+        known_time=history.known[fresh],
     )
 
 
