@@ -42,26 +42,8 @@ from usr_ray.cli import (
 )
 from usr_ray.config import Config, UserError
 from usr_ray.launch.spark import spark_environment, spark_submit
-from usr_ray.operations.daily import (
-    DONE,
-    FAILED,
-    HELD,
-    PROMOTED,
-    RUNNING,
-    SKIPPED,
-    STEPS,
-    DayPlan,
-    DayState,
-    check_labels,
-    judge,
-    locked,
-    plan_day,
-    read_current,
-    read_json,
-    status_table,
-    use_model,
-    write_current,
-)
+from usr_ray.operations import daily
+from usr_ray.operations.daily import DayPlan, DayState
 
 EXIT_HELD = 3
 
@@ -79,7 +61,7 @@ class Day:
         day = job_dates(arguments.date, where="--date")[1]
         self.state = DayState(self.work, day.isoformat())
         self.plan: DayPlan = self.state.plan(
-            plan_day(config, day, built_dates(arguments.lake), read_current(self.work))
+            daily.plan_day(config, day, built_dates(arguments.lake), daily.read_current(self.work))
         )
         self.run_dir = self.work / "runs" / self.plan.day
         self.export_dir = self.work / "exports" / self.plan.day
@@ -87,24 +69,24 @@ class Day:
     def run(self, steps: tuple[str, ...]) -> int:
         """Run what is not over yet, in order; the exit code. UserError where a step before is not done."""
         for step in steps:
-            late = [s for s in STEPS[: STEPS.index(step)] if not self.state.is_over(s)]
+            late = [s for s in daily.STEPS[: daily.STEPS.index(step)] if not self.state.is_over(s)]
             if late:
                 raise UserError(f"--step {step}: {late[0]} of {self.plan.day} is not done; run it first")
             if self.state.is_over(step):
                 print(f"{self.plan.day} {step}: {self.state.record['steps'][step]['status']} before", flush=True)
                 continue
             started = time.monotonic()
-            self.state.note(step, RUNNING)
+            self.state.note(step, daily.RUNNING)
             action: Callable[[], str | None] = getattr(self, step)
             try:
                 why = action()
             except BaseException as error:
-                self.state.note(step, FAILED, why=" ".join((str(error) or type(error).__name__).split())[:300])
+                self.state.note(step, daily.FAILED, why=" ".join((str(error) or type(error).__name__).split())[:300])
                 raise
             seconds = round(time.monotonic() - started, 1)
-            self.state.note(step, SKIPPED if why else DONE, why=why or "", seconds=seconds)
+            self.state.note(step, daily.SKIPPED if why else daily.DONE, why=why or "", seconds=seconds)
             print(f"{self.plan.day} {step}: {f'skipped, {why}' if why else f'done in {seconds:.0f} s'}", flush=True)
-        return EXIT_HELD if self.state.verdict == HELD else EXIT_OK
+        return EXIT_HELD if self.state.verdict == daily.HELD else EXIT_OK
 
     def build(self) -> None:
         """The day, and dates before it that are missing."""
@@ -128,7 +110,7 @@ class Day:
         from usr_ray.runs.read import read_etl_reports
 
         reports = read_etl_reports(self.arguments.lake)
-        check_labels(reports, plan, allow_missing=self.config.data.allow_missing_dates)
+        daily.check_labels(reports, plan, allow_missing=self.config.data.allow_missing_dates)
         overrides = {
             "data.train_dates": f"{plan.train_first}:{plan.train_last}",
             "data.eval_dates": plan.held_out,
@@ -143,19 +125,19 @@ class Day:
         """Both models on the held-out day; the verdict."""
         if not self.plan.train_first:
             return "no new model"
-        current = read_current(self.work)
+        current = daily.read_current(self.work)
         evaluations = [self._evaluate("candidate", self.run_dir)]
         if current is not None:
             evaluations.append(self._evaluate("in-use", self.work / current["run"]))
-        results = [read_json(path) for path in evaluations]
-        is_good, why = judge(results[0], results[1] if current else None, self.arguments.tolerance)
-        self.state.decide(PROMOTED if is_good else HELD, why)
+        results = [daily.read_json(path) for path in evaluations]
+        is_good, why = daily.judge(results[0], results[1] if current else None, self.arguments.tolerance)
+        self.state.decide(daily.PROMOTED if is_good else daily.HELD, why)
         print(f"{self.plan.day} verdict: {self.state.verdict} ({why})", flush=True)
         return None
 
     def export(self) -> str | None:
         """The programs of the new model."""
-        if self.state.verdict != PROMOTED:
+        if self.state.verdict != daily.PROMOTED:
             return "no new model"
         if not (self.export_dir / "manifest.json").exists():  # it appears whole or not at all
             self._python("export", self.run_dir, output=self.export_dir)
@@ -166,8 +148,8 @@ class Day:
 
         Without a new model the one in use is published again: histories and counters that are served stay fresh.
         """
-        if self.state.verdict != PROMOTED:
-            current, registry = read_current(self.work), self.arguments.registry
+        if self.state.verdict != daily.PROMOTED:
+            current, registry = daily.read_current(self.work), self.arguments.registry
             if current is None or registry is None:
                 return "no new model"
             if not serves(registry, self.work / current["export"]):
@@ -175,14 +157,14 @@ class Day:
             self._publish(self.work / current["run"])
             return None
         self._publish(self.run_dir)
-        write_current(
+        daily.write_current(
             self.work, name=self.plan.day, trained_to=self.plan.train_last, why=self.state.record["verdict"]["why"]
         )
         return None
 
     def score(self) -> str | None:
         """The day's rows by the model in use; a table for each model."""
-        current = read_current(self.work)
+        current = daily.read_current(self.work)
         if current is None:
             return "no model is in use yet"
         output = self.work / "scores" / Path(current["run"]).name
@@ -308,20 +290,20 @@ def main(argv: list[str]) -> None:
         metavar="WORDS",
         help="how Spark is called, with options, in one word (the spark-submit beside this Python)",
     )
-    parser.add_argument("--step", choices=STEPS, help="this step alone")
+    parser.add_argument("--step", choices=daily.STEPS, help="this step alone")
     parser.add_argument("--status", action="store_true", help="show the days and the model in use")
     parser.add_argument("--use", metavar="DATE", help="put the model of that day into use")
     arguments = parser.parse_args(argv)
     if arguments.status or arguments.use:
         check_input(arguments.work, flag="--work")
     if arguments.status:
-        print(status_table(arguments.work))
+        print(daily.status_table(arguments.work))
         return
     if arguments.use:
         check_output(arguments.work, flag="--work")
-        with locked(arguments.work):
-            use_model(arguments.work, arguments.use)
-        print(status_table(arguments.work))
+        with daily.locked(arguments.work):
+            daily.use_model(arguments.work, arguments.use)
+        print(daily.status_table(arguments.work))
         return
     for name in ("config", "logs", "lake"):
         if getattr(arguments, name) is None:
@@ -336,8 +318,8 @@ def main(argv: list[str]) -> None:
     arguments.registry = arguments.registry and arguments.registry.resolve()
     config = job_config(arguments)
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # a scheduler's stop is an interruption
-    with locked(arguments.work) as lock:
-        code = Day(arguments, config, lock).run((arguments.step,) if arguments.step else STEPS)
+    with daily.locked(arguments.work) as lock:
+        code = Day(arguments, config, lock).run((arguments.step,) if arguments.step else daily.STEPS)
     if code:
         sys.exit(code)
 
