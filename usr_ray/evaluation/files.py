@@ -104,9 +104,14 @@ def write_predictions(
         "history_length": predictions.history_length_N,
     }
     metadata = {_ABOUT: json.dumps(dict(about)).encode()}
+    write_table(path, pa.table(columns).replace_schema_metadata(metadata))
+
+
+def write_table(path: Path, table: pa.Table) -> Path:
+    """Write a Parquet file, whole or not at all; its path."""
     partial = path.with_name(f"{path.name}.partial")
-    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), partial, compression="zstd")
-    partial.replace(path)
+    pq.write_table(table, partial, compression="zstd")
+    return partial.replace(path)
 
 
 def _prob_columns(prefix: str, predictions: Predictions) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from usr_ray.config import Config, ConfigError, first_difference, load_config
+from usr_ray.config import Config, ConfigError, UserError, first_difference, load_config
+from usr_ray.evaluation.files import write_table
 from usr_ray.experiments.grid import Resources, Study, StudyError, Trial, as_sets
 from usr_ray.files import now, write_whole
 from usr_ray.runs.evaluations import CONFIG_FILE, METRICS_FILE
@@ -74,33 +74,59 @@ def open_study(run_dir: Path, study: Study, base: Base, *, lake: str, command: S
         "tables": {},
         "commands": [],
     }
-    path = run_dir / STUDY_FILE
-    if path.is_file():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            saved, old_lake, _ = Config.completed(found["config"]), found["lake"], found["tables"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StudyError(f"{path}: cannot be read ({error}); use another --run-dir, or remove this one") from error
-        if difference := first_difference(saved, config, but=_NOT_MEANT):
-            key, before, after = difference
-            raise StudyError(
-                f"--run-dir {run_dir}: holds a study with {key} = {before!r}, this command has {after!r}; set it back "
-                "to go on with that study, or use another --run-dir"
-            )
-        if old_lake != lake:
-            raise StudyError(
-                f"--run-dir {run_dir}: holds a study on {old_lake or 'worlds of its own'}, this command names "
-                f"{lake or 'none'}; name that one, or use another --run-dir"
-            )
-        record = found
-    elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise StudyError(f"--run-dir {run_dir}: is there and holds no study; name a new or empty folder")
+    record = resumed(run_dir / STUDY_FILE, "study", config, lake, but=_NOT_MEANT) or record
     return record | {
         "study": study.name,
         "grid": asdict(study),
         "commands": [*record["commands"], {"started": now(), "command": list(command)}],
         "python": platform.python_version(),
     }
+
+
+def resumed(
+    path: Path,
+    what: str,
+    config: Mapping[str, Any],
+    lake: str,
+    *,
+    but: Sequence[str],
+    error: type[UserError] = StudyError,
+) -> dict[str, Any] | None:
+    """The record of a study or search that goes on; None where its directory is new or empty.
+
+    Args:
+        path: of the record.
+        what: 'study' or 'search'.
+        config: of this command, as `Config.to_dict` has it.
+        lake: of this command.
+        but: keys that may differ.
+        error: what is raised.
+
+    Raises:
+        UserError: `error`: the directory holds something else, or one on another configuration or lake.
+    """
+    run_dir = path.parent
+    if not path.is_file():
+        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+            raise error(f"--run-dir {run_dir}: is there and holds no {what}; name a new or empty folder")
+        return None
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        saved, old_lake = Config.completed(record["config"]), record["lake"]
+    except (OSError, ValueError, KeyError, TypeError) as cause:
+        raise error(f"{path}: cannot be read ({cause}); use another --run-dir, or remove this one") from cause
+    if difference := first_difference(saved, config, but=but):
+        key, before, after = difference
+        raise error(
+            f"--run-dir {run_dir}: holds a {what} with {key} = {before!r}, this command has {after!r}; set it back "
+            f"to go on with that {what}, or use another --run-dir"
+        )
+    if old_lake != lake:
+        raise error(
+            f"--run-dir {run_dir}: holds a {what} on {old_lake or 'worlds of its own'}, this command names "
+            f"{lake or 'none'}; name that one, or use another --run-dir"
+        )
+    return record
 
 
 def write_record(run_dir: Path, record: Mapping[str, Any]) -> None:
@@ -194,11 +220,7 @@ def write_results(run_dir: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     names = list(dict.fromkeys(key for row in rows for key in row))
     kinds = {**dict.fromkeys(_TEXTS, pa.string()), **dict.fromkeys(_COUNTS, pa.int64())}
     table = pa.table({n: pa.array([row.get(n) for row in rows], kinds.get(n, pa.float64())) for n in names})
-    path = run_dir / RESULTS_FILE
-    partial = path.with_name(f"{path.name}.partial")
-    pq.write_table(table, partial, compression="zstd")
-    partial.replace(path)
-    return path
+    return write_table(run_dir / RESULTS_FILE, table)
 
 
 def _seconds(record: Mapping[str, Any]) -> float | None:

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from usr_ray.config import Config, first_difference
+from usr_ray.config import Config
 from usr_ray.evaluation.metrics import CellMetrics
-from usr_ray.experiments.record import Base, failure_of
+from usr_ray.experiments.record import Base, failure_of, resumed
 from usr_ray.experiments.space import TriedPoint, TuneError, trial_config
 from usr_ray.experiments.worlds import table_version
 from usr_ray.files import now, write_whole
@@ -74,26 +74,9 @@ def open_search(config: Config, lake: str, run_dir: Path, base: Base, command: S
     Raises:
         UserError: the directory holds something else, or another search; the table cannot be read.
     """
-    path, meaning = run_dir / SEARCH_FILE, config.to_dict()
-    if path.is_file():
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            saved, found_lake, _ = Config.completed(record["config"]), record["lake"], record["table_version"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise TuneError(f"{path}: cannot be read ({error}); use another --run-dir, or remove this one") from error
-        if difference := first_difference(saved, meaning, but=["ray", "data.allow_missing_dates"]):
-            key, before, after = difference
-            raise TuneError(
-                f"--run-dir {run_dir}: holds a search with {key} = {before!r}, this command has {after!r}; set it back "
-                "to go on with that search, or use another --run-dir"
-            )
-        if found_lake != lake:
-            raise TuneError(
-                f"--run-dir {run_dir}: holds a search on {found_lake}, this command names {lake}; name that one"
-            )
+    meaning, may_differ = config.to_dict(), ("ray", "data.allow_missing_dates")
+    if record := resumed(run_dir / SEARCH_FILE, "search", meaning, lake, but=may_differ, error=TuneError):
         return record
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise TuneError(f"--run-dir {run_dir}: is there and holds no search; name a new or empty folder")
     record = {
         "created": now(),
         "command": list(command),
