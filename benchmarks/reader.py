@@ -38,8 +38,7 @@ from benchmarks.step_cases import spec_of
 from usr_ray.data.decode import RowGroupDecoder
 from usr_ray.data.manifest import Manifest, build_manifest
 from usr_ray.data.mature import WhichRows
-from usr_ray.data.order import BLOCK_ROWS
-from usr_ray.data.order_quality import shuffle_quality
+from usr_ray.data.order import BLOCK_ROWS, shuffle_quality
 from usr_ray.data.reader import Reading, SampleReader
 from usr_ray.launch.environment import LOOPBACK, prepare_environment
 from usr_ray.schema import ALL_LABELS, FEATURE_SPEC_PROPERTY, SAMPLES, FeatureSpec

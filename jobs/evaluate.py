@@ -57,7 +57,7 @@ def comparison_of(
     Raises:
         UserError: the two runs evaluate no row in common.
     """
-    from usr_ray.evaluation.comparison import compare, on_common_rows
+    from usr_ray.evaluation.statistics import compare, on_common_rows
     from usr_ray.reporting.run import model_name
     from usr_ray.runs.evaluations import dates_of, trained_dates
     from usr_ray.runs.plan import load_manifest
@@ -112,8 +112,8 @@ def main(argv: list[str]) -> None:
         check_output_file(arguments.output, flag="--output")
     check_output_file(arguments.run_dir / f"evaluation-{name}.json", flag="--run-dir")
     from usr_ray.data.manifest import build_manifest
-    from usr_ray.evaluation.comparison import comparison_text
     from usr_ray.evaluation.files import metrics_text
+    from usr_ray.evaluation.statistics import comparison_text
     from usr_ray.runs.evaluations import about_rows, dates_heading, dates_of, trained_dates, write_evaluation
     from usr_ray.training.evaluate import check_table, evaluate, load_run
     from usr_ray.training.importance import importance, importance_text

@@ -17,7 +17,7 @@ from pyspark.sql.pandas.types import to_arrow_schema
 
 from etl.features.vocabulary import Vocabularies, encode
 from etl.jvm import table_version
-from etl.kernel.vectors import packed_vectors
+from etl.kernel.features import packed_vectors
 from etl.lake.tables import (
     Lake,
     content_hash,

@@ -13,7 +13,7 @@ from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from etl.kernel.events import texts_column
-from etl.kernel.lists import LISTED, listed
+from etl.kernel.features import LISTED, listed
 from etl.session import kept
 from usr_ray.schema import ListFeature
 

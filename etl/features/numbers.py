@@ -18,7 +18,7 @@ from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from etl.checks import DataCheckError
-from etl.kernel.numbers import COUNTED, number_counts
+from etl.kernel.features import COUNTED, number_counts
 from etl.session import kept
 from usr_ray.config import Config, date_ranges, day_number
 from usr_ray.schema import FIRST_ID, FITTED_SCALES, STANDARD, UNKNOWN_ID, FeatureSpec, VectorFeature
@@ -128,7 +128,7 @@ def is_finite(value: Column) -> Column:
 
 
 def bucket(value: Column, edges: Sequence[float]) -> Column:
-    """FIRST_ID + how many edges are not above the value; UNKNOWN_ID for null, NaN and infinity (kernel/numbers.py)."""
+    """FIRST_ID + how many edges are not above the value; UNKNOWN_ID for null, NaN and infinity (kernel/features.py)."""
     every = F.array(*(F.lit(edge) for edge in edges)).cast("array<float>")
     below = F.size(F.filter(every, lambda edge: edge <= value.cast("float")))
     return F.when(is_finite(value), F.lit(FIRST_ID) + below).otherwise(F.lit(UNKNOWN_ID)).cast("bigint")

@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from etl.kernel.attribution import LabelRules
+from etl.kernel.attribution import LabelRules, Labels
 from etl.kernel.events import Ints
-from etl.kernel.labels import Labels
 from usr_ray.config import DAY_US
 
 Hashes = NDArray[np.uint64]

@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from etl.kernel.attribution import LabelRules
+from etl.kernel.attribution import NO_TIME, LabelRules, mature
 from etl.kernel.chunks import REQUEST_KEY, USER_KEY
 from etl.kernel.events import Ints, context_column
-from etl.kernel.labels import NO_TIME, mature
-from etl.kernel.lists import lists_by_code
-from etl.kernel.numbers import bucket_ids, standardised
+from etl.kernel.features import bucket_ids, lists_by_code, standardised
 from etl.kernel.packs import CELL_PREFIX, EVENT_COLUMNS, unpack
 from usr_ray.config import DAY_US
 from usr_ray.daily_sums import SUMS, CounterPlan, DailySums, counter_values

@@ -15,13 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from etl.kernel.attribution import REASONS, Attribution, LabelRules, attribute
+from etl.kernel.attribution import REASONS, Attribution, LabelRules, Labels, attribute, label
 from etl.kernel.chunks import REQUEST_KEY, USER_KEY, Cleaned, cleaned, days_of, whole_users
 from etl.kernel.counters import cell_name, count_rows, counter_cells
 from etl.kernel.events import KIND_IMPRESSION, KIND_ORDER, Events, Ints, codes_and_values
 from etl.kernel.fingerprint import combined, label_hashes
 from etl.kernel.histories import HistoryEvents, history_events
-from etl.kernel.labels import Labels, label
 from etl.kernel.packs import ACCOUNT, CELL, EVENT, PACK, REJECT, Dictionaries, emitted, pack, pack_histories
 from usr_ray.config import DAY_US
 

@@ -80,7 +80,7 @@ def test_trials_of_two_workers_each_take_turns_on_two_cpus(cluster: None, own_la
 
 def test_optuna_tries_the_given_configuration_first_and_then_draws_inside_the_space() -> None:
     pytest.importorskip("optuna", reason="Optuna is an extra: pip install '.[optuna]'")
-    from usr_ray.config.tune import METRICS
+    from usr_ray.config.training import METRICS
     from usr_ray.experiments.search import _search_algorithm, draw
 
     config = load_config(None, [*SETS, "tune.search='optuna'"])

@@ -37,9 +37,9 @@ from tests.spark.shop import (
     write_logs,
 )
 from usr_ray.config import Config, load_config
+from usr_ray.data.by_id import read_vectors
 from usr_ray.data.events import read_events
 from usr_ray.data.manifest import build_manifest, read_vocabularies
-from usr_ray.data.vectors import read_vectors
 from usr_ray.schema import FEATURE_SPEC_PROPERTY, FeatureSpec
 from usr_ray.serving.encode import Encoder, ValueIndex
 from usr_ray.serving.stores import ItemTable, UserStore, write_items, write_users

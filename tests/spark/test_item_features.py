@@ -27,7 +27,7 @@ from tests.spark.test_build_daily import build
 from tests.spark.test_build_samples import WATERMARK, rows_of
 from usr_ray.config import UserError, load_config
 from usr_ray.config.logs import LogConfig
-from usr_ray.data.item_features import read_item_features
+from usr_ray.data.by_id import read_item_features
 from usr_ray.data.manifest import DataError, Manifest, build_manifest
 from usr_ray.schema import ITEM_FEATURES_PROPERTY
 

@@ -11,10 +11,9 @@ import numpy as np
 import pyarrow as pa
 from hypothesis import strategies as st
 
-from etl.kernel.attribution import REASONS, LabelRules, attribute
+from etl.kernel.attribution import NO_TIME, REASONS, LabelRules, attribute, label, mature
 from etl.kernel.events import KIND_CLICK, KIND_IMPRESSION, KIND_ORDER, NO_SCENARIO, Events
 from etl.kernel.histories import history_events, last_events
-from etl.kernel.labels import NO_TIME, label, mature
 from tests.etl_oracle import Expected, Windows, World
 
 NOON = int(dt.datetime(2026, 1, 1, 23, 59, 50, tzinfo=dt.UTC).timestamp()) * 1_000_000

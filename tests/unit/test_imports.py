@@ -182,7 +182,7 @@ def test_the_top_of_usr_ray_stays_small() -> None:
     [
         ("usr_ray/data/order.py", "import ray", strangers),
         ("usr_ray/evaluation/metrics.py", "import torch", strangers),
-        ("etl/kernel/labels.py", "from pyspark.sql import functions", strangers),
+        ("etl/kernel/attribution.py", "from pyspark.sql import functions", strangers),
         ("etl/checks.py", "from jobs.train import main", strangers),
         ("usr_ray/config/model.py", "import numpy", strangers),
         ("usr_ray/training/loss.py", "from usr_ray.launch.trainer import run", rooms_crossed),

@@ -26,8 +26,7 @@ from usr_ray.cli import run_job
 from usr_ray.config import Config, FeaturesConfig, UserError, dotted, load_config, parse_dates
 from usr_ray.evaluation.files import read_predictions
 from usr_ray.launch.monitor import RayMonitor
-from usr_ray.runs.folder import write_result
-from usr_ray.runs.plan import load_manifest, mark_finished, plan_run, write_plan
+from usr_ray.runs.plan import load_manifest, mark_finished, plan_run, write_plan, write_result
 from usr_ray.schema import FEATURE_SPEC_PROPERTY, FIRST_ID, VOCABULARIES, FeatureSpec, index_column, scaled_column
 from usr_ray.training.loop import train
 from usr_ray.training.worker import LocalWorker

@@ -40,5 +40,4 @@ from usr_ray.config.model import (
     MultitaskConfig,
 )
 from usr_ray.config.root import Config, load_config
-from usr_ray.config.training import DataConfig, RayConfig, TrainConfig
-from usr_ray.config.tune import SpaceConfig, TuneConfig
+from usr_ray.config.training import DataConfig, RayConfig, SpaceConfig, TrainConfig, TuneConfig

@@ -30,8 +30,7 @@ from usr_ray.config.etl import (
 from usr_ray.config.fields import ConfigError, build, complete, override_key, require
 from usr_ray.config.logs import LogConfig, OnlineConfig, log_names
 from usr_ray.config.model import ModelConfig
-from usr_ray.config.training import DataConfig, RayConfig, TrainConfig
-from usr_ray.config.tune import TuneConfig
+from usr_ray.config.training import DataConfig, RayConfig, TrainConfig, TuneConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

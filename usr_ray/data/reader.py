@@ -27,10 +27,10 @@ from usr_ray.data import order as ordering
 from usr_ray.data.assemble import BatchBuilder, take_rows
 from usr_ray.data.batch import UsrBatch
 from usr_ray.data.decode import RowGroupDecoder
+from usr_ray.data.feed import compute_alone
 from usr_ray.data.manifest import Manifest
 from usr_ray.data.mature import WhichRows, usable_row_groups
-from usr_ray.data.order_quality import ShuffleQuality, epoch_quality
-from usr_ray.data.process import compute_alone
+from usr_ray.data.order import ShuffleQuality, epoch_quality
 
 CLOSED = "the reader was closed while its batches were in use"
 _BLOCKS_IN_MEMORY = 2

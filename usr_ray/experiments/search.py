@@ -22,7 +22,7 @@ from ray.tune.search import ConcurrencyLimiter, SearchAlgorithm, Searcher
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from usr_ray.config import Config
-from usr_ray.config.tune import METRICS, SpaceConfig, TuneConfig
+from usr_ray.config.training import METRICS, SpaceConfig, TuneConfig
 from usr_ray.data.pins import remove_pin, write_pin
 from usr_ray.experiments.grid import Resources, Study
 from usr_ray.experiments.record import Base

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from usr_ray.config import Config, UserError, dotted, load_config, parse_dates
 from usr_ray.config.fields import override_key
-from usr_ray.config.tune import METRICS, SpaceConfig
+from usr_ray.config.training import METRICS, SpaceConfig
 from usr_ray.experiments.grid import Axis, Comparison, Resources, Study, as_sets, toml_value
 
 if TYPE_CHECKING:

@@ -12,12 +12,11 @@ from pathlib import Path
 import torch
 
 from usr_ray.config import Config, RayConfig, UserError
-from usr_ray.data.order_quality import order_text
+from usr_ray.data.order import order_text
 from usr_ray.evaluation.metrics import CellMetrics
 from usr_ray.launch.environment import OWN, SUBMITTED
 from usr_ray.launch.monitor import FileMonitor
-from usr_ray.runs.folder import print_result, write_result
-from usr_ray.runs.plan import RunPlan, load_manifest, mark_finished, plan_run, write_plan
+from usr_ray.runs.plan import RunPlan, load_manifest, mark_finished, plan_run, print_result, write_plan, write_result
 from usr_ray.training.loop import TrainResult, train
 from usr_ray.training.monitor import Monitor
 from usr_ray.training.worker import LocalWorker

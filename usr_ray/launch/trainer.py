@@ -40,8 +40,7 @@ from usr_ray.launch.stop import (
     watch_stop_file,
     worker_was_asked,
 )
-from usr_ray.runs.folder import write_result
-from usr_ray.runs.plan import RunPlan, load_manifest, plan_run
+from usr_ray.runs.plan import RunPlan, load_manifest, plan_run, write_result
 from usr_ray.training.loop import train
 from usr_ray.training.worker import Worker
 

@@ -209,33 +209,6 @@ class EmbeddingTables(RowSource):
         for name, table_ND in self.tables.items():
             table_ND.copy_(state[name])
 
-    def grow(self, sizes: Mapping[str, int]) -> None:
-        """Append fresh rows until table `name` has `sizes[name]` rows; rows that exist keep their values.
-
-        Users and items of the new rows have no vectors.
-
-        Raises:
-            EmbeddingError: a table is unknown or would shrink: vocabularies grow and never renumber.
-        """
-        for name, size in sizes.items():
-            if name not in self.tables:
-                raise EmbeddingError(f"cannot grow {name!r}: tables are {_names(self.tables)}; name one of them")
-            old = self.tables[name].shape[0]
-            if size < old:
-                raise EmbeddingError(
-                    f"table {name} has {old} rows and cannot shrink to {size}; vocabularies only grow: use the spec "
-                    "of the newer samples table"
-                )
-        for name, size in sizes.items():
-            table_ND = self.tables[name]
-            fresh_ND = fresh_rows(name, table_ND.shape[0], size, dim=self.dim, seed=self.seed)
-            self.tables[name] = torch.cat([table_ND, fresh_ND.to(self.device)])
-        for vector in self.spec.vectors:
-            own_NP = self.vectors[vector.name]
-            none_NP = own_NP.new_zeros(self.tables[vector.key].shape[0] - own_NP.shape[0], own_NP.shape[1])
-            none_NP[:, -1] = 1
-            self.vectors[vector.name] = torch.cat([own_NP, none_NP])
-
 
 def fresh_rows(name: str, first: int, end: int, step: int = 1, *, dim: int, seed: int) -> Tensor:
     """Rows first, first + step, .. below `end` of a table as they start, float32 on the CPU.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from usr_ray.config import date_ranges, dates_in
-from usr_ray.data.order_quality import order_text
+from usr_ray.data.order import order_text
 from usr_ray.evaluation.metrics import ALL, GLOBAL, NDCG_K, CellMetrics, TaskMetrics
 from usr_ray.evaluation.statistics import (
     MIN_ROWS,
@@ -25,7 +25,6 @@ from usr_ray.evaluation.statistics import (
     ctr_slices,
     roc_points,
 )
-from usr_ray.reporting.importance import importance_section
 from usr_ray.reporting.lake import cold_part, funnel
 from usr_ray.reporting.page import (
     DASH,
@@ -47,7 +46,7 @@ from usr_ray.reporting.page import (
     words,
     write_page,
 )
-from usr_ray.reporting.plots import Line, Plot, calibration_plot, roc_plot, series_name, step_plot
+from usr_ray.reporting.plots import Bar, Line, Plot, calibration_plot, forest_plot, roc_plot, series_name, step_plot
 from usr_ray.runs.read import RunRecord, check_lake, read_etl_reports, read_run
 from usr_ray.schema import TASKS
 
@@ -69,6 +68,8 @@ METRIC_COLUMNS = (
     (f"ndcg_at_{NDCG_K}", f"NDCG@{NDCG_K}", 4),
 )
 """Key in metrics.json, heading, decimals."""
+MAX_SIGNALS = 15
+"""Bars of a plot of importance; the table has them all."""
 
 
 def write_report(run_dir: Path, lake: Path | str | None = None, output: Path | None = None) -> Path:
@@ -408,3 +409,51 @@ def _slices(run: RunRecord) -> dict[str, Any]:
     assert run.predictions is not None
     found = {s: ctr_slices(run.predictions, run.baseline, place) for place, s in enumerate(run.scenarios)}
     return {scenario: parts for scenario, parts in found.items() if parts}
+
+
+def importance_section(found: Mapping[str, Any] | None, scenarios: Sequence[str]) -> Section:
+    """Bars for each scenario, and a table with the cold rows apart; empty without `found`."""
+    parts = [part for part in found["parts"] if part["drops"]] if found else []
+    if not found or not parts:
+        return Section("What each signal carries")
+    plots = [_signal_plot(part, scenarios.index(part["scenario"])) for part in parts if part["rows"] == "all"]
+    note = (
+        f"The click AUC that is lost when rows exchange their values of one signal, on {found['num_rows']:,} of the "
+        "evaluated rows; bars are 95% intervals over users, filled points those that leave out 0, before any "
+        "correction. A counter's columns, a scenario's history, and the categories of all its events go together. A "
+        "signal of little loss need not be useless: another may say the same. In the table, rows of users, items and "
+        "queries that the vocabularies do not know are apart; they exchange values among themselves."
+    )
+    return Section("What each signal carries", note, plots, _signal_table(parts))
+
+
+def _signal_plot(part: Mapping[str, Any], place: int) -> Plot:
+    scenario = words(part["scenario"])
+    colour = series_name(place)
+    bars = [
+        Bar(words(name), drop["drop"], [(drop["low"], drop["high"])], colour, drop["low"] > 0 or drop["high"] < 0)
+        for name, drop in sorted(part["drops"].items(), key=lambda entry: -entry[1]["drop"])[:MAX_SIGNALS]
+    ]
+    title = f"Clicks in {scenario}"
+    more = len(part["drops"]) - len(bars)
+    caption = f"AUC {part['auc']:.4f} of {part['num_rows']:,} rows, {part['num_positives']:,} of them clicked."
+    caption += f" The {len(bars)} largest; {more} more are in the table." if more else ""
+    svg = forest_plot(bars, label=f"Click AUC lost without each signal in {scenario}", axis="click AUC lost")
+    return Plot(title, svg, caption, colour)
+
+
+def _signal_table(parts: Sequence[Mapping[str, Any]]) -> Table:
+    largest: dict[str, float] = {}
+    for part in parts:
+        for name, drop in part["drops"].items():
+            largest[name] = max(largest.get(name, drop["drop"]), drop["drop"])
+    heads = [words(p["scenario"]) + ("" if p["rows"] == "all" else f", {p['rows']}") for p in parts]
+    rows = [
+        Row(["all rows as they are: AUC", *(f"{part['auc']:.4f}" for part in parts)]),
+        Row(["rows", *(count(part["num_rows"]) for part in parts)]),
+        Row(["clicks", *(count(part["num_positives"]) for part in parts)]),
+    ]
+    for name in sorted(largest, key=lambda name: -largest[name]):
+        drops = [part["drops"].get(name) for part in parts]
+        rows.append(Row([words(name), *(DASH if d is None else signed(d["drop"]) for d in drops)]))
+    return Table(["AUC lost without", *heads], rows, 1, folded="All signals, and cold rows apart", is_dense=True)

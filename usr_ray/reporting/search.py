@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from usr_ray.config import Config
-from usr_ray.config.tune import METRICS
+from usr_ray.config.training import METRICS
 from usr_ray.experiments.search_record import FINAL_DIR
 from usr_ray.experiments.space import TriedPoint, choosing_dates, importance
 from usr_ray.reporting.page import DASH, REPORT_FILE, Row, Section, Table, span

@@ -1,4 +1,4 @@
-"""A run before any process starts: configuration, pinned rows, run directory. No Ray.
+"""A run before any process starts: configuration, pinned rows, run directory; and its result there. No Ray.
 
     <run-dir>/config.json          resolved configuration, table version, manifest hashes, packages, attempts, status
     <run-dir>/manifest-train.json  the rows to train on; manifest-eval.json: the held-out rows
@@ -21,11 +21,23 @@ from typing import Any
 from usr_ray.config import Config, UserError, date_ranges, first_difference, parse_dates
 from usr_ray.data.lineage import check_config, doubts
 from usr_ray.data.manifest import Manifest, build_manifest, first_counted_date
-from usr_ray.data.order_quality import ShuffleQuality
+from usr_ray.data.order import ShuffleQuality
 from usr_ray.data.pins import remove_pin, write_pin
+from usr_ray.evaluation.files import PREDICTIONS_FILE, SPLIT, metrics_text, write_metrics, write_predictions
+from usr_ray.evaluation.metrics import CellMetrics
 from usr_ray.files import now, write_whole
 from usr_ray.model.backbones import check_own_backbone
-from usr_ray.runs.evaluations import CONFIG_FILE, warm_start_dates
+from usr_ray.runs.evaluations import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    about_rows,
+    dates_heading,
+    dates_of,
+    evaluations,
+    read_json,
+    warm_start_dates,
+)
+from usr_ray.training.loop import TrainResult
 from usr_ray.training.rows import training_reader
 from usr_ray.training.state import FIXED_KEYS, package_versions
 from usr_ray.training.warm_start import check_warm_start
@@ -260,3 +272,28 @@ def _about(manifest: Manifest) -> dict[str, Any]:
 
 def _write_record(run_dir: Path, record: Mapping[str, Any]) -> None:
     write_whole(run_dir / CONFIG_FILE, json.dumps(record, indent=2) + "\n")
+
+
+def write_result(run_dir: Path, result: TrainResult, held_out: Manifest) -> None:
+    """metrics.json and predictions.parquet of the trained weights on the held-out rows; nothing when stopped.
+
+    Called by rank 0; the metrics come last, so where they are the predictions are too.
+    """
+    evaluation = result.evaluation
+    if evaluation is None or evaluation.metrics is None or evaluation.predictions is None:
+        return
+    dates = dates_of(held_out, evaluation.predictions.row_number_N)
+    about = about_rows(held_out, dates, step=result.state.step)
+    write_predictions(run_dir / PREDICTIONS_FILE, evaluation.predictions, held_out.spec.scenarios, about=about)
+    write_metrics(run_dir / METRICS_FILE, {SPLIT: evaluation.metrics})
+
+
+def print_result(run_dir: Path) -> CellMetrics:
+    """Print the metrics of a finished run and return them."""
+    splits = json.loads((run_dir / METRICS_FILE).read_text(encoding="utf-8"))
+    found = evaluations(run_dir, read_json(run_dir / CONFIG_FILE))
+    for one in found:
+        if one.file == METRICS_FILE:
+            print(f"{dates_heading(one.dates, one.trained_on)}:")
+    print(metrics_text(splits))
+    return splits[SPLIT]

@@ -140,7 +140,7 @@ def scaled(values: Sequence[float | None], features: Sequence[DenseFeature]) -> 
 
 
 def bucket_id(value: float | None, edges: Sequence[float]) -> int:
-    """The id of a number's bucket, as float32 (etl/kernel/numbers.py, bucket_ids)."""
+    """The id of a number's bucket, as float32 (etl/kernel/features.py, bucket_ids)."""
     if value is None or not math.isfinite(value):
         return UNKNOWN_ID
     with np.errstate(over="ignore"):
@@ -304,7 +304,7 @@ class Encoder:
         return places
 
     def list_ids(self, feature: ListFeature, texts: Sequence[str | None]) -> NDArray[np.int32]:
-        """Ids (L) of the tags or terms of some texts, padded with 0, as the ETL has them (etl/kernel/lists.py)."""
+        """Ids (L) of the tags or terms of some texts, padded with 0, as the ETL has them (etl/kernel/features.py)."""
         read = terms_of if feature.table == TERM else tags_of
         values = list(dict.fromkeys(value for text in texts if text for value in read(text)))[: feature.length]
         result = np.full(feature.length, PADDING_ID, dtype=np.int32)

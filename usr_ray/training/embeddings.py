@@ -18,15 +18,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from usr_ray.config import Config, ModelConfig
-from usr_ray.data.item_features import read_item_features
+from usr_ray.data.by_id import read_item_features, read_vectors
 from usr_ray.data.manifest import Manifest
-from usr_ray.data.vectors import read_vectors
 from usr_ray.model.embedding import WEIGHTS, EmbeddingMemory, EmbeddingTables, Lookup, RowSource
 from usr_ray.model.unique import EmbeddingError, ItemSides, event_sides
 from usr_ray.schema import FeatureSpec
 from usr_ray.training.average import RowAverages, averaged_rows
-from usr_ray.training.optimizer_rows import build_row_optimizer
-from usr_ray.training.optimizers import exchange_tables
+from usr_ray.training.optimizers import build_row_optimizer, exchange_tables
 from usr_ray.training.worker import Worker
 
 

@@ -41,7 +41,7 @@ from usr_ray.model.embedding import WEIGHTS, EmbeddingMemory, Lookup, TableLooku
 from usr_ray.model.unique import ItemSides, UniqueIds, table_columns
 from usr_ray.schema import FeatureSpec
 from usr_ray.training.embeddings import Embeddings
-from usr_ray.training.optimizer_rows import RowwiseAdagrad
+from usr_ray.training.optimizers import RowwiseAdagrad
 from usr_ray.training.worker import Worker
 
 _EPS = 1e-8

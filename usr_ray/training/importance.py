@@ -113,12 +113,12 @@ def importance(
     return {"num_rows": len(sample), "parts": parts}
 
 
-def importance_text(found: Mapping[str, Any], most: int = 5) -> str:
+def importance_text(found: Mapping[str, Any]) -> str:
     """For the terminal: a line for each scenario with the signals that carry most."""
     lines = [f"click AUC lost when the rows exchange a signal ({found['num_rows']:,} rows):"]
     for part in found["parts"]:
         if part["rows"] == ALL_ROWS and part["drops"]:
-            first = sorted(part["drops"].items(), key=lambda entry: -entry[1]["drop"])[:most]
+            first = sorted(part["drops"].items(), key=lambda entry: -entry[1]["drop"])[:5]
             lines.append(f"  {part['scenario']}: " + ", ".join(f"{name} {drop['drop']:.4f}" for name, drop in first))
     return "\n".join(lines)
 

@@ -1,11 +1,11 @@
-"""Gradients of the tables' rows exchanged between replicas, AdamW on the dense part, and the hash of a replica.
+"""Gradients of the tables' rows exchanged between replicas, the optimisers of tables and dense part, a replica's hash.
 
 Gradients are sums. A rank's loss is its share of the global loss (usr_ray.training.loss: cells are divided by global
 counts), so the gradient of the global loss is the sum over ranks: for the tables `exchange` sums, for the dense part
 the worker's DDP hook sums. Neither takes a mean, so one rank and many take the same step.
 
 The tables stay outside DDP, which would move whole tables each step: ranks exchange (ids, gradients) of the rows of
-the step, and each applies the same summed rows to its own replica (usr_ray/training/optimizer_rows.py,
+the step, and each applies the same summed rows to its own replica (RowOptimizer,
 docs/embeddings.md).
 
 Shape letters: U unique ids, N ids that may repeat, D embedding.
@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from usr_ray.config import TrainConfig
 from usr_ray.schema import PADDING_ID
+from usr_ray.training.worker import Worker
 
 Update = tuple[Tensor, Tensor]
 """(ids_U, grads_UD): int64 rows of one table and the gradient of each."""
@@ -29,17 +30,6 @@ Update = tuple[Tensor, Tensor]
 _TABLE_SHIFT = 48
 """Bits of a row id inside a packed (table, row) id: 2^15 tables of 2^48 rows."""
 _HASH_CHUNK = 1 << 22
-
-
-class RowGatherer(Protocol):
-    """The part of usr_ray.training.worker.Worker that an exchange needs."""
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks."""
-
-    def all_gather_rows(self, rows: Tensor) -> Tensor:
-        """Every rank's rows in rank order; first dimensions may differ and may be 0."""
 
 
 def sum_by_id(ids_N: Tensor, grads_ND: Tensor) -> Update:
@@ -56,7 +46,7 @@ def sum_by_id(ids_N: Tensor, grads_ND: Tensor) -> Update:
     return ids_U, grads_UD
 
 
-def exchange(worker: RowGatherer, ids_U: Tensor, grads_UD: Tensor) -> Update:
+def exchange(worker: Worker, ids_U: Tensor, grads_UD: Tensor) -> Update:
     """Sum the row gradients of all ranks; every rank gets bitwise the same result.
 
     Args:
@@ -73,7 +63,7 @@ def exchange(worker: RowGatherer, ids_U: Tensor, grads_UD: Tensor) -> Update:
     return sum_by_id(worker.all_gather_rows(ids_U), worker.all_gather_rows(grads_UD))
 
 
-def exchange_tables(worker: RowGatherer, updates: Mapping[str, Update]) -> dict[str, Update]:
+def exchange_tables(worker: Worker, updates: Mapping[str, Update]) -> dict[str, Update]:
     """`exchange` of all tables at once: the same few collectives a step however many tables there are.
 
     On a GPU nothing waits for its queue. The number of different ids is then not known to the host, so each table
@@ -220,3 +210,147 @@ def replica_hash(tensors: Mapping[str, Tensor]) -> int:
             factor_N = torch.arange(start, start + chunk_N.numel(), device=chunk_N.device) * 5308871122 + 1
             total = (total * 31 + int(((chunk_N + 1) * factor_N).sum())) % 2**63
     return total
+
+
+class RowOptimizer:
+    """Optimiser of embedding tables whose work and memory traffic in a step follow its rows, not the tables.
+
+    Lazy: a row changes, and its state moves, only in the steps whose batch uses it. Row 0 (padding) never changes. With
+    summed gradient g (D values) of row r, weights w and learning rate a (times the share that warm-up allows), g <- g +
+    weight_decay * w, then
+
+        row-wise Adagrad    A_r <- A_r + mean(g^2)
+                            w <- w - a g / (sqrt(A_r) + eps)
+
+        row-wise Adam       n_r <- n_r + 1
+                            m_r <- b1 m_r + (1 - b1) g             (D values)
+                            v_r <- b2 v_r + (1 - b2) mean(g^2)     (one value)
+                            w <- w - a [m_r / (1 - b1^n_r)] / (sqrt(v_r / (1 - b2^n_r)) + eps)
+
+    Adam's bias is corrected by n_r, the steps that used row r, not by the steps of the run: m_r and v_r are averages
+    over those n_r gradients alone. Corrected by the run's step (as LazyAdam, SparseAdam and FBGEMM do), a row first
+    seen late would take a first step of (1 - b1) / sqrt(1 - b2) = 3.2 times the size; most rows of a table are rare.
+
+    Sources: Adagrad with one accumulator per row as in TorchRec and FBGEMM (EXACT_ROWWISE_ADAGRAD); Adam as in
+    arXiv:1412.6980, with one second moment per row as in FBGEMM (PARTIAL_ROWWISE_ADAM).
+
+    Args:
+        weights: float32 tables (N, D) by name, changed in place by `step`.
+        learning_rate: a.
+        eps: added to the root.
+        weight_decay: L2 on the rows of a step.
+    """
+
+    part: ClassVar[str]
+    """First part of the names of the state in a checkpoint."""
+
+    def __init__(
+        self, weights: Mapping[str, Tensor], *, learning_rate: float, eps: float = 1e-8, weight_decay: float = 0.0
+    ) -> None:
+        self.weights = dict(weights)
+        self.learning_rate = learning_rate
+        self.eps = eps
+        self.weight_decay = weight_decay
+
+    @torch.no_grad()
+    def step(self, updates: Mapping[str, Update], *, scale: float = 1.0) -> None:
+        """Apply one step of exchanged updates; `scale` multiplies the learning rate (warm-up).
+
+        Args:
+            updates: ids unique in each table but for padding, as exchange_tables gives them; a table may be absent or
+                empty.
+            scale: share of the learning rate to use.
+        """
+        for name, (ids_U, grads_UD) in updates.items():
+            if ids_U.numel():
+                # index_select and index_copy_: on a CPU half the time of an index in brackets, where tables are large.
+                rows_UD = self.weights[name].index_select(0, ids_U)
+                if self.weight_decay:
+                    grads_UD = grads_UD + self.weight_decay * rows_UD  # noqa: PLW2901
+                # A mask, not a selection: the host knows the number of rows and does not wait for a GPU.
+                is_padding_U = ids_U == PADDING_ID
+                masked_UD = torch.where(is_padding_U[:, None], 0.0, grads_UD)
+                mean_UD, root_U = self._moments(name, ids_U, masked_UD, is_padding_U)
+                step_UD = scale * self.learning_rate * mean_UD / (root_U + self.eps)[:, None]
+                self.weights[name].index_copy_(0, ids_U, rows_UD - step_UD)
+
+    def _moments(self, name: str, ids_U: Tensor, grads_UD: Tensor, is_padding_U: Tensor) -> tuple[Tensor, Tensor]:
+        """Move the state of a step's rows; (U, D) what the rate multiplies, zero for padding, and (U) its divisor."""
+        raise NotImplementedError
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The state by name, for a checkpoint; each tensor has N rows. Views, not copies."""
+        raise NotImplementedError
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Inverse of `state_tensors`; KeyError where a table is missing."""
+        for name, tensor in self.state_tensors().items():
+            tensor.copy_(tensors[name])
+
+
+class RowwiseAdagrad(RowOptimizer):
+    """Adagrad with one accumulator per row: 4 bytes per row."""
+
+    part = "adagrad"
+
+    def __init__(self, weights: Mapping[str, Tensor], **settings: float) -> None:
+        super().__init__(weights, **settings)
+        self.accumulators = {name: w.new_zeros(w.shape[0], dtype=torch.float32) for name, w in weights.items()}
+        """A_r, float32 (N) by table."""
+
+    def _moments(self, name: str, ids_U: Tensor, grads_UD: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        accumulator_N = self.accumulators[name]
+        sums_U = accumulator_N.index_select(0, ids_U) + grads_UD.square().mean(dim=1)
+        accumulator_N[ids_U] = sums_U
+        return grads_UD, sums_U.sqrt()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """`<table>`: A_r."""
+        return dict(self.accumulators)
+
+
+class RowwiseAdam(RowOptimizer):
+    """Adam with one second moment and one step count per row: 4 D + 8 bytes per row."""
+
+    part = "adam"
+    beta1, beta2 = 0.9, 0.999
+
+    def __init__(self, weights: Mapping[str, Tensor], **settings: float) -> None:
+        super().__init__(weights, **settings)
+        self.first = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        """m_r, float32 (N, D) by table."""
+        # Side by side in one matrix: a row's two numbers are then one access to memory, where tables are large.
+        self._pairs = {n: weight.new_zeros((weight.shape[0], 2), dtype=torch.int32) for n, weight in weights.items()}
+        self.second = {name: pairs_N2.view(torch.float32)[:, 0] for name, pairs_N2 in self._pairs.items()}
+        """v_r, float32 (N) by table; a view."""
+        self.counts = {name: pairs_N2[:, 1] for name, pairs_N2 in self._pairs.items()}
+        """n_r, int32 (N) by table; a view."""
+
+    def _moments(self, name: str, ids_U: Tensor, grads_UD: Tensor, is_padding_U: Tensor) -> tuple[Tensor, Tensor]:
+        first_ND, pairs_N2 = self.first[name], self._pairs[name]
+        first_UD = self.beta1 * first_ND.index_select(0, ids_U) + (1 - self.beta1) * grads_UD
+        pairs_U2 = pairs_N2.index_select(0, ids_U)
+        second_U = self.beta2 * pairs_U2.view(torch.float32)[:, 0] + (1 - self.beta2) * grads_UD.square().mean(dim=1)
+        # Padding's moments stay zero by themselves; its count is 1 here, so that nothing is divided by zero.
+        count_U = pairs_U2[:, 1] + 1
+        first_ND.index_copy_(0, ids_U, first_UD)
+        moved_U2 = torch.stack([second_U.view(torch.int32), torch.where(is_padding_U, 0, count_U)], dim=1)
+        pairs_N2.index_copy_(0, ids_U, moved_U2)
+        corrected_UD = first_UD / (1 - self.beta1 ** count_U.double()).float()[:, None]
+        return corrected_UD, (second_U / (1 - self.beta2 ** count_U.double()).float()).sqrt()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """`<table>/first`, `<table>/second`, `<table>/count`: m_r, v_r, n_r."""
+        parts = {"first": self.first, "second": self.second, "count": self.counts}
+        return {f"{name}/{part}": tensors[name] for name in self.weights for part, tensors in parts.items()}
+
+
+ROW_OPTIMIZERS: dict[str, type[RowOptimizer]] = {"rowwise_adagrad": RowwiseAdagrad, "rowwise_adam": RowwiseAdam}
+"""By train.embedding_optimizer."""
+
+
+def build_row_optimizer(weights: Mapping[str, Tensor], config: TrainConfig) -> RowOptimizer:
+    """The optimiser that `train.embedding_optimizer` names, on these tables."""
+    return ROW_OPTIMIZERS[config.embedding_optimizer](
+        weights, learning_rate=config.embedding_learning_rate, weight_decay=config.embedding_weight_decay
+    )

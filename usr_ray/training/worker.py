@@ -102,7 +102,7 @@ class Worker:
         """True once this rank was asked to stop; ranks agree through `any_true` or a sum of flags."""
         return self._stop.is_set()
 
-    def stop_on_signal(self, number: int = signal.SIGTERM) -> bool:
+    def stop_on_signal(self) -> bool:
         """Turn SIGTERM into `request_stop`; False where that cannot be done (Ray runs the loop in a thread).
 
         For entry points: no constructor touches the signal handlers of its process.
@@ -113,7 +113,7 @@ class Worker:
         def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
             self.request_stop()
 
-        signal.signal(number, stop)
+        signal.signal(signal.SIGTERM, stop)
         return True
 
     def report(self, metrics: Mapping[str, float]) -> None:

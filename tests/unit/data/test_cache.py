@@ -97,7 +97,7 @@ def test_a_full_disk_warns_once_and_the_reading_goes_on(
         calls.append(target)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("usr_ray.data.cache.os.replace", full)
+    monkeypatch.setattr("usr_ray.data.decode.os.replace", full)
     with pytest.warns(
         UserWarning,
         match=r"train.reader_cache: .*No space left on device; [\d.]+ MB needed .*from Parquet .*free space there",

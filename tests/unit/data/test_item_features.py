@@ -12,7 +12,7 @@ from deltalake import DeltaTable, write_deltalake
 
 from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
 from usr_ray.config import UserError
-from usr_ray.data.item_features import read_item_features
+from usr_ray.data.by_id import read_item_features
 from usr_ray.data.manifest import DataError, Manifest, build_manifest
 from usr_ray.schema import ITEM_FEATURES, ITEM_FEATURES_PROPERTY, SAMPLES
 

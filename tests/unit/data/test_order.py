@@ -23,9 +23,9 @@ from usr_ray.data.order import (
     num_steps,
     permutation,
     rank_share,
+    shuffle_quality,
     stream_key,
 )
-from usr_ray.data.order_quality import shuffle_quality
 
 pytestmark = pytest.mark.unit
 

@@ -7,8 +7,15 @@ import dataclasses
 import numpy as np
 import pytest
 
-from usr_ray.data.order import RankShare, block_share, epoch_order
-from usr_ray.data.order_quality import ShuffleQuality, epoch_quality, order_text, shuffle_quality
+from usr_ray.data.order import (
+    RankShare,
+    ShuffleQuality,
+    block_share,
+    epoch_order,
+    epoch_quality,
+    order_text,
+    shuffle_quality,
+)
 
 pytestmark = pytest.mark.unit
 

@@ -1,4 +1,4 @@
-"""usr_ray/data/process.py: torch computes with one thread beside the step."""
+"""usr_ray/data/feed.py: torch computes with one thread beside the step."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import torch
 
 from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
 from usr_ray.data.decode import RowGroupDecoder
-from usr_ray.data.feed import Feed
+from usr_ray.data.feed import Feed, compute_alone
 from usr_ray.data.manifest import build_manifest
-from usr_ray.data.process import compute_alone
 from usr_ray.data.reader import Reading, SampleReader
 
 

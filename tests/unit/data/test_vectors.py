@@ -12,12 +12,12 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 
 from etl.features.vocabulary import feature_spec
-from etl.kernel.vectors import packed_vectors
+from etl.kernel.features import packed_vectors
 from tests.unit.samples_table import samples_spec, write_samples
 from usr_ray.config import UserError, load_config
+from usr_ray.data.by_id import read_vectors
 from usr_ray.data.lineage import difference
 from usr_ray.data.manifest import DataError, Manifest, build_manifest
-from usr_ray.data.vectors import read_vectors
 from usr_ray.schema import SAMPLES, FeatureSpec, VectorFeature
 
 pytestmark = pytest.mark.unit

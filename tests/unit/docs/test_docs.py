@@ -73,12 +73,12 @@ def build() -> ModuleType:
 def test_pages_and_reference_become_html_whose_links_hold(build: ModuleType, tmp_path: Path) -> None:
     """The reference of three modules only: all of them take a quarter of a minute (`make docs`)."""
     build.build_guides(tmp_path)
-    build.build_api(tmp_path, ("usr_ray.schema", "usr_ray.config.tune", "jobs.train"))
+    build.build_api(tmp_path, ("usr_ray.schema", "usr_ray.config.training", "jobs.train"))
     html = {path.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("*.html")}
     assert {"index.html", "operations.html", "examples/own_logs.html", "api/usr_ray/schema.html"} <= set(html)
     assert '<span class="name">FeatureSpec</span>' in html["api/usr_ray/schema.html"]
     assert "ray job submit" in html["api/jobs/train.html"]
-    assert '<a href="../../../studies.html">studies.md</a>' in html["api/usr_ray/config/tune.html"]
+    assert '<a href="../../../studies.html">studies.md</a>' in html["api/usr_ray/config/training.html"]
     for name, text in html.items():
         assert not re.search(r'(src|href)="https?://[^"]+\.(js|css|png|svg|woff2?)"', text), f"{name} needs the network"
         if name.startswith("api/"):

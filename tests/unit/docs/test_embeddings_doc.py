@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import embedding_wire, table_memory
-from usr_ray.training.optimizer_rows import ROW_OPTIMIZERS
+from usr_ray.training.optimizers import ROW_OPTIMIZERS
 
 pytestmark = pytest.mark.unit
 

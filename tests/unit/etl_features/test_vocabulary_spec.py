@@ -10,7 +10,7 @@ import pytest
 
 from etl.features.numbers import bucket_edges, fits_of, standard_fit
 from etl.features.vocabulary import Vocabularies, feature_spec
-from etl.kernel.numbers import bucket_ids, number_counts, standardised
+from etl.kernel.features import bucket_ids, number_counts, standardised
 from etl.kernel.packs import pack
 from usr_ray.config import DAY_US, ConfigError, first_difference, load_config
 from usr_ray.schema import DenseFeature, FeatureSpec

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from etl.kernel.labels import mature
+from etl.kernel.attribution import mature
 from tests.etl_oracle import DAY, Windows, World
 from tests.unit.etl_worlds import NOON, SECOND, rules_of, run_kernel, windows_of, worlds
 from tests.unit.examples import depth

@@ -9,7 +9,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from tests.unit.reporting.test_run import SCENARIOS, make_predictions
-from usr_ray.evaluation.comparison import compare, comparison_text, on_common_rows
+from usr_ray.evaluation.statistics import compare, comparison_text, on_common_rows
 from usr_ray.reporting.run import comparison_section
 
 pytestmark = pytest.mark.unit

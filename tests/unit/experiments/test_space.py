@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from usr_ray.config import Config, ConfigError, load_config
-from usr_ray.config.tune import SpaceConfig
+from usr_ray.config.training import SpaceConfig
 from usr_ray.experiments.grid import expand
 from usr_ray.experiments.space import (
     TriedPoint,

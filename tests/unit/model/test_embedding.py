@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.unit.random_batches import make_batch, make_config, make_spec, rows
 from usr_ray.data.batch import map_tensors
 from usr_ray.model.counter_random import hash_keys, to_uniform
-from usr_ray.model.embedding import EmbeddingTables
+from usr_ray.model.embedding import EmbeddingTables, fresh_rows
 from usr_ray.model.ops import Groups, group_places, pool_sum
 from usr_ray.model.unique import EmbeddingError, unique_ids
 from usr_ray.model.usr import UsrModel
@@ -152,25 +152,10 @@ def test_fresh_rows_have_the_documented_spread() -> None:
     assert table.abs().max() <= 0.05 * 3**0.5
 
 
-def test_a_table_that_grew_equals_one_that_was_large_from_the_start() -> None:
-    small = EmbeddingTables(make_spec(num_embeddings=10), 4, seed=7)
-    trained = small.tables["item_id"][3] + 1
-    small.tables["item_id"][3] = trained
-    small.grow({"item_id": 25, "query": 10})
+def test_the_rows_of_a_small_table_are_the_first_of_a_large_one() -> None:
     large = EmbeddingTables(make_spec(num_embeddings=25), 4, seed=7).tables["item_id"]
-    assert torch.equal(small.tables["item_id"][10:], large[10:])
-    assert torch.equal(small.tables["item_id"][3], trained)
-    assert small.num_rows()["query"] == 10
-
-
-def test_a_table_cannot_shrink_or_be_unknown() -> None:
-    tables = EmbeddingTables(make_spec(num_embeddings=10), 4, seed=0)
-    with pytest.raises(
-        EmbeddingError, match="table item_id has 10 rows and cannot shrink to 9; vocabularies only grow"
-    ):
-        tables.grow({"item_id": 9})
-    with pytest.raises(EmbeddingError, match="cannot grow 'shop': tables are user_id, item_id, query"):
-        tables.grow({"shop": 9})
+    assert torch.equal(EmbeddingTables(make_spec(num_embeddings=10), 4, seed=7).tables["item_id"], large[:10])
+    assert torch.equal(fresh_rows("item_id", 10, 25, dim=4, seed=7), large[10:])
 
 
 @pytest.mark.parametrize("wrong", [40, -1])

@@ -42,16 +42,6 @@ def test_every_backbone_uses_each_vector_and_learns_its_map_and_what_stands_for_
     assert sorted(tables.state_dict()) == sorted(tables.tables), "what a checkpoint holds"
 
 
-def test_rows_that_a_table_grows_by_have_no_vector() -> None:
-    spec = make_spec(vectors=VECTORS)
-    tables = make_tables(spec, 4, 0)
-    before = tables.vectors["picture"]
-    tables.grow({"item_id": 43})
-    assert torch.equal(tables.vectors["picture"][:40], before)
-    assert tables.vectors["picture"][40:].tolist() == [[0, 0, 1]] * 3
-    assert tables.vectors["face"].shape == (40, 4)
-
-
 @pytest.mark.parametrize("event_sides", [True, False])
 def test_events_and_targets_carry_items_vectors_or_not(event_sides: bool) -> None:
     spec = make_spec(vectors=VECTORS)

@@ -20,9 +20,9 @@ from usr_ray.cli import run_job
 from usr_ray.config import Config
 from usr_ray.data.batch import UsrOutputs
 from usr_ray.data.manifest import build_manifest
-from usr_ray.evaluation.comparison import comparison_text
+from usr_ray.evaluation.statistics import comparison_text
 from usr_ray.model.unique import ItemSides, table_columns, unique_ids
-from usr_ray.reporting.importance import importance_section
+from usr_ray.reporting.run import importance_section
 from usr_ray.schema import UNKNOWN_ID, DenseFeature
 from usr_ray.training.checkpoint import CheckpointStore
 from usr_ray.training.importance import importance, importance_text, signals_of

@@ -13,9 +13,11 @@ from torch import nn
 
 from tests.unit.two_ranks import run_ranks
 from usr_ray.config import TrainConfig
-from usr_ray.training.optimizer_rows import ROW_OPTIMIZERS, RowwiseAdagrad, RowwiseAdam
 from usr_ray.training.optimizers import (
+    ROW_OPTIMIZERS,
     DenseAdamW,
+    RowwiseAdagrad,
+    RowwiseAdam,
     Update,
     exchange,
     exchange_tables,

@@ -16,8 +16,8 @@ from tests.unit.random_batches import VECTORS
 from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
 from tests.unit.training.test_loop import Watcher, assert_equal_states, make_config, run
 from usr_ray.data.batch import UsrBatch, UsrOutputs
+from usr_ray.data.by_id import read_vectors
 from usr_ray.data.manifest import Manifest, build_manifest
-from usr_ray.data.vectors import read_vectors
 from usr_ray.model.embedding import EmbeddingTables, Lookup
 from usr_ray.training.checkpoint import CheckpointError, CheckpointStore
 from usr_ray.training.embeddings import load_vectors

@@ -1,4 +1,4 @@
-"""`<lake>/item_features` as an array: what the items of histories are, by encoded id."""
+"""Tables by encoded id as arrays: what the items of histories are, and vectors of users and items."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from usr_ray.data.manifest import DataError, Manifest, join_path, open_filesystem
 from usr_ray.data.parts import FeatureFile
 from usr_ray.files import one_line
-from usr_ray.schema import ITEM_FEATURES, index_column
+from usr_ray.schema import ITEM_FEATURES, VECTOR_TABLES, VectorFeature, index_column
 
 _ITEM = index_column("item_id")
 REBUILD_ID = "build any date with jobs/build_samples.py, which writes the table anew, and train on that version"
@@ -75,3 +75,53 @@ def ids_of(table: pa.Table, name: str, limit: int, path: str) -> NDArray[np.int6
     if len(ids) and not 0 <= ids.min() <= ids.max() < limit:
         raise DataError(f"{path}: column {name} holds nulls or ids outside of 0..{limit - 1}; {REBUILD_ID}")
     return ids
+
+
+def read_vectors(manifest: Manifest) -> dict[str, NDArray[np.float16]]:
+    """Name -> float16 (N, length + 1) of every vector of the spec: row i is the user or item with encoded id i.
+
+    The last column is 1 where there is no vector, and all others are 0 then: padding, unknown, and who has none. N is
+    the number of ids that the spec knows.
+
+    Raises:
+        DataError: a file is missing, was replaced, or does not hold such vectors.
+    """
+    spec = manifest.spec
+    files = {"user": manifest.user_vectors, "item": manifest.item_vectors}
+    found = {}
+    for vector in spec.vectors:
+        num_ids = spec.sparse_feature(vector.key).num_embeddings
+        found[vector.name] = np.zeros((num_ids, vector.length + 1), dtype=np.float16)
+        found[vector.name][:, -1] = 1
+    for owner, table_name in VECTOR_TABLES.items():
+        vectors = [vector for vector in spec.vectors if vector.owner == owner]
+        if not vectors:
+            continue
+        key = index_column(f"{owner}_id")
+        columns = [key, *(vector.name for vector in vectors)]
+        for path, table in tables_by_id(manifest, table_name, files[owner], columns):
+            ids = ids_of(table, key, spec.sparse_feature(f"{owner}_id").num_embeddings, path)
+            for vector in vectors:
+                _fill(found[vector.name], ids, table, vector, path)
+    return found
+
+
+def _fill(
+    target: NDArray[np.float16], ids: NDArray[np.int64], table: pa.Table, vector: VectorFeature, path: str
+) -> None:
+    column = table.column(vector.name).combine_chunks() if vector.name in table.column_names else pa.nulls(1)
+    if column.type != pa.binary():
+        raise DataError(
+            f"{path}: column {vector.name} is {column.type}, needed numbers of float16 as bytes; {REBUILD_ID}"
+        )
+    is_there = column.is_valid().to_numpy(zero_copy_only=False)
+    values = column.drop_null().to_pylist()
+    if any(len(value) != 2 * vector.length for value in values):
+        raise DataError(
+            f"{path}: column {vector.name} holds vectors of another length than {vector.length} numbers; {REBUILD_ID}"
+        )
+    numbers = np.frombuffer(b"".join(values), dtype="<f2").reshape(-1, vector.length)
+    if not np.isfinite(numbers).all():
+        raise DataError(f"{path}: column {vector.name} holds NaN or infinity; {REBUILD_ID}")
+    target[ids[is_there], :-1] = numbers
+    target[ids[is_there], -1] = 0
