@@ -15,9 +15,9 @@ from collections.abc import Iterable
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from usr_ray.config import Config, date_ranges, dates_in, end_of_us, first_difference, parse_dates
+from usr_ray.config import Config, date_ranges, dates_in, first_difference, parse_dates
 from usr_ray.data.manifest import DataError, Manifest, read_vocabularies
-from usr_ray.data.mature import usable_row_groups
+from usr_ray.data.mature import counted_in_training, usable_row_groups
 from usr_ray.schema import HASHED, STANDARD, FeatureSpec, SparseFeature, fingerprint_text
 
 
@@ -79,8 +79,7 @@ def doubts(config: Config, train: Manifest, held_out: Manifest | None, *, first_
                 f"with {fitted['min_count']}, which holds"
             )
     last = parse_dates(config.data.train_dates or train.dates[-1], where="data.train_dates")[1]
-    wanted = {"ready_before_us": end_of_us(last) if config.data.mature_only else None}
-    groups = usable_row_groups(train, **wanted, mature_only=config.data.mature_only, order_wait_us=config.order_wait_us)
+    groups = usable_row_groups(train, counted_in_training(config, train))
     if idle := set(train.dates) - {train.files[ref.file].date for ref in groups}:
         hours = (train.spec.label_delay_us - config.order_wait_us) / 3.6e9
         others = "" if config.order_wait_us else ", or set data.final_labels='clicks' to learn from its clicks"

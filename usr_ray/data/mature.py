@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from usr_ray.config import DAY_US
+from usr_ray.config import DAY_US, Config, end_of_us, parse_dates
 from usr_ray.data.manifest import DataError, Manifest
 from usr_ray.data.parts import RowGroupRef
 from usr_ray.schema import FeatureSpec
@@ -31,6 +31,19 @@ class WhichRows:
 
 
 EVERY_ROW = WhichRows(mature_only=False)
+
+
+def counted_in_training(config: Config, manifest: Manifest) -> WhichRows:
+    """By data.mature_only those whose labels (by data.final_labels those of clicks alone) were final at the train
+    cut-off, midnight UTC after the last training date: a global label that closes later has seen the held-out days.
+    """
+    last = parse_dates(config.data.train_dates or manifest.dates[-1], where="data.train_dates")[1]
+    return WhichRows(
+        ready_before_us=end_of_us(last) if config.data.mature_only else None,
+        mature_only=config.data.mature_only,
+        order_wait_us=config.order_wait_us,
+        only_scenario=config.data.only_scenario,
+    )
 
 
 def labels_close_us(event_time_us: NDArray[np.int64], spec: FeatureSpec) -> NDArray[np.int64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +13,7 @@ from usr_ray.config import Config, UserError, end_of_us, parse_dates
 from usr_ray.data.batch import UsrBatch
 from usr_ray.data.decode import RowGroupDecoder
 from usr_ray.data.manifest import Manifest
-from usr_ray.data.mature import WhichRows, labels_close_us, usable_row_groups
+from usr_ray.data.mature import WhichRows, counted_in_training, labels_close_us, usable_row_groups
 from usr_ray.data.reader import Reading, SampleReader
 from usr_ray.evaluation.baseline import TrainingRows
 from usr_ray.evaluation.metrics import known_labels_only
@@ -27,21 +28,13 @@ class LabelOrderError(UserError):
 
 
 def training_reader(config: Config, manifest: Manifest, *, rank: int = 0, world_size: int = 1) -> SampleReader:
-    """Reads the part of the training batches that is the rank's.
-
-    A row has weight when its labels (by data.final_labels those of clicks alone) were final at the train cut-off,
-    midnight UTC after the last training date: a global label that closes later has seen the held-out days.
-    """
-    last = parse_dates(config.data.train_dates or manifest.dates[-1], where="data.train_dates")[1]
+    """Reads the part of the training batches that is the rank's; which rows have weight: counted_in_training."""
     reading = Reading(
         global_batch_size=config.train.global_batch_size,
         group_size=config.model.contrastive.group_size,
         seed=config.train.seed,
         order=config.train.order,
-        ready_before_us=end_of_us(last) if config.data.mature_only else None,
-        mature_only=config.data.mature_only,
-        order_wait_us=config.order_wait_us,
-        only_scenario=config.data.only_scenario,
+        **asdict(counted_in_training(config, manifest)),
         num_shards=config.train.reader_shards,
         rank=rank,
         world_size=world_size,
