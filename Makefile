@@ -19,8 +19,8 @@ SHARDED := torchrec fbgemm-gpu-cpu tensordict torchmetrics lightning-utilities p
 # ---- what `make demo` runs on -------------------------------------------------------------------------------
 SOURCE ?= simulated
 INPUT  ?=
-CONFIG ?= jobs/configs/$(SOURCE).toml
-WORK   ?= runs/demo-$(SOURCE)
+CONFIG ?= jobs/configs/$(if $(filter simulated,$(SOURCE)),demo,$(SOURCE)).toml
+WORK   ?= runs/demo$(if $(filter simulated,$(SOURCE)),,-$(SOURCE))
 LOGS   ?=
 SET    ?=
 OVERRIDES  = $(foreach s,$(SET),--set $(s))
@@ -29,6 +29,7 @@ help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
 	@echo
 	@echo "  make demo SOURCE=kuairand INPUT=DIR      the demo on KuaiRand-Pure's files (also kuaisearch, kuaisar, jdsearch)"
+	@echo "  make demo CONFIG=jobs/configs/simulated.toml WORK=runs/demo-static   in a world without needs, twice as large"
 	@echo "  make demo LOGS=DIR CONFIG=FILE           the demo on your own logs (docs/tables.md says what they look like)"
 	@echo "  make demo COMPARE=1                      the demo beside a logistic regression and the same backbone without USR"
 	@echo "  make chaos FAULT=\"worker-killed slow-rank\"   some faults; ADDRESS=http://HOST:8265 WORK=SHARED_DIR: on your cluster"

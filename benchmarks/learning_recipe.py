@@ -1,6 +1,6 @@
-"""What do averaged weights, the tables' learning rate and the towers add on the demo's world, plain and with USR?
+"""What do averaged weights, the tables' learning rate and the towers add on the static world, plain and with USR?
 
-    python benchmarks/learning_recipe.py [--lake runs/demo-simulated/lake] [--seeds 3] [--models "plain, recipe" ...]
+    python benchmarks/learning_recipe.py [--lake runs/demo-static/lake] [--seeds 3] [--models "plain, recipe" ...]
 
 Trains each model with each seed on the demo's training days and reports held-out AUC (mean and every seed's), and the
 paired gap of each over the model named in GAPS. `--validation` trains on all training days but the last and evaluates
@@ -83,7 +83,7 @@ def by_seed(runs: Runs) -> dict[str, list[float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lake", type=Path, default=ROOT / "runs" / "demo-simulated" / "lake")
+    parser.add_argument("--lake", type=Path, default=ROOT / "runs" / "demo-static" / "lake")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--validation", action="store_true")

@@ -1,29 +1,44 @@
 """The whole way once, as `make demo` runs it: from logs to a trained, evaluated and served model, with a report.
 
-Every step is one of the jobs, run by the command that is printed before it, so that a newcomer can run them alone.
+Every step is one of the jobs, and the command that is printed before it runs it alone. Here all but the build run in
+this process, which loads torch and starts Ray for them while the build's JVM works.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib
 import importlib.util
 import json
+import os
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from usr_ray.cli import check_input, check_logs, check_output_table, flags, job_config, job_parser, run_job
+from usr_ray.cli import (
+    EXIT_USER_ERROR,
+    check_input,
+    check_logs,
+    check_output_table,
+    flags,
+    job_config,
+    job_parser,
+    run_job,
+)
 from usr_ray.config import Config, UserError, parse_dates
-from usr_ray.launch.environment import LOOPBACK, free_port
+from usr_ray.launch.environment import LOOPBACK, free_port, prepare_environment
 from usr_ray.launch.spark import spark_environment, spark_submit
 
 MARKER = ".usr-ray-demo"
@@ -53,18 +68,63 @@ def fresh_folder(work: Path) -> None:
     (work / MARKER).touch()
 
 
-def step(title: str, *command: str, may_refuse: bool = False) -> bool:
-    """Print and run one job; stop the demo with its exit code when it fails. False: it refused, and might."""
+def announce(title: str, command: Sequence[str]) -> None:
+    """Print what comes, and the command that does it alone."""
     print(f"\n== {title}\n$ {shlex.join(command)}", flush=True)
-    started = time.monotonic()
-    done = subprocess.run(command, cwd=ROOT, env=spark_environment(), check=False)
-    if done.returncode == 2 and may_refuse:
-        return False
-    if done.returncode != 0:
-        print(f"demo: stopped, '{title}' ended with exit code {done.returncode}", file=sys.stderr)
-        raise StepFailed(done.returncode)
+
+
+def ended(title: str, code: int, started: float) -> None:
+    """Print how long a step took; stop the demo with its exit code when it failed."""
+    if code != 0:
+        print(f"demo: stopped, '{title}' ended with exit code {code}", file=sys.stderr)
+        raise StepFailed(code)
     print(f"   {title}: {time.monotonic() - started:.0f} s", flush=True)
+
+
+def build(*words: str, meanwhile: Callable[[], None]) -> None:
+    """Run jobs/build_samples.py, with a JVM, and `meanwhile` beside it."""
+    command = [spark_submit(), "jobs/build_samples.py", *words]
+    announce("build samples", command)
+    started = time.monotonic()
+    with subprocess.Popen(command, cwd=ROOT, env=spark_environment()) as process:
+        try:
+            meanwhile()
+            process.wait()
+        except BaseException:
+            process.terminate()
+            raise
+    ended("build samples", process.returncode, started)
+
+
+def job(title: str, name: str, *words: str, may_refuse: bool = False) -> bool:
+    """Run another job in this process; stop the demo with its exit code when it fails. False: it refused, and might."""
+    announce(title, [sys.executable, f"jobs/{name}.py", *words])
+    started, handler = time.monotonic(), signal.getsignal(signal.SIGTERM)
+    try:
+        code = run_job(importlib.import_module(f"jobs.{name}").main, [*words])
+    finally:
+        signal.signal(signal.SIGTERM, handler)  # a training without Ray takes it for a wish to save and end
+    if code == EXIT_USER_ERROR and may_refuse:
+        return False
+    ended(title, code, started)
     return True
+
+
+def load_ahead(config: Config, stack: contextlib.ExitStack, *, cluster: str, serves: bool) -> None:
+    """Load what the jobs after the build load, and start their Ray, which ends with `stack`.
+
+    What fails here is left to the job that needs it, which says it in its own words. Not in a thread: Linux ends Ray's
+    processes with the thread that started them.
+    """
+    with contextlib.suppress(Exception):
+        if config.ray.num_workers:
+            importlib.import_module("usr_ray.launch.trainer")
+            session = importlib.import_module("usr_ray.launch.session")
+            stack.enter_context(session.ray_session(config.ray, cluster=cluster))
+        else:
+            importlib.import_module("usr_ray.launch.alone")
+        if serves:
+            importlib.import_module("usr_ray.serving.publish")
 
 
 def serve(run: Path, lake: Path, registry: Path) -> None:
@@ -74,12 +134,12 @@ def serve(run: Path, lake: Path, registry: Path) -> None:
         print(f"\ndemo: not served, as {', '.join(missing)} is not installed; pip install 'usr-ray[serve]'", flush=True)
         return
     places = flags(run_dir=run, lake=lake, registry=registry)
-    if not step("publish", sys.executable, "jobs/publish.py", *places, may_refuse=True):
+    if not job("publish", "publish", *places, may_refuse=True):
         print("demo: not served, as the line above says; the run and its report are whole", flush=True)
         return
     port = free_port(FIRST_PORT)
     command = [sys.executable, "jobs/serve.py", "--alone", *flags(registry=registry, port=port)]
-    print(f"\n== serve\n$ {shlex.join(command)}", flush=True)
+    announce("serve", command)
     service = subprocess.Popen(command, cwd=ROOT)
     try:
         ask(f"http://{LOOPBACK}:{port}", registry, service)
@@ -137,8 +197,7 @@ def build_dates(config: Config) -> str:
 def train_twin(run: Path, lake: Path, settings: Sequence[str]) -> list[str]:
     """Train the backbone without USR; the flags with which jobs/evaluate.py compares the two."""
     plain = [word for override in PLAIN for word in ("--set", override)]
-    train = [sys.executable, "jobs/train.py", *flags(lake=lake, run_dir=run)]
-    step("train the plain twin", *train, *settings, *plain)
+    job("train the plain twin", "train", *flags(lake=lake, run_dir=run), "--brief", *settings, *plain)
     return ["--compare", str(run), "--importance"]
 
 
@@ -157,7 +216,9 @@ def main(argv: list[str]) -> None:
     if arguments.logs is None and arguments.source != SIMULATED and arguments.input is None:
         raise UserError(f"--source {arguments.source}: --input is missing; name the folder with the data set's files")
     started = time.monotonic()
-    # The jobs run where the program is, the paths are those of whoever called.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as jobs/train.py has it; read when torch is loaded
+    cluster = prepare_environment(dashboard=config.ray.dashboard)
+    # The build runs where the program is, the paths are those of whoever called.
     work: Path = arguments.work.absolute()
     for flag in ("input", "logs", "config"):
         place = getattr(arguments, flag)
@@ -168,16 +229,17 @@ def main(argv: list[str]) -> None:
     settings += [word for override in arguments.overrides for word in ("--set", override)]
     if arguments.logs is None:
         where = flags(source=arguments.source, **({"input": arguments.input} if arguments.input else {}), logs=logs)
-        step("ingest", sys.executable, "jobs/ingest_logs.py", *where, *settings)
-    dated = flags(logs=logs, lake=lake, dates=build_dates(config))
-    step("build samples", spark_submit(), "jobs/build_samples.py", *dated, *settings)
-    step("train", sys.executable, "jobs/train.py", *flags(lake=lake, run_dir=run), *settings)
-    beside = train_twin(work / "run-plain", lake, settings) if arguments.compare else []
+        job("ingest", "ingest_logs", *where, *settings)
+    with contextlib.ExitStack() as stack:
+        load = functools.partial(load_ahead, config, stack, cluster=cluster, serves=not arguments.no_serve)
+        build(*flags(logs=logs, lake=lake, dates=build_dates(config)), *settings, meanwhile=load)
+        job("train", "train", *flags(lake=lake, run_dir=run), "--brief", *settings)
+        beside = train_twin(work / "run-plain", lake, settings) if arguments.compare else []
     places = flags(run_dir=run, lake=lake)
     if config.data.allow_missing_dates:
         beside = ["--allow-missing-dates", *beside]
-    step("evaluate", sys.executable, "jobs/evaluate.py", *places, "--dates", config.data.eval_dates, *beside)
-    step("report", sys.executable, "jobs/report.py", *places)
+    job("evaluate", "evaluate", *places, "--dates", config.data.eval_dates, *beside)
+    job("report", "report", *places)
     if not arguments.no_serve:
         serve(run, lake, work / "registry")
     print(f"\ndemo: done in {time.monotonic() - started:.0f} s", flush=True)

@@ -29,6 +29,7 @@ def main(argv: list[str]) -> None:
     parser = job_parser(__doc__ or "", takes_dates=True)
     parser.add_place("--lake", check_lake, required=True, help="the lake of jobs/build_samples.py")
     parser.add_place("--run-dir", check_output, required=True, help="checkpoints, metrics and events go here")
+    parser.add_argument("--brief", action="store_true", help="without the table of metrics, which metrics.json has")
     arguments = parser.parse_args(argv)
     config = job_config(arguments)
     from usr_ray.data.order import rank_share  # loads numpy alone: torch and Ray take seconds
@@ -41,6 +42,10 @@ def main(argv: list[str]) -> None:
     except KeyboardInterrupt:
         print(f"{arguments.run_dir}: the same command goes on from the newest checkpoint", file=sys.stderr)
         raise
+    if summary.metrics is not None and not arguments.brief:
+        from usr_ray.runs.plan import result_text
+
+        print(result_text(summary.run_dir))
     if summary.outcome == "stopped":  # whoever waits for this job must not believe it finished
         sys.exit(EXIT_FAILURE)
 

@@ -35,6 +35,7 @@ def test_the_demo_prints_auc_per_scenario_and_task_and_the_report(smoke: Path) -
     printed = (smoke / "stdout.txt").read_text()
     for word in ("search", "recommendation", "ctr", "ctcvr", "AUC", "report.html"):
         assert word.lower() in printed.lower(), word
+    assert len([line for line in printed.splitlines() if line.split()[:2] == ["scenario", "task"]]) == 1
 
 
 def test_the_demo_ends_with_one_request_answered(smoke: Path) -> None:
@@ -136,7 +137,11 @@ def test_a_finished_run_says_so_and_keeps_its_result(
     monkeypatch.setattr(os, "environ", {**os.environ})  # the job prepares it for Ray
     words = ["--config", SMOKE, "--lake", smoke / "lake", "--run-dir", smoke / "run"]
     assert run_job(train.main, [str(word) for word in words]) == 0
-    assert "this run is finished" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "this run is finished" in printed
+    assert [line for line in printed.splitlines() if line.split()[:2] == ["scenario", "task"]], (
+        "the table, without --brief"
+    )
     assert (smoke / "run" / "metrics.json").read_text() == before
 
 

@@ -69,6 +69,7 @@ NO_PLACES = {
     "--set",
     "--dates",
     "--allow-missing-dates",
+    "--brief",
     "--importance",
     "--compare",
     "--date",

@@ -13,10 +13,12 @@ import torch
 
 from usr_ray.config import Config, RayConfig, UserError
 from usr_ray.data.order import order_text
+from usr_ray.evaluation.files import SPLIT
 from usr_ray.evaluation.metrics import CellMetrics
 from usr_ray.launch.environment import OWN, SUBMITTED
 from usr_ray.launch.monitor import FileMonitor
-from usr_ray.runs.plan import RunPlan, load_manifest, mark_finished, plan_run, print_result, write_plan, write_result
+from usr_ray.runs.evaluations import METRICS_FILE, read_json
+from usr_ray.runs.plan import RunPlan, load_manifest, mark_finished, plan_run, write_plan, write_result
 from usr_ray.training.loop import TrainResult, train
 from usr_ray.training.monitor import Monitor
 from usr_ray.training.worker import LocalWorker
@@ -82,7 +84,7 @@ def carry_out(
     fit: Callable[[RunPlan], tuple[str, int]],
     session: AbstractContextManager[None] | None = None,
 ) -> RunSummary:
-    """Train a plan that is not finished, and print the metrics on the held-out rows.
+    """Train a plan that is not finished, and read the metrics on the held-out rows.
 
     Args:
         plan: of plan_run, not written yet.
@@ -93,7 +95,7 @@ def carry_out(
         UserError: another process trains in this directory.
     """
     if plan.is_finished:
-        print(f"{plan.run_dir}: this run is finished (step {plan.record['step']:,}); its result:")
+        print(f"{plan.run_dir}: this run is finished (step {plan.record['step']:,})")
         return _summary(plan, plan.record["outcome"], plan.record["step"], was_finished=True)
     if len(plan.record["attempts"]) > 1:
         table = plan.record["table"]
@@ -140,7 +142,7 @@ def refuse_missing_gpus(config: RayConfig) -> None:
 def _summary(plan: RunPlan, outcome: str, step: int, *, was_finished: bool) -> RunSummary:
     metrics = None
     if plan.eval_manifest is not None and outcome != "stopped":
-        metrics = print_result(plan.run_dir)
+        metrics = read_json(plan.run_dir / METRICS_FILE)[SPLIT]
     return RunSummary(plan.run_dir, outcome, step, metrics, was_finished)
 
 

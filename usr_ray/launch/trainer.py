@@ -73,7 +73,7 @@ def run(
     command: Sequence[str] = (),
     callbacks: Sequence[Any] = (),
 ) -> RunSummary:
-    """Train on the table in `lake`, or resume the run in `run_dir`, and print the metrics on the held-out rows.
+    """Train on the table in `lake`, or resume the run in `run_dir`.
 
     Args:
         config: the resolved configuration.

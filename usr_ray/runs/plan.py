@@ -24,7 +24,6 @@ from usr_ray.data.manifest import Manifest, build_manifest, first_counted_date
 from usr_ray.data.order import ShuffleQuality
 from usr_ray.data.pins import remove_pin, write_pin
 from usr_ray.evaluation.files import PREDICTIONS_FILE, SPLIT, metrics_text, write_metrics, write_predictions
-from usr_ray.evaluation.metrics import CellMetrics
 from usr_ray.files import now, write_whole
 from usr_ray.model.backbones import check_own_backbone
 from usr_ray.runs.evaluations import (
@@ -288,12 +287,8 @@ def write_result(run_dir: Path, result: TrainResult, held_out: Manifest) -> None
     write_metrics(run_dir / METRICS_FILE, {SPLIT: evaluation.metrics})
 
 
-def print_result(run_dir: Path) -> CellMetrics:
-    """Print the metrics of a finished run and return them."""
-    splits = json.loads((run_dir / METRICS_FILE).read_text(encoding="utf-8"))
+def result_text(run_dir: Path) -> str:
+    """The metrics of a finished run as a table, under the dates that they are of."""
     found = evaluations(run_dir, read_json(run_dir / CONFIG_FILE))
-    for one in found:
-        if one.file == METRICS_FILE:
-            print(f"{dates_heading(one.dates, one.trained_on)}:")
-    print(metrics_text(splits))
-    return splits[SPLIT]
+    heading = [f"{dates_heading(one.dates, one.trained_on)}:" for one in found if one.file == METRICS_FILE]
+    return "\n".join([*heading, metrics_text(read_json(run_dir / METRICS_FILE))])

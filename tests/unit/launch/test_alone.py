@@ -108,7 +108,7 @@ def test_a_run_that_was_asked_to_stop_goes_on_to_what_it_would_have_been(
     assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, STEPS + 1))
 
     assert train(lake, stopped) == 0
-    assert f"{stopped}: this run is finished (step {STEPS}); its result:" in capsys.readouterr().out
+    assert f"{stopped}: this run is finished (step {STEPS})" in capsys.readouterr().out
 
 
 def test_a_submitted_job_wants_whole_paths_here_too(
