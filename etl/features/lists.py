@@ -21,7 +21,7 @@ from usr_ray.schema import ListFeature
 def list_values(
     values: DataFrame, tables: tuple[DataFrame | None, DataFrame | None], lists: Sequence[ListFeature]
 ) -> DataFrame | None:
-    """Rows of kernel.lists.LISTED: the values of every user and item, query and text; None without tags and terms.
+    """Rows of kernel.features.LISTED: the values of every user and item, query and text; None without tags and terms.
 
     Args:
         values: columns feature and value: the queries and texts, any number of times.

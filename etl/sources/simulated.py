@@ -24,14 +24,13 @@ from etl.sources.simulated_ceilings import Rows, ceilings, lines
 from etl.sources.simulated_days import (
     Exposures,
     Labels,
-    Outcomes,
     Schedule,
     Windows,
     day_size,
     draw_exposures,
     draw_labels,
-    draw_outcomes,
     draw_schedule,
+    draw_times,
     logits,
     visits_of,
 )
@@ -67,15 +66,17 @@ NO_REQUEST_US = 1000 * DAY_US
 
 @dataclass(frozen=True, slots=True)
 class SimulatedDay:
-    """One day's requests, impressions and outcomes."""
+    """One day's requests, impressions and labels."""
 
     number: int
     start_us: int
     """Midnight UTC in microseconds since 1970."""
     plan: Schedule
     shown: Exposures
-    outcomes: Outcomes
     labels: Labels
+    click_time_us_N: np.ndarray
+    """Microseconds since the day's start, as those of orders, which may come days later."""
+    order_time_us_N: np.ndarray
     needs: Needs | None = None
     """All that lived for a part of the day, as it left them; None in a world without."""
 
@@ -156,8 +157,8 @@ def simulate_days(world: World, config: Config) -> Iterator[SimulatedDay]:
             next_plan = draw_schedule(world, settings, number + 1, size, next_needs)
             next_us_U[:] = 2 * DAY_US  # no request tomorrow: maybe one the day after
             np.minimum.at(next_us_U, next_plan.user_R, DAY_US + next_plan.time_us_R)
-        outcomes = draw_outcomes(settings, number, plan, shown, labels, windows=windows, next_request_us_U=next_us_U)
-        yield SimulatedDay(number, epoch_us + number * DAY_US, plan, shown, outcomes, labels, needs)
+        times = draw_times(settings, number, plan, shown, labels, windows=windows, next_request_us_U=next_us_U)
+        yield SimulatedDay(number, epoch_us + number * DAY_US, plan, shown, labels, *times, needs)
         if next_plan is not None:
             plan, needs = next_plan, next_needs
 
@@ -189,9 +190,9 @@ class LateOrders(Columns):
     def without_credit(self, day: SimulatedDay, num_listings: int, order_window_us: int) -> LateOrders:
         """Those that no click of the day could earn. The others are never logged: their label is 0 either way."""
         pair = self.user * num_listings + self.item
-        clicked_N = day.outcomes.is_click_N
+        clicked_N = day.labels.is_click_N
         click_pair = day.user_N[clicked_N] * num_listings + day.shown.listing_N[clicked_N]
-        click_us = day.start_us + day.outcomes.click_time_us_N[clicked_N]
+        click_us = day.start_us + day.click_time_us_N[clicked_N]
         met = np.isin(click_pair, pair)  # a handful: late orders are few
         clicks: dict[int, list[int]] = defaultdict(list)
         for key, time_us in zip(click_pair[met].tolist(), click_us[met].tolist(), strict=True):
@@ -236,7 +237,7 @@ def write_simulated(input_dir: Path, writer: LogWriter, config: Config) -> None:
 
 def rows_of_day(world: World, config: SimulatedConfig, day: SimulatedDay) -> Rows:
     """A day's impressions, as what can be told of them is estimated."""
-    plan, shown, outcomes = day.plan, day.shown, day.outcomes
+    plan, shown, labels = day.plan, day.shown, day.labels
     num_categories = world.user_theme_UC.shape[1]
     query_N = plan.query_R[shown.request_N]
     brand_R = query_words(config, day.number, day.needs or Needs.none(), plan.need_R).brand_R
@@ -251,11 +252,11 @@ def rows_of_day(world: World, config: SimulatedConfig, day: SimulatedDay) -> Row
         asked_brand_N=brand_R[shown.request_N],
         is_cheap_N=world.shop.is_cheap_I[shown.item_N],
         day_N=np.full(len(query_N), day.number),
-        is_click_N=outcomes.is_click_N,
-        is_order_N=outcomes.is_order_N,
-        click_time_s_N=(day.number * DAY_US + outcomes.click_time_us_N) // 1_000_000,
-        p_click_N=outcomes.p_click_N,
-        p_order_N=outcomes.p_order_N,
+        is_click_N=labels.is_click_N,
+        is_order_N=labels.is_order_N,
+        click_time_s_N=(day.number * DAY_US + day.click_time_us_N) // 1_000_000,
+        p_click_N=labels.p_click_N,
+        p_order_N=labels.p_order_N,
         known_click_N=known_click_N - shown.interest_N,
         known_order_N=known_order_N,
     )
@@ -390,12 +391,12 @@ class DayRows:
 
     def write_events(self, writer: LogWriter) -> None:
         """Append the day's impressions, clicks and truth."""
-        plan, shown, outcomes = self.day.plan, self.day.shown, self.day.outcomes
+        plan, shown, labels = self.day.plan, self.day.shown, self.day.labels
         rng = random_stream(self.settings.seed, Stream.ROWS, self.day.number)
         number_N = self.num_before + np.arange(len(shown.item_N))
-        shown_us_N, click_us_N = plan.time_us_R[shown.request_N], outcomes.click_time_us_N
+        shown_us_N, click_us_N = plan.time_us_R[shown.request_N], self.day.click_time_us_N
         # A late click names its impression: without the name it would be nobody's for another reason.
-        is_named_N = (rng.random(len(number_N)) >= self.settings.unnamed_click_rate) | outcomes.is_late_click_N
+        is_named_N = (rng.random(len(number_N)) >= self.settings.unnamed_click_rate) | labels.is_late_click_N
         query_R = self._queries()
         for k, scenario in enumerate(self.scenarios):
             rows = self._logged(np.flatnonzero(self.day.scenario_N == k), shown_us_N, rng)
@@ -410,7 +411,7 @@ class DayRows:
                     "query": query,
                 },
             )
-            clicked_N = (outcomes.is_click_N | outcomes.is_late_click_N) & (self.day.scenario_N == k)
+            clicked_N = (labels.is_click_N | labels.is_late_click_N) & (self.day.scenario_N == k)
             rows = self._logged(np.flatnonzero(clicked_N), click_us_N, rng)
             writer.append(
                 f"{scenario}_clicks",
@@ -422,25 +423,25 @@ class DayRows:
             )
         truth = {
             "impression_id": text_column("n", number_N),
-            "p_click": outcomes.p_click_N,
-            "p_order": outcomes.p_order_N,
+            "p_click": labels.p_click_N,
+            "p_order": labels.p_order_N,
             "is_cross_exposure": shown.is_copy_N,
         }
         if self.day.needs is not None:
-            truth["need_log_odds"] = self.day.labels.bonus_N
+            truth["need_log_odds"] = labels.bonus_N
         writer.append("truth", truth)
 
     def late_orders(self) -> LateOrders:
         """The day's orders that come after their window."""
-        rows = np.flatnonzero(self.day.outcomes.is_late_order_N)
-        time_us = self.day.start_us + self.day.outcomes.order_time_us_N[rows]
+        rows = np.flatnonzero(self.day.labels.is_late_order_N)
+        time_us = self.day.start_us + self.day.order_time_us_N[rows]
         return LateOrders(self.num_before + rows, self.day.user_N[rows], self.day.shown.listing_N[rows], time_us)
 
     def write_orders(self, writer: LogWriter, late: LateOrders) -> None:
         """Append the day's orders (one order_id a request's basket) and the late ones that are due."""
         rng = random_stream(self.settings.seed, Stream.ROWS, PILOT_DAY + self.day.number)
-        order_us_N = self.day.outcomes.order_time_us_N
-        rows = self._logged(np.flatnonzero(self.day.outcomes.is_order_N), order_us_N, rng)
+        order_us_N = self.day.order_time_us_N
+        rows = self._logged(np.flatnonzero(self.day.labels.is_order_N), order_us_N, rng)
         request = self.day.shown.request_N[rows]
         writer.append(
             "orders", {"order_id": text_column(f"o{self.day.number}-", request), **self._event(rows, order_us_N[rows])}

@@ -328,22 +328,6 @@ class Windows:
     global_us: int
 
 
-@dataclass(frozen=True, slots=True)
-class Outcomes:
-    """What the day's impressions led to. Times are microseconds since the day's start; orders may come days later."""
-
-    p_click_N: np.ndarray
-    """P(is_click): late clicks do not count."""
-    p_order_N: np.ndarray
-    """P(is_order), unconditional."""
-    is_click_N: np.ndarray
-    is_order_N: np.ndarray
-    is_late_click_N: np.ndarray
-    is_late_order_N: np.ndarray
-    click_time_us_N: np.ndarray
-    order_time_us_N: np.ndarray
-
-
 def logits(
     world: World, plan: Schedule, shown: Exposures, bonus_N: np.ndarray | float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -370,13 +354,12 @@ class Labels:
     """P(is_click): late clicks do not count."""
     p_order_N: np.ndarray
     """P(is_order), unconditional."""
-    is_clicked_N: np.ndarray
-    """In time or late."""
+    is_click_N: np.ndarray
+    """In time, as is_order_N; the late ones count for nothing."""
+    is_order_N: np.ndarray
     is_late_click_N: np.ndarray
-    is_ordered_N: np.ndarray
-    """In time or late, of a click in time."""
     is_late_order_N: np.ndarray
-    """Whether an order would be late, on every row."""
+    """Of a click in time."""
     bonus_N: np.ndarray
     """Log odds that needs added."""
 
@@ -387,18 +370,19 @@ def draw_labels(
     """Clicks and orders of a day, and its needs as the orders left them."""
     rng, on_time = random_stream(config.seed, Stream.LABELS, day), 1.0 - config.late_rate
     click_draw_N, late_click_draw_N, order_draw_N, late_order_draw_N = rng.random((4, len(shown.item_N)))
-    is_late_click_N = late_click_draw_N < config.late_rate
+    is_late_click_N, is_late_order_N = late_click_draw_N < config.late_rate, late_order_draw_N < config.late_rate
 
     def decide(bonus_N: np.ndarray) -> Labels:
         p_click_N, p_order_N = (sigmoid(logit_N) for logit_N in logits(world, plan, shown, bonus_N))
         is_clicked_N = click_draw_N < p_click_N
+        is_ordered_N = is_clicked_N & ~is_late_click_N & (order_draw_N < p_order_N)
         return Labels(
             p_click_N=p_click_N * on_time,
             p_order_N=p_click_N * on_time * p_order_N * on_time,
-            is_clicked_N=is_clicked_N,
-            is_late_click_N=is_late_click_N,
-            is_ordered_N=is_clicked_N & ~is_late_click_N & (order_draw_N < p_order_N),
-            is_late_order_N=late_order_draw_N < config.late_rate,
+            is_click_N=is_clicked_N & ~is_late_click_N,
+            is_order_N=is_ordered_N & ~is_late_order_N,
+            is_late_click_N=is_clicked_N & is_late_click_N,
+            is_late_order_N=is_ordered_N & is_late_order_N,
             bonus_N=bonus_N,
         )
 
@@ -411,13 +395,14 @@ def draw_labels(
     # order had ended it, is the one that ends it. What comes after is decided again without it.
     need_N = needs.of_rows(world, user_N, shown.item_N, time_us_N)
     bonus_N = needs.bonus(world, config, need_N, shown.item_N, scenario_N)
-    ends = np.flatnonzero(decide(bonus_N).is_ordered_N & (bonus_N > 0))
+    first = decide(bonus_N)
+    ends = np.flatnonzero((first.is_order_N | first.is_late_order_N) & (bonus_N > 0))
     needs = needs.ended(need_N[ends], time_us_N[ends])
     need_N = needs.of_rows(world, user_N, shown.item_N, time_us_N)
     return decide(needs.bonus(world, config, need_N, shown.item_N, scenario_N)), needs
 
 
-def draw_outcomes(
+def draw_times(
     config: SimulatedConfig,
     day: int,
     plan: Schedule,
@@ -426,8 +411,8 @@ def draw_outcomes(
     *,
     windows: Windows,
     next_request_us_U: np.ndarray,
-) -> Outcomes:
-    """Times of the clicks and orders, such that attribution (contract, section 2) gives back the drawn labels.
+) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) times of clicks and of orders, such that attribution (contract, section 2) gives back the drawn labels.
 
     A click falls before the user's next request; an order before the user is shown the item again, and before the
     next day's first request. `late_rate` of the clicks and of the orders fall after their window and count for none.
@@ -435,35 +420,24 @@ def draw_outcomes(
     """
     user_N, time_N = plan.user_R[shown.request_N], plan.time_us_R[shown.request_N]
     N = len(shown.item_N)
-    late_click_N, ordered_N, late_order_N = labels.is_late_click_N, labels.is_ordered_N, labels.is_late_order_N
     rng = random_stream(config.seed, Stream.TIMES, day)
     same_user_R = np.append(plan.user_R[1:] == plan.user_R[:-1], False)
     next_R = np.where(same_user_R, np.append(plan.time_us_R[1:], 0), next_request_us_U[plan.user_R])
     room_N = np.minimum((next_R - plan.time_us_R)[shown.request_N], min(windows.click_us, windows.order_us))
     delay_N = np.minimum(2e6 + rng.exponential(20e6, N), 0.9 * room_N)
     late_N = windows.click_us + 1_000_000 + rng.exponential(600e6, N)
-    click_N = time_N + np.where(late_click_N, late_N, delay_N).astype(np.int64)
+    click_N = time_N + np.where(labels.is_late_click_N, late_N, delay_N).astype(np.int64)
 
     limit_N = np.minimum(_next_exposure(user_N, shown.item_N, time_N, next_request_us_U), click_N + windows.order_us)
     # A basket: the lines of one request are ordered at one time, after the last click and before the first limit.
     first_R, last_R = np.full(len(plan.user_R), np.iinfo(np.int64).max), np.zeros(len(plan.user_R), np.int64)
-    basket_N = ordered_N & ~late_order_N
-    np.minimum.at(first_R, shown.request_N[basket_N], limit_N[basket_N])
-    np.maximum.at(last_R, shown.request_N[basket_N], click_N[basket_N])
+    request_N = shown.request_N[labels.is_order_N]
+    np.minimum.at(first_R, request_N, limit_N[labels.is_order_N])
+    np.maximum.at(last_R, request_N, click_N[labels.is_order_N])
     think_R = 60e6 * np.exp(rng.normal(2.5, 1.2, len(plan.user_R)))  # median 12 minutes, some hours
     wait_R = np.minimum(think_R, 0.9 * np.maximum(first_R - last_R, 0)).astype(np.int64)
-    overdue_N = windows.order_us + 1_000_000 + rng.exponential(7200e6, N)
-    order_N = np.where(late_order_N, click_N + overdue_N.astype(np.int64), (last_R + wait_R)[shown.request_N])
-    return Outcomes(
-        p_click_N=labels.p_click_N,
-        p_order_N=labels.p_order_N,
-        is_click_N=labels.is_clicked_N & ~late_click_N,
-        is_order_N=basket_N,
-        is_late_click_N=labels.is_clicked_N & late_click_N,
-        is_late_order_N=ordered_N & late_order_N,
-        click_time_us_N=click_N,
-        order_time_us_N=order_N,
-    )
+    late_N = click_N + (windows.order_us + 1_000_000 + rng.exponential(7200e6, N)).astype(np.int64)
+    return click_N, np.where(labels.is_late_order_N, late_N, (last_R + wait_R)[shown.request_N])
 
 
 def _next_exposure(user_N: np.ndarray, item_N: np.ndarray, time_N: np.ndarray, next_day_us_U: np.ndarray) -> np.ndarray:

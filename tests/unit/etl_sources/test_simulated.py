@@ -47,7 +47,7 @@ def drawn(config: Config) -> tuple[World, list[SimulatedDay]]:
 
 
 def joined(days: list[SimulatedDay], name: str) -> np.ndarray:
-    return np.concatenate([getattr(day.outcomes, name) for day in days])
+    return np.concatenate([getattr(day.labels, name) for day in days])
 
 
 def recovered(logs: Path, config: Config) -> Labels:
@@ -192,8 +192,8 @@ def world_report(days: list[SimulatedDay], scenario: int, num_held_out: int = 2)
         values = {
             "user": lambda d: d.user_N,
             "item": lambda d: d.shown.item_N,
-            "click": lambda d: d.outcomes.is_click_N,
-            "p": lambda d: d.outcomes.p_click_N,
+            "click": lambda d: d.labels.is_click_N,
+            "p": lambda d: d.labels.p_click_N,
         }[name]
         return np.concatenate([values(day)[day.scenario_N == scenario] for day in chosen])
 
@@ -350,7 +350,7 @@ def test_more_days_leave_the_first_days_as_they_are() -> None:
     long = drawn(small_config(settled, "simulated.num_days=6", "simulated.num_impressions=16000"))[1]
     for first, second in zip(short[:2], long[:2], strict=True):
         np.testing.assert_array_equal(first.shown.item_N, second.shown.item_N)
-        np.testing.assert_array_equal(first.outcomes.is_click_N, second.outcomes.is_click_N)
+        np.testing.assert_array_equal(first.labels.is_click_N, second.labels.is_click_N)
 
 
 def test_a_few_users_make_many_of_the_rows_and_new_items_come_later() -> None:

@@ -38,7 +38,7 @@ def test_attribution_gives_back_exactly_the_drawn_labels(tmp_path: Path) -> None
     _, days = drawn(config)
     logs = write_logs(tmp_path / "logs", config)
     labels = recovered(logs, config)
-    clicked, ordered = (np.concatenate([getattr(d.outcomes, n) for d in days]) for n in ("is_click_N", "is_order_N"))
+    clicked, ordered = (np.concatenate([getattr(d.labels, n) for d in days]) for n in ("is_click_N", "is_order_N"))
     assert labels.is_click == {f"n{n}" for n in np.flatnonzero(clicked)}
     assert labels.is_order == {f"n{n}" for n in np.flatnonzero(ordered)}
     assert len(labels.is_order) > 80
@@ -100,7 +100,9 @@ def test_no_need_outlives_its_first_order_and_none_lives_longer_than_two_days() 
         assert life[~needs.is_ordered_K].min() >= DAY_US // 2
         time_N = day.number * DAY_US + day.plan.time_us_R[day.shown.request_N]
         need_N = needs.of_rows(world, day.user_N, day.shown.item_N, time_N)
-        for row in np.flatnonzero(day.labels.is_ordered_N & (need_N >= 0)):  # carry is 1: every fitting order ends it
+        for row in np.flatnonzero(
+            (day.labels.is_order_N | day.labels.is_late_order_N) & (need_N >= 0)
+        ):  # carry is 1: every fitting order ends it
             assert needs.dies_us_K[need_N[row]] == time_N[row]
             num_ordered += 1
         assert ((day.labels.bonus_N > 0) == (need_N >= 0)).all()
