@@ -5,10 +5,10 @@
 `static` and `needs` are the lakes of jobs/configs/simulated.toml and needs.toml, `kuairand` that of kuairand.toml, and
 `kuairand, own counters` one of it whose counts are the ETL's own (docs/learning.md). Every model has the same rows,
 categories and numbers, the scenario among them; --counters adds the lake's counters (`counters.defaults`), under a name
-of its own. Histories are ours alone: no peer here takes several of them. Each peer's settings come from a grid by mean
-AUC of both tasks on the last training day, trained on those before with the first seed; then it is trained on all
-training days. Ours have the configuration of the file: on the simulated worlds chosen on that day too, on KuaiRand on
-the held-out days (docs/learning.md).
+of its own. Histories are ours alone: no peer here takes several of them. Where the lake has terms, ours are trained
+without and with them. Each peer's settings come from a grid by mean AUC of both tasks on the last training day, trained
+on those before with the first seed; then it is trained on all training days. Ours have the configuration of the file:
+on the simulated worlds chosen on that day too, on KuaiRand on the held-out days (docs/learning.md).
 
 Every training is kept in --work and is not done again, so that the command goes on where it stopped. After each model
 it writes results/anchors.json and, once there is something to compare, the table of docs/learning.md.
@@ -22,7 +22,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from benchmarks.doc_tables import markdown, show
 from jobs.demo import PLAIN
 from usr_ray.config import load_config
+from usr_ray.data.manifest import Manifest
 from usr_ray.evaluation.metrics import Predictions, auc
 from usr_ray.schema import OPEN_LABEL, TASKS, FeatureSpec
 from usr_ray.training.logistic import PlainRows, logistic_regression
@@ -48,6 +49,7 @@ RESULTS = Path(__file__).parent / "results" / "anchors.json"
 WORLDS = {"static": "simulated", "needs": "needs", "kuairand": "kuairand", "kuairand, own counters": "kuairand"}
 """World -> its file in jobs/configs."""
 OURS = {"ours, plain": PLAIN, "ours, USR": ()}
+WITH_TERMS = {f"{name}, with terms": overrides for name, overrides in OURS.items()}
 RECHUB = ("SharedBottom", "MMoE", "PLE", "DCNv2", "DeepFM")
 NUM_EPOCHS = 4
 GRIDS: dict[str, list[dict[str, Any]]] = {
@@ -55,7 +57,7 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
     "LightGBM": [{"num_leaves": leaves, "cat_smooth": smooth} for leaves in (7, 31) for smooth in (10, 100)],
     **{f"torch-rechub, {name}": [{"lr": lr, "decay": 1e-5} for lr in (0.0005, 0.001, 0.002)] for name in RECHUB},
 }
-MODELS = [*OURS, "popularity", *GRIDS]
+MODELS = [*OURS, *WITH_TERMS, "popularity", *GRIDS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +175,11 @@ def kept(path: Path, make: Callable[[], list[NDArray[np.float64]]]) -> list[NDAr
     return list(np.load(path))
 
 
+def without_lists(manifest: Manifest) -> Manifest:
+    """The same rows with ids, categories and numbers alone, whatever else the lake has."""
+    return replace(manifest, spec=replace(manifest.spec, lists=(), vectors=()))
+
+
 @dataclass(slots=True)
 class World:
     """One lake; the rows of the peers are read when the first of them wants any."""
@@ -198,7 +205,10 @@ class World:
         return self.ours("ours, plain", [0]).rows
 
     def ours(self, name: str, seeds: Sequence[int]) -> Runs:
-        return train_seeds(self.data("judged"), OURS[name], seeds, self.work / name)
+        data = self.data("judged")
+        if name in OURS:  # the columns that the peers have
+            data = replace(data, train=without_lists(data.train), held_out=without_lists(data.held_out))
+        return train_seeds(data, (OURS | WITH_TERMS)[name], seeds, self.work / name)
 
     def peer(self, name: str, seeds: Sequence[int]) -> tuple[Runs, dict[str, Any]]:
         """The setting that the choosing day prefers, then all seeds on the held-out days."""
@@ -226,11 +236,16 @@ class World:
 
 def measure(world: World, models: Sequence[str], seeds: Sequence[int], output: Path) -> None:
     """Train what is missing, and write the result after each model; ours first, since the others are held to them."""
-    scenarios, ours = load_config(world.config).scenarios, {}
+    scenarios, ours, termed = load_config(world.config).scenarios, {}, []
+    if not world.data("judged").train.spec.lists:
+        models = [name for name in models if name not in WITH_TERMS]
     for name in OURS | dict.fromkeys(sorted(models, key=MODELS.index)):
         details: dict[str, Any] = {}
         if name in OURS:
             runs = ours[name] = world.ours(name, seeds)
+        elif name in WITH_TERMS:
+            runs = world.ours(name, seeds)
+            termed.append(runs)
         elif name in GRIDS:
             runs, details = world.peer(name, seeds)
         else:
@@ -238,6 +253,8 @@ def measure(world: World, models: Sequence[str], seeds: Sequence[int], output: P
             runs = Runs(rows, world.data("judged").popularity(rows).probs_NT[None])
         entry: dict[str, Any] = {"auc": mean_auc(runs, scenarios), "seeds": len(runs.probs_RNT), **details}
         entry |= {f"{one} over it": gaps(own, runs, scenarios) for one, own in ours.items() if one != name}
+        if name in WITH_TERMS and len(termed) > 1:
+            entry["over plain with terms"] = gaps(termed[1], termed[0], scenarios)
         print(name, entry["auc"], flush=True)
         worlds = json.loads(output.read_text())["worlds"] if output.exists() else {}
         before = worlds.get(world.name, {}).get("models", {})

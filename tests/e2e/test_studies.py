@@ -22,7 +22,6 @@ from usr_ray.experiments import search as tune_module
 from usr_ray.experiments import study as study_module
 from usr_ray.experiments.grid import (
     SIMULATED,
-    Resources,
     Study,
     StudyError,
     Trial,
@@ -52,7 +51,7 @@ SETS = (
     "model.embedding_dim=4",
     "model.contrastive.group_size=32",
     "ray.dashboard=false",
-    "ray.num_workers=1",
+    "ray.num_workers=0",
 )
 
 
@@ -68,12 +67,7 @@ TINY_WORLD = {
 
 
 @pytest.fixture
-def lake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    def run_here(jobs: Sequence[study_module.Job], resources: Resources, *, cluster: str) -> None:
-        for job in jobs:
-            study_module.run_job(job)
-
-    monkeypatch.setattr(study_module, "run_jobs", run_here)
+def lake(tmp_path: Path) -> Path:
     torch.set_num_threads(1)
     write_samples(tmp_path / "lake", samples_spec(label_delay_us=3_600_000_000), num_rows=900, num_days=4)
     return tmp_path / "lake"

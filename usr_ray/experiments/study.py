@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 
-from usr_ray.config import Config
+from usr_ray.config import Config, load_config
 from usr_ray.data.pins import remove_pin, write_pin
 from usr_ray.experiments.grid import SIMULATED, Resources, Study, StudyError, Trial, expand
 from usr_ray.experiments.record import (
@@ -117,7 +117,9 @@ def run_study(
         )
         for trial in todo
     ]
-    if jobs:
+    if jobs and load_config(base.config_path, base.overrides).ray.num_workers == 0:
+        run_here(jobs)
+    elif jobs:
         run_jobs(jobs, study.resources, cluster=cluster)
     rows = result_rows(run_dir, trials)
     path = write_results(run_dir, rows)
@@ -182,6 +184,17 @@ def run_jobs(jobs: Sequence[Job], resources: Resources, *, cluster: str) -> None
                     note_failure(job.run_dir, f"{type(error).__name__}: {str(error).splitlines()[0]}")
                 failure = "" if is_finished(job.run_dir) else failure_of(job.run_dir) or "stopped"
                 progress.ended(job.trial.trial_id, f"FAILED: {failure}" if failure else "finished")
+
+
+def run_here(jobs: Sequence[Job]) -> None:
+    """Every job in this process, one after the other, without Ray; SIGTERM ends the one that runs, with a save."""
+    progress = Progress(len(jobs))
+    for job in jobs:
+        run_job(job)
+        failure = failure_of(job.run_dir)
+        if not failure and not is_finished(job.run_dir):
+            break
+        progress.ended(job.trial.trial_id, f"FAILED: {failure}" if failure else "finished")
 
 
 def _print_last_lines(folders: Sequence[Path]) -> None:

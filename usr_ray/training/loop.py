@@ -120,6 +120,7 @@ class _Run:
             epochs=range(state.epoch, config.num_epochs),
             start_step=state.epoch_step,
             num_scenarios=len(state.manifest.spec.scenarios),
+            of_a_size=config.compile,
         )
         with Feed(batches, self.worker.device) as feed:
             status, evaluation = self._train(feed)

@@ -10,6 +10,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from usr_ray.config import Config, UserError, end_of_us, parse_dates
+from usr_ray.data.assemble import take_rows
 from usr_ray.data.batch import UsrBatch
 from usr_ray.data.decode import RowGroupDecoder
 from usr_ray.data.manifest import Manifest
@@ -45,21 +46,43 @@ def training_reader(config: Config, manifest: Manifest, *, rank: int = 0, world_
 
 
 def training_batches(
-    reader: SampleReader, tables: RowSource, *, epochs: range, start_step: int, num_scenarios: int
+    reader: SampleReader,
+    tables: RowSource,
+    *,
+    epochs: range,
+    start_step: int,
+    num_scenarios: int,
+    of_a_size: bool = True,
 ) -> Iterator[tuple[tuple[UsrBatch, UniqueIds], Tensor]]:
     """((batch, its unique ids), its row counts) of every step of `epochs`, the first from `start_step` on.
 
     All on the CPU: whatever has a size that depends on the data is found here, ahead of the step, so that a GPU's
     queue is never waited on. One epoch follows another without a pause.
 
+    Args:
+        reader: of the rank's rows.
+        tables: whose ids are looked up.
+        epochs: to read.
+        start_step: of the first of them.
+        num_scenarios: of the table.
+        of_a_size: all batches have as many rows, as a compiled step wants. Otherwise those of a model of one scenario
+            (data.only_scenario) leave out the rows of the others: they then cost nothing, and no step decays their ids.
+
     Raises:
         LabelOrderError: see `check_label_order`.
     """
     for epoch in epochs:
-        for batch in reader.batches(epoch, start_step=start_step):
-            check_label_order(batch)
+        for whole in reader.batches(epoch, start_step=start_step):
+            check_label_order(whole)
+            batch = _rows_that_count(whole) if not of_a_size and reader.reading.only_scenario else whole
             yield (batch.count_longest(), tables.unique_ids(batch)), row_counts(batch, num_scenarios)
         start_step = 0
+
+
+def _rows_that_count(batch: UsrBatch) -> UsrBatch:
+    """Those with weight, or the first row where none has any: no layer is made for an empty batch."""
+    rows = np.flatnonzero(batch.weights_B.numpy() > 0)
+    return take_rows(batch, rows if len(rows) else np.zeros(1, dtype=np.int64))
 
 
 def check_label_order(batch: UsrBatch) -> None:

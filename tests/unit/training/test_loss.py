@@ -6,13 +6,18 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.unit.model.test_contrastive import slow_loss
 from tests.unit.random_batches import NO_CL, PLAIN, make_batch, make_config, make_spec, rows
+from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
 from usr_ray.data.batch import UsrBatch, UsrOutputs
+from usr_ray.data.manifest import build_manifest
+from usr_ray.data.reader import Reading, SampleReader
 from usr_ray.model.embedding import EmbeddingTables
 from usr_ray.model.multitask import global_outputs
 from usr_ray.model.usr import UsrModel
@@ -265,3 +270,36 @@ def test_labels_that_cannot_be_never_reach_a_step(labels: list[float], pair: str
         fed()
     batch.weights_B[1] = 0
     assert len(fed()) == 1
+
+
+def test_a_model_of_one_scenario_is_not_made_to_compute_the_rows_of_the_others(tmp_path: Path) -> None:
+    """A batch whose rows all belong to the other scenario keeps one, which has no weight."""
+    write_samples(tmp_path, samples_spec(), num_rows=60, num_days=1)
+    manifest = build_manifest(tmp_path, dates=(FIRST_DATE, FIRST_DATE))
+    tables = EmbeddingTables(manifest.spec, 4, seed=0)
+    reading = Reading(global_batch_size=8, group_size=4, order="file", only_scenario="search", mature_only=False)
+    with SampleReader(manifest, reading) as reader:
+        whole, own = (
+            [
+                batch
+                for (batch, _), _ in training_batches(
+                    reader, tables, epochs=range(1), start_step=0, num_scenarios=2, of_a_size=of_a_size
+                )
+            ]
+            for of_a_size in (True, False)
+        )
+    assert [len(batch) for batch in whole] == [8] * len(whole)
+    for padded, left in zip(whole, own, strict=True):
+        counted_B = padded.weights_B > 0
+        assert 0 < counted_B.sum() < 8
+        assert torch.equal(left.row_number_B, padded.row_number_B[counted_B])
+        assert torch.equal(left.sparse_BF, padded.sparse_BF[counted_B])
+        lengths_B = padded.histories[0].offsets.diff()[counted_B]
+        assert torch.equal(left.histories[0].offsets.diff(), lengths_B)
+        assert left.weights_B.all()
+    nobody = dataclasses.replace(whole[0], weights_B=torch.zeros(8))
+    one = SimpleNamespace(reading=reading, batches=lambda *_, **__: iter([nobody]))
+    (((left, _), counts_S),) = training_batches(
+        one, tables, epochs=range(1), start_step=0, num_scenarios=2, of_a_size=False
+    )
+    assert (left.weights_B.tolist(), counts_S.tolist()) == ([0.0], [0.0, 0.0])
