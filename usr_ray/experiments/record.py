@@ -39,6 +39,11 @@ class Base:
     config_path: Path | None
     overrides: tuple[str, ...]
 
+    @property
+    def is_here(self) -> bool:
+        """Trials run in the job's own process (ray.num_workers = 0), without Ray."""
+        return load_config(self.config_path, self.overrides).ray.num_workers == 0
+
     def config(self, resources: Resources, trial: Trial | None = None, *, table_version: int = -1) -> Config:
         """The configuration of a trial; None: of none, the defaults that the study starts from.
 

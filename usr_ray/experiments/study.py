@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 
-from usr_ray.config import Config, load_config
+from usr_ray.config import Config
 from usr_ray.data.pins import remove_pin, write_pin
 from usr_ray.experiments.grid import SIMULATED, Resources, Study, StudyError, Trial, expand
 from usr_ray.experiments.record import (
@@ -117,10 +117,8 @@ def run_study(
         )
         for trial in todo
     ]
-    if jobs and load_config(base.config_path, base.overrides).ray.num_workers == 0:
-        run_here(jobs)
-    elif jobs:
-        run_jobs(jobs, study.resources, cluster=cluster)
+    if jobs:
+        run_here(jobs) if base.is_here else run_jobs(jobs, study.resources, cluster=cluster)
     rows = result_rows(run_dir, trials)
     path = write_results(run_dir, rows)
     unfinished = [trial for trial in trials if not is_finished(trial_dir(run_dir, trial))]
