@@ -136,10 +136,9 @@ class _Run:
             if not self._train_epoch(feed):
                 self._say(f"stopped at step {state.step}; the same command resumes it")
                 return "stopped", None
-            evaluation, has_grown = None, False
             is_last = state.epoch + 1 >= config.num_epochs
-            if is_last or (state.epoch + 1) % config.evaluate_every_epochs == 0:
-                evaluation, has_grown = self._evaluate()
+            must_evaluate = is_last or (state.epoch + 1) % config.evaluate_every_epochs == 0
+            evaluation, has_grown = self._evaluate() if must_evaluate else (None, False)
             if is_last:
                 return "finished", evaluation
             if has_grown:
