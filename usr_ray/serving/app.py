@@ -6,6 +6,7 @@ import asyncio
 import functools
 import hmac
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def make_app(service: Service, token: str | None = None) -> FastAPI:
         app.add_middleware(_Guard, token=token, is_open=(*_OPEN, page))
 
     async def answer(request: Request, submit: Callable[[bytes], Any]) -> Response:
-        body = b""
+        started, body = time.perf_counter(), b""
         async for part in request.stream():
             body += part
             if len(body) > MAX_BODY_BYTES:  # no more is read; the answer says so
@@ -74,7 +75,7 @@ def make_app(service: Service, token: str | None = None) -> FastAPI:
             status, content = await asyncio.wrap_future(submit(body))
         except OverloadError:
             status, content = 429, {"error": "too many requests wait; try again after a second"}
-        service.count(request.url.path, status)
+        service.count(request.url.path, status, started)
         headers = {"Retry-After": "1"} if status == 429 else None
         return Response(orjson.dumps(content), status, headers, media_type="application/json")
 
@@ -177,8 +178,9 @@ def deployment(
                 from usr_ray.serving.grpc_service import Methods
 
                 self._methods = Methods(self._service, token)
+            started = time.perf_counter()
             begun = self._methods.begun(name, message, context.invocation_metadata())
-            return self._methods.ended(name, *await asyncio.wrap_future(begun), context)
+            return self._methods.ended(name, await asyncio.wrap_future(begun), context, started)
 
         async def Score(self, message: bytes, grpc_context: Any) -> Any:
             return await self._answer("Score", message, grpc_context)

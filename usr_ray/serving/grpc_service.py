@@ -7,6 +7,7 @@ the other. Statuses: INVALID_ARGUMENT for 422, RESOURCE_EXHAUSTED for 429, UNAUT
 from __future__ import annotations
 
 import hmac
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -123,12 +124,13 @@ class Methods:
                 found.set_result((429, {"error": "too many requests wait; try again after a second"}))
         return found
 
-    def ended(self, name: str, status: int, content: Any, context: Any) -> Any:
+    def ended(self, name: str, found: tuple[int, Any], context: Any, started: float) -> Any:
         """The message of an answer; of a refusal an empty one, with code, words and metadata in the context."""
         from google.protobuf import json_format
 
+        status, content = found
         if name != "Model":
-            self._service.count(f"grpc/{name}", status)
+            self._service.count(f"grpc/{name}", status, started)
         answer = self._answers[name]()
         if status == 200:
             return json_format.ParseDict(content, answer)
@@ -195,5 +197,6 @@ class GrpcServer:
         self._server.stop(grace=5).wait()
 
     def _answer(self, name: str, content: bytes, context: Any) -> Any:
-        status, answer = self._methods.begun(name, content, context.invocation_metadata()).result()
-        return self._methods.ended(name, status, answer, context)
+        started = time.perf_counter()
+        begun = self._methods.begun(name, content, context.invocation_metadata())
+        return self._methods.ended(name, begun.result(), context, started)

@@ -31,7 +31,18 @@ class ServiceMetrics:
             "usr_ray_serving_requests", "Requests by path and status.", ["path", "status"], registry=registry
         )
         self.seconds = Histogram(
-            "usr_ray_serving_seconds", "Seconds of a request, its wait included.", buckets=_SECONDS, registry=registry
+            "usr_ray_serving_seconds",
+            "Seconds from a request's arrival to its answer.",
+            ["status"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.stages = Histogram(
+            "usr_ray_serving_stage_seconds",
+            "Seconds of a scored request by stage.",
+            ["stage"],
+            buckets=_SECONDS,
+            registry=registry,
         )
         self.candidates = Counter("usr_ray_serving_candidates", "Candidates scored.", registry=registry)
         self.events = Counter("usr_ray_serving_events", "Events taken.", registry=registry)
@@ -43,6 +54,10 @@ class ServiceMetrics:
         Gauge("usr_ray_serving_queue", "Requests that are computed or wait.", registry=registry).set_function(queue)
         age = Gauge("usr_ray_serving_age_seconds", "Seconds since the stable version's as_of.", registry=registry)
         age.set_function(lambda: time.time() - as_of())
+
+    def spent(self, stage: str, seconds: float) -> None:
+        """Note what a stage of a request took."""
+        self.stages.labels(stage).observe(seconds)
 
     def collect(self) -> Iterator[Metric]:
         """The registry's metrics with the replica's name in every sample."""

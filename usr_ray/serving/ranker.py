@@ -11,9 +11,10 @@ from __future__ import annotations
 import datetime as dt
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ _NUM_READERS = 4
 GOLDEN_TOLERANCE = 1e-6
 _MAX_WEIGHT = 1e300
 TASKS = ("ctr", "ctcvr")
+STAGES = ("checks", "encoder", "program")
+"""Of an answer: the request's fields; stores and encoder; the program, and the answer's making."""
 _FIELDS = ("request_id", "scenario", "user_id", "query", "context", "time", "candidates", "task", "k")
 
 
@@ -192,10 +195,26 @@ class Ranker:
         """
         return self.answer(request, ranked=False)
 
-    def answer(self, raw: Mapping[str, Any], *, ranked: bool) -> dict[str, Any]:
-        """The answer to POST /v1/score, or with `ranked` to /v1/rank."""
+    def answer(
+        self, raw: Mapping[str, Any], *, ranked: bool, spent: Callable[[str, float], None] | None = None
+    ) -> dict[str, Any]:
+        """The answer to POST /v1/score, or with `ranked` to /v1/rank.
+
+        Args:
+            raw: the request.
+            ranked: the largest probabilities first.
+            spent: takes the seconds of each stage.
+        """
+        times = [time.perf_counter()]
         request = self.checked(raw)
-        answer = self.answered(request, self.encoded(request), ranked=ranked)
+        times.append(time.perf_counter())
+        encoded = self.encoded(request)
+        times.append(time.perf_counter())
+        answer = self.answered(request, encoded, ranked=ranked)
+        times.append(time.perf_counter())
+        if spent is not None:
+            for stage, (start, end) in zip(STAGES, pairwise(times), strict=True):
+                spent(stage, end - start)
         return answer | {"items": answer["items"][: request.k]}
 
     def answered(

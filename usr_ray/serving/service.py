@@ -129,11 +129,13 @@ class Service:
             self._num_queued += 1
         started = time.perf_counter()
         future = self._pool.submit(self._in_time, started, work, *arguments)
-        future.add_done_callback(lambda _: self._done(started))
+        future.add_done_callback(self._done)
         return future
 
     def _in_time(self, started: float, work: Callable[..., Any], *arguments: Any) -> Any:
-        if time.perf_counter() - started > self.settings.max_wait_s:
+        waited = time.perf_counter() - started
+        self.metrics.spent("wait", waited)
+        if waited > self.settings.max_wait_s:
             return 429, {"error": "waited too long for a worker; try again after a second"}
         return work(*arguments)
 
@@ -143,10 +145,9 @@ class Service:
         pointer, rankers = self._served
         return rankers[pointer.stable]
 
-    def _done(self, started: float) -> None:
+    def _done(self, _: Any) -> None:
         with self._lock:
             self._num_queued -= 1
-        self.metrics.seconds.observe(time.perf_counter() - started)
 
     def _answer(self, body: bytes, ranked: bool, read: Read) -> tuple[int, dict[str, Any]]:
         pointer, rankers = self._served  # one version for the whole request
@@ -155,7 +156,7 @@ class Service:
             request = read(body)
             bucket = _bucket(pointer, request)
             ranker = rankers[str(pointer.canary if bucket == CANARY else pointer.stable)]
-            answer = ranker.answer(request, ranked=ranked) | {"bucket": bucket}
+            answer = ranker.answer(request, ranked=ranked, spent=self.metrics.spent) | {"bucket": bucket}
         except RequestError as error:
             return 422, {"error": str(error)}
         if pointer.shadow is not None:
@@ -215,9 +216,10 @@ class Service:
         except Exception:  # a shadow's fault, or a full disk, must not reach a request
             self.metrics.shadows.labels("failed").inc()
 
-    def count(self, path: str, status: int) -> None:
-        """Count one answered request."""
+    def count(self, path: str, status: int, started: float) -> None:
+        """Count one answered request, which came at `started` (time.perf_counter)."""
         self.metrics.requests.labels(path, status).inc()
+        self.metrics.seconds.labels(status).observe(time.perf_counter() - started)
 
     def _as_of_s(self) -> float:
         return micros_of(self.ranker.version["as_of"]) / 1e6

@@ -413,7 +413,7 @@ def test_policies_let_in_nobody_but_ourselves_the_operator_and_prometheus() -> N
         for name, spec in policies.items()
         if "ingress" in spec
     }
-    assert ports == {"among-ourselves": [], "operator-to-head": [8265], "prometheus-to-metrics": [8080, 4040]}
+    assert ports == {"among-ourselves": [], "operator-to-head": [8265], "prometheus-to-metrics": [8080, 4040, 8000]}
     labels = [{"app.kubernetes.io/part-of": "usr-ray"}]
     for document in custom_resources():
         for found_labels in found(document["spec"], "labels"):

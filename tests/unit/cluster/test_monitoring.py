@@ -32,7 +32,7 @@ GAUGES = [name for gauges in (RANK_GAUGES, RUN_GAUGES, EVALUATION_GAUGES) for na
 PUBLISHED = {f"ray_{name}" for name in [*GAUGES, TERM_GAUGE, CHECKPOINT_AGE_GAUGE]}
 PUBLISHED |= {f"ray_{name}_total" for name in (CHECKPOINT_COUNTER, ATTEMPT_COUNTER)}
 LABELS = {"run", "rank", "term", "scenario", "task", "outcome", "job", "instance", "GpuIndex"}
-LABELS |= {"path", "status", "replica", "le"}
+LABELS |= {"path", "status", "stage", "replica", "le"}
 """Tags of launch/monitor.py and of serving/metrics.py, and what Ray and Prometheus add."""
 
 
@@ -120,13 +120,21 @@ def test_scraping_asks_the_ports_and_files_that_the_clusters_open() -> None:
     assert (job["job_name"], service["job_name"]) == ("ray", "serving"), "the alerts and the dashboard select them"
     assert job["file_sd_configs"][0]["files"] == ["/tmp/ray/prom_metrics_service_discovery.json"]
     assert service["file_sd_configs"][0]["files"] == ["serving.json"]
-    ray, spark = read("prometheus-kubernetes.yml")["scrape_configs"]
-    assert (ray["job_name"], spark["job_name"]) == ("ray", "spark")
+    ray, serving, spark = read("prometheus-kubernetes.yml")["scrape_configs"]
+    assert (ray["job_name"], serving["job_name"], spark["job_name"]) == ("ray", "serving", "spark")
     manifests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "cluster" / "kubernetes").glob("*.yaml"))
     parts = set(re.findall(r"app\.kubernetes\.io/component: (\S+)", manifests))
     keep = re.compile(ray["relabel_configs"][0]["regex"])
-    assert {part for part in parts if keep.fullmatch(part)} == {"ray-head", "ray-cpu", "ray-gpu"}
+    assert {part for part in parts if keep.fullmatch(part)} == {
+        "ray-head",
+        "ray-cpu",
+        "ray-gpu",
+        "ray-serve",
+    }
     assert "{name: metrics, containerPort: 8080}" in manifests
+    part, port = serving["relabel_configs"][0]["regex"].split(";")
+    assert part in parts
+    assert f"{{name: {port}, containerPort: 8000}}" in manifests
     assert spark["relabel_configs"][0]["regex"].split(";")[0] in parts
     for name in ("prometheus.yml", "prometheus-kubernetes.yml"):
         assert read(name)["rule_files"] == ["alerts.yml"]

@@ -42,7 +42,9 @@ class Version:
         self.asked.append(raw)
         return self.answer(raw, ranked=False)
 
-    def answer(self, raw: Any, *, ranked: bool) -> dict[str, Any]:
+    def answer(self, raw: Any, *, ranked: bool, spent: Any = None) -> dict[str, Any]:
+        if spent is not None:
+            spent("program", 0.25)
         if raw.get("wait"):
             assert self.gate.wait(30)
         if "candidates" not in raw:
@@ -208,7 +210,10 @@ def test_metrics_count_requests_candidates_and_answers_without_history(service, 
         f'usr_ray_serving_requests_total{{path="/v1/rank",{replica},status="422"}} 1.0',
         f"usr_ray_serving_candidates_total{{{replica}}} 4.0",
         f"usr_ray_serving_degraded_total{{{replica}}} 1.0",
-        f"usr_ray_serving_seconds_count{{{replica}}} 3.0",
+        f'usr_ray_serving_seconds_count{{{replica},status="200"}} 2.0',
+        f'usr_ray_serving_seconds_count{{{replica},status="422"}} 1.0',
+        f'usr_ray_serving_stage_seconds_count{{{replica},stage="wait"}} 3.0',
+        f'usr_ray_serving_stage_seconds_sum{{{replica},stage="program"}} 0.75',
         f"usr_ray_serving_queue{{{replica}}} 0.0",
     ):
         assert line in text
