@@ -104,7 +104,7 @@ def publish(
         }
         if users_at is not None:
             version["users_at"] = users_at
-            move_users(temporary, users_at, name, registry)
+            version["users_place"] = move_users(temporary, users_at, name, registry)
         ranker = Ranker.of_files(temporary, version)
         golden = [{"request": r, "items": ranker.golden_items(r)} for r in golden_requests(manifest, iso_time(as_of))]
         _finish(temporary, version, golden)

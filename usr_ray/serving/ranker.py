@@ -378,7 +378,7 @@ def _open_users(folder: Path, version: Mapping[str, Any], encoder: Encoder) -> U
         return UserStore(folder, encoder)
     from usr_ray.serving.redis_users import RedisUsers
 
-    return RedisUsers(address, version["version"], encoder)
+    return RedisUsers(address, version["users_place"], encoder)
 
 
 def _are_texts(raw: list[Any]) -> bool:

@@ -1,8 +1,8 @@
 """Users of a version in Redis, for services on many nodes: the values of `stores.UserStore`, one MGET a request.
 
-    usr-ray:<version>              mark, written after the last user: a version without it has no users here
-    usr-ray:<version>:<digest>     value of a user, as in LMDB
-    usr-ray:registry:<id>          versions that a registry has written users of, the unfinished ones included
+    usr-ray:<id>                         versions that registry <id> has written users of, the unfinished ones included
+    usr-ray:<id>:<version>               mark, written after the last user: a version without it has no users here
+    usr-ray:<id>:<version>:<digest>      value of a user, as in LMDB
 
 A request reads the mark and its user at once, so that a server that was emptied is told from one without this
 user. A password is never part of the address, which is kept in version.json: USR_RAY_REDIS_PASSWORD has it.
@@ -77,31 +77,38 @@ def check_server(address: str) -> None:
         raise StoreError(f"--users {address}: does not answer ({one_line(error)}); start Redis there") from error
 
 
-def _mark(version: str) -> bytes:
-    return _PREFIX + version.encode()
+def _mark(place: str) -> bytes:
+    return _PREFIX + place.encode()
 
 
 class RedisUsers(UserStore):
     """The users of a version in Redis.
 
+    Args:
+        address: of the server.
+        place: of `move_users`.
+        encoder: of the version.
+
     Raises:
         StoreError: the server does not answer, or does not have them.
     """
 
-    def __init__(self, address: str, version: str, encoder: Encoder) -> None:
+    def __init__(self, address: str, place: str, encoder: Encoder) -> None:
         self._sizes = (encoder.width("user"), len(encoder.numbers["user"]))
-        self._address, self._version = address, version
+        self._address, self._place = address, place
         self._redis = _client(address, _READ_S)
         self._value(b"")  # the mark must be there
 
     def _value(self, digest: bytes) -> bytes | None:
-        mark = _mark(self._version)
+        mark = _mark(self._place)
         try:
             found, value = self._redis.mget(mark, mark + b":" + digest)
         except (OSError, ValueError, _errors()) as error:
             raise StoreError(f"users: {self._address} cannot be read ({one_line(error)}); start Redis there") from error
         if found is None:
-            raise StoreError(f"users: {self._address} has none of version {self._version}; publish again")
+            raise StoreError(
+                f"users: {self._address} has none of version {self._place.partition(':')[2]}; publish again"
+            )
         return bytes(value) if value is not None else None
 
 
@@ -111,16 +118,20 @@ def _errors() -> type[Exception]:
     return redis.RedisError
 
 
-def move_users(folder: Path, address: str, version: str, registry: Path) -> None:
+def move_users(folder: Path, address: str, version: str, registry: Path) -> str:
     """Take the users that `write_users` has written in a version's folder to Redis, whole or not at all.
+
+    Returns:
+        Their place there: two registries may publish one model in the same second.
 
     Raises:
         StoreError: the server does not take them, or may drop them when it is full.
     """
-    client = _client(address, _WRITE_S)
-    mark = _mark(version)
+    client, id_ = _client(address, _WRITE_S), _registry_id(registry)
+    place = f"{id_}:{version}"
+    mark = _mark(place)
     try:
-        client.sadd(_of_registry(registry), version)  # first, so that `forget_users` finds what a crash leaves
+        client.sadd(_mark(id_), version)  # first, so that `forget_users` finds what a crash leaves
         environment = lmdb.open(str(folder / USERS), readonly=True, lock=False, create=False)
         try:
             with environment.begin() as transaction:
@@ -134,7 +145,7 @@ def move_users(folder: Path, address: str, version: str, registry: Path) -> None
                     client.mset(batch)
         finally:
             environment.close()
-        if not client.sismember(_of_registry(registry), version):
+        if not client.sismember(_mark(id_), version):
             raise StoreError(f"--users {address}: another publication removed version {version}; publish again")
         client.set(mark, b"1")
     except (OSError, _errors()) as error:
@@ -145,6 +156,7 @@ def move_users(folder: Path, address: str, version: str, registry: Path) -> None
     for path in (folder / USERS).iterdir():
         path.unlink()
     (folder / USERS).rmdir()
+    return place
 
 
 def _check_policy(client: Any, address: str) -> None:
@@ -167,20 +179,21 @@ def forget_users(address: str, registry: Path, keep: Iterable[str]) -> list[str]
     Raises:
         StoreError: the server does not answer.
     """
-    client, of_registry = _client(address, _WRITE_S), _of_registry(registry)
+    client, id_ = _client(address, _WRITE_S), _registry_id(registry)
     try:
-        written = {name.decode() for name in client.smembers(of_registry)}
+        written = {name.decode() for name in client.smembers(_mark(id_))}
         for version in sorted(written - set(keep)):
-            client.delete(_mark(version))  # first: what is left of it is never read
+            mark = _mark(f"{id_}:{version}")
+            client.delete(mark)  # first: what is left of it is never read
             batch: list[bytes] = []
-            for key in client.scan_iter(match=_mark(version) + b":*", count=_BATCH):
+            for key in client.scan_iter(match=mark + b":*", count=_BATCH):
                 batch.append(key)
                 if len(batch) == _BATCH:
                     client.unlink(*batch)
                     batch = []
             if batch:
                 client.unlink(*batch)
-            client.srem(of_registry, version)
+            client.srem(_mark(id_), version)
     except (OSError, _errors()) as error:
         raise StoreError(
             f"--users {address}: old users cannot be removed ({one_line(error)}); the new version is whole, but not "
@@ -189,9 +202,9 @@ def forget_users(address: str, registry: Path, keep: Iterable[str]) -> list[str]
     return sorted(written - set(keep))
 
 
-def _of_registry(registry: Path) -> bytes:
-    """The key of a registry, by an id that it gets when it is asked first; its path may be another's elsewhere."""
+def _registry_id(registry: Path) -> str:
+    """An id that a registry gets when it is asked first; its path may be another's elsewhere."""
     path = registry / _REGISTRY_ID
     if not path.exists():
         write_whole(path, uuid.uuid4().hex)
-    return _PREFIX + b"registry:" + path.read_text(encoding="utf-8").strip().encode()
+    return path.read_text(encoding="utf-8").strip()

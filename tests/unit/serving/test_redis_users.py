@@ -102,29 +102,36 @@ def test_users_are_those_of_the_lmdb_and_old_versions_go(server, encoder, tmp_pa
     folder = written(tmp_path / "a", encoder)
     of_lmdb = {name: UserStore(folder, encoder).get(name) for name in (f"u{n}" for n in range(0, NUM_USERS, 7))}
     with pytest.raises(StoreError, match=r"redis://.* has none of version one; publish again"):
-        RedisUsers(server.address, "one", encoder)
+        RedisUsers(server.address, "id:one", encoder)
+    place = {}
     for name in ("one", "two", "three"):
-        move_users(folder if name == "one" else written(tmp_path / name, encoder), server.address, name, tmp_path)
+        of_version = folder if name == "one" else written(tmp_path / name, encoder)
+        place[name] = move_users(of_version, server.address, name, tmp_path)
     assert not (folder / "users").exists()
-    users = RedisUsers(server.address, "one", encoder)
+    users = RedisUsers(server.address, place["one"], encoder)
     assert all(same(users.get(name), value) for name, value in of_lmdb.items())
     assert users.get("nobody") is None
     before = server.client.info("stats")["total_commands_processed"]
     users.get("u8")
     assert server.client.info("stats")["total_commands_processed"] - before <= 5  # one, and what the client asks here
-    # What a crash has left is a version without a mark; both go, another registry's stay.
-    server.client.delete("usr-ray:three")
+    # What a crash has left is a version without a mark; both go; another registry's of the same name stays.
+    server.client.delete(f"usr-ray:{place['three']}")
     (tmp_path / "other").mkdir()
-    move_users(written(tmp_path / "b", encoder), server.address, "four", tmp_path / "other")
+    others = move_users(written(tmp_path / "b", encoder), server.address, "one", tmp_path / "other")
     assert forget_users(server.address, tmp_path, ["two"]) == ["one", "three"]
     assert forget_users(server.address, tmp_path, ["two"]) == []
-    left = {key.split(b":")[1] for key in server.client.scan_iter(match="usr-ray:*", count=5_000)}
-    assert left == {b"two", b"four", b"registry"}
+    ids = {(path / "redis_id").read_text() for path in (tmp_path, tmp_path / "other")}
+    left = {
+        tuple(part.decode() for part in key.split(b":")[1:3])
+        for key in server.client.scan_iter(match="usr-ray:*", count=5_000)
+    }
+    assert left == {tuple(place["two"].split(":")), tuple(others.split(":"))} | {(id_,) for id_ in ids}
     assert server.client.dbsize() == 2 * (NUM_USERS + 1) + 2
     with pytest.raises(StoreError, match="has none of version one"):
         users.get("u8")
     assert same(
-        RedisUsers(server.address, "two", encoder).get("u8"), RedisUsers(server.address, "four", encoder).get("u8")
+        RedisUsers(server.address, place["two"], encoder).get("u8"),
+        RedisUsers(server.address, others, encoder).get("u8"),
     )
 
 
@@ -135,7 +142,7 @@ def test_a_publication_that_breaks_off_leaves_no_version(server, encoder, tmp_pa
         move_users(folder, server.address, "one", tmp_path)
     assert (folder / "users" / "data.mdb").exists()
     with pytest.raises(StoreError, match="has none of version one"):
-        RedisUsers(server.address, "one", encoder)
+        RedisUsers(server.address, f"{(tmp_path / 'redis_id').read_text()}:one", encoder)
     assert server.client.dbsize() > 100
     assert forget_users(server.address, tmp_path, []) == ["one"]
     assert server.client.dbsize() == 0
@@ -199,9 +206,9 @@ class Program:
 @pytest.fixture
 def client(server, encoder, tmp_path, monkeypatch):
     folder = written(tmp_path / "versions" / "one", encoder)
-    move_users(folder, server.address, "one", tmp_path)
+    place = move_users(folder, server.address, "one", tmp_path)
     version = {"version": "one", "model_id": "m", "rules": {"click_window": 0, "order_window": 0}}
-    stores = ItemTable(folder), RedisUsers(server.address, "one", encoder)
+    stores = ItemTable(folder), RedisUsers(server.address, place, encoder)
 
     def opened(folder, *, num_threads, log, deadline_s):
         ranker = Ranker(version, Program(), encoder, stores, exact_from_us=NOW_US)
@@ -252,9 +259,9 @@ def test_a_server_that_hangs_dies_or_is_empty_costs_the_history_and_no_answer(se
 
 def test_a_golden_request_without_its_user_is_no_other_answer(server, encoder, tmp_path):
     folder = written(tmp_path / "a", encoder)
-    move_users(folder, server.address, "one", tmp_path)
+    place = move_users(folder, server.address, "one", tmp_path)
     version = {"version": "one", "model_id": "m", "rules": {"click_window": 0, "order_window": 0}}
-    stores = ItemTable(folder), RedisUsers(server.address, "one", encoder)
+    stores = ItemTable(folder), RedisUsers(server.address, place, encoder)
     ranker = Ranker(version, Program(), encoder, stores, exact_from_us=NOW_US)
     request = {"scenario": "search", "user_id": "u8", "candidates": ["v1"], "time": "2026-01-01T00:00:00Z"}
     golden = [{"request": request, "items": ranker.golden_items(request)}]
