@@ -12,7 +12,7 @@ and users' categories are among their features (`Profile.ids`). Sums are as fres
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,11 @@ class LakeCounters:
         names, self._edges, self._places, self._counts = users
         self._user = {name: n for n, name in enumerate(names.to_pylist())}
         self.num_user_sums = len(self._places)
+
+    @property
+    def users(self) -> Iterable[str]:
+        """Who was counted."""
+        return self._user
 
     def codes(self, name: str, owners: pa.Array, encoded: Ints) -> Ints:
         """Code of a category, or of the id itself, of each user or item (ids), 0 where it has none.

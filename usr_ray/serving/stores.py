@@ -22,6 +22,7 @@ from typing import Any
 import lmdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -176,7 +177,10 @@ def write_users(
     length: int | None,
     counted: LakeCounters | None = None,
 ) -> int:
-    """Write the users of the samples into an LMDB; how many.
+    """Write the users of the lake into an LMDB; how many.
+
+    A user whose impressions have left the samples is written too: its events and counts are in the rows of a later day.
+    Its features are unknown then, as of a new user.
 
     Args:
         folder: of the version.
@@ -189,6 +193,14 @@ def write_users(
     rows = newest_features(manifest, "user_id", "user")
     profiles = _profiles(rows, encoder, "user", counted)
     names: list[str] = rows["user_id"].to_pylist()
+    elsewhere = {*pc.unique(events["user_id"]).to_pylist(), *(() if counted is None else counted.users)}
+    gone = sorted(elsewhere.difference(names))
+    nothing = encoder.nothing("user")
+    profiles = Profile(
+        np.concatenate([profiles.ids, np.tile(nothing.ids, (len(gone), 1))]),
+        np.concatenate([profiles.numbers, np.tile(nothing.numbers, (len(gone), 1))]),
+    )
+    names += gone
     put_users(folder, names, _events_of(events, encoder, names, length), profiles, counted)
     return len(names)
 

@@ -130,7 +130,8 @@ def opened(folder, events, as_of_day):
 def test_counters_of_a_request_are_those_of_its_row(tmp_path, as_of_day):
     rng = np.random.default_rng(3)
     events = drawn_events(rng, 400)
-    store, encoder, users, _ = opened(tmp_path, events, as_of_day)
+    store, encoder, users, counted = opened(tmp_path, events, as_of_day)
+    assert set(counted.users) == set(CITIES)
     items = [*BRANDS, "never"]
     of_items = [encoder.profile("item", {"brand": BRANDS.get(item)}, item) for item in items]
     candidates = Profile(np.stack([p.ids for p in of_items]), np.stack([p.numbers for p in of_items]))

@@ -221,6 +221,8 @@ def test_users_keep_what_a_later_request_can_see(encoder, stores):
     assert users.get("u2")[0].action.tolist() == [2]
     assert users.get("u2")[0].item.tolist() == [1]
     assert users.get("nobody") is None
+    events, profile = users.get("gone")  # in no impression any more: a later row has its history
+    assert (events.item.tolist(), profile.ids.tolist(), profile.numbers.tolist()) == ([1], [], [0.0])
     again = UserStore(folder, encoder)  # LMDB itself refuses to open one twice in a process
     del users
     assert again.get("u2")[0].action.tolist() == [2]
