@@ -1,17 +1,14 @@
 """How fast does a published version answer, by the number of candidates: its program, one request, the whole service?
 
     python benchmarks/serving.py [--candidates 1 100 500] [--calls 200] [--seconds 5] [--users 100000] [--ray]
-        [--open-loop]
 
 Publishes a model of the default sizes (12 categories, 4 numbers, two histories of up to 50 events) with random weights,
 100,000 items and as many users with 0 to 100 events. Then, call by call in turns and on one thread each: request.onnx,
 model.onnx on the same rows with the user repeated on each, and `Ranker.score` with its stages. Then the service in a
 process of its own (`jobs/serve.py --alone`, with --ray on Ray Serve too), asked by this process over kept connections:
 one after the other, and four at once without a pause; the sizes take turns in rounds. Client and service share the
-machine's cores. With --open-loop requests of 200 candidates come at times of their own, whether the last one was
-answered or not, and are timed from when they were due: at 70 % of the rate that four clients reached, at twice that
-rate (what is refused counts apart), and at 70 % while the pointer moves every second. Prints tables and writes
-benchmarks/results/serving.json and the table in docs/serving.md.
+machine's cores; load at a given rate is serving_load.py's. Prints tables and writes benchmarks/results/serving.json and
+the table in docs/serving.md.
 """
 
 from __future__ import annotations
@@ -19,14 +16,11 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +33,7 @@ import numpy as np
 from benchmarks.doc_tables import markdown, record
 from benchmarks.interleaved import header, settings_of
 from benchmarks.score import exported_run
-from usr_ray.schema import FeatureSpec
+from usr_ray.serving.batching import tiled
 from usr_ray.serving.encode import Encoder, Profile, UserEvents, ValueIndex
 from usr_ray.serving.ranker import Ranker, iso_time
 from usr_ray.serving.runtime import ExportedModel
@@ -66,8 +60,6 @@ AT_ONCE, ROUNDS = 4, 3
 PROGRAM, TILED, RANKER = "request.onnx", "model.onnx, tiled", "Ranker.score"
 ALONE = "HTTP"
 QUANTILES = (50, 95, 99)
-OPEN_CANDIDATES, OPEN_CLIENTS = 200, 48
-"""Candidates of a request in the open loop, and connections: more than the service's queue takes."""
 
 
 def published(registry: Path, num_users: int) -> Path:
@@ -123,20 +115,6 @@ def requests(num_candidates: int, num_users: int) -> list[dict[str, Any]]:
         }
         for _ in range(NUM_REQUESTS)
     ]
-
-
-def tiled(inputs: Mapping[str, Any], spec: FeatureSpec) -> dict[str, Any]:
-    """The inputs of model.onnx for those of request.onnx: everything of the request repeated on every row."""
-    rows = len(inputs["item_sparse"])
-    result = {name: np.repeat(v, rows, axis=0) for name, v in inputs.items() if not name.startswith(("req", "item_"))}
-    for kind, features in (("sparse", spec.sparse), ("dense", spec.dense)):
-        of_item = np.array([f.owner == "item" for f in features])
-        given = {name: inputs[name] for name in (f"item_{kind}", f"request_{kind}") if name in inputs}
-        whole = np.empty((rows, len(features)), dtype=next(iter(given.values())).dtype)
-        for name, values in given.items():
-            whole[:, of_item if name.startswith("item") else ~of_item] = values
-        result[kind] = whole
-    return result
 
 
 def in_process(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -233,81 +211,6 @@ def over_http(registry: Path, arguments: argparse.Namespace, port: int, *words: 
     return found
 
 
-def due(port: int, bodies: list[bytes], rate: float, seconds: float) -> list[tuple[int, float]]:
-    """(status, seconds since it was due) of each request of a Poisson process; status 0: no answer."""
-    gaps = np.random.default_rng(0).exponential(1 / rate, max(int(rate * seconds), 1))
-    start = time.perf_counter() + 0.1
-    arrivals = iter(enumerate((start + np.cumsum(gaps)).tolist()))
-    found: list[tuple[int, float]] = []
-    lock = threading.Lock()
-
-    def client() -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-        while True:
-            with lock:
-                number, when = next(arrivals, (-1, 0.0))
-            if number < 0:
-                return
-            time.sleep(max(when - time.perf_counter(), 0.0))
-            try:
-                connection.request("POST", "/v1/score", bodies[number % len(bodies)])
-                answer = connection.getresponse()
-                answer.read()
-                status = answer.status
-            except OSError:
-                connection.close()
-                status = 0
-            found.append((status, time.perf_counter() - when))
-
-    with ThreadPoolExecutor(OPEN_CLIENTS) as pool:
-        for one in [pool.submit(client) for _ in range(OPEN_CLIENTS)]:
-            one.result()
-    return found
-
-
-def open_loop(registry: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What of the load -> rate, statuses, and milliseconds of what was answered and of what was refused (429)."""
-    bodies = [json.dumps(r).encode() for r in requests(OPEN_CANDIDATES, arguments.users)]
-    versions = registry / VERSIONS
-    shutil.copytree(versions / "drawn", versions / "again")
-    with serving(registry, arguments.port, "--alone"), ThreadPoolExecutor(AT_ONCE) as pool:
-        runs = [pool.submit(asked, arguments.port, bodies, arguments.seconds) for _ in range(AT_ONCE)]
-        most = sum(len(run.result()) for run in runs) / arguments.seconds
-        found: dict[str, Any] = {"most_per_s": round(most, 1)}
-        for name, share in (("70 %", 0.7), ("twice", 2.0), ("70 %, pointer moves", 0.7)):
-            over = threading.Event()
-            mover = pool.submit(move_on, registry, over) if "pointer" in name else None
-            answers = due(arguments.port, bodies, share * most, arguments.seconds)
-            over.set()
-            statuses = Counter(str(status) for status, _ in answers)
-            cell: dict[str, Any] = {"per_s": round(share * most, 1), "statuses": dict(sorted(statuses.items()))}
-            for key, wanted in (("answered", 200), ("refused", 429)):
-                times = [seconds for status, seconds in answers if status == wanted]
-                cell |= {key: quantiles(times)} if times else {}
-            found[name] = cell | ({"moves": mover.result()} if mover else {})
-    return found
-
-
-def move_on(registry: Path, over: threading.Event) -> int:
-    """Move the pointer every second until it is over; how often."""
-    moves = 0
-    while not over.wait(1.0):
-        move_pointer(registry, ("again", "drawn")[moves % 2])
-        moves += 1
-    return moves
-
-
-def open_rows(found: Mapping[str, Any]) -> list[list[str]]:
-    """Rows of the table for the open loop."""
-    rows = []
-    for name, cell in found.items():
-        for what in ("answered", "refused"):
-            if isinstance(cell, dict) and what in cell:
-                cells = [f"{cell[what][f'p{q}_ms']:.2f}" for q in QUANTILES]
-                rows.append([f"{OPEN_CANDIDATES}: open loop, {name}, {what}", *cells, "", ""])
-    return rows
-
-
 def sizes(folder: Path, num_users: int) -> dict[str, float]:
     """Bytes a user and an item on disk."""
     users = sum(path.stat().st_size for path in (folder / USERS).iterdir())
@@ -333,7 +236,6 @@ def table(report: dict[str, Any]) -> str:
                 cells = [f"{found[f'p{q}_ms']:.2f}" for q in QUANTILES]
                 rate = f"{int(number) * found['requests_per_s']:,.0f}"
                 rows.append([f"{number}: {way}, {clients} at once", *cells, rate, ""])
-    rows += open_rows(results.get("open_loop", {}))
     head = ["candidates: what", *(f"p{q} ms" for q in QUANTILES), "candidates/s", "times tiled"]
     return markdown(head, rows)
 
@@ -345,7 +247,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6.0, help="of each cell of the service")
     parser.add_argument("--users", type=int, default=100_000)
     parser.add_argument("--ray", action="store_true", help="the service on Ray Serve too")
-    parser.add_argument("--open-loop", action="store_true", help="load at a given rate too")
     parser.add_argument("--port", type=int, default=18_437)
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -357,8 +258,6 @@ def main() -> None:
         results["service"][ALONE] = over_http(registry, arguments, arguments.port, "--alone")
         if arguments.ray:
             results["service"]["Ray Serve"] = over_http(registry, arguments, arguments.port)
-        if arguments.open_loop:
-            results["open_loop"] = open_loop(registry, arguments)
         results["in_process"] = in_process(folder, arguments)
     report |= {"results": results}
     record(report, table(report), arguments.output, document="serving.md", place=RESULTS)

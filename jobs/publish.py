@@ -1,7 +1,7 @@
 """Publish a trained run for serving: its program with the lake's items and users, as a version of a registry.
 
 python jobs/publish.py --run-dir DIR --lake DIR --registry DIR [--canary SHARE | --shadow | --not-stable]
-    [--users redis://HOST:PORT/DB]
+    [--users redis://HOST:PORT/DB] [--for-gpu]
 python jobs/publish.py --registry DIR --canary SHARE | --stable | --rollback
 
 The new version becomes the one that is served: to everybody, with --canary to a share of the users, with --shadow to
@@ -47,6 +47,7 @@ def main(argv: list[str]) -> None:
     parser.add_place("--lake", check_lake, help="the lake that the run was trained on")
     parser.add_place("--registry", check_output, type=Path, required=True, help="folder of versions; created")
     parser.add_argument("--users", metavar="URL", help="Redis that takes the users: redis://HOST:PORT/DB; else an LMDB")
+    parser.add_argument("--for-gpu", action="store_true", help="with what jobs/serve.py --device cuda needs")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--canary", type=number_in("[0, 1]"), metavar="SHARE", help="of the users get the new version")
     how.add_argument("--shadow", action="store_true", help="the new version scores too; its scores are logged only")
@@ -73,7 +74,14 @@ def main(argv: list[str]) -> None:
     if arguments.shadow or arguments.canary is not None:
         read_pointer(registry)  # there must be a stable version beside it: said before the export
     report = functools.partial(print, flush=True)
-    name = publish(arguments.run_dir, arguments.lake, registry, users_at=arguments.users, report=report)
+    name = publish(
+        arguments.run_dir,
+        arguments.lake,
+        registry,
+        users_at=arguments.users,
+        for_gpu=arguments.for_gpu,
+        report=report,
+    )
     served = "and stable"
     if arguments.shadow:
         replace(read_pointer(registry), shadow=name).write(registry)

@@ -1,7 +1,7 @@
 """Serve the stable version of a registry over HTTP, on Ray Serve.
 
 python jobs/serve.py --registry DIR [--host 127.0.0.1] [--port 8000] [--token-file FILE] [--replicas N] [--alone]
-    [--grpc-port PORT] [--page]
+    [--grpc-port PORT] [--page] [--device cuda]
 
 --alone serves from this process without Ray. --grpc-port serves over gRPC too. Anything but the loopback needs a token.
 --page shows a page at / with histories of users to whoever may ask. docs/serving.md has the paths.
@@ -105,6 +105,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--max-queued", type=count, default=32, help="requests that a replica takes before it says 429")
     parser.add_argument("--alone", action="store_true", help="one process, without Ray")
     parser.add_argument("--grpc-port", type=count, metavar="PORT", help="of gRPC")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: requests share calls on a GPU")
     parser.add_argument("--page", action="store_true", help="a page at /; it shows what users have done")
     arguments = parser.parse_args(argv)
     token = read_token(arguments.token_file, arguments.host)
@@ -119,6 +120,7 @@ def main(argv: list[str]) -> None:
         num_workers=arguments.workers,
         max_queued=arguments.max_queued,
         log_dir=arguments.log_dir and arguments.log_dir.absolute(),
+        device=arguments.device,
         page=arguments.page,
     )
     if arguments.alone:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.chaos import faults_processes, faults_serving, faults_storage, faults_table
+from tests.chaos import faults_processes, faults_replicas, faults_serving, faults_storage, faults_table
 from tests.chaos.bench import Bench, Fault
 from tests.chaos.observe import Seen
 from usr_ray.config import UserError
@@ -26,6 +26,7 @@ FAULTS: tuple[Fault, ...] = (
     *faults_storage.FAULTS,
     *faults_table.FAULTS,
     *faults_serving.FAULTS,
+    *faults_replicas.FAULTS,
 )
 GOOD, BAD, SKIPPED = "good", "bad", "skipped"
 JSON_FILE, TABLE_FILE = "chaos.json", "chaos.md"

@@ -95,6 +95,8 @@ NO_PLACES = {
     "--step",
     "--status",
     "--not-stable",
+    "--device",
+    "--for-gpu",
     "--rollback",
     "--host",
     "--port",

@@ -145,6 +145,11 @@ def _add_page(app: FastAPI, service: Service, answer: Callable[..., Any]) -> Non
         return await answer(request, service.submit_explained)  # type: ignore[no-any-return]
 
 
+def num_cpus(settings: Settings) -> int:
+    """Of a replica: its workers compute, or wait for a GPU."""
+    return settings.num_workers * settings.num_threads if settings.device == "cpu" else 2
+
+
 def deployment(
     settings: Settings,
     token: str | None,
@@ -160,7 +165,7 @@ def deployment(
         name="usr_ray",
         num_replicas=num_replicas,
         max_ongoing_requests=4 * settings.max_queued,
-        ray_actor_options={"num_cpus": settings.num_workers * settings.num_threads},
+        ray_actor_options={"num_cpus": num_cpus(settings), "num_gpus": int(settings.device == "cuda")},
     )
     @serve.ingress()
     class UsrRay:
@@ -248,7 +253,7 @@ def serve_on_ray(
     import ray
     from ray import serve
 
-    cores = num_replicas * settings.num_workers * settings.num_threads + 1
+    cores = num_replicas * num_cpus(settings) + 1
     own: dict[str, Any] = {
         "address": "local",
         "num_cpus": max(cores, os.cpu_count() or 1),

@@ -58,6 +58,7 @@ def publish(
     registry: Path,
     *,
     users_at: str | None = None,
+    for_gpu: bool = False,
     report: Callable[[str], None] = print,
 ) -> str:
     """Publish a run's best checkpoint with the lake's items and users; the version's name. The pointer stays as it is.
@@ -67,6 +68,7 @@ def publish(
         lake: that it was trained on; the newest versions of its tables are read, and named in version.json.
         registry: folder, created when it is absent.
         users_at: address of a Redis that takes the users (redis_users.py); None: an LMDB in the version.
+        for_gpu: with the programs for rows, of which a service on a GPU takes model.onnx.
         report: takes a line a stage.
 
     Raises:
@@ -78,7 +80,7 @@ def publish(
     temporary = registry / VERSIONS / f".tmp-{uuid.uuid4().hex}"
     temporary.mkdir(parents=True)
     try:
-        exported = export_run(run_dir, temporary / MODEL, lake, requests_only=True)
+        exported = export_run(run_dir, temporary / MODEL, lake, requests_only=not for_gpu)
         report(f"model {exported['checkpoint']['id']} exported")
         name = f"{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%S}-{exported['checkpoint']['id']}"
         write_vocabularies(temporary)

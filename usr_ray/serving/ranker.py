@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from usr_ray.config import UserError
+from usr_ray.serving.batching import Batcher
 from usr_ray.serving.counters import Counters
 from usr_ray.serving.encode import (
     EPOCH,
@@ -40,6 +41,7 @@ from usr_ray.serving.versions import (
     MODEL,
     STABLE,
     RegistryError,
+    model_spec,
     open_counters,
     open_encoder,
     stable_folder,
@@ -49,12 +51,18 @@ from usr_ray.serving.versions import (
 MAX_CANDIDATES = 2000
 _NUM_READERS = 4
 """Of users: a store that hangs holds so many, and the next requests are answered without it."""
+_DEVICE_DEADLINE_S = 0.5
+"""Of a call that a GPU shares among requests, once it has answered the golden ones."""
 GOLDEN_TOLERANCE = 1e-6
 _MAX_WEIGHT = 1e300
 TASKS = ("ctr", "ctcvr")
 STAGES = ("checks", "encoder", "program")
 """Of an answer: the request's fields; stores and encoder; the program, and the answer's making."""
 _FIELDS = ("request_id", "scenario", "user_id", "query", "context", "time", "candidates", "task", "k")
+
+
+Program = ExportedModel | Batcher
+"""What scores the inputs of one request."""
 
 
 class RequestError(UserError):
@@ -90,7 +98,7 @@ class Ranker:
     def __init__(
         self,
         version: Mapping[str, Any],
-        program: ExportedModel,
+        program: Program,
         encoder: Encoder,
         stores: tuple[ItemTable, UserStore],
         *,
@@ -119,7 +127,13 @@ class Ranker:
 
     @classmethod
     def open(
-        cls, folder: Path, *, num_threads: int = 1, log: EventLog | None = None, deadline_s: float | None = None
+        cls,
+        folder: Path,
+        *,
+        num_threads: int = 1,
+        log: EventLog | None = None,
+        deadline_s: float | None = None,
+        device: str = "cpu",
     ) -> Ranker:
         """A version by its folder, for a service.
 
@@ -128,24 +142,31 @@ class Ranker:
             num_threads: of ONNX Runtime, for one request.
             log: of events since it was published.
             deadline_s: how long a request waits for what is known of its user; None: as long as it takes.
+            device: 'cuda': requests of several threads share a call on a GPU (batching.Batcher).
 
         Raises:
-            UserError: see `load`.
+            UserError: see `load`; there is no GPU, or the version has no program for rows.
         """
-        ranker = cls.of_files(folder, verified_version(folder), num_threads=num_threads)
+        ranker = cls.of_files(folder, verified_version(folder), num_threads=num_threads, device=device)
         ranker.check_golden(json.loads((folder / GOLDEN).read_text(encoding="utf-8")))
         ranker._log = log
         ranker.read_within(deadline_s)
+        if isinstance(ranker._program, Batcher):
+            ranker._program.deadline_s = _DEVICE_DEADLINE_S
         return ranker
 
     @classmethod
-    def of_files(cls, folder: Path, version: Mapping[str, Any], *, num_threads: int = 1) -> Ranker:
+    def of_files(cls, folder: Path, version: Mapping[str, Any], *, num_threads: int = 1, device: str = "cpu") -> Ranker:
         """A version that is neither verified nor asked its golden requests, as `publish` has none of it yet.
 
         Raises:
             UserError: the model, or a store, is damaged.
         """
-        program = ExportedModel(folder / MODEL, num_threads=num_threads, per_request=True)
+        program: Program = ExportedModel(
+            folder / MODEL, num_threads=num_threads, per_request=device == "cpu", device=device
+        )
+        if device != "cpu":
+            program = Batcher(program.predict, model_spec(folder))
         counters = open_counters(folder)
         encoder = open_encoder(folder, counters)
         stores = ItemTable(folder), _open_users(folder, version, encoder)

@@ -81,6 +81,23 @@ def verified_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
+def _no_gpu() -> ExportError:
+    return ExportError(
+        "--device cuda: ONNX Runtime finds no GPU here; install onnxruntime-gpu in place of onnxruntime, on a machine "
+        "with one, or leave --device out"
+    )
+
+
+def _provider(device: str) -> tuple[str, dict[str, str]]:
+    import onnxruntime
+
+    if device == "cpu":
+        return "CPUExecutionProvider", {}
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise _no_gpu()
+    return "CUDAExecutionProvider", {"use_tf32": "0"}
+
+
 class ExportedModel:
     """A verified export, ready to score.
 
@@ -88,6 +105,7 @@ class ExportedModel:
         directory: of jobs/export.py.
         runtime: 'torch' (model.pt2) or 'onnx' (model.onnx).
         num_threads: of one call, for 'onnx' only; torch's own setting holds for 'torch'.
+        device: 'cpu', or 'cuda' with 'onnx': ONNX Runtime's CUDA provider, in float32 without TF32.
         per_request: open request.onnx, which takes one user and any number of candidates (`request_inputs` of
             manifest.json), in place of the program that takes rows; for 'onnx' only.
 
@@ -96,7 +114,13 @@ class ExportedModel:
     """
 
     def __init__(
-        self, directory: Path | str, *, runtime: str = "onnx", num_threads: int = 1, per_request: bool = False
+        self,
+        directory: Path | str,
+        *,
+        runtime: str = "onnx",
+        num_threads: int = 1,
+        per_request: bool = False,
+        device: str = "cpu",
     ) -> None:
         if runtime not in RUNTIMES or (per_request and runtime != "onnx"):
             of_all = "onnx" if per_request else ", ".join(RUNTIMES)
@@ -106,6 +130,8 @@ class ExportedModel:
         self.manifest = verified_manifest(path)
         if per_request and REQUEST not in self.manifest["files"]:
             raise ExportError(f"{path}: holds no {REQUEST}; export the run again with jobs/export.py")
+        if device != "cpu" and ONNX not in self.manifest["files"]:
+            raise ExportError(f"{path}: holds no {ONNX}; publish the run with jobs/publish.py --for-gpu")
         self._inputs = {i["name"]: i for i in self.manifest["request_inputs" if per_request else "inputs"]}
         self._outputs = [output["name"] for output in self.manifest["outputs"]]
         self._module: Any = None
@@ -116,7 +142,10 @@ class ExportedModel:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = num_threads
             program = path / (REQUEST if per_request else ONNX)
-            self._session = onnxruntime.InferenceSession(str(program), options, providers=["CPUExecutionProvider"])
+            provider = _provider(device)
+            self._session = onnxruntime.InferenceSession(str(program), options, providers=[provider])
+            if self._session.get_providers()[0] != provider[0]:  # it falls back to the CPU, with a warning of its own
+                raise _no_gpu()
         else:
             import torch
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from usr_ray.config import UserError
 from usr_ray.files import one_line
+from usr_ray.serving.batching import LateError
 from usr_ray.serving.encode import micros_of
 from usr_ray.serving.events import EventError, EventLog, checked_rows
 from usr_ray.serving.explain import Explainer
@@ -27,6 +28,7 @@ from usr_ray.serving.ranker import Ranker, RequestError, iso_time
 from usr_ray.serving.versions import CANARY, GOLDEN, Pointer, read_pointer, version_folder
 
 MAX_BODY_BYTES = 4 << 20
+_LATE = {"error": "the device is behind; try again after a second"}
 _MAX_SHADOWS = 64
 """Requests that wait for the shadow; the next ones go without."""
 
@@ -42,7 +44,7 @@ class Settings:
     """Requests that are computed at once."""
     max_queued: int = 32
     """Requests that are computed or wait; one more is refused at once (429)."""
-    poll_s: float = 1.0
+    poll_s: float = 0.5
     """Seconds between two looks at the pointer."""
     max_wait_s: float = 0.5
     """A request that waited longer for a worker is not computed (429): who asked has likely gone."""
@@ -50,6 +52,8 @@ class Settings:
     """A request whose user cannot be read within it is answered without history, marked degraded."""
     log_dir: Path | None = None
     """Where events (`events.EventLog`) and scores of the shadow are kept; None: REGISTRY/log."""
+    device: str = "cpu"
+    """'cuda': requests in work share a call on a GPU; more workers make larger batches."""
     page: bool = False
     """Show the page, which tells histories and examples of users to whoever may ask."""
 
@@ -159,6 +163,8 @@ class Service:
             answer = ranker.answer(request, ranked=ranked, spent=self.metrics.spent) | {"bucket": bucket}
         except RequestError as error:
             return 422, {"error": str(error)}
+        except LateError:
+            return 429, _LATE
         if pointer.shadow is not None:
             asked = request.get("time") or iso_time(asked_us)
             self._compare(rankers[pointer.shadow], {**request, "time": asked}, answer)
@@ -178,6 +184,8 @@ class Service:
             return 200, explainer.answer(request) | {"bucket": bucket}
         except RequestError as error:
             return 422, {"error": str(error)}
+        except LateError:
+            return 429, _LATE
 
     def _keep(self, body: bytes, read: Read) -> tuple[int, dict[str, Any]]:
         try:
@@ -262,7 +270,8 @@ class Service:
         names = {name for name in (pointer.stable, pointer.canary, pointer.shadow) if name is not None}
         folders = {name: version_folder(registry, name) for name in sorted(names)}
         return pointer, {
-            name: before.get(name) or Ranker.open(folder, num_threads=threads, log=self.log, deadline_s=deadline)
+            name: before.get(name)
+            or Ranker.open(folder, num_threads=threads, log=self.log, deadline_s=deadline, device=self.settings.device)
             for name, folder in folders.items()
         }
 

@@ -65,7 +65,7 @@ def service(tmp_path, monkeypatch):
     put_users(folder, ["u1"], [UserEvents.none()], Profile(np.zeros((1, 0), np.int32), np.ones((1, 1), np.float32)))
     version = {"version": "one", "model_id": "m", "rules": {"click_window": 0, "order_window": 0}, "items": 2}
 
-    def opened(folder, *, num_threads, log, deadline_s):
+    def opened(folder, *, num_threads, log, deadline_s, device):
         stores = ItemTable(folder), UserStore(folder, encoder)
         ranker = Ranker(version, Program(), encoder, stores, exact_from_us=NOW_US)
         ranker._log = log

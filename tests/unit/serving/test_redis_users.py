@@ -210,7 +210,7 @@ def client(server, encoder, tmp_path, monkeypatch):
     version = {"version": "one", "model_id": "m", "rules": {"click_window": 0, "order_window": 0}}
     stores = ItemTable(folder), RedisUsers(server.address, place, encoder)
 
-    def opened(folder, *, num_threads, log, deadline_s):
+    def opened(folder, *, num_threads, log, deadline_s, device):
         ranker = Ranker(version, Program(), encoder, stores, exact_from_us=NOW_US)
         ranker.read_within(deadline_s)
         return ranker

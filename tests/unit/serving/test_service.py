@@ -62,7 +62,7 @@ class Version:
 
 @pytest.fixture
 def service(tmp_path, monkeypatch):
-    def opened(folder, *, num_threads, log, deadline_s):
+    def opened(folder, *, num_threads, log, deadline_s, device):
         if folder.name == "torn":
             raise RegistryError("versions/torn: missing or changed since it was published; publish again")
         return Version(folder.name, log)
