@@ -9,6 +9,7 @@ Shape letters: K combinations of counts, R resamples.
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -272,9 +273,12 @@ def experiment_report(counts: ExperimentCounts, config: OnlineConfig, *, dates: 
     """
     _check_users(counts, config, dates)
     control = _control(counts, config)
-    ratios = _sample_ratios(counts, config)
-    draws, estimates = _estimates(counts, config)
-    comparisons = _comparisons(counts, config, control, draws=draws, estimates=estimates, ratios=ratios)
+    found = _estimates(counts, config)
+    shares = dict(config.shares) or dict.fromkeys(counts.buckets, 1.0)
+    ratios = {
+        scenario: sample_ratio({bucket: one.cell.num_users for bucket, one in cells.items()}, shares)
+        for scenario, cells in found.items()
+    }
     return {
         "kind": "online_report",
         "notice": NOTICE,
@@ -297,14 +301,22 @@ def experiment_report(counts: ExperimentCounts, config: OnlineConfig, *, dates: 
             "without_bucket": counts.impressions_without_bucket,
             "not_mature": counts.impressions_not_mature,
         },
-        "sample_ratio": {scenario: asdict(found) | {"is_ok": found.is_ok} for scenario, found in ratios.items()},
-        "buckets": _buckets(counts, config, draws, estimates),
-        "comparisons": comparisons,
+        "sample_ratio": {scenario: asdict(one) | {"is_ok": one.is_ok} for scenario, one in ratios.items()},
+        "buckets": {
+            bucket: {s: _bucket(cells[bucket], config.confidence) for s, cells in found.items() if bucket in cells}
+            for bucket in counts.buckets
+        },
+        "comparisons": _comparisons(found, config, control, ratios),
     }
 
 
-_Draws = dict[tuple[str, str], dict[str, NDArray]]
-_Estimates = dict[tuple[str, str], dict[str, Ratio]]
+@dataclass(frozen=True, slots=True)
+class _Estimates:
+    """What is known of each metric in one bucket and scenario."""
+
+    cell: Cell
+    values: dict[str, Ratio]
+    draws: dict[str, NDArray]
 
 
 def _check_users(counts: ExperimentCounts, config: OnlineConfig, dates: str) -> None:
@@ -330,88 +342,65 @@ def _control(counts: ExperimentCounts, config: OnlineConfig) -> str:
     return control
 
 
-def _sample_ratios(counts: ExperimentCounts, config: OnlineConfig) -> dict[str, SampleRatio]:
-    shares = dict(config.shares) or dict.fromkeys(counts.buckets, 1.0)
-    return {
-        scenario: sample_ratio({bucket: cell.num_users for bucket, cell in cells.items()}, shares)
-        for scenario, cells in _in_order(counts).items()
-    }
-
-
-def _in_order(counts: ExperimentCounts) -> dict[str, dict[str, Cell]]:
-    """All scenarios together first, then by name."""
-    return {scenario: counts.cells[scenario] for scenario in sorted(counts.cells, key=lambda s: (s != ALL, s))}
-
-
-def _estimates(counts: ExperimentCounts, config: OnlineConfig) -> tuple[_Draws, _Estimates]:
-    draws, estimates = {}, {}
-    for scenario, cells in counts.cells.items():
-        for bucket, cell in cells.items():
-            place = (scenario, bucket)
-            estimates[place] = {metric: ratio(cell, metric) for metric in METRICS}
-            draws[place] = bootstrap(
+def _estimates(counts: ExperimentCounts, config: OnlineConfig) -> dict[str, dict[str, _Estimates]]:
+    """Scenario -> bucket -> estimates; all scenarios together first, then by name."""
+    found: dict[str, dict[str, _Estimates]] = {}
+    for scenario in sorted(counts.cells, key=lambda s: (s != ALL, s)):
+        found[scenario] = {}
+        for bucket, cell in counts.cells[scenario].items():
+            draws = bootstrap(
                 cell, bucket=bucket, scenario=scenario, num_resamples=config.num_resamples, seed=config.seed
             )
-    return draws, estimates
+            found[scenario][bucket] = _Estimates(cell, {metric: ratio(cell, metric) for metric in METRICS}, draws)
+    return found
 
 
-def _buckets(
-    counts: ExperimentCounts, config: OnlineConfig, draws: _Draws, estimates: _Estimates
-) -> dict[str, dict[str, dict[str, Any]]]:
-    result: dict[str, dict[str, dict[str, Any]]] = {bucket: {} for bucket in counts.buckets}
-    for scenario, cells in _in_order(counts).items():
-        for bucket, cell in cells.items():
-            entry: dict[str, Any] = {
-                "num_users": cell.num_users,
-                "num_impressions": cell.sum_of(cell.impressions_K),
-                "num_clicks": cell.sum_of(cell.clicks_K),
-                "num_orders": cell.sum_of(cell.orders_K),
-            }
-            for metric, estimate in estimates[scenario, bucket].items():
-                interval = value_interval(estimate, metric, config.confidence)
-                entry[metric] = _with_bootstrap(interval, draws[scenario, bucket][metric], config.confidence)
-                entry[metric]["num_users_with_event"] = estimate.num_positives
-            result[bucket][scenario] = entry
-    return result
+def _bucket(found: _Estimates, confidence: float) -> dict[str, Any]:
+    cell = found.cell
+    entry: dict[str, Any] = {
+        "num_users": cell.num_users,
+        "num_impressions": cell.sum_of(cell.impressions_K),
+        "num_clicks": cell.sum_of(cell.clicks_K),
+        "num_orders": cell.sum_of(cell.orders_K),
+    }
+    for metric, estimate in found.values.items():
+        interval = value_interval(estimate, metric, confidence)
+        entry[metric] = _with_bootstrap(interval, found.draws[metric], confidence)
+        entry[metric]["num_users_with_event"] = estimate.num_positives
+    return entry
 
 
 def _comparisons(
-    counts: ExperimentCounts,
+    found: Mapping[str, Mapping[str, _Estimates]],
     config: OnlineConfig,
     control: str,
-    *,
-    draws: _Draws,
-    estimates: _Estimates,
     ratios: Mapping[str, SampleRatio],
 ) -> list[dict[str, Any]]:
     """One entry per (scenario, metric, bucket other than the control); Holm's family is all of them."""
+    level = config.confidence
     rows: list[dict[str, Any]] = []
-    for scenario, cells in _in_order(counts).items():
-        for metric in METRICS:
-            for bucket in sorted(set(cells) - {control}):
-                if control not in cells:
-                    continue
-                treated, base = estimates[scenario, bucket][metric], estimates[scenario, control][metric]
-                drawn, drawn_base = draws[scenario, bucket][metric], draws[scenario, control][metric]
-                # A resample without any event of the control has no lift.
-                lifts = drawn / drawn_base - 1 if (drawn_base > 0).all() else drawn * float("nan")
-                rows.append(
-                    {
-                        "scenario": scenario,
-                        "metric": metric,
-                        "bucket": bucket,
-                        "difference": _with_bootstrap(
-                            difference(treated, base, config.confidence), drawn - drawn_base, config.confidence
-                        ),
-                        "lift": _with_bootstrap(lift(treated, base, config.confidence), lifts, config.confidence),
-                        "p_value": p_value(treated, base),
-                        "is_sound": treated.is_sound and base.is_sound,
-                    }
-                )
+    for scenario, cells in found.items():
+        others = sorted(set(cells) - {control}) if control in cells else []
+        for metric, bucket in itertools.product(METRICS, others):
+            treated, base = cells[bucket].values[metric], cells[control].values[metric]
+            drawn, drawn_base = cells[bucket].draws[metric], cells[control].draws[metric]
+            # A resample without any event of the control has no lift.
+            lifts = drawn / drawn_base - 1 if (drawn_base > 0).all() else drawn * float("nan")
+            rows.append(
+                {
+                    "scenario": scenario,
+                    "metric": metric,
+                    "bucket": bucket,
+                    "difference": _with_bootstrap(difference(treated, base, level), drawn - drawn_base, level),
+                    "lift": _with_bootstrap(lift(treated, base, level), lifts, level),
+                    "p_value": p_value(treated, base),
+                    "is_sound": treated.is_sound and base.is_sound,
+                }
+            )
     for row, adjusted in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
         row["p_value_holm"] = adjusted
         is_valid = ratios[ALL].is_ok and ratios[row["scenario"]].is_ok
-        row["verdict"] = _verdict(row, adjusted, 1 - config.confidence) if is_valid else INVALID
+        row["verdict"] = _verdict(row, adjusted, 1 - level) if is_valid else INVALID
     return rows
 
 
