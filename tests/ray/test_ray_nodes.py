@@ -1,4 +1,4 @@
-"""cluster/ray_nodes.py on three machines (network namespaces): submit, stop, go on, and how each job's end arrives."""
+"""cluster/ray_nodes.py on two machines (network namespaces): submit, stop, go on, and how each job's end arrives."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "token"}
-LONG = ("train.num_epochs=4", "train.checkpoint_every_steps=1000", "ray.num_workers=3")
+LONG = ("train.num_epochs=4", "train.checkpoint_every_steps=1000", "ray.num_workers=2")
 
 
 class Cluster:
-    """Three nodes with one CPU each, and what is asked of the first."""
+    """Two nodes with one CPU each, and what is asked of the first."""
 
     def __init__(self, machines: Machines, folder: Path) -> None:
         self.machines, self.folder = machines, folder
@@ -95,7 +95,7 @@ class Cluster:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("nodes")
-    machines = Machines(3, folder)
+    machines = Machines(2, folder)
     refused = machines.up()
     if refused:
         pytest.skip(refused)
@@ -104,20 +104,17 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     try:
         head = cluster.nodes(0, "head", "--host", machines.address(0))
         assert head.returncode == 0, head.stdout + head.stderr
-        for number in (1, 2):
-            joined = cluster.nodes(
-                number, "worker", "--host", machines.address(number), "--head", f"{machines.address(0)}:6379"
-            )
-            assert joined.returncode == 0, joined.stdout + joined.stderr
+        joined = cluster.nodes(1, "worker", "--host", machines.address(1), "--head", f"{machines.address(0)}:6379")
+        assert joined.returncode == 0, joined.stdout + joined.stderr
         yield cluster
     finally:
-        for number in (2, 1, 0):
+        for number in (1, 0):
             cluster.nodes(number, "stop")
         machines.down()
 
 
-def test_a_job_on_three_machines_streams_stops_goes_on_and_its_end_arrives(cluster: Cluster) -> None:
-    expected = [cluster.machines.address(n) for n in range(3)]
+def test_a_job_on_two_machines_streams_stops_goes_on_and_its_end_arrives(cluster: Cluster) -> None:
+    expected = [cluster.machines.address(n) for n in range(2)]
     # The dashboard hears of a node some seconds after it has joined.
     wait_for(lambda: sorted(re.findall(r"node: +(\S+) ALIVE", cluster.nodes(0, "status").stdout)) == expected)
     write_samples(cluster.folder / "lake", samples_spec(), num_rows=12_000, num_days=6)
@@ -148,5 +145,5 @@ def test_a_job_on_three_machines_streams_stops_goes_on_and_its_end_arrives(clust
     assert "finished at step" in cluster.printed("second")
     assert cluster.record("second")["driver_exit_code"] == 0
     ranks = set(re.findall(r"ip=(10\.83\.47\.\d)", cluster.printed("second")))
-    # A machine has one CPU, so two workers are on two of them; Ray leaves the address out for the head's own.
-    assert ranks & {cluster.machines.address(1), cluster.machines.address(2)}, "a worker on another machine"
+    # A machine has one CPU, so a worker is on each; Ray leaves the address out for the head's own.
+    assert cluster.machines.address(1) in ranks, "a worker on another machine"
