@@ -18,9 +18,10 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ SIMULATED = "simulated"
 FIRST_PORT = 8000
 SERVE_PACKAGES = ("onnx", "onnxscript", "onnxruntime", "lmdb", "xxhash", "fastapi", "uvicorn")
 """What the extra [serve] brings for publishing and serving."""
+JAVA_ALWAYS_SAYS = "WARNING: Using incubator modules"
+"""Spark asks for a module of Java's incubator, and Java says so."""
 NUM_TIMED = 50
 NUM_SHOWN = 5
 START_S = 60.0
@@ -86,14 +89,24 @@ def build(*words: str, meanwhile: Callable[[], None]) -> None:
     command = [spark_submit(), "jobs/build_samples.py", *words]
     announce("build samples", command)
     started = time.monotonic()
-    with subprocess.Popen(command, cwd=ROOT, env=spark_environment()) as process:
+    with subprocess.Popen(command, cwd=ROOT, env=spark_environment(), stderr=subprocess.PIPE, text=True) as process:
+        said = threading.Thread(target=pass_on, args=(process.stderr,))
+        said.start()
         try:
             meanwhile()
             process.wait()
         except BaseException:
             process.terminate()
             raise
+        said.join()
     ended("build samples", process.returncode, started)
+
+
+def pass_on(lines: Iterable[str]) -> None:
+    """Write what a JVM says on its standard error to ours, but for the line that no option of Java's takes away."""
+    for line in lines:
+        if not line.startswith(JAVA_ALWAYS_SAYS):
+            print(line, end="", file=sys.stderr, flush=True)
 
 
 def job(title: str, name: str, *words: str, may_refuse: bool = False) -> bool:
@@ -123,8 +136,8 @@ def load_ahead(config: Config, stack: contextlib.ExitStack, *, cluster: str, ser
             stack.enter_context(session.ray_session(config.ray, cluster=cluster))
         else:
             importlib.import_module("usr_ray.launch.alone")
-        if serves:
-            importlib.import_module("usr_ray.serving.publish")
+        for name in ("usr_ray.reporting.run", *(("usr_ray.serving.publish", "onnxscript") if serves else ())):
+            importlib.import_module(name)
 
 
 def serve(run: Path, lake: Path, registry: Path) -> None:
@@ -217,6 +230,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--source {arguments.source}: --input is missing; name the folder with the data set's files")
     started = time.monotonic()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as jobs/train.py has it; read when torch is loaded
+    # Nobody watches a minute's run by Ray's API: an actor less.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     cluster = prepare_environment(dashboard=config.ray.dashboard)
     # The build runs where the program is, the paths are those of whoever called.
     work: Path = arguments.work.absolute()

@@ -88,6 +88,12 @@ def test_the_demo_refuses_before_it_makes_anything(
     assert (tmp_path / "full" / "mine.txt").read_text() == "keep"
 
 
+def test_the_demo_keeps_java_s_one_line_to_itself_and_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+    said = ["WARNING: Using incubator modules: jdk.incubator.vector\n", "12:00:00 WARN Utils: disk\n", "error: no"]
+    load_job("demo").pass_on(said)
+    assert capsys.readouterr().err == "12:00:00 WARN Utils: disk\nerror: no"
+
+
 def test_a_query_scenario_that_is_no_scenario_is_refused() -> None:
     with pytest.raises(UserError, match="query_scenarios names serach, not among scenarios: search, recommendation"):
         load_config(None, ["query_scenarios=['serach']"])
