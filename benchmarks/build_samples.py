@@ -3,12 +3,13 @@
     python benchmarks/build_samples.py [--sizes 1e6,3e6,10e6] [--repeats 3,2,1] [--work DIR] [--memory 4g]
     python benchmarks/build_samples.py --sizes 3e6 --append        one size a call; the results add up
     python benchmarks/build_samples.py --sizes 3e6,10e6 --bot --systems ours --append
+    python benchmarks/build_samples.py --counters --sizes 1e6      with counters.defaults, ours and DuckDB
     python benchmarks/build_samples.py --report                    table, plot and docs/scale.md's numbers from the JSON
 
 Each system runs in a process of its own, in turn, on two cores; its samples are compared with ours row for row before
 its time counts. Ours starts from an empty lake and does all of its work (vocabularies, rejects, account, reports,
 checks); the others take the vocabularies as a ready table and write the samples only. Results:
-results/build_samples.json.
+results/build_samples.json, and with --counters results/build_samples_counters.json.
 """
 
 from __future__ import annotations
@@ -33,13 +34,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from build_samples_data import CONFIG, ROOT, make_logs
 from build_samples_measure import measure, spark_metrics
-from build_samples_report import write_report
+from build_samples_report import counters_table, write_report
 from build_samples_sql import Query, export_vocabularies, run_duckdb, run_spark_sql
 
+from benchmarks.doc_tables import show
 from usr_ray.config import Config, load_config
 from usr_ray.files import write_whole
 
 RESULTS = Path(__file__).parent / "results" / "build_samples.json"
+COUNTED = RESULTS.with_name("build_samples_counters.json")
+COUNTERS = ("counters.defaults=true",)
 SYSTEMS = ("ours", "spark_sql", "duckdb")
 LEFT_OUT = {"duckdb": {"user_key", "request_key"}}
 """Columns of Spark's xxhash64, which DuckDB has not: it writes hashes of its own there, which are not compared."""
@@ -56,6 +60,8 @@ class Run:
     bot: bool
     folder: Path
     query: Query
+    overrides: tuple[str, ...] = ()
+    """Of the configuration."""
 
     def spark(self, cores: int, memory: str) -> list[str]:
         """spark-submit with the options that both Spark systems have."""
@@ -89,6 +95,7 @@ class Run:
                 f"{query.first}:{query.last}",
                 "--watermark",
                 query.watermark,
+                *(word for override in self.overrides for word in ("--set", override)),
             ]
         one = [
             str(Path(__file__).resolve()),
@@ -104,6 +111,7 @@ class Run:
             str(cores),
             "--memory",
             memory,
+            *(["--counters"] if self.overrides else []),
         ]
         return [*self.spark(cores, memory), *one] if self.system == "spark_sql" else [sys.executable, *one]
 
@@ -180,6 +188,36 @@ def measure_size(
         shutil.rmtree(work / "runs")
 
 
+def measure_counters(arguments: argparse.Namespace) -> None:
+    """Ours and DuckDB without and with counters, and ours where one item has half of all impressions."""
+    from build_samples_check import check_equal
+
+    result = environment(arguments) | {"runs": []}
+    if arguments.append and arguments.output.exists():
+        result["runs"] = json.loads(arguments.output.read_text(encoding="utf-8"))["runs"]
+    cases = [(system, words, False) for words in ((), COUNTERS) for system in ("ours", "duckdb")]
+    for size in (int(float(word)) for word in arguments.sizes.split(",")):
+        places: dict[tuple[str, bool], Path] = {}
+        for system, words, hot in (*cases, ("ours", COUNTERS, True)):
+            logs = make_logs(arguments.work, size, bot=False, hot=hot, config=load_config(CONFIG, ()))
+            vocabularies = arguments.work / "vocabularies" / logs.name
+            folder = arguments.work / "runs" / f"{logs.name}-{system}-{len(words)}"
+            query = Query(logs, vocabularies, folder / "samples", *_dates(load_config(CONFIG, ())), WATERMARK)
+            run = Run(system, size, False, folder, query, words)
+            row = perform(run, cores=arguments.cores, memory=arguments.memory) | {"counters": bool(words), "hot": hot}
+            if system == "ours":
+                export_vocabularies(folder / "lake", vocabularies)
+                places[system, bool(words)] = run.samples
+            elif words:
+                both = {"ours": places["ours", True], system: run.samples}
+                row["equal_to_ours"] = check_equal(both, LEFT_OUT)[system]
+                assert row["equal_to_ours"]["counters"]
+            print(f"{logs.name}, {system}, {words}: {row['wall_s']:.0f} s, processor {row['cpu_s']:.0f} s", flush=True)
+            result["runs"].append(row)
+            write_whole(arguments.output, json.dumps(result, indent=1) + "\n")
+        shutil.rmtree(arguments.work / "runs")
+
+
 def _dates(config: Config) -> tuple[str, str]:
     first = dt.date.fromisoformat(config.simulated.first_date)
     return first.isoformat(), (first + dt.timedelta(days=config.simulated.num_days - 1)).isoformat()
@@ -187,7 +225,7 @@ def _dates(config: Config) -> tuple[str, str]:
 
 def run_one(arguments: argparse.Namespace) -> None:
     """The process that is measured: one rival, on the logs it is given."""
-    config = load_config(CONFIG, ())
+    config = load_config(CONFIG, COUNTERS if arguments.counters else ())
     query = Query(arguments.logs, arguments.vocabularies, arguments.output, *_dates(config), WATERMARK)
     if arguments.one == "duckdb":
         run_duckdb(query, config, threads=arguments.cores, memory=arguments.memory.upper() + "B")
@@ -221,8 +259,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--memory", default="4g", help="Spark's driver memory and DuckDB's memory limit")
     parser.add_argument("--append", action="store_true", help="keep the runs of other sizes that were recorded before")
+    parser.add_argument("--counters", action="store_true", help="what counters cost")
     parser.add_argument("--report", action="store_true", help="measure nothing")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path)
     parser.add_argument("--one", choices=SYSTEMS[1:], help=argparse.SUPPRESS)
     parser.add_argument("--logs", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--vocabularies", type=Path, help=argparse.SUPPRESS)
@@ -234,10 +273,19 @@ def main(argv: list[str]) -> None:
     if arguments.one:
         run_one(arguments)
         return
+    arguments.output = arguments.output or (COUNTED if arguments.counters else RESULTS)
     if not arguments.report:
         with tempfile.TemporaryDirectory(prefix="usr-ray-bench-") as folder:
             arguments.work = (arguments.work or Path(folder)).resolve()
-            measure_all(arguments)
+            (measure_counters if arguments.counters else measure_all)(arguments)
+    if arguments.counters:
+        show(
+            counters_table(json.loads(arguments.output.read_text())),
+            arguments.output,
+            document="scale.md",
+            place=COUNTED,
+        )
+        return
     write_report(json.loads(arguments.output.read_text(encoding="utf-8")), ROOT / "docs")
 
 

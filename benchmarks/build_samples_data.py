@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from etl.sources.writer import CLICKS, IMPRESSIONS, MARKER, text_column
@@ -37,14 +38,32 @@ def shop_of(num_impressions: int) -> tuple[str, ...]:
     )
 
 
-def make_logs(work: Path, num_impressions: int, *, bot: bool, config: Config) -> Path:
+def make_logs(work: Path, num_impressions: int, *, bot: bool, config: Config, hot: bool = False) -> Path:
     """The folder with the logs; written on the first call, by the project's own ingest job."""
     logs = work / "logs" / str(num_impressions)
     if not (logs / MARKER).exists():
         overrides = [word for override in shop_of(num_impressions) for word in ("--set", override)]
         command = [sys.executable, "jobs/ingest_logs.py", "--source", "simulated", "--logs", str(logs), *overrides]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    if hot:
+        return _with_hot_item(logs)
     return _with_bot(logs, config) if bot else logs
+
+
+def _with_hot_item(logs: Path) -> Path:
+    """The same rows under another name; every item of an even number is i0, which so has half of all rows."""
+    folder = logs.with_name(f"{logs.name}-hot")
+    for path in logs.glob("*/*.parquet"):
+        target = folder / path.relative_to(logs)
+        table = pq.read_table(path)
+        if "item_id" in table.column_names and target.parent.name != "items":
+            is_even = pc.match_substring_regex(table["item_id"], "[02468]$")
+            place = table.column_names.index("item_id")
+            table = table.set_column(place, "item_id", pc.if_else(is_even, "i0", table["item_id"]))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, target, compression="zstd")
+    write_whole(folder / MARKER, (logs / MARKER).read_text(encoding="utf-8"))
+    return folder
 
 
 def _with_bot(logs: Path, config: Config) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from build_samples_data import BOT_IMPRESSIONS
 
+from benchmarks.doc_tables import markdown
 from usr_ray.files import write_whole
 
 PAGE, PLOT = "scale.md", "images/build_samples.png"
@@ -64,6 +65,19 @@ def table(cells: dict[Cell, Row]) -> list[str]:
             f"{shuffled} {row['output_bytes'] / 1e6:,.0f} |"
         )
     return lines
+
+
+def counters_table(result: Mapping[str, Any]) -> str:
+    """One line a run of --counters; how much more processor time than the same system and size without."""
+    base = {(r["system"], r["impressions"]): r["cpu_s"] for r in result["runs"] if not r["counters"]}
+    lines = []
+    for run in result["runs"]:
+        kind = "half of all impressions of one item" if run["hot"] else "180 columns" if run["counters"] else "none"
+        ratio = f"{run['cpu_s'] / base[run['system'], run['impressions']]:.2f}" if run["counters"] else ""
+        cells = [f"{run['cpu_s']:.0f}", ratio, f"{run['wall_s']:.0f}", f"{run['peak_bytes'] / 1e9:.2f}"]
+        lines.append([f"{run['impressions'] / 1e6:g} M", NAMES[run["system"]], kind, *cells])
+    head = ["processor s", "of those without", "wall s", "peak memory GB"]
+    return markdown(["impressions", "system", "counters", *head], lines)
 
 
 def num_rows(size: int, bot: bool) -> int:

@@ -1,7 +1,7 @@
 """The rivals of benchmarks/build_samples.py: the same samples by plain Spark SQL and by DuckDB. Not a benchmark itself.
 
 Both run a file of SQL beside this one, for the columns of jobs/configs/simulated.toml, and take the vocabularies as a
-ready table; they write neither rejects, reports nor an account of the rows.
+ready table; they write neither rejects, reports nor an account of the rows. DuckDB has counters too.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from build_samples_counters import counter_statements
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -100,9 +102,11 @@ def run_duckdb(query: Query, config: Config, *, threads: int, memory: str) -> No
         connection.execute(
             f"CREATE VIEW vocabularies AS SELECT * FROM read_parquet('{query.vocabularies}/**/*.parquet')"
         )
-        for statement in query.statements("build_samples_duckdb.sql", config):
+        counters = counter_statements(config)
+        for statement in (*query.statements("build_samples_duckdb.sql", config), *counters):
             connection.execute(statement)
+        made = "counted_samples" if counters else "samples"
         connection.execute(
-            f"COPY (SELECT * FROM samples) TO '{query.output}' (FORMAT parquet, COMPRESSION zstd, "
+            f"COPY (SELECT * FROM {made}) TO '{query.output}' (FORMAT parquet, COMPRESSION zstd, "
             "ROW_GROUP_SIZE 131072, PARTITION_BY (impression_date))"
         )

@@ -38,7 +38,7 @@ WATERMARK = START + dt.timedelta(days=2, hours=20)
 LENGTH = 3
 CONFIG = load_config(
     ROOT / "jobs" / "configs" / "simulated.toml",
-    (f"histories.length={LENGTH}", 'data.train_dates=""', "limits.max_reject_share=1"),
+    (f"histories.length={LENGTH}", 'data.train_dates=""', "limits.max_reject_share=1", "counters.defaults=true"),
 )
 EVENT_SCHEMAS = {"impressions": IMPRESSIONS, "clicks": CLICKS, "orders": ORDERS}
 
@@ -146,6 +146,8 @@ def test_spark_sql_duckdb_and_our_job_agree_with_the_oracle(spark: SparkSession,
     session.catalog.clearCache()
     run_duckdb(queries["duckdb"], CONFIG, threads=2, memory="1GB")
     compared = check_equal(tables, {"duckdb": {"user_key", "request_key"}})
+    assert "counters" not in compared["spark_sql"], "it has none"
+    assert compared["duckdb"]["counters"] == len(CONFIG.every_counter) * 15 == 180
     want = expected(
         world, WINDOWS, num_scenarios=2, length=LENGTH, watermark=(WATERMARK - START) // dt.timedelta(microseconds=1)
     )
