@@ -48,8 +48,8 @@ class World:
 
 
 def alone_and_together(*kinds: str, chosen: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """Nothing, each kind, all of them, and those that gained on the validation day."""
-    every = tuple(kind for kind in kinds if kind != "counters")
+    """Nothing, each kind, all of one lake (of counters the log odds), and those that gained on the validation day."""
+    every = tuple(kind for kind in kinds if kind not in ("counters", "buckets"))
     return {NOTHING: (), **{kind: (kind,) for kind in kinds}, "all": every, "chosen": chosen}
 
 

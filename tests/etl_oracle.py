@@ -6,11 +6,14 @@ Times are whole microseconds. A row is a dict; `scenario` is its position in the
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 DAY = 86_400_000_000
+UNSEEN = "\u00ad\u200c\u200d\u2060\ufeff" + "".join(chr(0xFE00 + n) for n in range(16))
+"""Soft hyphen, joiners, byte order mark and the selectors of how a sign looks."""
 Row = dict[str, Any]
 
 
@@ -147,6 +150,43 @@ def counters(
             smooth = (counts[hit] + prior * rate) / (trials + prior)
             values[name] = math.log(smooth / (1 - smooth)) - math.log(rate / (1 - rate))
     return values
+
+
+def tags(text: str | None, separator: str) -> list[str]:
+    """The tags of a text (contract 5): each once, without blanks around them."""
+    found: list[str] = []
+    for part in (text or "").split(separator):
+        if part.strip() and part.strip() not in found:
+            found.append(part.strip())
+    return found
+
+
+def terms(text: str | None) -> list[str]:
+    """The terms of a text (contract 5), character by character."""
+    text = text or ""
+    inside = text.strip()[1:-1].split(",")
+    if text.strip()[:1] + text.strip()[-1:] == "[]" and all(part.strip().isdigit() for part in inside):
+        return list(dict.fromkeys(part.strip() for part in inside))
+    if "\x18" in text:
+        return list(dict.fromkeys(part.strip() for part in text.split("\x18") if part.strip()))
+    parts, kind = [""], ""
+    for character in unicodedata.normalize("NFKC", text).lower():
+        if character in UNSEEN:
+            continue
+        is_mark = unicodedata.category(character).startswith("M")
+        if not (character.isalnum() or is_mark):
+            kind = ""
+            continue
+        is_run = unicodedata.name(character, "").split()[0] in ("CJK", "HIRAGANA", "KATAKANA", "HANGUL")
+        now = kind if is_mark and kind else "run" if is_run else "word"
+        parts = [*parts[:-1], parts[-1] + character] if now == kind else [*parts, character]
+        kind = now
+    found: list[str] = []
+    for part in parts:
+        is_run = bool(part) and unicodedata.name(part[0], "").split()[0] in ("CJK", "HIRAGANA", "KATAKANA", "HANGUL")
+        pieces = [part[n : n + size] for n in range(len(part)) for size in (1, 2)] if is_run else [part]
+        found += [piece for piece in pieces if any(c.isalnum() for c in piece) and piece not in found]
+    return list(dict.fromkeys(found))
 
 
 def attributed(world: World, windows: Windows) -> Attributed:

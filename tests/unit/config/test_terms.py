@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
+from tests.etl_oracle import terms as plain_terms
 from usr_ray.config import ConfigError, load_config
 from usr_ray.config.terms import SEPARATOR, tags_of, terms_of
 from usr_ray.schema import FeatureSpec
@@ -39,6 +42,27 @@ pytestmark = pytest.mark.unit
 )
 def test_terms_of_a_text(text: str, terms: list[str]) -> None:
     assert terms_of(text) == terms
+
+
+def test_terms_of_random_texts_equal_plain_python() -> None:
+    pieces = [
+        "Red SHOES",
+        "红茶",
+        "tea",
+        "カフェ",
+        "ㄱ한국",
+        "l'eau",
+        "e\u0301",
+        "x\u00adtra",
+        "\u200b",
+        "[1]",
+        "3½",
+        "Straße",
+    ]
+    pieces += ["ﬁne", "\uff11\uff12", "🙂", "العربية", " ", "[20, 34]", "-", "\n", "%20", "·", "\x18", "7,"]
+    rng = random.Random(0)
+    texts = ["".join(rng.choices(pieces, k=rng.randrange(5))) for _ in range(3_000)]
+    assert [terms_of(text) for text in texts] == [plain_terms(text) for text in texts]
 
 
 def test_tags_are_whole_texts_each_once() -> None:

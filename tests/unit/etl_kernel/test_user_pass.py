@@ -180,6 +180,37 @@ def test_rows_and_account_equal_the_oracle_whatever_the_chunks(
     check_account(parts, world, want)
 
 
+@depth(25)
+@given(world=worlds(num_scenarios=3), windows=windows_of(skew=0), data=st.data())
+def test_no_label_of_a_time_or_later_changes_a_feature_until_then(
+    world: World, windows: Windows, data: st.DataObject
+) -> None:
+    """Clicks and orders from a time on belong to others, come at other times, or are gone. What stays: histories of
+    rows up to then, all else of every row, and what vocabularies count."""
+    if not world.impressions:
+        return
+    cut = data.draw(st.sampled_from(sorted({i["time"] for i in world.impressions})))
+    clicks, orders = ([row for row in rows if row["time"] < cut] for rows in (world.clicks, world.orders))
+    other = World(list(world.impressions), clicks, orders)
+    for n, shown in enumerate(data.draw(st.lists(st.sampled_from(world.impressions), max_size=9))):
+        time = max(shown["time"] + windows.click * (n % 3) // 2, cut)
+        other.click(f"x{n}", shown["user"], shown["item"], shown["scenario"], time, (shown["id"], None)[n % 2])
+        other.order(f"y{n}", shown["user"], shown["item"], time)
+    parts = [passed(event_rows(of), plan(windows, 5), 3) for of in (world, other)]
+    counts: list[collections.Counter[tuple]] = [collections.Counter() for _ in parts]
+    for found, part in zip(counts, parts, strict=True):
+        for row in part["value"]:
+            for day, count in zip(row["days"], row["counts"], strict=True):
+                found[row["feature"], row["value"], day] += count
+    assert counts[0] == counts[1]
+    told = (*LABELS, "is_mature", "click_time", "order_time")
+    rows = [{r["impression_id"]: r for r in written(p, windows)} for p in parts]
+    for key, row in rows[0].items():
+        for name, value in row.items():
+            is_past = "_history_" not in name or micros(row["event_time"]) <= cut  # type: ignore[operator]
+            assert name in told or not is_past or rows[1][key][name] == value, (key, name)
+
+
 def check_account(parts: dict[str, list[dict[str, Any]]], world: World, want: Expected) -> None:
     rejects = [row for row in parts["reject"] if row["reason"] != OVER_LIMIT]
     capped = sum(row["num_rows"] for row in parts["reject"] if row["reason"] == OVER_LIMIT)
