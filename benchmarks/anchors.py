@@ -3,12 +3,13 @@
     python benchmarks/anchors.py static --lake LAKE [--seeds 3] [--models ...] [--counters]
 
 `static` and `needs` are the lakes of jobs/configs/simulated.toml and needs.toml, `kuairand` that of kuairand.toml, and
-`kuairand, own counters` one of it whose counts are the ETL's own (docs/learning.md). Every model has the same rows,
-categories and numbers, the scenario among them; --counters adds the lake's counters (`counters.defaults`), under a name
-of its own. Histories are ours alone: no peer here takes several of them. Where the lake has terms, ours are trained
-without and with them. Each peer's settings come from a grid by mean AUC of both tasks on the last training day, trained
-on those before with the first seed; then it is trained on all training days. Ours have the configuration of the file:
-on the simulated worlds chosen on that day too, on KuaiRand on the held-out days (docs/learning.md).
+`kuairand, own counters` the same without the counts that its source makes itself (docs/learning.md). Every model has
+the same rows, categories and numbers, the scenario among them; --counters adds the lake's counters
+(`counters.defaults`), under a name of its own. Histories are ours alone: no peer here takes several of them. Where the
+lake has terms, ours are trained without and with them. Each peer's settings come from a grid by mean AUC of both tasks
+on the last training day, trained on those before with the first seed; then it is trained on all training days. Ours
+have the configuration of the file: on the simulated worlds chosen on that day too, on KuaiRand on the held-out days
+(docs/learning.md).
 
 Every training is kept in --work and is not done again, so that the command goes on where it stopped. After each model
 it writes results/anchors.json and, once there is something to compare, the table of docs/learning.md.
@@ -33,6 +34,7 @@ import numpy as np
 import torch
 from learning_kuairand import Rows, peer_rows, rechub_model, train_rechub
 from learning_runs import Data, Runs, gaps, last_day, mean_auc, save, train_seeds
+from learning_signals import EARLIER
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -46,7 +48,8 @@ from usr_ray.training.logistic import PlainRows, logistic_regression
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "anchors.json"
-WORLDS = {"static": "simulated", "needs": "needs", "kuairand": "kuairand", "kuairand, own counters": "kuairand"}
+OWN_COUNTERS = "kuairand, own counters"
+WORLDS = {"static": "simulated", "needs": "needs", "kuairand": "kuairand", OWN_COUNTERS: "kuairand"}
 """World -> its file in jobs/configs."""
 OURS = {"ours, plain": PLAIN, "ours, USR": ()}
 WITH_TERMS = {f"{name}, with terms": overrides for name, overrides in OURS.items()}
@@ -190,9 +193,12 @@ class World:
     work: Path
     columns: str
     pairs: dict[str, Pair]
+    without: str = "^$"
 
     def data(self, stage: str) -> Data:
-        return Data.of(self.config, self.lake, last_day(self.config) if stage == "chosen" else (), self.columns)
+        return Data.of(
+            self.config, self.lake, last_day(self.config) if stage == "chosen" else (), self.columns, self.without
+        )
 
     def pair(self, stage: str) -> Pair:
         """The rows of 'chosen' (the choosing day) or 'judged' (the held-out days)."""
@@ -297,7 +303,8 @@ def main() -> None:
     torch.set_num_threads(1)
     shown = arguments.world + (", counters" if arguments.counters else "")
     columns = "." if arguments.counters else "^$"
-    world = World(shown, ROOT / "jobs" / "configs" / f"{name}.toml", lake, arguments.work / shown, columns, {})
+    without = EARLIER if arguments.world == OWN_COUNTERS else "^$"
+    world = World(shown, ROOT / "jobs" / "configs" / f"{name}.toml", lake, arguments.work / shown, columns, {}, without)
     measure(world, arguments.models, range(arguments.seeds), arguments.output)
     text = table(json.loads(arguments.output.read_text()))
     show(text, arguments.output, document="learning.md", place=RESULTS)

@@ -59,12 +59,25 @@ class Data:
     held_out: Manifest
 
     @classmethod
-    def of(cls, config_path: Path, lake: Path, overrides: Sequence[str] = (), counters: str = ".") -> Data:
-        """`counters`: a regular expression; of the lake's counter columns models get those that it is found in."""
+    def of(
+        cls,
+        config_path: Path,
+        lake: Path,
+        overrides: Sequence[str] = (),
+        counters: str = ".",
+        without: str = "^$",
+    ) -> Data:
+        """Two regular expressions: of the lake's counter columns models get those that `counters` is found in, of its
+        other numbers those that `without` is not.
+        """
         config = load_config(config_path, overrides)
         parts = [split_manifest(lake, config, split, version=None) for split in ("train", "eval")]
         spec = parts[0].spec
-        dense = [f for f in spec.dense if not f.column.startswith("counter_") or re.search(counters, f.column)]
+        dense = [
+            f
+            for f in spec.dense
+            if (re.search(counters, f.column) if f.column.startswith("counter_") else not re.search(without, f.column))
+        ]
         spec = replace(spec, dense=tuple(dense))
         return cls(config_path, tuple(overrides), *(replace(part, spec=spec) for part in parts))
 

@@ -34,6 +34,8 @@ MODELS = {"plain": PLAIN, "USR": ()}
 NOTHING, WITHOUT_SIDES = "none", ("model.event_sides=false",)
 LOG_ODDS = r"_all_(ctr|cvr)$"
 """Of the counters the log odds over all days before."""
+EARLIER = "_earlier_"
+"""Numbers that KuaiRand's source counts itself (etl/sources/kuairand.py)."""
 VIDEO_CROSSES = [["tag", "tab"], ["author_id", "tab"], ["user_id", "tab"], ["user_active_degree", "tag"]]
 
 
@@ -45,6 +47,8 @@ class World:
     signals: Mapping[str, tuple[str, ...]]
     """Name of a line -> the kinds that its models are given. The first line is what the others are compared with."""
     crosses: tuple[str, ...] = ()
+    without: str = "^$"
+    """Numbers that no model is given: a regular expression."""
 
 
 def alone_and_together(*kinds: str, chosen: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
@@ -76,7 +80,7 @@ WORLDS = {
     ),
     "kuairand": World("kuairand", VIDEOS, _VIDEO_WIDE),
     "kuairand, own counters": World(
-        "kuairand", {name: kinds for name, kinds in VIDEOS.items() if "buckets" not in kinds}, _VIDEO_WIDE
+        "kuairand", {name: kinds for name, kinds in VIDEOS.items() if "buckets" not in kinds}, _VIDEO_WIDE, EARLIER
     ),
 }
 
@@ -96,7 +100,7 @@ def data_of(world: World, kinds: tuple[str, ...], lakes: tuple[Path, Path | None
     if lake is None:
         raise SystemExit("learning_signals.py: numbers in buckets have a lake of their own; name it with --buckets")
     counters = "." if "counters" in kinds else LOG_ODDS if "log odds of counters" in kinds else "^$"
-    data = Data.of(config, lake, last_day(config) if validation else (), counters)
+    data = Data.of(config, lake, last_day(config) if validation else (), counters, world.without)
     return replace(data, train=given(data.train, kinds), held_out=given(data.held_out, kinds))
 
 
