@@ -17,7 +17,18 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from benchmarks import data_stall, embedding_wire, launchers, peers, reader, resume, serving, table_size, usr_cost
+from benchmarks import (
+    data_stall,
+    embedding_wire,
+    launchers,
+    peers,
+    reader,
+    resume,
+    serving,
+    serving_load,
+    table_size,
+    usr_cost,
+)
 
 sys.path.append(str(Path(__file__).resolve().parents[3] / "benchmarks"))
 
@@ -31,7 +42,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 TABLES = {
     "speed": (usr_cost, reader, data_stall, launchers, peers, resume),
     "embeddings": (table_size, embedding_wire),
-    "serving": (serving,),
+    "serving": (serving, serving_load),
     "learning": (anchors,),
 }
 """Page -> the benchmarks whose tables it holds between the lines `<!-- NAME -->` and `<!-- /NAME -->`."""
