@@ -172,7 +172,7 @@ _COMMON = 10
 """A value with fewer values before it is among the commonest."""
 
 
-def null_like_values(values: DataFrame, tables: Mapping[str, DataFrame | None], config: Config) -> list[str]:
+def null_like_values(values: DataFrame, tables: Mapping[str, DataFrame], config: Config) -> list[str]:
     """Warnings of values that look like no value and are among the commonest of their feature.
 
     Args:
@@ -180,12 +180,10 @@ def null_like_values(values: DataFrame, tables: Mapping[str, DataFrame | None], 
         tables: users and items, by owner.
         config: names the features.
     """
-    features = config.features
     owners = {"user_id": "<s>_impressions", "item_id": "<s>_impressions", "query": "<s>_impressions"}
     counts = values.select("feature", "value", F.explode("counts").alias("rows"))
-    for owner, names in (("user", features.user_categories), ("item", features.item_categories)):
-        table = tables[owner]
-        if table is None or not names:
+    for owner, table in tables.items():
+        if not (names := config.features.categories_of(owner)):
             continue
         owners |= dict.fromkeys(names, f"{owner}s")
         long = table.select(*names).unpivot([], [F.col(name) for name in names], "feature", "value")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -59,8 +59,8 @@ class Logs:
     folder: LogFolder
     logs: tuple[EventLog, ...]
     events: DataFrame
-    users: DataFrame | None
-    items: DataFrame | None
+    tables: Mapping[str, DataFrame]
+    """Of users and items, one row a key, where the configuration names features of theirs: by "user" and "item"."""
     account: Account
     """Of the feature tables; the pass adds the events."""
 
@@ -72,8 +72,8 @@ class Inputs:
     spark: SparkSession
     folder: str
     logs: tuple[EventLog, ...]
-    users: DataFrame | None
-    items: DataFrame | None
+    tables: Mapping[str, DataFrame]
+    """Of users and items, as Logs has them."""
     account: Account
     notes: tuple[str, ...] = ()
     """What the user should know of the logs."""
@@ -114,20 +114,18 @@ def open_logs(spark: SparkSession, config: Config, logs_dir: str) -> Logs:
     features = config.features
     account = Account()
     tables: dict[str, DataFrame] = {}
-    for log, key, categories, numbers in (
-        ("users", "user_id", features.user_categories, features.user_numbers),
-        ("items", "item_id", features.item_categories, features.item_numbers),
-    ):
+    for owner, numbers in (("user", features.user_numbers), ("item", features.item_numbers)):
+        log, key, categories = f"{owner}s", f"{owner}_id", features.categories_of(owner)
         lists = tuple(feature for feature in features.lists if feature.key == key)
         vectors = tuple(feature for feature in features.vectors if feature.key == key)
         if categories or numbers or lists or vectors:
-            tables[log] = read_features(folder, log, key, categories, numbers, lists, vectors)
-    unique: dict[str, DataFrame] = {}
-    for log, table in tables.items():
-        with readable(log):
-            unique[log] = unique_features(table, log, "user_id" if log == "users" else "item_id", account)
-    account.sources = {log: folder.source(log) for log in (*(log.name for log in logs), *tables)}
-    return Logs(config, folder, logs, events, unique.get("users"), unique.get("items"), account)
+            tables[owner] = read_features(folder, log, key, categories, numbers, lists, vectors)
+    for owner, table in tables.items():  # only when both can be read
+        with readable(f"{owner}s"):
+            tables[owner] = unique_features(table, f"{owner}s", f"{owner}_id", account)
+    names = (*(log.name for log in logs), *(f"{owner}s" for owner in tables))
+    account.sources = {log: folder.source(log) for log in names}
+    return Logs(config, folder, logs, events, tables, account)
 
 
 def make_plan(config: Config, days: tuple[int, ...], since_us: int | None = None) -> PassPlan:
@@ -213,22 +211,19 @@ def run_pass(
     notes = (
         *logs.folder.notes(),
         *logs.account.duplicate_notes({"users": "user_id", "items": "item_id"} | keys),
-        *null_like_values(_staged(spark, folder, VALUE), {"user": logs.users, "item": logs.items}, logs.config),
+        *null_like_values(_staged(spark, folder, VALUE), logs.tables, logs.config),
     )
-    return Inputs(spark, folder, logs.logs, logs.users, logs.items, logs.account, notes)
+    return Inputs(spark, folder, logs.logs, logs.tables, logs.account, notes)
 
 
 def _with_owned(rows: DataFrame, logs: Logs, plan: PassPlan) -> DataFrame:
     """Event rows with the categories of their users and items that counters count by."""
     columns = {column for keys in (*plan.counted, *plan.told) for column in keys}
-    features = logs.config.features
-    for key, table, names in (
-        ("user_id", logs.users, features.user_categories),
-        ("item_id", logs.items, features.item_categories),
-    ):
-        wanted = [F.col(name).alias(owned_column(name)) for name in names if owned_column(name) in columns]
-        if wanted and table is not None:
-            rows = rows.join(table.select(key, *wanted), on=key, how="left")
+    for owner, table in logs.tables.items():
+        names = [name for name in logs.config.features.categories_of(owner) if owned_column(name) in columns]
+        if names:
+            wanted = table.select(f"{owner}_id", *(F.col(name).alias(owned_column(name)) for name in names))
+            rows = rows.join(wanted, on=f"{owner}_id", how="left")
     return rows
 
 

@@ -14,11 +14,10 @@ from typing import Any
 from pyspark.sql import SparkSession
 
 from etl.build.account import UNDATED, Account
-from etl.build.inputs import Inputs, day_of, make_plan, open_logs, run_pass
+from etl.build.inputs import Inputs, day_of
 from etl.build.report import read_reports
-from etl.build.samples import Job, Progress, read_from, row_plan, show_inputs, write_dates
-from etl.build.staging import staging_folder
-from etl.build.state import DUPLICATE_SPAN, find_state, past_events, write_state, write_sums
+from etl.build.samples import Job, Progress, passed_logs, row_plan, write_dates
+from etl.build.state import DUPLICATE_SPAN, write_state, write_sums
 from etl.checks import DataCheckError
 from etl.features.by_id import update_tables_by_id
 from etl.features.counters import counter_fingerprints
@@ -58,7 +57,8 @@ def restate_samples(
     """
     lake = request.lake
     check_tables(spark, lake, config, feature_spec(config))
-    reports = {date: report for date, report in read_reports(spark, lake).items() if _asked_for(request, date)}
+    asked = (str(request.first or dt.date.min), str(request.last or dt.date.max))
+    reports = {date: found for date, found in read_reports(spark, lake).items() if asked[0] <= date <= asked[1]}
     if not reports:
         raise DataCheckError(f"--restate: {lake.root} has no reports of the dates asked for; build them with --dates")
     if request.first is not None and request.last is not None:
@@ -66,19 +66,9 @@ def restate_samples(
         _, warning = dates_there(span, set(reports), where="--dates", source=source, allow_missing=True)
         if warning:  # a scheduled restatement looks back further than a young lake goes
             progress.write(f"warning: {warning}")
-    logs = open_logs(spark, config, request.logs)
-    progress(f"reading {len(logs.logs)} event logs")
-    state = find_state(spark, config, lake, request.first or dt.date.max)
-    if request.first is None:
-        state = replace(state, since=None)  # everything before is attributed again
-    plan = make_plan(config, tuple(map(day_of, reports)), state.since_us)
-    first_row = state.first_row(plan.rules, whole_days=bool(plan.max_user_day_rows))
-    past = None if first_row is None else past_events(spark, lake, state)
-    progress(read_from(state, first_row))
-    with staging_folder(spark, lake) as folder:
-        inputs = run_pass(spark, logs, plan, folder, first_row=first_row, past=past)
-        show_inputs(inputs, progress)
-        _check_logs(lake, reports, inputs, plan.rules)
+    days, rules = tuple(map(day_of, reports)), LabelRules.from_config(config.labels)
+    with passed_logs(spark, config, request.logs, lake, request.first, days, progress) as (state, inputs):
+        _check_logs(lake, reports, inputs, rules)
         # Events may have changed that only dates yet to come show.
         last = max(dt.date.fromisoformat(max(reports)), state.complete_until or dt.date.min)
         whole = replace(state, complete_until=last if state.complete_until else None)
@@ -86,9 +76,9 @@ def restate_samples(
         write_state(spark, config, lake, whole, inputs.staged(EVENT), inputs.staged(VALUE), last)
         known = existing_vocabularies(spark, config, lake)
         spec = feature_spec(config, known)
-        rows = row_plan(config, spec, inputs.account, request.watermark, plan.days)
-        seen = counter_fingerprints(sums, config, plan.days)
-        touched = touched_dates(reports, inputs.account, plan.rules, rows.watermark, seen)
+        rows = row_plan(config, spec, inputs.account, request.watermark, days)
+        seen = counter_fingerprints(sums, config, days)
+        touched = touched_dates(reports, inputs.account, rules, rows.watermark, seen)
         recounted = [
             date for date, report in reports.items() if date in touched or _recounted(date, report, inputs.account)
         ]
@@ -98,8 +88,8 @@ def restate_samples(
             progress(f"nothing to restate in {len(reports)} dates")
             return {}
         rows = replace(rows, days=tuple(map(day_of, touched)))
-        tables = (inputs.users, inputs.items)
-        prepare_samples(spark, lake, spec, config, update_tables_by_id(spark, config, lake, tables, known, spec))
+        versions = update_tables_by_id(spark, config, lake, inputs.tables, known, spec)
+        prepare_samples(spark, lake, spec, config, versions)
         job = Job(
             spark=spark,
             config=config,
@@ -160,12 +150,6 @@ def _check_logs(lake: Lake, reports: dict[str, dict[str, Any]], inputs: Inputs, 
             f"--restate: the logs hold no impression of {', '.join(gone[:3])}{' ...' if len(gone) > 3 else ''}, which "
             f"{lake.path(SAMPLES)} holds and would lose; {way_out}"
         )
-
-
-def _asked_for(request: RestateRequest, date: str) -> bool:
-    first = request.first.isoformat() if request.first else date
-    last = request.last.isoformat() if request.last else date
-    return first <= date <= last
 
 
 def _dates(names: Any) -> list[dt.date]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime as dt
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from pyspark.sql import DataFrame, SparkSession
@@ -34,7 +35,7 @@ from etl.kernel.fingerprint import date_fingerprint
 from etl.kernel.packs import COUNT, EVENT, PACK, VALUE
 from etl.kernel.rows import RowPlan
 from etl.lake.tables import Lake, any_date_condition, check_tables, prepare_samples, replace_dates, write_rejects
-from usr_ray.config import SHOWN_RANGES, Config, date_ranges, dates_there
+from usr_ray.config import SHOWN_RANGES, Config, date_ranges, dates_there, day_number
 from usr_ray.schema import FIRST_ID, PARTITION_COLUMN, SAMPLES, FeatureSpec
 
 
@@ -93,30 +94,19 @@ def build_samples(spark: SparkSession, config: Config, request: BuildRequest, pr
     """
     lake = request.lake
     check_tables(spark, lake, config, feature_spec(config))
-    logs = open_logs(spark, config, request.logs)
-    progress(f"reading {len({log.name for log in logs.logs})} event logs")
-    dates = [date.isoformat() for date in request.dates]
-    state = find_state(spark, config, lake, request.first)
-    plan = make_plan(config, tuple(map(day_of, dates)), state.since_us)
-    first_row = state.first_row(plan.rules, whole_days=bool(plan.max_user_day_rows))
-    past = None if first_row is None else past_events(spark, lake, state)
-    progress(read_from(state, first_row))
-    with staging_folder(spark, lake) as folder:
-        inputs = run_pass(spark, logs, plan, folder, first_row=first_row, past=past)
-        show_inputs(inputs, progress)
+    days = [day_number(date) for date in request.dates]
+    with passed_logs(spark, config, request.logs, lake, request.first, days, progress) as (state, inputs):
         built = _dates_there(request, inputs, config, progress)
         dates = [date.isoformat() for date in built]
         counts = value_counts(spark, lake, state, inputs.staged(VALUE))
-        known, spec = grow_vocabularies(
-            spark, config, lake, counts, (inputs.users, inputs.items), dates, inputs.staged(PACK)
-        )
+        known, spec = grow_vocabularies(spark, config, lake, counts, inputs.tables, dates, inputs.staged(PACK))
         sums = write_sums(spark, config, lake, state, inputs.staged(COUNT), built[-1])
-        versions = update_tables_by_id(spark, config, lake, (inputs.users, inputs.items), known, spec)
+        versions = update_tables_by_id(spark, config, lake, inputs.tables, known, spec)
         prepare_samples(spark, lake, spec, config, {**versions, **known.fitted})
         progress(
             "vocabularies: " + ", ".join(f"{n} {f.num_embeddings - FIRST_ID:,}" for n, f in spec.vocabularies.items())
         )
-        rows = row_plan(config, spec, inputs.account, request.watermark, tuple(map(day_of, dates)))
+        rows = row_plan(config, spec, inputs.account, request.watermark, [day_number(date) for date in built])
         job = Job(
             spark=spark,
             config=config,
@@ -207,7 +197,7 @@ def _write_samples(
         if job.sums is not None:
             plan = replace(plan, counters=counter_plan(job.sums, job.config, plan.days))
             sums = sums_of_values(job.sums, job.config, plan.days)
-        tables, features = (inputs.users, inputs.items), job.config.features.lists
+        tables, features = inputs.tables, job.config.features.lists
         lists = list_values(values, tables, features)
         if lists is not None:
             cut = cut_values(lists, features)
@@ -219,35 +209,58 @@ def _write_samples(
     return version, count_samples(rows, job.plan.spec, hashed=job.config.vocabulary.kind == "hash"), cut
 
 
-def read_from(state: State, first_row: int | None) -> str:
-    """A progress line about what is read instead of being attributed again."""
+@contextmanager
+def passed_logs(
+    spark: SparkSession,
+    config: Config,
+    logs_dir: str,
+    lake: Lake,
+    first: dt.date | None,
+    days: Sequence[int],
+    progress: Progress,
+) -> Iterator[tuple[State, Inputs]]:
+    """The state of earlier dates and what one pass over the logs finds, staged inside the block, with progress lines.
+
+    Args:
+        spark: the session.
+        config: how to read and attribute.
+        logs_dir: the logs.
+        lake: holds the state.
+        first: what lies before is taken from the state; None: all logs are read and attributed again.
+        days: to make rows of, since 1970.
+        progress: says what came in, log by log.
+    """
+    logs = open_logs(spark, config, logs_dir)
+    progress(f"reading {len({log.name for log in logs.logs})} event logs")
+    state = find_state(spark, config, lake, first or dt.date.max)
+    if first is None:
+        state = replace(state, since=None)
+    plan = make_plan(config, tuple(days), state.since_us)
+    first_row = state.first_row(plan.rules, whole_days=bool(plan.max_user_day_rows))
     if first_row is None:
-        return "no state of earlier dates: all logs are read"
-    return f"events before {state.since} are known; the logs are read from {iso_time(first_row)} on"
+        past = None
+        progress("no state of earlier dates: all logs are read")
+    else:
+        past = past_events(spark, lake, state)
+        progress(f"events before {state.since} are known; the logs are read from {iso_time(first_row)} on")
+    with staging_folder(spark, lake) as folder:
+        inputs = run_pass(spark, logs, plan, folder, first_row=first_row, past=past)
+        _show_inputs(inputs, progress)
+        yield state, inputs
 
 
-def show_inputs(inputs: Inputs, progress: Progress) -> None:
-    """Progress lines about the rows that came in, log by log, and warnings."""
-    progress(described(inputs.account))
-    progress(accounted(inputs.account))
+def _show_inputs(inputs: Inputs, progress: Progress) -> None:
+    """Progress lines about the rows that came in and where they went, and warnings."""
+    counts = inputs.account.counts
+    rows_in = sum(count.rows_in for count in counts.values())
+    used = sum(count.used for (_, date), count in counts.items() if date != UNDATED)
+    rejects, duplicates = (sum(getattr(count, name) for count in counts.values()) for name in ("rejects", "duplicates"))
+    progress(f"read {rows_in:,} rows of {len({log for log, _ in counts})} logs")
+    progress(f"attributed: {used:,} events used, {rejects:,} rejected, {duplicates:,} duplicates")
     for line in inputs.account.lines():
         progress.write(line)
     for note in inputs.notes:
         progress.write(f"warning: {note}")
-
-
-def described(account: Account) -> str:
-    """A progress line about the rows that came in."""
-    rows_in = sum(count.rows_in for count in account.counts.values())
-    return f"read {rows_in:,} rows of {len({log for log, _ in account.counts})} logs"
-
-
-def accounted(account: Account) -> str:
-    """A progress line about where the rows went."""
-    used = sum(count.used for (_, date), count in account.counts.items() if date != UNDATED)
-    rejects = sum(count.rejects for count in account.counts.values())
-    duplicates = sum(count.duplicates for count in account.counts.values())
-    return f"attributed: {used:,} events used, {rejects:,} rejected, {duplicates:,} duplicates"
 
 
 def _dates_there(request: BuildRequest, inputs: Inputs, config: Config, progress: Progress) -> list[dt.date]:

@@ -45,7 +45,7 @@ def update_tables_by_id(
     spark: SparkSession,
     config: Config,
     lake: Lake,
-    tables: tuple[DataFrame | None, DataFrame | None],
+    tables: Mapping[str, DataFrame],
     known: Vocabularies,
     spec: FeatureSpec,
 ) -> dict[str, int]:
@@ -55,7 +55,7 @@ def update_tables_by_id(
         spark: the session.
         config: names the features.
         lake: where the tables are.
-        tables: users and items, one row a key.
+        tables: "user" and "item" -> one row a key.
         known: the vocabularies, this build's included.
         spec: of the samples; says what vectors are divided by.
 
@@ -63,13 +63,11 @@ def update_tables_by_id(
         Property of the samples -> the version that holds what this build knows.
     """
     versions = {}
-    users, items = tables
-    if items is not None and config.features.sides:
-        rows, schema = item_features(items, known, config), item_features_schema(config)
+    if config.features.sides:
+        rows, schema = item_features(tables["item"], known, config), item_features_schema(config)
         versions[ITEM_FEATURES_PROPERTY] = _update(spark, lake, ITEM_FEATURES, rows, schema, ITEM_FEATURES_PROPERTY)
-    for owner, table in (("user", users), ("item", items)):
-        vectors = [vector for vector in spec.vectors if vector.owner == owner]
-        if table is not None and vectors:
+    for owner, table in tables.items():
+        if vectors := [vector for vector in spec.vectors if vector.owner == owner]:
             rows, schema = vectors_by_id(table, vectors, known, config), vectors_schema(config, owner)
             name = VECTORS_PROPERTIES[owner]
             versions[name] = _update(spark, lake, VECTOR_TABLES[owner], rows, schema, name)

@@ -45,8 +45,8 @@ def told_columns(config: Config) -> tuple[tuple[str, ...], ...]:
     So `<lake>/counters` says which value a user or item had when it was shown last, as text and however rare.
     """
     keys = {key for counter in config.every_counter.values() for key in counter.keys}
-    owners = (("user_id", config.features.user_categories), ("item_id", config.features.item_categories))
-    return tuple((owner, owned_column(name)) for owner, names in owners for name in names if name in keys)
+    names = [(f"{owner}_id", name) for owner in ("user", "item") for name in config.features.categories_of(owner)]
+    return tuple((key, owned_column(name)) for key, name in names if name in keys)
 
 
 def update_counters(

@@ -5,7 +5,7 @@ What is joined are the distinct values of a chunk, not its rows; each pack then 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pyarrow as pa
 from pyspark.sql import Column, DataFrame
@@ -38,10 +38,7 @@ def pack_features(config: Config) -> tuple[str, ...]:
 def owned_categories(config: Config) -> dict[str, tuple[str, ...]]:
     """What comes as ids with a `user_id` and an `item_id`: categories, then numbers in buckets."""
     features = config.features
-    return {
-        "user_id": (*features.user_categories, *features.numbers_of("user", BUCKETS)),
-        "item_id": (*features.item_categories, *features.numbers_of("item", BUCKETS)),
-    }
+    return {f"{o}_id": (*features.categories_of(o), *features.numbers_of(o, BUCKETS)) for o in ("user", "item")}
 
 
 def owned_numbers(config: Config) -> dict[str, tuple[str, ...]]:
@@ -53,7 +50,7 @@ def owned_numbers(config: Config) -> dict[str, tuple[str, ...]]:
 def encoded_packs(
     packs: DataFrame,
     values: DataFrame,
-    tables: tuple[DataFrame | None, DataFrame | None],
+    tables: Mapping[str, DataFrame],
     known: Vocabularies,
     config: Config,
     sums: DataFrame | None = None,
@@ -64,7 +61,7 @@ def encoded_packs(
     Args:
         packs: `pack` rows of the pass.
         values: `value` rows of the pass.
-        tables: users and items, one row a key, where the configuration names features of theirs.
+        tables: "user" and "item" -> one row a key, where the configuration names features of theirs.
         known: the vocabularies, this build's included.
         config: names the features.
         sums: feature, value and the sums that its counters need (etl/features/counters.py); None: no counters.
@@ -90,7 +87,7 @@ def sample_frame(encoded: DataFrame, plan: RowPlan) -> DataFrame:
 
 def _lookups(
     values: DataFrame,
-    tables: tuple[DataFrame | None, DataFrame | None],
+    tables: Mapping[str, DataFrame],
     known: Vocabularies,
     config: Config,
     sums: DataFrame | None,
@@ -103,21 +100,13 @@ def _lookups(
     for n, name in enumerate(names):
         number = F.when(F.col("feature") == name, F.lit(n)).otherwise(number)
     rows = values.select("chunk", "feature", "code", "value")
-    if config.vocabulary.kind == "hash":
-        rows = rows.withColumn("id", hash_index(F.col("value"), config.vocabulary))
-    else:
-        rows = rows.join(known.entries.select("feature", "value", "id"), on=["feature", "value"], how="left")
-        rows = rows.withColumn("id", F.coalesce("id", F.lit(UNKNOWN_ID).cast("bigint")))
+    rows = _with_ids(rows, known, config)
     ids, numbers = F.array("id"), F.array().cast("array<float>")
-    users, items = tables
-    for key, table, categories, scaled in (
-        ("user_id", users, features.user_categories, owned_numbers(config)["user_id"]),
-        ("item_id", items, features.item_categories, owned_numbers(config)["item_id"]),
-    ):
-        if table is None:
-            continue
-        buckets = features.numbers_of(key.removesuffix("_id"), BUCKETS)
-        owned = _owned(table, key, known, config).withColumn("feature", F.lit(key))
+    for owner, table in tables.items():
+        key = f"{owner}_id"
+        categories, buckets = features.categories_of(owner), features.numbers_of(owner, BUCKETS)
+        scaled = owned_numbers(config)[key]
+        owned = _owned(table, owner, known, config).withColumn("feature", F.lit(key))
         rows = rows.join(owned, on=["feature", "value"], how="left")
         mine = F.col("feature") == key
         # A key without a row has padding for its categories, the bucket of nulls, and 0 for its other numbers.
@@ -149,22 +138,24 @@ def _list_ids(found: DataFrame, known: Vocabularies, config: Config) -> DataFram
         "list",
         F.posexplode("values").alias("pos", "value"),
     ).withColumn("feature", F.element_at(names, F.col("list") + 1))
-    if config.vocabulary.kind == "hash":
-        single = single.withColumn("id", hash_index(F.col("value"), config.vocabulary))
-    else:
-        single = single.join(known.entries.select("feature", "value", "id"), on=["feature", "value"], how="left")
-    number = F.coalesce("id", F.lit(UNKNOWN_ID)).cast("bigint").alias("id")
-    entry = F.struct("list", "pos", number)
-    grouped = single.groupBy(F.col("of").alias("feature"), F.col("whose").alias("value"))
+    entry = F.struct("list", "pos", "id")
+    grouped = _with_ids(single, known, config).groupBy(F.col("of").alias("feature"), F.col("whose").alias("value"))
     pairs = F.transform(F.array_sort(F.collect_list(entry)), lambda one: F.array(one["list"].cast("bigint"), one["id"]))
     return grouped.agg(F.flatten(pairs).alias("lists"))
 
 
-def _owned(table: DataFrame, key: str, known: Vocabularies, config: Config) -> DataFrame:
+def _with_ids(rows: DataFrame, known: Vocabularies, config: Config) -> DataFrame:
+    """Add `id` (bigint) of each feature and value; not admitted -> 1."""
+    if config.vocabulary.kind == "hash":
+        return rows.withColumn("id", hash_index(F.col("value"), config.vocabulary))
+    rows = rows.join(known.entries.select("feature", "value", "id"), on=["feature", "value"], how="left")
+    return rows.withColumn("id", F.coalesce("id", F.lit(UNKNOWN_ID)).cast("bigint"))
+
+
+def _owned(table: DataFrame, owner: str, known: Vocabularies, config: Config) -> DataFrame:
     """One row per user or item: `value` (its key), `<key>_ids` and `<key>_numbers`."""
-    features, fits = config.features, known.fits or {}
-    owner = key.removesuffix("_id")
-    categories = features.user_categories if owner == "user" else features.item_categories
+    features, fits, key = config.features, known.fits or {}, f"{owner}_id"
+    categories = features.categories_of(owner)
 
     def listed(columns: list[Column], kind: str) -> Column:
         return F.array(*columns).cast(f"array<{kind}>")

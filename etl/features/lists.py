@@ -5,7 +5,8 @@ What is read is each distinct text of the users, items and impressions once, not
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 
 import pyarrow as pa
 from pyspark.sql import DataFrame
@@ -18,33 +19,29 @@ from etl.session import kept
 from usr_ray.schema import ListFeature
 
 
-def list_values(
-    values: DataFrame, tables: tuple[DataFrame | None, DataFrame | None], lists: Sequence[ListFeature]
-) -> DataFrame | None:
+def list_values(values: DataFrame, tables: Mapping[str, DataFrame], lists: Sequence[ListFeature]) -> DataFrame | None:
     """Rows of kernel.features.LISTED: the values of every user and item, query and text; None without tags and terms.
 
     Args:
         values: columns feature and value: the queries and texts, any number of times.
-        tables: users and items, with the texts of each list in a column `texts_column` of its name.
+        tables: "user" and "item" -> one row a key, with the texts of each list in a column `texts_column` of its name.
         lists: the features.
     """
     if not lists:
         return None
-    owned = dict(zip(("user_id", "item_id"), tables, strict=True))
+    owned = {f"{owner}_id": table for owner, table in tables.items()}
     frames = []
     for number, feature in enumerate(lists):
-        table = owned.get(feature.key)
-        if feature.key in owned:
-            assert table is not None  # it is read where the configuration names a feature of it
-            found = table.select(F.col(feature.key).alias("value"), F.col(texts_column(feature.name)).alias("texts"))
+        if feature.key in ("user_id", "item_id"):
+            found = owned[feature.key].select(
+                F.col(feature.key).alias("value"), F.col(texts_column(feature.name)).alias("texts")
+            )
         else:
             found = values.filter(F.col("feature") == feature.key).select("value").distinct()
             found = found.select("value", F.array("value").alias("texts"))
         place = F.lit(number).cast("int").alias("list")
         frames.append(found.select(F.lit(feature.key).alias("feature"), "value", place, "texts"))
-    texts = frames[0]
-    for frame in frames[1:]:
-        texts = texts.unionByName(frame)
+    texts = functools.reduce(DataFrame.unionByName, frames)
 
     def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         return listed(batches, lists)
@@ -52,9 +49,7 @@ def list_values(
     return kept(texts.mapInArrow(run, from_arrow_schema(LISTED)))
 
 
-def count_list_values(
-    counts: DataFrame, tables: tuple[DataFrame | None, DataFrame | None], lists: Sequence[ListFeature]
-) -> DataFrame:
+def count_list_values(counts: DataFrame, tables: Mapping[str, DataFrame], lists: Sequence[ListFeature]) -> DataFrame:
     """Impressions that carry each tag or term: feature (the vocabulary), value, count.
 
     Args:

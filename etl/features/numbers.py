@@ -37,7 +37,7 @@ def fits_of(spec: FeatureSpec) -> Fits:
 def fit_numbers(
     config: Config,
     counts: DataFrame,
-    tables: tuple[DataFrame | None, DataFrame | None],
+    tables: Mapping[str, DataFrame],
     packs: DataFrame,
     dates: Sequence[dt.date],
 ) -> Fits:
@@ -46,7 +46,7 @@ def fit_numbers(
     Args:
         config: names the numbers.
         counts: impressions of each user and item on the dates: feature, value, date, count.
-        tables: users and items.
+        tables: "user" and "item" -> one row a key.
         packs: `pack` rows of the pass, for the numbers of the context.
         dates: that are fitted on.
 
@@ -99,19 +99,17 @@ def bucket_edges(quantiles: Sequence[float]) -> tuple[float, ...]:
     return tuple(above for below, above in pairwise(singles) if above > below)
 
 
-def fit_vectors(
-    vectors: Sequence[VectorFeature], tables: tuple[DataFrame | None, DataFrame | None]
-) -> dict[str, tuple[float, ...]]:
+def fit_vectors(vectors: Sequence[VectorFeature], tables: Mapping[str, DataFrame]) -> dict[str, tuple[float, ...]]:
     """Root mean square of the numbers of each vector over its owners, nine digits; 1 where there is none or all are 0.
 
     Args:
         vectors: what is in the tables.
-        tables: users and items.
+        tables: as for `fit_numbers`.
     """
     found: dict[str, tuple[float, ...]] = {}
-    for owner, table in zip(("user", "item"), tables, strict=True):
+    for owner, table in tables.items():
         names = [vector.name for vector in vectors if vector.owner == owner]
-        if table is None or not names:
+        if not names:
             continue
         squares = []
         for name in names:
@@ -134,6 +132,24 @@ def bucket(value: Column, edges: Sequence[float]) -> Column:
     return F.when(is_finite(value), F.lit(FIRST_ID) + below).otherwise(F.lit(UNKNOWN_ID)).cast("bigint")
 
 
+def owned_counts(counts: DataFrame, table: DataFrame, owner: str, names: Sequence[str], of_value: str) -> DataFrame:
+    """Impressions that carry a value of a user's or item's columns: feature, `of_value`, count; once for each owner.
+
+    Args:
+        counts: impressions that carry each value: feature, value, count.
+        table: one row a user or item.
+        owner: "user" or "item".
+        names: columns of the table, of one type.
+        of_value: name of the value's column.
+    """
+    key, is_key = f"{owner}_id", F.col("feature") == f"{owner}_id"
+    # A colon is in no feature's name: a column of the table may be called count, feature or value.
+    of_key = counts.filter(is_key).select(F.col("value").alias(key), F.col("count").alias("count:"))
+    owned = table.select(key, *names).join(of_key, on=key, how="inner").select("count:", *names)
+    single = owned.unpivot(["count:"], [F.col(name) for name in names], "feature", of_value)
+    return single.withColumnRenamed("count:", "count")
+
+
 def _mean(value: Column) -> Column:
     return (F.sum(value * F.col("count")) / F.sum("count")).alias("mean")
 
@@ -141,7 +157,7 @@ def _mean(value: Column) -> Column:
 def _counted(
     config: Config,
     counts: DataFrame,
-    tables: tuple[DataFrame | None, DataFrame | None],
+    tables: Mapping[str, DataFrame],
     packs: DataFrame,
     dates: Sequence[dt.date],
 ) -> DataFrame:
@@ -155,15 +171,11 @@ def _counted(
 
     wanted = packs.filter(F.lit(bool(of_context))).select("targets")
     result = wanted.mapInArrow(run, from_arrow_schema(COUNTED))
-    on_dates = counts.filter(F.col("date").isin([*dates]))
-    for owner, table in zip(("user", "item"), tables, strict=True):
-        names = features.numbers_of(owner, *FITTED_SCALES)
-        if not names or table is None:
-            continue
-        key = f"{owner}_id"
-        # A colon is in no feature's name: a column of the table may be called count, feature or value.
-        of_key = on_dates.filter(F.col("feature") == key).groupBy(F.col("value").alias(key))
-        owned = table.select(key, *names).join(of_key.agg(F.sum("count").alias("count:")), on=key, how="inner")
-        single = owned.select("count:", *names).unpivot(["count:"], [F.col(n) for n in names], "feature", "number")
-        result = result.unionByName(single.filter(is_finite(F.col("number"))).withColumnRenamed("count:", "count"))
+    of_dates = (
+        counts.filter(F.col("date").isin([*dates])).groupBy("feature", "value").agg(F.sum("count").alias("count"))
+    )
+    for owner, table in tables.items():
+        if names := features.numbers_of(owner, *FITTED_SCALES):
+            single = owned_counts(of_dates, table, owner, names, "number")
+            result = result.unionByName(single.filter(is_finite(F.col("number"))))
     return result

@@ -16,7 +16,7 @@ from pyspark.sql import functions as F
 
 from etl.checks import DataCheckError
 from etl.features.lists import count_list_values
-from etl.features.numbers import Fits, fit_numbers, fit_vectors, fits_of, is_finite
+from etl.features.numbers import Fits, fit_numbers, fit_vectors, fits_of, is_finite, owned_counts
 from etl.jvm import table_properties, table_version
 from etl.kernel.rows import EVENT_HOUR, NUM_HOURS
 from etl.lake.tables import Lake, append_vocabularies
@@ -84,41 +84,24 @@ def value_features(config: Config) -> tuple[tuple[str, str], ...]:
     )
 
 
-def count_values(per_date: DataFrame, users: DataFrame | None, items: DataFrame | None, config: Config) -> DataFrame:
+def count_values(per_date: DataFrame, tables: Mapping[str, DataFrame], config: Config) -> DataFrame:
     """Impressions that carry each value: columns feature, value, count. Nulls are no value.
 
     Args:
         per_date: impressions of the fitting dates that carry a value: feature, value, date, count.
-        users: one row per user, or None where the configuration names no feature of theirs.
-        items: one row per item, or None likewise.
+        tables: "user" and "item" -> one row a key, where the configuration names features of theirs.
         config: names the features.
     """
     counts = kept(per_date.groupBy("feature", "value").agg(F.sum("count").alias("count")))
     result = counts
-    for key, table, names in (
-        ("user_id", users, config.features.user_categories),
-        ("item_id", items, config.features.item_categories),
-    ):
-        if table is None or not names:
-            continue
-        # A colon is in no feature's name: a column of the table may be called count, feature or value.
-        of_key = counts.filter(F.col("feature") == key).select(
-            F.col("value").alias(key), F.col("count").alias("count:")
-        )
-        owned = (
-            table.select(key, *names)
-            .join(of_key, on=key, how="inner")
-            .select("count:", *names)
-            .unpivot(["count:"], [F.col(name) for name in names], "feature", "value")
-            .filter(F.col("value").isNotNull())
-            .groupBy("feature", "value")
-            .agg(F.sum("count:").alias("count"))
-        )
-        result = result.unionByName(owned)
+    for owner, table in tables.items():
+        if names := config.features.categories_of(owner):
+            owned = owned_counts(counts, table, owner, names, "value").filter(F.col("value").isNotNull())
+            result = result.unionByName(owned.groupBy("feature", "value").agg(F.sum("count").alias("count")))
     if lists := config.features.lists:
         # What the pass counts of tags are whole texts.
         result = result.filter(~F.col("feature").isin([feature.name for feature in lists]))
-        result = result.unionByName(count_list_values(counts, (users, items), lists))
+        result = result.unionByName(count_list_values(counts, tables, lists))
     return result
 
 
@@ -226,7 +209,7 @@ def grow_vocabularies(
     config: Config,
     lake: Lake,
     per_date: DataFrame,
-    tables: tuple[DataFrame | None, DataFrame | None],
+    tables: Mapping[str, DataFrame],
     dates: Iterable[str],
     packs: DataFrame,
 ) -> tuple[Vocabularies, FeatureSpec]:
@@ -239,7 +222,7 @@ def grow_vocabularies(
         config: names the features and the training dates.
         lake: its vocabularies grow.
         per_date: impressions that carry a value: feature, value, date, count; of every fitting date.
-        tables: users and items, where the configuration names features of theirs.
+        tables: as for `count_values`.
         dates: dates that are being built; with those built before, they are the ones fitted on.
         packs: `pack` rows of the pass.
     """
@@ -257,7 +240,7 @@ def grow_vocabularies(
     if is_hashed:
         return known, feature_spec(config, known)
     counted = per_date.filter(F.col("date").isin(fitting))
-    counts = count_values(counted, *tables, config)
+    counts = count_values(counted, tables, config)
     fresh, grown = new_entries(counts, known, config.vocabulary.min_count)
     if grown.max_ids != known.max_ids:
         append_vocabularies(spark, lake, fresh)

@@ -215,7 +215,7 @@ def test_a_vector_that_was_taken_back_is_gone_and_one_that_the_log_dropped_stays
         known = existing_vocabularies(spark, config, lake)
         spec = feature_spec(config, known)
         items = spark.createDataFrame([*looks.items()], "item_id string, look array<float>")
-        versions = update_tables_by_id(spark, config, lake, (None, items), known, spec)
+        versions = update_tables_by_id(spark, config, lake, {"item": items}, known, spec)
         prepare_samples(spark, lake, spec, config, versions)
         rows = spark.read.format("delta").load(lake.path("item_vectors")).collect()
         return sorted(np.frombuffer(row["look"], "<f2").tolist() for row in rows)

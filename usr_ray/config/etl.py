@@ -214,6 +214,11 @@ class FeaturesConfig:
         """How the values of a number become its column."""
         return self.scale.get(name, LOG1P)
 
+    def categories_of(self, owner: str) -> tuple[str, ...]:
+        """Categories of 'user', 'item' or 'context'."""
+        found: tuple[str, ...] = getattr(self, f"{owner}_categories")
+        return found
+
     def numbers_of(self, owner: str, *scales: str) -> tuple[str, ...]:
         """Numbers of 'user', 'item' or 'context' whose scale is one of `scales`."""
         return tuple(name for name in getattr(self, f"{owner}_numbers") if self.scale_of(name) in scales)
