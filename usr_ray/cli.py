@@ -159,11 +159,6 @@ def job_config(arguments: argparse.Namespace) -> Config:
 def job_dates(text: str, *, where: str, today: dt.date | None = None) -> tuple[dt.date, dt.date]:
     """First and last UTC date of "A:B" or "A"; a scheduled job writes today or today-N for a date.
 
-    Args:
-        text: of the command line.
-        where: the flag, for messages.
-        today: None: now, in UTC.
-
     Raises:
         ConfigError: no date, or the range is empty.
     """

@@ -96,13 +96,6 @@ class Account:
 def add_pass(account: Account, spark: SparkSession, folder: str, logs: Sequence[EventLog], num_usable: int) -> None:
     """Add what the pass found to the account: one small aggregation of what it staged.
 
-    Args:
-        account: grows.
-        spark: the session.
-        folder: where the pass staged its rows.
-        logs: the event logs.
-        num_usable: usable rows that another count found.
-
     Raises:
         AccountingError: rows were lost or invented on the way.
     """
@@ -173,13 +166,7 @@ _COMMON = 10
 
 
 def null_like_values(values: DataFrame, tables: Mapping[str, DataFrame], config: Config) -> list[str]:
-    """Warnings of values that look like no value and are among the commonest of their feature.
-
-    Args:
-        values: `value` rows of the pass.
-        tables: users and items, by owner.
-        config: names the features.
-    """
+    """Warnings of values that look like no value and are among the commonest of their feature."""
     owners = {"user_id": "<s>_impressions", "item_id": "<s>_impressions", "query": "<s>_impressions"}
     counts = values.select("feature", "value", F.explode("counts").alias("rows"))
     for owner, table in tables.items():

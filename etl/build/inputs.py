@@ -232,12 +232,6 @@ def watermark_of(account: Account, asked: dt.datetime | None, days: Sequence[int
 
     Labels of the days are final when the last one's windows have closed, so what is later says no more. One event
     alone beyond that, such as one stamped 9999, says nothing at all: it would make every label final.
-
-    Args:
-        account: of the rows that are used.
-        asked: --watermark.
-        days: that are built, since 1970.
-        rules: the label windows.
     """
     if asked is not None:
         return (asked - _EPOCH) // dt.timedelta(microseconds=1)

@@ -100,12 +100,7 @@ def bucket_edges(quantiles: Sequence[float]) -> tuple[float, ...]:
 
 
 def fit_vectors(vectors: Sequence[VectorFeature], tables: Mapping[str, DataFrame]) -> dict[str, tuple[float, ...]]:
-    """Root mean square of the numbers of each vector over its owners, nine digits; 1 where there is none or all are 0.
-
-    Args:
-        vectors: what is in the tables.
-        tables: as for `fit_numbers`.
-    """
+    """Root mean square of the numbers of each vector over its owners, nine digits; 1 where none is or all are 0."""
     found: dict[str, tuple[float, ...]] = {}
     for owner, table in tables.items():
         names = [vector.name for vector in vectors if vector.owner == owner]

@@ -103,14 +103,7 @@ def num_visible(history: HistoryEvents, users: Ints, times: Ints) -> Ints:
 
 
 def last_events(history: HistoryEvents, users: Ints, times: Ints, length: int) -> Ranges:
-    """The last `length` events of each user strictly before a time and known by it: for rows that `last_spans` marks.
-
-    Args:
-        history: events of one scenario.
-        users: user of each impression asked for.
-        times: its event_time in microseconds.
-        length: newest events kept.
-    """
+    """The last `length` events of each user before a time and known by it: for rows that `last_spans` marks."""
     start = history.index.start(users)
     stop = history.index.before(users, times)
     counts = np.zeros(len(users), dtype=np.int64)

@@ -203,14 +203,7 @@ def _vector(raw: DataFrame, log: str, column: str) -> Column:
 
 
 def _check_vectors(table: DataFrame, log: str, key: str, vectors: Sequence[VectorFeature]) -> None:
-    """Refuse vectors of another length, or with something in them that is no finite number of 32 bits.
-
-    Args:
-        table: `key` and each vector as `_vector` reads it.
-        log: for messages.
-        key: likewise.
-        vectors: what they should be.
-    """
+    """Refuse vectors of another length, or with something in them that is no finite number of 32 bits."""
     if not vectors:
         return
     sums = []

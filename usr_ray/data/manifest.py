@@ -237,14 +237,7 @@ def build_manifest(
 
 
 def _files_by_id(table: Any, lake: Path | str, name: str, version_in: str) -> list[FeatureFile]:
-    """The files of the version of a table by encoded id that belongs to a version of the samples.
-
-    Args:
-        table: the samples.
-        lake: where both are.
-        name: of the other table.
-        version_in: property of the samples with its version.
-    """
+    """The files of the version of a table by encoded id that belongs to a version of the samples."""
     wanted = table.metadata().configuration.get(version_in, "")
     if not wanted.isdecimal():
         what = "categories of history events" if name == ITEM_FEATURES else "vectors"

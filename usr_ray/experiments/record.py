@@ -97,15 +97,7 @@ def resumed(
     but: Sequence[str],
     error: type[UserError] = StudyError,
 ) -> dict[str, Any] | None:
-    """The record of a study or search that goes on; None where its directory is new or empty.
-
-    Args:
-        path: of the record.
-        what: 'study' or 'search'.
-        config: of this command, as `Config.to_dict` has it.
-        lake: of this command.
-        but: keys that may differ.
-        error: what is raised.
+    """The record of a study or search that goes on; None where its directory is new or empty. Keys `but` may differ.
 
     Raises:
         UserError: `error`: the directory holds something else, or one on another configuration or lake.

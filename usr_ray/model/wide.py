@@ -40,14 +40,7 @@ def wide_terms(spec: FeatureSpec, crosses: Sequence[Sequence[str]]) -> tuple[tup
 
 
 class Wide(nn.Module):
-    """Sum of the weights of a row's values.
-
-    Args:
-        spec: of the samples table.
-        crosses: features.crosses.
-        num_buckets: N.
-        num_heads: H.
-    """
+    """Sum of the weights of a row's values: N is `num_buckets`, H is `num_heads`."""
 
     def __init__(self, spec: FeatureSpec, crosses: Sequence[Sequence[str]], num_buckets: int, num_heads: int) -> None:
         super().__init__()

@@ -46,16 +46,11 @@ def client(tracking_uri: str) -> MlflowClient:
 
 
 def log_run(run_dir: Path, tracking: MlflowClient, *, experiment: str) -> tuple[str, int]:
-    """Make or bring up to date the MLflow run of a run directory.
+    """Make or bring up to date the MLflow run of a run directory, in an experiment that is made when it is not there.
 
     Params are the dotted keys of the configuration; metrics by step are named as in TensorBoard (`train/<name>`,
     `loss/...`, `eval/<scenario>/<task>/<name>`), with the times of the history, undefined ones left out; artifacts are
     the files of ARTIFACTS that are there.
-
-    Args:
-        run_dir: of jobs/train.py.
-        tracking: of `client`.
-        experiment: name; made when it is not there.
 
     Returns:
         MLflow's id of the run, and how many numbers were added.

@@ -64,15 +64,7 @@ def write_study_report(
     lead: Sequence[str] = (),
     sections: Sequence[Section] = (),
 ) -> Path:
-    """Write `<run_dir>/report.html` (or `output`) and return its path.
-
-    Args:
-        run_dir: of run_study.
-        study: the grid, as it was run.
-        output: another file.
-        kind: of the page.
-        lead: sentences that go before the study's own.
-        sections: likewise.
+    """Write `<run_dir>/report.html` (or `output`) and return its path; `lead` and `sections` go before the study's own.
 
     Raises:
         StudyError: no trial is finished.

@@ -78,13 +78,7 @@ class Explainer:
 
 
 def effects_of(predict: Predict, inputs: Inputs, spec: FeatureSpec) -> dict[str, NDArray[np.float64]]:
-    """Signal -> what it adds to each candidate's p_ctr (N).
-
-    Args:
-        predict: of request.onnx.
-        inputs: of one request.
-        spec: names the columns of the inputs.
-    """
+    """Signal -> what it adds to each candidate's p_ctr (N)."""
     as_it_is_N = predict(inputs)["p_ctr"].astype(np.float64)
     effects = {}
     for name, others in _item_signals(inputs, spec):

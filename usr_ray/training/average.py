@@ -33,12 +33,7 @@ def kept_share(decay: float, since: Tensor, now: int) -> Tensor:
 
 
 class RowAverages:
-    """Averages of tables that an optimiser changes in place.
-
-    Args:
-        weights: float32 (N, D) by table.
-        decay: in (0, 1).
-    """
+    """Averages of tables that an optimiser changes in place."""
 
     def __init__(self, weights: Mapping[str, Tensor], decay: float) -> None:
         self.weights, self.decay = dict(weights), decay

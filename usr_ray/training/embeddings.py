@@ -66,15 +66,7 @@ class Embeddings(RowSource):
 
 
 class ReplicatedEmbeddings(EmbeddingTables, Embeddings):
-    """All tables on every rank, each with the same row-wise optimiser, kept equal by exchanging (ids, gradients).
-
-    Args:
-        spec: names and sizes of the tables.
-        config: model.embedding_dim, train.seed and train.embedding_*.
-        worker: this rank.
-        sides: as for EmbeddingTables.
-        vectors: likewise.
-    """
+    """All tables on every rank, each with the same row-wise optimiser, kept equal by exchanging (ids, gradients)."""
 
     def __init__(
         self,
