@@ -4,9 +4,8 @@
 
 A row is a carry, a scenario and a task: mean AUC of one plain model a scenario, of the joint plain and the joint USR
 model, and the three gaps with their 95 % intervals over seeds and users (docs/studies.md, how differences are judged).
-Of each backbone with at least three seeds, and of all trainings together, each backbone's and seed's four models one of
-the pairs. A gap that holds after Holm's correction over all gaps of the table is said to hold. Trials that are not
-finished take no part.
+Of each backbone with at least three seeds; "every carry" is the mean over its worlds. A gap that holds after Holm's
+correction over all gaps of the table is said to hold. Trials that are not finished take no part.
 """
 
 from __future__ import annotations
@@ -20,10 +19,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.doc_tables import markdown, record
 from usr_ray.evaluation.metrics import auc
-from usr_ray.evaluation.statistics import Judged, cell_rows, corrected, paired_auc_gap
+from usr_ray.evaluation.statistics import CONFIDENCE, Judged, cell_rows, corrected, normal_quantile, paired_auc_gap
 from usr_ray.experiments.analysis import Trials
 from usr_ray.experiments.grid import Trial, load_study
 from usr_ray.schema import TASKS
@@ -32,33 +32,49 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "study_joint.json"
 SCENARIOS = ("search", "recommendation")
 PAIRS = (("plain", "separate"), ("usr", "separate"), ("usr", "plain"))
-EVERY = "all together"
-LEAST_SEEDS = 3
-"""Of a backbone with a row of its own."""
+MODELS = ("only_search", "only_recommendation", "plain", "usr")
+NUM_CARRIES, LEAST_SEEDS = 3, 3
 
 
 def measure(trials: Trials) -> list[dict[str, Any]]:
-    """A dict for each carry, backbone (and EVERY), scenario and task; the gaps of all are one family for Holm."""
+    """A dict for each carry, backbone, scenario and task; the gaps of all are one family for Holm."""
     found: dict[tuple[str, str], dict[int, dict[str, Trial]]] = {}
     for trial in trials.finished:
         place = found.setdefault((trial.point["carry"], trial.point["backbone"]), {})
         place.setdefault(trial.seed, {})[trial.point["model"]] = trial
     rows = []
-    for carry in sorted({carry for carry, _ in found}):
-        whole = {
-            backbone: sets
-            for (own, backbone), by_seed in found.items()
-            if own == carry and (sets := [by_seed[seed] for seed in sorted(by_seed) if len(by_seed[seed]) == 4])
-        }
-        several = {name: sets for name, sets in whole.items() if len(sets) >= LEAST_SEEDS}
-        together = {EVERY: [one for sets in whole.values() for one in sets]} if len(whole) > 1 else {}
-        for backbone, sets in {**several, **together}.items():
+    for (carry, backbone), by_seed in sorted(found.items(), key=lambda entry: entry[0][::-1]):
+        sets = [models for _, models in sorted(by_seed.items()) if len(models) == len(MODELS)]
+        if len(sets) >= LEAST_SEEDS:
             rows += [_row(trials, carry, backbone, sets, s, task) for s in SCENARIOS for task in range(len(TASKS))]
     judged = corrected([row["gaps"][pair] for row in rows for pair in row["gaps"]])
     names = [(row, pair) for row in rows for pair in row["gaps"]]
     for (row, pair), one in zip(names, judged, strict=True):
         row["gaps"][pair] = _entry(one)
-    return rows
+    return rows + _every_carry(rows)
+
+
+def _every_carry(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The means over the worlds of a backbone that has all, as of independent worlds; no test, so none holds."""
+    means = []
+    for backbone, scenario, task in dict.fromkeys((r["backbone"], r["scenario"], r["task"]) for r in rows):
+        own = [r for r in rows if (r["backbone"], r["scenario"], r["task"]) == (backbone, scenario, task)]
+        if len(own) < NUM_CARRIES:
+            continue
+        gaps = {}
+        for pair in own[0]["gaps"]:
+            of_worlds = [r["gaps"][pair] for r in own]
+            variances = [
+                g["user_se"] ** 2 + g["seed_sd"] ** 2 / r["seeds"] for r, g in zip(own, of_worlds, strict=True)
+            ]
+            half = normal_quantile(CONFIDENCE) * float(np.sqrt(np.sum(variances))) / len(own)
+            mean = float(np.mean([g["gap"] for g in of_worlds]))
+            ends = {"gap": mean, "low": mean - half, "high": mean + half}
+            gaps[pair] = {key: round(value, 5) for key, value in ends.items()} | {"holds": False}
+        areas = {name: round(float(np.mean([r["auc"][name] for r in own])), 5) for name in own[0]["auc"]}
+        shared = {"carry": "every", "backbone": backbone, "seeds": sum(r["seeds"] for r in own)}
+        means.append(shared | {"scenario": scenario, "task": task, "auc": areas, "gaps": gaps})
+    return means
 
 
 def _row(
@@ -80,9 +96,13 @@ def _row(
         "seeds": len(sets),
         "scenario": scenario,
         "task": TASKS[task],
-        "auc": {name: round(float(np.mean([auc(labels, p) for p in model])), 5) for name, model in probs.items()},  # type: ignore[arg-type]
+        "auc": {name: round(_mean_auc(labels, model), 5) for name, model in probs.items()},
         "gaps": {f"{a} - {b}": Judged(gap=paired_auc_gap(labels, probs[a], probs[b], users)) for a, b in PAIRS},
     }
+
+
+def _mean_auc(labels_N: NDArray, probs_RN: NDArray) -> float:
+    return float(np.mean([auc(labels_N, probs_N) or 0.0 for probs_N in probs_RN]))
 
 
 def _entry(one: Judged) -> dict[str, Any]:
@@ -101,8 +121,14 @@ def table(report: Mapping[str, Any]) -> str:
             for g in row["gaps"].values()
         ]
         cell = f"{row['scenario']}, {'click' if row['task'] == TASKS[0] else 'order'}"
-        name = f"carry {row['carry']}, {row['backbone']} ({row['seeds']}): {cell}"
-        lines.append([name, *(f"{value:.4f}" for value in row["auc"].values()), *shown])
+        carry = "every carry" if row["carry"] == "every" else f"carry {float(row['carry']):g}"
+        lines.append(
+            [
+                f"{row['backbone']}, {carry} ({row['seeds']}): {cell}",
+                *(f"{value:.4f}" for value in row["auc"].values()),
+                *shown,
+            ]
+        )
     return markdown(["held-out AUC (trainings)", "separate", "plain", "USR", *(f"{a} - {b}" for a, b in PAIRS)], lines)
 
 
