@@ -2,10 +2,11 @@
 
     python benchmarks/study_joint.py --run-dir DIR
 
-A row is a carry, a scenario and a task: mean AUC of one plain model a scenario, of the joint plain and the joint USR
-model, and the three gaps with their 95 % intervals over seeds and users (docs/studies.md, how differences are judged).
-Of each backbone with at least three seeds; "every carry" is the mean over its worlds. A gap that holds after Holm's
-correction over all gaps of the table is said to hold. Trials that are not finished take no part.
+A row is a backbone, a carry, a scenario and a task: mean AUC of one plain model a scenario, of the joint plain and the
+joint USR model, in which scenarios weigh alike or by their rows (`model.scenario_weights`), and the three gaps with
+their 95 % intervals over seeds and users (docs/studies.md, how differences are judged). Of each backbone with at least
+two seeds; "every carry" is the mean over its worlds. A gap that holds after Holm's correction over all gaps of the
+table is said to hold. Trials that are not finished take no part.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "study_joint.json"
 SCENARIOS = ("search", "recommendation")
 PAIRS = (("plain", "separate"), ("usr", "separate"), ("usr", "plain"))
-MODELS = ("only_search", "only_recommendation", "plain", "usr")
-NUM_CARRIES, LEAST_SEEDS = 3, 3
+SEPARATE = ("only_search", "only_recommendation")
+WEIGHTS = {"equal": ("plain", "usr"), "rows": ("plain_rows", "usr_rows")}
+"""model.scenario_weights -> the joint models trained with it."""
+NUM_CARRIES, LEAST_SEEDS = 3, 2
 
 
 def measure(trials: Trials) -> list[dict[str, Any]]:
@@ -44,9 +47,11 @@ def measure(trials: Trials) -> list[dict[str, Any]]:
         place.setdefault(trial.seed, {})[trial.point["model"]] = trial
     rows = []
     for (carry, backbone), by_seed in sorted(found.items(), key=lambda entry: entry[0][::-1]):
-        sets = [models for _, models in sorted(by_seed.items()) if len(models) == len(MODELS)]
-        if len(sets) >= LEAST_SEEDS:
-            rows += [_row(trials, carry, backbone, sets, s, task) for s in SCENARIOS for task in range(len(TASKS))]
+        for weights, joint in WEIGHTS.items():
+            sets = [m for _, m in sorted(by_seed.items()) if m.keys() >= {*SEPARATE, *joint}]
+            if len(sets) >= LEAST_SEEDS:
+                point = (carry, backbone, weights)
+                rows += [_row(trials, point, sets, s, task) for s in SCENARIOS for task in range(len(TASKS))]
     judged = corrected([row["gaps"][pair] for row in rows for pair in row["gaps"]])
     names = [(row, pair) for row in rows for pair in row["gaps"]]
     for (row, pair), one in zip(names, judged, strict=True):
@@ -57,11 +62,12 @@ def measure(trials: Trials) -> list[dict[str, Any]]:
 def _every_carry(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The means over the worlds of a backbone that has all, as of independent worlds; no test, so none holds."""
     means = []
-    for backbone, scenario, task in dict.fromkeys((r["backbone"], r["scenario"], r["task"]) for r in rows):
-        own = [r for r in rows if (r["backbone"], r["scenario"], r["task"]) == (backbone, scenario, task)]
+    keys = ("backbone", "weights", "scenario", "task")
+    for key in dict.fromkeys(tuple(r[k] for k in keys) for r in rows):
+        own = [r for r in rows if tuple(r[k] for k in keys) == key]
         if len(own) < NUM_CARRIES:
             continue
-        gaps = {}
+        gaps: dict[str, Any] = {}
         for pair in own[0]["gaps"]:
             of_worlds = [r["gaps"][pair] for r in own]
             variances = [
@@ -70,21 +76,23 @@ def _every_carry(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             half = normal_quantile(CONFIDENCE) * float(np.sqrt(np.sum(variances))) / len(own)
             mean = float(np.mean([g["gap"] for g in of_worlds]))
             ends = {"gap": mean, "low": mean - half, "high": mean + half}
-            gaps[pair] = {key: round(value, 5) for key, value in ends.items()} | {"holds": False}
+            gaps[pair] = {end: round(value, 5) for end, value in ends.items()} | {"holds": False}
         areas = {name: round(float(np.mean([r["auc"][name] for r in own])), 5) for name in own[0]["auc"]}
-        shared = {"carry": "every", "backbone": backbone, "seeds": sum(r["seeds"] for r in own)}
-        means.append(shared | {"scenario": scenario, "task": task, "auc": areas, "gaps": gaps})
+        named = {"carry": "every", **dict(zip(keys, key, strict=True)), "seeds": sum(r["seeds"] for r in own)}
+        means.append(named | {"auc": areas, "gaps": gaps})
     return means
 
 
 def _row(
-    trials: Trials, carry: str, backbone: str, sets: Sequence[Mapping[str, Trial]], scenario: str, task: int
+    trials: Trials, names: tuple[str, str, str], sets: Sequence[Mapping[str, Trial]], scenario: str, task: int
 ) -> dict[str, Any]:
+    carry, backbone, weights = names
+    models_of = dict(zip(("separate", "plain", "usr"), (f"only_{scenario}", *WEIGHTS[weights]), strict=True))
     probs, labels, users = {}, np.zeros(0), np.zeros(0)
-    for name in ("separate", "plain", "usr"):
+    for name, model in models_of.items():
         of_seeds = []
         for models in sets:
-            rows = trials.predictions(models[f"only_{scenario}" if name == "separate" else name].trial_id)
+            rows = trials.predictions(models[model].trial_id)
             cell = cell_rows(rows, scenario, task, SCENARIOS)
             assert cell is not None
             labels, of_seed, users = cell  # the same rows of all: held-out, of this scenario, in their order
@@ -93,6 +101,7 @@ def _row(
     return {
         "carry": carry,
         "backbone": backbone,
+        "weights": weights,
         "seeds": len(sets),
         "scenario": scenario,
         "task": TASKS[task],
@@ -124,7 +133,7 @@ def table(report: Mapping[str, Any]) -> str:
         carry = "every carry" if row["carry"] == "every" else f"carry {float(row['carry']):g}"
         lines.append(
             [
-                f"{row['backbone']}, {carry} ({row['seeds']}): {cell}",
+                f"{row['backbone']}, {row['weights']}, {carry} ({row['seeds']}): {cell}",
                 *(f"{value:.4f}" for value in row["auc"].values()),
                 *shown,
             ]

@@ -34,6 +34,8 @@ sys.path.append(str(Path(__file__).resolve().parents[3] / "benchmarks"))
 
 import anchors
 import build_samples_report
+import study_joint
+import study_parts
 
 pytestmark = pytest.mark.unit
 
@@ -44,6 +46,7 @@ TABLES = {
     "embeddings": (table_size, embedding_wire),
     "serving": (serving, serving_load),
     "learning": (anchors,),
+    "study-results": (study_joint, study_parts),
 }
 """Page -> the benchmarks whose tables it holds between the lines `<!-- NAME -->` and `<!-- /NAME -->`."""
 
