@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"simulated": "", "kuairand": "kuairand-pure", "kuaisearch": "kuaisearch-demo"}
 TRAIN = ["--set", "ray.num_workers=1", "--set", "train.num_epochs=1", "--set", "ray.dashboard=false"]
 KEY = "impression_id"
+SPARK_CONF = ("etl/spark_conf", "cluster/spark/conf")
+"""Of one machine's jobs, now and before."""
 
 
 def run(checkout: Path, command: list[str], log: Path) -> None:
@@ -35,7 +37,7 @@ def run(checkout: Path, command: list[str], log: Path) -> None:
     environment = os.environ | {
         "PYTHONPATH": str(checkout),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "SPARK_CONF_DIR": str(checkout / "cluster" / "spark" / "conf"),
+        "SPARK_CONF_DIR": next(str(d) for d in map(checkout.joinpath, SPARK_CONF) if d.is_dir()),
         "SPARK_LOCAL_IP": "127.0.0.1",
     }
     with log.open("a", encoding="utf-8") as out:
