@@ -118,12 +118,6 @@ def test_products_of_each_history_are_served(tmp_path, is_plain):
     lake = make_lake(tmp_path / "lake", sides=("brand",))
     switches = {"interaction_histories": "each", **(PLAIN if is_plain else {})}
     assert_parity(load_run(make_run(tmp_path / "run", lake, **switches)), lake)
-    export_run(tmp_path / "run", tmp_path / "export", None)
-    batch, run = real_batches(lake)[0], load_run(tmp_path / "run")
-    inputs = {name: value.numpy() for name, value in padded_inputs(batch, run.spec).items()}
-    found = ExportedModel(tmp_path / "export", runtime="onnx").predict(inputs)
-    for name, value in both(run, batch)[0].items():
-        torch.testing.assert_close(torch.from_numpy(found[name]), value, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("is_plain", [False, True], ids=["USR", "plain"])
@@ -137,13 +131,6 @@ def test_events_are_served_with_their_items_categories(tmp_path, is_plain):
     without = load_run(make_run(tmp_path / "off", lake, event_sides=False, **(PLAIN if is_plain else {})))
     assert without.tables.sides is None
     assert_parity(without, lake)
-    export_run(tmp_path / "run", tmp_path / "export", None)
-    for runtime in ("torch", "onnx"):
-        batch = real_batches(lake)[0]
-        inputs = {name: value.numpy() for name, value in padded_inputs(batch, run.spec).items()}
-        found = ExportedModel(tmp_path / "export", runtime=runtime).predict(inputs)
-        for name, value in both(run, batch)[0].items():
-            torch.testing.assert_close(torch.from_numpy(found[name]), value, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("is_plain", [False, True], ids=["USR", "plain"])
@@ -157,11 +144,6 @@ def test_the_first_order_part_is_served(lake, tmp_path, is_plain):
     known = both(run, batch)[0]["p_ctr"]
     run.module.wide.weights_NH.data.zero_()
     assert not torch.allclose(both(run, batch)[0]["p_ctr"], known, atol=1e-3)
-    export_run(tmp_path / "run", tmp_path / "export", None)
-    inputs = {name: value.numpy() for name, value in padded_inputs(batch, run.spec).items()}
-    for runtime in ("torch", "onnx"):
-        found = ExportedModel(tmp_path / "export", runtime=runtime).predict(inputs)["p_ctr"]
-        torch.testing.assert_close(torch.from_numpy(found), known, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("backbone", "is_plain"), MODELS, ids=NAMES)
@@ -179,11 +161,6 @@ def test_vectors_are_served_by_every_backbone(tmp_path, backbone, is_plain):
     batch = real_batches(lake)[0]
     known = both(run, batch)[0]["p_ctr"]
     without = {name: torch.zeros_like(v_NP) for name, v_NP in run.tables.vectors.items()}
-    export_run(tmp_path / "run", tmp_path / "export", None)
-    inputs = {name: value.numpy() for name, value in padded_inputs(batch, run.spec).items()}
-    for runtime in ("torch", "onnx"):
-        found = ExportedModel(tmp_path / "export", runtime=runtime).predict(inputs)["p_ctr"]
-        torch.testing.assert_close(torch.from_numpy(found), known, rtol=0, atol=1e-5)
     for name, zeros_NP in without.items():
         of_all, run.tables.vectors[name] = run.tables.vectors[name], zeros_NP
         assert not torch.allclose(both(run, batch)[0]["p_ctr"], known, atol=1e-4), name
@@ -205,12 +182,27 @@ def test_tags_and_terms_are_served(tmp_path, is_plain):
     found = known_ids(grown, wide, smaller | dict.fromkeys(("hobbies", "intents", "moods"), 7))
     assert torch.equal(found.lists_BW, unknown.lists_BW)
     assert not torch.allclose(both(run, batch)[0]["p_ctr"], both(run, unknown)[0]["p_ctr"])
-    if is_plain:  # the programs, once
-        manifest = export_run(tmp_path / "run", tmp_path / "export", None)
-        assert max(manifest["largest_difference_from_training_model"].values()) < 1e-5
-        shapes = {entry["name"]: entry["shape"] for entry in manifest["request_inputs"]}
-        assert (shapes["tags_indices"], shapes["item_terms_indices"]) == (["items", 2], ["items", 4])
-        assert (shapes["hobbies_indices"], shapes["query_terms_indices"]) == ([1, 3], [1, 3])
+
+
+@pytest.mark.parametrize("is_plain", [False, True], ids=["USR", "plain"])
+def test_the_programs_say_what_the_run_says_with_every_kind_of_input(tmp_path, is_plain):
+    """Event sides, products of each history, the first-order part, vectors, tags and terms, without the lake."""
+    lake = make_lake(tmp_path / "lake", sides=("brand",), vectors=VECTORS, lists=make_lists(9))
+    batch = real_batches(lake)[0]
+    wide = {"wide": True, "wide_buckets": 500, "crosses": [["user_id", "item_id", "scenario"], ["item_id", "query"]]}
+    switches = {"interaction_histories": "each", **wide, **(PLAIN if is_plain else {})}
+    run = load_run(make_run(tmp_path / "run", lake, **switches))
+    shutil.rmtree(lake)
+    manifest = export_run(tmp_path / "run", tmp_path / "export", None)
+    assert max(manifest["largest_difference_from_training_model"].values()) < 1e-5
+    shapes = {entry["name"]: entry["shape"] for entry in manifest["request_inputs"]}
+    assert (shapes["tags_indices"], shapes["item_terms_indices"]) == (["items", 2], ["items", 4])
+    assert (shapes["hobbies_indices"], shapes["query_terms_indices"]) == ([1, 3], [1, 3])
+    inputs = {name: value.numpy() for name, value in padded_inputs(batch, run.spec).items()}
+    for runtime in ("torch", "onnx"):
+        found = ExportedModel(tmp_path / "export", runtime=runtime).predict(inputs)
+        for name, value in both(run, batch)[0].items():
+            torch.testing.assert_close(torch.from_numpy(found[name]), value, rtol=0, atol=1e-5)
 
 
 def test_a_row_alone_equals_the_row_in_a_batch(lake, tmp_path):
