@@ -197,7 +197,7 @@ LONG_RUN = ("train.num_epochs=4", "train.checkpoint_every_steps=1000")
 
 
 def test_a_submitted_training_can_be_stopped_gone_on_with_and_watched(head: Head, tmp_path: Path) -> None:
-    write_samples(tmp_path / "lake", samples_spec(), num_rows=24_000, num_days=6)
+    write_samples(tmp_path / "lake", samples_spec(), num_rows=36_000, num_days=6)
     job = submit(head, tmp_path, "first", *LONG_RUN)
     wait_for(lambda: steps_logged(tmp_path / "run") >= 10 or job.poll() is not None)
     stopped = subprocess.run(ray_job(head, "stop", "first"), env=TOKEN_MODE, capture_output=True, text=True, check=True)
