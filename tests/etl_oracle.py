@@ -152,6 +152,15 @@ def counters(
     return values
 
 
+def tags(text: str | None, separator: str) -> list[str]:
+    """The tags of a text (contract 5): each once, without blanks around them."""
+    found: list[str] = []
+    for part in (text or "").split(separator):
+        if part.strip() and part.strip() not in found:
+            found.append(part.strip())
+    return found
+
+
 def terms(text: str | None) -> list[str]:
     """The terms of a text (contract 5), character by character."""
     text = text or ""

@@ -10,6 +10,7 @@ import datetime as dt
 import json
 import os
 import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from pyspark.sql import SparkSession
 from etl.build.samples import BuildRequest, Progress, build_samples
 from etl.lake.tables import Lake
 from jobs import score
-from tests.etl_oracle import expected
+from tests.etl_oracle import expected, tags, terms
 from tests.spark.shop import SCENARIOS, WINDOWS, Shop, logs_of, micros, moment, random_shop
 from tests.spark.test_build_samples import DATES, WATERMARK, rows_of
 from tests.unit.export_runs import PLAIN, run_config
@@ -87,7 +88,20 @@ OWNERS = {
     "price": "item_numbers",
     "device": "context_categories",
     "depth": "context_numbers",
+    "labels": "item_tags",
 }
+LABELS = ("new", " red ", "new", "", "日本語", "größe", "two\nlines", "🙂", "0")
+TITLES = (
+    "Red SHOES",
+    "红茶tea",
+    "カフェ 東京",
+    "l'eau e\u0301t\u00e9",
+    "x\u00adtra\u200b large",
+    "[20, 34, 20]",
+    "7\x18 9\x187",
+    "🙂",
+    "العربية tea",
+)
 
 
 def odd_world(shop: Shop, rng: random.Random) -> Shop:
@@ -108,6 +122,10 @@ def odd_world(shop: Shop, rng: random.Random) -> Shop:
             )
     shop.users = {other(user): row for user, row in shop.users.items()}
     shop.items = {other(item): row for item, row in shop.items.items()}
+    for row in shop.items.values():
+        labels = "|".join(rng.choices(LABELS, k=rng.randrange(20)))
+        row |= {"labels": rng.choice((None, labels)), "title": rng.choice((None, rng.choice(TITLES)))}
+        row["title"] = row["title"] and rng.choice((row["title"], f"{row['title']} {rng.choice(TITLES[:5])}"))
     return shop
 
 
@@ -117,7 +135,8 @@ def written(rows: list[dict[str, Any]], names: dict[str, str], folder: Path, log
     columns = [names.get(name, name) for name in rows[0]]
     # In capitals where that can be undone: those of "ß" are "SS".
     cases = {name: [n for n in (name, name.upper(), name.title()) if n.lower() == name.lower()] for name in columns}
-    shown = [rng.choice((*cases[name], f" {name} ")) for name in columns]
+    cases[names["labels"]] = []  # what `split` names is found as it is written
+    shown = [rng.choice((*cases[name], f" {name} ")) if cases[name] else name for name in columns]
     for part in range(num_parts := rng.choice((1, 2, 3))):
         path = folder / log / "/".join(rng.choice(("a", "b [1]", "ü", "d%20")) for _ in range(rng.choice((0, 0, 1, 2))))
         path.mkdir(parents=True, exist_ok=True)
@@ -149,7 +168,37 @@ def write_world(shop: Shop, folder: Path, rng: random.Random) -> list[str]:
     for log, rows in logs_of(shop).items():
         if rows:
             written(rows, fresh, folder, log, rng)
-    return [f"features.{OWNERS[name]}={json.dumps([fresh[name]], ensure_ascii=False)}" for name in OWNERS]
+    features = [f"features.{OWNERS[name]}={json.dumps([fresh[name]], ensure_ascii=False)}" for name in OWNERS]
+    split = json.dumps(fresh["labels"], ensure_ascii=False)
+    return [
+        *features,
+        "features.query_terms=true",
+        'features.item_terms=["title"]',
+        f'logs.items.split={{{split}="|"}}',
+    ]
+
+
+def check_lists(lake: Path, shop: Shop, samples: dict[str, Any], labels: str) -> None:
+    """Tags and terms of every row, and which of them have ids, against the slow oracle."""
+    ids = {(row["feature"], row["value"]): row["id"] for row in rows_of(lake / "vocabularies")}
+    counts: Counter[tuple[str, str]] = Counter()
+    wanted = {}
+    for key, row in samples.items():
+        item = shop.items.get(row["item_id"], {})
+        of_row = wanted[key] = {
+            labels: tags(item.get("labels"), "|")[:16],
+            "query_terms": terms(row["query"])[:32],
+            "item_terms": terms(item.get("title"))[:32],
+        }
+        for name, values in of_row.items():
+            counts.update(("term" if name.endswith("_terms") else name, value) for value in values)
+    for key, row in samples.items():
+        for name, values in wanted[key].items():
+            table = "term" if name.endswith("_terms") else name
+            assert row[f"{name}_indices"] == [ids.get((table, value), 1) for value in values], (key, name)
+    admitted = {pair for pair, count in counts.items() if count >= 3}
+    assert {pair for pair in ids if pair[0] in ("term", labels)} == admitted
+    assert len(admitted) > 10
 
 
 def check_scores(lake: Path, root: Path, samples: dict[str, Any], *overrides: str) -> None:
@@ -198,6 +247,8 @@ def test_random_logs_become_the_oracle_s_samples_and_their_scores(
         shown.setdefault(i["id"], set()).add((i["user"], i["item"], i["query"], i["request"]))
     for key, row in found.items():
         assert tuple(row[n] for n in ("user_id", "item_id", "query", "request_id")) in shown[key]
+    (labels,) = load_config(None, features).features.item_tags
+    check_lists(tmp_path / "lake {a,b} 🙂", shop, found, labels)
     check_scores(tmp_path / "lake {a,b} 🙂", tmp_path, found, *features)
 
 
@@ -236,7 +287,7 @@ def test_a_fault_is_one_line_and_nothing_is_written(spark: SparkSession, tmp_pat
         table = pa.table({name: [row.get(name) for row in rows] for name in names})
         pq.write_table(table, logs / log / "x.parquet")
     FAULTS[fault](logs)
-    features = [f"features.{owner}={json.dumps([name])}" for name, owner in OWNERS.items()]
+    features = [f"features.{owner}={json.dumps([name])}" for name, owner in OWNERS.items() if name != "labels"]
     with pytest.raises(UserError) as error:
         build(spark, logs, tmp_path / "lake", *features, "limits.max_reject_share=0.9")
     assert "\n" not in str(error.value)
