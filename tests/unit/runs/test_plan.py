@@ -18,6 +18,7 @@ import pytest
 from tests.unit.samples_table import samples_arrow, samples_spec, write_samples
 from usr_ray.cli import run_job
 from usr_ray.config import Config, UserError, load_config
+from usr_ray.data.lineage import doubts
 from usr_ray.data.manifest import Manifest, build_manifest
 from usr_ray.launch.environment import ADDRESS, OWN, SUBMITTED, prepare_environment
 from usr_ray.runs import plan as trainer_plan
@@ -136,6 +137,9 @@ def test_what_would_be_a_wrong_number_without_a_word_is_a_warning(
     assert all(re.search(word, doubt) for word, doubt in zip(words, plan.doubts, strict=True)), plan.doubts
     again = plan_run(config("data.final_labels='clicks'", *overrides), lake, tmp_path / "run")
     assert again.doubts == plan.doubts, "the saved manifest knows it too"
+    warm = replace(plan.config, train=replace(plan.config.train, warm_start="yesterday"))
+    told = doubts(warm, plan.train_manifest, plan.eval_manifest, first_counted=None)
+    assert told == [doubt for doubt in plan.doubts if "held out" not in doubt], "its table has grown"
 
 
 @pytest.mark.parametrize(("first_counted", "warmup_days"), [("2025-12-25", 0), ("2026-01-01", 0), ("2026-01-01", 1)])
