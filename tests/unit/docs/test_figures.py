@@ -117,6 +117,12 @@ def step_ms(case: str, backbone: str, part: str) -> float:
     return float(row["parts"][part]["cpu_ms"]["median"])
 
 
+def anchored(world: str, *models: str) -> list[float]:
+    """Held-out AUC, pooled: click and order of each model."""
+    found = result("anchors")["worlds"][world]["models"]
+    return [found[model]["auc"][task]["all"] for model in models for task in ("ctr", "ctcvr")]
+
+
 def reader_seconds(way: str) -> float:
     return float(result("reader")["results"]["ways"][way]["cpu_seconds_per_million_rows"])
 
@@ -207,6 +213,25 @@ def learning_rows() -> Iterator[Figure]:
 
 PLAIN_STAR = ("ours, star",)
 FIGURES = [
+    Figure(
+        "README",
+        "(simulated; terms for ours alone) | **{} / {}** | {} / {} | {} / {} | {} / {} | not run |",
+        lambda: anchored(
+            "needs", "ours, USR, with terms", "ours, plain, with terms", "logistic regression", "LightGBM"
+        ),
+    ),
+    Figure(
+        "README",
+        "fixed tastes (simulated) | **{}** / {} | {} / **{}** | {} / {} | {} / {} | {} / {} |",
+        lambda: anchored("static", "ours, USR", "ours, plain", "logistic regression", "LightGBM", "torch-rechub, PLE"),
+    ),
+    Figure(
+        "README",
+        "tabs as four scenarios | **{} / {}** | {} / {} | {} / {} | {} / {} | {} / {} |",
+        lambda: anchored(
+            "kuairand", "ours, USR", "ours, plain", "logistic regression", "LightGBM", "torch-rechub, DCNv2"
+        ),
+    ),
     Figure(
         "README",
         "{} s against {} s at 1 million impressions, {} against {} at 3 million, {} against {} at 10 million",
