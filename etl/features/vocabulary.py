@@ -198,8 +198,10 @@ def fitting_dates(spark: SparkSession, config: Config, lake: Lake, dates: Iterab
 
 def _fitted_property(spark: SparkSession, config: Config, lake: Lake, fitting: Iterable[dt.date]) -> dict[str, str]:
     """The samples' table property of what vocabularies and scales were fitted on: these dates, and those before."""
-    there = table_properties(spark, lake.path(SAMPLES)) if lake.has(spark, SAMPLES) else {}
-    before = dates_in(json.loads(there[FITTED_PROPERTY])["dates"]) if FITTED_PROPERTY in there else frozenset()
+    there = table_properties(spark, lake.path(SAMPLES)) if lake.has(spark, SAMPLES) else None
+    if there is not None and FITTED_PROPERTY not in there:
+        return {}  # a table of before there was the property: nobody knows its earlier dates
+    before = dates_in(json.loads(there[FITTED_PROPERTY])["dates"]) if there is not None else frozenset()
     dates = date_ranges(before | {date.isoformat() for date in fitting})
     return {FITTED_PROPERTY: json.dumps({"dates": dates, "min_count": config.vocabulary.min_count}, sort_keys=True)}
 

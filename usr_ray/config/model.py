@@ -142,3 +142,9 @@ class ModelConfig:
             f"model.apg_over_parameterisation ({self.apg_over_parameterisation}) must not be below "
             f"model.apg_rank ({self.apg_rank}): the product would lose rank",
         )
+
+    @property
+    def has_twins(self) -> bool:
+        """Rows pass twice, for a contrastive loss."""
+        on_interest = self.interest.enabled and self.contrastive.interest_weight > 0
+        return on_interest or (self.generator.enabled and self.contrastive.feature_weight > 0)

@@ -63,7 +63,8 @@ def doubts(config: Config, train: Manifest, held_out: Manifest | None, *, first_
         fitted = json.loads(train.fitted)
         on = dates_in(fitted["dates"])
         rebuild = f"(fitted on {fitted['dates']}); build a new --lake with the data.train_dates of this training"
-        if new := set(train.dates) - on:
+        is_hashed = config.vocabulary.kind == "hash"  # then scales alone are fitted
+        if (new := set(train.dates) - on) and not is_hashed:
             found.append(
                 f"data.train_dates: values that only {date_ranges(new)} has are unknown ids, as the vocabularies were "
                 f"not fitted on it {rebuild}, or build these dates once more"
@@ -71,10 +72,10 @@ def doubts(config: Config, train: Manifest, held_out: Manifest | None, *, first_
         # A day's model that goes on from the day before has a table that grew past its own dates, as it should.
         if held_out and not config.train.warm_start and (seen := set(held_out.dates) & on):
             found.append(
-                f"data.eval_dates: the vocabularies and scales of the table were fitted on {date_ranges(seen)} too, "
-                f"which is held out {rebuild}"
+                f"data.eval_dates: the {'scales' if is_hashed else 'vocabularies'} of the table were fitted on "
+                f"{date_ranges(seen)} too, which is held out {rebuild}"
             )
-        if fitted["min_count"] != config.vocabulary.min_count and config.vocabulary.kind != "hash":
+        if fitted["min_count"] != config.vocabulary.min_count and not is_hashed:
             found.append(
                 f"vocabulary.min_count: the configuration has {config.vocabulary.min_count}, the table was last built "
                 f"with {fitted['min_count']}, which holds"

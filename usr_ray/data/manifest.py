@@ -266,10 +266,14 @@ def _about(table: Any, table_uri: str) -> dict[str, Any]:
     }
 
 
-def first_counted_date(lake: Path | str) -> str:
-    """The first date of the events in `<lake>/counters`, ISO. Raises UserError where there is no such table."""
-    adds = pa.table(open_table(table_address(lake, COUNTERS), None).get_add_actions(flatten=True))
-    return str(pc.min(adds.column("partition.event_date")).as_py())
+def first_counted_date(lake: Path | str) -> str | None:
+    """The first date of the events in `<lake>/counters`, ISO; None: the lake has no such table, or an empty one."""
+    try:
+        adds = pa.table(open_table(table_address(lake, COUNTERS), None).get_add_actions(flatten=True))
+    except UserError:  # a copy of the samples alone can be trained on
+        return None
+    first = pc.min(adds.column("partition.event_date")).as_py() if len(adds) else None
+    return None if first is None else str(first)
 
 
 def read_vocabularies(lake: Path | str, feature: str | None = None) -> pa.Table:

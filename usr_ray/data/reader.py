@@ -161,7 +161,8 @@ class SampleReader:
         spec, r = self.manifest.spec, self.reading
         order = {"kind": r.order, "seed": r.seed, "block_rows": r.block_rows, "num_shards": r.num_shards}
         rows: list[object] = [r.global_batch_size, r.group_size, r.ready_before_us, r.mature_only]
-        rows += [r.only_scenario] if r.only_scenario else []
+        # Before 30 November 2026 the other scenarios' rows were computed too, and their ids decayed.
+        rows += [[r.only_scenario, "own rows"]] if r.only_scenario else []
         rows += [{"order_wait_us": r.order_wait_us}] if r.order_wait_us else []
         fixed = [self.manifest.sha256, spec.label_delay_us, spec.label_day_span, order, *rows]
         return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()

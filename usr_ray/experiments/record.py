@@ -79,7 +79,7 @@ def open_study(run_dir: Path, study: Study, base: Base, *, lake: str, command: S
         "tables": {},
         "commands": [],
     }
-    record = resumed(run_dir / STUDY_FILE, "study", config, lake, but=_NOT_MEANT) or record
+    record = resumed(run_dir / STUDY_FILE, "study", config, lake, but=_NOT_MEANT, needs="tables") or record
     return record | {
         "study": study.name,
         "grid": asdict(study),
@@ -95,9 +95,11 @@ def resumed(
     lake: str,
     *,
     but: Sequence[str],
+    needs: str,
     error: type[UserError] = StudyError,
 ) -> dict[str, Any] | None:
-    """The record of a study or search that goes on; None where its directory is new or empty. Keys `but` may differ.
+    """The record of a study or search that goes on; None where its directory is new or empty. Keys `but` may differ;
+    the record must have the entry `needs`.
 
     Raises:
         UserError: `error`: the directory holds something else, or one on another configuration or lake.
@@ -109,7 +111,7 @@ def resumed(
         return None
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        saved, old_lake = Config.completed(record["config"]), record["lake"]
+        saved, old_lake, _ = Config.completed(record["config"]), record["lake"], record[needs]
     except (OSError, ValueError, KeyError, TypeError) as cause:
         raise error(f"{path}: cannot be read ({cause}); use another --run-dir, or remove this one") from cause
     if difference := first_difference(saved, config, but=but):

@@ -50,7 +50,7 @@ def read_points(trials_dir: Path, config: Config, lost: Mapping[str, str] | None
 
 
 def read_curve(history: Path, metric: str) -> tuple[float, ...]:
-    """`metric` (config/tune.METRICS) of each evaluation in history.jsonl, in order; NaN where undefined."""
+    """`metric` (config/training.METRICS) of each evaluation in history.jsonl, in order; NaN where undefined."""
     lines = history.read_text(encoding="utf-8").splitlines() if history.is_file() else []
     rows = [row for line in lines if (row := json.loads(line)).get("kind") == "eval"]
     values = [summarise(_cells(row))[metric] for row in sorted(rows, key=lambda row: row["step"])]
@@ -75,7 +75,8 @@ def open_search(config: Config, lake: str, run_dir: Path, base: Base, command: S
         UserError: the directory holds something else, or another search; the table cannot be read.
     """
     meaning, may_differ = config.to_dict(), ("ray", "data.allow_missing_dates")
-    if record := resumed(run_dir / SEARCH_FILE, "search", meaning, lake, but=may_differ, error=TuneError):
+    path, needs = run_dir / SEARCH_FILE, "table_version"
+    if record := resumed(path, "search", meaning, lake, but=may_differ, needs=needs, error=TuneError):
         return record
     record = {
         "created": now(),

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Sequence
+import signal
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import ray
 
 from usr_ray.config import Config
+from usr_ray.data.lineage import doubts
 from usr_ray.data.pins import remove_pin, write_pin
 from usr_ray.experiments.grid import SIMULATED, Resources, Study, StudyError, Trial, expand
 from usr_ray.experiments.record import (
@@ -84,6 +86,11 @@ def run_study(
         UserError: a trial's configuration, the lake or the directory cannot be used; nothing has been trained then.
     """
     _check_source(study, lake, input_dir)
+    if base.is_here and (wanted := study.resources.num_workers) > 1:
+        raise StudyError(
+            f"ray.num_workers=0: a trial of study {study.name} has {wanted} workers, which needs Ray; leave it out, or "
+            "set resources.num_workers to 1 in the study's file"
+        )
     if cluster == SUBMITTED:
         refuse_relative({"--run-dir": run_dir} | ({"--lake": lake} if lake else {}))
     run_dir = Path(run_dir).absolute()
@@ -105,6 +112,9 @@ def run_study(
     }
     pinned = [rows_of(table, base, run_dir) for table in tables.values()] if todo else []
     write_record(run_dir, record)
+    told = (doubts(base.config(study.resources), *manifests, first_counted=None) for manifests in pinned)
+    for doubt in dict.fromkeys(doubt for found in told for doubt in found):
+        print(f"warning: {doubt}", flush=True)
     for manifests in pinned:  # trials to come read these files too, and have no pin of their own yet
         write_pin(manifests, run_dir)
     jobs = [
@@ -186,13 +196,20 @@ def run_jobs(jobs: Sequence[Job], resources: Resources, *, cluster: str) -> None
 
 def run_here(jobs: Sequence[Job]) -> None:
     """Every job in this process, one after the other, without Ray; SIGTERM ends the one that runs, with a save."""
-    progress = Progress(len(jobs))
-    for job in jobs:
-        run_job(job)
-        failure = failure_of(job.run_dir)
-        if not failure and not is_finished(job.run_dir):
-            break
-        progress.ended(job.trial.trial_id, f"FAILED: {failure}" if failure else "finished")
+    progress, worker = Progress(len(jobs)), LocalWorker()
+    before = signal.getsignal(signal.SIGTERM)
+    worker.stop_on_signal()
+    try:
+        for job in jobs:
+            if worker.should_stop():  # between two of them, too
+                break
+            run_job(job, lambda: worker)
+            failure = failure_of(job.run_dir)
+            if not failure and not is_finished(job.run_dir):
+                break
+            progress.ended(job.trial.trial_id, f"FAILED: {failure}" if failure else "finished")
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _print_last_lines(folders: Sequence[Path]) -> None:
@@ -211,14 +228,14 @@ def _remote_trial(resources: Resources, *, use_gpu: bool) -> Any:
     return ray.remote(run_job).options(**options)
 
 
-def run_job(job: Job) -> None:
-    """One trial, in a Ray task's process: to its result, or to a failure.json."""
-    run_trial(job.config, job.lake, job.run_dir, worker=_stoppable, command=[job.trial.trial_id])
-    if is_finished(job.run_dir) and not job.keep_model:
-        shutil.rmtree(job.run_dir / "checkpoints", ignore_errors=True)
-
-
 def _stoppable() -> LocalWorker:
     worker = LocalWorker()
     worker.stop_on_signal()
     return worker
+
+
+def run_job(job: Job, worker: Callable[[], LocalWorker] = _stoppable) -> None:
+    """One trial, in a Ray task's process or in this one: to its result, or to a failure.json."""
+    run_trial(job.config, job.lake, job.run_dir, worker=worker, command=[job.trial.trial_id])
+    if is_finished(job.run_dir) and not job.keep_model:
+        shutil.rmtree(job.run_dir / "checkpoints", ignore_errors=True)

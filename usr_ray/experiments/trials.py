@@ -78,6 +78,8 @@ def train_alone(config: Config, lake: str, run_dir: Path, worker: LocalWorker, *
     if is_finished(run_dir):
         return
     write_plan(plan)
+    for doubt in plan.doubts:
+        print(f"warning: {doubt}", flush=True)
     torch.set_num_threads(max(1, math.floor(config.ray.cpus_per_worker)))
     monitor = RayMonitor(run_dir, run_name=run_dir.name, rank=0)
     try:

@@ -70,7 +70,7 @@ class Lookup:
     tables: dict[str, TableLookup]
     """Table name -> its rows of this step, in the order of FeatureSpec.vocabularies."""
     vectors: dict[str, Tensor] = field(default_factory=dict)
-    """Vector -> float32 (U, P + 1) of the users or items that ids_U of their table names, as data/vectors.py has them;
+    """Vector -> float32 (U, P + 1) of the users or items that ids_U of their table names, as data/by_id.py has them;
     not trained."""
 
     def updates(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -87,7 +87,7 @@ class RowSource(abc.ABC):
     """Tables of tags and terms (unique.table_columns)."""
     spec: FeatureSpec
     vectors: dict[str, Tensor]
-    """Vector -> float16 (N, P + 1) on the tables' device, whole on every rank (data/vectors.py); never trained."""
+    """Vector -> float16 (N, P + 1) on the tables' device, whole on every rank (data/by_id.py); never trained."""
 
     @abc.abstractmethod
     def num_rows(self) -> dict[str, int]:
@@ -133,7 +133,7 @@ class EmbeddingTables(RowSource):
         seed: of the fresh rows.
         device: where the tables live; batches must be on the same device.
         sides: what the items of histories are, where the model wants to know.
-        vectors: of the spec (data/vectors.py).
+        vectors: of the spec (data/by_id.py).
     """
 
     def __init__(

@@ -129,7 +129,7 @@ class InputNetwork(nn.Module):
         self.context_dim = embedding_dim * len(self.sparse_context) + len(self.dense_context)
 
     def projected(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Name -> (U, D) of vectors (U, P + 1), as data/vectors.py has them."""
+        """Name -> (U, D) of vectors (U, P + 1), as data/by_id.py has them."""
         maps = zip(self.vector_names, self.vector_maps, strict=True)
         return {name: vectors[name] @ map_PD for name, map_PD in maps}
 

@@ -132,8 +132,7 @@ def plan_run(config: Config, lake: Path | str, run_dir: Path | str, *, command: 
         "packages": package_versions() | _installed(_MORE_PACKAGES),
     }
     record["attempts"] = [*record["attempts"], {"started": now(), "command": list(command)}]
-    counted = any(feature.name.startswith("counter_") for feature in train_manifest.spec.dense)
-    first_counted = first_counted_date(lake) if counted else None
+    first_counted = first_counted_date(lake) if config.every_counter else None
     found = doubts(config, train_manifest, manifests["eval"], first_counted=first_counted)
     return RunPlan(config, folder, train_manifest, manifests["eval"], record, tuple(found))
 

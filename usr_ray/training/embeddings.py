@@ -151,7 +151,7 @@ def load_sides(manifest: Manifest, config: ModelConfig) -> ItemSides | None:
 
 
 def load_vectors(manifest: Manifest) -> dict[str, Tensor]:
-    """Vectors of users and items, of the versions that belong to the rows (data/vectors.py).
+    """Vectors of users and items, of the versions that belong to the rows (data/by_id.py).
 
     Raises:
         DataError: see read_vectors.

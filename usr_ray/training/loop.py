@@ -120,7 +120,7 @@ class _Run:
             epochs=range(state.epoch, config.num_epochs),
             start_step=state.epoch_step,
             num_scenarios=len(state.manifest.spec.scenarios),
-            of_a_size=config.compile,
+            of_a_size=config.compile or self.config.model.has_twins,
         )
         with Feed(batches, self.worker.device) as feed:
             status, evaluation = self._train(feed)

@@ -10,7 +10,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from usr_ray.config import Config, UserError, end_of_us, parse_dates
-from usr_ray.data.assemble import take_rows
+from usr_ray.data.assemble import padding_batch, take_rows
 from usr_ray.data.batch import UsrBatch
 from usr_ray.data.decode import RowGroupDecoder
 from usr_ray.data.manifest import Manifest
@@ -20,7 +20,7 @@ from usr_ray.evaluation.baseline import TrainingRows
 from usr_ray.evaluation.metrics import known_labels_only
 from usr_ray.model.embedding import RowSource
 from usr_ray.model.unique import UniqueIds
-from usr_ray.schema import ALL_LABELS, LABEL_ORDER, ORDERS
+from usr_ray.schema import ALL_LABELS, LABEL_ORDER, ORDERS, FeatureSpec
 from usr_ray.training.loss import row_counts
 
 
@@ -65,8 +65,9 @@ def training_batches(
         epochs: to read.
         start_step: of the first of them.
         num_scenarios: of the table.
-        of_a_size: all batches have as many rows, as a compiled step wants. Otherwise those of a model of one scenario
-            (data.only_scenario) leave out the rows of the others: they then cost nothing, and no step decays their ids.
+        of_a_size: all batches have as many rows, as a compiled step wants, and the contrastive losses, whose groups go
+            by a row's place. Otherwise those of a model of one scenario (data.only_scenario) leave out the rows of the
+            others: they then cost nothing, and no step decays their ids.
 
     Raises:
         LabelOrderError: see `check_label_order`.
@@ -74,15 +75,16 @@ def training_batches(
     for epoch in epochs:
         for whole in reader.batches(epoch, start_step=start_step):
             check_label_order(whole)
-            batch = _rows_that_count(whole) if not of_a_size and reader.reading.only_scenario else whole
+            is_cut = not of_a_size and reader.reading.only_scenario
+            batch = _rows_that_count(whole, reader.manifest.spec) if is_cut else whole
             yield (batch.count_longest(), tables.unique_ids(batch)), row_counts(batch, num_scenarios)
         start_step = 0
 
 
-def _rows_that_count(batch: UsrBatch) -> UsrBatch:
-    """Those with weight, or the first row where none has any: no layer is made for an empty batch."""
+def _rows_that_count(batch: UsrBatch, spec: FeatureSpec) -> UsrBatch:
+    """Those with weight, or a row of padding where none has any: no layer is made for an empty batch."""
     rows = np.flatnonzero(batch.weights_B.numpy() > 0)
-    return take_rows(batch, rows if len(rows) else np.zeros(1, dtype=np.int64))
+    return take_rows(batch, rows) if len(rows) else padding_batch(spec, 1)
 
 
 def check_label_order(batch: UsrBatch) -> None:

@@ -87,9 +87,11 @@ def test_another_base_lake_or_folder_is_refused_in_one_line(tmp_path: Path) -> N
         open_study(tmp_path / "full", study(), BASE, lake="/lake", command=[])
     with pytest.raises(StudyError, match=r"nowhere: holds no study"):
         read_record(tmp_path / "nowhere")
-    (run_dir / "study.json").write_text("{")
-    with pytest.raises(StudyError, match=r"study.json: cannot be read"):
-        open_study(run_dir, study(), BASE, lake="/lake", command=[])
+    record = json.loads((run_dir / "study.json").read_text())
+    for damaged in ("{", json.dumps({key: value for key, value in record.items() if key != "tables"})):
+        (run_dir / "study.json").write_text(damaged)
+        with pytest.raises(StudyError, match=r"study.json: cannot be read"):
+            open_study(run_dir, study(), BASE, lake="/lake", command=[])
 
 
 def test_a_trial_that_makes_no_configuration_is_named() -> None:

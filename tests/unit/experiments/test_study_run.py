@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 
 from jobs import build_worlds
 from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
+from usr_ray.config import Config
 from usr_ray.data.manifest import build_manifest
 from usr_ray.experiments import study as study_module
 from usr_ray.experiments.grid import Resources, StudyError, expand, load_study, parse_study
@@ -21,6 +24,7 @@ from usr_ray.experiments.worlds import build_commands, check_same_rows, prepare_
 pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).resolve().parents[3]
+AXIS = {"name": "d", "path": "model.embedding_dim", "values": [8]}
 
 
 @pytest.mark.parametrize(
@@ -91,6 +95,35 @@ def test_worlds_of_real_logs_need_their_files(tmp_path: Path) -> None:
     made = load_study("scenarios", scale="small", folder=ROOT / "jobs" / "studies")
     with pytest.raises(StudyError, match=r"study scenarios reads no data set; leave --input out"):
         run(made, base, input_dir=tmp_path)
+
+
+def test_trials_of_several_workers_do_not_run_here(tmp_path: Path) -> None:
+    raw = {"seeds": [0], "axes": [AXIS], "resources": {"num_workers": 2}}
+    with pytest.raises(StudyError, match=r"^ray.num_workers=0: a trial of study wide has 2 workers, which needs Ray;"):
+        study_module.run_study(
+            parse_study(raw, name="wide", scale="full"), Base(None, ("ray.num_workers=0",)), "lake", tmp_path / "run"
+        )
+
+
+def test_a_kill_between_two_trials_begins_no_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whatever was told to end goes on with the same command; the signal's own meaning is back afterwards."""
+    begun: list[str] = []
+
+    def killed(config: Config, lake: str, run_dir: Path, **_: Any) -> str:
+        begun.append(run_dir.name)
+        run_dir.mkdir()
+        (run_dir / "metrics.json").write_text("{}")
+        (run_dir / "config.json").write_text('{"status": "finished"}')
+        os.kill(os.getpid(), signal.SIGTERM)
+        return ""
+
+    monkeypatch.setattr(study_module, "run_trial", killed)
+    monkeypatch.setattr(study_module, "is_finished", lambda folder: folder.exists())
+    before = signal.getsignal(signal.SIGTERM)
+    (trial,) = expand(parse_study({"seeds": [0], "axes": [AXIS]}, name="w", scale="full"))
+    study_module.run_here([study_module.Job(trial, Config(), "lake", tmp_path / name) for name in ("a", "b")])
+    assert begun == ["a"]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_world_that_cannot_be_built_says_where_to_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,6 +158,10 @@ def test_counters_with_nothing_behind_them_are_a_warning(tmp_path: Path, first_c
     )
     found = [doubt for doubt in plan.doubts if doubt.startswith("counters: nothing lies behind 2026-01-01")]
     assert len(found) == (first_counted == "2026-01-01" and not warmup_days)
+    shutil.rmtree(tmp_path / "lake" / "counters")  # a copy of the samples alone can be trained on
+    assert not [
+        doubt for doubt in plan_run(settings, tmp_path / "lake", tmp_path / "run").doubts if "counters" in doubt
+    ]
 
 
 def test_dates_that_a_warm_start_has_seen_are_no_held_out_dates(tmp_path: Path) -> None:

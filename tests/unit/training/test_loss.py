@@ -273,7 +273,7 @@ def test_labels_that_cannot_be_never_reach_a_step(labels: list[float], pair: str
 
 
 def test_a_model_of_one_scenario_is_not_made_to_compute_the_rows_of_the_others(tmp_path: Path) -> None:
-    """A batch whose rows all belong to the other scenario keeps one, which has no weight."""
+    """A batch whose rows all belong to the other scenario becomes a row of padding."""
     write_samples(tmp_path, samples_spec(), num_rows=60, num_days=1)
     manifest = build_manifest(tmp_path, dates=(FIRST_DATE, FIRST_DATE))
     tables = EmbeddingTables(manifest.spec, 4, seed=0)
@@ -298,8 +298,10 @@ def test_a_model_of_one_scenario_is_not_made_to_compute_the_rows_of_the_others(t
         assert torch.equal(left.histories[0].offsets.diff(), lengths_B)
         assert left.weights_B.all()
     nobody = dataclasses.replace(whole[0], weights_B=torch.zeros(8))
-    one = SimpleNamespace(reading=reading, batches=lambda *_, **__: iter([nobody]))
+    one = SimpleNamespace(reading=reading, manifest=manifest, batches=lambda *_, **__: iter([nobody]))
     (((left, _), counts_S),) = training_batches(
         one, tables, epochs=range(1), start_step=0, num_scenarios=2, of_a_size=False
     )
     assert (left.weights_B.tolist(), counts_S.tolist()) == ([0.0], [0.0, 0.0])
+    assert left.row_number_B.tolist() == [-1]
+    assert not left.sparse_BF.any(), "padding: the step decays no row of a table"
