@@ -86,13 +86,18 @@ def step_timer(config: Config, manifest: Manifest) -> Callable[[], float]:
     return timed
 
 
+def shown(found: Mapping[str, float], rounds: int) -> str:
+    return f"{found['median']:.2f}x" if rounds == 1 else f"{spread(found)}x"
+
+
 def table(report: Mapping[str, Any]) -> str:
-    """A line a way."""
+    """A line a way; the ratio of a single round has no interval."""
+    rounds = report["settings"]["rounds"]
     rows = [
         [
             name,
             f"{way['bytes_a_row']:.0f}",
-            *(spread(way[f"{what}_ratio"]) + "x" for what in ("reader", "plain", "usr")),
+            *(shown(way[f"{what}_ratio"], rounds) for what in ("reader", "plain", "usr")),
         ]
         for name, way in report["results"].items()
     ]

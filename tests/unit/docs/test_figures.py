@@ -34,6 +34,7 @@ sys.path.append(str(Path(__file__).resolve().parents[3] / "benchmarks"))
 
 import anchors
 import build_samples_report
+import signal_cost
 import study_joint
 import study_parts
 
@@ -42,7 +43,7 @@ pytestmark = pytest.mark.unit
 ROOT = Path(__file__).resolve().parents[3]
 RESULTS = ROOT / "benchmarks" / "results"
 TABLES = {
-    "speed": (usr_cost, reader, data_stall, launchers, peers, resume),
+    "speed": (usr_cost, reader, data_stall, launchers, peers, resume, signal_cost),
     "embeddings": (table_size, embedding_wire),
     "serving": (serving, serving_load),
     "learning": (anchors,),
@@ -121,6 +122,34 @@ def anchored(world: str, *models: str) -> list[float]:
     """Held-out AUC, pooled: click and order of each model."""
     found = result("anchors")["worlds"][world]["models"]
     return [found[model]["auc"][task]["all"] for model in models for task in ("ctr", "ctcvr")]
+
+
+def part(study: str, gap_of: str, cell: str) -> list[float]:
+    """A gap of the studies of the parts and its interval."""
+    (row,) = (r for r in result("study_parts")["rows"] if (r["study"], r["gap_of"]) == (study, gap_of))
+    found = row["cells"][cell]
+    return [found["gap"], found["low"], found["high"]]
+
+
+def joined(weights: str, scenario: str, pair: str, *, task: str = "ctr") -> list[float]:
+    """A gap of the study joint with SharedBottom, mean over its worlds, and its interval."""
+    key = {"carry": "every", "backbone": "shared_bottom", "weights": weights, "scenario": scenario, "task": task}
+    (row,) = (r for r in result("study_joint")["rows"] if key.items() <= r.items())
+    found = row["gaps"][pair]
+    return [found["gap"], found["low"], found["high"]]
+
+
+def with_terms(task: str, scenario: str = "all") -> list[float]:
+    """USR over plain, both with terms, in the world with needs."""
+    return gap(
+        result("anchors")["worlds"]["needs"]["models"]["ours, USR, with terms"]["over plain with terms"][task][scenario]
+    )
+
+
+def over_lightgbm(task: str) -> list[float]:
+    """Gaps of our plain and USR models without terms over LightGBM in the world with needs."""
+    found = result("anchors")["worlds"]["needs"]["models"]["LightGBM"]
+    return [found[f"ours, {name} over it"][task]["all"]["gap"] for name in ("plain", "USR")]
 
 
 def reader_seconds(way: str) -> float:
@@ -211,6 +240,7 @@ def learning_rows() -> Iterator[Figure]:
         yield Figure("learning", f"| {name} | " + "{} | {} | {} | {} | {} ({} to {}) | " * 2, in_world)
 
 
+SIDES = ("search", "recommendation")
 PLAIN_STAR = ("ours, star",)
 FIGURES = [
     Figure(
@@ -342,8 +372,82 @@ FIGURES = [
         "USR raises click AUC around SharedBottom, PLE, STAR and APG by {} to {}",
         lambda: ends(simulated("over_plain", "ctr", models=("shared_bottom", "ple", "star", "apg"))),
     ),
+    Figure(
+        "study-results",
+        "changes by {} ({} to {}) in search and {} ({} to {}) in recommendation",
+        lambda: [n for s in SIDES for n in part("ablation", "no_fg - usr", f"{s}/ctcvr")],
+    ),
+    Figure(
+        "study-results",
+        "without it orders lose {} in search and {} in recommendation",
+        lambda: [-part("ablation", "no_fg - usr", f"{s}/ctcvr")[0] for s in SIDES],
+    ),
+    Figure(
+        "study-results",
+        "orders of users with 6 to 20 past events: {} ({} to {})",
+        lambda: part("cold_start", "usr - plain, 6-20 past events", "recommendation/ctcvr"),
+    ),
+    Figure(
+        "study-results",
+        "equal, the default (five seeds) | {} ({} to {}) | {} ({} to {}) |",
+        lambda: [n for s in reversed(SIDES) for n in joined("equal", s, "usr - separate")],
+    ),
+    Figure(
+        "study-results",
+        "do not carry) | {} ({} to {}) | {} ({} to {}) |",
+        lambda: [n for s in reversed(SIDES) for n in joined("rows", s, "usr - separate")],
+    ),
+    Figure(
+        "study-results",
+        "With equal weights {} in the larger scenario ({} to {}) and {} in the smaller ({} to {})",
+        lambda: [n for s in SIDES for n in joined("equal", s, "usr - plain")],
+    ),
+    Figure("study-results", "{} ({} to {}), pooled over both scenarios", lambda: with_terms("ctr")),
+    Figure(
+        "learning",
+        "{} ({} to {}) in clicks and {} ({} to {}) in orders, pooled over both scenarios",
+        lambda: with_terms("ctr") + with_terms("ctcvr"),
+    ),
+    Figure(
+        "learning",
+        "clicks gain {} ({} to {}) in search and {} ({} to {}) in recommendation",
+        lambda: [n for s in SIDES for n in with_terms("ctr", s)],
+    ),
+    Figure(
+        "learning",
+        "of LightGBM by about {} in clicks and {} to {} in orders",
+        lambda: [over_lightgbm("ctr")[0], *ends(over_lightgbm("ctcvr"))],
+    ),
+    Figure(
+        "README",
+        "USR over a plain joint model gains {} to {} in clicks",
+        lambda: [joined("equal", s, "usr - plain")[0] for s in SIDES],
+    ),
     *learning_rows(),
 ]
+
+
+def test_no_gain_of_usr_in_clicks_is_sure_by_history_user_or_item_and_fg_excludes_0() -> None:
+    """What docs/study-results.md says of the cold start and of FG."""
+    cells = {
+        (row["gap_of"], name): cell["low"] > 0
+        for row in result("study_parts")["rows"]
+        if row["study"] == "cold_start"
+        for name, cell in row["cells"].items()
+    }
+    assert [key for key, above in cells.items() if above] == [("usr - plain, 6-20 past events", "recommendation/ctcvr")]
+    assert all(part("ablation", "no_fg - usr", f"{s}/ctcvr")[2] < 0 for s in SIDES)
+    assert not any(cell["holds"] for row in result("study_parts")["rows"] for cell in row["cells"].values())
+
+
+def test_a_single_round_of_signal_cost_has_no_interval() -> None:
+    ratio = {"median": 1.12, "low": 1.12, "high": 1.12, "coverage": 0.0}
+    ways = {"tags": {"bytes_a_row": 30.3} | {f"{what}_ratio": ratio for what in ("reader", "plain", "usr")}}
+    tables = [signal_cost.table({"settings": {"rounds": n}, "results": ways}) for n in (1, 7)]
+    assert [t.splitlines()[-1] for t in tables] == [
+        "| tags | 30 | 1.12x | 1.12x | 1.12x |",
+        "| tags | 30 | 1.12 (1.12-1.12)x | 1.12 (1.12-1.12)x | 1.12 (1.12-1.12)x |",
+    ]
 
 
 @pytest.mark.parametrize(
