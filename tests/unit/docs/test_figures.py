@@ -420,8 +420,13 @@ FIGURES = [
     ),
     Figure(
         "README",
-        "USR over a plain joint model gains {} to {} in clicks",
+        "{} in the larger scenario's clicks, {} in the smaller's with an interval that touches 0",
         lambda: [joined("equal", s, "usr - plain")[0] for s in SIDES],
+    ),
+    Figure(
+        "README",
+        "{} in clicks there with SharedBottom",
+        lambda: [joined("equal", SIDES[1], "usr - separate")[0]],
     ),
     *learning_rows(),
 ]
