@@ -1,6 +1,6 @@
 """The service under load at a given rate, beside the same program in other servers, and while versions change.
 
-    python benchmarks/serving_load.py [--rounds 5] [--seconds 4] [--users 50000] [--others PYTHON]
+    python benchmarks/serving_load.py [--rounds 6] [--seconds 4] [--users 50000] [--others PYTHON]
 
 A version as of benchmarks/serving.py, served by `jobs/serve.py --alone`: one process, two requests at once. Cells take
 turns in rounds; a number is the median of the rounds with its interval:
@@ -231,7 +231,12 @@ class Cells:
     def add(self, name: str, asked: Sequence[Asked], seconds: float, **more: float) -> None:
         good = [one for one in asked if one.status == 200]
         refused = [one for one in asked if one.status == 429]
-        found = {"answered_per_s": len(good) / seconds, "failed": float(len(asked) - len(good) - len(refused)), **more}
+        found = {
+            "answered_per_s": len(good) / seconds,
+            "failed": float(len(asked) - len(good) - len(refused)),
+            "refused_share": len(refused) / max(len(asked), 1),
+            **more,
+        }
         for key, times in (
             ("", [one.since_due for one in good]),
             ("refused_", [one.since_due for one in refused]),
@@ -240,7 +245,6 @@ class Cells:
             if times:
                 found |= {f"{key}p{q}_ms": float(np.percentile(times, q)) * 1e3 for q in (50, 99)}
         if refused:
-            found["refused_share"] = len(refused) / len(asked)
             found["refused_quick_share"] = sum(one.since_sent <= QUICK_S for one in refused) / len(refused)
         for key, value in found.items():
             self.rounds[name][key].append(value)

@@ -13,6 +13,8 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +49,18 @@ class Scorer:
 
 
 def serve_fastapi(port: int) -> None:
-    """A plain function, which FastAPI runs in its threads; orjson writes the answer."""
+    """A plain function, which FastAPI runs in its threads, of which it has AT_ONCE; orjson writes the answer."""
+    import anyio.to_thread
     import orjson
     import uvicorn
     from fastapi import FastAPI, Response
 
-    scorer, app = Scorer(Path(os.environ[PREPARED])), FastAPI()
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        anyio.to_thread.current_default_thread_limiter().total_tokens = AT_ONCE
+        yield
+
+    scorer, app = Scorer(Path(os.environ[PREPARED])), FastAPI(lifespan=lifespan)
 
     @app.post("/v1/score")
     def score(request: dict[str, Any]) -> Response:

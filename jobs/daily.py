@@ -1,7 +1,7 @@
 """The daily run, as cron calls it: build, restate, train on, judge, export, publish, score. Resumable; one at a time.
 
     python jobs/daily.py --config FILE --logs DIR --lake DIR --work DIR [--date today-1] [--watermark ISO]
-        [--registry DIR [--users redis://HOST:PORT/DB]] [--set a.b=c]
+        [--registry DIR [--users redis://HOST:PORT/DB] [--for-gpu]] [--set a.b=c]
     python jobs/daily.py --work DIR --status             the days and the model in use
     python jobs/daily.py --work DIR --use 2026-01-05     go back to the model of that day
 
@@ -174,7 +174,8 @@ class Day:
     def _publish(self, run_dir: Path) -> None:
         if self.arguments.registry is not None:
             users = {} if self.arguments.users is None else {"users": self.arguments.users}
-            self._python("publish", run_dir, registry=self.arguments.registry, **users)
+            words = ["--for-gpu"] if self.arguments.for_gpu else []
+            self._python("publish", run_dir, *words, registry=self.arguments.registry, **users)
 
     def _build(self, *words: str) -> None:
         watermark = ["--watermark", self.arguments.watermark] if self.arguments.watermark else []
@@ -268,6 +269,7 @@ def main(argv: list[str]) -> None:
     parser.add_place("--lake", check_new_lake, help="where the tables are")
     parser.add_place("--registry", check_output, type=Path, help="publish for jobs/serve.py here, too")
     parser.add_argument("--users", metavar="URL", help="with --registry: Redis that takes the users (jobs/publish.py)")
+    parser.add_argument("--for-gpu", action="store_true", help="with --registry: for jobs/serve.py --device cuda too")
     parser.add_argument("--date", default="today-1", help="newest complete UTC day of the logs (today-1)")
     parser.add_argument("--watermark", metavar="ISO", help="the logs are complete up to here (default: newest event)")
     parser.add_argument(
@@ -310,6 +312,8 @@ def main(argv: list[str]) -> None:
             raise UserError(f"daily.py: --{name} is missing; see --help")
     if arguments.users is not None and arguments.registry is None:
         raise UserError("--users: is of what --registry publishes; name the registry too, or leave --users out")
+    if arguments.for_gpu and arguments.registry is None:
+        raise UserError("--for-gpu: is of what --registry publishes; name the registry too, or leave --for-gpu out")
     check_output_table(arguments.work, flag="--work")  # tables of scores are below it
     for name in ("logs", "lake"):
         address = getattr(arguments, name)

@@ -45,7 +45,7 @@ from usr_ray.launch.spark import spark_environment, spark_submit
 MARKER = ".usr-ray-demo"
 SIMULATED = "simulated"
 FIRST_PORT = 8000
-SERVE_PACKAGES = ("onnx", "onnxscript", "onnxruntime", "lmdb", "xxhash", "fastapi", "uvicorn")
+SERVE_PACKAGES = ("onnx", "onnxscript", "onnxruntime", "lmdb", "xxhash", "fastapi", "uvicorn", "orjson")
 """What the extra [serve] brings for publishing and serving."""
 JAVA_ALWAYS_SAYS = "WARNING: Using incubator modules"
 """Spark asks for a module of Java's incubator, and Java says so."""
@@ -89,7 +89,9 @@ def build(*words: str, meanwhile: Callable[[], None]) -> None:
     command = [spark_submit(), "jobs/build_samples.py", *words]
     announce("build samples", command)
     started = time.monotonic()
-    with subprocess.Popen(command, cwd=ROOT, env=spark_environment(), stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=ROOT, env=spark_environment(), stderr=subprocess.PIPE, text=True, errors="replace"
+    ) as process:
         said = threading.Thread(target=pass_on, args=(process.stderr,))
         said.start()
         try:
@@ -98,7 +100,8 @@ def build(*words: str, meanwhile: Callable[[], None]) -> None:
         except BaseException:
             process.terminate()
             raise
-        said.join()
+        finally:
+            said.join()  # the pipe is closed behind it, not under it
     ended("build samples", process.returncode, started)
 
 
@@ -106,7 +109,8 @@ def pass_on(lines: Iterable[str]) -> None:
     """Write what a JVM says on its standard error to ours, but for the line that no option of Java's takes away."""
     for line in lines:
         if not line.startswith(JAVA_ALWAYS_SAYS):
-            print(line, end="", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # nobody reads us any more; a pipe that nobody reads would stop the JVM
+                print(line, end="", file=sys.stderr, flush=True)
 
 
 def job(title: str, name: str, *words: str, may_refuse: bool = False) -> bool:
@@ -183,8 +187,12 @@ def ask(address: str, registry: Path, service: subprocess.Popen[bytes]) -> None:
     answer: dict[str, Any] = {}
     for _ in range(NUM_TIMED + 1):
         started = time.perf_counter()
-        with urllib.request.urlopen(f"{address}/v1/rank", json.dumps(request).encode(), timeout=10) as response:
-            answer = json.load(response)
+        try:
+            with urllib.request.urlopen(f"{address}/v1/rank", json.dumps(request).encode(), timeout=10) as response:
+                answer = json.load(response)
+        except OSError as error:
+            print(f"demo: stopped, the service does not answer {address}/v1/rank ({error})", file=sys.stderr)
+            raise StepFailed(1) from error
         seconds.append(time.perf_counter() - started)
     names = [name for name in answer["items"][0] if name != "id"]
     width = max(len(item["id"]) for item in answer["items"])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import os
 import signal
 import socket
 import sys
@@ -48,6 +49,33 @@ def read_token(path: Path | None, host: str) -> str | None:
     return token
 
 
+def listening_at(host: str, port: int, flag: str) -> socket.socket:
+    """A socket that listens. Raises UserError where the port of a flag is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        why = os.strerror(error.errno or 0)
+        raise UserError(f"{flag} {port}: cannot be listened on at {host} ({why}); name another") from error
+
+
+def check_registry(registry: Path, device: str) -> None:
+    """Say here, in one line, what each replica would refuse behind Ray's back.
+
+    Raises:
+        UserError: a version that the pointer names is not there or of another format, or has no program for a GPU.
+    """
+    from usr_ray.serving.runtime import ONNX, read_manifest, require_program
+    from usr_ray.serving.versions import MODEL, read_pointer, read_version, version_folder
+
+    pointer = read_pointer(registry)
+    for name in filter(None, (pointer.stable, pointer.canary, pointer.shadow)):
+        folder = version_folder(registry, name)
+        read_version(folder)
+        if device == "cuda":
+            require_program(folder / MODEL, read_manifest(folder / MODEL), ONNX)
+
+
 def wait_for_signal(address: str) -> None:
     """Say where the service is, and return when the process is told to end."""
     stop = threading.Event()
@@ -67,13 +95,8 @@ def serve_alone(service: Service, token: str | None, *, host: str, port: int, gr
 
     from usr_ray.serving.app import make_app
 
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listening = socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise UserError(f"--port {port}: cannot be listened on at {host} ({error.strerror}); name another") from error
     grpc_server = None
-    with listening:
+    with listening_at(host, port, "--port") as listening:
         if grpc_port is not None:
             from usr_ray.serving.grpc_service import GrpcServer
 
@@ -130,6 +153,11 @@ def main(argv: list[str]) -> None:
         finally:
             service.close()
         return
+    check_registry(settings.registry, settings.device)
+    if cluster == OWN:  # elsewhere the proxies listen on other machines
+        listening_at(arguments.host, arguments.port, "--port").close()
+        if arguments.grpc_port is not None:
+            listening_at("0.0.0.0", arguments.grpc_port, "--grpc-port").close()
     serve_on_ray(
         settings,
         token,

@@ -29,25 +29,33 @@ from usr_ray.serving.openapi import (
 from usr_ray.serving.openapi import page as fields_page
 from usr_ray.serving.service import MAX_BODY_BYTES, OverloadError, Service, Settings
 
+APPLICATION = "usr-ray"
+"""Name on Ray Serve, here and in cluster/serve/usr_ray.yaml: what `application` in a gRPC call's metadata says."""
 _OPEN = ("/healthz", "/readyz", "/metrics")
 """Paths that answer without the token: they tell numbers and names of versions only."""
 _PAGE = Path(__file__).with_name("page.html")
 _PAGE_MAY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
 """What the page may do: run what is in it, and ask this service."""
+_ANY_PATH = "any"
+"""Label of requests without the token: whoever has none must not make a series for each path that they think of."""
+_Count = Callable[[str, int, float], None]
+"""Service.count."""
 
 
 class _Guard:
     """Asks for the token before a request is looked at. No `@app.middleware`: that starts a task for each request."""
 
-    def __init__(self, app: ASGIApp, token: str, is_open: tuple[str | None, ...]) -> None:
-        self._app, self._needed, self._open = app, f"Bearer {token}".encode(), is_open
+    def __init__(self, app: ASGIApp, token: str, is_open: tuple[str | None, ...], count: _Count) -> None:
+        self._app, self._needed, self._open, self._count = app, f"Bearer {token}".encode(), is_open, count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in self._open:
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self._needed):
+                started = time.perf_counter()
                 refusal = {"error": "Authorization: Bearer and the service's token are needed"}
                 await JSONResponse(refusal, 401)(scope, receive, send)
+                self._count(_ANY_PATH, 401, started)
                 return
         await self._app(scope, receive, send)
 
@@ -63,7 +71,7 @@ def make_app(service: Service, token: str | None = None) -> FastAPI:
     page = "/" if service.settings.page else None  # it holds no data: its own requests carry the token
 
     if token is not None:
-        app.add_middleware(_Guard, token=token, is_open=(*_OPEN, page))
+        app.add_middleware(_Guard, token=token, is_open=(*_OPEN, page), count=service.count)
 
     async def answer(request: Request, submit: Callable[[bytes], Any]) -> Response:
         started, body = time.perf_counter(), b""
@@ -227,6 +235,38 @@ def application(arguments: dict[str, Any]) -> Any:
     return deployment(Settings(**settings), token)
 
 
+def check_cluster(settings: Settings, num_replicas: int) -> None:
+    """Refuse a Ray on which Serve runs already, or which has no room: `serve.run` would wait for it without end.
+
+    A Serve that runs keeps the host, port and token of whoever started it, and drops ours without a word.
+
+    Raises:
+        UserError: see above.
+    """
+    import ray
+    import ray.util
+
+    if any(actor["namespace"] == "serve" for actor in ray.util.list_named_actors(all_namespaces=True)):
+        raise UserError(
+            "RAY_ADDRESS: Ray Serve runs on this cluster already, and would keep its own host, port and token; use "
+            "`serve deploy` with cluster/serve/usr_ray.yaml, or end that one with `serve shutdown`"
+        )
+    resources = ray.cluster_resources()
+    for name, each in (("GPU", int(settings.device == "cuda")), ("CPU", num_cpus(settings))):
+        there = int(resources.get(name, 0))
+        if num_replicas * each > there:
+            raise UserError(
+                f"--replicas {num_replicas}: needs {num_replicas * each} {name} of Ray, which has {there}; take fewer, "
+                "or a machine or cluster that has them"
+            )
+
+
+def _ends(error: BaseException) -> str:
+    """The first and the last line of an error of Ray's: what it did, and the cause below its traceback."""
+    lines = [line.strip(" .") for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ... ".join(dict.fromkeys((lines[0], lines[-1])))
+
+
 def serve_on_ray(
     settings: Settings,
     token: str | None,
@@ -249,6 +289,9 @@ def serve_on_ray(
         num_replicas: processes, each with its own copy.
         own_cluster: start a Ray on the loopback of this machine; else the one of the environment is used.
         wait: called with the service's address once it answers.
+
+    Raises:
+        UserError: see `check_cluster`; a proxy or a replica does not start.
     """
     import ray
     from ray import serve
@@ -262,9 +305,19 @@ def serve_on_ray(
     }
     ray.init(log_to_driver=False, **(own if own_cluster else {}))
     try:
-        serve.start(http_options={"host": host, "port": port}, grpc_options=grpc_options(grpc_port))
-        serve.run(deployment(settings, token, num_replicas=num_replicas), route_prefix="/")
-        wait(f"http://{host}:{port}")
+        check_cluster(settings, num_replicas)
+        try:
+            try:
+                serve.start(http_options={"host": host, "port": port}, grpc_options=grpc_options(grpc_port))
+                app = deployment(settings, token, num_replicas=num_replicas)
+                serve.run(app, name=APPLICATION, route_prefix="/")
+            except (RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
+                raise UserError(
+                    f"Ray Serve: the service does not start ({_ends(error)}); see that the ports are free and the "
+                    "registry can be read on every node, or try --alone, which says more"
+                ) from error
+            wait(f"http://{host}:{port}")
+        finally:
+            serve.shutdown()
     finally:
-        serve.shutdown()
         ray.shutdown()

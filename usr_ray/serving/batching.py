@@ -1,7 +1,7 @@
 """Requests that are scored in one call of the program for rows: for a GPU, which one request does not fill.
 
 The first request of a batch waits a few milliseconds, and longer while the device is busy; it then takes all that wait
-and runs them together. Each request's rows carry its user, query, context and histories (`tiled`), so a batch holds
+and runs them together. One that is late by then leaves, and the next is the first. Each request's rows carry its user, query, context and histories (`tiled`), so a batch holds
 requests of any scenarios and users.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,9 @@ Inputs = Mapping[str, NDArray[Any]]
 Outputs = dict[str, NDArray[np.float32]]
 MAX_ROWS = 16_384
 """Of one call; a request that is longer goes alone."""
-
-
 _NO_DEADLINE_S = 3600.0
+_PARTS = {f"{owner}_{kind}" for owner in ("request", "item") for kind in ("sparse", "dense")}
+"""Inputs of request.onnx that are `sparse` and `dense` of model.onnx, in two parts. Scenarios may begin so too."""
 
 
 class LateError(Exception):
@@ -37,7 +37,7 @@ def tiled(inputs: Inputs, spec: FeatureSpec) -> dict[str, NDArray[Any]]:
     found = {
         name: value if len(value) == num_rows else np.repeat(value, num_rows, axis=0)
         for name, value in inputs.items()
-        if not name.startswith(("request_", "item_")) or name.endswith("_indices")
+        if name not in _PARTS
     }
     for kind, features in (("sparse", spec.sparse), ("dense", spec.dense)):
         of_item = np.array([feature.owner == "item" for feature in features])
@@ -65,39 +65,48 @@ class Batcher:
         self.deadline_s: float | None = None
         """A request that has no answer by then raises LateError; None: the first calls of a device take their time."""
         self._waiting: list[tuple[dict[str, NDArray[Any]], Future[Outputs]]] = []
-        self._lock, self._device = threading.Lock(), threading.Lock()
+        """In the order they came; the first takes them all once the device is free."""
+        self._is_busy = False
+        self._changed = threading.Condition()
 
     def predict(self, inputs: Inputs) -> Outputs:
         """The outputs for the inputs of one request. Raises LateError, and what the program raises."""
         found: Future[Outputs] = Future()
         ends = time.monotonic() + (_NO_DEADLINE_S if self.deadline_s is None else self.deadline_s)
-        rows = tiled(inputs, self._spec)
-        with self._lock:
-            self._waiting.append((rows, found))
+        one = tiled(inputs, self._spec), found
+        with self._changed:
+            self._waiting.append(one)
             is_first = len(self._waiting) == 1
         if is_first:
             time.sleep(self._wait_s)
-            self._lead(ends)
-        try:
-            return found.result(max(ends - time.monotonic(), 0.0))
-        except (TimeoutError, CancelledError):
-            found.cancel()  # where its batch has not begun it is left out
-            raise LateError from None
 
-    def _lead(self, ends: float) -> None:
-        is_free = self._device.acquire(timeout=max(ends - time.monotonic(), 0.0))
-        try:
-            with self._lock:
+        def leads() -> bool:
+            return not self._is_busy and bool(self._waiting) and self._waiting[0] is one
+
+        with self._changed:
+            self._changed.wait_for(lambda: found.done() or leads(), max(ends - time.monotonic(), 0.0))
+            if is_leader := leads():
                 batch, self._waiting = self._waiting, []  # the next request is the first of another batch
+                self._is_busy = True
+            elif not found.done():
+                found.cancel()  # where its part of a batch has not begun it is left out
+                self._waiting = [other for other in self._waiting if other is not one]
+                self._changed.notify_all()  # whoever is the first now
+                raise LateError
+        if is_leader:
+            self._lead(batch)
+        return found.result()
+
+    def _lead(self, batch: list[Any]) -> None:
+        try:
             for part in _parts(batch):
-                if is_free:
-                    self._answer(part)
-                else:
-                    for _, found in part:
-                        found.cancel()
+                self._answer(part)
+                with self._changed:
+                    self._changed.notify_all()
         finally:
-            if is_free:
-                self._device.release()
+            with self._changed:
+                self._is_busy = False
+                self._changed.notify_all()
 
     def _answer(self, part: list[tuple[dict[str, NDArray[Any]], Future[Outputs]]]) -> None:
         part = [(rows, found) for rows, found in part if found.set_running_or_notify_cancel()]

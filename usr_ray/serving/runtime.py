@@ -81,6 +81,12 @@ def verified_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
+def require_program(directory: Path, manifest: Mapping[str, Any], name: str) -> None:
+    """Raise ExportError where a published version lacks the program for rows, which a GPU takes."""
+    if name not in manifest["files"]:
+        raise ExportError(f"{directory}: holds no {name}; publish the run with jobs/publish.py --for-gpu")
+
+
 def _no_gpu() -> ExportError:
     return ExportError(
         "--device cuda: ONNX Runtime finds no GPU here; install onnxruntime-gpu in place of onnxruntime, on a machine "
@@ -130,8 +136,8 @@ class ExportedModel:
         self.manifest = verified_manifest(path)
         if per_request and REQUEST not in self.manifest["files"]:
             raise ExportError(f"{path}: holds no {REQUEST}; export the run again with jobs/export.py")
-        if device != "cpu" and ONNX not in self.manifest["files"]:
-            raise ExportError(f"{path}: holds no {ONNX}; publish the run with jobs/publish.py --for-gpu")
+        if device != "cpu":
+            require_program(path, self.manifest, ONNX)
         self._inputs = {i["name"]: i for i in self.manifest["request_inputs" if per_request else "inputs"]}
         self._outputs = [output["name"] for output in self.manifest["outputs"]]
         self._module: Any = None

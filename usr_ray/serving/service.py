@@ -179,8 +179,9 @@ class Service:
             bucket = _bucket(pointer, request)
             ranker = rankers[str(pointer.canary if bucket == CANARY else pointer.stable)]
             explainer = self._explainers.get(ranker) or Explainer(ranker)
-            if ranker in self._served[1].values():  # it reads whole vocabularies: once a version
-                self._explainers[ranker] = explainer
+            with self._lock:
+                if ranker in self._served[1].values():  # it reads whole vocabularies: once a version
+                    self._explainers[ranker] = explainer
             return 200, explainer.answer(request) | {"bucket": bucket}
         except RequestError as error:
             return 422, {"error": str(error)}
@@ -260,7 +261,8 @@ class Service:
         # Requests that hold the old version finish with it; its files are unmapped when the last of them lets it go.
         self._served, self.last_error = served, ""
         there = set(served[1].values())
-        self._explainers = {ranker: explainer for ranker, explainer in self._explainers.items() if ranker in there}
+        with self._lock:  # workers add to it
+            self._explainers = {ranker: explainer for ranker, explainer in self._explainers.items() if ranker in there}
         return True
 
     def _opened(self, before: dict[str, Ranker]) -> tuple[Pointer, dict[str, Ranker]]:

@@ -24,7 +24,7 @@ from usr_ray.serving.counters import Counters
 from usr_ray.serving.encode import Encoder, ValueIndex, hashes
 from usr_ray.serving.runtime import FEATURE_SPEC, changed_file, described, read_manifest
 
-FORMAT = 2
+FORMAT = 3
 VERSION, POINTER, VERSIONS = "version.json", "current.json", "versions"
 MODEL, VOCABULARY_FOLDER, GOLDEN = "model", "vocabularies", "golden.json"
 STABLE, CANARY = "stable", "canary"

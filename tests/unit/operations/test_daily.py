@@ -54,7 +54,7 @@ elif name == "export":
 elif name == "publish" and "publish" not in told.get("exit", {}):
     registry, model = pathlib.Path(flag("--registry")), pathlib.Path(flag("--run-dir")).name
     (registry / "versions" / model).mkdir(parents=True, exist_ok=True)
-    (registry / "versions" / model / "version.json").write_text(json.dumps({"format": 2, "model_id": model}))
+    (registry / "versions" / model / "version.json").write_text(json.dumps({"format": 3, "model_id": model}))
     pointer = {"stable": model, "before": [], "canary": None, "share": 0.0, "shadow": None}
     (registry / "current.json").write_text(json.dumps(pointer))
 print(name, "says something")
@@ -216,16 +216,19 @@ def test_a_registry_gets_the_model_that_passes_the_gate_or_the_one_in_use_with_t
     publish, score = shop.calls()
     assert publish == ["publish", "--run-dir", str(shop.work / "runs" / "2026-01-06"), *publish[3:]]
     assert publish[publish.index("--registry") + 1] == registry
+    assert "--for-gpu" not in publish
     assert score[0] == "score"
     # Held by the gate: histories and counters of the service must not age for it.
-    assert shop.day("2026-01-07", "--registry", registry, "--users", "redis://localhost:6379/0") == 3
+    users = ("--users", "redis://localhost:6379/0")
+    assert shop.day("2026-01-07", "--registry", registry, *users, "--for-gpu") == 3
     (publish,) = [call for call in shop.calls() if call[0] == "publish"]
     assert publish[publish.index("--run-dir") + 1] == str(shop.work / "runs" / "2026-01-06")
     assert publish[publish.index("--users") + 1] == "redis://localhost:6379/0"
+    assert "--for-gpu" in publish
     # Somebody went back to an earlier model by hand: that is theirs to end.
     pointer = tmp_path / "registry" / "current.json"
     (tmp_path / "registry" / "versions" / "old").mkdir()
-    (tmp_path / "registry" / "versions" / "old" / "version.json").write_text('{"format": 2, "model_id": "old"}')
+    (tmp_path / "registry" / "versions" / "old" / "version.json").write_text('{"format": 3, "model_id": "old"}')
     pointer.write_text(pointer.read_text().replace("2026-01-06", "old"))
     shop.tell(loss={"2026-01-06": 0.4, "2026-01-08": 0.9})
     assert shop.day("2026-01-08", "--registry", registry) == 3
@@ -233,10 +236,14 @@ def test_a_registry_gets_the_model_that_passes_the_gate_or_the_one_in_use_with_t
     assert "serves another model than runs/2026-01-06, the one in use; it stays" in capsys.readouterr().out
 
 
-def test_users_without_a_registry_are_refused(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_registry_takes_is_refused_without_one(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
     assert shop.day("2026-01-06", "--users", "redis://localhost:6379/0") == 2
     assert capsys.readouterr().err == (
         "error: --users: is of what --registry publishes; name the registry too, or leave --users out\n"
+    )
+    assert shop.day("2026-01-06", "--for-gpu") == 2
+    assert capsys.readouterr().err == (
+        "error: --for-gpu: is of what --registry publishes; name the registry too, or leave --for-gpu out\n"
     )
 
 

@@ -96,6 +96,44 @@ def test_a_device_that_hangs_costs_the_requests_their_deadline_and_no_more():
         assert np.array_equal(batcher.predict(request)["p_ctr"], scores(tiled(request, SPEC))["p_ctr"])
 
 
+def test_a_leader_that_is_late_hands_the_next_request_on_which_is_not():
+    gate, begun = threading.Event(), threading.Event()
+
+    def run(inputs):
+        begun.set()
+        assert gate.wait(30)
+        return scores(inputs)
+
+    batcher = Batcher(run, SPEC, wait_s=0.0)
+    request = request_of(3, seed=0)[0]
+    with ThreadPoolExecutor(3) as pool:
+        busy = pool.submit(batcher.predict, request)
+        assert begun.wait(10)
+        batcher.deadline_s = 0.2
+        leader = pool.submit(batcher.predict, request)
+        while not batcher._waiting:
+            time.sleep(0.001)
+        batcher.deadline_s = 30.0
+        next_one = pool.submit(batcher.predict, request)
+        with pytest.raises(LateError):
+            leader.result(10)
+        gate.set()
+        for answered in (busy, next_one):
+            assert np.array_equal(answered.result(10)["p_ctr"], scores(tiled(request, SPEC))["p_ctr"])
+    assert (batcher._waiting, batcher._is_busy) == ([], False)
+
+
+def test_a_scenario_may_be_named_like_a_part_of_the_inputs():
+    spec = samples_spec(scenarios=("item_page", "request_again"), query_scenarios=("item_page",))
+    rows = padded_inputs(one_request(drawn_batch(spec, 4, seed=3), spec, 0), spec)
+    request = {name: value.numpy() for name, value in request_inputs(rows, spec).items()}
+    found = tiled(request, spec)
+    assert "item_page_history_item_ids" in found
+    assert {name: value.tolist() for name, value in found.items()} == {
+        name: value.tolist() for name, value in rows.items()
+    }
+
+
 def test_what_the_program_raises_reaches_each_request():
     def run(inputs):
         raise RuntimeError("out of memory")

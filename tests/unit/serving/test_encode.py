@@ -345,14 +345,14 @@ def test_a_version_with_a_changed_file_is_refused(tmp_path):
         verified_version(tmp_path)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b").write_text("x")
-    about = {"format": 2, "files": version_files(tmp_path)}
+    about = {"format": 3, "files": version_files(tmp_path)}
     (tmp_path / "version.json").write_text(json.dumps(about))
     assert list(verified_version(tmp_path)["files"]) == ["a/b"]
     (tmp_path / "a" / "b").write_text("y")
     with pytest.raises(RegistryError, match="b: missing or changed since it was published"):
         verified_version(tmp_path)
     (tmp_path / "version.json").write_text('{"format": 1}')
-    with pytest.raises(RegistryError, match="format 1, this version reads 2"):
+    with pytest.raises(RegistryError, match="format 2, this version reads 3; publish one with jobs/publish.py"):
         verified_version(tmp_path)
 
 

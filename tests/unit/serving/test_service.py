@@ -249,6 +249,17 @@ def test_the_token_is_asked_for_everywhere_but_where_only_numbers_are(service):
     assert client.get("/healthz").status_code == client.get("/metrics").status_code == 200
 
 
+def test_requests_without_the_token_are_counted_under_one_path_whatever_they_ask_for(service):
+    client = TestClient(make_app(service, "secret"))
+    for path in ("/v1/model", "/v1/rank", "/anything"):
+        assert client.get(path).status_code == 401
+    text = client.get("/metrics").text
+    replica = f'replica="{service.metrics.replica}"'
+    assert f'usr_ray_serving_requests_total{{path="any",{replica},status="401"}} 3.0' in text
+    assert f'usr_ray_serving_seconds_count{{{replica},status="401"}} 3.0' in text
+    assert "/anything" not in text
+
+
 def test_the_page_is_off_unless_asked_for_and_its_data_need_the_token(service, tmp_path):
     paths = ("/", "/v1/examples", "/v1/explain")
     off = TestClient(make_app(service))
@@ -334,3 +345,24 @@ def test_a_version_that_is_no_longer_served_is_let_go_though_it_explained(servic
     assert service.submit_explained(b"{}").result(30)[0] == 200
     gc.collect()
     assert (old(), made) == (None, ["one", "two"])
+
+
+def test_explainers_are_added_and_let_go_under_one_lock(service, tmp_path, monkeypatch):
+    """A worker that adds one while the watcher goes through them would end the watcher's look with an error."""
+
+    class Guarded(dict):
+        def __setitem__(self, key, value):
+            assert service._lock.locked()
+            super().__setitem__(key, value)
+
+        def items(self):
+            assert service._lock.locked()
+            return super().items()
+
+    monkeypatch.setattr("usr_ray.serving.service.Explainer", lambda ranker: SimpleNamespace(answer=lambda raw: {}))
+    service._explainers = Guarded()
+    assert service.submit_explained(b"{}").result(30)[0] == 200
+    assert len(service._explainers) == 1
+    move_pointer(tmp_path, "two")
+    assert service.look()
+    assert service._explainers == {}
