@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import configparser
 import importlib.util
+import io
 import os
 import re
 import runpy
 import subprocess
 import sys
+import threading
+import time
+import urllib.error
+from email.message import Message
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -92,6 +98,92 @@ def test_the_demo_keeps_java_s_one_line_to_itself_and_no_other(capsys: pytest.Ca
     said = ["WARNING: Using incubator modules: jdk.incubator.vector\n", "12:00:00 WARN Utils: disk\n", "error: no"]
     load_job("demo").pass_on(said)
     assert capsys.readouterr().err == "12:00:00 WARN Utils: disk\nerror: no"
+
+
+def test_the_demo_reads_a_jvm_s_pipe_to_its_end_though_nobody_reads_the_demo_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    lines = iter([f"{n}\n" for n in range(1000)])
+    monkeypatch.setattr(sys, "stderr", Closed())
+    load_job("demo").pass_on(lines)
+    assert list(lines) == []  # a pipe that fills up would stop the JVM
+
+
+@pytest.fixture
+def said_by_a_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """jobs/demo.py with a build that says what is no UTF-8, and a last word when it is ended."""
+    program = tmp_path / "spark-submit"
+    program.write_text(
+        "#!/bin/sh\ntrap 'echo the end >&2; exit 1' TERM\nprintf '\\377\\n' >&2\ntouch ready\n"
+        "for _ in $(seq 200); do test -e done && exit 0; sleep 0.05; done\n"
+    )
+    program.chmod(0o755)
+    demo = load_job("demo")
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    monkeypatch.setattr(demo, "spark_submit", lambda: str(program))
+    return demo
+
+
+def wait_for(path: Path) -> None:
+    for _ in range(200):
+        if path.exists():
+            return
+        time.sleep(0.05)
+    pytest.fail(f"{path} does not come")
+
+
+def test_the_demo_passes_on_what_is_no_utf_8(
+    said_by_a_build: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said_by_a_build.build(meanwhile=(tmp_path / "done").touch)
+    assert capsys.readouterr().err == "\ufffd\n"
+
+
+def test_the_demo_reads_what_a_build_says_that_it_ends(
+    said_by_a_build: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = threading.active_count()
+
+    def interrupted() -> None:
+        wait_for(tmp_path / "ready")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        said_by_a_build.build(meanwhile=interrupted)
+    assert capsys.readouterr().err == "\ufffd\nthe end\n"
+    assert threading.active_count() == before
+
+
+def test_the_demo_says_in_one_line_that_its_service_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    version = tmp_path / "versions" / "one"
+    version.mkdir(parents=True)
+    (version / "golden.json").write_text('[{"request": {"candidates": ["a"]}}]')
+    (tmp_path / "current.json").write_text('{"stable": "one"}')
+    demo = load_job("demo")
+
+    def urlopen(address: str, body: bytes | None = None, **_: object) -> io.BytesIO:
+        if body is None:
+            return io.BytesIO()
+        raise urllib.error.HTTPError(address, 429, "Too Many Requests", Message(), None)
+
+    monkeypatch.setattr(demo.urllib.request, "urlopen", urlopen)
+    with pytest.raises(SystemExit) as ended:
+        demo.ask("http://127.0.0.1:8000", tmp_path, SimpleNamespace(poll=lambda: None))
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == (
+        "demo: stopped, the service does not answer http://127.0.0.1:8000/v1/rank (HTTP Error 429: Too Many Requests)\n"
+    )
+
+
+def test_the_demo_looks_for_all_that_serving_needs() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    serve = set(setup["options.extras_require"]["serve"].split())
+    assert set(load_job("demo").SERVE_PACKAGES) == (serve - {"ray[serve]"}) | {"fastapi", "uvicorn"}
 
 
 def test_a_query_scenario_that_is_no_scenario_is_refused() -> None:

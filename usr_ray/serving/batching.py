@@ -1,8 +1,8 @@
 """Requests that are scored in one call of the program for rows: for a GPU, which one request does not fill.
 
 The first request of a batch waits a few milliseconds, and longer while the device is busy; it then takes all that wait
-and runs them together. One that is late by then leaves, and the next is the first. Each request's rows carry its user, query, context and histories (`tiled`), so a batch holds
-requests of any scenarios and users.
+and runs them together. One that is late by then leaves, and the next is the first. Each request's rows carry its user,
+query, context and histories (`tiled`), so a batch holds requests of any scenarios and users.
 """
 
 from __future__ import annotations

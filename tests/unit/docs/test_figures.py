@@ -68,6 +68,11 @@ def result(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def in_process(num_candidates: int, way: str) -> float:
+    """Median in milliseconds of benchmarks/serving.py."""
+    return float(result("serving")["results"]["in_process"][str(num_candidates)][way]["p50_ms"])
+
+
 def page(name: str) -> str:
     """The text of a page on one line."""
     path = ROOT / ("README.md" if name == "README" else f"docs/{name}.md")
@@ -296,6 +301,26 @@ FIGURES = [
         "scale",
         "with {} processor seconds per million, {} executors for one hour or {} for four",
         lambda: [build_samples_report.fit(builds(), "ours", "cpu_s")[1], executors(1), executors(4)],
+    ),
+    Figure(
+        "serving",
+        "a load of {} when this table's run was over, of {} after the next one's",
+        lambda: [result(name)["machine"]["load_1_min"] for name in ("serving", "serving_load")],
+    ),
+    Figure(
+        "serving",
+        "the request-shaped program is {} times as fast as the same program on tiled rows, at one candidate {} times",
+        lambda: [in_process(n, "model.onnx, tiled") / in_process(n, "request.onnx") for n in (500, 1)],
+    ),
+    Figure("serving", "Its median at 500 was {} ms", lambda: [in_process(500, "request.onnx")]),
+    Figure(
+        "serving",
+        "the medians are {} to {} ms with one process of uvicorn, and {} to {} ms on Ray Serve",
+        lambda: [
+            number
+            for way in ("HTTP", "Ray Serve")
+            for number in ends([of["1"]["p50_ms"] for of in result("serving")["results"]["service"][way].values()])
+        ],
     ),
     Figure(
         "serving",

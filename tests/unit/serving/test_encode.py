@@ -351,8 +351,8 @@ def test_a_version_with_a_changed_file_is_refused(tmp_path):
     (tmp_path / "a" / "b").write_text("y")
     with pytest.raises(RegistryError, match="b: missing or changed since it was published"):
         verified_version(tmp_path)
-    (tmp_path / "version.json").write_text('{"format": 1}')
-    with pytest.raises(RegistryError, match="format 2, this version reads 3; publish one with jobs/publish.py"):
+    (tmp_path / "version.json").write_text('{"format": 2}')  # its users were under other keys
+    with pytest.raises(RegistryError, match=r"format 2, this version reads 3; publish one with jobs/publish\.py"):
         verified_version(tmp_path)
 
 

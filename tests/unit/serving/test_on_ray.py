@@ -51,7 +51,7 @@ class Cluster:
         ray.cluster_resources = lambda: self.resources  # type: ignore[attr-defined]
         ray.exceptions = SimpleNamespace(RayError=RayError)  # type: ignore[attr-defined]
         ray.util = util  # type: ignore[attr-defined]
-        util.list_named_actors = lambda all_namespaces: self.actors  # type: ignore[attr-defined]  # noqa: ARG005
+        util.list_named_actors = lambda all_namespaces: self.actors  # type: ignore[attr-defined]
         ray.serve = SimpleNamespace(  # type: ignore[attr-defined]
             start=lambda **_: note("start"), run=self.run, shutdown=lambda: note("serve.shutdown")
         )
