@@ -23,7 +23,6 @@ from usr_ray.launch.environment import free_port
 pytestmark = pytest.mark.spark
 
 EXAMPLE = ROOT / "examples" / "own_logs"
-PLAIN = ("features.context_categories=[]", "features.item_categories=[]", "features.item_numbers=[]")
 QUICK = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 
 
@@ -68,7 +67,7 @@ class Standalone:
             lake,
             "--dates",
             "2026-03-28",
-            *(word for setting in (*PLAIN, *settings) for word in ("--set", setting)),
+            *(word for setting in settings for word in ("--set", setting)),
         )
 
     def applications(self) -> list[dict[str, Any]]:
