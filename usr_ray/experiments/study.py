@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import ray
 
 from usr_ray.config import Config
 from usr_ray.data.lineage import doubts
+from usr_ray.data.manifest import Manifest
 from usr_ray.data.pins import remove_pin, write_pin
 from usr_ray.experiments.grid import SIMULATED, Resources, Study, StudyError, Trial, expand
 from usr_ray.experiments.record import (
@@ -86,11 +87,7 @@ def run_study(
         UserError: a trial's configuration, the lake or the directory cannot be used; nothing has been trained then.
     """
     _check_source(study, lake, input_dir)
-    if base.is_here and (wanted := study.resources.num_workers) > 1:
-        raise StudyError(
-            f"ray.num_workers=0: a trial of study {study.name} has {wanted} workers, which needs Ray; leave it out, or "
-            "set resources.num_workers to 1 in the study's file"
-        )
+    _check_workers(study, base)
     if cluster == SUBMITTED:
         refuse_relative({"--run-dir": run_dir} | ({"--lake": lake} if lake else {}))
     run_dir = Path(run_dir).absolute()
@@ -112,9 +109,7 @@ def run_study(
     }
     pinned = [rows_of(table, base, run_dir) for table in tables.values()] if todo else []
     write_record(run_dir, record)
-    told = (doubts(base.config(study.resources), *manifests, first_counted=None) for manifests in pinned)
-    for doubt in dict.fromkeys(doubt for found in told for doubt in found):
-        print(f"warning: {doubt}", flush=True)
+    _warn(base.config(study.resources), pinned)
     for manifests in pinned:  # trials to come read these files too, and have no pin of their own yet
         write_pin(manifests, run_dir)
     jobs = [
@@ -153,6 +148,21 @@ def _check_source(study: Study, lake: str | None, input_dir: Path | None) -> Non
         raise StudyError(f"--input {input_dir}: study {study.name} reads no data set; leave --input out")
     if input_dir is not None and not input_dir.is_dir():
         raise StudyError(f"--input {input_dir}: no such folder; name the one with {study.source}'s files")
+
+
+def _check_workers(study: Study, base: Base) -> None:
+    if base.is_here and (wanted := study.resources.num_workers) > 1:
+        raise StudyError(
+            f"ray.num_workers=0: a trial of study {study.name} has {wanted} workers, which needs Ray; leave it out, or "
+            "set resources.num_workers to 1 in the study's file"
+        )
+
+
+def _warn(config: Config, pinned: Iterable[list[Manifest]]) -> None:
+    """Once for all trials; each has the warnings of its own configuration in its train.log."""
+    told = (doubts(config, train, held_out, first_counted=None) for train, held_out in pinned)
+    for doubt in dict.fromkeys(doubt for found in told for doubt in found):
+        print(f"warning: {doubt}", flush=True)
 
 
 @dataclass(frozen=True, slots=True)
