@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,9 +109,7 @@ def run_study(
     }
     pinned = [rows_of(table, base, run_dir) for table in tables.values()] if todo else []
     write_record(run_dir, record)
-    _warn(base.config(study.resources), pinned)
-    for manifests in pinned:  # trials to come read these files too, and have no pin of their own yet
-        write_pin(manifests, run_dir)
+    _pin(pinned, base.config(study.resources), run_dir)
     jobs = [
         Job(
             trial,
@@ -158,8 +156,10 @@ def _check_workers(study: Study, base: Base) -> None:
         )
 
 
-def _warn(config: Config, pinned: Iterable[list[Manifest]]) -> None:
-    """Once for all trials; each has the warnings of its own configuration in its train.log."""
+def _pin(pinned: Sequence[list[Manifest]], config: Config, run_dir: Path) -> None:
+    """Trials to come read these files too, and have no pin of their own yet. What is doubtful of them is told once."""
+    for manifests in pinned:
+        write_pin(manifests, run_dir)
     told = (doubts(config, train, held_out, first_counted=None) for train, held_out in pinned)
     for doubt in dict.fromkeys(doubt for found in told for doubt in found):
         print(f"warning: {doubt}", flush=True)
