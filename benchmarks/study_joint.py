@@ -121,6 +121,11 @@ def _entry(one: Judged) -> dict[str, Any]:
     return {name: round(value, 5) for name, value in numbers.items()} | {"holds": one.verdict in ("better", "worse")}
 
 
+def _shown(row: Mapping[str, Any]) -> str:
+    carry = "every carry" if row["carry"] == "every" else f"carry {float(row['carry']):g}"
+    return f"{row['backbone']}, {row['weights']}, {carry} ({row['seeds']})"
+
+
 def table(report: Mapping[str, Any]) -> str:
     """A line for each row of `measure`."""
     lines = []
@@ -130,15 +135,44 @@ def table(report: Mapping[str, Any]) -> str:
             for g in row["gaps"].values()
         ]
         cell = f"{row['scenario']}, {'click' if row['task'] == TASKS[0] else 'order'}"
-        carry = "every carry" if row["carry"] == "every" else f"carry {float(row['carry']):g}"
         lines.append(
             [
-                f"{row['backbone']}, {row['weights']}, {carry} ({row['seeds']}): {cell}",
+                f"{_shown(row)}: {cell}",
                 *(f"{value:.4f}" for value in row["auc"].values()),
                 *shown,
             ]
         )
     return markdown(["held-out AUC (trainings)", "separate", "plain", "USR", *(f"{a} - {b}" for a, b in PAIRS)], lines)
+
+
+def draw(report: Mapping[str, Any], path: Path) -> None:
+    """The gaps of clicks with their intervals: a panel for each scenario and pair; blue above 0, thick for means."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    clicks = [row for row in report["rows"] if row["task"] == TASKS[0]]
+    of_scenario = {scenario: [row for row in clicks if row["scenario"] == scenario] for scenario in SCENARIOS}
+    figure, panels = plt.subplots(2, 2, figsize=(11, 0.42 * len(clicks)), sharey=True)
+    for line, scenario in zip(panels, reversed(SCENARIOS), strict=True):
+        rows = of_scenario[scenario]
+        for panel, (a, b) in zip(line, PAIRS[1:], strict=True):
+            for place, row in enumerate(rows):
+                gap, is_mean = row["gaps"][f"{a} - {b}"], row["carry"] == "every"
+                color = "#1b6ec2" if gap["low"] > 0 else "#8a8a8a"
+                panel.plot([gap["low"], gap["high"]], [-place] * 2, color=color, lw=2.5 if is_mean else 1.5)
+                panel.plot(gap["gap"], -place, "o", color=color, ms=7 if is_mean else 5)
+            panel.axvline(0, color="#444", lw=0.8, ls="--")
+            size = "smaller" if scenario == "recommendation" else "larger"
+            panel.set_title(f"{size} scenario: joint USR - {'separate models' if b == 'separate' else 'joint plain'}")
+            panel.set_yticks(range(0, -len(rows), -1), [_shown(row) for row in rows], fontsize=8)
+            panel.grid(axis="x", alpha=0.25)
+            panel.spines[["top", "right"]].set_visible(False)
+    for panel in panels[-1]:
+        panel.set_xlabel("gap of held-out AUC, 95 % interval over seeds and users")
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
 
 
 def main() -> None:
@@ -149,6 +183,8 @@ def main() -> None:
     study = load_study("joint", scale="full", folder=ROOT / "jobs" / "studies")
     report = {"rows": measure(Trials(arguments.run_dir, study))}
     record(report, table(report), arguments.output, document="study-results.md", place=RESULTS)
+    if arguments.output == RESULTS:
+        draw(report, ROOT / "docs" / "images" / "study_joint.png")
 
 
 if __name__ == "__main__":
