@@ -38,7 +38,7 @@ from learning_signals import EARLIER
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from benchmarks.doc_tables import markdown, show
+from benchmarks.doc_tables import gap_text, markdown, show
 from jobs.demo import PLAIN
 from usr_ray.config import load_config
 from usr_ray.data.manifest import Manifest
@@ -276,8 +276,7 @@ def table(report: Mapping[str, Any]) -> str:
             ahead = []
             for ours, task in itertools.product(OURS, TASKS):
                 gap = found.get(f"{ours} over it", {}).get(task, {}).get("all")
-                low, high = gap["interval"] if gap else (0, 0)
-                ahead.append(f"{gap['gap']:+.4f} ({low:+.4f} to {high:+.4f})" if gap else "")
+                ahead.append(gap_text(gap["gap"], *gap["interval"]) if gap else "")
             areas = [f"{found['auc'][task]['all']:.4f}" for task in TASKS]
             lines.append([f"{world}: {model}", str(found["seeds"]), *areas, *ahead])
     head = ["held-out AUC, pooled", "seeds", "click", "order"]

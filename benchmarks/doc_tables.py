@@ -17,6 +17,11 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def gap_text(gap: float, low: float, high: float) -> str:
+    """A gap of AUC and its interval."""
+    return f"{gap:+.4f} ({low:+.4f} to {high:+.4f})"
+
+
 def put_table(document: str, name: str, text: str) -> None:
     """Write `text` between the lines `<!-- NAME -->` and `<!-- /NAME -->` of docs/DOCUMENT."""
     path = DOCS / document

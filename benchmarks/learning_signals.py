@@ -23,7 +23,7 @@ import torch
 from learning_recipe import WIDE
 from learning_runs import Data, Runs, gaps, last_day, mean_auc, save, train_seeds
 
-from benchmarks.doc_tables import markdown, put_table
+from benchmarks.doc_tables import gap_text, markdown, put_table
 from jobs.demo import PLAIN
 from usr_ray.data.manifest import Manifest
 from usr_ray.schema import TASKS, TERM
@@ -110,7 +110,7 @@ def table(report: Mapping[str, Any]) -> str:
     for name, entry in report["models"].items():
         areas = [f"{entry['auc'][task]['all']:.4f}" for task in TASKS]
         over = [entry["over_none"][task]["all"] for task in TASKS] if "over_none" in entry else []
-        gained = [f"{gap['gap']:+.4f} ({gap['interval'][0]:+.4f} to {gap['interval'][1]:+.4f})" for gap in over]
+        gained = [gap_text(gap["gap"], *gap["interval"]) for gap in over]
         lines.append([name, str(entry["seeds"]), *areas, *(gained or ["", ""])])
     return markdown(["model: given", "seeds", "click", "order", "click over the first", "order over the first"], lines)
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.doc_tables import markdown, record
+from benchmarks.doc_tables import gap_text, markdown, record
 from usr_ray.evaluation.metrics import auc
 from usr_ray.evaluation.statistics import CONFIDENCE, Judged, cell_rows, corrected, normal_quantile, paired_auc_gap
 from usr_ray.experiments.analysis import Trials
@@ -131,8 +131,7 @@ def table(report: Mapping[str, Any]) -> str:
     lines = []
     for row in report["rows"]:
         shown = [
-            f"{g['gap']:+.4f} ({g['low']:+.4f} to {g['high']:+.4f}){'' if not g['holds'] else ', holds'}"
-            for g in row["gaps"].values()
+            gap_text(g["gap"], g["low"], g["high"]) + (", holds" if g["holds"] else "") for g in row["gaps"].values()
         ]
         cell = f"{row['scenario']}, {'click' if row['task'] == TASKS[0] else 'order'}"
         lines.append(

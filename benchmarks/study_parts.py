@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from benchmarks.doc_tables import markdown, record
+from benchmarks.doc_tables import gap_text, markdown, record
 from usr_ray.experiments.analysis import WHOLE, Contrast, Trials, contrasts
 from usr_ray.experiments.grid import load_study
 from usr_ray.reporting.study_vectors import collapse
@@ -67,7 +67,7 @@ def table(report: Mapping[str, Any]) -> str:
         shown = []
         for cell in CELLS:
             gap = row["cells"].get("/".join(cell))
-            text = f"{gap['gap']:+.4f} ({gap['low']:+.4f} to {gap['high']:+.4f})" if gap else ""
+            text = gap_text(gap["gap"], gap["low"], gap["high"]) if gap else ""
             shown.append(text + (", holds" if gap and gap["holds"] else ""))
         spread = [f"{row['variance'][kind]:.2f}" if kind in row["variance"] else "" for kind in "if"]
         lines.append([f"{row['study']}: {row['gap_of']} ({row['seeds']})", *shown, *spread])

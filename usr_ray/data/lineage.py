@@ -97,6 +97,12 @@ def doubts(config: Config, train: Manifest, held_out: Manifest | None, *, first_
     return found
 
 
+def warn(found: Iterable[str]) -> None:
+    """Print what `doubts` found."""
+    for doubt in found:
+        print(f"warning: {doubt}", flush=True)
+
+
 def difference(model: FeatureSpec, model_built_with: str, table: Manifest, *, may_read: bool = True) -> str | None:
     """In words, why rows of `table` mean something else to a model than those it was trained on; None: they do not.
 

@@ -17,7 +17,7 @@ from typing import Any
 import ray
 
 from usr_ray.config import Config
-from usr_ray.data.lineage import doubts
+from usr_ray.data.lineage import doubts, warn
 from usr_ray.data.manifest import Manifest
 from usr_ray.data.pins import remove_pin, write_pin
 from usr_ray.experiments.grid import SIMULATED, Resources, Study, StudyError, Trial, expand
@@ -161,8 +161,7 @@ def _pin(pinned: Sequence[list[Manifest]], config: Config, run_dir: Path) -> Non
     for manifests in pinned:
         write_pin(manifests, run_dir)
     told = (doubts(config, train, held_out, first_counted=None) for train, held_out in pinned)
-    for doubt in dict.fromkeys(doubt for found in told for doubt in found):
-        print(f"warning: {doubt}", flush=True)
+    warn(dict.fromkeys(doubt for found in told for doubt in found))
 
 
 @dataclass(frozen=True, slots=True)

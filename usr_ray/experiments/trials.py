@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from usr_ray.config import Config, UserError
+from usr_ray.data.lineage import warn
 from usr_ray.experiments.grid import Resources, StudyError
 from usr_ray.experiments.record import FAILURE_FILE, is_finished, note_failure
 from usr_ray.launch.alone import train_here
@@ -78,8 +79,7 @@ def train_alone(config: Config, lake: str, run_dir: Path, worker: LocalWorker, *
     if is_finished(run_dir):
         return
     write_plan(plan)
-    for doubt in plan.doubts:
-        print(f"warning: {doubt}", flush=True)
+    warn(plan.doubts)
     torch.set_num_threads(max(1, math.floor(config.ray.cpus_per_worker)))
     monitor = RayMonitor(run_dir, run_name=run_dir.name, rank=0)
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from usr_ray.config import Config, RayConfig, UserError
+from usr_ray.data.lineage import warn
 from usr_ray.data.order import order_text
 from usr_ray.evaluation.files import SPLIT
 from usr_ray.evaluation.metrics import CellMetrics
@@ -102,8 +103,7 @@ def carry_out(
         print(f"{plan.run_dir}: goes on with version {table['version']} of {table['uri']}, on which it was started")
     with session or contextlib.nullcontext(), _only_one(plan.run_dir):
         write_plan(plan)
-        for doubt in plan.doubts:
-            print(f"warning: {doubt}", flush=True)
+        warn(plan.doubts)
         print(f"{plan.run_dir}: rows {order_text(plan.record['shuffle'])}", flush=True)
         outcome, step = fit(plan)
     if outcome != "stopped":

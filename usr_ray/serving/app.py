@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
-import hmac
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from usr_ray.serving.openapi import (
     events_request,
 )
 from usr_ray.serving.openapi import page as fields_page
-from usr_ray.serving.service import MAX_BODY_BYTES, OverloadError, Service, Settings
+from usr_ray.serving.service import MAX_BODY_BYTES, OverloadError, Service, Settings, carries_token
 
 APPLICATION = "usr-ray"
 """Name on Ray Serve, here and in cluster/serve/usr_ray.yaml: what `application` in a gRPC call's metadata says."""
@@ -46,12 +46,12 @@ class _Guard:
     """Asks for the token before a request is looked at. No `@app.middleware`: that starts a task for each request."""
 
     def __init__(self, app: ASGIApp, token: str, is_open: tuple[str | None, ...], count: _Count) -> None:
-        self._app, self._needed, self._open, self._count = app, f"Bearer {token}".encode(), is_open, count
+        self._app, self._token, self._open, self._count = app, token, is_open, count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in self._open:
             given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._needed):
+            if not carries_token(given, self._token):
                 started = time.perf_counter()
                 refusal = {"error": "Authorization: Bearer and the service's token are needed"}
                 await JSONResponse(refusal, 401)(scope, receive, send)
@@ -81,8 +81,8 @@ def make_app(service: Service, token: str | None = None) -> FastAPI:
                 break
         try:
             status, content = await asyncio.wrap_future(submit(body))
-        except OverloadError:
-            status, content = 429, {"error": "too many requests wait; try again after a second"}
+        except OverloadError as error:
+            status, content = 429, {"error": str(error)}
         service.count(request.url.path, status, started)
         headers = {"Retry-After": "1"} if status == 429 else None
         return Response(orjson.dumps(content), status, headers, media_type="application/json")
@@ -261,6 +261,20 @@ def check_cluster(settings: Settings, num_replicas: int) -> None:
             )
 
 
+@contextlib.contextmanager
+def _starting() -> Iterator[None]:
+    """Whatever Ray says of a proxy or a replica that does not start becomes one line."""
+    import ray
+
+    try:
+        yield
+    except (RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
+        raise UserError(
+            f"Ray Serve: the service does not start ({_ends(error)}); see that the ports are free and the "
+            "registry can be read on every node, or try --alone, which says more"
+        ) from error
+
+
 def _ends(error: BaseException) -> str:
     """The first and the last line of an error of Ray's: what it did, and the cause below its traceback."""
     lines = [line.strip(" .") for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
@@ -307,15 +321,10 @@ def serve_on_ray(
     try:
         check_cluster(settings, num_replicas)
         try:
-            try:
+            with _starting():
                 serve.start(http_options={"host": host, "port": port}, grpc_options=grpc_options(grpc_port))
                 app = deployment(settings, token, num_replicas=num_replicas)
                 serve.run(app, name=APPLICATION, route_prefix="/")
-            except (RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
-                raise UserError(
-                    f"Ray Serve: the service does not start ({_ends(error)}); see that the ports are free and the "
-                    "registry can be read on every node, or try --alone, which says more"
-                ) from error
             wait(f"http://{host}:{port}")
         finally:
             serve.shutdown()

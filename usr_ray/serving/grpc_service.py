@@ -6,7 +6,6 @@ the other. Statuses: INVALID_ARGUMENT for 422, RESOURCE_EXHAUSTED for 429, UNAUT
 
 from __future__ import annotations
 
-import hmac
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +15,7 @@ from typing import Any
 
 from usr_ray.config import UserError
 from usr_ray.serving.ranker import RequestError
-from usr_ray.serving.service import MAX_BODY_BYTES, OverloadError, Service, check_size
+from usr_ray.serving.service import MAX_BODY_BYTES, OverloadError, Service, carries_token, check_size
 
 RANKING = "usr_ray.v1.Ranking"
 METHODS = {"Score": "RankAnswer", "Rank": "RankAnswer", "Events": "EventsAnswer", "Model": "Struct"}
@@ -112,16 +111,16 @@ class Methods:
     def begun(self, name: str, content: bytes, metadata: Iterable[tuple[str, Any]]) -> Future[tuple[int, Any]]:
         """A future of (status of HTTP, answer) of a message with the metadata of its call."""
         found: Future[tuple[int, Any]] = Future()
-        given = dict(metadata).get("authorization", "")
-        if self._token is not None and not hmac.compare_digest(str(given).encode(), f"Bearer {self._token}".encode()):
+        given = str(dict(metadata).get("authorization", "")).encode()
+        if self._token is not None and not carries_token(given, self._token):
             found.set_result((401, {"error": "authorization: Bearer and the service's token are needed"}))
         elif name == "Model":
             found.set_result((200, self._service.about()))
         else:
             try:
                 return self._submits[name](content)  # type: ignore[no-any-return]
-            except OverloadError:
-                found.set_result((429, {"error": "too many requests wait; try again after a second"}))
+            except OverloadError as error:
+                found.set_result((429, {"error": str(error)}))
         return found
 
     def ended(self, name: str, found: tuple[int, Any], context: Any, started: float) -> Any:
@@ -148,9 +147,14 @@ class Methods:
 
 def add_ranking(servicer: Any, server: Any) -> None:
     """For Ray Serve's proxy (`grpc_servicer_functions`), which hands the bytes of messages to the deployment."""
+    _add_answers(server, lambda name: getattr(servicer, name))
+
+
+def _add_answers(server: Any, answer: Callable[[str], Any], serialize: Callable[[Any], bytes] | None = None) -> None:
+    """Have a server answer each method by `answer(its name)`, which takes the bytes of a message."""
     import grpc
 
-    handlers = {name: grpc.unary_unary_rpc_method_handler(getattr(servicer, name)) for name in METHODS}
+    handlers = {name: grpc.unary_unary_rpc_method_handler(answer(name), None, serialize) for name in METHODS}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(RANKING, handlers),))
 
 
@@ -179,13 +183,9 @@ class GrpcServer:
             options=[("grpc.max_receive_message_length", MAX_BODY_BYTES), ("grpc.so_reuseport", 0)],
             maximum_concurrent_rpcs=threads,
         )
-        handlers = {
-            name: grpc.unary_unary_rpc_method_handler(
-                partial(self._answer, name), response_serializer=lambda message: message.SerializeToString()
-            )
-            for name in METHODS
-        }
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(RANKING, handlers),))
+        _add_answers(
+            self._server, lambda name: partial(self._answer, name), lambda message: message.SerializeToString()
+        )
         try:
             self.port = self._server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
         except RuntimeError as error:

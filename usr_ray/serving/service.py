@@ -7,6 +7,7 @@ version or the other, whole. A version that cannot be opened leaves the running 
 
 from __future__ import annotations
 
+import hmac
 import json
 import os
 import threading
@@ -63,7 +64,12 @@ Read = Callable[[bytes], Any]
 
 
 class OverloadError(Exception):
-    """The queue is full."""
+    """The queue is full; its text is for whoever asked."""
+
+
+def carries_token(given: bytes, token: str) -> bool:
+    """Whether the content of an authorization header or metadata is `Bearer` and the token; in constant time."""
+    return hmac.compare_digest(given, f"Bearer {token}".encode())
 
 
 class Service:
@@ -129,7 +135,7 @@ class Service:
     def _submit(self, work: Callable[..., Any], *arguments: Any) -> Any:
         with self._lock:
             if self._num_queued >= self.settings.max_queued:
-                raise OverloadError
+                raise OverloadError("too many requests wait; try again after a second")
             self._num_queued += 1
         started = time.perf_counter()
         future = self._pool.submit(self._in_time, started, work, *arguments)
