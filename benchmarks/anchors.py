@@ -1,11 +1,11 @@
 """Is ours ahead of what others would build first? Logistic regression, boosted trees and torch-rechub on our rows.
 
-    python benchmarks/anchors.py static --lake LAKE [--seeds 3] [--models ...] [--counters]
+    python benchmarks/anchors.py static --lake LAKE [--seeds 3] [--models ...] [--counters [log-odds]]
 
-`static` and `needs` are the lakes of jobs/configs/simulated.toml and needs.toml, `kuairand` that of kuairand.toml, and
-`kuairand, own counters` the same without the counts that its source makes itself (docs/learning.md). Every model has
-the same rows, categories and numbers, the scenario among them; --counters adds the lake's counters
-(`counters.defaults`), under a name of its own. Histories are ours alone: no peer here takes several of them. Where the
+`static` and `needs` are the lakes of jobs/configs/simulated.toml and needs.toml, `kuairand` that of kuairand.toml;
+`kuairand, own counters` and `kuairand, all earlier` are without the counts that its source makes itself, as in
+learning_signals.py. Every model has the same rows, categories and numbers, the scenario among them; --counters adds the
+lake's counters (`counters.defaults`), all of them or the log odds over all days, under a name of its own. Histories are ours alone: no peer here takes several of them. Where the
 lake has terms, ours are trained without and with them. Each peer's settings come from a grid by mean AUC of both tasks
 on the last training day, trained on those before with the first seed; then it is trained on all training days. Ours
 have the configuration of the file: on the simulated worlds chosen on that day too, on KuaiRand on the held-out days
@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from learning_kuairand import Rows, peer_rows, rechub_model, train_rechub
 from learning_runs import Data, Runs, gaps, last_day, mean_auc, save, train_seeds
-from learning_signals import EARLIER
+from learning_signals import EARLIER, LOG_ODDS
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -48,9 +48,11 @@ from usr_ray.training.logistic import PlainRows, logistic_regression
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "anchors.json"
-OWN_COUNTERS = "kuairand, own counters"
-WORLDS = {"static": "simulated", "needs": "needs", "kuairand": "kuairand", OWN_COUNTERS: "kuairand"}
+OWN_COUNTERS = ("kuairand, own counters", "kuairand, all earlier")
+WORLDS = {"static": "simulated", "needs": "needs", "kuairand": "kuairand", **dict.fromkeys(OWN_COUNTERS, "kuairand")}
 """World -> its file in jobs/configs."""
+COUNTERS = {"all": (", counters", "."), "log-odds": (", log odds", LOG_ODDS)}
+"""What models are given of the counters -> what it is called, and its columns."""
 OURS = {"ours, plain": PLAIN, "ours, USR": ()}
 WITH_TERMS = {f"{name}, with terms": overrides for name, overrides in OURS.items()}
 RECHUB = ("SharedBottom", "MMoE", "PLE", "DCNv2", "DeepFM")
@@ -290,7 +292,7 @@ def main() -> None:
     parser.add_argument("--lake", type=Path, help="default: runs/demo-CONFIG/lake")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
-    parser.add_argument("--counters", action="store_true", help="all models get the lake's counters")
+    parser.add_argument("--counters", nargs="?", choices=COUNTERS, const="all", help="all models get these of the lake")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "anchors", help="trainings that are done")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -300,9 +302,9 @@ def main() -> None:
         print(f"skipped: no samples table in {lake}; docs/learning.md says how to make one", file=sys.stderr)
         return
     torch.set_num_threads(1)
-    shown = arguments.world + (", counters" if arguments.counters else "")
-    columns = "." if arguments.counters else "^$"
-    without = EARLIER if arguments.world == OWN_COUNTERS else "^$"
+    suffix, columns = COUNTERS.get(arguments.counters, ("", "^$"))
+    shown = arguments.world + suffix
+    without = EARLIER if arguments.world in OWN_COUNTERS else "^$"
     world = World(shown, ROOT / "jobs" / "configs" / f"{name}.toml", lake, arguments.work / shown, columns, {}, without)
     measure(world, arguments.models, range(arguments.seeds), arguments.output)
     text = table(json.loads(arguments.output.read_text()))

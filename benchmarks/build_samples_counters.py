@@ -93,9 +93,10 @@ def _columns_of(name: str, counter: CounterConfig) -> list[str]:
             {what: f"coalesce({table}.{what}_{window}, 0)" for what in ("impressions", "clicks", "orders")}
             for table in (name, whole)
         )
-        values = [f"ln(1 + {own[what]})" for what in counter.events]
-        for rate in counter.rates:
-            of, hits = ("impressions", "clicks") if rate == "ctr" else ("clicks", "orders")
-            values.append(f"counter_odds({own[hits]}, {own[of]}, {every[hits]}, {every[of]})")
+        values = []
+        for what in counter.columns:
+            of, hits = ("impressions", "clicks") if what == "ctr" else ("clicks", "orders")
+            odds = f"counter_odds({own[hits]}, {own[of]}, {every[hits]}, {every[of]})"
+            values.append(f"ln(1 + {own[what]})" if what in own else odds)
         found += [f"CAST({value} AS FLOAT) AS {next(named)}" for value in values]
     return found

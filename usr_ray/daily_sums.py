@@ -115,8 +115,9 @@ class CounterColumns:
     def of(cls, name: str, counter: CounterConfig, feature: str) -> CounterColumns:
         """Of a configured counter."""
         named = iter(counter_columns(name, counter))
-        kinds = (*counter.events, *counter.rates)
-        windows = tuple((counter.days(w), tuple((next(named), kind) for kind in kinds)) for w in counter.windows)
+        windows = tuple(
+            (counter.days(window), tuple((next(named), what) for what in counter.columns)) for window in counter.windows
+        )
         return cls(feature=feature, per_scenario=counter.per_scenario, windows=windows)
 
 

@@ -37,7 +37,7 @@ WANTED = (
     ("user_brand", ("user_id", "brand"), True, ("2d", "all"), EVERY),
     ("typed", ("query",), True, ("all", "1d"), ("clicks", "impressions", "ctr")),
     ("mixed", ("device", "brand", "city"), False, ("all",), ("impressions", "orders")),
-    ("brand", ("brand",), True, ("1d",), ("clicks",)),
+    ("brand", ("brand",), True, ("1d",), ("cvr",)),
     ("device", ("device",), True, ("1d",), ("clicks",)),
     ("query_item", ("query", "item_id"), False, ("all",), ("clicks",)),
 )
@@ -48,12 +48,17 @@ def _listed(names: tuple[str, ...]) -> str:
     return json.dumps(names)
 
 
+def _events(whats: tuple[str, ...]) -> tuple[str, ...]:
+    """The counts, which have their rates besides; the rates where there are no counts."""
+    return tuple(what for what in whats if what not in ("ctr", "cvr")) or whats
+
+
 COUNTERS = (
     "counters.prior=5",
     *(f"counters.{name}.keys={_listed(keys)}" for name, keys, *_ in WANTED),
     *(f"counters.{name}.per_scenario={str(per_scenario).lower()}" for name, _, per_scenario, *_ in WANTED),
     *(f"counters.{name}.windows={_listed(windows)}" for name, _, _, windows, _ in WANTED),
-    *(f"counters.{name}.events={_listed(tuple(w for w in whats if len(w) > 3))}" for name, _, _, _, whats in WANTED),
+    *(f"counters.{name}.events={_listed(_events(whats))}" for name, _, _, _, whats in WANTED),
 )
 Found = dict[str, dict[str, float]]
 

@@ -15,6 +15,7 @@ COUNTED = ("impressions", "clicks", "orders")
 _RATES = {"ctr": ("impressions", "clicks"), "cvr": ("clicks", "orders")}
 """Rate -> what it is out of, and what it is of."""
 ALL_DAYS = "all"
+_WINDOWS = ("1d", "7d", ALL_DAYS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,8 +23,9 @@ class CounterConfig:
     """`[counters.NAME]`: what is counted, by what, over which days before the row's own."""
 
     keys: tuple[str, ...] = ()
-    windows: tuple[str, ...] = ("1d", "7d", ALL_DAYS)
+    windows: tuple[str, ...] = _WINDOWS
     events: tuple[str, ...] = COUNTED
+    """Counts, of which two that make a rate have that rate besides; "ctr" and "cvr" are rates without their counts."""
     per_scenario: bool = True
     """The row's scenario is one more key."""
 
@@ -34,16 +36,7 @@ class CounterConfig:
             f"{where}.keys must name what is counted by, each once, such as ['user_id', 'item_id'], got "
             f"{list(self.keys)}",
         )
-        good = [re.fullmatch(rf"{ALL_DAYS}|[1-9]\d{{0,2}}d", w) and (self.days(w) or 0) <= 366 for w in self.windows]
-        require(
-            bool(self.windows) and all(good) and len(set(self.windows)) == len(self.windows),
-            f"{where}.windows must name days, each once, such as '1d', '7d' (at most '366d') or '{ALL_DAYS}', "
-            f"got {list(self.windows)}",
-        )
-        require(
-            bool(self.events) and set(self.events) <= set(COUNTED) and len(set(self.events)) == len(self.events),
-            f"{where}.events must name some of {', '.join(COUNTED)}, each once, got {list(self.events)}",
-        )
+        _check_columns(where, self.windows, self.events)
 
     @staticmethod
     def days(window: str) -> int | None:
@@ -51,9 +44,24 @@ class CounterConfig:
         return None if window == ALL_DAYS else int(window[:-1])
 
     @property
-    def rates(self) -> tuple[str, ...]:
-        """Of ctr and cvr those whose two counts are among the events."""
-        return tuple(name for name, counts in _RATES.items() if set(counts) <= set(self.events))
+    def columns(self) -> tuple[str, ...]:
+        """What has a column in each window: the counts, then the rates."""
+        rates = [name for name, counts in _RATES.items() if name in self.events or set(counts) <= set(self.events)]
+        return (*(event for event in self.events if event in COUNTED), *rates)
+
+
+def _check_columns(where: str, windows: Sequence[str], events: Sequence[str]) -> None:
+    """ConfigError naming `where` on a window or an event that cannot be."""
+    good = [re.fullmatch(rf"{ALL_DAYS}|[1-9]\d{{0,2}}d", w) and (CounterConfig.days(w) or 0) <= 366 for w in windows]
+    require(
+        bool(windows) and all(good) and len(set(windows)) == len(windows),
+        f"{where}.windows must name days, each once, such as '1d', '7d' (at most '366d') or '{ALL_DAYS}', "
+        f"got {list(windows)}",
+    )
+    require(
+        bool(events) and set(events) <= {*COUNTED, *_RATES} and len(set(events)) == len(events),
+        f"{where}.events must name some of {', '.join((*COUNTED, *_RATES))}, each once, got {list(events)}",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,10 +74,15 @@ class CountersConfig:
     """Dates at the beginning of the table, which have no days behind them to count, that are not trained on."""
     defaults: bool = False
     """Counters of user, item, query, user x each item category, and query x item: over all scenarios, and of each."""
+    windows: tuple[str, ...] = _WINDOWS
+    """Of the default counters."""
+    events: tuple[str, ...] = COUNTED
+    """Of the default counters."""
     named: Mapping[str, CounterConfig] = field(default_factory=dict, metadata={"takes_sections": True})
     """Every other section [counters.NAME]."""
 
     def __post_init__(self) -> None:
+        _check_columns("counters", self.windows, self.events)
         for name, counter in self.named.items():
             require(
                 re.fullmatch(r"[a-z][a-z0-9_]*", name) is not None,
@@ -89,8 +102,9 @@ class CountersConfig:
             usual = {"user": ("user_id",), "item": ("item_id",)}
             usual |= {f"user_{name}": ("user_id", name) for name in item_categories}
             usual |= {"query": ("query",), "query_item": ("query", "item_id")} if has_queries else {}
+        own = {"windows": self.windows, "events": self.events}
         found = {
-            f"{name}{'_scenario' if per_scenario else ''}": CounterConfig(keys=keys, per_scenario=per_scenario)
+            f"{name}{'_scenario' if per_scenario else ''}": CounterConfig(keys=keys, per_scenario=per_scenario, **own)
             for name, keys in usual.items()
             for per_scenario in (False, True)
         }
@@ -98,7 +112,5 @@ class CountersConfig:
 
 
 def counter_columns(name: str, counter: CounterConfig) -> list[str]:
-    """Columns of a counter in the samples: window by window the events, then the rates."""
-    return [
-        f"counter_{name}_{window}_{what}" for window in counter.windows for what in (*counter.events, *counter.rates)
-    ]
+    """Columns of a counter in the samples, window by window."""
+    return [f"counter_{name}_{window}_{what}" for window in counter.windows for what in counter.columns]

@@ -32,6 +32,13 @@ def test_any_section_is_a_counter_and_names_its_columns() -> None:
     ]
 
 
+def test_a_rate_can_be_had_without_its_counts() -> None:
+    asked = ('counters.q.keys=["query"]', 'counters.q.windows=["1d","all"]', 'counters.q.events=["cvr","clicks","ctr"]')
+    want = ["counter_q_1d_clicks", "counter_q_1d_ctr", "counter_q_1d_cvr"]
+    want += [column.replace("1d", "all") for column in want]
+    assert [f.column for f in feature_spec(load_config(None, asked)).dense] == want
+
+
 def test_the_default_ones_of_which_any_may_be_another() -> None:
     brand = 'features.item_categories=["brand"]'
     config = load_config(
@@ -57,6 +64,22 @@ def test_the_default_ones_of_which_any_may_be_another() -> None:
     without = load_config(None, ("counters.defaults=true", "query_scenarios=[]")).every_counter
     assert list(without) == ["user", "user_scenario", "item", "item_scenario"]
     assert not load_config(None).every_counter
+
+
+def test_windows_and_events_of_the_default_ones_alone() -> None:
+    asked = ("counters.defaults=true", "query_scenarios=[]", 'counters.windows=["all"]', 'counters.events=["ctr"]')
+    named = ('counters.a.keys=["item_id"]', 'counters.a.windows=["7d"]')
+    config = load_config(None, (*asked, *named))
+    assert [f.column for f in feature_spec(config).dense] == [
+        "counter_user_all_ctr",
+        "counter_user_scenario_all_ctr",
+        "counter_item_all_ctr",
+        "counter_item_scenario_all_ctr",
+        *(f"counter_a_7d_{what}" for what in ("impressions", "clicks", "orders", "ctr", "cvr")),
+    ]
+    counters = config.row_meaning()["counters"]
+    assert counters["user"] == {"keys": ["user_id"], "windows": ["all"], "events": ["ctr"], "per_scenario": False}
+    assert set(counters) == {"prior", "user", "user_scenario", "item", "item_scenario", "a"}
 
 
 def test_without_counters_a_build_does_nothing_for_them() -> None:
@@ -117,8 +140,13 @@ def test_what_is_counted_decides_what_a_row_means_and_the_warm_up_does_not() -> 
         (('counters.a.keys=["query"]', "counters.a.windows=[]"), r"counters.a.windows must name days, each once"),
         (
             ('counters.a.keys=["query"]', 'counters.a.events=["views"]'),
-            r"counters.a.events must name some of impressions",
+            r"counters.a.events must name some of impressions, clicks, orders, ctr, cvr, each once, got \['views'\]",
         ),
+        (
+            ('counters.events=["ctr","ctr"]',),
+            r"^counters.events must name some of impressions, .* got \['ctr', 'ctr'\]",
+        ),
+        (('counters.windows=["a week"]',), r"^counters.windows must name days, each once, .* got \['a week'\]"),
         (('counters.a.keys=["query"]', "counters.a.window=1"), r"unknown key 'counters.named.a.window'"),
         (('counters.A-b.keys=["query"]',), r"counters: 'A-b' must be lower-case letters, digits and '_'"),
         (
