@@ -5,11 +5,11 @@
 `static` and `needs` are the lakes of jobs/configs/simulated.toml and needs.toml, `kuairand` that of kuairand.toml;
 `kuairand, own counters` and `kuairand, all earlier` are without the counts that its source makes itself, as in
 learning_signals.py. Every model has the same rows, categories and numbers, the scenario among them; --counters adds the
-lake's counters (`counters.defaults`), all of them or the log odds over all days, under a name of its own. Histories are ours alone: no peer here takes several of them. Where the
-lake has terms, ours are trained without and with them. Each peer's settings come from a grid by mean AUC of both tasks
-on the last training day, trained on those before with the first seed; then it is trained on all training days. Ours
-have the configuration of the file: on the simulated worlds chosen on that day too, on KuaiRand on the held-out days
-(docs/learning.md).
+lake's counters (`counters.defaults`), all of them or the log odds over all days, under a name of its own. Histories are
+ours alone: no peer here takes several of them. Where the lake has terms, ours are trained without and with them. Each
+peer's settings come from a grid by mean AUC of both tasks on the last training day, trained on those before with the
+first seed; then it is trained on all training days. Ours have the configuration of the file: on the simulated worlds
+chosen on that day too, on KuaiRand on the held-out days (docs/learning.md).
 
 Every training is kept in --work and is not done again, so that the command goes on where it stopped. After each model
 it writes results/anchors.json and, once there is something to compare, the table of docs/learning.md.
