@@ -105,6 +105,11 @@ def list_column(feature: str) -> str:
     return f"{feature}_indices"
 
 
+def cold_column(key: str) -> str:
+    """Column (boolean) of a table of vectors: true where the vocabulary of `key` has the id for its vector alone."""
+    return f"{key}_is_cold"
+
+
 def scaled_column(feature: str) -> str:
     """Column of the scaled value (float) of a number feature."""
     return f"{feature}_scaled"

@@ -45,6 +45,8 @@ HELPLESS_RATE = 0.98
 
 COLD = ("unknown_user", "unknown_item", "unknown_query", "no_history", "new_user", "new_item")
 """Kinds of cold impressions: the value has no id of its own; no event before; no training impression of it."""
+_MAY_BE_COLD = ("user_id", "item_id")
+"""What may have an id for its vector alone."""
 WITH_QUERY = "with_query"
 """Impressions that have a query: what `unknown_query` is a part of."""
 
@@ -99,8 +101,14 @@ class SampleCounts:
         return sum((f for (d, _), f in self.funnels.items() if d == date), Funnel())
 
 
-def count_samples(samples: DataFrame, spec: FeatureSpec, *, hashed: bool) -> SampleCounts:
-    """Read the labels and ids of written samples (with the columns of `mark_new`) back and add them up."""
+def count_samples(
+    samples: DataFrame, spec: FeatureSpec, *, hashed: bool, cold_ids: DataFrame | None = None
+) -> SampleCounts:
+    """Read the labels and ids of written samples (with the columns of `mark_new`) back and add them up.
+
+    `cold_ids`, as Vocabularies.cold, count as unknown: what they stand for was not shown often enough.
+    """
+    samples = _mark_cold(samples, cold_ids)
     features = [
         *(feature for feature in spec.sparse if feature.name != EVENT_HOUR),  # an hour is always known
         *spec.lists,
@@ -109,6 +117,8 @@ def count_samples(samples: DataFrame, spec: FeatureSpec, *, hashed: bool) -> Sam
     for feature in features:
         for kind, least in (("known", FIRST_ID), ("present", UNKNOWN_ID)):
             sums[f"{kind}_{feature.name}"] = _at_least(feature, least)
+    for key in _MAY_BE_COLD:
+        sums[f"known_{key}"] = sums[f"known_{key}"] & ~F.col(f"cold:{key}")
     numbers = [feature.name for feature in spec.dense if feature.column == scaled_column(feature.name)]
     sums |= {f"present_{name}": F.col(scaled_column(name)) != 0 for name in numbers}
     sums |= _cold_conditions(spec)
@@ -135,6 +145,21 @@ def count_samples(samples: DataFrame, spec: FeatureSpec, *, hashed: bool) -> Sam
     return SampleCounts(funnels, known, present, cold)
 
 
+def _mark_cold(samples: DataFrame, cold: DataFrame | None) -> DataFrame:
+    """Add `cold:user_id` and `cold:item_id`: the id is one of `cold`."""
+    for key in _MAY_BE_COLD:
+        flag = f"cold:{key}"
+        if cold is None:
+            samples = samples.withColumn(flag, F.lit(False))
+            continue
+        ids = cold.filter(F.col("feature") == key).select(
+            F.col("id").alias(index_column(key)), F.lit(True).alias("is:")
+        )
+        samples = samples.join(ids, on=index_column(key), how="left")
+        samples = samples.withColumn(flag, F.coalesce("is:", F.lit(False))).drop("is:")
+    return samples
+
+
 def _at_least(feature: SparseFeature, least: int) -> Column:
     """How many values of a row have such an id."""
     if isinstance(feature, ListFeature):
@@ -145,11 +170,13 @@ def _at_least(feature: SparseFeature, least: int) -> Column:
 def _cold_conditions(spec: FeatureSpec) -> dict[str, Column]:
     """Name of COLD, and WITH_QUERY -> what holds on its rows."""
     no_events = [F.size(history.item_ids) == 0 for history in spec.histories]
+
+    def is_unknown(name: str) -> Column:
+        return F.col(index_column(name)) == UNKNOWN_ID
+
     return {
-        **{
-            f"unknown_{key}": F.col(index_column(name)) == UNKNOWN_ID
-            for key, name in (("user", "user_id"), ("item", "item_id"), ("query", "query"))
-        },
+        **{f"unknown_{key.removesuffix('_id')}": (is_unknown(key) | F.col(f"cold:{key}")) for key in _MAY_BE_COLD},
+        "unknown_query": is_unknown("query"),
         "no_history": reduce(operator.and_, no_events),
         "new_user": F.col("is_new_user"),
         "new_item": F.col("is_new_item"),

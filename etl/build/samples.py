@@ -103,9 +103,7 @@ def build_samples(spark: SparkSession, config: Config, request: BuildRequest, pr
         sums = write_sums(spark, config, lake, state, inputs.staged(COUNT), built[-1])
         versions = update_tables_by_id(spark, config, lake, inputs.tables, known, spec)
         prepare_samples(spark, lake, spec, config, {**versions, **known.fitted})
-        progress(
-            "vocabularies: " + ", ".join(f"{n} {f.num_embeddings - FIRST_ID:,}" for n, f in spec.vocabularies.items())
-        )
+        progress(_vocabularies_line(known, spec))
         rows = row_plan(config, spec, inputs.account, request.watermark, [day_number(date) for date in built])
         job = Job(
             spark=spark,
@@ -121,6 +119,14 @@ def build_samples(spark: SparkSession, config: Config, request: BuildRequest, pr
         found = write_dates(job, built, built)
         write_state(spark, config, lake, state, inputs.staged(EVENT), inputs.staged(VALUE), built[-1])
         return found
+
+
+def _vocabularies_line(known: Vocabularies, spec: FeatureSpec) -> str:
+    """How many values have an id, and how many of them for their vector alone."""
+    rows = [] if known.cold is None else known.cold.groupBy("feature").count().collect()
+    cold = {row["feature"]: f" ({row['count']:,} of them by their vector alone)" for row in rows}
+    sizes = (f"{n} {f.num_embeddings - FIRST_ID:,}{cold.get(n, '')}" for n, f in spec.vocabularies.items())
+    return "vocabularies: " + ", ".join(sizes)
 
 
 def row_plan(
@@ -206,7 +212,8 @@ def _write_samples(
     version = table_version(job.spark, path)
     table = job.spark.read.format("delta").option("versionAsOf", version).load(path)
     rows = mark_new(table.filter(any_date_condition(PARTITION_COLUMN, reported)), table, job.config, reported)
-    return version, count_samples(rows, job.plan.spec, hashed=job.config.vocabulary.kind == "hash"), cut
+    hashed = job.config.vocabulary.kind == "hash"
+    return version, count_samples(rows, job.plan.spec, hashed=hashed, cold_ids=job.known.cold), cut
 
 
 @contextmanager

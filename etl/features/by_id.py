@@ -70,33 +70,55 @@ def update_tables_by_id(
         if vectors := [vector for vector in spec.vectors if vector.owner == owner]:
             rows, schema = vectors_by_id(table, vectors, known, config), vectors_schema(config, owner)
             name = VECTORS_PROPERTIES[owner]
-            versions[name] = _update(spark, lake, VECTOR_TABLES[owner], rows, schema, name)
+            cold = None if known.cold is None else known.cold.filter(F.col("feature") == f"{owner}_id").select("id")
+            versions[name] = _update(spark, lake, VECTOR_TABLES[owner], rows, schema, name, cold)
     return versions
 
 
-def _update(spark: SparkSession, lake: Lake, name: str, rows: DataFrame, schema: T.StructType, prop: str) -> int:
+def _update(
+    spark: SparkSession,
+    lake: Lake,
+    name: str,
+    rows: DataFrame,
+    schema: T.StructType,
+    prop: str,
+    cold: DataFrame | None = None,
+) -> int:
     """The version of a table that has these rows, by its first column, and those of what the logs have dropped.
 
     What a feature table has dropped keeps its row: histories go on naming it. A row of nulls is none, and ends one.
+    `cold` are the ids that the schema's last column shall be true of; without, the rows have all columns.
     """
     path, key = lake.path(name), schema[0].name
     wanted = rows.dropna("all", subset=rows.columns[1:])
     named = samples_version(spark, lake, prop)
-    if not lake.has(spark, name):
+    is_there = lake.has(spark, name)
+    if not is_there:
         create_table(spark, lake, name, schema)
-    elif named is not None:
+    if not is_there or named is None:
+        wanted = _with_cold(wanted, schema, cold)
+    else:
         # Not the newest version where the samples name another: a build that was killed, or samples and vocabularies
         # that were RESTOREd, leave rows behind whose ids the vocabularies may not know. Nothing stays where no samples
         # name a version, as where they were deleted: their vectors were divided by another scale.
         version = min(named, table_version(spark, path))  # a table that was deleted begins anew
         there = spark.read.format("delta").option("versionAsOf", version).load(path)
-        # Read twice: to compare, and to write.
-        wanted = kept(wanted.unionByName(there.join(rows.select(key), on=key, how="left_anti")))
+        dropped = there.select(rows.columns).dropna("all", subset=rows.columns[1:])
+        wanted = wanted.unionByName(dropped.join(rows.select(key), on=key, how="left_anti"))
+        wanted = kept(_with_cold(wanted, schema, cold))  # read twice: to compare, and to write
         if content_hash(wanted) == content_hash(there.select(wanted.columns)):
             return version
     # One file, sorted: every training worker reads all of it.
     replace_dates(wanted.repartition(1).sortWithinPartitions(key), path, f"{key} IS NOT NULL")
     return table_version(spark, path)
+
+
+def _with_cold(rows: DataFrame, schema: T.StructType, cold: DataFrame | None) -> DataFrame:
+    """The rows with the schema's last column; a cold id whose vector was taken back has a row of its own."""
+    if cold is None:
+        return rows
+    key, flag = schema[0].name, schema[-1].name
+    return rows.join(cold.select(F.col("id").alias(key), F.lit(True).alias(flag)), on=key, how="full")
 
 
 def item_features(items: DataFrame, known: Vocabularies, config: Config) -> DataFrame:
@@ -111,7 +133,7 @@ def vectors_by_id(table: DataFrame, vectors: Sequence[VectorFeature], known: Voc
     key, names = vectors[0].key, [vector.name for vector in vectors]
     encoded = encode(table.select(key, *names), (key,), known, config.vocabulary)
     rows = _one_an_id(encoded, key, {name: F.col(name) for name in names})
-    schema = vectors_schema(config, vectors[0].owner)
+    schema = T.StructType(vectors_schema(config, vectors[0].owner).fields[: 1 + len(names)])
     arrow_schema = to_arrow_schema(schema)
     scales = {vector.name: vector.scale for vector in vectors}
 

@@ -7,6 +7,7 @@ version of the table still reads the newer one.
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from etl.features.lists import count_list_values
 from etl.features.numbers import Fits, fit_numbers, fit_vectors, fits_of, is_finite, owned_counts
 from etl.jvm import table_properties, table_version
 from etl.kernel.rows import EVENT_HOUR, NUM_HOURS
-from etl.lake.tables import Lake, append_vocabularies
+from etl.lake.tables import Lake, append_vocabularies, samples_version
 from etl.session import kept
 from usr_ray.config import Config, VocabularyConfig, date_ranges, dates_in, parse_dates
 from usr_ray.config.counters import CounterConfig, counter_columns
@@ -37,10 +38,13 @@ from usr_ray.schema import (
     SCALES,
     STANDARD,
     UNKNOWN_ID,
+    VECTOR_TABLES,
+    VECTORS_PROPERTIES,
     VOCABULARIES,
     DenseFeature,
     FeatureSpec,
     SparseFeature,
+    cold_column,
     fingerprint_text,
     index_column,
     scaled_column,
@@ -63,6 +67,8 @@ class Vocabularies:
     """Of the numbers whose scale is fitted (etl/features/numbers.py), as the samples table has them; None: no table."""
     fitted: Mapping[str, str] = field(default_factory=dict)
     """Table property that says on which dates; empty where nothing was fitted in this build."""
+    cold: DataFrame | None = None
+    """feature and id of the users and items that have an id for their vector alone; None: there are no vectors."""
 
     def fingerprints(self, feature: str) -> tuple[tuple[int, str], ...]:
         """Those that the samples table has, and one of the values there are now, if it is another."""
@@ -159,7 +165,25 @@ def existing_vocabularies(spark: SparkSession, config: Config, lake: Lake) -> Vo
         return Vocabularies(spark.createDataFrame([], VOCABULARY_SCHEMA), {}, {}, {}, fits)
     path = lake.path(VOCABULARIES)
     version = table_version(spark, path) if lake.has(spark, VOCABULARIES) else None
-    return replace(read_vocabularies(spark, path, version, recorded), fits=fits)
+    known = replace(read_vocabularies(spark, path, version, recorded), fits=fits)
+    return replace(known, cold=_cold_before(spark, config, lake, known))
+
+
+def _cold_before(spark: SparkSession, config: Config, lake: Lake, known: Vocabularies) -> DataFrame | None:
+    """`Vocabularies.cold` as the builds before have left it."""
+    parts = []
+    for owner in dict.fromkeys(vector.owner for vector in config.features.vectors):
+        key, path, end = f"{owner}_id", lake.path(VECTOR_TABLES[owner]), FIRST_ID
+        version = samples_version(spark, lake, VECTORS_PROPERTIES[owner])
+        if version is not None and lake.has(spark, VECTOR_TABLES[owner]):
+            version = min(version, table_version(spark, path))
+            rows = spark.read.format("delta").option("versionAsOf", version).load(path).filter(cold_column(key))
+            parts.append(rows.select(F.lit(key).alias("feature"), F.col(index_column(key)).alias("id")))
+            end = known.recorded[key][-1][0] if known.recorded.get(key) else FIRST_ID
+        # Ids that no such table tells of, as after a build that was killed when it had appended them: by their counts.
+        is_rare = (F.col("feature") == key) & (F.col("id") >= end) & (F.col("count") < config.vocabulary.min_count)
+        parts.append(known.entries.filter(is_rare).select("feature", "id"))
+    return functools.reduce(DataFrame.unionByName, parts) if parts else None
 
 
 def _halves() -> tuple[Column, Column]:
@@ -243,21 +267,47 @@ def grow_vocabularies(
         return known, feature_spec(config, known)
     counted = per_date.filter(F.col("date").isin(fitting))
     counts = count_values(counted, tables, config)
-    fresh, grown = new_entries(counts, known, config.vocabulary.min_count)
+    min_count = config.vocabulary.min_count
+    fresh, grown = new_entries(counts, known, min_count, _have_vectors(config, tables))
     if grown.max_ids != known.max_ids:
         append_vocabularies(spark, lake, fresh)
         known = replace(grown, entries=kept(spark.read.format("delta").load(lake.path(VOCABULARIES))))
+    if known.cold is not None:
+        # Once shown often enough, an id stays as one that is, whatever later builds count.
+        cold = known.cold.unionByName(fresh.filter(F.col("count") < min_count).select("feature", "id"))
+        often = counts.filter(F.col("count") >= min_count).select("feature", "value")
+        shown = known.entries.join(often, on=["feature", "value"], how="left_semi").select("feature", "id")
+        known = replace(known, cold=kept(cold.distinct().join(shown, on=["feature", "id"], how="left_anti")))
     return known, feature_spec(config, known)
 
 
-def new_entries(counts: DataFrame, known: Vocabularies, min_count: int) -> tuple[DataFrame, Vocabularies]:
+def _have_vectors(config: Config, tables: Mapping[str, DataFrame]) -> DataFrame | None:
+    """Columns feature and value of every user and item with a vector; None where that is no reason for an id."""
+    parts = []
+    for owner, table in tables.items():
+        names = [vector.name for vector in config.features.vectors if vector.owner == owner]
+        if names and config.vocabulary.admit_vectors:
+            rows = table.dropna("all", subset=names)
+            parts.append(rows.select(F.lit(f"{owner}_id").alias("feature"), F.col(f"{owner}_id").alias("value")))
+    return functools.reduce(DataFrame.unionByName, parts) if parts else None
+
+
+def new_entries(
+    counts: DataFrame, known: Vocabularies, min_count: int, always: DataFrame | None = None
+) -> tuple[DataFrame, Vocabularies]:
     """Rows to append to the vocabularies, and largest ids and hashes of the features once they are.
 
-    New ids follow the feature's largest one by descending count, then value.
+    New ids follow the feature's largest one by descending count, then value. So those that are `always` admitted (each
+    feature and value once), whatever their count, come behind the ones that are counted often enough.
     """
     order = Window.partitionBy("feature").orderBy(F.desc("count"), "value")
     offset = _by_feature(known.max_ids, F.lit(FIRST_ID - 1))
-    common = counts.filter(F.col("count") >= min_count)
+    if always is None:
+        common = counts.filter(F.col("count") >= min_count)
+    else:
+        is_admitted = (F.col("count") >= min_count) | F.col("always:")
+        both = counts.join(always.withColumn("always:", F.lit(True)), on=["feature", "value"], how="full")
+        common = both.filter(is_admitted).select("feature", "value", F.coalesce("count", F.lit(0)).alias("count"))
     if known.max_ids:
         common = common.join(known.entries.select("feature", "value"), on=["feature", "value"], how="left_anti")
     number = (F.row_number().over(order) + offset).cast("bigint").alias("id")

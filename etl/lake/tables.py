@@ -34,6 +34,7 @@ from usr_ray.schema import (
     VECTOR_TABLES,
     VOCABULARIES,
     FeatureSpec,
+    cold_column,
     index_column,
 )
 
@@ -148,10 +149,15 @@ def item_features_schema(config: Config) -> T.StructType:
 
 
 def vectors_schema(config: Config, owner: str) -> T.StructType:
-    """Encoded id of a user or item, and its vectors: the bytes of float16 numbers, little-endian; null: it has none."""
-    names = getattr(config.features, f"{owner}_vectors")
-    key = T.StructField(index_column(f"{owner}_id"), T.LongType(), nullable=False)
-    return T.StructType([key, *(T.StructField(name, T.BinaryType()) for name in names)])
+    """Encoded id of a user or item, and its vectors: the bytes of float16 numbers, little-endian; null: it has none.
+
+    Last, where a vocabulary gives the ids: true of one that it has for its vector alone, else null.
+    """
+    key, names = f"{owner}_id", getattr(config.features, f"{owner}_vectors")
+    kinds = {index_column(key): T.LongType(), **dict.fromkeys(names, T.BinaryType())}
+    if config.vocabulary.kind == "fit":
+        kinds[cold_column(key)] = T.BooleanType()
+    return plain_schema(kinds, nullable=[*kinds][1:])
 
 
 def label_constraints() -> dict[str, str]:

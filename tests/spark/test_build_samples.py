@@ -37,7 +37,7 @@ from tests.spark.shop import (
     write_logs,
 )
 from usr_ray.config import Config, load_config
-from usr_ray.data.by_id import read_vectors
+from usr_ray.data.by_id import read_cold, read_vectors
 from usr_ray.data.events import read_events
 from usr_ray.data.manifest import build_manifest, read_vocabularies
 from usr_ray.schema import FEATURE_SPEC_PROPERTY, FeatureSpec
@@ -144,9 +144,10 @@ def shop() -> Shop:
     for n, row in enumerate(shop.users.values()):
         row |= {"hobbies": HOBBIES[n % len(HOBBIES)], "spent": SPENT[n % len(SPENT)]}
         row["face"] = [n / 7, -1.0] if n % 4 else None
+    shop.items["never shown"] = {"brand": "a", "price": 1.0}
     for n, row in enumerate(shop.items.values()):
         row |= {"tags": TAGS[n % len(TAGS)], "title": TITLES[n % len(TITLES)], "stock": STOCK[n % len(STOCK)]}
-        row["look"] = None if n % 5 == 2 else [n / 3, 0.1, -float(n)]
+        row["look"] = None if n % 5 == 4 else [n / 3, 0.1, -float(n)]
     return shop
 
 
@@ -289,8 +290,20 @@ def test_dates_do_not_lean_on_one_another_s_builds(samples: dict, grown: Path) -
         assert {name: row[name] for name in same} == {name: samples[key][name] for name in same}
 
 
+def having_vectors(shop: Shop, feature: str) -> set[str]:
+    """Values that have an id for their vector, at least."""
+    rows, name = {"user_id": (shop.users, "face"), "item_id": (shop.items, "look")}.get(feature, ({}, ""))
+    return {raw for raw, row in rows.items() if row[name] is not None}
+
+
+def cold_of(shop: Shop, samples: dict, ids: dict, key: str) -> set[int]:
+    """Ids of those that have one for their vector alone, where all dates are fitted on."""
+    counts = collections.Counter(row[key] for row in samples.values())
+    return {ids[key][raw] for raw in having_vectors(shop, key) if counts[raw] < MIN_COUNT}
+
+
 def test_vocabularies_hold_what_is_common_and_grow_by_appending(
-    spark: SparkSession, grown: Path, samples: dict
+    spark: SparkSession, grown: Path, samples: dict, shop: Shop
 ) -> None:
     table = spark.read.format("delta").load(str(grown / "vocabularies")).collect()
     counts: dict[tuple[str, str], list[int]] = collections.defaultdict(lambda: [0, 0])
@@ -301,13 +314,18 @@ def test_vocabularies_hold_what_is_common_and_grow_by_appending(
                 counts[feature, row[column]][0 if late else 1] += 1
     for feature in ("user_id", "item_id", "query"):
         # The first build had days 2 and 3 only; the second counted all four.
-        first = sorted((-c[0], v) for (f, v), c in counts.items() if f == feature and c[0] >= MIN_COUNT)
-        second = sorted((-sum(c), v) for (f, v), c in counts.items() if f == feature and c[0] < MIN_COUNT <= sum(c))
-        order = [value for _, value in first] + [value for _, value in second]
-        found = sorted((r["id"], r["value"]) for r in table if r["feature"] == feature)
-        assert found == [(n + 2, value) for n, value in enumerate(order)]
-    assert any(c[0] < MIN_COUNT <= sum(c) for c in counts.values())
+        always = having_vectors(shop, feature)
+        mine = {v: counts[feature, v] for v in {v for f, v in counts if f == feature} | always}
+        first = sorted((-c[0], v) for v, c in mine.items() if c[0] >= MIN_COUNT)
+        for_vectors = sorted((-c[0], v) for v, c in mine.items() if c[0] < MIN_COUNT and v in always)
+        second = sorted((-sum(c), v) for v, c in mine.items() if c[0] < MIN_COUNT <= sum(c) and v not in always)
+        wanted = [(value, -count) for count, value in (*first, *for_vectors, *second)]
+        found = sorted((r["id"], r["value"], r["count"]) for r in table if r["feature"] == feature)
+        assert found == [(n + 2, value, count) for n, (value, count) in enumerate(wanted)]
+    assert any(c[0] < MIN_COUNT <= sum(c) for (f, v), c in counts.items() if v not in having_vectors(shop, f))
+    assert any(c[0] < MIN_COUNT <= sum(c) for (f, v), c in counts.items() if v in having_vectors(shop, f))
     assert any(sum(c) < MIN_COUNT for c in counts.values())
+    assert counts["item_id", "never shown"] == [0, 0]
 
 
 def test_tags_and_terms_equal_plain_python(samples: dict, shop: Shop, ids: dict) -> None:
@@ -374,8 +392,8 @@ def test_fitted_scales_are_those_of_the_first_build_s_impressions(
                 assert row[f"{name}_index"] == number, (key, name)
 
 
-def test_vectors_lie_once_by_encoded_id(lake: Path, grown: Path, shop: Shop, ids: dict) -> None:
-    """Divided by the root mean square of the shop's, rounded to float16; without one, and without an id, none."""
+def test_vectors_lie_once_by_encoded_id(lake: Path, grown: Path, shop: Shop, ids: dict, samples: dict) -> None:
+    """Divided by the root mean square of the shop's, rounded to float16; whoever has one has an id."""
     manifest = build_manifest(lake, dates=None)
     found = read_vectors(manifest)
     for name, key, rows in (("face", "user_id", shop.users), ("look", "item_id", shop.items)):
@@ -386,13 +404,19 @@ def test_vectors_lie_once_by_encoded_id(lake: Path, grown: Path, shop: Shop, ids
         expected = np.zeros((manifest.spec.sparse_feature(key).num_embeddings, len(next(iter(vectors.values()))) + 1))
         expected[:, -1] = 1
         for raw, vector in vectors.items():
-            if raw in ids[key]:
-                expected[ids[key][raw]] = [*(vector.astype(np.float64) / of_spec).astype(np.float16), 0]
+            expected[ids[key][raw]] = [*(vector.astype(np.float64) / of_spec).astype(np.float16), 0]
         assert found[name].tolist() == expected.tolist()
         assert {0.0, 1.0} == set(found[name][2:, -1].tolist())
+        assert set(np.flatnonzero(read_cold(manifest)[key])) == cold_of(shop, samples, ids, key)
+    cold = cold_of(shop, samples, ids, "item_id")
+    assert ids["item_id"]["never shown"] in cold
+    assert sum(row["item_id_index"] in cold for row in samples.values()) > 5
+    assert sum(bool(cold & {*row[f"{s}_history_item_ids"]}) for row in samples.values() for s in SCENARIOS) > 5
     # Ids that came with the second build have theirs too.
     grown_ids = {r["value"]: r["id"] for r in rows_of(grown / "vocabularies") if r["feature"] == "item_id"}
-    looks = read_vectors(build_manifest(grown, dates=None))["look"]
+    looks, is_cold = (read(build_manifest(grown, dates=None)) for read in (read_vectors, read_cold))
+    assert set(np.flatnonzero(is_cold["item_id"])) == cold_of(shop, samples, {"item_id": grown_ids}, "item_id")
+    looks = looks["look"]
     assert {raw for raw, n in grown_ids.items() if not looks[n, -1]} == {
         raw for raw in grown_ids if raw in shop.items and shop.items[raw]["look"] is not None
     }
@@ -436,7 +460,7 @@ def test_rejects_are_the_oracle_s_and_the_broken_rows(
     assert len(set(wanted.rejects.values())) == 8  # every reason there is
 
 
-def test_reports_add_up(lake: Path, shop: Shop, wanted: Expected, samples: dict) -> None:
+def test_reports_add_up(lake: Path, shop: Shop, wanted: Expected, samples: dict, ids: dict) -> None:
     reports = [json.loads((lake / "reports" / f"{date}.json").read_text()) for date in DATES]
     logs = logs_of(shop)
     for log, rows in logs.items():
@@ -453,9 +477,12 @@ def test_reports_add_up(lake: Path, shop: Shop, wanted: Expected, samples: dict)
         c.get("duplicates", 0) for r in reports for log, c in r["rows"].items() if log.endswith("impressions")
     )
     assert duplicates == wanted.duplicates["impressions"] > 20
+    not_seen = {of: {1} | cold_of(shop, samples, ids, f"{of}_id") for of in ("item", "user")}
     for report in reports:
         rows = [s for s in samples.values() if str(s["impression_date"]) == report["date"]]
         assert report["samples"] == len(rows)
+        covered = sum(r["item_id_index"] not in not_seen["item"] for r in rows) / len(rows)
+        assert report["vocabulary_coverage"]["item_id"] == covered
         for scenario in SCENARIOS:
             mine = [r for r in rows if r["scenario"] == scenario]
             clicks, union = sum(r["is_click"] for r in mine), sum(r["is_click_global"] for r in mine)
@@ -464,8 +491,8 @@ def test_reports_add_up(lake: Path, shop: Shop, wanted: Expected, samples: dict)
             assert found["click_rate"] == clicks / len(mine)
             assert found["p_click_given_click_global"] == clicks / union
             cold = report["cold_start"][scenario]
-            assert cold["unknown_item"] == sum(r["item_id_index"] == 1 for r in mine)
-            assert cold["unknown_user"] == sum(r["user_id_index"] == 1 for r in mine)
+            for of in ("item", "user"):
+                assert cold[f"unknown_{of}"] == sum(r[f"{of}_id_index"] in not_seen[of] for r in mine), of
             events = [sum(len(r[f"{s}_history_actions"]) for s in SCENARIOS) for r in mine]
             assert cold["no_history"] == events.count(0)
             asked = [r["query_index"] for r in mine if r["query"] is not None]
@@ -514,7 +541,7 @@ def columns_of(inputs: dict, spec: FeatureSpec) -> dict[str, Any]:
 
 
 def test_a_request_of_raw_values_is_encoded_as_its_sample(
-    lake: Path, samples: dict, shop: Shop, tmp_path: Path
+    lake: Path, samples: dict, shop: Shop, ids: dict, tmp_path: Path
 ) -> None:
     """The service's encoder and stores against the build, on the logs' own values: bit for bit."""
     encoder, items, users = stores_of(lake, tmp_path)
@@ -550,6 +577,9 @@ def test_a_request_of_raw_values_is_encoded_as_its_sample(
         num_events += sum(len(row[f"{s}_history_actions"]) for s in SCENARIOS)
     assert num_events > 500
     assert users.get("nobody") is None
+    item_ids, _, is_new = items.find(["never shown", "nothing"], encoder)
+    assert item_ids.tolist() == [ids["item_id"]["never shown"], 1], "it has an id, and so its vector"
+    assert is_new.tolist() == [True, True]
 
 
 def test_hashed_ids_are_spark_s(spark: SparkSession, lake: Path) -> None:

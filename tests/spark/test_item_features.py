@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import shutil
 from pathlib import Path
@@ -17,7 +18,7 @@ from etl.build.restate import RestateRequest, restate_samples
 from etl.build.samples import Progress
 from etl.checks import DataCheckError
 from etl.features.by_id import update_tables_by_id
-from etl.features.vocabulary import existing_vocabularies, feature_spec
+from etl.features.vocabulary import existing_vocabularies, feature_spec, grow_vocabularies
 from etl.lake.maintain import MaintainRequest, maintain
 from etl.lake.tables import Lake, prepare_samples, replace_dates
 from etl.logs.events import read_features
@@ -225,6 +226,70 @@ def test_a_vector_that_was_taken_back_is_gone_and_one_that_the_log_dropped_stays
     assert update(lake, a=None, b=[3.5, 4.0]) == [[3.5, 4], [5, 6]]
     shutil.copytree(lake.path("item_vectors"), without_samples.path("item_vectors"))
     assert update(without_samples, b=[3.5, 4.0]) == [[3.5, 4]], "its scale is another's"
+
+
+class Growing:
+    """A lake without rows, whose vocabulary of items and vectors grow by what each build of one date would find."""
+
+    def __init__(self, spark: SparkSession, folder: Path) -> None:
+        self.spark, self.lake = spark, Lake(str(folder))
+
+    def build(
+        self, counts: dict[str, int], looks: dict[str, float | None], *settings: str, killed: bool = False
+    ) -> str:
+        """Impressions and vectors by item; every id in its order, `-` after those that are there for theirs alone."""
+        config = load_config(None, ["features.item_vectors={look = 1}", *settings])
+        date, spark, lake = dt.date(2026, 1, 1), self.spark, self.lake
+        rows = [("item_id", item, date, count) for item, count in counts.items()]
+        per_date = spark.createDataFrame(rows, "feature string, value string, date date, count bigint")
+        vectors = [(item, None if look is None else [look]) for item, look in looks.items()]
+        tables = {"item": spark.createDataFrame(vectors, "item_id string, look array<float>")}
+        known, spec = grow_vocabularies(spark, config, lake, per_date, tables, ["2026-01-01"], per_date)
+        if not killed:
+            versions = update_tables_by_id(spark, config, lake, tables, known, spec)
+            prepare_samples(spark, lake, spec, config, {**versions, **known.fitted})
+        entries = {row["id"]: row["value"] for row in rows_of(Path(lake.path("vocabularies")))}
+        flags = {row["item_id_index"]: row["item_id_is_cold"] for row in rows_of(Path(lake.path("item_vectors")))}
+        assert False not in flags.values(), "a row without a vector, of one that is not cold, would never go"
+        return " ".join(f"{entries[n]}{'-' if flags.get(n) else ''}" for n in sorted(entries))
+
+    @property
+    def looks(self) -> dict[int, float | None]:
+        """Vectors by encoded id."""
+        rows = rows_of(Path(self.lake.path("item_vectors")))
+        return {
+            r["item_id_index"]: None if r["look"] is None else float(np.frombuffer(r["look"], "<f2")[0]) for r in rows
+        }
+
+
+def test_an_item_with_a_vector_has_its_id_before_it_is_shown(spark: SparkSession, tmp_path: Path) -> None:
+    """By hand, over nine builds; vectors are of one size, so that they are divided by 1."""
+    shop = Growing(spark, tmp_path / "lake")
+    looks: dict[str, float | None] = {"a": 1.0, "c": 1.0, "b": -1.0, "d": None}
+    assert shop.build({"a": 3, "b": 1, "d": 1, "e": 2}, looks) == "a e b- c-"
+    assert shop.looks == {2: 1.0, 4: -1.0, 5: 1.0}
+    counts = {row["value"]: row["count"] for row in rows_of(tmp_path / "lake" / "vocabularies")}
+    assert counts == {"a": 3, "e": 2, "b": 1, "c": 0}
+    assert shop.build({"a": 3, "b": 1, "d": 1, "e": 2}, looks) == "a e b- c-"
+    assert len(DeltaTable(str(tmp_path / "lake" / "item_vectors")).history()) == 2, (
+        "nothing has changed, made and written"
+    )
+    # A build that is killed when it has appended an id, and the next one.
+    looks["f"] = 1.0
+    assert shop.build({"a": 3}, looks, killed=True) == "a e b- c- f"
+    assert shop.build({"a": 3}, looks) == "a e b- c- f-"
+    # Shown often enough: as any other from then on, whatever the counts and vocabulary.min_count of later builds are.
+    assert shop.build({"a": 3, "b": 2, "c": 1}, looks) == "a e b c- f-"
+    assert shop.build({"a": 3, "b": 1}, looks, "vocabulary.min_count=9") == "a e b c- f-"
+    # Taken back, or dropped from the log: it keeps its id, and the unknown id's row until it is shown.
+    del looks["f"]
+    assert shop.build({}, looks | {"c": None, "b": None}) == "a e b c- f-"
+    assert shop.looks == {2: 1.0, 5: None, 6: 1.0}
+    assert shop.build({"f": 2}, looks | {"c": None}) == "a e b c- f"
+    assert shop.build({"h": 2}, {"g": 1.0, "h": 1.0}, "vocabulary.admit_vectors=false") == "a e b c- f h"
+    # Without the samples' word, by the counts of the build that appended them.
+    shutil.rmtree(tmp_path / "lake" / "samples")
+    assert shop.build({}, looks) == "a e b- c- f- h"
 
 
 def test_no_table_where_none_is_wanted(spark: SparkSession, shop: Shop, tmp_path: Path) -> None:

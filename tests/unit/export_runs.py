@@ -66,5 +66,5 @@ def make_run(run_dir: Path, lake: Path, *, step: int = 5, best: bool = False, se
     for table_ND in state.tables.tables.values():
         table_ND[1:] += torch.randn(table_ND[1:].shape, generator=generator) * 0.5
     store = CheckpointStore(run_dir / "checkpoints")
-    store.save(step, state.tensors(), state.describe(worker), vectors=state.tables.vectors, best=best)
+    store.save(step, state.tensors(), state.describe(worker), vectors=state.tables.frozen, best=best)
     return run_dir

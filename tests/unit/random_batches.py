@@ -21,6 +21,7 @@ from usr_ray.schema import (
     ListFeature,
     SparseFeature,
     VectorFeature,
+    cold_column,
     index_column,
     list_column,
     scaled_column,
@@ -112,7 +113,9 @@ VECTORS = (
 
 
 def make_vectors(spec: FeatureSpec, seed: int) -> dict[str, Tensor]:
-    """Every third user or item has none, as padding and unknown; the last column says so."""
+    """Every third user or item has none, as padding and unknown; the last column says so. Every fourth has its id for
+    its vector alone (data/by_id.py, read_cold).
+    """
     g = torch.Generator().manual_seed(seed)
     found = {}
     for vector in spec.vectors:
@@ -121,6 +124,7 @@ def make_vectors(spec: FeatureSpec, seed: int) -> dict[str, Tensor]:
         values_NP[:2, -1] = 1
         values_NP[values_NP[:, -1] == 1, :-1] = 0
         found[vector.name] = values_NP.half()
+        found[cold_column(vector.key)] = torch.arange(len(values_NP)) % 4 == 3
     return found
 
 

@@ -31,6 +31,7 @@ from usr_ray.schema import (
     ListFeature,
     SparseFeature,
     VectorFeature,
+    cold_column,
     index_column,
     scaled_column,
 )
@@ -162,7 +163,10 @@ def write_samples(
 
 
 def vectors_arrow(spec: FeatureSpec, owner: str, seed: int = 0) -> pa.Table:
-    """Vectors by encoded id, as bytes of float16; every fifth user or item has no row, every third no vector in it."""
+    """Vectors by encoded id, as bytes of float16; every fifth user or item has no row, every third no vector in it.
+
+    Every fourth has its id for its vector alone.
+    """
     rng = np.random.default_rng(seed + 1)
     ids_N = np.arange(FIRST_ID, spec.sparse_feature(f"{owner}_id").num_embeddings)
     ids_N = ids_N[ids_N % 5 != 0]
@@ -172,6 +176,7 @@ def vectors_arrow(spec: FeatureSpec, owner: str, seed: int = 0) -> pa.Table:
             values = rng.normal(size=(len(ids_N), vector.length)).astype("<f2")
             bytes_of = [None if n % 3 == 0 else v.tobytes() for n, v in zip(ids_N, values, strict=True)]
             columns[vector.name] = pa.array(bytes_of, pa.binary())
+    columns[cold_column(f"{owner}_id")] = pa.array([True if n % 4 == 3 else None for n in ids_N.tolist()], pa.bool_())
     return pa.table(columns)
 
 

@@ -47,6 +47,12 @@ class SlowUsr:
         self.no_query = model.inputs.no_query_D
         self.sides = tables.sides
         self.vectors = {n: t.double() for n, t in tables.vectors.items()}
+        self.cold = tables.cold
+
+    def embedded(self, name: str, number: int) -> Tensor:
+        """Row of a table: the unknown id's of an id that is known by its vector alone."""
+        is_cold = name in self.cold and bool(self.cold[name][number])
+        return self.tables[name][1 if is_cold else number]
 
     def vector(self, name: str, number: int) -> Tensor:
         """The projected vector of a user or item, or what stands for none."""
@@ -63,14 +69,14 @@ class SlowUsr:
         """e_item and the rows of its categories, by what the item features say of it."""
         named = [] if self.sides is None else zip(self.sides.names, self.sides.ids_NC[number].tolist(), strict=True)
         vectors = [self.vector(name, number) for name in self.item_vectors]
-        return [self.tables["item_id"][number], *(self.tables[name][value] for name, value in named), *vectors]
+        return [self.embedded("item_id", number), *(self.tables[name][value] for name, value in named), *vectors]
 
     def target(self, batch: UsrBatch, row: int) -> Tensor:
         """t: of the row's own columns, which an item unknown to the item features has too."""
         values = dict(zip((f.name for f in self.spec.sparse), batch.sparse_BF[row].tolist(), strict=True))
         names = ("item_id", *(() if self.sides is None else self.sides.names))
         vectors = [self.vector(name, values["item_id"]) for name in self.item_vectors]
-        own = [self.tables[name][values[name]] for name in names]
+        own = [self.embedded(name, values[name]) for name in names]
         return torch.cat([*own, *vectors, self.query(values["query"])])
 
     def query(self, number: int) -> Tensor:
@@ -81,7 +87,7 @@ class SlowUsr:
         parts, context = [], []
         for number, feature in enumerate(self.spec.sparse):
             value = int(batch.sparse_BF[row, number])
-            part = self.query(value) if feature.name == "query" else self.tables[feature.name][value]
+            part = self.query(value) if feature.name == "query" else self.embedded(feature.name, value)
             parts.append(part)
             context += [part] if feature.owner == "context" else []
         for number, dense in enumerate(self.spec.dense):

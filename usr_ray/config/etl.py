@@ -30,6 +30,8 @@ from usr_ray.schema import (
     VECTOR_TABLES,
     ListFeature,
     VectorFeature,
+    cold_column,
+    index_column,
     list_column,
 )
 
@@ -115,6 +117,8 @@ class VocabularyConfig:
     """'fit': the vocabularies table; 'hash': a hash of the value into num_buckets, no table."""
     min_count: int = number(2, COUNT)
     """Impressions of a value in the training dates before it gets an id of its own."""
+    admit_vectors: bool = True
+    """Users and items that have a vector get an id, shown or not; False: by min_count alone, as all other values."""
     num_buckets: int = number(1_048_576, "[3, 2147483647]")
     """Rows of every table under kind = 'hash', padding and unknown included."""
 
@@ -180,6 +184,13 @@ class FeaturesConfig:
             not ours,
             f"features: '{''.join(ours[:1])}' is a feature of every table already ({', '.join(_OWN_FEATURES)}); take "
             "it out, or map the column to another name in [logs] columns",
+        )
+        taken = [name(f"{owner}_id") for owner in VECTOR_TABLES for name in (index_column, cold_column)]
+        ours = [name for name in (*self.user_vectors, *self.item_vectors) if name.lower() in taken]
+        require(
+            not ours,
+            f"features: '{''.join(ours[:1])}' is a column of every table of vectors ({', '.join(taken)}); map it to "
+            "another name in [logs] columns",
         )
         doubled = sorted({name for name in names if names.count(name) > 1})
         require(not doubled, f"features: {', '.join(doubled)} named more than once; rename the column in one log")

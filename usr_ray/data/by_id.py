@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from usr_ray.data.manifest import DataError, Manifest, join_path, open_filesystem
 from usr_ray.data.parts import FeatureFile
 from usr_ray.files import one_line
-from usr_ray.schema import ITEM_FEATURES, VECTOR_TABLES, VectorFeature, index_column
+from usr_ray.schema import ITEM_FEATURES, VECTOR_TABLES, VectorFeature, cold_column, index_column
 
 _ITEM = index_column("item_id")
 REBUILD_ID = "build any date with jobs/build_samples.py, which writes the table anew, and train on that version"
@@ -103,6 +103,29 @@ def read_vectors(manifest: Manifest) -> dict[str, NDArray[np.float16]]:
             ids = ids_of(table, key, spec.sparse_feature(f"{owner}_id").num_embeddings, path)
             for vector in vectors:
                 _fill(found[vector.name], ids, table, vector, path)
+    return found
+
+
+def read_cold(manifest: Manifest) -> dict[str, NDArray[np.bool_]]:
+    """Feature -> bool (N), of `user_id` and `item_id` where they have vectors: True at an id that the vocabulary has
+    for its vector alone. N as in read_vectors; a table of before there were such ids has none.
+
+    Raises:
+        DataError: a file is missing, was replaced, or holds something else in that column.
+    """
+    spec, found = manifest.spec, dict[str, NDArray[np.bool_]]()
+    files = {"user": manifest.user_vectors, "item": manifest.item_vectors}
+    for owner in dict.fromkeys(vector.owner for vector in spec.vectors):
+        key = f"{owner}_id"
+        ids_column, flag = index_column(key), cold_column(key)
+        found[key] = np.zeros(spec.sparse_feature(key).num_embeddings, dtype=np.bool_)
+        for path, table in tables_by_id(manifest, VECTOR_TABLES[owner], files[owner], [ids_column, flag]):
+            if flag in table.column_names:
+                column = table.column(flag)
+                if column.type != pa.bool_():
+                    raise DataError(f"{path}: column {flag} is {column.type}, needed booleans; {REBUILD_ID}")
+                ids = ids_of(table, ids_column, len(found[key]), path)
+                found[key][ids] = column.fill_null(False).to_numpy()
     return found
 
 

@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 from typing_extensions import override
 
 from usr_ray.data.batch import UsrBatch
 from usr_ray.model.counter_random import hash_keys, to_uniform
 from usr_ray.model.ops import Places
-from usr_ray.model.unique import EmbeddingError, ItemSides, TableIds, UniqueIds, table_columns, unique_ids
-from usr_ray.schema import PADDING_ID, FeatureSpec
+from usr_ray.model.unique import EmbeddingError, ItemSides, SharedRows, TableIds, UniqueIds, table_columns, unique_ids
+from usr_ray.schema import PADDING_ID, FeatureSpec, cold_column
 
 INIT_STD = 0.05
 """Standard deviation of a fresh row: of the order of row-wise Adagrad's first step."""
@@ -49,18 +50,41 @@ class TableLookup:
     ids_U: Tensor
     """int64, ascending, each once; the first is the padding id 0."""
     rows_UD: Tensor
-    """float32 copy of the rows, the first all zero; a leaf whose `.grad` (U, D) is filled by the backward."""
+    """float32 copy of the rows, the first all zero."""
     column_B: Tensor
     """int64: place in ids_U of the row's own value; (B, L) of tags and terms."""
     events: Places | None
     """Places in ids_U of the histories' values; None for tables that no history uses."""
     of_items: Places | None = None
     """See TableIds."""
+    shared: SharedRows | None = None
+    """Likewise."""
+    leaf_RD: Tensor | None = None
+    """Of `shared`, what rows_UD are made of: each row once. None: rows_UD is the leaf."""
+
+    @classmethod
+    def of_rows(cls, rows_RD: Tensor, ids: TableIds) -> TableLookup:
+        """From the rows of ids.rows_R: a leaf, where gradients are enabled, whose `.grad` the backward fills."""
+        if torch.is_grad_enabled():
+            rows_RD.requires_grad_()
+        if ids.shared is None:
+            return cls(ids.ids_U, rows_RD, ids.column_B, ids.events, ids.of_items)
+        # Its backward adds up what several ids owe to a row, in a fixed order.
+        rows_UD = embedding(ids.shared.place_U, rows_RD)
+        return cls(ids.ids_U, rows_UD, ids.column_B, ids.events, ids.of_items, ids.shared, rows_RD)
+
+    @property
+    def row_B(self) -> Tensor:
+        """int64: row of the table for the row's own value."""
+        rows_U = self.ids_U if self.shared is None else self.shared.rows_R[self.shared.place_U]
+        return rows_U[self.column_B]
 
     def update(self) -> tuple[Tensor, Tensor]:
         """(ids, gradients) of the rows to train, padding left out; zeros where the loss did not reach the table."""
-        grad_UD = self.rows_UD.grad
-        return self.ids_U[1:], (torch.zeros_like(self.rows_UD) if grad_UD is None else grad_UD)[1:]
+        rows_R, leaf_RD = self.ids_U, self.rows_UD
+        if self.shared is not None and self.leaf_RD is not None:
+            rows_R, leaf_RD = self.shared.rows_R, self.leaf_RD
+        return rows_R[1:], (torch.zeros_like(leaf_RD) if leaf_RD.grad is None else leaf_RD.grad)[1:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +112,22 @@ class RowSource(abc.ABC):
     spec: FeatureSpec
     vectors: dict[str, Tensor]
     """Vector -> float16 (N, P + 1) on the tables' device, whole on every rank (data/by_id.py); never trained."""
+    cold: dict[str, Tensor]
+    """Table -> bool (N) on the CPU: ids that the vocabulary has for their vectors alone. They look up the row of the
+    unknown id, which is trained, and not their own, which nothing has trained. Tables without such an id are left out.
+    """
+
+    def _hold(self, frozen: Mapping[str, Tensor], device: torch.device) -> None:
+        """Set `vectors` and `cold` from what `frozen` gives."""
+        names = {vector.name: vector.key for vector in self.spec.vectors}
+        self.vectors = {name: held.to(device) for name, held in frozen.items() if name in names}
+        flags = {key: frozen[cold_column(key)] for key in dict.fromkeys(names.values()) if cold_column(key) in frozen}
+        self.cold = {key: cold_N.cpu() for key, cold_N in flags.items() if cold_N.any()}
+
+    @property
+    def frozen(self) -> dict[str, Tensor]:
+        """What a run holds beside its checkpoints: the vectors, and `cold` by schema.cold_column."""
+        return self.vectors | {cold_column(key): cold_N for key, cold_N in self.cold.items()}
 
     @abc.abstractmethod
     def num_rows(self) -> dict[str, int]:
@@ -118,7 +158,7 @@ class RowSource(abc.ABC):
         Raises:
             EmbeddingError: an id is outside its table: the samples table grew after this run's manifest.
         """
-        return unique_ids(batch, self.num_rows(), self.sides, self.lists)
+        return unique_ids(batch, self.num_rows(), self.sides, self.lists, self.cold)
 
 
 class EmbeddingTables(RowSource):
@@ -133,7 +173,7 @@ class EmbeddingTables(RowSource):
         seed: of the fresh rows.
         device: where the tables live; batches must be on the same device.
         sides: what the items of histories are, where the model wants to know.
-        vectors: of the spec (data/by_id.py).
+        vectors: as `frozen` gives them (training.embeddings.load_vectors).
     """
 
     def __init__(
@@ -149,7 +189,7 @@ class EmbeddingTables(RowSource):
         self.dim = dim
         self.seed = seed
         self.device = torch.device(device)
-        self.vectors = {name: vectors_NP.to(self.device) for name, vectors_NP in (vectors or {}).items()}
+        self._hold(vectors or {}, self.device)
         self.tables: dict[str, Tensor] = {
             name: fresh_rows(name, 0, f.num_embeddings, dim=dim, seed=seed).to(self.device)
             for name, f in spec.vocabularies.items()
@@ -159,14 +199,11 @@ class EmbeddingTables(RowSource):
     @override
     def lookup(self, batch: UsrBatch, unique: UniqueIds | None = None) -> Lookup:
         found = self.unique_ids(batch) if unique is None else unique
-        tables = {n: self._rows(self.tables[n], ids) for n, ids in zip(self.tables, found, strict=True)}
+        tables = {
+            name: TableLookup.of_rows(self.tables[name].index_select(0, ids.rows_R), ids)
+            for name, ids in zip(self.tables, found, strict=True)
+        }
         return Lookup(tables, self.vectors_of(tables))
-
-    def _rows(self, table_ND: Tensor, ids: TableIds) -> TableLookup:
-        rows_UD = table_ND.index_select(0, ids.ids_U)
-        if torch.is_grad_enabled():
-            rows_UD.requires_grad_()
-        return TableLookup(ids.ids_U, rows_UD, ids.column_B, ids.events, ids.of_items)
 
     @override
     def num_rows(self) -> dict[str, int]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from usr_ray.config import ModelConfig, UserError
 from usr_ray.data.batch import UsrBatch
 from usr_ray.model.ops import Places, group_places
-from usr_ray.schema import PADDING_ID, FeatureSpec
+from usr_ray.schema import PADDING_ID, UNKNOWN_ID, FeatureSpec
 
 ITEM_TABLE = "item_id"
 """Table of the target item and of every history's items."""
@@ -30,6 +30,16 @@ QUERY_TABLE = "query"
 
 class EmbeddingError(UserError):
     """Tables and ids, or tables and a checkpoint, that do not fit together."""
+
+
+@dataclass(frozen=True, slots=True)
+class SharedRows:
+    """Rows of a table that the ids of a step stand for, where several may stand for that of the unknown id."""
+
+    rows_R: Tensor
+    """int64, ascending, unique; the first is the padding id 0."""
+    place_U: Tensor
+    """int64: place in rows_R of each of TableIds.ids_U."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +54,13 @@ class TableIds:
     """Places in ids_U of the histories' values; None for tables that no history uses."""
     of_items: Places | None = None
     """Places in ids_U of the value of each item of ITEM_TABLE's ids_U; None for tables that are no side of an event."""
+    shared: SharedRows | None = None
+    """None: each id has a row of its own, which it names."""
+
+    @property
+    def rows_R(self) -> Tensor:
+        """int64: the rows of the table that the ids stand for."""
+        return self.ids_U if self.shared is None else self.shared.rows_R
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +101,7 @@ def unique_ids(
     num_rows: Mapping[str, int],
     sides: ItemSides | None = None,
     lists: Mapping[str, tuple[int, int]] | None = None,
+    cold: Mapping[str, Tensor] | None = None,
 ) -> UniqueIds:
     """Which rows of which table a batch uses, and where: the part of a lookup that sorts.
 
@@ -92,6 +110,7 @@ def unique_ids(
         num_rows: table name -> N, in the order of FeatureSpec.vocabularies.
         sides: what the items of histories are; None: nothing but their ids is wanted.
         lists: of `table_columns`; None: there are neither tags nor terms.
+        cold: table name -> bool (N) on the CPU: ids that have no row of their own and stand for the unknown id's.
 
     Raises:
         EmbeddingError: an id is outside its table: the samples table grew after this run's manifest.
@@ -118,7 +137,15 @@ def unique_ids(
             found = _with_events(name, num_rows[name], columns[name], ids_U)
             shared[name] = replace(found, events=None, of_items=found.events)
     own = _sort_columns(batch.sparse_BF, list(num_rows.values()))
-    return (*(shared[name] if name in shared else own.table(f) for f, name in enumerate(num_rows)), *of_lists)
+    tables = {name: shared[name] if name in shared else own.table(f) for f, name in enumerate(num_rows)}
+    for name, cold_N in (cold or {}).items():
+        tables[name] = replace(tables[name], shared=_shared_rows(tables[name].ids_U, cold_N))
+    return (*tables.values(), *of_lists)
+
+
+def _shared_rows(ids_U: Tensor, cold_N: Tensor) -> SharedRows:
+    is_cold_U = cold_N[ids_U.to(cold_N.device)].to(ids_U.device)
+    return SharedRows(*torch.unique(torch.where(is_cold_U, UNKNOWN_ID, ids_U), return_inverse=True))
 
 
 def _list_ids(name: str, num_rows: int, batch: UsrBatch, first: int, end: int) -> TableIds:

@@ -131,6 +131,7 @@ class UsrModel(nn.Module):
         has_query_B1 = (lookup.tables[QUERY_TABLE].column_B > 0).unsqueeze(1)
         columns[QUERY_TABLE] = torch.where(has_query_B1, columns[QUERY_TABLE], self.inputs.no_query_D)
         ids = dict(zip(self.inputs.names, batch.sparse_BF.unbind(1), strict=True))
+        ids |= {name: table.row_B for name, table in lookup.tables.items() if table.shared is not None}
         masks = None
         if self.training and (self.twins_interest or self.twins_features):
             rate = self.config.contrastive.mask_rate
@@ -175,7 +176,8 @@ class UsrModel(nn.Module):
         Args:
             columns: embedding (B, D) of the row by feature name; in the query's, e_noq where there is no query;
                 those of `list_columns` and the projected vectors too.
-            ids: encoded id (B) of the row by feature name, for the first-order part.
+            ids: encoded id (B) of the row by feature name, for the first-order part; the unknown id's where it has no
+                row of its own.
             dense_BF: as UsrBatch.dense_BF.
             histories: of the same rows.
             scenario_B: int64, the row's own scenario.

@@ -122,7 +122,10 @@ def _features(name: str, spec: FeatureSpec) -> _Features | None:
 
 
 class _Embeddings(nn.Module):
-    """The tables. An id that a table does not hold is taken as unknown, as any new value is."""
+    """The tables. An id that a table does not hold is taken as unknown, as any new value is.
+
+    An id that is known by its vector alone has the unknown id's row in its own place.
+    """
 
     def __init__(self, tables: EmbeddingTables, inputs: InputNetwork, event_vectors: Sequence[str]) -> None:
         super().__init__()
@@ -130,6 +133,11 @@ class _Embeddings(nn.Module):
         projected = inputs.projected({name: v_NP.cpu().float() for name, v_NP in tables.vectors.items()})
         self.places = {name: place for place, name in enumerate((*tables.tables, *projected))}
         rows = [t.detach().cpu() for t in (*tables.tables.values(), *projected.values())]
+        self.cold = tuple(tables.cold)
+        for key, cold_N in tables.cold.items():
+            table_ND = rows[self.places[key]]
+            rows[self.places[key]] = torch.where(cold_N.unsqueeze(1), table_ND[UNKNOWN_ID], table_ND)
+            self.register_buffer(f"{key}_is_cold", cold_N)
         # In the query table, padding is not "nothing" but the learned e_noq.
         query = self.places[QUERY_TABLE]
         rows[query] = torch.cat([inputs.no_query_D.detach().cpu().unsqueeze(0), rows[query][1:]])
@@ -155,13 +163,19 @@ class _Embeddings(nn.Module):
         is_known = (ids >= 0) & (ids < self.tables[self.places[name]].shape[0])
         return torch.where(is_known, ids, UNKNOWN_ID)
 
+    def row_ids(self, name: str, ids: Tensor) -> Tensor:
+        """The ids, unknown where they have no row of their own either."""
+        ids = self.known(name, ids)
+        return torch.where(self.get_buffer(f"{name}_is_cold")[ids], UNKNOWN_ID, ids) if name in self.cold else ids
+
 
 class ServingModel(nn.Module):
     """Probabilities from padded inputs. A row's outputs do not depend on the other rows of the batch.
 
     Args:
         model: of a run; it is copied and folded, and may go on training.
-        tables: of the same run. Their rows are shared, not copied (but for the query table).
+        tables: of the same run. Their rows are shared, not copied (but for the query table, and tables with ids that
+            are known by their vectors alone).
         spec: of the table that the run was trained on.
     """
 
@@ -207,7 +221,7 @@ class ServingModel(nn.Module):
         lists = {f.name: self.embeddings.known(f.vocabulary, inputs[f.column]) for f in self.spec.lists}
         vectors = {f.name: self.embeddings(f.vocabulary, lists[f.name]) for f in self.spec.lists}
         columns |= list_columns(self.spec, lists, vectors)
-        ids = {name: self.embeddings.known(name, ids_B) for name, ids_B in ids.items()}
+        ids = {name: self.embeddings.row_ids(name, ids_B) for name, ids_B in ids.items()}
         weights_B = torch.ones_like(columns[ITEM_TABLE][:, 0])
         dense_BF = weights_B.unsqueeze(1) if dense_BF is None else dense_BF
         outputs = self.model.score(columns, ids, dense_BF, histories, scenario_B, weights_B)

@@ -18,11 +18,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from usr_ray.config import Config, ModelConfig
-from usr_ray.data.by_id import read_item_features, read_vectors
+from usr_ray.data.by_id import read_cold, read_item_features, read_vectors
 from usr_ray.data.manifest import Manifest
 from usr_ray.model.embedding import WEIGHTS, EmbeddingMemory, EmbeddingTables, Lookup, RowSource
 from usr_ray.model.unique import EmbeddingError, ItemSides, event_sides
-from usr_ray.schema import FeatureSpec
+from usr_ray.schema import FeatureSpec, cold_column
 from usr_ray.training.average import RowAverages, averaged_rows
 from usr_ray.training.optimizers import build_row_optimizer, exchange_tables
 from usr_ray.training.worker import Worker
@@ -151,12 +151,14 @@ def load_sides(manifest: Manifest, config: ModelConfig) -> ItemSides | None:
 
 
 def load_vectors(manifest: Manifest) -> dict[str, Tensor]:
-    """Vectors of users and items, of the versions that belong to the rows (data/by_id.py).
+    """Vectors of users and items, of the versions that belong to the rows, and by schema.cold_column the ids that are
+    there for them alone (data/by_id.py).
 
     Raises:
-        DataError: see read_vectors.
+        DataError: see read_vectors and read_cold.
     """
-    return {name: torch.from_numpy(vectors_NP) for name, vectors_NP in read_vectors(manifest).items()}
+    found = {name: torch.from_numpy(vectors_NP) for name, vectors_NP in read_vectors(manifest).items()}
+    return found | {cold_column(key): torch.from_numpy(cold_N) for key, cold_N in read_cold(manifest).items()}
 
 
 def describe_memory(embeddings: Embeddings, config: Config, worker: Worker) -> str:

@@ -11,7 +11,7 @@ TorchRec's EmbeddingCollection is given unique ids, table by table, and not the 
 that is in many histories) crosses the wire once, and one table serves a feature and its histories without a second copy
 of the rows. The padding row is zero, so it is never asked for.
 
-Shape letters: N rows of a table, U rows of a step, D embedding.
+Shape letters: N rows of a table, U ids and R rows of a step, D embedding.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class ShardedLookup(Lookup):
     """A lookup that knows where its rows came from."""
 
     sources: tuple[Tensor, ...] = ()
-    """For each table (U - 1, D): the rows but for padding, with TorchRec's way back to their owners behind them."""
+    """For each table (R - 1, D): the rows but for padding, with TorchRec's way back to their owners behind them."""
 
 
 class ShardedEmbeddings(Embeddings):
@@ -89,7 +89,7 @@ class ShardedEmbeddings(Embeddings):
         vectors: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.sides, self.lists, self.spec = sides, table_columns(spec), spec
-        self.vectors = {name: vectors_NP.to(worker.device) for name, vectors_NP in (vectors or {}).items()}
+        self._hold(vectors or {}, worker.device)
         self.worker = worker
         self.dim = config.model.embedding_dim
         self.learning_rate = config.train.embedding_learning_rate
@@ -158,11 +158,11 @@ class ShardedEmbeddings(Embeddings):
     def lookup(self, batch: UsrBatch, unique: UniqueIds | None = None) -> ShardedLookup:
         # TorchRec has the host wait for a GPU here, to size what the ranks send one another.
         found = self.unique_ids(batch) if unique is None else unique
-        wanted = [self._places(name, ids.ids_U[1:]) for name, ids in zip(self._num_rows, found, strict=True)]
+        wanted = [self._places(name, ids.rows_R[1:]) for name, ids in zip(self._num_rows, found, strict=True)]
         features = KeyedJaggedTensor(
             keys=list(self._num_rows),
             values=torch.cat(wanted),
-            lengths=torch.tensor([len(ids_U) for ids_U in wanted]).to(self.worker.device, non_blocking=True),
+            lengths=torch.tensor([len(rows_R) for rows_R in wanted]).to(self.worker.device, non_blocking=True),
         )
         with_grad = torch.is_grad_enabled()
         # FBGEMM counts its calls in place, which inference mode forbids.
@@ -170,17 +170,15 @@ class ShardedEmbeddings(Embeddings):
             vectors = self._module(features)
             sources = tuple(vectors[name].values() for name in self._num_rows)
         tables = {}
-        for name, ids, source_UD in zip(self._num_rows, found, sources, strict=True):
-            rows_UD = torch.cat([source_UD.new_zeros(1, self.dim), source_UD.detach()])
-            if with_grad:
-                rows_UD.requires_grad_()
-            tables[name] = TableLookup(ids.ids_U, rows_UD, ids.column_B, ids.events, ids.of_items)
+        for name, ids, source_RD in zip(self._num_rows, found, sources, strict=True):
+            rows_RD = torch.cat([source_RD.new_zeros(1, self.dim), source_RD.detach()])
+            tables[name] = TableLookup.of_rows(rows_RD, ids)
         return ShardedLookup(tables, self.vectors_of(tables), sources=sources)
 
-    def _places(self, name: str, ids_U: Tensor) -> Tensor:
+    def _places(self, name: str, rows_R: Tensor) -> Tensor:
         """Where TorchRec's table keeps these rows."""
         num_ranks = self.worker.world_size
-        return ids_U % num_ranks * self._num_held[name] + ids_U // num_ranks
+        return rows_R % num_ranks * self._num_held[name] + rows_R // num_ranks
 
     @override
     def at_step(self, step: int, scale: float) -> None:

@@ -27,7 +27,7 @@ from usr_ray.data.reader import Reading, SampleReader
 from usr_ray.evaluation.metrics import CellMetrics, Predictions, known_labels_only, metrics_by_scenario
 from usr_ray.model.backbones import OwnBackboneError
 from usr_ray.model.embedding import EmbeddingTables, RowSource
-from usr_ray.model.unique import ItemSides, UniqueIds, event_sides
+from usr_ray.model.unique import ITEM_TABLE, ItemSides, UniqueIds, event_sides
 from usr_ray.model.usr import UsrModel
 from usr_ray.schema import ALL_LABELS, TASKS, UNKNOWN_ID, FeatureSpec
 from usr_ray.training.average import averaged_tensors
@@ -64,7 +64,7 @@ def evaluate(model: nn.Module, tables: RowSource, manifest: Manifest, worker: Wo
         for batch, outputs in score_batches(model, tables, reader, manifest.spec, worker.device):
             kept_B = batch.weights_B > 0
             columns = [batch.row_number_B, batch.scenario_B, batch.user_key_B, batch.request_key_B]
-            columns += [batch.sparse_BF[:, _ITEM], _history_lengths(batch)]
+            columns += [_row_ids(tables, batch.sparse_BF[:, _ITEM]), _history_lengths(batch)]
             integers.append(torch.stack(columns, dim=1)[kept_B])
             labels.append(batch.labels_BT[kept_B])
             kept.append(kept_B)
@@ -156,6 +156,12 @@ def known_ids(batch: UsrBatch, spec: FeatureSpec, limits: dict[str, int]) -> Usr
 
 _ITEM = 1
 """Column of item_id in sparse_BF (FeatureSpec.sparse starts with user_id, item_id, query)."""
+
+
+def _row_ids(tables: RowSource, item_B: Tensor) -> Tensor:
+    """UNKNOWN_ID in place of items that are known by their vector alone: cold ones, as those without an id."""
+    cold_N = tables.cold.get(ITEM_TABLE)
+    return item_B if cold_N is None else torch.where(cold_N[item_B], UNKNOWN_ID, item_B)
 
 
 def _history_lengths(batch: UsrBatch) -> Tensor:

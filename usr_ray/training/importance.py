@@ -106,7 +106,7 @@ def importance(
     try:
         parts = [
             {"scenario": scenario, "rows": name, **_drops(take_rows(sample, rows), signals, scorer)}
-            for scenario, name, rows in _parts(sample, manifest.spec)
+            for scenario, name, rows in _parts(sample, manifest.spec, tables)
         ]
     finally:
         model.train(was_training)
@@ -139,12 +139,16 @@ def _sample(manifest: Manifest, worker: Worker, config: Config, max_rows: int) -
     return builder.finish()
 
 
-def _parts(sample: UsrBatch, spec: FeatureSpec) -> Iterator[tuple[str, str, NDArray[np.int64]]]:
+def _parts(sample: UsrBatch, spec: FeatureSpec, tables: RowSource) -> Iterator[tuple[str, str, NDArray[np.int64]]]:
     """(scenario, name, rows) of every part that has rows: a scenario, then its cold rows."""
     scenario_B, ids_BF = sample.scenario_B.numpy(), sample.sparse_BF.numpy()
+    is_unseen_BF = ids_BF[:, : len(UNSEEN)] == UNKNOWN_ID
+    for f, feature in enumerate(spec.sparse[: len(UNSEEN)]):
+        if feature.name in tables.cold:  # known by their vectors alone
+            is_unseen_BF[:, f] |= tables.cold[feature.name].numpy()[ids_BF[:, f]]
     for place, scenario in enumerate(spec.scenarios):
         inside_B = scenario_B == place
-        cold = [(f"unseen {name}", inside_B & (ids_BF[:, f] == UNKNOWN_ID)) for f, name in enumerate(UNSEEN)]
+        cold = [(f"unseen {name}", inside_B & is_unseen_BF[:, f]) for f, name in enumerate(UNSEEN)]
         for name, rows_B in [(ALL_ROWS, inside_B), *cold]:
             if rows_B.any():
                 yield scenario, name, np.flatnonzero(rows_B)
@@ -228,7 +232,7 @@ class _Scorer:
             unique = (
                 self.tables.unique_ids(batch)
                 if sides is None
-                else unique_ids(batch, self.tables.num_rows(), sides, self.tables.lists)
+                else unique_ids(batch, self.tables.num_rows(), sides, self.tables.lists, self.tables.cold)
             )
             batch, unique = map_tensors((batch, unique), lambda tensor: tensor.to(self.device))
             with torch.inference_mode():

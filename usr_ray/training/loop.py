@@ -205,7 +205,7 @@ class _Run:
         described = state.describe(self.worker) | ({"log_loss": best_log_loss} if best else {})
         # Steps in between can be trained again; the last one's weights, or the best one's, are the result.
         must = best or state.step == self.total_steps
-        path = self.store.save(state.step, tensors, described, vectors=state.tables.vectors, best=best, must=must)
+        path = self.store.save(state.step, tensors, described, vectors=state.tables.frozen, best=best, must=must)
         self.monitor.on_checkpoint(state.step, path)
 
     def _evaluate(self) -> tuple[Evaluation | None, bool]:

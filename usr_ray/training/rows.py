@@ -12,6 +12,7 @@ from torch import Tensor
 from usr_ray.config import Config, UserError, end_of_us, parse_dates
 from usr_ray.data.assemble import padding_batch, take_rows
 from usr_ray.data.batch import UsrBatch
+from usr_ray.data.by_id import read_cold
 from usr_ray.data.decode import RowGroupDecoder
 from usr_ray.data.manifest import Manifest
 from usr_ray.data.mature import WhichRows, counted_in_training, labels_close_us, usable_row_groups
@@ -20,7 +21,7 @@ from usr_ray.evaluation.baseline import TrainingRows
 from usr_ray.evaluation.metrics import known_labels_only
 from usr_ray.model.embedding import RowSource
 from usr_ray.model.unique import UniqueIds
-from usr_ray.schema import ALL_LABELS, LABEL_ORDER, ORDERS, FeatureSpec
+from usr_ray.schema import ALL_LABELS, LABEL_ORDER, ORDERS, UNKNOWN_ID, FeatureSpec
 from usr_ray.training.loss import row_counts
 
 
@@ -140,9 +141,11 @@ def read_training_rows(manifest: Manifest, which: WhichRows) -> TrainingRows:
     labels_NT = np.stack([rows[label].to_numpy() for label in ALL_LABELS], axis=1)
     if which.ready_before_us is not None:
         labels_NT[np.ix_(rows["is_open"].to_numpy(), ORDERS)] = np.nan
+    item_N = rows[item_column].to_numpy()
+    cold_N = read_cold(manifest).get("item_id")
     return TrainingRows(
         scenario_N=scenario_N,
         user_key_N=rows["user_key"].to_numpy(),
-        item_id_N=rows[item_column].to_numpy(),
+        item_id_N=item_N if cold_N is None else np.where(cold_N[item_N], UNKNOWN_ID, item_N),  # as in Predictions
         labels_NT=known_labels_only(labels_NT, scenario_N, manifest.spec.known_labels),
     )

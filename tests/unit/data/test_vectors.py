@@ -15,7 +15,7 @@ from etl.features.vocabulary import feature_spec
 from etl.kernel.features import packed_vectors
 from tests.unit.samples_table import samples_spec, write_samples
 from usr_ray.config import UserError, load_config
-from usr_ray.data.by_id import read_vectors
+from usr_ray.data.by_id import read_cold, read_vectors
 from usr_ray.data.lineage import difference
 from usr_ray.data.manifest import DataError, Manifest, build_manifest
 from usr_ray.schema import SAMPLES, FeatureSpec, VectorFeature
@@ -55,6 +55,31 @@ def test_rows_are_ids_and_the_last_column_says_who_has_none(lake: Path) -> None:
     # samples_table: user 2 has one, 3 has none in its row, 4 one.
     assert found["face"][:, 3].tolist() == [1, 1, 0, 1, 0]
     assert read_vectors(build_manifest(lake, dates=None)).keys() == {"face", "title"}
+
+
+def with_flags(lake: Path, ids: list[int], flags: pa.Array) -> Manifest:
+    """`write_titles`, with flags of who has its id for its vector alone, and no vectors."""
+    rows = pa.table({"item_id_index": ids, "title": pa.nulls(len(ids), pa.binary()), "item_id_is_cold": flags})
+    write_deltalake(str(lake / "item_vectors"), rows, mode="overwrite", schema_mode="overwrite")
+    version = str(DeltaTable(lake / "item_vectors").version())
+    samples = DeltaTable(lake / SAMPLES)
+    samples.alter.set_table_properties({"usr_ray.item_vectors_version": version}, raise_if_not_exists=False)
+    return build_manifest(lake, dates=None)
+
+
+def test_who_has_an_id_for_its_vector_alone(lake: Path) -> None:
+    """A null is no; a table of before there was the column knows none; a row without a vector counts."""
+    old = read_cold(write_titles(lake, [5, 2], [halves(1, -2), None]))
+    assert old["item_id"].tolist() == [False] * 6
+    assert old["user_id"].tolist() == [False, False, False, True, False], "samples_table: every fourth"
+    manifest = with_flags(lake, [5, 2, 3], pa.array([True, None, False]))
+    assert read_cold(manifest)["item_id"].tolist() == [False, False, False, False, False, True]
+    with pytest.raises(DataError, match=r"column item_id_is_cold is int64, needed booleans; build any date with"):
+        read_cold(with_flags(lake, [2], pa.array([1])))
+    with pytest.raises(DataError, match=r"column item_id_index holds nulls or ids outside of 0\.\.5"):
+        read_cold(with_flags(lake, [9], pa.array([True])))
+    write_samples(lake.parent / "plain", samples_spec(), num_rows=60, num_days=2)
+    assert read_cold(build_manifest(lake.parent / "plain", dates=None)) == {}
 
 
 @pytest.mark.parametrize(
@@ -121,6 +146,10 @@ def test_vectors_are_part_of_the_spec_and_of_a_row_s_meaning_where_there_are_som
     for key, message in (
         ("features.item_vectors={title = 0}", r"features.item_vectors.title must be in \[1, 8192\], got 0"),
         ("features.item_vectors={item_id = 2}", "'item_id' is a feature of every table already"),
+        (
+            "features.user_vectors={Item_ID_is_cold = 2}",
+            r"'Item_ID_is_cold' is a column of every table of vectors \(user_id_index, user_id_is_cold, item_id_ind",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             load_config(None, [key])

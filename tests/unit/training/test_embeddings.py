@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.unit.random_batches import make_batch, make_config, make_spec, rows
+from tests.unit.random_batches import VECTORS, make_batch, make_config, make_spec, make_vectors, rows
 from tests.unit.samples_table import samples_spec, write_samples
 from tests.unit.training.test_loop import NUM_STEPS, Watcher, assert_equal_states, read_manifests, run
 from tests.unit.training.test_loop import make_config as make_run_config
@@ -42,7 +42,9 @@ needs_torchrec = pytest.mark.skipif(
 )
 
 STEPS, ROWS, RATE = 5, 16, 0.03
-SPEC = make_spec(num_embeddings=41)  # an odd number: the two shards differ in size
+SPEC = make_spec(num_embeddings=41, vectors=VECTORS)  # an odd number: the two shards differ in size
+FROZEN = make_vectors(SPEC, 0)
+"""Vectors, and users and items that have their ids for them alone: the unknown id's row is theirs."""
 SCALES = [0.25, 0.5, 0.75, 1.0, 1.0]
 """Share of the learning rate in each step, as a warm-up gives it."""
 
@@ -74,7 +76,7 @@ LOSS = make_config(multitask={"alpha": 0.5})
 def train_tables(worker: LocalWorker, folder: Path, *, strategy: str, optimizer: str) -> dict[str, torch.Tensor]:
     """Five steps of the tables under a USR that itself stays as it is; the state of a checkpoint, on rank 0."""
     embeddings = build_embeddings(
-        SPEC, strategy_config(embedding_strategy=strategy, embedding_optimizer=optimizer), worker
+        SPEC, strategy_config(embedding_strategy=strategy, embedding_optimizer=optimizer), worker, vectors=FROZEN
     )
     model = plain_model()
     for step in range(STEPS):
@@ -95,7 +97,10 @@ def dense_reference(optimizer: str) -> dict[str, torch.Tensor]:
     """The same steps with autograd's gradients of whole tables and masked updates of all their rows, one rank."""
     worker = LocalWorker("cpu")
     config = strategy_config(embedding_optimizer=optimizer)
-    start = ReplicatedEmbeddings(SPEC, config, worker)
+    start = ReplicatedEmbeddings(SPEC, config, worker, vectors=FROZEN)
+    rows_of = {name: torch.arange(len(table)) for name, table in start.tables.items()}
+    rows_of |= {name: torch.where(cold_N, 1, rows_of[name]) for name, cold_N in start.cold.items()}
+    assert len(start.cold) == 2
     tables = {name: table.clone() for name, table in start.tables.items()}
     first = {n: torch.zeros_like(t) for n, t in tables.items()}
     second, count = ({n: torch.zeros(len(t)) for n, t in tables.items()} for _ in range(2))
@@ -104,13 +109,15 @@ def dense_reference(optimizer: str) -> dict[str, torch.Tensor]:
         batch = global_batch(step)
         dense = {name: table.clone().requires_grad_() for name, table in tables.items()}
         lookup = start.lookup(batch)
-        by_autograd = {n: dataclasses.replace(t, rows_UD=dense[n][t.ids_U]) for n, t in lookup.tables.items()}
+        by_autograd = {
+            n: dataclasses.replace(t, rows_UD=dense[n][rows_of[n][t.ids_U]]) for n, t in lookup.tables.items()
+        }
         outputs = model(batch, dataclasses.replace(lookup, tables=by_autograd), step)
         usr_loss(outputs, batch, row_counts(batch, 2), LOSS).total.backward()
         rate = RATE * SCALES[step]
         for name, leaf in dense.items():
             used = torch.zeros(len(leaf), dtype=torch.bool)
-            used[lookup.tables[name].ids_U[1:]] = True
+            used[rows_of[name][lookup.tables[name].ids_U[1:]]] = True
             assert leaf.grad is not None
             g = leaf.grad + 0.01 * tables[name]
             if optimizer == "rowwise_adagrad":

@@ -120,7 +120,7 @@ class NoTables:
     """Stands for the embedding tables; remembers the batches that were looked up."""
 
     def __init__(self, sizes):
-        self.sizes, self.batches = sizes, []
+        self.sizes, self.batches, self.cold = sizes, [], {}
 
     def num_rows(self):
         return self.sizes
@@ -189,6 +189,15 @@ def test_metrics_are_those_of_all_rows_at_once(lake, manifest, alone):
     assert cell["auc"] == pytest.approx(roc_auc_score([row["is_click"] for row in rows], scores))
     assert cell["num_samples"] == len(rows)
     assert cell["num_positives"] == sum(row["is_click"] for row in rows)
+
+
+def test_items_known_by_their_vector_alone_are_cold(lake, manifest, alone):
+    tables = NoTables(sizes(manifest.spec))
+    tables.cold = {"item_id": torch.arange(sizes(manifest.spec)["item_id"]) % 4 == 3}
+    result = evaluate(KnownScores(), tables, manifest, LocalWorker("cpu"), make_config())
+    items = [row["item_id_index"] for _, row in expected_rows(lake, manifest)]
+    assert result.predictions.item_id_N.tolist() == [1 if item % 4 == 3 else item for item in items]
+    assert result.predictions.probs_NT.tolist() == alone.predictions.probs_NT.tolist(), "the model has their ids"
 
 
 @pytest.mark.parametrize(("world_size", "global_batch_size"), [(1, 16), (1, 1024), (2, 64), (3, 48), (4, 1024)])
