@@ -67,7 +67,11 @@ class Epochs:
 
     def _source(self) -> Any:
         return training_batches(
-            self.reader, self.step.state.tables, epochs=range(self.epoch, self.epoch + 1), start_step=0, num_scenarios=2
+            self.reader,
+            self.step.state.tables,
+            epochs=range(self.epoch, self.epoch + 1),
+            start_step=0,
+            config=self.step.config.model,
         )
 
     def read(self) -> float:

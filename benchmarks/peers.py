@@ -174,7 +174,7 @@ def ours(
     }
     step = Step(spec, model, train={"global_batch_size": BATCH_ROWS})
     reader = stack.enter_context(training_reader(step.config, manifest))
-    source = training_batches(reader, step.state.tables, epochs=range(10**6), start_step=0, num_scenarios=2)
+    source = training_batches(reader, step.state.tables, epochs=range(10**6), start_step=0, config=step.config.model)
     feed = stack.enter_context(Feed(source, step.worker.device))
 
     def run() -> float:

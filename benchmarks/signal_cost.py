@@ -77,7 +77,7 @@ def step_timer(config: Config, manifest: Manifest) -> Callable[[], float]:
         for batch, unique in ready:
             lookup = state.tables.lookup(batch, unique)
             outputs = state.model(batch, lookup, state.step)
-            loss = usr_loss(outputs, batch, row_counts(batch, len(batch.histories)), config.model).total
+            loss = usr_loss(outputs, batch, row_counts(batch, len(batch.histories), config.model), config.model).total
             state.dense.zero_grad()
             loss.backward()
             state.apply_gradients(lookup)

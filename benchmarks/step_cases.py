@@ -132,8 +132,8 @@ class Step:
         seed = torch.full((), state.step, device=self.worker.device) if train.compile else state.step
         with torch.autocast(self.worker.device.type, torch.bfloat16, enabled=train.precision == "bf16"):
             outputs = state.model(batch, lookup, seed)
-        counts_S = row_counts(batch, len(batch.histories))
-        loss = usr_loss(outputs, batch, counts_S, self.config.model).total
+        counts_C = row_counts(batch, len(batch.histories), self.config.model)
+        loss = usr_loss(outputs, batch, counts_C, self.config.model).total
         state.dense.zero_grad()
         loss.backward()
         state.apply_gradients(lookup)

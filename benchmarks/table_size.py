@@ -92,7 +92,7 @@ def make_step(num_rows: int, optimizer: str) -> Callable[[UsrBatch], None]:
             rows = {n: dataclasses.replace(t, rows_UD=dense[n][t.ids_U]) for n, t in lookup.tables.items()}
             lookup = dataclasses.replace(lookup, tables=rows)
         outputs = state.model(batch, lookup, state.step)
-        loss = usr_loss(outputs, batch, row_counts(batch, 2), config.model).total
+        loss = usr_loss(outputs, batch, row_counts(batch, 2, config.model), config.model).total
         state.dense.zero_grad()
         loss.backward()
         if adam is None:

@@ -140,7 +140,13 @@ def make_config(**changes: object) -> ModelConfig:
         "interest": {"rank": 3, "over_parameterisation": 5},
         "generator": {"hidden": 6},
         "multitask": {"hidden": (6,)},
-        "contrastive": {"group_size": 4, "mask_rate": 0.4, "interest_weight": 0.3, "feature_weight": 0.2},
+        "contrastive": {
+            "group_size": 4,
+            "every_nth_group": 1,
+            "mask_rate": 0.4,
+            "interest_weight": 0.3,
+            "feature_weight": 0.2,
+        },
     }
     sections = {n: k(**{**small[n], **changes.pop(n, {})}) for n, k in kinds.items()}  # type: ignore[dict-item]
     sizes = {"embedding_dim": 4, "trigger_dim": 5, "hidden": (8, 6), "tower_hidden": (4,), "recent_queries": 3}
@@ -230,6 +236,6 @@ def rows(batch: UsrBatch, keep: Tensor | slice | list[int]) -> UsrBatch:
     flat = {
         f.name: getattr(batch, f.name)[numbers]
         for f in dataclasses.fields(batch)
-        if f.name not in ("histories", "longest") and getattr(batch, f.name) is not None
+        if f.name not in ("histories", "longest", "first_group") and getattr(batch, f.name) is not None
     }
     return UsrBatch(histories=tuple(histories), **flat)

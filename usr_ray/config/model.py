@@ -63,6 +63,9 @@ class ContrastiveConfig:
     """tau."""
     group_size: int = number(128, "[1, 1048576]")
     """Rows whose vectors serve one another as negatives: fixed, so that the loss does not depend on the workers."""
+    every_nth_group: int = number(4, "[1, 1048576]")
+    """Which groups take part, by their number in the global batch: 1, all; 4, the first of every four. The twins and
+    products of the others are not computed. The losses are means over the rows that take part: their weights stay."""
     mask_rate: float = number(0.2, "(0, 1)")
     """Share of history events (and of features) masked in the twin."""
 

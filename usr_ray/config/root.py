@@ -32,6 +32,9 @@ from usr_ray.config.logs import LogConfig, OnlineConfig, log_names
 from usr_ray.config.model import ModelConfig
 from usr_ray.config.training import DataConfig, RayConfig, TrainConfig, TuneConfig
 
+_BEFORE: dict[str, Any] = {"model": {"contrastive": {"every_nth_group": 1}}}
+"""Keys whose default is not what a version without them did."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
@@ -174,8 +177,8 @@ class Config:
 
     @classmethod
     def completed(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """`raw` as an earlier version saved it, with the defaults of keys that have come since; nothing is checked."""
-        return complete(raw, cls().to_dict())
+        """`raw` as an earlier version saved it, with keys that have come since as it meant them; nothing is checked."""
+        return complete(complete(raw, _BEFORE), cls().to_dict())
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Config:

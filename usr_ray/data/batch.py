@@ -1,7 +1,7 @@
 """UsrBatch: the tensors of one step, and UsrOutputs: a model's outputs for them.
 
 Shape letters: B rows, F features, V history events of the batch (jagged), L padded history, S scenarios, T tasks,
-D embedding.
+D embedding, R rows that take part in the contrastive losses.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from usr_ray.config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,8 @@ class UsrBatch:
     of any integer type; None where the spec has none."""
     longest: int | None = None
     """Events of the row that has most, over all its histories; None: not counted (`count_longest`)."""
+    first_group: int = 0
+    """Number of its first group of contrastive rows in the global batch."""
 
     def __len__(self) -> int:
         return int(self.scenario_B.shape[0])
@@ -123,7 +127,7 @@ class UsrBatch:
     @property
     def row_fields(self) -> list[str]:
         """Names of the fields with one entry a row that the batch has."""
-        names = (key.name for key in fields(self) if key.name not in ("histories", "longest"))
+        names = (key.name for key in fields(self) if key.name not in ("histories", "longest", "first_group"))
         return [name for name in names if getattr(self, name) is not None]
 
     def map(self, function: Any) -> UsrBatch:
@@ -161,6 +165,55 @@ def map_tensors(value: Any, function: Any) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupShare:
+    """The rows of whole groups, every nth of the global batch: those that the contrastive losses take of a batch.
+
+    Numbers of Python's, the same in each step: no tensor has a size that a GPU would have to tell.
+    """
+
+    num_groups: int
+    """Of the batch."""
+    group_size: int
+    first: int
+    """The batch's first group that takes part."""
+    step: int
+    """n."""
+
+    @classmethod
+    def of_batch(cls, batch: UsrBatch, config: ModelConfig) -> GroupShare | None:
+        """None: all rows; also without contrastive losses, whose batches need not be of whole groups.
+
+        Raises:
+            ValueError: the batch is not of whole groups.
+        """
+        size, step = config.contrastive.group_size, config.contrastive.every_nth_group
+        if step == 1 or not config.has_twins:
+            return None
+        if len(batch) % size:
+            raise ValueError(f"a batch of {len(batch)} rows is not of whole groups of {size}")
+        return cls(len(batch) // size, size, -batch.first_group % step, step)
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows take part; may be 0 where there are many workers."""
+        return len(range(self.first, self.num_groups, self.step)) * self.group_size
+
+    def view(self, values: Tensor, dim: int = 0) -> Tensor:
+        """Where these rows' values are, dimension `dim` split into groups and rows of a group."""
+        groups = values.unflatten(dim, (self.num_groups, self.group_size))
+        return groups[(slice(None),) * dim + (slice(self.first, None, self.step),)]
+
+    def of(self, values: Tensor, dim: int = 0) -> Tensor:
+        """These rows' values, copied."""
+        return self.view(values, dim).flatten(dim, dim + 1)
+
+
+def rows_of(values_B: Tensor, share: GroupShare | None) -> Tensor:
+    """The rows of `share`, or all without one."""
+    return values_B if share is None else share.of(values_B)
+
+
+@dataclass(frozen=True, slots=True)
 class UsrOutputs:
     """A model's outputs for a batch, in log space so that products of probabilities stay exact.
 
@@ -176,8 +229,8 @@ class UsrOutputs:
     log_not_p_global_BT: Tensor | None = None
     interests_BSD: Tensor | None = None
     """(B, S, D) i_k of every view, for the contrastive loss; None when it is off or IE is off."""
-    interests_twin_BSD: Tensor | None = None
-    """Event-masked twin of interests_BSD, the positive of the contrastive loss."""
+    interests_twin_RSD: Tensor | None = None
+    """Event-masked twins, the positives of the contrastive loss, of the R rows that take part (GroupShare)."""
     features_BSD: Tensor | None = None
     """(B, S, D) f_k of every view."""
-    features_twin_BSD: Tensor | None = None
+    features_twin_RSD: Tensor | None = None

@@ -16,7 +16,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -223,7 +223,8 @@ class _Stream:
                         self._free.release()
                     held.append(self._next_block())
                     newest = held[-1].index
-                yield self._cut(held, step * rows, (step + 1) * rows)
+                batch = self._cut(held, step * rows, (step + 1) * rows)
+                yield replace(batch, first_group=self._share.first // self._reader.reading.group_size)
                 self._drop(held, (step + 1) * rows)
         finally:
             self.close()

@@ -2,13 +2,15 @@
 
 g_k = 2 sigmoid(MLP([z_k ; stopgrad(f)])),  f_k = g_k * f
 
-Shape letters: B rows, V views, Z trigger, C features, H hidden units.
+Shape letters: B rows, R those with a twin, V views, Z trigger, C features, H hidden units.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from usr_ray.data.batch import GroupShare
 
 
 class FeatureGenerator(nn.Module):
@@ -30,10 +32,18 @@ class FeatureGenerator(nn.Module):
         """f_k of every view: (B, V, C), one view after the other in memory."""
         return self._scale(self._of_trigger(trigger_BVZ), features_BC)
 
-    def with_twin(self, trigger_BVZ: Tensor, features_BC: Tensor, keep_BC: Tensor) -> tuple[Tensor, Tensor]:
-        """f_k of every view, and that of the twin which sees only the columns of `keep_BC`; (B, V, C) each."""
+    def with_twin(
+        self, trigger_BVZ: Tensor, features_BC: Tensor, keep_RC: Tensor, share: GroupShare | None
+    ) -> tuple[Tensor, Tensor]:
+        """f_k of every view, (B, V, C), and of the twins which see only the columns of `keep_RC`, (R, V, C).
+
+        `share`: the rows that have a twin; None: all.
+        """
         trigger_VBH = self._of_trigger(trigger_BVZ)
-        return self._scale(trigger_VBH, features_BC), self._scale(trigger_VBH, features_BC * keep_BC)
+        features_BVC = self._scale(trigger_VBH, features_BC)
+        if share is not None:
+            trigger_VBH, features_BC = share.of(trigger_VBH, dim=1), share.of(features_BC)
+        return features_BVC, self._scale(trigger_VBH, features_BC * keep_RC)
 
     def _of_trigger(self, trigger_BVZ: Tensor) -> Tensor:
         trigger_VBH: Tensor = self.trigger_layer(trigger_BVZ.transpose(0, 1))

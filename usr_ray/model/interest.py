@@ -9,9 +9,9 @@ for an event is then one product of K numbers for its score and one for its valu
 
 What depends on the view has its rows last, (K, K, V, B): K is 8, and loops over 8 numbers are the slow ones.
 
-Shape letters: B rows, V views (events where the name says so), L longest row, Z trigger, H target and event vector,
-K rank, P inner size of an over-parameterised product, D interest, O and I outer sizes, M masks (all events, and those
-the twin sees).
+Shape letters: B rows, R those with a twin, V views (events where the name says so), L longest row, Z trigger, H target
+and event vector, K rank, P inner size of an over-parameterised product, D interest, O and I outer sizes, M masks (all
+events, and where all rows have a twin those it sees).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from usr_ray.data.batch import GroupShare
 from usr_ray.model.embedding import INIT_STD
 from usr_ray.model.history import Histories
 from usr_ray.model.inputs import Inputs
@@ -83,9 +84,16 @@ class InterestExtractor(nn.Module):
         self.output_dim = interest_dim
 
     def forward(
-        self, inputs: Inputs, trigger_BVZ: Tensor, keep_BL: Tensor | None = None
+        self,
+        inputs: Inputs,
+        trigger_BVZ: Tensor,
+        keep_RL: Tensor | None = None,
+        share: GroupShare | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Interests (B, V, d), and those of the twin that sees only the events of `keep_BL` (None without it)."""
+        """Interests (B, V, d), and (R, V, d) of the twins that see only the events of `keep_RL` (None without it).
+
+        `share`: the rows that have a twin; None: all.
+        """
         query_core, key_core, value_core = self.cores(trigger_BVZ)
         # S_K' U_K' U_Q S_Q V_Q t: all that a score needs of the row and the view.
         inner_K1B = (self.inner["q"]() @ inputs.target_BH.T).unsqueeze(1)
@@ -94,21 +102,30 @@ class InterestExtractor(nn.Module):
         query_KVB = _apply(key_core.transpose(0, 1), query_KVB) / math.sqrt(self.output_dim)
         # h_j is a sum of rows, so rows are projected and their projections summed: [V_K h_j ; V_V h_j].
         pairs_BLK, valid_BL = inputs.histories.project(torch.cat([self.inner["k"](), self.inner["v"]()]))
-        valid_BML = valid_BL.unsqueeze(1)
-        if keep_BL is not None:
-            valid_BML = torch.stack([valid_BL, keep_BL & valid_BL], dim=1)
+        valid_BML, kept_RL = valid_BL.unsqueeze(1), None
+        if keep_RL is not None and share is not None:
+            kept_RL = keep_RL & share.of(valid_BL)
+        elif keep_RL is not None:  # one more mask for all rows
+            valid_BML = torch.stack([valid_BL, keep_RL & valid_BL], dim=1)
         query_BVK = query_KVB.permute(2, 1, 0).contiguous()
         if pairs_BLK.shape[0] == query_BVK.shape[0]:
-            read_BMVK = masked_attention(query_BVK, pairs_BLK, valid_BML)
+            read_BMVK, read_RVK = masked_attention(query_BVK, pairs_BLK, valid_BML, share, kept_RL)
         else:  # the candidates of a request read one history: they are further queries to it, as the views are
-            read_1MWK = masked_attention(query_BVK.flatten(0, 1).unsqueeze(0), pairs_BLK, valid_BML)
+            read_1MWK, read_RVK = masked_attention(query_BVK.flatten(0, 1).unsqueeze(0), pairs_BLK, valid_BML)
             read_BMVK = read_1MWK.squeeze(0).unflatten(1, query_BVK.shape[:2]).transpose(0, 1)
+        outer_DK, has_events_B1 = self.outer["v"](), (inputs.histories.num_events_B > 0).unsqueeze(1)
+        seen = self._interests(value_core, read_BMVK, outer_DK, has_events_B1).unbind(0)
+        if read_RVK is not None and share is not None:
+            core, has_events_R1 = share.of(value_core, dim=3), share.of(has_events_B1)
+            return seen[0], self._interests(core, read_RVK.unsqueeze(1), outer_DK, has_events_R1).squeeze(0)
+        return seen[0], None if keep_RL is None else seen[1]
+
+    def _interests(self, value_core: Tensor, read_BMVK: Tensor, outer_DK: Tensor, has_events_B1: Tensor) -> Tensor:
+        """U_V S_V of what was read, (M, B, V, d)."""
         inner_KMVB = _apply(value_core.unsqueeze(2), read_BMVK.permute(3, 1, 2, 0).contiguous())
-        interest_MVBD = (inner_KMVB.flatten(1).T @ self.outer["v"]().T).unflatten(0, inner_KMVB.shape[1:])
-        has_events_B1 = (inputs.histories.num_events_B > 0).unsqueeze(1)
+        interest_MVBD = (inner_KMVB.flatten(1).T @ outer_DK.T).unflatten(0, inner_KMVB.shape[1:])
         interest_MVBD = torch.where(has_events_B1, interest_MVBD, self.empty_D.to(interest_MVBD.dtype))
-        seen = interest_MVBD.transpose(1, 2).unbind(0)
-        return seen[0], None if keep_BL is None else seen[1]
+        return interest_MVBD.transpose(1, 2)
 
     def fold(self) -> None:
         """Multiply the over-parameterised products out, in place: the same outputs, fewer parameters, for serving."""

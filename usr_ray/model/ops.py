@@ -12,7 +12,8 @@ Both save at least 5 % of a whole training step of USR (docs/speed.md); others d
 `with plain():` switches them to their twins; torch.export always takes the twins.
 
 Shape letters: U rows of a weight, V places (history events; queries, that is views, in attention), C columns, G groups
-of places; B rows of the batch, L events, M masks, W = M * V, K size of a key and of a value; N groups of X vectors.
+of places; B rows of the batch, R those of a share, L events, M masks, W = M * V, K size of a key and of a value; N
+groups of X vectors.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
+
+from usr_ray.data.batch import GroupShare
 
 ALL = ("pool_sum", "masked_attention", "log_sum_exp_products")
 _plain: tuple[str, ...] = ()
@@ -138,63 +141,112 @@ class _PoolSum(torch.autograd.Function):
         return (None, *grads, *[None] * (ctx.num_inputs - len(grads)))
 
 
-def masked_attention(query_BVK: Tensor, pairs_BLK: Tensor, valid_BML: Tensor) -> Tensor:
-    """sum_j softmax_j(query . key_j) value_j over the events each mask lets through, (B, M, V, K), at least float32.
+def masked_attention(
+    query_BVK: Tensor,
+    pairs_BLK: Tensor,
+    valid_BML: Tensor,
+    share: GroupShare | None = None,
+    kept_RL: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """sum_j softmax_j(query . key_j) value_j over the events each mask lets through, at least float32.
 
     Args:
         query_BVK: already scaled.
         pairs_BLK: (B, L, 2 K), each event's key and then its value.
         valid_BML: bool; a row whose mask is all false gives an arbitrary finite number, never NaN.
+        share: R rows that are read once more; None: none are.
+        kept_RL: bool, the mask of that.
+
+    Returns:
+        (B, M, V, K), and (R, V, K) where there is a share.
     """
     dtype = torch.promote_types(query_BVK.dtype, torch.float32)
+    query_BVK, pairs_BLK = query_BVK.to(dtype), pairs_BLK.to(dtype)
     if _is_plain("masked_attention"):
-        return plain_masked_attention(query_BVK.to(dtype), pairs_BLK.to(dtype), valid_BML)
+        return plain_masked_attention(query_BVK, pairs_BLK, valid_BML, share, kept_RL)
     with torch.autocast(query_BVK.device.type, enabled=False):
-        read_BWK: Tensor = _MaskedAttention.apply(  # type: ignore[no-untyped-call]
-            query_BVK.to(dtype), pairs_BLK.to(dtype), valid_BML
+        read_BWK, read_RVK = _MaskedAttention.apply(  # type: ignore[no-untyped-call]
+            query_BVK, pairs_BLK, valid_BML, share, kept_RL
         )
-    return read_BWK.unflatten(1, (valid_BML.shape[1], query_BVK.shape[1]))
+    return read_BWK.unflatten(1, (valid_BML.shape[1], query_BVK.shape[1])), read_RVK
 
 
-def plain_masked_attention(query_BVK: Tensor, pairs_BLK: Tensor, valid_BML: Tensor) -> Tensor:
+def plain_masked_attention(
+    query_BVK: Tensor, pairs_BLK: Tensor, valid_BML: Tensor, share: GroupShare | None, kept_RL: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """`masked_attention` by autograd."""
     key_BLK, value_BLK = pairs_BLK.chunk(2, dim=2)
-    weight_BMVL = _attention_weights(query_BVK, key_BLK, valid_BML)
-    return torch.matmul(weight_BMVL, value_BLK.unsqueeze(1))
+    score_BVL = torch.bmm(query_BVK, key_BLK.transpose(1, 2))
+    read_BMVK = torch.matmul(_softmax(score_BVL, valid_BML), value_BLK.unsqueeze(1))
+    if share is None or kept_RL is None:
+        return read_BMVK, None
+    weight_RVL = _softmax(share.of(score_BVL), kept_RL.unsqueeze(1)).squeeze(1)
+    return read_BMVK, torch.bmm(weight_RVL, share.of(value_BLK))
 
 
-def _attention_weights(query_BVK: Tensor, key_BLK: Tensor, valid_BML: Tensor) -> Tensor:
-    score_B1VL = torch.bmm(query_BVK, key_BLK.transpose(1, 2)).unsqueeze(1)
+def _softmax(score_BVL: Tensor, valid_BML: Tensor) -> Tensor:
+    """Weights of the events each mask lets through, (B, M, V, L)."""
     # A finite floor: a softmax over nothing but -inf would be NaN. Adding is faster than selecting: next to it
     # a score vanishes.
-    floor_BML = (~valid_BML).to(score_B1VL.dtype) * (torch.finfo(score_B1VL.dtype).min / 2)
-    return (score_B1VL + floor_BML.unsqueeze(2)).softmax(dim=3)
+    floor_BML = (~valid_BML).to(score_BVL.dtype) * (torch.finfo(score_BVL.dtype).min / 2)
+    return (score_BVL.unsqueeze(1) + floor_BML.unsqueeze(2)).softmax(dim=3)
+
+
+def _softmax_gradient(weight: Tensor, grad_weight: Tensor) -> Tensor:
+    """Gradient of the scores, over the last dimension."""
+    product = grad_weight * weight
+    return torch.addcmul(product, weight, product.sum(-1, keepdim=True), value=-1)
 
 
 class _MaskedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query_BVK: Tensor, pairs_BLK: Tensor, valid_BML: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        query_BVK: Tensor,
+        pairs_BLK: Tensor,
+        valid_BML: Tensor,
+        share: GroupShare | None,
+        kept_RL: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
         key_BLK, value_BLK = pairs_BLK.split(query_BVK.shape[2], dim=2)
-        weight_BMVL = _attention_weights(query_BVK, key_BLK, valid_BML)
-        ctx.save_for_backward(query_BVK, pairs_BLK, weight_BMVL)
-        return torch.bmm(weight_BMVL.flatten(1, 2), value_BLK)
+        score_BVL = torch.bmm(query_BVK, key_BLK.transpose(1, 2))
+        weight_BMVL = _softmax(score_BVL, valid_BML)
+        ctx.share = share
+        read_BWK = torch.bmm(weight_BMVL.flatten(1, 2), value_BLK)
+        if share is None or kept_RL is None:
+            ctx.save_for_backward(query_BVK, pairs_BLK, weight_BMVL)
+            return read_BWK, None
+        weight_RVL = _softmax(share.of(score_BVL), kept_RL.unsqueeze(1)).squeeze(1)
+        value_RLK = share.of(value_BLK)
+        ctx.save_for_backward(query_BVK, pairs_BLK, weight_BMVL, weight_RVL, value_RLK)
+        return read_BWK, torch.bmm(weight_RVL, value_RLK)
 
     @staticmethod
     @once_differentiable  # type: ignore[misc]
-    def backward(ctx: Any, grad_BWK: Tensor) -> tuple[Tensor, Tensor, None]:
-        query_BVK, pairs_BLK, weight_BMVL = ctx.saved_tensors
+    def backward(ctx: Any, grad_BWK: Tensor, grad_RVK: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        query_BVK, pairs_BLK, weight_BMVL, *of_share = ctx.saved_tensors
         num_queries, size = query_BVK.shape[1:]
         grad_BWK = grad_BWK.contiguous()
         key_BLK, value_BLK = pairs_BLK.split(size, dim=2)
-        grad_weight_BMVL = torch.bmm(grad_BWK, value_BLK.transpose(1, 2)).view_as(weight_BMVL) * weight_BMVL
-        grad_score_BMVL = torch.addcmul(grad_weight_BMVL, weight_BMVL, grad_weight_BMVL.sum(3, keepdim=True), value=-1)
-        grad_score_BVL = grad_score_BMVL.sum(1)
+        grad_weight_BWL = torch.bmm(grad_BWK, value_BLK.transpose(1, 2))
+        grad_score_BVL = _softmax_gradient(weight_BMVL, grad_weight_BWL.view_as(weight_BMVL)).sum(1)
+        if of_share:
+            weight_RVL, value_RLK = of_share
+            grad_RVK = grad_RVK.contiguous()
+            grad_RVL = _softmax_gradient(weight_RVL, torch.bmm(grad_RVK, value_RLK.transpose(1, 2)))
+            found = ctx.share.view(grad_score_BVL)
+            found += grad_RVL.view_as(found)
         # d key = d score' query and d value = weight' d read, as one product.
         left_BXL = torch.cat([grad_score_BVL, weight_BMVL.flatten(1, 2)], dim=1)
         right_BXK = grad_BWK.new_zeros((*left_BXL.shape[:2], 2 * size))
         right_BXK[:, :num_queries, :size] = query_BVK
         right_BXK[:, num_queries:, size:] = grad_BWK
-        return torch.bmm(grad_score_BVL, key_BLK), torch.bmm(left_BXL.transpose(1, 2), right_BXK), None
+        grad_pairs_BLK = torch.bmm(left_BXL.transpose(1, 2), right_BXK)
+        if of_share:
+            grad_value_RLK = torch.bmm(weight_RVL.transpose(1, 2), grad_RVK)
+            found = ctx.share.view(grad_pairs_BLK)[..., size:]
+            found += grad_value_RLK.view_as(found)
+        return torch.bmm(grad_score_BVL, key_BLK), grad_pairs_BLK, None, None, None
 
 
 def log_sum_exp_products(units_NXD: Tensor, bias_NXX: Tensor, scale: float) -> Tensor:

@@ -2,8 +2,8 @@
 
 h_k = [i_k ; f_k ; z_k] takes the place of [pooled history ; f ; e_k] in each backbone, whichever it is.
 
-Shape letters: B rows, S scenarios, V views computed (S, or 1: the row's own), D, C, Z widths of i, f, z, E scenario
-embedding, X backbone input.
+Shape letters: B rows, R those with twins, S scenarios, V views computed (S, or 1: the row's own), D, C, Z widths of i,
+f, z, E scenario embedding, X backbone input.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from usr_ray.config import ModelConfig
-from usr_ray.data.batch import UsrBatch, UsrOutputs
+from usr_ray.data.batch import GroupShare, UsrBatch, UsrOutputs, rows_of
 from usr_ray.model.backbones import BackboneInput, build_backbone
 from usr_ray.model.backbones.towers import select_scenario
 from usr_ray.model.contrastive import event_mask, feature_mask
@@ -39,16 +39,18 @@ class _Views:
 
     interests_BVD: Tensor
     features_BVC: Tensor
-    interests_twin_BVD: Tensor | None = None
-    features_twin_BVC: Tensor | None = None
+    interests_twin_RVD: Tensor | None = None
+    features_twin_RVC: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Masks:
     """What the twins see; None: no twin of that part."""
 
-    events_BL: Tensor | None = None
-    features_BC: Tensor | None = None
+    share: GroupShare | None = None
+    """The rows that have twins; None: all."""
+    events_RL: Tensor | None = None
+    features_RC: Tensor | None = None
 
 
 class UsrModel(nn.Module):
@@ -132,18 +134,22 @@ class UsrModel(nn.Module):
         columns[QUERY_TABLE] = torch.where(has_query_B1, columns[QUERY_TABLE], self.inputs.no_query_D)
         ids = dict(zip(self.inputs.names, batch.sparse_BF.unbind(1), strict=True))
         ids |= {name: table.row_B for name, table in lookup.tables.items() if table.shared is not None}
-        masks = None
-        if self.training and (self.twins_interest or self.twins_features):
-            rate = self.config.contrastive.mask_rate
-            masks = _Masks(
-                histories.grid.mark(event_mask(histories.events, batch.row_number_B, step_seed, rate))
-                if self.twins_interest
-                else None,
-                feature_mask(self.inputs.feature_widths, batch.row_number_B, step_seed, rate)
-                if self.twins_features
-                else None,
-            )
+        masks = self._masks(batch, histories, step_seed) if self.training else None
         return self.score(columns, ids, batch.dense_BF, histories, batch.scenario_B, batch.weights_B, masks)
+
+    def _masks(self, batch: UsrBatch, histories: JaggedHistories, step_seed: int | Tensor) -> _Masks | None:
+        """What the twins see, drawn for this step; None: there are none."""
+        share = GroupShare.of_batch(batch, self.config)
+        if not (self.twins_interest or self.twins_features) or (share is not None and share.num_rows == 0):
+            return None
+        rate, events_RL, features_RC = self.config.contrastive.mask_rate, None, None
+        if self.twins_interest:
+            keep_V = event_mask(histories.events, batch.row_number_B, step_seed, rate)
+            events_RL = rows_of(histories.grid.mark(keep_V), share)
+        if self.twins_features:
+            row_number_R = rows_of(batch.row_number_B, share)
+            features_RC = feature_mask(self.inputs.feature_widths, row_number_R, step_seed, rate)
+        return _Masks(share, events_RL, features_RC)
 
     def _list_columns(self, batch: UsrBatch, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What tags and terms add, from the embeddings (B, L, D) of their tables."""
@@ -223,25 +229,27 @@ class UsrModel(nn.Module):
 
     def _views(self, inputs: Inputs, z_BVZ: Tensor, masks: _Masks) -> _Views:
         """i_k and f_k of the views whose triggers are given, with twins where there are masks."""
-        interests_twin_BVD = features_twin_BVC = None
+        interests_twin_RVD = features_twin_RVC = None
         if self.interest is None:
             interests_BVD = self._pool(inputs.histories)
         else:
-            interests_BVD, interests_twin_BVD = self.interest(inputs, z_BVZ, masks.events_BL)
+            interests_BVD, interests_twin_RVD = self.interest(inputs, z_BVZ, masks.events_RL, masks.share)
         if self.generator is None:
             features_BVC = inputs.features_BC.unsqueeze(1)
-        elif masks.features_BC is not None:
-            features_BVC, features_twin_BVC = self.generator.with_twin(z_BVZ, inputs.features_BC, masks.features_BC)
+        elif masks.features_RC is not None:
+            features_BVC, features_twin_RVC = self.generator.with_twin(
+                z_BVZ, inputs.features_BC, masks.features_RC, masks.share
+            )
         else:
             features_BVC = self.generator(z_BVZ, inputs.features_BC)
-        return _Views(interests_BVD, features_BVC, interests_twin_BVD, features_twin_BVC)
+        return _Views(interests_BVD, features_BVC, interests_twin_RVD, features_twin_RVC)
 
     def _with_views(self, outputs: UsrOutputs, views: _Views) -> UsrOutputs:
         """Outputs with the vectors of the parts that are on, when all views were computed."""
         if self.interest is not None and views.interests_BVD.shape[1] == self.num_scenarios:
-            outputs = replace(outputs, interests_BSD=views.interests_BVD, interests_twin_BSD=views.interests_twin_BVD)
+            outputs = replace(outputs, interests_BSD=views.interests_BVD, interests_twin_RSD=views.interests_twin_RVD)
         if self.generator is not None and views.features_BVC.shape[1] == self.num_scenarios:
-            outputs = replace(outputs, features_BSD=views.features_BVC, features_twin_BSD=views.features_twin_BVC)
+            outputs = replace(outputs, features_BSD=views.features_BVC, features_twin_RSD=views.features_twin_RVC)
         return outputs
 
     def fold(self) -> UsrModel:

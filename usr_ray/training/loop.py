@@ -119,7 +119,7 @@ class _Run:
             state.tables,
             epochs=range(state.epoch, config.num_epochs),
             start_step=state.epoch_step,
-            num_scenarios=len(state.manifest.spec.scenarios),
+            config=self.config.model,
             of_a_size=config.compile or self.config.model.has_twins,
         )
         with Feed(batches, self.worker.device) as feed:
@@ -149,8 +149,8 @@ class _Run:
         """Train what is left of the current epoch; False when a rank was asked to stop."""
         state, config = self.state, self.config.train
         num_left = self.reader.num_steps - state.epoch_step
-        for (batch, unique), counts_S in self.meter.timed(itertools.islice(feed, num_left)):
-            must_stop = self._step(batch, unique, counts_S)
+        for (batch, unique), counts_C in self.meter.timed(itertools.islice(feed, num_left)):
+            must_stop = self._step(batch, unique, counts_C)
             is_last = state.epoch_step == self.reader.num_steps
             must_save = state.step % config.checkpoint_every_steps == 0 or is_last or must_stop
             if state.step % config.log_every_steps == 0 or must_save:
@@ -161,11 +161,11 @@ class _Run:
                 return False
         return True
 
-    def _step(self, batch: UsrBatch, unique: UniqueIds, counts_S: Tensor) -> bool:
+    def _step(self, batch: UsrBatch, unique: UniqueIds, counts_C: Tensor) -> bool:
         """One step; True when some rank was asked to stop: the flag travels with the row counts, so all ranks agree."""
         state, worker, config = self.state, self.worker, self.config
         # On the CPU, and reduced over the CPU's group: the host never waits for a GPU's queue.
-        totals = worker.all_reduce_sum(torch.cat([counts_S, counts_S.new_tensor([worker.should_stop()])]))
+        totals = worker.all_reduce_sum(torch.cat([counts_C, counts_C.new_tensor([worker.should_stop()])]))
         seed = stream_key(config.train.seed, state.step) >> 33
         torch.manual_seed((seed << 20) + worker.rank)  # dropout; the twins' masks take the seed itself
         lookup = state.tables.lookup(batch, unique)
@@ -173,12 +173,12 @@ class _Run:
         step_seed = torch.full((), seed, device=worker.device) if config.train.compile else seed
         with torch.autocast(worker.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
             outputs = state.model(batch, lookup, step_seed)
-        spec, counts_S = state.manifest.spec, totals[:-1].to(worker.device, non_blocking=True)
-        terms = usr_loss(outputs, batch, counts_S, config.model, known_labels=spec.known_labels)
+        spec, counts_C = state.manifest.spec, totals[:-1].to(worker.device, non_blocking=True)
+        terms = usr_loss(outputs, batch, counts_C, config.model, known_labels=spec.known_labels)
         state.dense.zero_grad()
         terms.total.backward()
         norm = state.apply_gradients(lookup)
-        self.meter.add(terms.named(spec.scenarios, spec.known_labels), norm, num_rows=float(totals[:-1].sum()))
+        self.meter.add(terms.named(spec.scenarios, spec.known_labels), norm, num_rows=float(totals[:-2].sum()))
         return bool(totals[-1])
 
     def _log(self) -> None:

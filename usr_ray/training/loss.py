@@ -1,7 +1,7 @@
 """The loss of USR: cells, global tasks and contrastive terms (method, section 3).
 
 total = sum over (k, task) of mean BCE on the rows of k + alpha * sum over tasks of mean global BCE on all rows
-        + l1 * mean CL(i) + l2 * mean CL(f)
+        + l1 * mean CL(i) + l2 * mean CL(f), over the rows of every nth group (model.contrastive.every_nth_group)
 
 Where a scenario's logs know no orders, its rows have no label of CTCVR, neither their own nor the global one: the cell
 is left out, and the global mean is over the rows that have the label.
@@ -12,7 +12,7 @@ but its row counts in the means: every known label weighs the same, and a mean o
 Every mean divides by a count over ALL ranks, handed in, so the sum of the ranks' totals is the global loss whatever
 the mix of scenarios on each: gradients are summed over ranks, never averaged.
 
-Shape letters: B rows, S scenarios, T tasks (schema.TASKS).
+Shape letters: B rows, R those in the contrastive losses, S scenarios, C = S + 1 counts, T tasks (schema.TASKS).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from usr_ray.config import ModelConfig
-from usr_ray.data.batch import UsrBatch, UsrOutputs
+from usr_ray.data.batch import GroupShare, UsrBatch, UsrOutputs, rows_of
 from usr_ray.model.contrastive import contrastive_sums
 from usr_ray.schema import LABELS, OPEN_LABEL, TASKS
 
@@ -69,16 +69,20 @@ class LossTerms:
         return named
 
 
-def row_counts(batch: UsrBatch, num_scenarios: int) -> Tensor:
-    """Weight of this rank's rows by scenario, float64 (S); summed over ranks it is the `counts` of `usr_loss`."""
-    counts_S = torch.zeros(num_scenarios, dtype=torch.float64, device=batch.weights_B.device)
-    return counts_S + (_one_hot(batch.scenario_B, num_scenarios) * batch.weights_B.double()).sum(1)
+def row_counts(batch: UsrBatch, num_scenarios: int, config: ModelConfig) -> Tensor:
+    """Weight of this rank's rows, float64 (S + 1): by scenario, then of the rows in the contrastive losses.
+
+    Summed over ranks it is the `counts` of `usr_loss`.
+    """
+    weights_B = batch.weights_B.double()
+    counts_S = (_one_hot(batch.scenario_B, num_scenarios) * weights_B).sum(1)
+    return torch.cat([counts_S, rows_of(weights_B, GroupShare.of_batch(batch, config)).sum().unsqueeze(0)])
 
 
 def usr_loss(
     outputs: UsrOutputs,
     batch: UsrBatch,
-    counts_S: Tensor,
+    counts_C: Tensor,
     config: ModelConfig,
     *,
     known_labels: KnownLabels | None = None,
@@ -88,19 +92,19 @@ def usr_loss(
     Args:
         outputs: the model's outputs for `batch`.
         batch: rows of this rank; rows of weight 0 take no part. Its first row starts a contrastive group.
-        counts_S: `row_counts` summed over all ranks. A scenario that is absent everywhere adds nothing.
+        counts_C: `row_counts` summed over all ranks. A scenario that is absent everywhere adds nothing.
         config: weights, temperature and group size.
         known_labels: FeatureSpec.known_labels, (S, T); None: every scenario knows every task's label.
     """
     # bfloat16 has 8 bits: a sum of thousands of rows would stop growing.
     with torch.autocast(batch.weights_B.device.type, enabled=False):
-        return _usr_loss(outputs, batch, counts_S, config, known_labels)
+        return _usr_loss(outputs, batch, counts_C, config, known_labels)
 
 
 def _usr_loss(
-    outputs: UsrOutputs, batch: UsrBatch, counts_S: Tensor, config: ModelConfig, known_labels: KnownLabels | None
+    outputs: UsrOutputs, batch: UsrBatch, counts_C: Tensor, config: ModelConfig, known_labels: KnownLabels | None
 ) -> LossTerms:
-    labels_BT, dtype = batch.labels_BT, outputs.log_p_BT.dtype
+    labels_BT, dtype, counts_S = batch.labels_BT, outputs.log_p_BT.dtype, counts_C[:-1]
     known_ST = _known(known_labels, counts_S)
     # A label that is not known has weight 0: its logits stay in the graph, so DDP finds every parameter.
     weights_BT = batch.weights_B.to(dtype).unsqueeze(1) * known_ST.to(dtype)[batch.scenario_B]
@@ -108,7 +112,7 @@ def _usr_loss(
     labels_BT = labels_BT.clamp(min=0)
     # In float64 until here: a count above 2^24 is no float32.
     per_row_S = (1 / counts_S.clamp(min=1)).to(dtype)
-    per_row = (1 / counts_S.sum().clamp(min=1)).to(dtype)
+    per_contrasted_row = (1 / counts_C[-1].clamp(min=1)).to(dtype)
     per_known_row_T = (1 / (counts_S @ known_ST.to(counts_S.dtype)).clamp(min=1)).to(dtype)
     bce_BT = _bce(outputs.log_p_BT, outputs.log_not_p_BT, labels_BT[:, : len(LABELS)]) * weights_BT
     # A product, not an index_add: the order of the additions is fixed on a GPU as well.
@@ -121,12 +125,12 @@ def _usr_loss(
     counted_B = batch.weights_B > 0
     with_events_B = counted_B & (torch.stack([h.offsets.diff() for h in batch.histories]).sum(0) > 0)
     interest, variance_interest_S = (
-        part * per_row
-        for part in _contrastive(outputs.interests_BSD, outputs.interests_twin_BSD, with_events_B, batch, config)
+        part * per_contrasted_row
+        for part in _contrastive(outputs.interests_BSD, outputs.interests_twin_RSD, with_events_B, batch, config)
     )
     feature, variance_feature_S = (
-        part * per_row
-        for part in _contrastive(outputs.features_BSD, outputs.features_twin_BSD, counted_B, batch, config)
+        part * per_contrasted_row
+        for part in _contrastive(outputs.features_BSD, outputs.features_twin_RSD, counted_B, batch, config)
     )
     cl = config.contrastive
     weighted_ST = cells_ST
@@ -146,23 +150,23 @@ def _usr_loss(
 
 
 def _contrastive(
-    vectors_BSD: Tensor | None, twins_BSD: Tensor | None, valid_B: Tensor, batch: UsrBatch, config: ModelConfig
+    vectors_BSD: Tensor | None, twins_RSD: Tensor | None, valid_B: Tensor, batch: UsrBatch, config: ModelConfig
 ) -> tuple[Tensor, Tensor]:
     """Loss of a row, mean over its views, and variance of each view, both added up over rows; zeros where not computed.
 
     Both are divided by the rows that count, not by the valid ones: a row's pull on the weights then does not depend
     on how many others have events, and one count serves all terms.
     """
-    cl = config.contrastive
-    if vectors_BSD is None:
+    cl, share = config.contrastive, GroupShare.of_batch(batch, config)
+    if vectors_BSD is None or (share is not None and share.num_rows == 0):
         zero = torch.zeros((), device=valid_B.device)
         return zero, zero
     loss, variance_S = contrastive_sums(
-        vectors_BSD,
-        twins_BSD,
-        valid_B,
-        batch.weights_B > 0,
-        batch.user_key_B,
+        rows_of(vectors_BSD, share),
+        twins_RSD,
+        rows_of(valid_B, share),
+        rows_of(batch.weights_B > 0, share),
+        rows_of(batch.user_key_B, share),
         group_size=cl.group_size,
         temperature=cl.temperature,
     )

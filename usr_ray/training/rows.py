@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
-from usr_ray.config import Config, UserError, end_of_us, parse_dates
+from usr_ray.config import Config, ModelConfig, UserError, end_of_us, parse_dates
 from usr_ray.data.assemble import padding_batch, take_rows
 from usr_ray.data.batch import UsrBatch
 from usr_ray.data.by_id import read_cold
@@ -52,7 +52,7 @@ def training_batches(
     *,
     epochs: range,
     start_step: int,
-    num_scenarios: int,
+    config: ModelConfig,
     of_a_size: bool = True,
 ) -> Iterator[tuple[tuple[UsrBatch, UniqueIds], Tensor]]:
     """((batch, its unique ids), its row counts) of every step of `epochs`, the first from `start_step` on.
@@ -65,7 +65,7 @@ def training_batches(
         tables: whose ids are looked up.
         epochs: to read.
         start_step: of the first of them.
-        num_scenarios: of the table.
+        config: whose contrastive losses take a share of the rows.
         of_a_size: all batches have as many rows, as a compiled step wants, and the contrastive losses, whose groups go
             by a row's place. Otherwise those of a model of one scenario (data.only_scenario) leave out the rows of the
             others: they then cost nothing, and no step decays their ids.
@@ -73,12 +73,13 @@ def training_batches(
     Raises:
         LabelOrderError: see `check_label_order`.
     """
+    num_scenarios = len(reader.manifest.spec.scenarios)
     for epoch in epochs:
         for whole in reader.batches(epoch, start_step=start_step):
             check_label_order(whole)
             is_cut = not of_a_size and reader.reading.only_scenario
             batch = _rows_that_count(whole, reader.manifest.spec) if is_cut else whole
-            yield (batch.count_longest(), tables.unique_ids(batch)), row_counts(batch, num_scenarios)
+            yield (batch.count_longest(), tables.unique_ids(batch)), row_counts(batch, num_scenarios, config)
         start_step = 0
 
 

@@ -17,8 +17,11 @@ from usr_ray.training.checkpoint import STATE, Checkpoint, CheckpointError, Chec
 
 _NEW_KEYS = ("wide", "wide_buckets", "wide_l2", "pepnet_hidden", "interaction_histories")
 _NEW = {key: getattr(ModelConfig(), key) for key in _NEW_KEYS}
-_COME_SINCE: dict[str, Any] = {"model": _NEW, "features": {"crosses": []}}
+_CONTRASTIVE = {"every_nth_group": 1}
+_COME_SINCE: dict[str, Any] = {"model": {**_NEW, "contrastive": _CONTRASTIVE}, "features": {"crosses": []}}
 """Keys that older runs do not name, as these runs had them."""
+_SHARE = "model.contrastive.every_nth_group"
+"""No weight means another thing by it."""
 _WAY_OUT = "name another, or set train.warm_start='' to begin afresh"
 
 
@@ -96,7 +99,7 @@ def warm_start_refusal(
             f"{str(bool(carried)).lower()}, or {_WAY_OUT}"
         )
     keys = ["model", "features.crosses", *(["train.embedding_optimizer"] if config.train.warm_start_optimizer else [])]
-    if other := first_difference(saved, config.to_dict(), keys, but=["model.event_sides"]):
+    if other := first_difference(saved, config.to_dict(), keys, but=["model.event_sides", _SHARE]):
         key, before, now = other
         return f"train.warm_start {path}: it has {key} = {before!r}, this run {now!r}; set it so, or {_WAY_OUT}"
     return None

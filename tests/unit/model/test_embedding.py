@@ -88,7 +88,7 @@ def test_row_gradients_equal_those_of_whole_dense_tables() -> None:
     torch.manual_seed(0)
     model, tables = UsrModel(spec, config), EmbeddingTables(spec, 4, seed=1)
     lookup = tables.lookup(batch)
-    counts_S = row_counts(batch, 2)
+    counts_S = row_counts(batch, 2, config)
     usr_loss(model(batch, lookup, 5), batch, counts_S, config).total.backward()
     # The same step with the rows taken out of dense tables by autograd's own gather.
     dense = {name: table.clone().requires_grad_() for name, table in tables.tables.items()}
@@ -128,7 +128,7 @@ def test_no_tensor_of_a_step_grows_with_the_tables() -> None:
         model, tables = UsrModel(spec, config), EmbeddingTables(spec, 4, seed=0)
         with LargestTensor() as seen:
             lookup = tables.lookup(batch)
-            usr_loss(model(batch, lookup), batch, row_counts(batch, 2), config).total.backward()
+            usr_loss(model(batch, lookup), batch, row_counts(batch, 2, config), config).total.backward()
             lookup.updates()
         largest.append(seen.numel)
     assert largest[0] == largest[1] < 10_000

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.unit.random_batches import make_batch, make_config, make_spec
+from usr_ray.data.batch import GroupShare
 from usr_ray.model import ops
 from usr_ray.model.embedding import EmbeddingTables
 from usr_ray.model.ops import Groups, group_places, log_sum_exp_products, masked_attention, pool_sum
@@ -51,7 +52,29 @@ def test_masked_attention_equals_its_twin() -> None:
         torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
         for shape in ((5, 3, 4), (5, 7, 8))
     )
-    same_with_plain(lambda q, p: masked_attention(q, p, valid_BML), [query, pairs])
+    same_with_plain(lambda q, p: masked_attention(q, p, valid_BML)[0], [query, pairs])
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_share_of_the_rows_reads_once_more_and_all_gradients_are_its_twins(first: int) -> None:
+    """Six groups of two rows; every second one reads again, with a mask of its own."""
+    generator = torch.Generator().manual_seed(0)
+    share = GroupShare(num_groups=6, group_size=2, first=first, step=2)
+    valid_B1L, kept_RL = torch.rand(12, 1, 7, generator=generator) < 0.6, torch.rand(6, 7, generator=generator) < 0.4
+    query, pairs = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for shape in ((12, 3, 4), (12, 7, 8))
+    )
+
+    def read(query_BVK: Tensor, pairs_BLK: Tensor) -> Tensor:
+        all_B1VK, again_RVK = masked_attention(query_BVK, pairs_BLK, valid_B1L, share, kept_RL)
+        assert again_RVK is not None
+        return torch.cat([all_B1VK.flatten(), again_RVK.flatten()])
+
+    same_with_plain(read, [query, pairs])
+    rows = [row for row in range(12) if row // 2 % 2 == first]
+    alone, _ = masked_attention(query[rows], pairs[rows], kept_RL.unsqueeze(1))
+    torch.testing.assert_close(read(query, pairs)[-alone.numel() :], alone.flatten(), rtol=1e-12, atol=1e-12)
 
 
 def test_log_sum_exp_products_equals_its_twin_and_its_formula() -> None:
@@ -76,7 +99,7 @@ def test_the_switch_reaches_a_whole_step(monkeypatch: pytest.MonkeyPatch) -> Non
     model = UsrModel(spec, config)
 
     def loss() -> float:
-        terms = usr_loss(model(batch, tables.lookup(batch), 1), batch, row_counts(batch, 2), config)
+        terms = usr_loss(model(batch, tables.lookup(batch), 1), batch, row_counts(batch, 2, config), config)
         return float(terms.total.detach())
 
     by_hand = loss()

@@ -140,7 +140,7 @@ def test_every_parameter_is_saved_and_gets_a_gradient(switches: dict) -> None:
     spec, config = make_spec(), make_config(**switches)
     model, tables = build(spec, config)
     batch = make_batch(spec)
-    usr_loss(model(batch, tables.lookup(batch), 1), batch, row_counts(batch, 2), config).total.backward()
+    usr_loss(model(batch, tables.lookup(batch), 1), batch, row_counts(batch, 2, config), config).total.backward()
     saved = model.state_dict()
     for name, parameter in model.named_parameters():
         assert name in saved
@@ -154,7 +154,7 @@ def test_a_batch_of_one_scenario_without_events_leaves_no_parameter_out(switches
     spec, config = make_spec(), make_config(**switches)
     model, tables = build(spec, config)
     batch = rows(make_batch(spec, max_length=0), [1, 3, 5])
-    usr_loss(model(batch, tables.lookup(batch)), batch, row_counts(batch, 2), config).total.backward()
+    usr_loss(model(batch, tables.lookup(batch)), batch, row_counts(batch, 2, config), config).total.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
@@ -167,8 +167,8 @@ def test_any_number_of_scenarios_trains(num_scenarios: int) -> None:
     batch = make_batch(spec, 16)
     outputs = model(batch, tables.lookup(batch))
     assert outputs.interests_BSD.shape == (16, num_scenarios, 4)
-    assert (outputs.interests_twin_BSD is None) == (num_scenarios == 1)
-    terms = usr_loss(outputs, batch, row_counts(batch, num_scenarios), config)
+    assert (outputs.interests_twin_RSD is None) == (num_scenarios == 1)
+    terms = usr_loss(outputs, batch, row_counts(batch, num_scenarios, config), config)
     assert terms.total.isfinite()
 
 
@@ -225,7 +225,7 @@ def test_twins_are_made_in_training_only_and_only_when_they_are_used() -> None:
     def made(*, training: bool = True, **switches: object) -> tuple[bool, bool]:
         model, tables = build(spec, make_config(**switches))
         outputs = model.train(training)(batch, tables.lookup(batch), 1)
-        return outputs.interests_twin_BSD is not None, outputs.features_twin_BSD is not None
+        return outputs.interests_twin_RSD is not None, outputs.features_twin_RSD is not None
 
     assert made() == (True, True)
     assert made(training=False) == (False, False)
@@ -234,6 +234,22 @@ def test_twins_are_made_in_training_only_and_only_when_they_are_used() -> None:
     assert made(interest={"enabled": False}) == (False, True)
     assert made(generator={"enabled": False}) == (True, False)
     assert made(**PLAIN) == (False, False)
+
+
+@pytest.mark.parametrize(("first_group", "taken"), [(0, [*range(4), *range(8, 12)]), (1, [*range(4, 8)])])
+def test_the_twins_of_a_share_are_those_that_all_rows_would_have(first_group: int, taken: list[int]) -> None:
+    spec = make_spec()
+    model, tables = build(spec, make_config())
+    share, _ = build(spec, make_config(contrastive={"every_nth_group": 2}))
+    share.load_state_dict(model.state_dict())
+    batch = dataclasses.replace(make_batch(spec, 12), first_group=first_group)
+    every, some = (m(batch, tables.lookup(batch), 9) for m in (model, share))
+    torch.testing.assert_close(some.interests_twin_RSD, every.interests_twin_RSD[taken])
+    torch.testing.assert_close(some.features_twin_RSD, every.features_twin_RSD[taken])
+    torch.testing.assert_close(some.interests_BSD, every.interests_BSD)
+    torch.testing.assert_close(some.features_BSD, every.features_BSD)
+    with pytest.raises(ValueError, match="a batch of 11 rows is not of whole groups of 4"):
+        share(rows(batch, slice(11)), tables.lookup(rows(batch, slice(11))), 9)
 
 
 def test_an_interest_twin_equals_the_interest_without_the_masked_events() -> None:
@@ -245,7 +261,7 @@ def test_an_interest_twin_equals_the_interest_without_the_masked_events() -> Non
     batch = make_batch(spec)
     keep_V = event_mask(list_events(batch), batch.row_number_B, 9, config.contrastive.mask_rate)
     assert 0 < int(keep_V.sum()) < len(keep_V)
-    twins = model(batch, tables.lookup(batch), 9).interests_twin_BSD
+    twins = model(batch, tables.lookup(batch), 9).interests_twin_RSD
     first, histories = 0, []
     for h in batch.histories:
         keep = keep_V[first : first + len(h.item_ids_V)]
@@ -265,7 +281,7 @@ def test_an_interest_twin_equals_the_interest_without_the_masked_events() -> Non
     # The trigger still sees all past queries, so compare rows that have a query of their own, or none at all.
     masked = dataclasses.replace(batch, histories=tuple(histories))
     model.trigger.num_recent = 1  # the newest query always stays
-    with_all = model(batch, tables.lookup(batch), 9).interests_twin_BSD
+    with_all = model(batch, tables.lookup(batch), 9).interests_twin_RSD
     torch.testing.assert_close(
         model.eval()(masked, tables.lookup(masked)).interests_BSD, with_all, rtol=1e-4, atol=1e-5
     )
@@ -308,7 +324,7 @@ def test_bfloat16_autocast_gives_finite_float32_outputs_and_gradients(switches: 
     lookup = tables.lookup(batch)
     with torch.autocast("cpu", torch.bfloat16):
         outputs = model(batch, lookup, 1)
-        terms = usr_loss(outputs, batch, row_counts(batch, 2), config)
+        terms = usr_loss(outputs, batch, row_counts(batch, 2, config), config)
     terms.total.backward()
     assert terms.total.dtype == outputs.log_p_BT.dtype == outputs.log_not_p_BT.dtype == torch.float32
     torch.testing.assert_close(probabilities(outputs), exact, rtol=0.2, atol=0.2)

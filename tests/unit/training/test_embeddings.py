@@ -81,7 +81,7 @@ def train_tables(worker: LocalWorker, folder: Path, *, strategy: str, optimizer:
     model = plain_model()
     for step in range(STEPS):
         batch = share(global_batch(step), worker)
-        counts = worker.all_reduce_sum(row_counts(batch, 2))
+        counts = worker.all_reduce_sum(row_counts(batch, 2, LOSS))
         embeddings.at_step(step, SCALES[step])
         lookup = embeddings.lookup(batch, embeddings.unique_ids(batch) if step % 2 else None)
         usr_loss(model(batch, lookup, step), batch, counts, LOSS).total.backward()
@@ -113,7 +113,7 @@ def dense_reference(optimizer: str) -> dict[str, torch.Tensor]:
             n: dataclasses.replace(t, rows_UD=dense[n][rows_of[n][t.ids_U]]) for n, t in lookup.tables.items()
         }
         outputs = model(batch, dataclasses.replace(lookup, tables=by_autograd), step)
-        usr_loss(outputs, batch, row_counts(batch, 2), LOSS).total.backward()
+        usr_loss(outputs, batch, row_counts(batch, 2, LOSS), LOSS).total.backward()
         rate = RATE * SCALES[step]
         for name, leaf in dense.items():
             used = torch.zeros(len(leaf), dtype=torch.bool)

@@ -55,18 +55,20 @@ class NoWaiting(TorchDispatchMode):
         return function(*args, **kwargs)
 
 
-def prepared(tables: EmbeddingTables, num_batches: int = 1) -> list[tuple[tuple[UsrBatch, UniqueIds], Tensor]]:
+def prepared(
+    tables: EmbeddingTables, config: ModelConfig, num_batches: int = 1
+) -> list[tuple[tuple[UsrBatch, UniqueIds], Tensor]]:
     """As usr_ray.training.rows makes them."""
     batches = [make_batch(SPEC, num_rows=24, seed=n) for n in range(num_batches)]
-    return [((b.count_longest(), tables.unique_ids(b)), row_counts(b, len(SPEC.scenarios))) for b in batches]
+    return [((b.count_longest(), tables.unique_ids(b)), row_counts(b, len(SPEC.scenarios), config)) for b in batches]
 
 
 def step_to_gradients(
-    model: UsrModel, tables: EmbeddingTables, config: ModelConfig, batch: UsrBatch, unique: UniqueIds, counts_S: Tensor
+    model: UsrModel, tables: EmbeddingTables, config: ModelConfig, batch: UsrBatch, unique: UniqueIds, counts_C: Tensor
 ) -> tuple[Any, Any]:
     lookup = tables.lookup(batch, unique)
     outputs = model(batch, lookup, 5)
-    terms = usr_loss(outputs, batch, counts_S, config)
+    terms = usr_loss(outputs, batch, counts_C, config)
     terms.total.backward()
     return lookup, terms
 
@@ -76,11 +78,11 @@ def test_forward_loss_and_backward_bring_no_value_to_the_host(backbone: str, mon
     # Autocast knows no meta device.
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     config = make_config(backbone=backbone, dropout=0.1)
-    ((batch, unique), counts_S) = prepared(EmbeddingTables(SPEC, config.embedding_dim, 0))[0]
+    ((batch, unique), counts_C) = prepared(EmbeddingTables(SPEC, config.embedding_dim, 0), config)[0]
     tables = EmbeddingTables(SPEC, config.embedding_dim, 0, "meta")
     model = UsrModel(SPEC, config).to("meta")
     meter = StepMeter(LocalWorker("cpu"))
-    there = map_tensors((batch, unique, counts_S), lambda tensor: tensor.to("meta"))
+    there = map_tensors((batch, unique, counts_C), lambda tensor: tensor.to("meta"))
     with NoWaiting("meta") as mode:
         lookup, terms = step_to_gradients(model, tables, config, *there)
         meter.add(terms.named(SPEC.scenarios), torch.zeros((), device="meta"), num_rows=22.0)
@@ -111,12 +113,12 @@ def test_on_a_gpu_whole_steps_run_under_sync_debug_mode_error(backbone: str) -> 
     dense = DenseAdamW(model, TrainConfig())
     meter = StepMeter(LocalWorker(device))
     on_host = EmbeddingTables(SPEC, config.embedding_dim, 0)
-    with Feed(iter(prepared(on_host, 6)), device) as feed:
-        for number, ((batch, unique), counts_S) in enumerate(feed):
+    with Feed(iter(prepared(on_host, config, 6)), device) as feed:
+        for number, ((batch, unique), counts_C) in enumerate(feed):
             # The first step allocates and initialises libraries, which may wait.
             torch.cuda.set_sync_debug_mode("error" if number else "default")
             try:
-                counts_there = counts_S.to(device, non_blocking=True)
+                counts_there = counts_C.to(device, non_blocking=True)
                 _, terms = step_to_gradients(model, tables, config, batch, unique, counts_there)
                 norm = dense.step()
                 dense.zero_grad()

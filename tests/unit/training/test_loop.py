@@ -425,6 +425,11 @@ def other_spec(spec: FeatureSpec) -> FeatureSpec:
             lambda m: m,
             "model.contrastive.group_size = 16, this run 32",
         ),
+        (
+            make_config(model_contrastive={"group_size": 16, "every_nth_group": 1}),
+            lambda m: m,
+            "model.contrastive.every_nth_group = 4, this run 1",
+        ),
         (make_config(train_seed=1), lambda m: m, "train.seed = 0, this run 1"),
         (make_config(train_global_batch_size=128), lambda m: m, "train.global_batch_size = 64, this run 128"),
         (make_config(train_reader_shards=2), lambda m: m, "train.reader_shards = 1, this run 2"),

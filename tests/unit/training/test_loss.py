@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,7 +36,7 @@ def outputs_of(probs: list[list[float]], global_probs: list[list[float]] | None 
 def hand_batch():
     """Search, recommendation, search and a row of weight 0 that would spoil every mean."""
     batch = rows(make_batch(make_spec(), 6, max_length=0, num_padding=0), [0, 1, 2, 3])
-    return dataclasses.replace(
+    return replace(
         batch,
         labels_BT=torch.tensor([[1.0, 0, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]]),
         weights_B=torch.tensor([1.0, 1, 1, 0]),
@@ -47,9 +47,9 @@ def test_each_cell_is_the_mean_over_its_own_rows() -> None:
     probs = [[0.5, 0.2], [0.1, 0.3], [0.25, 0.4], [0.01, 0.01]]
     global_probs = [[0.6, 0.3], [0.7, 0.35], [0.5, 0.45], [0.01, 0.01]]
     batch, config = hand_batch(), make_config(multitask={"alpha": 0.5}, contrastive=NO_CL)
-    counts_S = row_counts(batch, 2)
-    assert counts_S.tolist() == [2, 1]
-    terms = usr_loss(outputs_of(probs, global_probs), batch, counts_S, config)
+    counts_C = row_counts(batch, 2, config)
+    assert counts_C.tolist() == [2, 1, 3], "by scenario, then all"
+    terms = usr_loss(outputs_of(probs, global_probs), batch, counts_C, config)
     log = math.log
     cells = [[-(log(0.5) + log(0.75)) / 2, -(log(0.8) + log(0.6)) / 2], [-log(0.9), -log(0.7)]]
     torch.testing.assert_close(terms.cells_ST, torch.tensor(cells))
@@ -61,7 +61,7 @@ def test_each_cell_is_the_mean_over_its_own_rows() -> None:
 def test_weights_by_rows_let_every_row_count_the_same() -> None:
     probs = [[0.5, 0.2], [0.1, 0.3], [0.25, 0.4], [0.01, 0.01]]
     batch, config = hand_batch(), make_config(contrastive=NO_CL, scenario_weights="rows")
-    terms = usr_loss(outputs_of(probs), batch, row_counts(batch, 2), config)
+    terms = usr_loss(outputs_of(probs), batch, row_counts(batch, 2, config), config)
     log = math.log
     over_rows = -(log(0.5) + log(0.9) + log(0.75) + log(0.8) + log(0.7) + log(0.6)) / 3
     assert float(terms.total) == pytest.approx(2 * over_rows, rel=1e-5), "two scenarios, as with equal weights"
@@ -73,8 +73,8 @@ def test_a_label_that_no_log_knows_is_neither_a_row_nor_a_zero() -> None:
     probs = [[0.5, 0.2], [0.1, 0.3], [0.25, 0.4], [0.01, 0.01]]
     global_probs = [[0.6, 0.3], [0.7, 0.35], [0.5, 0.45], [0.01, 0.01]]
     batch, config = hand_batch(), make_config(multitask={"alpha": 0.5}, contrastive=NO_CL)
-    counts_S, known = row_counts(batch, 2), ((True, True), (True, False))
-    terms = usr_loss(outputs_of(probs, global_probs), batch, counts_S, config, known_labels=known)
+    counts_C, known = row_counts(batch, 2, config), ((True, True), (True, False))
+    terms = usr_loss(outputs_of(probs, global_probs), batch, counts_C, config, known_labels=known)
     log = math.log
     cells = [[-(log(0.5) + log(0.75)) / 2, -(log(0.8) + log(0.6)) / 2], [-log(0.9), 0]]
     torch.testing.assert_close(terms.cells_ST, torch.tensor(cells))
@@ -93,7 +93,7 @@ def test_an_open_order_teaches_nothing_and_its_click_teaches_as_before() -> None
     batch.labels_BT[2] = torch.tensor([0, OPEN_LABEL, 0, OPEN_LABEL])
     outputs = outputs_of(probs, global_probs)
     outputs.log_p_BT.requires_grad_()
-    terms = usr_loss(outputs, batch, row_counts(batch, 2), config)
+    terms = usr_loss(outputs, batch, row_counts(batch, 2, config), config)
     log = math.log
     cells = [[-(log(0.5) + log(0.75)) / 2, -log(0.8) / 2], [-log(0.9), -log(0.7)]]
     torch.testing.assert_close(terms.cells_ST, torch.tensor(cells))
@@ -101,7 +101,7 @@ def test_an_open_order_teaches_nothing_and_its_click_teaches_as_before() -> None
     torch.testing.assert_close(terms.global_T, torch.tensor(overall))
     assert float(terms.total.detach()) == pytest.approx(sum(map(sum, cells)) + 0.5 * sum(overall), rel=1e-5)
     batch.labels_BT[0] = torch.tensor([1, OPEN_LABEL, 1, OPEN_LABEL])
-    usr_loss(outputs, batch, row_counts(batch, 2), config).total.backward()
+    usr_loss(outputs, batch, row_counts(batch, 2, config), config).total.backward()
     assert outputs.log_p_BT.grad is not None
     assert outputs.log_p_BT.grad[[0, 2], 1].tolist() == [0, 0]
     assert outputs.log_p_BT.grad[0, 0] != 0
@@ -111,7 +111,7 @@ def test_nothing_the_model_says_of_an_unknown_label_moves_it() -> None:
     batch, config, known = hand_batch(), make_config(contrastive=NO_CL), ((True, True), (True, False))
     logits_BT, global_BT = torch.zeros(4, 2, requires_grad=True), torch.zeros(4, 2, requires_grad=True)
     outputs = global_outputs(logits_BT, global_BT, "B")
-    usr_loss(outputs, batch, row_counts(batch, 2), config, known_labels=known).total.backward()
+    usr_loss(outputs, batch, row_counts(batch, 2, config), config, known_labels=known).total.backward()
     assert logits_BT.grad is not None
     assert global_BT.grad is not None
     assert logits_BT.grad[1, 1] == 0, "b_k of the masked row"
@@ -121,13 +121,13 @@ def test_nothing_the_model_says_of_an_unknown_label_moves_it() -> None:
 
 
 def test_no_scenario_with_orders_leaves_clicks_alone_in_the_loss() -> None:
-    batch, known = hand_batch(), ((True, False), (True, False))
+    batch, config, known = hand_batch(), make_config(contrastive=NO_CL), ((True, False), (True, False))
     global_probs = [[0.6, 0.3], [0.7, 0.35], [0.5, 0.45], [0.01, 0.01]]
     terms = usr_loss(
         outputs_of([[0.5, 0.2]] * 4, global_probs),
         batch,
-        row_counts(batch, 2),
-        make_config(contrastive=NO_CL),
+        row_counts(batch, 2, config),
+        config,
         known_labels=known,
     )
     assert terms.cells_ST[:, 1].tolist() == [0, 0]
@@ -137,25 +137,27 @@ def test_no_scenario_with_orders_leaves_clicks_alone_in_the_loss() -> None:
 
 def test_without_glmt_there_is_no_global_term() -> None:
     batch = hand_batch()
-    terms = usr_loss(outputs_of([[0.5, 0.2]] * 4), batch, row_counts(batch, 2), make_config(contrastive=NO_CL))
+    config = make_config(contrastive=NO_CL)
+    terms = usr_loss(outputs_of([[0.5, 0.2]] * 4), batch, row_counts(batch, 2, config), config)
     assert terms.global_T.tolist() == [0, 0]
     torch.testing.assert_close(terms.total, terms.cells_ST.sum())
 
 
 def test_a_scenario_absent_everywhere_adds_nothing() -> None:
     batch = hand_batch()
-    counts_S = row_counts(batch, 3)
-    assert counts_S.tolist() == [2, 1, 0]
-    terms = usr_loss(outputs_of([[0.5, 0.2]] * 4), batch, counts_S, make_config())
+    config = make_config()
+    counts_C = row_counts(batch, 3, config)
+    assert counts_C.tolist() == [2, 1, 0, 3]
+    terms = usr_loss(outputs_of([[0.5, 0.2]] * 4), batch, counts_C, config)
     assert terms.cells_ST[2].tolist() == [0, 0]
     assert terms.total.isfinite()
 
 
-def step(model: UsrModel, tables: EmbeddingTables, batch, counts_S, config, known=None) -> tuple[LossTerms, dict, dict]:
+def step(model: UsrModel, tables: EmbeddingTables, batch, counts_C, config, known=None) -> tuple[LossTerms, dict, dict]:
     """Loss terms and gradients of one rank."""
     model.zero_grad()
     lookup = tables.lookup(batch)
-    terms = usr_loss(model(batch, lookup, 11), batch, counts_S, config, known_labels=known)
+    terms = usr_loss(model(batch, lookup, 11), batch, counts_C, config, known_labels=known)
     terms.total.backward()
     dense = {n: p.grad.clone() for n, p in model.named_parameters()}
     sparse = {n: torch.zeros_like(t).index_add(0, *lookup.updates()[n]) for n, t in tables.tables.items()}
@@ -165,13 +167,20 @@ def step(model: UsrModel, tables: EmbeddingTables, batch, counts_S, config, know
 @pytest.mark.parametrize("cuts", [[8], [4, 16]], ids=["two ranks", "three ranks"])
 @pytest.mark.parametrize(
     ("switches", "unknown"),
-    [({}, ()), ({"multitask": {"variant": "B"}}, ()), (PLAIN, ()), ({}, ("search",))],
-    ids=["USR", "variant B", "plain", "search knows no orders"],
+    [
+        ({}, ()),
+        ({"multitask": {"variant": "B"}}, ()),
+        (PLAIN, ()),
+        ({}, ("search",)),
+        ({"contrastive": {"every_nth_group": 2}}, ()),
+        ({"contrastive": {"every_nth_group": 9}}, ()),
+    ],
+    ids=["USR", "variant B", "plain", "search knows no orders", "every second group", "the first group alone"],
 )
 def test_shares_of_ranks_add_up_to_the_loss_and_gradients_of_one(
     cuts: list[int], switches: dict, unknown: tuple[str, ...]
 ) -> None:
-    spec, config = dataclasses.replace(make_spec(), no_order_scenarios=unknown), make_config(**switches)
+    spec, config = replace(make_spec(), no_order_scenarios=unknown), make_config(**switches)
     batch = make_batch(spec, 20, num_padding=3)
     torch.manual_seed(0)
     model, tables = UsrModel(spec, config), EmbeddingTables(spec, 4, seed=0)
@@ -181,44 +190,56 @@ def test_shares_of_ranks_add_up_to_the_loss_and_gradients_of_one(
         for table in tables.tables.values():
             table[1:] *= 10
     edges = [0, *cuts, 20]
-    parts = [rows(batch, slice(a, b)) for a, b in itertools.pairwise(edges)]
-    counts_S = row_counts(batch, 2)
-    assert torch.equal(sum(row_counts(p, 2) for p in parts), counts_S)
-    whole_terms, *whole_grads = step(model, tables, batch, counts_S, config, spec.known_labels)
-    shares = [step(model, tables, part, counts_S, config, spec.known_labels) for part in parts]
+    parts = [replace(rows(batch, slice(a, b)), first_group=a // 4) for a, b in itertools.pairwise(edges)]
+    counts_C = row_counts(batch, 2, config)
+    assert torch.equal(sum(row_counts(p, 2, config) for p in parts), counts_C)
+    whole_terms, *whole_grads = step(model, tables, batch, counts_C, config, spec.known_labels)
+    shares = [step(model, tables, part, counts_C, config, spec.known_labels) for part in parts]
     for name, value in whole_terms.named(spec.scenarios).items():
         torch.testing.assert_close(sum(s[0].named(spec.scenarios)[name] for s in shares), value, rtol=1e-4, atol=1e-6)
     for number, grads in enumerate(whole_grads, start=1):
         for name, grad in grads.items():
             torch.testing.assert_close(sum(s[number][name] for s in shares), grad, rtol=1e-3, atol=1e-6)
     assert (whole_terms.cells_ST[0, 1] == 0) == bool(unknown)
-    if not switches:
+    if not switches or "contrastive" in switches:
         assert whole_terms.contrastive_interest > 0
         assert whole_terms.contrastive_feature > 0
         assert 0 < whole_terms.variance_interest_S.min() <= whole_terms.variance_interest_S.max() < 1
 
 
-def test_contrastive_terms_are_means_over_rows_and_views() -> None:
+@pytest.mark.parametrize(
+    ("every_nth", "first_group", "taken"),
+    [(1, 0, range(8)), (2, 0, range(4)), (2, 1, range(4, 8)), (3, 2, range(4, 8)), (4, 1, range(0))],
+)
+def test_contrastive_terms_are_means_over_the_rows_that_take_part_and_views(
+    every_nth: int, first_group: int, taken: range
+) -> None:
     torch.manual_seed(0)
-    config = make_config()
-    batch = make_batch(make_spec(), 8, num_padding=1)
+    config = make_config(contrastive={"every_nth_group": every_nth})
+    batch = replace(make_batch(make_spec(), 8, num_padding=1), first_group=first_group)
     vectors = [torch.randn(8, 2, 3) for _ in range(4)]
-    outputs = dataclasses.replace(
+    outputs = replace(
         outputs_of([[0.5, 0.5]] * 8),
         interests_BSD=vectors[0],
-        interests_twin_BSD=vectors[1],
+        interests_twin_RSD=vectors[1][taken] if taken else None,
         features_BSD=vectors[2],
-        features_twin_BSD=vectors[3],
+        features_twin_RSD=vectors[3][taken] if taken else None,
     )
-    terms = usr_loss(outputs, batch, row_counts(batch, 2), config)
+    counts_C = row_counts(batch, 2, config)
+    num_counted = len(set(taken) & set(range(7)))
+    assert float(counts_C[-1]) == num_counted
+    terms = usr_loss(outputs, batch, counts_C, config)
     lengths_B = sum(h.offsets.diff() for h in batch.histories)
     with_events = ((lengths_B > 0) & (batch.weights_B > 0)).tolist()
     assert with_events.count(True) < 7, "row 0 has no events"
-    users, counted = batch.user_key_B.tolist(), (batch.weights_B > 0).tolist()
+    takes_part = [row in taken for row in range(8)]
+    with_events = [a and b for a, b in zip(with_events, takes_part, strict=True)]
+    counted = [a and b for a, b in zip((batch.weights_B > 0).tolist(), takes_part, strict=True)]
+    users = batch.user_key_B.tolist()
     tau, group = config.contrastive.temperature, config.contrastive.group_size
     # Rows without events are no anchors of CL(i), but count in the mean; padding counts in neither.
-    interest = slow_loss(vectors[0], vectors[1], with_events, users, group, tau) / (7 * 2)
-    feature = slow_loss(vectors[2], vectors[3], counted, users, group, tau) / (7 * 2)
+    interest = slow_loss(vectors[0], vectors[1], with_events, users, group, tau) / (max(num_counted, 1) * 2)
+    feature = slow_loss(vectors[2], vectors[3], counted, users, group, tau) / (max(num_counted, 1) * 2)
     assert float(terms.contrastive_interest) == pytest.approx(interest, rel=1e-4)
     assert float(terms.contrastive_feature) == pytest.approx(feature, rel=1e-4)
     cells = float(terms.cells_ST.sum())
@@ -227,7 +248,8 @@ def test_contrastive_terms_are_means_over_rows_and_views() -> None:
 
 def test_terms_have_names_for_every_scenario_and_task() -> None:
     batch = hand_batch()
-    terms = usr_loss(outputs_of([[0.5, 0.2]] * 4), batch, row_counts(batch, 2), make_config())
+    config = make_config()
+    terms = usr_loss(outputs_of([[0.5, 0.2]] * 4), batch, row_counts(batch, 2, config), config)
     named = terms.named(("search", "recommendation"))
     for name in (
         "loss",
@@ -257,11 +279,13 @@ def test_labels_that_cannot_be_never_reach_a_step(labels: list[float], pair: str
     tables = EmbeddingTables(make_spec(), 4, seed=0)
 
     class OneBatch:
+        manifest = SimpleNamespace(spec=make_spec())
+
         def batches(self, epoch: int, start_step: int = 0) -> Iterator[UsrBatch]:
             yield batch
 
     def fed() -> list[object]:
-        return list(training_batches(OneBatch(), tables, epochs=range(1), start_step=0, num_scenarios=2))
+        return list(training_batches(OneBatch(), tables, epochs=range(1), start_step=0, config=make_config()))
 
     assert len(fed()) == 1
     batch.labels_BT[1] = torch.tensor(labels)
@@ -283,7 +307,12 @@ def test_a_model_of_one_scenario_is_not_made_to_compute_the_rows_of_the_others(t
             [
                 batch
                 for (batch, _), _ in training_batches(
-                    reader, tables, epochs=range(1), start_step=0, num_scenarios=2, of_a_size=of_a_size
+                    reader,
+                    tables,
+                    epochs=range(1),
+                    start_step=0,
+                    config=make_config(),
+                    of_a_size=of_a_size,
                 )
             ]
             for of_a_size in (True, False)
@@ -297,11 +326,11 @@ def test_a_model_of_one_scenario_is_not_made_to_compute_the_rows_of_the_others(t
         lengths_B = padded.histories[0].offsets.diff()[counted_B]
         assert torch.equal(left.histories[0].offsets.diff(), lengths_B)
         assert left.weights_B.all()
-    nobody = dataclasses.replace(whole[0], weights_B=torch.zeros(8))
+    nobody = replace(whole[0], weights_B=torch.zeros(8))
     one = SimpleNamespace(reading=reading, manifest=manifest, batches=lambda *_, **__: iter([nobody]))
-    (((left, _), counts_S),) = training_batches(
-        one, tables, epochs=range(1), start_step=0, num_scenarios=2, of_a_size=False
+    (((left, _), counts_C),) = training_batches(
+        one, tables, epochs=range(1), start_step=0, config=make_config(), of_a_size=False
     )
-    assert (left.weights_B.tolist(), counts_S.tolist()) == ([0.0], [0.0, 0.0])
+    assert (left.weights_B.tolist(), counts_C.tolist()) == ([0.0], [0.0, 0.0, 0.0])
     assert left.row_number_B.tolist() == [-1]
     assert not left.sparse_BF.any(), "padding: the step decays no row of a table"

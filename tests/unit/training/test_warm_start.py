@@ -263,7 +263,9 @@ def test_the_first_order_part_goes_on_while_the_vocabularies_grow_and_keeps_its_
     del state["config"]["features"]["crosses"]
     for key in ("wide", "wide_buckets", "wide_l2", "pepnet_hidden"):
         del state["config"]["model"][key]
+    del state["config"]["model"]["contrastive"]["every_nth_group"]
     assert warm_start_refusal(state, "old", make_config(), manifest) is None
+    assert Config.completed(state["config"])["model"]["contrastive"]["every_nth_group"] == 1, "a resumed run's"
 
     crosses = [["user_id", "item_id"], ["item_id", "query", "scenario"]]
     wide = {"model_wide": True, "model_wide_buckets": 200, "features": {"crosses": crosses}}
