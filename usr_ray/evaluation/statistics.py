@@ -263,7 +263,7 @@ def ctr_slices(rows: Predictions, baseline: Predictions | None, scenario: int) -
     """AUC of CTR in one scenario by length of the history and by known or cold item; no entry without rows."""
     is_cold = rows.item_id_N <= UNKNOWN_ID
     parts = [("past events of the user", name, inside) for name, inside in history_parts(rows.history_length_N)]
-    parts += [("item", "in the vocabulary", ~is_cold), ("item", "cold: not in the vocabulary", is_cold)]
+    parts += [("item", "shown often enough", ~is_cold), ("item", "cold: no id, or for its vector alone", is_cold)]
     slices = []
     for group, name, part in parts:
         inside = part & (rows.scenario_N == scenario)
