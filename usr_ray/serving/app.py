@@ -64,8 +64,7 @@ def make_app(service: Service, token: str | None = None) -> FastAPI:
     """The ASGI application of a service.
 
     Args:
-        service: answers.
-        token: what `Authorization: Bearer` must carry; None: nothing.
+        token: what `Authorization: Bearer` must carry; None: requests need no token.
     """
     app = FastAPI(title="usr-ray", version=__version__, docs_url=None, redoc_url=None)
     page = "/" if service.settings.page else None  # it holds no data: its own requests carry the token
@@ -154,7 +153,7 @@ def _add_page(app: FastAPI, service: Service, answer: Callable[..., Any]) -> Non
 
 
 def num_cpus(settings: Settings) -> int:
-    """Of a replica: its workers compute, or wait for a GPU."""
+    """CPUs of a replica: its workers compute, or wait for a GPU."""
     return settings.num_workers * settings.num_threads if settings.device == "cpu" else 2
 
 
@@ -211,7 +210,7 @@ def deployment(
 
 
 def grpc_options(port: int | None) -> dict[str, Any] | None:
-    """Of Ray Serve's proxy. Its reflection, which asks for no token, is off."""
+    """Options of Ray Serve's proxy; None without a port. Its reflection, which asks for no token, is off."""
     if port is None:
         return None
     functions = ["usr_ray.serving.grpc_service.add_ranking"]
@@ -295,13 +294,10 @@ def serve_on_ray(
     """Serve until `wait` returns.
 
     Args:
-        settings: of each replica.
         token: see `make_app`.
-        host: address to listen on.
-        port: of HTTP.
-        grpc_port: of gRPC, on every address of the machine: Serve's proxy knows no host for it; None: no gRPC.
-        num_replicas: processes, each with its own copy.
-        own_cluster: start a Ray on the loopback of this machine; else the one of the environment is used.
+        grpc_port: taken on every address of the machine, for Serve's proxy knows no host for it; None: no gRPC.
+        num_replicas: each is a process with its own copy of the version.
+        own_cluster: start a Ray on the loopback of this machine; False: use that of the environment.
         wait: called with the service's address once it answers.
 
     Raises:

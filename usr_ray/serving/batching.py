@@ -21,7 +21,7 @@ from usr_ray.schema import FeatureSpec
 Inputs = Mapping[str, NDArray[Any]]
 Outputs = dict[str, NDArray[np.float32]]
 MAX_ROWS = 16_384
-"""Of one call; a request that is longer goes alone."""
+"""Most rows of one call; a request that is longer goes alone."""
 _NO_DEADLINE_S = 3600.0
 _PARTS = {f"{owner}_{kind}" for owner in ("request", "item") for kind in ("sparse", "dense")}
 """Inputs of request.onnx that are `sparse` and `dense` of model.onnx, in two parts. Scenarios may begin so too."""
@@ -55,8 +55,7 @@ class Batcher:
     """Takes the place of a version's program for requests; threads call it side by side.
 
     Args:
-        run: the program for rows: inputs of any number of rows to outputs by name.
-        spec: of the model.
+        run: the program for rows: takes inputs of any number of rows, gives outputs by name.
         wait_s: how long the first request of a batch waits for others.
     """
 

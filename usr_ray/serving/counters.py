@@ -46,7 +46,7 @@ class _Feature:
     sizes: tuple[int, ...]
     """Codes of each column, 0 among them."""
     offset: int
-    """Of its codes among those of all features that count by the user, or of all that do not."""
+    """Where its codes begin among those of all features that count by the user, or of all that do not."""
     of_user: bool
 
 
@@ -67,8 +67,7 @@ def planned_counters(spec: FeatureSpec, built_with: str) -> tuple[float, tuple[C
     """The prior, and the counters that a model needs; a counter's feature is its keys, joined by ':'.
 
     Args:
-        spec: of the model.
-        built_with: of the samples' manifest.
+        built_with: `Manifest.built_with` of the samples.
 
     Raises:
         EncodeError: the model has a column that is no counter of the lake.
@@ -156,12 +155,10 @@ def write_counters(
     """Write the counters of a version.
 
     Args:
-        folder: of the version.
-        spec: of the model.
-        built_with: of the samples' manifest.
+        built_with: `Manifest.built_with` of the samples.
         table: `<lake>/counters`.
-        as_of_us: no request is for an earlier time: what is too old for a window of days is one day then. None: all
-            days, for `replay`.
+        as_of_us: no request is for an earlier time, so what is too old for a window of days is folded into one day.
+            None: all days are kept, for `replay`.
 
     Raises:
         EncodeError: see `planned_counters`; two values have one hash.
@@ -344,9 +341,6 @@ def _by_user(names: pa.Array, places: Ints, counts_N3: Ints) -> tuple[pa.Array, 
 class Counters:
     """The counters of a version, memory-mapped.
 
-    Args:
-        folder: of the version.
-
     Raises:
         EncodeError: a file is missing or damaged.
     """
@@ -394,10 +388,8 @@ class Counters:
         """Column -> (N) where it counts by something of the items, else (1).
 
         Args:
-            encoder: of the same version.
             scenario: position in the spec's scenarios.
-            time_us: of the request.
-            query: raw; not looked at outside scenarios with queries.
+            query: as it was typed; not looked at outside scenarios with queries.
             profiles: of 'user', 'context' and 'item', the last of N candidates.
         """
         has_query = encoder.spec.scenarios[scenario] in encoder.spec.query_scenarios

@@ -44,7 +44,7 @@ Ints = NDArray[np.int64]
 EVENT_HOUR = "event_hour"
 _NUM_HOURS = 24
 _SEED = 42
-"""Of Spark's xxhash64."""
+"""Seed of Spark's xxhash64."""
 _FIXED = ("user_id", "item_id", "query", EVENT_HOUR)
 EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
@@ -68,7 +68,7 @@ class ValueIndex:
     """A number for each of many strings: an Arrow file sorted by the strings' hashes, memory-mapped.
 
     Args:
-        path: of `write`.
+        path: the file that `write` made.
     """
 
     def __init__(self, path: Path) -> None:
@@ -202,7 +202,7 @@ class UserEvents:
 
     @classmethod
     def none(cls) -> UserEvents:
-        """Of a user who has done nothing."""
+        """The events of a user who has done nothing."""
         times, small, ids = np.empty(0, np.int64), np.empty(0, np.uint8), np.empty(0, np.int32)
         return cls(times, times, small, small, ids, ids, np.empty(0, np.uint64))
 
@@ -222,17 +222,16 @@ class Profile:
     numbers: NDArray[np.float32]
     """(numbers) or (N, numbers)."""
     sums: tuple[Ints, NDArray[np.uint32]] | None = None
-    """Of a user: places and sums of the counters that count by the user (daily_sums.DailySums)."""
+    """A user's places and sums of the counters that count by the user (daily_sums.DailySums); None: there are none."""
 
 
 class Encoder:
     """What encodes for one version of a model.
 
     Args:
-        spec: of the model.
-        indexes: of each feature's vocabulary; empty for hashed ids.
-        num_buckets: of hashed ids; None: the vocabularies are fitted.
-        counted: codes of the columns that counters count by (counters.Counters).
+        indexes: feature -> its vocabulary; empty for hashed ids.
+        num_buckets: for hashed ids; None: the vocabularies are fitted.
+        counted: column that counters count by -> its codes (counters.Counters).
     """
 
     def __init__(
@@ -281,7 +280,7 @@ class Encoder:
         return result
 
     def width(self, owner: str) -> int:
-        """Of Profile.ids."""
+        """Width of Profile.ids."""
         lists = sum(feature.length for feature in self.lists[owner])
         return len(self.categories[owner]) + lists + len(self.counted[owner])
 
@@ -321,8 +320,7 @@ class Encoder:
 
         Args:
             owner: 'user', 'item' or 'context'.
-            values: by feature.
-            own_id: of the item, by which counters may count.
+            own_id: the item's own, by which counters may count.
 
         Raises:
             EncodeError: a key is none of the owner's features, or a value has the wrong type.
@@ -355,7 +353,7 @@ class Encoder:
         return bucket_id(_named(name, _number, value), self.edges[name])
 
     def nothing(self, owner: str) -> Profile:
-        """Of a user or item that no table knows: padding, a number's bucket of nulls, and 0."""
+        """The profile of a user or item that no table knows: padding, a number's bucket of nulls, and 0."""
         ids = np.full(self.width(owner), PADDING_ID, dtype=np.int32)
         for place, name in enumerate(self.categories[owner]):
             ids[place] = self.spec.sparse_feature(name).nothing
@@ -378,14 +376,11 @@ class Encoder:
 
         Args:
             scenario: position in the spec's scenarios.
-            time_us: of the request, microseconds since 1970.
-            user_id: raw.
-            query: raw; not looked at outside scenarios with queries.
-            user: its features.
-            context: of the request.
-            events: of the user.
+            time_us: microseconds since 1970.
+            user_id: as in the logs, not encoded.
+            query: as it was typed; not looked at outside scenarios with queries.
             items: encoded item_id (N) and features of the candidates.
-            counters: of counters.Counters, where the model has some.
+            counters: from counters.Counters; None: the model has none.
         """
         spec = self.spec
         has_query = spec.scenarios[scenario] in spec.query_scenarios

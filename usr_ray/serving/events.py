@@ -44,7 +44,7 @@ class Row(NamedTuple):
     user: str
     item: str
     scenario: str | None
-    """None: an order of the shop's common log."""
+    """None for an order of the shop's common log."""
     time: int
     known: int
     of: str | None
@@ -63,7 +63,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """Of attribution: `labels.*`, in microseconds, and the limit of the lake that a version was published from."""
+    """How events are attributed: `labels.*` in microseconds, and the limit of the lake that a version came from."""
 
     click_window: int
     order_window: int
@@ -139,7 +139,7 @@ class EventLog:
     """The events of a folder, shared by the processes of a node. Any number of threads may call it.
 
     Args:
-        folder: created by the first post.
+        folder: need not exist; the first post creates it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -236,10 +236,6 @@ def with_live(stored: UserEvents, rows: Sequence[Row], rules: Rules, encoder: En
     """The stored events of a user and those of the log, each once, sorted as a history is.
 
     Args:
-        stored: of the version.
-        rows: of the same user.
-        rules: of the version.
-        encoder: of the version.
         time_us: of the request; what is not visible at it may be left out.
     """
     scenarios = encoder.spec.scenarios

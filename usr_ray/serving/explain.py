@@ -30,11 +30,7 @@ Predict = Callable[[Inputs], Mapping[str, NDArray[np.float32]]]
 
 
 class Explainer:
-    """Explains the answers of one version.
-
-    Args:
-        ranker: the version.
-    """
+    """Explains the answers of one version."""
 
     def __init__(self, ranker: Ranker) -> None:
         self._ranker = ranker

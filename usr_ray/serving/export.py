@@ -67,10 +67,9 @@ def export_run(
     """Export the model of a run's best checkpoint (its newest one where none was marked best).
 
     Args:
-        run_dir: of jobs/train.py.
-        output_dir: where to write; absent or empty.
+        output_dir: absent or empty.
         lake: whose vocabularies go with the model (vocabulary.kind = "hash" has none); None: none do.
-        requests_only: write request.onnx alone of the programs and weights, in a third of the time.
+        requests_only: write no program but request.onnx and no weights, in a third of the time.
 
     Returns:
         The content of manifest.json.

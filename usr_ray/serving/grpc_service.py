@@ -24,9 +24,9 @@ _DESCRIPTORS = Path(__file__).with_name("service.binpb")
 _RETRY_AFTER = (("retry-after", "1"),)
 _EXACT = 1 << 53
 _MAX_WORDS = 1_000
-"""Of a refusal, which travels in a header: a client that gets 8 KiB of it says RESOURCE_EXHAUSTED instead."""
+"""Characters of a refusal, sent in a header: a client that gets 8 KiB of it says RESOURCE_EXHAUSTED instead."""
 _MORE_THREADS = 4
-"""Than requests are taken: so many more are told at once that there are too many."""
+"""Threads beyond those for the requests that are taken: so many more are told at once that there are too many."""
 
 
 def message_classes() -> dict[str, Any]:
@@ -91,7 +91,6 @@ class Methods:
     Messages come as bytes: they are read by the queue's workers, once the token was seen and there was room.
 
     Args:
-        service: answers.
         token: see app.make_app.
     """
 
@@ -162,10 +161,8 @@ class GrpcServer:
     """Serves until `close`, without Ray.
 
     Args:
-        service: answers.
         token: see app.make_app.
-        host: address to listen on.
-        port: of gRPC; 0: any.
+        port: 0: any free one.
 
     Raises:
         UserError: the packages are not installed, or the port is taken.

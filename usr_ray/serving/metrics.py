@@ -20,8 +20,8 @@ class ServiceMetrics:
     each time, and their counts under one name would be a series that falls and rises.
 
     Args:
-        queue: requests that are computed or wait.
-        as_of: when the stable version was published for, in seconds since 1970.
+        queue: gives the number of requests that are computed or wait.
+        as_of: gives the time that the stable version was published for, in seconds since 1970.
     """
 
     def __init__(self, queue: Callable[[], int], as_of: Callable[[], float]) -> None:

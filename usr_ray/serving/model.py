@@ -107,7 +107,7 @@ class _Features:
 
 
 def _features(name: str, spec: FeatureSpec) -> _Features | None:
-    """None: the input is none of features."""
+    """What an input of features holds; None for any other input."""
     sparse, dense = [f.owner for f in spec.sparse], [f.owner for f in spec.dense]
     parts = {
         REQUEST_SPARSE: (SPARSE, False, sparse),
@@ -173,10 +173,10 @@ class ServingModel(nn.Module):
     """Probabilities from padded inputs. A row's outputs do not depend on the other rows of the batch.
 
     Args:
-        model: of a run; it is copied and folded, and may go on training.
-        tables: of the same run. Their rows are shared, not copied (but for the query table, and tables with ids that
-            are known by their vectors alone).
-        spec: of the table that the run was trained on.
+        model: it is copied and folded, and may go on training.
+        tables: their rows are shared, not copied (but for the query table, and tables with ids that are known by their
+            vectors alone).
+        spec: that of the table that the run was trained on.
     """
 
     def __init__(self, model: UsrModel, tables: EmbeddingTables, spec: FeatureSpec) -> None:
@@ -207,7 +207,7 @@ class ServingModel(nn.Module):
 
         Args:
             ids: encoded id of the row, or of all rows, by feature name.
-            dense_BF: None: there are no dense features.
+            dense_BF: None where there are no dense features.
             inputs: scenario, histories, tags and terms, of B rows, or of one for all.
         """
         # ONNX counts a negative index from the end; as torch does, it shall refuse it.
@@ -235,7 +235,7 @@ class RequestModel(nn.Module):
     """Probabilities of the B candidates of one request: what does not depend on the candidate is computed once.
 
     Args:
-        model: whose weights and tables it shares.
+        model: its weights and tables are shared, not copied.
     """
 
     def __init__(self, model: ServingModel) -> None:

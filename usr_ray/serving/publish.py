@@ -64,12 +64,11 @@ def publish(
     """Publish a run's best checkpoint with the lake's items and users; the version's name. The pointer stays as it is.
 
     Args:
-        run_dir: of jobs/train.py.
-        lake: that it was trained on; the newest versions of its tables are read, and named in version.json.
-        registry: folder, created when it is absent.
-        users_at: address of a Redis that takes the users (redis_users.py); None: an LMDB in the version.
-        for_gpu: with the programs for rows, of which a service on a GPU takes model.onnx.
-        report: takes a line a stage.
+        lake: the run's; the newest versions of its tables are read, and named in version.json.
+        registry: created when it is absent.
+        users_at: address of a Redis that takes the users (redis_users.py); None: an LMDB in the version does.
+        for_gpu: publish the programs for rows too; a service on a GPU takes model.onnx.
+        report: called with a line for each stage.
 
     Raises:
         UserError: no run, no checkpoint, another lake, or a table that cannot be read. Nothing is left behind then.

@@ -50,14 +50,14 @@ from usr_ray.serving.versions import (
 
 MAX_CANDIDATES = 2000
 _NUM_READERS = 4
-"""Of users: a store that hangs holds so many, and the next requests are answered without it."""
+"""Threads that read users: a store that hangs holds so many, and the next requests are answered without it."""
 _DEVICE_DEADLINE_S = 0.5
-"""Of a call that a GPU shares among requests, once it has answered the golden ones."""
+"""Longest wait for a call that a GPU shares among requests, once it has answered the golden ones."""
 GOLDEN_TOLERANCE = 1e-6
 _MAX_WEIGHT = 1e300
 TASKS = ("ctr", "ctcvr")
 STAGES = ("checks", "encoder", "program")
-"""Of an answer: the request's fields; stores and encoder; the program, and the answer's making."""
+"""Stages of an answer: the request's fields; stores and encoder; the program, and the answer's making."""
 _FIELDS = ("request_id", "scenario", "user_id", "query", "context", "time", "candidates", "task", "k")
 
 
@@ -88,7 +88,7 @@ class Request:
     given: dict[int, Profile]
     """Features of candidates that came with the request, by place."""
     weights: tuple[float, float]
-    """Of p_ctr and p_ctcvr in a ranking."""
+    """Weights of p_ctr and p_ctcvr in a ranking."""
     k: int | None
 
 
@@ -138,9 +138,8 @@ class Ranker:
         """A version by its folder, for a service.
 
         Args:
-            folder: of the version.
-            num_threads: of ONNX Runtime, for one request.
-            log: of events since it was published.
+            num_threads: threads of ONNX Runtime for one request.
+            log: the events since the version was published.
             deadline_s: how long a request waits for what is known of its user; None: as long as it takes.
             device: 'cuda': requests of several threads share a call on a GPU (batching.Batcher).
 
@@ -222,9 +221,7 @@ class Ranker:
         """The answer to POST /v1/score, or with `ranked` to /v1/rank.
 
         Args:
-            raw: the request.
-            ranked: the largest probabilities first.
-            spent: takes the seconds of each stage.
+            spent: called with the name of each stage and its seconds.
         """
         times = [time.perf_counter()]
         request = self.checked(raw)

@@ -85,9 +85,7 @@ class RedisUsers(UserStore):
     """The users of a version in Redis.
 
     Args:
-        address: of the server.
-        place: of `move_users`.
-        encoder: of the version.
+        place: as `move_users` returned it.
 
     Raises:
         StoreError: the server does not answer, or does not have them.

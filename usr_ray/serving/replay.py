@@ -98,12 +98,7 @@ def replay(
     stores of the same form, with all events, so that each request sees what was visible at its own time.
 
     Args:
-        run_dir: the run that was published.
-        lake: that it was trained on.
-        registry: of jobs/publish.py.
-        dates: of impressions in the samples.
         allow_missing: where some of the dates have no rows, take the others.
-        report: takes a line now and then.
 
     Raises:
         UserError: there is no such run, lake or registry, or the version is of another run.

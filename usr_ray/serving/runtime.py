@@ -19,7 +19,7 @@ from usr_ray.files import file_sha256
 from usr_ray.serving.archive import ArchiveError, refuse_pickles
 
 FORMAT = 1
-"""Of manifest.json; another number is refused."""
+"""Format of manifest.json; another number is refused."""
 MANIFEST, PT2, ONNX, REQUEST = "manifest.json", "model.pt2", "model.onnx", "request.onnx"
 WEIGHTS, FEATURE_SPEC, VOCABULARIES = "weights.safetensors", "feature_spec.json", "vocabularies.parquet"
 RUNTIMES = {"torch": PT2, "onnx": ONNX}
@@ -41,10 +41,9 @@ def described(path: Path, number: int, *, error: type[UserError], way_out: str) 
     """The JSON that describes the files of its folder: `format`, and `files` with their checksums.
 
     Args:
-        path: of the JSON.
         number: the format that is read here; another is refused.
         error: raised where there is none, or of another format.
-        way_out: last words of its message.
+        way_out: ends the message of that error.
     """
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -108,9 +107,8 @@ class ExportedModel:
     """A verified export, ready to score.
 
     Args:
-        directory: of jobs/export.py.
         runtime: 'torch' (model.pt2) or 'onnx' (model.onnx).
-        num_threads: of one call, for 'onnx' only; torch's own setting holds for 'torch'.
+        num_threads: threads of one call with 'onnx'; torch's own setting holds for 'torch'.
         device: 'cpu', or 'cuda' with 'onnx': ONNX Runtime's CUDA provider, in float32 without TF32.
         per_request: open request.onnx, which takes one user and any number of candidates (`request_inputs` of
             manifest.json), in place of the program that takes rows; for 'onnx' only.

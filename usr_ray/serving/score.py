@@ -73,9 +73,8 @@ class ScoreTable:
     """The scores of one model.
 
     Args:
-        path: of the table; created when it is absent or an empty directory.
-        model_id: of export.model_id.
-        model_step: of the checkpoint.
+        path: created when it is absent or an empty directory.
+        model_id: as export.model_id gives it.
 
     Raises:
         ScoreError: something else is there, or the scores of another model.
@@ -179,7 +178,7 @@ class Scored:
     skipped: tuple[dt.date, ...]
     """Dates that were done before."""
     step: int
-    """Of the checkpoint."""
+    """The checkpoint's step."""
 
 
 def score_dates(

@@ -40,7 +40,7 @@ class Settings:
 
     registry: Path
     num_threads: int = 1
-    """Of ONNX Runtime, for one request."""
+    """Threads of ONNX Runtime for one request."""
     num_workers: int = 2
     """Requests that are computed at once."""
     max_queued: int = 32
@@ -75,9 +75,6 @@ def carries_token(given: bytes, token: str) -> bool:
 class Service:
     """Answers requests with the stable version of a registry.
 
-    Args:
-        settings: of the service.
-
     Raises:
         UserError: there is no version, or it cannot be opened.
     """
@@ -106,9 +103,9 @@ class Service:
         """A future of (status, answer) of one request; OverloadError when too many are in work.
 
         Args:
-            body: of the request, which is read once a worker takes it.
-            ranked: /v1/rank, else /v1/score.
-            read: None: `parsed`.
+            body: not read before a worker takes it.
+            ranked: for /v1/rank; False: for /v1/score.
+            read: None: `parsed` reads it.
         """
         return self._submit(self._answer, body, ranked, read or parsed)
 

@@ -50,8 +50,8 @@ def newest_features(manifest: Manifest, key: str, owner: str) -> pa.Table:
     """Features of every user or item as its newest impression has them.
 
     Args:
-        manifest: of all dates.
-        key: user_id or item_id.
+        manifest: covers all dates of the samples.
+        key: 'user_id' or 'item_id'.
         owner: 'user' or 'item'.
 
     Returns:
@@ -183,12 +183,11 @@ def write_users(
     Its features are unknown then, as of a new user.
 
     Args:
-        folder: of the version.
-        manifest: of all dates of the samples.
-        events: of `usr_ray.data.events.read_events`.
-        encoder: of the same version.
-        length: newest events kept per scenario: what a request after all of them can see. None: all, for `replay`.
-        counted: what counters count by the users, where the model has counters.
+        manifest: covers all dates of the samples.
+        events: as `usr_ray.data.events.read_events` gives them.
+        length: newest events kept per scenario: what a request after all of them can see. None: all are kept, for
+            `replay`.
+        counted: the sums that counters count by the users; None: the model has no counters.
     """
     rows = newest_features(manifest, "user_id", "user")
     profiles = _profiles(rows, encoder, "user", counted)
