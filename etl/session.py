@@ -36,7 +36,7 @@ ROW_GROUP_BYTES = 256 << 20
 MIN_FILE_BYTES, MAX_FILE_BYTES = 128 << 20, 512 << 20
 """OPTIMIZE merges files of a date below the one size into files of up to the other."""
 CHUNK_BATCH_BYTES = 32 << 20
-"""And its bytes, about: a pack of the second pass is one row of some megabytes."""
+"""About the bytes of one of those Arrow batches: a pack of the second pass is one row of some megabytes."""
 
 _ASKED_FOR = ("functions", "org.apache.spark.sql.functions", "PythonUtils", "org.apache.spark.sql.classic.SparkSession")
 
@@ -103,7 +103,6 @@ def build_spark(app_name: str, options: Mapping[str, str] | None = None) -> Spar
     """The session of a job, under spark-submit or plain Python.
 
     Args:
-        app_name: shown in Spark's UI and logs.
         options: further Spark options; they win over the ones here.
 
     Raises:

@@ -23,7 +23,7 @@ _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 UNDATED = "undated"
 """Stands for the date of a row whose time is missing or cannot be read, and of the users and items tables."""
 MAX_DUPLICATE_SHARE = 0.05
-"""Of a log's rows; a log delivered twice has more, and so has one whose id is that of a page or a session."""
+"""Share of a log's rows; a log delivered twice has more, and so has one whose id is that of a page or a session."""
 
 
 @dataclass(slots=True)
@@ -40,7 +40,7 @@ class Account:
     cells: dict[tuple[str, int], int] = field(default_factory=dict)
     """(fingerprint, day since 1970) -> hash of the samples of the day (etl/kernel/fingerprint.py)."""
     whole_from: dt.date | None = None
-    """Of earlier dates only some rows were read, as a margin. None: of none."""
+    """Only some rows of earlier dates were read, as a margin; None: every date was read whole."""
 
     def add_rejects(self, log: str, date: str, reason: str, num_rows: int) -> None:
         """Count rows that were rejected."""

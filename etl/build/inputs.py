@@ -31,7 +31,7 @@ from usr_ray.schema import FITTED_SCALES
 MAX_ROWS_PER_TASK = 1 << 22
 """Approximate event rows of one task of the pass; every core has at least one task."""
 MIN_BEYOND = 1000
-"""Of so many used events more than one must be later than all built days need, or those that are are wrong clocks."""
+"""Of so many used events more than one must be later than all built days need; fewer are taken for wrong clocks."""
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _BEGINNING = -(1 << 63)
 _OF_PASS = (
@@ -60,9 +60,9 @@ class Logs:
     logs: tuple[EventLog, ...]
     events: DataFrame
     tables: Mapping[str, DataFrame]
-    """Of users and items, one row a key, where the configuration names features of theirs: by "user" and "item"."""
+    """Owner ("user", "item") -> one row a key, where the configuration names features of theirs."""
     account: Account
-    """Of the feature tables; the pass adds the events."""
+    """What became of the rows of the feature tables; the pass adds the events."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class Inputs:
     folder: str
     logs: tuple[EventLog, ...]
     tables: Mapping[str, DataFrame]
-    """Of users and items, as Logs has them."""
+    """The tables of users and items, as Logs has them."""
     account: Account
     notes: tuple[str, ...] = ()
     """What the user should know of the logs."""
@@ -158,11 +158,7 @@ def run_pass(
     """Attribute every row once and stage the result, before anything else is written; the account adds up.
 
     Args:
-        spark: the session.
-        logs: what to read.
-        plan: what to do with it.
-        folder: where the rows are staged.
-        first_row: microseconds; earlier rows of the logs are not read. None: all are.
+        first_row: microseconds; earlier rows of the logs are not read. None: all are read.
         past: history events before `plan.since` (etl/build/state.py).
 
     Raises:

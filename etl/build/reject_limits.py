@@ -35,9 +35,7 @@ def check_rejects(
     """Every log keeps within limits.max_reject_share for each reason, and no log of clicks has lost them all.
 
     Args:
-        account: of all rows.
         config: the limits, and the windows that a shifted clock is looked for with.
-        logs: the event logs.
         rejected: `reject` rows of the pass.
         events: all event rows; read again where clicks or orders miss their impressions.
 
@@ -155,7 +153,7 @@ def clock_shift(gaps: Sequence[Sequence[int]], window: int) -> tuple[int, int] |
     """Whole hours by which the rows are late (early: negative), and how many rows that explains; None: none does.
 
     Args:
-        gaps: of each row the microseconds since each impression that it could belong to.
+        gaps: for each row the microseconds since each impression that it could belong to.
         window: how late a row may be, in microseconds.
     """
     near = min(window, _HOUR_US // 2)  # most clicks come soon; a whole hour would fit two shifts

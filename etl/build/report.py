@@ -190,10 +190,9 @@ def mark_new(samples: DataFrame, table: DataFrame, config: Config, dates: Sequen
     False on the training dates themselves; null where the table holds none of them yet, so that nothing can be said.
 
     Args:
-        samples: rows of `dates`.
-        table: the whole samples table.
-        config: names the training dates; without any, all dates are.
-        dates: dates of `samples`.
+        table: the samples table with all its dates.
+        config: without training dates in it, all dates are training dates.
+        dates: the dates that `samples` has.
     """
     names = {"user_id": "is_new_user", "item_id": "is_new_item"}
     first, last = dt.date.min, dt.date.max

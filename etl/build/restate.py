@@ -37,8 +37,8 @@ class RestateRequest:
     logs: str
     lake: Lake
     first: dt.date | None = None
-    """None: every date built so far. With a date the logs are read from it on only, and what lies before is taken from
-    the state, so that they need not reach back to the beginning."""
+    """None restates every date built so far. With a date the logs are read from it on only, and what lies before is
+    taken from the state, so that they need not reach back to the beginning."""
     last: dt.date | None = None
     watermark: dt.datetime | None = None
 

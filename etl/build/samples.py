@@ -48,7 +48,7 @@ class BuildRequest:
     first: dt.date
     last: dt.date
     watermark: dt.datetime | None = None
-    """None: the newest event_time that is used (contract 2.6)."""
+    """None stands for the newest event_time that is used (contract 2.6)."""
 
     @property
     def dates(self) -> list[dt.date]:
@@ -229,13 +229,8 @@ def passed_logs(
     """The state of earlier dates and what one pass over the logs finds, staged inside the block, with progress lines.
 
     Args:
-        spark: the session.
-        config: how to read and attribute.
-        logs_dir: the logs.
-        lake: holds the state.
         first: what lies before is taken from the state; None: all logs are read and attributed again.
-        days: to make rows of, since 1970.
-        progress: says what came in, log by log.
+        days: the days to make rows of, since 1970.
     """
     logs = open_logs(spark, config, logs_dir)
     progress(f"reading {len({log.name for log in logs.logs})} event logs")

@@ -126,13 +126,9 @@ def write_state(
     A state that would stay as it is is left alone, where it was made whole or this replaces a part that is there.
 
     Args:
-        spark: the session.
         config: its row meaning is part of the mark.
-        lake: where the table is.
-        state: what this build has read.
         events: `event` rows of the pass.
         values: `value` rows of the pass.
-        last: newest date that was built.
     """
     path = lake.path(STATE)
     if not lake.has(spark, STATE):
@@ -179,12 +175,8 @@ def write_sums(
     """Replace the counters' daily sums as write_state does the state, before it; the whole table, None without any.
 
     Args:
-        spark: the session.
-        config: names the counters; its row meaning is part of the mark.
-        lake: where the table is.
-        state: what this build has read.
+        config: its row meaning is part of the mark.
         counted: `count` rows of the pass.
-        last: newest date that is built.
     """
     if not config.every_counter:
         return None

@@ -52,12 +52,9 @@ def update_tables_by_id(
     """Bring the tables up to date, each in one commit, and leave alone what has not changed.
 
     Args:
-        spark: the session.
-        config: names the features.
-        lake: where the tables are.
         tables: "user" and "item" -> one row a key.
-        known: the vocabularies, this build's included.
-        spec: of the samples; says what vectors are divided by.
+        known: includes what this build has added.
+        spec: the samples'; says what vectors are divided by.
 
     Returns:
         Property of the samples -> the version that holds what this build knows.

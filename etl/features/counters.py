@@ -55,12 +55,8 @@ def update_counters(
     """Replace the sums of the dates that a build has read; the whole table as it is then.
 
     Args:
-        spark: the session.
-        config: names the counters.
-        lake: where the table is.
         counted: `count` rows of the pass.
         condition: which dates of events are replaced, as SQL on a column `event_date`.
-        metadata: of the commit.
     """
     path = lake.path(COUNTERS)
     if not lake.has(spark, COUNTERS):

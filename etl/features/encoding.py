@@ -42,7 +42,7 @@ def owned_categories(config: Config) -> dict[str, tuple[str, ...]]:
 
 
 def owned_numbers(config: Config) -> dict[str, tuple[str, ...]]:
-    """Likewise all other numbers."""
+    """What comes as numbers with a `user_id` and an `item_id`: all numbers that are not in buckets."""
     others = [scale for scale in SCALES if scale != BUCKETS]
     return {f"{owner}_id": config.features.numbers_of(owner, *others) for owner in ("user", "item")}
 
@@ -62,10 +62,10 @@ def encoded_packs(
         packs: `pack` rows of the pass.
         values: `value` rows of the pass.
         tables: "user" and "item" -> one row a key, where the configuration names features of theirs.
-        known: the vocabularies, this build's included.
-        config: names the features.
-        sums: feature, value and the sums that its counters need (etl/features/counters.py); None: no counters.
-        lists: of `list_values` (etl/features/lists.py); None: neither tags nor terms.
+        known: includes what this build has added.
+        sums: feature, value and the sums that its counters need (etl/features/counters.py); None: there are no
+            counters.
+        lists: from `list_values` (etl/features/lists.py); None: there are neither tags nor terms.
     """
     lookups = _lookups(values, tables, known, config, sums, lists)
     look_back = max((days for days in counted_windows(config) if days is not None), default=0)

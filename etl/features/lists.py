@@ -25,7 +25,6 @@ def list_values(values: DataFrame, tables: Mapping[str, DataFrame], lists: Seque
     Args:
         values: columns feature and value: the queries and texts, any number of times.
         tables: "user" and "item" -> one row a key, with the texts of each list in a column `texts_column` of its name.
-        lists: the features.
     """
     if not lists:
         return None
@@ -55,7 +54,7 @@ def count_list_values(counts: DataFrame, tables: Mapping[str, DataFrame], lists:
     Args:
         counts: impressions of each user, item, query and text: feature, value, count.
         tables: as for `list_values`.
-        lists: the features, one at least.
+        lists: at least one.
     """
     found = list_values(counts, tables, lists)
     assert found is not None

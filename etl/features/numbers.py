@@ -28,7 +28,7 @@ Fits = Mapping[str, tuple[float, ...]]
 
 
 def fits_of(spec: FeatureSpec) -> Fits:
-    """As a samples table has them."""
+    """The fits that a samples table records."""
     fits = {f.name: f.edges for f in spec.sparse if f.edges is not None}
     fits |= {f.name: (f.scale,) for f in spec.vectors}
     return fits | {f.name: (f.mean, f.deviation) for f in spec.dense if f.scale == STANDARD}
@@ -44,11 +44,9 @@ def fit_numbers(
     """Fit every number that wants it, each impression counting once.
 
     Args:
-        config: names the numbers.
-        counts: impressions of each user and item on the dates: feature, value, date, count.
+        counts: impressions of each user and item on `dates`: feature, value, date, count.
         tables: "user" and "item" -> one row a key.
         packs: `pack` rows of the pass, for the numbers of the context.
-        dates: that are fitted on.
 
     Raises:
         DataCheckError: no impression of these dates has a value of one of them.
@@ -132,10 +130,9 @@ def owned_counts(counts: DataFrame, table: DataFrame, owner: str, names: Sequenc
 
     Args:
         counts: impressions that carry each value: feature, value, count.
-        table: one row a user or item.
         owner: "user" or "item".
-        names: columns of the table, of one type.
-        of_value: name of the value's column.
+        names: columns of `table`, of one type.
+        of_value: name that the value's column gets.
     """
     key, is_key = f"{owner}_id", F.col("feature") == f"{owner}_id"
     # A colon is in no feature's name: a column of the table may be called count, feature or value.

@@ -60,11 +60,11 @@ class Vocabularies:
     entries: DataFrame
     max_ids: dict[str, int]
     hashes: dict[str, tuple[int, int]]
-    """Of each feature that has values: the two halves of its fingerprint (usr_ray/data/lineage.py)."""
+    """Each feature that has values -> the two halves of its fingerprint (usr_ray/data/lineage.py)."""
     recorded: dict[str, tuple[tuple[int, str], ...]]
     """FeatureSpec's fingerprints, as the samples table has them."""
     fits: Fits | None = None
-    """Of the numbers whose scale is fitted (etl/features/numbers.py), as the samples table has them; None: no table."""
+    """The fits (etl/features/numbers.py) that the samples table records; None: there is no table."""
     fitted: Mapping[str, str] = field(default_factory=dict)
     """Table property that says on which dates; empty where nothing was fitted in this build."""
     cold: DataFrame | None = None
@@ -96,7 +96,6 @@ def count_values(per_date: DataFrame, tables: Mapping[str, DataFrame], config: C
     Args:
         per_date: impressions of the fitting dates that carry a value: feature, value, date, count.
         tables: "user" and "item" -> one row a key, where the configuration names features of theirs.
-        config: names the features.
     """
     counts = kept(per_date.groupBy("feature", "value").agg(F.sum("count").alias("count")))
     result = counts
@@ -117,9 +116,7 @@ def read_vocabularies(
     """The vocabularies of a lake at a version of the table; empty where there is none yet.
 
     Args:
-        spark: the session.
-        path: of the table.
-        version: None: there is no table.
+        version: None where there is no table.
         recorded: fingerprints of the samples table by feature: the values that its rows were encoded with.
 
     Raises:
@@ -244,12 +241,9 @@ def grow_vocabularies(
     The first build of a samples table also fits the numbers that want it, and what vectors are divided by.
 
     Args:
-        spark: the session.
-        config: names the features and the training dates.
-        lake: its vocabularies grow.
-        per_date: impressions that carry a value: feature, value, date, count; of every fitting date.
+        per_date: impressions that carry a value, on every fitting date: feature, value, date, count.
         tables: as for `count_values`.
-        dates: dates that are being built; with those built before, they are the ones fitted on.
+        dates: those that are being built; with the dates built before, they are fitted on.
         packs: `pack` rows of the pass.
     """
     known = existing_vocabularies(spark, config, lake)

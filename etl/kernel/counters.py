@@ -35,10 +35,9 @@ def counter_cells(
     """The features that are made for counters: of every row a code, -1 where a value is null, and what it stands for.
 
     Args:
-        rows: the chunk.
-        shown: its impressions; no other row has a code.
+        shown: places of its impressions; no other row has a code.
         encoded: codes and values of the features with a vocabulary.
-        counted: columns of each feature.
+        counted: the columns that make up each feature.
     """
     found = {}
     for columns in counted:
@@ -71,9 +70,8 @@ def count_rows(
     """`count` rows of the pass: the sums of each value, scenario, day of the event and day on which it was known.
 
     Args:
-        events: one chunk.
-        histories: its attributed clicks and credited orders, of every scenario.
-        shown: its impressions that count.
+        histories: its attributed clicks and credited orders, one entry a scenario.
+        shown: places of its impressions that count.
         counted: feature -> code of every row, and the texts; nothing is emitted where there are none.
         since: microseconds; clicks and orders before it were counted by an earlier build.
     """

@@ -30,7 +30,7 @@ def context_column(feature: str) -> str:
 
 
 def owned_column(feature: str) -> str:
-    """Column of a category of the row's user or item, likewise; only where counters count by it."""
+    """Column of a category of the row's user or item beside the pass's own; only where counters count by it."""
     return f"owned:{feature}"
 
 

@@ -84,10 +84,10 @@ def lists_by_code(codes: Ints, pairs: pa.ListArray, places: Sequence[int], size:
     """Place in FeatureSpec.lists -> the ids of every code + 1 up to `size`; position 0, null, has none.
 
     Args:
-        codes: of the rows.
-        pairs: of each row: place, id, place, id ..; null: no list has a value.
-        places: of the feature that the codes are of.
-        size: codes + 1.
+        codes: one a row, -1 for null.
+        pairs: for each row place, id, place, id ..; null: no list has a value.
+        places: those of the feature that the codes are of.
+        size: number of codes + 1.
     """
     lengths = pairs.value_lengths().fill_null(0).to_numpy() // 2
     owner = np.repeat(codes + 1, lengths)

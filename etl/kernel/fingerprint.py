@@ -65,7 +65,7 @@ def date_fingerprint(
 
     Args:
         day: since 1970.
-        cells: (fingerprint, day) -> exclusive or of all its rows.
+        cells: (fingerprint, day) -> exclusive or over all its rows.
         rules: determine until when the labels of a day can change.
         watermark: microseconds.
 

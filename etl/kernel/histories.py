@@ -48,8 +48,7 @@ def history_events(
     """The events attributed to one scenario: every click at its time, every credited order line at its own.
 
     Args:
-        events: one chunk.
-        attribution: of the same chunk.
+        events: one chunk, to which `attribution` belongs.
         scenario: its position in the configuration's scenarios.
         since: microseconds; earlier events come from the chunk's past events, not from its clicks and orders.
     """

@@ -47,9 +47,9 @@ class RowPlan:
     features: tuple[str, ...]
     """Feature of each number in a lookup: user_id, item_id, query, then the context categories, those of counters."""
     owned_categories: dict[str, tuple[str, ...]]
-    """Of `user_id` and `item_id`: categories that come with them, in the order of a lookup's `ids` behind the first."""
+    """`user_id` and `item_id` -> categories that come with them, in the order of a lookup's `ids` behind the first."""
     owned_numbers: dict[str, tuple[str, ...]]
-    """Likewise for a lookup's `numbers`."""
+    """`user_id` and `item_id` -> numbers that come with them, in the order of a lookup's `numbers`."""
     counters: CounterPlan = field(default_factory=CounterPlan)
 
 
@@ -63,7 +63,7 @@ class Lookup:
     numbers: np.ndarray
     """(codes + 1, numbers)."""
     sums: DailySums | None
-    """By code + 1, where counters count by the feature."""
+    """Sums by code + 1; None where no counter counts by the feature."""
     lists: dict[int, pa.ListArray]
     """Place in FeatureSpec.lists -> ids (codes + 1)."""
 
@@ -75,8 +75,6 @@ def sample_rows(batches: Iterable[pa.RecordBatch], plan: RowPlan, schema: pa.Sch
         batches: rows with `targets` and `events` (a pack) and `lookups`: a list of (feature, code, value, ids, numbers)
             structures with every code of the pack's chunk; where there are counters with `sums` too: daily_sums.SUMS of
             each day and scenario, one after the other; with tags or terms `lists`: place, id, place, id ..
-        plan: what is written.
-        schema: columns of the result.
     """
     for batch in batches:
         for targets, events, lookups in zip(

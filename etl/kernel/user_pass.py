@@ -61,7 +61,6 @@ def first_pass(batches: Iterable[pa.RecordBatch], plan: PassPlan, partition: int
 
     Args:
         batches: event rows grouped by `user_key`, in any order inside a user.
-        plan: the days and rules.
         partition: makes the names of the chunks unique.
     """
     chunks = whole_users(batches, plan.chunk_rows)

@@ -279,9 +279,9 @@ class Hold:
     run: str
     """Its directory."""
     status: str
-    """As in config.json ('running' where it has not come to its end), or of a pin: 'not finished'."""
+    """A run's as in config.json ('running' where it has not come to its end); a pin's is 'not finished'."""
     version: int
-    """Of the samples table."""
+    """Version of the samples table."""
     files: frozenset[str]
     """Names, without folders: Delta gives every file a name of its own."""
     pin: str | None = None

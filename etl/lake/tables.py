@@ -167,7 +167,7 @@ def label_constraints() -> dict[str, str]:
 
 
 def list_constraints(spec: FeatureSpec) -> dict[str, str]:
-    """CHECK constraints of tags and terms, likewise: not too many, and none of them padding."""
+    """CHECK constraints of tags and terms, name -> condition: not too many, and none of them padding."""
     return {
         f"list_{number}_fits": (
             f"size(`{feature.column}`) <= {feature.length} AND NOT array_contains(`{feature.column}`, 0)"
@@ -217,10 +217,8 @@ def replace_dates(frame: DataFrame, path: str, condition: str, metadata: str = "
     Delta checks every row against the table's constraints, and that nobody has changed the same rows meanwhile.
 
     Args:
-        frame: the new rows.
-        path: of the table.
-        condition: in SQL.
-        metadata: a text that the commit carries (`userMetadata` in the table's history).
+        condition: SQL on the table's columns.
+        metadata: text that the commit carries (`userMetadata` in the table's history).
 
     Raises:
         DataCheckError: another job has changed these rows since, or a row breaks a rule of the table. Nothing has
@@ -323,10 +321,7 @@ def check_tables(spark: SparkSession, lake: Lake, config: Config, spec: FeatureS
     Called before a build reads or writes anything. Nothing is ever merged into another schema.
 
     Args:
-        spark: the session.
-        lake: whose tables are looked at.
-        config: of the build.
-        spec: names the columns of the samples; the sizes of the vocabularies do not matter.
+        spec: only the columns that it names matter, not the sizes of the vocabularies.
 
     Raises:
         DataCheckError: naming the first table and property, configuration key, column or constraint that differs.

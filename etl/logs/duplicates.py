@@ -38,7 +38,7 @@ def mark_foreign(events: DataFrame) -> tuple[DataFrame, int]:
     by content; rows of the winner's user are left to the pass.
 
     Args:
-        events: all event rows with `user_key`; usable where `reason` is null.
+        events: all event rows, with `user_key`; usable where `reason` is null.
     """
     usable = events.filter(F.col("reason").isNull())
     # By numpy: Spark would first build a hash map of keys, which hardly ever repeat, before it shuffles them.

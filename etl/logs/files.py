@@ -91,8 +91,7 @@ class LogFolder:
         the blanks around them.
 
         Args:
-            log: its name.
-            columns: what the caller reads of it, by the contract's names.
+            columns: what the caller reads, by the contract's names.
 
         Raises:
             DataCheckError: the log is missing, empty, of no known format or of two, unreadable, not as mapped, or of

@@ -37,7 +37,7 @@ REPLACEMENT = "\ufffd"
 """What a decoder puts in the place of bytes that are not the encoding."""
 _THREADS = 16
 _HEAD_BYTES = (1 << 16, 1 << 22)
-"""Of a CSV file, for its header: the second where the first holds no whole line."""
+"""First bytes of a CSV file read for its header; the second number where the first holds no whole line."""
 _NANOS = re.compile(r"^ {2}(?:required|optional) int64 (.+) \(TIMESTAMP\(NANOS,(true|false)\)\)(?: = \d+)?;$", re.M)
 _WHOLE = (T.ByteType, T.ShortType, T.IntegerType, T.LongType)
 _REAL = (T.FloatType, T.DoubleType)
@@ -73,12 +73,10 @@ class Formats:
         """All rows of the files.
 
         Args:
-            log: named in messages.
             kind: 'parquet', 'csv' or 'json'.
             files: at least one.
             base: folder whose `key=value` folders are columns; '' for none.
-            mapping: separator and encoding.
-            needed: columns that are read, by the names that they have in the result.
+            needed: columns that are read, by their names in the result.
 
         Raises:
             DataCheckError: a needed column is there more than once or has types that no one type holds.

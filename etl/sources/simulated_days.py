@@ -355,11 +355,11 @@ class Labels:
     p_order_N: np.ndarray
     """P(is_order), unconditional."""
     is_click_N: np.ndarray
-    """In time, as is_order_N; the late ones count for nothing."""
+    """Clicks in time, and is_order_N orders in time; the late ones count for nothing."""
     is_order_N: np.ndarray
     is_late_click_N: np.ndarray
     is_late_order_N: np.ndarray
-    """Of a click in time."""
+    """Late orders after a click in time."""
     bonus_N: np.ndarray
     """Log odds that needs added."""
 

@@ -25,7 +25,7 @@ from usr_ray.config import DAY_US, SimulatedConfig
 
 LIFE_DAYS = (0.5, 2.0)
 VISITS_PER_DAY = 4.0
-"""Of a user for one living need."""
+"""Visits of a user for one living need."""
 FEED_BORN_RATE = 0.3
 """Share of needs that an item shown outside search gives birth to."""
 FEED_FOLLOWS_RATE = 0.8
@@ -56,10 +56,10 @@ class Needs(Columns):
     user_K: np.ndarray
     category_K: np.ndarray
     brand_K: np.ndarray
-    """As World.item_brand_I numbers them."""
+    """Brands as World.item_brand_I numbers them."""
     is_cheap_K: np.ndarray
     scenario_K: np.ndarray
-    """Of its birth."""
+    """The scenario in which the need was born."""
     born_us_K: np.ndarray
     """Microseconds since the first day's start; negative: before it."""
     dies_us_K: np.ndarray
@@ -77,7 +77,7 @@ class Needs(Columns):
         return cls(ints, ints, ints, flags, ints, ints, ints, flags)
 
     def and_new(self, other: Needs, num_categories: int) -> Needs:
-        """With those of `other` whose user has no need in the category; the earliest where there are several."""
+        """These needs, and the earliest of `other` for each user and category that have none here."""
         other = other.where(np.argsort(other.born_us_K, kind="stable"))
         _, first = np.unique(other.user_K * num_categories + other.category_K, return_index=True)
         other = other.where(np.sort(first))
@@ -110,7 +110,7 @@ class Needs(Columns):
         return bonus_N
 
     def ended(self, need_N: np.ndarray, time_us_N: np.ndarray) -> Needs:
-        """With the ends that orders bring: rows' needs and the times of their requests; the first of each counts."""
+        """These needs with the ends that orders bring, given their needs and request times; a need's first order counts."""
         end_K = np.full(len(self), np.iinfo(np.int64).max)
         np.minimum.at(end_K, need_N, time_us_N)
         is_first_K = end_K < np.iinfo(np.int64).max
@@ -226,7 +226,7 @@ def price_word(is_cheap: bool) -> str:
 
 @dataclass(frozen=True, slots=True)
 class QueryWords:
-    """Which words the query of each request of a day has; of no meaning where it has none."""
+    """Which words the query of each request of a day has; the entries of a request without one mean nothing."""
 
     synonym_R: np.ndarray
     is_misspelt_R: np.ndarray

@@ -41,7 +41,7 @@ DRIFT_DAYS = (6.0, 20.0)
 SEARCHER_ACTIVITY = 20.0
 """Visits of a user who searches, of those of one who does not: the scenario without queries is the sparse one."""
 OLD_MODEL_NOISE = 1.0
-"""Of the older model that chooses and ranks what is shown, beside the user's taste, whose deviation is 1."""
+"""Noise of the older model that chooses and ranks what is shown; the deviation of the user's taste is 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ class World:
     click_bias_S: np.ndarray
     order_bias_S: np.ndarray
     shop: Shop
-    """Of use in a world with needs only."""
+    """Used only in a world with needs."""
 
     @property
     def num_items(self) -> int:

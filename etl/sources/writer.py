@@ -97,7 +97,7 @@ class LogWriter:
         """Add rows to a log. Columns of the contract are cast to their types; further columns keep theirs.
 
         Args:
-            log: name of the log, for example "search_clicks" or "users".
+            log: for example "search_clicks" or "users".
             columns: one array a column; event_time as int64 microseconds since 1970 UTC or as a timestamp.
 
         Raises:
