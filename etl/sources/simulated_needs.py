@@ -110,7 +110,7 @@ class Needs(Columns):
         return bonus_N
 
     def ended(self, need_N: np.ndarray, time_us_N: np.ndarray) -> Needs:
-        """These needs with the ends that orders bring, given their needs and request times; a need's first order counts."""
+        """These needs with the ends that orders bring; of several orders for one need the earliest counts."""
         end_K = np.full(len(self), np.iinfo(np.int64).max)
         np.minimum.at(end_K, need_N, time_us_N)
         is_first_K = end_K < np.iinfo(np.int64).max
