@@ -11,7 +11,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 
 from usr_ray.config import LabelsConfig
 from usr_ray.data.events import read_events
-from usr_ray.data.manifest import Manifest, build_manifest, join_path, open_filesystem
+from usr_ray.data.manifest import Manifest, build_manifest
+from usr_ray.data.rows import read_rows
 from usr_ray.files import sync
 from usr_ray.serving.counters import lake_counters, planned_counters
 from usr_ray.serving.encode import ValueIndex
@@ -149,10 +150,8 @@ def write_vocabularies(folder: Path) -> None:
 
 def golden_requests(manifest: Manifest, time: str) -> list[dict[str, Any]]:
     """Requests of users, queries and items of the newest date, all scenarios, at the instant `time`."""
-    filesystem, table_path = open_filesystem(manifest.table_uri)
-    file = manifest.files[-1]
-    names = ["user_id", "item_id", "query", "scenario"]
-    rows = pq.read_table(join_path(table_path, file.path), columns=names, filesystem=filesystem, partitioning=None)
+    last = replace(manifest, files=manifest.files[-1:])
+    rows = pa.concat_tables(rows for _, rows in read_rows(last, ["user_id", "item_id", "query", "scenario"]))
     items = pc.unique(rows["item_id"]).to_pylist()[:_GOLDEN_CANDIDATES]
     requests: list[dict[str, Any]] = []
     for scenario in manifest.spec.scenarios:

@@ -18,12 +18,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from usr_ray.data.events import read_events
-from usr_ray.data.manifest import DataError, Manifest, build_manifest, join_path, open_filesystem
-from usr_ray.files import one_line
+from usr_ray.data.manifest import DataError, build_manifest
+from usr_ray.data.rows import micros, read_rows
 from usr_ray.schema import FIRST_ID, LOG1P, STANDARD, UNKNOWN_ID, DenseFeature, ListFeature
 from usr_ray.serving.counters import Counters, lake_counters
 from usr_ray.serving.encode import Encoder, Profile, UserEvents
@@ -126,24 +125,12 @@ def replay(
         users = UserStore(stores, encoder)
         replayed = _Replayer(encoder, program, (ItemTable(stores), users, counters), Run(run_dir, trained))
         told = time.monotonic()
-        for rows in _rows(manifest):
+        for _, rows in read_rows(manifest):
             replayed.add(rows)
             if time.monotonic() - told >= _REPORT_EVERY_S:
                 told = time.monotonic()
                 report(f"{replayed.num_impressions:,} of {manifest.num_rows:,} impressions")
     return Replay(replayed.num_impressions, tuple(replayed.differences.values()))
-
-
-def _rows(manifest: Manifest) -> Iterator[pa.Table]:
-    filesystem, table_path = open_filesystem(manifest.table_uri)
-    for file in manifest.files:
-        path = join_path(table_path, file.path)
-        try:
-            with pq.ParquetFile(path, filesystem=filesystem, coerce_int96_timestamp_unit="us") as opened:
-                for index in range(opened.metadata.num_row_groups):
-                    yield opened.read_row_group(index)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path}: cannot be read ({one_line(error)})") from error
 
 
 def _unscaled(scaled: float, feature: DenseFeature) -> float:
@@ -169,7 +156,7 @@ class _Replayer:
         spec, encoder = self._encoder.spec, self._encoder
         scores = self._run.score(rows)
         raw = {name: rows[name].to_pylist() for name in _RAW}
-        time_us_N = rows["event_time"].cast(pa.timestamp("us", tz="UTC")).cast(pa.int64()).to_numpy()
+        time_us_N = micros(rows["event_time"])
         columns = {f.name: rows[f.column].to_numpy() for f in spec.sparse}
         columns |= {f.name: rows[f.column].to_numpy() for f in spec.dense}
         history_names = [n for h in spec.histories for n in (h.item_ids, h.actions, h.ages_s, h.query_ids)]

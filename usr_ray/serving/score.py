@@ -17,20 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from usr_ray.config import UserError, check_table_address
-from usr_ray.data.manifest import (
-    REBUILD,
-    DataError,
-    Manifest,
-    build_manifest,
-    join_path,
-    make_manifest,
-    open_filesystem,
-)
-from usr_ray.files import one_line
+from usr_ray.data.manifest import Manifest, build_manifest, make_manifest
+from usr_ray.data.rows import read_rows
 from usr_ray.schema import PARTITION_COLUMN
 from usr_ray.serving.check import training_probabilities
 from usr_ray.serving.export import model_id
@@ -287,32 +278,17 @@ class _RawRows:
     """impression_id and event_time of the rows of a manifest, in its order, in pieces of any size."""
 
     def __init__(self, manifest: Manifest) -> None:
-        self._manifest = manifest
-        self._filesystem, self._table_path = open_filesystem(manifest.table_uri)
-        self._groups = self._read()
-        self._rest: pa.Table = pa.table(
-            {name: pa.array([], SCORES_SCHEMA.field(name).type) for name in ("impression_id", "event_time")}
-        )
+        names = ("impression_id", "event_time")
+        self._schema = pa.schema([SCORES_SCHEMA.field(name).with_nullable(True) for name in names])
+        self._groups = read_rows(manifest, names)
+        self._rest = self._schema.empty_table()
 
     def take(self, num_rows: int) -> pa.Table:
         """The next `num_rows` rows."""
         while self._rest.num_rows < num_rows:
-            self._rest = pa.concat_tables([self._rest, next(self._groups)])
+            self._rest = pa.concat_tables([self._rest, next(self._groups)[1].cast(self._schema)])
         taken, self._rest = self._rest.slice(0, num_rows), self._rest.slice(num_rows)
         return taken
-
-    def _read(self) -> Iterator[pa.Table]:
-        for file in self._manifest.files:
-            path = join_path(self._table_path, file.path)
-            try:
-                with pq.ParquetFile(path, filesystem=self._filesystem, coerce_int96_timestamp_unit="us") as opened:
-                    for index in range(opened.metadata.num_row_groups):
-                        rows = opened.read_row_group(index, columns=["impression_id", "event_time"])
-                        yield pa.table(
-                            {n: rows[n].cast(SCORES_SCHEMA.field(n).type) for n in ("impression_id", "event_time")}
-                        )
-            except (pa.ArrowException, OSError, KeyError) as error:
-                raise DataError(f"{path}: impression_id cannot be read ({one_line(error)}); {REBUILD}") from error
 
 
 class _Progress:

@@ -23,11 +23,11 @@ import lmdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from usr_ray.config import UserError
-from usr_ray.data.manifest import REBUILD, DataError, Manifest, join_path, open_filesystem
+from usr_ray.data.manifest import Manifest
+from usr_ray.data.rows import micros, read_rows
 from usr_ray.files import one_line
 from usr_ray.serving.counters import LakeCounters
 from usr_ray.serving.encode import Encoder, Ints, Profile, UserEvents, ValueIndex, event_keys
@@ -64,18 +64,11 @@ def newest_features(manifest: Manifest, key: str, owner: str) -> pa.Table:
     spec = manifest.spec
     columns = [f.column for f in spec.sparse if f.owner == owner and f.name != key]
     columns += [f.column for f in spec.dense if f.owner == owner] + [f.column for f in spec.lists if f.owner == owner]
-    filesystem, table_path = open_filesystem(manifest.table_uri)
     newest: pa.Table | None = None
-    for _, files in groupby(manifest.files, key=lambda file: file.date):
+    found = read_rows(manifest, [key, "event_time", *columns])
+    for _, of_date in groupby(found, key=lambda pair: pair[0].date):
         parts = [] if newest is None else [newest]
-        for file in files:
-            path = join_path(table_path, file.path)
-            try:
-                rows = pq.read_table(
-                    path, columns=[key, "event_time", *columns], filesystem=filesystem, partitioning=None
-                )
-            except (pa.ArrowException, OSError, KeyError) as error:
-                raise DataError(f"{path}: cannot be read ({one_line(error)}); {REBUILD}") from error
+        for _, rows in of_date:
             parts.append(rows.set_column(1, "event_time", rows["event_time"].cast(pa.timestamp("us", tz="UTC"))))
         newest = _last_of_each(pa.concat_tables(parts), key)
     assert newest is not None
@@ -206,7 +199,7 @@ def write_users(
 
 def instant_after(events: pa.Table) -> int:
     """Microseconds since 1970 before which a store with a length does not know what was visible."""
-    times = events["event_time"].cast(pa.timestamp("us", tz="UTC")).cast(pa.int64()).to_numpy()
+    times = micros(events["event_time"])
     return int(times.max(initial=0)) + 1
 
 
@@ -236,8 +229,7 @@ def put_users(
 
 def _events_of(events: pa.Table, encoder: Encoder, names: list[str], length: int | None) -> list[UserEvents]:
     """The events of each user in `names`."""
-    micros = pa.timestamp("us", tz="UTC")
-    time_V, known_V = (events[name].cast(micros).cast(pa.int64()).to_numpy() for name in ("event_time", "known_time"))
+    time_V, known_V = micros(events["event_time"]), micros(events["known_time"])
     whole = UserEvents(
         time=time_V,
         known=np.maximum(known_V, time_V),

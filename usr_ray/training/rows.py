@@ -17,6 +17,7 @@ from usr_ray.data.decode import RowGroupDecoder
 from usr_ray.data.manifest import Manifest
 from usr_ray.data.mature import WhichRows, counted_in_training, labels_close_us, usable_row_groups
 from usr_ray.data.reader import Reading, SampleReader
+from usr_ray.data.rows import micros
 from usr_ray.evaluation.baseline import TrainingRows
 from usr_ray.evaluation.metrics import known_labels_only
 from usr_ray.model.embedding import RowSource
@@ -132,7 +133,7 @@ def read_training_rows(manifest: Manifest, which: WhichRows) -> TrainingRows:
         if which.mature_only:
             counts_N &= table["is_mature"].to_numpy()
         if which.ready_before_us is not None:
-            time_us_N = table["event_time"].cast(pa.timestamp("us", tz="UTC")).cast(pa.int64()).to_numpy()
+            time_us_N = micros(table["event_time"])
             wait_us_N = labels_close_us(time_us_N, manifest.spec) - which.ready_before_us
             counts_N &= wait_us_N <= which.order_wait_us
             table = table.append_column("is_open", pa.array(wait_us_N > 0))
