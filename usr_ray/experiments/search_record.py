@@ -20,7 +20,8 @@ from usr_ray.experiments.record import Base, failure_of, resumed
 from usr_ray.experiments.space import TriedPoint, TuneError, trial_config
 from usr_ray.experiments.worlds import table_version
 from usr_ray.files import now, write_whole
-from usr_ray.launch.monitor import HISTORY_FILE
+from usr_ray.runs.evaluations import HISTORY_FILE
+from usr_ray.runs.read import read_history
 from usr_ray.training.monitor import summarise
 
 TRIAL_FILE, SEARCH_FILE, FINAL_DIR = "trial.json", "search.json", "final"
@@ -51,9 +52,8 @@ def read_points(trials_dir: Path, config: Config, lost: Mapping[str, str] | None
 
 def read_curve(history: Path, metric: str) -> tuple[float, ...]:
     """`metric` (config/training.METRICS) of each evaluation in history.jsonl, in order; NaN where undefined."""
-    lines = history.read_text(encoding="utf-8").splitlines() if history.is_file() else []
-    rows = [row for line in lines if (row := json.loads(line)).get("kind") == "eval"]
-    values = [summarise(_cells(row))[metric] for row in sorted(rows, key=lambda row: row["step"])]
+    rows = [row for row in read_history(history) if row.get("kind") == "eval"]
+    values = [summarise(_cells(row))[metric] for row in rows]
     return tuple(math.nan if value is None else value for value in values)
 
 

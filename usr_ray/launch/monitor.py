@@ -17,11 +17,12 @@ from urllib.parse import quote
 
 from usr_ray.evaluation.metrics import CellMetrics
 from usr_ray.files import write_whole
+from usr_ray.runs.evaluations import HISTORY_FILE
 from usr_ray.training.checkpoint import STORAGE_FULL
 from usr_ray.training.monitor import Monitor
 
 _log = logging.getLogger(__name__)
-HISTORY_FILE, TENSORBOARD_DIR = "history.jsonl", "tensorboard"
+TENSORBOARD_DIR = "tensorboard"
 RANK_GAUGES = {
     "step": ("usr_ray_step", "Steps done of the whole run"),
     "step_s": ("usr_ray_step_seconds", "Seconds a step"),

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from usr_ray.config import UserError, check_address, dotted
-from usr_ray.runs.evaluations import CONFIG_FILE, METRICS_FILE, read_json
-from usr_ray.runs.read import HISTORY_FILE, read_history
+from usr_ray.runs.evaluations import CONFIG_FILE, HISTORY_FILE, METRICS_FILE, read_json
+from usr_ray.runs.read import read_history
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

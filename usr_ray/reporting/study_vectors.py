@@ -5,7 +5,6 @@ Shape letters: B rows, S views, D width, N points of all views together.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,11 @@ from numpy.typing import NDArray
 
 from usr_ray.experiments.analysis import Point, Trials, point_name
 from usr_ray.experiments.record import trial_dir
-from usr_ray.launch.monitor import HISTORY_FILE
 from usr_ray.reporting.page import DASH, Row, Section, Table
 from usr_ray.reporting.plots import Plot, scatter_plot
+from usr_ray.runs.evaluations import HISTORY_FILE
 from usr_ray.runs.plan import load_manifest
+from usr_ray.runs.read import read_history
 from usr_ray.training.evaluate import evaluation_reader, load_run, score_batches
 from usr_ray.training.worker import LocalWorker
 
@@ -62,8 +62,7 @@ def collapse(trials: Trials) -> dict[Point, dict[str, float]]:
 
 
 def _last_step(path: Path) -> dict[str, Any]:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-    return next((row for row in reversed(rows) if row.get("kind") == "train"), {})
+    return next((row for row in reversed(read_history(path)) if row.get("kind") == "train"), {})
 
 
 def pictures(trials: Trials) -> list[Picture]:

@@ -37,7 +37,7 @@ from usr_ray.evaluation.files import (
 )
 from usr_ray.evaluation.metrics import CellMetrics, Predictions, metrics_by_scenario
 
-CONFIG_FILE, METRICS_FILE = "config.json", "metrics.json"
+CONFIG_FILE, METRICS_FILE, HISTORY_FILE = "config.json", "metrics.json", "history.jsonl"
 _NAME = re.compile(r"evaluation-(\d{4}-\d\d-\d\d)_(\d{4}-\d\d-\d\d)")
 
 
@@ -62,6 +62,11 @@ class Evaluated:
     def is_held_out(self) -> bool:
         """No date was trained on."""
         return not self.trained_on
+
+
+def manifest_path(run_dir: Path, split: str) -> Path:
+    """File of the rows of a split, 'train' or 'eval'."""
+    return run_dir / f"manifest-{split}.json"
 
 
 def read_json(path: Path) -> Any:

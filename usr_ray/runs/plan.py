@@ -33,6 +33,7 @@ from usr_ray.runs.evaluations import (
     dates_heading,
     dates_of,
     evaluations,
+    manifest_path,
     read_json,
     warm_start_dates,
 )
@@ -154,11 +155,6 @@ def mark_finished(plan: RunPlan, *, outcome: str, step: int) -> None:
     """Note in config.json that the result is there; take back the pin. `outcome`: as in train.TrainResult.status."""
     _write_record(plan.run_dir, plan.record | {"status": FINISHED, "outcome": outcome, "step": step, "ended": now()})
     remove_pin(plan.train_manifest.table_uri, plan.run_dir)
-
-
-def manifest_path(run_dir: Path, split: str) -> Path:
-    """File of the rows of a split, 'train' or 'eval'."""
-    return run_dir / f"manifest-{split}.json"
 
 
 def load_manifest(run_dir: Path, split: str) -> Manifest | None:

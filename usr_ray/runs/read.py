@@ -16,11 +16,8 @@ from usr_ray.data.manifest import STORE_HINT, Manifest, open_filesystem, open_sa
 from usr_ray.evaluation.files import read_predictions
 from usr_ray.evaluation.metrics import CellMetrics, Predictions
 from usr_ray.files import whole_line
-from usr_ray.runs.evaluations import CONFIG_FILE, Evaluated, evaluations, newest, read_json
+from usr_ray.runs.evaluations import CONFIG_FILE, HISTORY_FILE, Evaluated, evaluations, manifest_path, newest, read_json
 from usr_ray.schema import REPORTS, SAMPLES
-
-HISTORY_FILE = "history.jsonl"
-TRAIN_MANIFEST = "manifest-train.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +103,7 @@ def check_lake(run_dir: Path, lake: Path | str) -> None:
     Raises:
         UserError: naming what differs.
     """
-    path = run_dir / TRAIN_MANIFEST
+    path = manifest_path(run_dir, "train")
     filesystem, samples = open_filesystem(table_address(lake, SAMPLES))
     if not path.is_file() or filesystem.get_file_info(samples).type != FileType.Directory:
         return

@@ -15,7 +15,7 @@ from usr_ray.data.decode import RowGroupDecoder, table_to_batch
 from usr_ray.data.manifest import Manifest, build_manifest, model_columns, read_vocabularies
 from usr_ray.data.mature import WhichRows
 from usr_ray.model.usr import UsrModel
-from usr_ray.runs.evaluations import METRICS_FILE
+from usr_ray.runs.evaluations import CONFIG_FILE, METRICS_FILE
 from usr_ray.schema import FeatureSpec
 from usr_ray.serving.check import training_probabilities
 from usr_ray.serving.model import GLOBAL_PROBABILITIES, PROBABILITIES
@@ -67,7 +67,7 @@ class Run:
         Raises:
             UserError: that lake is not where it was.
         """
-        table = json.loads((self.path / "config.json").read_text(encoding="utf-8"))["table"]["uri"]
+        table = json.loads((self.path / CONFIG_FILE).read_text(encoding="utf-8"))["table"]["uri"]
         return read_vocabularies(table.rpartition("/")[0])
 
     def score(self, frame: Any) -> pa.Table:

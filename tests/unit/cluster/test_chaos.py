@@ -16,7 +16,7 @@ from tests.chaos.observe import Seen, global_batches, note_batches, note_rows, n
 from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
 from usr_ray.config import UserError
 from usr_ray.data.manifest import DataError, build_manifest
-from usr_ray.runs.plan import manifest_path
+from usr_ray.runs.evaluations import manifest_path
 from usr_ray.training.checkpoint import CheckpointStore
 
 pytestmark = pytest.mark.unit

@@ -54,6 +54,11 @@ def test_a_curve_is_the_mean_over_tasks_of_each_evaluation(tmp_path: Path) -> No
     assert read_curve(tmp_path / "none.jsonl", "log_loss") == ()
 
 
+def test_a_line_that_a_kill_cut_short_is_no_evaluation(tmp_path: Path) -> None:
+    folder = write_trial(tmp_path, "a_00000", {}, [evaluation(10, 0.6, 0.2), evaluation(20, 0.5, 0.1)[:40]])
+    assert read_curve(folder / "history.jsonl", "log_loss") == pytest.approx((0.4,))
+
+
 def test_trials_are_read_back_in_the_order_drawn_with_what_they_failed_of(tmp_path: Path) -> None:
     one, two = ({"train.learning_rate": rate, "model.backbone": "ple"} for rate in (0.001, 0.01))
     write_trial(tmp_path, "f_00001", two, [evaluation(10, 0.4, 0.2)])

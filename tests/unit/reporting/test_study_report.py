@@ -175,6 +175,9 @@ def test_the_page_needs_no_network_and_escapes_what_it_shows(study: Study, run_d
 
 def test_the_alarm_reads_the_last_step_and_leaves_out_what_is_off(study: Study, run_dir: Path) -> None:
     assert set(map(str, collapse(Trials(run_dir, study)).values())) == {"{'i, search': 0.02}"}
+    with next(run_dir.glob("trials/*/history.jsonl")).open("a") as history:
+        history.write('{"kind": "train", "st')  # the process was killed there
+    assert set(map(str, collapse(Trials(run_dir, study)).values())) == {"{'i, search': 0.02}"}
 
 
 def test_parts_of_the_rows_by_history_and_by_what_training_saw() -> None:
