@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
@@ -132,19 +133,32 @@ def read_cold(manifest: Manifest) -> dict[str, NDArray[np.bool_]]:
 def _fill(
     target: NDArray[np.float16], ids: NDArray[np.int64], table: pa.Table, vector: VectorFeature, path: str
 ) -> None:
-    column = table.column(vector.name).combine_chunks() if vector.name in table.column_names else pa.nulls(1)
+    column = table.column(vector.name) if vector.name in table.column_names else pa.chunked_array([pa.nulls(1)])
     if column.type != pa.binary():
         raise DataError(
             f"{path}: column {vector.name} is {column.type}, needed numbers of float16 as bytes; {REBUILD_ID}"
         )
-    is_there = column.is_valid().to_numpy(zero_copy_only=False)
-    values = column.drop_null().to_pylist()
-    if any(len(value) != 2 * vector.length for value in values):
-        raise DataError(
-            f"{path}: column {vector.name} holds vectors of another length than {vector.length} numbers; {REBUILD_ID}"
-        )
-    numbers = np.frombuffer(b"".join(values), dtype="<f2").reshape(-1, vector.length)
-    if not np.isfinite(numbers).all():
-        raise DataError(f"{path}: column {vector.name} holds NaN or infinity; {REBUILD_ID}")
-    target[ids[is_there], :-1] = numbers
-    target[ids[is_there], -1] = 0
+    first = 0
+    for chunk in column.chunks:  # together they may have more bytes than one array can count
+        of_chunk = ids[first : first + len(chunk)][chunk.is_valid().to_numpy(zero_copy_only=False)]
+        first += len(chunk)
+        values = chunk.drop_null()
+        if not pc.all(pc.equal(pc.binary_length(values), 2 * vector.length), min_count=0).as_py():
+            raise DataError(
+                f"{path}: column {vector.name} holds vectors of another length than {vector.length} numbers; "
+                f"{REBUILD_ID}"
+            )
+        numbers = _bytes_of(values).view("<f2").reshape(-1, vector.length)
+        if not np.isfinite(numbers).all():
+            raise DataError(f"{path}: column {vector.name} holds NaN or infinity; {REBUILD_ID}")
+        target[of_chunk, :-1] = numbers
+        target[of_chunk, -1] = 0
+
+
+def _bytes_of(values: pa.BinaryArray) -> NDArray[np.uint8]:
+    """The bytes of all values, one after the other; no copy."""
+    _, ends, data = values.buffers()
+    if not len(values) or data is None:
+        return np.empty(0, np.uint8)
+    places = np.frombuffer(ends, np.int32)[values.offset : values.offset + len(values) + 1]
+    return np.frombuffer(data, np.uint8)[places[0] : places[-1]]

@@ -45,7 +45,7 @@ class Predictions:
     user_key_N: NDArray[np.int64]
     request_key_N: NDArray[np.int64]
     item_id_N: NDArray[np.int64]
-    """Encoded item id; schema.UNKNOWN_ID for an item the vocabulary did not admit (a cold item)."""
+    """Encoded item id; schema.UNKNOWN_ID for a cold item: without an id, or with one for its vector alone."""
     history_length_N: NDArray[np.int64]
     """Events in all of the row's histories."""
 

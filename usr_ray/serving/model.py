@@ -25,6 +25,8 @@ from usr_ray.model.unique import ITEM_TABLE, QUERY_TABLE
 from usr_ray.model.usr import UsrModel
 from usr_ray.schema import TASKS, UNKNOWN_ID, FeatureSpec
 
+_PIECE_ROWS = 1 << 20
+"""Of vectors that are multiplied out at once, as float32."""
 SCENARIO, SPARSE, DENSE = "scenario", "sparse", "dense"
 REQUEST_SPARSE, REQUEST_DENSE = "request_sparse", "request_dense"
 ITEM_SPARSE, ITEM_DENSE = "item_sparse", "item_dense"
@@ -130,7 +132,11 @@ class _Embeddings(nn.Module):
     def __init__(self, tables: EmbeddingTables, inputs: InputNetwork, event_vectors: Sequence[str]) -> None:
         super().__init__()
         # Vectors are multiplied out, and are tables like others then, with a row for each id of their owner.
-        projected = inputs.projected({name: v_NP.cpu().float() for name, v_NP in tables.vectors.items()})
+        maps = dict(zip(inputs.vector_names, inputs.vector_maps, strict=True))
+        projected = {
+            name: torch.cat([part_NP.cpu().float() @ maps[name] for part_NP in v_NP.split(_PIECE_ROWS)])
+            for name, v_NP in tables.vectors.items()
+        }
         self.places = {name: place for place, name in enumerate((*tables.tables, *projected))}
         rows = [t.detach().cpu() for t in (*tables.tables.values(), *projected.values())]
         self.cold = tuple(tables.cold)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,6 +56,21 @@ def test_rows_are_ids_and_the_last_column_says_who_has_none(lake: Path) -> None:
     # samples_table: user 2 has one, 3 has none in its row, 4 one.
     assert found["face"][:, 3].tolist() == [1, 1, 0, 1, 0]
     assert read_vectors(build_manifest(lake, dates=None)).keys() == {"face", "title"}
+
+
+def test_a_column_of_several_pieces_is_read_piece_by_piece(lake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Arrow gives more bytes than one array can count; an Arrow slice keeps the whole's buffers."""
+    whole = pa.array([halves(9, 9), halves(1, -2), None, halves(0, 0), halves(3, 4)])
+    pieces = pa.chunked_array([whole.slice(1, 2), whole.slice(0, 0), whole.slice(4), pa.array([None], pa.binary())])
+    table = pa.table({"item_id_index": pa.chunked_array([[5, 3, 4], [2]]), "title": pieces})
+
+    def tables(_manifest: Manifest, name: str, *_others: object) -> Iterator[tuple[str, pa.Table]]:
+        if name == "item_vectors":
+            yield "x", table
+
+    monkeypatch.setattr("usr_ray.data.by_id.tables_by_id", tables)
+    found = read_vectors(build_manifest(lake, dates=None))["title"]
+    assert found.tolist() == [[0, 0, 1], [0, 0, 1], [0, 0, 1], [0, 0, 1], [3, 4, 0], [1, -2, 0]]
 
 
 def with_flags(lake: Path, ids: list[int], flags: pa.Array) -> Manifest:
