@@ -44,13 +44,17 @@ FIXED_KEYS = (
     "train.reader_shards",
     "train.embedding_optimizer",
     "train.average",
+    "train.early_stopping",
     "train.warm_start",
     "train.warm_start_optimizer",
     "data.mature_only",
     "data.final_labels",
     "data.only_scenario",
 )
-"""Configuration that gives the weights and the cursor their meaning: a resumed run must have the same."""
+"""Configuration that gives the weights and the cursor their meaning: a resumed run must have the same.
+
+With train.early_stopping the result is the checkpoint marked best, which a run without it would leave behind.
+"""
 _PIECE_BYTES = 1 << 26
 _PACKAGES = ("torch", "numpy", "pyarrow", "safetensors")
 

@@ -306,6 +306,7 @@ def test_a_lake_that_was_moved_is_recognised_and_another_one_refused(lake: Path,
         ("data.eval_dates=''", "data.eval_dates"),
         ("model.embedding_dim=8", "model.embedding_dim"),
         ("train.seed=5", "train.seed"),
+        ("train.early_stopping=true", "train.early_stopping"),  # its best checkpoint is the run's result
     ],
 )
 def test_another_run_is_refused_in_the_same_directory(lake: Path, tmp_path: Path, override: str, found: str) -> None:

@@ -435,6 +435,7 @@ def other_spec(spec: FeatureSpec) -> FeatureSpec:
         (make_config(train_reader_shards=2), lambda m: m, "train.reader_shards = 1, this run 2"),
         (make_config(data_mature_only=False), lambda m: m, "data.mature_only = True, this run False"),
         (make_config(train_order="by_date"), lambda m: m, "train.order = 'shuffled', this run 'by_date'"),
+        (make_config(train_early_stopping=True), lambda m: m, "train.early_stopping = False, this run True"),
     ],
 )
 def test_a_checkpoint_of_other_rows_or_another_model_is_refused(
