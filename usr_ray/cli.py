@@ -25,9 +25,9 @@ from usr_ray.config.fields import Range
 
 EXIT_OK, EXIT_FAILURE, EXIT_USER_ERROR = 0, 1, 2
 MAX_NAME_BYTES = 200
-"""Of a folder or file that a job makes: names of temporary files beside it are longer, and end at 255."""
+"""Longest name of a folder or file that a job makes: temporary files beside it have longer names, and end at 255."""
 MAX_PATH_BYTES = 3000
-"""Of its whole path, for there are folders below it, and paths end at 4096."""
+"""Longest whole path of it, for there are folders below it, and paths end at 4096."""
 _WRITTEN = {"_delta_log", "checkpoints", "tensorboard", "history.jsonl", ".lock"}
 """Folders and files that a job writes into when it finds them in its output."""
 _OF_RUNS = ("config.json", "metrics.json", "history.jsonl", "predictions.parquet", "manifest-train.json")
@@ -71,8 +71,8 @@ class JobParser(argparse.ArgumentParser):
             flag: such as "--lake".
             check: called with each place that is given, and `flag`; one of the checks below. None: the job knows only
                 later what is needed, and checks it then.
-            type: what the job gets. The check gets the text: Path("") is the current folder.
-            options: of add_argument.
+            type: what the job gets; the check gets the text, for Path("") is the current folder.
+            options: passed on to add_argument.
         """
         self.add_argument(flag, **{"metavar": "DIR", **options})
         self.places[flag] = check or check_address, type
@@ -82,7 +82,7 @@ class JobParser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message}; see --help")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """As in argparse; what is left over is named with the flag that was probably meant."""
+        """Parse as argparse does; what is left over is named with the flag that was probably meant."""
         found, strange = self.parse_known_args(args, namespace)
         if not strange:
             for flag, (check, kind) in self.places.items():
@@ -365,8 +365,7 @@ def run_job(
     """Run `main(argv)` and return the process's exit code: 0 success, 1 failure, 2 a user's error (one line).
 
     Args:
-        main: the job.
-        argv: its arguments; None: those of the process.
+        argv: None: those of the process.
         report: writes the line of a user's error (under spark-submit, stderr is not where it seems).
     """
     try:

@@ -85,7 +85,7 @@ class DailySums:
 
         Args:
             codes_N: all sums of a code without entries, -1 among them, are 0.
-            days_N: of the rows, or one day for all of them.
+            days_N: one a row, or one for all of them.
             windows: days that each looks back; None: to the beginning.
         """
         back_W1 = np.array([days or 0 for days in windows], dtype=np.int64)[:, None]
@@ -113,7 +113,7 @@ class CounterColumns:
 
     @classmethod
     def of(cls, name: str, counter: CounterConfig, feature: str) -> CounterColumns:
-        """Of a configured counter."""
+        """The columns of a configured counter."""
         named = iter(counter_columns(name, counter))
         windows = tuple(
             (counter.days(window), tuple((next(named), what) for what in counter.columns)) for window in counter.windows
@@ -148,13 +148,12 @@ def counter_values(
     """Column -> counters of some rows: logarithms of 1 + the counts, and log odds less those of the scenario.
 
     Args:
-        plan: the columns.
-        totals: of the plan.
+        totals: `plan.totals()`, which a caller makes once.
         sums: feature -> sums by code.
-        codes: feature -> of each row, one that `sums` lacks where the row has no value; one for all rows where it is
+        codes: feature -> one for each row, which `sums` lacks where the row has no value; one for all rows where it is
             the same, and then a column has one number.
-        scenarios_N: of each row, or one for all.
-        days_N: of each row since 1970, or one for all.
+        scenarios_N: position of each row's scenario, or one for all rows.
+        days_N: days since 1970, one a row or one for all rows.
     """
     if not plan.columns:
         return {}

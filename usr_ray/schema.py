@@ -42,7 +42,7 @@ LABEL_ORDER = (
 """Pairs (a, b) with a <= b on every row; checked by ETL (Delta CHECK), by the decoder and by the feed of the loss."""
 
 OPEN_LABEL = -1.0
-"""In a training batch: a label that was not final yet when training starts (data.final_labels), which is no 0."""
+"""Stands in a training batch for a label that is not final when training starts (data.final_labels), which is no 0."""
 
 SAMPLES = "samples"
 VOCABULARIES = "vocabularies"
@@ -71,7 +71,8 @@ EXPERIMENT_USERS = "\nusers"
 CONFIG_PROPERTY = "usr_ray.etl_config"
 """Delta table property of the samples: the configuration keys that decide what a row means (Config.row_meaning)."""
 FITTED_PROPERTY = "usr_ray.fitted"
-"""Likewise: JSON of the dates that vocabularies and scales were fitted on, and of vocabulary.min_count at last."""
+"""Delta table property of the samples: JSON of the dates that vocabularies and scales were fitted on, and of the last
+vocabulary.min_count."""
 FEATURE_SPEC_PROPERTY = "usr_ray.feature_spec"
 """Delta table property of `<lake>/samples` with the FeatureSpec as JSON.
 
@@ -81,7 +82,7 @@ one that is late would give ids outside the embedding tables.
 ITEM_FEATURES_PROPERTY = "usr_ray.item_features_version"
 """Delta table property of `<lake>/samples` with the version of `<lake>/item_features` that belongs to its rows."""
 VECTORS_PROPERTIES = {owner: f"usr_ray.{table}_version" for owner, table in VECTOR_TABLES.items()}
-"""Likewise of the tables of vectors, by owner."""
+"""Owner -> Delta table property of `<lake>/samples` with the version of its vectors that belongs to the rows."""
 
 
 HASHED = "xxhash64"
@@ -154,7 +155,7 @@ class SparseFeature:
     """(num_embeddings, fingerprint of the values below it) after each build that added values, the newest last; of
     hashed ids (num_embeddings, HASHED). Empty for event_hour, which has no vocabulary, and in older tables."""
     edges: tuple[float, ...] | None = None
-    """Of a number in buckets: their lower edges, ascending, without the first bucket's; None: values have ids."""
+    """Lower edges of a number's buckets, ascending, without the first bucket's; None: values have ids."""
 
     @property
     def vocabulary(self) -> str:
@@ -185,7 +186,7 @@ class ListFeature(SparseFeature):
 
     @property
     def vocabulary(self) -> str:
-        """As of SparseFeature."""
+        """See SparseFeature."""
         return self.table
 
     @property
@@ -209,12 +210,12 @@ class DenseFeature:
     name: str
     column: str
     owner: str
-    """As of SparseFeature."""
+    """See SparseFeature."""
     scale: str = LOG1P
     """One of SCALES, but never BUCKETS: such a number is a sparse feature."""
     mean: float = 0.0
     deviation: float = 1.0
-    """Of STANDARD, as they were fitted."""
+    """Fitted mean and deviation of STANDARD."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -261,7 +262,7 @@ class FeatureSpec:
     lists: tuple[ListFeature, ...] = ()
     """Tags and terms; those of one vocabulary stand together."""
     vectors: tuple[VectorFeature, ...] = ()
-    """Of users, then of items."""
+    """Those of users come before those of items."""
 
     @property
     def vocabularies(self) -> dict[str, SparseFeature]:

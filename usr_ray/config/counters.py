@@ -75,9 +75,9 @@ class CountersConfig:
     defaults: bool = False
     """Counters of user, item, query, user x each item category, and query x item: over all scenarios, and of each."""
     windows: tuple[str, ...] = _WINDOWS
-    """Of the default counters."""
+    """Windows of the default counters."""
     events: tuple[str, ...] = COUNTED
-    """Of the default counters."""
+    """Events that the default counters count."""
     named: Mapping[str, CounterConfig] = field(default_factory=dict, metadata={"takes_sections": True})
     """Every other section [counters.NAME]."""
 

@@ -157,7 +157,7 @@ class FeaturesConfig:
     user_vectors: Mapping[str, int] = number({}, "[1, 8192]")
     """Column of users with a vector from elsewhere, such as a model of images -> how many numbers it has."""
     item_vectors: Mapping[str, int] = number({}, "[1, 8192]")
-    """Likewise of items; events of histories carry them too."""
+    """The same for items; events of histories carry their vectors too."""
     history_item_features: tuple[str, ...] = ("*",)
     """Item categories that each event of a history carries beside its item's id; "*": all of them."""
     crosses: tuple[tuple[str, ...], ...] = ()
@@ -405,7 +405,7 @@ class JdSearchConfig:
     num_days: int = number(8, "[1, 3660]")
     """Days the searches are spread over, by a hash of the row, so that dates can split them."""
     seed: int = number(0, SEED)
-    """Of the days and of the shuffled candidates."""
+    """Seed of the days and of the shuffled candidates."""
 
     def __post_init__(self) -> None:
         parse_instant_us(self.base_time, where="jdsearch.base_time")

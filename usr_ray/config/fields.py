@@ -30,7 +30,7 @@ class ConfigError(UserError):
 DAY_US = 86_400_000_000
 _EPOCH = dt.date(1970, 1, 1)
 SHOWN_RANGES = 5
-"""Of dates in a message: one wrong clock must not make them one of 8,000 years."""
+"""Most ranges of dates in a message: one wrong clock must not make them one of 8,000 years."""
 _UNITS_US = {
     "us": 1,
     "microsecond": 1,
@@ -110,7 +110,7 @@ def dates_there(
         there: all ISO dates that `source` has.
         where: what names the dates, for messages.
         source: what has the dates, as the subject of a message, with its verb: 'the table T holds'.
-        allow_missing: take those that are there.
+        allow_missing: take those that are there, and warn of the others.
 
     Raises:
         UserError: none is there; or some are not, and that is not allowed.
@@ -170,8 +170,7 @@ def first_difference(
     """(dotted key, saved value, value now) of the first difference that counts; None where two are the same.
 
     Args:
-        saved: nested dictionaries; a key that one side lacks is None there.
-        now: likewise.
+        saved: nested dictionaries, as is `now`; a key that one side lacks is None there.
         keys: sections or single keys that count, by dotted path; '': all.
         but: sections or single keys of these that do not.
     """
@@ -218,7 +217,7 @@ SEED = "[0, 4294967295]"
 """What torch, numpy and Optuna all take."""
 FINITE = "[-1e300, 1e300]"
 SIZE = "[1, 65536]"
-"""Of a layer, or of a list of parts."""
+"""Range for the size of a layer, or of a list of parts."""
 COUNT = "[1, 1000000000]"
 
 
@@ -348,7 +347,7 @@ def override_key(raw: dict[str, Any], override: str) -> None:
 
 
 _hints = functools.cache(typing.get_type_hints)
-"""Of a dataclass; a study makes hundreds of configurations."""
+"""Type hints of a dataclass, kept: a study makes hundreds of configurations."""
 
 
 def build(kind: type, raw: Any, *, path: str) -> Any:

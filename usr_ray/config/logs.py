@@ -59,7 +59,7 @@ class LogConfig:
     quote: str = '"'
     """Round a CSV field that holds separators, line breaks or quotes (doubled); '': a quote is a letter like others."""
     encoding: str = "UTF-8"
-    """Of CSV and JSON lines: 'UTF-8', 'ISO-8859-1', 'windows-1252' or another."""
+    """Encoding of CSV and JSON lines: 'UTF-8', 'ISO-8859-1', 'windows-1252' or another."""
     columns: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     """Column of the contract or feature -> own column; of several own columns the values are joined by '|'."""
     split: Mapping[str, str] = field(default_factory=dict)
@@ -73,9 +73,9 @@ class LogConfig:
     null_values: tuple[str, ...] = ()
     """Texts that stand for no value in any column of the log, such as 'NULL' or '-'; an empty text always does."""
     time_format: str = ISO
-    """Of event_time and ingest_time: 'iso', a number's unit ('s', 'ms', 'us', 'ns'), or a strptime pattern."""
+    """Form of event_time and ingest_time: 'iso', a number's unit ('s', 'ms', 'us', 'ns'), or a strptime pattern."""
     time_zone: str = "UTC"
-    """Of times that do not name their own, such as 'Europe/Berlin'."""
+    """Zone of times that do not name their own, such as 'Europe/Berlin'."""
 
     def check(self, where: str) -> None:
         """Raise ConfigError, naming `where`, unless every value can be used."""
@@ -162,11 +162,11 @@ class OnlineConfig:
     shares: Mapping[str, float] = number({}, "(0, 1e300]")
     """Bucket -> planned share of users, in any unit; empty: every bucket found was planned to be as large."""
     confidence: float = number(0.95, "[0.5, 1)")
-    """Of every interval; 1 - confidence is also the level of Holm's verdicts."""
+    """Level of every interval; 1 - confidence is also the level of Holm's verdicts."""
     num_resamples: int = number(1000, "[100, 1000000]")
-    """Of the bootstrap."""
+    """Resamples of the bootstrap."""
     seed: int = number(0, SEED)
-    """Of the bootstrap."""
+    """Seed of the bootstrap."""
 
     def __post_init__(self) -> None:
         require(bool(self.bucket_column), "online.bucket_column is empty; name a column of the impressions logs")

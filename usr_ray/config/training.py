@@ -61,7 +61,7 @@ class TrainConfig:
     embedding_strategy: str = choice("replicated", "sharded")
     """'replicated': every worker holds all tables; 'sharded': each holds its share of the rows (docs/embeddings.md)."""
     embedding_learning_rate: float = number(0.03, "(0, 1000]")
-    """Of the tables; Adam wants less than Adagrad, for example 0.003."""
+    """Learning rate of the tables; Adam wants less than Adagrad, for example 0.003."""
     embedding_weight_decay: float = number(0.0, "[0, 1000]")
     """L2 on the rows touched in a step."""
     warmup_steps: int = number(0, "[0, 1000000000]")
@@ -175,7 +175,7 @@ class TuneConfig:
     num_trials: int = number(16, "[1, 100000]")
     """Combinations to try; the first is the configuration as given, where the space holds it."""
     metric: str = choice(*METRICS)
-    """On the choosing dates: 'log_loss' (mean of the tasks), 'ctr_auc' or 'ctcvr_auc' (mean of the scenarios)."""
+    """Metric that chooses: 'log_loss' (mean of the tasks), 'ctr_auc' or 'ctcvr_auc' (mean of the scenarios)."""
     choose_days: int = number(1, "[1, 3660]")
     """Last days of data.train_dates that choose: trials train on the days before, data.eval_dates is not used."""
     grace_epochs: int = number(1, COUNT)

@@ -207,7 +207,7 @@ class _Events:
         return list(self._chunks[0]) if self._chunks else []
 
     def reserve(self, history: History) -> dict[str, NDArray[Any]]:
-        """By field where the events of a piece go. One thread at a time."""
+        """Field -> where the events of a piece go. One thread at a time."""
         offsets = history.offsets.numpy()
         num_rows, count = len(offsets) - 1, int(offsets[-1] - offsets[0])
         if not self._chunks or self._used[-1] + count > len(self._chunks[-1]["item_ids_V"]):

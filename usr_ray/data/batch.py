@@ -31,7 +31,7 @@ class History:
     """int64, B + 1, starts at 0."""
 
     def emptied(self) -> History:
-        """As many rows, without an event."""
+        """A history of as many rows, without an event."""
         queries = None if self.query_ids_V is None else self.query_ids_V[:0]
         events = (self.item_ids_V[:0], self.actions_V[:0], self.ages_s_V[:0], queries)
         return History(*events, torch.zeros_like(self.offsets))
@@ -172,7 +172,7 @@ class GroupShare:
     """
 
     num_groups: int
-    """Of the batch."""
+    """Groups of the batch."""
     group_size: int
     first: int
     """The batch's first group that takes part."""
@@ -181,7 +181,7 @@ class GroupShare:
 
     @classmethod
     def of_batch(cls, batch: UsrBatch, config: ModelConfig) -> GroupShare | None:
-        """None: all rows; also without contrastive losses, whose batches need not be of whole groups.
+        """The share of a batch; None: all rows, also without contrastive losses, where groups need not be whole.
 
         Raises:
             ValueError: the batch is not of whole groups.

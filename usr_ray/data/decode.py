@@ -109,8 +109,6 @@ def table_to_batch(
 
     Args:
         table: the columns of `manifest.model_columns`; is_mature and event_time only if `which` looks at them.
-        spec: of the table.
-        which: rows have weight.
         where: file and row group, for messages.
         first_row: row_number of the first row.
 

@@ -117,9 +117,8 @@ class Feed(Generic[Moved, Kept]):
     Args:
         source: pairs of what goes to the device (dataclasses and tuples of tensors) and what stays as it is. It runs,
             and is closed, in the feed's thread.
-        device: where the first of a pair goes.
-        depth: batches that wait for their step, at most; one more is being made.
-        copies: None: the device's own.
+        depth: most batches that wait for their step; one more is being made.
+        copies: None: those of the device.
 
     Raises:
         Whatever the source raises, from `next`, after the batches before it.

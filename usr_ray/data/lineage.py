@@ -53,9 +53,6 @@ def doubts(config: Config, train: Manifest, held_out: Manifest | None, *, first_
     """Warnings, a line each, of what gives other numbers than the configuration says without being an error.
 
     Args:
-        config: of the training.
-        train: its rows.
-        held_out: the rows that it is judged on.
         first_counted: first date of the events that the table's counters know; None: there are no counters.
     """
     found = []
@@ -107,10 +104,9 @@ def difference(model: FeatureSpec, model_built_with: str, table: Manifest, *, ma
     """In words, why rows of `table` mean something else to a model than those it was trained on; None: they do not.
 
     Args:
-        model: of its checkpoint.
-        model_built_with: of the configuration that it was trained with; '' where that is not known.
-        table: the files are not looked at.
-        may_read: read the lake's vocabularies where the fingerprints alone do not tell; else such ids are let pass.
+        model_built_with: `Manifest.built_with` of the rows that it was trained on; '' where that is not known.
+        table: only its description is compared, its files are not looked at.
+        may_read: read the lake's vocabularies where the fingerprints alone do not tell; False: let such ids pass.
 
     Raises:
         UserError: the vocabularies cannot be read.
@@ -159,7 +155,7 @@ def difference(model: FeatureSpec, model_built_with: str, table: Manifest, *, ma
 
 
 def fingerprint(entries: pa.Table, feature: str, num_embeddings: int) -> tuple[int, str]:
-    """Of the values of a feature whose ids are below num_embeddings; columns feature, value and id as in the lake."""
+    """num_embeddings, and a fingerprint of the feature's values whose ids are below it; `entries` as in the lake."""
     mask = pc.and_(pc.equal(entries["feature"], feature), pc.less(entries["id"], num_embeddings))
     rows = entries.filter(mask)
     return num_embeddings, fingerprint_text(_xor(zip(rows["id"].to_pylist(), rows["value"].to_pylist(), strict=True)))

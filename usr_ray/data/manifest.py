@@ -66,14 +66,14 @@ class Manifest:
     built_with: str
     """Configuration keys that decide what a row means, as JSON (schema.CONFIG_PROPERTY); '' where not known."""
     item_features: tuple[FeatureFile, ...]
-    """Of the version of `<lake>/item_features` that belongs to the rows; none where `spec` names no such features."""
+    """Files of the version of `<lake>/item_features` that belongs to the rows; none where `spec` names none."""
     user_vectors: tuple[FeatureFile, ...] = ()
-    """Likewise of `<lake>/user_vectors`, where `spec` names vectors of users."""
+    """Files of `<lake>/user_vectors`, where `spec` names vectors of users."""
     item_vectors: tuple[FeatureFile, ...] = ()
     fitted: str = ""
     """What vocabularies and scales were fitted on, as JSON (schema.FITTED_PROPERTY); '' where not known."""
     sha256: str
-    """Of everything that fixes the order of rows; not of table_uri (a copy of the table reads alike) or version."""
+    """Digest of all that fixes the order of rows; not of table_uri (a copy of the table reads alike) or version."""
 
     @property
     def num_rows(self) -> int:
@@ -192,7 +192,7 @@ def build_manifest(
         version: of the Delta table; None: the newest.
         where: what names the dates, for messages.
         allow_missing: where some of the dates have no rows, print a warning and take the others.
-        warmup_days: first days of the table that are left out (counters.warmup_days).
+        warmup_days: first days of the table to leave out (counters.warmup_days).
 
     Raises:
         UserError: no table or version there, no files in these dates, or none in some of them.
@@ -413,12 +413,11 @@ def read_footer(
     """Read the footer of one file.
 
     Args:
-        filesystem: of `open_filesystem`.
-        table_path: likewise.
-        path: of the file, as in the Delta log.
-        date: impression_date of its rows.
-        size_bytes: of the Delta log.
-        num_rows: of the Delta log; None where it has no statistics.
+        filesystem: from `open_filesystem`.
+        table_path: as `open_filesystem` gives it beside `filesystem`.
+        path: the file's, as in the Delta log.
+        date: its rows' impression_date.
+        num_rows: as in the Delta log; None where it has no statistics.
 
     Raises:
         DataError: the file is missing, has another size or row count than the log says, or is no Parquet file.

@@ -22,7 +22,7 @@ class WhichRows:
     """Rows whose labels close later (labels_close_us) get weight 0, and row groups that hold only such rows are not
     read; None: no such limit."""
     mature_only: bool = True
-    """Likewise for rows with is_mature false."""
+    """Rows with is_mature false get weight 0, and row groups that hold only such rows are not read."""
     order_wait_us: int = 0
     """Config.order_wait_us: above 0, a row has weight once its labels of clicks have closed, and those of orders that
     close after ready_before_us are schema.OPEN_LABEL."""
@@ -34,7 +34,7 @@ EVERY_ROW = WhichRows(mature_only=False)
 
 
 def counted_in_training(config: Config, manifest: Manifest) -> WhichRows:
-    """By data.mature_only those whose labels (by data.final_labels those of clicks alone) were final at the train
+    """With data.mature_only, rows whose labels (by data.final_labels those of clicks alone) were final at the train
     cut-off, midnight UTC after the last training date: a global label that closes later has seen the held-out days.
     """
     last = parse_dates(config.data.train_dates or manifest.dates[-1], where="data.train_dates")[1]

@@ -112,11 +112,9 @@ def epoch_order(
         kind: 'shuffled': row groups permuted over all dates; 'by_date': dates ascending, row groups permuted inside
             each, no block spans two dates, and a date's order is the same whatever other dates there are; 'file':
             manifest order, nothing permuted.
-        seed: of the run.
         epoch: 0 and up; 'file' is the same in every epoch.
-        block_rows: a block ends with the row group that reaches block_rows * num_shards; what is left of a date (or
-            of the epoch) below that joins the block before it.
-        num_shards: L.
+        block_rows: a block ends with the row group that reaches block_rows * num_shards; what is left of a date (or of
+            the epoch) below that joins the block before it.
     """
     rows, days = np.asarray(group_rows_G, dtype=np.int64), np.asarray(group_days_G, dtype=np.int64)
     if kind not in ORDERS:
@@ -306,11 +304,8 @@ def epoch_quality(
     """Measure the order of an epoch as all ranks together read it.
 
     Args:
-        order: of the epoch.
-        first_rows_G: number in the table of each row group's first row, row groups as `epoch_order` was given them.
+        first_rows_G: row_number of each row group's first row, row groups as `epoch_order` was given them.
         values_G: a number for each row group, such as its date.
-        global_batch_size: rows of a step.
-        max_rows: bound on the work.
     """
     first_rows, values = np.asarray(first_rows_G, dtype=np.int64), np.asarray(values_G, dtype=np.float64)
     step = max(1, -(-order.num_rows // max_rows))

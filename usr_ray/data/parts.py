@@ -15,7 +15,7 @@ class RowGroup:
     min_event_time_us: int
     """Microseconds since 1970 UTC; the start of the file's date where the footer has no statistics."""
     max_event_time_us: int
-    """Likewise, the end of the file's date."""
+    """Microseconds since 1970 UTC; the end of the file's date where the footer has no statistics."""
     has_mature: bool
     """False: every row has is_mature = false."""
 

@@ -34,7 +34,6 @@ def write_pin(manifests: Sequence[Manifest], run_dir: Path) -> None:
 
     Args:
         manifests: one or more, of one table.
-        run_dir: of the run.
     """
     pin = {
         "run": str(run_dir.absolute()),

@@ -176,7 +176,7 @@ class _Plan:
     places: NDArray[np.int64]
     """step * rows + position in the batch, for every row that the rank takes, ascending."""
     groups: list[tuple[int, NDArray[np.int64], NDArray[np.int64]]]
-    """Of ordering.block_rows_by_group."""
+    """As order.block_rows_by_group gives them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,7 +82,7 @@ class Ratio:
 
     value: float
     variance: float
-    """Of the estimate, by the delta method; 0 for fewer than two users."""
+    """Variance of the estimate, by the delta method; 0 for fewer than two users."""
     num_users: int
     num_positives: int
     """Users with a numerator above 0."""
@@ -133,7 +133,7 @@ class ExperimentCounts:
     """Bucket that online.shares does not name -> its users: left out."""
     num_impressions: int = 0
     impressions_without_bucket: int = 0
-    """Of users who are in the experiment otherwise too: shown before they were, or by another surface."""
+    """Impressions of users of the experiment, shown before they were in it or by another surface."""
     impressions_not_mature: int = 0
     """Their labels can still change: left out."""
     without_column: tuple[str, ...] = ()

@@ -57,7 +57,7 @@ class Judged:
     """A gap among the others of its report."""
 
     gap: PairedGap | None
-    """None: undefined, or no seed that both sides finished."""
+    """None where it is undefined, or where there is no seed that both sides finished."""
     adjusted_p: float = 1.0
     """Holm's, over the family that `corrected` was given."""
 
@@ -122,7 +122,7 @@ def paired_auc_gap(labels_N: NDArray, ours_RN: NDArray, theirs_RN: NDArray, user
     Args:
         labels_N: 0 or 1.
         ours_RN: probabilities of one model, one row a seed.
-        theirs_RN: of the other, in the same order of seeds.
+        theirs_RN: those of the other, in the same order of seeds.
         users_N: equal for rows of one user.
     """
     if len(labels_N) == 0 or labels_N.min() == labels_N.max():
@@ -325,7 +325,7 @@ def compare(scored: Mapping[str, Predictions], ours: str, scenarios: Sequence[st
 
 
 def comparison_text(found: Mapping[str, Any]) -> str:
-    """For the terminal: a line for each cell, task and scorer, with the lead of ours over it."""
+    """Text for the terminal: a line for each cell, task and scorer, with the lead of ours over it."""
     ours = found["ours"]
     lines = [("scenario", "task", "scorer", "AUC", f"{ours} is ahead by", "95% interval", "verdict")]
     for entry in found["cells"]:

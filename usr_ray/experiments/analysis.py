@@ -70,7 +70,7 @@ class Trials:
         self.predictions: Callable[[str], Predictions] = functools.lru_cache(maxsize=24)(self._predictions)
 
     def config(self, trial: Trial) -> Config:
-        """As the trial was run."""
+        """The configuration that the trial was run with."""
         record = json.loads((trial_dir(self.run_dir, trial) / CONFIG_FILE).read_text(encoding="utf-8"))
         return Config.from_dict(Config.completed(record["config"]))
 
@@ -80,7 +80,7 @@ class Trials:
         return {split: about["dates"] for split, about in record.get("manifests", {}).items() if "dates" in about}
 
     def scenarios(self, point: Point) -> tuple[str, ...]:
-        """Of the point's table."""
+        """Scenarios of the point's table."""
         return self.config(next(iter(self.by_point[point].values()))).scenarios
 
     def metrics(self, trial: Trial) -> CellMetrics:

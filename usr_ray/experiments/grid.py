@@ -62,7 +62,7 @@ class Resources:
     """What one trial needs, and how many run at once."""
 
     num_workers: int = 1
-    """Of each trial. 1: the loop runs in the trial's own process; more: Ray Train's worker group."""
+    """Workers of each trial. 1: the loop runs in the trial's own process; more: Ray Train's worker group."""
     cpus_per_worker: float = 1.0
     max_concurrent: int = 0
     """Trials at once; 0: as many as the cluster's CPUs (or GPUs) hold."""
@@ -110,7 +110,7 @@ class Trial:
     point: Mapping[str, str]
     """Axis -> label of its value."""
     overrides: Mapping[str, Any]
-    """By dotted path, the seed among them."""
+    """Dotted path -> value, the seed among them."""
     seed: int
     world: str
     """Id of its world; '' for a lake that was given."""

@@ -223,7 +223,7 @@ def write_results(run_dir: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 
 
 def _seconds(record: Mapping[str, Any]) -> float | None:
-    """Of the last attempt: earlier ones were cut off at an unknown time."""
+    """Seconds of the last attempt: earlier ones were cut off at an unknown time."""
     attempts = record.get("attempts") or []
     if not (attempts and record.get("ended")):
         return None

@@ -72,11 +72,9 @@ def run_search(base: Base, lake: str, run_dir: Path, *, cluster: str = OWN, comm
     """Search, or resume the search in `run_dir`; then judge the choice on the reporting dates.
 
     Args:
-        base: configuration file and overrides; section [tune] declares the search.
-        lake: folder with the samples table.
+        base: declares the search in its section [tune].
         run_dir: a new folder, or that of the same search.
         cluster: what launch/environment.prepare_environment returned.
-        command: recorded in search.json.
 
     Raises:
         UserError: the space, dates, lake or directory cannot be used; every trial failed.
@@ -154,7 +152,7 @@ class _Progress(tune.Callback):
 
     # Tune passes everything by name.
     def setup(self, **info: Any) -> None:  # type: ignore[override]
-        """See tune.Callback; also at the start of a resumed search, from which its time is counted."""
+        """See tune.Callback; called at the start of a resumed search too, from which its time is counted."""
         self._progress = Progress(info.get("total_num_samples") or 0)
 
     def on_trial_complete(self, **info: Any) -> None:  # type: ignore[override]

@@ -37,9 +37,9 @@ def read_points(trials_dir: Path, config: Config, lost: Mapping[str, str] | None
     """Every trial that was started, in the order drawn.
 
     Args:
-        trials_dir: their folders; Ray's ids end in a running number.
-        config: of the search; names the metric.
-        lost: trial id -> why, of trials whose process ended before it could say so.
+        trials_dir: Ray's ids, which name the folders in it, end in a running number.
+        config: names the metric.
+        lost: trial id -> why, for trials whose process ended before it could say so.
     """
     points = []
     for path in sorted(trials_dir.glob(f"*/{TRIAL_FILE}"), key=lambda p: (p.parent.name[-5:], p.parent.name)):

@@ -74,14 +74,12 @@ def run_study(
     """Run what is not finished of a study, and write results.parquet.
 
     Args:
-        study: the grid.
         base: configuration file and overrides that every trial starts from.
-        lake: folder with the samples table; None for a study that makes its own worlds.
+        lake: None for a study that makes its own worlds.
         run_dir: a new folder, or that of the same study.
         input_dir: the data set's files, for a study that makes worlds of real logs.
         build_worlds: what builds the lakes of a study that makes worlds.
-        cluster: what trainer_environment.prepare_environment returned.
-        command: noted in study.json.
+        cluster: what launch/environment.prepare_environment returned.
 
     Raises:
         UserError: a trial's configuration, the lake or the directory cannot be used; nothing has been trained then.

@@ -41,12 +41,8 @@ def run_trial(
     """Train as `config` says, or go on with what `run_dir` holds; what is printed goes into its train.log.
 
     Args:
-        config: of the trial.
-        lake: folder with the samples table.
-        run_dir: of the trial.
         worker: makes the only rank of a trial of one worker.
-        callbacks: of Ray Train's RunConfig, for a trial of more.
-        command: recorded in config.json.
+        callbacks: for Ray Train's RunConfig, in a trial of more workers.
 
     Returns:
         What the trial failed of, in one line, also in failure.json; '' where it did not.

@@ -34,7 +34,7 @@ class RunSummary:
     """'finished', 'early_stopped' or 'stopped' (train.TrainResult.status)."""
     step: int
     metrics: CellMetrics | None
-    """On the held-out rows; None without held-out dates or when stopped."""
+    """Metrics on the held-out rows; None without held-out dates or when stopped."""
     was_finished: bool
     """The run directory held the result already; nothing was trained."""
 
@@ -88,8 +88,8 @@ def carry_out(
     """Train a plan that is not finished, and read the metrics on the held-out rows.
 
     Args:
-        plan: of plan_run, not written yet.
-        fit: trains it; (outcome, steps).
+        plan: from plan_run, not written yet.
+        fit: trains the plan and returns (outcome, steps).
         session: what `fit` needs around it; not entered for a finished run.
 
     Raises:

@@ -32,7 +32,7 @@ live one reports that our run is gone, and the run's placement group is removed.
 """
 DASHBOARD_PORT = 8265
 MAX_SESSIONS_BYTES = 107 - len("/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
-"""Of the folder of Ray's sessions: the path of a Unix socket has at most 107 bytes."""
+"""Longest path of the folder of Ray's sessions: the path of a Unix socket has at most 107 bytes."""
 
 RAY_ENVIRONMENT = {
     # Read by whoever builds the TorchTrainer; without it the dashboard's /api/train/v2/runs/v1 knows no run.
@@ -47,7 +47,7 @@ RAY_ENVIRONMENT = {
     # into page faults. Read when pyarrow is loaded.
     "MIMALLOC_PURGE_DELAY": "-1",
 }
-"""For any cluster."""
+"""Variables for any cluster."""
 
 LOCAL_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",

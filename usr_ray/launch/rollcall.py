@@ -34,9 +34,7 @@ class RollCall:
 
     Args:
         folder: the same for all ranks; groups one after the other may share it.
-        rank: of this process.
-        world_size: number of ranks.
-        timeout: ray.timeout, for the message.
+        timeout: ray.timeout as it was written, for the message.
     """
 
     def __init__(self, folder: Path, rank: int, world_size: int, *, timeout: str) -> None:

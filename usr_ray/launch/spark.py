@@ -20,7 +20,7 @@ from usr_ray.launch.environment import LOOPBACK, ROOT
 CONF_DIR = ROOT / "etl" / "spark_conf"
 """log4j2.properties and spark-defaults.conf of a job on one machine."""
 CLASSES, LOGGING = "usr-ray-classes.jsa", "usr-ray-logging.jar"
-"""In Spark's conf folder: an archive of the JVM's classes, and log4j2.properties as a jar (`make setup` makes both)."""
+"""Files that `make setup` puts in Spark's conf folder: an archive of the JVM's classes, log4j2.properties as a jar."""
 
 
 def spark_home(environment: Mapping[str, str] | None = None) -> Path | None:
@@ -75,9 +75,9 @@ def archived_classes(conf: Path, options: str = "", use: str = "SharedArchiveFil
     jars or of another Java is left aside by the JVM.
 
     Args:
-        conf: folder of the archive.
-        options: the JVM's, besides.
-        use: of the archive, as the JVM's option calls it.
+        conf: folder of the archive and of the jar.
+        options: other options of the JVM.
+        use: name of the JVM's option that takes the archive.
 
     Returns:
         Variables of the environment; none where spark-defaults.conf says more than these can carry.

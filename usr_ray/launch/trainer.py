@@ -56,7 +56,7 @@ class RayWorker(Worker):
         super().__init__(get_device(), timeout=timeout)
 
     def should_stop(self) -> bool:
-        """See Worker; also after a SIGTERM to this process."""
+        """See Worker; true after a SIGTERM to this process, too."""
         return worker_was_asked.is_set() or super().should_stop()
 
     def report(self, metrics: Mapping[str, float]) -> None:
@@ -76,13 +76,11 @@ def run(
     """Train on the table in `lake`, or resume the run in `run_dir`.
 
     Args:
-        config: the resolved configuration.
-        lake: where the samples table is; every worker must see it under this name.
-        run_dir: where the run is stored; every worker must see it under this name.
-        cluster: what `trainer_environment.prepare_environment` returned. A Ray that this process is connected to
-            already is used as it is.
-        command: recorded in config.json.
-        callbacks: of Ray Train's RunConfig; Tune hears of the evaluations through one.
+        lake: every worker must see it under this name.
+        run_dir: every worker must see it under this name.
+        cluster: what `launch.environment.prepare_environment` returned. A Ray that this process is connected to already
+            is used as it is.
+        callbacks: for Ray Train's RunConfig; Tune hears of the evaluations through one.
 
     Raises:
         UserError: see plan_run; a submitted job's path is relative; another process trains in this directory; a worker

@@ -60,10 +60,9 @@ def plan_day(config: Config, day: dt.date, built: Collection[dt.date], current: 
     """What there is to do for `day`.
 
     Args:
-        config: labels and data.train_dates are used; its first date is where everything begins.
+        config: its labels and data.train_dates are used, whose first date is where everything begins.
         day: the newest complete day of the logs.
-        built: dates in the lake.
-        current: content of current.json.
+        current: what current.json holds; None: there is none.
 
     Raises:
         UserError: nothing is built yet and data.train_dates does not say where to begin.
@@ -95,9 +94,8 @@ def check_labels(reports: Sequence[Mapping[str, Any]], plan: DayPlan, *, allow_m
     """Refuse to train or judge on labels that may still change.
 
     Args:
-        reports: of the lake (report_data.read_etl_reports).
-        plan: of the day.
-        allow_missing: dates to train on that are not built are left out; the held-out day is not.
+        reports: the lake's, from runs.read.read_etl_reports.
+        allow_missing: leave out dates to train on that are not built; the held-out day must be.
 
     Raises:
         UserError: a date that is trained on or held out is not built, or some of its labels are not final.
@@ -125,8 +123,8 @@ def judge(candidate: Mapping[str, Any], current: Mapping[str, Any] | None, toler
     """Whether a new model replaces the one in use, and why: their log losses on the held-out day.
 
     Args:
-        candidate: splits of its evaluation file; both models on the same rows.
-        current: likewise; None for a first model, which needs an AUC above 0.5.
+        candidate: the splits of its evaluation file; both models on the same rows.
+        current: those of the model in use; None for a first model, which needs an AUC above 0.5.
         tolerance: relative increase of the log loss that is let pass, for each task over all scenarios.
 
     Raises:

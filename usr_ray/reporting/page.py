@@ -39,7 +39,7 @@ class Row:
 
     values: Sequence[str]
     classes: Sequence[str] = ()
-    """Of the last columns, in the style sheet."""
+    """Classes of the last columns, in the style sheet."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,7 +97,7 @@ class Plot:
     """Name in the style sheet of the swatch beside the title; '': none."""
     is_wide: bool = False
     bins: Sequence[Bin] = ()
-    """Of a calibration plot, for the table below it."""
+    """Bins of a calibration plot, for the table below it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ class Line:
 
     name: str
     place: int
-    """Of its colour."""
+    """Place of its colour."""
     x: Sequence[Any]
     """Steps, numbers or dates."""
     y: Sequence[float]
@@ -224,7 +224,7 @@ class Bar:
 
     name: str
     value: float | None
-    """None: undefined; `note` says why."""
+    """None where it is undefined; `note` says why."""
     intervals: Sequence[tuple[float | None, float | None]]
     """The first one thick; a second one thin, below it; an end that is None: not known, so not drawn."""
     colour: str
@@ -232,7 +232,7 @@ class Bar:
     is_sure: bool
     """Filled: the verdict holds after correction."""
     note: str = ""
-    """On the right."""
+    """Text on the right."""
 
 
 def forest_plot(
@@ -243,7 +243,7 @@ def forest_plot(
     Args:
         bars: from the top.
         label: what a screen reader says.
-        axis: what is drawn.
+        axis: names what is drawn.
         percent: write shares in per cent.
         limit: both ends of the axis; an interval that goes on has an arrow. None: as wide as the intervals.
     """
@@ -324,7 +324,7 @@ class Dimension:
     name: str
     is_log: bool
     labels: tuple[str, ...] = ()
-    """Of a choice: its values from below; empty for numbers."""
+    """Values of a choice, from below; empty for numbers."""
 
 
 def parallel_plot(dimensions: Sequence[Dimension], rows: Sequence[Sequence[float]], best: int, *, label: str) -> Markup:

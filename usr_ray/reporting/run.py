@@ -76,9 +76,9 @@ def write_report(run_dir: Path, lake: Path | str | None = None, output: Path | N
     """Write the report of a run and return its path (default `<run_dir>/report.html`).
 
     Args:
-        run_dir: directory of jobs/train.py; evaluated by jobs/evaluate.py, else the report says that it is not.
+        run_dir: where jobs/evaluate.py has not evaluated the run, the report says so.
         lake: where the ETL's reports are; None leaves the label funnel out.
-        output: file to write; its folder is made with it.
+        output: its folder is made with it.
 
     Raises:
         UserError: a directory is missing, or a file in it cannot be read.

@@ -52,7 +52,7 @@ METRICS = (("auc", "AUC"), ("gauc", "GAUC"), ("log_loss", "Log loss"), ("pcoc", 
 _MANY_ROWS = 12
 """A table of more comparisons is folded behind the one at a glance."""
 Averages = Mapping[Point, Mapping[tuple[str, str, str], Mean]]
-"""Of analysis.means."""
+"""What analysis.means returns."""
 
 
 def write_study_report(
@@ -208,7 +208,7 @@ def _numbers(found: Contrast) -> list[str]:
 
 
 def _comparison_plots(trials: Trials, found: Sequence[Contrast]) -> list[Plot]:
-    """By scenario and task: a heat map over two further axes, a line over one of numbers, else a forest."""
+    """Plots by scenario and task: a heat map over two further axes, a line over one of numbers, else a forest."""
     compared = {c.axis for c in found}
     others = [axis for axis in trials.study.axes if axis.name not in compared and len(axis.values) > 1]
     over = [axis.name for axis in others]

@@ -50,7 +50,7 @@ class Evaluated:
     metrics: CellMetrics
     baseline_metrics: CellMetrics | None
     predictions: Path | None
-    """Its rows; None where they are gone."""
+    """File of its rows; None where they are gone."""
     about: Mapping[str, Any]
     """Dates, checkpoint, table version; empty where the files are of an older version and the rows are gone."""
     dates: frozenset[str]
@@ -81,8 +81,8 @@ def trained_dates(run_dir: Path, config: Mapping[str, Any]) -> frozenset[str]:
     """ISO dates that the weights of a run have seen, those of the runs that it began with among them.
 
     Args:
-        run_dir: its config.json says it; of an older version's, the manifests and the configuration in it.
-        config: of the run, as a checkpoint holds it; taken where there is no config.json.
+        run_dir: its config.json says it; for a run of an older version, the manifests and the configuration in it.
+        config: as a checkpoint holds it; used where there is no config.json.
     """
     path = run_dir / CONFIG_FILE
     record = read_json(path) if path.is_file() else {}
@@ -174,15 +174,12 @@ def write_evaluation(
     """Write an evaluation into the run directory, beside the earlier ones, and its metrics to `output` too.
 
     Args:
-        run_dir: of the run.
-        name: of the dates, 'A_B'.
-        predictions: its rows.
+        name: the dates as 'A_B'.
         scenarios: in the order of the table.
-        metrics: of `predictions`.
-        baseline: popularity on the same rows.
+        metrics: those of `predictions`.
+        baseline: popularity's predictions for the same rows; None: none are written.
         about: what was evaluated: 'dates', 'checkpoint', 'manifest_sha256' and more.
-        seen: dates that the run was trained on.
-        output: another file for the metrics.
+        output: a second file for the metrics; None: none.
 
     Returns:
         The splits: 'eval', or 'train' where a date was trained on; and the baseline's.

@@ -63,7 +63,7 @@ class RunPlan:
     """Absolute, since workers have working directories of their own."""
     train_manifest: Manifest
     eval_manifest: Manifest | None
-    """None without data.eval_dates: nothing is evaluated."""
+    """None without data.eval_dates; nothing is evaluated then."""
     record: dict[str, Any]
     """config.json as it will be written; `status` tells whether there is anything left to do."""
     doubts: tuple[str, ...] = ()
@@ -79,10 +79,8 @@ def plan_run(config: Config, lake: Path | str, run_dir: Path | str, *, command: 
     """Check everything that can be checked without starting Ray; writes nothing.
 
     Args:
-        config: the resolved configuration.
         lake: folder (or object-store address) with the samples table.
         run_dir: a new folder, or that of a run to resume.
-        command: recorded in config.json.
 
     Raises:
         UserError: no dates, no table, no rows, no rows that count, a batch that these workers cannot share, a run

@@ -34,12 +34,12 @@ class RunRecord:
     evaluation: Evaluated | None
     """The one to report: the newest on held-out dates; where there is none, the newest."""
     predictions: Predictions | None
-    """Its rows."""
+    """The rows of that evaluation."""
     baseline: Predictions | None
 
     @property
     def metrics(self) -> CellMetrics | None:
-        """Of the evaluation to report."""
+        """Metrics of the evaluation to report."""
         return self.evaluation.metrics if self.evaluation else None
 
     @property
