@@ -36,8 +36,8 @@ def popularity_baseline(train: TrainingRows, rows: Predictions, num_scenarios: i
     """`rows` with the baseline's probabilities in place of the model's.
 
     Per scenario k and task: logit p = logit rate(user) + logit rate(item) - logit rate, that is, naive Bayes on two
-    counters over the training rows of k; a user or item without training rows has the mean rate. The global
-    probabilities use every training row and the global labels.
+    counters over the training rows of k; a user or item without training rows has the mean rate. Items without an id
+    of their own share one counter (UNKNOWN_ID). The global probabilities use every training row and the global labels.
     """
     num_tasks = len(TASKS)
     probs_NT = np.full((len(rows), num_tasks), 0.5)

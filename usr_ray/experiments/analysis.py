@@ -23,7 +23,7 @@ from usr_ray.experiments.grid import Study, StudyError, Trial, compared_labels, 
 from usr_ray.experiments.record import is_finished, trial_dir
 from usr_ray.runs.evaluations import CONFIG_FILE, METRICS_FILE
 from usr_ray.runs.plan import load_manifest
-from usr_ray.schema import TASKS
+from usr_ray.schema import TASKS, UNKNOWN_ID
 from usr_ray.training.rows import baseline_rows
 
 WHOLE = "all rows"
@@ -178,10 +178,13 @@ def _masked(trials: Trials, trial: Trial, mask_N: NDArray[np.bool_], first: Pred
 
 
 def rows_by_part(rows: Predictions, trained: TrainingRows) -> dict[str, NDArray[np.bool_]]:
-    """Name -> rows: by events in the user's histories, and by whether the training rows have the user and the item."""
+    """Name -> rows: by events in the user's histories, and by whether the training rows have the user and the item.
+
+    Items without an id of their own share UNKNOWN_ID, which tells none of them apart: they are new.
+    """
     parts = {f"{name} past events": inside for name, inside in history_parts(rows.history_length_N)}
     knows_user_N = np.isin(rows.user_key_N, trained.user_key_N)
-    knows_item_N = np.isin(rows.item_id_N, trained.item_id_N)
+    knows_item_N = np.isin(rows.item_id_N, trained.item_id_N) & (rows.item_id_N > UNKNOWN_ID)
     parts["user seen in training"], parts["user new"] = knows_user_N, ~knows_user_N
     parts["item seen in training"], parts["item new"] = knows_item_N, ~knows_item_N
     return {name: mask for name, mask in parts.items() if mask.any()}

@@ -194,7 +194,21 @@ def test_parts_of_the_rows_by_history_and_by_what_training_saw() -> None:
     assert int(parts["21 or more past events"].sum()) == int((lengths > 20).sum())
     seen = [user in predictions.user_key_N[:2] for user in predictions.user_key_N]
     assert parts["user seen in training"].tolist() == seen
-    assert (parts["item new"] != parts["item seen in training"]).all()
+
+
+def test_items_that_share_the_unknown_id_are_new_whatever_training_saw_of_others() -> None:
+    """min_count 2: two items of one training row each have id 1, as have all that come later."""
+    predictions = rows(1.0, 0).take(np.arange(4))
+    predictions = replace(predictions, item_id_N=np.array([2, 1, 1, 4]))
+    trained = TrainingRows(
+        scenario_N=np.zeros(6, np.int64),
+        user_key_N=np.zeros(6, np.int64),
+        item_id_N=np.array([2, 2, 3, 3, 1, 1]),
+        labels_NT=np.zeros((6, 4), np.float32),
+    )
+    parts = rows_by_part(predictions, trained)
+    assert parts["item seen in training"].tolist() == [True, False, False, False]
+    assert parts["item new"].tolist() == [False, True, True, True]
 
 
 def test_separation_and_components_by_hand() -> None:
