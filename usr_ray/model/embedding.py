@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import abc
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -61,6 +61,8 @@ class TableLookup:
     """Likewise."""
     leaf_RD: Tensor | None = None
     """Of `shared`, what rows_UD are made of: each row once. None: rows_UD is the leaf."""
+    widths: tuple[int, ...] = ()
+    """See TableIds."""
 
     @classmethod
     def of_rows(cls, rows_RD: Tensor, ids: TableIds) -> TableLookup:
@@ -68,7 +70,7 @@ class TableLookup:
         if torch.is_grad_enabled():
             rows_RD.requires_grad_()
         if ids.shared is None:
-            return cls(ids.ids_U, rows_RD, ids.column_B, ids.events, ids.of_items)
+            return cls(ids.ids_U, rows_RD, ids.column_B, ids.events, ids.of_items, widths=ids.widths)
         # Its backward adds up what several ids owe to a row, in a fixed order.
         rows_UD = embedding(ids.shared.place_U, rows_RD)
         return cls(ids.ids_U, rows_UD, ids.column_B, ids.events, ids.of_items, ids.shared, rows_RD)
@@ -107,7 +109,7 @@ class RowSource(abc.ABC):
 
     sides: ItemSides | None
     """What the items of histories are; None: nothing but their ids is looked up."""
-    lists: Mapping[str, tuple[int, int]]
+    lists: Mapping[str, Sequence[tuple[int, int]]]
     """Tables of tags and terms (unique.table_columns)."""
     spec: FeatureSpec
     vectors: dict[str, Tensor]

@@ -56,6 +56,8 @@ class TableIds:
     """Places in ids_U of the value of each item of ITEM_TABLE's ids_U; None for tables that are no side of an event."""
     shared: SharedRows | None = None
     """None: each id has a row of its own, which it names."""
+    widths: tuple[int, ...] = ()
+    """Of tags and terms: how many of the L columns are each list's, in the order of FeatureSpec.lists."""
 
     @property
     def rows_R(self) -> Tensor:
@@ -87,12 +89,11 @@ UniqueIds = tuple[TableIds, ...]
 """All that a lookup needs besides the tables, in the order of FeatureSpec.vocabularies."""
 
 
-def table_columns(spec: FeatureSpec) -> dict[str, tuple[int, int]]:
-    """Table of tags or terms -> its first column and end in UsrBatch.lists_BW."""
-    found: dict[str, tuple[int, int]] = {}
+def table_columns(spec: FeatureSpec) -> dict[str, list[tuple[int, int]]]:
+    """Table of tags or terms -> first column and end of each of its lists in UsrBatch.lists_BW."""
+    found: dict[str, list[tuple[int, int]]] = {}
     for feature in spec.lists:
-        first, end = spec.list_places[feature.name]
-        found[feature.vocabulary] = (found.get(feature.vocabulary, (first, end))[0], end)
+        found.setdefault(feature.vocabulary, []).append(spec.list_places[feature.name])
     return found
 
 
@@ -100,7 +101,7 @@ def unique_ids(
     batch: UsrBatch,
     num_rows: Mapping[str, int],
     sides: ItemSides | None = None,
-    lists: Mapping[str, tuple[int, int]] | None = None,
+    lists: Mapping[str, Sequence[tuple[int, int]]] | None = None,
     cold: Mapping[str, Tensor] | None = None,
 ) -> UniqueIds:
     """Which rows of which table a batch uses, and where: the part of a lookup that sorts.
@@ -116,7 +117,7 @@ def unique_ids(
         EmbeddingError: an id is outside its table: the samples table grew after this run's manifest.
     """
     lists = lists or {}
-    of_lists = tuple(_list_ids(name, num_rows[name], batch, *span) for name, span in lists.items())
+    of_lists = tuple(_list_ids(name, num_rows[name], batch, spans) for name, spans in lists.items())
     num_rows = {name: size for name, size in num_rows.items() if name not in lists}
     if batch.sparse_BF.is_cpu and len(batch):
         lowest_F, highest_F = torch.aminmax(batch.sparse_BF, dim=0)
@@ -148,15 +149,28 @@ def _shared_rows(ids_U: Tensor, cold_N: Tensor) -> SharedRows:
     return SharedRows(*torch.unique(torch.where(is_cold_U, UNKNOWN_ID, ids_U), return_inverse=True))
 
 
-def _list_ids(name: str, num_rows: int, batch: UsrBatch, first: int, end: int) -> TableIds:
-    """The ids of a table of tags or terms; its column is (B, L), padding where a list is shorter."""
+def _list_ids(name: str, num_rows: int, batch: UsrBatch, spans: Sequence[tuple[int, int]]) -> TableIds:
+    """The ids of a table of tags or terms; its column is (B, L), padding where a list is shorter.
+
+    Of each list only as many columns as the batch's longest has: most are far shorter than the table allows.
+    """
     assert batch.lists_BW is not None
-    ids_BL = batch.lists_BW[:, first:end]
+    lists = [_without_padding(batch.lists_BW[:, first:end]) for first, end in spans]
+    ids_BL = torch.cat(lists, dim=1)
     parts = [ids_BL.new_full((1,), PADDING_ID), ids_BL.flatten()]
     unique, index = torch.unique(torch.cat(parts).to(_key_type(num_rows)), return_inverse=True)
     if unique.is_cpu:
         _check_range(name, num_rows, int(unique[0]), int(unique[-1]))
-    return TableIds(unique.long(), index[1:].view(ids_BL.shape), None)
+    widths = tuple(ids.shape[1] for ids in lists)
+    return TableIds(unique.long(), index[1:].view(ids_BL.shape), None, widths=widths)
+
+
+def _without_padding(ids_BL: Tensor) -> Tensor:
+    """Without the last columns that hold padding alone; all columns on a GPU, which this would wait for."""
+    if not ids_BL.is_cpu:
+        return ids_BL
+    used_L = (ids_BL != PADDING_ID).any(0).nonzero()
+    return ids_BL[:, : int(used_L[-1]) + 1] if len(used_L) else ids_BL[:, :1]
 
 
 def _with_events(name: str, num_rows: int, column_B: Tensor, history_V: Tensor) -> TableIds:

@@ -128,7 +128,7 @@ class UsrModel(nn.Module):
         columns = {name: embedding(table.column_B, table.rows_UD) for name, table in lookup.tables.items()}
         for vector in self.spec.vectors:
             columns[vector.name] = embedding(lookup.tables[vector.key].column_B, projected[vector.name])
-        columns |= self._list_columns(batch, columns)
+        columns |= self._list_columns(batch, lookup, columns)
         # In the query table, padding is not "nothing" but the learned e_noq.
         has_query_B1 = (lookup.tables[QUERY_TABLE].column_B > 0).unsqueeze(1)
         columns[QUERY_TABLE] = torch.where(has_query_B1, columns[QUERY_TABLE], self.inputs.no_query_D)
@@ -151,17 +151,17 @@ class UsrModel(nn.Module):
             features_RC = feature_mask(self.inputs.feature_widths, row_number_R, step_seed, rate)
         return _Masks(share, events_RL, features_RC)
 
-    def _list_columns(self, batch: UsrBatch, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _list_columns(self, batch: UsrBatch, lookup: Lookup, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What tags and terms add, from the embeddings (B, L, D) of their tables."""
         if batch.lists_BW is None:
             return {}
         ids, own = {}, {}
-        starts = table_columns(self.spec)
+        tables = {name: lookup.tables[name].widths for name in table_columns(self.spec)}
+        parts = {name: iter(vectors[name].split(list(widths), dim=1)) for name, widths in tables.items()}
         for feature in self.spec.lists:
-            first, end = self.spec.list_places[feature.name]
-            start = starts[feature.vocabulary][0]
-            ids[feature.name] = batch.lists_BW[:, first:end]
-            own[feature.name] = vectors[feature.vocabulary][:, first - start : end - start]
+            own[feature.name] = next(parts[feature.vocabulary])
+            first = self.spec.list_places[feature.name][0]
+            ids[feature.name] = batch.lists_BW[:, first : first + own[feature.name].shape[1]]
         return list_columns(self.spec, ids, own)
 
     def score(

@@ -9,7 +9,7 @@ import torch
 
 from tests.unit.random_batches import NO_CL, PLAIN, make_batch, make_config, make_spec, make_tables, rows
 from usr_ray.model.lists import TERM_OVERLAP, TERM_PRODUCT, list_columns, overlap
-from usr_ray.model.unique import EmbeddingError
+from usr_ray.model.unique import EmbeddingError, table_columns
 from usr_ray.model.usr import UsrModel
 
 pytestmark = pytest.mark.unit
@@ -47,12 +47,13 @@ def test_every_list_reaches_the_outputs_and_its_table(changes: dict) -> None:
     model, tables = UsrModel(spec, make_config(**changes)), make_tables(spec, 4, 0)
     batch = make_batch(spec, num_padding=0)
     lookup = tables.lookup(batch)
-    assert lookup.tables["term"].column_B.shape == (12, 7)
-    for name, table in lookup.tables.items():
-        if table.column_B.ndim == 2:
-            first = spec.list_places["query_terms" if name == "term" else name][0]
-            expected = batch.lists_BW[:, first : first + table.column_B.shape[1]]
-            assert torch.equal(table.ids_U[table.column_B], expected)
+    for name, spans in table_columns(spec).items():
+        table = lookup.tables[name]
+        parts = zip(spans, table.ids_U[table.column_B].split(table.widths, dim=1), strict=True)
+        for (first, end), found_BL in parts:
+            used = first + found_BL.shape[1]
+            assert torch.equal(found_BL, batch.lists_BW[:, first:used])
+            assert not batch.lists_BW[:, used:end].any()
     before = model(batch, lookup)
     before.log_p_BT.sum().backward()
     for name in ("hobbies", "tags", "intents", "moods", "term"):
@@ -63,6 +64,31 @@ def test_every_list_reaches_the_outputs_and_its_table(changes: dict) -> None:
         changed[:, first:end] = changed[:, first:end].flip(0)
         other = replace(batch, lists_BW=changed)
         assert not torch.allclose(model(other, tables.lookup(other)).log_p_BT, before.log_p_BT), feature.name
+
+
+def test_columns_of_padding_alone_are_not_looked_up_and_change_no_bit() -> None:
+    """A table of 32 places a list, as the configuration makes them, and one with as many as the rows use: 3 and 7."""
+    wide = make_spec(lists=True)
+    wide = replace(wide, lists=tuple(replace(f, length=32) for f in wide.lists[-2:]))
+    narrow = replace(wide, lists=tuple(replace(f, length=n) for f, n in zip(wide.lists, (3, 7), strict=True)))
+    small = make_batch(narrow, num_padding=0)
+    small.lists_BW[:, [2, 9]] = 0
+    small.lists_BW[5, [2, 9]] = torch.tensor([7, 8], dtype=small.lists_BW.dtype)  # all places of a list are used
+    padded = torch.zeros(12, 64, dtype=small.lists_BW.dtype)
+    padded[:, :3], padded[:, 32:39] = small.lists_BW[:, :3], small.lists_BW[:, 3:]
+    found = []
+    for spec, batch in ((narrow, small), (wide, replace(small, lists_BW=padded))):
+        torch.manual_seed(0)
+        model, tables = UsrModel(spec, make_config()), make_tables(spec, 4, 0)
+        lookup = tables.lookup(batch)
+        assert lookup.tables["term"].widths == (3, 7)
+        outputs = model(batch, lookup, 1)
+        outputs.log_p_BT.sum().backward()
+        found.append([outputs.log_p_BT, lookup.tables["term"].rows_UD.grad])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    nobody = replace(small, lists_BW=torch.zeros_like(padded))
+    assert tables.unique_ids(nobody)[-1].widths == (1, 1), "a column of padding is left"
+    assert model(nobody, tables.lookup(nobody), 1).log_p_BT.isfinite().all()
 
 
 def test_a_row_alone_is_the_row_in_its_batch_and_an_id_outside_is_refused() -> None:
