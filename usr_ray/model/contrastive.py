@@ -74,13 +74,12 @@ def contrastive_sums(
     when they point everywhere. It counts once for each counted row of the group.
 
     Args:
-        vectors_BSD: i_k or f_k of every view.
+        vectors_BSD: i_k or f_k, one a view.
         twins_BSD: their masked twins; None: no loss, zero.
         valid_B: bool; other rows are neither anchors nor negatives, nor part of the variance.
         counted_B: bool; rows over which the caller takes the mean.
         user_key_B: rows with one key are a user's: no negatives of one another inside a view.
         group_size: G; row b belongs to group b // G.
-        temperature: tau.
 
     Returns:
         A scalar, and (S) without a gradient; float32 (float64 for float64 vectors).

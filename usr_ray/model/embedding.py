@@ -58,15 +58,15 @@ class TableLookup:
     of_items: Places | None = None
     """See TableIds."""
     shared: SharedRows | None = None
-    """Likewise."""
+    """See TableIds."""
     leaf_RD: Tensor | None = None
-    """Of `shared`, what rows_UD are made of: each row once. None: rows_UD is the leaf."""
+    """What rows_UD are made of where rows are `shared`: each row once. None: rows_UD is the leaf."""
     widths: tuple[int, ...] = ()
     """See TableIds."""
 
     @classmethod
     def of_rows(cls, rows_RD: Tensor, ids: TableIds) -> TableLookup:
-        """From the rows of ids.rows_R: a leaf, where gradients are enabled, whose `.grad` the backward fills."""
+        """A lookup of the rows of ids.rows_R: a leaf, where gradients are enabled, whose `.grad` the backward fills."""
         if torch.is_grad_enabled():
             rows_RD.requires_grad_()
         if ids.shared is None:
@@ -171,10 +171,8 @@ class EmbeddingTables(RowSource):
 
     Args:
         spec: names and sizes of the tables (FeatureSpec.vocabularies).
-        dim: D.
-        seed: of the fresh rows.
         device: where the tables live; batches must be on the same device.
-        sides: what the items of histories are, where the model wants to know.
+        sides: what the items of histories are; None: nothing but their ids is wanted.
         vectors: as `frozen` gives them (training.embeddings.load_vectors).
     """
 

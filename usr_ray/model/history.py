@@ -177,7 +177,7 @@ def lay_out(events: Events, longest: int | None = None) -> Grid:
 
 
 class JaggedHistories(Histories):
-    """Of a training batch: rows of the tables are projected or pooled once each, however many events take them.
+    """Histories of a training batch: a row of a table is projected or pooled once, however many events take it.
 
     `sides` names the tables of the items' categories; `projected` are the items' vectors (InputNetwork.projected),
     (U, D) each, for the rows of the item table.
@@ -271,15 +271,13 @@ def _with_sides(items: TableLookup, sides: Sequence[TableLookup], projected: Seq
 
 
 class PaddedHistories(Histories):
-    """Of an exported model's inputs: the newest event in the last column, action 0 where there is none.
+    """Histories from an exported model's inputs: the newest event in the last column, action 0 where there is none.
 
     Args:
         inputs: by name, (B, L) each.
-        columns: the names, one entry a scenario.
+        columns: one entry a scenario.
         embed: (table name, ids) -> rows; in the query table row 0 is e_noq.
         embed_items: ids -> item vectors.
-        no_query_D: e_noq.
-        kinds_NH: EventKinds.forward.
     """
 
     def __init__(

@@ -58,8 +58,7 @@ class Interactions(nn.Module):
     something. A product starts with the spread of an embedding.
 
     Args:
-        dim: D.
-        others: how many sides besides user and item.
+        others: number of sides besides user and item.
         hidden: units of each tower's one hidden layer; 0: no towers.
     """
 
@@ -140,7 +139,6 @@ class InputNetwork(nn.Module):
             columns: embedding (B, D) of the row by feature name; in the query's, e_noq where there is no query; with
                 tags or terms those of `list_columns` too, with vectors the projected ones.
             dense_BF: as UsrBatch.dense_BF; not looked at where there are no dense features.
-            histories: of the same rows.
 
         The candidates of one request may share one row of every column but the item's, and one history.
         """

@@ -27,7 +27,6 @@ def list_columns(spec: FeatureSpec, ids: Mapping[str, Tensor], vectors: Mapping[
     """What tags and terms add to the columns of a row.
 
     Args:
-        spec: names the lists.
         ids: name -> encoded ids (B, L), 0 where a list is shorter.
         vectors: name -> their embeddings (B, L, D); those of padding are not looked at.
 

@@ -46,17 +46,16 @@ def _stack(ctr: tuple[Tensor, Tensor], ctcvr: tuple[Tensor, Tensor]) -> tuple[Te
 
 
 def scenario_outputs(logits_BT: Tensor) -> UsrOutputs:
-    """Without GLMT: each task is the sigmoid of the backbone's own logit."""
+    """Outputs without GLMT: each task is the sigmoid of the backbone's own logit."""
     logits_BT = _at_least_float32(logits_BT)
     return UsrOutputs(log_p_BT=logsigmoid(logits_BT), log_not_p_BT=logsigmoid(-logits_BT))
 
 
 def global_outputs(logits_BT: Tensor, global_logits_BT: Tensor, variant: str) -> UsrOutputs:
-    """With GLMT, from [a_k, b_k] and [a_g, b_g].
+    """Outputs with GLMT, from [a_k, b_k] and [a_g, b_g].
 
     Args:
-        logits_BT: the backbone's logits for the row's own scenario.
-        global_logits_BT: logits of the global heads.
+        logits_BT: for the row's own scenario.
         variant: "A" or "B".
     """
     a_k_B, b_k_B = _at_least_float32(logits_BT).unbind(1)

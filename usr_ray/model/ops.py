@@ -155,7 +155,7 @@ def masked_attention(
         pairs_BLK: (B, L, 2 K), each event's key and then its value.
         valid_BML: bool; a row whose mask is all false gives an arbitrary finite number, never NaN.
         share: R rows that are read once more; None: none are.
-        kept_RL: bool, the mask of that.
+        kept_RL: bool; the mask of the R rows of `share`.
 
     Returns:
         (B, M, V, K), and (R, V, K) where there is a share.
@@ -256,7 +256,6 @@ def log_sum_exp_products(units_NXD: Tensor, bias_NXX: Tensor, scale: float) -> T
         units_NXD: float32 or float64.
         bias_NXX: without a gradient; a large negative but finite number leaves a pair out. A vector left with no pair
             at all gives a large negative number, and its gradient must come in as 0.
-        scale: of the products.
     """
     if _is_plain("log_sum_exp_products"):
         return plain_log_sum_exp_products(units_NXD, bias_NXX, scale)

@@ -55,9 +55,9 @@ class TableIds:
     of_items: Places | None = None
     """Places in ids_U of the value of each item of ITEM_TABLE's ids_U; None for tables that are no side of an event."""
     shared: SharedRows | None = None
-    """None: each id has a row of its own, which it names."""
+    """None where each id names a row of its own."""
     widths: tuple[int, ...] = ()
-    """Of tags and terms: how many of the L columns are each list's, in the order of FeatureSpec.lists."""
+    """Columns of each list among the L of tags and terms, in the order of FeatureSpec.lists."""
 
     @property
     def rows_R(self) -> Tensor:
@@ -110,7 +110,7 @@ def unique_ids(
         batch: on any device; on the CPU, ids outside their table are refused.
         num_rows: table name -> N, in the order of FeatureSpec.vocabularies.
         sides: what the items of histories are; None: nothing but their ids is wanted.
-        lists: of `table_columns`; None: there are neither tags nor terms.
+        lists: from `table_columns`; None: there are neither tags nor terms.
         cold: table name -> bool (N) on the CPU: ids that have no row of their own and stand for the unknown id's.
 
     Raises:

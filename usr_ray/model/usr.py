@@ -184,8 +184,6 @@ class UsrModel(nn.Module):
                 those of `list_columns` and the projected vectors too.
             ids: encoded id (B) of the row by feature name, for the first-order part; the unknown id's where it has no
                 row of its own.
-            dense_BF: as UsrBatch.dense_BF.
-            histories: of the same rows.
             scenario_B: int64, the row's own scenario.
             weights_B: 0 for rows that must not influence others.
             masks: what the twins of the contrastive loss see; None: there are no twins.

@@ -62,7 +62,7 @@ class RowAverages:
             self.steps[name].index_fill_(0, ids_U, step)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """For a checkpoint; views, not copies."""
+        """Tensors for a checkpoint; views, not copies."""
         rows = {f"{ROWS}/{name}": tensor for name, tensor in self.averages.items()}
         return rows | {f"{STEPS}/{name}": tensor for name, tensor in self.steps.items()}
 

@@ -32,7 +32,7 @@ from usr_ray.files import file_sha256, sync
 
 TENSORS, STATE, SUMS = "tensors.safetensors", "state.json", "SHA256SUMS"
 VECTORS = "vectors"
-"""In a checkpoint's state: the file beside it that holds the vectors its run was trained with."""
+"""Key in a checkpoint's state: the file beside it that holds the vectors its run was trained with."""
 STORAGE_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """No space left, quota used up, file size limit: the storage refuses to grow, the run itself is sound."""
 
@@ -53,7 +53,7 @@ class Checkpoint:
     step: int
     """Steps of the whole run done when it was written."""
     tensors: dict[str, Tensor]
-    """By name, on the CPU."""
+    """Name -> tensor, on the CPU."""
     state: dict[str, Any]
     """What `save` was given as `state`."""
 
@@ -62,7 +62,7 @@ class CheckpointStore:
     """The checkpoints of one run. One process writes (rank 0); any may read.
 
     Args:
-        directory: created by the first save.
+        directory: need not exist; the first save creates it.
         keep_last: how many `step-` checkpoints stay; the best one stays besides.
     """
 
@@ -92,7 +92,7 @@ class CheckpointStore:
             state: JSON values; NaN and infinity are refused, since JSON has none.
             vectors: what all checkpoints of the run share: written once, and named in the state as VECTORS.
             best: write it as the run's best checkpoint, in place of the former best, instead of as one of the last k.
-            must: the run's result depends on it.
+            must: the run's result depends on it: a full storage is an error.
 
         Returns:
             The checkpoint's directory, or None when the storage is full: then a warning says so, nothing

@@ -55,7 +55,7 @@ class _Shard:
     rows: Tensor
     """(c, D) weights or (c) accumulators, the very memory that FBGEMM trains: row k is row k W + rank of the table."""
     shape: tuple[int, ...]
-    """Of the whole tensor; the first dimension is N."""
+    """Shape of the whole tensor; the first dimension is N."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +73,10 @@ class ShardedEmbeddings(Embeddings):
     Rows start as those of EmbeddingTables do. Gradients are summed over the ranks, as for the replicated tables.
 
     Args:
-        spec: names and sizes of the tables.
-        config: model.embedding_dim, train.seed and train.embedding_*.
+        config: its model.embedding_dim, train.seed and train.embedding_* are used.
         worker: this rank, in the default process group; more than one rank.
         sides: as for EmbeddingTables.
-        vectors: likewise; each rank holds them whole.
+        vectors: as for EmbeddingTables; each rank holds them whole.
     """
 
     def __init__(

@@ -208,9 +208,9 @@ class TrainedRun:
     module: UsrModel
     tables: EmbeddingTables
     config: Config
-    """Of the run that wrote the checkpoint."""
+    """Configuration of the run that wrote the checkpoint."""
     spec: FeatureSpec
-    """Of the table that it was trained on."""
+    """Features of the table that it was trained on."""
     checkpoint: Checkpoint
 
 

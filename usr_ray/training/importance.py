@@ -86,11 +86,9 @@ def importance(
 
     Args:
         model: trained; put back into the mode it came in.
-        tables: its embedding tables.
         manifest: the evaluated rows; those of weight 0 take no part.
-        worker: the only one.
-        config: of the run.
-        max_rows: drawn from the manifest; fixed by it and SEED.
+        worker: must be the only one.
+        max_rows: most rows to draw from the manifest; the draw is fixed by it and SEED.
 
     Returns:
         {"num_rows": rows scored, "parts": [{"scenario", "rows": 'all' or 'unseen user' ..., "num_rows",
@@ -114,7 +112,7 @@ def importance(
 
 
 def importance_text(found: Mapping[str, Any]) -> str:
-    """For the terminal: a line for each scenario with the signals that carry most."""
+    """Text for the terminal: a line for each scenario with the signals that carry most."""
     lines = [f"click AUC lost when the rows exchange a signal ({found['num_rows']:,} rows):"]
     for part in found["parts"]:
         if part["rows"] == ALL_ROWS and part["drops"]:

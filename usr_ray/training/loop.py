@@ -48,7 +48,7 @@ class TrainResult:
     state: TrainState
     """Trained model and tables; with train.early_stopping those of the best epoch."""
     evaluation: Evaluation | None
-    """Of these weights on the held-out rows; None when stopped or without held-out rows."""
+    """Metrics of these weights on the held-out rows; None when stopped or without held-out rows."""
 
 
 def train(
@@ -65,8 +65,6 @@ def train(
     All ranks call it with the same arguments. Rank 0 writes `<run_dir>/checkpoints` and prints progress.
 
     Args:
-        config: the whole configuration.
-        worker: this rank.
         train_manifest: rows to train on; those whose labels close after the end of data.train_dates have weight 0.
         eval_manifest: held-out rows, for train.evaluate_every_epochs; None: no evaluation.
         run_dir: on storage that rank 0 can write.

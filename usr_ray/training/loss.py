@@ -45,7 +45,7 @@ class LossTerms:
     contrastive_interest: Tensor
     """Mean CL(i) of a (row, view), before its weight; zero when it is off."""
     contrastive_feature: Tensor
-    """Mean CL(f), likewise."""
+    """Mean CL(f) of a (row, view), before its weight; zero when it is off."""
     variance_interest_S: Tensor
     """Variance of i_k inside a group of rows, one a view, in [0, 1]; near 0 is collapse. Zeros without IE."""
     variance_feature_S: Tensor
@@ -90,8 +90,7 @@ def usr_loss(
     """A rank's share of the global loss.
 
     Args:
-        outputs: the model's outputs for `batch`.
-        batch: rows of this rank; rows of weight 0 take no part. Its first row starts a contrastive group.
+        batch: this rank's rows; rows of weight 0 take no part. Its first row starts a contrastive group.
         counts_C: `row_counts` summed over all ranks. A scenario that is absent everywhere adds nothing.
         config: weights, temperature and group size.
         known_labels: FeatureSpec.known_labels, (S, T); None: every scenario knows every task's label.

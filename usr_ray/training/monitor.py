@@ -68,7 +68,7 @@ class StepMeter:
 
         Args:
             terms: this rank's share of each loss term, scalars on the device; the same names in every step.
-            norm: of the dense gradients, a scalar on the device, equal on all ranks.
+            norm: that of the dense gradients, a scalar on the device, equal on all ranks.
             num_rows: rows of weight > 0 over all ranks.
         """
         self._names = tuple(terms)

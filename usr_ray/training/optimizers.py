@@ -98,7 +98,6 @@ def sum_in_place(packed_N: Tensor, grads_ND: Tensor) -> Update:
 
     Args:
         packed_N: int64, row ids with the table's number above _TABLE_SHIFT bits; they may repeat.
-        grads_ND: their gradients.
 
     Returns:
         The ids sorted, the second and later copies of an id replaced by its table's padding id; and at the first copy
@@ -124,9 +123,8 @@ class DenseAdamW:
     Fused on the devices that can. Weight decay spares vectors (biases, norms), as is usual.
 
     Args:
-        module: whose parameters are trained.
         config: rates, weight decay and clipping.
-        own_decay: weight decay of parameters that have another, by name.
+        own_decay: name -> weight decay, of parameters that have another than `config` says.
     """
 
     def __init__(self, module: nn.Module, config: TrainConfig, own_decay: Mapping[str, float] | None = None) -> None:
@@ -236,8 +234,6 @@ class RowOptimizer:
 
     Args:
         weights: float32 tables (N, D) by name, changed in place by `step`.
-        learning_rate: a.
-        eps: added to the root.
         weight_decay: L2 on the rows of a step.
     """
 
@@ -259,7 +255,6 @@ class RowOptimizer:
         Args:
             updates: ids unique in each table but for padding, as exchange_tables gives them; a table may be absent or
                 empty.
-            scale: share of the learning rate to use.
         """
         for name, (ids_U, grads_UD) in updates.items():
             if ids_U.numel():
@@ -346,7 +341,7 @@ class RowwiseAdam(RowOptimizer):
 
 
 ROW_OPTIMIZERS: dict[str, type[RowOptimizer]] = {"rowwise_adagrad": RowwiseAdagrad, "rowwise_adam": RowwiseAdam}
-"""By train.embedding_optimizer."""
+"""train.embedding_optimizer -> its class."""
 
 
 def build_row_optimizer(weights: Mapping[str, Tensor], config: TrainConfig) -> RowOptimizer:

@@ -62,11 +62,8 @@ def training_batches(
     queue is never waited on. One epoch follows another without a pause.
 
     Args:
-        reader: of the rank's rows.
-        tables: whose ids are looked up.
-        epochs: to read.
-        start_step: of the first of them.
-        config: whose contrastive losses take a share of the rows.
+        start_step: holds for the first epoch; the later ones start at step 0.
+        config: its contrastive losses take a share of the rows.
         of_a_size: all batches have as many rows, as a compiled step wants, and the contrastive losses, whose groups go
             by a row's place. Otherwise those of a model of one scenario (data.only_scenario) leave out the rows of the
             others: they then cost nothing, and no step decays their ids.

@@ -147,7 +147,7 @@ class LocalWorker(Worker):
 
     Args:
         device: where to compute; None: this process's GPU when there is one, else the CPU.
-        timeout: longest a collective may take.
+        timeout: the longest that a collective may take.
     """
 
     def __init__(self, device: torch.device | str | None = None, *, timeout: dt.timedelta = DEFAULT_TIMEOUT) -> None:

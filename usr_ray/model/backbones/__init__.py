@@ -34,11 +34,9 @@ def build_backbone(
     """The backbone that `config.backbone` names, with weights drawn from torch's global generator.
 
     Args:
-        config: sizes; `config.backbone` is one of usr_ray.config.BACKBONES, or "module:Class".
-        input_dim: width of x_BD.
-        scenario_dim: width of scenario_embedding_BE.
+        config: its `backbone` is one of usr_ray.config.BACKBONES, or "module:Class".
         trigger_dim: width of trigger_BZ; may be 0.
-        num_scenarios: S, one or more.
+        num_scenarios: one or more.
 
     Raises:
         OwnBackboneError: there is no such module or class, or it is no Backbone.

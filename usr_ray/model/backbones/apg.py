@@ -83,8 +83,6 @@ class GeneratedLinear(nn.Module):
     """y = U (S (V x)) + b with S = reshape(MLP(z)).
 
     Args:
-        input_dim: width of x.
-        output_dim: width of y.
         condition_dim: width of z.
         rank: K.
         inner_dim: P, inner size of U and V, at least K.

@@ -24,10 +24,8 @@ class ExtractionLevel(nn.Module):
     """One level of CGC: `num_task_experts` experts of each cell, `num_experts` shared ones, and their gates.
 
     Args:
-        config: sizes of the experts.
-        num_cells: C.
-        input_dim: width of x_c and of x_S.
-        is_last: a last level has no shared gate: nothing would read it.
+        input_dim: width of x_c, and of x_S as well.
+        is_last: the last level has no shared gate, for nothing would read it.
     """
 
     def __init__(self, config: ModelConfig, num_cells: int, input_dim: int, *, is_last: bool) -> None:

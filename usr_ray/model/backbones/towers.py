@@ -39,11 +39,8 @@ class StackedMLP(nn.Module):
     Starts as model/mlp.py does: He-uniform hidden weights, Glorot-uniform output weights, zero biases.
 
     Args:
-        num_stacked: N.
-        input_dim: I of the first layer.
         hidden: widths of the hidden layers; may be empty when `output_dim` is given.
         output_dim: width of a last linear layer without activation; None: the last hidden layer is the output.
-        dropout: share of hidden units dropped in training.
     """
 
     def __init__(
