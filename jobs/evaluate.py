@@ -128,6 +128,12 @@ def main(argv: list[str]) -> None:
         dates = dates_of(manifest, result.predictions.row_number_N)
         if left_out := set(manifest.dates) - set(dates):
             print(f"warning: without {date_ranges(left_out)}, of which no row has final labels", flush=True)
+        if len(result.predictions) < manifest.num_rows:
+            only = f", or are not of {run.config.data.only_scenario}" if run.config.data.only_scenario else ""
+            print(
+                f"warning: {len(result.predictions):,} of {manifest.num_rows:,} rows are evaluated: labels of the "
+                f"others may still change{only}"
+            )
         about = about_rows(manifest, dates, step=run.checkpoint.step, checkpoint=run.checkpoint.path.name)
         if arguments.importance:
             about["importance"] = importance(run.module, run.tables, manifest, worker, run.config)

@@ -21,7 +21,8 @@ class DataConfig:
     table_version: int = number(-1, "[-1, 9223372036854775807]")
     """Version of the samples table to train on; -1: the newest when the run starts. The run then stays on it."""
     mature_only: bool = True
-    """Read only rows whose labels are final (is_mature); for training, final at the end of train_dates."""
+    """Train only on rows whose labels were final at the end of train_dates (and are: is_mature); off: on every row.
+    Evaluations take only rows whose labels are final, either way."""
     final_labels: str = choice("all", "clicks")
     """Which labels of a row must be final at the end of train_dates for training to count it: 'all', or 'clicks': its
     orders take part in the loss only where they are final too. Of use with mature_only; held-out rows want all."""

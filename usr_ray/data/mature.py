@@ -72,9 +72,13 @@ def usable_row_groups(manifest: Manifest, which: WhichRows) -> list[RowGroupRef]
         return usable
     where = f"{manifest.table_uri}, {manifest.dates[0]} to {manifest.dates[-1]}"
     if which.mature_only and not any(ref.row_group.has_mature for ref in manifest.row_groups()):
+        evaluates = which.ready_before_us is None
+        way_out = (
+            "name earlier dates" if evaluates else "set data.mature_only=false to read labels that may still change"
+        )
         raise DataError(
             f"{where}: none of the {manifest.num_rows} rows is mature; rebuild the dates with a later --watermark, "
-            "or set data.mature_only=false to read labels that may still change"
+            f"or {way_out}"
         )
     cut_off = dt.datetime.fromtimestamp((which.ready_before_us or 0) / 1e6, tz=dt.UTC)
     raise DataError(

@@ -21,6 +21,7 @@ from typing import Any
 from usr_ray.config import Config, UserError, date_ranges, first_difference, parse_dates
 from usr_ray.data.lineage import check_config, doubts
 from usr_ray.data.manifest import Manifest, build_manifest, first_counted_date
+from usr_ray.data.mature import WhichRows, usable_row_groups
 from usr_ray.data.order import ShuffleQuality
 from usr_ray.data.pins import remove_pin, write_pin
 from usr_ray.evaluation.files import PREDICTIONS_FILE, SPLIT, metrics_text, write_metrics, write_predictions
@@ -116,6 +117,8 @@ def plan_run(config: Config, lake: Path | str, run_dir: Path | str, *, command: 
     train_manifest = manifests["train"]
     assert train_manifest is not None
     shuffle = _check_rows(config, train_manifest)
+    if manifests["eval"] is not None:
+        usable_row_groups(manifests["eval"], WhichRows())
     before = warm_start_dates(config.train.warm_start)
     if manifests["eval"] is not None and (seen := before & set(manifests["eval"].dates)):
         raise UserError(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import datetime as dt
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -233,13 +233,12 @@ def score_rows(
         DataError: a file cannot be read or breaks the contract. ScoreError: a probability is not a number.
         RuntimeError: rows would be missing or doubled.
     """
-    config = replace(run.config, data=replace(run.config.data, mature_only=False))
     identity = model_id(run.checkpoint)
     scenarios = pa.array(manifest.spec.scenarios)
     date = dt.date.fromisoformat(manifest.dates[0])
     names = _RawRows(manifest)
     num_done = 0
-    with evaluation_reader(manifest, worker, config) as reader:
+    with evaluation_reader(manifest, worker, run.config, mature_only=False) as reader:
         for batch, outputs in score_batches(run.module, run.tables, reader, manifest.spec, worker.device):
             numbers_B = batch.row_number_B.cpu()
             num_rows = int((numbers_B >= 0).sum())  # the last batch ends in padding

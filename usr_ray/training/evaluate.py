@@ -53,8 +53,8 @@ class Evaluation:
 def evaluate(model: nn.Module, tables: RowSource, manifest: Manifest, worker: Worker, config: Config) -> Evaluation:
     """Score every row of `manifest` once and compute the metrics on rank 0. All ranks must call it.
 
-    Rows of weight 0 (padding; labels that are not final, unless data.mature_only is off) take no part. The model is put
-    back into the mode (training or not) it came in.
+    Rows of weight 0 (padding; labels that are not final) take no part. The model is put back into the mode (training or
+    not) it came in.
 
     Raises:
         EvaluationError: the model's probabilities are not numbers in [0, 1].
@@ -86,13 +86,17 @@ def evaluate(model: nn.Module, tables: RowSource, manifest: Manifest, worker: Wo
     return Evaluation(predictions, metrics_by_scenario(predictions, manifest.spec.scenarios))
 
 
-def evaluation_reader(manifest: Manifest, worker: Worker, config: Config) -> SampleReader:
-    """Reader of the rank's rows of a held-out manifest, in file order."""
+def evaluation_reader(manifest: Manifest, worker: Worker, config: Config, *, mature_only: bool = True) -> SampleReader:
+    """Reader of the rank's rows of a held-out manifest, in file order.
+
+    Rows whose labels are not final have weight 0, however the run was trained (data.mature_only): their orders, and
+    clicks, are yet to come. `mature_only` off: every row has weight.
+    """
     reading = Reading(
         global_batch_size=config.train.global_batch_size,
         group_size=config.model.contrastive.group_size,
         order="file",
-        mature_only=config.data.mature_only,
+        mature_only=mature_only,
         only_scenario=config.data.only_scenario,
         rank=worker.rank,
         world_size=worker.world_size,

@@ -399,7 +399,9 @@ def test_a_table_without_a_mature_row_is_refused() -> None:
     with pytest.raises(
         DataError, match=r"none of the 20 rows is mature; rebuild .*--watermark.*data.mature_only=false"
     ):
-        usable_row_groups(manifest, WhichRows())
+        usable_row_groups(manifest, WhichRows(ready_before_us=START_US + 99 * HOUR_US))
+    with pytest.raises(DataError, match=r"none of the 20 rows is mature; rebuild .*--watermark, or name earlier dates"):
+        usable_row_groups(manifest, WhichRows())  # an evaluation, which never reads them
 
 
 def test_a_cut_off_before_all_labels_is_refused() -> None:

@@ -194,6 +194,14 @@ def test_rows_that_never_matured_are_refused(tmp_path: Path) -> None:
         plan_run(config(), tmp_path / "lake", tmp_path / "run")
 
 
+def test_held_out_dates_without_a_final_label_are_refused_before_anything_is_trained(
+    lake: Path, tmp_path: Path
+) -> None:
+    deltalake.DeltaTable(lake / "samples").update({"is_mature": "false"}, predicate="impression_date = '2026-01-03'")
+    with pytest.raises(UserError, match=r"2026-01-03 to 2026-01-03: none of the .* rows is mature; .* earlier dates"):
+        plan_run(config("data.mature_only=false"), lake, tmp_path / "run")
+
+
 def test_a_run_dir_must_be_a_folder_that_can_be_written(shared_lake: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is not a folder that can be written"):

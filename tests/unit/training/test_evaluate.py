@@ -212,10 +212,11 @@ def test_neither_ranks_nor_batches_change_a_bit(manifest, alone, world_size, glo
     assert all(r.predictions is None and r.metrics is None for r in results[1:])
 
 
-def test_immature_rows_count_when_the_run_reads_them(manifest):
+def test_immature_rows_do_not_count_when_the_run_was_trained_on_such(manifest, alone):
     config = make_config(mature_only=False)
     result = evaluate(KnownScores(), NoTables(sizes(manifest.spec)), manifest, LocalWorker("cpu"), config)
-    assert len(result.predictions) == manifest.num_rows
+    assert result.predictions.row_number_N.tolist() == alone.predictions.row_number_N.tolist()
+    assert result.metrics == alone.metrics
 
 
 def test_a_model_without_global_heads_has_no_global_metrics(manifest):
@@ -374,6 +375,9 @@ def test_the_job_writes_metrics_in_the_shape_of_the_contract(lake, run_dir, caps
     arguments = ["--run-dir", str(run_dir), "--lake", str(lake), "--dates", "2026-01-03:2026-01-04"]
     assert run_job(job.main, arguments) == 0
     out = capsys.readouterr().out
+    manifest = build_manifest(lake, dates=HELD_OUT)
+    final = len(expected_rows(lake, manifest))
+    assert f"warning: {final} of {manifest.num_rows} rows are evaluated: labels of the others may still change\n" in out
     assert "no popularity baseline:" in out
     assert "step-00000005 on 2026-01-03 to 2026-01-04" in out
     splits = json.loads((run_dir / "evaluation-2026-01-03_2026-01-04.json").read_text())

@@ -58,8 +58,8 @@ class OneSignal(nn.Module):
         return UsrOutputs(log_p_BT, torch.log1p(-log_p_BT.exp()))
 
 
-def found_of(of, manifest, *, mature_only=True, **options):
-    tables, config = NoTables(sizes(manifest.spec)), make_config(mature_only=mature_only)
+def found_of(of, manifest, **options):
+    tables, config = NoTables(sizes(manifest.spec)), make_config()
     tables.sides = None
     return importance(OneSignal(of), tables, manifest, LocalWorker("cpu"), config, **options)
 
@@ -152,7 +152,7 @@ def test_rows_are_bounded_and_drawn_alike_each_time(manifest):
 
 
 def test_a_part_without_both_labels_has_no_drops(manifest):
-    found = found_of(lambda batch: batch.sparse_BF[:, 1], manifest, mature_only=False, max_rows=1)
+    found = found_of(lambda batch: batch.sparse_BF[:, 1], manifest, max_rows=2)  # of which one has final labels
     assert [(p["num_rows"], p["auc"], p["drops"]) for p in found["parts"]] == [(1, None, {})]
     assert not importance_section(found, ("search", "recommendation")).plots
 
