@@ -12,6 +12,7 @@ USR, say) and a logistic regression on crossed columns beside it, fitted on the 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,6 +97,18 @@ def comparison_of(
     return compare(found, ours, held_out.spec.scenarios) | {"notes": notes}
 
 
+def say_left_out(manifest: Manifest, dates: Sequence[str], num_rows: int, only_scenario: str) -> None:
+    """A warning for each kind of rows that are not evaluated; `dates` and `num_rows`: of those that are."""
+    if left_out := set(manifest.dates) - set(dates):
+        print(f"warning: without {date_ranges(left_out)}, of which no row has final labels", flush=True)
+    if num_rows < manifest.num_rows:
+        other = f", or they are not of {only_scenario}" if only_scenario else ""
+        print(
+            f"warning: {num_rows:,} of {manifest.num_rows:,} rows are evaluated: labels of the others may still "
+            f"change{other}"
+        )
+
+
 def main(argv: list[str]) -> None:
     parser = JobParser(__doc__)
     parser.add_place("--run-dir", check_run_dir, type=Path, required=True, help="the --run-dir of jobs/train.py")
@@ -126,14 +139,7 @@ def main(argv: list[str]) -> None:
     result = evaluate(run.module, run.tables, manifest, worker, run.config)
     if result.predictions is not None and result.metrics is not None:  # rank 0
         dates = dates_of(manifest, result.predictions.row_number_N)
-        if left_out := set(manifest.dates) - set(dates):
-            print(f"warning: without {date_ranges(left_out)}, of which no row has final labels", flush=True)
-        if len(result.predictions) < manifest.num_rows:
-            only = f", or are not of {run.config.data.only_scenario}" if run.config.data.only_scenario else ""
-            print(
-                f"warning: {len(result.predictions):,} of {manifest.num_rows:,} rows are evaluated: labels of the "
-                f"others may still change{only}"
-            )
+        say_left_out(manifest, dates, len(result.predictions), run.config.data.only_scenario)
         about = about_rows(manifest, dates, step=run.checkpoint.step, checkpoint=run.checkpoint.path.name)
         if arguments.importance:
             about["importance"] = importance(run.module, run.tables, manifest, worker, run.config)
