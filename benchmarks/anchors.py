@@ -1,15 +1,15 @@
 """Is ours ahead of what others would build first? Logistic regression, boosted trees and torch-rechub on our rows.
 
-    python benchmarks/anchors.py static --lake LAKE [--seeds 3] [--models ...] [--counters [log-odds]]
+    python benchmarks/anchors.py static --lake LAKE [--seeds 3] [--models ...] [--counters [KIND]]
 
 `static` and `needs` are the lakes of jobs/configs/simulated.toml and needs.toml, `kuairand` that of kuairand.toml;
 `kuairand, own counters` and `kuairand, all earlier` are without the counts that its source makes itself, as in
 learning_signals.py. Every model has the same rows, categories and numbers, the scenario among them; --counters adds the
-lake's counters (`counters.defaults`), all of them or the log odds over all days, under a name of its own. Histories are
-ours alone: no peer here takes several of them. Where the lake has terms, ours are trained without and with them. Each
-peer's settings come from a grid by mean AUC of both tasks on the last training day, trained on those before with the
-first seed; then it is trained on all training days. Ours have the configuration of the file: on the simulated worlds
-chosen on that day too, on KuaiRand on the held-out days (docs/learning.md).
+lake's counters (`counters.defaults`), all columns or those of a kind of learning_signals.py, under a name of its own.
+Histories are ours alone: no peer takes several of them. Where the lake has terms, ours are trained without and with
+them. Each peer's settings come from a grid by mean AUC of both tasks on the last training day, trained on those before
+with the first seed; then it is trained on all training days. Ours have the configuration of the file: on the simulated
+worlds chosen on that day too, on KuaiRand on the held-out days (docs/learning.md).
 
 Every training is kept in --work and is not done again, so that the command goes on where it stopped. After each model
 it writes results/anchors.json and, once there is something to compare, the table of docs/learning.md.
@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from learning_kuairand import Rows, peer_rows, rechub_model, train_rechub
 from learning_runs import Data, Runs, gaps, last_day, mean_auc, save, train_seeds
-from learning_signals import EARLIER, LOG_ODDS
+from learning_signals import COUNTERS, EARLIER
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -51,8 +51,6 @@ RESULTS = Path(__file__).parent / "results" / "anchors.json"
 OWN_COUNTERS = ("kuairand, own counters", "kuairand, all earlier")
 WORLDS = {"static": "simulated", "needs": "needs", "kuairand": "kuairand", **dict.fromkeys(OWN_COUNTERS, "kuairand")}
 """World -> its file in jobs/configs."""
-COUNTERS = {"all": (", counters", "."), "log-odds": (", log odds", LOG_ODDS)}
-"""What models are given of the counters -> what it is called, and its columns."""
 OURS = {"ours, plain": PLAIN, "ours, USR": ()}
 WITH_TERMS = {f"{name}, with terms": overrides for name, overrides in OURS.items()}
 RECHUB = ("SharedBottom", "MMoE", "PLE", "DCNv2", "DeepFM")
@@ -292,7 +290,7 @@ def main() -> None:
     parser.add_argument("--lake", type=Path, help="default: runs/demo-CONFIG/lake")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
-    parser.add_argument("--counters", nargs="?", choices=COUNTERS, const="all", help="all models get these of the lake")
+    parser.add_argument("--counters", nargs="?", choices=COUNTERS, const="counters", help="all models get these")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "anchors", help="trainings that are done")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -302,8 +300,8 @@ def main() -> None:
         print(f"skipped: no samples table in {lake}; docs/learning.md says how to make one", file=sys.stderr)
         return
     torch.set_num_threads(1)
-    suffix, columns = COUNTERS.get(arguments.counters, ("", "^$"))
-    shown = arguments.world + suffix
+    shown = arguments.world + (f", {arguments.counters}" if arguments.counters else "")
+    columns = COUNTERS.get(arguments.counters, "^$")
     without = EARLIER if arguments.world in OWN_COUNTERS else "^$"
     world = World(shown, ROOT / "jobs" / "configs" / f"{name}.toml", lake, arguments.work / shown, columns, {}, without)
     measure(world, arguments.models, range(arguments.seeds), arguments.output)

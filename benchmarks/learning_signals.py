@@ -33,8 +33,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "learning_signals.json"
 MODELS = {"plain": PLAIN, "USR": ()}
 NOTHING, WITHOUT_SIDES = "none", ("model.event_sides=false",)
-LOG_ODDS = r"_all_(ctr|cvr)$"
-"""Of the counters the log odds over all days before."""
+LOG_ODDS, ALL_DAYS = r"_all_(ctr|cvr)$", "_all_"
+"""Of the counters the log odds over all days before, and all columns over these."""
+COUNTERS = {"counters": ".", "counters of all days": ALL_DAYS, "log odds of counters": LOG_ODDS}
+"""Kind -> columns of the counters, as a regular expression."""
 EARLIER = "_earlier_"
 """Numbers that KuaiRand's source counts itself (etl/sources/kuairand.py)."""
 VIDEO_CROSSES = [["tag", "tab"], ["author_id", "tab"], ["user_id", "tab"], ["user_active_degree", "tag"]]
@@ -55,21 +57,19 @@ class World:
 def alone_and_together(*kinds: str, chosen: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     """Nothing, each kind, all of one lake (of counters the log odds), and those chosen on the last training day.
 
-    Chosen are the kinds that alone have a higher mean AUC of both tasks there than nothing (of the two of counters the
-    better one).
+    Chosen are the kinds that alone have a higher mean AUC of both tasks there than nothing (of those of counters
+    the best one).
     """
-    every = tuple(kind for kind in kinds if kind not in ("counters", "buckets"))
+    every = tuple(kind for kind in kinds if kind not in ("counters", "counters of all days", "buckets"))
     return {NOTHING: (), **{kind: (kind,) for kind in kinds}, "all": every, "chosen": chosen}
 
 
-VIDEO_KINDS = ("sides", "tags", "counters", "log odds of counters", "crosses")
+VIDEO_KINDS = ("sides", "tags", *COUNTERS, "crosses")
 _VIDEO_WIDE = ("model.wide=true", "model.wide_l2=30", f"features.crosses={json.dumps(VIDEO_CROSSES)}")
 WORLDS = {
     "static": World(
         "simulated",
-        alone_and_together(
-            "sides", "tags", "buckets", "vectors", "counters", "log odds of counters", "crosses", chosen=("sides",)
-        ),
+        alone_and_together("sides", "tags", "buckets", "vectors", *COUNTERS, "crosses", chosen=("sides",)),
         WIDE,
     ),
     "needs": World(
@@ -105,7 +105,7 @@ def data_of(world: World, kinds: tuple[str, ...], lakes: tuple[Path, Path | None
     lake = lakes[1] if "buckets" in kinds else lakes[0]
     if lake is None:
         raise SystemExit("learning_signals.py: numbers in buckets have a lake of their own; name it with --buckets")
-    counters = "." if "counters" in kinds else LOG_ODDS if "log odds of counters" in kinds else "^$"
+    (counters,) = [COUNTERS[kind] for kind in kinds if kind in COUNTERS] or ["^$"]
     data = Data.of(config, lake, last_day(config) if validation else (), counters, world.without)
     return replace(data, train=given(data.train, kinds), held_out=given(data.held_out, kinds))
 
