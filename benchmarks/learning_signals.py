@@ -33,9 +33,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "learning_signals.json"
 MODELS = {"plain": PLAIN, "USR": ()}
 NOTHING, WITHOUT_SIDES = "none", ("model.event_sides=false",)
-LOG_ODDS, ALL_DAYS = r"_all_(ctr|cvr)$", "_all_"
-"""Of the counters the log odds over all days before, and all columns over these."""
-COUNTERS = {"counters": ".", "counters of all days": ALL_DAYS, "log odds of counters": LOG_ODDS}
+_ALL_DAYS, _LOG_ODDS = "counters of all days", "log odds of counters"
+COUNTERS = {"counters": ".", _ALL_DAYS: "_all_", _LOG_ODDS: r"_all_(ctr|cvr)$"}
 """Kind -> columns of the counters, as a regular expression."""
 EARLIER = "_earlier_"
 """Numbers that KuaiRand's source counts itself (etl/sources/kuairand.py)."""
@@ -54,14 +53,11 @@ class World:
     """Numbers that no model is given: a regular expression."""
 
 
-def alone_and_together(*kinds: str, chosen: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """Nothing, each kind, all of one lake (of counters the log odds), and those chosen on the last training day.
-
-    Chosen are the kinds that alone have a higher mean AUC of both tasks there than nothing (of those of counters
-    the best one).
-    """
-    every = tuple(kind for kind in kinds if kind not in ("counters", "counters of all days", "buckets"))
-    return {NOTHING: (), **{kind: (kind,) for kind in kinds}, "all": every, "chosen": chosen}
+def alone_and_together(*kinds: str, counters: str) -> dict[str, tuple[str, ...]]:
+    """Nothing, each kind, `sides` with those of counters that the last training day prefers, and all of one lake."""
+    every = tuple(kind for kind in kinds if kind not in COUNTERS.keys() - {counters} and kind != "buckets")
+    together = {f"sides, {counters}": ("sides", counters), "all": every}
+    return {NOTHING: (), **{kind: (kind,) for kind in kinds}, **together}
 
 
 VIDEO_KINDS = ("sides", "tags", *COUNTERS, "crosses")
@@ -69,7 +65,7 @@ _VIDEO_WIDE = ("model.wide=true", "model.wide_l2=30", f"features.crosses={json.d
 WORLDS = {
     "static": World(
         "simulated",
-        alone_and_together("sides", "tags", "buckets", "vectors", *COUNTERS, "crosses", chosen=("sides",)),
+        alone_and_together("sides", "tags", "buckets", "vectors", *COUNTERS, "crosses", counters=_LOG_ODDS),
         WIDE,
     ),
     "needs": World(
@@ -81,12 +77,12 @@ WORLDS = {
             "sides, terms, vectors": ("sides", "terms", "vectors"),
         },
     ),
-    "kuairand": World("kuairand", alone_and_together(*VIDEO_KINDS, "buckets", chosen=("sides",)), _VIDEO_WIDE),
+    "kuairand": World("kuairand", alone_and_together(*VIDEO_KINDS, "buckets", counters=_LOG_ODDS), _VIDEO_WIDE),
     "kuairand, own counters": World(
-        "kuairand", alone_and_together(*VIDEO_KINDS, chosen=("log odds of counters",)), _VIDEO_WIDE, EARLIER
+        "kuairand", alone_and_together(*VIDEO_KINDS, counters=_LOG_ODDS), _VIDEO_WIDE, EARLIER
     ),
     "kuairand, all earlier": World(
-        "kuairand", alone_and_together(*VIDEO_KINDS, chosen=("log odds of counters",)), _VIDEO_WIDE, EARLIER
+        "kuairand", alone_and_together(*VIDEO_KINDS, counters=_ALL_DAYS), _VIDEO_WIDE, EARLIER
     ),
 }
 

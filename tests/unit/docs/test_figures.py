@@ -34,6 +34,7 @@ sys.path.append(str(Path(__file__).resolve().parents[3] / "benchmarks"))
 
 import anchors
 import build_samples_report
+import learning_signals
 import signal_cost
 import study_joint
 import study_parts
@@ -491,6 +492,12 @@ def test_a_table_is_the_one_that_the_benchmark_makes_of_its_results(name: str, b
     found = re.search(rf"<!-- {stem} -->\n(.*?)\n<!-- /{stem} -->", text, re.DOTALL)
     assert found is not None, f"{name}.md has no table {stem}"
     assert found[1] == benchmark.table(result(stem)), f"run benchmarks/{stem}.py, or put its table in place"
+
+
+@pytest.mark.parametrize("world", result("learning_signals")["worlds"])
+def test_the_tables_of_signals_are_those_of_their_results(world: str) -> None:
+    table = learning_signals.table(result("learning_signals")["worlds"][world])
+    assert f"<!-- learning_signals: {world} -->\n{table}\n<!--" in (ROOT / "docs" / "learning.md").read_text("utf-8")
 
 
 def test_the_page_of_scale_is_the_one_that_its_benchmark_writes(tmp_path: Path) -> None:
