@@ -64,7 +64,7 @@ class Standalone:
         self.daemon_conf, self.submit_conf = self.state / "daemon.conf", self.state / "submit.conf"
 
     def daemons(self) -> list[Daemon]:
-        """Those that were started here, workers first."""
+        """The daemons that were started here, workers first."""
         names = sorted((path.stem for path in self.state.glob("*.json")), key=lambda name: (name == "master", name))
         return [Daemon(self.state, name) for name in names]
 

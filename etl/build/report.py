@@ -192,7 +192,6 @@ def mark_new(samples: DataFrame, table: DataFrame, config: Config, dates: Sequen
     Args:
         table: the samples table with all its dates.
         config: without training dates in it, all dates are training dates.
-        dates: the dates that `samples` has.
     """
     names = {"user_id": "is_new_user", "item_id": "is_new_item"}
     first, last = dt.date.min, dt.date.max

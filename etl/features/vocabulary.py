@@ -71,7 +71,7 @@ class Vocabularies:
     """feature and id of the users and items that have an id for their vector alone; None: there are no vectors."""
 
     def fingerprints(self, feature: str) -> tuple[tuple[int, str], ...]:
-        """Those that the samples table has, and one of the values there are now, if it is another."""
+        """The samples table's fingerprints, and one of the values there are now, if it is another."""
         now = (self.max_ids.get(feature, FIRST_ID - 1) + 1, fingerprint_text(self.hashes.get(feature, (0, 0))))
         before = self.recorded.get(feature, ())
         return (before if now in before else (*before, now))[-MAX_FINGERPRINTS:]

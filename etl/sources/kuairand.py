@@ -271,7 +271,7 @@ class _Lists:
 
 
 def _long_views(shown: _Lists, watched: _Lists) -> NDArray[np.bool_]:
-    """For each impression whether it is the long view: both lists are read together from their newest ends."""
+    """Whether each impression is the long view: both lists are read together from their newest ends."""
     is_long_N = np.zeros(len(shown.values_N), dtype=bool)
     for user, size in enumerate(shown.sizes_U):
         place = watched.ends_U[user] - 1

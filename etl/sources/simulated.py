@@ -188,7 +188,7 @@ class LateOrders(Columns):
     time_us: np.ndarray
 
     def without_credit(self, day: SimulatedDay, num_listings: int, order_window_us: int) -> LateOrders:
-        """Those that no click of the day could earn. The others are never logged: their label is 0 either way."""
+        """The orders that no click of the day could earn. The others are never logged: their label is 0 either way."""
         pair = self.user * num_listings + self.item
         clicked_N = day.labels.is_click_N
         click_pair = day.user_N[clicked_N] * num_listings + day.shown.listing_N[clicked_N]

@@ -96,7 +96,7 @@ class Shop:
     is_searcher_U: np.ndarray
     """Whether the user ever opens a scenario with queries."""
     is_cheap_I: np.ndarray
-    """Not above the median price of its category."""
+    """Its price is not above the median of its category."""
     drift_days_I: np.ndarray
     drift_phase_I: np.ndarray
 

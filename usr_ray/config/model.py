@@ -90,8 +90,8 @@ class ModelConfig:
     interaction_hidden: int = number(32, "[0, 65536]")
     """Hidden units of the small tower that each side passes before the products; 0: none."""
     interaction_histories: str = choice("all", "each")
-    """Whose mean item is multiplied with the item: of the events of 'all' scenarios together; 'each': of each
-    scenario's besides, since what a user likes may differ between them."""
+    """Histories whose mean item is multiplied with the item: 'all': the events of all scenarios together; 'each':
+    those of each scenario besides, since what a user likes may differ between them."""
     wide: bool = False
     """A first-order part beside the network: one weight a head for each value of the categories, of the categories by
     scenario, and of features.crosses, added to the logits (usr_ray/model/wide.py)."""

@@ -413,8 +413,7 @@ def read_footer(
     """Read the footer of one file.
 
     Args:
-        filesystem: from `open_filesystem`.
-        table_path: as `open_filesystem` gives it beside `filesystem`.
+        table_path: as `open_filesystem` gives it.
         path: the file's, as in the Delta log.
         date: its rows' impression_date.
         num_rows: as in the Delta log; None where it has no statistics.

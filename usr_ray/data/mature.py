@@ -34,7 +34,7 @@ EVERY_ROW = WhichRows(mature_only=False)
 
 
 def counted_in_training(config: Config, manifest: Manifest) -> WhichRows:
-    """With data.mature_only, rows whose labels (by data.final_labels those of clicks alone) were final at the train
+    """With data.mature_only, only rows count whose labels (by data.final_labels clicks' alone) were final at the train
     cut-off, midnight UTC after the last training date: a global label that closes later has seen the held-out days.
     """
     last = parse_dates(config.data.train_dates or manifest.dates[-1], where="data.train_dates")[1]

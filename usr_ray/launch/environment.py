@@ -61,7 +61,7 @@ LOCAL_ENVIRONMENT = {
     # Ray uses a deprecated option of its own and warns of it: nothing that a user of ours can act on.
     "PYTHONWARNINGS": "ignore:`ExecutionOptions.exclude_resources`",
 }
-"""Only for a Ray on this machine alone."""
+"""Variables for a Ray on this machine alone."""
 
 
 def prepare_environment(environment: MutableMapping[str, str] | None = None, *, dashboard: bool = True) -> str:

@@ -170,7 +170,6 @@ class EmbeddingTables(RowSource):
     a table that grew equals one that was large from the start.
 
     Args:
-        spec: names and sizes of the tables (FeatureSpec.vocabularies).
         device: where the tables live; batches must be on the same device.
         sides: what the items of histories are; None: nothing but their ids is wanted.
         vectors: as `frozen` gives them (training.embeddings.load_vectors).

@@ -18,7 +18,6 @@ class MLP(nn.Module):
         input_dim: size of the last axis of the input.
         hidden: sizes of the hidden layers; may be empty, and with `output_dim` None the MLP is then the identity.
         output_dim: size of the output layer, which has no activation: logits take both signs.
-        activation: module class put after each hidden layer.
     """
 
     def __init__(

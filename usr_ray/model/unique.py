@@ -166,7 +166,7 @@ def _list_ids(name: str, num_rows: int, batch: UsrBatch, spans: Sequence[tuple[i
 
 
 def _without_padding(ids_BL: Tensor) -> Tensor:
-    """Without the last columns that hold padding alone; all columns on a GPU, which this would wait for."""
+    """The ids without the last columns that hold padding alone; all columns on a GPU, which this would wait for."""
     if not ids_BL.is_cpu:
         return ids_BL
     used_L = (ids_BL != PADDING_ID).any(0).nonzero()

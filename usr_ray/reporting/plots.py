@@ -243,7 +243,6 @@ def forest_plot(
     Args:
         bars: from the top.
         label: what a screen reader says.
-        axis: names what is drawn.
         percent: write shares in per cent.
         limit: both ends of the axis; an interval that goes on has an arrow. None: as wide as the intervals.
     """

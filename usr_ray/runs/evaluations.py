@@ -56,7 +56,7 @@ class Evaluated:
     dates: frozenset[str]
     """ISO dates that have rows in it."""
     trained_on: frozenset[str]
-    """Those of them that the run has seen."""
+    """Dates among them that the run was trained on."""
 
     @property
     def is_held_out(self) -> bool:

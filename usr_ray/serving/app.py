@@ -125,7 +125,7 @@ def _add_about(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        """For Prometheus."""
+        """Counters for Prometheus."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     @app.get("/docs", include_in_schema=False)
@@ -148,7 +148,7 @@ def _add_page(app: FastAPI, service: Service, answer: Callable[..., Any]) -> Non
 
     @app.post("/v1/explain", openapi_extra=described(RANK_REQUEST, EXPLAIN_ANSWER))
     async def explain(request: Request) -> Response:
-        """As /v1/score, with the history that the model saw and what each signal adds to p_ctr."""
+        """The answer of /v1/score, with the history that the model saw and what each signal adds to p_ctr."""
         return await answer(request, service.submit_explained)  # type: ignore[no-any-return]
 
 

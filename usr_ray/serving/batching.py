@@ -64,7 +64,7 @@ class Batcher:
         self.deadline_s: float | None = None
         """A request that has no answer by then raises LateError; None: the first calls of a device take their time."""
         self._waiting: list[tuple[dict[str, NDArray[Any]], Future[Outputs]]] = []
-        """In the order they came; the first takes them all once the device is free."""
+        """Requests in the order they came; the first takes them all once the device is free."""
         self._is_busy = False
         self._changed = threading.Condition()
 

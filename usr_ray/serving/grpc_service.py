@@ -145,7 +145,7 @@ class Methods:
 
 
 def add_ranking(servicer: Any, server: Any) -> None:
-    """For Ray Serve's proxy (`grpc_servicer_functions`), which hands the bytes of messages to the deployment."""
+    """Add the methods to Ray Serve's proxy (`grpc_servicer_functions`); the deployment gets messages as bytes."""
     _add_answers(server, lambda name: getattr(servicer, name))
 
 

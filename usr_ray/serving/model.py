@@ -26,7 +26,7 @@ from usr_ray.model.usr import UsrModel
 from usr_ray.schema import TASKS, UNKNOWN_ID, FeatureSpec
 
 _PIECE_ROWS = 1 << 20
-"""Of vectors that are multiplied out at once, as float32."""
+"""Rows of vectors that are multiplied out at once, as float32."""
 SCENARIO, SPARSE, DENSE = "scenario", "sparse", "dense"
 REQUEST_SPARSE, REQUEST_DENSE = "request_sparse", "request_dense"
 ITEM_SPARSE, ITEM_DENSE = "item_sparse", "item_dense"

@@ -204,7 +204,7 @@ class Ranker:
         return found
 
     def rank(self, **request: Any) -> dict[str, Any]:
-        """As `score`, the candidates with the largest probabilities first, at most `k` of them."""
+        """Score, the candidates with the largest probabilities first, at most `k` of them."""
         return self.answer(request, ranked=True)
 
     def score(self, request: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class Embeddings(RowSource):
 
     @abc.abstractmethod
     def at_step(self, step: int, scale: float) -> None:
-        """So many steps are done; those whose lookup comes from now on are at `scale` times the learning rate."""
+        """`step` steps are done; those whose lookup comes from now on are at `scale` times the learning rate."""
 
     @abc.abstractmethod
     def apply_gradients(self, lookup: Lookup) -> None:

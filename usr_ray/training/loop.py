@@ -68,7 +68,6 @@ def train(
         train_manifest: rows to train on; those whose labels close after the end of data.train_dates have weight 0.
         eval_manifest: held-out rows, for train.evaluate_every_epochs; None: no evaluation.
         run_dir: on storage that rank 0 can write.
-        monitor: told of steps, evaluations and checkpoints.
 
     Raises:
         CheckpointError: the checkpoint is of other rows or another model. TrainError: the loss is not a number.

@@ -92,7 +92,6 @@ def usr_loss(
     Args:
         batch: this rank's rows; rows of weight 0 take no part. Its first row starts a contrastive group.
         counts_C: `row_counts` summed over all ranks. A scenario that is absent everywhere adds nothing.
-        config: weights, temperature and group size.
         known_labels: FeatureSpec.known_labels, (S, T); None: every scenario knows every task's label.
     """
     # bfloat16 has 8 bits: a sum of thousands of rows would stop growing.

@@ -82,7 +82,7 @@ def training_batches(
 
 
 def _rows_that_count(batch: UsrBatch, spec: FeatureSpec) -> UsrBatch:
-    """Those with weight, or a row of padding where none has any: no layer is made for an empty batch."""
+    """The rows with weight, or a row of padding where none has any: no layer is made for an empty batch."""
     rows = np.flatnonzero(batch.weights_B.numpy() > 0)
     return take_rows(batch, rows) if len(rows) else padding_batch(spec, 1)
 

@@ -69,7 +69,7 @@ class TrainState:
         manifest: the training rows; its spec sizes the tables, its hash is part of the cursor.
         worker: this rank. All ranks build the state together.
         order: SampleReader.fingerprint: what fixes the global batches, so that (epoch, step) means the same rows.
-        total_steps: of the run, for train.schedule.
+        total_steps: of the run; train.schedule goes by it.
     """
 
     step: int
