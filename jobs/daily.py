@@ -116,6 +116,7 @@ class Day:
             "data.eval_dates": plan.held_out,
             # The plan keeps training and held-out labels apart; the cut-off inside a run would drop the last days.
             "data.mature_only": "false",
+            "train.early_stopping": "false",  # the held-out day judges the model, so it must not choose its epoch
             "train.warm_start": str(self.work / plan.warm_start) if plan.warm_start else "",
         }
         self._python("train", self.run_dir, *self._settings(overrides))
@@ -126,6 +127,8 @@ class Day:
         if not self.plan.train_first:
             return "no new model"
         current = daily.read_current(self.work)
+        if newer := daily.newer_in_use(self.plan, current):
+            return newer
         evaluations = [self._evaluate("candidate", self.run_dir)]
         if current is not None:
             evaluations.append(self._evaluate("in-use", self.work / current["run"]))
@@ -137,7 +140,7 @@ class Day:
 
     def export(self) -> str | None:
         """The programs of the new model."""
-        if self.state.verdict != daily.PROMOTED:
+        if not self._is_promoted():
             return "no new model"
         if not (self.export_dir / "manifest.json").exists():  # it appears whole or not at all
             self._python("export", self.run_dir, output=self.export_dir)
@@ -148,7 +151,7 @@ class Day:
 
         Without a new model the one in use is published again: histories and counters that are served stay fresh.
         """
-        if self.state.verdict != daily.PROMOTED:
+        if not self._is_promoted():
             current, registry = daily.read_current(self.work), self.arguments.registry
             if current is None or registry is None:
                 return "no new model"
@@ -170,6 +173,11 @@ class Day:
         output = self.work / "scores" / Path(current["run"]).name
         self._python("score", self.work / current["run"], dates=self.plan.day, output=output)
         return None
+
+    def _is_promoted(self) -> bool:
+        """By its verdict, and no later day's model has come into use since."""
+        newer = daily.newer_in_use(self.plan, daily.read_current(self.work))
+        return self.state.verdict == daily.PROMOTED and not newer
 
     def _publish(self, run_dir: Path) -> None:
         if self.arguments.registry is not None:
@@ -321,6 +329,12 @@ def main(argv: list[str]) -> None:
     arguments.config = arguments.config.resolve()
     arguments.registry = arguments.registry and arguments.registry.resolve()
     config = job_config(arguments)
+    lag = daily.label_lag(config)
+    if 0 < arguments.restate_days <= lag:
+        raise UserError(
+            f"--restate-days {arguments.restate_days}: labels are final after {lag} days, and the day that judges is so "
+            f"old; name {lag + 1} or more, or leave it out"
+        )
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # a scheduler's stop is an interruption
     with daily.locked(arguments.work) as lock:
         code = Day(arguments, config, lock).run((arguments.step,) if arguments.step else daily.STEPS)

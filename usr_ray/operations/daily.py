@@ -17,9 +17,10 @@ import datetime as dt
 import fcntl
 import json
 import os
+import shutil
 import socket
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ _ONE_DAY = dt.timedelta(days=1)
 
 @dataclass(frozen=True, slots=True)
 class DayPlan:
-    """What one day does; ISO dates. Kept in status.json: a day keeps the plan that it began with."""
+    """What one day does; ISO dates. Kept in status.json (DayState.plan)."""
 
     day: str
     build_first: str
@@ -115,7 +116,8 @@ def check_labels(reports: Sequence[Mapping[str, Any]], plan: DayPlan, *, allow_m
         if final < rows:
             raise UserError(
                 f"day {plan.day}: labels of {date} are final for {final:,} of {rows:,} rows only (the logs reach to "
-                f"{by_date[date]['watermark']}); wait for the logs, or name how far they are complete with --watermark"
+                f"{by_date[date]['watermark']}); wait for the logs, or name how far they are complete with --watermark; with --restate-days, name so "
+                "many days that it is among them"
             )
 
 
@@ -164,9 +166,18 @@ class DayState:
             self.record = read_json(self.path)
 
     def plan(self, fresh: DayPlan) -> DayPlan:
-        """The plan that the day began with; `fresh` on its first attempt."""
-        if self.record["plan"] is None:
+        """The plan that the day began with; `fresh` on its first attempt.
+
+        Where another model was put into use before the day's training was over, the training is planned anew, on from
+        that model, and what it had begun goes.
+        """
+        begun = self.record["plan"]
+        if begun is None:
             self.record["plan"] = asdict(fresh)
+            self._write()
+        elif begun["warm_start"] != fresh.warm_start and not self.is_over("train"):
+            shutil.rmtree(self.folder.parents[1] / "runs" / fresh.day, ignore_errors=True)
+            self.record["plan"] = asdict(replace(fresh, build_first=begun["build_first"]))
             self._write()
         return DayPlan(**self.record["plan"])
 
@@ -199,6 +210,13 @@ def read_current(work: Path) -> dict[str, Any] | None:
     """current.json: run and export below <work>, trained_to, since, why, and `before`; None before the first model."""
     path = work / "current.json"
     return read_json(path) if path.exists() else None
+
+
+def newer_in_use(plan: DayPlan, current: Mapping[str, Any] | None) -> str:
+    """Why the day's model is not put into use, whatever its verdict: '' unless the one in use has seen as late dates."""
+    if not current or current["run"] == f"runs/{plan.day}" or current["trained_to"] < plan.train_last:
+        return ""
+    return f"{current['run']}, the model in use, was trained up to {current['trained_to']}, this one to {plan.train_last}"
 
 
 def write_current(work: Path, *, name: str, trained_to: str, why: str) -> None:

@@ -339,7 +339,8 @@ def test_open_labels_are_not_trained_on(shop: Shop, capsys: pytest.CaptureFixtur
     assert shop.day("2026-01-06") == 2
     assert capsys.readouterr().err == (
         "error: day 2026-01-06: labels of 2026-01-04 are final for 7 of 10 rows only (the logs reach to W); wait "
-        "for the logs, or name how far they are complete with --watermark\n"
+        "for the logs, or name how far they are complete with --watermark; with --restate-days, name so many days that "
+        "it is among them\n"
     )
     assert "train" not in names(shop.calls())
 
@@ -366,6 +367,69 @@ def test_an_older_model_can_be_put_into_use_again(shop: Shop, capsys: pytest.Cap
     assert capsys.readouterr().err == (
         f"error: --use 2026-01-05: {shop.work} has no exported model of that day; there are: 2026-01-06, 2026-01-07\n"
     )
+
+
+def test_an_older_day_that_is_repeated_does_not_replace_a_newer_model(
+    shop: Shop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whichever of its steps had failed when the later day ran."""
+    losses = {f"2026-01-{day:02}": 0.4 for day in range(9, 20)}
+    for late, failed in ((11, "build_samples"), (13, "evaluate"), (15, "export")):
+        shop.tell(loss=losses)
+        assert shop.day(f"2026-01-{late - 1}") == 0
+        shop.tell(loss=losses, exit={failed: 1})
+        assert shop.day(f"2026-01-{late}") == 1
+        shop.tell(loss=losses)
+        assert shop.day(f"2026-01-{late + 1}") == 0
+        shop.calls()
+        assert shop.day(f"2026-01-{late}") == 0
+        calls = names(shop.calls())
+        assert calls[-1] == "score"
+        assert not {"train", "evaluate", "export"} & set(calls)
+        current = read_current(shop.work)
+        assert current is not None
+        assert current["run"] == f"runs/2026-01-{late + 1}"
+        assert current["trained_to"] == f"2026-01-{late + 1 - 5:02}"
+    assert "judge: skipped, runs/2026-01-14, the model in use, was trained up to 2026-01-09, this one to 2026-01-08" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_day_that_was_begun_goes_on_from_the_model_that_was_put_into_use_since(shop: Shop) -> None:
+    losses = {"2026-01-10": 0.4, "2026-01-11": 0.4, "2026-01-12": 0.4}
+    shop.tell(loss=losses)
+    assert [shop.day(date) for date in ("2026-01-10", "2026-01-11")] == [0, 0]
+    shop.tell(loss=losses, exit={"train": 1})
+    assert shop.day("2026-01-12") == 1
+    begun = shop.work / "runs" / "2026-01-12" / "config.json"
+    begun.parent.mkdir(parents=True)
+    begun.write_text("{}")
+    train = shop.calls()[-1]
+    assert setting(train, "train.warm_start") == str(shop.work / "runs" / "2026-01-11")
+    assert run_job(job.main, ["--work", str(shop.work), "--use", "2026-01-10"]) == 0
+    shop.tell(loss=losses)
+    assert shop.day("2026-01-12") == 0
+    train = shop.calls()[0]
+    assert train[0] == "train"
+    assert setting(train, "train.warm_start") == str(shop.work / "runs" / "2026-01-10")
+    assert setting(train, "data.train_dates") == "2026-01-06:2026-01-07"  # that model knows the dates up to the 5th
+    assert not begun.exists()  # jobs/train.py would refuse to go on with a run from another model
+    assert shop.status("2026-01-12")["plan"]["build_first"] == "2026-01-12"
+
+
+def test_the_held_out_day_judges_and_does_not_choose_the_epoch(shop: Shop) -> None:
+    shop.tell(loss={"2026-01-06": 0.4})
+    assert shop.day("2026-01-06", "--set", "train.early_stopping=true") == 0
+    assert setting(shop.calls()[1], "train.early_stopping") == "false"
+
+
+def test_restated_days_must_reach_the_day_that_judges(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
+    assert shop.day("2026-01-06", "--restate-days", "2") == 2
+    assert capsys.readouterr().err == (
+        "error: --restate-days 2: labels are final after 2 days, and the day that judges is so old; name 3 or more, or "
+        "leave it out\n"
+    )
+    assert shop.calls() == []
 
 
 def test_two_cannot_run_and_a_step_that_outlives_its_driver_keeps_the_lock(
