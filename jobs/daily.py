@@ -332,8 +332,8 @@ def main(argv: list[str]) -> None:
     lag = daily.label_lag(config)
     if 0 < arguments.restate_days <= lag:
         raise UserError(
-            f"--restate-days {arguments.restate_days}: labels are final after {lag} days, and the day that judges is so "
-            f"old; name {lag + 1} or more, or leave it out"
+            f"--restate-days {arguments.restate_days}: labels are final after {lag} days, and the day that judges is "
+            f"so old; name {lag + 1} or more, or leave it out"
         )
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # a scheduler's stop is an interruption
     with daily.locked(arguments.work) as lock:

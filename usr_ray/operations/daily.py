@@ -116,8 +116,8 @@ def check_labels(reports: Sequence[Mapping[str, Any]], plan: DayPlan, *, allow_m
         if final < rows:
             raise UserError(
                 f"day {plan.day}: labels of {date} are final for {final:,} of {rows:,} rows only (the logs reach to "
-                f"{by_date[date]['watermark']}); wait for the logs, or name how far they are complete with --watermark; with --restate-days, name so "
-                "many days that it is among them"
+                f"{by_date[date]['watermark']}); wait for the logs, or name how far they are complete with --watermark; "
+                "with --restate-days, name so many days that it is among them"
             )
 
 
@@ -213,10 +213,11 @@ def read_current(work: Path) -> dict[str, Any] | None:
 
 
 def newer_in_use(plan: DayPlan, current: Mapping[str, Any] | None) -> str:
-    """Why the day's model is not put into use, whatever its verdict: '' unless the one in use has seen as late dates."""
+    """Why the day's model does not come into use, whatever its verdict; '' where the one in use has seen less."""
     if not current or current["run"] == f"runs/{plan.day}" or current["trained_to"] < plan.train_last:
         return ""
-    return f"{current['run']}, the model in use, was trained up to {current['trained_to']}, this one to {plan.train_last}"
+    in_use = f"{current['run']}, the model in use, was trained up to {current['trained_to']}"
+    return f"{in_use}, this one to {plan.train_last}"
 
 
 def write_current(work: Path, *, name: str, trained_to: str, why: str) -> None:

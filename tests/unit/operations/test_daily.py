@@ -390,8 +390,9 @@ def test_an_older_day_that_is_repeated_does_not_replace_a_newer_model(
         assert current is not None
         assert current["run"] == f"runs/2026-01-{late + 1}"
         assert current["trained_to"] == f"2026-01-{late + 1 - 5:02}"
-    assert "judge: skipped, runs/2026-01-14, the model in use, was trained up to 2026-01-09, this one to 2026-01-08" in (
-        capsys.readouterr().out
+    assert (
+        "judge: skipped, runs/2026-01-14, the model in use, was trained up to 2026-01-09, this one to 2026-01-08"
+        in (capsys.readouterr().out)
     )
 
 
