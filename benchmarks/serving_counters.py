@@ -103,7 +103,7 @@ def profiles(encoder: Encoder, owner: str, rows: int, lake: LakeCounters | None)
     rng = np.random.default_rng(2)
     ids = rng.integers(2, NUM_VALUES, (rows, len(encoder.categories[owner])))
     owners = pa.array([f"{owner}_id-{n}" for n in range(rows)], pa.large_string())
-    codes = [] if lake is None else [lake.codes(name, owners, np.ones(rows)) for name in encoder.counted[owner]]
+    codes = [] if lake is None else [lake.codes(name, owners, encoder) for name in encoder.counted[owner]]
     numbers = rng.normal(size=(rows, len(encoder.numbers[owner])))
     return Profile(np.column_stack([ids, *codes]).astype(np.int32), numbers.astype(np.float32))
 

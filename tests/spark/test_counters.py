@@ -26,7 +26,7 @@ from usr_ray.config import day_number, load_config
 from usr_ray.data.events import read_events
 from usr_ray.data.manifest import build_manifest
 from usr_ray.serving.counters import Counters, lake_counters
-from usr_ray.serving.encode import Encoder
+from usr_ray.serving.encode import Encoder, ValueIndex
 from usr_ray.serving.stores import ItemTable, UserStore, write_items, write_users
 
 pytestmark = pytest.mark.spark
@@ -206,7 +206,11 @@ def test_a_request_has_the_counters_of_its_row_bit_for_bit(
     as_of_us = None if first is None else int(moment(first * DAY).timestamp()) * 1_000_000
     counted, _ = lake_counters(tmp_path, daily, manifest.spec, manifest.built_with, as_of_us=as_of_us)
     store = Counters(tmp_path)
-    encoder = Encoder(manifest.spec, {}, None, store.indexes)
+    for name in ("city", "brand"):
+        values = [row for row in rows_of(daily / "vocabularies") if row["feature"] == name]
+        ValueIndex.write(tmp_path / name, [row["value"] for row in values], np.array([row["id"] for row in values]))
+    vocabularies = {name: ValueIndex(tmp_path / name) for name in ("city", "brand")}
+    encoder = Encoder(manifest.spec, vocabularies, None, store.indexes)
     write_items(tmp_path, manifest, encoder, counted)
     write_users(tmp_path, manifest, read_events(daily)[0], encoder, length=None, counted=counted)
     items, users, known = ItemTable(tmp_path), UserStore(tmp_path, encoder), known_of(shop, fewer)

@@ -11,6 +11,7 @@ and users' categories are among their features (`Profile.ids`). Sums are as fres
 
 from __future__ import annotations
 
+import collections
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,9 +26,9 @@ from numpy.typing import NDArray
 from usr_ray.config import DAY_US
 from usr_ray.config.counters import CounterConfig
 from usr_ray.daily_sums import ALL_ROWS, SUMS, CounterColumns, CounterPlan, DailySums, counter_values, key_parts
-from usr_ray.data.manifest import DataError, open_table, table_address
+from usr_ray.data.manifest import open_table, table_address
 from usr_ray.files import one_line
-from usr_ray.schema import COUNTERS, FeatureSpec, scaled_column
+from usr_ray.schema import COUNTERS, PADDING_ID, UNKNOWN_ID, FeatureSpec, scaled_column
 from usr_ray.serving.encode import EncodeError, Encoder, Ints, Profile, ValueIndex
 
 FOLDER = "counters"
@@ -96,11 +97,17 @@ class LakeCounters:
     """What `write_counters` found for the users and items of a version."""
 
     def __init__(
-        self, codes: Mapping[str, tuple[pa.Array, Ints]], users: tuple[pa.Array, Ints, Ints, Ints], until: str | None
+        self,
+        codes: Mapping[str, tuple[pa.Array, Ints]],
+        values: Mapping[str, pa.Array],
+        users: tuple[pa.Array, Ints, Ints, Ints],
+        until: str | None,
     ) -> None:
         self.until = until
         """Newest day of the sums."""
-        self._codes = codes
+        self.silent: collections.Counter[str] = collections.Counter()
+        """Category -> users or items that `codes` found no value of, though they have one."""
+        self._codes, self._values = codes, values
         names, self._edges, self._places, self._counts = users
         self._user = {name: n for n, name in enumerate(names.to_pylist())}
         self.num_user_sums = len(self._places)
@@ -110,22 +117,27 @@ class LakeCounters:
         """Who was counted."""
         return self._user
 
-    def codes(self, name: str, owners: pa.Array, encoded: Ints) -> Ints:
-        """Code of a category, or of the id itself, of each user or item (ids), 0 where it has none.
+    def codes(self, name: str, owners: pa.Array, encoder: Encoder, encoded: Ints | None = None) -> Ints:
+        """Code of a category, or of the id itself, of each user or item (ids), 0 where it has none or was not counted.
 
-        Raises:
-            DataError: the sums do not tell a category, though the samples have an encoded one.
+        The value is that of `encoded`, as the model sees it: the sums have the catalogue's of their last restatement,
+        in which it may be another one or gone. Their word counts for ids that the model does not know apart.
+
+        Args:
+            encoded: ids of the category in the samples; None: `name` is the owner's own id.
         """
         ids, codes = self._codes[name]
         place = pc.index_in(owners, value_set=ids).fill_null(-1).to_numpy()
-        lost = np.flatnonzero((place < 0) & (encoded != 0))
-        # An id may never have been counted: by query and item, say, one that was shown without queries only.
-        if len(lost) and name not in _OWNERS.values():
-            raise DataError(
-                f"<lake>/{COUNTERS}: does not tell the {name} of {owners[int(lost[0])].as_py()!r}, by which counters "
-                "count: its dates were built by an earlier version; build them again with jobs/build_samples.py"
-            )
-        return np.where((place < 0) | (encoded == 0), 0, np.append(codes, 0)[place])
+        told = np.append(codes, 0)[place]
+        if encoded is None:  # one may never have been counted: by query and item, say, shown without queries only
+            return told
+        of_code = np.append(PADDING_ID, encoder.ids(name, self._values[name].to_pylist()))
+        distinct, first, times = np.unique(of_code, return_index=True, return_counts=True)
+        at = np.minimum(np.searchsorted(distinct, encoded), len(distinct) - 1)
+        own = np.where((distinct[at] == encoded) & (times[at] == 1), first[at], 0)  # hashed ids may be of several
+        is_known = (encoded > UNKNOWN_ID) & (encoded < encoder.spec.sparse_feature(name).num_embeddings)
+        self.silent[name] += int(((place < 0) & ~is_known & (encoded != PADDING_ID)).sum())
+        return np.select([encoded == PADDING_ID, is_known & (of_code[told] != encoded)], [0, own], told)
 
     def sums(self, user_id: str) -> tuple[Ints, NDArray[np.uint32]]:
         """Places and sums (`DailySums`) of a user."""
@@ -191,7 +203,7 @@ def write_counters(
         width=width,
     )
     (home / "plan.json").write_text(json.dumps(asdict(plan)) + "\n", encoding="utf-8")
-    return LakeCounters(_owned(table, spec, values), _by_user(*of_users), _newest(table))
+    return LakeCounters(_owned(table, spec, values), values, _by_user(*of_users), _newest(table))
 
 
 def _placed(

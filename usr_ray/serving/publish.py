@@ -90,6 +90,8 @@ def publish(
         num_items = write_items(temporary, manifest, encoder, counted)
         num_users = write_users(temporary, manifest, events, encoder, length=spec.history_length, counted=counted)
         report(f"{num_items:,} items and {num_users:,} users of samples version {manifest.version}")
+        for category, number in () if counted is None else (+counted.silent).items():
+            report(f"{number:,} have a {category} that no counter tells of: served as if it was never counted")
         version: dict[str, Any] = {
             "format": FORMAT,
             "version": name,

@@ -101,8 +101,8 @@ def _profiles(rows: pa.Table, encoder: Encoder, owner: str, counted: LakeCounter
         ids[owner_V, places[of_list.name].start + place_V] = known_V
     for name, place in encoder.counted_places(owner).items():
         assert counted is not None
-        encoded = np.ones(rows.num_rows) if name == f"{owner}_id" else rows[spec.sparse_feature(name).column].to_numpy()
-        ids[:, place] = counted.codes(name, rows[f"{owner}_id"].combine_chunks(), encoded)
+        encoded = None if name == f"{owner}_id" else rows[spec.sparse_feature(name).column].to_numpy()
+        ids[:, place] = counted.codes(name, rows[f"{owner}_id"].combine_chunks(), encoder, encoded)
     numbers = np.zeros((rows.num_rows, len(encoder.numbers[owner])), dtype=np.float32)
     dense = {f.name: f.column for f in spec.dense}
     for place, name in enumerate(encoder.numbers[owner]):

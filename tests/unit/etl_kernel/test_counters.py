@@ -375,7 +375,7 @@ def test_the_service_has_the_counters_of_each_row_bit_for_bit(world: World, wind
             }
         of_items = {i["item"]: BRANDS[i["item"]] for i in world.impressions}
         known = [item for item in sorted(of_items) if of_items[item]]
-        codes = lake.codes("brand", pa.array(known, pa.string()), np.ones(len(known)))
+        codes = lake.codes("brand", pa.array(known, pa.string()), encoder, np.ones(len(known)))
         assert codes.tolist() == encoder.codes("brand", [of_items[item] for item in known]).tolist()
 
 

@@ -14,10 +14,9 @@ import pytest
 from tests.etl_oracle import counters
 from tests.unit.samples_table import samples_spec
 from usr_ray.config.counters import CounterConfig, counter_columns
-from usr_ray.data.manifest import DataError
 from usr_ray.schema import DenseFeature, SparseFeature, index_column
 from usr_ray.serving.counters import Counters, planned_counters, write_counters
-from usr_ray.serving.encode import EncodeError, Encoder, Profile, UserEvents
+from usr_ray.serving.encode import EncodeError, Encoder, Profile, UserEvents, ValueIndex
 from usr_ray.serving.stores import UserStore, put_users
 
 pytestmark = pytest.mark.unit
@@ -119,7 +118,8 @@ def opened(folder, events, as_of_day):
     store = Counters(folder)
     encoder = Encoder(spec_of(), {}, None, store.indexes)
     names = [*CITIES, "gone"]
-    cities = counted.codes("city", pa.array(names[:3]), np.array([city is not None for city in CITIES.values()]))
+    has_city = np.array([city is not None for city in CITIES.values()])
+    cities = counted.codes("city", pa.array(names[:3]), encoder, has_city)
     profiles = Profile(np.zeros((4, encoder.width("user")), np.int32), np.zeros((4, 1), np.float32))
     profiles.ids[:3, encoder.counted_places("user")["city"]] = cities
     put_users(folder, names, [UserEvents.none()] * 4, profiles, counted)
@@ -188,15 +188,52 @@ def test_counts_that_fill_more_than_four_bytes_are_kept_whole(tmp_path):
     assert np.load(tmp_path / "counters" / "until.npy").dtype == np.int64
 
 
-def test_sums_that_do_not_tell_a_category_are_refused(tmp_path):
+def fitted(folder, store, **brands):
+    """An encoder whose vocabulary has these brands."""
+    path = folder / "brands.arrow"
+    ValueIndex.write(path, list(brands), np.array(list(brands.values())))
+    return Encoder(spec_of(), {"brand": ValueIndex(path)}, None, store.indexes)
+
+
+def brands_of(store, codes):
+    return [store.indexes["brand"].items().get(code) for code in codes.tolist()]
+
+
+def test_an_item_counts_under_the_brand_that_its_samples_have_whatever_the_catalogue_says_since(tmp_path):
+    """Restating renews what the sums tell: v2, of brand a in its rows, is of c now; nothing is told of v4 any more."""
+    events = drawn_events(np.random.default_rng(1), 200)
+    for event in events:
+        event["brand"] = {"v2": "c", "v4": None, "v3": "a"}.get(event["item_id"], event["brand"])
+    _, _, _, counted = opened(tmp_path, events, None)
+    store = Counters(tmp_path)
+    encoder = fitted(tmp_path, store, a=2, c=3, d=4)
+    items = pa.array(["v2", "v4", "v3", "v2"])
+    found = counted.codes("brand", items, encoder, np.array([2, 2, 2, 0]))
+    assert brands_of(store, found) == ["a", "a", "a", None]
+    assert counted.silent["brand"] == 0
+    # d, which has an id, was never counted: that is not c's number.
+    assert brands_of(store, counted.codes("brand", items, encoder, np.array([4, 3, 4, 1]))) == [None, "c", None, "c"]
+
+
+def test_a_rare_brand_counts_as_the_sums_tell_and_is_nothing_where_they_are_silent(tmp_path):
     _, _, _, counted = opened(tmp_path, drawn_events(np.random.default_rng(1), 200), None)
-    # A missing one of an item without an encoded category is right, and an old one of such an item is gone.
-    assert counted.codes("brand", pa.array(["v3", "v2"]), np.array([0, 0])).tolist() == [0, 0]
-    assert counted.codes("brand", pa.array(["v2", "v3"]), np.array([1, 0]))[0] > 0
-    with pytest.raises(
-        DataError, match=r"<lake>/counters: does not tell the brand of 'v3', by which .* build them again"
-    ):
-        counted.codes("brand", pa.array(["v2", "v3"]), np.array([1, 5]))
+    store = Counters(tmp_path)
+    encoder = fitted(tmp_path, store, a=2)
+    items = pa.array(["v4", "gone", "v3", "v4"])
+    # 1 is unknown; 99 came after the model; 0 is no brand.
+    found = counted.codes("brand", items, encoder, np.array([1, 1, 0, 99]))
+    assert brands_of(store, found) == ["\\", None, None, "\\"]
+    assert counted.silent["brand"] == 1  # not v3, which has no brand
+
+
+def test_a_hashed_brand_is_told_by_the_sums_unless_they_tell_one_of_another_hash(tmp_path):
+    _, _, _, counted = opened(tmp_path, drawn_events(np.random.default_rng(1), 200), None)
+    store = Counters(tmp_path)
+    encoder = Encoder(spec_of(), {}, 9, store.indexes)
+    own, other = encoder.ids("brand", ["a", "\\"]).tolist()
+    assert own != other
+    items = pa.array(["v2", "v4", "gone"])
+    assert brands_of(store, counted.codes("brand", items, encoder, np.array([own, own, own]))) == ["a", "a", "a"]
 
 
 def test_a_user_has_the_value_of_the_newest_date(tmp_path):
@@ -209,8 +246,9 @@ def test_a_user_has_the_value_of_the_newest_date(tmp_path):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
         counted = write_counters(folder, spec_of(), built_with(), table_of(shuffled), as_of_us=None)
-        code = counted.codes("city", pa.array(["u1"]), np.ones(1))[0]
-        assert Counters(folder).indexes["city"].items()[code] == "oslo"
+        indexes = Counters(folder).indexes
+        code = counted.codes("city", pa.array(["u1"]), Encoder(spec_of(), {}, None, indexes), np.ones(1))[0]
+        assert indexes["city"].items()[code] == "oslo"
 
 
 def test_an_item_that_was_never_counted_has_no_counts(tmp_path, monkeypatch):
@@ -218,7 +256,8 @@ def test_an_item_that_was_never_counted_has_no_counts(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "WANTED", wanted)
     table = table_of([e for e in drawn_events(np.random.default_rng(1), 200) if e["item_id"] != "v2" or not e["query"]])
     counted = write_counters(tmp_path, spec_of(), built_with(), table, as_of_us=None)
-    codes = counted.codes("item_id", pa.array(["v2", "v3"]), np.ones(2))
+    encoder = Encoder(spec_of(), {}, None, Counters(tmp_path).indexes)
+    codes = counted.codes("item_id", pa.array(["v2", "v3"]), encoder)
     assert codes[0] == 0
     assert codes[1] > 0
 
