@@ -91,7 +91,7 @@ def comparison_of(
     notes = []
     if len(found[ours]) < len(predictions):
         notes.append(f"on the {len(found[ours]):,} of {len(predictions):,} rows that both runs evaluate")
-    seen = trained_dates(other_dir, other.config.to_dict()) & set(dates_of(held_out, found[ours].row_number_N))
+    seen = trained_dates(other_dir) & set(dates_of(held_out, found[ours].row_number_N))
     if seen:
         notes.append(f"{other_dir} was trained on {date_ranges(seen)}: for it these dates are not held out")
     return compare(found, ours, held_out.spec.scenarios) | {"notes": notes}
@@ -146,7 +146,7 @@ def main(argv: list[str]) -> None:
         baseline = baseline_of(run.config, arguments.lake, manifest, result.predictions)
         if arguments.compare:
             about["comparison"] = comparison_of(run, arguments.compare, manifest, result.predictions, baseline)
-        seen = trained_dates(arguments.run_dir, run.config.to_dict())
+        seen = trained_dates(arguments.run_dir)
         splits = write_evaluation(
             arguments.run_dir,
             name,

@@ -59,6 +59,8 @@ def test_a_run_leaves_what_the_contract_names(unbroken: Path) -> None:
     assert metrics["search"]["ctr"]["num_samples"] > 0
     record = json.loads((unbroken / "config.json").read_text())
     assert (record["status"], record["step"]) == ("finished", STEPS)
+    (state, *_) = unbroken.glob("checkpoints/step-*/state.json")
+    assert json.loads(state.read_text())["trained_dates"] == record["trained_dates"]
     assert (unbroken / "predictions.parquet").is_file()
     assert not (unbroken / "ray").exists(), "Ray's own files of an attempt are of no use to anyone"
 

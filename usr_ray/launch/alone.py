@@ -72,6 +72,7 @@ def train_here(plan: RunPlan, worker: LocalWorker, monitor: Monitor) -> TrainRes
         worker,
         train_manifest=train_manifest,
         eval_manifest=plan.eval_manifest,
+        trained_dates=plan.record["trained_dates"],
         run_dir=plan.run_dir,
         monitor=monitor,
     )

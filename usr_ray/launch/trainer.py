@@ -40,6 +40,7 @@ from usr_ray.launch.stop import (
     watch_stop_file,
     worker_was_asked,
 )
+from usr_ray.runs.evaluations import CONFIG_FILE, read_json
 from usr_ray.runs.plan import RunPlan, load_manifest, plan_run, write_result
 from usr_ray.training.loop import train
 from usr_ray.training.worker import Worker
@@ -198,6 +199,7 @@ def train_worker(settings: Mapping[str, Any]) -> dict[str, Any]:
                 worker,
                 train_manifest=train_manifest,
                 eval_manifest=eval_manifest,
+                trained_dates=read_json(run_dir / CONFIG_FILE)["trained_dates"],
                 run_dir=run_dir,
                 monitor=monitor,
             )

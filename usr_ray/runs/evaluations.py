@@ -10,6 +10,7 @@ from the runs' own records, never from today's configuration.
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import hashlib
 import json
@@ -38,6 +39,8 @@ from usr_ray.evaluation.files import (
 from usr_ray.evaluation.metrics import CellMetrics, Predictions, metrics_by_scenario
 
 CONFIG_FILE, METRICS_FILE, HISTORY_FILE = "config.json", "metrics.json", "history.jsonl"
+_CHECKPOINTS, _STATE = "checkpoints", "state.json"
+"""As training.checkpoint has them, which needs torch."""
 _NAME = re.compile(r"evaluation-(\d{4}-\d\d-\d\d)_(\d{4}-\d\d-\d\d)")
 
 
@@ -77,30 +80,37 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: is not readable JSON ({error}); remove it or write it again") from error
 
 
-def trained_dates(run_dir: Path, config: Mapping[str, Any]) -> frozenset[str]:
-    """ISO dates that the weights of a run have seen, those of the runs that it began with among them.
+def trained_dates(folder: Path) -> frozenset[str]:
+    """ISO dates that weights have seen, those of the runs that they began with among them; none where nothing says it.
 
-    Args:
-        run_dir: its config.json says it; for a run of an older version, the manifests and the configuration in it.
-        config: as a checkpoint holds it; used where there is no config.json.
+    `folder`: a run directory, or a checkpoint wherever it lies. The run's config.json says it, or where that is missing
+    a checkpoint's state; of an older version's run, the manifests and the configuration in them.
     """
-    path = run_dir / CONFIG_FILE
-    record = read_json(path) if path.is_file() else {}
+    record = _record_of(folder)
     if "trained_dates" in record:
         return dates_in(record["trained_dates"])
-    config = record.get("config") or config
+    config = record.get("config", record)
     manifest = (record.get("manifests") or {}).get("train") or {}
     own = manifest.get("dates") or (config.get("data") or {}).get("train_dates") or ""
     return dates_in(own) | warm_start_dates(str((config.get("train") or {}).get("warm_start") or ""))
 
 
 def warm_start_dates(warm_start: str) -> frozenset[str]:
-    """ISO dates that the weights of train.warm_start have seen; none without one, and where its run is gone."""
-    if not warm_start:
-        return frozenset()
-    folder = Path(warm_start)
-    # Of a run directory, or of a checkpoint in one.
-    return trained_dates(folder if (folder / CONFIG_FILE).is_file() else folder.parent.parent, {})
+    """ISO dates that the weights of train.warm_start have seen; none without one, and where it is gone."""
+    return trained_dates(Path(warm_start)) if warm_start else frozenset()
+
+
+def _record_of(folder: Path) -> Mapping[str, Any]:
+    """What describes the weights in a folder: config.json of their run, else the state of a checkpoint."""
+    is_checkpoint = (folder / _STATE).is_file()
+    run_dir = folder.parent.parent if is_checkpoint and folder.parent.name == _CHECKPOINTS else folder
+    if (run_dir / CONFIG_FILE).is_file():
+        return read_json(run_dir / CONFIG_FILE)
+    states = [folder / _STATE] if is_checkpoint else sorted(run_dir.glob(f"{_CHECKPOINTS}/*-*/{_STATE}"))
+    for path in states:
+        with contextlib.suppress(UserError):  # torn: another one of the same run says the same
+            return read_json(path)
+    return {}
 
 
 def evaluations(run_dir: Path, record: Mapping[str, Any]) -> list[Evaluated]:
@@ -109,7 +119,7 @@ def evaluations(run_dir: Path, record: Mapping[str, Any]) -> list[Evaluated]:
     Raises:
         UserError: a file cannot be read.
     """
-    seen = trained_dates(run_dir, record.get("config", record))
+    seen = trained_dates(run_dir)
     files = [*run_dir.glob(METRICS_FILE), *sorted(run_dir.glob("evaluation-*.json"))]
     found = []
     for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):

@@ -57,6 +57,7 @@ def train(
     *,
     train_manifest: Manifest,
     eval_manifest: Manifest | None = None,
+    trained_dates: str = "",
     run_dir: Path,
     monitor: Monitor | None = None,
 ) -> TrainResult:
@@ -67,12 +68,14 @@ def train(
     Args:
         train_manifest: rows to train on; those whose labels close after the end of data.train_dates have weight 0.
         eval_manifest: held-out rows, for train.evaluate_every_epochs; None: no evaluation.
+        trained_dates: as config.json has them, for the checkpoints; '': those of `train_manifest`.
         run_dir: on storage that rank 0 can write.
 
     Raises:
         CheckpointError: the checkpoint is of other rows or another model. TrainError: the loss is not a number.
     """
     run = _Run(config, worker, train_manifest, eval_manifest, Path(run_dir), monitor or Monitor())
+    run.state.trained_dates = trained_dates or run.state.trained_dates
     with run.reader:
         return run.run()
 

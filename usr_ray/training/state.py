@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import usr_ray
-from usr_ray.config import Config, first_difference
+from usr_ray.config import Config, date_ranges, first_difference
 from usr_ray.data.manifest import Manifest
 from usr_ray.model.embedding import WEIGHTS, Lookup
 from usr_ray.model.unique import EmbeddingError, ItemSides
@@ -80,6 +80,8 @@ class TrainState:
         self.manifest = manifest
         self.order = order
         self.total_steps = total_steps
+        self.trained_dates = date_ranges(manifest.dates)
+        """Those that the weights will have seen, "A:B, C"; a warm start's are among them where `train` was told so."""
         torch.manual_seed(config.train.seed)
         self.module = UsrModel(manifest.spec, config.model, config.features.crosses)
         """The dense part itself: what is saved, exported and evaluated."""
@@ -151,6 +153,7 @@ class TrainState:
                 "step": self.epoch_step,
             },
             "table": {"uri": self.manifest.table_uri, "version": self.manifest.version},
+            "trained_dates": self.trained_dates,
             "config": self.config.to_dict(),
             "spec": json.loads(self.manifest.spec.to_json()),
             "random": {"seed": self.config.train.seed, "rule": "a function of (seed, step), no state"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -109,6 +110,26 @@ def test_a_run_that_was_asked_to_stop_goes_on_to_what_it_would_have_been(
 
     assert train(lake, stopped) == 0
     assert f"{stopped}: this run is finished (step {STEPS})" in capsys.readouterr().out
+
+
+def test_a_copied_checkpoint_is_not_judged_on_dates_that_it_has_seen(
+    lake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two trainings back, and none of their run directories is left."""
+    dates = ("2026-01-02:2026-01-03", "2026-01-01")
+    warm_start: tuple[str, ...] = ()
+    for name, trained_on in zip(("a", "b"), dates, strict=True):
+        sets = (f"data.train_dates={trained_on}", "data.eval_dates=2026-01-04", "data.mature_only=false")
+        assert train(lake, tmp_path / name, *sets, "train.num_epochs=1", *warm_start) == 0
+        (checkpoint,) = (tmp_path / name / "checkpoints").glob("step-*")
+        shutil.copytree(checkpoint, tmp_path / f"models-{name}" / checkpoint.name)
+        warm_start = (f"train.warm_start={tmp_path / f'models-{name}' / checkpoint.name}",)
+        shutil.rmtree(tmp_path / name)
+    shutil.rmtree(tmp_path / "models-a")
+    capsys.readouterr()
+    assert train(lake, tmp_path / "c", *warm_start) == 2
+    expected = "data.eval_dates 2026-01-03: the run of train.warm_start was trained on 2026-01-03, and a held-out date"
+    assert expected in capsys.readouterr().err
 
 
 def test_a_submitted_job_wants_whole_paths_here_too(

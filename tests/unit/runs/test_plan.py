@@ -173,13 +173,36 @@ def test_dates_that_a_warm_start_has_seen_are_no_held_out_dates(tmp_path: Path) 
             "train": {"warm_start": str(tmp_path / warm_start) if warm_start else ""},
         }
         (tmp_path / name / "config.json").write_text(json.dumps({"config": parts}))
-    assert trained_dates(tmp_path / "b", {}) == {"2026-01-01", "2026-01-02", "2026-01-03"}
+    every = {"2026-01-01", "2026-01-02", "2026-01-03"}
+    assert trained_dates(tmp_path / "b") == every
     checkpoint = tmp_path / "b" / "checkpoints" / "best-00000003"
-    assert warm_start_dates(str(checkpoint)) == trained_dates(tmp_path / "b", {})
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text(json.dumps({"config": parts}))
+    assert warm_start_dates(str(checkpoint)) == every
     record = {"config": {"data": {"train_dates": "2030-01-01"}}, "trained_dates": "2026-01-01, 2026-01-04"}
     (tmp_path / "b" / "config.json").write_text(json.dumps(record))
-    assert trained_dates(tmp_path / "b", {"data": {"train_dates": "2031-01-01"}}) == {"2026-01-01", "2026-01-04"}
-    assert warm_start_dates("") == frozenset()
+    assert trained_dates(tmp_path / "b") == {"2026-01-01", "2026-01-04"}
+    assert warm_start_dates("") == warm_start_dates(str(tmp_path / "gone")) == frozenset()
+
+
+@pytest.mark.parametrize("copied", ["checkpoints/best-00000003", "."])
+@pytest.mark.parametrize("is_older", [False, True])
+def test_a_copied_checkpoint_still_knows_its_dates(tmp_path: Path, copied: str, is_older: bool) -> None:
+    """`is_older`: a state of before 30 November 2026 has the configuration alone, its warm start the other dates."""
+    copy, before = tmp_path / "models", tmp_path / "before"
+    before.mkdir()
+    (before / "config.json").write_text(json.dumps({"trained_dates": "2026-01-01"}))
+    parts = {"data": {"train_dates": "2026-01-02"}, "train": {"warm_start": str(before)}}
+    state = {"config": parts} if is_older else {"config": parts, "trained_dates": "2026-01-01:2026-01-02"}
+    checkpoint = tmp_path / "run" / "checkpoints" / "best-00000003"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    torn = checkpoint.with_name("best-00000002")
+    torn.mkdir()
+    (torn / "state.json").write_text("{")
+    shutil.copytree(tmp_path / "run" / copied, copy)
+    shutil.rmtree(tmp_path / "run")
+    assert warm_start_dates(str(copy)) == {"2026-01-01", "2026-01-02"}
 
 
 def test_no_table_names_the_job_that_makes_one(tmp_path: Path) -> None:
