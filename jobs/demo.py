@@ -120,7 +120,7 @@ def job(title: str, name: str, *words: str, may_refuse: bool = False) -> bool:
     try:
         code = run_job(importlib.import_module(f"jobs.{name}").main, [*words])
     finally:
-        signal.signal(signal.SIGTERM, handler)  # a training without Ray takes it for a wish to save and end
+        signal.signal(signal.SIGTERM, handler)  # a training without Ray sets one that saves and ends
     if code == EXIT_USER_ERROR and may_refuse:
         return False
     ended(title, code, started)

@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
 
 def _run(config: Config, lake: str, run_dir: str, cluster: str, command: list[str]) -> RunSummary:
     if config.ray.num_workers == 0:
-        # Threads of torch that wait by spinning are dreadful where another process has a core.
+        # Torch's threads spin while they wait, which is very slow where another process has one of the cores.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         from usr_ray.launch.alone import run_alone
 

@@ -60,7 +60,7 @@ class Reading(WhichRows):
     max_bytes_in_flight: int = 1 << 30
     """Uncompressed bytes of the row groups being decoded at one time; one is decoded whatever its size."""
     cache_dir: Path | str | None = None
-    """Folder that keeps decoded row groups for later epochs and runs (cache.py); None: none."""
+    """Folder that keeps decoded row groups for later epochs and runs (decode.RowGroupCache); None: none."""
 
 
 class SampleReader:

@@ -31,7 +31,7 @@ class RunSummary:
 
     run_dir: Path
     outcome: str
-    """'finished', 'early_stopped' or 'stopped' (train.TrainResult.status)."""
+    """'finished', 'early_stopped' or 'stopped' (training.loop.TrainResult.status)."""
     step: int
     metrics: CellMetrics | None
     """Metrics on the held-out rows; None without held-out dates or when stopped."""

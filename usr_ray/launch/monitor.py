@@ -1,6 +1,6 @@
 """What a run reports: history.jsonl and TensorBoard for one run, Ray's metrics (Prometheus, dashboard) for a cluster.
 
-The loop calls the same three hooks on every rank (train.Monitor): rank 0 keeps the files, every rank may publish.
+The loop calls the same three hooks on every rank (training.monitor.Monitor): rank 0 keeps the files, every rank may publish.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ class FileMonitor(Monitor):
         self._is_full = False
 
     def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """See train.Monitor."""
+        """See training.monitor.Monitor."""
         numbers = {key: _finite(value) for key, value in metrics.items()}
         events = {key if "/" in key else f"train/{key}": value for key, value in metrics.items()}
         self._write(step, {"kind": "train", "step": step, "time": _now(), **numbers}, events)
 
     def on_evaluation(self, step: int, metrics: CellMetrics) -> None:
-        """See train.Monitor."""
+        """See training.monitor.Monitor."""
         numbers = {f"{cell}/{task}/{name}": value for cell, task, name, value in _flat(metrics)}
         events = {f"eval/{key}": value for key, value in numbers.items() if value is not None}
         self._write(step, {"kind": "eval", "step": step, "time": _now(), **numbers}, events)
@@ -157,7 +157,7 @@ class RayMetrics:
         self._count(ATTEMPT_COUNTER, "Times this rank of the run was started")
 
     def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """See train.Monitor."""
+        """See training.monitor.Monitor."""
         is_main = self._tags["rank"] == "0"
         for key, value in [("step", float(step)), *metrics.items()]:
             if key in RANK_GAUGES:
@@ -170,13 +170,13 @@ class RayMetrics:
             self._set(CHECKPOINT_AGE_GAUGE, _AGE, time.monotonic() - self._last_checkpoint_s)
 
     def on_evaluation(self, step: int, metrics: CellMetrics) -> None:  # noqa: ARG002
-        """See train.Monitor."""
+        """See training.monitor.Monitor."""
         for cell, task, name, value in _flat(metrics):
             if name in EVALUATION_GAUGES and value is not None:
                 self._set(*EVALUATION_GAUGES[name], value, scenario=cell, task=task)
 
     def on_checkpoint(self, step: int, path: Path | None) -> None:  # noqa: ARG002
-        """See train.Monitor."""
+        """See training.monitor.Monitor."""
         outcome = "storage_full" if path is None else "written"
         self._count(CHECKPOINT_COUNTER, "Checkpoints by outcome", outcome=outcome)
         if path is not None:
@@ -196,7 +196,7 @@ class RayMetrics:
 
 
 class RayMonitor(Monitor):
-    """The monitor of a run under Ray: Ray metrics of every rank, files of rank 0 (a train.Monitor)."""
+    """The monitor of a run under Ray: Ray metrics of every rank, files of rank 0 (a training.monitor.Monitor)."""
 
     def __init__(self, run_dir: Path, *, run_name: str, rank: int, factory: MetricFactory = ray_metric) -> None:
         self._monitors: list[FileMonitor | RayMetrics] = [RayMetrics(run_name, rank, factory=factory)]
@@ -205,17 +205,17 @@ class RayMonitor(Monitor):
             self._monitors.append(self._files)
 
     def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """See train.Monitor."""
+        """See training.monitor.Monitor."""
         for monitor in self._monitors:
             monitor.on_step(step, metrics)
 
     def on_evaluation(self, step: int, metrics: CellMetrics) -> None:
-        """See train.Monitor."""
+        """See training.monitor.Monitor."""
         for monitor in self._monitors:
             monitor.on_evaluation(step, metrics)
 
     def on_checkpoint(self, step: int, path: Path | None) -> None:
-        """See train.Monitor."""
+        """See training.monitor.Monitor."""
         for monitor in self._monitors:
             monitor.on_checkpoint(step, path)
 

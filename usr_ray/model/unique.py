@@ -194,7 +194,7 @@ def _check_range(name: str, num_rows: int, lowest: int, highest: int) -> None:
     if lowest < 0 or highest >= num_rows:
         raise EmbeddingError(
             f"table {name}: the batch has id {lowest if lowest < 0 else highest}, the table has {num_rows} rows; the "
-            "samples table does not belong to this run's feature spec: build the manifest again, or grow the tables"
+            "samples table does not belong to this run's feature spec: build the manifest again"
         )
 
 

@@ -153,7 +153,7 @@ def write_plan(plan: RunPlan) -> None:
 
 
 def mark_finished(plan: RunPlan, *, outcome: str, step: int) -> None:
-    """Note in config.json that the result is there; take back the pin. `outcome`: as in train.TrainResult.status."""
+    """Note in config.json that the result is there; take back the pin. `outcome`: training.loop.TrainResult.status."""
     _write_record(plan.run_dir, plan.record | {"status": FINISHED, "outcome": outcome, "step": step, "ended": now()})
     remove_pin(plan.train_manifest.table_uri, plan.run_dir)
 
