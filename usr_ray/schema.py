@@ -39,7 +39,7 @@ LABEL_ORDER = (
     ("is_order", "is_order_global"),
     ("is_order_global", "is_click_global"),
 )
-"""Pairs (a, b) with a <= b on every row; checked by ETL (Delta CHECK), by the decoder and by the feed of the loss."""
+"""Pairs (a, b) with a <= b on every row; checked by ETL (Delta CHECK) and by the decoder; the loss relies on it."""
 
 OPEN_LABEL = -1.0
 """Stands in a training batch for a label that is not final when training starts (data.final_labels), which is no 0."""

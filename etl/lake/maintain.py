@@ -113,7 +113,7 @@ def maintain(spark: SparkSession, request: MaintainRequest, report: Callable[[st
     held = _held([path for table in (SAMPLES, *_BY_ID) for path in doomed.get(table, [])], holds)
     if held and not request.keep_pinned:
         raise DataCheckError(_refusal(lake.path(SAMPLES), held))
-    # What runs read is kept out of VACUUM's sight altogether: none of it can become old enough between this check and the VACUUM.
+    # VACUUM never sees the files that runs read, so none of them can become old enough between this check and VACUUM.
     pinned_files = {file for hold in holds for file in hold.files} | of_samples
     for shape in before:
         # VACUUM first: it must not find what OPTIMIZE has only now put aside.

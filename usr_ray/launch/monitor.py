@@ -1,6 +1,6 @@
 """What a run reports: history.jsonl and TensorBoard for one run, Ray's metrics (Prometheus, dashboard) for a cluster.
 
-The loop calls the same three hooks on every rank (training.monitor.Monitor): rank 0 keeps the files, every rank may publish.
+The loop calls the same hooks on every rank (training.monitor.Monitor): rank 0 keeps the files, every rank may publish.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
-from usr_ray.config import Config, ModelConfig, UserError, end_of_us, parse_dates
+from usr_ray.config import Config, ModelConfig, end_of_us, parse_dates
 from usr_ray.data.assemble import padding_batch, take_rows
 from usr_ray.data.batch import UsrBatch
 from usr_ray.data.by_id import read_cold
@@ -22,12 +22,8 @@ from usr_ray.evaluation.baseline import TrainingRows
 from usr_ray.evaluation.metrics import known_labels_only
 from usr_ray.model.embedding import RowSource
 from usr_ray.model.unique import UniqueIds
-from usr_ray.schema import ALL_LABELS, LABEL_ORDER, ORDERS, UNKNOWN_ID, FeatureSpec
+from usr_ray.schema import ALL_LABELS, ORDERS, UNKNOWN_ID, FeatureSpec
 from usr_ray.training.loss import row_counts
-
-
-class LabelOrderError(UserError):
-    """A row with impossible labels: contract 2.5."""
 
 
 def training_reader(config: Config, manifest: Manifest, *, rank: int = 0, world_size: int = 1) -> SampleReader:
@@ -67,14 +63,10 @@ def training_batches(
         of_a_size: all batches have as many rows, as a compiled step wants, and the contrastive losses, whose groups go
             by a row's place. Otherwise those of a model of one scenario (data.only_scenario) leave out the rows of the
             others: they then cost nothing, and no step decays their ids.
-
-    Raises:
-        LabelOrderError: see `check_label_order`.
     """
     num_scenarios = len(reader.manifest.spec.scenarios)
     for epoch in epochs:
         for whole in reader.batches(epoch, start_step=start_step):
-            check_label_order(whole)
             is_cut = not of_a_size and reader.reading.only_scenario
             batch = _rows_that_count(whole, reader.manifest.spec) if is_cut else whole
             yield (batch.count_longest(), tables.unique_ids(batch)), row_counts(batch, num_scenarios, config)
@@ -85,24 +77,6 @@ def _rows_that_count(batch: UsrBatch, spec: FeatureSpec) -> UsrBatch:
     """The rows with weight, or a row of padding where none has any: no layer is made for an empty batch."""
     rows = np.flatnonzero(batch.weights_B.numpy() > 0)
     return take_rows(batch, rows) if len(rows) else padding_batch(spec, 1)
-
-
-def check_label_order(batch: UsrBatch) -> None:
-    """Check contract 2.5 on every row with weight: the loss relies on it. For batches on the CPU.
-
-    Raises:
-        LabelOrderError: not is_order <= is_click <= is_click_global and is_order <= is_order_global <= is_click_global.
-    """
-    counts_B = batch.weights_B > 0
-    for lower, upper in LABEL_ORDER:
-        wrong_B = batch.labels_BT[:, ALL_LABELS.index(lower)] > batch.labels_BT[:, ALL_LABELS.index(upper)]
-        wrong_B &= counts_B
-        if wrong_B.any():
-            row = int(batch.row_number_B[wrong_B][0])
-            raise LabelOrderError(
-                f"labels: {int(wrong_B.sum())} rows of the batch break {lower} <= {upper} (first: row_number {row} in "
-                "the manifest); such labels cannot be, so the samples table is damaged: build these dates again"
-            )
 
 
 def baseline_rows(config: Config, manifest: Manifest) -> TrainingRows:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ import torch
 from tests.unit.model.test_contrastive import slow_loss
 from tests.unit.random_batches import NO_CL, PLAIN, make_batch, make_config, make_spec, rows
 from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
-from usr_ray.data.batch import UsrBatch, UsrOutputs
+from usr_ray.data.batch import UsrOutputs
 from usr_ray.data.manifest import build_manifest
 from usr_ray.data.reader import Reading, SampleReader
 from usr_ray.model.embedding import EmbeddingTables
@@ -23,7 +22,7 @@ from usr_ray.model.multitask import global_outputs
 from usr_ray.model.usr import UsrModel
 from usr_ray.schema import OPEN_LABEL
 from usr_ray.training.loss import LossTerms, row_counts, usr_loss
-from usr_ray.training.rows import LabelOrderError, training_batches
+from usr_ray.training.rows import training_batches
 
 pytestmark = pytest.mark.unit
 
@@ -263,37 +262,6 @@ def test_terms_have_names_for_every_scenario_and_task() -> None:
     ):
         assert name in named
     assert all(value.shape == () and not value.requires_grad for value in named.values())
-
-
-@pytest.mark.parametrize(
-    ("labels", "pair"),
-    [
-        ([0.0, 1, 1, 1], "is_order <= is_click"),
-        ([1.0, 0, 0, 0], "is_click <= is_click_global"),
-        ([1.0, 1, 1, 0], "is_order <= is_order_global"),
-        ([0.0, 0, 0, 1], "is_order_global <= is_click_global"),
-    ],
-)
-def test_labels_that_cannot_be_never_reach_a_step(labels: list[float], pair: str) -> None:
-    batch = hand_batch()
-    tables = EmbeddingTables(make_spec(), 4, seed=0)
-
-    class OneBatch:
-        manifest = SimpleNamespace(spec=make_spec())
-
-        def batches(self, epoch: int, start_step: int = 0) -> Iterator[UsrBatch]:
-            yield batch
-
-    def fed() -> list[object]:
-        return list(training_batches(OneBatch(), tables, epochs=range(1), start_step=0, config=make_config()))
-
-    assert len(fed()) == 1
-    batch.labels_BT[1] = torch.tensor(labels)
-    message = rf"labels: 1 rows of the batch break {pair} \(first: row_number 101 in the manifest\); .* build these"
-    with pytest.raises(LabelOrderError, match=message):
-        fed()
-    batch.weights_B[1] = 0
-    assert len(fed()) == 1
 
 
 def test_a_model_of_one_scenario_is_not_made_to_compute_the_rows_of_the_others(tmp_path: Path) -> None:
