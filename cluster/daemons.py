@@ -7,7 +7,6 @@ import ipaddress
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -107,12 +106,3 @@ def check_private(host: str, *, flag: str) -> None:
             f"{flag} {host}: is not an address of a private network; whoever reaches these ports with the secret runs "
             "code here, and nothing is encrypted: use an address such as 10.0.0.5, or a tunnel"
         )
-
-
-def answers(host: str, port: int) -> bool:
-    """True when something listens there."""
-    try:
-        with socket.create_connection((host, port), timeout=1):
-            return True
-    except OSError:
-        return False

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import sys
 import urllib.error
 import urllib.request
@@ -35,6 +34,7 @@ from usr_ray.launch.environment import (
     LOOPBACK,
     RAY_ENVIRONMENT,
     ensure_token,
+    free_port,
     token_file,
 )
 
@@ -75,7 +75,7 @@ def train_runs(port: int, token: str) -> list[dict]:
         return []
 
 
-def _num_alive(port: int, token: str) -> int:
+def num_alive(port: int, token: str) -> int:
     """Nodes that have registered: jobs can be submitted once an agent has, later than the dashboard itself."""
     try:
         nodes = api(port, "/nodes?view=summary", token)["data"]["summary"]
@@ -105,7 +105,9 @@ class LocalRay:
         if head is None:
             head = {name: getattr(arguments, name) for name in ("port", "dashboard_port", "metrics_port")}
             for name, port in head.items():
-                _refuse_port_in_use("--" + name.replace("_", "-"), port)
+                if free_port(port) != port:
+                    flag = "--" + name.replace("_", "-")
+                    raise UserError(f"{flag} {port}: in use by another program; end it or choose another")
             ports = flags(
                 dashboard_host=LOOPBACK,
                 port=arguments.port,
@@ -144,7 +146,7 @@ class LocalRay:
         try:
             process = node.start(command, environment, **(head if node is self.head else {}))
             port = head["dashboard_port"]
-            node.wait(process, lambda: _num_alive(port, token) > len(self.nodes()), timeout_s=START_TIMEOUT_S)
+            node.wait(process, lambda: num_alive(port, token) > len(self.nodes()), timeout_s=START_TIMEOUT_S)
         except BaseException:
             self._end()
             raise
@@ -175,15 +177,6 @@ class LocalRay:
             print(
                 f"run:        {run['name']} {run['status']}, attempt {len(run['attempts'])}: {workers or 'no workers'}"
             )
-
-
-def _refuse_port_in_use(flag: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((LOOPBACK, port))
-        except OSError as error:
-            raise UserError(f"{flag} {port}: in use by another program; end it or choose another") from error
 
 
 def main(argv: list[str]) -> None:

@@ -24,8 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cluster.daemons import Daemon, answers, check_private
-from cluster.local_ray import api, start_flags, train_runs
+from cluster.daemons import Daemon, check_private
+from cluster.local_ray import api, num_alive, start_flags, train_runs
 from usr_ray.cli import JobParser, flags, run_job
 from usr_ray.config import UserError
 from usr_ray.launch.environment import LOOPBACK, RAY_ENVIRONMENT, ensure_token, token_file
@@ -92,7 +92,7 @@ def start(arguments: argparse.Namespace) -> None:
             dashboard_port=arguments.dashboard_port,
             metrics_port=arguments.metrics_port,
         )
-        node.wait(process, lambda: _head_is_up(arguments.dashboard_port, token), timeout_s=START_TIMEOUT_S)
+        node.wait(process, lambda: num_alive(arguments.dashboard_port, token) > 0, timeout_s=START_TIMEOUT_S)
         status(arguments)
         return
     if not arguments.head:
@@ -108,13 +108,6 @@ def start(arguments: argparse.Namespace) -> None:
     # `ray start` reports when the node is registered, and exits when the head refuses it.
     node.wait(process, lambda: JOINED in node.log_file.read_text(errors="replace"), timeout_s=START_TIMEOUT_S)
     print(f"worker:     {arguments.host} joined {arguments.head}; log {node.log_file}")
-
-
-def _head_is_up(port: int, token: str) -> bool:
-    try:
-        return answers(LOOPBACK, port) and bool(api(port, "/nodes?view=summary", token)["data"]["summary"])
-    except OSError:
-        return False
 
 
 def status(arguments: argparse.Namespace) -> None:

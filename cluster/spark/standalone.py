@@ -30,19 +30,11 @@ from cluster.daemons import Daemon, check_private
 from usr_ray.cli import JobParser, flags, run_job
 from usr_ray.config import UserError
 from usr_ray.launch.environment import LOOPBACK, private_file
+from usr_ray.launch.spark import spark_home
 
 MASTER_CLASS, WORKER_CLASS = "org.apache.spark.deploy.master.Master", "org.apache.spark.deploy.worker.Worker"
 CONFIG_FILES = ("cluster.conf", "object_stores.conf")
 START_TIMEOUT_S = 90.0
-
-
-def spark_home() -> Path:
-    """PyPI's pyspark, which is a whole Spark; UserError without it."""
-    try:
-        import pyspark
-    except ImportError as error:
-        raise UserError("pyspark is not installed here; install usr-ray[etl]") from error
-    return Path(pyspark.__file__).parent
 
 
 def settings(state: Path, *, cores: int, memory: str) -> tuple[str, str]:
@@ -131,7 +123,9 @@ class Standalone:
 
     def _launch(self, daemon: Daemon, command: list[str], **note: Any) -> Any:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("SPARK_")}
-        home = spark_home()
+        home = spark_home({})  # PyPI's pyspark, which is a whole Spark
+        if home is None:
+            raise UserError("pyspark is not installed here; install usr-ray[etl]")
         environment |= {
             "SPARK_HOME": str(home),
             "SPARK_CONF_DIR": str(ROOT / "cluster" / "spark" / "conf"),  # for log4j2; its defaults are not read
