@@ -80,7 +80,7 @@ def _watch(case: Path, config: Config, manifest: Manifest, worker: Worker) -> Sa
     if strike and strike.kind == "harm_table":
         if worker.is_main and _first(case):
             harm.HARMS[strike.options["harm"]](Path(manifest.table_uri), manifest.files[0].path)
-        worker.barrier()
+        worker.any_true(False)  # all ranks wait here
     reader = training_reader(config, manifest, rank=worker.rank, world_size=worker.world_size)
     # One name for the ranks that train together; a restarted group has another.
     group = int(worker.broadcast(torch.tensor(time.time_ns())))

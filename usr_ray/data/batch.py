@@ -146,12 +146,6 @@ class UsrBatch:
         rows = {name: getattr(self, name)[start:stop] for name in self.row_fields}
         return UsrBatch(**rows, histories=tuple(history.slice_rows(start, stop) for history in self.histories))
 
-    def num_bytes(self) -> int:
-        """Bytes of all tensors."""
-        tensors: list[Tensor] = []
-        map_tensors(self, tensors.append)
-        return sum(tensor.nbytes for tensor in tensors)
-
 
 def map_tensors(value: Any, function: Any) -> Any:
     """`value`, of dataclasses and tuples, with `function` applied to every tensor; None and integers stay."""

@@ -119,10 +119,10 @@ class SampleReader:
         dates = np.array([self.manifest.files[ref.file].date for ref in self.refs], dtype="datetime64[D]")
         return np.array([ref.row_group.num_rows for ref in self.refs]), dates.astype(np.int64)
 
-    def shuffle_quality(self, epoch: int = 0) -> ShuffleQuality:
-        """How well the order of an epoch mixes the rows that are read, and their dates; reads nothing."""
+    def shuffle_quality(self) -> ShuffleQuality:
+        """How well the order of the first epoch mixes the rows that are read, and their dates; reads nothing."""
         (rows, days), batch = self._rows_and_days(), self.share.global_batch_size
-        return epoch_quality(self.epoch_order(epoch), rows.cumsum() - rows, days, global_batch_size=batch)
+        return epoch_quality(self.epoch_order(0), rows.cumsum() - rows, days, global_batch_size=batch)
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[UsrBatch]:
         """Batches of this rank in an epoch from `start_step` on; starting late costs no more than starting at 0.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class MLP(nn.Module):
-    """Linear -> activation (-> dropout) for each hidden size, then a plain Linear when `output_dim` is given.
+    """Linear -> ReLU (-> dropout) for each hidden size, then a plain Linear when `output_dim` is given.
 
     With `output_dim` None the last hidden layer, activated, is the output. Hidden weights start He-uniform and the
     output layer Glorot-uniform, biases zero, from torch's default generator.
@@ -26,7 +26,6 @@ class MLP(nn.Module):
         hidden: tuple[int, ...],
         output_dim: int | None = None,
         dropout: float = 0.0,
-        activation: type[nn.Module] = nn.ReLU,
     ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
@@ -35,7 +34,7 @@ class MLP(nn.Module):
             linear = nn.Linear(width, size)
             nn.init.kaiming_uniform_(linear.weight, nonlinearity="relu")
             nn.init.zeros_(linear.bias)
-            layers += [linear, activation()]
+            layers += [linear, nn.ReLU()]
             if dropout > 0:
                 layers.append(nn.Dropout(dropout))
             width = size

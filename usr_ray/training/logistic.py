@@ -90,9 +90,7 @@ def design(spec: FeatureSpec, train: PlainRows, scored: PlainRows) -> tuple[spar
     return sparse.hstack(parts[0], format="csr"), sparse.hstack(parts[1], format="csr")
 
 
-def logistic_regression(
-    spec: FeatureSpec, train: PlainRows, scored: PlainRows, inverse_l2: float = INVERSE_L2
-) -> NDArray[np.float64]:
+def logistic_regression(spec: FeatureSpec, train: PlainRows, scored: PlainRows) -> NDArray[np.float64]:
     """Probabilities (N, T) of the scored rows, one regression a task; NaN where no training row's log knows the label.
 
     Raises:
@@ -116,6 +114,6 @@ def logistic_regression(
         labels_N = train.labels_NT[known_N, place]
         if len(np.unique(labels_N)) < 2:
             raise UserError(f"--compare: all training rows have one label of {task}; train on dates that have both")
-        fitted = LogisticRegression(C=inverse_l2, max_iter=200, tol=1e-3).fit(columns[known_N], labels_N)
+        fitted = LogisticRegression(C=INVERSE_L2, max_iter=200, tol=1e-3).fit(columns[known_N], labels_N)
         probs.append(fitted.predict_proba(wanted)[:, 1])
     return np.stack(probs, axis=1)

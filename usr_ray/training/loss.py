@@ -51,16 +51,14 @@ class LossTerms:
     variance_feature_S: Tensor
     """The same of f_k; zeros without FG."""
 
-    def named(self, scenarios: Sequence[str], known_labels: KnownLabels | None = None) -> dict[str, Tensor]:
+    def named(self, scenarios: Sequence[str], known_labels: KnownLabels) -> dict[str, Tensor]:
         """Scalars by name: 'loss', 'loss/<scenario>|global/<task>', 'contrastive/..', 'variance/../<scenario>'.
 
         A cell without labels (`known_labels`, as in `usr_loss`) is left out: its 0 would look like a perfect fit.
         """
         named = {"loss": self.total.detach()}
-        for scenario, name in enumerate(scenarios):
-            known = [True] * len(TASKS) if known_labels is None else known_labels[scenario]
-            cells = {f"loss/{name}/{task}": self.cells_ST[scenario, t] for t, task in enumerate(TASKS) if known[t]}
-            named |= cells
+        for cells_T, name, known_T in zip(self.cells_ST, scenarios, known_labels, strict=True):
+            named |= {f"loss/{name}/{task}": cells_T[t] for t, task in enumerate(TASKS) if known_T[t]}
         named |= {f"loss/global/{task}": self.global_T[t] for t, task in enumerate(TASKS)}
         named |= {"contrastive/interest": self.contrastive_interest, "contrastive/feature": self.contrastive_feature}
         for scenario, name in enumerate(scenarios):

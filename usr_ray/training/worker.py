@@ -90,10 +90,6 @@ class Worker:
         """True on every rank when the flag is true on one of them. On the CPU plane: never waits for a GPU."""
         return bool(self.all_reduce_sum(torch.tensor(int(flag))))
 
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        self.any_true(False)
-
     def request_stop(self) -> None:
         """Ask this rank to stop at the next step boundary; safe from any thread and from a signal handler."""
         self._stop.set()
@@ -162,11 +158,6 @@ class LocalWorker(Worker):
         if self._owns_group:
             dist.init_process_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=timeout)
         super().__init__(device, timeout=timeout)
-        self.last_report: dict[str, float] = {}
-
-    def report(self, metrics: Mapping[str, float]) -> None:
-        """Keep the newest numbers in `last_report`."""
-        self.last_report = dict(metrics)
 
     def close(self) -> None:
         """Leave the process group this worker set up; nothing to do otherwise."""

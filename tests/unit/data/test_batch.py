@@ -169,13 +169,6 @@ def test_a_batch_of_no_rows_is_all_padding() -> None:
     assert [row_values(built, b) for b in range(2)] == [row_values(padding_batch(SPEC, 2), b) for b in range(2)]
 
 
-def test_num_bytes_counts_every_tensor() -> None:
-    batch = padding_batch(SPEC, 2)
-    # A row: 4 labels and a weight, 2 numbers (float32); 5 ids (int32); scenario, 2 keys, row number (int64).
-    # Offsets 3 x 2.
-    assert batch.num_bytes() == 2 * (4 * 4 + 4 + 2 * 4 + 5 * 4 + 8 + 2 * 8 + 8) + 2 * 3 * 8
-
-
 def test_ids_are_as_wide_as_their_largest_table_needs() -> None:
     """2^31 rows have the ids 0..2^31 - 1, the most that int32 holds."""
 

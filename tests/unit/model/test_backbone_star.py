@@ -32,7 +32,8 @@ def normalise(
 
 
 def test_each_scenario_is_normalised_over_its_own_rows() -> None:
-    layer = PartitionedNormalisation(2, 1, eps=0.0).double()
+    layer = PartitionedNormalisation(2, 1).double()
+    layer.eps = 0.0
     with torch.no_grad():
         layer.gamma_I.fill_(3)
         layer.gamma_SI.copy_(torch.tensor([[1.0], [2.0]]))
@@ -47,7 +48,8 @@ def test_each_scenario_is_normalised_over_its_own_rows() -> None:
 
 
 def test_evaluation_uses_moving_statistics_and_leaves_them() -> None:
-    layer = PartitionedNormalisation(2, 1, eps=0.0).double()
+    layer = PartitionedNormalisation(2, 1).double()
+    layer.eps = 0.0
     normalise(layer, [1, 10, 3, 20, 30], [0, 1, 0, 1, 1])
     layer.eval()
     assert normalise(layer, [2, 30, 4], [0, 1, 0]) == pytest.approx([0, 1, math.sqrt(2)])
@@ -56,7 +58,8 @@ def test_evaluation_uses_moving_statistics_and_leaves_them() -> None:
 
 
 def test_moving_statistics_are_plain_means_first_and_exponential_later() -> None:
-    layer = PartitionedNormalisation(1, 1, momentum=0.25).double()
+    layer = PartitionedNormalisation(1, 1).double()
+    layer.momentum = 0.25
     expected_mean, expected_var = 0.0, 1.0
     for step in range(1, 9):
         low, high = float(step * step), float(step * step + 2 * step)
@@ -69,7 +72,8 @@ def test_moving_statistics_are_plain_means_first_and_exponential_later() -> None
 
 
 def test_a_scenario_absent_from_a_step_changes_nothing() -> None:
-    layer = PartitionedNormalisation(2, 1, eps=0.0).double()
+    layer = PartitionedNormalisation(2, 1).double()
+    layer.eps = 0.0
     normalise(layer, [1, 3], [1, 1])
     # Scenario 1 is here as padding only: it keeps mean 2 and variance 2, and its padding row is normalised by them.
     found = normalise(layer, [5, 9, 4], [0, 0, 1], padding=1)

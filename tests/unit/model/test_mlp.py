@@ -31,9 +31,9 @@ def test_without_an_output_layer_the_last_hidden_layer_is_the_output() -> None:
     assert torch.equal(MLP(3, ())(x), x)
 
 
-def test_dropout_and_activation_follow_each_hidden_layer() -> None:
-    kinds = [type(layer) for layer in MLP(3, (5, 4), 1, dropout=0.1, activation=nn.Tanh).layers]
-    assert kinds == [nn.Linear, nn.Tanh, nn.Dropout, nn.Linear, nn.Tanh, nn.Dropout, nn.Linear]
+def test_relu_and_dropout_follow_each_hidden_layer() -> None:
+    kinds = [type(layer) for layer in MLP(3, (5, 4), 1, dropout=0.1).layers]
+    assert kinds == [nn.Linear, nn.ReLU, nn.Dropout, nn.Linear, nn.ReLU, nn.Dropout, nn.Linear]
 
 
 def test_biases_start_at_zero_and_hidden_weights_keep_the_size_of_the_signal() -> None:

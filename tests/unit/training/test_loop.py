@@ -170,9 +170,14 @@ def test_a_compiled_model_trains_as_the_plain_one(
 
 
 def test_the_loss_falls_and_the_numbers_are_reported(
-    manifests: tuple[Manifest, Manifest], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    manifests: tuple[Manifest, Manifest],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     watcher, worker = Watcher(), LocalWorker("cpu")
+    reports: list[Mapping[str, float]] = []
+    monkeypatch.setattr(worker, "report", reports.append)
     result = run(make_config(train_num_epochs=6), manifests, tmp_path, watcher, worker)
     assert (result.status, result.step) == ("finished", 6 * NUM_STEPS)
     losses = [m["loss/search/ctr"] + m["loss/recommendation/ctr"] for m in watcher.steps.values()]
@@ -184,7 +189,7 @@ def test_the_loss_falls_and_the_numbers_are_reported(
     assert watcher.evaluations == [NUM_STEPS * n for n in range(1, 7)]
     assert result.evaluation is not None
     assert result.evaluation.metrics is not None
-    assert worker.last_report["log_loss"] == summarise(result.evaluation.metrics)["log_loss"]
+    assert reports[-1]["log_loss"] == summarise(result.evaluation.metrics)["log_loss"]
     lines = [line for line in capsys.readouterr().out.splitlines() if " step 8/48 " in line]
     assert len(lines) == 1
     assert re.search(r"epoch 1/6 step 8/48 loss [\d.]+ [\d,]+ samples/s data stall \d+% left 0:00:\d\d", lines[0])

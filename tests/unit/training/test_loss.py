@@ -194,8 +194,10 @@ def test_shares_of_ranks_add_up_to_the_loss_and_gradients_of_one(
     assert torch.equal(sum(row_counts(p, 2, config) for p in parts), counts_C)
     whole_terms, *whole_grads = step(model, tables, batch, counts_C, config, spec.known_labels)
     shares = [step(model, tables, part, counts_C, config, spec.known_labels) for part in parts]
-    for name, value in whole_terms.named(spec.scenarios).items():
-        torch.testing.assert_close(sum(s[0].named(spec.scenarios)[name] for s in shares), value, rtol=1e-4, atol=1e-6)
+    for name, value in whole_terms.named(spec.scenarios, spec.known_labels).items():
+        torch.testing.assert_close(
+            sum(s[0].named(spec.scenarios, spec.known_labels)[name] for s in shares), value, rtol=1e-4, atol=1e-6
+        )
     for number, grads in enumerate(whole_grads, start=1):
         for name, grad in grads.items():
             torch.testing.assert_close(sum(s[number][name] for s in shares), grad, rtol=1e-3, atol=1e-6)
@@ -249,7 +251,7 @@ def test_terms_have_names_for_every_scenario_and_task() -> None:
     batch = hand_batch()
     config = make_config()
     terms = usr_loss(outputs_of([[0.5, 0.2]] * 4), batch, row_counts(batch, 2, config), config)
-    named = terms.named(("search", "recommendation"))
+    named = terms.named(("search", "recommendation"), ((True, True),) * 2)
     for name in (
         "loss",
         "loss/search/ctr",

@@ -105,14 +105,13 @@ class PartitionedNormalisation(nn.Module):
     the unbiased ones; a step with a single row of k updates the mean only. Statistics are float32 or wider.
     """
 
+    eps, momentum = 1e-5, 0.1
     moving_mean_SI: Tensor
     moving_var_SI: Tensor
     num_updates_S: Tensor
 
-    def __init__(self, num_scenarios: int, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+    def __init__(self, num_scenarios: int, num_features: int) -> None:
         super().__init__()
-        self.eps = eps
-        self.momentum = momentum
         self.gamma_I = nn.Parameter(torch.ones(num_features))
         self.gamma_SI = nn.Parameter(torch.ones(num_scenarios, num_features))
         self.beta_I = nn.Parameter(torch.zeros(num_features))
