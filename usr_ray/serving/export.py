@@ -51,7 +51,6 @@ from usr_ray.serving.runtime import (
     ExportError,
     require_packages,
 )
-from usr_ray.training.checkpoint import SUMS, TENSORS, Checkpoint
 from usr_ray.training.evaluate import TrainedRun, check_table, load_whole_run
 
 TOLERANCE = 1e-5
@@ -126,15 +125,6 @@ def known_values(entries: pa.Table, spec: FeatureSpec, lake: Path | str) -> pa.T
     return pa.concat_tables(parts) if parts else entries.slice(0, 0)
 
 
-def model_id(checkpoint: Checkpoint) -> str:
-    """16 hex digits that name the checkpoint's tensors: the head of their SHA-256. AssertionError if not verified."""
-    for line in (checkpoint.path / SUMS).read_text(encoding="utf-8").splitlines():
-        digest, _, name = line.partition("  ")
-        if name == TENSORS:
-            return digest[:16]
-    raise AssertionError(f"{checkpoint.path}: was verified when it was loaded")
-
-
 def _write(folder: Path, run: TrainedRun, vocabularies: pa.Table | None, requests_only: bool) -> dict[str, Any]:
     model = ServingModel(run.module, run.tables, run.spec)
     if not requests_only:
@@ -206,7 +196,7 @@ def _describe(folder: Path, run: TrainedRun, model: ServingModel) -> dict[str, A
         "scenarios": list(run.spec.scenarios),
         "vocabulary": {"kind": vocabulary.kind}
         | ({"num_buckets": vocabulary.num_buckets} if vocabulary.kind == "hash" else {}),
-        "checkpoint": {"name": run.checkpoint.path.name, "step": run.checkpoint.step, "id": model_id(run.checkpoint)},
+        "checkpoint": {"name": run.checkpoint.path.name, "step": run.checkpoint.step, "id": run.checkpoint.model_id},
         "table": run.checkpoint.state.get("table"),
         "model": run.config.to_dict()["model"],
         "labels": run.config.to_dict()["labels"],

@@ -26,7 +26,6 @@ from usr_ray.data.rows import micros, read_rows
 from usr_ray.schema import FIRST_ID, LOG1P, STANDARD, UNKNOWN_ID, DenseFeature, ListFeature
 from usr_ray.serving.counters import Counters, lake_counters
 from usr_ray.serving.encode import Encoder, Profile, UserEvents
-from usr_ray.serving.export import model_id
 from usr_ray.serving.library import Run
 from usr_ray.serving.runtime import ExportedModel
 from usr_ray.serving.stores import ItemTable, UserStore, write_items, write_users
@@ -105,9 +104,9 @@ def replay(
     folder = stable_folder(registry)
     version = verified_version(folder)
     trained = load_whole_run(run_dir)
-    if model_id(trained.checkpoint) != version["model_id"]:
+    if trained.checkpoint.model_id != version["model_id"]:
         raise DataError(
-            f"--run-dir {run_dir}: its model is {model_id(trained.checkpoint)}, the registry's stable version "
+            f"--run-dir {run_dir}: its model is {trained.checkpoint.model_id}, the registry's stable version "
             f"{version['version']} is of another; name the run that was published"
         )
     manifest = build_manifest(lake, dates=dates, allow_missing=allow_missing)

@@ -24,7 +24,6 @@ from usr_ray.data.manifest import Manifest, build_manifest, make_manifest
 from usr_ray.data.rows import read_rows
 from usr_ray.schema import PARTITION_COLUMN
 from usr_ray.serving.check import training_probabilities
-from usr_ray.serving.export import model_id
 from usr_ray.serving.model import GLOBAL_PROBABILITIES, PROBABILITIES
 from usr_ray.training.evaluate import TrainedRun, check_table, evaluation_reader, load_whole_run, score_batches
 from usr_ray.training.worker import Worker
@@ -65,7 +64,7 @@ class ScoreTable:
 
     Args:
         path: created when it is absent or an empty directory.
-        model_id: as export.model_id gives it.
+        model_id: as Checkpoint.model_id.
 
     Raises:
         ScoreError: something else is there, or the scores of another model.
@@ -197,7 +196,7 @@ def score_dates(
     run = load_whole_run(run_dir, worker.device)
     manifest = build_manifest(lake, dates=dates, allow_missing=allow_missing)
     check_table(run, manifest)
-    table = ScoreTable(output, model_id=model_id(run.checkpoint), model_step=run.checkpoint.step)
+    table = ScoreTable(output, model_id=run.checkpoint.model_id, model_step=run.checkpoint.step)
     of_date = {dt.date.fromisoformat(date): _only(manifest, date) for date in manifest.dates}
     for date in sorted(table.dates() - set(of_date)):
         if dates[0] <= date <= dates[1]:  # its rows have left the samples table
@@ -233,7 +232,7 @@ def score_rows(
         DataError: a file cannot be read or breaks the contract. ScoreError: a probability is not a number.
         RuntimeError: rows would be missing or doubled.
     """
-    identity = model_id(run.checkpoint)
+    identity = run.checkpoint.model_id
     scenarios = pa.array(manifest.spec.scenarios)
     date = dt.date.fromisoformat(manifest.dates[0])
     names = _RawRows(manifest)

@@ -56,6 +56,8 @@ class Checkpoint:
     """Name -> tensor, on the CPU."""
     state: dict[str, Any]
     """What `save` was given as `state`."""
+    model_id: str
+    """16 hex digits that name the tensors: the head of their SHA-256."""
 
 
 class CheckpointStore:
@@ -196,13 +198,13 @@ class CheckpointStore:
         if path.is_symlink() or not path.is_dir():
             present = ", ".join(self._names()) or "none"
             raise CheckpointError(f"checkpoint {path}: no such directory; present: {present}")
-        _verify(path)
+        digest = _verify(path)
         try:
             state = json.loads((path / STATE).read_text(encoding="utf-8"))
             tensors = load_file(path / TENSORS)
         except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"checkpoint {path}: cannot be read ({error}); use an older one") from error
-        return Checkpoint(path=path, step=int(match[2]), tensors=tensors, state=state)
+        return Checkpoint(path=path, step=int(match[2]), tensors=tensors, state=state, model_id=digest[:16])
 
     def _first_valid(self, kind: str) -> Checkpoint | None:
         for _, name in reversed(self._entries(kind)):
@@ -279,7 +281,8 @@ def _plain(tensor: Tensor) -> Tensor:
     return plain.clone() if plain.untyped_storage().nbytes() != plain.numel() * plain.element_size() else plain
 
 
-def _verify(path: Path) -> None:
+def _verify(path: Path) -> str:
+    """The SHA-256 of the tensors."""
     expected = f"{path}: expected {STATE}, {TENSORS} and their {SUMS}"
     try:
         lines = (path / SUMS).read_text(encoding="utf-8").splitlines()
@@ -293,3 +296,4 @@ def _verify(path: Path) -> None:
         raise CheckpointError(
             f"checkpoint {path}: {torn[0]} does not match its checksum (torn or changed); use an older one"
         )
+    return sums[TENSORS]

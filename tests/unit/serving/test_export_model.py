@@ -21,7 +21,7 @@ from usr_ray.model.history import NUM_AGES, age_buckets
 from usr_ray.model.usr import UsrModel
 from usr_ray.schema import UNKNOWN_ID
 from usr_ray.serving.check import drawn_batch, training_probabilities
-from usr_ray.serving.export import ExportError, export_run, known_values, model_id
+from usr_ray.serving.export import ExportError, export_run, known_values
 from usr_ray.serving.model import (
     GLOBAL_PROBABILITIES,
     RequestModel,
@@ -313,8 +313,8 @@ def test_a_model_is_named_by_its_weights(lake, tmp_path):
     one = load_run(make_run(tmp_path / "one", lake)).checkpoint
     same = load_run(make_run(tmp_path / "same", lake, step=9)).checkpoint
     other = load_run(make_run(tmp_path / "other", lake, seed=1)).checkpoint
-    assert model_id(one) == model_id(replace(one)) == model_id(same) != model_id(other)
-    assert len(model_id(one)) == 16
+    assert one.model_id == same.model_id != other.model_id
+    assert len(one.model_id) == 16
 
 
 def candidates(spec, num_items, row=3):
