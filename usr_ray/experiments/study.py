@@ -43,6 +43,7 @@ from usr_ray.experiments.worlds import (
 from usr_ray.launch.alone import refuse_relative
 from usr_ray.launch.environment import OWN, SUBMITTED
 from usr_ray.launch.session import ray_session
+from usr_ray.training.checkpoint import CHECKPOINTS
 from usr_ray.training.worker import LocalWorker
 
 _LOSSES = 2
@@ -245,4 +246,4 @@ def run_job(job: Job, worker: Callable[[], LocalWorker] = _stoppable) -> None:
     """One trial, in a Ray task's process or in this one: to its result, or to a failure.json."""
     run_trial(job.config, job.lake, job.run_dir, worker=worker, command=[job.trial.trial_id])
     if is_finished(job.run_dir) and not job.keep_model:
-        shutil.rmtree(job.run_dir / "checkpoints", ignore_errors=True)
+        shutil.rmtree(job.run_dir / CHECKPOINTS, ignore_errors=True)

@@ -31,6 +31,8 @@ from usr_ray.config import UserError
 from usr_ray.files import file_sha256, sync
 
 TENSORS, STATE, SUMS = "tensors.safetensors", "state.json", "SHA256SUMS"
+CHECKPOINTS = "checkpoints"
+"""Their folder in a run directory."""
 VECTORS = "vectors"
 """Key in a checkpoint's state: the file beside it that holds the vectors its run was trained with."""
 STORAGE_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -58,6 +60,12 @@ class Checkpoint:
     """What `save` was given as `state`."""
     model_id: str
     """16 hex digits that name the tensors: the head of their SHA-256."""
+
+
+def part_of(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    """The tensors called '<part>/<name>', by name."""
+    prefix = f"{part}/"
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 class CheckpointStore:
@@ -178,6 +186,10 @@ class CheckpointStore:
     def best_valid(self) -> Checkpoint | None:
         """The best checkpoint, or None when none was marked (or it is torn, with a warning line)."""
         return self._first_valid("best")
+
+    def chosen(self) -> Checkpoint | None:
+        """The run's result: the best checkpoint, or the newest whole one where none was marked."""
+        return self.best_valid() or self.newest_valid()
 
     def steps(self) -> list[int]:
         """Steps of the `step-` checkpoints on disk, oldest first; not verified."""

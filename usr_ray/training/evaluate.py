@@ -9,7 +9,7 @@ Shape letters: B rows of a batch, N rows of the evaluation, T tasks (schema.TASK
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from usr_ray.model.unique import ITEM_TABLE, ItemSides, UniqueIds, event_sides
 from usr_ray.model.usr import UsrModel
 from usr_ray.schema import ALL_LABELS, TASKS, UNKNOWN_ID, FeatureSpec
 from usr_ray.training.average import averaged_tensors
-from usr_ray.training.checkpoint import VECTORS, Checkpoint, CheckpointError, CheckpointStore
+from usr_ray.training.checkpoint import CHECKPOINTS, VECTORS, Checkpoint, CheckpointError, CheckpointStore, part_of
 from usr_ray.training.embeddings import SIDES
 from usr_ray.training.worker import Worker
 
@@ -229,8 +229,8 @@ def load_run(run_dir: Path, device: torch.device | str = "cpu") -> TrainedRun:
     """
     if not run_dir.is_dir():
         raise EvaluationError(f"--run-dir {run_dir}: no such directory; name the --run-dir of jobs/train.py")
-    store = CheckpointStore(run_dir / "checkpoints")
-    checkpoint = store.best_valid() or store.newest_valid()
+    store = CheckpointStore(run_dir / CHECKPOINTS)
+    checkpoint = store.chosen()
     if checkpoint is None:
         raise EvaluationError(f"--run-dir {run_dir}: holds no valid checkpoint; train with jobs/train.py first")
     try:
@@ -238,7 +238,7 @@ def load_run(run_dir: Path, device: torch.device | str = "cpu") -> TrainedRun:
         spec = FeatureSpec.from_json(json.dumps(checkpoint.state["spec"]))
         module = UsrModel(spec, config.model, config.features.crosses)
         tensors = averaged_tensors(checkpoint.tensors, config.train.average, checkpoint.step)
-        module.load_state_dict(_part(tensors, "model"))
+        module.load_state_dict(part_of(tensors, "model"))
         names = event_sides(spec, config.model)
         sides = ItemSides(names, checkpoint.tensors[SIDES]) if names else None
         vectors = store.load_vectors(checkpoint.state[VECTORS]) if spec.vectors else None
@@ -250,7 +250,7 @@ def load_run(run_dir: Path, device: torch.device | str = "cpu") -> TrainedRun:
             f"checkpoint {checkpoint.path}: not written by this version ({reason}); use the version that trained it"
         ) from error
     tables = EmbeddingTables(spec, config.model.embedding_dim, config.train.seed, device, sides, vectors)
-    tables.load_state_dict(_part(tensors, "tables"))
+    tables.load_state_dict(part_of(tensors, "tables"))
     return TrainedRun(module.to(device).eval(), tables, config, spec, checkpoint)
 
 
@@ -267,11 +267,6 @@ def load_whole_run(run_dir: Path, device: torch.device | str = "cpu") -> Trained
             "other row and no other history; name a run that was trained on all"
         )
     return run
-
-
-def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
-    prefix = f"{part}/"
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 def check_table(run: TrainedRun, table: Manifest) -> None:

@@ -20,7 +20,7 @@ from usr_ray.data.feed import Feed
 from usr_ray.data.manifest import Manifest
 from usr_ray.data.order import stream_key
 from usr_ray.model.unique import UniqueIds
-from usr_ray.training.checkpoint import CheckpointStore
+from usr_ray.training.checkpoint import CHECKPOINTS, CheckpointStore
 from usr_ray.training.embeddings import describe_memory
 from usr_ray.training.evaluate import Evaluation, evaluate
 from usr_ray.training.loss import usr_loss
@@ -99,7 +99,7 @@ class _Run:
         self.state = TrainState(
             config, train_manifest, worker, order=self.reader.fingerprint, total_steps=self.total_steps
         )
-        self.store = CheckpointStore(run_dir / "checkpoints", keep_last=config.train.keep_checkpoints)
+        self.store = CheckpointStore(run_dir / CHECKPOINTS, keep_last=config.train.keep_checkpoints)
         self.meter = StepMeter(worker)
         self.best: tuple[int, float] | None = None
         """Step and log loss of the best epoch so far, with early stopping."""

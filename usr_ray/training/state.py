@@ -21,7 +21,7 @@ from usr_ray.model.usr import UsrModel
 from usr_ray.model.wide import WEIGHTS as WEIGHTS_OF_WIDE
 from usr_ray.schema import FeatureSpec
 from usr_ray.training.average import DENSE, DenseAverage
-from usr_ray.training.checkpoint import Checkpoint, CheckpointError
+from usr_ray.training.checkpoint import Checkpoint, CheckpointError, part_of
 from usr_ray.training.embeddings import (
     SIDES,
     Embeddings,
@@ -233,10 +233,10 @@ class TrainState:
                 self._receive_rows(name, own, dtype, shape, worker)
             else:
                 tensors[name] = worker.broadcast(_empty(shape, dtype) if own is None else own)
-        self.module.load_state_dict(_part(tensors, "model"))
-        self.dense.load_state_tensors(_part(tensors, "adamw"))
+        self.module.load_state_dict(part_of(tensors, "model"))
+        self.dense.load_state_tensors(part_of(tensors, "adamw"))
         if self.average is not None:
-            for name, tensor in _part(tensors, DENSE).items():
+            for name, tensor in part_of(tensors, DENSE).items():
                 self.average.averages[name].copy_(tensor)
 
     def _receive_rows(self, name: str, own: Tensor | None, dtype: str, shape: list[int], worker: Worker) -> None:
@@ -321,7 +321,3 @@ def package_versions() -> dict[str, str]:
 
 def _empty(shape: list[int], dtype: str) -> Tensor:
     return torch.empty(shape, dtype=getattr(torch, dtype))
-
-
-def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
-    return {name.removeprefix(f"{part}/"): t for name, t in tensors.items() if name.startswith(f"{part}/")}

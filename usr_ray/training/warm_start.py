@@ -13,7 +13,7 @@ from usr_ray.data.lineage import built_with, difference
 from usr_ray.data.manifest import Manifest
 from usr_ray.model.unique import event_sides, event_vectors
 from usr_ray.schema import FeatureSpec
-from usr_ray.training.checkpoint import STATE, Checkpoint, CheckpointError, CheckpointStore
+from usr_ray.training.checkpoint import CHECKPOINTS, STATE, Checkpoint, CheckpointError, CheckpointStore
 
 _NEW_KEYS = ("wide", "wide_buckets", "wide_l2", "pepnet_hidden", "interaction_histories")
 _NEW = {key: getattr(ModelConfig(), key) for key in _NEW_KEYS}
@@ -34,8 +34,7 @@ def find_checkpoint(path: str) -> Checkpoint:
     folder = Path(path)
     if (folder / STATE).is_file():
         return CheckpointStore(folder.parent).load(folder.name)
-    store = CheckpointStore(folder / "checkpoints")
-    found = store.best_valid() or store.newest_valid()
+    found = CheckpointStore(folder / CHECKPOINTS).chosen()
     if found is None:
         raise CheckpointError(
             f"train.warm_start {path}: is no run directory with a whole checkpoint, and no checkpoint; {_WAY_OUT}"
@@ -50,7 +49,7 @@ def check_warm_start(config: Config, manifest: Manifest) -> None:
         CheckpointError: there is no checkpoint, or it is of another model or of other features.
     """
     path = config.train.warm_start
-    of_a_run = [sorted(Path(path).glob(f"checkpoints/{kind}-*"), reverse=True) for kind in ("best", "step")]
+    of_a_run = [sorted(Path(path, CHECKPOINTS).glob(f"{kind}-*"), reverse=True) for kind in ("best", "step")]
     for folder in [Path(path), *of_a_run[0], *of_a_run[1]]:
         try:
             state = json.loads((folder / STATE).read_text(encoding="utf-8"))

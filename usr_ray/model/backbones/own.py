@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 
 from usr_ray.config import ConfigError, ModelConfig
+from usr_ray.data.batch import map_tensors
 from usr_ray.model.backbones.interface import Backbone, BackboneDims, BackboneInput
 from usr_ray.schema import TASKS
 
@@ -63,7 +65,7 @@ def check_backbone(
         backbone = kind(config, BackboneDims(**_DIMS, num_scenarios=num_scenarios))
         rows = _rows(num_scenarios)
         backbone.train()
-        one = _part(rows, slice(0, _ROWS_A_SCENARIO))  # rows of the first scenario alone
+        one = map_tensors(rows, itemgetter(slice(_ROWS_A_SCENARIO)))  # rows of the first scenario alone
         logits_BT = backbone(one)
         wanted = (_ROWS_A_SCENARIO, len(TASKS))
         if not isinstance(logits_BT, Tensor) or logits_BT.shape != wanted or not logits_BT.isfinite().all():
@@ -78,7 +80,8 @@ def check_backbone(
         backbone.eval()
         with torch.no_grad():
             together_BT = backbone(rows)
-            alone_BT = torch.cat([backbone(_part(rows, slice(n, n + 1))) for n in range(len(rows.x_BD))])
+            alone = [map_tensors(rows, itemgetter(slice(n, n + 1))) for n in range(len(rows.x_BD))]
+            alone_BT = torch.cat([backbone(row) for row in alone])
         if not torch.allclose(together_BT, alone_BT, atol=1e-5):
             raise refuse("in evaluation the logits of a row change with the other rows of its batch")
 
@@ -93,14 +96,4 @@ def _rows(num_scenarios: int) -> BackboneInput:
         scenario_embedding_BE=torch.randn(num_scenarios, _DIMS["scenario_dim"])[scenario_B],
         trigger_BZ=torch.randn(num_rows, _DIMS["trigger_dim"]),
         weights_B=torch.ones(num_rows),
-    )
-
-
-def _part(rows: BackboneInput, part: slice) -> BackboneInput:
-    return BackboneInput(
-        rows.x_BD[part],
-        rows.scenario_B[part],
-        rows.scenario_embedding_BE[part],
-        rows.trigger_BZ[part],
-        rows.weights_B[part],
     )
