@@ -111,37 +111,14 @@ def difference(model: FeatureSpec, model_built_with: str, table: Manifest, *, ma
     Raises:
         UserError: the vocabularies cannot be read.
     """
-    pairs = {
-        "scenarios": (model.scenarios, table.spec.scenarios),
-        "query_scenarios": (model.query_scenarios, table.spec.query_scenarios),
-        "categories": (tuple(f.name for f in model.sparse), tuple(f.name for f in table.spec.sparse)),
-        "numbers": (tuple(f.name for f in model.dense), tuple(f.name for f in table.spec.dense)),
-        "what numbers were fitted to": tuple(
-            tuple(f"{f.name} {f.mean} {f.deviation}" for f in spec.dense if f.scale == STANDARD)
-            + tuple(f"{f.name} {f.edges}" for f in spec.sparse if f.edges is not None)
-            for spec in (model, table.spec)
-        ),
-        "tags and terms": tuple(
-            tuple(f"{f.name} ({f.length} of {', '.join(f.sources)})" for f in spec.lists)
-            for spec in (model, table.spec)
-        ),
-        "vectors": tuple(
-            tuple(f"{f.name} ({f.length} over {f.scale})" for f in spec.vectors) for spec in (model, table.spec)
-        ),
-        "labels.no_order_scenarios": (model.no_order_scenarios, table.spec.no_order_scenarios),
-        "histories.length": (model.history_length, table.spec.history_length),
-        "the labels' delay in microseconds": (model.label_delay_us, table.spec.label_delay_us),
-        "labels.global_span": (model.label_day_span, table.spec.label_day_span),
-    }
-    rows = [(name, of_model, of_table) for name, (of_model, of_table) in pairs.items()]
+    of_table = _meaning(table.spec)
+    rows = [(name, of_model, of_table[name]) for name, of_model in _meaning(model).items()]
     if model_built_with and table.built_with:  # first, since it names the configuration's own keys
         found = first_difference(json.loads(model_built_with), json.loads(table.built_with))
         rows = [*([found] if found else []), *rows]
-    for name, of_model, of_table in rows:
-        if of_model != of_table:
-            return (
-                f"{name} of the samples table is {_words(of_table)}, but the model was trained with {_words(of_model)}"
-            )
+    for name, trained, there in rows:
+        if trained != there:
+            return f"{name} of the samples table is {_words(there)}, but the model was trained with {_words(trained)}"
     for old, new in zip((*model.sparse, *model.lists), (*table.spec.sparse, *table.spec.lists), strict=True):
         same = _same_ids(old, new)
         if same is None:
@@ -152,6 +129,24 @@ def difference(model: FeatureSpec, model_built_with: str, table: Manifest, *, ma
                 f"with ({old.num_embeddings} and {new.num_embeddings} rows)"
             )
     return None
+
+
+def _meaning(spec: FeatureSpec) -> dict[str, object]:
+    """What a model's rows and a table's must have alike, by its name in words."""
+    fitted = [f"{f.name} {f.mean} {f.deviation}" for f in spec.dense if f.scale == STANDARD]
+    return {
+        "scenarios": spec.scenarios,
+        "query_scenarios": spec.query_scenarios,
+        "categories": [f.name for f in spec.sparse],
+        "numbers": [f.name for f in spec.dense],
+        "what numbers were fitted to": fitted + [f"{f.name} {f.edges}" for f in spec.sparse if f.edges is not None],
+        "tags and terms": [f"{f.name} ({f.length} of {', '.join(f.sources)})" for f in spec.lists],
+        "vectors": [f"{f.name} ({f.length} over {f.scale})" for f in spec.vectors],
+        "labels.no_order_scenarios": spec.no_order_scenarios,
+        "histories.length": spec.history_length,
+        "the labels' delay in microseconds": spec.label_delay_us,
+        "labels.global_span": spec.label_day_span,
+    }
 
 
 def fingerprint(entries: pa.Table, feature: str, num_embeddings: int) -> tuple[int, str]:
