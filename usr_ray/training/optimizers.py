@@ -1,7 +1,7 @@
 """Gradients of the tables' rows exchanged between replicas, the optimisers of tables and dense part, a replica's hash.
 
 Gradients are sums. A rank's loss is its share of the global loss (usr_ray.training.loss: cells are divided by global
-counts), so the gradient of the global loss is the sum over ranks: for the tables `exchange` sums, for the dense part
+counts), so the gradient of the global loss is the sum over ranks: for the tables `exchange_tables` sums, for the dense part
 the worker's DDP hook sums. Neither takes a mean, so one rank and many take the same step.
 
 The tables stay outside DDP, which would move whole tables each step: ranks exchange (ids, gradients) of the rows of
@@ -46,32 +46,17 @@ def sum_by_id(ids_N: Tensor, grads_ND: Tensor) -> Update:
     return ids_U, grads_UD
 
 
-def exchange(worker: Worker, ids_U: Tensor, grads_UD: Tensor) -> Update:
-    """Sum the row gradients of all ranks; every rank gets bitwise the same result.
+def exchange_tables(worker: Worker, updates: Mapping[str, Update]) -> dict[str, Update]:
+    """Sum the row gradients of all ranks: the same few collectives a step however many tables there are.
+
+    Every rank gets bitwise the same: ascending unique ids and the sums of their gradients. On a GPU nothing waits for
+    its queue. The number of different ids is then not known to the host, so each table comes back with as many places
+    as all ranks sent; those left over hold the padding id, which no optimiser trains.
 
     Args:
         worker: all its ranks must call this in the same order.
-        ids_U: int64 (U), this rank's rows; U may be 0 and differ between ranks.
-        grads_UD: float (U, D), D equal on all ranks.
-
-    Returns:
-        Ascending unique ids of all ranks and their summed gradients. With one rank, whose ids are unique already
-        (Lookup), the arguments themselves.
-    """
-    if worker.world_size == 1:
-        return ids_U, grads_UD
-    return sum_by_id(worker.all_gather_rows(ids_U), worker.all_gather_rows(grads_UD))
-
-
-def exchange_tables(worker: Worker, updates: Mapping[str, Update]) -> dict[str, Update]:
-    """`exchange` of all tables at once: the same few collectives a step however many tables there are.
-
-    On a GPU nothing waits for its queue. The number of different ids is then not known to the host, so each table
-    comes back with as many places as all ranks sent; those left over hold the padding id, which no optimiser trains.
-
-    Args:
-        worker: see `exchange`.
-        updates: by table name, the same names and one D on all ranks.
+        updates: by table name, the same names and one D on all ranks; U may be 0 and differ. Of one rank, whose ids
+            are unique already (Lookup), they come back as they are.
     """
     if worker.world_size == 1 or not updates:
         return dict(updates)
@@ -83,7 +68,7 @@ def exchange_tables(worker: Worker, updates: Mapping[str, Update]) -> dict[str, 
         ends = [0, *sizes_WT.sum(0).cumsum(0).tolist()]  # on the CPU, where a sum is known at once
         packed_U, grads_UD = sum_in_place(worker.all_gather_rows(packed_U), worker.all_gather_rows(grads_UD))
     else:
-        packed_U, grads_UD = exchange(worker, packed_U, grads_UD)
+        packed_U, grads_UD = sum_by_id(worker.all_gather_rows(packed_U), worker.all_gather_rows(grads_UD))
         starts = torch.arange(len(names) + 1) << _TABLE_SHIFT
         ends = torch.searchsorted(packed_U, starts).tolist()
     row_mask = (1 << _TABLE_SHIFT) - 1

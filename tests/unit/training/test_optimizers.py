@@ -19,7 +19,6 @@ from usr_ray.training.optimizers import (
     RowwiseAdagrad,
     RowwiseAdam,
     Update,
-    exchange,
     exchange_tables,
     rate_scale,
     replica_hash,
@@ -160,22 +159,21 @@ class FakeRanks:
 
 
 def test_exchange_sums_what_ranks_share_and_keeps_the_rest() -> None:
-    other_ids, other_grads = torch.tensor([5, 2]), torch.tensor([[10.0], [20.0]])
-    ids, grads = exchange(FakeRanks(other_ids, other_grads), torch.tensor([2, 7]), torch.tensor([[1.0], [2.0]]))
+    worker = FakeRanks(torch.tensor([5, 2]), torch.tensor([[10.0], [20.0]]))
+    ids, grads = exchange_tables(worker, {"t": (torch.tensor([2, 7]), torch.tensor([[1.0], [2.0]]))})["t"]
     assert ids.tolist() == [2, 5, 7]
     assert grads.tolist() == [[21.0], [10.0], [2.0]]
 
 
 def test_exchange_of_nothing_on_every_rank_is_nothing() -> None:
-    ids, grads = exchange(
-        FakeRanks(torch.zeros(0, dtype=torch.int64)), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4)
-    )
+    nothing = torch.zeros(0, dtype=torch.int64)
+    ids, grads = exchange_tables(FakeRanks(nothing), {"t": (nothing, torch.zeros(0, 4))})["t"]
     assert (ids.shape, grads.shape) == ((0,), (0, 4))
 
 
 def test_exchange_on_one_rank_hands_back_its_arguments() -> None:
     ids, grads = torch.tensor([3, 1]), torch.ones(2, 2)
-    back = exchange(FakeRanks(), ids, grads)
+    back = exchange_tables(FakeRanks(), {"t": (ids, grads)})["t"]
     assert back[0] is ids
     assert back[1] is grads
 
