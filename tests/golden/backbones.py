@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from tests.unit.backbone_batches import ALL, INPUT_DIM, SCENARIO_DIM, SMALL, TRIGGER_DIM, batch_of
-from usr_ray.model.backbones import build_backbone
+from usr_ray.model.backbones import BackboneDims, build_backbone
 
 GOLDEN = Path(__file__).with_name("backbones.json")
 NUM_STEPS = 6
@@ -26,10 +26,7 @@ def losses(name: str) -> list[float]:
     torch.manual_seed(11)
     backbone = build_backbone(
         replace(SMALL, backbone=name),
-        input_dim=INPUT_DIM,
-        scenario_dim=SCENARIO_DIM,
-        trigger_dim=TRIGGER_DIM,
-        num_scenarios=3,
+        BackboneDims(input_dim=INPUT_DIM, scenario_dim=SCENARIO_DIM, trigger_dim=TRIGGER_DIM, num_scenarios=3),
     ).double()
     optimizer = torch.optim.SGD(backbone.parameters(), lr=0.05, momentum=0.9)
     measured = []

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from usr_ray.config import BACKBONES, ModelConfig
-from usr_ray.model.backbones import Backbone, BackboneInput, build_backbone
+from usr_ray.model.backbones import Backbone, BackboneDims, BackboneInput, build_backbone
 
 torch.set_num_threads(1)  # rows this small are slower on more threads
 INPUT_DIM, SCENARIO_DIM, TRIGGER_DIM = 6, 3, 4
@@ -33,10 +33,9 @@ def small_backbone(name: str, *, num_scenarios: int = 3, seed: int = 0, config: 
     torch.manual_seed(seed)
     backbone = build_backbone(
         replace(config, backbone=name),
-        input_dim=INPUT_DIM,
-        scenario_dim=SCENARIO_DIM,
-        trigger_dim=TRIGGER_DIM,
-        num_scenarios=num_scenarios,
+        BackboneDims(
+            input_dim=INPUT_DIM, scenario_dim=SCENARIO_DIM, trigger_dim=TRIGGER_DIM, num_scenarios=num_scenarios
+        ),
     ).double()
     with torch.no_grad():
         for parameter in backbone.parameters():

@@ -18,7 +18,7 @@ from torch.nn.functional import embedding
 
 from usr_ray.config import ModelConfig
 from usr_ray.data.batch import GroupShare, UsrBatch, UsrOutputs, rows_of
-from usr_ray.model.backbones import BackboneInput, build_backbone
+from usr_ray.model.backbones import BackboneDims, BackboneInput, build_backbone
 from usr_ray.model.backbones.towers import select_scenario
 from usr_ray.model.contrastive import event_mask, feature_mask
 from usr_ray.model.embedding import Lookup
@@ -91,13 +91,13 @@ class UsrModel(nn.Module):
         )
         interest_dim = dim if ie.enabled else event_dim
         feature_dim = self.inputs.feature_dim
-        self.backbone = build_backbone(
-            config,
+        dims = BackboneDims(
             input_dim=interest_dim + feature_dim + (config.trigger_dim if self.has_views else dim),
             scenario_dim=dim,
             trigger_dim=config.trigger_dim if self.has_views else 2 * dim + self.inputs.context_dim,
             num_scenarios=num_scenarios,
         )
+        self.backbone = build_backbone(config, dims)
         joined_dim = (
             interest_dim * (num_scenarios if ie.enabled else 1)
             + feature_dim * (num_scenarios if fg.enabled else 1)

@@ -1,8 +1,8 @@
 """Gradients of the tables' rows exchanged between replicas, the optimisers of tables and dense part, a replica's hash.
 
 Gradients are sums. A rank's loss is its share of the global loss (usr_ray.training.loss: cells are divided by global
-counts), so the gradient of the global loss is the sum over ranks: for the tables `exchange_tables` sums, for the dense part
-the worker's DDP hook sums. Neither takes a mean, so one rank and many take the same step.
+counts), so the gradient of the global loss is the sum over ranks: `exchange_tables` sums for the tables, the worker's
+DDP hook for the dense part. Neither takes a mean, so one rank and many take the same step.
 
 The tables stay outside DDP, which would move whole tables each step: ranks exchange (ids, gradients) of the rows of
 the step, and each applies the same summed rows to its own replica (RowOptimizer,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.unit.backbone_batches import SMALL, batch_of, small_backbone, weighted_sum
-from usr_ray.model.backbones import BackboneInput, build_backbone
+from usr_ray.model.backbones import BackboneDims, BackboneInput, build_backbone
 from usr_ray.model.backbones.apg import APG, GeneratedLinear, GeneratedMLP
 from usr_ray.model.backbones.m2m import M2M, MetaUnit
 from usr_ray.model.backbones.pepnet import GateUnit, PEPNet
@@ -89,7 +89,7 @@ def test_star_in_evaluation_equals_a_loop_over_rows_with_moving_statistics() -> 
 def test_star_starts_as_one_network_for_all_scenarios() -> None:
     torch.manual_seed(0)
     star = build_backbone(
-        replace(SMALL, backbone="star"), input_dim=6, scenario_dim=3, trigger_dim=4, num_scenarios=3
+        replace(SMALL, backbone="star"), BackboneDims(input_dim=6, scenario_dim=3, trigger_dim=4, num_scenarios=3)
     ).eval()
     inputs = replace(batch_of([0, 0, 0]), weights_B=torch.ones(3))
     inputs = replace(inputs, x_BD=inputs.x_BD.float(), scenario_embedding_BE=inputs.scenario_embedding_BE.float())
@@ -249,7 +249,7 @@ def test_ple_with_unequal_expert_counts_equals_the_case_worked_by_hand() -> None
     config = replace(
         SMALL, backbone="ple", hidden=(1,), tower_hidden=(), num_experts=1, num_task_experts=2, num_levels=2
     )
-    ple = build_backbone(config, input_dim=1, scenario_dim=1, trigger_dim=0, num_scenarios=1).double()
+    ple = build_backbone(config, BackboneDims(input_dim=1, scenario_dim=1, trigger_dim=0, num_scenarios=1)).double()
     assert isinstance(ple, PLE)
     first, last = ple.levels
     assert last.shared_gate_IG is None

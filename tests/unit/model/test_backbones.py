@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tests.unit.backbone_batches import ALL, SMALL, batch_of, rows, small_backbone, weighted_sum
 from usr_ray.config import Config, ConfigError, ModelConfig
-from usr_ray.model.backbones import Backbone, BackboneInput, build_backbone
+from usr_ray.model.backbones import Backbone, BackboneDims, BackboneInput, build_backbone
 
 pytestmark = pytest.mark.unit
 MIXED = [0, 2, 1, 1, 0, 2, 2, 0, 1, 0, 2, 1]
@@ -145,7 +145,9 @@ def test_dropout_acts_in_training_only(name: str) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_a_width_zero_trigger_is_allowed(name: str) -> None:
     config = replace(SMALL, backbone=name)
-    backbone = build_backbone(config, input_dim=6, scenario_dim=3, trigger_dim=0, num_scenarios=2).double()
+    backbone = build_backbone(
+        config, BackboneDims(input_dim=6, scenario_dim=3, trigger_dim=0, num_scenarios=2)
+    ).double()
     inputs = batch_of([0, 1])
     assert backbone(replace(inputs, trigger_BZ=inputs.trigger_BZ[:, :0])).isfinite().all()
 
@@ -221,7 +223,9 @@ def test_a_known_function_of_each_cell_is_learned(name: str) -> None:
         apg_rank=6,
         apg_over_parameterisation=16,
     )
-    backbone = build_backbone(config, input_dim=width, scenario_dim=2, trigger_dim=2, num_scenarios=num_scenarios)
+    backbone = build_backbone(
+        config, BackboneDims(input_dim=width, scenario_dim=2, trigger_dim=2, num_scenarios=num_scenarios)
+    )
     optimizer = torch.optim.Adam(backbone.parameters(), lr=0.01)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=100)
 

@@ -12,7 +12,7 @@ from tests.unit.backbone_batches import batch_of
 from tests.unit.export_runs import make_run, run_config
 from tests.unit.samples_table import samples_spec, write_samples
 from usr_ray.config import ModelConfig, UserError
-from usr_ray.model.backbones import build_backbone, check_own_backbone
+from usr_ray.model.backbones import BackboneDims, build_backbone, check_own_backbone
 from usr_ray.runs.plan import plan_run
 from usr_ray.training.evaluate import load_run
 
@@ -111,7 +111,7 @@ def test_the_example_computes_cross_layers() -> None:
         backbone="cross_network:CrossNetwork", backbone_options={"num_cross_layers": 2}, hidden=(5,), tower_hidden=()
     )
     torch.manual_seed(0)
-    net = build_backbone(config, input_dim=6, scenario_dim=3, trigger_dim=4, num_scenarios=3).double()
+    net = build_backbone(config, BackboneDims(input_dim=6, scenario_dim=3, trigger_dim=4, num_scenarios=3)).double()
     inputs = batch_of([2, 0, 1, 1])
     found = net(inputs)
     for row, scenario in enumerate(inputs.scenario_B.tolist()):

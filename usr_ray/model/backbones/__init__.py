@@ -28,20 +28,12 @@ _KINDS: dict[str, Callable[[ModelConfig, BackboneDims], Backbone]] = {
 }
 
 
-def build_backbone(
-    config: ModelConfig, *, input_dim: int, scenario_dim: int, trigger_dim: int, num_scenarios: int
-) -> Backbone:
+def build_backbone(config: ModelConfig, dims: BackboneDims) -> Backbone:
     """The backbone that `config.backbone` names, with weights drawn from torch's global generator.
-
-    Args:
-        config: its `backbone` is one of usr_ray.config.BACKBONES, or "module:Class".
-        trigger_dim: width of trigger_BZ; may be 0.
-        num_scenarios: one or more.
 
     Raises:
         OwnBackboneError: there is no such module or class, or it is no Backbone.
     """
-    dims = BackboneDims(input_dim, scenario_dim, trigger_dim, num_scenarios)
     kind = _KINDS.get(config.backbone) or own_backbone(config.backbone)
     return kind(config, dims)
 
