@@ -29,7 +29,6 @@ from usr_ray.serving.ranker import Ranker, RequestError, iso_time
 from usr_ray.serving.versions import CANARY, GOLDEN, Pointer, read_pointer, version_folder
 
 MAX_BODY_BYTES = 4 << 20
-_LATE = {"error": "the device is behind; try again after a second"}
 _MAX_SHADOWS = 64
 """Requests that wait for the shadow; the next ones go without."""
 
@@ -144,7 +143,12 @@ class Service:
         self.metrics.spent("wait", waited)
         if waited > self.settings.max_wait_s:
             return 429, {"error": "waited too long for a worker; try again after a second"}
-        return work(*arguments)
+        try:
+            return work(*arguments)
+        except (RequestError, EventError) as error:
+            return 422, {"error": str(error)}
+        except LateError:
+            return 429, {"error": "the device is behind; try again after a second"}
 
     @property
     def ranker(self) -> Ranker:
@@ -159,15 +163,9 @@ class Service:
     def _answer(self, body: bytes, ranked: bool, read: Read) -> tuple[int, dict[str, Any]]:
         pointer, rankers = self._served  # one version for the whole request
         asked_us = time.time_ns() // 1000  # the shadow's "now" too: past midnight its counters would be others
-        try:
-            request = read(body)
-            bucket = _bucket(pointer, request)
-            ranker = rankers[str(pointer.canary if bucket == CANARY else pointer.stable)]
-            answer = ranker.answer(request, ranked=ranked, spent=self.metrics.spent) | {"bucket": bucket}
-        except RequestError as error:
-            return 422, {"error": str(error)}
-        except LateError:
-            return 429, _LATE
+        request = read(body)
+        bucket, ranker = _chosen(pointer, rankers, request)
+        answer = ranker.answer(request, ranked=ranked, spent=self.metrics.spent) | {"bucket": bucket}
         if pointer.shadow is not None:
             asked = request.get("time") or iso_time(asked_us)
             self._compare(rankers[pointer.shadow], {**request, "time": asked}, answer)
@@ -177,26 +175,18 @@ class Service:
 
     def _explain(self, body: bytes) -> tuple[int, dict[str, Any]]:
         pointer, rankers = self._served
-        try:
-            request = parsed(body)
-            bucket = _bucket(pointer, request)
-            ranker = rankers[str(pointer.canary if bucket == CANARY else pointer.stable)]
-            explainer = self._explainers.get(ranker) or Explainer(ranker)
-            with self._lock:
-                if ranker in self._served[1].values():  # it reads whole vocabularies: once a version
-                    self._explainers[ranker] = explainer
-            return 200, explainer.answer(request) | {"bucket": bucket}
-        except RequestError as error:
-            return 422, {"error": str(error)}
-        except LateError:
-            return 429, _LATE
+        request = parsed(body)
+        bucket, ranker = _chosen(pointer, rankers, request)
+        explainer = self._explainers.get(ranker) or Explainer(ranker)
+        with self._lock:
+            if ranker in self._served[1].values():  # it reads whole vocabularies: once a version
+                self._explainers[ranker] = explainer
+        return 200, explainer.answer(request) | {"bucket": bucket}
 
     def _keep(self, body: bytes, read: Read) -> tuple[int, dict[str, Any]]:
+        rows = checked_rows(read(body), self.ranker.encoder.spec.scenarios)
         try:
-            rows = checked_rows(read(body), self.ranker.encoder.spec.scenarios)
             num_new = self.log.append(rows)
-        except (RequestError, EventError) as error:
-            return 422, {"error": str(error)}
         except OSError as error:
             return 503, {"error": f"events: cannot be kept ({one_line(error)}); post them again later"}
         self.metrics.events.inc(num_new)
@@ -295,9 +285,11 @@ class Service:
         self._shadow_pool.shutdown()
 
 
-def _bucket(pointer: Pointer, request: Any) -> str:
+def _chosen(pointer: Pointer, rankers: dict[str, Ranker], request: Any) -> tuple[str, Ranker]:
+    """The bucket that a request's user falls into, and its version."""
     user_id = str(request.get("user_id") if isinstance(request, dict) else None)
-    return pointer.bucket(user_id.encode(errors="replace").decode())  # what is no Unicode is refused later, in words
+    bucket = pointer.bucket(user_id.encode(errors="replace").decode())  # what is no Unicode is refused later, in words
+    return bucket, rankers[str(pointer.canary if bucket == CANARY else pointer.stable)]
 
 
 def check_size(body: bytes) -> None:
