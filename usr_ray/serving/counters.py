@@ -51,19 +51,6 @@ class _Feature:
     of_user: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    prior: float
-    columns: tuple[CounterColumns, ...]
-    of_scenarios: tuple[int, ...]
-    features: tuple[_Feature, ...]
-    counted: tuple[str, ...]
-    """Columns with a code."""
-    num_scenarios: int
-    first: int
-    width: int
-
-
 def planned_counters(spec: FeatureSpec, built_with: str) -> tuple[float, tuple[CounterColumns, ...]]:
     """The prior, and the counters that a model needs; a counter's feature is its keys, joined by ':'.
 
@@ -192,17 +179,17 @@ def write_counters(
     np.save(home / "places.npy", places)
     np.save(home / "until.npy", _smallest(_cumulated(counts), places // (width * len(spec.scenarios))))
     totals_N5 = _sums_N5(seen.filter(pc.equal(seen["name"], ALL_ROWS)), spec.scenarios)
-    plan = _Plan(
-        prior=prior,
-        columns=columns,
-        of_scenarios=tuple(totals_N5.reshape(-1).tolist()),
-        features=features,
-        counted=tuple(values),
-        num_scenarios=len(spec.scenarios),
-        first=first,
-        width=width,
-    )
-    (home / "plan.json").write_text(json.dumps(asdict(plan)) + "\n", encoding="utf-8")
+    plan = {
+        "prior": prior,
+        "columns": [asdict(counter) for counter in columns],
+        "of_scenarios": totals_N5.reshape(-1).tolist(),
+        "features": [asdict(feature) for feature in features],
+        "counted": list(values),  # columns with a code
+        "num_scenarios": len(spec.scenarios),
+        "first": first,
+        "width": width,
+    }
+    (home / "plan.json").write_text(json.dumps(plan) + "\n", encoding="utf-8")
     return LakeCounters(_owned(table, spec, values), values, _by_user(*of_users), _newest(table))
 
 
