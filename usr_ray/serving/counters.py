@@ -1,6 +1,6 @@
 """Counters of a request: the daily sums of `<lake>/counters` beside a version's model, and its columns at request time.
 
-    counters/plan.json       `_Plan`: columns, sums of whole scenarios, what each counter counts by
+    counters/plan.json       columns, sums of whole scenarios, what each counter counts by
     counters/N.arrow         values of the N-th counted column -> code from 1 on (encode.ValueIndex)
     counters/N-J.npy         pairs of codes that the N-th feature counts by, ascending; a pair's place is its own code
     counters/places.npy, until.npy     `DailySums` of all features that do not count by the user
