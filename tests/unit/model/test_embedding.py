@@ -164,7 +164,8 @@ def test_an_id_outside_its_table_is_refused(wrong: int) -> None:
     batch = make_batch(spec)
     batch.sparse_BF[4, 1] = wrong
     with pytest.raises(
-        EmbeddingError, match=rf"table item_id: the batch has id {wrong}, the table has 40 rows; .* build the manifest again"
+        EmbeddingError,
+        match=rf"table item_id: the batch has id {wrong}, the table has 40 rows; .* build the manifest again",
     ):
         EmbeddingTables(spec, 4, seed=0).lookup(batch)
 
