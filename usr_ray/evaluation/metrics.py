@@ -162,45 +162,26 @@ def ndcg_at_k(labels: NDArray, probs: NDArray, request_keys: NDArray, k: int = N
     return float((dcg_G[has_positive_G] / best_dcg[np.minimum(positives_G[has_positive_G], k)]).mean())
 
 
-def compute_metrics(
-    labels: NDArray,
-    probs: NDArray,
-    user_keys: NDArray,
-    *,
-    request_keys: NDArray | None = None,
-) -> TaskMetrics:
+def compute_metrics(labels_N: NDArray, probs_N: NDArray, user_keys_N: NDArray, request_keys_N: NDArray) -> TaskMetrics:
     """All metrics of one task on one set of rows.
 
     Args:
-        labels: (N,) 0 or 1.
-        probs: (N,) probabilities in [0, 1].
-        user_keys: (N,) integers, equal for rows of one user.
-        request_keys: (N,) integers, equal for rows of one request; None leaves NDCG undefined.
+        labels_N: 0 or 1, as the decoder has checked.
+        probs_N: in [0, 1], as the evaluation has checked.
+        user_keys_N: integers, equal for rows of one user.
+        request_keys_N: integers, equal for rows of one request.
 
     Returns:
         auc, gauc, log_loss, pcoc, normalised_entropy, ndcg_at_10 (float, None when undefined), num_samples and
         num_positives (int).
-
-    Raises:
-        ValueError: lengths differ, a label is neither 0 nor 1, or a probability is outside [0, 1] or NaN.
     """
-    columns = [np.asarray(c) for c in (labels, probs, user_keys, user_keys if request_keys is None else request_keys)]
-    if any(c.shape != columns[0].shape or c.ndim != 1 for c in columns):
-        raise ValueError(
-            f"labels, probs and keys must be one-dimensional and equally long, got {[c.shape for c in columns]}"
-        )
-    labels_N, probs_N, users_N, requests_N = columns
-    if not np.isin(labels_N, (0, 1)).all():
-        raise ValueError("labels must be 0 or 1")
-    if not ((probs_N >= 0) & (probs_N <= 1)).all():  # also catches NaN
-        raise ValueError("probabilities must be in [0, 1]; NaN or larger means that the model diverged")
     return {
         "auc": auc(labels_N, probs_N),
-        "gauc": gauc(labels_N, probs_N, users_N),
+        "gauc": gauc(labels_N, probs_N, user_keys_N),
         "log_loss": log_loss(labels_N, probs_N),
         "pcoc": pcoc(labels_N, probs_N),
         "normalised_entropy": normalised_entropy(labels_N, probs_N),
-        f"ndcg_at_{NDCG_K}": None if request_keys is None else ndcg_at_k(labels_N, probs_N, requests_N),
+        f"ndcg_at_{NDCG_K}": ndcg_at_k(labels_N, probs_N, request_keys_N),
         "num_samples": len(labels_N),
         "num_positives": int(np.count_nonzero(labels_N)),
     }
@@ -212,9 +193,6 @@ def metrics_by_scenario(predictions: Predictions, scenarios: Sequence[str]) -> C
     A scenario's cell: its rows, its labels, the row's own probabilities. "all": every row, the same labels and
     probabilities, pooled. "global": every row, the global labels with the global heads; metrics are None and the counts
     stay when the model has no global heads. Rows whose label is not known take no part; `num_unknown` counts them.
-
-    Raises:
-        ValueError: as `compute_metrics`.
     """
     cells: CellMetrics = {}
     for index, scenario in enumerate(scenarios):
@@ -236,7 +214,7 @@ def _cell(
         # A model without global heads has no probabilities; the labels are still counted.
         probs = np.zeros(len(labels)) if probs_NT is None else probs_NT[:, task]
         users, requests = predictions.user_key_N[rows], predictions.request_key_N[rows]
-        metrics = compute_metrics(labels[known], probs[known], users[known], request_keys=requests[known])
+        metrics = compute_metrics(labels[known], probs[known], users[known], requests[known])
         metrics["num_unknown"] = int(np.count_nonzero(~known))
         if probs_NT is None:
             metrics = {key: value if key.startswith("num_") else None for key, value in metrics.items()}

@@ -134,7 +134,7 @@ def test_metrics_equal_scikit_learn(rows):
 def test_metrics_do_not_depend_on_the_order_of_rows(rows, random):
     shuffled = list(rows)
     random.shuffle(shuffled)
-    first, second = (compute_metrics(*columns(r), request_keys=columns(r)[2]) for r in (rows, shuffled))
+    first, second = (compute_metrics(*columns(r), columns(r)[2]) for r in (rows, shuffled))
     assert first == {k: v if v is None else pytest.approx(v, rel=1e-12) for k, v in second.items()}
 
 
@@ -146,7 +146,7 @@ def test_auc_stays_exact_on_many_rows():
 
 
 def test_no_rows_give_no_metrics_and_valid_json():
-    empty = compute_metrics(np.array([]), np.array([]), np.array([]), request_keys=np.array([]))
+    empty = compute_metrics(np.array([]), np.array([]), np.array([]), np.array([]))
     assert empty == {
         "auc": None,
         "gauc": None,
@@ -158,20 +158,6 @@ def test_no_rows_give_no_metrics_and_valid_json():
         "num_positives": 0,
     }
     assert json.loads(json.dumps(empty, allow_nan=False)) == empty
-
-
-@pytest.mark.parametrize(
-    ("labels", "probs", "message"),
-    [
-        ([1, 0], [0.5], r"equally long, got \[\(2,\), \(1,\)"),
-        ([1, 2], [0.5, 0.5], "labels must be 0 or 1"),
-        ([1, 0], [0.5, float("nan")], "the model diverged"),
-        ([1, 0], [0.5, 1.5], r"probabilities must be in \[0, 1\]"),
-    ],
-)
-def test_wrong_input_is_refused(labels, probs, message):
-    with pytest.raises(ValueError, match=message):
-        compute_metrics(np.array(labels), np.array(probs), np.arange(len(labels)))
 
 
 def predictions(*, with_global):
