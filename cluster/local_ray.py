@@ -100,7 +100,11 @@ class LocalRay:
         return {name: note["pid"] for name in names if (note := Daemon(self.state, name).running())}
 
     def start(self, arguments: argparse.Namespace) -> None:
-        """Start what does not run yet, and wait until all of it answers; otherwise end everything."""
+        """Start what does not run yet, and wait until all of it answers; otherwise end everything.
+
+        Raises:
+            UserError: another program has one of the ports.
+        """
         token, head = ensure_token(), self.head.running()
         if head is None:
             head = {name: getattr(arguments, name) for name in ("port", "dashboard_port", "metrics_port")}
