@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import abc
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -208,42 +208,35 @@ class EmbeddingTables(RowSource):
     def num_rows(self) -> dict[str, int]:
         return {name: table.shape[0] for name, table in self.tables.items()}
 
-    def num_bytes(self) -> int:
-        """Bytes of all tables."""
-        return sum(t.numel() * t.element_size() for t in self.tables.values())
-
-    def to(self, device: torch.device | str) -> EmbeddingTables:
-        """Move the tables to `device`, in place; returns self."""
-        self.device = torch.device(device)
-        self.tables = {name: table.to(self.device) for name, table in self.tables.items()}
-        self.vectors = {name: vectors_NP.to(self.device) for name, vectors_NP in self.vectors.items()}
-        return self
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Table name -> the table itself (no copy)."""
-        return dict(self.tables)
-
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Overwrite every table with a checkpoint's.
 
         Raises:
-            EmbeddingError: a table is missing, unknown, or of another shape. For a vocabulary that grew, load into
-                tables of the old sizes and call `grow`.
+            EmbeddingError: see `check_shapes`.
         """
-        missing, unknown = sorted(set(self.tables) - set(state)), sorted(set(state) - set(self.tables))
-        if missing or unknown:
-            raise EmbeddingError(
-                f"checkpoint: tables missing {_names(missing)}, unknown {_names(unknown)}; use a checkpoint of a run "
-                "with the same features"
-            )
-        for name, table_ND in self.tables.items():
-            if state[name].shape != table_ND.shape:
-                raise EmbeddingError(
-                    f"checkpoint: table {name} is {tuple(state[name].shape)}, this run needs {tuple(table_ND.shape)}; "
-                    "use a checkpoint of the same features and model.embedding_dim, or grow the tables after loading"
-                )
+        found = {name: tuple(table_ND.shape) for name, table_ND in state.items()}
+        check_shapes({name: tuple(table_ND.shape) for name, table_ND in self.tables.items()}, found)
         for name, table_ND in self.tables.items():
             table_ND.copy_(state[name])
+
+
+def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a checkpoint whose tables or optimiser states are not those of this run.
+
+    Raises:
+        EmbeddingError: a name is missing, or has another shape.
+    """
+    for name, shape in expected.items():
+        if name not in found:
+            raise EmbeddingError(
+                f"checkpoint: {name} is missing; use a checkpoint of a run with the same features "
+                "and train.embedding_optimizer"
+            )
+        if found[name] != shape:
+            raise EmbeddingError(
+                f"checkpoint: {name} is {found[name]}, this run needs {shape}; use a checkpoint of "
+                "the same features and model.embedding_dim"
+            )
 
 
 def fresh_rows(name: str, first: int, end: int, step: int = 1, *, dim: int, seed: int) -> Tensor:
@@ -264,7 +257,3 @@ def fresh_rows(name: str, first: int, end: int, step: int = 1, *, dim: int, seed
     if PADDING_ID in numbers:
         rows_ND[numbers.index(PADDING_ID)] = 0
     return rows_ND
-
-
-def _names(names: Iterable[str]) -> str:
-    return ", ".join(names) or "none"

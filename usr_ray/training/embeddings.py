@@ -21,7 +21,7 @@ from usr_ray.config import Config, ModelConfig
 from usr_ray.data.by_id import read_cold, read_item_features, read_vectors
 from usr_ray.data.manifest import Manifest
 from usr_ray.model.embedding import WEIGHTS, EmbeddingMemory, EmbeddingTables, Lookup, RowSource
-from usr_ray.model.unique import EmbeddingError, ItemSides, event_sides
+from usr_ray.model.unique import ItemSides, event_sides
 from usr_ray.schema import FeatureSpec, cold_column
 from usr_ray.training.average import RowAverages, averaged_rows
 from usr_ray.training.optimizers import build_row_optimizer, exchange_tables
@@ -172,22 +172,3 @@ def describe_memory(embeddings: Embeddings, config: Config, worker: Worker) -> s
         f"{memory.weight_bytes / 1e6:,.1f} MB of weights and {memory.optimizer_bytes / 1e6:,.1f} MB of optimiser state "
         f"on each of {worker.world_size} workers{vectors}"
     )
-
-
-def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse a checkpoint whose tables or optimiser states are not those of this run.
-
-    Raises:
-        EmbeddingError: a name is missing, or has another shape.
-    """
-    for name, shape in expected.items():
-        if name not in found:
-            raise EmbeddingError(
-                f"checkpoint: {name} is missing; use a checkpoint of a run with the same features "
-                "and train.embedding_optimizer"
-            )
-        if found[name] != shape:
-            raise EmbeddingError(
-                f"checkpoint: {name} is {found[name]}, this run needs {shape}; use a checkpoint of "
-                "the same features and model.embedding_dim"
-            )

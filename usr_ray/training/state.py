@@ -15,7 +15,7 @@ from torch import Tensor
 import usr_ray
 from usr_ray.config import Config, date_ranges, first_difference
 from usr_ray.data.manifest import Manifest
-from usr_ray.model.embedding import WEIGHTS, Lookup
+from usr_ray.model.embedding import WEIGHTS, Lookup, check_shapes
 from usr_ray.model.unique import EmbeddingError, ItemSides
 from usr_ray.model.usr import UsrModel
 from usr_ray.model.wide import WEIGHTS as WEIGHTS_OF_WIDE
@@ -26,7 +26,6 @@ from usr_ray.training.embeddings import (
     SIDES,
     Embeddings,
     ReplicatedEmbeddings,
-    check_shapes,
     load_sides,
     load_vectors,
 )

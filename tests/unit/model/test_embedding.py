@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.unit.random_batches import make_batch, make_config, make_spec, rows
 from usr_ray.data.batch import map_tensors
 from usr_ray.model.counter_random import hash_keys, to_uniform
-from usr_ray.model.embedding import EmbeddingTables, fresh_rows
+from usr_ray.model.embedding import EmbeddingTables, check_shapes, fresh_rows
 from usr_ray.model.ops import Groups, group_places, pool_sum
 from usr_ray.model.unique import EmbeddingError, unique_ids
 from usr_ray.model.usr import UsrModel
@@ -173,18 +173,20 @@ def test_an_id_outside_its_table_is_refused(wrong: int) -> None:
 def test_state_comes_back_as_it_was_saved() -> None:
     source, target = (EmbeddingTables(make_spec(), 4, seed=s) for s in (0, 1))
     place = target.tables["user_id"]
-    target.load_state_dict({n: t.clone() for n, t in source.state_dict().items()})
+    target.load_state_dict({n: t.clone() for n, t in source.tables.items()})
     assert all(torch.equal(target.tables[n], t) for n, t in source.tables.items())
     assert target.tables["user_id"] is place, "the optimiser holds the table itself"
 
 
 def test_a_checkpoint_of_other_tables_is_refused() -> None:
     tables = EmbeddingTables(make_spec(), 4, seed=0)
-    state = tables.state_dict()
-    with pytest.raises(EmbeddingError, match="tables missing query, unknown shop; use a checkpoint"):
-        tables.load_state_dict({("shop" if n == "query" else n): t for n, t in state.items()})
-    with pytest.raises(EmbeddingError, match=r"table age is \(9, 4\), this run needs \(40, 4\); .* grow the tables"):
+    state = tables.tables
+    with pytest.raises(EmbeddingError, match="checkpoint: query is missing; use a checkpoint of a run with the same"):
+        tables.load_state_dict({n: t for n, t in state.items() if n != "query"})
+    with pytest.raises(EmbeddingError, match=r"age is \(9, 4\), this run needs \(40, 4\); use a checkpoint of the"):
         tables.load_state_dict(state | {"age": torch.zeros(9, 4)})
+    shapes: dict[str, tuple[int, ...]] = {"tables/item_id": (9, 4), "adagrad/item_id": (9,)}
+    check_shapes(shapes, shapes | {"model/x": (3,)})
 
 
 def test_lookup_makes_no_leaves_that_want_gradients_in_evaluation() -> None:

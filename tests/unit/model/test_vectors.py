@@ -40,7 +40,6 @@ def test_every_backbone_uses_each_vector_and_learns_its_map_and_what_stands_for_
         model(alone, tables.lookup(alone)).log_p_BT, found.log_p_BT[[3, 7]], rtol=1e-4, atol=1e-5
     )
     assert sorted(lookup.updates()) == sorted(tables.tables), "what a step trains"
-    assert sorted(tables.state_dict()) == sorted(tables.tables), "what a checkpoint holds"
 
 
 @pytest.mark.parametrize("event_sides", [True, False])

@@ -27,7 +27,6 @@ from usr_ray.training.checkpoint import CheckpointError
 from usr_ray.training.embeddings import (
     Embeddings,
     ReplicatedEmbeddings,
-    check_shapes,
     describe_memory,
 )
 from usr_ray.training.loss import row_counts, usr_loss
@@ -291,15 +290,6 @@ def test_sharded_without_its_packages_is_one_clear_line(monkeypatch: pytest.Monk
 def test_sharded_adam_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"'rowwise_adam' needs train.embedding_strategy 'replicated': FBGEMM .* set"):
         strategy_config(embedding_strategy="sharded", embedding_optimizer="rowwise_adam")
-
-
-def test_a_checkpoint_of_other_tables_is_refused() -> None:
-    shapes: dict[str, tuple[int, ...]] = {"tables/item_id": (9, 4), "adagrad/item_id": (9,)}
-    check_shapes(shapes, shapes | {"model/x": (3,)})
-    with pytest.raises(EmbeddingError, match="checkpoint: adagrad/item_id is missing; use a checkpoint of a run with"):
-        check_shapes(shapes, {"tables/item_id": (9, 4)})
-    with pytest.raises(EmbeddingError, match=r"tables/item_id is \(8, 4\), this run needs \(9, 4\); use a"):
-        check_shapes(shapes, shapes | {"tables/item_id": (8, 4)})
 
 
 def test_both_strategies_are_of_the_one_interface() -> None:

@@ -377,7 +377,7 @@ def test_two_ranks_agree_bitwise_with_each_other_and_closely_with_one(
     # Two ranks stopped after step 5; one rank goes on from their checkpoint.
     resumed = run(AVERAGED, (manifests[0], None), tmp_path / "run")
     assert resumed.step == NUM_STEPS
-    for name, tensor in resumed.state.tables.state_dict().items():
+    for name, tensor in resumed.state.tables.tables.items():
         torch.testing.assert_close(tensor, first[f"epoch/tables/{name}"], rtol=1e-3, atol=1e-4)
 
 
@@ -520,8 +520,8 @@ def test_early_stopping_ends_with_the_best_epoch(
     result = run(config, manifests, tmp_path / "run", watcher)
     assert (result.status, result.step) == ("early_stopped", 3 * NUM_STEPS)
     two_epochs = run(make_config(train_num_epochs=2), (manifests[0], None), tmp_path / "two")
-    for name, tensor in two_epochs.state.tables.state_dict().items():
-        assert torch.equal(tensor, result.state.tables.state_dict()[name]), name
+    for name, tensor in two_epochs.state.tables.tables.items():
+        assert torch.equal(tensor, result.state.tables.tables[name]), name
     best = CheckpointStore(tmp_path / "run" / "checkpoints").best_valid()
     assert best is not None
     assert (best.step, best.state["log_loss"]) == (2 * NUM_STEPS, 0.5)
@@ -584,5 +584,5 @@ def test_averaged_weights_are_evaluated_saved_and_resumed_to_the_bit(
     assert whole.evaluation is not None
     assert again.metrics == whole.evaluation.metrics
     last = run(make_config(), manifests, tmp_path / "last")
-    for name, tensor in last.state.tables.state_dict().items():
-        assert torch.equal(tensor, state.tables.state_dict()[name]), "averages change no training"
+    for name, tensor in last.state.tables.tables.items():
+        assert torch.equal(tensor, state.tables.tables[name]), "averages change no training"

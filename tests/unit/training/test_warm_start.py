@@ -118,7 +118,7 @@ def test_tables_that_grew_hold_the_old_rows_and_then_fresh_ones(
     state = TrainState(config, grown, worker, order="")
     assert Path(state.warm_start(str(run_dir), worker)).parent == run_dir / "checkpoints"
     old, new = find_checkpoint(str(run_dir)).tensors, state.tensors()
-    fresh = EmbeddingTables(grown.spec, config.model.embedding_dim, config.train.seed).state_dict()
+    fresh = EmbeddingTables(grown.spec, config.model.embedding_dim, config.train.seed).tables
     assert {name: len(fresh[name]) for name in ("item_id", "query", "user_id")} == {
         "item_id": 60,
         "query": 33,
