@@ -604,6 +604,7 @@ def test_a_rerun_gives_the_same_table_and_other_partitions_too(
         )
 
     before, version = content(), table_version(spark, str(lake / "samples"))
+    by_id = [table_version(spark, str(lake / name)) for name in ("item_features", "user_vectors", "item_vectors")]
     monkeypatch.setattr("etl.build.inputs.MAX_ROWS_PER_TASK", 90)  # more than ten tasks instead of two
     spark.conf.set("spark.sql.shuffle.partitions", "5")
     spark.conf.set("spark.sql.autoBroadcastJoinThreshold", "-1")
@@ -614,3 +615,6 @@ def test_a_rerun_gives_the_same_table_and_other_partitions_too(
         spark.conf.set("spark.sql.autoBroadcastJoinThreshold", str(32 << 20))
     assert table_version(spark, str(lake / "samples")) == version + 1
     assert content() == before
+    assert by_id == [
+        table_version(spark, str(lake / name)) for name in ("item_features", "user_vectors", "item_vectors")
+    ], "nothing has changed, nothing is written"

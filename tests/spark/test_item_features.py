@@ -263,33 +263,26 @@ class Growing:
 
 
 def test_an_item_with_a_vector_has_its_id_before_it_is_shown(spark: SparkSession, tmp_path: Path) -> None:
-    """By hand, over nine builds; vectors are of one size, so that they are divided by 1."""
+    """By hand; vectors are of one size, so that they are divided by 1."""
     shop = Growing(spark, tmp_path / "lake")
-    looks: dict[str, float | None] = {"a": 1.0, "c": 1.0, "b": -1.0, "d": None}
-    assert shop.build({"a": 3, "b": 1, "d": 1, "e": 2}, looks) == "a e b- c-"
-    assert shop.looks == {2: 1.0, 4: -1.0, 5: 1.0}
+    looks: dict[str, float | None] = {"a": 1.0, "k": 1.0, "c": 1.0, "b": -1.0, "d": None}
+    assert shop.build({"a": 3, "b": 1, "d": 1, "e": 2}, looks) == "a e b- c- k-"
+    assert shop.looks == {2: 1.0, 4: -1.0, 5: 1.0, 6: 1.0}
     counts = {row["value"]: row["count"] for row in rows_of(tmp_path / "lake" / "vocabularies")}
-    assert counts == {"a": 3, "e": 2, "b": 1, "c": 0}
-    assert shop.build({"a": 3, "b": 1, "d": 1, "e": 2}, looks) == "a e b- c-"
-    assert len(DeltaTable(str(tmp_path / "lake" / "item_vectors")).history()) == 2, (
-        "nothing has changed, made and written"
-    )
-    # A build that is killed when it has appended an id, and the next one.
+    assert counts == {"a": 3, "e": 2, "b": 1, "c": 0, "k": 0}
+    # A build that is killed when it has appended an id, and the next one; b is shown often enough now.
     looks["f"] = 1.0
-    assert shop.build({"a": 3}, looks, killed=True) == "a e b- c- f"
-    assert shop.build({"a": 3}, looks) == "a e b- c- f-"
-    # Shown often enough: as any other from then on, whatever the counts and vocabulary.min_count of later builds are.
-    assert shop.build({"a": 3, "b": 2, "c": 1}, looks) == "a e b c- f-"
-    assert shop.build({"a": 3, "b": 1}, looks, "vocabulary.min_count=9") == "a e b c- f-"
-    # Taken back, or dropped from the log: it keeps its id, and the unknown id's row until it is shown.
-    del looks["f"]
-    assert shop.build({}, looks | {"c": None, "b": None}) == "a e b c- f-"
-    assert shop.looks == {2: 1.0, 5: None, 6: 1.0}
-    assert shop.build({"f": 2}, looks | {"c": None}) == "a e b c- f"
-    assert shop.build({"h": 2}, {"g": 1.0, "h": 1.0}, "vocabulary.admit_vectors=false") == "a e b c- f h"
-    # Without the samples' word, by the counts of the build that appended them.
+    assert shop.build({"a": 3}, looks, killed=True) == "a e b- c- k- f"
+    assert shop.build({"a": 3, "b": 2, "c": 1}, looks) == "a e b c- k- f-"
+    # So it stays, whatever later builds count and want. The vectors of b and c are taken back, k and f are dropped from
+    # the log: who was not shown keeps its id, and the unknown id's row.
+    now = {"a": 1.0, "b": None, "c": None, "g": 1.0, "h": 1.0}
+    others = ("vocabulary.min_count=9", "vocabulary.admit_vectors=false")
+    assert shop.build({"a": 3, "f": 9, "h": 9, "g": 1}, now, *others) == "a e b c- k- f h"
+    assert shop.looks == {2: 1.0, 5: None, 6: 1.0, 7: 1.0, 8: 1.0}
+    # Without the samples' word, by the counts of the builds that appended them.
     shutil.rmtree(tmp_path / "lake" / "samples")
-    assert shop.build({}, looks) == "a e b- c- f- h"
+    assert shop.build({}, looks) == "a e b- c- k- f- h"
 
 
 def test_no_table_where_none_is_wanted(spark: SparkSession, shop: Shop, tmp_path: Path) -> None:
