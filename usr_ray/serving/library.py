@@ -12,14 +12,15 @@ import torch
 
 from usr_ray.config import Config, UserError, parse_dates
 from usr_ray.data.decode import RowGroupDecoder, table_to_batch
-from usr_ray.data.manifest import Manifest, build_manifest, model_columns, read_vocabularies
+from usr_ray.data.lineage import built_with, difference
+from usr_ray.data.manifest import Manifest, build_manifest, make_manifest, model_columns, read_vocabularies
 from usr_ray.data.mature import WhichRows
 from usr_ray.model.usr import UsrModel
 from usr_ray.runs.evaluations import CONFIG_FILE, METRICS_FILE
-from usr_ray.schema import FeatureSpec
+from usr_ray.schema import CONFIG_PROPERTY, FEATURE_SPEC_PROPERTY, FeatureSpec
 from usr_ray.serving.check import training_probabilities
 from usr_ray.serving.model import GLOBAL_PROBABILITIES, PROBABILITIES
-from usr_ray.training.evaluate import TrainedRun, known_ids
+from usr_ray.training.evaluate import TrainedRun, check_whole, known_ids
 from usr_ray.training.evaluate import load_run as load_trained
 
 _ARROW = {
@@ -30,6 +31,8 @@ _ARROW = {
 }
 _NOT_READ = ("is_mature", "event_time")
 """Columns of training that say which rows count; every row is scored."""
+_MEANING = (FEATURE_SPEC_PROPERTY, CONFIG_PROPERTY, "usr_ray.table_uri")
+"""Keys of a schema's metadata: the table's FeatureSpec, Manifest.built_with and Manifest.table_uri."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +84,12 @@ class Run:
             Columns p_ctr and p_ctcvr, and with global heads p_ctr_global and p_ctcvr_global; float32, never null.
 
         Raises:
-            UserError: a column is missing or of another type. DataError: a value that the table never holds.
+            UserError: a column is missing or of another type; the run was trained on one scenario alone; or the rows
+                say (`open_samples`, Arrow) that they are of a lake whose columns or ids mean something else.
+            DataError: a value that the table never holds.
         """
+        check_whole(self.trained, f"run.score: {self.path}")
+        _check_rows(frame, self.trained)
         # Ids that the vocabularies have gained since the training are allowed here, and unknown to the model.
         limits = self.trained.tables.num_rows()
         open_ended = replace(
@@ -125,14 +132,19 @@ class Samples:
         return self.manifest.spec
 
     def head(self, num_rows: int = 5) -> pa.Table:
-        """The first rows in the table's order, with every column that training reads; fewer where there are fewer."""
+        """The first rows in the table's order, with every column that training reads; fewer where there are fewer.
+
+        The schema's metadata says what the columns and ids mean, which `Run.score` then compares.
+        """
         decoder = RowGroupDecoder(self.manifest, WhichRows(ready_before_us=0))
         found: list[pa.Table] = []
         for ref in self.manifest.row_groups():
             found.append(decoder.read(ref))
             if sum(part.num_rows for part in found) >= num_rows:
                 break
-        return pa.concat_tables(found).slice(0, num_rows)
+        meaning = (self.spec.to_json(), self.manifest.built_with, self.manifest.table_uri)
+        rows = pa.concat_tables(found).slice(0, num_rows)
+        return rows.replace_schema_metadata(dict(zip(_MEANING, meaning, strict=True)))
 
 
 def open_samples(lake: Path | str, *, dates: str, allow_missing_dates: bool = False) -> Samples:
@@ -148,6 +160,17 @@ def open_samples(lake: Path | str, *, dates: str, allow_missing_dates: bool = Fa
     """
     span = parse_dates(dates, where="dates")
     return Samples(build_manifest(lake, dates=span, where="dates", allow_missing=allow_missing_dates))
+
+
+def _check_rows(frame: Any, run: TrainedRun) -> None:
+    """Refuse Arrow rows that say that they mean something else to the model; those that say nothing pass."""
+    metadata = getattr(getattr(frame, "schema", None), "metadata", None) or {}
+    spec, built, table_uri = (metadata.get(key.encode(), b"").decode() for key in _MEANING)
+    if not spec:
+        return
+    table = make_manifest(table_uri=table_uri, version=0, spec=FeatureSpec.from_json(spec), files=[], built_with=built)
+    if problem := difference(run.spec, built_with(run.config), table):
+        raise UserError(f"run.score: {problem}; give rows of the lake that the run was trained on")
 
 
 def _model_table(frame: Any, spec: FeatureSpec) -> pa.Table:

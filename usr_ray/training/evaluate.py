@@ -261,12 +261,21 @@ def load_whole_run(run_dir: Path, device: torch.device | str = "cpu") -> Trained
         EvaluationError: as load_run; or the run has data.only_scenario.
     """
     run = load_run(run_dir, device)
+    check_whole(run, f"--run-dir {run_dir}")
+    return run
+
+
+def check_whole(run: TrainedRun, where: str) -> None:
+    """Refuse a run of one scenario, whose rows and histories are all it knows; `where` begins the message.
+
+    Raises:
+        EvaluationError: it has data.only_scenario.
+    """
     if only := run.config.data.only_scenario:
         raise EvaluationError(
-            f"--run-dir {run_dir}: was trained on scenario {only!r} alone (data.only_scenario), so that it knows no "
-            "other row and no other history; name a run that was trained on all"
+            f"{where}: was trained on scenario {only!r} alone (data.only_scenario), so that it knows no other row and "
+            "no other history; name a run that was trained on all"
         )
-    return run
 
 
 def check_table(run: TrainedRun, table: Manifest) -> None:

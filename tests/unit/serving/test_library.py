@@ -6,6 +6,7 @@ import datetime as dt
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,33 @@ def test_a_frame_that_lacks_a_column_is_refused_by_name(run: usr_ray.Run, lake: 
         run.score(texts)
     with pytest.raises(usr_ray.UserError, match=r"no such directory"):
         usr_ray.load_run("nowhere")
+
+
+def test_rows_of_a_lake_of_other_ids_are_refused_by_what_they_say(run: usr_ray.Run, tmp_path: Path) -> None:
+    """jobs/score.py refuses them too. Rows without Arrow's metadata cannot say it."""
+    # Vocabularies of the same sizes whose ids stand for other values.
+    trained = run.trained.spec
+    ours = replace(trained, sparse=tuple(replace(f, fingerprints=((f.num_embeddings, "a"),)) for f in trained.sparse))
+    theirs = replace(ours, sparse=tuple(replace(f, fingerprints=((f.num_embeddings, "b"),)) for f in ours.sparse))
+    write_samples(tmp_path / "other", theirs, num_rows=120, num_days=3)
+    fingerprinted = usr_ray.Run(run.path, replace(run.trained, spec=ours))
+    rows = usr_ray.open_samples(tmp_path / "other", dates=DAY).head(3)
+    message = r"run.score: the ids of user_id in the samples table stand for other values .*; give rows of the lake"
+    for given in (rows, rows.slice(1), rows.to_batches()[0], rows.drop_columns("is_mature")):
+        with pytest.raises(usr_ray.UserError, match=message):
+            fingerprinted.score(given)
+    assert fingerprinted.score(rows.to_pandas()).num_rows == 3
+    write_samples(tmp_path / "own", ours, num_rows=120, num_days=3)
+    assert fingerprinted.score(usr_ray.open_samples(tmp_path / "own", dates=DAY).head(3)).num_rows == 3
+
+
+def test_a_run_of_one_scenario_scores_nothing(run: usr_ray.Run, lake: Path) -> None:
+    config = replace(run.config, data=replace(run.config.data, only_scenario="search"))
+    alone = usr_ray.Run(run.path, replace(run.trained, config=config))
+    with pytest.raises(
+        usr_ray.UserError, match=r"run.score: .*: was trained on scenario 'search' alone \(data.only_sc"
+    ):
+        alone.score(usr_ray.open_samples(lake, dates=DAY).head(3))
 
 
 def test_importing_the_library_loads_only_the_standard_library() -> None:
