@@ -28,6 +28,8 @@ from usr_ray.schema import TASKS, UNKNOWN_ID
 CONFIDENCE = 0.95
 MIN_ROWS = 30
 """Rows of the rarer label below which no verdict is given."""
+MIN_USERS = 10
+"""Users below which no verdict is given."""
 HISTORY_BUCKETS = ((0, 0), (1, 5), (6, 20), (21, None))
 """Numbers of past events (first, last) that the slices put together; None: no upper end."""
 
@@ -51,6 +53,11 @@ class PairedGap:
     num_rarer: int
     """Rows of the rarer label."""
 
+    @property
+    def can_tell(self) -> bool:
+        """Whether there are rows and users enough for a verdict."""
+        return self.num_rarer >= MIN_ROWS and self.num_users >= MIN_USERS
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judged:
@@ -66,7 +73,7 @@ class Judged:
         """'better' or 'worse' (after correction), 'unsure' (the interval alone leaves out 0), 'even', 'few', 'none'."""
         if self.gap is None:
             return "none"
-        if self.gap.num_rarer < MIN_ROWS:
+        if not self.gap.can_tell:
             return "few"
         if self.adjusted_p < 1 - CONFIDENCE:
             return "better" if self.gap.value > 0 else "worse"
@@ -77,8 +84,8 @@ AnyJudged = TypeVar("AnyJudged", bound=Judged)
 
 
 def corrected(family: Sequence[AnyJudged]) -> list[AnyJudged]:
-    """The same with Holm's p-values; gaps that are undefined, or of too few rows for a verdict, are no tests."""
-    tests = [one.gap.p_value if one.gap and one.gap.num_rarer >= MIN_ROWS else None for one in family]
+    """The same with Holm's p-values; gaps that are undefined, or of too few rows or users for a verdict, are no tests."""
+    tests = [one.gap.p_value if one.gap and one.gap.can_tell else None for one in family]
     return [replace(one, adjusted_p=1.0 if p is None else p) for one, p in zip(family, holm(tests), strict=True)]
 
 
@@ -113,7 +120,8 @@ def cell_rows(
 
 
 def paired_auc_gap(labels_N: NDArray, ours_RN: NDArray, theirs_RN: NDArray, users_N: NDArray) -> PairedGap | None:
-    """The gap and its interval; None when a label is missing.
+    """The gap and its interval; None when a label is missing, or all rows are of one user, who does not say how far
+    others would be.
 
     variance = s^2 / R + v. s^2: sample variance of the R gaps, which share the users and differ by their seed. v:
     variance by the sample of users, of the mean gap, from DeLong's placements summed by user (Obuchowski, Biometrics
@@ -125,21 +133,21 @@ def paired_auc_gap(labels_N: NDArray, ours_RN: NDArray, theirs_RN: NDArray, user
         theirs_RN: those of the other, in the same order of seeds.
         users_N: equal for rows of one user.
     """
-    if len(labels_N) == 0 or labels_N.min() == labels_N.max():
+    _, user_N = np.unique(users_N, return_inverse=True)
+    if len(labels_N) == 0 or labels_N.min() == labels_N.max() or not user_N.any():
         return None
     areas_MR = [[auc(labels_N, probs_N) or 0.0 for probs_N in model_RN] for model_RN in (ours_RN, theirs_RN)]
     gaps_R = np.array(areas_MR[0]) - np.array(areas_MR[1])
     rows_N = np.mean(
         [_influence(labels_N, a) - _influence(labels_N, b) for a, b in zip(ours_RN, theirs_RN, strict=True)], axis=0
     )
-    _, user_N = np.unique(users_N, return_inverse=True)
     by_user_U = np.bincount(user_N, weights=rows_N)
     num_users, num_seeds = len(by_user_U), len(gaps_R)
-    of_users = float((by_user_U**2).sum()) * num_users / max(1, num_users - 1)
+    of_users = float((by_user_U**2).sum()) * num_users / (num_users - 1)
     sd = float(gaps_R.std(ddof=1)) if num_seeds > 1 else 0.0
     of_seeds = sd**2 / num_seeds
     value, variance = float(gaps_R.mean()), of_users + of_seeds
-    parts = of_users**2 / max(1, num_users - 1) + of_seeds**2 / max(1, num_seeds - 1)
+    parts = of_users**2 / (num_users - 1) + of_seeds**2 / max(1, num_seeds - 1)
     freedom = variance**2 / parts if parts > 0 else math.inf
     half = float(student.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(variance)
     p_value = float(2 * student.sf(abs(value) / math.sqrt(variance), freedom)) if variance > 0 else float(value == 0)
@@ -303,7 +311,7 @@ def compare(scored: Mapping[str, Predictions], ours: str, scenarios: Sequence[st
     Returns:
         {"ours": name, "cells": [{"cell", "task", "auc": {name: AUC or null}, "leads": {other: {"value", "low", "high",
         "verdict"}}}]}, a lead with a paired 95 % interval over users; verdicts after Holm over all leads. A cell
-        without both labels has no leads.
+        without both labels, or of one user, has no leads.
     """
     cells: list[dict[str, Any]] = []
     family = []

@@ -25,7 +25,7 @@ VERDICTS = {
     "worse": "▼ worse",
     "unsure": "≈ not sure",
     "even": "≈ no clear gap",
-    "few": "? too few positives",
+    "few": "? too few rows or users",
     "none": "undefined",
 }
 """Verdict of evaluation.statistics, which is also its class in the style sheet -> how a page says it."""

@@ -18,6 +18,7 @@ from usr_ray.data.order import order_text
 from usr_ray.evaluation.metrics import ALL, GLOBAL, NDCG_K, CellMetrics, TaskMetrics
 from usr_ray.evaluation.statistics import (
     MIN_ROWS,
+    MIN_USERS,
     Judged,
     auc_gaps,
     calibration_bins,
@@ -112,6 +113,7 @@ def write_report(run_dir: Path, lake: Path | str | None = None, output: Path | N
         metric_columns=METRIC_COLUMNS,
         gaps=gaps,
         min_rows=MIN_ROWS,
+        min_users=MIN_USERS,
         footnotes=Footnotes(),
         curves=curves_section(run.history, scenarios),
         calibration=_calibration_section(run),
@@ -290,7 +292,7 @@ def _against_popularity(gaps: Mapping[tuple[str, str], Judged]) -> str:
         ("better",): "wins",
         ("even", "unsure"): "shows no clear difference",
         ("worse",): "loses",
-        ("few",): "has too few positives to tell",
+        ("few",): "has too few positives or users to tell",
     }
     if all(judged.verdict == "better" for judged in gaps.values()):
         return "It beats the popularity baseline in every scenario and task, after correction for all comparisons."

@@ -10,8 +10,10 @@ import pytest
 from tests.unit.reporting.test_run import make_predictions
 from usr_ray.evaluation import metrics
 from usr_ray.evaluation.statistics import (
+    Judged,
     auc_gaps,
     calibration_bins,
+    corrected,
     ctr_slices,
     holm,
     paired_auc_gap,
@@ -73,6 +75,27 @@ def test_rows_of_one_user_do_not_count_as_many_users() -> None:
     assert apart is not None
     assert again is not None
     assert (again.low, again.high, again.p_value) == pytest.approx((apart.low, apart.high, apart.p_value))
+
+
+@pytest.mark.parametrize(("num_users", "has_gap", "verdicts"), [(1, False, {"none"}), (9, True, {"few"})])
+def test_few_users_give_no_verdict_however_many_rows_they_have(
+    num_users: int, has_gap: bool, verdicts: set[str]
+) -> None:
+    """The influences of one user's rows sum to 0: of pure noise every gap would be certain."""
+    rng = np.random.default_rng(4)
+    found = []
+    for _ in range(20):
+        labels, ours, theirs = (rng.random(300) < 0.4).astype(float), rng.random(300), rng.random(300)
+        found.append(Judged(gap=paired_auc_gap(labels, ours[None], theirs[None], np.arange(300) % num_users)))
+    assert [one.gap is not None for one in found] == [has_gap] * 20
+    assert {one.verdict for one in corrected(found)} == verdicts
+
+
+def test_ten_users_give_a_verdict() -> None:
+    labels = np.tile([0.0, 1.0], 300)
+    rng = np.random.default_rng(4)
+    gap = paired_auc_gap(labels, labels[None], rng.random((1, 600)), np.arange(600) % 10)
+    assert corrected([Judged(gap=gap)])[0].verdict == "better"
 
 
 def test_a_model_against_itself_has_no_gap_and_a_missing_label_none() -> None:
