@@ -71,7 +71,7 @@ class CountersConfig:
     prior: float = number(20.0, "(0, 1e9]")
     """Impressions (clicks) at the scenario's own rate that every ctr (cvr) begins with."""
     warmup_days: int = number(0, "[0, 366]")
-    """Dates at the beginning of the table, which have no days behind them to count, that are not trained on."""
+    """First days that were counted, which have none behind them, that are not trained on."""
     defaults: bool = False
     """Counters of user, item, query, user x each item category, and query x item: over all scenarios, and of each."""
     windows: tuple[str, ...] = _WINDOWS

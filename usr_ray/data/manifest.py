@@ -192,7 +192,8 @@ def build_manifest(
         version: of the Delta table; None: the newest.
         where: what names the dates, for messages.
         allow_missing: where some of the dates have no rows, print a warning and take the others.
-        warmup_days: first days of the table to leave out (counters.warmup_days).
+        warmup_days: days to leave out (counters.warmup_days) from the first counted one on; of a lake without
+            counters, from the table's first. Those among `dates` are printed.
 
     Raises:
         UserError: no table or version there, no files in these dates, or none in some of them.
@@ -205,7 +206,9 @@ def build_manifest(
     days = adds.column(f"partition.{PARTITION_COLUMN}").to_pylist()
     first, last = dates or (dt.date.min, dt.date.max)
     known = {day for day in days if day is not None}
-    start = max(first, min(known) + dt.timedelta(days=warmup_days)) if known else first
+    begin = warmup_days and first_counted_date(lake)
+    counted = dt.date.fromisoformat(begin) if begin else min(known, default=first)
+    start = max(first, counted + dt.timedelta(days=warmup_days)) if warmup_days else first
     chosen = [n for n, day in enumerate(days) if day is not None and start <= day <= last]
     if not chosen:
         held = date_ranges([*map(str, known)], most=SHOWN_RANGES)
@@ -228,6 +231,8 @@ def build_manifest(
     source = f"the table {table_uri} holds"
     if dates and (warning := dates_there(dates, there, where=where, source=source, allow_missing=allow_missing)[1]):
         print(f"warning: {warning}", flush=True)
+    if cold := [str(day) for day in known if first <= day < start]:
+        print(f"{where}: counters.warmup_days = {warmup_days} leaves out {date_ranges(cold)}", flush=True)
     spec: FeatureSpec = about["spec"]
     wanted = {VECTOR_TABLES[vector.owner]: VECTORS_PROPERTIES[vector.owner] for vector in spec.vectors}
     if spec.history_item_features:

@@ -84,7 +84,7 @@ AnyJudged = TypeVar("AnyJudged", bound=Judged)
 
 
 def corrected(family: Sequence[AnyJudged]) -> list[AnyJudged]:
-    """The same with Holm's p-values; gaps that are undefined, or of too few rows or users for a verdict, are no tests."""
+    """The same with Holm's p-values; gaps that are undefined, or that cannot tell (`can_tell`), are no tests."""
     tests = [one.gap.p_value if one.gap and one.gap.can_tell else None for one in family]
     return [replace(one, adjusted_p=1.0 if p is None else p) for one, p in zip(family, holm(tests), strict=True)]
 

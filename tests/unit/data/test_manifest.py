@@ -112,6 +112,20 @@ def test_the_table_s_first_days_are_left_out_of_training(built: Path) -> None:
         build_manifest(built, dates=(DATES[0], DATES[0]), warmup_days=2)
 
 
+def test_the_first_days_are_those_of_the_counters_and_stay_so_when_the_table_loses_its_own(
+    lake: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Old partitions may be deleted (docs/operations.md); the counters still know those days."""
+    counted = pa.table({"name": ["*", "*"], "event_date": [DATES[0], DATES[1]]})
+    deltalake.write_deltalake(lake / "counters", counted, partition_by=["event_date"])
+    assert build_manifest(lake, dates=DATES, warmup_days=1).dates == ("2026-01-02", "2026-01-03", "2026-01-04")
+    assert capsys.readouterr().out == "--dates: counters.warmup_days = 1 leaves out 2026-01-01\n"
+    deltalake.DeltaTable(lake / "samples").delete("impression_date < '2026-01-03'")
+    left = (DATES[0] + dt.timedelta(days=2), DATES[1])
+    assert build_manifest(lake, dates=left, warmup_days=1).dates == ("2026-01-03", "2026-01-04")
+    assert capsys.readouterr().out == ""
+
+
 def test_an_older_version_is_read_as_it_was(lake: Path) -> None:
     before = build_manifest(lake, dates=DATES)
     table = samples_arrow(SPEC, num_rows=50, num_days=1, seed=5)
