@@ -3,10 +3,10 @@
 python jobs/evaluate.py --run-dir DIR --lake DIR --dates A:B [--importance] [--compare RUN_DIR] [--output FILE]
 
 Writes <run-dir>/evaluation-A_B.json and predictions-A_B.parquet, which jobs/report.py reads; other evaluations' files
-stay. Dates that the run was trained on are evaluated too, under the split 'train' in place of 'eval'. One process, no
-Ray; any number of workers would give the same numbers. --importance adds the click AUC that is lost without each
-signal, by permutation: 10,000 rows are scored once more for each. --compare puts another run (the same backbone without
-USR, say) and a logistic regression on crossed columns beside it, fitted on the run's training rows.
+stay. Dates that the run was trained on, or before such, are evaluated too, under the split 'train' in place of 'eval'.
+One process, no Ray; any number of workers would give the same numbers. --importance adds the click AUC that is lost
+without each signal, by permutation: 10,000 rows are scored once more for each. --compare puts another run (the same
+backbone without USR, say) and a logistic regression on crossed columns beside it, fitted on the run's training rows.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def comparison_of(
     """
     from usr_ray.evaluation.statistics import compare, on_common_rows
     from usr_ray.reporting.run import model_name
-    from usr_ray.runs.evaluations import dates_of, trained_dates
+    from usr_ray.runs.evaluations import dates_of, trained_dates, trained_on
     from usr_ray.runs.plan import load_manifest
     from usr_ray.training.evaluate import check_table, evaluate, evaluation_reader, load_run
     from usr_ray.training.logistic import PlainRows, logistic_regression
@@ -73,11 +73,11 @@ def comparison_of(
     ours, theirs = (model_name(one.config.to_dict()) for one in (run, other))
     scored = evaluate(other.module, other.tables, held_out, worker, other.config).predictions
     assert scored is not None  # there is one rank
-    trained_on = load_manifest(run.checkpoint.path.parent.parent, "train")
-    assert trained_on is not None  # every run has one
+    fit_on = load_manifest(run.checkpoint.path.parent.parent, "train")
+    assert fit_on is not None  # every run has one
     fit, rows = (
         PlainRows.read(reader)
-        for reader in (training_reader(run.config, trained_on), evaluation_reader(held_out, worker, run.config))
+        for reader in (training_reader(run.config, fit_on), evaluation_reader(held_out, worker, run.config))
     )
     by_hand = replace(predictions, probs_NT=logistic_regression(held_out.spec, fit, rows), global_probs_NT=None)
     found = {"popularity": baseline} if baseline else {}
@@ -91,9 +91,8 @@ def comparison_of(
     notes = []
     if len(found[ours]) < len(predictions):
         notes.append(f"on the {len(found[ours]):,} of {len(predictions):,} rows that both runs evaluate")
-    seen = trained_dates(other_dir) & set(dates_of(held_out, found[ours].row_number_N))
-    if seen:
-        notes.append(f"{other_dir} was trained on {date_ranges(seen)}: for it these dates are not held out")
+    if why := trained_on(dates_of(held_out, found[ours].row_number_N), trained_dates(other_dir)):
+        notes.append(f"{other_dir} was trained on {why}: for it these dates are not held out")
     return compare(found, ours, held_out.spec.scenarios) | {"notes": notes}
 
 

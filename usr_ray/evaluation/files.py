@@ -18,7 +18,7 @@ from usr_ray.schema import ALL_LABELS, TASKS
 
 PREDICTIONS_FILE = "predictions.parquet"
 SPLIT, TRAINED_SPLIT = "eval", "train"
-"""Split of an evaluation on held-out dates; of one on dates of which some were trained on."""
+"""Split of an evaluation on held-out dates; of one on dates that were trained on, or lie before such."""
 _ABOUT = b"usr_ray.evaluation"
 
 

@@ -223,7 +223,7 @@ def why_undefined(key: str, metrics: TaskMetrics) -> str:
 
 def rows_name(run: RunRecord) -> str:
     """What the evaluated rows are."""
-    return "held-out rows" if run.is_held_out else "rows of dates that it was trained on"
+    return "held-out rows" if run.is_held_out else "rows of dates that are not held out"
 
 
 def _warnings(run: RunRecord) -> list[str]:
@@ -233,7 +233,7 @@ def _warnings(run: RunRecord) -> list[str]:
     if found is not None and not found.is_held_out:
         warnings.append(
             f"These are not held-out numbers: {span(date_ranges(found.dates))} was evaluated, and the run was trained "
-            f"on {span(date_ranges(found.trained_on))}. Evaluate it on dates that it has not seen."
+            f"on {span(found.trained_on)}. Evaluate it on later dates."
         )
     chose = dates_in(data.get("eval_dates") or "") & found.dates if found is not None else frozenset()
     if chose and run.config.get("train", {}).get("early_stopping"):
@@ -252,7 +252,7 @@ def _evaluations_section(run: RunRecord) -> Section:
     for one in run.evaluations:
         pooled = one.metrics[ALL]["ctr"]
         auc = DASH if pooled["auc"] is None else f"{pooled['auc']:.4f}"
-        kind = "held out" if one.is_held_out else f"not held out: trained on {span(date_ranges(one.trained_on))}"
+        kind = "held out" if one.is_held_out else f"not held out: trained on {span(one.trained_on)}"
         shown = "above" if one is run.evaluation else ""
         rows.append(Row([one.file, span(date_ranges(one.dates)), kind, shown, auc, count(pooled["num_samples"])]))
     head = ["File", "Dates", "Kind", "Shown", "AUC of clicks", "Rows"]

@@ -4,8 +4,9 @@
     <run-dir>/evaluation-A_B.json, predictions-A_B.parquet   of jobs/evaluate.py --dates A:B, the newest of these dates
     <run-dir>/evaluation-A_B-<hash>.json ...                 an earlier one, of other rows or other weights
 
-A date is held out where neither the run nor one that it began with (train.warm_start) was trained on it. That is read
-from the runs' own records, never from today's configuration.
+A date is held out where it comes after all dates that the run, and those that it began with (train.warm_start), were
+trained on: histories of a row hold what happened on the dates before it. That is read from the runs' own records, never
+from today's configuration.
 """
 
 from __future__ import annotations
@@ -58,12 +59,17 @@ class Evaluated:
     """Dates, checkpoint, table version; empty where the files are of an older version and the rows are gone."""
     dates: frozenset[str]
     """ISO dates that have rows in it."""
-    trained_on: frozenset[str]
-    """Dates among them that the run was trained on."""
+    seen: frozenset[str]
+    """All dates that the run was trained on."""
+
+    @property
+    def trained_on(self) -> str:
+        """What keeps its dates from being held out, as the function of this name has it; '' where nothing does."""
+        return trained_on(self.dates, self.seen)
 
     @property
     def is_held_out(self) -> bool:
-        """No date was trained on."""
+        """All dates come after those that the run was trained on."""
         return not self.trained_on
 
 
@@ -131,17 +137,23 @@ def evaluations(run_dir: Path, record: Mapping[str, Any]) -> list[Evaluated]:
         rows, about = _rows_of(path, dates)
         about = splits.get("about") or about
         dates = dates_in(str(about.get("dates") or "")) or dates
-        found.append(
-            Evaluated(path.name, splits[split], splits.get(baseline_split(split)), rows, about, dates, dates & seen)
-        )
+        found.append(Evaluated(path.name, splits[split], splits.get(baseline_split(split)), rows, about, dates, seen))
     return found
 
 
 def dates_heading(dates: Collection[str], seen: Collection[str]) -> str:
-    """What an evaluation's dates are, in words: 'held-out dates A:B'; of dates that were trained on it says so."""
-    if overlap := set(dates) & set(seen):
-        return f"dates {date_ranges(dates)}, not held out: the run was trained on {date_ranges(overlap)}"
+    """What an evaluation's dates are, in words: 'held-out dates A:B', or why they are not."""
+    if why := trained_on(dates, seen):
+        return f"dates {date_ranges(dates)}, not held out: the run was trained on {why}"
     return f"held-out dates {date_ranges(dates)}"
+
+
+def trained_on(dates: Collection[str], seen: Collection[str]) -> str:
+    """Which of `seen`, the dates trained on, keep `dates` from being held out: "A:B, C", or words; '' where none do."""
+    if overlap := set(dates) & set(seen):
+        return date_ranges(overlap)
+    last = max(seen, default="")
+    return f"dates after these (to {last})" if min(dates, default=last) < last else ""
 
 
 def newest(found: list[Evaluated]) -> Evaluated | None:
@@ -192,11 +204,11 @@ def write_evaluation(
         output: a second file for the metrics; None: none.
 
     Returns:
-        The splits: 'eval', or 'train' where a date was trained on; and the baseline's.
+        The splits: 'eval', or 'train' where the dates are not held out; and the baseline's.
     """
-    overlap = dates_in(about["dates"]) & frozenset(seen)
-    about = {**about, "held_out": not overlap, "trained_on": date_ranges(overlap)}
-    split = TRAINED_SPLIT if overlap else SPLIT
+    why = trained_on(dates_in(about["dates"]), seen)
+    about = {**about, "held_out": not why, "trained_on": why}
+    split = TRAINED_SPLIT if why else SPLIT
     splits = {split: metrics}
     if baseline is not None:
         splits[baseline_split(split)] = metrics_by_scenario(baseline, scenarios)

@@ -36,6 +36,7 @@ from usr_ray.runs.evaluations import (
     evaluations,
     manifest_path,
     read_json,
+    trained_on,
     warm_start_dates,
 )
 from usr_ray.training.loop import TrainResult
@@ -120,10 +121,10 @@ def plan_run(config: Config, lake: Path | str, run_dir: Path | str, *, command: 
     if manifests["eval"] is not None:
         usable_row_groups(manifests["eval"], WhichRows())
     before = warm_start_dates(config.train.warm_start)
-    if manifests["eval"] is not None and (seen := before & set(manifests["eval"].dates)):
+    if manifests["eval"] is not None and (why := trained_on(manifests["eval"].dates, before)):
         raise UserError(
-            f"data.eval_dates {config.data.eval_dates}: the run of train.warm_start was trained on "
-            f"{date_ranges(seen)}, and a held-out date must not be trained on; name later dates, or another run"
+            f"data.eval_dates {config.data.eval_dates}: the run of train.warm_start was trained on {why}, and held-out "
+            "dates must come after all that is trained on; name later dates, or another run"
         )
     record |= {
         "config": config.to_dict(),
@@ -286,5 +287,5 @@ def write_result(run_dir: Path, result: TrainResult, held_out: Manifest) -> None
 def result_text(run_dir: Path) -> str:
     """The metrics of a finished run as a table, under the dates that they are of."""
     found = evaluations(run_dir, read_json(run_dir / CONFIG_FILE))
-    heading = [f"{dates_heading(one.dates, one.trained_on)}:" for one in found if one.file == METRICS_FILE]
+    heading = [f"{dates_heading(one.dates, one.seen)}:" for one in found if one.file == METRICS_FILE]
     return "\n".join([*heading, metrics_text(read_json(run_dir / METRICS_FILE))])

@@ -425,8 +425,8 @@ def test_an_evaluation_on_training_dates_is_never_headed_as_held_out(tmp_path):
     for path in tmp_path.glob("*2026-01-07_2026-01-08*"):
         path.unlink()
     text = text_of(tmp_path)
-    assert f"The model ranks clicks of dates that it was trained on with an AUC of {trained} in search" in text
-    assert "Metrics on dates that the run was trained on: not held out" in text
+    assert f"The model ranks clicks of dates that are not held out with an AUC of {trained} in search" in text
+    assert "Metrics on dates that are not held out" in text
     assert "These are not held-out numbers: 2026-01-05 to 2026-01-07 was evaluated" in text
     assert "Evaluated on (not held out) 2026-01-05 to 2026-01-07" in text
     assert "held-out clicks" not in text

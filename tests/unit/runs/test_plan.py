@@ -22,7 +22,7 @@ from usr_ray.data.lineage import doubts
 from usr_ray.data.manifest import Manifest, build_manifest
 from usr_ray.launch.environment import ADDRESS, OWN, SUBMITTED, prepare_environment
 from usr_ray.runs import plan as trainer_plan
-from usr_ray.runs.evaluations import trained_dates, warm_start_dates
+from usr_ray.runs.evaluations import trained_dates, trained_on, warm_start_dates
 from usr_ray.runs.plan import RunPlan, load_manifest, mark_finished, plan_run, write_plan
 from usr_ray.schema import FITTED_PROPERTY, DenseFeature
 
@@ -203,6 +203,23 @@ def test_a_copied_checkpoint_still_knows_its_dates(tmp_path: Path, copied: str, 
     shutil.copytree(tmp_path / "run" / copied, copy)
     shutil.rmtree(tmp_path / "run")
     assert warm_start_dates(str(copy)) == {"2026-01-01", "2026-01-02"}
+
+
+@pytest.mark.parametrize(
+    ("dates", "why"),
+    [
+        (["2026-01-06", "2026-01-07"], ""),
+        (["2026-01-05", "2026-01-06"], "2026-01-05"),
+        (["2026-01-02"], "2026-01-02"),
+        (["2026-01-01"], "dates after these (to 2026-01-05)"),
+        (["2026-01-03", "2026-01-06"], "dates after these (to 2026-01-05)"),  # one between two that were trained on
+        ([], ""),
+    ],
+)
+def test_held_out_dates_come_after_all_that_is_trained_on(dates: list[str], why: str) -> None:
+    """Histories of a row hold the clicks of the dates before it."""
+    assert trained_on(dates, {"2026-01-02", "2026-01-04", "2026-01-05"}) == why
+    assert trained_on(dates, ()) == ""
 
 
 def test_no_table_names_the_job_that_makes_one(tmp_path: Path) -> None:

@@ -405,6 +405,14 @@ def test_an_evaluation_on_training_dates_says_so_and_leaves_the_others(lake, run
     assert list(splits) == ["about", "train"]
     assert (splits["about"]["held_out"], splits["about"]["trained_on"]) == (False, "2026-01-01")
     assert {name: (folder / name).read_bytes() for name in before} == before
+    state = folder / "checkpoints" / "step-00000005" / "state.json"
+    (folder / "config.json").write_text(json.dumps(json.loads(state.read_text()) | {"trained_dates": "2026-01-03"}))
+    assert run_job(job.main, [*arguments, "2026-01-01:2026-01-02"]) == 0
+    heading = "dates 2026-01-01:2026-01-02, not held out: the run was trained on dates after these (to 2026-01-03):\n"
+    assert heading in capsys.readouterr().out
+    splits = json.loads((folder / "evaluation-2026-01-01_2026-01-02.json").read_text())
+    assert (list(splits), splits["about"]["held_out"]) == (["about", "train"], False)
+    (folder / "config.json").unlink()
     # Other rows of the same dates: the lake has been rebuilt. The earlier evaluation keeps its files.
     rebuilt = Path(shutil.copytree(lake, tmp_path / "lake"))
     DeltaTable(rebuilt / SAMPLES).delete("impression_id = 'i599'")
