@@ -39,6 +39,7 @@ from usr_ray.runs.evaluations import (
     trained_on,
     warm_start_dates,
 )
+from usr_ray.training.checkpoint import CheckpointStore
 from usr_ray.training.loop import TrainResult
 from usr_ray.training.rows import training_reader
 from usr_ray.training.state import FIXED_KEYS, package_versions
@@ -117,7 +118,9 @@ def plan_run(config: Config, lake: Path | str, run_dir: Path | str, *, command: 
             record["status"] = RUNNING  # more epochs, for example
     train_manifest = manifests["train"]
     assert train_manifest is not None
-    shuffle = _check_rows(config, train_manifest)
+    shuffle, num_steps = _check_rows(config, train_manifest)
+    if "config" in record:
+        _refuse_settings_without_steps(config, record, folder, num_steps)
     if manifests["eval"] is not None:
         usable_row_groups(manifests["eval"], WhichRows())
     before = warm_start_dates(config.train.warm_start)
@@ -165,14 +168,14 @@ def load_manifest(run_dir: Path, split: str) -> Manifest | None:
     return Manifest.load(path) if split == "train" or path.exists() else None
 
 
-def _check_rows(config: Config, manifest: Manifest) -> ShuffleQuality:
-    """Refuse what the workers would; how well the first epoch's order mixes the rows and their dates."""
+def _check_rows(config: Config, manifest: Manifest) -> tuple[ShuffleQuality, int]:
+    """Refuse what the workers would; how well the first epoch's order mixes rows and dates, and an epoch's steps."""
     check_config(config, manifest)
     check_own_backbone(config.model, num_scenarios=len(config.scenarios))
     if config.train.warm_start:
         check_warm_start(config, manifest)
     with training_reader(config, manifest, world_size=max(1, config.ray.num_workers)) as reader:
-        return reader.shuffle_quality()
+        return reader.shuffle_quality(), reader.num_steps
 
 
 def _build_all(config: Config, lake: Path | str) -> dict[str, Manifest | None]:
@@ -216,6 +219,34 @@ def _refuse_other_run(config: Config, record: Mapping[str, Any], folder: Path) -
         raise UserError(
             f"--run-dir {folder}: holds a run with {key} = {saved!r}, this command has {here!r}; "
             "set it back to go on with that run, or use another --run-dir"
+        )
+
+
+def _refuse_settings_without_steps(config: Config, record: Mapping[str, Any], folder: Path, num_steps: int) -> None:
+    """Refuse settings that no step would be trained with, since those that they ask for are done.
+
+    Args:
+        num_steps: of an epoch.
+    """
+    state = CheckpointStore(folder / "checkpoints").newest_state()
+    if state is None:
+        return
+    begun = state["cursor"]["epoch"] + 1
+    if config.train.num_epochs < begun:
+        raise UserError(
+            f"--run-dir {folder}: holds a run that has begun its epoch {begun}, this command has train.num_epochs = "
+            f"{config.train.num_epochs}; name at least {begun}, or use another --run-dir"
+        )
+    found = first_difference(
+        Config.completed(record["config"]), config.to_dict(), ("train",), but=("train.num_epochs",)
+    )
+    is_done = config.train.num_epochs == begun and state["cursor"]["step"] >= num_steps
+    if found and (is_done or record.get("outcome") == "early_stopped"):
+        key, saved, here = found
+        more = "raise train.num_epochs to train on, " if is_done else ""
+        raise UserError(
+            f"--run-dir {folder}: holds a run that was trained to its end with {key} = {saved!r}, this command has "
+            f"{here!r}; set it back, {more}or use another --run-dir"
         )
 
 

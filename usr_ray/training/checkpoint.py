@@ -11,6 +11,7 @@ pickled, so reading a checkpoint runs no code. `sha256sum -c SHA256SUMS` checks 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -182,6 +183,14 @@ class CheckpointStore:
     def newest_valid(self) -> Checkpoint | None:
         """The newest `step-` checkpoint whose checksums agree; a torn one is skipped with a warning."""
         return self._first_valid("step")
+
+    def newest_state(self) -> dict[str, Any] | None:
+        """State of the newest `step-` checkpoint that can be read, without its tensors; not verified."""
+        for _, name in reversed(self._entries("step")):
+            with contextlib.suppress(OSError, ValueError):
+                state: dict[str, Any] = json.loads((self.directory / name / STATE).read_text(encoding="utf-8"))
+                return state
+        return None
 
     def best_valid(self) -> Checkpoint | None:
         """The best checkpoint, or None when none was marked (or it is torn, with a warning line)."""

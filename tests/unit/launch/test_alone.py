@@ -110,6 +110,12 @@ def test_a_run_that_was_asked_to_stop_goes_on_to_what_it_would_have_been(
 
     assert train(lake, stopped) == 0
     assert f"{stopped}: this run is finished (step {STEPS})" in capsys.readouterr().out
+    before = (stopped / "config.json").read_bytes()
+    assert train(lake, stopped, "train.learning_rate=0.5", "train.num_epochs=1") == 2
+    assert "holds a run that has begun its epoch 2, this command has train.num_epochs = 1" in capsys.readouterr().err
+    assert train(lake, stopped, "train.learning_rate=0.5") == 2
+    assert "was trained to its end with train.learning_rate = 0.001, this command has 0.5" in capsys.readouterr().err
+    assert (stopped / "config.json").read_bytes() == before
 
 
 def test_a_copied_checkpoint_is_not_judged_on_dates_that_it_has_seen(

@@ -391,6 +391,59 @@ def test_a_finished_run_stays_finished_unless_it_is_to_train_more(lake: Path, tm
     assert not plan_run(config("train.num_epochs=3"), lake, tmp_path / "run").is_finished
 
 
+def checkpoint(run_dir: Path, step: int, *, epoch: int, epoch_step: int) -> None:
+    folder = run_dir / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text(json.dumps({"cursor": {"epoch": epoch, "step": epoch_step}}))
+
+
+@pytest.mark.parametrize("outcome", ["finished", "early_stopped", None])
+def test_settings_that_no_step_would_be_trained_with_are_refused(
+    lake: Path, tmp_path: Path, outcome: str | None
+) -> None:
+    """config.json would say them of weights that were trained otherwise. None: killed between last step and result."""
+    run_dir = tmp_path / "run"
+    plan = started(lake, run_dir, "train.num_epochs=2")
+    step = -(-plan.train_manifest.num_rows // 64)
+    checkpoint(run_dir, 2 * step, epoch=1, epoch_step=step)
+    (torn := run_dir / "checkpoints" / "step-00000099").mkdir()
+    (torn / "state.json").write_text("{")
+    if outcome:
+        mark_finished(plan, outcome=outcome, step=2 * step)
+    before = (run_dir / "config.json").read_bytes()
+    for override, saved, here in (
+        ("train.learning_rate=0.5", "0.001", "0.5"),
+        ("train.precision=bf16", "'float32'", "'bf16'"),
+    ):
+        key = override.partition("=")[0]
+        more = "" if outcome == "early_stopped" else "raise train.num_epochs to train on, "
+        refusal = (
+            f"holds a run that was trained to its end with {key} = {saved}, this command has {here}; set it back, "
+        )
+        with pytest.raises(UserError, match=re.escape(f"{refusal}{more}or use another --run-dir")):
+            plan_run(config("train.num_epochs=2", override), lake, run_dir)
+    with pytest.raises(
+        UserError, match=r"has begun its epoch 2, this command has train.num_epochs = 1; name at least 2"
+    ):
+        plan_run(config("train.num_epochs=1"), lake, run_dir)
+    assert (run_dir / "config.json").read_bytes() == before
+    assert plan_run(config("train.num_epochs=2"), lake, run_dir).is_finished == bool(outcome)
+    if outcome != "early_stopped":
+        assert not plan_run(config("train.num_epochs=3", "train.learning_rate=0.5"), lake, run_dir).is_finished
+
+
+def test_a_run_under_way_may_have_other_settings_but_not_fewer_epochs_than_it_has_begun(
+    lake: Path, tmp_path: Path
+) -> None:
+    started(lake, tmp_path / "run", "train.num_epochs=5")
+    checkpoint(tmp_path / "run", 7, epoch=2, epoch_step=1)
+    assert plan_run(config("train.num_epochs=3", "train.learning_rate=0.5"), lake, tmp_path / "run")
+    with pytest.raises(
+        UserError, match=r"has begun its epoch 3, this command has train.num_epochs = 2; name at least 3"
+    ):
+        plan_run(config("train.num_epochs=2"), lake, tmp_path / "run")
+
+
 def test_alone_everything_stays_on_the_loopback_with_a_token_of_the_owners(tmp_path: Path) -> None:
     token = tmp_path / "auth_token"
     environment = {"RAY_AUTH_TOKEN_PATH": str(token), "PYTHONPATH": "mine"}
