@@ -39,7 +39,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--scale", choices=SCALES, default="full", help="small: minutes on two cores")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="in place of the study's; more may follow")
     arguments = parser.parse_args(argv)
-    study = load_study(arguments.study, scale=arguments.scale, folder=ROOT / "jobs" / "studies", seeds=arguments.seeds)
+    study = load_study(
+        arguments.study,
+        scale=arguments.scale,
+        folder=ROOT / "jobs" / "studies",
+        seeds=arguments.seeds,
+        sets=arguments.overrides,
+    )
     if study.has_worlds:
         check_output_table(arguments.run_dir, flag="--run-dir")  # their lakes are below it
     cluster = prepare_environment(dashboard=job_config(arguments).ray.dashboard)

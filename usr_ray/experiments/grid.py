@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from usr_ray.config.fields import ConfigError, UserError, build, require
+from usr_ray.config.fields import ConfigError, UserError, build, override_key, require
 
 SCALES = ("small", "full")
 SIMULATED = "simulated"
@@ -37,6 +37,11 @@ class Axis:
     """Label of a value -> its overrides by dotted path."""
     is_world: bool = False
     """Its overrides change the table: each combination of world axes has a lake of its own."""
+
+    @property
+    def keys(self) -> set[str]:
+        """Dotted paths that one of its values overrides."""
+        return {key for overrides in self.values.values() for key in overrides}
 
     @property
     def numbers(self) -> list[float] | None:
@@ -129,11 +134,16 @@ def toml_value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def load_study(source: str, *, scale: str, folder: Path, seeds: Sequence[int] | None = None) -> Study:
+def load_study(
+    source: str, *, scale: str, folder: Path, seeds: Sequence[int] | None = None, sets: Sequence[str] = ()
+) -> Study:
     """The study of a TOML file, or of `<folder>/<source>.toml` for a name; `seeds` take the place of the file's.
 
+    What `sets` (`a.b=c`) name is left out of its base and world: the trials have it from the command line.
+
     Raises:
-        StudyError: no such study, no TOML, an unknown key, an axis without values, a comparison of nothing.
+        StudyError: no such study, no TOML, an unknown key, an axis without values, a comparison of nothing; `sets` name
+            what an axis, the seeds or the resources set.
     """
     path = Path(source) if source.endswith(".toml") else folder / f"{source}.toml"
     if not path.is_file():
@@ -144,10 +154,29 @@ def load_study(source: str, *, scale: str, folder: Path, seeds: Sequence[int] | 
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise StudyError(f"--study {path}: not TOML ({error})") from error
     try:
-        study = parse_study(raw, name=path.stem, scale=scale)
+        study = _without(parse_study(raw, name=path.stem, scale=scale), sets)
         return replace(study, seeds=_seeds(list(seeds), "--seeds")) if seeds else study
     except ConfigError as error:
         raise StudyError(f"--study {path}: {error}") from error
+
+
+def _without(study: Study, sets: Sequence[str]) -> Study:
+    nested: dict[str, Any] = {}
+    for text in sets:
+        override_key(nested, text)
+    given = _flat(nested, "--set")
+    for axis in study.axes:
+        both = sorted(given.keys() & axis.keys)
+        require(not both, f"--set {''.join(both[:1])}: axis {axis.name} sets it for each trial; leave it out")
+    for name, own in (
+        ("num_workers", study.resources.num_workers),
+        ("cpus_per_worker", study.resources.cpus_per_worker),
+    ):
+        found = given.get(f"ray.{name}", own)
+        is_here = name == "num_workers" and found == 0
+        require(found == own or is_here, f"--set ray.{name}={found}: trials take resources.{name}, {own}; leave it out")
+    base, world = ({k: v for k, v in of.items() if k not in given} for of in (study.base, study.world))
+    return replace(study, base=base, world=world)
 
 
 _KEYS = (*(key.name for key in fields(Study) if key.name != "name"), "small")
@@ -164,14 +193,19 @@ def parse_study(raw: Mapping[str, Any], *, name: str, scale: str) -> Study:
     _only(raw, _KEYS, "the study")
     small = raw.get("small", {}) if scale == "small" else {}
     _only(small, _SMALL_KEYS, "small")
-    axes = [_axis(a) for a in raw.get("axes", [])]
+    axes = [_axis(a) for a in _list(raw, "axes")]
     require(bool(axes), "axes is empty; give at least one [[axes]] with a name and values")
     names = [axis.name for axis in axes]
     require(len(set(names)) == len(names), f"axes: {', '.join(names)} has doubles")
-    for axis_name, labels in small.get("axes", {}).items():
+    kept = small.get("axes", {})
+    require(isinstance(kept, Mapping), f"small.axes must be a table of axis -> labels, got {kept!r}")
+    for axis_name, labels in kept.items():
         require(axis_name in names, f"small.axes.{axis_name}: no such axis; the study has: {', '.join(names)}")
         axes = [replace(a, values=_kept(a, labels)) if a.name == axis_name else a for a in axes]
-    comparisons = [build(Comparison, c, path=f"comparisons[{n}]") for n, c in enumerate(raw.get("comparisons", []))]
+    for one, other in itertools.combinations(axes, 2):
+        both = sorted(one.keys & other.keys)
+        require(not both, f"axes: {one.name} and {other.name} both set {''.join(both[:1])}; leave it to one of them")
+    comparisons = [build(Comparison, c, path=f"comparisons[{n}]") for n, c in enumerate(_list(raw, "comparisons"))]
     study = Study(
         name=name,
         title=str(raw.get("title", name)),
@@ -183,13 +217,25 @@ def parse_study(raw: Mapping[str, Any], *, name: str, scale: str) -> Study:
         resources=build(Resources, raw.get("resources", {}), path="resources"),
         world={**_flat(raw.get("world", {}), "world"), **_flat(small.get("world", {}), "small.world")},
         source=str(raw.get("source", SIMULATED)),
-        representations=raw.get("representations", False) is True,
-        slices=raw.get("slices", False) is True,
+        representations=_switch(raw, "representations", "representations"),
+        slices=_switch(raw, "slices", "slices"),
     )
     _check_comparisons(study)
     is_spare = not study.has_worlds and (study.world or study.source != SIMULATED)
     require(not is_spare, "world or source is set, but no axis has world = true")
     return study
+
+
+def _list(raw: Mapping[str, Any], key: str) -> list[Any]:
+    found = raw.get(key, [])
+    require(isinstance(found, list), f"{key} must be a list, each begun with [[{key}]], got {found!r}")
+    return found
+
+
+def _switch(raw: Mapping[str, Any], key: str, where: str) -> bool:
+    found = raw.get(key, False)
+    require(isinstance(found, bool), f"{where} must be true or false, got {found!r}")
+    return found
 
 
 def _seeds(seeds: Any, where: str) -> tuple[int, ...]:
@@ -214,7 +260,9 @@ def _axis(raw: Any) -> Axis:
         )
         labelled = {label: _flat(overrides, f"{where}.values.{label}") for label, overrides in values.items()}
     require(bool(labelled), f"{where}.values is empty")
-    return Axis(raw["name"], labelled, is_world=raw.get("world", False) is True)
+    for one, other in itertools.combinations(labelled, 2):
+        require(labelled[one] != labelled[other], f"{where}.values: {one} and {other} are the same")
+    return Axis(raw["name"], labelled, is_world=_switch(raw, "world", f"{where}.world"))
 
 
 def _kept(axis: Axis, labels: Any) -> dict[str, Mapping[str, Any]]:

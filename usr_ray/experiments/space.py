@@ -22,21 +22,22 @@ from usr_ray.experiments.grid import Axis, Comparison, Resources, Study, as_sets
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_NOT_TUNED = (
-    "data.",
-    "tune.",
-    "train.seed",
-    "ray.",
-    "scenarios",
-    "query_scenarios",
-    "labels.",
-    "histories.",
-    "vocabulary.",
-    "features.",
-    "logs.",
-    "train.evaluate_every_epochs",
-    "train.warm_start",
+_TUNED = (
+    "num_epochs",
+    "global_batch_size",
+    "order",
+    "learning_rate",
+    "weight_decay",
+    "embedding_optimizer",
+    "embedding_learning_rate",
+    "embedding_weight_decay",
+    "warmup_steps",
+    "schedule",
+    "precision",
+    "gradient_clip",
+    "average",
 )
+"""Keys of [train] that a model comes out differently by; the others say where, how fast and on what it is trained."""
 
 
 class TuneError(UserError):
@@ -80,12 +81,11 @@ def check_space(config: Config) -> None:
         raise TuneError('tune.space is empty; name keys to try, for example [tune.space."train.learning_rate"]')
     known = dotted(config.to_dict())
     for path, space in config.tune.space.items():
-        if path.startswith(_NOT_TUNED):
-            raise TuneError(
-                f"tune.space.{path}: cannot be tuned, since it changes what is compared; tune model.* and train.*"
-            )
         if path not in known:
             raise TuneError(f"tune.space.{path}: no such key of the configuration")
+        section, _, key = path.partition(".")
+        if section != "model" and (section != "train" or key not in _TUNED):
+            raise TuneError(f"tune.space.{path}: cannot be tuned; tune model.* and, of train, {', '.join(_TUNED)}")
         for value in space.values or (_number(space, space.low), _number(space, space.high)):
             with_values(config, {path: value})
 
@@ -245,9 +245,15 @@ def load_search(path: Any, overrides: Sequence[str]) -> Config:
     """The configuration of a search, checked.
 
     Raises:
-        UserError: as load_config, choosing_dates and check_space; the search's package is missing.
+        UserError: as load_config, choosing_dates and check_space; the judging dates would choose an epoch; the
+            search's package is missing.
     """
     config = load_config(path, overrides)
+    if config.train.early_stopping:
+        raise TuneError(
+            "train.early_stopping would choose the epoch on data.eval_dates, which judge the search's choice; switch "
+            "it off: a search chooses the epoch on its choosing dates"
+        )
     choosing_dates(config)
     check_space(config)
     if config.tune.search == "optuna" and importlib.util.find_spec("optuna") is None:

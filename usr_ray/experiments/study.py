@@ -93,7 +93,12 @@ def run_study(
     lake = whole_path(lake) if lake else None
     trials = expand(study)
     for trial in trials:
-        base.config(study.resources, trial)  # every mistake in the grid is found before anything is trained
+        config = base.config(study.resources, trial)  # every mistake in the grid is found before anything is trained
+        if config.train.early_stopping:
+            raise StudyError(
+                f"trial {trial.trial_id}: train.early_stopping would choose its epoch on data.eval_dates, on which the "
+                "study compares; switch it off"
+            )
     record = open_study(run_dir, study, base, lake=str(lake or ""), command=command)
     if study.has_worlds:
         write_record(run_dir, record)  # the worlds are built in its directory; else nothing is written for a wrong lake

@@ -112,6 +112,29 @@ def test_a_star_compares_every_other_value() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"axes": 3}, r"axes must be a list, each begun with \[\[axes\]\], got 3"),
+        ({"comparisons": 3}, r"comparisons must be a list, each begun with \[\[comparisons\]\], got 3"),
+        ({"comparisons": [3]}, r"comparisons\[0\] must be a section, got 3"),
+        ({"small": {"axes": [1]}}, r"small.axes must be a table of axis -> labels, got \[1\]"),
+        ({"slices": "yes"}, r"slices must be true or false, got 'yes'"),
+        ({"representations": 1}, r"representations must be true or false, got 1"),
+        (
+            {"axes": [{"name": "x", "path": "a.b", "values": [1], "world": "true"}]},
+            r"axes.x.world must be true or false, got 'true'",
+        ),
+        (
+            {
+                "axes": [
+                    {"name": "a", "path": "model.dropout", "values": [0.0, 0.3]},
+                    {"name": "b", "values": {"x": {"model": {"dropout": 0.1}}, "y": {}}},
+                ]
+            },
+            r"axes: a and b both set model.dropout; leave it to one of them",
+        ),
+        (
+            {"axes": [{"name": "a", "values": {"x": {"model.dropout": 0.1}, "y": {"model": {"dropout": 0.1}}}}]},
+            r"axes.a.values: x and y are the same",
+        ),
         ({"axes": []}, r"axes is empty; give at least one \[\[axes\]\]"),
         ({"seeds": []}, r"seeds must be a list of whole numbers, for example \[0, 1, 2, 3, 4\], got \[\]"),
         ({"seeds": [1, 1]}, r"seeds has doubles"),
@@ -148,6 +171,36 @@ def test_seeds_of_the_command_line_take_the_place_of_the_files(tmp_path: Path) -
     assert (study.seeds, len(expand(study))) == ((7, 9), 24)
     with pytest.raises(StudyError, match=r"main\.toml: --seeds has doubles: \[7, 7\]"):
         load_study("main", scale="full", folder=STUDIES, seeds=[7, 7])
+
+
+def test_the_command_line_sets_what_the_base_of_a_study_says_too(tmp_path: Path) -> None:
+    (epochs,) = {t.overrides.get("train.num_epochs") for t in expand(load_study("main", scale="small", folder=STUDIES))}
+    assert epochs == 1
+    sets = ["train.num_epochs=9"]
+    trials = expand(load_study("main", scale="small", folder=STUDIES, sets=sets))
+    # Base has --set before the trial's own overrides, which no longer name the key.
+    assert {load_config(None, [*sets, *as_sets(t.overrides)]).train.num_epochs for t in trials} == {9}
+    world = load_study("joint", scale="full", folder=STUDIES, sets=["simulated.num_users=70"]).world
+    assert "simulated.num_users" not in world
+    assert "simulated.num_impressions" in world
+    assert load_study("main", scale="full", folder=STUDIES, sets=["ray.num_workers=0", "model.dropout=0.1"]) == (
+        load_study("main", scale="full", folder=STUDIES)
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("model.backbone=ple", r"main\.toml: --set model.backbone: axis backbone sets it for each trial; leave it out"),
+        ("model={backbone = 'ple'}", r"--set model.backbone: axis backbone sets it"),
+        ("train.seed=4", r"--set: train.seed is set by seeds; leave it out"),
+        ("ray.num_workers=2", r"--set ray.num_workers=2: trials take resources.num_workers, 1; leave it out"),
+        ("ray.cpus_per_worker=2.0", r"--set ray.cpus_per_worker=2.0: trials take resources.cpus_per_worker, 1.0"),
+    ],
+)
+def test_what_a_study_sets_itself_is_not_taken_from_the_command_line(given: str, message: str) -> None:
+    with pytest.raises(StudyError, match=message):
+        load_study("main", scale="full", folder=STUDIES, sets=[given])
 
 
 def test_an_unknown_study_is_told_which_there_are(tmp_path: Path) -> None:

@@ -53,6 +53,18 @@ def test_days_that_choose_are_neither_trained_on_nor_reported_on() -> None:
         (['tune.space={"train.learning_rat" = {kind = "int", low = 1, high = 2}}'], r"train.learning_rat: no such key"),
         (['tune.space={"train.seed" = {kind = "int", low = 1, high = 2}}'], r"train.seed: cannot be tuned"),
         (['tune.space={"data.eval_dates" = {kind = "choice", values = ["x"]}}'], r"data.eval_dates: cannot be tuned"),
+        *(
+            (
+                [f'tune.space={{"{key}" = {{kind = "uniform", low = 1, high = 2}}}}'],
+                f"{key}: cannot be tuned; tune model",
+            )
+            for key in ("simulated.similarity", "counters.prior", "limits.max_reject_share", "train.reader_threads")
+        ),
+        (['tune.space={"train.early_stopping" = {kind = "choice", values = [true]}}'], r"early_stopping: cannot be"),
+        (
+            [RATE, "train.early_stopping=true"],
+            r"^train.early_stopping would choose the epoch on data.eval_dates, which",
+        ),
         (['tune.space={"model.backbone" = {kind = "choice", values = ["ple", "moe"]}}'], r"model.backbone 'moe'"),
         (
             ['tune.space={"model.embedding_dim" = {kind = "uniform", low = 4, high = 8.5}}'],

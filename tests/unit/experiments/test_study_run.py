@@ -105,6 +105,13 @@ def test_trials_of_several_workers_do_not_run_here(tmp_path: Path) -> None:
         )
 
 
+def test_the_dates_that_compare_do_not_choose_an_epoch(tmp_path: Path) -> None:
+    study = parse_study({"seeds": [0], "axes": [AXIS]}, name="early", scale="full")
+    base = Base(None, ("train.early_stopping=true",))
+    with pytest.raises(StudyError, match=r"^trial .*: train.early_stopping would choose its epoch on data.eval_dates,"):
+        study_module.run_study(study, base, "lake", tmp_path / "run")
+
+
 def test_a_kill_between_two_trials_begins_no_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Whatever was told to end goes on with the same command; the signal's own meaning is back afterwards."""
     begun: list[str] = []
