@@ -93,12 +93,7 @@ def run_study(
     lake = whole_path(lake) if lake else None
     trials = expand(study)
     for trial in trials:
-        config = base.config(study.resources, trial)  # every mistake in the grid is found before anything is trained
-        if config.train.early_stopping:
-            raise StudyError(
-                f"trial {trial.trial_id}: train.early_stopping would choose its epoch on data.eval_dates, on which the "
-                "study compares; switch it off"
-            )
+        _check_trial(base.config(study.resources, trial), trial)  # all of the grid before anything is trained
     record = open_study(run_dir, study, base, lake=str(lake or ""), command=command)
     if study.has_worlds:
         write_record(run_dir, record)  # the worlds are built in its directory; else nothing is written for a wrong lake
@@ -150,6 +145,14 @@ def _check_source(study: Study, lake: str | None, input_dir: Path | None) -> Non
         raise StudyError(f"--input {input_dir}: study {study.name} reads no data set; leave --input out")
     if input_dir is not None and not input_dir.is_dir():
         raise StudyError(f"--input {input_dir}: no such folder; name the one with {study.source}'s files")
+
+
+def _check_trial(config: Config, trial: Trial) -> None:
+    if config.train.early_stopping:
+        raise StudyError(
+            f"trial {trial.trial_id}: train.early_stopping would choose its epoch on data.eval_dates, on which the "
+            "study compares; switch it off"
+        )
 
 
 def _check_workers(study: Study, base: Base) -> None:
