@@ -93,6 +93,31 @@ class HistoriesConfig:
     """Newest events kept per scenario."""
 
 
+REJECT_REASONS = (
+    "null_impression_id",
+    "null_click_id",
+    "null_order_id",
+    "null_user_id",
+    "null_item_id",
+    "null_event_time",
+    "unparsable_event_time",
+    "unparsable_ingest_time",
+    "unparsable_position",
+    "unparsable_number",
+    "unknown_impression",
+    "impression_of_other_scenario",
+    "impression_of_other_item",
+    "before_impression",
+    "no_impression",
+    "after_window",
+    "no_click",
+    "before_click",
+    "malformed_line",
+    "undecodable_text",
+)
+"""What a build may stop for (docs/tables.md, rejects)."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LimitsConfig:
     """Users that are no people, and how many rows may be rejected (docs/tables.md, rejects)."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from usr_ray.config.counters import COUNTER_IDS, CounterConfig, CountersConfig, counter_columns
 from usr_ray.config.etl import (
+    REJECT_REASONS,
     FeaturesConfig,
     HistoriesConfig,
     JdSearchConfig,
@@ -140,6 +141,37 @@ class Config:
         twice = [column for column in columns if names.count(column.lower()) > 1]
         require(not twice, f"features: '{''.join(twice[:1])}' is a column of [counters]; call the feature another name")
 
+    def check_effect(self) -> None:
+        """ConfigError on what would be without effect. Not asked of saved configurations: older runs stay readable."""
+        usual = CountersConfig()
+        for key in ("windows", "events"):
+            require(
+                self.counters.defaults or getattr(self.counters, key) == getattr(usual, key),
+                f"counters.{key}: is of the default counters, which are off; set counters.defaults=true, or {key} in "
+                "each [counters.NAME]",
+            )
+        categories = self.features.item_categories
+        twice = next((f"{name}_scenario" for name in categories if f"{name}_scenario" in categories), "")
+        require(
+            not (self.counters.defaults and twice),
+            f"counters.defaults: two of the default counters would be user_{twice}; call the category {twice} "
+            "another name",
+        )
+        has_queries = bool(set(self.query_scenarios) & set(self.scenarios))
+        by_query = [name for name, counter in self.counters.named.items() if "query" in counter.keys]
+        require(
+            has_queries or not by_query,
+            f"counters.{''.join(by_query[:1])}: counts by query, and no scenario has queries "
+            f"({', '.join(self.scenarios)}); name one in query_scenarios, or take the counter out",
+        )
+        for log, shares in self.limits.max_reject_shares.items():
+            strays = sorted(set(shares) - set(REJECT_REASONS))
+            require(
+                not strays,
+                f"limits.max_reject_shares.{log}.{''.join(strays[:1])}: no such reason; choose from: "
+                f"{', '.join(REJECT_REASONS)}",
+            )
+
     @property
     def order_wait_us(self) -> int:
         """How much later than its clicks a row's orders are final, where training counts the row as of its clicks."""
@@ -202,4 +234,6 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
             raise ConfigError(f"--config {path}: not TOML ({error})") from error
     for override in overrides:
         override_key(raw, override)
-    return Config.from_dict(raw)
+    config = Config.from_dict(raw)
+    config.check_effect()
+    return config

@@ -146,6 +146,19 @@ def test_what_is_counted_decides_what_a_row_means_and_the_warm_up_does_not() -> 
             ('counters.events=["ctr","ctr"]',),
             r"^counters.events must name some of impressions, .* got \['ctr', 'ctr'\]",
         ),
+        (
+            ('counters.windows=["all"]', 'counters.a.keys=["item_id"]'),
+            r"^counters.windows: is of the default counters, which are off; set counters.defaults=true, or windows in",
+        ),
+        (('counters.events=["ctr"]',), r"^counters.events: is of the default counters, which are off; .* or events in"),
+        (
+            ('counters.a.keys=["query", "user_id"]', "query_scenarios=[]"),
+            r"^counters.a: counts by query, and no scenario has queries \(search, recommendation\); name one in",
+        ),
+        (
+            ("counters.defaults=true", 'features.item_categories=["brand", "brand_scenario"]'),
+            r"^counters.defaults: two of the default counters would be user_brand_scenario; call the cat",
+        ),
         (('counters.windows=["a week"]',), r"^counters.windows must name days, each once, .* got \['a week'\]"),
         (('counters.a.keys=["query"]', "counters.a.window=1"), r"unknown key 'counters.named.a.window'"),
         (('counters.A-b.keys=["query"]',), r"counters: 'A-b' must be lower-case letters, digits and '_'"),
@@ -163,3 +176,9 @@ def test_what_is_counted_decides_what_a_row_means_and_the_warm_up_does_not() -> 
 def test_mistakes_are_one_line(overrides: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(None, overrides)
+
+
+def test_what_has_no_effect_is_refused_of_the_user_and_read_of_an_older_run() -> None:
+    saved = load_config(None, ("counters.defaults=true", 'counters.windows=["1d"]')).to_dict()
+    saved["counters"]["defaults"] = False
+    assert Config.from_dict(saved).counters.windows == ("1d",)

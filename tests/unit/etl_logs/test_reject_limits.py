@@ -14,7 +14,7 @@ from etl.checks import LogCount
 from etl.kernel.attribution import LabelRules
 from etl.kernel.events import KIND_CLICK, NO_SCENARIO
 from etl.logs.events import EventLog
-from usr_ray.config import load_config
+from usr_ray.config import ConfigError, load_config
 
 pytestmark = pytest.mark.unit
 
@@ -119,4 +119,8 @@ def test_a_watermark_that_is_asked_for_stays_and_no_event_makes_none() -> None:
 def test_a_share_of_one_reason_of_one_log_goes_before_the_share_of_all() -> None:
     limits = load_config(None, ["limits.max_reject_shares.orders.no_click=0.6"]).limits
     assert limits.reject_share("orders", "no_click") == 0.6
+    with pytest.raises(
+        ConfigError, match=r"^limits.max_reject_shares.orders.noclick: no such reason; choose from: null_"
+    ):
+        load_config(None, ["limits.max_reject_shares.orders.noclick=0.6"])
     assert limits.reject_share("orders", "before_click") == limits.reject_share("search_clicks", "no_click") == 0.05
