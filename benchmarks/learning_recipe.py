@@ -1,6 +1,7 @@
 """What do averaged weights, the tables' learning rate and the towers add on the static world, plain and with USR?
 
-    python benchmarks/learning_recipe.py [--lake runs/demo-static/lake] [--seeds 3] [--models "plain, recipe" ...]
+    python benchmarks/learning_recipe.py [--config jobs/configs/simulated.toml] [--lake runs/demo-static/lake]
+                                         [--seeds 3] [--models "plain, recipe" ...]
 
 Trains each model with each seed on the demo's training days and reports held-out AUC (mean and every seed's), and the
 paired gap of each over the model named in GAPS. `--validation` trains on all training days but the last and evaluates
@@ -60,6 +61,7 @@ MODELS: dict[str, tuple[str, ...]] = {
     "USR, before": BEFORE,
     "USR, recipe without CL": NO_CL,
     "USR, recipe": (),
+    "USR, all groups in CL": ("model.contrastive.every_nth_group=1",),
     "plain, without sides": (*PLAIN, "model.event_sides=false"),
     "USR, without sides": ("model.event_sides=false",),
     "USR, recipe and first-order part": WIDE,
@@ -69,6 +71,7 @@ GAPS = {
     "USR, recipe and first-order part": "USR, recipe",
     "plain, recipe": "plain, before",
     "USR, recipe": "plain, recipe",
+    "USR, all groups in CL": "USR, recipe",
     "USR, before": "plain, before",
 }
 
@@ -83,6 +86,7 @@ def by_seed(runs: Runs) -> dict[str, list[float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--lake", type=Path, default=ROOT / "runs" / "demo-static" / "lake")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
@@ -93,7 +97,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     data = Data.of(
-        CONFIG, arguments.lake, (*(VALIDATION if arguments.validation else ()), *arguments.set), arguments.counters
+        arguments.config,
+        arguments.lake,
+        (*(VALIDATION if arguments.validation else ()), *arguments.set),
+        arguments.counters,
     )
     scenarios, seeds, trained = data.config().scenarios, list(range(arguments.seeds)), {}
     for name in arguments.models:

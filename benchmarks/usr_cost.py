@@ -25,9 +25,12 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.doc_tables import markdown
 from benchmarks.interleaved import header, interval, publish, ratio, settings_of, spread, verdict
 from benchmarks.step_cases import CASES, PLAIN, Step
+from usr_ray.launch.environment import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results" / "usr_cost.json"
+AIMS = {("demo", "mmoe"): 2.0, ("large", "shared_bottom"): 2.4}
 AIM = 2.5
+"""Of all others."""
 _OFF = {"enabled": False}
 _NO_CL = {"interest_weight": 0, "feature_weight": 0}
 PARTS: Mapping[str, Mapping[str, Any]] = {
@@ -37,6 +40,9 @@ PARTS: Mapping[str, Mapping[str, Any]] = {
     "IE alone": {"generator": _OFF, "multitask": _OFF, "contrastive": _NO_CL},
     "IE, FG, GLMT": {"contrastive": _NO_CL},
     "all, without CL(f)": {"contrastive": {"feature_weight": 0}},
+    "USR, all groups in CL": {"contrastive": {"every_nth_group": 1}},
+    "USR, every second group": {"contrastive": {"every_nth_group": 2}},
+    "USR, every eighth group": {"contrastive": {"every_nth_group": 8}},
     "USR": {},
 }
 """Models from the plain backbone to all of USR; GLMT and CL want both views of every row, the parts alone only one."""
@@ -116,7 +122,8 @@ def table(report: Mapping[str, Any]) -> str:
     rows = []
     for entry in report["results"]:
         for name, part in entry["parts"].items():
-            aim = verdict(part["ratio"]["median"], at_most=AIM) if name == "USR" else ""
+            at_most = AIMS.get((entry["case"], entry["backbone"]), AIM)
+            aim = verdict(part["ratio"]["median"], at_most=at_most) if name == "USR" else ""
             title = f"{entry['case']}, {entry['backbone']}: {name}"
             rows.append([title, spread(part[unit], 1), spread(part["ratio"]) + "x", aim])
     cost = markdown(["training step", "ms of one thread", "times plain", "aim"], rows)
@@ -141,6 +148,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()  # as a training does
     results = []
     for case in arguments.cases:
         for backbone in arguments.backbones:

@@ -16,7 +16,7 @@ from usr_ray.data.lineage import warn
 from usr_ray.data.order import order_text
 from usr_ray.evaluation.files import SPLIT
 from usr_ray.evaluation.metrics import CellMetrics
-from usr_ray.launch.environment import OWN, SUBMITTED
+from usr_ray.launch.environment import OWN, SUBMITTED, keep_freed_memory
 from usr_ray.launch.monitor import FileMonitor
 from usr_ray.runs.evaluations import METRICS_FILE, read_json
 from usr_ray.runs.plan import RunPlan, load_manifest, mark_finished, plan_run, write_plan, write_result
@@ -52,6 +52,7 @@ def run_alone(
     refuse_missing_gpus(config.ray)
 
     def fit(plan: RunPlan) -> tuple[str, int]:
+        keep_freed_memory()
         worker, monitor = LocalWorker(None if config.ray.use_gpu else "cpu"), FileMonitor(plan.run_dir)
         worker.stop_on_signal()
         try:

@@ -28,7 +28,7 @@ from ray.train.torch import TorchTrainer, get_device
 
 from usr_ray.config import Config, RayConfig, UserError, parse_duration_us
 from usr_ray.launch.alone import RunSummary, carry_out, refuse_relative_run
-from usr_ray.launch.environment import OWN, SUBMITTED
+from usr_ray.launch.environment import OWN, SUBMITTED, keep_freed_memory
 from usr_ray.launch.monitor import RayMonitor
 from usr_ray.launch.rollcall import RollCall, read_refusal, reserve_refusal, write_refusal
 from usr_ray.launch.session import START_ATTEMPTS, ray_session
@@ -182,6 +182,7 @@ def train_worker(settings: Mapping[str, Any]) -> dict[str, Any]:
     logging.getLogger().setLevel(logging.WARNING)  # Ray logs a line for every report
     for name in ("torchrec", "torch.fx._symbolic_trace"):  # they warn of what a run with sharded tables cannot change
         logging.getLogger(name).setLevel(logging.ERROR)
+    keep_freed_memory()
     # Ray sets OMP_NUM_THREADS to the CPUs reserved, of which there may be fewer than the machine has.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // ray.train.get_context().get_local_world_size()))

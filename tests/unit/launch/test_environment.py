@@ -111,3 +111,23 @@ def test_rays_colours_are_for_terminals(
     environment = {"HOME": str(tmp_path), "RAY_AUTH_TOKEN": "x"}
     prepare_environment(environment, dashboard=False)
     assert environment.get("RAY_COLOR_PREFIX") == colours
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_training_keeps_the_memory_that_a_step_frees(kept: bool) -> None:
+    """Steps of forty blocks of 1 MB: page faults of the last of five."""
+    program = f"""
+import resource
+from usr_ray.launch.environment import keep_freed_memory
+if {kept}: keep_freed_memory()
+for _ in range(5):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    held = [bytearray(1 << 20) for _ in range(40)]
+    del held
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd=Path(__file__).parents[3]
+    )
+    assert (int(found.stdout) < 100) == kept, found.stdout
