@@ -24,7 +24,6 @@ from torch.nn.functional import softplus
 
 from usr_ray.model.counter_random import hash_keys, to_uniform
 from usr_ray.model.history import Events
-from usr_ray.model.ops import log_sum_exp_products
 
 _EVENT_STREAM, _FEATURE_STREAM = 1, 2
 _NORM_FLOOR = 1e-6
@@ -100,7 +99,8 @@ def _contrast(units_NGSD: Tensor, twins_NGSD: Tensor, valid_NG: Tensor, user_NG:
     # One view's rows after another's: X = S G vectors of a group, each beside all.
     units_NXD = units_NGSD.transpose(1, 2).flatten(1, 2)
     left_out_NXX = _left_out(valid_NG, user_NG, num_views, units_NXD.dtype)
-    total_NX = log_sum_exp_products(units_NXD, left_out_NXX, 1 / temperature)
+    scores_NXX = torch.baddbmm(left_out_NXX, units_NXD, units_NXD.transpose(1, 2), alpha=1 / temperature)
+    total_NX = scores_NXX.logsumexp(2)
     return softplus(total_NX.view(num_groups, num_views, num_rows) - positive_NSG).transpose(1, 2)
 
 

@@ -1,4 +1,4 @@
-"""Three operations whose backward is written by hand, each beside its plain torch twin.
+"""Two operations whose backward is written by hand, each beside its plain torch twin.
 
 Both save at least 5 % of a whole training step of USR (docs/speed.md); others did not and were deleted.
 
@@ -6,14 +6,11 @@ Both save at least 5 % of a whole training step of USR (docs/speed.md); others d
   beforehand it is a segmented sum, with the same order of additions every time, on a GPU as well.
 - `masked_attention`: torch's own backward builds the gradients of keys and values apart, the values' once for each
   mask, and joins them: three more passes over the largest tensor of a step.
-- `log_sum_exp_products`: torch multiplies twice for the gradient of a product of vectors with themselves, where one
-  product by the sum of a matrix and its transpose does, and takes every exponential twice.
 
 `with plain():` switches them to their twins; torch.export always takes the twins.
 
 Shape letters: U rows of a weight, V places (history events; queries, that is views, in attention), C columns, G groups
-of places; B rows of the batch, R those of a share, L events, M masks, W = M * V, K size of a key and of a value; N
-groups of X vectors.
+of places; B rows of the batch, R those of a share, L events, M masks, W = M * V, K size of a key and of a value.
 """
 
 from __future__ import annotations
@@ -30,7 +27,7 @@ from torch.nn.functional import embedding_bag
 
 from usr_ray.data.batch import GroupShare
 
-ALL = ("pool_sum", "masked_attention", "log_sum_exp_products")
+ALL = ("pool_sum", "masked_attention")
 _plain: tuple[str, ...] = ()
 
 
@@ -247,42 +244,3 @@ class _MaskedAttention(torch.autograd.Function):
             found = ctx.share.view(grad_pairs_BLK)[..., size:]
             found += grad_value_RLK.view_as(found)
         return torch.bmm(grad_score_BVL, key_BLK), grad_pairs_BLK, None, None, None
-
-
-def log_sum_exp_products(units_NXD: Tensor, bias_NXX: Tensor, scale: float) -> Tensor:
-    """Log-sum-exp of scale * u_x . u_y + bias_xy for every vector x over the vectors y of its group, (N, X).
-
-    Args:
-        units_NXD: float32 or float64.
-        bias_NXX: without a gradient; a large negative but finite number leaves a pair out. A vector left with no pair
-            at all gives a large negative number, and its gradient must come in as 0.
-    """
-    if _is_plain("log_sum_exp_products"):
-        return plain_log_sum_exp_products(units_NXD, bias_NXX, scale)
-    with torch.autocast(units_NXD.device.type, enabled=False):
-        sums_NX: Tensor = _LogSumExpProducts.apply(units_NXD, bias_NXX, scale)  # type: ignore[no-untyped-call]
-    return sums_NX
-
-
-def plain_log_sum_exp_products(units_NXD: Tensor, bias_NXX: Tensor, scale: float) -> Tensor:
-    """`log_sum_exp_products` by autograd."""
-    return (torch.bmm(units_NXD, units_NXD.transpose(1, 2)) * scale + bias_NXX).logsumexp(2)
-
-
-class _LogSumExpProducts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, units_NXD: Tensor, bias_NXX: Tensor, scale: float) -> Tensor:
-        scores_NXX = torch.baddbmm(bias_NXX, units_NXD, units_NXD.transpose(1, 2), alpha=scale)
-        largest_NX1 = scores_NXX.amax(2, keepdim=True)
-        exponentials_NXX = scores_NXX.sub_(largest_NX1).exp_()
-        sums_NX = exponentials_NXX.sum(2)
-        ctx.save_for_backward(units_NXD, exponentials_NXX, sums_NX)
-        ctx.scale = scale
-        return sums_NX.log().add_(largest_NX1.squeeze(2))
-
-    @staticmethod
-    @once_differentiable  # type: ignore[misc]
-    def backward(ctx: Any, grad_NX: Tensor) -> tuple[Tensor, None, None]:
-        units_NXD, exponentials_NXX, sums_NX = ctx.saved_tensors
-        grad_NXX = exponentials_NXX * (grad_NX * ctx.scale / sums_NX).unsqueeze(2)
-        return torch.bmm(grad_NXX + grad_NXX.transpose(1, 2), units_NXD), None, None

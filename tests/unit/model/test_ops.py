@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import pytest
@@ -13,7 +12,7 @@ from tests.unit.random_batches import make_batch, make_config, make_spec
 from usr_ray.data.batch import GroupShare
 from usr_ray.model import ops
 from usr_ray.model.embedding import EmbeddingTables
-from usr_ray.model.ops import Groups, group_places, log_sum_exp_products, masked_attention, pool_sum
+from usr_ray.model.ops import Groups, group_places, masked_attention, pool_sum
 from usr_ray.model.usr import UsrModel
 from usr_ray.training.loss import row_counts, usr_loss
 
@@ -77,21 +76,6 @@ def test_a_share_of_the_rows_reads_once_more_and_all_gradients_are_its_twins(fir
     torch.testing.assert_close(read(query, pairs)[-alone.numel() :], alone.flatten(), rtol=1e-12, atol=1e-12)
 
 
-def test_log_sum_exp_products_equals_its_twin_and_its_formula() -> None:
-    torch.manual_seed(0)
-    units = torch.nn.functional.normalize(torch.randn(2, 5, 3, dtype=torch.float64), dim=2).requires_grad_()
-    bias = (torch.rand(2, 5, 5) < 0.3).double() * (torch.finfo(torch.float64).min / 2)
-    bias.diagonal(dim1=1, dim2=2).zero_()  # every vector keeps a pair
-    same_with_plain(lambda u: log_sum_exp_products(u, bias, 500.0), [units])
-    units = units.detach()
-    value = log_sum_exp_products(units, bias, 2.0)
-    for group in range(2):
-        for vector in range(5):
-            kept = [y for y in range(5) if not bias[group, vector, y]]
-            terms = [math.exp(2 * float(units[group, vector] @ units[group, y])) for y in kept]
-            assert float(value[group, vector]) == pytest.approx(math.log(sum(terms)), rel=1e-12)
-
-
 def test_the_switch_reaches_a_whole_step(monkeypatch: pytest.MonkeyPatch) -> None:
     spec, config = make_spec(), make_config()
     batch, tables = make_batch(spec), EmbeddingTables(spec, 4, seed=0)
@@ -103,7 +87,7 @@ def test_the_switch_reaches_a_whole_step(monkeypatch: pytest.MonkeyPatch) -> Non
         return float(terms.total.detach())
 
     by_hand = loss()
-    for name in ("_PoolSum", "_MaskedAttention", "_LogSumExpProducts"):
+    for name in ("_PoolSum", "_MaskedAttention"):
         monkeypatch.delattr(ops, name)
     with pytest.raises(NameError):
         loss()
