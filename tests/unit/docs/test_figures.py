@@ -343,7 +343,7 @@ FIGURES = [
     ),
     Figure(
         "speed",
-        "CL(f) is the most expensive part ({} of {} ms in `large`)",
+        "Now CL(f) takes {} of {} ms in `large`",
         lambda: [
             step_ms("large", "shared_bottom", "USR") - step_ms("large", "shared_bottom", "all, without CL(f)"),
             step_ms("large", "shared_bottom", "USR"),
