@@ -240,10 +240,10 @@ def _refuse_settings_without_steps(config: Config, record: Mapping[str, Any], fo
     found = first_difference(
         Config.completed(record["config"]), config.to_dict(), ("train",), but=("train.num_epochs",)
     )
-    is_done = config.train.num_epochs == begun and state["cursor"]["step"] >= num_steps
-    if found and (is_done or record.get("outcome") == "early_stopped"):
+    early = record.get("outcome") == "early_stopped"
+    if found and (early or (config.train.num_epochs == begun and state["cursor"]["step"] >= num_steps)):
         key, saved, here = found
-        more = "raise train.num_epochs to train on, " if is_done else ""
+        more = "" if early else "raise train.num_epochs to train on, "
         raise UserError(
             f"--run-dir {folder}: holds a run that was trained to its end with {key} = {saved!r}, this command has "
             f"{here!r}; set it back, {more}or use another --run-dir"

@@ -84,10 +84,16 @@ def design(spec: FeatureSpec, train: PlainRows, scored: PlainRows) -> tuple[spar
             inside = np.flatnonzero(known[column] == own) if len(known) else np.zeros(0, dtype=np.int64)
             entries = (np.ones(len(inside)), (inside, column[inside]))
             found.append(sparse.csr_array(entries, shape=(len(own), len(known))))
-    mean, deviation = train.dense_NF.mean(axis=0), train.dense_NF.std(axis=0) + 1e-6
+    mean, deviation = mean_and_deviation(train.dense_NF)
     for rows, found in zip((train, scored), parts, strict=True):
         found.append(sparse.csr_array((rows.dense_NF - mean) / deviation))
     return sparse.hstack(parts[0], format="csr"), sparse.hstack(parts[1], format="csr")
+
+
+def mean_and_deviation(dense_NF: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Of each column, the deviation never 0; summed in float64, as a float32 sum of a million rows is off already."""
+    mean, deviation = (of(dense_NF, axis=0, dtype=np.float64).astype(np.float32) for of in (np.mean, np.std))
+    return mean, deviation + np.float32(1e-6)
 
 
 def logistic_regression(spec: FeatureSpec, train: PlainRows, scored: PlainRows) -> NDArray[np.float64]:
