@@ -11,8 +11,9 @@ backbone without USR, say) and a logistic regression on crossed columns beside i
 
 from __future__ import annotations
 
+import datetime as dt
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +29,17 @@ if TYPE_CHECKING:  # torch takes seconds to load: a wrong command line is report
     from usr_ray.training.evaluate import TrainedRun
 
 
-def baseline_of(config: Config, lake: str, held_out: Manifest, predictions: Predictions) -> Predictions | None:
-    """The popularity baseline on the same rows; None, and a line that says why, where it cannot be had."""
+MAX_EARLIER_ROWS = 20_000_000
+"""Rows of the runs that a run began with that popularity is fitted on besides its own, the newest dates first."""
+
+
+def baseline_of(
+    config: Config, lake: str, held_out: Manifest, predictions: Predictions, seen: Collection[str]
+) -> Predictions | None:
+    """The popularity baseline on the same rows; None, and a line that says why, where it cannot be had.
+
+    It is fitted on the dates that the model was trained on (`seen`), as they are now.
+    """
     from usr_ray.data.manifest import build_manifest
     from usr_ray.evaluation.baseline import popularity_baseline
     from usr_ray.training.rows import baseline_rows
@@ -37,17 +47,28 @@ def baseline_of(config: Config, lake: str, held_out: Manifest, predictions: Pred
     if not config.data.train_dates:
         print("no popularity baseline: the run's configuration names no data.train_dates")
         return None
-    dates = parse_dates(config.data.train_dates, where="data.train_dates")
+    own = parse_dates(config.data.train_dates, where="data.train_dates")
+    every = [dt.date.fromisoformat(date) for date in seen] or list(own)
     try:
-        allow_missing = config.data.allow_missing_dates
         manifest = build_manifest(
-            lake, dates=dates, version=held_out.version, where="data.train_dates", allow_missing=allow_missing
+            lake, dates=(min(every), max(every)), version=held_out.version, where="popularity", allow_missing=True
         )
-        rows = baseline_rows(config, manifest)
+        rows = baseline_rows(config, of_dates(manifest, seen, first_own=own[0].isoformat()) if seen else manifest)
     except UserError as error:
         print(f"no popularity baseline: {error}")
         return None
     return popularity_baseline(rows, predictions, len(held_out.spec.scenarios))
+
+
+def of_dates(manifest: Manifest, seen: Collection[str], *, first_own: str) -> Manifest:
+    """The files of the dates in `seen`; of those before `first_own`, so many that MAX_EARLIER_ROWS are not passed."""
+    taken, num_earlier = [], 0
+    for file in sorted(manifest.files, key=lambda file: file.date, reverse=True):
+        if file.date < first_own and file.date in seen:
+            num_earlier += sum(group.num_rows for group in file.row_groups)
+        if file.date in seen and num_earlier <= MAX_EARLIER_ROWS:
+            taken.append(file)
+    return replace(manifest, files=tuple(reversed(taken)))
 
 
 def comparison_of(
@@ -142,10 +163,10 @@ def main(argv: list[str]) -> None:
         about = about_rows(manifest, dates, step=run.checkpoint.step, checkpoint=run.checkpoint.path.name)
         if arguments.importance:
             about["importance"] = importance(run.module, run.tables, manifest, worker, run.config)
-        baseline = baseline_of(run.config, arguments.lake, manifest, result.predictions)
+        seen = trained_dates(arguments.run_dir)
+        baseline = baseline_of(run.config, arguments.lake, manifest, result.predictions, seen)
         if arguments.compare:
             about["comparison"] = comparison_of(run, arguments.compare, manifest, result.predictions, baseline)
-        seen = trained_dates(arguments.run_dir)
         splits = write_evaluation(
             arguments.run_dir,
             name,

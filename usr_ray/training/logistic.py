@@ -92,8 +92,9 @@ def design(spec: FeatureSpec, train: PlainRows, scored: PlainRows) -> tuple[spar
 
 def mean_and_deviation(dense_NF: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Of each column, the deviation never 0; summed in float64, as a float32 sum of a million rows is off already."""
-    mean, deviation = (of(dense_NF, axis=0, dtype=np.float64).astype(np.float32) for of in (np.mean, np.std))
-    return mean, deviation + np.float32(1e-6)
+    mean_F = np.asarray(dense_NF.mean(axis=0, dtype=np.float64), dtype=np.float32)
+    deviation_F = np.asarray(dense_NF.std(axis=0, dtype=np.float64), dtype=np.float32)
+    return mean_F, deviation_F + np.float32(1e-6)
 
 
 def logistic_regression(spec: FeatureSpec, train: PlainRows, scored: PlainRows) -> NDArray[np.float64]:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
-from usr_ray.config import Config, ModelConfig, end_of_us, parse_dates
+from usr_ray.config import Config, ModelConfig
 from usr_ray.data.assemble import padding_batch, take_rows
 from usr_ray.data.batch import UsrBatch
 from usr_ray.data.by_id import read_cold
@@ -80,12 +80,8 @@ def _rows_that_count(batch: UsrBatch, spec: FeatureSpec) -> UsrBatch:
 
 
 def baseline_rows(config: Config, manifest: Manifest) -> TrainingRows:
-    """`read_training_rows` of a run's training dates: those final at their end."""
-    last = parse_dates(config.data.train_dates, where="data.train_dates")[1]
-    which = WhichRows(
-        ready_before_us=end_of_us(last), mature_only=config.data.mature_only, order_wait_us=config.order_wait_us
-    )
-    return read_training_rows(manifest, which)
+    """`read_training_rows` of what training on a manifest counts, but of all scenarios."""
+    return read_training_rows(manifest, counted_in_training(config, manifest))
 
 
 def read_training_rows(manifest: Manifest, which: WhichRows) -> TrainingRows:

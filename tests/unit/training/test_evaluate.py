@@ -26,7 +26,7 @@ from usr_ray.data.batch import UsrOutputs
 from usr_ray.data.lineage import difference
 from usr_ray.data.manifest import build_manifest
 from usr_ray.data.mature import WhichRows
-from usr_ray.evaluation.baseline import popularity_baseline
+from usr_ray.evaluation.baseline import TrainingRows, popularity_baseline
 from usr_ray.evaluation.files import metrics_text, read_predictions, write_metrics, write_predictions
 from usr_ray.evaluation.metrics import metrics_by_scenario
 from usr_ray.evaluation.statistics import auc_gaps
@@ -457,6 +457,32 @@ def test_the_job_shows_the_baseline_and_takes_the_best_checkpoint(lake, tmp_path
     counts = [splits[s]["search"]["ctr"]["num_samples"] for s in ("eval", "eval_popularity")]
     assert counts[0] == counts[1] > 0
     assert "best-00000003 on 2026-01-03" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("own", "seen", "most", "fitted_on"),
+    [
+        ("2026-01-02", ["2026-01-02"], 10**6, ["2026-01-02"]),  # none of its labels is final at its end
+        ("2026-01-03", ["2026-01-01", "2026-01-03"], 10**6, ["2026-01-01", "2026-01-03"]),  # the 2nd was left out
+        ("2026-01-03", ["2026-01-01", "2026-01-02", "2026-01-03"], 250, ["2026-01-02", "2026-01-03"]),
+        ("2026-01-03", ["2025-12-31", "2026-01-03"], 10**6, ["2026-01-03"]),  # deleted since
+    ],
+)
+def test_popularity_is_fitted_on_what_the_model_was_trained_on(
+    lake, manifest, alone, capsys, monkeypatch, own, seen, most, fitted_on
+):
+    monkeypatch.setattr(job, "MAX_EARLIER_ROWS", most)
+    config = make_config(train_dates=own, eval_dates="", mature_only=False)
+    found = job.baseline_of(config, str(lake), manifest, alone.predictions, seen)
+    parts = [
+        read_training_rows(build_manifest(lake, dates=(day, day)), WhichRows(mature_only=False))
+        for day in map(dt.date.fromisoformat, fitted_on)
+    ]
+    rows = TrainingRows(*(np.concatenate([getattr(part, name) for part in parts]) for name in TrainingRows.__slots__))
+    expected = popularity_baseline(rows, alone.predictions, 2)
+    assert found.probs_NT.tolist() == expected.probs_NT.tolist()
+    assert found.global_probs_NT.tolist() == expected.global_probs_NT.tolist()
+    assert ("of which there are no rows" in capsys.readouterr().out) == ("2025-12-31" in seen)
 
 
 def refused(capsys, arguments):

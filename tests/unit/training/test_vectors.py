@@ -168,6 +168,6 @@ def test_importance_weighs_each_vector_by_itself(trained: tuple[Path, Manifest],
         if part["rows"] in ("all", "unseen item"):
             assert ("picture" in used) == (part["rows"] == "all" or not admitted)
         assert {"face", "title_vector"} <= set(part["drops"])
-    items = read_training_rows(replace_vectors(manifest), WhichRows(mature_only=False)).item_id_N
+    items = read_training_rows(replace_vectors(manifest), WhichRows()).item_id_N
     assert num_unseen == ((items == 1) | cold[items]).sum()
     assert np.array_equal(tables.vectors["picture"], read_vectors(manifest)["picture"]), "they are as before"
