@@ -93,7 +93,7 @@ def importance(
     Returns:
         {"num_rows": rows scored, "parts": [{"scenario", "rows": 'all' or 'unseen user' ..., "num_rows",
         "num_positives", "auc", "drops": {signal: {"drop", "low", "high"}}}]}; low and high are the ends of a 95 %
-        interval over users. A part without both labels has "auc" null and no drops.
+        interval over users. A part without both labels, or of one user, has "auc" null and no drops.
     """
     sample = _sample(manifest, worker, config, max_rows)
     sample = known_ids(sample, manifest.spec, tables.num_rows())
@@ -156,7 +156,8 @@ def _drops(rows: UsrBatch, signals: Sequence[Signal], scorer: _Scorer) -> dict[s
     """What a part of the rows loses by each signal."""
     labels_N, users_N = rows.labels_BT[:, 0].numpy(), rows.user_key_B.numpy()
     counts = {"num_rows": len(rows), "num_positives": int(labels_N.sum())}
-    if counts["num_positives"] in (0, len(rows)):
+    # One user does not say how far others would be (paired_auc_gap): unseen ones may share a key.
+    if counts["num_positives"] in (0, len(rows)) or len(np.unique(users_N)) < 2:
         return {**counts, "auc": None, "drops": {}}
     whole_N, drops = scorer(rows), {}
     for signal in signals:
@@ -169,7 +170,7 @@ def _drops(rows: UsrBatch, signals: Sequence[Signal], scorer: _Scorer) -> dict[s
         else:
             permuted_N = scorer(_permuted(rows, signal, generator.permutation(len(rows))))
         gap = paired_auc_gap(labels_N, whole_N[None], permuted_N[None], users_N)
-        assert gap is not None  # both labels are there
+        assert gap is not None  # both labels and several users are there
         drops[signal.name] = {"drop": gap.value, "low": gap.low, "high": gap.high}
     return {**counts, "auc": auc(labels_N, whole_N), "drops": drops}
 

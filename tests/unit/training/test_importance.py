@@ -185,7 +185,11 @@ def test_the_job_writes_it_and_the_report_shows_it(lake, runs, capsys):
     assert importance_text(about["importance"]) in printed
     section = importance_section(about["importance"], ("search", "recommendation"))
     assert [plot.title for plot in section.plots] == ["Clicks in search", "Clicks in recommendation"]
-    assert section.table.head[:3] == ["AUC lost without", "search", "search, unseen user"]
+    assert section.table.head[:3] == [
+        "AUC lost without",
+        "search",
+        "search, unseen item",
+    ]  # all unseen users share a key
     (row,) = (row.values for row in section.table.rows if row.values[0] == "brand")
     assert row[1].replace("\N{MINUS SIGN}", "-") == f"{drops['brand']['drop']:+.4f}"
     assert comparison_text(about["comparison"]) in printed
