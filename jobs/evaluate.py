@@ -95,7 +95,6 @@ def comparison_of(
     scored = evaluate(other.module, other.tables, held_out, worker, other.config).predictions
     assert scored is not None  # there is one rank
     fit_on = load_manifest(run.checkpoint.path.parent.parent, "train")
-    assert fit_on is not None  # every run has one
     fit, rows = (
         PlainRows.read(reader)
         for reader in (training_reader(run.config, fit_on), evaluation_reader(held_out, worker, run.config))

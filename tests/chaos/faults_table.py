@@ -50,7 +50,6 @@ def table_advanced_then_resumed(bench: Bench) -> Seen:
 
 def _version(run_dir: Path) -> int:
     manifest = load_manifest(run_dir, "train")
-    assert manifest is not None
     return manifest.version
 
 

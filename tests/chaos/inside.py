@@ -58,7 +58,10 @@ class Strike:
 
 def train_worker(settings: Mapping[str, Any]) -> dict[str, Any]:
     """usr_ray.launch.trainer.train_worker, watched."""
-    from usr_ray.launch import trainer  # imports ray, which reads the environment: a reader of this may not be ready
+    from usr_ray.launch import (  # imports ray, which reads the environment: a reader of this may not be ready
+        alone,
+        trainer,
+    )
 
     case = Path(settings["run_dir"]).parent
 
@@ -70,7 +73,7 @@ def train_worker(settings: Mapping[str, Any]) -> dict[str, Any]:
         with patch("usr_ray.training.loop.training_reader", reader):
             return train(config, worker, **rest)
 
-    with patch.object(trainer, "train", watched):
+    with patch.object(alone, "train", watched):
         return trainer.train_worker(settings)
 
 

@@ -73,7 +73,6 @@ def note_batches(seen: Seen, case: Path, unbroken: Path) -> None:
 def note_rows(seen: Seen, case: Path, run_dir: Path, *, num_epochs: int) -> None:
     """Each row that is read is in exactly one batch of each epoch."""
     manifest = load_manifest(run_dir, "train")
-    assert manifest is not None
     steps = global_batches(case)
     per_epoch = len(steps) // num_epochs
     counts = [

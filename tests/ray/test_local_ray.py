@@ -180,7 +180,6 @@ def steps_logged(run_dir: Path) -> int:
 
 def steps_of_an_epoch(folder: Path) -> int:
     manifest = load_manifest(folder / "run", "train")
-    assert manifest is not None
     with training_reader(small_config(), manifest) as reader:
         return reader.num_steps
 

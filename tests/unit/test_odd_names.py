@@ -116,7 +116,6 @@ def train_run(raw: dict[str, Any], scenarios: list[str], lake: Path, run_dir: Pa
     write_plan(plan)
     monitor = RayMonitor(run_dir, run_name=run_dir.name, rank=0, factory=_Metric)
     held_out, worker = load_manifest(run_dir, "eval"), LocalWorker("cpu")
-    assert held_out is not None
     manifests = {"train_manifest": plan.train_manifest, "eval_manifest": held_out}
     result = train(plan.config, worker, **manifests, run_dir=run_dir, monitor=monitor)  # type: ignore[arg-type]
     monitor.close()
@@ -133,7 +132,6 @@ def scores_of(lake: Path, run_dir: Path, output: Path) -> dict[str, float]:
     record = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
     predictions, _, _ = read_predictions(run_dir / "predictions.parquet", record["config"]["scenarios"])
     held_out = load_manifest(run_dir, "eval")
-    assert held_out is not None
     tables = [pq.read_table(lake / "samples" / file.path, partitioning=None) for file in held_out.files]
     ids = [impression for table in tables for impression in table["impression_id"].to_pylist()]
     found = [of_id[ids[number]] for number in predictions.row_number_N]

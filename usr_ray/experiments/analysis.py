@@ -95,7 +95,6 @@ class Trials:
     def training_rows(self, trial: Trial) -> TrainingRows:
         """What the trial was trained on, four columns of it."""
         config, manifest = self.config(trial), load_manifest(trial_dir(self.run_dir, trial), "train")
-        assert manifest is not None
         return baseline_rows(config, manifest)
 
 

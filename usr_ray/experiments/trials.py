@@ -20,7 +20,7 @@ from usr_ray.config import Config, UserError
 from usr_ray.data.lineage import warn
 from usr_ray.experiments.grid import Resources, StudyError
 from usr_ray.experiments.record import FAILURE_FILE, is_finished, note_failure
-from usr_ray.launch.alone import train_here
+from usr_ray.launch.alone import train_planned
 from usr_ray.launch.monitor import RayMonitor
 from usr_ray.launch.trainer import run
 from usr_ray.runs.plan import mark_finished, plan_run, write_plan
@@ -79,7 +79,7 @@ def train_alone(config: Config, lake: str, run_dir: Path, worker: LocalWorker, *
     torch.set_num_threads(max(1, math.floor(config.ray.cpus_per_worker)))
     monitor = RayMonitor(run_dir, run_name=run_dir.name, rank=0)
     try:
-        result = train_here(plan, worker, monitor)
+        result = train_planned(run_dir, config, worker, monitor)
     finally:
         monitor.close()
     if result.status != "stopped":

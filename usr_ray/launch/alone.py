@@ -18,11 +18,11 @@ from usr_ray.evaluation.files import SPLIT
 from usr_ray.evaluation.metrics import CellMetrics
 from usr_ray.launch.environment import OWN, SUBMITTED, keep_freed_memory
 from usr_ray.launch.monitor import FileMonitor
-from usr_ray.runs.evaluations import METRICS_FILE, read_json
+from usr_ray.runs.evaluations import CONFIG_FILE, METRICS_FILE, manifest_path, read_json
 from usr_ray.runs.plan import RunPlan, load_manifest, mark_finished, plan_run, write_plan, write_result
 from usr_ray.training.loop import TrainResult, train
 from usr_ray.training.monitor import Monitor
-from usr_ray.training.worker import LocalWorker
+from usr_ray.training.worker import LocalWorker, Worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def run_alone(
         worker, monitor = LocalWorker(None if config.ray.use_gpu else "cpu"), FileMonitor(plan.run_dir)
         worker.stop_on_signal()
         try:
-            result = train_here(plan, worker, monitor)
+            result = train_planned(plan.run_dir, config, worker, monitor)
         finally:
             monitor.close()
         return result.status, result.step
@@ -64,21 +64,20 @@ def run_alone(
     return carry_out(plan_run(config, lake, run_dir, command=command), fit)
 
 
-def train_here(plan: RunPlan, worker: LocalWorker, monitor: Monitor) -> TrainResult:
-    """Train a written plan on the only rank, or go on with it, and write its result."""
-    train_manifest = load_manifest(plan.run_dir, "train")
-    assert train_manifest is not None
+def train_planned(run_dir: Path, config: Config, worker: Worker, monitor: Monitor) -> TrainResult:
+    """One rank of a written plan, or of one that goes on; rank 0 writes the result."""
+    held_out = load_manifest(run_dir, "eval") if manifest_path(run_dir, "eval").exists() else None
     result = train(
-        plan.config,
+        config,
         worker,
-        train_manifest=train_manifest,
-        eval_manifest=plan.eval_manifest,
-        trained_dates=plan.record["trained_dates"],
-        run_dir=plan.run_dir,
+        train_manifest=load_manifest(run_dir, "train"),
+        eval_manifest=held_out,
+        trained_dates=read_json(run_dir / CONFIG_FILE)["trained_dates"],
+        run_dir=run_dir,
         monitor=monitor,
     )
-    if plan.eval_manifest is not None and result.status != "stopped":
-        write_result(plan.run_dir, result, plan.eval_manifest)
+    if worker.is_main and held_out is not None:
+        write_result(run_dir, result, held_out)
     return result
 
 

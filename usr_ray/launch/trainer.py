@@ -27,7 +27,7 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, Tr
 from ray.train.torch import TorchTrainer, get_device
 
 from usr_ray.config import Config, RayConfig, UserError, parse_duration_us
-from usr_ray.launch.alone import RunSummary, carry_out, refuse_relative_run
+from usr_ray.launch.alone import RunSummary, carry_out, refuse_relative_run, train_planned
 from usr_ray.launch.environment import OWN, SUBMITTED, keep_freed_memory
 from usr_ray.launch.monitor import RayMonitor
 from usr_ray.launch.rollcall import RollCall, read_refusal, reserve_refusal, write_refusal
@@ -40,9 +40,7 @@ from usr_ray.launch.stop import (
     watch_stop_file,
     worker_was_asked,
 )
-from usr_ray.runs.evaluations import CONFIG_FILE, read_json
-from usr_ray.runs.plan import RunPlan, load_manifest, plan_run, write_result
-from usr_ray.training.loop import train
+from usr_ray.runs.plan import RunPlan, plan_run
 from usr_ray.training.worker import Worker
 
 RAY_DIR = "ray"
@@ -189,29 +187,17 @@ def train_worker(settings: Mapping[str, Any]) -> dict[str, Any]:
     worker = RayWorker(_timeout(config.ray))
     monitor = RayMonitor(run_dir, run_name=run_dir.name, rank=worker.rank)
     try:
-        train_manifest, eval_manifest = load_manifest(run_dir, "train"), load_manifest(run_dir, "eval")
-        assert train_manifest is not None
         stop_file = refused.with_name(_STOP)
         rolls = RollCall(refused.with_name(_ROLLS), worker.rank, worker.world_size, timeout=config.ray.timeout)
         watch = watch_stop_file(stop_file, worker.request_stop) if worker.is_main else contextlib.nullcontext()
         with watch, rolls.answered():
-            result = train(
-                config,
-                worker,
-                train_manifest=train_manifest,
-                eval_manifest=eval_manifest,
-                trained_dates=read_json(run_dir / CONFIG_FILE)["trained_dates"],
-                run_dir=run_dir,
-                monitor=monitor,
-            )
+            result = train_planned(run_dir, config, worker, monitor)
     except UserError as error:
         with contextlib.suppress(OSError):
             write_refusal(refused, str(error))
         raise
     finally:
         monitor.close()
-    if worker.is_main and eval_manifest is not None:
-        write_result(run_dir, result, eval_manifest)
     return {"outcome": result.status, "step": result.step}
 
 

@@ -89,7 +89,6 @@ def view_vectors(run_dir: Path, num_rows: int = NUM_ROWS) -> dict[str, NDArray]:
     All views of a row are computed where the model has global heads (GLMT); without them there is nothing to compare.
     """
     run, manifest, worker = load_run(run_dir), load_manifest(run_dir, "eval"), LocalWorker("cpu")
-    assert manifest is not None
     parts: dict[str, list[NDArray]] = {"i": [], "f": []}
     count = 0
     with evaluation_reader(manifest, worker, run.config) as reader:

@@ -162,10 +162,9 @@ def mark_finished(plan: RunPlan, *, outcome: str, step: int) -> None:
     remove_pin(plan.train_manifest.table_uri, plan.run_dir)
 
 
-def load_manifest(run_dir: Path, split: str) -> Manifest | None:
-    """The saved rows of a split; None when the run has none (no held-out dates)."""
-    path = manifest_path(run_dir, split)
-    return Manifest.load(path) if split == "train" or path.exists() else None
+def load_manifest(run_dir: Path, split: str) -> Manifest:
+    """The saved rows of a split; UserError where the run has none."""
+    return Manifest.load(manifest_path(run_dir, split))
 
 
 def _check_rows(config: Config, manifest: Manifest) -> tuple[ShuffleQuality, int]:

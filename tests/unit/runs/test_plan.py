@@ -22,7 +22,7 @@ from usr_ray.data.lineage import doubts
 from usr_ray.data.manifest import Manifest, build_manifest
 from usr_ray.launch.environment import ADDRESS, OWN, SUBMITTED, prepare_environment
 from usr_ray.runs import plan as trainer_plan
-from usr_ray.runs.evaluations import trained_dates, trained_on, warm_start_dates
+from usr_ray.runs.evaluations import manifest_path, trained_dates, trained_on, warm_start_dates
 from usr_ray.runs.plan import RunPlan, load_manifest, mark_finished, plan_run, write_plan
 from usr_ray.schema import FITTED_PROPERTY, DenseFeature
 
@@ -273,7 +273,7 @@ def test_the_plan_is_written_whole(lake: Path, tmp_path: Path) -> None:
 
 def test_without_held_out_dates_there_is_no_held_out_manifest(lake: Path, tmp_path: Path) -> None:
     assert started(lake, tmp_path / "run", "data.eval_dates=''").eval_manifest is None
-    assert load_manifest(tmp_path / "run", "eval") is None
+    assert not manifest_path(tmp_path / "run", "eval").exists()
 
 
 def test_the_same_command_reads_the_same_rows_after_the_table_moved_on(lake: Path, tmp_path: Path) -> None:
