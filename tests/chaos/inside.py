@@ -58,10 +58,8 @@ class Strike:
 
 def train_worker(settings: Mapping[str, Any]) -> dict[str, Any]:
     """usr_ray.launch.trainer.train_worker, watched."""
-    from usr_ray.launch import (  # imports ray, which reads the environment: a reader of this may not be ready
-        alone,
-        trainer,
-    )
+    # Imports ray, which reads the environment: a reader of this may not be ready.
+    from usr_ray.launch import alone, trainer
 
     case = Path(settings["run_dir"]).parent
 
