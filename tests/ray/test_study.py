@@ -42,7 +42,7 @@ def test_failures_are_kept_and_a_second_call_runs_only_what_has_no_result(
     cluster: None, own_lake: Path, tmp_path: Path
 ) -> None:
     from usr_ray.experiments.study import run_study
-    from usr_ray.experiments.trials import train_alone
+    from usr_ray.launch.alone import run_alone
 
     study, base, run_dir = parse_study(GRID, name="rates", scale="full"), Base(None, SETS), tmp_path / "study"
     first = run_study(study, base, str(own_lake), run_dir)
@@ -65,7 +65,7 @@ def test_failures_are_kept_and_a_second_call_runs_only_what_has_no_result(
     cut_off = LocalWorker("cpu")
     cut_off.request_stop()
     config = base.config(study.resources, half, table_version=1)
-    train_alone(config, str(own_lake), trial_dir(run_dir, half), cut_off)
+    run_alone(config, str(own_lake), trial_dir(run_dir, half), worker=cut_off)
     second = run_study(study, base, str(own_lake), run_dir)
     assert (second.num_finished, second.failures) == (2, {})
     assert "resumed at step 1 " in (trial_dir(run_dir, half) / "train.log").read_text()

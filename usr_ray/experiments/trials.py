@@ -17,13 +17,11 @@ from typing import Any
 import torch
 
 from usr_ray.config import Config, UserError
-from usr_ray.data.lineage import warn
 from usr_ray.experiments.grid import Resources, StudyError
-from usr_ray.experiments.record import FAILURE_FILE, is_finished, note_failure
-from usr_ray.launch.alone import train_planned
+from usr_ray.experiments.record import FAILURE_FILE, note_failure
+from usr_ray.launch.alone import run_alone
 from usr_ray.launch.monitor import RayMonitor
 from usr_ray.launch.trainer import run
-from usr_ray.runs.plan import mark_finished, plan_run, write_plan
 from usr_ray.training.worker import LocalWorker
 
 LOG_FILE = "train.log"
@@ -51,7 +49,8 @@ def run_trial(
     with (run_dir / LOG_FILE).open("a", encoding="utf-8", buffering=1) as log, contextlib.redirect_stdout(log):
         try:
             if config.ray.num_workers <= 1:
-                train_alone(config, lake, run_dir, worker(), command=command)
+                torch.set_num_threads(max(1, math.floor(config.ray.cpus_per_worker)))
+                run_alone(config, lake, run_dir, command=command, worker=worker(), monitor=_ray_monitor)
             else:
                 run(config, lake, run_dir, command=command, callbacks=callbacks)
         except UserError as error:
@@ -65,25 +64,8 @@ def run_trial(
     return failure
 
 
-def train_alone(config: Config, lake: str, run_dir: Path, worker: LocalWorker, *, command: Sequence[str] = ()) -> None:
-    """jobs/train.py's run on one worker in this process; goes on with what `run_dir` holds.
-
-    Raises:
-        UserError: as trainer.run.
-    """
-    plan = plan_run(config, lake, run_dir, command=command)
-    if is_finished(run_dir):
-        return
-    write_plan(plan)
-    warn(plan.doubts)
-    torch.set_num_threads(max(1, math.floor(config.ray.cpus_per_worker)))
-    monitor = RayMonitor(run_dir, run_name=run_dir.name, rank=0)
-    try:
-        result = train_planned(run_dir, config, worker, monitor)
-    finally:
-        monitor.close()
-    if result.status != "stopped":
-        mark_finished(plan, outcome=result.status, step=result.step)
+def _ray_monitor(run_dir: Path) -> RayMonitor:
+    return RayMonitor(run_dir, run_name=run_dir.name, rank=0)
 
 
 def num_slots(resources: Resources, present: Mapping[str, float], *, use_gpu: bool) -> int:

@@ -17,7 +17,7 @@ from usr_ray.data.order import order_text
 from usr_ray.evaluation.files import SPLIT
 from usr_ray.evaluation.metrics import CellMetrics
 from usr_ray.launch.environment import OWN, SUBMITTED, keep_freed_memory
-from usr_ray.launch.monitor import FileMonitor
+from usr_ray.launch.monitor import FileMonitor, RayMonitor
 from usr_ray.runs.evaluations import CONFIG_FILE, METRICS_FILE, manifest_path, read_json
 from usr_ray.runs.plan import RunPlan, load_manifest, mark_finished, plan_run, write_plan, write_result
 from usr_ray.training.loop import TrainResult, train
@@ -40,9 +40,20 @@ class RunSummary:
 
 
 def run_alone(
-    config: Config, lake: Path | str, run_dir: Path | str, *, cluster: str = OWN, command: Sequence[str] = ()
+    config: Config,
+    lake: Path | str,
+    run_dir: Path | str,
+    *,
+    cluster: str = OWN,
+    command: Sequence[str] = (),
+    worker: LocalWorker | None = None,
+    monitor: Callable[[Path], FileMonitor | RayMonitor] = FileMonitor,
 ) -> RunSummary:
-    """`trainer.run` without Ray: the only rank is this process, so nothing restarts it. SIGTERM stops it with a save.
+    """`trainer.run` without Ray: the only rank is this process, so nothing restarts it.
+
+    Args:
+        worker: the rank; None: one that SIGTERM stops with a save.
+        monitor: makes the one of a run directory.
 
     Raises:
         UserError: as trainer.run; ray.use_gpu without a GPU.
@@ -53,12 +64,11 @@ def run_alone(
 
     def fit(plan: RunPlan) -> tuple[str, int]:
         keep_freed_memory()
-        worker, monitor = LocalWorker(None if config.ray.use_gpu else "cpu"), FileMonitor(plan.run_dir)
-        worker.stop_on_signal()
-        try:
-            result = train_planned(plan.run_dir, config, worker, monitor)
-        finally:
-            monitor.close()
+        rank = worker or LocalWorker(None if config.ray.use_gpu else "cpu")
+        if worker is None:
+            rank.stop_on_signal()
+        with contextlib.closing(monitor(plan.run_dir)) as watching:
+            result = train_planned(plan.run_dir, config, rank, watching)
         return result.status, result.step
 
     return carry_out(plan_run(config, lake, run_dir, command=command), fit)
