@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from usr_ray.launch.monitor import FileMonitor, RayMetrics, RayMonitor, metric_tag
 
@@ -91,8 +92,11 @@ def test_a_resumed_run_notes_every_step_once(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's writer thread
 def test_a_full_disk_costs_lines_but_neither_the_run_nor_the_lines_after(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # TensorBoard reads files in the order of their names. Those of one second end in a number that counts the writers
+    # of the process, so that the tenth writer's file would be read before the ninth's.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(10))
     wide = {f"loss/term-{n}": 0.123456789 for n in range(300)}
     monitor = FileMonitor(tmp_path)
     monitor.on_step(1, wide)
