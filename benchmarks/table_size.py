@@ -89,7 +89,7 @@ def make_step(num_rows: int, optimizer: str) -> Callable[[UsrBatch], None]:
         with torch.set_grad_enabled(not is_dense):
             lookup = state.tables.lookup(batch)
         if is_dense:
-            rows = {n: dataclasses.replace(t, rows_UD=dense[n][t.ids_U]) for n, t in lookup.tables.items()}
+            rows = {n: dataclasses.replace(t, rows_UD=dense[n][t.ids.ids_U]) for n, t in lookup.tables.items()}
             lookup = dataclasses.replace(lookup, tables=rows)
         outputs = state.model(batch, lookup, state.step)
         loss = usr_loss(outputs, batch, row_counts(batch, 2, config.model), config.model).total

@@ -22,8 +22,7 @@ from typing_extensions import override
 
 from usr_ray.data.batch import UsrBatch
 from usr_ray.model.counter_random import hash_keys, to_uniform
-from usr_ray.model.ops import Places
-from usr_ray.model.unique import EmbeddingError, ItemSides, SharedRows, TableIds, UniqueIds, table_columns, unique_ids
+from usr_ray.model.unique import EmbeddingError, ItemSides, TableIds, UniqueIds, table_columns, unique_ids
 from usr_ray.schema import PADDING_ID, FeatureSpec, cold_column
 
 INIT_STD = 0.05
@@ -47,46 +46,31 @@ class EmbeddingMemory:
 class TableLookup:
     """The rows of one table that a step uses. Row 0 stands for padding whether the batch has any or not."""
 
-    ids_U: Tensor
-    """int64, ascending, each once; the first is the padding id 0."""
+    ids: TableIds
     rows_UD: Tensor
-    """float32 copy of the rows, the first all zero."""
-    column_B: Tensor
-    """int64: place in ids_U of the row's own value; (B, L) of tags and terms."""
-    events: Places | None
-    """Places in ids_U of the histories' values; None for tables that no history uses."""
-    of_items: Places | None = None
-    """See TableIds."""
-    shared: SharedRows | None = None
-    """See TableIds."""
-    leaf_RD: Tensor | None = None
-    """What rows_UD are made of where rows are `shared`: each row once. None: rows_UD is the leaf."""
-    widths: tuple[int, ...] = ()
-    """See TableIds."""
+    """float32 copy of the rows of ids.ids_U, the first all zero."""
+    leaf_RD: Tensor
+    """What rows_UD are made of: each of ids.rows_R once. The same tensor where each id has a row of its own."""
 
     @classmethod
     def of_rows(cls, rows_RD: Tensor, ids: TableIds) -> TableLookup:
-        """A lookup of the rows of ids.rows_R: a leaf, where gradients are enabled, whose `.grad` the backward fills."""
+        """From the rows of ids.rows_R: a leaf, where gradients are enabled, whose `.grad` the backward fills."""
         if torch.is_grad_enabled():
             rows_RD.requires_grad_()
-        if ids.shared is None:
-            return cls(ids.ids_U, rows_RD, ids.column_B, ids.events, ids.of_items, widths=ids.widths)
-        # Its backward adds up what several ids owe to a row, in a fixed order.
-        rows_UD = embedding(ids.shared.place_U, rows_RD)
-        return cls(ids.ids_U, rows_UD, ids.column_B, ids.events, ids.of_items, ids.shared, rows_RD)
+        # The lookup's backward adds up what several ids owe to a row, in a fixed order.
+        rows_UD = rows_RD if ids.shared is None else embedding(ids.shared.place_U, rows_RD)
+        return cls(ids, rows_UD, rows_RD)
 
     @property
     def row_B(self) -> Tensor:
         """int64: row of the table for the row's own value."""
-        rows_U = self.ids_U if self.shared is None else self.shared.rows_R[self.shared.place_U]
-        return rows_U[self.column_B]
+        ids = self.ids
+        return (ids.ids_U if ids.shared is None else ids.rows_R[ids.shared.place_U])[ids.column_B]
 
     def update(self) -> tuple[Tensor, Tensor]:
         """(ids, gradients) of the rows to train, padding left out; zeros where the loss did not reach the table."""
-        rows_R, leaf_RD = self.ids_U, self.rows_UD
-        if self.shared is not None and self.leaf_RD is not None:
-            rows_R, leaf_RD = self.shared.rows_R, self.leaf_RD
-        return rows_R[1:], (torch.zeros_like(leaf_RD) if leaf_RD.grad is None else leaf_RD.grad)[1:]
+        grad_RD = torch.zeros_like(self.leaf_RD) if self.leaf_RD.grad is None else self.leaf_RD.grad
+        return self.ids.rows_R[1:], grad_RD[1:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +136,7 @@ class RowSource(abc.ABC):
     def vectors_of(self, tables: Mapping[str, TableLookup]) -> dict[str, Tensor]:
         """Lookup.vectors for the rows of a step."""
         keys = {vector.name: vector.key for vector in self.spec.vectors}
-        return {n: v_NP.index_select(0, tables[keys[n]].ids_U).float() for n, v_NP in self.vectors.items()}
+        return {n: v_NP.index_select(0, tables[keys[n]].ids.ids_U).float() for n, v_NP in self.vectors.items()}
 
     def unique_ids(self, batch: UsrBatch) -> UniqueIds:
         """What a lookup must know of a batch: from any thread, on the batch's own device, ahead of the step.

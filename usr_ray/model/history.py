@@ -198,11 +198,11 @@ class JaggedHistories(Histories):
         self._grid: Grid | None = None
         items, queries = lookup.tables[ITEM_TABLE], lookup.tables[QUERY_TABLE]
         # Every lookup groups the events of these two tables.
-        assert items.events is not None
-        assert queries.events is not None
+        assert items.ids.events is not None
+        assert queries.ids.events is not None
         of_sides = [lookup.tables[name] for name in sides]
         self.items_UX, self.queries_UD = _with_sides(items, of_sides, projected), queries.rows_UD
-        self.places = (items.events, queries.events, self.events.kinds)
+        self.places = (items.ids.events, queries.ids.events, self.events.kinds)
 
     @property
     def grid(self) -> Grid:
@@ -263,9 +263,9 @@ def _with_sides(items: TableLookup, sides: Sequence[TableLookup], projected: Seq
     """(U, X): [e_item ; e_side .. ; vector ..] of every item that a step uses."""
     parts = [items.rows_UD]
     for side in sides:
-        assert side.of_items is not None  # the tables were built with the sides that the model wants
+        assert side.ids.of_items is not None  # the tables were built with the sides that the model wants
         numbers_U = torch.arange(items.rows_UD.shape[0], device=items.rows_UD.device)
-        parts.append(pool_sum([side.rows_UD], [side.of_items], Groups(numbers_U, numbers_U, numbers_U)))
+        parts.append(pool_sum([side.rows_UD], [side.ids.of_items], Groups(numbers_U, numbers_U, numbers_U)))
     parts += projected
     return torch.cat(parts, dim=1) if len(parts) > 1 else items.rows_UD
 

@@ -125,15 +125,15 @@ class UsrModel(nn.Module):
         projected = self.inputs.projected(lookup.vectors)
         of_items = [projected[name] for name in self.event_vectors]
         histories = JaggedHistories(batch, lookup, self.inputs.no_query_D, self.inputs.kinds(), self.sides, of_items)
-        columns = {name: embedding(table.column_B, table.rows_UD) for name, table in lookup.tables.items()}
+        columns = {name: embedding(table.ids.column_B, table.rows_UD) for name, table in lookup.tables.items()}
         for vector in self.spec.vectors:
-            columns[vector.name] = embedding(lookup.tables[vector.key].column_B, projected[vector.name])
+            columns[vector.name] = embedding(lookup.tables[vector.key].ids.column_B, projected[vector.name])
         columns |= self._list_columns(batch, lookup, columns)
         # In the query table, padding is not "nothing" but the learned e_noq.
-        has_query_B1 = (lookup.tables[QUERY_TABLE].column_B > 0).unsqueeze(1)
+        has_query_B1 = (lookup.tables[QUERY_TABLE].ids.column_B > 0).unsqueeze(1)
         columns[QUERY_TABLE] = torch.where(has_query_B1, columns[QUERY_TABLE], self.inputs.no_query_D)
         ids = dict(zip(self.inputs.names, batch.sparse_BF.unbind(1), strict=True))
-        ids |= {name: table.row_B for name, table in lookup.tables.items() if table.shared is not None}
+        ids |= {name: table.row_B for name, table in lookup.tables.items() if table.ids.shared is not None}
         masks = self._masks(batch, histories, step_seed) if self.training else None
         return self.score(columns, ids, batch.dense_BF, histories, batch.scenario_B, batch.weights_B, masks)
 
@@ -156,7 +156,7 @@ class UsrModel(nn.Module):
         if batch.lists_BW is None:
             return {}
         ids, own = {}, {}
-        tables = {name: lookup.tables[name].widths for name in table_columns(self.spec)}
+        tables = {name: lookup.tables[name].ids.widths for name in table_columns(self.spec)}
         parts = {name: iter(vectors[name].split(list(widths), dim=1)) for name, widths in tables.items()}
         for feature in self.spec.lists:
             own[feature.name] = next(parts[feature.vocabulary])

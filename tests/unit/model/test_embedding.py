@@ -39,13 +39,13 @@ def test_a_lookup_holds_each_used_row_once_with_padding_first() -> None:
         if name in ("item_id", "query"):
             ids_V = history_ids(batch, name)
             used |= set(ids_V.tolist())
-            assert table.events is not None
-            assert torch.equal(table.ids_U[table.events.index_V], ids_V)
+            assert table.ids.events is not None
+            assert torch.equal(table.ids.ids_U[table.ids.events.index_V], ids_V)
         else:
-            assert table.events is None
-        assert table.ids_U.tolist() == sorted(used)
-        assert torch.equal(table.ids_U[table.column_B], batch.sparse_BF[:, number])
-        assert torch.equal(table.rows_UD, tables.tables[name][table.ids_U])
+            assert table.ids.events is None
+        assert table.ids.ids_U.tolist() == sorted(used)
+        assert torch.equal(table.ids.ids_U[table.ids.column_B], batch.sparse_BF[:, number])
+        assert torch.equal(table.rows_UD, tables.tables[name][table.ids.ids_U])
         assert table.rows_UD.is_leaf
         assert table.rows_UD.requires_grad
 
@@ -54,8 +54,8 @@ def test_a_batch_without_rows_uses_padding_alone() -> None:
     spec = make_spec()
     lookup = EmbeddingTables(spec, 4, seed=3).lookup(make_batch(spec).slice_rows(0, 0))
     for table in lookup.tables.values():
-        assert table.ids_U.tolist() == [0]
-        assert len(table.column_B) == 0
+        assert table.ids.ids_U.tolist() == [0]
+        assert len(table.ids.column_B) == 0
 
 
 def test_ids_found_ahead_of_the_step_give_the_same_lookup() -> None:
@@ -72,14 +72,14 @@ def test_ids_found_ahead_of_the_step_give_the_same_lookup() -> None:
     assert len(copies) == 6 * 2 + 2 * 3
     for name, table in now.tables.items():
         other = ahead.tables[name]
-        assert torch.equal(table.ids_U, other.ids_U)
+        assert torch.equal(table.ids.ids_U, other.ids.ids_U)
         assert torch.equal(table.rows_UD, other.rows_UD)
-        assert torch.equal(table.column_B, other.column_B)
-        if table.events is not None:
-            assert other.events is not None
-            assert torch.equal(table.events.index_V, other.events.index_V)
-            assert torch.equal(table.events.order_V, other.events.order_V)
-            assert torch.equal(table.events.starts_U, other.events.starts_U)
+        assert torch.equal(table.ids.column_B, other.ids.column_B)
+        if table.ids.events is not None:
+            assert other.ids.events is not None
+            assert torch.equal(table.ids.events.index_V, other.ids.events.index_V)
+            assert torch.equal(table.ids.events.order_V, other.ids.events.order_V)
+            assert torch.equal(table.ids.events.starts_U, other.ids.events.starts_U)
 
 
 def test_row_gradients_equal_those_of_whole_dense_tables() -> None:
@@ -92,7 +92,7 @@ def test_row_gradients_equal_those_of_whole_dense_tables() -> None:
     usr_loss(model(batch, lookup, 5), batch, counts_S, config).total.backward()
     # The same step with the rows taken out of dense tables by autograd's own gather.
     dense = {name: table.clone().requires_grad_() for name, table in tables.tables.items()}
-    by_autograd = {n: dataclasses.replace(t, rows_UD=dense[n][t.ids_U]) for n, t in lookup.tables.items()}
+    by_autograd = {n: dataclasses.replace(t, rows_UD=dense[n][t.ids.ids_U]) for n, t in lookup.tables.items()}
     usr_loss(model(batch, dataclasses.replace(lookup, tables=by_autograd), 5), batch, counts_S, config).total.backward()
     for name, (ids_U, grads_UD) in lookup.updates().items():
         grad_ND = dense[name].grad
@@ -200,7 +200,7 @@ def test_a_batch_without_events_or_rows_can_be_looked_up() -> None:
     spec = make_spec()
     tables = EmbeddingTables(spec, 4, seed=0)
     lookup = tables.lookup(rows(make_batch(spec), []))
-    assert all(t.ids_U.tolist() == [0] for t in lookup.tables.values())
+    assert all(t.ids.ids_U.tolist() == [0] for t in lookup.tables.values())
     assert UsrModel(spec, make_config()).eval()(rows(make_batch(spec), []), lookup).log_p_BT.shape == (0, 2)
 
 

@@ -15,12 +15,18 @@ from usr_ray.model.embedding import Lookup, TableLookup
 from usr_ray.model.history import NUM_AGES, EventKinds, JaggedHistories, lay_out, list_events
 from usr_ray.model.inputs import Inputs
 from usr_ray.model.interest import InterestExtractor, PooledHistory
-from usr_ray.model.ops import group_places
+from usr_ray.model.ops import Places, group_places
+from usr_ray.model.unique import TableIds
 from usr_ray.schema import NUM_ACTIONS
 
 pytestmark = pytest.mark.unit
 
 D, H, Z, V = 4, 6, 5, 3
+
+
+def table_lookup(rows_UD: Tensor, events: Places) -> TableLookup:
+    """A table of which histories alone use these rows, one each."""
+    return TableLookup(TableIds(torch.arange(len(rows_UD)), torch.zeros(0), events), rows_UD, rows_UD)
 
 
 def stand_in(batch: UsrBatch, seed: int = 0) -> Inputs:
@@ -33,7 +39,7 @@ def stand_in(batch: UsrBatch, seed: int = 0) -> Inputs:
 
     def table() -> TableLookup:
         index_V = torch.randint(0, 7, (num_events,), generator=g)
-        return TableLookup(torch.arange(7), random(7, H // 2), torch.zeros(0), group_places(index_V, 7))
+        return table_lookup(random(7, H // 2), group_places(index_V, 7))
 
     lookup = Lookup({"item_id": table(), "query": table()})
     kinds_NH = random(len(batch.histories) * NUM_ACTIONS * NUM_AGES, H)
@@ -124,7 +130,7 @@ def test_gradients_of_interest_are_those_of_finite_differences() -> None:
         h, (items, queries, no_query, kinds, *weights) = inputs.histories, rest
         lookup = Lookup(
             {
-                name: TableLookup(torch.arange(7), rows_UD, torch.zeros(0), h.places[n])
+                name: table_lookup(rows_UD, h.places[n])
                 for n, (name, rows_UD) in enumerate((("item_id", items), ("query", queries)))
             }
         )

@@ -49,7 +49,7 @@ def test_every_list_reaches_the_outputs_and_its_table(changes: dict) -> None:
     lookup = tables.lookup(batch)
     for name, spans in table_columns(spec).items():
         table = lookup.tables[name]
-        parts = zip(spans, table.ids_U[table.column_B].split(table.widths, dim=1), strict=True)
+        parts = zip(spans, table.ids.ids_U[table.ids.column_B].split(table.ids.widths, dim=1), strict=True)
         for (first, end), found_BL in parts:
             used = first + found_BL.shape[1]
             assert torch.equal(found_BL, batch.lists_BW[:, first:used])
@@ -81,7 +81,7 @@ def test_columns_of_padding_alone_are_not_looked_up_and_change_no_bit() -> None:
         torch.manual_seed(0)
         model, tables = UsrModel(spec, make_config()), make_tables(spec, 4, 0)
         lookup = tables.lookup(batch)
-        assert lookup.tables["term"].widths == (3, 7)
+        assert lookup.tables["term"].ids.widths == (3, 7)
         outputs = model(batch, lookup, 1)
         outputs.log_p_BT.sum().backward()
         found.append([outputs.log_p_BT, lookup.tables["term"].rows_UD.grad])

@@ -107,7 +107,7 @@ def test_without_such_ids_nothing_is_shared() -> None:
     plain = EmbeddingTables(spec, 4, 0, vectors=tables.frozen | flags)
     assert plain.cold == {}
     assert plain.frozen.keys() == {"face", "title_vector", "picture"}
-    assert all(table.shared is None for table in plain.lookup(batch).tables.values())
+    assert all(table.ids.shared is None for table in plain.lookup(batch).tables.values())
 
 
 def test_a_map_begins_as_large_as_an_embedding() -> None:

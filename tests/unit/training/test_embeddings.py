@@ -109,14 +109,14 @@ def dense_reference(optimizer: str) -> dict[str, torch.Tensor]:
         dense = {name: table.clone().requires_grad_() for name, table in tables.items()}
         lookup = start.lookup(batch)
         by_autograd = {
-            n: dataclasses.replace(t, rows_UD=dense[n][rows_of[n][t.ids_U]]) for n, t in lookup.tables.items()
+            n: dataclasses.replace(t, rows_UD=dense[n][rows_of[n][t.ids.ids_U]]) for n, t in lookup.tables.items()
         }
         outputs = model(batch, dataclasses.replace(lookup, tables=by_autograd), step)
         usr_loss(outputs, batch, row_counts(batch, 2, LOSS), LOSS).total.backward()
         rate = RATE * SCALES[step]
         for name, leaf in dense.items():
             used = torch.zeros(len(leaf), dtype=torch.bool)
-            used[rows_of[name][lookup.tables[name].ids_U[1:]]] = True
+            used[rows_of[name][lookup.tables[name].ids.ids_U[1:]]] = True
             assert leaf.grad is not None
             g = leaf.grad + 0.01 * tables[name]
             if optimizer == "rowwise_adagrad":

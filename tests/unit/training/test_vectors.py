@@ -149,7 +149,7 @@ def test_importance_weighs_each_vector_by_itself(trained: tuple[Path, Manifest],
 
     class ByVector(nn.Module):
         def forward(self, batch: UsrBatch, lookup: Lookup) -> UsrOutputs:
-            value_B = lookup.vectors["picture"][lookup.tables["item_id"].column_B, 0]
+            value_B = lookup.vectors["picture"][lookup.tables["item_id"].ids.column_B, 0]
             log_p_BT = -1 - torch.stack([value_B, value_B], 1).float() / 100
             return UsrOutputs(log_p_BT, torch.log1p(-log_p_BT.exp()))
 
