@@ -43,7 +43,7 @@ from jobs.demo import PLAIN
 from usr_ray.config import load_config
 from usr_ray.data.manifest import Manifest
 from usr_ray.evaluation.metrics import Predictions, auc
-from usr_ray.schema import OPEN_LABEL, TASKS, FeatureSpec
+from usr_ray.schema import OPEN_LABEL, TASKS, TERM, FeatureSpec
 from usr_ray.training.logistic import PlainRows, logistic_regression
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -178,9 +178,10 @@ def kept(path: Path, make: Callable[[], list[NDArray[np.float64]]]) -> list[NDAr
     return list(np.load(path))
 
 
-def without_lists(manifest: Manifest) -> Manifest:
-    """The same rows with ids, categories and numbers alone, whatever else the lake has."""
-    return replace(manifest, spec=replace(manifest.spec, lists=(), vectors=()))
+def terms_alone(manifest: Manifest, is_termed: bool) -> Manifest:
+    """The same rows with ids, categories and numbers, and the terms if asked, whatever else the lake has."""
+    lists = tuple(of for of in manifest.spec.lists if is_termed and of.table == TERM)
+    return replace(manifest, spec=replace(manifest.spec, lists=lists, vectors=()))
 
 
 @dataclass(slots=True)
@@ -212,8 +213,8 @@ class World:
 
     def ours(self, name: str, seeds: Sequence[int]) -> Runs:
         data = self.data("judged")
-        if name in OURS:  # the columns that the peers have
-            data = replace(data, train=without_lists(data.train), held_out=without_lists(data.held_out))
+        is_termed = name in WITH_TERMS  # the others have the columns that the peers have
+        data = replace(data, train=terms_alone(data.train, is_termed), held_out=terms_alone(data.held_out, is_termed))
         return train_seeds(data, (OURS | WITH_TERMS)[name], seeds, self.work / name)
 
     def peer(self, name: str, seeds: Sequence[int]) -> tuple[Runs, dict[str, Any]]:
