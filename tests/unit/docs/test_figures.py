@@ -257,11 +257,17 @@ PLAIN_STAR = ("ours, star",)
 FIGURES = [
     Figure(
         "README",
-        "(simulated; terms for ours alone) | **{} / {}** | {} / {} | {} / {} | {} / {} | not run |",
+        "(simulated; terms for ours alone) | **{} / {}** | {} / {} | {} / {} | {} / {} | {} / {} |",
         lambda: anchored(
-            "needs", "ours, USR, with terms", "ours, plain, with terms", "logistic regression", "LightGBM"
+            "needs",
+            "ours, USR, with terms",
+            "ours, plain, with terms",
+            "logistic regression",
+            "LightGBM",
+            "torch-rechub, PLE",
         ),
     ),
+    Figure("README", "Without terms our plain model has {} / {} there", lambda: anchored("needs", "ours, plain")),
     Figure(
         "README",
         "fixed tastes (simulated) | **{}** / {} | {} / **{}** | {} / {} | {} / {} | {} / {} |",
