@@ -34,16 +34,15 @@ import numpy as np
 import torch
 from learning_kuairand import Rows, peer_rows, rechub_model, train_rechub
 from learning_runs import Data, Runs, gaps, last_day, mean_auc, save, train_seeds
-from learning_signals import COUNTERS, EARLIER
+from learning_signals import COUNTERS, EARLIER, given
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks.doc_tables import gap_text, markdown, show
 from jobs.demo import PLAIN
 from usr_ray.config import load_config
-from usr_ray.data.manifest import Manifest
 from usr_ray.evaluation.metrics import Predictions, auc
-from usr_ray.schema import OPEN_LABEL, TASKS, TERM, FeatureSpec
+from usr_ray.schema import OPEN_LABEL, TASKS, FeatureSpec
 from usr_ray.training.logistic import PlainRows, logistic_regression
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -178,12 +177,6 @@ def kept(path: Path, make: Callable[[], list[NDArray[np.float64]]]) -> list[NDAr
     return list(np.load(path))
 
 
-def terms_alone(manifest: Manifest, is_termed: bool) -> Manifest:
-    """The same rows with ids, categories and numbers, and the terms if asked, whatever else the lake has."""
-    lists = tuple(of for of in manifest.spec.lists if is_termed and of.table == TERM)
-    return replace(manifest, spec=replace(manifest.spec, lists=lists, vectors=()))
-
-
 @dataclass(slots=True)
 class World:
     """One lake; the rows of the peers are read when the first of them wants any."""
@@ -213,8 +206,8 @@ class World:
 
     def ours(self, name: str, seeds: Sequence[int]) -> Runs:
         data = self.data("judged")
-        is_termed = name in WITH_TERMS  # the others have the columns that the peers have
-        data = replace(data, train=terms_alone(data.train, is_termed), held_out=terms_alone(data.held_out, is_termed))
+        kinds = ("terms",) if name in WITH_TERMS else ()  # the others have the columns that the peers have
+        data = replace(data, train=given(data.train, kinds), held_out=given(data.held_out, kinds))
         return train_seeds(data, (OURS | WITH_TERMS)[name], seeds, self.work / name)
 
     def peer(self, name: str, seeds: Sequence[int]) -> tuple[Runs, dict[str, Any]]:

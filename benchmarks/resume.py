@@ -29,7 +29,7 @@ from benchmarks.interleaved import header, interval, publish, ratio, settings_of
 from benchmarks.reader import DATES, benchmark_spec, write_table
 from usr_ray.config import Config
 from usr_ray.data.manifest import Manifest, build_manifest
-from usr_ray.training.checkpoint import CheckpointStore
+from usr_ray.training.checkpoint import CHECKPOINTS, CheckpointStore
 from usr_ray.training.loop import train
 from usr_ray.training.monitor import Monitor
 from usr_ray.training.rows import training_reader
@@ -60,7 +60,7 @@ def write_checkpoint(config: Config, manifest: Manifest, run_dir: Path, position
         step = int(position * reader.num_steps)
         state = TrainState(config, manifest, worker, order=reader.fingerprint, total_steps=reader.num_steps)
         state.step = state.epoch_step = step
-        store = CheckpointStore(run_dir / "checkpoints", keep_last=2)
+        store = CheckpointStore(run_dir / CHECKPOINTS, keep_last=2)
         store.save(step, state.tensors(), state.describe(worker))
     return step
 

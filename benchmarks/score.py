@@ -37,7 +37,7 @@ from usr_ray.serving.check import drawn_batch, training_probabilities
 from usr_ray.serving.export import TOLERANCE, export_run
 from usr_ray.serving.model import padded_inputs
 from usr_ray.serving.runtime import ExportedModel
-from usr_ray.training.checkpoint import CheckpointStore
+from usr_ray.training.checkpoint import CHECKPOINTS, CheckpointStore
 from usr_ray.training.evaluate import TrainedRun, load_run
 from usr_ray.training.state import TrainState
 from usr_ray.training.worker import LocalWorker
@@ -59,7 +59,7 @@ def exported_run(folder: Path, backbone: str) -> TrainedRun:
     worker = LocalWorker("cpu")
     manifest = make_manifest(table_uri="none", version=0, spec=benchmark_spec(), files=[])
     state = TrainState(Config.from_dict({"model": {"backbone": backbone}}), manifest, worker, order="none")
-    CheckpointStore(folder / "run" / "checkpoints").save(1, state.tensors(), state.describe(worker))
+    CheckpointStore(folder / "run" / CHECKPOINTS).save(1, state.tensors(), state.describe(worker))
     export_run(folder / "run", folder / "export")
     return load_run(folder / "run")
 

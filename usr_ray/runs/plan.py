@@ -39,7 +39,7 @@ from usr_ray.runs.evaluations import (
     trained_on,
     warm_start_dates,
 )
-from usr_ray.training.checkpoint import CheckpointStore
+from usr_ray.training.checkpoint import CHECKPOINTS, CheckpointStore
 from usr_ray.training.loop import TrainResult
 from usr_ray.training.rows import training_reader
 from usr_ray.training.state import FIXED_KEYS, package_versions
@@ -227,7 +227,7 @@ def _refuse_settings_without_steps(config: Config, record: Mapping[str, Any], fo
     Args:
         num_steps: of an epoch.
     """
-    state = CheckpointStore(folder / "checkpoints").newest_state()
+    state = CheckpointStore(folder / CHECKPOINTS).newest_state()
     if state is None:
         return
     begun = state["cursor"]["epoch"] + 1

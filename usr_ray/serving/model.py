@@ -23,7 +23,7 @@ from usr_ray.model.inputs import InputNetwork
 from usr_ray.model.lists import list_columns
 from usr_ray.model.unique import ITEM_TABLE, QUERY_TABLE
 from usr_ray.model.usr import UsrModel
-from usr_ray.schema import TASKS, UNKNOWN_ID, FeatureSpec
+from usr_ray.schema import TASKS, UNKNOWN_ID, FeatureSpec, cold_column
 
 _PIECE_ROWS = 1 << 20
 """Rows of vectors that are multiplied out at once, as float32."""
@@ -143,7 +143,7 @@ class _Embeddings(nn.Module):
         for key, cold_N in tables.cold.items():
             table_ND = rows[self.places[key]]
             rows[self.places[key]] = torch.where(cold_N.unsqueeze(1), table_ND[UNKNOWN_ID], table_ND)
-            self.register_buffer(f"{key}_is_cold", cold_N)
+            self.register_buffer(cold_column(key), cold_N)
         # In the query table, padding is not "nothing" but the learned e_noq.
         query = self.places[QUERY_TABLE]
         rows[query] = torch.cat([inputs.no_query_D.detach().cpu().unsqueeze(0), rows[query][1:]])
@@ -172,7 +172,7 @@ class _Embeddings(nn.Module):
     def row_ids(self, name: str, ids: Tensor) -> Tensor:
         """The ids, unknown where they have no row of their own either."""
         ids = self.known(name, ids)
-        return torch.where(self.get_buffer(f"{name}_is_cold")[ids], UNKNOWN_ID, ids) if name in self.cold else ids
+        return torch.where(self.get_buffer(cold_column(name))[ids], UNKNOWN_ID, ids) if name in self.cold else ids
 
 
 class ServingModel(nn.Module):

@@ -17,8 +17,7 @@ from usr_ray.training.checkpoint import CHECKPOINTS, STATE, Checkpoint, Checkpoi
 
 _NEW_KEYS = ("wide", "wide_buckets", "wide_l2", "pepnet_hidden", "interaction_histories")
 _NEW = {key: getattr(ModelConfig(), key) for key in _NEW_KEYS}
-_CONTRASTIVE = {"every_nth_group": 1}
-_COME_SINCE: dict[str, Any] = {"model": {**_NEW, "contrastive": _CONTRASTIVE}, "features": {"crosses": []}}
+_COME_SINCE: dict[str, Any] = {"model": _NEW, "features": {"crosses": []}}
 """Keys that older runs do not name, as these runs had them."""
 _SHARE = "model.contrastive.every_nth_group"
 """No weight means another thing by it."""
