@@ -119,6 +119,15 @@ def simulated(key: str, task: str, *, models: Sequence[str] = tuple(NAMES)) -> l
     return [found[f"{model} + USR"][key][task]["all"]["gap"] for model in models]
 
 
+def over_plain(world: str, model: str) -> list[float]:
+    """USR's gap in clicks in one of the simulated worlds."""
+    return gap(result("learning_simulated")["worlds"][world]["models"][model]["over_plain"]["ctr"]["all"])
+
+
+def click_auc(model: str) -> float:
+    return float(result("learning_simulated")["worlds"]["default"]["models"][model]["auc"]["ctr"]["all"])
+
+
 def step_ms(case: str, backbone: str, part: str) -> float:
     (row,) = (r for r in result("usr_cost")["results"] if (r["case"], r["backbone"]) == (case, backbone))
     return float(row["parts"][part]["cpu_ms"]["median"])
@@ -158,6 +167,17 @@ def with_terms(task: str, scenario: str = "all") -> list[float]:
     )
 
 
+def plain_over_usr(task: str) -> list[float]:
+    """Plain minus USR in the static world."""
+    return gap(result("anchors")["worlds"]["static"]["models"]["ours, USR"]["ours, plain over it"][task]["all"])
+
+
+def turned(found: Sequence[float]) -> list[float]:
+    """A gap whose interval's ends change places when its sign does."""
+    value, low, high = found
+    return [value, high, low]
+
+
 def over_lightgbm(task: str) -> list[float]:
     """Gaps of our plain and USR models without terms over LightGBM in the world with needs."""
     found = result("anchors")["worlds"]["needs"]["models"]["LightGBM"]
@@ -188,68 +208,27 @@ def ends(values: Sequence[float]) -> list[float]:
     return [min(values), max(values)]
 
 
-SCENARIOS = ("all", "main", "tab_0", "tab_4", "rest")
-WORLDS = {
-    "default": "default dials",
-    "similarity-0": "similarity 0",
-    "similarity-1": "similarity 1",
-    "no-crossing": "no cross exposure",
-    "noisy-global": "cross exposures that say nothing",
-}
-
-
 def gap(found: Any) -> list[float]:
     """A gap and its interval."""
     return [found["gap"], *found["interval"]]
 
 
+def signal(world: str, line: str, *tasks: str) -> list[float]:
+    """What a kind of signal adds on the held-out days."""
+    found = result("learning_signals")["worlds"][world]["models"][line]["over_none"]
+    return [found[task]["all"]["gap"] for task in tasks]
+
+
 def learning_rows() -> Iterator[Figure]:
-    """Rows of the tables of learning.md."""
-    shown = {"popularity": "popularity"}
-    shown |= {f"torch-rechub, {n}": f"torch-rechub {n}" for n in ("SharedBottom", "MMoE", "PLE")}
-    for key, name in NAMES.items():
-        shown |= {f"ours, {key}": f"ours, {name}", f"ours, {key} + USR": f"ours, {name} + USR"}
-    for model, name in shown.items():
-
-        def counted(model: str = model) -> list[float]:
-            auc = kuairand("", model, "auc")
-            return [*(auc["ctr"][s] for s in SCENARIOS), auc["ctcvr"]["all"]]
-
-        def histories(model: str = model) -> list[float]:
-            found = kuairand("_histories", model)
-            over = [found[k]["ctr"]["all"] for k in ("over_popularity", "over_best_peer")] if "ours" in model else []
-            return [found["auc"]["ctr"]["all"], found["auc"]["ctcvr"]["all"], *(n for o in over for n in gap(o))]
-
-        yield Figure("learning", f"| {name} | " + " | ".join(["{}"] * 6) + " |", counted)
-        intervals = "{} ({} to {}) | {} ({} to {}) |" if "ours" in name else "| |"
-        yield Figure("learning", f"| {name} | {{}} | {{}} | {intervals}", histories)
+    """Rows of the table of six backbones on KuaiRand."""
     for key, name in NAMES.items():
 
-        def over_plain(model: str = f"ours, {key} + USR") -> list[float]:
-            found = kuairand("", model, "over_plain")
-            return gap(found["ctr"]["all"]) + gap(found["ctcvr"]["all"])
+        def row(key: str = key) -> list[float]:
+            plain, usr = (kuairand("", f"ours, {key}{suffix}") for suffix in ("", " + USR"))
+            numbers = [model["auc"][task]["all"] for model in (plain, usr) for task in ("ctr", "ctcvr")]
+            return numbers + gap(usr["over_plain"]["ctr"]["all"]) + gap(usr["over_plain"]["ctcvr"]["all"])
 
-        def over_own(key: str = key) -> list[float]:
-            models = result("learning_simulated")["worlds"]["default"]["models"]
-            usr, row = models[f"{key} + USR"], []
-            for task in ("ctr", "ctcvr"):
-                row += [models[key]["auc"][task]["all"], usr["auc"][task]["all"], *gap(usr["over_plain"][task]["all"])]
-            return row
-
-        yield Figure("learning", f"| {name} | {{}} ({{}} to {{}}) | {{}} ({{}} to {{}}) |", over_plain)
-        yield Figure("learning", f"| {name} | " + "{} | {} | {} ({} to {}) | " * 2, over_own)
-    for world, name in WORLDS.items():
-
-        def in_world(world: str = world) -> list[float]:
-            models = result("learning_simulated")["worlds"][world]["models"]
-            row: list[float] = []
-            for task in ("ctr", "ctcvr"):
-                order = ("oracle", "popularity", "shared_bottom", "shared_bottom + USR")
-                row += [models[m]["auc"][task]["all"] for m in order]
-                row += gap(models["shared_bottom + USR"]["over_plain"][task]["all"])
-            return row
-
-        yield Figure("learning", f"| {name} | " + "{} | {} | {} | {} | {} ({} to {}) | " * 2, in_world)
+        yield Figure("learning", f"| {name} | " + "{} / {} | " * 2 + "{} ({} to {}) | {} ({} to {}) |", row)
 
 
 SIDES = ("search", "recommendation")
@@ -411,6 +390,66 @@ FIGURES = [
         lambda: ends(simulated("over_plain", "ctr", models=("shared_bottom", "ple", "star", "apg"))),
     ),
     Figure(
+        "learning",
+        "around MMoE by {} ({} to {}) and M2M by {} ({} to {})",
+        lambda: [n for m in ("mmoe", "m2m") for n in over_plain("default", f"{m} + USR")],
+    ),
+    Figure(
+        "learning",
+        "{} ({} to {}) where the scenarios have the same tastes and {} ({} to {}) where cross exposures say nothing",
+        lambda: [n for world in ("similarity-1", "noisy-global") for n in over_plain(world, "shared_bottom + USR")],
+    ),
+    Figure(
+        "learning",
+        "MMoE alone has {}, the best with USR {}",
+        lambda: [click_auc("mmoe"), max(click_auc(f"{name} + USR") for name in NAMES)],
+    ),
+    Figure(
+        "learning",
+        "gain {} to {} over popularity (lower ends from {}) and {} to {} over the best peer (lower ends from {})",
+        lambda: [
+            n
+            for key in ("over_popularity", "over_best_peer")
+            for n in (
+                *ends(gaps("_histories", key, "ctr", without=PLAIN_STAR)),
+                min(gaps("_histories", key, "ctr", without=PLAIN_STAR, low=True)),
+            )
+        ],
+    ),
+    Figure(
+        "learning",
+        "gain {} in clicks and {} in long views on KuaiRand where the ETL sees",
+        lambda: signal("kuairand, all earlier", "plain: counters of all days", "ctr", "ctcvr"),
+    ),
+    Figure(
+        "learning",
+        "gain {} (plain) to {} (USR) in clicks and {} to {} in orders, nearly all in search",
+        lambda: [
+            *signal("needs", "plain: sides, terms", "ctr"),
+            *signal("needs", "USR: sides, terms", "ctr"),
+            *signal("needs", "plain: sides, terms", "ctcvr"),
+            *signal("needs", "USR: sides, terms", "ctcvr"),
+        ],
+    ),
+    Figure(
+        "learning",
+        "USR over plain is {} in clicks ({} to {}) and {} in orders ({} to {})",
+        lambda: [-n for task in ("ctr", "ctcvr") for n in turned(plain_over_usr(task))],
+    ),
+    Figure(
+        "learning",
+        "the nearest, DCNv2: {} ({} to {}) and {} ({} to {})",
+        lambda: [
+            n
+            for task in ("ctr", "ctcvr")
+            for n in gap(
+                result("anchors")["worlds"]["kuairand"]["models"]["torch-rechub, DCNv2"]["ours, USR over it"][task][
+                    "all"
+                ]
+            )
+        ],
+    ),
+    Figure(
         "study-results",
         "changes by {} ({} to {}) in search and {} ({} to {}) in recommendation",
         lambda: [n for s in SIDES for n in part("ablation", "no_fg - usr", f"{s}/ctcvr")],
@@ -459,7 +498,7 @@ FIGURES = [
     ),
     Figure(
         "learning",
-        "of LightGBM by about {} in clicks and {} to {} in orders",
+        "LightGBM by about {} in clicks and {} to {} in orders",
         lambda: [over_lightgbm("ctr")[0], *ends(over_lightgbm("ctcvr"))],
     ),
     Figure(
