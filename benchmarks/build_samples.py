@@ -242,7 +242,7 @@ def run_one(arguments: argparse.Namespace) -> None:
 def environment(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the numbers depend on."""
     return {
-        "date": dt.date.today().isoformat(),
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "machine": {"cpus": os.cpu_count(), "processor": platform.processor() or platform.machine()},
         "settings": {"cores": arguments.cores, "spark_driver_memory": arguments.memory, "config": CONFIG.name},
         "versions": {name: metadata.version(name) for name in ("pyspark", "delta-spark", "duckdb", "pyarrow", "numpy")},

@@ -149,7 +149,7 @@ def main() -> None:
     results = [entry for num_workers in arguments.workers for entry in measure(num_workers, arguments)]
     report = {
         "question": "bytes that a worker receives in a step of the embedding tables, and the time of it",
-        "date": dt.date.today().isoformat(),
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "machine": {
             "cpus": os.cpu_count(),
             "processor": platform.processor() or platform.machine(),

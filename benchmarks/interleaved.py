@@ -119,7 +119,7 @@ def header(question: str, settings: Mapping[str, Any], packages: Sequence[str] =
     """First part of a report: question, date, machine, versions, settings."""
     return {
         "question": question,
-        "date": dt.date.today().isoformat(),
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "machine": {
             "cpus": os.cpu_count(),
             "processor": platform.processor() or platform.machine(),

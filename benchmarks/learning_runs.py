@@ -228,7 +228,7 @@ class _Ranked:
 def save(path: Path, result: dict[str, Any]) -> None:
     """Write `result` with the date, machine and versions it was measured with."""
     stamp = {
-        "date": dt.date.today().isoformat(),
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "machine": {"cpus": os.cpu_count(), "processor": platform.processor() or platform.machine()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }

@@ -166,7 +166,7 @@ def main() -> None:
     results = {backbone: measure(backbone, arguments) for backbone in arguments.backbone}
     report = {
         "question": "seconds to score on a CPU, inputs ready: one row, and rows of a batch",
-        "date": dt.date.today().isoformat(),
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "machine": {
             "cpus": os.cpu_count(),
             "processor": platform.processor() or platform.machine(),

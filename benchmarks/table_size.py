@@ -161,7 +161,7 @@ def main() -> None:
         print(results[-1], flush=True)
     report = {
         "question": "time of a training step by the rows of the embedding tables",
-        "date": dt.date.today().isoformat(),
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "machine": {
             "cpus": os.cpu_count(),
             "processor": platform.processor() or platform.machine(),

@@ -19,7 +19,6 @@ from etl.logs.events import REASON, EventLog
 from etl.session import kept
 from usr_ray.config import Config, date_of
 
-_EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 UNDATED = "undated"
 """Stands for the date of a row whose time is missing or cannot be read, and of the users and items tables."""
 MAX_DUPLICATE_SHARE = 0.05
@@ -105,7 +104,7 @@ def add_pass(account: Account, spark: SparkSession, folder: str, logs: Sequence[
     day = F.when(F.col("part") == REJECT, _day()).otherwise(F.col("day"))
     sums = small.groupBy("part", "what", "kind", "scenario", "reason", day.alias("day")).agg(
         F.sum(F.coalesce("num_rows", F.lit(1))).alias("rows"),
-        F.max("event_time").alias("newest"),
+        F.unix_micros(F.max("event_time")).alias("newest"),  # collected as a time it would be of the machine's zone
         F.bit_xor("hash").alias("hash"),
     )
     for row in sums.collect():
@@ -124,9 +123,8 @@ def add_pass(account: Account, spark: SparkSession, folder: str, logs: Sequence[
                 if row["kind"] == KIND_IMPRESSION:
                     account.impression_dates.add(place[1])
             elif row["what"] == "used":
-                newest = (row["newest"].replace(tzinfo=dt.UTC) - _EPOCH) // dt.timedelta(microseconds=1)
-                before, number = account.used_days.get(row["day"], (newest, 0))
-                account.used_days[row["day"]] = (max(before, newest), number + row["rows"])
+                before, number = account.used_days.get(row["day"], (row["newest"], 0))
+                account.used_days[row["day"]] = (max(before, row["newest"]), number + row["rows"])
     if usable != num_usable:
         raise AccountingError(f"{usable} usable rows reached the pass, {num_usable} were read; please report this")
     check_accounting(account.counts)

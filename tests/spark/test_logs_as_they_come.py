@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime as dt
 import gzip
 import json
+import time
 import zoneinfo
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -175,8 +177,19 @@ def test_times_in_two_units_stop_the_build_with_the_cause(spark: SparkSession, t
     assert 'set logs.feed_impressions.time_format = "' in refusal(spark, tmp_path, tmp_path / "lake")
 
 
+@pytest.fixture
+def in_tokyo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine whose clock shows Tokyo's time, nine hours ahead."""
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "Asia/Tokyo")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.usefixtures("in_tokyo")
 def test_one_clock_of_the_year_9999_makes_no_label_final(spark: SparkSession, tmp_path: Path) -> None:
-    """A click that is rejected, an impression that is used, and an ingest_time: none is the watermark."""
+    """A click that is rejected, an impression that is used, an ingest_time: none is the watermark. Nor local time."""
     shown = impressions()
     shown[0] |= {"impression_id": "late", "event_time": "9999-12-31T00:00:00"}
     given = clicks(shown[1:])

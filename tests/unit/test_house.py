@@ -37,6 +37,17 @@ def test_formatting_is_switched_off_only_where_a_reason_stands() -> None:
     assert len(marks) <= 20, "\n".join(marks)
 
 
+def test_no_time_is_read_in_the_zone_of_the_machine() -> None:
+    """pyspark collects a timestamp as local time without a zone: instants come as micros, as Arrow or as text."""
+    named = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in SOURCES
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if "replace(tzinfo=" in line and " if " not in line  # what has no zone is UTC, what has one keeps it
+    ]
+    assert not named, "\n".join(named)
+
+
 def test_no_module_is_a_drawer_for_anything() -> None:
     assert not [p for p in SOURCES if p.stem in ("utils", "common", "helpers", "misc")]
 
