@@ -169,7 +169,7 @@ class Service:
         if pointer.shadow is not None:
             asked = request.get("time") or iso_time(asked_us)
             self._compare(rankers[pointer.shadow], {**request, "time": asked}, answer)
-        self.metrics.candidates.inc(len(answer["items"]))
+        self.metrics.candidates.inc(len(request["candidates"]))  # an answer may have the first k alone
         self.metrics.degraded.inc(answer["degraded"])
         return 200, answer
 
@@ -203,13 +203,18 @@ class Service:
 
     def _score_shadow(self, shadow: Ranker, request: dict[str, Any], answer: dict[str, Any]) -> None:
         try:
-            found = shadow.score(request)
+            # Without k: `score` would give the first k as they were sent, `answer` has the best k.
+            found = shadow.score({name: value for name, value in request.items() if name != "k"})
+            returned = {item["id"] for item in answer["items"]}
             line = {
                 "time": iso_time(time.time_ns() // 1000),
                 "user_id": request["user_id"],
                 "scenario": request["scenario"],
                 **{name: answer[name] for name in ("request_id", "version", "bucket", "items")},
-                "shadow": {name: found[name] for name in ("version", "items")},
+                "shadow": {
+                    "version": found["version"],
+                    "items": [item for item in found["items"] if item["id"] in returned],
+                },
             }
             self._log_dir.mkdir(parents=True, exist_ok=True)
             with (self._log_dir / f"shadow-{os.getpid()}.jsonl").open("a", encoding="utf-8") as file:

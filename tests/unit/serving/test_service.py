@@ -55,7 +55,7 @@ class Version:
         return {
             "request_id": None,
             "version": self.version["version"],
-            "items": items[:: -1 if ranked else 1],
+            "items": items[:: -1 if ranked else 1][: raw.get("k")],
             "degraded": "slow" in raw,
         }
 
@@ -188,6 +188,19 @@ def test_the_shadows_scores_are_logged_and_its_faults_are_its_own(service, clien
     first, second = service._served[1]["two"].asked
     assert first == asked | {"time": first["time"]}
     assert first["time"] < second["time"] < iso_time(time.time_ns() // 1000)
+
+
+def test_the_shadow_scores_what_was_returned_where_only_the_best_k_are(service, client, tmp_path):
+    Pointer("one", shadow="two").write(tmp_path)
+    assert service.look()
+    asked = {"candidates": ["a", "b", "c", "d"], "k": 2, "user_id": "u", "scenario": "search"}
+    assert [item["id"] for item in client.post("/v1/rank", json=asked).json()["items"]] == ["d", "c"]
+    service._shadow_pool.shutdown()
+    (file,) = (tmp_path / "log").glob("shadow-*.jsonl")
+    line = json.loads(file.read_text())
+    assert line["items"] == [{"id": "d"}, {"id": "c"}]
+    assert line["shadow"]["items"] == [{"id": "c"}, {"id": "d"}]
+    assert service.metrics.registry.get_sample_value("usr_ray_serving_candidates_total") == 4
 
 
 def test_a_time_that_was_asked_for_is_the_shadows_too(service, client, tmp_path):
