@@ -22,6 +22,23 @@ from usr_ray.config.fields import ConfigError, UserError, build, override_key, r
 SCALES = ("small", "full")
 SIMULATED = "simulated"
 OTHERS = "*"  # in a comparison: each value of the axis but the one compared against
+_SET_BY = {
+    "train.seed": "seeds",
+    "ray.num_workers": "resources.num_workers",
+    "ray.cpus_per_worker": "resources.cpus_per_worker",
+    "data.table_version": "--set, for all trials alike",
+}
+"""Keys that every trial gets from elsewhere."""
+_TRAINED_WITH = (
+    "data.train_dates",
+    "data.mature_only",
+    "data.final_labels",
+    "data.only_scenario",
+    "features.crosses",
+    "counters.warmup_days",
+)
+"""Keys outside [model] and [train] that a training reads, so that trials on one table may differ by them. The others
+are of the table, of the held-out rows, or of other jobs: the trials would be the same."""
 
 
 class StudyError(UserError):
@@ -165,6 +182,7 @@ def _without(study: Study, sets: Sequence[str]) -> Study:
     for text in sets:
         override_key(nested, text)
     given = _flat(nested, "--set")
+    require("train.seed" not in given, "--set train.seed: is set by seeds; leave it out")
     for axis in study.axes:
         both = sorted(given.keys() & axis.keys)
         require(not both, f"--set {''.join(both[:1])}: axis {axis.name} sets it for each trial; leave it out")
@@ -211,16 +229,17 @@ def parse_study(raw: Mapping[str, Any], *, name: str, scale: str) -> Study:
         title=str(raw.get("title", name)),
         question=str(raw.get("question", "")),
         seeds=_seeds(small.get("seeds", raw.get("seeds", [])), "seeds"),
-        base={**_flat(raw.get("base", {}), "base"), **_flat(small.get("base", {}), "small.base")},
+        base={**_overrides(raw.get("base", {}), "base"), **_overrides(small.get("base", {}), "small.base")},
         axes=tuple(axes),
         comparisons=tuple(comparisons),
         resources=build(Resources, raw.get("resources", {}), path="resources"),
-        world={**_flat(raw.get("world", {}), "world"), **_flat(small.get("world", {}), "small.world")},
+        world={**_overrides(raw.get("world", {}), "world"), **_overrides(small.get("world", {}), "small.world")},
         source=str(raw.get("source", SIMULATED)),
         representations=_switch(raw, "representations", "representations"),
         slices=_switch(raw, "slices", "slices"),
     )
     _check_comparisons(study)
+    _check_keys(study)
     is_spare = not study.has_worlds and (study.world or study.source != SIMULATED)
     require(not is_spare, "world or source is set, but no axis has world = true")
     return study
@@ -251,14 +270,14 @@ def _axis(raw: Any) -> Axis:
     _only(raw, ("name", "path", "values", "world"), where)
     values, path = raw.get("values"), raw.get("path")
     if isinstance(path, str) and isinstance(values, list):
-        labelled = {str(v): {path: v} for v in values}
+        labelled = {str(v): _overrides({path: v}, where) for v in values}
         require(len(labelled) == len(values), f"{where}.values has doubles: {values}")
     else:
         require(
             isinstance(values, Mapping) and path is None,
             f"{where}: give a path and a list of values, or a table of values: label -> overrides",
         )
-        labelled = {label: _flat(overrides, f"{where}.values.{label}") for label, overrides in values.items()}
+        labelled = {label: _overrides(overrides, f"{where}.values.{label}") for label, overrides in values.items()}
     require(bool(labelled), f"{where}.values is empty")
     for one, other in itertools.combinations(labelled, 2):
         require(labelled[one] != labelled[other], f"{where}.values: {one} and {other} are the same")
@@ -304,8 +323,33 @@ def _flat(raw: Any, where: str) -> dict[str, Any]:
             flat |= {f"{key}.{inner}": v for inner, v in _flat(value, f"{where}.{key}").items()}
         else:
             flat[key] = value
-    require("train.seed" not in flat, f"{where}: train.seed is set by seeds; leave it out")
     return flat
+
+
+def _overrides(raw: Any, where: str) -> dict[str, Any]:
+    """`_flat` of what trials may be given."""
+    flat = _flat(raw, where)
+    for key, by in _SET_BY.items():
+        require(key not in flat, f"{where}: {key} is set by {by}; leave it out")
+    return flat
+
+
+def _check_keys(study: Study) -> None:
+    def is_trained_with(key: str) -> bool:
+        return key.startswith(("model.", "train.")) or key in _TRAINED_WITH
+
+    for axis in study.axes:
+        strays = [] if axis.is_world else sorted(key for key in axis.keys if not is_trained_with(key))
+        require(
+            not strays,
+            f"axes.{axis.name}: {''.join(strays[:1])} makes no difference between trainings on one table: these are "
+            f"model.*, train.*, {', '.join(_TRAINED_WITH)}; for a key of the table set world = true",
+        )
+    of_table = sorted(k for k in study.base if not is_trained_with(k) and not k.startswith(("data.", "ray.")))
+    require(
+        not (study.has_worlds and of_table),
+        f"base: {''.join(of_table[:1])} does not reach the worlds, which are built with [world]; move it there",
+    )
 
 
 def expand(study: Study) -> list[Trial]:

@@ -123,6 +123,38 @@ def test_a_star_compares_every_other_value() -> None:
             r"axes.x.world must be true or false, got 'true'",
         ),
         (
+            {"axes": [{"name": "s", "path": "simulated.similarity", "values": [0.0, 1.0]}], "comparisons": []},
+            r"^axes.s: simulated.similarity makes no difference between trainings on one table: these are model.\*, "
+            r"train.\*, data.train_dates, data.mature_only, data.final_labels, data.only_scenario, features.crosses, "
+            r"counters.warmup_days; for a key of the table set world = true$",
+        ),
+        (
+            {"axes": [{"name": "v", "values": {"a": {"vocabulary": {"min_count": 9}}, "b": {}}}], "comparisons": []},
+            r"axes.v: vocabulary.min_count makes no difference",
+        ),
+        *(
+            ({"axes": [{"name": "x", "path": key, "values": [0, 1], "world": is_world}]}, f"axes.x: {key} is set by {by}")
+            for key, by in (
+                ("train.seed", "seeds"),
+                ("ray.num_workers", "resources.num_workers"),
+                ("ray.cpus_per_worker", "resources.cpus_per_worker"),
+                ("data.table_version", "--set, for all trials alike"),
+            )
+            for is_world in (False, True)
+        ),
+        (
+            {"base": {"ray": {"cpus_per_worker": 2.0}}},
+            r"base: ray.cpus_per_worker is set by resources.cpus_per_worker; leave it out",
+        ),
+        (
+            {
+                "base": {"data.allow_missing_dates": True, "ray.max_failures": 0, "simulated.num_users": 50},
+                "axes": [{"name": "s", "path": "simulated.similarity", "values": [0.0], "world": True}],
+                "comparisons": [],
+            },
+            r"base: simulated.num_users does not reach the worlds, which are built with \[world\]; move it there",
+        ),
+        (
             {
                 "axes": [
                     {"name": "a", "path": "model.dropout", "values": [0.0, 0.3]},
@@ -193,7 +225,7 @@ def test_the_command_line_sets_what_the_base_of_a_study_says_too(tmp_path: Path)
     [
         ("model.backbone=ple", r"main\.toml: --set model.backbone: axis backbone sets it for each trial; leave it out"),
         ("model={backbone = 'ple'}", r"--set model.backbone: axis backbone sets it"),
-        ("train.seed=4", r"--set: train.seed is set by seeds; leave it out"),
+        ("train.seed=4", r"--set train.seed: is set by seeds; leave it out"),
         ("ray.num_workers=2", r"--set ray.num_workers=2: trials take resources.num_workers, 1; leave it out"),
         ("ray.cpus_per_worker=2.0", r"--set ray.cpus_per_worker=2.0: trials take resources.cpus_per_worker, 1.0"),
     ],
