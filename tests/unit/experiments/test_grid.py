@@ -133,7 +133,10 @@ def test_a_star_compares_every_other_value() -> None:
             r"axes.v: vocabulary.min_count makes no difference",
         ),
         *(
-            ({"axes": [{"name": "x", "path": key, "values": [0, 1], "world": is_world}]}, f"axes.x: {key} is set by {by}")
+            (
+                {"axes": [{"name": "x", "path": key, "values": [0, 1], "world": is_world}]},
+                f"axes.x: {key} is set by {by}",
+            )
             for key, by in (
                 ("train.seed", "seeds"),
                 ("ray.num_workers", "resources.num_workers"),
