@@ -142,7 +142,10 @@ class Config:
         require(not twice, f"features: '{''.join(twice[:1])}' is a column of [counters]; call the feature another name")
 
     def check_effect(self) -> None:
-        """ConfigError on what would be without effect. Not asked of saved configurations: older runs stay readable."""
+        """ConfigError on what would be without effect, or another than the one it is for. Not asked of saved
+        configurations: older runs stay readable.
+        """
+        self._check_only_scenario()
         usual = CountersConfig()
         for key in ("windows", "events"):
             require(
@@ -171,6 +174,27 @@ class Config:
                 f"limits.max_reject_shares.{log}.{''.join(strays[:1])}: no such reason; choose from: "
                 f"{', '.join(REJECT_REASONS)}",
             )
+
+    def _check_only_scenario(self) -> None:
+        """Refuse what would bring the other scenarios into a model of one."""
+        if not self.data.only_scenario:
+            return
+        require(
+            not self.model.multitask.enabled,
+            "data.only_scenario: a global label is a click or an order in any scenario, so that the model would learn "
+            "from the others; set model.multitask.enabled=false",
+        )
+        strays = [name for name, counter in self.every_counter.items() if not counter.per_scenario]
+        require(
+            not strays,
+            f"data.only_scenario: counters.{''.join(strays[:1])} counts in all scenarios; build a table whose counters "
+            "have per_scenario=true (the default ones have not), or none",
+        )
+        require(
+            self.model.scenario_weights == "equal",
+            "data.only_scenario: model.scenario_weights 'rows' weighs scenarios against one another, and one is left; "
+            "set it to 'equal'",
+        )
 
     @property
     def order_wait_us(self) -> int:

@@ -28,7 +28,8 @@ class DataConfig:
     orders take part in the loss only where they are final too. Of use with mature_only; held-out rows want all."""
     only_scenario: str = ""
     """Train and evaluate on the rows and the histories of this scenario alone, as if there were no other; '': on all.
-    For comparisons (study joint): such a run is not exported and scores nothing."""
+    Global labels (GLMT) and counters of all scenarios are refused with it, since they know the others. For comparisons
+    (study joint): such a run is not exported and scores nothing."""
 
     def __post_init__(self) -> None:
         for key in ("train_dates", "eval_dates"):

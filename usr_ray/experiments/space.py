@@ -111,7 +111,9 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
     raw = config.to_dict()
     for text in as_sets(values):
         override_key(raw, text)
-    return Config.from_dict(raw)
+    config = Config.from_dict(raw)
+    config.check_effect()
+    return config
 
 
 def trial_config(config: Config, values: Mapping[str, Any], *, table_version: int) -> Config:
@@ -152,7 +154,7 @@ class TriedPoint:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The best trial, and after how many epochs it was best."""
+    """A trial, and after how many epochs it was best."""
 
     point: TriedPoint
     value: float
@@ -163,45 +165,57 @@ class Choice:
         return {**self.point.values, "train.num_epochs": self.num_epochs}
 
 
-def choose(points: Sequence[TriedPoint], config: Config) -> Choice:
-    """The best value of tune.metric over trials and epochs; of equals the first.
+def best_epoch(point: TriedPoint, config: Config) -> Choice | None:
+    """The best value of tune.metric that stands for a run, of equals the first; None: there is none.
 
     Without a schedule of the rates, the weights after epoch e are those of a run of e epochs, so any epoch may be
     chosen, of a stopped trial too. With a schedule only the last epoch of a finished trial stands for a run.
+    """
+    schedule = point.values.get("train.schedule", config.train.schedule)
+    candidates = []
+    for epoch, value in enumerate(point.curve, start=1):
+        stands = schedule == "none" or (epoch == point.num_epochs and point.status == "finished")
+        if stands and math.isfinite(value):
+            candidates.append(Choice(point, value, epoch))
+    return min(candidates, key=lambda c: badness(c, config), default=None)
+
+
+def badness(choice: Choice, config: Config) -> float:
+    """Its value, or minus that: the least is the best."""
+    return choice.value if METRICS[config.tune.metric] == "min" else -choice.value
+
+
+def choose(points: Sequence[TriedPoint], config: Config) -> Choice:
+    """The best of the trials by `best_epoch`; of equals the first.
 
     Raises:
         TuneError: no trial has a value.
     """
-    sign = 1 if METRICS[config.tune.metric] == "min" else -1
-    candidates = []
-    for point in points:
-        schedule = point.values.get("train.schedule", config.train.schedule)
-        for epoch, value in enumerate(point.curve, start=1):
-            stands = schedule == "none" or (epoch == point.num_epochs and point.status == "finished")
-            if stands and math.isfinite(value):
-                candidates.append(Choice(point, value, epoch))
+    candidates = [found for point in points if (found := best_epoch(point, config))]
     if not candidates:
         errors = sorted({point.error for point in points if point.error})
         raise TuneError(
             f"no trial has a {config.tune.metric} on the choosing dates ({'; '.join(errors) or 'undefined'})"
         )
-    return min(candidates, key=lambda c: sign * c.value)
+    return min(candidates, key=lambda c: badness(c, config))
 
 
-def importance(points: Sequence[TriedPoint], space: Mapping[str, SpaceConfig], *, minimise: bool) -> dict[str, float]:
+def importance(scored: Sequence[Choice], space: Mapping[str, SpaceConfig]) -> dict[str, float]:
     """Key -> |Spearman's correlation| of its value with the trial's best value, in [0, 1]; for choices the correlation
     ratio of ranks (eta). Association in the trials drawn, not a cause; empty below five trials.
+
+    Args:
+        scored: `best_epoch` of the trials that have one.
     """
-    scored = [(p, min(c) if minimise else max(c)) for p in points if (c := [v for v in p.curve if math.isfinite(v)])]
     if len(scored) < 5:
         return {}
     import numpy as np  # not above: jobs/tune.py refuses a search before it needs any package
     from scipy.stats import rankdata
 
-    targets = rankdata([value for _, value in scored])
+    targets = rankdata([choice.value for choice in scored])
     found = {}
     for path, of in space.items():
-        values = [point.values[path] for point, _ in scored]
+        values = [choice.point.values[path] for choice in scored]
         with np.errstate(invalid="ignore"):  # all of one value: no correlation
             found[path] = (
                 _eta(values, targets)

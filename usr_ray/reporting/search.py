@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from usr_ray.config import Config
 from usr_ray.config.training import METRICS
 from usr_ray.experiments.search_record import FINAL_DIR
-from usr_ray.experiments.space import TriedPoint, choosing_dates, importance
+from usr_ray.experiments.space import TriedPoint, badness, best_epoch, choosing_dates, importance
 from usr_ray.reporting.page import DASH, REPORT_FILE, Row, Section, Table, span
 from usr_ray.reporting.plots import Dimension, Plot, bars_plot, parallel_plot
 from usr_ray.reporting.study import write_study_report
@@ -37,13 +36,13 @@ def write_search_report(run_dir: Path, config: Config, result: TuneResult) -> Pa
 
 def search_section(config: Config, points: Sequence[TriedPoint], chosen: TriedPoint) -> Section:
     """The trials as a table, parallel coordinates and importance."""
-    metric, minimise = config.tune.metric, METRICS[config.tune.metric] == "min"
+    metric = config.tune.metric
     keys = list(config.tune.space)
-    best = [(_best(point, minimise=minimise), point) for point in points]
-    found = [(value, point) for value, point in best if value is not None]
-    scored = sorted(found, key=lambda pair: pair[0] if minimise else -pair[0])
+    scored = sorted((c for p in points if (c := best_epoch(p, config))), key=lambda c: badness(c, config))
+    with_value = {choice.point.trial_id for choice in scored}
+    unknown = [(None, point) for point in points if point.trial_id not in with_value]
     rows = []
-    for value, point in [*scored, *((value, point) for value, point in best if value is None)]:
+    for value, point in [*((choice.value, choice.point) for choice in scored), *unknown]:
         numbers = [DASH if value is None else f"{value:.4f}", f"{len(point.curve)} of {point.num_epochs}"]
         ending = "chosen" if point == chosen else point.error[:80]
         drawn = [_value(point.values[key]) for key in keys]
@@ -54,11 +53,11 @@ def search_section(config: Config, points: Sequence[TriedPoint], chosen: TriedPo
     if len(scored) > 1:
         title = "Trials by parallel coordinates"
         dimensions = [*(_dimension(config, key) for key in keys), Dimension(metric, is_log=False)]
-        lines = [[*(_place(config, key, point.values[key]) for key in keys), value] for value, point in scored]
-        place = next((n for n, (_, point) in enumerate(scored) if point == chosen), 0)
+        lines = [[*(_place(config, key, c.point.values[key]) for key in keys), c.value] for c in scored]
+        place = next((n for n, choice in enumerate(scored) if choice.point == chosen), 0)
         svg = parallel_plot(dimensions, lines, place, label=title)
         plots.append(Plot(title, svg, "Each line is a trial; the bold one was chosen.", is_wide=True))
-    if shares := importance(points, config.tune.space, minimise=minimise):
+    if shares := importance(scored, config.tune.space):
         title = f"What went with {metric}"
         caption = (
             "Rank correlation (choices: correlation ratio of ranks) over the trials drawn: an association, and a weak "
@@ -66,8 +65,9 @@ def search_section(config: Config, points: Sequence[TriedPoint], chosen: TriedPo
         )
         plots.append(Plot(title, bars_plot(shares, label=title, axis="strength of association"), caption))
     note = (
-        f"{metric} on the choosing dates, best epoch of each trial; {'lower' if minimise else 'higher'} is better. The "
-        "chosen value is the best of many draws, so it flatters: see the comparison below."
+        f"{metric} on the choosing dates, best epoch of each trial, or with a schedule the last one of a whole trial; "
+        f"{'lower' if METRICS[metric] == 'min' else 'higher'} is better. The chosen value is the best of many draws, "
+        "so it flatters: see the comparison below."
     )
     return Section("Search", note, plots, Table(["Trial", "Status", metric, "Epochs", *_short(keys), ""], rows, 2))
 
@@ -76,11 +76,6 @@ def _short(keys: Sequence[str]) -> list[str]:
     """The last words of the keys, as a column's head; whole keys where two end alike."""
     ends = [key.rsplit(".", 1)[-1].replace("_", " ") for key in keys]
     return ends if len(set(ends)) == len(ends) else list(keys)
-
-
-def _best(point: TriedPoint, *, minimise: bool) -> float | None:
-    known = [value for value in point.curve if math.isfinite(value)]
-    return (min if minimise else max)(known) if known else None
 
 
 def _dimension(config: Config, key: str) -> Dimension:

@@ -148,6 +148,8 @@ class EventLog:
         self._rows: dict[tuple[str | None, ...], tuple[Row, str]] = {}
         self._of_user: dict[str, dict[tuple[str | None, ...], Row]] = {}
         self._lock = threading.Lock()
+        """Round what is read; never held while the disk is waited for, since requests take it."""
+        self._writing = threading.Lock()
 
     def append(self, rows: Sequence[Row]) -> int:
         """Keep rows for good, but for those that are there; how many are new.
@@ -155,14 +157,15 @@ class EventLog:
         Raises:
             OSError: the disk does not take them. What was written of them then may count or not; post them again.
         """
-        with self._lock:
+        with self._writing:
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / f"{dt.datetime.now(dt.UTC):%Y-%m-%d}.jsonl"
             with path.open("ab+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)  # ends with the file; other replicas append too
-                self._read_on()
                 new = {row.key: row for row in sorted(rows, key=lambda row: row.rank, reverse=True)}
-                new = {key: row for key, row in new.items() if self._is_news(row)}
+                with self._lock:
+                    self._read_on()
+                    new = {key: row for key, row in new.items() if self._is_news(row)}
                 lines = [json.dumps(row, ensure_ascii=True) for row in new.values()]
                 if lines:
                     size = file.seek(0, os.SEEK_END)
@@ -171,7 +174,8 @@ class EventLog:
                     file.write(("\n".join(lines) + "\n").encode())
                     file.flush()
                     os.fsync(file.fileno())
-            self._read_on()
+            with self._lock:
+                self._read_on()
             return len(new)
 
     def of_user(self, user_id: str) -> list[Row]:

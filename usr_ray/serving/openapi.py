@@ -81,7 +81,7 @@ RANK_ANSWER = _object(
         "items": _list(ITEM, "In the order of the candidates (/v1/score) or the best first (/v1/rank)."),
         "unknown": _object(
             {
-                "user": {"type": "boolean", "description": "The lake does not know the user."},
+                "user": {"type": "boolean", "description": "The lake does not know the user; false where degraded."},
                 "candidates": _list({"type": "string"}, "Items that are in no impression of the lake."),
             },
             description="What of the request the lake has not seen.",

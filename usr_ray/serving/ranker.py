@@ -301,7 +301,8 @@ class Ranker:
             counters=counters,
         )
         new = [item for item, is_unknown in zip(request.candidates, is_new, strict=True) if is_unknown]
-        return inputs, {"user": found is None, "candidates": new}, is_degraded
+        is_new_user = found is None and not is_degraded  # else nobody knows
+        return inputs, {"user": is_new_user, "candidates": new}, is_degraded
 
     def _read(self, user_id: str) -> tuple[tuple[UserEvents, Profile] | None, list[Row]]:
         """What the store and the log hold of a user. Raises StoreError, OSError, or TimeoutError."""

@@ -178,6 +178,28 @@ def test_mistakes_are_one_line(overrides: tuple[str, ...], message: str) -> None
         load_config(None, overrides)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ((), r"^data.only_scenario: a global label is a click or an order in any scenario, so that .*; set model"),
+        (
+            ("model.multitask.enabled=false", "counters.defaults=true"),
+            r"^data.only_scenario: counters.user counts in all scenarios; build a table whose counters have ",
+        ),
+        (
+            ("model.multitask.enabled=false", 'counters.a.keys=["item_id"]', 'model.scenario_weights="rows"'),
+            r"^data.only_scenario: model.scenario_weights 'rows' weighs scenarios against one another, and one is left",
+        ),
+    ],
+)
+def test_a_model_of_one_scenario_learns_nothing_of_the_others(overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, ('data.only_scenario="search"', *overrides))
+    load_config(None, ('data.only_scenario=""', *overrides))
+    asked = ('data.only_scenario="search"', "model.multitask.enabled=false", 'counters.a.keys=["item_id"]')
+    assert Config.from_dict(load_config(None, asked).to_dict()).data.only_scenario == "search"
+
+
 def test_what_has_no_effect_is_refused_of_the_user_and_read_of_an_older_run() -> None:
     saved = load_config(None, ("counters.defaults=true", 'counters.windows=["1d"]')).to_dict()
     saved["counters"]["defaults"] = False

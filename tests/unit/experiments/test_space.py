@@ -11,6 +11,7 @@ from usr_ray.config import Config, ConfigError, load_config
 from usr_ray.config.training import SpaceConfig
 from usr_ray.experiments.grid import expand
 from usr_ray.experiments.space import (
+    Choice,
     TriedPoint,
     TuneError,
     choose,
@@ -138,10 +139,11 @@ def test_importance_by_hand() -> None:
     space = {"x": SpaceConfig(kind="uniform", low=0, high=9), "c": SpaceConfig(kind="choice", values=("u", "v"))}
     # x orders the trials exactly; c splits the ranks 1..6 into {1, 2, 3} and {4, 5, 6}: eta^2 = 13.5 / 17.5.
     points = [point(str(n), 0.1 * n, x=float(n**2), c="u" if n <= 3 else "v") for n in range(1, 7)]
-    found = importance(points, space, minimise=True)
+    scored = [Choice(p, p.curve[0], 1) for p in points]
+    found = importance(scored, space)
     assert found == pytest.approx({"x": 1.0, "c": math.sqrt(13.5 / 17.5)})
     assert list(found) == ["x", "c"]
-    assert importance(points[:4], space, minimise=True) == {}
+    assert importance(scored[:4], space) == {}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs" / "configs").glob("*.toml")), ids=lambda p: p.stem)

@@ -12,7 +12,8 @@ from tests.unit.samples_table import samples_spec, write_samples
 from tests.unit.study_runs import BASE, SETS
 from usr_ray.experiments.record import Base, note_failure
 from usr_ray.experiments.search_record import as_row, open_search, read_curve, read_points, write_search, write_values
-from usr_ray.experiments.space import TuneError, choose, load_search
+from usr_ray.experiments.space import TriedPoint, TuneError, choose, load_search
+from usr_ray.reporting.page import DASH
 from usr_ray.reporting.search import search_section
 
 pytestmark = pytest.mark.unit
@@ -85,6 +86,19 @@ def test_trials_are_read_back_in_the_order_drawn_with_what_they_failed_of(tmp_pa
     assert section.table.rows[0].values[-1] == "chosen"
     assert section.table.rows[2].values[-1] == "diverged"
     assert len(section.plots) == 1, "two scored trials are too few for importance"
+
+
+def test_with_a_schedule_the_report_of_a_search_has_what_stands_for_a_run() -> None:
+    config = load_search(None, [*SEARCH.overrides, "train.schedule=cosine"])
+    values = {"train.learning_rate": 0.001, "model.backbone": "ple"}
+    curves = {"middle": (0.3, 0.49), "chosen": (0.5, 0.47), "stopped": (0.2,)}
+    points = [TriedPoint(name, values, curve, 2) for name, curve in curves.items()]
+    section = search_section(config, points, choose(points, config).point)
+    assert [(row.values[0], row.values[2], row.values[-1]) for row in section.table.rows] == [
+        ("chosen", "0.4700", "chosen"),
+        ("middle", "0.4900", ""),
+        ("stopped", DASH, ""),
+    ]
 
 
 def test_a_search_goes_on_only_as_itself(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -124,6 +126,28 @@ def test_the_log_is_read_again_at_a_start_and_shared_between_replicas(tmp_path: 
     assert ids(two) == [("c", 5)]
     assert two.append([CLICK._replace(id="d"), CLICK]) == 1
     assert ids(one) == ids(EventLog(tmp_path / "log")) == [("c", 5), ("d", 5)]
+
+
+def test_a_request_does_not_wait_for_the_disk_that_takes_a_post(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = EventLog(tmp_path)
+    log.append([CLICK])
+    reached, may_end = threading.Event(), threading.Event()
+
+    def slow(_: int) -> None:
+        reached.set()
+        assert may_end.wait(30)
+
+    monkeypatch.setattr("usr_ray.serving.events.os.fsync", slow)
+    with ThreadPoolExecutor(2) as pool:
+        post = pool.submit(log.append, [CLICK._replace(id="e", user="v")])
+        assert reached.wait(30)
+        try:
+            assert [row.id for row in pool.submit(log.of_user, CLICK.user).result(10)] == [CLICK.id]
+            assert not post.done()
+        finally:
+            may_end.set()
+        assert post.result(30) == 1
+    assert [row.id for row in log.of_user("v")] == ["e"]
 
 
 def test_of_two_rows_with_one_key_the_earliest_stays(tmp_path: Any) -> None:
