@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 
@@ -16,15 +17,12 @@ os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 # While everything is imported, the garbage collector walks through torch again and again: a fifth of that time.
 gc.disable()
+# At the end pytest collects garbage ten times: what was frozen below is left out until the process ends, and given back
+# then, or extension modules would call it leaked.
+atexit.register(gc.unfreeze)
 
 
 def pytest_collection_finish() -> None:
     """What has been imported stays."""
-    gc.collect()
     gc.freeze()
     gc.enable()
-
-
-def pytest_sessionfinish() -> None:
-    """Or extension modules would call leaked what is only frozen."""
-    gc.unfreeze()

@@ -61,6 +61,9 @@ def test_a_shop_s_own_files_end_in_scores(run: Run, tmp_path: Path) -> None:
     assert len(set(scores["p_ctr"].to_pylist())) > 10
 
 
+# tests/spark/test_many_scenarios.py builds five, tests/unit/serving/test_export_model.py serves three; that the page's
+# commands can be given is in tests/unit/cluster/test_commands.py.
+@pytest.mark.slow
 def test_a_third_scenario_has_its_columns_views_and_metrics(run: Run, tmp_path: Path) -> None:
     follow(run, "third_scenario", tmp_path)
     table = deltalake.DeltaTable(tmp_path / "lake" / "samples").to_pyarrow_table(
@@ -75,6 +78,8 @@ def test_a_third_scenario_has_its_columns_views_and_metrics(run: Run, tmp_path: 
     assert all(split[s]["ctr"]["num_samples"] > 100 for s in ("search", "recommendation", "basket"))
 
 
+# tests/ray/test_tune.py has the search and what it writes, test_export.py the export, test_score.py the scores.
+@pytest.mark.slow
 def test_a_search_ends_in_scores_and_an_export(smoke: Path, run: Run) -> None:
     printed = follow(run, "tune_export_score", smoke)
     best = tomllib.loads((smoke / "search" / "best.toml").read_text())

@@ -43,7 +43,6 @@ def _environment() -> Iterator[None]:
     """What jobs/train.py sets before it imports ray; taken back for the tests of other folders."""
     before = dict(os.environ)
     os.environ.pop("RAY_ADDRESS", None)
-    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"
     prepare_environment(dashboard=False)
     yield
     os.environ.clear()

@@ -28,7 +28,9 @@ sys.path.append(str(ROOT / "benchmarks"))
 from build_samples_check import check_equal, files_of  # noqa: E402 - benchmarks is no package
 from build_samples_sql import Query, export_vocabularies, run_duckdb, run_spark_sql  # noqa: E402
 
-pytestmark = pytest.mark.spark
+# tests/spark/test_build_samples.py holds our job to the oracle, and the benchmark holds the rivals to our job before it
+# keeps a time.
+pytestmark = [pytest.mark.spark, pytest.mark.slow]
 
 SCENARIOS = ("search", "recommendation")
 START = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)

@@ -64,6 +64,7 @@ PLAIN = "etl/kernel/"
 STANDARD_LIBRARY_ONLY = ("usr_ray/schema.py", "usr_ray/files.py", "usr_ray/cli.py", "usr_ray/config/")
 
 
+@functools.cache
 def imported_modules(text: str) -> set[str]:
     """Every dotted name that a file imports, wherever in the file the statement stands."""
     modules: set[str] = set()

@@ -57,6 +57,8 @@ LOCAL_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # Otherwise a stop waits 30 s for running jobs to notice.
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+    # Ray Train asks its workers every two seconds whether they have ended: a local run's end waits for it.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     # Watches for nodes that a cloud reclaims; there is one node, and it is local.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # Ray uses a deprecated option of its own and warns of it: nothing that a user of ours can act on.

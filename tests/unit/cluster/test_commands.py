@@ -21,6 +21,7 @@ pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).resolve().parents[3]
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "cluster").rglob("*"))]
+TEXTS += sorted((ROOT / "examples").glob("*/README.md"))
 TEXTS = [path for path in TEXTS if path.suffix in (".md", ".yaml", ".yml", ".py", ".conf", ".sh", ".Dockerfile")]
 PLACEHOLDER = re.compile(r"[A-Z][A-Z_:.]*|\.\.\.|A:B|.*[<{$].*")
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import itertools
 import json
 import statistics
 from collections.abc import Callable
@@ -15,34 +13,20 @@ import pytest
 import torch
 
 from benchmarks import interleaved, launchers, peers, step_cases, usr_cost
+from tests.unit.counting_way import counting
 
 pytestmark = pytest.mark.unit
 
 SMALL_MODEL = {"hidden": (8,), "tower_hidden": (4,), "embedding_dim": 4}
 
 
-def _counting(
-    stack: contextlib.ExitStack, first: float, closed: Path
-) -> Callable[[], float]:  # runs in its own process
-    stack.callback(closed.touch)
-    numbers = itertools.count(first)
-
-    def way() -> float:
-        number = next(numbers)
-        if number > first + 1:
-            raise ValueError("no more")
-        return number
-
-    return way
-
-
 def test_a_way_in_a_process_of_its_own_is_called_closed_and_missed_when_it_dies(tmp_path: Path) -> None:
-    with interleaved.own_process(_counting, 5.0, tmp_path / "closed") as way:
+    with interleaved.own_process(counting, 5.0, tmp_path / "closed") as way:
         assert [way(), way()] == [5.0, 6.0]
     assert (tmp_path / "closed").exists()
     with (
-        pytest.raises(SystemExit, match=r"the process of _counting\(7\.0, .*\) has ended"),
-        interleaved.own_process(_counting, 7.0, tmp_path / "other") as way,
+        pytest.raises(SystemExit, match=r"the process of counting\(7\.0, .*\) has ended"),
+        interleaved.own_process(counting, 7.0, tmp_path / "other") as way,
     ):
         assert [way(), way(), way()] == []
 

@@ -184,7 +184,7 @@ def test_tags_and_terms_are_served(tmp_path, is_plain):
     assert not torch.allclose(both(run, batch)[0]["p_ctr"], both(run, unknown)[0]["p_ctr"])
 
 
-@pytest.mark.parametrize("is_plain", [False, True], ids=["USR", "plain"])
+@pytest.mark.parametrize("is_plain", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["USR", "plain"])
 def test_the_programs_say_what_the_run_says_with_every_kind_of_input(tmp_path, is_plain):
     """Event sides, products of each history, the first-order part, vectors, tags and terms, without the lake."""
     lake = make_lake(tmp_path / "lake", sides=("brand",), vectors=VECTORS, lists=make_lists(9))
