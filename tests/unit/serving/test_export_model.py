@@ -20,7 +20,7 @@ from usr_ray.data.reader import Reading, SampleReader
 from usr_ray.model.history import NUM_AGES, age_buckets
 from usr_ray.model.usr import UsrModel
 from usr_ray.schema import UNKNOWN_ID
-from usr_ray.serving.check import drawn_batch, training_probabilities
+from usr_ray.serving.check import drawn_batch, one_request, training_probabilities
 from usr_ray.serving.export import ExportError, export_run, known_values
 from usr_ray.serving.model import (
     GLOBAL_PROBABILITIES,
@@ -184,20 +184,45 @@ def test_tags_and_terms_are_served(tmp_path, is_plain):
     assert not torch.allclose(both(run, batch)[0]["p_ctr"], both(run, unknown)[0]["p_ctr"])
 
 
-@pytest.mark.parametrize("is_plain", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["USR", "plain"])
-def test_the_programs_say_what_the_run_says_with_every_kind_of_input(tmp_path, is_plain):
-    """Event sides, products of each history, the first-order part, vectors, tags and terms, without the lake."""
+def every_kind(tmp_path, is_plain):
+    """A batch and a run with event sides, products of each history, the first-order part, vectors, tags and terms.
+
+    The lake is gone when the run is exported.
+    """
     lake = make_lake(tmp_path / "lake", sides=("brand",), vectors=VECTORS, lists=make_lists(9))
     batch = real_batches(lake)[0]
     wide = {"wide": True, "wide_buckets": 500, "crosses": [["user_id", "item_id", "scenario"], ["item_id", "query"]]}
     switches = {"interaction_histories": "each", **wide, **(PLAIN if is_plain else {})}
     run = load_run(make_run(tmp_path / "run", lake, **switches))
     shutil.rmtree(lake)
-    manifest = export_run(tmp_path / "run", tmp_path / "export", None)
+    return batch, run
+
+
+def test_a_request_of_every_kind_of_input_is_answered_as_the_run_answers(tmp_path):
+    batch, run = every_kind(tmp_path, is_plain=False)
+    manifest = export_run(tmp_path / "run", tmp_path / "export", None, requests_only=True)
     assert max(manifest["largest_difference_from_training_model"].values()) < 1e-5
     shapes = {entry["name"]: entry["shape"] for entry in manifest["request_inputs"]}
     assert (shapes["tags_indices"], shapes["item_terms_indices"]) == (["items", 2], ["items", 4])
     assert (shapes["hobbies_indices"], shapes["query_terms_indices"]) == ([1, 3], [1, 3])
+    model = ExportedModel(tmp_path / "export", per_request=True)
+    for row in (0, 17):
+        request = one_request(batch, run.spec, row)
+        inputs = request_inputs(padded_inputs(request, run.spec), run.spec)
+        found = model.predict({name: value.numpy() for name, value in inputs.items()})
+        for name, value in both(run, request)[0].items():
+            assert value.std() > 1e-4
+            torch.testing.assert_close(torch.from_numpy(found[name]), value, rtol=0, atol=1e-5)
+
+
+# The request's program above has the same operations; the model that is exported says of each kind what the run says
+# (the tests before), and tests/unit/test_odd_names.py and tests/e2e/test_export.py have programs for rows.
+@pytest.mark.slow
+@pytest.mark.parametrize("is_plain", [False, True], ids=["USR", "plain"])
+def test_the_programs_say_what_the_run_says_with_every_kind_of_input(tmp_path, is_plain):
+    batch, run = every_kind(tmp_path, is_plain)
+    manifest = export_run(tmp_path / "run", tmp_path / "export", None)
+    assert max(manifest["largest_difference_from_training_model"].values()) < 1e-5
     inputs = {name: value.numpy() for name, value in padded_inputs(batch, run.spec).items()}
     for runtime in ("torch", "onnx"):
         found = ExportedModel(tmp_path / "export", runtime=runtime).predict(inputs)
