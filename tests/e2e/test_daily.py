@@ -4,16 +4,13 @@ tests/unit/operations/test_daily.py."""
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from pathlib import Path
 
 import deltalake
 import pytest
 
-from jobs import daily as job
 from tests.e2e.conftest import ROOT, Run
-from usr_ray.cli import run_job
 
 pytestmark = pytest.mark.e2e
 
@@ -26,9 +23,7 @@ SMALL = (
 )
 
 
-def test_a_first_day_ends_with_a_model_in_use_and_its_scores(
-    smoke: Path, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_first_day_ends_with_a_model_in_use_and_its_scores(smoke: Path, run: Run, tmp_path: Path) -> None:
     settings = [word for line in SMALL for word in ("--set", line)]
     work = ["--work", tmp_path / "work"]
     daily = [
@@ -59,12 +54,9 @@ def test_a_first_day_ends_with_a_model_in_use_and_its_scores(
     scores = deltalake.DeltaTable(tmp_path / "work" / "scores" / "2026-01-04").to_pyarrow_table(columns=["p_ctr"])
     assert scores.num_rows == days.count("2026-01-04")
     assert (tmp_path / "work" / "exports" / "2026-01-04" / "model.onnx").exists()
-    capsys.readouterr()
-    handler = signal.getsignal(signal.SIGTERM)
-    assert run_job(job.main, [str(word) for word in daily[2:]]) == 0
-    assert capsys.readouterr().out.count(" before\n") == 7, "nothing is left to do"
-    assert run_job(job.main, [*map(str, work), "--status"]) == 0
-    status = capsys.readouterr().out
-    signal.signal(signal.SIGTERM, handler)  # the job has it end the process as Ctrl-C does
+    again = run(*daily)
+    assert again.returncode == 0
+    assert again.stdout.count(" before\n") == 7, "nothing is left to do"
+    status = run(sys.executable, "jobs/daily.py", *work, "--status").stdout
     assert "promoted  first model, AUC of clicks 0." in status
     assert "in use: runs/2026-01-04" in status
