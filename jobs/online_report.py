@@ -57,7 +57,8 @@ def main(argv: list[str]) -> None:
         )
     finally:
         spark.stop()
-    report = experiment_report(counts_of(rows, without_column), config.online, dates=used)
+    counts = counts_of(rows, without_column, config.labels.no_order_scenarios)
+    report = experiment_report(counts, config.online, dates=used)
     output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
     (output / "online.json").write_text(text + "\n", encoding="utf-8")

@@ -68,6 +68,8 @@ IN_EXPERIMENT, NO_BUCKET, SEVERAL_BUCKETS, UNPLANNED_BUCKET = (
 """Where the users of an experiment's counts stand (etl/build/experiment.py, evaluation/experiment.py)."""
 EXPERIMENT_USERS = "\nusers"
 """Stands for a scenario in the rows that count users by status; no scenario can have this name."""
+EXPERIMENT_ORDERS = "\norders"
+"""The same for the scenarios together whose orders are logged, where those of others are not."""
 CONFIG_PROPERTY = "usr_ray.etl_config"
 """Delta table property of the samples: the configuration keys that decide what a row means (Config.row_meaning)."""
 FITTED_PROPERTY = "usr_ray.fitted"

@@ -7,7 +7,7 @@ the impressions logs', joined by impression. Only counts leave Spark.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 
@@ -24,6 +24,7 @@ from etl.logs.files import LogFolder
 from etl.logs.mapping import names_of
 from usr_ray.config import Config, date_ranges, dates_there
 from usr_ray.schema import (
+    EXPERIMENT_ORDERS,
     EXPERIMENT_USERS,
     IN_EXPERIMENT,
     NO_BUCKET,
@@ -69,7 +70,10 @@ def experiment_counts(
     buckets = bucket_of_impressions(config, folder, having, dates)
     scenarios = [config.scenarios[log.scenario] for log in having]
     users = user_counts(samples, buckets, scenarios, mature_only=config.data.mature_only)
-    rows = combinations(users, scenarios, config.online.shares).limit(MAX_COMBINATIONS + 1).toArrow()
+    no_orders = config.labels.no_order_scenarios
+    rows = (
+        combinations(users, scenarios, config.online.shares, no_orders=no_orders).limit(MAX_COMBINATIONS + 1).toArrow()
+    )
     if rows.num_rows > MAX_COMBINATIONS:
         raise DataCheckError(
             f"--dates {dates[0]}:{dates[1]}: users have more than {MAX_COMBINATIONS:,} combinations of impressions, "
@@ -125,10 +129,13 @@ def user_counts(samples: DataFrame, buckets: DataFrame, scenarios: list[str], *,
     )
 
 
-def combinations(users: DataFrame, scenarios: list[str], shares: Mapping[str, float]) -> DataFrame:
+def combinations(
+    users: DataFrame, scenarios: list[str], shares: Mapping[str, float], *, no_orders: Sequence[str] = ()
+) -> DataFrame:
     """Users of equal (status, bucket, scenario, impressions, clicks, orders) together, with their number.
 
-    Beside the scenarios and ALL there is a row per (status, bucket) that counts users and the impressions left out.
+    Beside the scenarios and ALL there is a row per (status, bucket) that counts users and the impressions left out;
+    with `no_orders`, scenarios whose orders nobody logs, the others together are EXPERIMENT_ORDERS.
     """
     planned = F.col("low").isin(list(shares)) if shares else F.lit(True)
     status = (
@@ -138,8 +145,12 @@ def combinations(users: DataFrame, scenarios: list[str], shares: Mapping[str, fl
         .otherwise(IN_EXPERIMENT)
     )
     sides = ("impressions", "clicks", "orders")
-    total = [reduce(lambda a, b: a + b, [F.col(f"{s}_{side}") for s in scenarios]) for side in sides]
-    places = [(s, [F.col(f"{s}_{side}") for side in sides]) for s in scenarios] + [(ALL, total)]
+    with_orders = [s for s in scenarios if s not in no_orders]
+    together = {ALL: scenarios} | ({EXPERIMENT_ORDERS: with_orders} if 0 < len(with_orders) < len(scenarios) else {})
+    places = [(s, [F.col(f"{s}_{side}") for side in sides]) for s in scenarios]
+    for name, members in together.items():
+        totals = [reduce(lambda a, b: a + b, [F.col(f"{s}_{side}") for s in members]) for side in sides]
+        places.append((name, totals))
     zero = F.lit(0).cast("bigint")
     none = [zero, zero]
     entries = [_entry(name, values, none) for name, values in places]

@@ -19,6 +19,7 @@ from jobs import online_report
 from tests.spark.conftest import EXAMPLE
 from usr_ray.config import Config, UserError, load_config
 from usr_ray.evaluation.experiment import counts_of, experiment_report
+from usr_ray.schema import EXPERIMENT_ORDERS
 
 pytestmark = pytest.mark.spark
 
@@ -52,7 +53,7 @@ def test_counts_are_those_of_a_plain_count(spark: SparkSession) -> None:
     known = [(r[0], r[1], r[6], r[6]) for n, r in enumerate(rows) if r[6] is not None or n % 2]
     buckets = spark.createDataFrame(known, "scenario string, impression_id string, low string, high string")
     users = user_counts(samples, buckets, ["search", "feed"], mature_only=True)
-    found = counts_of(combinations(users, ["search", "feed"], {"A": 1, "B": 1}).toArrow())
+    found = counts_of(combinations(users, ["search", "feed"], {"A": 1, "B": 1}, no_orders=["search"]).toArrow())
 
     seen = defaultdict(set)
     for row in rows:
@@ -60,6 +61,8 @@ def test_counts_are_those_of_a_plain_count(spark: SparkSession) -> None:
     in_experiment = {
         user: max(s - {None}) for user, s in seen.items() if len(s - {None}) == 1 and s - {None} <= {"A", "B"}
     }
+    found.cells["feed"], of_feed = found.cells[EXPERIMENT_ORDERS], found.cells["feed"]  # all that logs orders
+    assert sum(of_feed["A"].users_K) == found.cells["feed"]["A"].num_users
     for scenario in ("search", "feed", ALL):
         for bucket in ("A", "B"):
             plain = defaultdict(lambda: [0, 0, 0])

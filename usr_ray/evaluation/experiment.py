@@ -24,7 +24,7 @@ from scipy.stats import chi2
 from usr_ray.config import OnlineConfig, UserError
 from usr_ray.evaluation.metrics import ALL
 from usr_ray.evaluation.statistics import holm, normal_p_value, normal_quantile, wilson_interval
-from usr_ray.schema import EXPERIMENT_USERS, NO_BUCKET, SEVERAL_BUCKETS, UNPLANNED_BUCKET
+from usr_ray.schema import EXPERIMENT_ORDERS, EXPERIMENT_USERS, NO_BUCKET, SEVERAL_BUCKETS, UNPLANNED_BUCKET
 
 NOTICE = (
     "This reports an experiment that another system has run: it read the buckets from the logs. It does not run an "
@@ -36,6 +36,8 @@ _SEVERAL_ALARM = 0.01
 METRICS = ("uctr", "ucvr", "ctr", "ctcvr")
 PER_USER = ("uctr", "ucvr")
 """Shares of users; the others are ratios of sums."""
+OF_ORDERS = ("ucvr", "ctcvr")
+"""Not known where nobody logs orders: such rows have none, which is not 0."""
 MIN_USERS = 10
 """Users with, and users without, the event in a bucket, below which a normal interval is not to be trusted."""
 RATIO_ALARM = 0.001
@@ -122,7 +124,7 @@ class ExperimentCounts:
     """What the statistics need, and where everything else went."""
 
     cells: dict[str, dict[str, Cell]] = field(default_factory=dict)
-    """scenario or ALL -> bucket -> its exposed users."""
+    """scenario, ALL or EXPERIMENT_ORDERS -> bucket -> its exposed users."""
     num_users: int = 0
     """Users of the planned buckets, exposed in these dates."""
     several_buckets: int = 0
@@ -138,16 +140,30 @@ class ExperimentCounts:
     """Their labels can still change: left out."""
     without_column: tuple[str, ...] = ()
     """Scenarios whose impressions log has no bucket column: left out."""
+    without_orders: tuple[str, ...] = ()
+    """Scenarios whose orders nobody logs (labels.no_order_scenarios)."""
 
     @property
     def buckets(self) -> list[str]:
         """Every bucket that has users, by name."""
         return sorted(self.cells.get(ALL, {}))
 
+    def cell_of(self, metric: str, scenario: str, bucket: str) -> Cell | None:
+        """The users that a metric of a scenario or of ALL is about; None where it is not known."""
+        if metric in OF_ORDERS:
+            without = [name for name in self.cells if name in self.without_orders]
+            if scenario in without:
+                return None
+            if scenario == ALL and without:
+                scenario = EXPERIMENT_ORDERS
+        return self.cells.get(scenario, {}).get(bucket)
 
-def counts_of(rows: pa.Table, without_column: tuple[str, ...] = ()) -> ExperimentCounts:
+
+def counts_of(
+    rows: pa.Table, without_column: tuple[str, ...] = (), without_orders: tuple[str, ...] = ()
+) -> ExperimentCounts:
     """The counts of the table that etl/build/experiment.py collects (its `combinations`)."""
-    counts = ExperimentCounts(without_column=without_column)
+    counts = ExperimentCounts(without_column=without_column, without_orders=without_orders)
     is_tally = pc.equal(rows["scenario"], EXPERIMENT_USERS)
     for row in rows.filter(is_tally).to_pylist():
         if row["status"] == NO_BUCKET:
@@ -276,9 +292,11 @@ def experiment_report(counts: ExperimentCounts, config: OnlineConfig, *, dates: 
     found = _estimates(counts, config)
     shares = dict(config.shares) or dict.fromkeys(counts.buckets, 1.0)
     ratios = {
-        scenario: sample_ratio({bucket: one.cell.num_users for bucket, one in cells.items()}, shares)
-        for scenario, cells in found.items()
+        scenario: sample_ratio({bucket: cell.num_users for bucket, cell in counts.cells[scenario].items()}, shares)
+        for scenario in (*found, EXPERIMENT_ORDERS)
+        if scenario in counts.cells
     }
+    ratio_of_orders = ratios.pop(EXPERIMENT_ORDERS, ratios[ALL])
     return {
         "kind": "online_report",
         "notice": NOTICE,
@@ -306,13 +324,13 @@ def experiment_report(counts: ExperimentCounts, config: OnlineConfig, *, dates: 
             bucket: {s: _bucket(cells[bucket], config.confidence) for s, cells in found.items() if bucket in cells}
             for bucket in counts.buckets
         },
-        "comparisons": _comparisons(found, config, control, ratios),
+        "comparisons": _comparisons(found, config, control, ratios, ratio_of_orders),
     }
 
 
 @dataclass(frozen=True, slots=True)
 class _Estimates:
-    """What is known of each metric in one bucket and scenario."""
+    """What is known of each metric in one bucket and scenario; of METRICS, those that are known."""
 
     cell: Cell
     values: dict[str, Ratio]
@@ -345,13 +363,18 @@ def _control(counts: ExperimentCounts, config: OnlineConfig) -> str:
 def _estimates(counts: ExperimentCounts, config: OnlineConfig) -> dict[str, dict[str, _Estimates]]:
     """Scenario -> bucket -> estimates; all scenarios together first, then by name."""
     found: dict[str, dict[str, _Estimates]] = {}
-    for scenario in sorted(counts.cells, key=lambda s: (s != ALL, s)):
+    for scenario in sorted(counts.cells.keys() - {EXPERIMENT_ORDERS}, key=lambda s: (s != ALL, s)):
         found[scenario] = {}
         for bucket, cell in counts.cells[scenario].items():
-            draws = bootstrap(
-                cell, bucket=bucket, scenario=scenario, num_resamples=config.num_resamples, seed=config.seed
-            )
-            found[scenario][bucket] = _Estimates(cell, {metric: ratio(cell, metric) for metric in METRICS}, draws)
+            cells = {m: c for m in METRICS if (c := counts.cell_of(m, scenario, bucket)) is not None}
+            draws = {
+                id(c): bootstrap(
+                    c, bucket=bucket, scenario=scenario, num_resamples=config.num_resamples, seed=config.seed
+                )
+                for c in cells.values()
+            }
+            values = {metric: ratio(c, metric) for metric, c in cells.items()}
+            found[scenario][bucket] = _Estimates(cell, values, {m: draws[id(c)][m] for m, c in cells.items()})
     return found
 
 
@@ -361,9 +384,14 @@ def _bucket(found: _Estimates, confidence: float) -> dict[str, Any]:
         "num_users": cell.num_users,
         "num_impressions": cell.sum_of(cell.impressions_K),
         "num_clicks": cell.sum_of(cell.clicks_K),
-        "num_orders": cell.sum_of(cell.orders_K),
+        "num_orders": cell.sum_of(cell.orders_K) if "ctcvr" in found.values else None,
     }
-    for metric, estimate in found.values.items():
+    for metric in METRICS:
+        estimate = found.values.get(metric)
+        if estimate is None:
+            keys = ("value", "low", "high", "bootstrap_low", "bootstrap_high", "num_users_with_event")
+            entry[metric] = dict.fromkeys(keys)
+            continue
         interval = value_interval(estimate, metric, confidence)
         entry[metric] = _with_bootstrap(interval, found.draws[metric], confidence)
         entry[metric]["num_users_with_event"] = estimate.num_positives
@@ -375,13 +403,20 @@ def _comparisons(
     config: OnlineConfig,
     control: str,
     ratios: Mapping[str, SampleRatio],
+    ratio_of_orders: SampleRatio,
 ) -> list[dict[str, Any]]:
-    """One entry per (scenario, metric, bucket other than the control); Holm's family is all of them."""
+    """One entry per (scenario, metric, bucket other than the control) that is known; Holm's family is all of them.
+
+    Args:
+        ratio_of_orders: of the users that the orders of all scenarios together are about.
+    """
     level = config.confidence
     rows: list[dict[str, Any]] = []
     for scenario, cells in found.items():
         others = sorted(set(cells) - {control}) if control in cells else []
         for metric, bucket in itertools.product(METRICS, others):
+            if metric not in cells[bucket].values or metric not in cells[control].values:
+                continue
             treated, base = cells[bucket].values[metric], cells[control].values[metric]
             drawn, drawn_base = cells[bucket].draws[metric], cells[control].draws[metric]
             # A resample without any event of the control has no lift.
@@ -399,7 +434,8 @@ def _comparisons(
             )
     for row, adjusted in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
         row["p_value_holm"] = adjusted
-        is_valid = ratios[ALL].is_ok and ratios[row["scenario"]].is_ok
+        own = ratio_of_orders if row["scenario"] == ALL and row["metric"] in OF_ORDERS else ratios[row["scenario"]]
+        is_valid = ratios[ALL].is_ok and own.is_ok
         row["verdict"] = _verdict(row, adjusted, 1 - level) if is_valid else INVALID
     return rows
 
@@ -446,6 +482,11 @@ def _warnings(counts: ExperimentCounts, config: OnlineConfig, ratios: Mapping[st
     if counts.unplanned:
         numbers = ", ".join(f"{bucket} {n:,}" for bucket, n in sorted(counts.unplanned.items()))
         warnings.append(f"Users in buckets that online.shares does not name are left out: {numbers}.")
+    if without := sorted(counts.cells.keys() & set(counts.without_orders)):
+        warnings.append(
+            f"Nobody logs the orders of {', '.join(without)} (labels.no_order_scenarios): UCVR and CTCVR are not known "
+            f"there, and those of '{ALL}' are of the users and impressions of the other scenarios."
+        )
     if counts.without_column:
         warnings.append(
             f"Left out, since their impressions logs have no column '{config.bucket_column}': "

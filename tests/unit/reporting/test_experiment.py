@@ -14,6 +14,7 @@ import pytest
 from usr_ray.config import Config, ConfigError, OnlineConfig, UserError, load_config
 from usr_ray.evaluation.experiment import ALL, Cell, ExperimentCounts, counts_of, experiment_report
 from usr_ray.reporting.experiment import report_lines, write_experiment_page
+from usr_ray.schema import EXPERIMENT_ORDERS
 
 pytestmark = pytest.mark.unit
 
@@ -83,6 +84,38 @@ def test_few_users_get_no_verdict() -> None:
     row = of(report(experiment(a, b)), "ucvr")
     assert row["p_value_holm"] < 0.05
     assert row["verdict"] == "too few users"
+
+
+def test_orders_that_nobody_logs_are_not_known_which_is_not_0(tmp_path: Path) -> None:
+    # The same clicks and orders a feed impression in both buckets; B moves half of search's impressions to the feed.
+    both = {"A": cell((10, 1, 1, 50), (10, 1, 0, 950)), "B": cell((15, 2, 1, 75), (15, 1, 0, 925))}
+    feed = {"A": cell((5, 1, 1, 50), (5, 0, 0, 950)), "B": cell((10, 2, 1, 100), (10, 1, 0, 900))}
+    search = {"A": cell((10, 1, 0, 1000)), "B": cell((5, 1, 0, 1000))}
+    cells = {ALL: both, EXPERIMENT_ORDERS: feed, "feed": feed, "search": search}
+    found = report(ExperimentCounts(cells=cells, num_users=2000, without_orders=("search", "cart")))
+    own, every = (found["buckets"]["A"][name] for name in ("search", ALL))
+    assert own["num_orders"] is own["ucvr"]["value"] is own["ctcvr"]["bootstrap_low"] is None
+    assert (own["ctr"]["value"], every["ctr"]["value"]) == (0.1, 0.1)
+    assert (every["ctcvr"]["value"], every["ucvr"]["value"]) == (0.01, 0.05)  # 50 of 5,000 impressions, 1,000 users
+    assert of(found, "ctcvr", ALL)["difference"] == of(found, "ctcvr", "feed")["difference"] | {
+        name: of(found, "ctcvr", ALL)["difference"][name] for name in ("bootstrap_low", "bootstrap_high")
+    }
+    assert of(found, "ctcvr", ALL)["difference"]["value"] == 0.0
+    assert [(r["scenario"], r["metric"]) for r in found["comparisons"] if r["scenario"] == "search"] == [
+        ("search", "uctr"),
+        ("search", "ctr"),
+    ]
+    assert list(found["sample_ratio"]) == [ALL, "feed", "search"]
+    assert found["warnings"] == [
+        "Nobody logs the orders of search (labels.no_order_scenarios): UCVR and CTCVR are not known there, and those "
+        "of 'all' are of the users and impressions of the other scenarios."
+    ]
+    json.dumps(found, allow_nan=False)
+    assert any("search    UCVR    A" in line and "10,000" in line for line in report_lines(found))
+    page_of(found, tmp_path)
+    # Where no scenario's orders are logged, nothing is said of them.
+    none = report(ExperimentCounts(cells={ALL: search, "search": search}, num_users=2000, without_orders=("search",)))
+    assert {row["metric"] for row in none["comparisons"]} == {"uctr", "ctr"}
 
 
 def test_undefined_numbers_are_null_in_json() -> None:
