@@ -41,8 +41,8 @@ def rows(noise: float, seed: int) -> Predictions:
     )
 
 
-def finish(run_dir: Path, study: Study, trial: Trial, predictions: Predictions) -> Path:
-    """What a trained trial leaves; its folder."""
+def finish(run_dir: Path, study: Study, trial: Trial, predictions: Predictions, *, rows_hash: str = "f00d") -> Path:
+    """What a trained trial leaves, evaluated on files of that hash; its folder."""
     folder = trial_dir(run_dir, trial)
     folder.mkdir(parents=True)
     write_predictions(folder / PREDICTIONS_FILE, predictions, SCENARIOS, about={})
@@ -53,6 +53,7 @@ def finish(run_dir: Path, study: Study, trial: Trial, predictions: Predictions) 
         "step": 12,
         "config": config,
         "table": {"uri": "/lake/samples", "version": 4},
+        "manifests": {"eval": {"sha256": rows_hash}},
         "attempts": [{"started": "2026-01-09T10:00:00+00:00"}],
         "ended": "2026-01-09T10:00:42+00:00",
         "packages": {"torch": "2"},

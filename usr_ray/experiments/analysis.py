@@ -18,7 +18,15 @@ from usr_ray.config import Config
 from usr_ray.evaluation.baseline import TrainingRows
 from usr_ray.evaluation.files import PREDICTIONS_FILE, SPLIT, read_predictions
 from usr_ray.evaluation.metrics import ALL, GLOBAL, CellMetrics, Predictions
-from usr_ray.evaluation.statistics import Judged, PairedGap, cell_rows, corrected, history_parts, paired_auc_gap
+from usr_ray.evaluation.statistics import (
+    Judged,
+    PairedGap,
+    cell_rows,
+    corrected,
+    history_parts,
+    on_common_rows,
+    paired_auc_gap,
+)
 from usr_ray.experiments.grid import Study, StudyError, Trial, compared_labels, expand
 from usr_ray.experiments.record import is_finished, trial_dir
 from usr_ray.runs.evaluations import CONFIG_FILE, METRICS_FILE
@@ -83,6 +91,11 @@ class Trials:
         """Scenarios of the point's table."""
         return self.config(next(iter(self.by_point[point].values()))).scenarios
 
+    def rows_hash(self, trial: Trial) -> str | None:
+        """SHA-256 of the held-out files that the trial was evaluated on; None where its record does not say."""
+        record = json.loads((trial_dir(self.run_dir, trial) / CONFIG_FILE).read_text(encoding="utf-8"))
+        return record.get("manifests", {}).get("eval", {}).get("sha256")
+
     def metrics(self, trial: Trial) -> CellMetrics:
         """metrics.json of a finished trial."""
         return json.loads((trial_dir(self.run_dir, trial) / METRICS_FILE).read_text(encoding="utf-8"))[SPLIT]
@@ -99,12 +112,18 @@ class Trials:
 
 
 def means(trials: Trials) -> dict[Point, dict[tuple[str, str, str], Mean]]:
-    """Point -> (scenario or total, task, metric) -> mean over its seeds; metrics defined with every seed."""
+    """Point -> (scenario or total, task, metric) -> mean over its seeds; metrics defined with every seed.
+
+    A model of one scenario alone has no totals: they would stand beside those of other rows.
+    """
     found = {}
     for point, by_seed in trials.by_point.items():
         cells = [trials.metrics(trial) for trial in by_seed.values()]
+        is_alone = bool(trials.config(next(iter(by_seed.values()))).data.only_scenario)
         entries = {}
         for scenario, tasks in cells[0].items():
+            if is_alone and scenario in TOTALS:
+                continue
             for task, metrics in tasks.items():
                 for name in metrics:
                     values = [c[scenario][task].get(name) for c in cells]
@@ -143,11 +162,14 @@ def _compare(
 ) -> Iterator[Contrast]:
     if not pairs:
         return
+    _check_same_rows(trials, pairs)
     scenarios = trials.config(pairs[0][0]).scenarios
-    first = trials.predictions(_narrowest(trials, pairs[0]).trial_id)
+    # A model of one scenario alone (data.only_scenario) was evaluated on its rows only.
+    scored = on_common_rows({t.trial_id: trials.predictions(t.trial_id) for pair in pairs for t in pair})
+    first = scored[pairs[0][0].trial_id]
     masks = rows_by_part(first, trials.training_rows(pairs[0][0])) if sliced else {WHOLE: np.ones(len(first), bool)}
     for part, mask in masks.items():
-        sides = [[_masked(trials, t, mask, first) for t in side] for side in zip(*pairs, strict=True)]
+        sides = [[scored[t.trial_id].take(mask) for t in side] for side in zip(*pairs, strict=True)]
         for scenario in scenarios:
             for place, task in enumerate(TASKS):
                 yield Contrast(*names, scenario, task, part, gap=_gap(sides, scenario, place, scenarios))
@@ -162,18 +184,15 @@ def _gap(
     return paired_auc_gap(labels, np.stack([c[1] for c in ours]), np.stack([c[1] for c in theirs]), users)
 
 
-def _narrowest(trials: Trials, pair: tuple[Trial, Trial]) -> Trial:
-    """The one that was evaluated on one scenario alone (data.only_scenario), if there is such a one: on these rows."""
-    return next((trial for trial in pair if trials.config(trial).data.only_scenario), pair[0])
-
-
-def _masked(trials: Trials, trial: Trial, mask_N: NDArray[np.bool_], first: Predictions) -> Predictions:
-    rows = trials.predictions(trial.trial_id)
-    if not trials.config(trial).data.only_scenario:
-        rows = rows.take(np.isin(rows.row_number_N, first.row_number_N))
-    if not np.array_equal(rows.row_number_N, first.row_number_N):
-        raise StudyError(f"trial {trial.trial_id}: was evaluated on other rows than those it is compared with")
-    return rows.take(mask_N)
+def _check_same_rows(trials: Trials, pairs: Sequence[tuple[Trial, Trial]]) -> None:
+    """A row is known by its place in the held-out files, so these must be the same; StudyError where they are not."""
+    first, *others = (trial for pair in pairs for trial in pair)
+    for other in others:
+        if trials.rows_hash(other) != trials.rows_hash(first):
+            raise StudyError(
+                f"trial {other.trial_id}: was evaluated on other rows than trial {first.trial_id}, with which it is "
+                "compared; run the study again, in another --run-dir"
+            )
 
 
 def rows_by_part(rows: Predictions, trained: TrainingRows) -> dict[str, NDArray[np.bool_]]:

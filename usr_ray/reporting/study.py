@@ -97,15 +97,20 @@ def verdict_sentences(trials: Trials, found: Sequence[Contrast]) -> list[str]:
     num_seeds = len(trials.study.seeds)
     sentences = []
     for pair in dict.fromkeys(_pair(c) for c in found):
-        own = [c for c in found if _pair(c) == pair]
+        every = [c for c in found if _pair(c) == pair]
+        own = [c for c in every if c.gap is not None]
+        num_none = len(every) - len(own)
         counts = {kind: sum(c.verdict == kind for c in own) for kind in ("better", "worse")}
         clear = ", ".join(f"{kind} in {number}" for kind, number in counts.items() if number)
-        if not clear:
+        if not own:
+            text = f"{pair}: none of {num_none} comparisons can be made"
+        elif not clear:
             text = f"{pair}: a difference holds after correction in none of {len(own)} comparisons"
         else:
             rest = len(own) - sum(counts.values())
             text = f"{pair}: {clear} of {len(own)} comparisons after correction"
             text += f"; in {rest} the interval does not tell" if rest else ""
+        text += f"; {num_none} cannot be made" if own and num_none else ""
         gaps = [c.gap.value for c in own if c.gap is not None]
         sentences.append(text + (f" (AUC gap {signed(min(gaps))} to {signed(max(gaps))})." if gaps else "."))
     if found and num_seeds < 5:
@@ -189,11 +194,12 @@ def _contrast_section(title: str, found: Sequence[Contrast], plots: Sequence[Plo
     shown = {name: text for name, text in columns.items() if text}
     rows = [Row([*(text(c) for text in shown.values()), *_numbers(c), VERDICTS[c.verdict]], [c.verdict]) for c in found]
     ours = " or ".join(dict.fromkeys(c.label for c in found)) if len(pairs) < 4 else "the first"
+    num_tests = sum(c.gap is not None and c.gap.can_tell for c in found)
     note = (
         f"AUC of {ours} minus AUC of {' or '.join(dict.fromkeys(c.against for c in found))}, on the same rows and "
         "seeds. The 95% interval knows the seeds and the users (method in docs/studies.md); p is Holm's, over the "
-        f"{len(found)} comparisons below. An interval that holds 0 means that these data cannot tell, not that there "
-        "is no difference."
+        f"{num_tests} comparisons below that can tell. An interval that holds 0 means that these data cannot tell, not "
+        "that there is no difference."
     )
     folded = f"All {len(found)} intervals and p-values" if len(found) > _MANY_ROWS else ""
     head = [*shown, "AUC gap", "95% interval", "SD over seeds", "p (Holm)", "Verdict"]

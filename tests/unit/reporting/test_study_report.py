@@ -31,6 +31,7 @@ RAW: dict[str, Any] = {
     ],
     "comparisons": [{"axis": "model", "of": ["clear", "same"], "against": "blurred"}],
 }
+PLAIN = {"model.multitask.enabled": False}
 NOISES = {"blurred": 2.5, "clear": 0.1, "same": 2.5}
 
 
@@ -85,19 +86,18 @@ def test_a_failed_seed_is_left_out_on_both_sides_and_named(study: Study, tmp_pat
 
 
 def test_rows_that_differ_are_never_compared(study: Study, tmp_path: Path) -> None:
-    for trial in expand(study):
-        predictions = rows(1.0, trial.seed)
-        if trial.point["model"] == "clear":
-            predictions = replace(predictions, row_number_N=predictions.row_number_N + 1)
-        finish(tmp_path, study, trial, predictions)
-    with pytest.raises(
-        StudyError, match=r"trial blurred-8-s0-\w+: was evaluated on other rows than those it is compared"
-    ):
+    for trial in expand(study):  # as many of them, and so of the same numbers
+        of = "beef" if trial.point["model"] == "clear" else "f00d"
+        finish(tmp_path, study, trial, rows(1.0, trial.seed), rows_hash=of)
+    message = (
+        r"trial blurred-8-s0-\w+: was evaluated on other rows than trial clear-8-s0-\w+, with which it is compared"
+    )
+    with pytest.raises(StudyError, match=message):
         contrasts(Trials(tmp_path, study))
 
 
 def test_a_model_of_one_scenario_is_compared_on_its_rows(tmp_path: Path) -> None:
-    axis = {"name": "model", "values": {"joint": {}, "alone": {"data.only_scenario": "search"}}}
+    axis = {"name": "model", "values": {"joint": {}, "alone": {"data.only_scenario": "search", **PLAIN}}}
     comparison = {"axis": "model", "of": ["joint"], "against": "alone"}
     raw = {"seeds": [0, 1], "axes": [axis], "comparisons": [comparison, {"axis": "model", "against": "joint"}]}
     study = parse_study(raw, name="joint", scale="full")
@@ -121,6 +121,32 @@ def test_a_model_of_one_scenario_is_compared_on_its_rows(tmp_path: Path) -> None
     assert back.by_seed == pytest.approx([-value for value in expected])
     assert found["joint", "recommendation", "ctr"] is None, "it has no row there"
     assert "joint against alone" in write_study_report(tmp_path, study).read_text(encoding="utf-8")
+
+
+def test_models_of_different_scenarios_cannot_be_compared_and_the_report_counts_no_verdict(tmp_path: Path) -> None:
+    alone = {name: {"data.only_scenario": name, **PLAIN} for name in ("search", "recommendation")}
+    raw = {"seeds": [0, 1], "axes": [{"name": "model", "values": alone | {"joint": {}}}]}
+    study = parse_study({**raw, "comparisons": [{"axis": "model", "against": "search"}]}, name="own", scale="full")
+    write_record(tmp_path, open_study(tmp_path, study, BASE, lake="/lake", command=[]))
+    for trial in expand(study):
+        predictions = rows(0.1 if trial.point["model"] == "joint" else 2.5, trial.seed)
+        if trial.point["model"] != "joint":
+            predictions = predictions.take(
+                predictions.scenario_N == ["search", "recommendation"].index(trial.point["model"])
+            )
+        finish(tmp_path, study, trial, predictions)
+    trials = Trials(tmp_path, study)
+    found = contrasts(trials)
+    assert {c.verdict for c in found if c.label == "recommendation"} == {"none"}
+    words = verdict_sentences(trials, found)
+    assert words[0] == "recommendation against search: none of 4 comparisons can be made."
+    assert words[1].startswith(
+        "joint against search: better in 2 of 2 comparisons after correction; 2 cannot be made (AUC"
+    )
+    page = write_study_report(tmp_path, study).read_text(encoding="utf-8")
+    assert "over the 2 comparisons below that can tell" in page
+    totals = {dict(point)["model"]: ("all", "ctr", "auc") in entries for point, entries in means(trials).items()}
+    assert totals == {"search": False, "recommendation": False, "joint": True}, "they would be of other rows"
 
 
 def test_nothing_finished_is_one_line(study: Study, tmp_path: Path) -> None:
