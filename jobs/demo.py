@@ -198,7 +198,11 @@ def ask(address: str, registry: Path, service: subprocess.Popen[bytes]) -> None:
     width = max(len(item["id"]) for item in answer["items"])
     print("   " + "  ".join([" #", "item".ljust(width), *(name.rjust(14) for name in names)]))
     for place, item in enumerate(answer["items"][:NUM_SHOWN], 1):
-        cells = [f"{place:2}", item["id"].ljust(width), *(f"{item[name]:14.4f}" for name in names)]
+        cells = [
+            f"{place:2}",
+            item["id"].ljust(width),
+            *("-".rjust(14) if item[name] is None else f"{item[name]:14.4f}" for name in names),
+        ]
         print("   " + "  ".join(cells))
     p50 = statistics.median(seconds[1:]) * 1e3
     print(f"   p50 of {NUM_TIMED} requests one after the other, each on a connection of its own: {p50:.1f} ms")

@@ -55,7 +55,12 @@ class EncodeError(UserError):
 
 def micros_of(text: Any) -> int:
     """Microseconds since 1970 of an ISO 8601 time with a zone; TypeError or ValueError where it is none."""
-    return (dt.datetime.fromisoformat(text) - EPOCH) // dt.timedelta(microseconds=1)
+    since = dt.datetime.fromisoformat(text) - EPOCH
+    try:
+        EPOCH + since  # with its zone a time of the year 1 or 9999 may be outside the calendar in UTC
+    except OverflowError as error:
+        raise ValueError(f"{text} is outside the years 1 to 9999 in UTC") from error
+    return since // dt.timedelta(microseconds=1)
 
 
 def hashes(values: Sequence[str]) -> NDArray[np.uint64]:

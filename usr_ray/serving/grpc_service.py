@@ -138,6 +138,7 @@ class Methods:
             401: self._codes.UNAUTHENTICATED,
             422: self._codes.INVALID_ARGUMENT,
             429: self._codes.RESOURCE_EXHAUSTED,
+            500: self._codes.INTERNAL,
         }
         context.set_code(named.get(status, self._codes.UNAVAILABLE))
         context.set_details(content["error"][:_MAX_WORDS])

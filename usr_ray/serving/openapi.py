@@ -25,6 +25,11 @@ def _probability(description: str) -> Schema:
     return {"type": "number", "minimum": 0, "maximum": 1, "description": description}
 
 
+def _of_orders(description: str) -> Schema:
+    kinds = [{"type": "number", "minimum": 0, "maximum": 1}, {"type": "null"}]
+    return {"oneOf": kinds, "description": f"{description} Null where nobody logs the scenario's orders."}
+
+
 _FEATURES: Schema = {
     "type": "object",
     "description": "Raw values by feature, as in the logs: categories are strings, integers or booleans, numbers are "
@@ -56,7 +61,8 @@ RANK_REQUEST = _object(
         ),
         "task": {
             "oneOf": [{"type": "string", "enum": ["ctr", "ctcvr"]}, _WEIGHTS],
-            "description": "What is ranked by: p_ctr (the default), p_ctcvr, or the sum of both with these weights.",
+            "description": "What is ranked by: p_ctr (the default), p_ctcvr, or the sum of both with these weights. "
+            "p_ctcvr is refused where nobody logs the scenario's orders.",
         },
         "k": {"type": "integer", "minimum": 1, "description": "Most items in the answer; all by default."},
     },
@@ -67,9 +73,9 @@ ITEM = _object(
     {
         "id": _text("Of the candidate."),
         "p_ctr": _probability("That the user clicks it in this scenario."),
-        "p_ctcvr": _probability("That the user clicks it here and then orders it."),
+        "p_ctcvr": _of_orders("That the user clicks it here and then orders it."),
         "p_ctr_global": _probability("That the user clicks it in any scenario; of models with GLMT only."),
-        "p_ctcvr_global": _probability("That the user clicks and orders it in any scenario; of models with GLMT only."),
+        "p_ctcvr_global": _of_orders("That the user clicks and orders it in any scenario; of models with GLMT only."),
     }
 )
 RANK_ANSWER = _object(

@@ -56,6 +56,7 @@ _DEVICE_DEADLINE_S = 0.5
 GOLDEN_TOLERANCE = 1e-6
 _MAX_WEIGHT = 1e300
 TASKS = ("ctr", "ctcvr")
+_OF_ORDERS = ("p_ctcvr", "p_ctcvr_global")
 STAGES = ("checks", "encoder", "program")
 """Stages of an answer: the request's fields; stores and encoder; the program, and the answer's making."""
 _FIELDS = ("request_id", "scenario", "user_id", "query", "context", "time", "candidates", "task", "k")
@@ -186,6 +187,8 @@ class Ranker:
         for case in golden:
             for found, expected in zip(self.golden_items(case["request"]), case["items"], strict=True):
                 for name, value in expected.items():
+                    if found[name] is None:  # of orders that nobody logs: older versions kept a number
+                        continue
                     if found[name] != value and not (name != "id" and abs(found[name] - value) <= GOLDEN_TOLERANCE):
                         raise RegistryError(
                             f"version {self.version['version']}: {name} of a golden request is {found[name]}, it was "
@@ -247,8 +250,12 @@ class Ranker:
             ctr_N, ctcvr_N = (probs[name].astype(np.float64) for name in ("p_ctr", "p_ctcvr"))
             value_N = request.weights[0] * ctr_N + request.weights[1] * ctcvr_N
             order = np.argsort(-value_N, kind="stable")
-        names = list(probs)
-        rows = zip(*(probs[name][order].tolist() for name in names), strict=True)
+        names, spec = list(probs), self.encoder.spec
+        # Where nobody logs orders their heads were not trained on such rows: what they say is no probability.
+        unknown_names = _OF_ORDERS if spec.scenarios[request.scenario] in spec.no_order_scenarios else ()
+        none = [None] * len(order)
+        columns = (none if name in unknown_names else probs[name][order].tolist() for name in names)
+        rows = zip(*columns, strict=True)
         items = [
             {"id": request.candidates[n], **dict(zip(names, row, strict=True))}
             for n, row in zip(order.tolist(), rows, strict=True)
@@ -335,6 +342,12 @@ class Ranker:
         if query and scenario not in spec.query_scenarios:
             raise RequestError(f"query: {scenario} has no queries; leave it out")
         candidates, given = self._candidates(raw.get("candidates"))
+        weights = _weights(raw.get("task", "ctr"))
+        if weights[1] and scenario in spec.no_order_scenarios:
+            raise RequestError(
+                f"task: nobody logs the orders of {scenario} (labels.no_order_scenarios), so that p_ctcvr is not known "
+                "there; rank by 'ctr'"
+            )
         return Request(
             request_id=None if raw.get("request_id") is None else _text(raw["request_id"], "request_id"),
             scenario=spec.scenarios.index(str(scenario)),
@@ -344,7 +357,7 @@ class Ranker:
             time_us=self._time(raw.get("time")),
             candidates=candidates,
             given=given,
-            weights=_weights(raw.get("task", "ctr")),
+            weights=weights,
             k=_count(raw.get("k")),
         )
 

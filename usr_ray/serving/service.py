@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import logging
 import os
 import threading
 import time
@@ -28,6 +29,7 @@ from usr_ray.serving.metrics import ServiceMetrics
 from usr_ray.serving.ranker import Ranker, RequestError, iso_time
 from usr_ray.serving.versions import CANARY, GOLDEN, Pointer, read_pointer, version_folder
 
+_LOG = logging.getLogger(__name__)
 MAX_BODY_BYTES = 4 << 20
 _MAX_SHADOWS = 64
 """Requests that wait for the shadow; the next ones go without."""
@@ -149,6 +151,9 @@ class Service:
             return 422, {"error": str(error)}
         except LateError:
             return 429, {"error": "the device is behind; try again after a second"}
+        except Exception:  # a fault of ours: it must be counted and seen like every other answer
+            _LOG.exception("a request failed")
+            return 500, {"error": "internal error; the service's own output has its stack trace"}
 
     @property
     def ranker(self) -> Ranker:

@@ -379,6 +379,8 @@ BAD = [
     ({"time": "noon"}, r"^time: 'noon' cannot be read; ISO 8601"),
     ({"time": "2026-01-02T00:00:00"}, r"^time: .* cannot be read"),
     ({"time": 3}, r"^time: 3 cannot be read"),
+    ({"time": "0001-01-01T00:00:00+14:00"}, r"^time: '0001-01-01T00:00:00\+14:00' cannot be read; ISO 8601"),
+    ({"time": "9999-12-31T23:59:59-14:00"}, r"^time: '9999-12-31T23:59:59-14:00' cannot be read; ISO 8601"),
     ({"time": "2025-12-31T00:00:00Z"}, r"^time: 2025-12-31T00:00:00\+00:00 is before 2026-01-01"),
     ({"task": "cvr"}, r"^task: 'cvr' is none; 'ctr', 'ctcvr'"),
     ({"task": {"ctr": "1"}}, r"^task: "),
@@ -416,6 +418,29 @@ def test_candidates_are_ordered_by_weights_of_any_size(encoder, weight):
     answer = ranker.rank(**GOOD | {"candidates": names, "task": {"ctr": weight, "ctcvr": 2 * weight}})
     # 0.3, 0.5, 0.7, 0.4
     assert [item["id"] for item in answer["items"]] == ["v2", "v1", "v3", "v0"]
+
+
+def test_where_nobody_logs_orders_their_probabilities_are_not_known(tmp_path):
+    spec = replace(samples_spec(), no_order_scenarios=("recommendation",))
+    probs = {"p_ctr": np.float32([0.25, 0.5]), "p_ctcvr": np.float32([0.5, 0.5]), "p_ctcvr_global": np.float32([1, 1])}
+    version = {"version": "v", "model_id": "m", "rules": {"click_window": 0, "order_window": 0}}
+    program = SimpleNamespace(predict=lambda inputs: probs)
+    ranker = Ranker(version, program, Encoder(spec, {}, 50), (None, None), exact_from_us=FIRST)
+    ranker.encoded = lambda request: ({}, {}, False)
+    asked = GOOD | {"candidates": ["v0", "v1"], "scenario": "recommendation"}
+    items = ranker.rank(**asked)["items"]
+    assert items == [
+        {"id": "v1", "p_ctr": 0.5, "p_ctcvr": None, "p_ctcvr_global": None},
+        {"id": "v0", "p_ctr": 0.25, "p_ctcvr": None, "p_ctcvr_global": None},
+    ]
+    assert ranker.rank(**asked | {"task": {"ctr": 1, "ctcvr": 0}})["items"] == items
+    for task in ("ctcvr", {"ctr": 1, "ctcvr": -0.1}):
+        with pytest.raises(
+            RequestError, match=r"^task: nobody logs the orders of recommendation \(labels.no_order_sce"
+        ):
+            ranker.rank(**asked | {"task": task})
+    ranker.check_golden([{"request": asked, "items": [{"id": "v0", "p_ctcvr": 0.5}, {"id": "v1", "p_ctcvr": 0.5}]}])
+    assert ranker.rank(**asked | {"scenario": "search", "task": "ctcvr"})["items"][0]["p_ctcvr"] == 0.5
 
 
 def test_a_good_request(ranker):

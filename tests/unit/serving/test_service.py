@@ -236,6 +236,19 @@ def test_metrics_count_requests_candidates_and_answers_without_history(service, 
     assert abs(time.time() - published - age) < 60
 
 
+def test_a_fault_of_the_service_is_counted_and_one_line(service, client, monkeypatch):
+    def fails(self, raw, *, ranked, spent=None):
+        raise OverflowError("date value out of range")
+
+    monkeypatch.setattr(Version, "answer", fails)
+    answer = client.post("/v1/score", json=GOOD)
+    assert answer.status_code == 500
+    assert answer.json() == {"error": "internal error; the service's own output has its stack trace"}
+    counted = service.metrics.registry.get_sample_value
+    assert counted("usr_ray_serving_requests_total", {"path": "/v1/score", "status": "500"}) == 1
+    assert counted("usr_ray_serving_seconds_count", {"status": "500"}) == 1
+
+
 def test_posted_events_are_kept_before_they_are_answered_and_seen_by_the_next_request(service, client, tmp_path):
     click = {"click_id": "c", "user_id": "u", "item_id": "x", "event_time": "2026-01-01T00:00:00Z"}
     answer = client.post("/v1/events", json={"search_clicks": [click]})
