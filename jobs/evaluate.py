@@ -118,8 +118,9 @@ def comparison_of(
 
 def say_left_out(manifest: Manifest, dates: Sequence[str], num_rows: int, only_scenario: str) -> None:
     """A warning for each kind of rows that are not evaluated; `dates` and `num_rows`: of those that are."""
+    of_scenario = f" of {only_scenario}" if only_scenario else ""
     if left_out := set(manifest.dates) - set(dates):
-        print(f"warning: without {date_ranges(left_out)}, of which no row has final labels", flush=True)
+        print(f"warning: without {date_ranges(left_out)}, of which no row{of_scenario} has final labels", flush=True)
     if num_rows < manifest.num_rows:
         other = f", or they are not of {only_scenario}" if only_scenario else ""
         print(
@@ -157,6 +158,11 @@ def main(argv: list[str]) -> None:
     check_table(run, manifest)
     result = evaluate(run.module, run.tables, manifest, worker, run.config)
     if result.predictions is not None and result.metrics is not None:  # rank 0
+        if not len(result.predictions):  # a model of one scenario, and days that have none of its rows
+            raise UserError(
+                f"--dates {arguments.dates}: none of the {manifest.num_rows:,} rows is of "
+                f"{run.config.data.only_scenario} (data.only_scenario) with final labels; name other dates"
+            )
         dates = dates_of(manifest, result.predictions.row_number_N)
         say_left_out(manifest, dates, len(result.predictions), run.config.data.only_scenario)
         about = about_rows(manifest, dates, step=run.checkpoint.step, checkpoint=run.checkpoint.path.name)

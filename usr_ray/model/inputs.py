@@ -64,7 +64,7 @@ class Interactions(nn.Module):
 
     def __init__(self, dim: int, others: int, hidden: int) -> None:
         super().__init__()
-        towers = [MLP(dim, (hidden,), dim) for _ in range(2 + others)]
+        towers = [MLP(dim, (hidden,), dim) for _ in range(2 + others)] if hidden else []
         for tower in towers:
             nn.init.zeros_(cast(nn.Linear, tower.layers[-1]).weight)
         self.towers = nn.ModuleList(towers) if hidden else None

@@ -181,7 +181,7 @@ def _facts(run: RunRecord) -> list[Fact]:
         ("Steps", f"{record['step']:,}" if "step" in record else "", False),
         ("Workers", run.config.get("ray", {}).get("num_workers"), False),
         ("Order of the rows", order_text(record["shuffle"]) if record.get("shuffle") else "", False),
-        ("Training dates", f"{trained} ({num_rows:,} rows)" if num_rows and trained else trained, False),
+        ("Training dates", f"{trained} ({num_rows:,} rows in the table)" if num_rows and trained else trained, False),
         ("Held-out dates" if run.is_held_out else "Evaluated on (not held out)", span(evaluated), False),
         ("Samples table", f"version {version}" if version is not None else "", False),
         ("Manifest evaluated", str(about.get("manifest_sha256") or "")[:12], False),

@@ -338,7 +338,7 @@ class Ranker:
         scenario = raw.get("scenario")
         if scenario not in spec.scenarios:
             raise RequestError(f"scenario: {scenario!r} is not known; there are: {', '.join(spec.scenarios)}")
-        query = None if raw.get("query") is None else _text(raw["query"], "query")
+        query = None if raw.get("query") in (None, "") else _text(raw["query"], "query")  # as the build takes it
         if query and scenario not in spec.query_scenarios:
             raise RequestError(f"query: {scenario} has no queries; leave it out")
         candidates, given = self._candidates(raw.get("candidates"))

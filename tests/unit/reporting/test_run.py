@@ -458,7 +458,7 @@ def test_dates_without_rows_and_dates_that_chose_are_said_first(tmp_path):
     evaluate_again(tmp_path, "2026-01-07:2026-01-08", 3, seen=manifests["train"]["dates"])
     text = text_of(tmp_path)
     assert "Training dates: of 2026-01-01 to 2026-01-06 the table had no rows of 2026-01-04." in text
-    assert "Training dates 2026-01-01 to 2026-01-03 and 2026-01-05 to 2026-01-06 (1,000 rows)" in text
+    assert "Training dates 2026-01-01 to 2026-01-03 and 2026-01-05 to 2026-01-06 (1,000 rows in the table)" in text
     assert "2026-01-07 to 2026-01-08 also chose the epoch (train.early_stopping), which flatters." in text
 
 

@@ -446,6 +446,7 @@ def test_where_nobody_logs_orders_their_probabilities_are_not_known(tmp_path):
 def test_a_good_request(ranker):
     request = ranker.checked(GOOD | {"query": 7, "candidates": [3, {"id": "v1", "features": {"price": -3.5}}], "k": 1})
     assert (request.scenario, request.query, request.candidates, request.k) == (0, "7", ["3", "v1"], 1)
+    assert ranker.checked(GOOD | {"query": ""}).query is None
     assert request.time_us == FIRST + 86_400_000_000
     assert request.weights == (1.0, 0.0)
     assert list(request.given) == [1]

@@ -25,6 +25,7 @@ from usr_ray.model.unique import ItemSides, table_columns, unique_ids
 from usr_ray.reporting.run import importance_section
 from usr_ray.schema import UNKNOWN_ID, DenseFeature
 from usr_ray.training.checkpoint import CheckpointStore
+from usr_ray.training.evaluate import Evaluation, evaluate
 from usr_ray.training.importance import importance, importance_text, signals_of
 from usr_ray.training.state import TrainState
 from usr_ray.training.worker import LocalWorker
@@ -199,7 +200,9 @@ def test_the_job_writes_it_and_the_report_shows_it(lake, runs, capsys):
     assert first["USR on SharedBottom"] == metrics["search"]["ctr"]["auc"]
 
 
-def test_a_comparison_says_what_the_other_run_has_seen_and_which_rows_it_knows(lake, runs, tmp_path, capsys):
+def test_a_comparison_says_what_the_other_run_has_seen_and_which_rows_it_knows(
+    lake, runs, tmp_path, capsys, monkeypatch
+):
     usr, plain = runs
     store = CheckpointStore(plain / "checkpoints").newest_valid()
     config = store.state["config"] | {"data": store.state["config"]["data"] | {"only_scenario": "search"}}
@@ -227,6 +230,15 @@ def test_a_comparison_says_what_the_other_run_has_seen_and_which_rows_it_knows(l
     command[1] = str(tmp_path / "feed")
     assert run_job(job.main, [*command, str(tmp_path / "n.json"), "--compare", str(other)]) == 2
     assert "evaluate no row in common (data.only_scenario); name a run" in capsys.readouterr().err
+
+    def none_of_its_rows(*arguments):
+        found = evaluate(*arguments)
+        return Evaluation(found.predictions.take(np.arange(0)), found.metrics)
+
+    monkeypatch.setattr("usr_ray.training.evaluate.evaluate", none_of_its_rows)
+    assert run_job(job.main, [*command, str(tmp_path / "n.json")]) == 2
+    assert "rows is of recommendation (data.only_scenario) with final labels; name other" in capsys.readouterr().err
+    assert not (tmp_path / "n.json").exists()
 
 
 def test_a_run_without_it_has_no_such_section():
