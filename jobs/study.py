@@ -4,8 +4,8 @@ python jobs/study.py --study NAME|FILE.toml --config FILE --lake DIR --run-dir D
     [--seeds 0 1 2] [--input DIR] [--set a.b=c]
 
 NAME is one of jobs/studies. The same command resumes where it was interrupted; finished trials are read back, failed
-ones are tried again. Studies of worlds (similarity, label_quality, scenarios, scenarios_kuairand) take no --lake, the
-last one takes --input with KuaiRand's files. See docs/studies.md.
+ones are tried again. Studies of worlds (similarity, label_quality, joint, scenarios, scenarios_kuairand) take no
+--lake, the last one takes --input with KuaiRand's files. See docs/studies.md.
 """
 
 from __future__ import annotations

@@ -150,7 +150,8 @@ def collapse_section(spreads: Mapping[Point, Mapping[str, float]]) -> Section:
         rows.append(Row([point_name(point), *shown, "near collapse" if is_low else ""], ["worse"]))
     note = (
         "Variance of the unit vectors of a view inside a group of rows at the end of training, mean over the seeds; 1 "
-        "is spread evenly, near 0 every row has the same vector."
+        "is spread evenly, near 0 every row has the same vector, or, of i, few rows have events: a group without any "
+        "counts as 0."
     )
     return Section("Collapse alarm", note, table=Table(["Point", *names, ""], rows))
 
