@@ -2,11 +2,12 @@
 
     python benchmarks/study_joint.py --run-dir DIR
 
-A row is a backbone, a carry, a scenario and a task: mean AUC of one plain model a scenario, of the joint plain and the
-joint USR model, in which scenarios weigh alike or by their rows (`model.scenario_weights`), and the three gaps with
-their 95 % intervals over seeds and users (docs/studies.md, how differences are judged). Of each backbone with at least
-two seeds; "every carry" is the mean over its worlds. A gap that holds after Holm's correction over all gaps of the
-table is said to hold. Trials that are not finished take no part.
+A row of the JSON is a backbone, a carry, a scenario and a task: mean AUC of one plain model a scenario, of the joint
+plain and the joint USR model, in which scenarios weigh alike or by their rows (`model.scenario_weights`), and the three
+gaps with their 95 % intervals over seeds and users (docs/studies.md, how differences are judged). Of each backbone with
+at least two seeds; "every carry" is the mean over its worlds. A gap that holds after Holm's correction over all gaps of
+the JSON is said to hold. Trials that are not finished take no part. The document shows the means, then the clicks of
+each world, then the best models of each world.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from usr_ray.schema import TASKS
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "study_joint.json"
 SCENARIOS = ("search", "recommendation")
+"""The larger one first."""
 PAIRS = (("plain", "separate"), ("usr", "separate"), ("usr", "plain"))
 SEPARATE = ("only_search", "only_recommendation")
 WEIGHTS = {"equal": ("plain", "usr"), "rows": ("plain_rows", "usr_rows")}
@@ -41,12 +43,8 @@ NUM_CARRIES, LEAST_SEEDS = 3, 2
 
 def measure(trials: Trials) -> list[dict[str, Any]]:
     """A dict for each carry, backbone, scenario and task; the gaps of all are one family for Holm."""
-    found: dict[tuple[str, str], dict[int, dict[str, Trial]]] = {}
-    for trial in trials.finished:
-        place = found.setdefault((trial.point["carry"], trial.point["backbone"]), {})
-        place.setdefault(trial.seed, {})[trial.point["model"]] = trial
     rows = []
-    for (carry, backbone), by_seed in sorted(found.items(), key=lambda entry: entry[0][::-1]):
+    for (carry, backbone), by_seed in sorted(_by_seed(trials).items(), key=lambda entry: entry[0][::-1]):
         for weights, joint in WEIGHTS.items():
             sets = [m for _, m in sorted(by_seed.items()) if m.keys() >= {*SEPARATE, *joint}]
             if len(sets) >= LEAST_SEEDS:
@@ -57,6 +55,47 @@ def measure(trials: Trials) -> list[dict[str, Any]]:
     for (row, pair), one in zip(names, judged, strict=True):
         row["gaps"][pair] = _entry(one)
     return rows + _every_carry(rows)
+
+
+def _by_seed(trials: Trials) -> dict[tuple[str, str], dict[int, dict[str, Trial]]]:
+    """(carry, backbone) -> seed -> model -> its finished trial."""
+    found: dict[tuple[str, str], dict[int, dict[str, Trial]]] = {}
+    for trial in trials.finished:
+        place = found.setdefault((trial.point["carry"], trial.point["backbone"]), {})
+        place.setdefault(trial.seed, {})[trial.point["model"]] = trial
+    return found
+
+
+def best_models(trials: Trials, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The best backbone of each kind in each world, by mean AUC on these very rows; and USR's over the plain one's.
+
+    Scenarios weigh alike. The choice by the rows that judge favours both; the seeds are those that both finished.
+    """
+    found, best = _by_seed(trials), []
+    equal = [row for row in rows if row["weights"] == "equal" and row["carry"] != "every"]
+    for carry, scenario, task in dict.fromkeys((r["carry"], r["scenario"], r["task"]) for r in equal):
+        own = [row for row in equal if (row["carry"], row["scenario"], row["task"]) == (carry, scenario, task)]
+        first = {kind: max(own, key=lambda row: row["auc"][kind]) for kind in own[0]["auc"]}
+        of = {kind: found[carry, first[kind]["backbone"]] for kind in ("plain", "usr")}
+        seeds = sorted(seed for seed in of["usr"] if "usr" in of["usr"][seed] and "plain" in of["plain"].get(seed, {}))
+        (labels, theirs, users), (_, ours, _) = (
+            _stacked(trials, [of[kind][seed][kind] for seed in seeds], scenario, TASKS.index(task))
+            for kind in ("plain", "usr")
+        )
+        gap = paired_auc_gap(labels, ours, theirs, users)
+        assert gap is not None
+        best.append(
+            {
+                "carry": carry,
+                "scenario": scenario,
+                "task": task,
+                "seeds": len(seeds),
+                "backbone": {kind: row["backbone"] for kind, row in first.items()},
+                "auc": {kind: row["auc"][kind] for kind, row in first.items()},
+                "gap": {end: round(v, 5) for end, v in (("gap", gap.value), ("low", gap.low), ("high", gap.high))},
+            }
+        )
+    return best
 
 
 def _every_carry(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -88,16 +127,9 @@ def _row(
 ) -> dict[str, Any]:
     carry, backbone, weights = names
     models_of = dict(zip(("separate", "plain", "usr"), (f"only_{scenario}", *WEIGHTS[weights]), strict=True))
-    probs, labels, users = {}, np.zeros(0), np.zeros(0)
-    for name, model in models_of.items():
-        of_seeds = []
-        for models in sets:
-            rows = trials.predictions(models[model].trial_id)
-            cell = cell_rows(rows, scenario, task, SCENARIOS)
-            assert cell is not None
-            labels, of_seed, users = cell  # the same rows of all: held-out, of this scenario, in their order
-            of_seeds.append(of_seed)
-        probs[name] = np.stack(of_seeds)
+    probs = {}
+    for name, model in models_of.items():  # the same rows of all: held-out, of this scenario, in their order
+        labels, probs[name], users = _stacked(trials, [models[model] for models in sets], scenario, task)
     return {
         "carry": carry,
         "backbone": backbone,
@@ -108,6 +140,14 @@ def _row(
         "auc": {name: round(_mean_auc(labels, model), 5) for name, model in probs.items()},
         "gaps": {f"{a} - {b}": Judged(gap=paired_auc_gap(labels, probs[a], probs[b], users)) for a, b in PAIRS},
     }
+
+
+def _stacked(trials: Trials, of_seeds: Sequence[Trial], scenario: str, task: int) -> tuple[NDArray, NDArray, NDArray]:
+    """Labels (N), probabilities (R, N) and users (N) of one cell, a trial a seed."""
+    cells = [cell_rows(trials.predictions(t.trial_id), scenario, task, SCENARIOS) for t in of_seeds]
+    known = [cell for cell in cells if cell is not None]
+    labels, _, users = known[0]
+    return labels, np.stack([probs for _, probs, _ in known]), users
 
 
 def _mean_auc(labels_N: NDArray, probs_RN: NDArray) -> float:
@@ -127,21 +167,47 @@ def _shown(row: Mapping[str, Any]) -> str:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """A line for each row of `measure`."""
+    """Three tables: the means over the worlds, the clicks of each world, and the best models beside each other."""
+    return "\n\n".join((_means(report["rows"]), _worlds(report["rows"]), _best(report["best"])))
+
+
+def _gap_shown(gap: Mapping[str, Any]) -> str:
+    return gap_text(gap["gap"], gap["low"], gap["high"]) + (", holds" if gap["holds"] else "")
+
+
+def _means(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = []
-    for row in report["rows"]:
-        shown = [
-            gap_text(g["gap"], g["low"], g["high"]) + (", holds" if g["holds"] else "") for g in row["gaps"].values()
-        ]
-        cell = f"{row['scenario']}, {'click' if row['task'] == TASKS[0] else 'order'}"
-        lines.append(
-            [
-                f"{_shown(row)}: {cell}",
-                *(f"{value:.4f}" for value in row["auc"].values()),
-                *shown,
-            ]
-        )
-    return markdown(["held-out AUC (trainings)", "separate", "plain", "USR", *(f"{a} - {b}" for a, b in PAIRS)], lines)
+    for row in rows:
+        if row["carry"] == "every":
+            areas = (f"{value:.4f}" for value in row["auc"].values())
+            lines.append([f"{_shown(row)}: {_cell(row)}", *areas, *map(_gap_shown, row["gaps"].values())])
+    head = ["means over the worlds (trainings)", "separate", "plain", "USR"]
+    return markdown([*head, *(f"{a} - {b}" for a, b in PAIRS)], lines)
+
+
+def _worlds(rows: Sequence[Mapping[str, Any]]) -> str:
+    cells = [(scenario, pair) for scenario in SCENARIOS for pair in PAIRS[1:]]
+    lines: dict[str, list[str]] = {}
+    for row in rows:
+        if row["carry"] != "every" and row["task"] == TASKS[0]:
+            gaps = [_gap_shown(row["gaps"][f"{a} - {b}"]) for a, b in PAIRS[1:]]
+            lines.setdefault(_shown(row), []).extend(gaps)
+    head = ["clicks in each world (seeds)", *(f"{scenario}: {a} - {b}" for scenario, (a, b) in cells)]
+    return markdown(head, [[name, *gaps] for name, gaps in lines.items()])
+
+
+def _best(best: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        [f"carry {float(one['carry']):g}: {_cell(one)} ({one['seeds']})"]
+        + [f"{one['auc'][kind]:.4f} ({one['backbone'][kind]})" for kind in ("separate", "plain", "usr")]
+        + [gap_text(one["gap"]["gap"], one["gap"]["low"], one["gap"]["high"])]
+        for one in best
+    ]
+    return markdown(["best of all backbones (seeds)", "separate", "plain", "USR", "usr - plain"], lines)
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    return f"{row['scenario']}, {'click' if row['task'] == TASKS[0] else 'order'}"
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
@@ -180,7 +246,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     study = load_study("joint", scale="full", folder=ROOT / "jobs" / "studies")
-    report = {"rows": measure(Trials(arguments.run_dir, study))}
+    trials = Trials(arguments.run_dir, study)
+    rows = measure(trials)
+    report = {"rows": rows, "best": best_models(trials, rows)}
     record(report, table(report), arguments.output, document="study-results.md", place=RESULTS)
     if arguments.output == RESULTS:
         draw(report, ROOT / "docs" / "images" / "study_joint.png")
