@@ -158,6 +158,7 @@ def mean_auc(runs: Runs, scenarios: Sequence[str]) -> dict[str, dict[str, float]
 
 def gaps(runs: Runs, others: Runs, scenarios: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
     """Task -> cell -> AUC of `runs` minus AUC of `others` with a 95 % interval, and the gap of each pair of seeds."""
+    runs, others = _in_one_order(runs, others)
     return {
         task: {
             cell: _gap(
@@ -170,6 +171,23 @@ def gaps(runs: Runs, others: Runs, scenarios: Sequence[str]) -> dict[str, dict[s
         }
         for t, task in enumerate(TASKS)
     }
+
+
+def _in_one_order(runs: Runs, others: Runs) -> tuple[Runs, Runs]:
+    """Both by user, request, item and history: two lakes of the same logs have the same rows in another order."""
+    if len(runs.rows) != len(others.rows):
+        raise SystemExit(f"{len(runs.rows)} held-out rows beside {len(others.rows)}: compare models on the same rows")
+    found = []
+    for one in (runs, others):
+        rows = one.rows
+        keys = (rows.labels_NT.T, rows.history_length_N, rows.item_id_N, rows.request_key_N, rows.user_key_N)
+        order_N = np.lexsort([column for key in keys for column in np.atleast_2d(key)])
+        found.append(replace(one, rows=rows.take(order_N), probs_RNT=one.probs_RNT[:, order_N]))
+    for key in ("user_key_N", "request_key_N", "item_id_N", "history_length_N", "labels_NT"):
+        ours, theirs = (getattr(one.rows, key) for one in found)
+        if not np.array_equal(ours, theirs, equal_nan=True):
+            raise SystemExit(f"the held-out rows differ in {key}: compare models on the same rows")
+    return found[0], found[1]
 
 
 def _gap(labels: NDArray, ours_RN: NDArray, theirs_RN: NDArray, users: NDArray) -> dict[str, Any]:
