@@ -25,6 +25,8 @@ NUM_ACTIONS = 3
 
 TASKS = ("ctr", "ctcvr")
 """Main tasks, in the order of every T axis. Task names are also the keys of metrics.json."""
+OF_ORDERS = ("p_ctcvr", "p_ctcvr_global")
+"""Probabilities that are null in scenarios whose orders nobody logs: no model can learn them there."""
 LABELS = ("is_click", "is_order")
 """Label column of each task, in the order of TASKS."""
 GLOBAL_LABELS = ("is_click_global", "is_order_global")

@@ -169,6 +169,11 @@ def _search_algorithm(config: Config, slots: int) -> SearchAlgorithm | Searcher:
     """The drawer of trials; the configuration as given comes first, where the space holds it."""
     settings, default = config.tune, default_point(config)
     first = [default] if default else None
+    if first is None:
+        print(
+            "the space does not hold the configuration as given, which is no trial; the end compares with it",
+            flush=True,
+        )
     if settings.search == "random":
         return BasicVariantGenerator(points_to_evaluate=first, random_state=settings.seed, max_concurrent=slots)
     from ray.tune.search.optuna import OptunaSearch  # load_search has seen that Optuna is installed

@@ -20,6 +20,7 @@ from usr_ray.runs.evaluations import CONFIG_FILE, METRICS_FILE
 from usr_ray.schema import CONFIG_PROPERTY, FEATURE_SPEC_PROPERTY, FeatureSpec
 from usr_ray.serving.check import training_probabilities
 from usr_ray.serving.model import GLOBAL_PROBABILITIES, PROBABILITIES
+from usr_ray.serving.score import probability_columns
 from usr_ray.training.evaluate import TrainedRun, check_whole, known_ids
 from usr_ray.training.evaluate import load_run as load_trained
 
@@ -81,7 +82,8 @@ class Run:
                 the run was trained on (docs/tables.md), as `open_samples` gives them. Further columns are not read.
 
         Returns:
-            Columns p_ctr and p_ctcvr, and with global heads p_ctr_global and p_ctcvr_global; float32, never null.
+            Columns p_ctr and p_ctcvr, and with global heads p_ctr_global and p_ctcvr_global; float32. Those
+            of orders are null in scenarios whose orders nobody logs (labels.no_order_scenarios).
 
         Raises:
             UserError: a column is missing or of another type; the run was trained on one scenario alone; or the rows
@@ -105,7 +107,7 @@ class Run:
         batch = known_ids(batch, self.spec, limits)
         with torch.inference_mode():
             outputs = self.model(batch.count_longest(), self.trained.tables.lookup(batch))
-        return pa.table({n: pa.array(p.float().numpy()) for n, p in training_probabilities(outputs).items()})
+        return pa.table(probability_columns(training_probabilities(outputs), batch.scenario_B, self.spec))
 
 
 def load_run(path: Path | str) -> Run:

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from usr_ray.config import UserError
+from usr_ray.schema import OF_ORDERS, TASKS
 from usr_ray.serving.batching import Batcher
 from usr_ray.serving.counters import Counters
 from usr_ray.serving.encode import (
@@ -55,8 +56,6 @@ _DEVICE_DEADLINE_S = 0.5
 """Longest wait for a call that a GPU shares among requests, once it has answered the golden ones."""
 GOLDEN_TOLERANCE = 1e-6
 _MAX_WEIGHT = 1e300
-TASKS = ("ctr", "ctcvr")
-_OF_ORDERS = ("p_ctcvr", "p_ctcvr_global")
 STAGES = ("checks", "encoder", "program")
 """Stages of an answer: the request's fields; stores and encoder; the program, and the answer's making."""
 _FIELDS = ("request_id", "scenario", "user_id", "query", "context", "time", "candidates", "task", "k")
@@ -252,7 +251,7 @@ class Ranker:
             order = np.argsort(-value_N, kind="stable")
         names, spec = list(probs), self.encoder.spec
         # Where nobody logs orders their heads were not trained on such rows: what they say is no probability.
-        unknown_names = _OF_ORDERS if spec.scenarios[request.scenario] in spec.no_order_scenarios else ()
+        unknown_names = OF_ORDERS if spec.scenarios[request.scenario] in spec.no_order_scenarios else ()
         none = [None] * len(order)
         columns = (none if name in unknown_names else probs[name][order].tolist() for name in names)
         rows = zip(*columns, strict=True)

@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import datetime as dt
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from usr_ray.config import UserError, check_table_address
 from usr_ray.data.manifest import Manifest, build_manifest, make_manifest
 from usr_ray.data.rows import read_rows
-from usr_ray.schema import PARTITION_COLUMN
+from usr_ray.schema import OF_ORDERS, PARTITION_COLUMN, FeatureSpec
 from usr_ray.serving.check import training_probabilities
 from usr_ray.serving.model import GLOBAL_PROBABILITIES, PROBABILITIES
 from usr_ray.training.evaluate import TrainedRun, check_table, evaluation_reader, load_whole_run, score_batches
@@ -35,14 +37,15 @@ SCORES_SCHEMA = pa.schema(
         pa.field("scenario", pa.string(), nullable=False),
         pa.field("event_time", pa.timestamp("us", tz="UTC"), nullable=False),
         pa.field(PARTITION_COLUMN, pa.date32(), nullable=False),
-        *(pa.field(name, pa.float32(), nullable=False) for name in PROBABILITIES),
+        *(pa.field(name, pa.float32(), nullable=name in OF_ORDERS) for name in PROBABILITIES),
         *(pa.field(name, pa.float32()) for name in GLOBAL_PROBABILITIES),
         pa.field("model_id", pa.string(), nullable=False),
         pa.field("model_step", pa.int64(), nullable=False),
         pa.field("table_version", pa.int64(), nullable=False),
     ]
 )
-"""Grain: one row a row of the samples table. Global probabilities are null for a model without GLMT."""
+"""Grain: one row a row of the samples table. Global probabilities are null for a model without GLMT, those of orders in
+scenarios whose orders nobody logs."""
 
 
 class ScoreError(UserError):
@@ -65,12 +68,13 @@ class ScoreTable:
     Args:
         path: created when it is absent or an empty directory.
         model_id: as Checkpoint.model_id.
+        has_unknown: probabilities of orders will be null on some rows.
 
     Raises:
-        ScoreError: something else is there, or the scores of another model.
+        ScoreError: something else is there, the scores of another model, or a table that takes no nulls.
     """
 
-    def __init__(self, path: Path, *, model_id: str, model_step: int) -> None:
+    def __init__(self, path: Path, *, model_id: str, model_step: int, has_unknown: bool = False) -> None:
         from deltalake import DeltaTable
 
         check_table_address(str(path), flag="--output")
@@ -81,9 +85,14 @@ class ScoreTable:
             raise ScoreError(f"--output {path}: is not empty and no Delta table; name another directory")
         # 'ignore': a table that is there stays as it is.
         self._table = DeltaTable.create(str(path), SCORES_SCHEMA, mode="ignore", partition_by=[PARTITION_COLUMN])
-        names = [field.name for field in self._table.schema().fields]
-        if names != SCORES_SCHEMA.names:
+        fields = self._table.schema().fields
+        if [field.name for field in fields] != SCORES_SCHEMA.names:
             raise ScoreError(f"--output {path}: is a Delta table, but not of scores; name another directory")
+        if has_unknown and not all(field.nullable for field in fields if field.name in OF_ORDERS):
+            raise ScoreError(
+                f"--output {path}: is of an earlier version, which gave an untrained head's numbers where nobody logs "
+                "orders (labels.no_order_scenarios), and takes no null; name another --output"
+            )
         for file in self._files():
             if file.model_ids != (model_id, model_id):
                 raise ScoreError(
@@ -196,7 +205,9 @@ def score_dates(
     run = load_whole_run(run_dir, worker.device)
     manifest = build_manifest(lake, dates=dates, allow_missing=allow_missing)
     check_table(run, manifest)
-    table = ScoreTable(output, model_id=run.checkpoint.model_id, model_step=run.checkpoint.step)
+    has_unknown = bool(manifest.spec.no_order_scenarios)
+    identity = run.checkpoint.model_id
+    table = ScoreTable(output, model_id=identity, model_step=run.checkpoint.step, has_unknown=has_unknown)
     of_date = {dt.date.fromisoformat(date): _only(manifest, date) for date in manifest.dates}
     for date in sorted(table.dates() - set(of_date)):
         if dates[0] <= date <= dates[1]:  # its rows have left the samples table
@@ -221,6 +232,16 @@ def score_dates(
 def _only(manifest: Manifest, date: str) -> Manifest:
     files = [file for file in manifest.files if file.date == date]
     return make_manifest(table_uri=manifest.table_uri, version=manifest.version, spec=manifest.spec, files=files)
+
+
+def probability_columns(probs: Mapping[str, Tensor], scenario_B: Tensor, spec: FeatureSpec) -> dict[str, pa.Array]:
+    """Probabilities (B) by name as float32 columns; of orders null where nobody logs them, as no model learns them."""
+    is_untrained_S = np.array([name in spec.no_order_scenarios for name in spec.scenarios])
+    is_untrained_B = is_untrained_S[scenario_B.cpu().numpy()]
+    return {
+        name: pa.array(p_B.float().cpu().numpy(), mask=is_untrained_B if name in OF_ORDERS else None)
+        for name, p_B in probs.items()
+    }
 
 
 def score_rows(
@@ -250,17 +271,14 @@ def score_rows(
                         f"{name} is not a number on a row of {date}, so the model has diverged; train with a lower "
                         "train.learning_rate or train.gradient_clip"
                     )
-            raw = names.take(num_rows)
+            raw, known = names.take(num_rows), probability_columns(probs, batch.scenario_B[:num_rows], manifest.spec)
             columns = {
                 "impression_id": raw["impression_id"],
                 "scenario": scenarios.take(pa.array(batch.scenario_B[:num_rows].cpu().numpy())),
                 "event_time": raw["event_time"],
                 "impression_date": pa.repeat(pa.scalar(date, pa.date32()), num_rows),
-                **{name: pa.array(probs[name].numpy()) for name in PROBABILITIES},
-                **{
-                    name: pa.array(probs[name].numpy()) if name in probs else pa.nulls(num_rows, pa.float32())
-                    for name in GLOBAL_PROBABILITIES
-                },
+                **{name: known[name] for name in PROBABILITIES},
+                **{name: known.get(name, pa.nulls(num_rows, pa.float32())) for name in GLOBAL_PROBABILITIES},
                 "model_id": pa.repeat(identity, num_rows),
                 "model_step": pa.repeat(pa.scalar(run.checkpoint.step, pa.int64()), num_rows),
                 "table_version": pa.repeat(pa.scalar(manifest.version, pa.int64()), num_rows),

@@ -6,6 +6,7 @@ import dataclasses
 import datetime as dt
 import shutil
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import torch
@@ -19,6 +20,8 @@ from usr_ray.config import UserError
 from usr_ray.data.manifest import build_manifest
 from usr_ray.schema import SAMPLES
 from usr_ray.serving.export import export_run
+from usr_ray.serving.library import load_run as library_run
+from usr_ray.serving.library import open_samples
 from usr_ray.serving.score import SCORES_SCHEMA, ScoreError, ScoreTable, score_dates, score_rows
 from usr_ray.training import evaluate as evaluate_module
 from usr_ray.training.evaluate import evaluate, load_run
@@ -75,6 +78,28 @@ def test_every_row_is_scored_once_as_the_evaluation_scores_it(lake, run_dir, tmp
     for name, probs in (("", predictions.probs_NT), ("_global", predictions.global_probs_NT)):
         for place, task in enumerate(("ctr", "ctcvr")):
             assert by_time[f"p_{task}{name}"].to_pylist() == pytest.approx(probs[:, place].tolist(), rel=1e-5)
+
+
+def test_where_nobody_logs_orders_their_probabilities_are_null(tmp_path):
+    spec = dataclasses.replace(samples_spec(), no_order_scenarios=("recommendation",))
+    write_samples(tmp_path / "lake", spec, num_rows=60, num_days=1)
+    run_dir = make_run(tmp_path / "run", tmp_path / "lake")
+    score(run_dir, tmp_path / "lake", tmp_path / "scores", (FIRST_DATE, FIRST_DATE))
+    found = rows_of(tmp_path / "scores")
+    without = [name == "recommendation" for name in found["scenario"].to_pylist()]
+    assert {True, False} == set(without)
+    for name in ("p_ctcvr", "p_ctcvr_global"):
+        assert [value is None for value in found[name].to_pylist()] == without
+    assert found["p_ctr"].null_count == found["p_ctr_global"].null_count == 0
+    run = library_run(run_dir)
+    rows = open_samples(tmp_path / "lake", dates=str(FIRST_DATE)).head(60)
+    nulls = [value is None for value in run.score(rows)["p_ctcvr"].to_pylist()]
+    assert nulls == [n == run.spec.scenarios.index("recommendation") for n in rows["scenario_index"].to_pylist()]
+    # A table of before this rule takes no null.
+    strict = [field.with_nullable(field.nullable and field.name != "p_ctcvr") for field in SCORES_SCHEMA]
+    DeltaTable.create(str(tmp_path / "old"), pa.schema(strict), partition_by=["impression_date"])
+    with pytest.raises(ScoreError, match=r"old: is of an earlier version, .* and takes no null; name another --output"):
+        score(run_dir, tmp_path / "lake", tmp_path / "old", (FIRST_DATE, FIRST_DATE))
 
 
 def test_a_model_without_global_heads_leaves_global_columns_null(lake, tmp_path):
