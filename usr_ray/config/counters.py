@@ -111,6 +111,10 @@ class CountersConfig:
         return found | dict(self.named)
 
 
+COUNTER_COLUMN = re.compile(r"(counter_.+)_(?:\d+d|all)_[a-z]+")
+"""Matches a column whole; its group is what all columns of the counter begin with."""
+
+
 def counter_columns(name: str, counter: CounterConfig) -> list[str]:
     """Columns of a counter in the samples, window by window."""
     return [f"counter_{name}_{window}_{what}" for window in counter.windows for what in counter.columns]

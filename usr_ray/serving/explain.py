@@ -9,13 +9,13 @@ Shape letters: N candidates, R replacements.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from usr_ray.config.counters import COUNTER_COLUMN
 from usr_ray.schema import ACTION_ORDER, UNKNOWN_ID, DenseFeature, FeatureSpec, SparseFeature
 from usr_ray.serving.ranker import Ranker, RequestError, iso_time
 
@@ -23,8 +23,6 @@ MAX_EXPLAINED = 100
 """Candidates of a request: each costs some ten requests' work."""
 _MAX_OTHERS = 8
 """Other candidates whose values a signal is given."""
-_COUNTER = re.compile(r"^(counter_.+)_(?:\d+d|all)_[a-z]+$")
-"""Column of a counter, whose windows and events are one signal."""
 Inputs = Mapping[str, NDArray[Any]]
 Predict = Callable[[Inputs], Mapping[str, NDArray[np.float32]]]
 
@@ -98,7 +96,8 @@ def _item_signals(inputs: Inputs, spec: FeatureSpec) -> Iterator[tuple[str, Inpu
     for kind, features in (("item_sparse", spec.sparse), ("item_dense", spec.dense)):
         signals: dict[str, list[int]] = {}
         for column, name in enumerate(f.name for f in features if f.owner == "item"):
-            signals.setdefault(_COUNTER.sub(r"\1", name), []).append(column)
+            counter = COUNTER_COLUMN.fullmatch(name)
+            signals.setdefault(counter[1] if counter else name, []).append(column)
         for signal, columns in signals.items():
             repeated = {name: np.concatenate([value] * max(num_others, 1)) for name, value in of_items.items()}
             if shifts:

@@ -10,7 +10,6 @@ A low drop does not say that a signal is useless: another may say the same.
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from usr_ray.config import Config
+from usr_ray.config.counters import COUNTER_COLUMN
 from usr_ray.data.assemble import BatchBuilder, take_rows
 from usr_ray.data.batch import UsrBatch, map_tensors
 from usr_ray.data.manifest import Manifest
@@ -38,7 +38,6 @@ SEED = 0
 ALL_ROWS = "all"
 UNSEEN = ("user", "item", "query")
 """What a cold row does not know; FeatureSpec.sparse starts with their ids, in this order."""
-_COUNTER = re.compile(r"(counter_.+)_(?:\d+d|all)_[a-z]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +62,7 @@ def signals_of(spec: FeatureSpec, sides: ItemSides | None) -> list[Signal]:
     signals = [Signal(feature.name, sparse=(place,)) for place, feature in enumerate(spec.sparse)]
     numbers: dict[str, tuple[int, ...]] = {}
     for place, number in enumerate(spec.dense):
-        counter = _COUNTER.fullmatch(number.column)
+        counter = COUNTER_COLUMN.fullmatch(number.column)
         name = counter[1] if counter else number.name
         numbers[name] = (*numbers.get(name, ()), place)
     signals += [Signal(name, dense=places) for name, places in numbers.items()]
