@@ -65,12 +65,32 @@ def file_system(spark: SparkSession, path: str) -> tuple[Any, Any]:
     return hadoop.getFileSystem(hadoop_conf(spark)), hadoop
 
 
+def json_texts(spark: SparkSession, folder: str) -> dict[str, str]:
+    """Path -> text of the `.json` files of a folder, by name; none where there is no folder.
+
+    Spark's own readers leave out, without a word, what begins with _ or a point.
+    """
+    system, path = file_system(spark, folder)
+    found = {}
+    for status in system.listStatus(path) if system.exists(path) else ():
+        if status.getPath().getName().endswith(".json"):
+            stream = system.open(status.getPath())
+            try:
+                found[str(status.getPath().toString())] = bytes(stream.readAllBytes()).decode("utf-8", "replace")
+            finally:
+                stream.close()
+    return dict(sorted(found.items()))
+
+
 def file_head(spark: SparkSession, file: str, size: int) -> bytes:
     """The first bytes of a file; of a packed one, unpacked."""
     system, hadoop = file_system(spark, file)
-    codec = _jvm(spark).org.apache.hadoop.io.compress.CompressionCodecFactory(hadoop_conf(spark)).getCodec(hadoop)
     stream = system.open(hadoop)
-    stream = stream if codec is None else codec.createInputStream(stream)
+    if file.lower().endswith(".zst"):  # as Spark's own readers: Hadoop's codec is a native library
+        stream = _jvm(spark).com.github.luben.zstd.ZstdInputStreamNoFinalizer(stream)
+    else:
+        codec = _jvm(spark).org.apache.hadoop.io.compress.CompressionCodecFactory(hadoop_conf(spark)).getCodec(hadoop)
+        stream = stream if codec is None else codec.createInputStream(stream)
     try:
         return bytes(stream.readNBytes(size))
     finally:

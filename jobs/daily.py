@@ -95,7 +95,8 @@ class Day:
     def restate(self) -> str | None:
         """Earlier dates that late events, or the passing of time, have changed."""
         dates = built_dates(self.arguments.lake)
-        if all(self.plan.build_first <= date.isoformat() <= self.plan.day for date in dates):
+        is_new = all(self.plan.build_first <= date.isoformat() <= self.plan.day for date in dates)
+        if is_new and not self.state.record["steps"]["restate"].get("again"):
             return "all dates are of this day's build"
         days = self.arguments.restate_days
         first = max(min(dates), dt.date.fromisoformat(self.plan.day) - dt.timedelta(days=days - 1))
@@ -110,7 +111,11 @@ class Day:
         from usr_ray.runs.read import read_etl_reports
 
         reports = read_etl_reports(self.arguments.lake)
-        daily.check_labels(reports, plan, allow_missing=self.config.data.allow_missing_dates)
+        try:
+            daily.check_labels(reports, plan, allow_missing=self.config.data.allow_missing_dates)
+        except UserError:
+            self.state.repeat("restate", "labels are not final")  # or more of the logs would change nothing
+            raise
         overrides = {
             "data.train_dates": f"{plan.train_first}:{plan.train_last}",
             "data.eval_dates": plan.held_out,

@@ -18,8 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from etl.jvm import print_error
-from usr_ray.cli import check_lake, check_logs, check_output, job_config, job_parser, run_job
-from usr_ray.config import Config, parse_dates
+from usr_ray.cli import check_lake, check_logs, check_output, job_config, job_dates, job_parser, run_job
+from usr_ray.config import Config
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, tuple[dt.date, dt.date]]:
@@ -36,7 +36,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, tuple[dt.date, d
         if value is not None:
             arguments.overrides.append(f"online.{key}={json.dumps(value)}")
     config = job_config(arguments)
-    return arguments, config, parse_dates(arguments.dates, where="--dates")
+    return arguments, config, job_dates(arguments.dates, where="--dates")
 
 
 def main(argv: list[str]) -> None:

@@ -130,6 +130,8 @@ class CounterPlan:
     num_scenarios: int = 0
     of_scenarios: tuple[int, ...] = ()
     """SUMS of each day and scenario, one after the other."""
+    cvr_without: tuple[int, ...] = ()
+    """Positions of scenarios whose orders no log records: their clicks are no trials of an order."""
 
     def totals(self) -> DailySums:
         """Sums of whole scenarios, under code 0."""
@@ -158,14 +160,17 @@ def counter_values(
     if not plan.columns:
         return {}
     spans = list(dict.fromkeys(days for counter in plan.columns for days, _ in counter.windows))
-    every_SWN3 = totals.before(np.zeros_like(days_N), days_N, spans)
-    own_SWN3 = {name: sums[name].before(codes[name], days_N, spans) for name in {c.feature for c in plan.columns}}
+    every_SWN4 = _with_trials(totals.before(np.zeros_like(days_N), days_N, spans), plan)
+    own_SWN4 = {
+        name: _with_trials(sums[name].before(codes[name], days_N, spans), plan)
+        for name in {c.feature for c in plan.columns}
+    }
     groups: dict[int, tuple[list[Ints], list[Ints], list[tuple[tuple[str, str], ...]]]] = {}
     for counter in plan.columns:
         picked = [spans.index(days) for days, _ in counter.windows]
         own, every = (
             (_of_scenario(found[:, picked], scenarios_N) if counter.per_scenario else found[:, picked].sum(axis=0))
-            for found in (own_SWN3[counter.feature], every_SWN3)
+            for found in (own_SWN4[counter.feature], every_SWN4)
         )
         group = groups.setdefault(own.shape[1], ([], [], []))
         group[0].append(own)
@@ -173,18 +178,27 @@ def counter_values(
         group[2].extend(columns for _, columns in counter.windows)
     found: dict[str, NDArray[np.float32]] = {}
     for owns, everys, names in groups.values():  # few calls for many counters: a request has one row
-        own_KN3, every_KN3 = np.concatenate(owns), np.concatenate(everys)
-        odds_KN2 = log_odds(own_KN3[..., 1:], own_KN3[..., :2], every_KN3[..., 1:], every_KN3[..., :2], plan.prior)
-        values_KN5 = np.concatenate([np.log1p(own_KN3), odds_KN2], axis=2).astype(np.float32)
+        own_KN4, every_KN4 = np.concatenate(owns), np.concatenate(everys)
+        hits, trials = (np.s_[..., 1:3], np.s_[..., ::3])  # clicks and orders, of impressions and of known clicks
+        odds_KN2 = log_odds(own_KN4[hits], own_KN4[trials], every_KN4[hits], every_KN4[trials], plan.prior)
+        values_KN5 = np.concatenate([np.log1p(own_KN4[..., :3]), odds_KN2], axis=2).astype(np.float32)
         for k, columns in enumerate(names):
             found |= {column: values_KN5[k, :, _KINDS.index(what)] for column, what in columns}
     return found
 
 
-def _of_scenario(sums_SWN3: Ints, scenarios_N: Ints) -> Ints:
+def _with_trials(sums_SWN3: Ints, plan: CounterPlan) -> Ints:
+    """COUNTED, and the clicks whose orders are known."""
+    found_SWN4 = np.concatenate([sums_SWN3, sums_SWN3[..., 1:2]], axis=3)
+    for scenario in plan.cvr_without:
+        found_SWN4[scenario, ..., 3] = 0
+    return found_SWN4
+
+
+def _of_scenario(sums_SWN4: Ints, scenarios_N: Ints) -> Ints:
     if len(scenarios_N) == 1:
-        return sums_SWN3[scenarios_N[0]]
-    return np.take_along_axis(sums_SWN3, scenarios_N[None, None, :, None], axis=0)[0]
+        return sums_SWN4[scenarios_N[0]]
+    return np.take_along_axis(sums_SWN4, scenarios_N[None, None, :, None], axis=0)[0]
 
 
 def log_odds(hits: Ints, trials: Ints, all_hits: Ints, all_trials: Ints, prior: float) -> NDArray[np.float64]:

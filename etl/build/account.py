@@ -6,6 +6,8 @@ import datetime as dt
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
 
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
@@ -17,7 +19,7 @@ from etl.kernel.packs import ACCOUNT, CELL, REJECT
 from etl.kernel.user_pass import UNUSABLE
 from etl.logs.events import REASON, EventLog
 from etl.session import kept
-from usr_ray.config import Config, date_of
+from usr_ray.config import DAY_US, Config, date_of
 
 UNDATED = "undated"
 """Stands for the date of a row whose time is missing or cannot be read, and of the users and items tables."""
@@ -40,6 +42,12 @@ class Account:
     """(fingerprint, day since 1970) -> hash of the samples of the day (etl/kernel/fingerprint.py)."""
     whole_from: dt.date | None = None
     """Only some rows of earlier dates were read, as a margin; None: every date was read whole."""
+    judged_from: dt.date | None = None
+    """What rows of earlier dates belong to may lie before the margin, so that they are no rejects; None: no margin."""
+
+    def read_from(self, first_row: int, since: int) -> None:
+        """Rows from `first_row` on were read, to attribute those from `since` on; microseconds since 1970."""
+        self.whole_from, self.judged_from = date_of(-(-first_row // DAY_US)), date_of(since // DAY_US)
 
     def add_rejects(self, log: str, date: str, reason: str, num_rows: int) -> None:
         """Count rows that were rejected."""
@@ -48,16 +56,16 @@ class Account:
         self.reasons[place][reason] = self.reasons[place].get(reason, 0) + num_rows
 
     def total(self, log: str) -> LogCount:
-        """Over all dates of which all rows were read, and without one."""
-        whole = "" if self.whole_from is None else self.whole_from.isoformat()
-        return sum((count for (name, date), count in self.counts.items() if name == log and date >= whole), LogCount())
+        """Over the dates that are judged, and without one."""
+        first = "" if self.judged_from is None else self.judged_from.isoformat()
+        return sum((count for (name, date), count in self.counts.items() if name == log and date >= first), LogCount())
 
     def rejects_of(self, log: str) -> dict[str, int]:
         """Reason -> rows, over the same dates."""
-        whole = "" if self.whole_from is None else self.whole_from.isoformat()
+        first = "" if self.judged_from is None else self.judged_from.isoformat()
         found: Counter[str] = Counter()
         for (name, date), reasons in self.reasons.items():
-            if name == log and date >= whole:
+            if name == log and date >= first:
                 found.update(reasons)
         return dict(found)
 
@@ -89,7 +97,7 @@ class Account:
         """Dates on which the logs hold only clicks or orders: no build can name them."""
         dates = {date for _, date in self.counts if date != UNDATED} - self.impression_dates
         found = sorted(dt.date.fromisoformat(date) for date in dates)
-        return [date for date in found if self.whole_from is None or date >= self.whole_from]
+        return [date for date in found if self.judged_from is None or date >= self.judged_from]
 
 
 def add_pass(account: Account, spark: SparkSession, folder: str, logs: Sequence[EventLog], num_usable: int) -> None:
@@ -131,16 +139,18 @@ def add_pass(account: Account, spark: SparkSession, folder: str, logs: Sequence[
 
 
 def unique_features(table: DataFrame, log: str, key: str, account: Account) -> DataFrame:
-    """One row per key of a users or items table, and its rows in the account. Of unequal rows the smallest stays.
+    """One row per key of a users or items table, and its rows in the account. Of unequal rows the one
+    with the fewest nulls stays, and of those the smallest.
 
     Raises:
         DataCheckError: no row has a key.
     """
     values = [c for c in table.columns if c not in (key, REASON)]
+    num_nulls = reduce(add, (F.col(f"`{name}`").isNull().cast("int") for name in values), F.lit(0))
     unique = kept(
         table.groupBy(key, REASON)
-        .agg(F.min(F.struct(*values)).alias("values:"), F.count("*").alias("rows:"))
-        .select(key, REASON, "`values:`.*", "rows:")
+        .agg(F.min(F.struct(num_nulls.alias("nulls:"), *values)).alias("values:"), F.count("*").alias("rows:"))
+        .select(key, REASON, *(f"`values:`.`{name}`" for name in values), "rows:")
     )
     counted = unique.groupBy(REASON).agg(F.count("*").alias("keys"), F.sum("rows:").alias("rows")).collect()
     usable = next((row for row in counted if row[0] is None), None)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import reduce
 
 import pyarrow as pa
@@ -18,11 +17,11 @@ from pyspark.sql import functions as F
 from etl.checks import DataCheckError
 from etl.kernel.attribution import KIND_IMPRESSION
 from etl.kernel.events import context_column
-from etl.lake.tables import Lake, dates_condition
+from etl.lake.tables import Lake, dates_condition, sample_dates
 from etl.logs.events import EventLog, event_logs, read_events
 from etl.logs.files import LogFolder
 from etl.logs.mapping import names_of
-from usr_ray.config import Config, date_ranges, dates_there
+from usr_ray.config import Config, FeaturesConfig, date_ranges, dates_there
 from usr_ray.schema import (
     EXPERIMENT_ORDERS,
     EXPERIMENT_USERS,
@@ -60,8 +59,7 @@ def experiment_counts(
     if not lake.has(spark, SAMPLES):
         raise DataCheckError(f"--lake {lake.root}: has no samples table; run jobs/build_samples.py first")
     table = spark.read.format("delta").load(lake.path(SAMPLES))
-    there = {row[0].isoformat() for row in table.select(PARTITION_COLUMN).distinct().collect()}
-    allow_missing = config.data.allow_missing_dates
+    there, allow_missing = sample_dates(spark, lake), config.data.allow_missing_dates
     source = f"the table {lake.path(SAMPLES)} holds"
     used, warning = dates_there(dates, there, where="--dates", source=source, allow_missing=allow_missing)
     if warning:
@@ -92,13 +90,23 @@ def bucket_of_impressions(
     """
     column = config.online.bucket_column
     bucket = F.col(f"`{context_column(column)}`")
-    own = replace(config, features=replace(config.features, context_categories=(column,), context_numbers=(), scale={}))
-    events = read_events(own, folder, logs).filter(F.col("reason").isNull())
+    events = read_events(of_bucket_alone(config), folder, logs).filter(F.col("reason").isNull())
     names = F.array(*(F.lit(s) for s in config.scenarios))
     return (
         events.filter(dates_condition("to_date(event_time)", *dates))
         .groupBy(F.element_at(names, F.col("scenario") + 1).alias("scenario"), F.col("id").alias("impression_id"))
         .agg(F.min(bucket).alias("low"), F.max(bucket).alias("high"))
+    )
+
+
+def of_bucket_alone(config: Config) -> Config:
+    """How the logs are read for the bucket column: other columns, and what is made of them, are left out."""
+    return Config(
+        scenarios=config.scenarios,
+        query_scenarios=config.query_scenarios,
+        labels=config.labels,
+        logs=config.logs,
+        features=FeaturesConfig(context_categories=(config.online.bucket_column,)),
     )
 
 

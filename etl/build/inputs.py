@@ -25,7 +25,7 @@ from etl.kernel.user_pass import PassPlan, first_pass
 from etl.logs.duplicates import key_hash, mark_foreign
 from etl.logs.events import EventLog, context_tags, event_logs, read_events, read_features
 from etl.logs.files import ANY_LOG, LogFolder, readable
-from usr_ray.config import DAY_US, Config, date_of, day_number
+from usr_ray.config import DAY_US, Config, day_number
 from usr_ray.schema import FITTED_SCALES
 
 MAX_ROWS_PER_TASK = 1 << 22
@@ -177,7 +177,7 @@ def run_pass(
     read = logs.events
     if first_row is not None:
         read = read.filter(time.isNull() | (time >= F.timestamp_micros(F.lit(first_row))))
-        logs.account.whole_from = date_of(-(-first_row // DAY_US))
+        logs.account.read_from(first_row, plan.since)
     with readable(ANY_LOG):
         rows, num_usable = mark_foreign(read.select(*_OF_PASS, *plan.categories, *scaled, key.alias(USER_KEY)))
     rows = _with_owned(rows, logs, plan)

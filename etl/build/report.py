@@ -15,16 +15,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pyspark.errors import AnalysisException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 import usr_ray
 from etl.build.account import UNDATED, Account
-from etl.jvm import file_system
+from etl.jvm import file_system, json_texts
 from etl.kernel.rows import EVENT_HOUR
 from etl.lake.tables import Lake
-from etl.session import literal_path
 from usr_ray.config import Config, parse_dates
 from usr_ray.schema import (
     ALL_LABELS,
@@ -336,14 +334,8 @@ def write_report(spark: SparkSession, lake: Lake, name: str, report: Mapping[str
 
 def read_reports(spark: SparkSession, lake: Lake) -> dict[str, dict[str, Any]]:
     """Date -> report, of every date built so far."""
-    try:
-        # A filter, not a pattern in the path: for that Spark warns, with a stack, that it cannot look the folder up.
-        folder = literal_path(lake.path(REPORTS))
-        rows = spark.read.option("pathGlobFilter", "*.json").text(folder, wholetext=True).collect()
-    except AnalysisException:  # no such folder
-        return {}
-    reports = [json.loads(row[0]) for row in rows]
-    return {report["date"]: report for report in sorted(reports, key=lambda r: r["date"])}
+    texts = json_texts(spark, lake.path(REPORTS)).values()
+    return {report["date"]: report for report in sorted(map(json.loads, texts), key=lambda r: r["date"])}
 
 
 def _rows(account: Account, date: str) -> dict[str, dict[str, int]]:

@@ -14,10 +14,11 @@ from typing import Any
 from pyspark.sql import SparkSession
 
 from etl.build.account import UNDATED, Account
-from etl.build.inputs import Inputs, day_of
+from etl.build.held import check_restated
+from etl.build.inputs import day_of, make_plan
 from etl.build.report import read_reports
 from etl.build.samples import Job, Progress, passed_logs, row_plan, write_dates
-from etl.build.state import DUPLICATE_SPAN, write_state, write_sums
+from etl.build.state import write_state, write_sums
 from etl.checks import DataCheckError
 from etl.features.by_id import update_tables_by_id
 from etl.features.counters import counter_fingerprints
@@ -25,9 +26,8 @@ from etl.features.vocabulary import existing_vocabularies, feature_spec
 from etl.kernel.attribution import LabelRules
 from etl.kernel.fingerprint import date_fingerprint
 from etl.kernel.packs import COUNT, EVENT, VALUE
-from etl.lake.tables import Lake, check_tables, prepare_samples
-from usr_ray.config import Config, dates_there
-from usr_ray.schema import SAMPLES
+from etl.lake.tables import Lake, check_tables, prepare_samples, sample_dates
+from usr_ray.config import SHOWN_RANGES, Config, date_ranges, dates_there
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,13 +52,14 @@ def restate_samples(
         Restated date -> what has changed of it (`impressions`, `labels`, `histories`, `final_until`).
 
     Raises:
-        DataCheckError: nothing was built yet, the configuration has changed, a log cannot be used, or the logs hold a
-            date no longer that would be built again.
+        DataCheckError: nothing was built yet, the configuration has changed, a log cannot be used, or it holds a date
+            no longer that the lake was built from.
     """
     lake = request.lake
     check_tables(spark, lake, config, feature_spec(config))
     asked = (str(request.first or dt.date.min), str(request.last or dt.date.max))
-    reports = {date: found for date, found in read_reports(spark, lake).items() if asked[0] <= date <= asked[1]}
+    every = read_reports(spark, lake)
+    reports = {date: found for date, found in every.items() if asked[0] <= date <= asked[1]}
     if not reports:
         raise DataCheckError(f"--restate: {lake.root} has no reports of the dates asked for; build them with --dates")
     if request.first is not None and request.last is not None:
@@ -66,9 +67,15 @@ def restate_samples(
         _, warning = dates_there(span, set(reports), where="--dates", source=source, allow_missing=True)
         if warning:  # a scheduled restatement looks back further than a young lake goes
             progress.write(f"warning: {warning}")
+    if gone := _deleted(reports, sample_dates(spark, lake)):
+        progress.write(f"{date_ranges(gone, most=SHOWN_RANGES)}: no longer in the samples, so not restated")
+        reports = {date: found for date, found in reports.items() if date not in gone}
+        if not reports:
+            return {}
     days, rules = tuple(map(day_of, reports)), LabelRules.from_config(config.labels)
     with passed_logs(spark, config, request.logs, lake, request.first, days, progress) as (state, inputs):
-        _check_logs(lake, reports, inputs, rules)
+        for note in check_restated(lake, every, inputs.account, state, make_plan(config, days), reports):
+            progress.write(f"warning: {note}")
         # Events may have changed that only dates yet to come show.
         last = max(dt.date.fromisoformat(max(reports)), state.complete_until or dt.date.min)
         whole = replace(state, complete_until=last if state.complete_until else None)
@@ -133,23 +140,10 @@ def _recounted(date: str, report: dict[str, Any], account: Account) -> bool:
     return now != report["rows"] or reasons != report["rejects"] or undated != report["undated"]["rows"]
 
 
-def _check_logs(lake: Lake, reports: dict[str, dict[str, Any]], inputs: Inputs, rules: LabelRules) -> None:
-    """Refuse to replace a date by nothing because its logs have been cleared away."""
+def _deleted(reports: dict[str, dict[str, Any]], there: set[str]) -> set[str]:
+    """Dates whose rows somebody has deleted from the samples; their reports stay."""
     held = {date for date, report in reports.items() if any(s["impressions"] for s in report["scenarios"].values())}
-    shown = inputs.num_impressions(held)
-    gone = sorted(date for date in held if not shown[date])
-    if gone:
-        # The first dates that the logs still hold have lost what went before their own clicks and orders.
-        margin = dt.timedelta(days=1, microseconds=rules.reach + DUPLICATE_SPAN)
-        last_cut = (dt.datetime.fromisoformat(gone[-1]) + margin).date().isoformat()
-        whole = sorted(date for date in held if date > last_cut)
-        way_out = (
-            f"name the dates whose logs are whole: --dates {whole[0]}:{whole[-1]}" if whole else "name other --logs"
-        )
-        raise DataCheckError(
-            f"--restate: the logs hold no impression of {', '.join(gone[:3])}{' ...' if len(gone) > 3 else ''}, which "
-            f"{lake.path(SAMPLES)} holds and would lose; {way_out}"
-        )
+    return held - there
 
 
 def _dates(names: Any) -> list[dt.date]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pyspark.sql import DataFrame, SparkSession
 
 from etl.build.account import UNDATED, Account
+from etl.build.held import check_earlier, silent_logs
 from etl.build.inputs import Inputs, day_of, iso_time, make_plan, open_logs, run_pass, watermark_of
 from etl.build.report import (
     SampleCounts,
@@ -18,6 +19,7 @@ from etl.build.report import (
     date_report,
     funnel_lines,
     mark_new,
+    read_reports,
     warnings_of,
     write_report,
 )
@@ -89,14 +91,18 @@ def build_samples(spark: SparkSession, config: Config, request: BuildRequest, pr
     """Build the samples of the requested dates; a rerun replaces them by equal rows.
 
     Raises:
-        DataCheckError: a log is missing or unusable, or the table was built with another configuration; UserError: the
-            dates, or one of them without data.allow_missing_dates, hold no impression. Nothing has been written then.
+        DataCheckError: a log is missing or unusable, has lost earlier dates, or the table was built with another
+            configuration; UserError: the dates, or one of them without data.allow_missing_dates, hold no impression.
+            Nothing has been written then.
     """
     lake = request.lake
     check_tables(spark, lake, config, feature_spec(config))
     days = [day_number(date) for date in request.dates]
     with passed_logs(spark, config, request.logs, lake, request.first, days, progress) as (state, inputs):
         built = _dates_there(request, inputs, config, progress)
+        notes = check_earlier(lake, read_reports(spark, lake), inputs.account, state, built)
+        for note in (*notes, *silent_logs(inputs.account, built)):
+            progress.write(f"warning: {note}")
         dates = [date.isoformat() for date in built]
         counts = value_counts(spark, lake, state, inputs.staged(VALUE))
         known, spec = grow_vocabularies(spark, config, lake, counts, inputs.tables, dates, inputs.staged(PACK))

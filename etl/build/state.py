@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from delta.tables import DeltaTable
 from pyspark.sql import Column, DataFrame, SparkSession
@@ -45,7 +47,10 @@ STATE_SCHEMA = T.StructType(
 )
 DUPLICATE_SPAN = DAY_US
 """Rows of one key that are further apart are not seen as duplicates by a build that reads the state."""
-_HARMLESS = ("OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES")
+_HARMLESS = (
+    *("OPTIMIZE", "REORG", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES", "UNSET TBLPROPERTIES"),
+    *("ADD CONSTRAINT", "DROP CONSTRAINT", "UPGRADE PROTOCOL", "COMPUTE STATS"),
+)
 """Operations that leave the rows as they are."""
 
 
@@ -88,16 +93,35 @@ def find_state(spark: SparkSession, config: Config, lake: Lake, first: dt.date) 
 
 
 def _trusted(spark: SparkSession, config: Config, lake: Lake, table: str) -> tuple[int, dict[str, str]] | None:
-    """Version and mark of the newest commit of a build, where it was of this configuration and the rows are its own."""
+    """The newest version, and the mark of the build that left its rows; None where others changed them since."""
     if not lake.has(spark, table):
         return None
-    for commit in DeltaTable.forPath(spark, lake.path(table)).history().collect():  # newest first
-        mark = json.loads(commit["userMetadata"] or "{}")
+    columns = ("version", "operation", "operationParameters", "userMetadata")
+    history = DeltaTable.forPath(spark, lake.path(table)).history().select(*columns)
+    commits = [row.asDict() for row in history.collect()]
+    mark = mark_of(commits)
+    return (commits[0]["version"], mark) if mark and mark["meaning"] == config.row_meaning() else None
+
+
+def mark_of(commits: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The mark of the build that left the rows as they are; empty where somebody changed them since.
+
+    Args:
+        commits: a Delta table's history, newest first. What a RESTORE went back over does not count.
+    """
+    newest = commits[0]["version"] if commits else 0
+    for commit in commits:
+        if commit["version"] > newest:
+            continue
+        mark: dict[str, str] = json.loads(commit["userMetadata"] or "{}")
         if mark.get("complete_until"):
-            return (commit["version"], mark) if mark["meaning"] == config.row_meaning() else None
-        if commit["operation"] not in _HARMLESS:
-            return None
-    return None
+            return mark
+        restored = (commit["operationParameters"] or {}).get("version") if commit["operation"] == "RESTORE" else None
+        if restored is not None and restored.isdecimal():
+            newest = int(restored)
+        elif commit["operation"] not in _HARMLESS:
+            return {}
+    return {}
 
 
 def past_events(spark: SparkSession, lake: Lake, state: State) -> DataFrame:

@@ -96,6 +96,7 @@ def counter_plan(table: DataFrame, config: Config, days: Sequence[int]) -> Count
         prior=config.counters.prior,
         num_scenarios=len(config.scenarios),
         of_scenarios=tuple(int(number) for row in sorted(rows) for number in row),
+        cvr_without=tuple(map(config.scenarios.index, config.cvr_without)),
     )
 
 

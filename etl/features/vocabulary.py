@@ -20,7 +20,7 @@ from etl.features.lists import count_list_values
 from etl.features.numbers import Fits, fit_numbers, fit_vectors, fits_of, is_finite, owned_counts
 from etl.jvm import table_properties, table_version
 from etl.kernel.rows import EVENT_HOUR, NUM_HOURS
-from etl.lake.tables import Lake, append_vocabularies, samples_version
+from etl.lake.tables import Lake, append_vocabularies, sample_dates, samples_version
 from etl.session import kept
 from usr_ray.config import Config, VocabularyConfig, date_ranges, dates_in, parse_dates
 from usr_ray.config.counters import CounterConfig, counter_columns
@@ -33,7 +33,6 @@ from usr_ray.schema import (
     LOG1P,
     MAX_FINGERPRINTS,
     PADDING_ID,
-    PARTITION_COLUMN,
     SAMPLES,
     SCALES,
     STANDARD,
@@ -207,10 +206,7 @@ def _found(sizes: Sequence[Row]) -> tuple[dict[str, int], dict[str, tuple[int, i
 
 def fitting_dates(spark: SparkSession, config: Config, lake: Lake, dates: Iterable[str]) -> set[str]:
     """The dates that the vocabularies are fitted on: those built and those to build, inside the training dates."""
-    fitting = set(dates)
-    if lake.has(spark, SAMPLES):
-        rows = spark.read.format("delta").load(lake.path(SAMPLES)).select(PARTITION_COLUMN).distinct().collect()
-        fitting |= {row[0].isoformat() for row in rows}
+    fitting = {*dates, *sample_dates(spark, lake)}
     if config.data.train_dates:
         first, last = parse_dates(config.data.train_dates, where="data.train_dates")
         fitting = {date for date in fitting if first.isoformat() <= date <= last.isoformat()}

@@ -19,7 +19,7 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from etl.checks import DataCheckError
-from etl.jvm import file_system, parquet_footer, table_properties, table_version
+from etl.jvm import file_system, json_texts, parquet_footer, table_properties, table_version
 from etl.lake.tables import TABLES, Lake, samples_version, without_dictionaries
 from etl.session import MIN_FILE_BYTES, literal_path
 from usr_ray.config import DAY_US
@@ -335,15 +335,10 @@ def holds_of_pins(spark: SparkSession, lake: Lake) -> list[Hold]:
     Raises:
         DataCheckError: a pin cannot be read.
     """
-    folder = lake.path(PINS)
-    system, hadoop_path = file_system(spark, folder)
-    if not system.exists(hadoop_path):
-        return []
-    texts = spark.read.text(literal_path(folder), wholetext=True, pathGlobFilter="*.json")
     found = []
-    for row in sorted(texts.select("value", F.input_file_name().alias("path")).collect(), key=lambda row: row["path"]):
-        version, files, raw = _parse(row["value"], row["path"])
-        name = row["path"].rpartition("/")[2].removesuffix(".json")
+    for path, text in json_texts(spark, lake.path(PINS)).items():
+        version, files, raw = _parse(text, path)
+        name = path.rpartition("/")[2].removesuffix(".json")
         found.append(Hold(run=f"{raw.get('run')}", status="not finished", version=version, files=files, pin=name))
     return found
 

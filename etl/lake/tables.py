@@ -200,6 +200,14 @@ def prepare_samples(
         spark.sql(f"ALTER TABLE delta.`{path}` SET TBLPROPERTIES ({pairs})")
 
 
+def sample_dates(spark: SparkSession, lake: Lake) -> set[str]:
+    """ISO dates that the samples table holds rows of; none where there is no table."""
+    if not lake.has(spark, SAMPLES):
+        return set()
+    rows = spark.read.format("delta").load(lake.path(SAMPLES)).select(PARTITION_COLUMN).distinct().collect()
+    return {row[0].isoformat() for row in rows}
+
+
 def samples_version(spark: SparkSession, lake: Lake, name: str) -> int | None:
     """The version of a table by encoded id that belongs to the newest samples; None where they name none.
 

@@ -21,6 +21,7 @@ from etl.logs.formats import MALFORMED, REPLACEMENT, own
 from etl.logs.mapping import (
     FIRST_MICRO,
     LAST_MICRO,
+    MAX_NUMBER,
     TIMES,
     as_written,
     is_value,
@@ -389,7 +390,11 @@ def _number(raw: DataFrame, log: str, column: str) -> Column:
     kind = raw.schema[column].dataType
     if not isinstance(kind, (T.NullType, T.StringType, T.BooleanType, T.NumericType)):
         raise _wrong_type(log, column, kind, "number")
-    return plain_number(own(column)) if isinstance(kind, T.StringType) else own(column).try_cast("double")
+    if isinstance(kind, T.StringType):
+        return plain_number(own(column))
+    read = own(column).try_cast("double")
+    is_too_large = (F.abs(read) > F.lit(MAX_NUMBER)) & (F.abs(read) < F.lit(float("inf")))
+    return F.when(~is_too_large, read)
 
 
 def _list_text(raw: DataFrame, log: str, column: str, feature: ListFeature) -> Column:

@@ -23,6 +23,8 @@ _NUMBERS = (T.StringType, T.NumericType)
 LAST_MICRO = 253_402_300_800_000_000
 """Start of the year 10000: what lies outside the years 1 to 9999 is no time, most often a wrong unit."""
 FIRST_MICRO = -62_135_596_800_000_000
+MAX_NUMBER = 3.4028234663852886e38
+"""The largest of 32 bits, in which numbers are written: what is larger would be infinite there."""
 _DATE = r"^\s*\d{4}-\d{1,2}-\d{1,2}"
 _CLOCK = r"[T ]\s*\d{1,2}:\d{1,2}(?::\d{1,2}(?:\.\d*)?)?"
 _ISO = _DATE + f"(?:{_CLOCK}" + r"\s*(\S.*?)?)?\s*$"
@@ -30,8 +32,8 @@ _ISO = _DATE + f"(?:{_CLOCK}" + r"\s*(\S.*?)?)?\s*$"
 number for a year."""
 _OFFSET = r"^(?:Z|(?:UTC?|GMT)?[+-]\d{1,2}(?::?\d{2}){0,2}|UTC?|GMT)$"
 _NUMBER = r"^\s*[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?\s*$"
-_DECIMAL_COMMA = r"^\s*[+-]?(?:\d{1,3}(?:[.\s\u00a0\u202f]\d{3})+|\d+)(?:,\d*)?\s*$"
-"""Points and spaces, no-break ones too, stand between thousands only."""
+_DECIMAL_COMMA = r"^\s*[+-]?(?:[1-9]\d{0,2}(?:[.\s\u00a0\u202f]\d{3})+|\d+)(?:,\d*)?\s*$"
+"""Points and spaces, no-break ones too, stand between thousands only, which do not begin with 0."""
 _AMERICAN = {"EDT": "-04:00", "CST": "-06:00", "CDT": "-05:00", "MDT": "-06:00", "PST": "-08:00", "PDT": "-07:00"}
 """Short names that RFC 2822 defines and the time zone database lacks. Java reads PST as Los Angeles, in summer too, and
 BST as Dhaka: of all others without a slash only those of the database are names of zones."""
@@ -132,11 +134,16 @@ def _without(value: Column, kind: T.DataType, nulls: Sequence[str]) -> Column:
     """The value, or null where it is one of `nulls`; of a list the values that are none of them."""
     if isinstance(kind, T.ArrayType):
         element = kind.elementType
-        return F.filter(value, lambda one: _without(one, element, nulls).isNotNull()) if nulls else value
-    if isinstance(kind, T.FloatType | T.DoubleType):  # -1 is -1.0
+        has_blanks = isinstance(element, T.StringType)  # around a tag, which they are no part of
+
+        def is_some(one: Column) -> Column:
+            return _without(F.trim(one) if has_blanks else one, element, nulls).isNotNull()
+
+        return F.filter(value, is_some) if nulls else value
+    if isinstance(kind, T.FloatType | T.DoubleType | T.DecimalType):  # -1 is -1.0 and -1.00
         numbers = [float(text) for text in nulls if re.fullmatch(r"[+-]?\d{1,15}(?:\.\d*)?", text)]
-        return F.when(~value.isin(numbers), value) if numbers else value
-    if isinstance(kind, T.StringType | T.NumericType):
+        return F.when(~value.cast("double").isin(numbers), value) if numbers else value
+    if isinstance(kind, T.StringType | T.NumericType | T.DateType):
         return F.when(~value.cast("string").isin([*nulls]), value)
     return value
 
@@ -161,9 +168,9 @@ def _with_point(text: Column) -> Column:
 
 
 def plain_number(text: Column) -> Column:
-    """Text as a double; null where it is none. Java's own reading takes 12d and 3f for numbers, and 1e400 for one."""
+    """Text as a double; null where it is none, or too large for 32 bits. Java's own reading takes 12d for a number."""
     read = F.when(text.rlike(_NUMBER), text.try_cast("double"))
-    return F.when(F.abs(read) != F.lit(float("inf")), read)
+    return F.when(F.abs(read) <= F.lit(MAX_NUMBER), read)
 
 
 def is_value(text: Column) -> Column:

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import deltalake
 import pytest
 from pyspark.sql import SparkSession
 
@@ -91,8 +92,15 @@ def test_a_state_that_somebody_changed_is_not_trusted(
     assert (found.since, found.complete_until) == (DATES[2], DATES[1])
     assert find_state(spark, settings, lake, DATES[0]).since == DATES[0]
     assert find_state(spark, load_config(None, (*CONFIG, "histories.length=9")), lake, DATES[3]) == State()
+    spark.sql(f"ALTER TABLE delta.`{path}/state` SET TBLPROPERTIES ('my.note' = 'x')")
+    spark.sql(f"ALTER TABLE delta.`{path}/state` UNSET TBLPROPERTIES ('my.note')")
+    trusted = find_state(spark, settings, lake, DATES[3])
+    assert trusted.since == DATES[2]
     spark.sql(f"DELETE FROM delta.`{path}/state` WHERE part = 'event'")
     assert find_state(spark, settings, lake, DATES[3]) == State()
+    deltalake.DeltaTable(f"{path}/state").restore(trusted.version)
+    restored = find_state(spark, settings, lake, DATES[3])
+    assert (restored.since, restored.version) == (DATES[2], (trusted.version or 0) + 2)
 
 
 def test_a_giant_user_s_day_is_taken_out_and_listed(

@@ -31,8 +31,8 @@ NARROW = load_config(None, (*OVERRIDES, 'labels.global_window="60 minutes"'))
 """Two scenarios and no features, for what does not depend on how wide a row is."""
 
 
-def build(spark: SparkSession, logs: Path, lake: Path, settings: Config, watermark: dt.datetime = WATERMARK) -> None:
-    request = BuildRequest(logs=str(logs), lake=Lake(str(lake)), first=DATES[0], last=DATES[3], watermark=watermark)
+def build(spark: SparkSession, logs: Path, lake: Path, settings: Config, first: dt.date = DATES[0]) -> None:
+    request = BuildRequest(logs=str(logs), lake=Lake(str(lake)), first=first, last=DATES[3], watermark=WATERMARK)
     build_samples(spark, settings, request, Progress(write=lambda line: None))
 
 
@@ -156,6 +156,11 @@ def test_a_later_watermark_restates_the_dates_it_closes(
         assert want["is_mature"], key
         for scenario, events in zip(("search", "feed"), want["histories"], strict=True):
             assert found[key][f"{scenario}_history_actions"] == [event[2] for event in events], key
+    # The earlier watermark would touch day 3 again; a date that was deleted does not come back.
+    deltalake.DeltaTable(str(lake / "samples")).delete(f"impression_date >= '{DATES[3]}'")
+    touched, lines = restate(spark, logs, lake, NARROW)
+    assert touched == {}
+    assert f"{DATES[3]}: no longer in the samples, so not restated" in lines
 
 
 def test_dates_whose_logs_are_gone_are_kept_and_those_after_them_can_be_restated(
@@ -175,7 +180,9 @@ def test_dates_whose_logs_are_gone_are_kept_and_those_after_them_can_be_restated
     short = write_logs(kept, tmp_path / "short")
 
     before = {table: content(lake, table) for table in ("samples", "state")}
-    refusal = r"hold no impression of 2026-01-01, which \S+ holds and would lose; .* --dates 2026-01-04:2026-01-04$"
+    refusal = (
+        r"no row any more of 2026-01-01.*, which \S+ was built from and would lose; .* --dates 2026-01-04:2026-01-04 "
+    )
     with pytest.raises(DataCheckError, match=refusal):
         restate(spark, short, lake, NARROW)
     assert {table: content(lake, table) for table in before} == before
@@ -187,6 +194,13 @@ def test_dates_whose_logs_are_gone_are_kept_and_those_after_them_can_be_restated
     for table in ("samples", "rejects", "vocabularies", "state"):
         assert content(lake, table) == content(fresh, table), table
     assert reports(lake) == reports(fresh)
+    shutil.rmtree(fresh / "state")
+    before = {table: content(fresh, table) for table in ("samples", "vocabularies")}
+    with pytest.raises(
+        DataCheckError, match=r"of 2026-01-01.*these dates need again without a state; .* \(RESTORE\), or"
+    ):
+        build(spark, short, fresh, NARROW, first=DATES[3])
+    assert {table: content(fresh, table) for table in before} == before
     state = deltalake.DeltaTable(str(lake / "state")).version()
     assert restate(spark, short, lake, NARROW, first=DATES[3], last=DATES[3])[0] == {}
     assert deltalake.DeltaTable(str(lake / "state")).version() == state, "nothing new, nothing written"

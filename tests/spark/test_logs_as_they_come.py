@@ -372,6 +372,7 @@ def test_positions_and_numbers_that_cannot_be_read_are_rejected(spark: SparkSess
         ("9999999999", "1"),
         ("1", "12,50"),
         ("1", "1e400"),
+        ("1", "-4e38"),
         ("1", "12d"),
         ("1", "inf"),
     ]
@@ -386,9 +387,9 @@ def test_positions_and_numbers_that_cannot_be_read_are_rejected(spark: SparkSess
     expected = [(*pair, None) for pair in zip(positions.values(), numbers.values(), strict=True)]
     assert [found[f"i{n}"] for n in range(len(expected))] == expected
     reasons = [found[f"i{n}"][2] for n in range(len(expected), len(rows))]
-    assert reasons == ["unparsable_position"] * 3 + ["unparsable_number"] * 4
+    assert reasons == ["unparsable_position"] * 3 + ["unparsable_number"] * 5
     told = refusal(spark, tmp_path, tmp_path / "lake", 'features.context_numbers=["price"]')
-    assert "4 of 13 rows (30.8%) are rejected as unparsable_number" in told
+    assert "5 of 14 rows (35.7%) are rejected as unparsable_number" in told
     assert "write 1234.50, or name the column in logs.feed_impressions.decimal_comma" in told
 
 

@@ -115,7 +115,7 @@ def test_the_job_reports_the_example_shop(
     assert set(report["sample_ratio"]) == {ALL, "search", "feed"}
     printed = capsys.readouterr().out
     assert printed.startswith("This reports an experiment that another system has run")
-    assert "Verdicts are Holm's over the 12 comparisons" in printed
+    assert "of 12 comparisons that can have one" in printed
     assert (tmp_path / "out" / "online.html").read_text().startswith("<!doctype html>")
 
 

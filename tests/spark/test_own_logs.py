@@ -10,6 +10,7 @@ import math
 import statistics
 import zoneinfo
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 
+from etl.build.account import Account, unique_features
 from etl.build.samples import BuildRequest, Progress, build_samples
-from etl.checks import DataCheckError
+from etl.checks import DataCheckError, LogCount
 from etl.lake.tables import Lake
-from etl.logs.events import read_features
+from etl.logs.events import REASON, read_features
 from etl.logs.files import LogFolder
 from etl.logs.mapping import as_written, map_columns
 from tests.spark.conftest import EXAMPLE
@@ -137,24 +140,34 @@ def test_an_item_s_views_and_clicks_of_the_days_before_are_counted(spark: SparkS
 
 
 def test_values_that_stand_for_none_are_null_in_columns_of_any_type(spark: SparkSession) -> None:
-    kinds = "item_id string, shop int, big bigint, price double, tags array<string>, more string, day date"
+    kinds = "item_id string, shop int, big bigint, price double, tags array<string>, more string, day date, "
+    kinds += "cost decimal(10,2)"
     day = dt.date(2026, 1, 1)
     rows = [
-        ("a", -1, -1, -1.0, ["-1", "x", "NULL"], "x|NULL|-1", day),
-        ("NULL", 1, 2**53 + 1, -1.5, None, None, None),
-        ("-10", None, None, float("nan"), [], "NULL", day),
+        ("a", -1, -1, -1.0, ["-1", "x", "NULL"], "x | NULL |-1", day, Decimal("-1.00")),
+        ("NULL", 1, 2**53 + 1, -1.5, None, None, None, None),
+        ("-10", None, None, float("nan"), [], "NULL", dt.date(1900, 1, 1), Decimal("-10.00")),
     ]
-    nulls = LogConfig(null_values=("NULL", "-1", "9007199254740992"), split={"more": "|"})
+    nulls = LogConfig(null_values=("NULL", "-1", "9007199254740992", "1900-01-01"), split={"more": "|"})
     found = map_columns(spark.createDataFrame(rows, kinds), "items", nulls)
     names = [name.partition(" ")[0] for name in kinds.split(", ")]
     a, null, ten = (tuple(row[name] for name in names) for row in found.collect())
-    assert a == ("a", None, None, None, ["x"], ["x"], day)
-    assert null == (None, 1, 2**53 + 1, -1.5, None, None, None)
-    assert (*ten[:3], *ten[4:]) == ("-10", None, None, [], None, day)
+    assert a == ("a", None, None, None, ["x"], ["x "], day, None)
+    assert null == (None, 1, 2**53 + 1, -1.5, None, None, None, None)
+    assert (*ten[:3], *ten[4:]) == ("-10", None, None, [], None, None, Decimal("-10.00"))
     assert math.isnan(ten[3])
     texts = [('["a", "b|c"]',), ("a|[b]",), ("[no list|x",), ("[]",), (None,)]
     split = map_columns(spark.createDataFrame(texts, "tags string"), "items", LogConfig(split={"tags": "|"}))
     assert [row[0] for row in split.collect()] == [["a", "b|c"], ["a", "[b]"], ["[no list", "x"], [], None]
+
+
+def test_of_several_rows_of_an_item_the_fullest_stays(spark: SparkSession) -> None:
+    rows = [("a", None, 9.0), ("a", "b", 5.0), ("a", "a", None), ("b", "z", None), ("b", "y", None)]
+    table = spark.createDataFrame(rows, "item_id string, brand string, price double")
+    account = Account()
+    found = unique_features(table.withColumn(REASON, F.lit(None).cast("string")), "items", "item_id", account)
+    assert sorted(map(tuple, found.collect())) == [("a", "b", 5.0), ("b", "y", None)]
+    assert account.total("items") == LogCount(rows_in=5, duplicates=3, used=2)
 
 
 def frame(spark: SparkSession, kind: str, *values: Any) -> DataFrame:
@@ -369,7 +382,8 @@ def test_one_events_file_of_a_german_shop(spark: SparkSession, tmp_path: Path) -
     (tmp_path / "ereignisse-1.csv.gz").write_bytes(gzip.compress(("\n".join(lines) + "\n").encode("windows-1252")))
     prices = ["12,50", "1.234,50", "7", "", "1\u00a0999,99"]
     catalogue = ["artikel;preis", *(f"a{n};{price}" for n, price in enumerate(prices))]
-    (tmp_path / "katalog.csv").write_bytes(("\n".join(catalogue) + "\n").encode("windows-1252"))
+    with pa.CompressedOutputStream(str(tmp_path / "katalog.csv.zst"), "zstd") as file:
+        file.write(("\n".join(catalogue) + "\n").encode("windows-1252"))
     common = 'separator = ";"\nencoding = "windows-1252"\n'
     text = 'scenarios = ["suche", "start"]\nquery_scenarios = ["suche"]\n[vocabulary]\nmin_count = 1\n'
     text += '[features]\nitem_numbers = ["price"]\n'
@@ -383,7 +397,7 @@ def test_one_events_file_of_a_german_shop(spark: SparkSession, tmp_path: Path) -
             text += f'where = {{ typ = "{word}", ort = "{scenario}" }}\ncolumns = {{ {columns}, {more} }}\n'
     text += f'[logs.orders]\npath = "ereignisse-*.csv.gz"\ntime_format = "ms"\n{common}where = {{ typ = "gekauft" }}\n'
     text += f'columns = {{ {columns}, order_id = "vorgang" }}\n'
-    text += f'[logs.items]\npath = "katalog.csv"\n{common}columns = {{ item_id = "artikel", price = "preis" }}\n'
+    text += f'[logs.items]\npath = "katalog.csv.zst"\n{common}columns = {{ item_id = "artikel", price = "preis" }}\n'
     (tmp_path / "german.toml").write_text(text + 'decimal_comma = ["price"]\n', encoding="utf-8")
     config = load_config(tmp_path / "german.toml")
     request = BuildRequest(
@@ -422,13 +436,14 @@ def test_one_events_file_of_a_german_shop(spark: SparkSession, tmp_path: Path) -
         "it in logs.items.decimal_comma"
     ]
     (tmp_path / "some" / "items.csv").write_text(
-        "item_id;price\na;1.234,50\nb;12.50\nc;1.2.3,4\nd;1 234,5\ne;-3,25\nf;1.234\ng;\nh;NaN\n", encoding="utf-8"
+        "item_id;price\na;1.234,50\nb;12.50\nc;1.2.3,4\nd;1 234,5\ne;-3,25\nf;1.234\ng;\nh;NaN\ni;0.500\n",
+        encoding="utf-8",
     )
     comma = {"items": LogConfig(path="items.csv", separator=";", decimal_comma=("price",))}
     folder = LogFolder(spark, str(tmp_path / "some"), comma)
     prices = read_features(folder, "items", "item_id", [], ["price"]).orderBy("item_id").collect()
-    assert [row["price"] for row in prices] == [1234.5, None, None, 1234.5, -3.25, 1234.0, None, None]
-    assert "is no number in 2 of 6 rows, such as 'no decimal comma: 1.2.3,4', and null there" in folder.notes()[0]
+    assert [row["price"] for row in prices] == [1234.5, None, None, 1234.5, -3.25, 1234.0, None, None, None]
+    assert "is no number in 3 of 7 rows, such as 'no decimal comma: " in folder.notes()[0]
     pq.write_table(pa.table({"item_id": ["a"], "price": [12.5], "tags": [["x", "y"]]}), tmp_path / "some.parquet")
     for key, value, kind in (("decimal_comma", ("price",), "double"), ("split", {"tags": "|"}, "array<string>")):
         folder = LogFolder(spark, str(tmp_path), {"items": LogConfig(path="some.parquet", **{key: value})})

@@ -197,7 +197,8 @@ def test_vacuum_can_delete_around_a_run_and_says_who_keeps_what(
 def test_a_pin_in_the_lake_holds_files_without_the_run_s_folder(
     spark: SparkSession, lake: Path, tmp_path: Path
 ) -> None:
-    run = tmp_path / "elsewhere" / "run"
+    run = tmp_path / "elsewhere" / "\u00dcber-uns"
+    assert pin_name(run).startswith("_ber-uns-"), "a name that Spark's readers take for hidden"
     write_pin([build_manifest(lake, dates=parse_dates(":".join(DAYS), where=""))], run)
     write_day(spark, lake, DAYS[1])
     with pytest.raises(DataCheckError, match=rf"version 2, to which the run {run} .*--unpin {pin_name(run)} once"):

@@ -207,6 +207,12 @@ class Config:
         has_queries = bool(set(self.query_scenarios) & set(self.scenarios))
         return self.counters.every(self.features.item_categories, has_queries=has_queries)
 
+    @property
+    def cvr_without(self) -> tuple[str, ...]:
+        """Scenarios whose clicks are none of the trials of a `cvr` over all: no log records the orders behind them."""
+        over_all = any(not one.per_scenario and "cvr" in one.columns for one in self.every_counter.values())
+        return tuple(s for s in self.scenarios if over_all and s in self.labels.no_order_scenarios)
+
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dictionaries, as saved in config.json."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
@@ -226,6 +232,8 @@ class Config:
         if self.every_counter:  # by what they are, however they were asked for
             counters = {name: dataclasses.asdict(counter) for name, counter in self.every_counter.items()}
             meaning["counters"] = json.loads(json.dumps({"prior": self.counters.prior, **counters}))
+        if self.cvr_without:
+            meaning["cvr_without"] = [*self.cvr_without]
         meaning["vocabulary"] = {"kind": self.vocabulary.kind}
         if self.vocabulary.kind == "hash":
             meaning["vocabulary"]["num_buckets"] = self.vocabulary.num_buckets

@@ -39,7 +39,8 @@ PER_USER = ("uctr", "ucvr")
 OF_ORDERS = ("ucvr", "ctcvr")
 """Not known where nobody logs orders: such rows have none, which is not 0."""
 MIN_USERS = 10
-"""Users with, and users without, the event in a bucket, below which a normal interval is not to be trusted."""
+"""Users with the event in a bucket, and for a share of users those without it, below which a normal interval is not to
+be trusted."""
 RATIO_ALARM = 0.001
 """p-value of the sample-ratio test below which the buckets are not what was planned."""
 _DRAWN_AT_ONCE = 4_000_000
@@ -88,11 +89,14 @@ class Ratio:
     num_users: int
     num_positives: int
     """Users with a numerator above 0."""
+    is_share: bool = True
+    """Of users; False: a ratio of sums, which may vary where every user has the event."""
 
     @property
     def is_sound(self) -> bool:
-        """Enough users with and without the event for a normal interval."""
-        return min(self.num_positives, self.num_users - self.num_positives) >= MIN_USERS
+        """Enough users with the event, and of a share without it, for a normal interval."""
+        without = self.num_users - self.num_positives
+        return self.num_positives >= MIN_USERS and (not self.is_share or without >= MIN_USERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +203,7 @@ def ratio(cell: Cell, metric: str) -> Ratio:
     value = cell.sum_of(x_K) / total_y
     errors_K = x_K - value * y_K
     variance = float((errors_K**2) @ cell.users_K) / max(1, n - 1) * n / total_y**2 if n > 1 else 0.0
-    return Ratio(value, variance, n, int(cell.users_K[x_K > 0].sum()))
+    return Ratio(value, variance, n, int(cell.users_K[x_K > 0].sum()), metric in PER_USER)
 
 
 def value_interval(estimate: Ratio, metric: str, confidence: float) -> Interval:
@@ -405,7 +409,7 @@ def _comparisons(
     ratios: Mapping[str, SampleRatio],
     ratio_of_orders: SampleRatio,
 ) -> list[dict[str, Any]]:
-    """One entry per (scenario, metric, bucket other than the control) that is known; Holm's family is all of them.
+    """One entry per known (scenario, metric, bucket other than the control); Holm's family: those with a verdict.
 
     Args:
         ratio_of_orders: of the users that the orders of all scenarios together are about.
@@ -432,11 +436,14 @@ def _comparisons(
                     "is_sound": treated.is_sound and base.is_sound,
                 }
             )
-    for row, adjusted in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
-        row["p_value_holm"] = adjusted
+    is_valid = []
+    for row in rows:
         own = ratio_of_orders if row["scenario"] == ALL and row["metric"] in OF_ORDERS else ratios[row["scenario"]]
-        is_valid = ratios[ALL].is_ok and own.is_ok
-        row["verdict"] = _verdict(row, adjusted, 1 - level) if is_valid else INVALID
+        is_valid.append(ratios[ALL].is_ok and own.is_ok)
+    family = [row["p_value"] if valid and row["is_sound"] else None for row, valid in zip(rows, is_valid, strict=True)]
+    for row, adjusted, valid in zip(rows, holm(family), is_valid, strict=True):
+        row["p_value_holm"] = adjusted
+        row["verdict"] = _verdict(row, adjusted, 1 - level) if valid else INVALID
     return rows
 
 

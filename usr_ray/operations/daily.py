@@ -52,9 +52,11 @@ class DayPlan:
 
 
 def label_lag(config: Config) -> int:
-    """Whole days after which the labels of a date are final (contract, section 2.6)."""
-    delay_us = config.labels.global_window_us + config.labels.order_window_us
-    return -(-delay_us // DAY_US)
+    """Whole days after which the logs tell that the labels of a date are final (contract, section 2.6).
+
+    Of windows of 48 hours 3: the last event of the second day after a date is still a moment before they close.
+    """
+    return (config.labels.global_window_us + config.labels.order_window_us) // DAY_US + 1
 
 
 def plan_day(config: Config, day: dt.date, built: Collection[dt.date], current: Mapping[str, Any] | None) -> DayPlan:
@@ -190,6 +192,10 @@ class DayState:
         entry = self.record["steps"].setdefault(step, {})
         entry.update(status=status, **{"started" if status == RUNNING else "ended": now()}, **more)
         self._write()
+
+    def repeat(self, step: str, why: str) -> None:
+        """A step that is over has to be run once more, even where it was skipped."""
+        self.note(step, FAILED, why=why, again=True)
 
     def decide(self, verdict: str, why: str) -> None:
         """Write down PROMOTED or HELD."""

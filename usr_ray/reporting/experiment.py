@@ -47,13 +47,15 @@ def account(report: Mapping[str, Any]) -> dict[str, str]:
 
 def note_lines(report: Mapping[str, Any]) -> list[str]:
     """How to read the numbers."""
+    judged = sum(row["p_value_holm"] is not None for row in report["comparisons"])
     return [
         *(f"{metric.upper()}: {text}" for metric, text in DEFINITIONS.items()),
         f"Intervals: {report['confidence']:.0%}; [delta method; shares of users by Wilson] and {{bootstrap of "
         f"{report['num_resamples']:,} resamples of users, seed {report['seed']}}}.",
-        f"Verdicts are Holm's over the {len(report['comparisons'])} comparisons, at {1 - report['confidence']:.2g}; an "
-        "interval speaks of its own row alone. "
-        + f"'{FEW}': a bucket has fewer than {MIN_USERS} users with, or without, the event; its intervals say little.",
+        f"Verdicts are Holm's over the {judged} of {len(report['comparisons'])} comparisons that can have one, at "
+        f"{1 - report['confidence']:.2g}; an interval speaks of its own row alone. "
+        f"'{FEW}': a bucket has fewer than {MIN_USERS} users with the event, or of a share of users without it; its "
+        "intervals say little.",
     ]
 
 

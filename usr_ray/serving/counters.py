@@ -183,6 +183,7 @@ def write_counters(
         "prior": prior,
         "columns": [asdict(counter) for counter in columns],
         "of_scenarios": totals_N5.reshape(-1).tolist(),
+        "cvr_without": [spec.scenarios.index(s) for s in json.loads(built_with).get("cvr_without", ())],
         "features": [asdict(feature) for feature in features],
         "counted": list(values),  # columns with a code
         "num_scenarios": len(spec.scenarios),
@@ -364,6 +365,7 @@ class Counters:
             prior=raw["prior"],
             num_scenarios=self.num_scenarios,
             of_scenarios=tuple(raw["of_scenarios"]),
+            cvr_without=tuple(raw.get("cvr_without", ())),  # earlier versions have none
         )
         self._totals = self.plan.totals()
         self._sums = self._daily(places, until)

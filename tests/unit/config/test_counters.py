@@ -120,6 +120,25 @@ def test_what_is_counted_decides_what_a_row_means_and_the_warm_up_does_not() -> 
 
 
 @pytest.mark.parametrize(
+    ("counter", "wanted"),
+    [
+        (('counters.a.keys=["item_id"]', "counters.a.per_scenario=false"), ["feed"]),
+        (("counters.defaults=true",), ["feed"]),
+        (('counters.a.keys=["item_id"]',), None),
+        (('counters.a.keys=["item_id"]', "counters.a.per_scenario=false", 'counters.a.events=["clicks"]'), None),
+        ((), None),
+    ],
+)
+def test_scenarios_whose_orders_are_unknown_are_in_no_cvr_over_all(
+    counter: tuple[str, ...], wanted: list[str] | None
+) -> None:
+    """A lake of before, whose cvr has them, has another meaning; lakes without one keep theirs."""
+    shop = ('scenarios=["search","feed"]', 'labels.no_order_scenarios=["feed"]')
+    assert load_config(None, (*shop, *counter)).row_meaning().get("cvr_without") == wanted
+    assert "cvr_without" not in load_config(None, counter).row_meaning()
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (

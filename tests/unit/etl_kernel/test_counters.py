@@ -443,6 +443,35 @@ def test_the_text_of_several_values_tells_them_again(values: list[tuple[str, ...
         assert [part.to_pylist() for part in key_parts(joined, number)] == [p.to_pylist() for p in parts[:number]]
 
 
+def test_clicks_whose_orders_no_log_records_are_no_trials_of_an_order() -> None:
+    """Both items have 100 clicks and 50 orders in search (all: 200 and 60), item 1 another 900 clicks in the feed.
+
+    Rate 0.3: (50 + 20 * 0.3) / (50 + 20 * 0.7) = 56 / 64, beside 3 / 7.
+    """
+    windows = ((None, (("clicks", "clicks"), ("ctr", "ctr"), ("cvr", "cvr"))),)
+    own = CounterColumns(feature="item", per_scenario=True, windows=windows)
+    over_all = CounterColumns(
+        feature="item", per_scenario=False, windows=((None, tuple((f"all_{c}", what) for c, what in windows[0][1])),)
+    )
+    plan = CounterPlan(
+        columns=(own, over_all),
+        prior=20.0,
+        num_scenarios=2,
+        of_scenarios=(0, 0, 1000, 200, 60, 0, 1, 2000, 1000, 0),
+        cvr_without=(1,),
+    )
+    daily = np.array([[0, 0, 500, 100, 50], [0, 0, 500, 100, 50], [0, 1, 900, 900, 0]])
+    sums = {"item": DailySums.of(np.array([0, 1, 1]), daily, 2)}
+    rows = {"item": np.array([0, 1, 1])}
+    found = counter_values(plan, plan.totals(), sums, rows, np.array([0, 0, 1]), np.array([1, 1, 1]))
+    odds = math.log(56 / 64 * 7 / 3)
+    assert found["all_cvr"].tolist() == pytest.approx([odds] * 3, rel=1e-6)
+    assert found["cvr"].tolist() == pytest.approx([odds, odds, 0.0], rel=1e-6)
+    assert found["all_clicks"].tolist() == pytest.approx([math.log(101), *[math.log(1001)] * 2], rel=1e-6)
+    # 1,000 of 1,400 impressions were clicked, of all 1,200 of 3,000: (1000 + 8) / (400 + 12), beside 2 / 3.
+    assert found["all_ctr"][1] == pytest.approx(math.log(1008 / 412 * 3 / 2), rel=1e-6)
+
+
 def test_columns_of_one_counter_are_its_windows() -> None:
     """Item 1: 4 impressions and 2 clicks on day 10, 1 and 1 on day 12; all: 40 and 10, then 10 and 5. Row of day 13."""
     daily = [[10, 0, 4, 2, 0], [12, 0, 1, 1, 0]]

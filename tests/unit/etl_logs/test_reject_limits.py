@@ -61,9 +61,14 @@ def test_other_texts_are_shown() -> None:
     assert "holds nothing" in _of_texts(CLICKS, "null_event_time", [json.dumps({"user_id": "u"})])
 
 
-def test_an_account_adds_up_the_dates_that_were_read_whole() -> None:
-    account = Account(whole_from=dt.date(2026, 1, 2))
-    for date, rows in (("2026-01-01", 5), ("2026-01-02", 7), (UNDATED, 1)):
+def test_an_account_judges_no_date_of_the_margin() -> None:
+    """The click of an order of the 2nd may lie before 18:30 of the 1st; those of the 3rd lie behind it."""
+    account = Account()
+    account.read_from(micros("2026-01-01T18:30"), micros("2026-01-03T00:00"))
+    assert (account.whole_from, account.judged_from) == (dt.date(2026, 1, 2), dt.date(2026, 1, 3))
+    account.counts["orders", "2026-01-02"] += LogCount(rows_in=1, rejects=1)
+    assert account.dates_without_impressions == []
+    for date, rows in (("2026-01-02", 5), ("2026-01-03", 7), (UNDATED, 1)):
         account.counts["feed_clicks", date] += LogCount(rows_in=rows, rejects=rows)
         account.reasons["feed_clicks", date]["no_impression"] = rows
     assert account.total("feed_clicks") == LogCount(rows_in=8, rejects=8)
@@ -84,6 +89,10 @@ def test_an_id_that_many_rows_share_is_told() -> None:
             ("users", "9 of 10", "user_id"),
         )
     ]
+
+
+def micros(time: str) -> int:
+    return round(dt.datetime.fromisoformat(f"{time}+00:00").timestamp() * 1e6)
 
 
 def used(**days: tuple[int, int]) -> Account:

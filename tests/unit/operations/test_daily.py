@@ -42,6 +42,9 @@ if name == "build_samples":
             (reports / f"{day}.json").write_text(json.dumps({"date": str(day), "watermark": "W",
                 "scenarios": {"search": {"impressions": 10, "mature": final}}}))
             day += dt.timedelta(days=1)
+    for name in told.get("final", []) if "--restate" in words else []:
+        path = reports / f"{name}.json"
+        path.write_text(path.read_text().replace('"mature": 7', '"mature": 10'))
 elif name == "evaluate":
     loss = told["loss"][pathlib.Path(flag("--run-dir")).name]
     cell = {"log_loss": loss, "auc": 0.7}
@@ -125,7 +128,9 @@ def setting(call: list[str], key: str) -> str:
 def test_dates_are_trained_on_once_and_never_with_labels_that_saw_the_held_out_day() -> None:
     config = load_config(None, BEGIN)
     assert label_lag(config) == 2  # 1 hour + 24 hours
-    assert label_lag(load_config(None, [*BEGIN, "labels.order_window=23 hours"])) == 1
+    hours = {"22 hours": 1, "23 hours": 2, "46 hours": 2, "47 hours": 3}  # and the global window of 1
+    for window, lag in hours.items():
+        assert label_lag(load_config(None, [*BEGIN, f"labels.order_window={window}"])) == lag
     built = {dt.date(2026, 1, n) for n in range(1, 10)}
     plan = plan_day(config, dt.date(2026, 1, 12), built, {"trained_to": "2026-01-05", "run": "runs/2026-01-10"})
     # Day 12: labels of the 10th are final; those of the 7th closed on the 9th, before the 10th began.
@@ -343,6 +348,28 @@ def test_open_labels_are_not_trained_on(shop: Shop, capsys: pytest.CaptureFixtur
         "it is among them\n"
     )
     assert "train" not in names(shop.calls())
+    # The ways out of that line lead out: the first day's dates are restated too, and --watermark is of it.
+    shop.tell(final=["2026-01-04"], loss={"2026-01-06": 0.4})
+    assert shop.day("2026-01-06", "--watermark", "2026-01-07T00:00:00Z") == 0
+    calls = shop.calls()
+    assert names(calls) == ["build_samples", "train", "evaluate", "export", "score"]
+    assert "--restate" in calls[0]
+    assert calls[0][calls[0].index("--watermark") + 1] == "2026-01-07T00:00:00Z"
+
+
+def test_open_labels_of_a_later_day_are_restated_again(shop: Shop) -> None:
+    shop.tell(loss={"2026-01-06": 0.4})
+    assert shop.day("2026-01-06") == 0
+    shop.tell(open=["2026-01-05"], loss={"2026-01-07": 0.4})
+    report = shop.root.parent / "lake" / "reports" / "2026-01-05.json"
+    whole = report.read_text()
+    report.write_text(whole.replace('"mature": 10', '"mature": 7'))
+    shop.calls()
+    assert [shop.day("2026-01-07"), shop.day("2026-01-07")] == [2, 2]
+    assert names(shop.calls()) == ["build_samples", "build_samples", "build_samples"]
+    shop.tell(final=["2026-01-05"], loss={"2026-01-07": 0.4, "2026-01-06": 0.4})
+    assert shop.day("2026-01-07") == 0
+    assert names(shop.calls()) == ["build_samples", "train", "evaluate", "evaluate", "export", "score"]
 
 
 def test_steps_can_be_run_one_by_one_in_order(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,8 +82,25 @@ def test_a_better_control_reads_lower() -> None:
 def test_few_users_get_no_verdict() -> None:
     a, b = cell((1, 0, 0, 500), (1, 1, 1, 9)), cell((1, 0, 0, 440), (1, 1, 1, 69))
     row = of(report(experiment(a, b)), "ucvr")
-    assert row["p_value_holm"] < 0.05
-    assert row["verdict"] == "too few users"
+    assert row["p_value"] < 1e-9
+    assert (row["verdict"], row["p_value_holm"]) == ("too few users", None)
+
+
+def test_comparisons_that_can_have_no_verdict_do_not_weaken_the_others() -> None:
+    counts = experiment(A, CLEARLY_BETTER)
+    alone = of(report(counts), "ctr")["p_value_holm"]
+    few = cell((1, 0, 0, 500), (1, 1, 1, 9))
+    counts.cells["feed"] = {"A": few, "B": few}
+    found = report(counts)
+    assert of(found, "ctr")["p_value_holm"] == alone
+    assert "Verdicts are Holm's over the 8 of 12 comparisons that can have one" in "\n".join(report_lines(found))
+
+
+def test_rates_of_impressions_have_a_verdict_where_every_user_has_the_event() -> None:
+    a, b = cell((200, 20, 0, 300), (200, 22, 1, 300)), cell((200, 24, 0, 300), (200, 26, 1, 300))
+    found = report(experiment(a, b))
+    assert of(found, "ctr")["verdict"] == "higher"
+    assert of(found, "uctr")["verdict"] == "too few users", "nobody is without a click"
 
 
 def test_orders_that_nobody_logs_are_not_known_which_is_not_0(tmp_path: Path) -> None:
