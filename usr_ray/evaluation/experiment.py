@@ -39,8 +39,7 @@ PER_USER = ("uctr", "ucvr")
 OF_ORDERS = ("ucvr", "ctcvr")
 """Not known where nobody logs orders: such rows have none, which is not 0."""
 MIN_USERS = 10
-"""Users with the event in a bucket, and for a share of users those without it, below which a normal interval is not to
-be trusted."""
+"""Users with the event in a bucket, and of a share those without it, below which a normal interval is not trusted."""
 RATIO_ALARM = 0.001
 """p-value of the sample-ratio test below which the buckets are not what was planned."""
 _DRAWN_AT_ONCE = 4_000_000
@@ -95,8 +94,8 @@ class Ratio:
     @property
     def is_sound(self) -> bool:
         """Enough users with the event, and of a share without it, for a normal interval."""
-        without = self.num_users - self.num_positives
-        return self.num_positives >= MIN_USERS and (not self.is_share or without >= MIN_USERS)
+        rest = self.num_users - self.num_positives if self.is_share else self.num_positives
+        return min(self.num_positives, rest) >= MIN_USERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -436,21 +435,18 @@ def _comparisons(
                     "is_sound": treated.is_sound and base.is_sound,
                 }
             )
-    is_valid = []
     for row in rows:
         own = ratio_of_orders if row["scenario"] == ALL and row["metric"] in OF_ORDERS else ratios[row["scenario"]]
-        is_valid.append(ratios[ALL].is_ok and own.is_ok)
-    family = [row["p_value"] if valid and row["is_sound"] else None for row, valid in zip(rows, is_valid, strict=True)]
-    for row, adjusted, valid in zip(rows, holm(family), is_valid, strict=True):
-        row["p_value_holm"] = adjusted
-        row["verdict"] = _verdict(row, adjusted, 1 - level) if valid else INVALID
+        row["verdict"] = FEW if ratios[ALL].is_ok and own.is_ok else INVALID
+    family = [row["p_value"] if row["is_sound"] and row["verdict"] != INVALID else None for row in rows]
+    for row, row["p_value_holm"] in zip(rows, holm(family), strict=True):
+        if row["is_sound"] and row["verdict"] != INVALID:
+            row["verdict"] = _verdict(row, 1 - level)
     return rows
 
 
-def _verdict(row: Mapping[str, Any], adjusted: float | None, alpha: float) -> str:
-    if not row["is_sound"]:
-        return FEW
-    if adjusted is None or adjusted >= alpha:
+def _verdict(row: Mapping[str, Any], alpha: float) -> str:
+    if row["p_value_holm"] is None or row["p_value_holm"] >= alpha:
         return OPEN
     return HIGHER if row["difference"]["value"] > 0 else LOWER
 
