@@ -138,7 +138,7 @@ def words(name: str) -> str:
 
 def cell_name(cell: str) -> str:
     """Heading of a cell of metrics.json."""
-    names = {GLOBAL: "Global labels", ALL: "All scenarios pooled"}
+    names = {GLOBAL: "Global labels", ALL: "All rows pooled"}
     return names.get(cell, words(cell).capitalize())
 
 
