@@ -1,4 +1,4 @@
-"""cluster/ray_nodes.py on two machines (network namespaces): submit, stop, go on, and how each job's end arrives."""
+"""cluster/ray_nodes.py on two machines (network namespaces): submit, how each job's end arrives, stop, go on."""
 
 from __future__ import annotations
 
@@ -52,8 +52,9 @@ class Cluster:
             *more,
         )
 
-    def job(self, name: str, *overrides: str) -> subprocess.Popen[bytes]:
-        """`ray job submit` on the head's machine; what it prints goes to <folder>/<name>."""
+    def job(self, name: str, *overrides: str, folder: Path | None = None) -> subprocess.Popen[bytes]:
+        """`ray job submit` on the head's machine, of a training in `folder`; it prints to <self.folder>/<name>."""
+        folder = folder or self.folder
         settings = [w for o in (*OVERRIDES, *overrides) for w in ("--set", o)]
         words = [
             Path(sys.executable).parent / "ray",
@@ -69,9 +70,9 @@ class Cluster:
             "python",
             "jobs/train.py",
             "--lake",
-            self.folder / "lake",
+            folder / "lake",
             "--run-dir",
-            self.folder / "run",
+            folder / "run",
             *settings,
         ]
         with (self.folder / name).open("w") as log:
@@ -113,10 +114,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         machines.down()
 
 
-def test_a_job_on_two_machines_streams_stops_goes_on_and_its_end_arrives(cluster: Cluster) -> None:
+def both_are_alive(cluster: Cluster) -> None:
+    """Wait for the head to know of both machines: its dashboard hears of a node some seconds after it has joined."""
     expected = [cluster.machines.address(n) for n in range(2)]
-    # The dashboard hears of a node some seconds after it has joined.
     wait_for(lambda: sorted(re.findall(r"node: +(\S+) ALIVE", cluster.nodes(0, "status").stdout)) == expected)
+
+
+def test_a_job_on_two_machines_streams_and_its_end_arrives(cluster: Cluster) -> None:
+    both_are_alive(cluster)
     write_samples(cluster.folder / "lake", samples_spec(), num_rows=12_000, num_days=6)
 
     wrong = cluster.job("wrong", "train.epochs=3")
@@ -125,25 +130,37 @@ def test_a_job_on_two_machines_streams_stops_goes_on_and_its_end_arrives(cluster
     record = cluster.record("wrong")
     assert (record["status"], record["driver_exit_code"]) == ("FAILED", 2)
 
-    first = cluster.job("first", *LONG)
-    wait_for(lambda: steps_logged(cluster.folder / "run") >= 10 or first.poll() is not None, timeout_s=400)
+    whole = cluster.job("whole", *LONG, "train.num_epochs=2")
+    wait_for(lambda: steps_logged(cluster.folder / "run") >= 10 or whole.poll() is not None, timeout_s=400)
+    assert whole.poll() is None, cluster.printed("whole")[-3000:]
+    assert re.search(r"epoch|step", cluster.printed("whole")), "the log arrives while the job runs"
+    assert whole.wait(timeout=480) == 0, cluster.printed("whole")[-3000:]
+    assert "finished at step" in cluster.printed("whole")
+    assert cluster.record("whole")["driver_exit_code"] == 0
+    ranks = set(re.findall(r"ip=(10\.83\.47\.\d)", cluster.printed("whole")))
+    # A machine has one CPU, so a worker is on each; Ray leaves the address out for the head's own.
+    assert cluster.machines.address(1) in ranks, "a worker on another machine"
+
+
+@pytest.mark.slow  # tests/ray/test_local_ray.py has a submitted training that is stopped and gone on with
+def test_a_job_on_two_machines_is_stopped_and_gone_on_with(cluster: Cluster, tmp_path: Path) -> None:
+    both_are_alive(cluster)
+    write_samples(tmp_path / "lake", samples_spec(), num_rows=12_000, num_days=6)
+    first = cluster.job("first", *LONG, folder=tmp_path)
+    wait_for(lambda: steps_logged(tmp_path / "run") >= 10 or first.poll() is not None, timeout_s=400)
     assert first.poll() is None, cluster.printed("first")[-3000:]
-    assert re.search(r"epoch|step", cluster.printed("first")), "the log arrives while the job runs"
     stopped = cluster.on(
         0, Path(sys.executable).parent / "ray", "job", "stop", "--address", "http://127.0.0.1:8265", "first"
     )
     assert stopped.returncode == 0, stopped.stderr
     first.wait(timeout=120)
-    step = newest_step(cluster.folder / "run")
+    step = newest_step(tmp_path / "run")
     assert f"stopped at step {step:,}" in cluster.printed("first")
     assert cluster.record("first")["status"] == "STOPPED"
-    assert json.loads((cluster.folder / "run" / "config.json").read_text())["status"] == "running"
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["status"] == "running"
 
-    second = cluster.job("second", *LONG)
+    second = cluster.job("second", *LONG, folder=tmp_path)
     assert second.wait(timeout=480) == 0, cluster.printed("second")[-3000:]
     assert f"resumed at step {step} " in cluster.printed("second")
     assert "finished at step" in cluster.printed("second")
     assert cluster.record("second")["driver_exit_code"] == 0
-    ranks = set(re.findall(r"ip=(10\.83\.47\.\d)", cluster.printed("second")))
-    # A machine has one CPU, so a worker is on each; Ray leaves the address out for the head's own.
-    assert cluster.machines.address(1) in ranks, "a worker on another machine"
