@@ -148,5 +148,5 @@ def _without_state(lake: Lake) -> str:
 
 def _named(lost: Mapping[str, Collection[str]]) -> str:
     log = max(lost, key=lambda log: len(lost[log]))
-    others = f" (and {len(lost) - 1} more logs)" if len(lost) > 1 else ""
+    others = f" (and {len(lost) - 1} more {'logs' if len(lost) > 2 else 'log'})" if len(lost) > 1 else ""
     return f"log {log} has no row any more of {date_ranges(lost[log], most=SHOWN_RANGES)}{others}"
