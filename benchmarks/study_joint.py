@@ -5,9 +5,9 @@
 A row of the JSON is a backbone, a carry, a scenario and a task: mean AUC of one plain model a scenario, of the joint
 plain and the joint USR model, in which scenarios weigh alike or by their rows (`model.scenario_weights`), and the three
 gaps with their 95 % intervals over seeds and users (docs/studies.md, how differences are judged). Of each backbone with
-at least two seeds; "every carry" is the mean over its worlds. A gap that holds after Holm's correction over all gaps of
-the JSON is said to hold. Trials that are not finished take no part. The document shows the means, then the clicks of
-each world, then the best models of each world.
+at least two seeds; "every carry" and "carry 0.5 and 1" are means over worlds. A gap that holds after Holm's correction
+over all gaps of the JSON is said to hold. Trials that are not finished take no part. The document shows the means, then
+the clicks of each world, then the best models of each world.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ PAIRS = (("plain", "separate"), ("usr", "separate"), ("usr", "plain"))
 SEPARATE = ("only_search", "only_recommendation")
 WEIGHTS = {"equal": ("plain", "usr"), "rows": ("plain_rows", "usr_rows")}
 """model.scenario_weights -> the joint models trained with it."""
-NUM_CARRIES, LEAST_SEEDS = 3, 2
+LEAST_SEEDS = 2
+CARRIES, EVERY, CARRIED = ("0.0", "0.5", "1.0"), "every", "0.5 and 1"
+"""Worlds; what the means over all, and over those in which needs show in both scenarios, are called."""
 
 
 def measure(trials: Trials) -> list[dict[str, Any]]:
@@ -54,7 +56,7 @@ def measure(trials: Trials) -> list[dict[str, Any]]:
     names = [(row, pair) for row in rows for pair in row["gaps"]]
     for (row, pair), one in zip(names, judged, strict=True):
         row["gaps"][pair] = _entry(one)
-    return rows + _every_carry(rows)
+    return rows + _means_of(rows, EVERY, CARRIES) + _means_of(rows, CARRIED, CARRIES[1:])
 
 
 def _by_seed(trials: Trials) -> dict[tuple[str, str], dict[int, dict[str, Trial]]]:
@@ -72,7 +74,7 @@ def best_models(trials: Trials, rows: Sequence[Mapping[str, Any]]) -> list[dict[
     Scenarios weigh alike. The choice by the rows that judge favours both; the seeds are those that both finished.
     """
     found, best = _by_seed(trials), []
-    equal = [row for row in rows if row["weights"] == "equal" and row["carry"] != "every"]
+    equal = [row for row in rows if row["weights"] == "equal" and row["carry"] in CARRIES]
     for carry, scenario, task in dict.fromkeys((r["carry"], r["scenario"], r["task"]) for r in equal):
         own = [row for row in equal if (row["carry"], row["scenario"], row["task"]) == (carry, scenario, task)]
         first = {kind: max(own, key=lambda row: row["auc"][kind]) for kind in own[0]["auc"]}
@@ -98,13 +100,13 @@ def best_models(trials: Trials, rows: Sequence[Mapping[str, Any]]) -> list[dict[
     return best
 
 
-def _every_carry(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The means over the worlds of a backbone that has all, as of independent worlds; no test, so none holds."""
+def _means_of(rows: Sequence[Mapping[str, Any]], name: str, carries: Sequence[str]) -> list[dict[str, Any]]:
+    """The means over some worlds of a backbone that has them, as of independent worlds; no test, so none holds."""
     means = []
     keys = ("backbone", "weights", "scenario", "task")
     for key in dict.fromkeys(tuple(r[k] for k in keys) for r in rows):
-        own = [r for r in rows if tuple(r[k] for k in keys) == key]
-        if len(own) < NUM_CARRIES:
+        own = [r for r in rows if tuple(r[k] for k in keys) == key and r["carry"] in carries]
+        if len(own) < len(carries):
             continue
         gaps: dict[str, Any] = {}
         for pair in own[0]["gaps"]:
@@ -117,7 +119,7 @@ def _every_carry(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             ends = {"gap": mean, "low": mean - half, "high": mean + half}
             gaps[pair] = {end: round(value, 5) for end, value in ends.items()} | {"holds": False}
         areas = {name: round(float(np.mean([r["auc"][name] for r in own])), 5) for name in own[0]["auc"]}
-        named = {"carry": "every", **dict(zip(keys, key, strict=True)), "seeds": sum(r["seeds"] for r in own)}
+        named = {"carry": name, **dict(zip(keys, key, strict=True)), "seeds": sum(r["seeds"] for r in own)}
         means.append(named | {"auc": areas, "gaps": gaps})
     return means
 
@@ -162,7 +164,8 @@ def _entry(one: Judged) -> dict[str, Any]:
 
 
 def _shown(row: Mapping[str, Any]) -> str:
-    carry = "every carry" if row["carry"] == "every" else f"carry {float(row['carry']):g}"
+    names = {EVERY: "every carry", CARRIED: f"carry {CARRIED}"}
+    carry = names.get(row["carry"]) or f"carry {float(row['carry']):g}"
     return f"{row['backbone']}, {row['weights']}, {carry} ({row['seeds']})"
 
 
@@ -178,7 +181,7 @@ def _gap_shown(gap: Mapping[str, Any]) -> str:
 def _means(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for row in rows:
-        if row["carry"] == "every":
+        if row["carry"] == EVERY:
             areas = (f"{value:.4f}" for value in row["auc"].values())
             lines.append([f"{_shown(row)}: {_cell(row)}", *areas, *map(_gap_shown, row["gaps"].values())])
     head = ["means over the worlds (trainings)", "separate", "plain", "USR"]
@@ -189,7 +192,7 @@ def _worlds(rows: Sequence[Mapping[str, Any]]) -> str:
     cells = [(scenario, pair) for scenario in SCENARIOS for pair in PAIRS[1:]]
     lines: dict[str, list[str]] = {}
     for row in rows:
-        if row["carry"] != "every" and row["task"] == TASKS[0]:
+        if row["carry"] != EVERY and row["task"] == TASKS[0]:
             gaps = [_gap_shown(row["gaps"][f"{a} - {b}"]) for a, b in PAIRS[1:]]
             lines.setdefault(_shown(row), []).extend(gaps)
     head = ["clicks in each world (seeds)", *(f"{scenario}: {a} - {b}" for scenario, (a, b) in cells)]
@@ -217,14 +220,14 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    clicks = [row for row in report["rows"] if row["task"] == TASKS[0]]
+    clicks = [row for row in report["rows"] if row["task"] == TASKS[0] and row["carry"] != CARRIED]
     of_scenario = {scenario: [row for row in clicks if row["scenario"] == scenario] for scenario in SCENARIOS}
     figure, panels = plt.subplots(2, 2, figsize=(11, 0.42 * len(clicks)), sharey=True)
     for line, scenario in zip(panels, reversed(SCENARIOS), strict=True):
         rows = of_scenario[scenario]
         for panel, (a, b) in zip(line, PAIRS[1:], strict=True):
             for place, row in enumerate(rows):
-                gap, is_mean = row["gaps"][f"{a} - {b}"], row["carry"] == "every"
+                gap, is_mean = row["gaps"][f"{a} - {b}"], row["carry"] == EVERY
                 color = "#1b6ec2" if gap["low"] > 0 else "#8a8a8a"
                 panel.plot([gap["low"], gap["high"]], [-place] * 2, color=color, lw=2.5 if is_mean else 1.5)
                 panel.plot(gap["gap"], -place, "o", color=color, ms=7 if is_mean else 5)

@@ -152,9 +152,17 @@ def over_trees(ours: str, task: str) -> list[float]:
     return gap(found[f"ours, {ours} over it"][task]["all"])
 
 
-def joined(weights: str, scenario: str, pair: str, *, task: str = "ctr") -> list[float]:
-    """A gap of the study joint with SharedBottom, mean over its worlds, and its interval."""
-    key = {"carry": "every", "backbone": "shared_bottom", "weights": weights, "scenario": scenario, "task": task}
+def joined(
+    weights: str,
+    scenario: str,
+    pair: str,
+    *,
+    task: str = "ctr",
+    backbone: str = "shared_bottom",
+    carry: str = "every",
+) -> list[float]:
+    """A gap of the study joint, mean over its worlds, and its interval."""
+    key = {"carry": carry, "backbone": backbone, "weights": weights, "scenario": scenario, "task": task}
     (row,) = (r for r in result("study_joint")["rows"] if key.items() <= r.items())
     found = row["gaps"][pair]
     return [found["gap"], found["low"], found["high"]]
@@ -466,18 +474,46 @@ FIGURES = [
     ),
     Figure(
         "study-results",
-        "equal, the default (five seeds) | {} ({} to {}) | {} ({} to {}) |",
+        "equal, the default | {} ({} to {}) | {} ({} to {}) |",
         lambda: [n for s in reversed(SIDES) for n in joined("equal", s, "usr - separate")],
     ),
     Figure(
         "study-results",
-        "do not carry) | {} ({} to {}) | {} ({} to {}) |",
+        "by their rows | {} ({} to {}) | {} ({} to {}) |",
         lambda: [n for s in reversed(SIDES) for n in joined("rows", s, "usr - separate")],
     ),
     Figure(
         "study-results",
-        "With equal weights {} in the larger scenario ({} to {}) and {} in the smaller ({} to {})",
-        lambda: [n for s in SIDES for n in joined("equal", s, "usr - plain")],
+        "(APG {}, PLE {}, M2M {}, SharedBottom {}, MMoE {}; STAR {}), in the smaller one round four "
+        "(APG {}, PLE {}, STAR {}, M2M {}; SharedBottom {} and MMoE {} have 0",
+        lambda: [
+            joined("equal", s, "usr - plain", backbone=b)[0]
+            for s, order in zip(
+                SIDES,
+                ("apg ple m2m shared_bottom mmoe star", "apg ple star m2m shared_bottom mmoe"),
+                strict=True,
+            )
+            for b in order.split()
+        ],
+    ),
+    Figure(
+        "study-results",
+        "{} (SharedBottom), {} (MMoE), {} (PLE), {} (STAR), {} (M2M), {} (APG), all intervals above 0",
+        lambda: [joined("equal", SIDES[1], "usr - separate", backbone=b, carry="0.5 and 1")[0] for b in NAMES],
+    ),
+    Figure(
+        "study-results",
+        "(APG {}, PLE {}, STAR {}, M2M {}), **missed by one in the larger** (APG {}, M2M {}, PLE {}; "
+        "SharedBottom {} and MMoE {}, with intervals above 0; STAR {})",
+        lambda: [
+            joined("equal", s, "usr - plain", backbone=b, carry="0.5 and 1")[0]
+            for s, order in zip(
+                reversed(SIDES),
+                ("apg ple star m2m", "apg m2m ple shared_bottom mmoe star"),
+                strict=True,
+            )
+            for b in order.split()
+        ],
     ),
     Figure("study-results", "{} ({} to {}), pooled over both scenarios", lambda: with_terms("ctr")),
     Figure(
@@ -503,8 +539,13 @@ FIGURES = [
     ),
     Figure(
         "README",
-        "{} in the larger scenario's clicks, {} in the smaller's with an interval that touches 0",
-        lambda: [joined("equal", s, "usr - plain")[0] for s in SIDES],
+        "clicks {} with SharedBottom and {} to {} round five backbones of six, "
+        "in the smaller one's {} to {} round four",
+        lambda: [
+            joined("equal", SIDES[0], "usr - plain")[0],
+            *ends([joined("equal", SIDES[0], "usr - plain", backbone=b)[0] for b in NAMES if b != "star"]),
+            *ends([joined("equal", SIDES[1], "usr - plain", backbone=b)[0] for b in ("apg", "ple", "star", "m2m")]),
+        ],
     ),
     Figure(
         "README",
@@ -513,6 +554,14 @@ FIGURES = [
     ),
     *learning_rows(),
 ]
+
+
+def test_USR_is_sure_round_the_backbones_that_the_pages_name() -> None:
+    sure = {s: [b for b in NAMES if joined("equal", s, "usr - plain", backbone=b)[1] > 0] for s in SIDES}
+    assert sure == {
+        "search": ["shared_bottom", "mmoe", "ple", "m2m", "apg"],
+        "recommendation": ["ple", "star", "m2m", "apg"],
+    }
 
 
 def test_no_gain_of_usr_in_clicks_is_sure_by_history_user_or_item_and_fg_excludes_0() -> None:
