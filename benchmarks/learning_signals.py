@@ -75,6 +75,7 @@ WORLDS = {
             "sides, terms": ("sides", "terms"),
             "sides, vectors": ("sides", "vectors"),
             "sides, terms, vectors": ("sides", "terms", "vectors"),
+            f"sides, terms, {_LOG_ODDS}": ("sides", "terms", _LOG_ODDS),
         },
     ),
     "kuairand": World("kuairand", alone_and_together(*VIDEO_KINDS, "buckets", counters=_LOG_ODDS), _VIDEO_WIDE),
