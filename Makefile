@@ -79,7 +79,8 @@ check: setup  ## lint, formatting, types, import directions
 	@ruff check .
 	@ruff format --check .
 	@mypy
-	@cd benchmarks && mypy --ignore-missing-imports --explicit-package-bases *.py
+	@mkdir -p .cache/typed && for folder in usr_ray etl jobs; do ln -sfn ../../$$folder .cache/typed/$$folder; done
+	@cd benchmarks && MYPYPATH=../.cache/typed mypy --ignore-missing-imports --explicit-package-bases *.py
 	@python -m pytest tests/unit/test_imports.py tests/unit/test_house.py tests/unit/cluster/test_security.py
 
 audit: setup  ## known flaws of the pinned packages (asks PyPI, so it needs the network)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -113,7 +114,7 @@ def tune_rechub(
     grid: list[dict[str, Any]] = []
     for lr, decay in itertools.product(LEARNING_RATES, WEIGHT_DECAYS):
         for epoch, probs_NT in enumerate(run(seeds[0], lr, decay, NUM_EPOCHS)):
-            both = [auc(rows.labels_NT[:, t], probs_NT[:, t]) for t in range(len(TASKS))]
+            both = [auc(rows.labels_NT[:, t], probs_NT[:, t]) or math.nan for t in range(len(TASKS))]
             grid.append({"lr": lr, "weight_decay": decay, "epochs": epoch + 1, "auc": round(float(np.mean(both)), 5)})
     best: dict[str, Any] = max(grid, key=lambda entry: entry["auc"])
     start = time.perf_counter()

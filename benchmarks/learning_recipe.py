@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ GAPS = {
 def by_seed(runs: Runs) -> dict[str, list[float]]:
     """Task -> pooled AUC of each seed."""
     return {
-        task: [round(float(auc(runs.rows.labels_NT[:, t], p[:, t])), 4) for p in runs.probs_RNT]
+        task: [round(auc(runs.rows.labels_NT[:, t], p[:, t]) or math.nan, 4) for p in runs.probs_RNT]
         for t, task in enumerate(TASKS)
     }
 

@@ -113,7 +113,8 @@ def train_seeds(data: Data, overrides: Sequence[str], seeds: Sequence[int], kept
         config = data.config([*overrides, f"train.seed={seed}"])
         file = kept and kept / f"{seed}.parquet"
         spec = data.train.spec
-        columns = [f.column for f in (*spec.sparse, *spec.dense, *spec.lists)] + [f.name for f in spec.vectors]
+        columns = [f.column for f in spec.sparse] + [f.column for f in spec.dense]
+        columns += [f.column for f in spec.lists] + [f.name for f in spec.vectors]
         settings = [data.config_path.read_text(), *data.overrides, *overrides]
         meant = {"settings": settings, "rows": [data.train.sha256, data.held_out.sha256], "columns": columns}
         if file and file.exists():

@@ -89,7 +89,7 @@ def write_table(
         click_global, click = ranks[0], ranks[0] & ranks[1]
         order_global = click_global & ranks[2]
         labels = dict(zip(ALL_LABELS, (click, click & order_global, click_global, order_global), strict=True))
-        columns = {name: values.astype(np.float32) for name, values in labels.items()}
+        columns: dict[str, Any] = {name: values.astype(np.float32) for name, values in labels.items()}
         columns |= {
             "impression_date": pa.array([date] * per_day, pa.date32()),
             "event_time": pa.array(start_us + rng.integers(0, 86_400_000_000, per_day), pa.timestamp("us", tz="UTC")),

@@ -162,7 +162,7 @@ def prepare(folder: Path, version: Path, bodies: Sequence[dict[str, Any]]) -> No
     ranker, spec = Ranker.load(version.parents[1]), model_spec(version)
     for body in bodies:
         inputs = ranker.encoded(ranker.checked(body))[0]
-        np.savez(folder / f"{body['request_id']}.npz", **tiled(inputs, spec))
+        np.savez(folder / f"{body['request_id']}.npz", **tiled(inputs, spec))  # type: ignore[arg-type]  # no name is one of its options
 
 
 @contextmanager

@@ -118,7 +118,7 @@ def main() -> None:
         data = data_of(WORLDS[arguments.world], kinds, (arguments.lake, None), validation=False)
         sides = () if "sides" in kinds else ("model.event_sides=false",)
         config, spec = data.config(sides), data.train.spec
-        columns = {f.column for f in (*spec.sparse, *spec.dense, *spec.lists)}
+        columns = {f.column for f in spec.sparse} | {f.column for f in spec.dense} | {f.column for f in spec.lists}
         for history in spec.histories:
             columns |= {history.item_ids, history.actions, history.ages_s, history.query_ids or ""}
         sizes[name] = bytes_a_row(data.train, columns)

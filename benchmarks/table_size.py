@@ -37,6 +37,7 @@ from usr_ray.data.batch import UsrBatch
 from usr_ray.data.manifest import make_manifest
 from usr_ray.schema import FeatureSpec, SparseFeature
 from usr_ray.serving.check import drawn_batch
+from usr_ray.training.embeddings import ReplicatedEmbeddings
 from usr_ray.training.loss import row_counts, usr_loss
 from usr_ray.training.state import TrainState
 from usr_ray.training.worker import LocalWorker
@@ -82,6 +83,7 @@ def make_step(num_rows: int, optimizer: str) -> Callable[[UsrBatch], None]:
     config = Config.from_dict({"train": {} if is_dense else {"embedding_optimizer": optimizer}})
     manifest = make_manifest(table_uri="none", version=0, spec=spec, files=[])
     state = TrainState(config, manifest, worker, order="none")
+    assert isinstance(state.tables, ReplicatedEmbeddings)
     dense = {name: table.requires_grad_() for name, table in state.tables.tables.items()} if is_dense else {}
     adam = torch.optim.Adam(dense.values(), lr=1e-3) if is_dense else None
 

@@ -97,7 +97,9 @@ def mean_and_deviation(dense_NF: NDArray[np.float32]) -> tuple[NDArray[np.float3
     return mean_F, deviation_F + np.float32(1e-6)
 
 
-def logistic_regression(spec: FeatureSpec, train: PlainRows, scored: PlainRows) -> NDArray[np.float64]:
+def logistic_regression(
+    spec: FeatureSpec, train: PlainRows, scored: PlainRows, inverse_l2: float = INVERSE_L2
+) -> NDArray[np.float64]:
     """Probabilities (N, T) of the scored rows, one regression a task; NaN where no training row's log knows the label.
 
     Raises:
@@ -121,6 +123,6 @@ def logistic_regression(spec: FeatureSpec, train: PlainRows, scored: PlainRows) 
         labels_N = train.labels_NT[known_N, place]
         if len(np.unique(labels_N)) < 2:
             raise UserError(f"--compare: all training rows have one label of {task}; train on dates that have both")
-        fitted = LogisticRegression(C=INVERSE_L2, max_iter=200, tol=1e-3).fit(columns[known_N], labels_N)
+        fitted = LogisticRegression(C=inverse_l2, max_iter=200, tol=1e-3).fit(columns[known_N], labels_N)
         probs.append(fitted.predict_proba(wanted)[:, 1])
     return np.stack(probs, axis=1)
