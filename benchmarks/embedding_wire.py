@@ -13,14 +13,11 @@ benchmarks/results/embedding_wire.json and the table in docs/embeddings.md.
 from __future__ import annotations
 
 import argparse
-import datetime as dt
 import os
-import platform
 import socket
 import statistics
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +28,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from benchmarks.doc_tables import markdown, record
+from benchmarks.interleaved import header
 from usr_ray.config import Config
 from usr_ray.model.unique import TableIds
 from usr_ray.schema import FeatureSpec, SparseFeature
@@ -147,28 +145,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     results = [entry for num_workers in arguments.workers for entry in measure(num_workers, arguments)]
-    report = {
-        "question": "bytes that a worker receives in a step of the embedding tables, and the time of it",
-        "date": dt.datetime.now(dt.UTC).date().isoformat(),
-        "machine": {
-            "cpus": os.cpu_count(),
-            "processor": platform.processor() or platform.machine(),
-            "load_1_min": round(os.getloadavg()[0], 1),
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchrec": metadata.version("torchrec"),
-        },
-        "settings": {
-            "rows": arguments.rows,
-            "embedding_dim": arguments.dim,
-            "steps": arguments.steps,
-            "backend": "gloo",
-            "threads": 1,
-        },
-        "results": results,
+    settings = {
+        "rows": arguments.rows,
+        "embedding_dim": arguments.dim,
+        "steps": arguments.steps,
+        "backend": "gloo",
+        "threads": 1,
     }
+    question = "bytes that a worker receives in a step of the embedding tables, and the time of it"
+    report = header(question, settings, ("torch", "torchrec")) | {"results": results}
     record(report, table(report), arguments.output, document="embeddings.md", place=RESULTS)
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,13 +21,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from learning_runs import Data, Runs, StoppedError, gaps, mean_auc, save, show_gap, train_seeds
+from learning_runs import Data, Runs, StoppedError, gaps, known_auc, mean_auc, save, show_gap, train_seeds
 from torch import Tensor, nn
 
 from jobs.demo import PLAIN
 from usr_ray.config import BACKBONES
 from usr_ray.data.reader import SampleReader
-from usr_ray.evaluation.metrics import Predictions, auc
+from usr_ray.evaluation.metrics import Predictions
 from usr_ray.schema import OPEN_LABEL, TASKS, FeatureSpec
 from usr_ray.training.evaluate import evaluation_reader
 from usr_ray.training.rows import training_reader
@@ -114,7 +113,7 @@ def tune_rechub(
     grid: list[dict[str, Any]] = []
     for lr, decay in itertools.product(LEARNING_RATES, WEIGHT_DECAYS):
         for epoch, probs_NT in enumerate(run(seeds[0], lr, decay, NUM_EPOCHS)):
-            both = [auc(rows.labels_NT[:, t], probs_NT[:, t]) or math.nan for t in range(len(TASKS))]
+            both = [known_auc(rows.labels_NT[:, t], probs_NT[:, t]) for t in range(len(TASKS))]
             grid.append({"lr": lr, "weight_decay": decay, "epochs": epoch + 1, "auc": round(float(np.mean(both)), 5)})
     best: dict[str, Any] = max(grid, key=lambda entry: entry["auc"])
     start = time.perf_counter()

@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from learning_runs import Data, Runs, cells, gaps, mean_auc, save, train_seeds
+from learning_runs import Data, Runs, cells, gaps, known_auc, mean_auc, save, train_seeds
 
 from jobs.demo import PLAIN
-from usr_ray.evaluation.metrics import auc
 from usr_ray.schema import TASKS
 
 ROOT = Path(__file__).parents[1]
@@ -80,7 +78,7 @@ GAPS = {
 def by_seed(runs: Runs) -> dict[str, list[float]]:
     """Task -> pooled AUC of each seed."""
     return {
-        task: [round(auc(runs.rows.labels_NT[:, t], p[:, t]) or math.nan, 4) for p in runs.probs_RNT]
+        task: [round(known_auc(runs.rows.labels_NT[:, t], p[:, t]), 4) for p in runs.probs_RNT]
         for t, task in enumerate(TASKS)
     }
 

@@ -12,10 +12,7 @@ little. Prints a table and writes benchmarks/results/score.json.
 from __future__ import annotations
 
 import argparse
-import datetime as dt
 import json
-import os
-import platform
 import sys
 import tempfile
 import time
@@ -25,9 +22,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-import onnxruntime
 import torch
 
+from benchmarks.interleaved import header
 from benchmarks.step_cases import spec_of
 from usr_ray.config import BACKBONES, Config
 from usr_ray.data.batch import UsrBatch
@@ -164,29 +161,16 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     results = {backbone: measure(backbone, arguments) for backbone in arguments.backbone}
-    report = {
-        "question": "seconds to score on a CPU, inputs ready: one row, and rows of a batch",
-        "date": dt.datetime.now(dt.UTC).date().isoformat(),
-        "machine": {
-            "cpus": os.cpu_count(),
-            "processor": platform.processor() or platform.machine(),
-            "load_1_min": round(os.getloadavg()[0], 1),
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "onnxruntime": onnxruntime.__version__,
-        },
-        "settings": {
-            "calls": arguments.calls,
-            "batch_rows": arguments.batch_rows,
-            "repeats": arguments.repeats,
-            "threads": arguments.threads,
-            "embedding_dim": 16,
-            "history_length": 50,
-        },
-        "results": results,
+    settings = {
+        "calls": arguments.calls,
+        "batch_rows": arguments.batch_rows,
+        "repeats": arguments.repeats,
+        "threads": arguments.threads,
+        "embedding_dim": 16,
+        "history_length": 50,
     }
+    question = "seconds to score on a CPU, inputs ready: one row, and rows of a batch"
+    report = header(question, settings, ("torch", "onnxruntime")) | {"results": results}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(report, indent=2) + "\n")
     print(table(results))

@@ -146,10 +146,13 @@ def _row(
 
 def _stacked(trials: Trials, of_seeds: Sequence[Trial], scenario: str, task: int) -> tuple[NDArray, NDArray, NDArray]:
     """Labels (N), probabilities (R, N) and users (N) of one cell, a trial a seed."""
-    cells = [cell_rows(trials.predictions(t.trial_id), scenario, task, SCENARIOS) for t in of_seeds]
-    known = [cell for cell in cells if cell is not None]
-    labels, _, users = known[0]
-    return labels, np.stack([probs for _, probs, _ in known]), users
+    probs, labels, users = [], np.zeros(0), np.zeros(0)
+    for trial in of_seeds:
+        cell = cell_rows(trials.predictions(trial.trial_id), scenario, task, SCENARIOS)
+        assert cell is not None
+        labels, of_seed, users = cell
+        probs.append(of_seed)
+    return labels, np.stack(probs), users
 
 
 def _mean_auc(labels_N: NDArray, probs_RN: NDArray) -> float:

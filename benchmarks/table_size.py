@@ -17,10 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime as dt
 import gc
-import os
-import platform
 import statistics
 import sys
 import time
@@ -32,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks.doc_tables import markdown, record
+from benchmarks.interleaved import header
 from usr_ray.config import Config
 from usr_ray.data.batch import UsrBatch
 from usr_ray.data.manifest import make_manifest
@@ -161,26 +159,17 @@ def main() -> None:
         results.append({"optimizer": optimizer, "ids": ids, "sizes": measure(optimizer, ids, sizes, arguments)})
         gc.collect()
         print(results[-1], flush=True)
-    report = {
-        "question": "time of a training step by the rows of the embedding tables",
-        "date": dt.datetime.now(dt.UTC).date().isoformat(),
-        "machine": {
-            "cpus": os.cpu_count(),
-            "processor": platform.processor() or platform.machine(),
-            "load_1_min": round(os.getloadavg()[0], 1),
-        },
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "settings": {
-            "rows": arguments.rows,
-            "batch_rows": arguments.batch_rows,
-            "steps": arguments.steps,
-            "threads": arguments.threads,
-            "embedding_dim": 16,
-            "history_length": 50,
-            "tables": 3,
-        },
-        "results": results,
+    settings = {
+        "rows": arguments.rows,
+        "batch_rows": arguments.batch_rows,
+        "steps": arguments.steps,
+        "threads": arguments.threads,
+        "embedding_dim": 16,
+        "history_length": 50,
+        "tables": 3,
     }
+    question = "time of a training step by the rows of the embedding tables"
+    report = header(question, settings) | {"results": results}
     record(report, table(report), arguments.output, document="embeddings.md", place=RESULTS)
 
 

@@ -57,12 +57,12 @@ class Account:
 
     def total(self, log: str) -> LogCount:
         """Over the dates that are judged, and without one."""
-        first = "" if self.judged_from is None else self.judged_from.isoformat()
+        first = as_text(self.judged_from)
         return sum((count for (name, date), count in self.counts.items() if name == log and date >= first), LogCount())
 
     def rejects_of(self, log: str) -> dict[str, int]:
         """Reason -> rows, over the same dates."""
-        first = "" if self.judged_from is None else self.judged_from.isoformat()
+        first = as_text(self.judged_from)
         found: Counter[str] = Counter()
         for (name, date), reasons in self.reasons.items():
             if name == log and date >= first:
@@ -98,6 +98,11 @@ class Account:
         dates = {date for _, date in self.counts if date != UNDATED} - self.impression_dates
         found = sorted(dt.date.fromisoformat(date) for date in dates)
         return [date for date in found if self.judged_from is None or date >= self.judged_from]
+
+
+def as_text(first: dt.date | None) -> str:
+    """A first date as the dates of an account are written; what is before all of them for None."""
+    return "" if first is None else first.isoformat()
 
 
 def add_pass(account: Account, spark: SparkSession, folder: str, logs: Sequence[EventLog], num_usable: int) -> None:

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from etl.build.account import Account
+from etl.build.account import Account, as_text
 from etl.build.state import State
 from etl.checks import DataCheckError
 from etl.kernel.user_pass import PassPlan
@@ -99,7 +99,7 @@ def silent_logs(account: Account, built: Collection[dt.date]) -> list[str]:
     found: dict[str, Counter[str]] = defaultdict(Counter)
     for (log, date), count in account.counts.items():
         found[log][date] += count.rows_in
-    whole = "" if account.whole_from is None else account.whole_from.isoformat()
+    whole = as_text(account.whole_from)
     notes = []
     days = {date for date in account.impression_dates if date >= whole}
     for log, rows in sorted(found.items()):
@@ -116,7 +116,7 @@ def _lost(reports: Reports, account: Account) -> tuple[dict[str, list[str]], dic
     """Log -> dates read whole of which it had used rows and has none now; and those of which it has fewer."""
     lost: dict[str, list[str]] = defaultdict(list)
     fewer: dict[str, list[str]] = defaultdict(list)
-    whole = "" if account.whole_from is None else account.whole_from.isoformat()
+    whole = as_text(account.whole_from)
     for date, report in sorted(reports.items()):
         for log, before in report["rows"].items() if date >= whole else ():
             now = _rows_in(account, log, date, report["rows"])

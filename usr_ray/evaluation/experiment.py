@@ -36,7 +36,7 @@ _SEVERAL_ALARM = 0.01
 METRICS = ("uctr", "ucvr", "ctr", "ctcvr")
 PER_USER = ("uctr", "ucvr")
 """Shares of users; the others are ratios of sums."""
-OF_ORDERS = ("ucvr", "ctcvr")
+ORDER_METRICS = ("ucvr", "ctcvr")
 """Not known where nobody logs orders: such rows have none, which is not 0."""
 MIN_USERS = 10
 """Users with the event in a bucket, and of a share those without it, below which a normal interval is not trusted."""
@@ -153,7 +153,7 @@ class ExperimentCounts:
 
     def cell_of(self, metric: str, scenario: str, bucket: str) -> Cell | None:
         """The users that a metric of a scenario or of ALL is about; None where it is not known."""
-        if metric in OF_ORDERS:
+        if metric in ORDER_METRICS:
             without = [name for name in self.cells if name in self.without_orders]
             if scenario in without:
                 return None
@@ -436,12 +436,12 @@ def _comparisons(
                 }
             )
     for row in rows:
-        own = ratio_of_orders if row["scenario"] == ALL and row["metric"] in OF_ORDERS else ratios[row["scenario"]]
-        row["verdict"] = FEW if ratios[ALL].is_ok and own.is_ok else INVALID
-    family = [row["p_value"] if row["is_sound"] and row["verdict"] != INVALID else None for row in rows]
-    for row, row["p_value_holm"] in zip(rows, holm(family), strict=True):
-        if row["is_sound"] and row["verdict"] != INVALID:
-            row["verdict"] = _verdict(row, 1 - level)
+        own = ratio_of_orders if row["scenario"] == ALL and row["metric"] in ORDER_METRICS else ratios[row["scenario"]]
+        row |= {"verdict": FEW if ratios[ALL].is_ok and own.is_ok else INVALID, "p_value_holm": None}
+    judged = [row for row in rows if row["is_sound"] and row["verdict"] != INVALID]
+    for row, adjusted in zip(judged, holm([row["p_value"] for row in judged]), strict=True):
+        row["p_value_holm"] = adjusted
+        row["verdict"] = _verdict(row, 1 - level)
     return rows
 
 
