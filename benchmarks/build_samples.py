@@ -39,6 +39,7 @@ from build_samples_sql import Query, export_vocabularies, run_duckdb, run_spark_
 
 from benchmarks.doc_tables import show
 from usr_ray.config import Config, load_config
+from usr_ray.config.counters import counter_columns
 from usr_ray.files import write_whole
 
 RESULTS = Path(__file__).parent / "results" / "build_samples.json"
@@ -195,6 +196,8 @@ def measure_counters(arguments: argparse.Namespace) -> None:
     result = environment(arguments) | {"runs": []}
     if arguments.append and arguments.output.exists():
         result["runs"] = json.loads(arguments.output.read_text(encoding="utf-8"))["runs"]
+    counters = load_config(CONFIG, COUNTERS).every_counter.items()
+    num_columns = sum(len(counter_columns(name, counter)) for name, counter in counters)
     cases = [(system, words, False) for words in ((), COUNTERS) for system in ("ours", "duckdb")]
     for size in (int(float(word)) for word in arguments.sizes.split(",")):
         places: dict[tuple[str, bool], Path] = {}
@@ -204,7 +207,8 @@ def measure_counters(arguments: argparse.Namespace) -> None:
             folder = arguments.work / "runs" / f"{logs.name}-{system}-{len(words)}"
             query = Query(logs, vocabularies, folder / "samples", *_dates(load_config(CONFIG, ())), WATERMARK)
             run = Run(system, size, False, folder, query, words)
-            row = perform(run, cores=arguments.cores, memory=arguments.memory) | {"counters": bool(words), "hot": hot}
+            row = perform(run, cores=arguments.cores, memory=arguments.memory)
+            row |= {"counters": num_columns if words else 0, "hot": hot}
             if system == "ours":
                 export_vocabularies(folder / "lake", vocabularies)
                 places[system, bool(words)] = run.samples

@@ -72,7 +72,13 @@ def counters_table(result: Mapping[str, Any]) -> str:
     base = {(r["system"], r["impressions"]): r["cpu_s"] for r in result["runs"] if not r["counters"]}
     lines = []
     for run in result["runs"]:
-        kind = "half of all impressions of one item" if run["hot"] else "180 columns" if run["counters"] else "none"
+        kind = (
+            "half of all impressions of one item"
+            if run["hot"]
+            else f"{run['counters']} columns"
+            if run["counters"]
+            else "none"
+        )
         ratio = f"{run['cpu_s'] / base[run['system'], run['impressions']]:.2f}" if run["counters"] else ""
         cells = [f"{run['cpu_s']:.0f}", ratio, f"{run['wall_s']:.0f}", f"{run['peak_bytes'] / 1e9:.2f}"]
         lines.append([f"{run['impressions'] / 1e6:g} M", NAMES[run["system"]], kind, *cells])

@@ -3,7 +3,7 @@
     python benchmarks/serving_counters.py [--candidates 1 100 500] [--calls 200] [--users 5000]
 
 Two versions answer the same requests in one process, in turns: one without counters, one with the 12 default counters
-of two item categories (180 columns) on drawn sums. Their program answers 0 at once, so what is timed is checks, stores,
+of two item categories (60 columns) on drawn sums. Their program answers 0 at once, so what is timed is checks, stores,
 encoder and answer; the times are the processor's, of the thread. Writes benchmarks/results/serving_counters.json and
 the table in docs/serving.md. Takes seconds.
 """

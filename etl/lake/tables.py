@@ -349,7 +349,7 @@ def check_tables(spark: SparkSession, lake: Lake, config: Config, spec: FeatureS
         properties = table_properties(spark, path)
         _check_switches(path, properties)
         if table == SAMPLES:
-            _check_meaning(path, properties, config)
+            check_meaning(path, properties, config)
         _check_schema(path, spark.read.format("delta").load(path).schema, schema)
         if table == SAMPLES:
             _check_constraints(path, properties, label_constraints() | list_constraints(spec))
@@ -371,7 +371,8 @@ def _check_switches(path: str, properties: Mapping[str, str]) -> None:
         )
 
 
-def _check_meaning(path: str, properties: Mapping[str, str], config: Config) -> None:
+def check_meaning(path: str, properties: Mapping[str, str], config: Config) -> None:
+    """DataCheckError where a samples table of these properties was built with another row meaning."""
     if CONFIG_PROPERTY not in properties:
         raise DataCheckError(
             f"{path}: was not made by jobs/build_samples.py (it has no property {CONFIG_PROPERTY}); move that table "
@@ -380,8 +381,8 @@ def _check_meaning(path: str, properties: Mapping[str, str], config: Config) -> 
     if found := first_difference(json.loads(properties[CONFIG_PROPERTY]), config.row_meaning()):
         key, before, now = found
         raise DataCheckError(
-            f"{path}: built with {key} = {json.dumps(before)}, the configuration has {json.dumps(now)}; rows of both "
-            f"would mix: take the old value {_NEW_LAKE}"
+            f"{path}: built with {config.key_of(key)} = {json.dumps(before)}, the configuration has "
+            f"{json.dumps(now)}; rows of both would mix: take the old value {_NEW_LAKE}"
         )
 
 

@@ -40,7 +40,13 @@ WATERMARK = START + dt.timedelta(days=2, hours=20)
 LENGTH = 3
 CONFIG = load_config(
     ROOT / "jobs" / "configs" / "simulated.toml",
-    (f"histories.length={LENGTH}", 'data.train_dates=""', "limits.max_reject_share=1", "counters.defaults=true"),
+    (
+        f"histories.length={LENGTH}",
+        'data.train_dates=""',
+        "limits.max_reject_share=1",
+        "counters.defaults=true",
+        'counters.windows=["1d", "7d", "all"]',
+    ),
 )
 EVENT_SCHEMAS = {"impressions": IMPRESSIONS, "clicks": CLICKS, "orders": ORDERS}
 

@@ -15,7 +15,6 @@ COUNTED = ("impressions", "clicks", "orders")
 _RATES = {"ctr": ("impressions", "clicks"), "cvr": ("clicks", "orders")}
 """Rate -> what it is out of, and what it is of."""
 ALL_DAYS = "all"
-_WINDOWS = ("1d", "7d", ALL_DAYS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,7 +22,8 @@ class CounterConfig:
     """`[counters.NAME]`: what is counted, by what, over which days before the row's own."""
 
     keys: tuple[str, ...] = ()
-    windows: tuple[str, ...] = _WINDOWS
+    windows: tuple[str, ...] = (ALL_DAYS,)
+    """Shorter ones beside it gained nothing wherever they were tried (docs/learning.md)."""
     events: tuple[str, ...] = COUNTED
     """Counts, of which two that make a rate have that rate besides; "ctr" and "cvr" are rates without their counts."""
     per_scenario: bool = True
@@ -74,7 +74,7 @@ class CountersConfig:
     """First days that were counted, which have none behind them, that are not trained on."""
     defaults: bool = False
     """Counters of user, item, query, user x each item category, and query x item: over all scenarios, and of each."""
-    windows: tuple[str, ...] = _WINDOWS
+    windows: tuple[str, ...] = (ALL_DAYS,)
     """Windows of the default counters."""
     events: tuple[str, ...] = COUNTED
     """Events that the default counters count."""

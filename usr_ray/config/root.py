@@ -33,7 +33,10 @@ from usr_ray.config.logs import LogConfig, OnlineConfig, log_names
 from usr_ray.config.model import ModelConfig
 from usr_ray.config.training import DataConfig, RayConfig, TrainConfig, TuneConfig
 
-_BEFORE: dict[str, Any] = {"model": {"contrastive": {"every_nth_group": 1}}}
+_BEFORE: dict[str, Any] = {
+    "model": {"contrastive": {"every_nth_group": 1}},
+    "counters": {"windows": ["1d", "7d", "all"]},
+}
 """Keys whose default is not what a version without them did."""
 
 
@@ -239,10 +242,20 @@ class Config:
             meaning["vocabulary"]["num_buckets"] = self.vocabulary.num_buckets
         return meaning
 
+    def key_of(self, meaning: str) -> str:
+        """The key to set for an entry of `row_meaning`, both by dotted path: default counters share two of theirs."""
+        found = re.fullmatch(r"counters\.(\w+)\.(windows|events)", meaning)
+        is_default = found and found[1] in self.every_counter and found[1] not in self.counters.named
+        return f"counters.{found[2]}" if found and is_default else meaning
+
     @classmethod
     def completed(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
         """`raw` as an earlier version saved it, with keys that have come since as it meant them; nothing is checked."""
-        return complete(complete(raw, _BEFORE), cls().to_dict())
+        usual = cls().to_dict()
+        found = complete(complete(raw, _BEFORE), usual)
+        if not found["counters"]["defaults"]:  # the default was another one, and without effect
+            found["counters"]["windows"] = usual["counters"]["windows"]
+        return found
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Config:

@@ -36,8 +36,8 @@ def check_config(config: Config, table: Manifest) -> None:
     if found := first_difference(there, config.row_meaning(), tuple(there) if not table.built_with else ("",)):
         key, of_table, here = found
         raise DataError(
-            f"{key}: the configuration has {here!r}, the table at {table.table_uri} has {of_table!r}; train with the "
-            "configuration the table was built with"
+            f"{config.key_of(key)}: the configuration has {here!r}, the table at {table.table_uri} has {of_table!r}; "
+            "train with the configuration the table was built with"
         )
     asked, sides = config.features.history_item_features, table.spec.history_item_features
     # Else the events would carry the table's all the same.

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 
 import pytest
 
 from etl.build.inputs import make_plan
 from etl.build.state import State, write_sums
+from etl.checks import DataCheckError
 from etl.features.encoding import pack_features
 from etl.features.vocabulary import feature_spec
-from etl.lake.tables import Lake
+from etl.lake.tables import Lake, check_meaning
 from usr_ray.config import Config, ConfigError, load_config
+from usr_ray.schema import CONFIG_PROPERTY
 
 pytestmark = pytest.mark.unit
 
@@ -59,8 +62,8 @@ def test_the_default_ones_of_which_any_may_be_another() -> None:
     ]
     assert every["item"].windows == ("1d",)
     owners = {f.name: f.owner for f in feature_spec(config).dense}
-    assert owners["counter_user_brand_1d_ctr"] == owners["counter_query_item_all_cvr"] == "item"
-    assert (owners["counter_user_7d_orders"], owners["counter_query_1d_ctr"]) == ("user", "query")
+    assert owners["counter_user_brand_all_ctr"] == owners["counter_query_item_all_cvr"] == "item"
+    assert (owners["counter_user_all_orders"], owners["counter_query_all_ctr"]) == ("user", "query")
     without = load_config(None, ("counters.defaults=true", "query_scenarios=[]")).every_counter
     assert list(without) == ["user", "user_scenario", "item", "item_scenario"]
     assert not load_config(None).every_counter
@@ -112,7 +115,7 @@ def test_what_is_counted_decides_what_a_row_means_and_the_warm_up_does_not() -> 
         "prior": 3.0,
         "a": {
             "keys": ["item_id"],
-            "windows": ["1d", "7d", "all"],
+            "windows": ["all"],
             "events": ["impressions", "clicks", "orders"],
             "per_scenario": True,
         },
@@ -166,7 +169,7 @@ def test_scenarios_whose_orders_are_unknown_are_in_no_cvr_over_all(
             r"^counters.events must name some of impressions, .* got \['ctr', 'ctr'\]",
         ),
         (
-            ('counters.windows=["all"]', 'counters.a.keys=["item_id"]'),
+            ('counters.windows=["7d"]', 'counters.a.keys=["item_id"]'),
             r"^counters.windows: is of the default counters, which are off; set counters.defaults=true, or windows in",
         ),
         (('counters.events=["ctr"]',), r"^counters.events: is of the default counters, which are off; .* or events in"),
@@ -187,8 +190,8 @@ def test_scenarios_whose_orders_are_unknown_are_in_no_cvr_over_all(
         ),
         (("counters.prior=0",), r"counters.prior must be in \(0, 1e9\], got 0"),
         (
-            ('counters.a.keys=["query"]', 'features.user_numbers=["Counter_a_1d_clicks"]'),
-            r"features: 'counter_a_1d_clicks' is a column of \[counters\]; call the feature another name",
+            ('counters.a.keys=["query"]', 'features.user_numbers=["Counter_a_all_clicks"]'),
+            r"features: 'counter_a_all_clicks' is a column of \[counters\]; call the feature another name",
         ),
     ],
 )
@@ -217,6 +220,35 @@ def test_a_model_of_one_scenario_learns_nothing_of_the_others(overrides: tuple[s
     load_config(None, ('data.only_scenario=""', *overrides))
     asked = ('data.only_scenario="search"', "model.multitask.enabled=false", 'counters.a.keys=["item_id"]')
     assert Config.from_dict(load_config(None, asked).to_dict()).data.only_scenario == "search"
+
+
+def test_a_lake_of_three_windows_names_the_key_to_set() -> None:
+    """The default of earlier versions: neither a build nor a training takes other columns without a word."""
+    old = load_config(None, ("counters.defaults=true", 'counters.windows=["1d", "7d", "all"]'))
+    now = load_config(None, ("counters.defaults=true",))
+    table = {CONFIG_PROPERTY: json.dumps(old.row_meaning(), sort_keys=True)}
+    told = (
+        r'built with counters.windows = \["1d", "7d", "all"\], the configuration has \["all"\]; .*: take the old value'
+    )
+    with pytest.raises(DataCheckError, match=told):
+        check_meaning("lake/samples", table, now)
+    check_meaning("lake/samples", table, old)
+    named = load_config(None, ('counters.item.keys=["item_id"]', 'counters.item.windows=["1d"]'))
+    table = {CONFIG_PROPERTY: json.dumps(named.row_meaning(), sort_keys=True)}
+    with pytest.raises(DataCheckError, match=r'counters.item.windows = \["1d"\], the configuration has \["all"\]'):
+        check_meaning("lake/samples", table, load_config(None, ('counters.item.keys=["item_id"]',)))
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+def test_a_run_of_an_earlier_version_keeps_its_windows(is_named: bool) -> None:
+    """A configuration that names none had three; one without default counters is no other run for it."""
+    three = ("1d", "7d", "all")
+    saved = load_config(None, ("counters.defaults=true", f"counters.windows={json.dumps(three)}")).to_dict()
+    if not is_named:
+        del saved["counters"]["windows"]
+    assert Config.from_dict(Config.completed(saved)).counters.windows == three
+    saved["counters"]["defaults"] = False
+    assert Config.completed(saved) == load_config(None).to_dict()
 
 
 def test_what_has_no_effect_is_refused_of_the_user_and_read_of_an_older_run() -> None:

@@ -148,6 +148,15 @@ def test_another_configuration_of_the_build_is_another_meaning(override: str, wo
     check_config(now, table(OURS, built_with(now)))
 
 
+def test_the_key_of_other_windows_is_that_of_all_default_counters() -> None:
+    asked = ("counters.defaults=true", 'counters.windows=["1d", "all"]')
+    told = (
+        r"^counters.windows: the configuration has \['all'\], the table at lake/samples has \['1d', 'all'\]; train with"
+    )
+    with pytest.raises(UserError, match=told):
+        check_config(load_config(None, asked[:1]), table(OURS, built_with(load_config(None, asked))))
+
+
 @pytest.mark.parametrize(
     "override",
     ["labels.click_window=60 minutes", "vocabulary.min_count=7", "train.seed=3", "counters.warmup_days=3"],

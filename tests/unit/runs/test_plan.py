@@ -375,6 +375,7 @@ def test_keys_that_came_with_a_newer_version_do_not_end_an_older_run(lake: Path,
         record["config"]["model"]["interest"],
         record["config"]["train"]["order"],
     )
+    record["config"]["counters"]["windows"] = ["1d", "7d", "all"]  # the default then, without effect
     path.write_text(json.dumps(record))
     assert plan_run(config(), lake, tmp_path / "run").is_finished
     with pytest.raises(UserError, match=r"holds a run with train.order = 'shuffled', this command has 'by_date'"):
