@@ -29,7 +29,7 @@ CONFIDENCE = 0.95
 MIN_ROWS = 30
 """Rows of the rarer label below which no verdict is given."""
 MIN_USERS = 10
-"""Users below which no verdict is given."""
+"""Users of a label (`effective_users`) below which no verdict is given."""
 HISTORY_BUCKETS = ((0, 0), (1, 5), (6, 20), (21, None))
 """Numbers of past events (first, last) that the slices put together; None: no upper end."""
 
@@ -49,13 +49,14 @@ class PairedGap:
     """Standard deviation of `by_seed`; 0 for one seed, whose interval knows the users only."""
     user_se: float
     """Standard error that the sample of users brings."""
-    num_users: int
+    num_users: float
+    """`effective_users`."""
     num_rarer: int
     """Rows of the rarer label."""
 
     @property
     def can_tell(self) -> bool:
-        """Whether there are rows and users enough for a verdict."""
+        """Whether there are rows enough of the rarer label, and users enough of each, for a verdict."""
         return self.num_rarer >= MIN_ROWS and self.num_users >= MIN_USERS
 
 
@@ -120,12 +121,14 @@ def cell_rows(
 
 
 def paired_auc_gap(labels_N: NDArray, ours_RN: NDArray, theirs_RN: NDArray, users_N: NDArray) -> PairedGap | None:
-    """The gap and its interval; None when a label is missing, or all rows are of one user, who does not say how far
-    others would be.
+    """The gap and its interval; None when a label is missing, or all its rows are of one user, who does not say how
+    far others would be.
 
     variance = s^2 / R + v. s^2: sample variance of the R gaps, which share the users and differ by their seed. v:
     variance by the sample of users, of the mean gap, from DeLong's placements summed by user (Obuchowski, Biometrics
-    1997: AUC of clustered data). Degrees of freedom after Welch and Satterthwaite: two seeds give a wide interval.
+    1997: AUC of clustered data), times n / (n - 1), n being `effective_users`: the placements of a label sum to 0, so
+    a user who has most of its rows is compared with little but himself. Degrees of freedom after Welch and
+    Satterthwaite, R - 1 and n - 1: two seeds, or orders of two users, give a wide interval.
 
     Args:
         labels_N: 0 or 1.
@@ -133,16 +136,17 @@ def paired_auc_gap(labels_N: NDArray, ours_RN: NDArray, theirs_RN: NDArray, user
         theirs_RN: those of the other, in the same order of seeds.
         users_N: equal for rows of one user.
     """
-    _, user_N = np.unique(users_N, return_inverse=True)
-    if len(labels_N) == 0 or labels_N.min() == labels_N.max() or not user_N.any():
+    num_users = effective_users(labels_N, users_N)
+    if num_users <= 1:
         return None
+    _, user_N = np.unique(users_N, return_inverse=True)
     areas_MR = [[auc(labels_N, probs_N) or 0.0 for probs_N in model_RN] for model_RN in (ours_RN, theirs_RN)]
     gaps_R = np.array(areas_MR[0]) - np.array(areas_MR[1])
     rows_N = np.mean(
         [_influence(labels_N, a) - _influence(labels_N, b) for a, b in zip(ours_RN, theirs_RN, strict=True)], axis=0
     )
     by_user_U = np.bincount(user_N, weights=rows_N)
-    num_users, num_seeds = len(by_user_U), len(gaps_R)
+    num_seeds = len(gaps_R)
     of_users = float((by_user_U**2).sum()) * num_users / (num_users - 1)
     sd = float(gaps_R.std(ddof=1)) if num_seeds > 1 else 0.0
     of_seeds = sd**2 / num_seeds
@@ -163,6 +167,16 @@ def paired_auc_gap(labels_N: NDArray, ours_RN: NDArray, theirs_RN: NDArray, user
         num_users=num_users,
         num_rarer=min(num_positives, len(labels_N) - num_positives),
     )
+
+
+def effective_users(labels_N: NDArray, users_N: NDArray) -> float:
+    """How many users of equal weight a label's rows amount to, (sum of m)^2 / sum of m^2 over its users' numbers of
+    rows m (Kish, Survey Sampling, 1965); of the label with fewer. 0 where a label is missing.
+
+    40 orders of 40 users are 40, of four users with ten each 4, of ten users of whom one has 31 only 1.6.
+    """
+    rows_LU = [np.unique(users_N[is_label_N], return_counts=True)[1] for is_label_N in (labels_N > 0, labels_N <= 0)]
+    return min(float(m_U.sum()) ** 2 / float((m_U**2).sum()) if len(m_U) else 0.0 for m_U in rows_LU)
 
 
 def _influence(labels_N: NDArray, probs_N: NDArray) -> NDArray[np.float64]:
@@ -311,7 +325,7 @@ def compare(scored: Mapping[str, Predictions], ours: str, scenarios: Sequence[st
     Returns:
         {"ours": name, "cells": [{"cell", "task", "auc": {name: AUC or null}, "leads": {other: {"value", "low", "high",
         "verdict"}}}]}, a lead with a paired 95 % interval over users; verdicts after Holm over all leads. A cell
-        without both labels, or of one user, has no leads.
+        without both labels, each of two users or more, has no leads.
     """
     cells: list[dict[str, Any]] = []
     family = []

@@ -177,7 +177,7 @@ def _glance_section(found: Sequence[Contrast]) -> Section:
         rows.append(Row([name, *texts], [c.verdict if c else "none" for c in shown]))
     note = (
         "AUC gap on the held-out rows, mean over the seeds. ▲ better, ▼ worse: holds after correction for all "
-        "comparisons of this report. ≈: these data do not tell the two apart. ?: too few positives or users."
+        "comparisons of this report. ≈: these data do not tell the two apart. ?: too few rows or users of a label."
     )
     return Section("At a glance", note, table=Table(["Gap of", *(cell_task(*cell) for cell in cells)], rows))
 
@@ -269,7 +269,7 @@ def _slice_plots(found: Sequence[Contrast], task: str) -> list[Plot]:
         return []
     title, scenarios = f"AUC gap by part, {TASK_NAMES[task]}", list(dict.fromkeys(c.scenario for c in own))
     bars = [_bar(c, f"{words(c.scenario)}: {c.part}", scenarios.index(c.scenario)) for c in own]
-    caption = f"Parts with fewer than {MIN_ROWS} rows of the rarer label, or {MIN_USERS} users, are left out."
+    caption = f"Parts with fewer than {MIN_ROWS} rows or {MIN_USERS} users of a label are left out."
     return [Plot(title, forest_plot(bars, label=title, axis="AUC gap"), caption)]
 
 

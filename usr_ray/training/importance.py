@@ -25,7 +25,7 @@ from usr_ray.data.assemble import BatchBuilder, take_rows
 from usr_ray.data.batch import UsrBatch, map_tensors
 from usr_ray.data.manifest import Manifest
 from usr_ray.evaluation.metrics import auc
-from usr_ray.evaluation.statistics import paired_auc_gap
+from usr_ray.evaluation.statistics import effective_users, paired_auc_gap
 from usr_ray.model.embedding import RowSource
 from usr_ray.model.unique import ItemSides, unique_ids
 from usr_ray.schema import FIRST_ID, UNKNOWN_ID, FeatureSpec
@@ -156,7 +156,7 @@ def _drops(rows: UsrBatch, signals: Sequence[Signal], scorer: _Scorer) -> dict[s
     labels_N, users_N = rows.labels_BT[:, 0].numpy(), rows.user_key_B.numpy()
     counts = {"num_rows": len(rows), "num_positives": int(labels_N.sum())}
     # One user does not say how far others would be (paired_auc_gap): unseen ones may share a key.
-    if counts["num_positives"] in (0, len(rows)) or len(np.unique(users_N)) < 2:
+    if effective_users(labels_N, users_N) <= 1:
         return {**counts, "auc": None, "drops": {}}
     whole_N, drops = scorer(rows), {}
     for signal in signals:
@@ -169,7 +169,7 @@ def _drops(rows: UsrBatch, signals: Sequence[Signal], scorer: _Scorer) -> dict[s
         else:
             permuted_N = scorer(_permuted(rows, signal, generator.permutation(len(rows))))
         gap = paired_auc_gap(labels_N, whole_N[None], permuted_N[None], users_N)
-        assert gap is not None  # both labels and several users are there
+        assert gap is not None  # both labels are there, of several users each
         drops[signal.name] = {"drop": gap.value, "low": gap.low, "high": gap.high}
     return {**counts, "auc": auc(labels_N, whole_N), "drops": drops}
 

@@ -15,6 +15,7 @@ from usr_ray.evaluation.statistics import (
     calibration_bins,
     corrected,
     ctr_slices,
+    effective_users,
     holm,
     paired_auc_gap,
     roc_points,
@@ -36,14 +37,13 @@ def test_the_gap_of_two_seeds_by_hand() -> None:
     assert gap.seed_sd == pytest.approx(math.sqrt(0.125))
     # Influence: `perfect` and `worst` place every row alike, so 0. `half`: positives at 1 and 0, AUC 1/2, so +1/4 and
     # -1/4; negatives both at 1/2, so 0. Mean over the seeds of (ours - theirs): a -1/8, b +1/8.
-    assert gap.user_se == pytest.approx(math.sqrt(4 / 3 * (1 / 64 + 1 / 64)))
-    variance = 1 / 24 + 0.125 / 2
-    freedom = variance**2 / ((1 / 24) ** 2 / 3 + 0.0625**2 / 1)
-    assert freedom == pytest.approx(2.4196, abs=1e-3)
-    # Student's 97.5 % point lies between those of 2 and 3 degrees: 4.303 and 3.182.
-    assert 3.182 * math.sqrt(variance) < gap.high - gap.value < 4.303 * math.sqrt(variance)
+    # Two users have each label, so 2 / (2 - 1).
+    assert gap.user_se == pytest.approx(math.sqrt(2 * (1 / 64 + 1 / 64)))
+    # Variance 1/16 of the users + 0.125 / 2 of the seeds; degrees (1/8)^2 / ((1/16)^2 / 1 + (1/16)^2 / 1) = 2, whose
+    # 97.5 % point is 4.30265 in tables of Student's t.
+    assert gap.high - gap.value == pytest.approx(4.30265 * math.sqrt(1 / 8), rel=1e-5)
     assert gap.high - gap.value == pytest.approx(gap.value - gap.low)
-    assert (gap.num_users, gap.num_rarer) == (4, 2)
+    assert (gap.num_users, gap.num_rarer) == (2, 2)
 
 
 def test_the_users_part_agrees_with_a_bootstrap_over_users() -> None:
@@ -91,19 +91,60 @@ def test_few_users_give_no_verdict_however_many_rows_they_have(
     assert {one.verdict for one in corrected(found)} == verdicts
 
 
-def test_ten_users_give_a_verdict() -> None:
+def test_ten_users_of_each_label_give_a_verdict() -> None:
     labels = np.tile([0.0, 1.0], 300)
     rng = np.random.default_rng(4)
-    gap = paired_auc_gap(labels, labels[None], rng.random((1, 600)), np.arange(600) % 10)
-    assert corrected([Judged(gap=gap)])[0].verdict == "better"
+    for users, verdict in ((np.arange(600) // 2 % 10, "better"), (np.arange(600) % 10, "few")):  # five have orders
+        gap = paired_auc_gap(labels, labels[None], rng.random((1, 600)), users)
+        assert corrected([Judged(gap=gap)])[0].verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("orders", "users"),
+    [
+        ([1] * 40, 40),
+        ([10] * 4, 4),
+        ([31] + [1] * 9, 1600 / 970),  # 40^2 / (31^2 + 9)
+        ([40], 1),
+        ([], 0),
+    ],
+)
+def test_users_of_a_label_count_by_their_share_of_its_rows(orders: list[int], users: float) -> None:
+    labels, keys = buyers(orders, rows_of_each=50)
+    assert effective_users(labels, keys) == pytest.approx(users)
+    assert effective_users(1 - labels, keys) == pytest.approx(users), "the other label with fewer"
+
+
+def test_a_heavy_buyer_and_a_few_buyers_do_not_make_verdicts_of_nothing() -> None:
+    """Two models of equal worth whose errors are the user's; intervals that leave out 0 are false, 5 % of them."""
+    rng = np.random.default_rng(7)
+    for orders in ([20, 20], [20] + [1] * 20):  # 38 % and 29 % of them were, when the 200 users had counted
+        labels, users = buyers(orders, rows_of_each=20)
+        num_false = 0
+        for _ in range(100):
+            ours, theirs = (rng.normal(size=200)[users] + 0.3 * rng.normal(size=len(users)) for _ in range(2))
+            gap = paired_auc_gap(labels, ours[None], theirs[None], users)
+            assert gap is not None
+            num_false += gap.low > 0 or gap.high < 0
+        assert num_false <= 10
+    alone, users = buyers([40], rows_of_each=50)
+    assert paired_auc_gap(alone, rng.random((1, len(users))), rng.random((1, len(users))), users) is None
+
+
+def buyers(orders: list[int], *, rows_of_each: int) -> tuple[np.ndarray, np.ndarray]:
+    """(labels, users) of 200 users with so many rows each, of whom the first have these orders."""
+    labels = np.zeros((200, rows_of_each))
+    for user, number in enumerate(orders):
+        labels[user, :number] = 1
+    return labels.ravel(), np.repeat(np.arange(200), rows_of_each)
 
 
 def test_a_model_against_itself_has_no_gap_and_a_missing_label_none() -> None:
-    labels, probs = np.array([1.0, 0.0, 1.0]), np.array([[0.2, 0.4, 0.9]])
-    gap = paired_auc_gap(labels, probs, probs, np.array([1, 2, 3]))
+    labels, probs = np.array([1.0, 0.0, 1.0, 0.0]), np.array([[0.2, 0.4, 0.9, 0.3]])
+    gap = paired_auc_gap(labels, probs, probs, np.array([1, 2, 3, 4]))
     assert gap is not None
     assert (gap.value, gap.low, gap.high, gap.p_value) == (0.0, 0.0, 0.0, 1.0)
-    assert paired_auc_gap(np.ones(3), probs, probs, np.array([1, 2, 3])) is None
+    assert paired_auc_gap(np.ones(4), probs, probs, np.array([1, 2, 3, 4])) is None
     assert paired_auc_gap(np.zeros(0), np.zeros((1, 0)), np.zeros((1, 0)), np.zeros(0)) is None
 
 
