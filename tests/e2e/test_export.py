@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from jobs import export as job
 from tests.unit.export_runs import MODELS, NAMES, PLAIN, make_run
 from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
-from tests.unit.serving.test_export_model import vocabulary
+from tests.unit.serving.test_export_model import both, every_kind, vocabulary
 from usr_ray.cli import run_job
 from usr_ray.config import BACKBONES
 from usr_ray.data.manifest import build_manifest
@@ -117,6 +117,38 @@ def test_both_programs_say_what_the_training_model_says(lake, tmp_path, request,
                 alone = model.predict({name: value[row : row + 1] for name, value in inputs.items()})
                 for name, value in alone.items():
                     np.testing.assert_allclose(value, found[name][row : row + 1], rtol=0, atol=1e-6)
+
+
+def test_a_request_of_every_kind_of_input_is_answered_as_the_run_answers(tmp_path):
+    batch, run = every_kind(tmp_path, is_plain=False)
+    manifest = export_run(tmp_path / "run", tmp_path / "export", None, requests_only=True)
+    assert max(manifest["largest_difference_from_training_model"].values()) < 1e-5
+    shapes = {entry["name"]: entry["shape"] for entry in manifest["request_inputs"]}
+    assert (shapes["tags_indices"], shapes["item_terms_indices"]) == (["items", 2], ["items", 4])
+    assert (shapes["hobbies_indices"], shapes["query_terms_indices"]) == ([1, 3], [1, 3])
+    model = ExportedModel(tmp_path / "export", per_request=True)
+    for row in (0, 17):
+        request = one_request(batch, run.spec, row)
+        inputs = request_inputs(padded_inputs(request, run.spec), run.spec)
+        found = model.predict({name: value.numpy() for name, value in inputs.items()})
+        for name, value in both(run, request)[0].items():
+            assert value.std() > 1e-4
+            torch.testing.assert_close(torch.from_numpy(found[name]), value, rtol=0, atol=1e-5)
+
+
+# The request's program above has the same operations; the model that is exported says of each kind what the run says
+# (tests/unit/serving), and the tests above have programs for rows.
+@pytest.mark.slow
+@pytest.mark.parametrize("is_plain", [False, True], ids=["USR", "plain"])
+def test_the_programs_say_what_the_run_says_with_every_kind_of_input(tmp_path, is_plain):
+    batch, run = every_kind(tmp_path, is_plain)
+    manifest = export_run(tmp_path / "run", tmp_path / "export", None)
+    assert max(manifest["largest_difference_from_training_model"].values()) < 1e-5
+    inputs = {name: value.numpy() for name, value in padded_inputs(batch, run.spec).items()}
+    for runtime in ("torch", "onnx"):
+        found = ExportedModel(tmp_path / "export", runtime=runtime).predict(inputs)
+        for name, value in both(run, batch)[0].items():
+            torch.testing.assert_close(torch.from_numpy(found[name]), value, rtol=0, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

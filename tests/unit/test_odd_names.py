@@ -152,8 +152,14 @@ class _Metric:
     inc = set
 
 
-@pytest.mark.parametrize("seed", range(NUM_WORLDS))
-def test_names_of_any_kind_go_the_whole_way(seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+# An export is the dear one: tests/e2e/test_export.py has it of a run and into a folder with odd names, and
+# tests/unit/serving/test_export_model.py has which vocabularies go along.
+@pytest.mark.parametrize(
+    ("seed", "is_exported"), [*((n, False) for n in range(NUM_WORLDS)), pytest.param(0, True, marks=pytest.mark.slow)]
+)
+def test_names_of_any_kind_go_the_whole_way(
+    seed: int, is_exported: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     world = make_world(tmp_path, random.Random(seed))
     run, lake = ["--run-dir", str(world.run_dir)], ["--lake", str(world.lake)]
     dates = ["--dates", "2026-01-03:2026-01-04"]
@@ -163,12 +169,12 @@ def test_names_of_any_kind_go_the_whole_way(seed: int, tmp_path: Path, capsys: p
         (export, [*run, *lake, "--output", str(world.output / "export")]),
         (report, [*run, *lake, "--output", str(world.output / "report.html")]),
     ):
-        if job is not export or seed == 0:  # the dear one
+        if job is not export or is_exported:
             assert run_job(job.main, words) == 0, capsys.readouterr().err[-3000:]
     days = [date.isoformat() for date in world.table["impression_date"].to_pylist()]
     asked = [i for i, day in zip(world.table["impression_id"].to_pylist(), days, strict=True) if day > "2026-01-02"]
     assert sorted(scores_of(world.lake, world.run_dir, world.output / "scores")) == sorted(asked)
-    if seed == 0:  # the export held its programs to the training model; its vocabularies are the lake's
+    if is_exported:  # it held its programs to the training model; its vocabularies are the lake's
         columns, key = ["feature", "value", "id"], [("feature", "ascending"), ("id", "ascending")]
         exported = pq.read_table(world.output / "export" / "vocabularies.parquet").select(columns)
         kept = DeltaTable(str(world.lake / VOCABULARIES)).to_pyarrow_table().select(columns)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
+import os
 import re
 import resource
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from tests.unit.two_ranks import run_ranks
 from usr_ray.launch import rollcall as trainer_rollcall
 from usr_ray.launch.rollcall import RollCall, read_refusal, reserve_refusal, write_refusal
+from usr_ray.training.worker import LocalWorker
 
 pytestmark = pytest.mark.unit
 
@@ -53,6 +60,34 @@ def test_ranks_that_fail_for_reasons_of_their_own_are_not_called_lost(tmp_path: 
         fail(tmp_path, 1, RuntimeError("CUDA out of memory"), world_size=2)
     with pytest.raises(RuntimeError, match="gloo"):
         fail(tmp_path, 0, RuntimeError(TIMED_OUT), world_size=2)
+
+
+def _one_hangs(worker: LocalWorker, folder: Path) -> dict[str, torch.Tensor]:
+    """Rank 1 comes and never answers; rank 0 waits for it in a sum for two seconds."""
+    group = dist.new_group(timeout=dt.timedelta(seconds=2), backend="gloo")
+    trainer_rollcall._WAIT_S = 0.2
+    if worker.rank == 1:
+        (folder / "pid").write_text(str(os.getpid()))
+        with RollCall(folder, 1, 2, timeout="2 s").answered():
+            dist.barrier()
+            while "failed" not in (folder / "rank-0.json").read_text():
+                time.sleep(0.05)
+        return {"waited_s": torch.tensor(0.0)}
+    start = time.monotonic()
+    try:
+        with RollCall(folder, 0, 2, timeout="2 s").answered():
+            dist.barrier()  # both have come, in the group that waits longer
+            dist.all_reduce(torch.ones(1), group=group)
+    except RuntimeError as error:
+        (folder / "said").write_text(str(error))
+    return {"waited_s": torch.tensor(time.monotonic() - start)}
+
+
+def test_a_rank_that_hangs_in_a_collective_ends_it_for_the_others_and_is_named(tmp_path: Path) -> None:
+    waited, _ = run_ranks(_one_hangs, 2, tmp_path)
+    assert 2 <= waited["waited_s"] < 30
+    pid, said = ((tmp_path / name).read_text() for name in ("pid", "said"))
+    assert re.match(rf"rank 1 \(pid {pid} on \S+\) is lost: it has not answered for ray.timeout = 2 s, ", said)
 
 
 def test_a_new_group_forgets_the_signatures_of_the_last(tmp_path: Path) -> None:

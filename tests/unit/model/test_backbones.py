@@ -170,6 +170,7 @@ def tensors(inputs: BackboneInput) -> tuple[Tensor, ...]:
     return (inputs.x_BD, inputs.scenario_B, inputs.scenario_embedding_BE, inputs.trigger_BZ, inputs.weights_B)
 
 
+@pytest.mark.slow  # tests/e2e/test_export.py exports every backbone for requests of any size
 @pytest.mark.parametrize("name", ALL)
 def test_evaluation_exports_with_any_batch_size(name: str) -> None:
     model = FromTensors(small_backbone(name)).eval()

@@ -20,7 +20,7 @@ from usr_ray.data.reader import Reading, SampleReader
 from usr_ray.model.history import NUM_AGES, age_buckets
 from usr_ray.model.usr import UsrModel
 from usr_ray.schema import UNKNOWN_ID
-from usr_ray.serving.check import drawn_batch, one_request, training_probabilities
+from usr_ray.serving.check import drawn_batch, training_probabilities
 from usr_ray.serving.export import ExportError, export_run, known_values
 from usr_ray.serving.model import (
     GLOBAL_PROBABILITIES,
@@ -146,7 +146,14 @@ def test_the_first_order_part_is_served(lake, tmp_path, is_plain):
     assert not torch.allclose(both(run, batch)[0]["p_ctr"], known, atol=1e-3)
 
 
-@pytest.mark.parametrize(("backbone", "is_plain"), MODELS, ids=NAMES)
+# Vectors are an input, which a backbone has no part in: plain ones are one, and each is served by the tests above.
+WITH_VECTORS = [
+    pytest.param(*model, id=name, marks=[pytest.mark.slow] if model[1] and model[0] != "shared_bottom" else [])
+    for model, name in zip(MODELS, NAMES, strict=True)
+]
+
+
+@pytest.mark.parametrize(("backbone", "is_plain"), WITH_VECTORS)
 def test_vectors_are_served_by_every_backbone(tmp_path, backbone, is_plain):
     """The run holds them once: when it is written, the lake is not asked again."""
     lake = make_lake(tmp_path / "lake", vectors=VECTORS, sides=("brand",))
@@ -196,38 +203,6 @@ def every_kind(tmp_path, is_plain):
     run = load_run(make_run(tmp_path / "run", lake, **switches))
     shutil.rmtree(lake)
     return batch, run
-
-
-def test_a_request_of_every_kind_of_input_is_answered_as_the_run_answers(tmp_path):
-    batch, run = every_kind(tmp_path, is_plain=False)
-    manifest = export_run(tmp_path / "run", tmp_path / "export", None, requests_only=True)
-    assert max(manifest["largest_difference_from_training_model"].values()) < 1e-5
-    shapes = {entry["name"]: entry["shape"] for entry in manifest["request_inputs"]}
-    assert (shapes["tags_indices"], shapes["item_terms_indices"]) == (["items", 2], ["items", 4])
-    assert (shapes["hobbies_indices"], shapes["query_terms_indices"]) == ([1, 3], [1, 3])
-    model = ExportedModel(tmp_path / "export", per_request=True)
-    for row in (0, 17):
-        request = one_request(batch, run.spec, row)
-        inputs = request_inputs(padded_inputs(request, run.spec), run.spec)
-        found = model.predict({name: value.numpy() for name, value in inputs.items()})
-        for name, value in both(run, request)[0].items():
-            assert value.std() > 1e-4
-            torch.testing.assert_close(torch.from_numpy(found[name]), value, rtol=0, atol=1e-5)
-
-
-# The request's program above has the same operations; the model that is exported says of each kind what the run says
-# (the tests before), and tests/unit/test_odd_names.py and tests/e2e/test_export.py have programs for rows.
-@pytest.mark.slow
-@pytest.mark.parametrize("is_plain", [False, True], ids=["USR", "plain"])
-def test_the_programs_say_what_the_run_says_with_every_kind_of_input(tmp_path, is_plain):
-    batch, run = every_kind(tmp_path, is_plain)
-    manifest = export_run(tmp_path / "run", tmp_path / "export", None)
-    assert max(manifest["largest_difference_from_training_model"].values()) < 1e-5
-    inputs = {name: value.numpy() for name, value in padded_inputs(batch, run.spec).items()}
-    for runtime in ("torch", "onnx"):
-        found = ExportedModel(tmp_path / "export", runtime=runtime).predict(inputs)
-        for name, value in both(run, batch)[0].items():
-            torch.testing.assert_close(torch.from_numpy(found[name]), value, rtol=0, atol=1e-5)
 
 
 def test_a_row_alone_equals_the_row_in_a_batch(lake, tmp_path):
