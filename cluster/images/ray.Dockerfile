@@ -3,9 +3,10 @@
 #   docker build --file cluster/images/ray.Dockerfile --tag usr-ray-train:0.1.0 .
 FROM python:3.11-slim-bookworm
 
-# procps, openssh-client, rsync: what Ray's cluster launcher (`ray up`) calls in the container.
+# procps, openssh-client, rsync: what Ray's cluster launcher (`ray up`) calls in the container. wget: what KubeRay's probes
+# call there; without it no pod of Ray's gets ready.
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends openssh-client procps rsync tini \
+    && apt-get install --yes --no-install-recommends openssh-client procps rsync tini wget \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 1000 --gid users --create-home ray
 
@@ -17,7 +18,7 @@ COPY usr_ray usr_ray
 COPY jobs jobs
 COPY cluster cluster
 
-# Before ray is imported anywhere: usr_ray/trainer_environment.py says what each is for; a test holds the two together.
+# Before ray is imported anywhere: usr_ray/launch/environment.py says what each is for; a test holds the two together.
 ENV RAY_TRAIN_ENABLE_STATE_TRACKING=1 \
     RAY_TRAIN_ENABLE_PRINT_PATCH=0 \
     RAY_USAGE_STATS_ENABLED=0 \

@@ -19,8 +19,9 @@ from packaging.requirements import Requirement
 
 import usr_ray
 from tests.unit.crd_fields import FIELDS_FILE, custom_resources, documents, fields, leaves, paths, problems, read_crds
-from usr_ray.config import UserError
+from usr_ray.config import Config, UserError
 from usr_ray.launch.environment import RAY_ENVIRONMENT
+from usr_ray.operations.daily import label_lag
 
 pytestmark = pytest.mark.unit
 
@@ -180,7 +181,28 @@ def test_sparks_image_gets_no_torch_and_rays_image_no_spark() -> None:
     assert not re.search("jdk|jre|java", text.replace("no JVM", ""))
 
 
+def test_rays_image_has_the_programs_that_are_called_in_it() -> None:
+    """By the name of their Debian package; python:slim has none of them.
+
+    wget: KubeRay 1.5's probes of every pod, and those of a RayService's workers in 1.7 (ray-operator/controllers/ray/
+    common/pod.go). ssh, rsync, ps: `ray up`.
+    """
+    text = (CLUSTER / "images" / "ray.Dockerfile").read_text(encoding="utf-8")
+    (packages,) = re.findall(r"apt-get install --yes --no-install-recommends (.+) \\\n", text)
+    assert {"wget", "openssh-client", "rsync", "procps", "tini"} <= set(packages.split())
+
+
 # ---- Spark
+
+
+def test_the_daily_build_takes_every_date_whose_labels_were_open_the_day_before() -> None:
+    """By hand, for 1 + 24 hours: a row of 23:59 on the 1st is final at 00:59 on the 3rd, so the run of the 4th is the
+    first whose logs (to the end of the 3rd) reach beyond that, and builds the 1st once more: today-3."""
+    arguments = {d["kind"]: d["spec"] for d in custom_resources()}["ScheduledSparkApplication"]["template"]["arguments"]
+    dates = arguments[arguments.index("--dates") + 1]
+    assert dates == "today-3:today-1"
+    assert dates == f"today-{1 + label_lag(Config())}:today-1"
+    assert f"--dates {dates}" in (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
 
 
 def test_spark_properties_say_what_every_session_of_ours_is_set_to() -> None:
