@@ -40,6 +40,7 @@ _TIME, _UNREADABLE, _UNPARSABLE, _UNREAD_NUMBER, _RAW = "time:", "unreadable:", 
 """Columns between a log's own and those of `read_events`."""
 Read = Callable[[DataFrame, str, str], Column]
 """Reads a column of a log of that name."""
+_FIRST_ROWS = 1000
 _ATOMIC = (T.StringType, T.BooleanType, T.NumericType, T.DateType)
 
 
@@ -60,10 +61,12 @@ def event_logs(config: Config, folder: LogFolder) -> tuple[EventLog, ...]:
 
     Raises:
         DataCheckError: an impressions or clicks log is missing, there is no orders log at all, or there is one of a
-            scenario that labels.no_order_scenarios says to have none.
+            scenario that labels.no_order_scenarios says to have none; or queries are mapped that nobody would read.
     """
     logs = []
     for number, scenario in enumerate(config.scenarios):
+        if scenario not in config.query_scenarios:
+            _check_no_query(config, scenario)
         query = ("query",) if scenario in config.query_scenarios else ()
         shown, clicks = f"{scenario}_impressions", f"{scenario}_clicks"
         logs.append(_event_log(shown, KIND_IMPRESSION, number, ("impression_id", "request_id"), query))
@@ -83,6 +86,29 @@ def event_logs(config: Config, folder: LogFolder) -> tuple[EventLog, ...]:
         folder.read("orders")  # says what is missing and what there is
     logs += [_event_log(name, KIND_ORDER, number, ("order_id",)) for name, number in found]
     return tuple(logs)
+
+
+def _check_no_query(config: Config, scenario: str) -> None:
+    """Queries that are mapped for a scenario without any would be lost without a word; a constant '' is none."""
+    log = f"{scenario}_impressions"
+    mapping = config.logs.get(log)
+    for key in ("columns", "constants"):
+        if mapping is not None and getattr(mapping, key).get("query", "") != "":
+            named = ", ".join(config.query_scenarios) or "empty"
+            raise DataCheckError(
+                f"log {log}: logs.{log}.{key} gives it queries, but query_scenarios ({named}) does not name {scenario}, "
+                "so none would be read; name it there, or take the query out"
+            )
+
+
+def _note_unread_query(folder: LogFolder, log: str, raw: DataFrame, scenario: str) -> None:
+    """Tell of queries that are not read, by the log's first rows: a search box has them in most of its rows."""
+    for name in raw.columns:
+        if name.lower() == "query" and any(row[0] not in (None, "") for row in raw.select(own(name)).take(_FIRST_ROWS)):
+            folder.note(
+                f"log {log}: column '{name}' holds queries, which are not read: query_scenarios does not name {scenario}"
+                "; name it there if its impressions answer a query"
+            )
 
 
 def _event_log(name: str, kind: int, scenario: int, ids: tuple[str, ...], query: tuple[str, ...] = ()) -> EventLog:
@@ -108,6 +134,8 @@ def read_events(config: Config, folder: LogFolder, logs: Sequence[EventLog]) -> 
     contexts = _context_columns(config, [raw for log, raw, _ in frames if log.kind == KIND_IMPRESSION])
     result: DataFrame | None = None
     for log, raw, kind in frames:
+        if log.kind == KIND_IMPRESSION and config.scenarios[log.scenario] not in config.query_scenarios:
+            _note_unread_query(folder, log.name, raw, config.scenarios[log.scenario])
         frame = _event_rows(log, raw, text=kind in TEXT_FORMATS, contexts=contexts, config=config)
         result = frame if result is None else result.unionByName(frame)
     assert result is not None  # a configuration has at least one scenario

@@ -467,3 +467,18 @@ def test_a_file_that_breaks_while_it_is_read_is_one_line(spark: SparkSession, tm
     (tmp_path / "feed_impressions.csv.gz").write_bytes(packed[: len(packed) // 2])
     csv(tmp_path / "feed_clicks.csv", clicks(shown))
     assert "cannot be read" in refusal(spark, tmp_path, tmp_path / "lake")
+
+
+def test_queries_of_a_scenario_that_is_not_among_query_scenarios_are_told(spark: SparkSession, tmp_path: Path) -> None:
+    """A renamed search box would lose its strongest signal; a feed with an empty column of that name has none."""
+    shown = impressions(4)
+    for scenario, query in (("web", "shoes"), ("feed", "")):
+        csv(tmp_path / f"{scenario}_impressions.csv", [{**row, "Query": query} for row in shown])
+        csv(tmp_path / f"{scenario}_clicks.csv", clicks(shown))
+    config = load_config(None, ['scenarios=["web","feed"]', 'labels.no_order_scenarios=["web","feed"]'])
+    folder = LogFolder(spark, str(tmp_path))
+    read_events(config, folder, event_logs(config, folder))
+    assert folder.notes() == [
+        "log web_impressions: column 'Query' holds queries, which are not read: query_scenarios does not name web; "
+        "name it there if its impressions answer a query"
+    ]
