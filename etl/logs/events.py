@@ -96,18 +96,20 @@ def _check_no_query(config: Config, scenario: str) -> None:
         if mapping is not None and getattr(mapping, key).get("query", "") != "":
             named = ", ".join(config.query_scenarios) or "empty"
             raise DataCheckError(
-                f"log {log}: logs.{log}.{key} gives it queries, but query_scenarios ({named}) does not name {scenario}, "
-                "so none would be read; name it there, or take the query out"
+                f"log {log}: logs.{log}.{key} gives it queries, but query_scenarios ({named}) does not name {scenario}"
+                ", so none would be read; name it there, or take the query out"
             )
 
 
 def _note_unread_query(folder: LogFolder, log: str, raw: DataFrame, scenario: str) -> None:
     """Tell of queries that are not read, by the log's first rows: a search box has them in most of its rows."""
     for name in raw.columns:
-        if name.lower() == "query" and any(row[0] not in (None, "") for row in raw.select(own(name)).take(_FIRST_ROWS)):
+        if name.lower() != "query":
+            continue
+        if any(row[0] not in (None, "") for row in raw.select(own(name)).take(_FIRST_ROWS)):
             folder.note(
-                f"log {log}: column '{name}' holds queries, which are not read: query_scenarios does not name {scenario}"
-                "; name it there if its impressions answer a query"
+                f"log {log}: column '{name}' holds queries, which are not read: query_scenarios does not name "
+                f"{scenario}; name it there if its impressions answer a query"
             )
 
 
