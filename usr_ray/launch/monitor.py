@@ -183,6 +183,10 @@ class RayMetrics:
             self._last_checkpoint_s = time.monotonic()
             self._set(CHECKPOINT_AGE_GAUGE, _AGE, 0.0)
 
+    def on_end(self) -> None:
+        """See training.monitor.Monitor. Else the time of the steps that early stopping saved would be the last word."""
+        self._set(*RUN_GAUGES["eta_s"], 0.0)
+
     def _metric(self, kind: str, name: str, description: str, tags: Mapping[str, str]) -> Any:
         if name not in self._metrics:
             self._metrics[name] = self._factory(kind, name, description, (*self._tags, *tags))
@@ -218,6 +222,11 @@ class RayMonitor(Monitor):
         """See training.monitor.Monitor."""
         for monitor in self._monitors:
             monitor.on_checkpoint(step, path)
+
+    def on_end(self) -> None:
+        """See training.monitor.Monitor."""
+        for monitor in self._monitors:
+            monitor.on_end()
 
     def close(self) -> None:
         """Close the files."""

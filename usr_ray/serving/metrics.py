@@ -33,7 +33,7 @@ class ServiceMetrics:
         self.seconds = Histogram(
             "usr_ray_serving_seconds",
             "Seconds from a request's arrival to its answer.",
-            ["status"],
+            ["path", "status"],
             buckets=_SECONDS,
             registry=registry,
         )

@@ -231,7 +231,7 @@ class Service:
     def count(self, path: str, status: int, started: float) -> None:
         """Count one answered request, which came at `started` (time.perf_counter)."""
         self.metrics.requests.labels(path, status).inc()
-        self.metrics.seconds.labels(status).observe(time.perf_counter() - started)
+        self.metrics.seconds.labels(path, status).observe(time.perf_counter() - started)
 
     def _as_of_s(self) -> float:
         return micros_of(self.ranker.version["as_of"]) / 1e6

@@ -139,6 +139,8 @@ class _Run:
             is_last = state.epoch + 1 >= config.num_epochs
             must_evaluate = is_last or (state.epoch + 1) % config.evaluate_every_epochs == 0
             evaluation, has_grown = self._evaluate() if must_evaluate else (None, False)
+            if (is_last or has_grown) and self.worker.is_main:
+                self.monitor.on_end()
             if is_last:
                 return "finished", evaluation
             if has_grown:

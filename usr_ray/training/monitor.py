@@ -31,6 +31,9 @@ class Monitor:
     def on_checkpoint(self, step: int, path: Path | None) -> None:
         """A checkpoint was written; None: the storage is full."""
 
+    def on_end(self) -> None:
+        """No step is left: the last one is done, or early stopping ended the run before it."""
+
 
 class StepMeter:
     """Adds up the steps since the last `read`; sums stay on the device, so adding never waits for a GPU."""

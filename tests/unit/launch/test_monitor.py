@@ -141,6 +141,17 @@ def test_rank_0_publishes_what_is_shared_and_every_rank_its_own(tmp_path: Path) 
     assert recorder.named("usr_ray_attempts") == dict.fromkeys(tags, 1.0)
 
 
+def test_no_time_is_left_of_a_run_that_early_stopping_ended(tmp_path: Path) -> None:
+    recorder = Recorder()
+    monitor = RayMonitor(tmp_path, run_name="r", rank=0, factory=recorder)
+    monitor.on_step(50, {"eta_s": 7200.0})
+    assert list(recorder.named("usr_ray_seconds_left").values()) == [7200.0]
+    monitor.on_end()
+    monitor.close()
+    assert list(recorder.named("usr_ray_seconds_left").values()) == [0.0]
+    assert rows(tmp_path) == [("train", 50)], "history.jsonl has lines of steps alone"
+
+
 def test_auc_is_a_gauge_of_scenario_and_task_and_undefined_is_absent() -> None:
     recorder = Recorder()
     RayMetrics("r", 0, factory=recorder).on_evaluation(50, EVALUATION)

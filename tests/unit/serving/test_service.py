@@ -223,8 +223,8 @@ def test_metrics_count_requests_candidates_and_answers_without_history(service, 
         f'usr_ray_serving_requests_total{{path="/v1/rank",{replica},status="422"}} 1.0',
         f"usr_ray_serving_candidates_total{{{replica}}} 4.0",
         f"usr_ray_serving_degraded_total{{{replica}}} 1.0",
-        f'usr_ray_serving_seconds_count{{{replica},status="200"}} 2.0',
-        f'usr_ray_serving_seconds_count{{{replica},status="422"}} 1.0',
+        f'usr_ray_serving_seconds_count{{path="/v1/score",{replica},status="200"}} 2.0',
+        f'usr_ray_serving_seconds_count{{path="/v1/rank",{replica},status="422"}} 1.0',
         f'usr_ray_serving_stage_seconds_count{{{replica},stage="wait"}} 3.0',
         f'usr_ray_serving_stage_seconds_sum{{{replica},stage="program"}} 0.75',
         f"usr_ray_serving_queue{{{replica}}} 0.0",
@@ -246,7 +246,7 @@ def test_a_fault_of_the_service_is_counted_and_one_line(service, client, monkeyp
     assert answer.json() == {"error": "internal error; the service's own output has its stack trace"}
     counted = service.metrics.registry.get_sample_value
     assert counted("usr_ray_serving_requests_total", {"path": "/v1/score", "status": "500"}) == 1
-    assert counted("usr_ray_serving_seconds_count", {"status": "500"}) == 1
+    assert counted("usr_ray_serving_seconds_count", {"path": "/v1/score", "status": "500"}) == 1
 
 
 def test_posted_events_are_kept_before_they_are_answered_and_seen_by_the_next_request(service, client, tmp_path):
@@ -282,7 +282,7 @@ def test_requests_without_the_token_are_counted_under_one_path_whatever_they_ask
     text = client.get("/metrics").text
     replica = f'replica="{service.metrics.replica}"'
     assert f'usr_ray_serving_requests_total{{path="any",{replica},status="401"}} 3.0' in text
-    assert f'usr_ray_serving_seconds_count{{{replica},status="401"}} 3.0' in text
+    assert f'usr_ray_serving_seconds_count{{path="any",{replica},status="401"}} 3.0' in text
     assert "/anything" not in text
 
 

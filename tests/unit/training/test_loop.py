@@ -103,6 +103,7 @@ class Watcher(Monitor):
         self.steps: dict[int, Mapping[str, float]] = {}
         self.evaluations: list[int] = []
         self.checkpoints: list[tuple[int, Path | None]] = []
+        self.num_ends = 0
 
     def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
         self.steps[step] = metrics
@@ -114,6 +115,9 @@ class Watcher(Monitor):
 
     def on_checkpoint(self, step: int, path: Path | None) -> None:
         self.checkpoints.append((step, path))
+
+    def on_end(self) -> None:
+        self.num_ends += 1
 
 
 def run(
@@ -551,7 +555,7 @@ def test_early_stopping_ends_with_the_best_epoch(
     monkeypatch.setattr("usr_ray.training.loop.summarise", lambda _: {"log_loss": losses[watcher.evaluations[-1]]})
     config = make_config(train_num_epochs=4, train_early_stopping=True)
     result = run(config, manifests, tmp_path / "run", watcher)
-    assert (result.status, result.step) == ("early_stopped", 3 * NUM_STEPS)
+    assert (result.status, result.step, watcher.num_ends) == ("early_stopped", 3 * NUM_STEPS, 1)
     two_epochs = run(make_config(train_num_epochs=2), (manifests[0], None), tmp_path / "two")
     for name, tensor in two_epochs.state.tables.tables.items():
         assert torch.equal(tensor, result.state.tables.tables[name]), name
@@ -570,7 +574,7 @@ def test_the_best_epoch_is_restored_when_no_early_stop_fires(
     watcher = Watcher()
     monkeypatch.setattr("usr_ray.training.loop.summarise", lambda _: {"log_loss": losses[watcher.evaluations[-1]]})
     result = run(make_config(train_num_epochs=2, train_early_stopping=True), manifests, tmp_path / "run", watcher)
-    assert result.status == "finished"
+    assert (result.status, watcher.num_ends) == ("finished", 1)
     one_epoch = run(make_config(), (manifests[0], None), tmp_path / "one")
     assert_equal_states(result, one_epoch)
 
