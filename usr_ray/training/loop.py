@@ -139,12 +139,10 @@ class _Run:
             is_last = state.epoch + 1 >= config.num_epochs
             must_evaluate = is_last or (state.epoch + 1) % config.evaluate_every_epochs == 0
             evaluation, has_grown = self._evaluate() if must_evaluate else (None, False)
-            if (is_last or has_grown) and self.worker.is_main:
-                self.monitor.on_end()
-            if is_last:
-                return "finished", evaluation
-            if has_grown:
-                return "early_stopped", evaluation
+            if is_last or has_grown:
+                if self.worker.is_main:
+                    self.monitor.on_end()
+                return "finished" if is_last else "early_stopped", evaluation
             state.epoch, state.epoch_step = state.epoch + 1, 0
 
     def _train_epoch(self, feed: TrainFeed) -> bool:
