@@ -1,6 +1,6 @@
 """How many machines a day needs, and what a billion samples cost: arithmetic on the rates of benchmarks/results.
 
-    python benchmarks/capacity.py          the tables of docs/operations.md, from the JSON that is there
+    python benchmarks/capacity.py          # the tables of docs/operations.md, from the JSON that is there
 
 Nothing is measured here. Rates are processor seconds of this project's own benchmarks, scaled in a straight line; what
 no benchmark has measured (a GPU's rate, the different ids of your rows) is asked for, not assumed away.

@@ -2,7 +2,7 @@
 
     python benchmarks/reader.py [--rows 1000000] [--repeats 5] [--threads 2] [--ray]
 
-    MIMALLOC_PURGE_DELAY=-1 python benchmarks/reader.py ...      Arrow keeps freed pages (see docs/operations.md)
+    MIMALLOC_PURGE_DELAY=-1 python benchmarks/reader.py ...      # Arrow keeps freed pages (see docs/operations.md)
 
 Writes a samples table (20 categorical features, two histories of 0-50 events, four labels) into a temporary folder,
 then reads it whole in each way, in turn. Writes benchmarks/results/reader.json and the table in docs/speed.md.

@@ -1,9 +1,9 @@
 """A Ray cluster on this machine alone: token, loopback, fixed ports, states of Train runs. Standard library, Linux.
 
-    python cluster/local_ray.py start [--nodes 3]      and then
+    python cluster/local_ray.py start [--nodes 3]      # and then
     RAY_AUTH_MODE=token ray job submit --address http://127.0.0.1:8265 --working-dir . -- \
         python jobs/train.py --config FILE --lake DIR --run-dir DIR
-    python cluster/local_ray.py status     where everything is; training runs and their workers
+    python cluster/local_ray.py status     # where everything is; training runs and their workers
     python cluster/local_ray.py stop
 
 With `--nodes` further nodes run beside the head, as processes with --num-cpus logical CPUs each: enough to try the

@@ -1,10 +1,10 @@
 """A Ray cluster of several plain machines: a head, workers, one token. Linux; Ray on one machine is local_ray.py.
 
     python cluster/ray_nodes.py head   --host 10.0.0.5
-    scp -p ~/.ray/auth_token 10.0.0.6:.ray/                                  the token, to each worker's machine
-    python cluster/ray_nodes.py worker --host 10.0.0.6 --head 10.0.0.5:6379  there
-    python cluster/ray_nodes.py status                                        on the head's machine
-    python cluster/ray_nodes.py stop                                          on each machine
+    scp -p ~/.ray/auth_token 10.0.0.6:.ray/                                   # the token, to each worker's machine
+    python cluster/ray_nodes.py worker --host 10.0.0.6 --head 10.0.0.5:6379   # there
+    python cluster/ray_nodes.py status                                        # on the head's machine
+    python cluster/ray_nodes.py stop                                          # on each machine
 
 The machines must reach each other on all ports, and nobody else may reach them: Ray has no TLS. The dashboard
 and its job server listen on the head's loopback alone; from elsewhere `ssh -L 8265:127.0.0.1:8265 10.0.0.5`.

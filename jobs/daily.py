@@ -2,8 +2,8 @@
 
     python jobs/daily.py --config FILE --logs DIR --lake DIR --work DIR [--date today-1] [--watermark ISO]
         [--registry DIR [--users redis://HOST:PORT/DB] [--for-gpu]] [--set a.b=c]
-    python jobs/daily.py --work DIR --status             the days and the model in use
-    python jobs/daily.py --work DIR --use 2026-01-05     go back to the model of that day
+    python jobs/daily.py --work DIR --status             # the days and the model in use
+    python jobs/daily.py --work DIR --use 2026-01-05     # go back to the model of that day
 
 The same command again continues at the first step that is not done. --step NAME runs one step alone (for a scheduler
 that has its own steps; examples/airflow). Exit codes: 0 done; 2 a mistake or a day that cannot be judged yet, one line;

@@ -1,6 +1,6 @@
 """Turn a data set into the logs of the contract: Parquet folders, one a log.
 
-spark-submit jobs/ingest_logs.py --source kuairand --input DIR --logs DIR   (or plain python: it needs no JVM)
+spark-submit jobs/ingest_logs.py --source kuairand --input DIR --logs DIR   # or plain python: it needs no JVM
 """
 
 from __future__ import annotations

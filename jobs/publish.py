@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     how.add_argument("--canary", type=number_in("[0, 1]"), metavar="SHARE", help="of the users get the new version")
     how.add_argument("--shadow", action="store_true", help="the new version scores too; its scores are logged only")
     how.add_argument("--stable", action="store_true", help="the canary becomes the stable version")
-    how.add_argument("--not-stable", action="store_true", help="do not serve the new version yet")
+    how.add_argument("--not-stable", action="store_true", help="write the version only; no command serves it later")
     how.add_argument("--rollback", action="store_true", help="serve the version before the stable one again")
     arguments = parser.parse_args(argv)
     registry: Path = arguments.registry

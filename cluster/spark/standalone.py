@@ -1,6 +1,6 @@
 """A stand-alone Spark cluster of plain machines, or of this one: a master, workers, one secret. Linux.
 
-    python cluster/spark/standalone.py start --workers 2                     master and workers here, on the loopback
+    python cluster/spark/standalone.py start --workers 2                     # master and workers here, on the loopback
     spark-submit --master spark://127.0.0.1:7077 --properties-file .cache/spark_standalone/submit.conf \
         jobs/build_samples.py --config FILE --logs DIR --lake DIR --dates A:B
     python cluster/spark/standalone.py status

@@ -16,7 +16,7 @@ from pyspark.sql import types as T
 
 from etl.checks import DataCheckError, check_columns
 from etl.kernel.events import KIND_CLICK, KIND_IMPRESSION, KIND_ORDER, NO_SCENARIO, context_column, texts_column
-from etl.logs.files import TEXT_FORMATS, LogFolder
+from etl.logs.files import TEXT_FORMATS, LogFolder, readable
 from etl.logs.formats import MALFORMED, REPLACEMENT, own
 from etl.logs.mapping import (
     FIRST_MICRO,
@@ -106,7 +106,9 @@ def _note_unread_query(folder: LogFolder, log: str, raw: DataFrame, scenario: st
     for name in raw.columns:
         if name.lower() != "query":
             continue
-        if any(row[0] not in (None, "") for row in raw.select(own(name)).take(_FIRST_ROWS)):
+        with readable(log):
+            rows = raw.select(own(name)).take(_FIRST_ROWS)
+        if any(row[0] not in (None, "") for row in rows):
             folder.note(
                 f"log {log}: column '{name}' holds queries, which are not read: query_scenarios does not name "
                 f"{scenario}; name it there if its impressions answer a query"

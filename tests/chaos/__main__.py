@@ -1,8 +1,8 @@
 """Faults on purpose: kill, tear, fill and slow down a small training in every known way, and compare what comes of it.
 
-    make chaos                                   every fault, on a cluster of three nodes that it starts on this machine
-    make chaos FAULT="worker-killed slow-rank"   some of them; `python -m tests.chaos --list` names all
-    make chaos ADDRESS=http://127.0.0.1:8265 WORK=/shared/chaos      on a Ray cluster of your own (docs/faults.md)
+    make chaos      # every fault, on a cluster of three nodes that it starts on this machine
+    make chaos FAULT="worker-killed slow-rank"   # some of them; `python -m tests.chaos --list` names all
+    make chaos ADDRESS=http://127.0.0.1:8265 WORK=/shared/chaos      # on a Ray cluster of your own (docs/faults.md)
 
 After each fault the run must have drawn the unbroken run's global batches, each row once an epoch, and have its final
 weights; no job may take longer than --timeout. The table (fault, expected, seen) is printed and written to <work> as
