@@ -4,7 +4,7 @@
     python benchmarks/build_samples.py --sizes 3e6 --append        # one size a call; the results add up
     python benchmarks/build_samples.py --sizes 3e6,10e6 --bot --systems ours --append
     python benchmarks/build_samples.py --counters --sizes 1e6      # with counters.defaults, ours and DuckDB
-    python benchmarks/build_samples.py --report                   # table, plot and docs/scale.md's numbers from the JSON
+    python benchmarks/build_samples.py --report      # table, plot and docs/scale.md's numbers from the JSON
 
 Each system runs in a process of its own, in turn, on two cores; its samples are compared with ours row for row before
 its time counts. Ours starts from an empty lake and does all of its work (vocabularies, rejects, account, reports,
