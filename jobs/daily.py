@@ -3,7 +3,7 @@
     python jobs/daily.py --config FILE --logs DIR --lake DIR --work DIR [--date today-1] [--watermark ISO]
         [--registry DIR [--users redis://HOST:PORT/DB] [--for-gpu]] [--set a.b=c]
     python jobs/daily.py --work DIR --status             # the days and the model in use
-    python jobs/daily.py --work DIR --use 2026-01-05     # go back to the model of that day
+    python jobs/daily.py --work DIR --use 2026-01-05 [--registry DIR --lake DIR]     # back to that day's model
 
 The same command again continues at the first step that is not done. --step NAME runs one step alone (for a scheduler
 that has its own steps; examples/airflow). Exit codes: 0 done; 2 a mistake or a day that cannot be judged yet, one line;
@@ -186,9 +186,7 @@ class Day:
 
     def _publish(self, run_dir: Path) -> None:
         if self.arguments.registry is not None:
-            users = {} if self.arguments.users is None else {"users": self.arguments.users}
-            words = ["--for-gpu"] if self.arguments.for_gpu else []
-            self._python("publish", run_dir, *words, registry=self.arguments.registry, **users)
+            call_job(self.state, "publish", publish_command(self.arguments, run_dir), self.lock)
 
     def _build(self, *words: str) -> None:
         watermark = ["--watermark", self.arguments.watermark] if self.arguments.watermark else []
@@ -217,40 +215,72 @@ class Day:
         self._call(step, [sys.executable], f"jobs/{job or step}.py", *given, *words)
 
     def _call(self, step: str, program: list[str], *words: str) -> None:
-        """Run a job, its output here and in <step>.log; it holds the lock too, should this driver die before it."""
-        command = [*program, *words]
-        log = self.state.folder / f"{step}.log"
-        print(f"$ {shlex.join(command)}", flush=True)
-        with log.open("a", encoding="utf-8") as file:
-            file.write(f"$ {shlex.join(command)}\n")
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=spark_environment(),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                pass_fds=[self.lock],
-            )
-            assert process.stdout is not None
-            try:
-                for line in process.stdout:
-                    file.write(line)
-                    print(line, end="", flush=True)
-                code = process.wait()
-            except KeyboardInterrupt:
-                process.terminate()  # a training saves the step in progress
-                process.wait()
-                raise
-        if code != 0:
-            print(
-                f"{self.plan.day}: stopped, step {step} ended with exit code {code} ({log}); the same command goes "
-                "on there",
-                file=sys.stderr,
-                flush=True,
-            )
-            raise StepFailed(EXIT_USER_ERROR if code == EXIT_USER_ERROR else 1)
+        call_job(self.state, step, [*program, *words], self.lock)
+
+
+def call_job(state: DayState, step: str, command: list[str], lock: int) -> None:
+    """Run a job of a day, its output here and in <step>.log; it holds the lock too, should this driver die before it.
+
+    Raises:
+        StepFailed: it ended with another code than 0.
+    """
+    log = state.folder / f"{step}.log"
+    print(f"$ {shlex.join(command)}", flush=True)
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"$ {shlex.join(command)}\n")
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=spark_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            pass_fds=[lock],
+        )
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                file.write(line)
+                print(line, end="", flush=True)
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.terminate()  # a training saves the step in progress
+            process.wait()
+            raise
+    if code != 0:
+        print(
+            f"{state.folder.name}: stopped, step {step} ended with exit code {code} ({log}); the same command goes "
+            "on there",
+            file=sys.stderr,
+            flush=True,
+        )
+        raise StepFailed(EXIT_USER_ERROR if code == EXIT_USER_ERROR else 1)
+
+
+def publish_command(arguments: argparse.Namespace, run_dir: Path) -> list[str]:
+    """jobs/publish.py for a run of the day's registry."""
+    users = {} if arguments.users is None else {"users": arguments.users}
+    places = flags(run_dir=run_dir, lake=arguments.lake, registry=arguments.registry, **users)
+    return [sys.executable, "jobs/publish.py", *places, *(["--for-gpu"] if arguments.for_gpu else [])]
+
+
+def use(arguments: argparse.Namespace) -> None:
+    """Put the model of a day into use; with --registry it is published first, so that the service has it too."""
+    work, day, registry = arguments.work, arguments.use, arguments.registry
+    if registry is not None and arguments.lake is None:
+        raise UserError(f"--use {day}: --registry {registry} gets a version of that model; name its --lake too")
+    with daily.locked(work) as lock:
+        daily.check_usable(work, day)
+        if registry is not None:
+            call_job(DayState(work, day), "publish", publish_command(arguments, work / "runs" / day), lock)
+        daily.use_model(work, day)
+    print(daily.status_table(work))
+    if registry is None and any(work.glob("days/*/publish.log")):
+        print(
+            "the registry serves on what it did; to publish this model there: the same command with --registry and "
+            "--lake"
+        )
 
 
 def serves(registry: Path, export: Path) -> bool:
@@ -314,25 +344,24 @@ def main(argv: list[str]) -> None:
     if arguments.status:
         print(daily.status_table(arguments.work))
         return
-    if arguments.use:
-        check_output(arguments.work, flag="--work")
-        with daily.locked(arguments.work):
-            daily.use_model(arguments.work, arguments.use)
-        print(daily.status_table(arguments.work))
-        return
-    for name in ("config", "logs", "lake"):
-        if getattr(arguments, name) is None:
-            raise UserError(f"daily.py: --{name} is missing; see --help")
     if arguments.users is not None and arguments.registry is None:
         raise UserError("--users: is of what --registry publishes; name the registry too, or leave --users out")
     if arguments.for_gpu and arguments.registry is None:
         raise UserError("--for-gpu: is of what --registry publishes; name the registry too, or leave --for-gpu out")
-    check_output_table(arguments.work, flag="--work")  # tables of scores are below it
     for name in ("logs", "lake"):
         address = getattr(arguments, name)
-        setattr(arguments, name, address if "://" in address else str(Path(address).resolve()))
-    arguments.config = arguments.config.resolve()
+        setattr(arguments, name, address if address is None or "://" in address else str(Path(address).resolve()))
     arguments.registry = arguments.registry and arguments.registry.resolve()
+    if arguments.use:
+        check_output(arguments.work, flag="--work")
+        arguments.work = arguments.work.resolve()
+        use(arguments)
+        return
+    for name in ("config", "logs", "lake"):
+        if getattr(arguments, name) is None:
+            raise UserError(f"daily.py: --{name} is missing; see --help")
+    check_output_table(arguments.work, flag="--work")  # tables of scores are below it
+    arguments.config = arguments.config.resolve()
     config = job_config(arguments)
     lag = daily.label_lag(config)
     if 0 < arguments.restate_days <= lag:

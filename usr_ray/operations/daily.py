@@ -243,11 +243,11 @@ def write_current(work: Path, *, name: str, trained_to: str, why: str) -> None:
     write_whole(work / "current.json", json.dumps(record, indent=2) + "\n")
 
 
-def use_model(work: Path, name: str) -> None:
-    """Go back (or forth) to the model of a day.
+def check_usable(work: Path, name: str) -> DayState:
+    """The state of a day whose model was exported.
 
     Raises:
-        UserError: that day has none that was exported.
+        UserError: that day has none.
     """
     state = DayState(work, name)
     if not (work / "exports" / name / "manifest.json").exists() or state.record["plan"] is None:
@@ -255,7 +255,13 @@ def use_model(work: Path, name: str) -> None:
         raise UserError(
             f"--use {name}: {work} has no exported model of that day; there are: {', '.join(there) or 'none'}"
         )
-    write_current(work, name=name, trained_to=state.record["plan"]["train_last"], why="put into use by hand")
+    return state
+
+
+def use_model(work: Path, name: str) -> None:
+    """Go back (or forth) to the model of a day. Raises UserError."""
+    plan = check_usable(work, name).record["plan"]
+    write_current(work, name=name, trained_to=plan["train_last"], why="put into use by hand")
 
 
 def status_table(work: Path) -> str:

@@ -396,6 +396,47 @@ def test_an_older_model_can_be_put_into_use_again(shop: Shop, capsys: pytest.Cap
     )
 
 
+def test_an_older_model_is_put_into_use_in_the_registry_too(
+    shop: Shop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    registry, lake = ("--registry", str(tmp_path / "registry")), ("--lake", str(tmp_path / "lake"))
+    pointer = tmp_path / "registry" / "current.json"
+    shop.tell(loss={"2026-01-06": 0.4, "2026-01-07": 0.3})
+    assert [shop.day(date, *registry) for date in ("2026-01-06", "2026-01-07")] == [0, 0]
+    assert json.loads(pointer.read_text())["stable"] == "2026-01-07"
+    shop.calls()
+    back = ("--work", str(shop.work), "--use", "2026-01-06")
+    # Without --lake nothing is changed anywhere; nor where the publication fails.
+    assert run_job(job.main, [*back, *registry]) == 2
+    assert capsys.readouterr().err == (
+        f"error: --use 2026-01-06: --registry {registry[1]} gets a version of that model; name its --lake too\n"
+    )
+    shop.tell(exit={"publish": 1})
+    with pytest.raises(SystemExit, match="1"):
+        run_job(job.main, [*back, *registry, *lake])
+    current = read_current(shop.work)
+    assert current is not None
+    assert current["run"] == "runs/2026-01-07"
+    shop.calls()
+    shop.tell()
+    assert run_job(job.main, [*back, *registry, *lake, "--users", "redis://localhost:6379/0", "--for-gpu"]) == 0
+    (publish,) = shop.calls()
+    run_dir = str(shop.work / "runs" / "2026-01-06")
+    users = ("--users", "redis://localhost:6379/0")
+    assert publish == ["publish", "--run-dir", run_dir, *lake, *registry, *users, "--for-gpu"]
+    assert json.loads(pointer.read_text())["stable"] == "2026-01-06"
+    current = read_current(shop.work)
+    assert current is not None
+    assert current["run"] == "runs/2026-01-06"
+    # The registry is another matter without --registry, and that is said.
+    capsys.readouterr()
+    assert run_job(job.main, ["--work", str(shop.work), "--use", "2026-01-07"]) == 0
+    assert capsys.readouterr().out.endswith(
+        "the registry serves on what it did; to publish this model there: the same command with --registry and --lake\n"
+    )
+    assert json.loads(pointer.read_text())["stable"] == "2026-01-06"
+
+
 def test_an_older_day_that_is_repeated_does_not_replace_a_newer_model(
     shop: Shop, capsys: pytest.CaptureFixture[str]
 ) -> None:
