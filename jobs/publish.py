@@ -6,7 +6,7 @@ python jobs/publish.py --registry DIR --canary SHARE | --stable | --rollback
 
 The new version becomes the one that is served: to everybody, with --canary to a share of the users, with --shadow to
 nobody (its scores are logged). Without a run, --canary changes the share (0 ends it), --stable gives the canary to
-everybody, --rollback serves the version before again.
+everybody, --rollback serves the newest version of the model before again.
 docs/serving.md has the files of a version.
 """
 
@@ -26,10 +26,15 @@ from usr_ray.config import UserError
 
 def move_only(registry: Path, arguments: argparse.Namespace) -> None:
     """Move the pointer to a version that is there. Raises UserError."""
-    from usr_ray.serving.versions import move_pointer, read_pointer, roll_back, with_canary  # loads Arrow
+    from usr_ray.serving.versions import model_of, move_pointer, read_pointer, roll_back, with_canary  # loads Arrow
 
     if arguments.rollback:
-        print(f"{registry}: {roll_back(registry)} is stable again, without canary and shadow")
+        left, name = read_pointer(registry).stable, roll_back(registry)
+        models = model_of(name), model_of(left)
+        of = (
+            "no other model was stable before" if len({*models}) == 1 else "model {} in the place of {}".format(*models)
+        )
+        print(f"{registry}: {name} is stable again, without canary and shadow ({of})")
         return
     canary = read_pointer(registry).canary
     if canary is None:
@@ -53,7 +58,7 @@ def main(argv: list[str]) -> None:
     how.add_argument("--shadow", action="store_true", help="the new version scores too; its scores are logged only")
     how.add_argument("--stable", action="store_true", help="the canary becomes the stable version")
     how.add_argument("--not-stable", action="store_true", help="write the version only; no command serves it later")
-    how.add_argument("--rollback", action="store_true", help="serve the version before the stable one again")
+    how.add_argument("--rollback", action="store_true", help="serve the newest version of the model before again")
     arguments = parser.parse_args(argv)
     registry: Path = arguments.registry
     if arguments.rollback or (arguments.run_dir is None and (arguments.stable or arguments.canary is not None)):

@@ -45,6 +45,7 @@ from usr_ray.serving.versions import (
     open_counters,
     open_encoder,
     read_pointer,
+    rollback_place,
     version_files,
     vocabulary_paths,
 )
@@ -123,11 +124,12 @@ def publish(
 
 
 def in_use(registry: Path) -> set[str]:
-    """Versions that the pointer names, and the one that a rollback would take."""
+    """Versions that the pointer names, and the one that a rollback would take, now or once a new version is stable."""
     if not (registry / POINTER).exists():
         return set()
     pointer = read_pointer(registry)
-    names = (pointer.stable, *pointer.before[-1:], pointer.canary, pointer.shadow)
+    place = rollback_place(registry, pointer)
+    names = (pointer.stable, None if place is None else pointer.before[place], pointer.canary, pointer.shadow)
     return {name for name in names if name is not None}
 
 

@@ -129,18 +129,34 @@ def with_canary(registry: Path, name: str, share: float) -> None:
     replace(read_pointer(registry), canary=canary, share=share).write(registry)
 
 
+def model_of(version: str) -> str:
+    """The model's id in the name of a version that `publish` gave."""
+    return version.partition("-")[2] or version
+
+
+def rollback_place(registry: Path, pointer: Pointer) -> int | None:
+    """Which of `before` a rollback serves: the newest of another model, else the newest; None where there is none.
+
+    A model is published again each day that brings no better one, so the version before is most often the same model.
+    One whose folder is gone is passed over.
+    """
+    places = [n for n, name in enumerate(pointer.before) if (registry / VERSIONS / name).is_dir()]
+    others = [n for n in places if model_of(pointer.before[n]) != model_of(pointer.stable)]
+    return max(others or places, default=None)
+
+
 def roll_back(registry: Path) -> str:
-    """Make the version before the stable one stable again, without canary and shadow; its name.
+    """Make the version before the stable one's model stable again, without canary and shadow; its name.
 
     Raises:
-        RegistryError: there was none before.
+        RegistryError: there was none before, or it is no longer there.
     """
     pointer = read_pointer(registry)
-    if not pointer.before:
+    place = rollback_place(registry, pointer)
+    if place is None:
         raise RegistryError(f"--registry {registry}: no version was stable before {pointer.stable}; {_PUBLISH}")
-    *before, name = pointer.before
-    Pointer(name, tuple(before)).write(registry)
-    return name
+    Pointer(pointer.before[place], pointer.before[:place]).write(registry)
+    return pointer.before[place]
 
 
 def version_folder(registry: Path, name: str) -> Path:

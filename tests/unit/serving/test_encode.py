@@ -21,6 +21,7 @@ from usr_ray.data.events import COLUMNS
 from usr_ray.data.manifest import build_manifest
 from usr_ray.schema import DenseFeature, SparseFeature
 from usr_ray.serving.encode import EncodeError, Encoder, Profile, UserEvents, ValueIndex, category_text, scaled
+from usr_ray.serving.publish import in_use
 from usr_ray.serving.ranker import MAX_CANDIDATES, Ranker, RequestError
 from usr_ray.serving.replay import _unscaled
 from usr_ray.serving.stores import ItemTable, StoreError, UserStore, instant_after, write_items, write_users
@@ -275,6 +276,27 @@ def test_stores_that_are_not_there_are_refused_in_one_line(encoder, tmp_path):
         UserStore(tmp_path, encoder)
 
 
+def test_a_rollback_leaves_the_model_behind_and_not_only_its_newest_publication(tmp_path, capsys):
+    """The 10th good; the 11th bad, and published again on the 12th and 13th, as jobs/daily.py does on held days."""
+    good, *bad = ("20260110T030000-900d", "20260111T030000-0bad", "20260112T030000-0bad", "20260113T030000-0bad")
+    for name in (good, *bad):
+        (tmp_path / "versions" / name).mkdir(parents=True)
+        move_pointer(tmp_path, name)
+        wanted = {good, name}
+        assert in_use(tmp_path) == wanted, "whose users stay in Redis"
+    publish_job(["--registry", str(tmp_path), "--rollback"])
+    assert capsys.readouterr().out == (
+        f"{tmp_path}: {good} is stable again, without canary and shadow (model 900d in the place of 0bad)\n"
+    )
+    assert read_pointer(tmp_path) == Pointer(good)
+    # Where all are of one model, the one before; one whose folder was removed cannot be served.
+    Pointer(bad[2], (bad[0], bad[1])).write(tmp_path)
+    (tmp_path / "versions" / bad[1]).rmdir()
+    publish_job(["--registry", str(tmp_path), "--rollback"])
+    assert capsys.readouterr().out.endswith("(no other model was stable before)\n")
+    assert read_pointer(tmp_path) == Pointer(bad[0])
+
+
 def test_the_pointer_moves_and_goes_back(tmp_path):
     with pytest.raises(RegistryError, match=r"holds no readable current.json; publish one"):
         stable_folder(tmp_path)
@@ -308,6 +330,7 @@ def test_the_pointer_moves_and_goes_back(tmp_path):
 
 
 def test_the_job_moves_the_pointer_without_a_run(tmp_path):
+    (tmp_path / "versions" / "one").mkdir(parents=True)
     Pointer("one").write(tmp_path)
     for words in (["--canary", "0.1"], ["--stable"]):
         with pytest.raises(UserError, match=r"has no canary; publish one with --run-dir"):

@@ -192,6 +192,8 @@ def test_a_server_with_a_password(server, monkeypatch):
 
 def test_versions_in_use_are_those_of_the_pointer_and_of_one_rollback(tmp_path):
     assert in_use(tmp_path) == set()
+    for name in "abc":
+        (tmp_path / "versions" / name).mkdir(parents=True)
     Pointer("d", ("a", "b", "c"), canary="e", share=0.1, shadow="f").write(tmp_path)
     assert in_use(tmp_path) == {"c", "d", "e", "f"}
 
