@@ -219,14 +219,23 @@ def _with(study: Study, at: Point, axis: str, label: str) -> Point:
     return tuple((a.name, labels[a.name]) for a in study.axes)
 
 
-def point_name(point: Point | Mapping[str, str]) -> str:
-    """'mmoe, usr': the labels of a point; a number with its axis, 'd 16'."""
-    return ", ".join(value_name(axis, label) for axis, label in dict(point).items())
+def point_name(study: Study, point: Point) -> str:
+    """'mmoe, d 16': the labels of a point, each as `value_name` has it."""
+    return ", ".join(value_name(study, axis, label) for axis, label in point)
 
 
-def value_name(axis: str, label: str) -> str:
-    """'usr', or 'd 16' where the label alone is a number."""
-    return f"{axis} {label}" if label.replace(".", "", 1).isdigit() else label
+def value_name(study: Study, axis: str, label: str) -> str:
+    """'usr', or with its axis ('d 16', 'interest on') a label that is a number or a switch, or that two axes have."""
+    is_shared = sum(label in other.values for other in study.axes) > 1
+    return f"{axis} {label}" if is_shared or label in ("True", "False") or _is_number(label) else label
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 TOTALS = (GLOBAL, ALL)

@@ -294,6 +294,7 @@ def _kept(axis: Axis, labels: Any) -> dict[str, Mapping[str, Any]]:
 
 def _check_comparisons(study: Study) -> None:
     axes = {axis.name: axis for axis in study.axes}
+    seen: set[tuple[str, frozenset[str]]] = set()
     for n, comparison in enumerate(study.comparisons):
         where = f"comparisons[{n}]"
         names = ", ".join(axes)
@@ -306,6 +307,12 @@ def _check_comparisons(study: Study) -> None:
         for label in (comparison.against, *(o for o in comparison.of if o != OTHERS)):
             known = ", ".join(labels)
             require(label in labels, f"{where}: {label!r} is not among the values of {comparison.axis}: {known}")
+        pairs = compared_labels(study, comparison)
+        require(bool(pairs), f"{where} compares nothing: name in `of` another value than {comparison.against!r}")
+        for label, against in pairs:  # a test that is made twice makes Holm's p-values of all larger
+            pair = (comparison.axis, frozenset((label, against)))
+            require(pair not in seen, f"{where}: {label} and {against} are compared already; leave it out")
+            seen.add(pair)
 
 
 def _only(raw: Any, keys: Sequence[str], where: str) -> None:

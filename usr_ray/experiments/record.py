@@ -67,7 +67,8 @@ def open_study(run_dir: Path, study: Study, base: Base, *, lake: str, command: S
     """The record of a new study, or of the one that `run_dir` holds; writes nothing.
 
     Raises:
-        StudyError: the directory holds something else, or a study on another base configuration or lake.
+        StudyError: the directory holds something else, another study, or this one on another base configuration, lake
+            or version of its table.
     """
     config = base.config(study.resources).to_dict()
     record = {
@@ -80,6 +81,18 @@ def open_study(run_dir: Path, study: Study, base: Base, *, lake: str, command: S
         "commands": [],
     }
     record = resumed(run_dir / STUDY_FILE, "study", config, lake, but=_NOT_MEANT, needs="tables") or record
+    if record["study"] != study.name:
+        raise StudyError(
+            f"--run-dir {run_dir}: holds study {record['study']}, this command names {study.name}; name that one, or "
+            "use another --run-dir"
+        )
+    asked = load_config(base.config_path, base.overrides).data.table_version
+    for table in record["tables"].values():
+        if asked >= 0 and asked != table["version"]:
+            raise StudyError(
+                f"--run-dir {run_dir}: holds a study on version {table['version']} of {table['lake']}, this command "
+                f"has data.table_version = {asked}; leave it out to go on, or use another --run-dir"
+            )
     return record | {
         "study": study.name,
         "grid": asdict(study),

@@ -51,6 +51,7 @@ SERIES = tuple(name for name in COLOURS if name.startswith("series"))
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "usr-ray",
+    "text.parse_math": False,  # names of buckets, signals and studies may have dollar signs
     "font.family": "sans-serif",
     "font.size": 11,
     "axes.edgecolor": COLOURS["axis"],
@@ -164,12 +165,15 @@ def axis_plot(lines: Sequence[Line], *, label: str, x_axis: str, y_axis: str, da
 
     def draw(axes: Axes) -> None:
         for line in lines:
+            places = np.argsort(line.x)  # a study's file may name its values in any order
+            x, y = np.asarray(line.x)[places], np.asarray(line.y)[places]
+            spread = np.asarray(line.spread)[places] if len(line.spread) else None
             style: Any = {"color": line.colour, "fmt": "o-", "markersize": 5, "elinewidth": 1.2, "label": line.name}
-            axes.errorbar(line.x, line.y, yerr=line.spread, **style)
-        x = sorted({value for line in lines for value in line.x})
-        if len(x) > 2 and x[0] > 0 and x[-1] / x[0] >= 8:
+            axes.errorbar(x, y, yerr=spread, **style)
+        ticks = sorted({value for line in lines for value in line.x})
+        if len(ticks) > 2 and ticks[0] > 0 and ticks[-1] / ticks[0] >= 8:
             axes.set_xscale("log", base=2)
-        axes.set_xticks(x, [f"{value:g}" for value in x])
+        axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
         axes.minorticks_off()
         if dashed_at is not None:
             axes.axhline(dashed_at, **_DASHED)

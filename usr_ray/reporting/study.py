@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +96,10 @@ def verdict_sentences(trials: Trials, found: Sequence[Contrast]) -> list[str]:
     """What the comparisons amount to, in words that claim no more than the corrected p-values do."""
     num_seeds = len(trials.study.seeds)
     sentences = []
-    for pair in dict.fromkeys(_pair(c) for c in found):
-        every = [c for c in found if _pair(c) == pair]
+    for every in _grouped(found, lambda c: (c.axis, c.label, c.against)):
         own = [c for c in every if c.gap is not None]
         num_none = len(every) - len(own)
+        pair = _pair(trials.study, every[0])
         counts = {kind: sum(c.verdict == kind for c in own) for kind in ("better", "worse")}
         clear = ", ".join(f"{kind} in {number}" for kind, number in counts.items() if number)
         if not own:
@@ -123,9 +123,22 @@ def verdict_sentences(trials: Trials, found: Sequence[Contrast]) -> list[str]:
     return sentences or ["The study declares no comparison; the tables have its numbers."]
 
 
-def _pair(found: Contrast) -> str:
-    """'usr against plain'; with the axis where the label is a number: 'd 8 against 16'."""
-    return f"{value_name(found.axis, found.label)} against {found.against}"
+def _grouped(found: Sequence[Contrast], key: Callable[[Contrast], Hashable]) -> list[list[Contrast]]:
+    """Those of equal key together, groups in the order of their first."""
+    groups: dict[Hashable, list[Contrast]] = {}
+    for c in found:
+        groups.setdefault(key(c), []).append(c)
+    return list(groups.values())
+
+
+def _pair(study: Study, found: Contrast) -> str:
+    """'usr against plain'; with the axis where the label alone does not say it: 'd 8 against 16'."""
+    return f"{value_name(study, found.axis, found.label)} against {found.against}"
+
+
+def _name(study: Study, found: Contrast) -> str:
+    """'d 8, usr against plain'."""
+    return ", ".join(filter(None, (point_name(study, found.at), _pair(study, found))))
 
 
 def _facts(trials: Trials, record: Mapping[str, Any]) -> list[Fact]:
@@ -151,30 +164,30 @@ def _sections(trials: Trials, found: Sequence[Contrast]) -> list[Section]:
     averages, spreads = means(trials), collapse(trials)
     sections = []
     if whole:
-        sections += [_glance_section(whole), _contrast_section("Comparisons", whole, _comparison_plots(trials, whole))]
+        plots = _comparison_plots(trials, whole)
+        sections += [_glance_section(trials.study, whole), _contrast_section(trials.study, "Comparisons", whole, plots)]
     if sliced:
-        plots = [plot for task in TASK_NAMES for plot in _slice_plots(sliced, task)]
-        sections.append(_contrast_section("Parts of the rows: history, new users and items", sliced, plots))
+        plots = [plot for task in TASK_NAMES for plot in _slice_plots(trials.study, sliced, task)]
+        title = "Parts of the rows: history, new users and items"
+        sections.append(_contrast_section(trials.study, title, sliced, plots))
     note = "Mean ± standard deviation over the seeds, on the held-out rows. Totals pool the scenarios."
     sections.append(Section("Every point", note, _mean_plots(trials, averages), _means_table(trials, averages)))
     if any(spreads.values()):
-        sections.append(collapse_section(spreads))
+        sections.append(collapse_section(trials.study, spreads))
     if trials.study.representations:
         sections.append(picture_section(pictures(trials)))
     return sections
 
 
-def _glance_section(found: Sequence[Contrast]) -> Section:
+def _glance_section(study: Study, found: Sequence[Contrast]) -> Section:
     """A row for each compared point, a column for each scenario and task: the gap and its verdict."""
     cells = list(dict.fromkeys((c.scenario, c.task) for c in found))
-    groups: dict[str, dict[tuple[str, str], Contrast]] = {}
-    for c in found:
-        groups.setdefault(", ".join(filter(None, (point_name(c.at), _pair(c)))), {})[c.scenario, c.task] = c
     rows = []
-    for name, own in groups.items():
+    for group in _grouped(found, lambda c: (c.axis, c.label, c.against, c.at)):
+        own = {(c.scenario, c.task): c for c in group}
         shown = [own.get(cell) for cell in cells]
         texts = [f"{signed(c.gap.value)} {VERDICTS[c.verdict][0]}" if c and c.gap else DASH for c in shown]
-        rows.append(Row([name, *texts], [c.verdict if c else "none" for c in shown]))
+        rows.append(Row([_name(study, group[0]), *texts], [c.verdict if c else "none" for c in shown]))
     note = (
         "AUC gap on the held-out rows, mean over the seeds. ▲ better, ▼ worse: holds after correction for all "
         "comparisons of this report. ≈: these data do not tell the two apart. ?: too few rows or users of a label."
@@ -182,21 +195,25 @@ def _glance_section(found: Sequence[Contrast]) -> Section:
     return Section("At a glance", note, table=Table(["Gap of", *(cell_task(*cell) for cell in cells)], rows))
 
 
-def _contrast_section(title: str, found: Sequence[Contrast], plots: Sequence[Plot]) -> Section:
+def _contrast_section(study: Study, title: str, found: Sequence[Contrast], plots: Sequence[Plot]) -> Section:
     """Every comparison with its interval, spread over the seeds and corrected p."""
-    pairs = {_pair(c) for c in found}
+    pairs = {_pair(study, c) for c in found}
     columns = {  # what is equal in all rows is left out
-        "Comparison": _pair if len(pairs) > 1 or not any(c.at for c in found) else None,
-        "At": (lambda c: point_name(c.at)) if any(c.at for c in found) else None,
+        "Comparison": (lambda c: _pair(study, c)) if len(pairs) > 1 or not any(c.at for c in found) else None,
+        "At": (lambda c: point_name(study, c.at)) if any(c.at for c in found) else None,
         "Rows": (lambda c: c.part) if any(c.part != WHOLE for c in found) else None,
         "Cell": lambda c: cell_task(c.scenario, c.task),
     }
     shown = {name: text for name, text in columns.items() if text}
     rows = [Row([*(text(c) for text in shown.values()), *_numbers(c), VERDICTS[c.verdict]], [c.verdict]) for c in found]
-    ours = " or ".join(dict.fromkeys(c.label for c in found)) if len(pairs) < 4 else "the first"
+    ours, theirs = (
+        " or ".join(dict.fromkeys(value_name(study, c.axis, label(c)) for c in found))
+        for label in (lambda c: c.label, lambda c: c.against)
+    )
+    ours = ours if len(pairs) < 4 else "the first"
     num_tests = sum(c.gap is not None and c.gap.can_tell for c in found)
     note = (
-        f"AUC of {ours} minus AUC of {' or '.join(dict.fromkeys(c.against for c in found))}, on the same rows and "
+        f"AUC of {ours} minus AUC of {theirs}, on the same rows and "
         "seeds. The 95% interval knows the seeds and the users (method in docs/studies.md); p is Holm's, over the "
         f"{num_tests} comparisons below that can tell. An interval that holds 0 means that these data cannot tell, not "
         "that there is no difference."
@@ -225,20 +242,23 @@ def _comparison_plots(trials: Trials, found: Sequence[Contrast]) -> list[Plot]:
         if not own:
             continue
         title, caption = f"AUC gap, {cell_task(scenario, task)}", "Filled: holds after correction. Bars: 95% intervals."
-        single = len({(c.label, tuple(p for p in c.at if p[0] not in over)) for c in own}) == 1
+        single = len({(c.axis, c.label, tuple(p for p in c.at if p[0] not in over)) for c in own}) == 1
         if len(over) == 2 and single:
             caption = "A star: holds after correction."
             cells = {(dict(c.at)[over[0]], dict(c.at)[over[1]]): (c.gap.value, _is_sure(c)) for c in own if c.gap}
             svg = heat_map(cells, label=title, x_axis=over[0], y_axis=over[1])
         elif len(others) == 1 and others[0].numbers is not None:
             caption = "Bars: 95% intervals."
-            svg = axis_plot(_gap_lines(own, over[0]), label=title, x_axis=over[0], y_axis="AUC gap", dashed_at=0.0)
+            svg = axis_plot(
+                _gap_lines(trials.study, own, over[0]), label=title, x_axis=over[0], y_axis="AUC gap", dashed_at=0.0
+            )
         else:
-            labels = list(dict.fromkeys(c.label for c in own))
-            names = [
-                ", ".join(filter(None, (point_name(c.at), c.label if len(labels) > 1 or not c.at else ""))) for c in own
-            ]
-            bars = [_bar(c, name, labels.index(c.label)) for c, name in zip(own, names, strict=True)]
+            labels = [value_name(trials.study, c.axis, c.label) for c in own]
+            colours = list(dict.fromkeys(labels))
+            bars = []
+            for c, label in zip(own, labels, strict=True):
+                parts = (point_name(trials.study, c.at), label if len(colours) > 1 or not c.at else "")
+                bars.append(_bar(c, ", ".join(filter(None, parts)), colours.index(label)))
             svg = forest_plot(bars, label=title, axis="AUC gap")
         plots.append(Plot(title, svg, caption))
     return plots
@@ -253,22 +273,24 @@ def _bar(found: Contrast, name: str, place: int) -> Bar:
     return Bar(name, found.gap.value, [(found.gap.low, found.gap.high)], series_name(place), _is_sure(found))
 
 
-def _gap_lines(found: Sequence[Contrast], axis: str) -> list[Line]:
+def _gap_lines(study: Study, found: Sequence[Contrast], axis: str) -> list[Line]:
     groups: dict[str, list[tuple[float, float, float]]] = {}
     for c in found:
-        rest = point_name(tuple(p for p in c.at if p[0] != axis))
+        rest = point_name(study, tuple(p for p in c.at if p[0] != axis))
         if c.gap is not None:
             point = (float(dict(c.at)[axis]), c.gap.value, (c.gap.high - c.gap.low) / 2)
-            groups.setdefault(", ".join(filter(None, (c.label, rest))), []).append(point)
+            groups.setdefault(", ".join(filter(None, (value_name(study, c.axis, c.label), rest))), []).append(point)
     return [Line(name, place, *zip(*points, strict=True)) for place, (name, points) in enumerate(groups.items())]
 
 
-def _slice_plots(found: Sequence[Contrast], task: str) -> list[Plot]:
+def _slice_plots(study: Study, found: Sequence[Contrast], task: str) -> list[Plot]:
     own = [c for c in found if c.task == task and c.gap is not None and c.verdict != "few"]
     if not own:
         return []
     title, scenarios = f"AUC gap by part, {TASK_NAMES[task]}", list(dict.fromkeys(c.scenario for c in own))
-    bars = [_bar(c, f"{words(c.scenario)}: {c.part}", scenarios.index(c.scenario)) for c in own]
+    is_one = len(_grouped(own, lambda c: (c.axis, c.label, c.against, c.at))) == 1
+    names = [f"{words(c.scenario)}: {c.part}" + ("" if is_one else f", {_name(study, c)}") for c in own]
+    bars = [_bar(c, name, scenarios.index(c.scenario)) for c, name in zip(own, names, strict=True)]
     caption = f"Parts with fewer than {MIN_ROWS} rows or {MIN_USERS} users of a label are left out."
     return [Plot(title, forest_plot(bars, label=title, axis="AUC gap"), caption)]
 
@@ -280,7 +302,7 @@ def _means_table(trials: Trials, averages: Averages) -> Table:
         for scenario, task in dict.fromkeys(key[:2] for key in entries):
             values = [entries.get((scenario, task, name)) for name, _ in METRICS]
             if any(values):
-                names = [point_name(point), cell_name(scenario), TASK_NAMES[task]]
+                names = [point_name(trials.study, point), cell_name(scenario), TASK_NAMES[task]]
                 rows.append(Row([*names, *map(_mean, values), str(len(trials.by_point[point]))]))
     head = ["Point", "Scenario", "Task", *(name for _, name in METRICS), "Seeds"]
     return Table(head, rows, 3, f"All {len(rows)} rows" if len(rows) > 2 * _MANY_ROWS else "")

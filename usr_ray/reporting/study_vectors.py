@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from usr_ray.experiments.analysis import Point, Trials, point_name
+from usr_ray.experiments.grid import Study
 from usr_ray.experiments.record import trial_dir
 from usr_ray.reporting.page import DASH, Row, Section, Table
 from usr_ray.reporting.plots import Plot, scatter_plot
@@ -79,7 +80,7 @@ def pictures(trials: Trials) -> list[Picture]:
                     zip(config.scenarios, flat.reshape(unit.shape[0], unit.shape[1], 2).swapaxes(0, 1), strict=True)
                 )
                 words = f"{unit.shape[0]} held-out rows under each view. {caption}"
-                found.append(Picture(point_name(point), symbol, method, views, apart, words))
+                found.append(Picture(point_name(trials.study, point), symbol, method, views, apart, words))
     return found
 
 
@@ -140,14 +141,14 @@ def principal_components(rows_ND: NDArray) -> tuple[NDArray, NDArray]:
     return centred @ directions[:2].T, singular[:2] ** 2 / total
 
 
-def collapse_section(spreads: Mapping[Point, Mapping[str, float]]) -> Section:
+def collapse_section(study: Study, spreads: Mapping[Point, Mapping[str, float]]) -> Section:
     """What the report says of `collapse`."""
     names = list(dict.fromkeys(name for entries in spreads.values() for name in entries))
     rows = []
     for point, entries in spreads.items():
         is_low = any(value < 0.05 for value in entries.values())
         shown = [f"{entries[name]:.4f}" if name in entries else DASH for name in names]
-        rows.append(Row([point_name(point), *shown, "near collapse" if is_low else ""], ["worse"]))
+        rows.append(Row([point_name(study, point), *shown, "near collapse" if is_low else ""], ["worse"]))
     note = (
         "Variance of the unit vectors of a view inside a group of rows at the end of training, mean over the seeds; 1 "
         "is spread evenly, near 0 every row has the same vector, or, of i, few rows have events: a group without any "

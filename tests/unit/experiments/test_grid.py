@@ -178,6 +178,18 @@ def test_a_star_compares_every_other_value() -> None:
         ({"axes": [{"name": "x"}]}, r"axes.x: give a path and a list of values, or a table of values"),
         ({"axes": [{"name": "x", "path": "a.b", "values": [1, 1]}]}, r"axes.x.values has doubles"),
         (
+            {"comparisons": [{"axis": "glmt", "of": ["on", "on"], "against": "off"}]},
+            r"comparisons\[0\]: on and off are compared already; leave it out",
+        ),
+        (
+            {"comparisons": [{"axis": "glmt", "against": "on"}, {"axis": "glmt", "against": "off"}]},
+            r"comparisons\[1\]: on and off are compared already; leave it out",
+        ),
+        (
+            {"comparisons": [{"axis": "glmt", "of": ["on"], "against": "on"}]},
+            r"comparisons\[0\] compares nothing: name in `of` another value than 'on'",
+        ),
+        (
             {"comparisons": [{"axis": "z", "against": "off"}]},
             r"comparisons\[0\].axis 'z' is no axis; the study has: back",
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,8 @@ def test_another_base_lake_or_folder_is_refused_in_one_line(tmp_path: Path) -> N
         open_study(run_dir, study(), other, lake="/lake", command=[])
     with pytest.raises(StudyError, match=r"holds a study on /lake, this command names /pond; name that one"):
         open_study(run_dir, study(), BASE, lake="/pond", command=[])
+    with pytest.raises(StudyError, match=r"study: holds study d, this command names e; name that one, or use another"):
+        open_study(run_dir, replace(study(), name="e"), BASE, lake="/lake", command=[])
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     with pytest.raises(StudyError, match=r"full: is there and holds no study; name a new or empty folder"):
@@ -92,6 +95,15 @@ def test_another_base_lake_or_folder_is_refused_in_one_line(tmp_path: Path) -> N
         (run_dir / "study.json").write_text(damaged)
         with pytest.raises(StudyError, match=r"study.json: cannot be read"):
             open_study(run_dir, study(), BASE, lake="/lake", command=[])
+
+
+def test_a_study_stays_on_the_version_that_it_began_on(tmp_path: Path) -> None:
+    write_study(tmp_path, study(), {"8": 0.5, "16": 0.4}, "d")  # on version 4
+    same, other = (Base(None, (*SETS, f"data.table_version={version}")) for version in (4, 0))
+    assert open_study(tmp_path, study(), same, lake="/lake", command=[])["tables"][""]["version"] == 4
+    message = r"holds a study on version 4 of /lake, this command has data.table_version = 0; leave it out to go on"
+    with pytest.raises(StudyError, match=message):
+        open_study(tmp_path, study(), other, lake="/lake", command=[])
 
 
 def test_a_trial_that_makes_no_configuration_is_named() -> None:

@@ -14,10 +14,21 @@ from tests.unit.study_runs import BASE, finish, rows, write_study
 from usr_ray.evaluation.baseline import TrainingRows
 from usr_ray.evaluation.metrics import auc
 from usr_ray.evaluation.statistics import PairedGap, corrected
-from usr_ray.experiments.analysis import Contrast, Trials, contrasts, mean_of, means, rows_by_part
-from usr_ray.experiments.grid import Study, StudyError, expand, parse_study
+from usr_ray.experiments.analysis import (
+    WHOLE,
+    Contrast,
+    Trials,
+    contrasts,
+    mean_of,
+    means,
+    point_name,
+    rows_by_part,
+)
+from usr_ray.experiments.grid import Comparison, Study, StudyError, compared_labels, expand, parse_study
 from usr_ray.experiments.record import note_failure, open_study, trial_dir, write_record
-from usr_ray.reporting.study import verdict_sentences, write_study_report
+from usr_ray.reporting.page import Section
+from usr_ray.reporting.plots import Bar, Line, axis_plot, forest_plot
+from usr_ray.reporting.study import _contrast_section, _glance_section, verdict_sentences, write_study_report
 from usr_ray.reporting.study_vectors import collapse, principal_components, separation
 
 pytestmark = pytest.mark.unit
@@ -99,7 +110,7 @@ def test_rows_that_differ_are_never_compared(study: Study, tmp_path: Path) -> No
 def test_a_model_of_one_scenario_is_compared_on_its_rows(tmp_path: Path) -> None:
     axis = {"name": "model", "values": {"joint": {}, "alone": {"data.only_scenario": "search", **PLAIN}}}
     comparison = {"axis": "model", "of": ["joint"], "against": "alone"}
-    raw = {"seeds": [0, 1], "axes": [axis], "comparisons": [comparison, {"axis": "model", "against": "joint"}]}
+    raw = {"seeds": [0, 1], "axes": [axis], "comparisons": [comparison]}
     study = parse_study(raw, name="joint", scale="full")
     write_record(tmp_path, open_study(tmp_path, study, BASE, lake="/lake", command=[]))
     for trial in expand(study):
@@ -107,7 +118,9 @@ def test_a_model_of_one_scenario_is_compared_on_its_rows(tmp_path: Path) -> None
         if trial.point["model"] == "alone":
             predictions = predictions.take(predictions.scenario_N == 0)
         finish(tmp_path, study, trial, predictions)
-    found = {(c.label, c.scenario, c.task): c.gap for c in contrasts(Trials(tmp_path, study))}
+    turned = replace(study, comparisons=(Comparison(axis="model", against="joint"),))
+    both = contrasts(Trials(tmp_path, study)) + contrasts(Trials(tmp_path, turned))
+    found = {(c.label, c.scenario, c.task): c.gap for c in both}
     own = rows(0.5, 0).scenario_N == 0
     expected = []
     for seed in (0, 1):
@@ -187,6 +200,63 @@ def test_the_words_claim_no_more_than_the_intervals(study: Study, run_dir: Path)
     few = parse_study({**RAW, "seeds": [0, 1]}, name="blur", scale="full")  # the same trials, two seeds of them
     words = verdict_sentences(Trials(run_dir, few), contrasts(Trials(run_dir, few)))
     assert words[2].startswith("Only 2 seeds: gaps between models are often 0.001 to 0.01")
+
+
+@pytest.mark.parametrize("labels", [("on", "off"), ("True", "False"), ("0.1", "-1e-05")])
+def test_two_axes_of_the_same_labels_are_told_apart(labels: tuple[str, str], study: Study, run_dir: Path) -> None:
+    """The first gains 0.01 whatever the second is; the second loses as much."""
+    high, low = labels
+    axes = [{"name": name, "values": {high: {f"model.{name}.enabled": True}, low: {}}} for name in ("first", "second")]
+    comparisons = [{"axis": name, "against": low} for name in ("first", "second")]
+    factorial = parse_study({"seeds": [0], "axes": axes, "comparisons": comparisons}, name="x", scale="full")
+    family = []
+    for comparison in factorial.comparisons:
+        ((label, against),) = compared_labels(factorial, comparison)
+        (other,) = {"first", "second"} - {comparison.axis}
+        of = gap(0.01 if comparison.axis == "first" else -0.01, 0.001, 1e-6)
+        family += [
+            Contrast(comparison.axis, label, against, ((other, at),), "search", "ctr", WHOLE, gap=of) for at in labels
+        ]
+    family = corrected(family)
+    glance, full = (section(factorial, family) for section in (_glance_section, _sections_of))
+    assert glance.table is not None
+    assert full.table is not None
+    own = f"first {high} against {low}", f"second {high} against {low}"
+    assert [list(row.values[:2]) for row in glance.table.rows] == [
+        [f"second {high}, {own[0]}", "+0.0100 ▲"],
+        [f"second {low}, {own[0]}", "+0.0100 ▲"],
+        [f"first {high}, {own[1]}", "\N{MINUS SIGN}0.0100 ▼"],
+        [f"first {low}, {own[1]}", "\N{MINUS SIGN}0.0100 ▼"],
+    ]
+    assert [list(row.values[:2]) for row in full.table.rows] == [
+        [own[0], f"second {high}"],
+        [own[0], f"second {low}"],
+        [own[1], f"first {high}"],
+        [own[1], f"first {low}"],
+    ]
+    trials = Trials(run_dir, study)
+    trials.study = factorial
+    assert [sentence.split(" (")[0] for sentence in verdict_sentences(trials, family)[:2]] == [
+        f"{own[0]}: better in 2 of 2 comparisons after correction",
+        f"{own[1]}: worse in 2 of 2 comparisons after correction",
+    ]
+
+
+def _sections_of(study: Study, found: list[Contrast]) -> Section:
+    return _contrast_section(study, "Comparisons", found, [])
+
+
+def test_a_label_that_says_what_it_is_stands_alone(study: Study) -> None:
+    assert point_name(study, (("model", "clear"), ("d", "8"))) == "clear, d 8"
+
+
+def test_a_name_with_dollar_signs_is_no_formula_and_a_line_goes_by_its_numbers() -> None:
+    bars = [Bar(name, 0.1, [(0.0, 0.2)], "series-1", True) for name in ("$5_off_$10", "$5 vs $10 coupon")]
+    drawn = forest_plot(bars, label="Uplift", axis="orders")
+    assert all(bar.name in drawn for bar in bars)
+    lines = [Line("auc", 0, x, y, s) for x, y, s in (([1, 0.1], [3, 2], [0.5, 0.25]), ([0.1, 1], [2, 3], [0.25, 0.5]))]
+    turned, sorted_ = (axis_plot([line], label="AUC", x_axis="rate", y_axis="AUC") for line in lines)
+    assert turned == sorted_, "not a zigzag"
 
 
 def test_the_page_needs_no_network_and_escapes_what_it_shows(study: Study, run_dir: Path, tmp_path: Path) -> None:
