@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
+from scipy.stats import binomtest, chi2
 from scipy.stats import t as student
 
 from usr_ray.evaluation.files import aligned
@@ -221,6 +221,12 @@ def normal_p_value(z: float) -> float:
 def wilson_interval(num_positives: int, num_rows: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Wilson score interval of a rate; sound for few rows and for rates near 0."""
     return tuple(binomtest(num_positives, num_rows).proportion_ci(confidence, method="wilson"))
+
+
+def poisson_interval(count: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Exact interval of the mean of a Poisson count of 1 or more (Garwood, Biometrika 1936)."""
+    tail = (1 - confidence) / 2
+    return float(chi2.ppf(tail, 2 * count)) / 2, float(chi2.isf(tail, 2 * count + 2)) / 2
 
 
 @dataclass(frozen=True, slots=True)

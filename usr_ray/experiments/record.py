@@ -80,14 +80,15 @@ def open_study(run_dir: Path, study: Study, base: Base, *, lake: str, command: S
         "tables": {},
         "commands": [],
     }
-    record = resumed(run_dir / STUDY_FILE, "study", config, lake, but=_NOT_MEANT, needs="tables") or record
+    earlier = resumed(run_dir / STUDY_FILE, "study", config, lake, but=_NOT_MEANT, needs="tables")
+    record = earlier or record
     if record["study"] != study.name:
         raise StudyError(
             f"--run-dir {run_dir}: holds study {record['study']}, this command names {study.name}; name that one, or "
             "use another --run-dir"
         )
     asked = load_config(base.config_path, base.overrides).data.table_version
-    for table in record["tables"].values():
+    for table in (earlier or {"tables": {}})["tables"].values():
         if asked >= 0 and asked != table["version"]:
             raise StudyError(
                 f"--run-dir {run_dir}: holds a study on version {table['version']} of {table['lake']}, this command "

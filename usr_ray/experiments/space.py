@@ -283,8 +283,8 @@ def final_study(config: Config, choice: Choice) -> Study:
     return Study(
         name="final",
         title="Tuned against given",
-        question=f"Does the configuration chosen by {config.tune.metric} beat the given one on dates that it was not "
-        "chosen on?",
+        question=f"Has the configuration chosen by {config.tune.metric} the higher AUC than the given one, on dates "
+        "that it was not chosen on?",
         seeds=config.tune.final_seeds,
         base={},
         axes=(Axis("configuration", {"given": {}, "tuned": choice.overrides()}),),

@@ -24,6 +24,7 @@ from usr_ray.evaluation.statistics import (
     calibration_bins,
     cell_rows,
     ctr_slices,
+    poisson_interval,
     roc_points,
 )
 from usr_ray.reporting.lake import cold_part, funnel
@@ -266,17 +267,15 @@ def verdict(
     rows: str = "held-out rows",
 ) -> list[str]:
     """Up to four sentences: how well it ranks, whether it beats popularity, how it is calibrated, what is unknown."""
-
-    def of_clicks(metric: str) -> list[tuple[str, float]]:
-        found = [(words(s), model[s]["ctr"][metric]) for s in scenarios if s in model]
-        return [(name, float(value)) for name, value in found if value is not None]
+    clicks = [(words(s), model[s]["ctr"]) for s in scenarios if s in model]
 
     sentences = []
-    if ranked := [f"{auc:.4f} in {name}" for name, auc in of_clicks("auc")]:
+    if ranked := [f"{auc:.4f} in {name}" for name, of in clicks if (auc := of["auc"]) is not None]:
         sentences.append(f"The model ranks {rows.replace('rows', 'clicks', 1)} with an AUC of {listed(ranked)}.")
     if compared := {(c, t): g for (c, t), g in gaps.items() if g.gap is not None and c in scenarios}:
         sentences.append(_against_popularity(compared))
-    if pcocs := [f"{_off(pcoc)} in {name}" for name, pcoc in of_clicks("pcoc")]:
+    off = [(name, of["pcoc"], of["num_positives"]) for name, of in clicks]
+    if pcocs := [f"{_off(pcoc, int(number or 0))} in {name}" for name, pcoc, number in off if pcoc is not None]:
         sentences.append(f"Predicted clicks are {listed(pcocs)}.")
     undefined = [
         f"{TASK_NAMES.get(t, t)} in {words(s)} ({why_undefined('auc', m)})"
@@ -303,10 +302,14 @@ def _against_popularity(gaps: Mapping[tuple[str, str], Judged]) -> str:
     return f"Against the popularity baseline it {listed(parts)} (at 5%, corrected for all comparisons)."
 
 
-def _off(pcoc: float) -> str:
+def _off(pcoc: float, num_clicks: int) -> str:
+    """What PCOC says; "too high" only where so many clicks do not vary that much by chance."""
     percent = 100 * (pcoc - 1)
     if abs(percent) < 0.5:
         return "within 0.5% of those observed"
+    low, high = poisson_interval(num_clicks)
+    if low <= pcoc * num_clicks <= high:
+        return f"{abs(percent):.0f}% {'above' if percent > 0 else 'below'} those observed, which may be chance,"
     return f"{abs(percent):.0f}% too {'high' if percent > 0 else 'low'}"
 
 

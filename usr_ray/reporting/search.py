@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from usr_ray.config import Config
 from usr_ray.config.training import METRICS
+from usr_ray.experiments.analysis import Trials, means
 from usr_ray.experiments.search_record import FINAL_DIR
-from usr_ray.experiments.space import TriedPoint, badness, best_epoch, choosing_dates, importance
-from usr_ray.reporting.page import DASH, REPORT_FILE, Row, Section, Table, span
+from usr_ray.experiments.space import Choice, TriedPoint, badness, best_epoch, choosing_dates, importance, with_values
+from usr_ray.reporting.page import DASH, REPORT_FILE, Row, Section, Table, cell_task, listed, span
 from usr_ray.reporting.plots import Dimension, Plot, bars_plot, parallel_plot
 from usr_ray.reporting.study import write_study_report
+from usr_ray.schema import TASKS
 
 if TYPE_CHECKING:  # tune imports Ray; the report of a search needs none
     from usr_ray.experiments.search import TuneResult
@@ -25,13 +27,39 @@ def write_search_report(run_dir: Path, config: Config, result: TuneResult) -> Pa
     lead = [
         f"{len(result.points)} trials trained on {span(dates.train)}; {span(dates.choose)} chose {changed} with "
         f"{config.tune.metric} {choice.value:.4f}. The choice is judged on {span(config.data.eval_dates)}, which no "
-        "trial has seen:"
+        "trial has seen:",
+        *_nothing_better(config, choice),
+        *_by_log_loss(Trials(Path(run_dir) / FINAL_DIR, result.study), config),
     ]
     sections = [search_section(config, result.points, choice.point)]
     page = Path(run_dir) / REPORT_FILE
     return write_study_report(
         Path(run_dir) / FINAL_DIR, result.study, page, kind="Search", lead=lead, sections=sections
     )
+
+
+def _nothing_better(config: Config, choice: Choice) -> list[str]:
+    if with_values(config, choice.overrides()) != config:
+        return []
+    return ["That is the configuration as given: the search found nothing better, and both sides below are the same."]
+
+
+def _by_log_loss(trials: Trials, config: Config) -> list[str]:
+    """Of a search that log loss chose: log loss on the judging dates, since the comparisons are of AUC."""
+    if config.tune.metric != "log_loss":
+        return []
+    of = {dict(point)["configuration"]: entries for point, entries in means(trials).items()}
+    parts = []
+    for cell in ((scenario, task, "log_loss") for scenario in config.scenarios for task in TASKS):
+        tuned, given = (of.get(label, {}).get(cell) for label in ("tuned", "given"))
+        if tuned and given:
+            parts.append(f"{tuned.value:.4f} against {given.value:.4f} in {cell_task(*cell[:2])}")
+    if not parts:
+        return []
+    return [
+        f"Log loss on those dates, chosen against given, means over the seeds: {listed(parts)}. The comparisons below "
+        "are of AUC: a better calibration does not show in them."
+    ]
 
 
 def search_section(config: Config, points: Sequence[TriedPoint], chosen: TriedPoint) -> Section:

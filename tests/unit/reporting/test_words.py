@@ -18,8 +18,8 @@ def judged(value, half, adjusted_p):
     )
 
 
-def task(auc, pcoc=1.0, positives=5):
-    return {"auc": auc, "gauc": auc, "log_loss": 0.1, "pcoc": pcoc, "num_samples": 10, "num_positives": positives}
+def task(auc, pcoc=1.0, positives=10_000):
+    return {"auc": auc, "gauc": auc, "log_loss": 0.1, "pcoc": pcoc, "num_samples": 100_000, "num_positives": positives}
 
 
 def test_the_verdict_says_where_it_loses_and_what_is_unknown():
@@ -43,12 +43,27 @@ def test_the_verdict_says_where_it_loses_and_what_is_unknown():
 
 
 @pytest.mark.parametrize(
+    ("pcoc", "says"),
+    [
+        (1.31, "31% above those observed, which may be chance, in search"),
+        (1.33, "33% too high in search"),
+        (0.75, "25% below those observed, which may be chance, in search"),
+        (0.74, "26% too low in search"),
+    ],
+)
+def test_predicted_clicks_are_too_high_only_beyond_chance(pcoc, says):
+    # Garwood's interval of a count of 50 is 37.1 to 65.9 in tables: 65.5 and 37.5 lie inside, 66.5 and 37.0 do not.
+    of_fifty = {"search": {"ctr": task(0.7, pcoc, positives=50)}}
+    assert verdict(of_fifty, {}, ("search",))[-1] == f"Predicted clicks are {says}."
+
+
+@pytest.mark.parametrize(
     ("key", "changes", "reason"),
     [
         ("auc", {"num_samples": 0, "log_loss": None}, "no rows"),
         ("auc", {"log_loss": None}, "the model has no global heads"),
         ("pcoc", {"num_positives": 0}, "no positive row"),
-        ("auc", {"num_positives": 10}, "no negative row"),
+        ("auc", {"num_positives": 100_000}, "no negative row"),
         ("gauc", {}, "no user with both labels"),
         ("ndcg_at_10", {}, "not computed in this evaluation"),
     ],
