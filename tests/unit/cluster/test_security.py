@@ -34,6 +34,16 @@ TRUSTED_LOAD = {"usr_ray/serving/runtime.py": "torch.export.load"}
 """Behind refuse_pickles, and behind the checksums of the directory."""
 
 
+def test_the_page_says_of_every_table_with_raw_ids_how_a_user_is_deleted_from_it() -> None:
+    page = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    places = re.findall(r"^\| ([^|]+) \|", page.partition("## Deleting a user")[2].partition("\n## ")[0], re.M)
+    sections = (ROOT / "docs" / "tables.md").read_text(encoding="utf-8").split("\n## ")[1:]
+    raw = re.compile(r"^\| `(?:user_id|value|key|row)` \|.*\b(?:as logged|as in the logs|the row as JSON)", re.M)
+    tables = [section.partition("\n")[0] for section in sections if raw.search(section)]
+    assert tables == ["samples", "vocabularies", "counters", "rejects", "state"]
+    assert [name for name in tables if f"`{name}`" not in "".join(places)] == []
+
+
 @functools.cache
 def calls(path: Path) -> list[tuple[str, ast.Call]]:
     """(dotted name, call) of every call in a file."""
