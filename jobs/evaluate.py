@@ -72,7 +72,12 @@ def of_dates(manifest: Manifest, seen: Collection[str], *, first_own: str) -> Ma
 
 
 def comparison_of(
-    run: TrainedRun, other_dir: Path, held_out: Manifest, predictions: Predictions, baseline: Predictions | None
+    run: TrainedRun,
+    other_dir: Path,
+    held_out: Manifest,
+    predictions: Predictions,
+    baseline: Predictions | None,
+    seen: Collection[str],
 ) -> dict[str, Any]:
     """Popularity, a logistic regression, another run and this one on the rows that all of them have.
 
@@ -111,6 +116,11 @@ def comparison_of(
     notes = []
     if len(found[ours]) < len(predictions):
         notes.append(f"on the {len(found[ours]):,} of {len(predictions):,} rows that both runs evaluate")
+    if set(fit_on.dates) < set(seen):
+        notes.append(
+            f"the logistic regression was fitted on {date_ranges(fit_on.dates)} alone, the run and popularity have "
+            f"seen {date_ranges(seen)}"
+        )
     if why := trained_on(dates_of(held_out, found[ours].row_number_N), trained_dates(other_dir)):
         notes.append(f"{other_dir} was trained on {why}: for it these dates are not held out")
     return compare(found, ours, held_out.spec.scenarios) | {"notes": notes}
@@ -171,7 +181,7 @@ def main(argv: list[str]) -> None:
         seen = trained_dates(arguments.run_dir)
         baseline = baseline_of(run.config, arguments.lake, manifest, result.predictions, seen)
         if arguments.compare:
-            about["comparison"] = comparison_of(run, arguments.compare, manifest, result.predictions, baseline)
+            about["comparison"] = comparison_of(run, arguments.compare, manifest, result.predictions, baseline, seen)
         splits = write_evaluation(
             arguments.run_dir,
             name,

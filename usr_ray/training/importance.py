@@ -59,7 +59,10 @@ class Signal:
 
 def signals_of(spec: FeatureSpec, sides: ItemSides | None) -> list[Signal]:
     """Every signal that a model of this table can use; `sides`: what the items of its histories are, if it asks."""
-    signals = [Signal(feature.name, sparse=(place,)) for place, feature in enumerate(spec.sparse)]
+    # A row's vector is looked up by its id, so whoever takes another id takes its vectors too.
+    of_key = {f.name: sum(vector.key == f.name for vector in spec.vectors) for f in spec.sparse}
+    names = [name + ("", " and its vector", " and its vectors")[min(number, 2)] for name, number in of_key.items()]
+    signals = [Signal(name, sparse=(place,)) for place, name in enumerate(names)]
     numbers: dict[str, tuple[int, ...]] = {}
     for place, number in enumerate(spec.dense):
         counter = COUNTER_COLUMN.fullmatch(number.column)

@@ -54,6 +54,32 @@ def as_double(value: UsrBatch | Lookup) -> UsrBatch | Lookup:
     return dataclasses.replace(value, tables=tables, vectors=vectors)
 
 
+def test_one_number_far_from_its_mean_leaves_the_other_rows_their_step() -> None:
+    """A row a million deviations out, of 64, has the outputs of one that is 100 out; numbers of log1p have no bound."""
+    spec = make_spec()
+    price, load = spec.dense
+    standard = dataclasses.replace(spec, dense=(dataclasses.replace(price, scale="standard"), load))
+    batch = make_batch(standard, 64, seed=1, num_padding=0)
+
+    def gradient(spec: FeatureSpec, *numbers: float) -> tuple[Tensor, float]:
+        model, tables = build(spec, make_config(**PLAIN), stirred=False)
+        dense_BF = batch.dense_BF.clone()
+        dense_BF[7] = torch.tensor(numbers)
+        own = dataclasses.replace(batch, dense_BF=dense_BF)
+        outputs = model(own, tables.lookup(own))
+        usr_loss(outputs, own, row_counts(own, 2, model.config), model.config).total.backward()
+        norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+        return outputs.log_p_BT[7].detach(), float(norm)
+
+    for sign in (1, -1):
+        (far, far_norm), (at_bound, norm) = gradient(standard, sign * 1e6, 0.5), gradient(standard, sign * 100, 0.5)
+        assert torch.equal(far, at_bound)
+        assert far_norm == norm
+        assert norm < 10, "train.gradient_clip leaves the step whole"
+    assert gradient(spec, 1e6, 0.5)[1] > 1e3, "what it was"
+    assert not torch.equal(gradient(standard, 0.5, 150.0)[0], gradient(standard, 0.5, 100.0)[0])
+
+
 class Recorder(nn.Module):
     """Keeps what a module is given, and passes it on."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -23,7 +24,7 @@ from usr_ray.data.manifest import build_manifest
 from usr_ray.evaluation.statistics import comparison_text
 from usr_ray.model.unique import ItemSides, table_columns, unique_ids
 from usr_ray.reporting.run import importance_section
-from usr_ray.schema import UNKNOWN_ID, DenseFeature
+from usr_ray.schema import UNKNOWN_ID, DenseFeature, VectorFeature
 from usr_ray.training.checkpoint import CheckpointStore
 from usr_ray.training.evaluate import Evaluation, evaluate
 from usr_ray.training.importance import importance, importance_text, signals_of
@@ -152,6 +153,14 @@ def test_rows_are_bounded_and_drawn_alike_each_time(manifest):
     assert sum(p["num_rows"] for p in one["parts"] if p["rows"] == "all") == one["num_rows"]
 
 
+def test_an_id_is_named_with_the_vectors_that_it_is_exchanged_with(manifest):
+    vectors = [VectorFeature(name=name, owner=owner, length=2) for name, owner in (("a", "item"), ("b", "item"))]
+    assert [s.name for s in signals_of(manifest.spec, None)][:2] == ["user_id", "item_id"]
+    for number, name in ((1, "item_id and its vector"), (2, "item_id and its vectors")):
+        spec = replace(manifest.spec, vectors=tuple(vectors[:number]))
+        assert [s.name for s in signals_of(spec, None)][:2] == ["user_id", name]
+
+
 def test_a_part_without_both_labels_has_no_drops(manifest):
     found = found_of(lambda batch: batch.sparse_BF[:, 1], manifest, max_rows=2)  # of which one has final labels
     assert [(p["num_rows"], p["auc"], p["drops"]) for p in found["parts"]] == [(1, None, {})]
@@ -203,19 +212,24 @@ def test_the_job_writes_it_and_the_report_shows_it(lake, runs, capsys):
 def test_a_comparison_says_what_the_other_run_has_seen_and_which_rows_it_knows(
     lake, runs, tmp_path, capsys, monkeypatch
 ):
-    usr, plain = runs
+    (usr, plain), own = runs, tmp_path / "own"
+    shutil.copytree(usr, own)  # a run of two dates that began with weights of the day before
+    of_usr = CheckpointStore(usr / "checkpoints").newest_valid().state["config"]
+    (own / "config.json").write_text(json.dumps({"config": of_usr, "trained_dates": "2025-12-31:2026-01-02"}))
     store = CheckpointStore(plain / "checkpoints").newest_valid()
     config = store.state["config"] | {"data": store.state["config"]["data"] | {"only_scenario": "search"}}
     other = tmp_path / "other"
     CheckpointStore(other / "checkpoints").save(1, store.tensors, store.state | {"config": config})
     (other / "config.json").write_text(json.dumps({"config": config, "trained_dates": "2026-01-01:2026-01-03"}))
-    command = ["--run-dir", str(usr), "--lake", str(lake), "--dates", "2026-01-03:2026-01-04", "--output"]
+    command = ["--run-dir", str(own), "--lake", str(lake), "--dates", "2026-01-03:2026-01-04", "--output"]
     assert run_job(job.main, [*command, str(tmp_path / "m.json"), "--compare", str(other)]) == 0
     found = json.loads((tmp_path / "m.json").read_text())
     num_rows = {name: found["eval"][name]["ctr"]["num_samples"] for name in ("search", "all")}
     notes = found["about"]["comparison"]["notes"]
     assert notes == [
         f"on the {num_rows['search']:,} of {num_rows['all']:,} rows that both runs evaluate",
+        "the logistic regression was fitted on 2026-01-01:2026-01-02 alone, the run and popularity have seen "
+        "2025-12-31:2026-01-02",
         f"{other} was trained on 2026-01-03: for it these dates are not held out",
     ]
     cells = {entry["cell"]: entry for entry in found["about"]["comparison"]["cells"] if entry["task"] == "ctr"}
@@ -223,7 +237,7 @@ def test_a_comparison_says_what_the_other_run_has_seen_and_which_rows_it_knows(
     assert cells["search"]["auc"]["USR on SharedBottom"] == found["eval"]["search"]["ctr"]["auc"]
     assert cells["recommendation"]["leads"] == {}
     printed = capsys.readouterr().out
-    assert [f"warning: --compare: {note}" in printed for note in notes] == [True, True]
+    assert [f"warning: --compare: {note}" in printed for note in notes] == [True] * 3
     alone = store.state | {"config": config | {"data": config["data"] | {"only_scenario": "recommendation"}}}
     CheckpointStore(tmp_path / "feed" / "checkpoints").save(1, store.tensors, alone)
     (tmp_path / "feed" / "manifest-train.json").write_bytes((plain / "manifest-train.json").read_bytes())
