@@ -2,7 +2,7 @@
 
 Not a benchmark itself: learning_kuairand.py and learning_simulated.py import it.
 
-Shape letters: N held-out rows, R runs (seeds) of one model, G tie groups.
+Shape letters: N held-out rows, R runs (seeds) of one model.
 """
 
 from __future__ import annotations
@@ -30,13 +30,12 @@ from usr_ray.data.manifest import Manifest
 from usr_ray.evaluation.baseline import popularity_baseline
 from usr_ray.evaluation.files import read_predictions, write_predictions
 from usr_ray.evaluation.metrics import Predictions, auc
+from usr_ray.evaluation.statistics import paired_auc_gap
 from usr_ray.runs.plan import split_manifest
 from usr_ray.schema import TASKS
 from usr_ray.training.loop import train
 from usr_ray.training.rows import baseline_rows
 from usr_ray.training.worker import LocalWorker
-
-NUM_RESAMPLES = 200
 
 
 def last_day(config: Path) -> tuple[str, ...]:
@@ -199,56 +198,16 @@ def _in_one_order(runs: Runs, others: Runs) -> tuple[Runs, Runs]:
 
 
 def _gap(labels: NDArray, ours_RN: NDArray, theirs_RN: NDArray, users: NDArray) -> dict[str, Any]:
-    """Percentile bootstrap over users and seeds: rows of a user, and rows scored by one run, are not independent.
-
-    A resample draws users with replacement, the same for both models, and pairs of seeds with replacement.
-    """
-    num_pairs = max(len(ours_RN), len(theirs_RN))
-    pairs = [(n % len(ours_RN), n % len(theirs_RN)) for n in range(num_pairs)]
-    ours, theirs = ([_Ranked.of(labels, p) for p in model] for model in (ours_RN, theirs_RN))
-    _, user_N = np.unique(users, return_inverse=True)
-    num_users = int(user_N.max()) + 1
-
-    def by_pair(counts_N: NDArray) -> NDArray:
-        return np.array([ours[a].auc(counts_N) - theirs[b].auc(counts_N) for a, b in pairs])
-
-    generator = np.random.default_rng(0)
-    whole, drawn = by_pair(np.ones(len(labels))), []
-    for _ in range(NUM_RESAMPLES):
-        counts_U = np.bincount(generator.integers(num_users, size=num_users), minlength=num_users)
-        chosen = generator.integers(num_pairs, size=num_pairs)
-        drawn.append(by_pair(counts_U[user_N].astype(np.float64))[chosen].mean())
-    low, high = np.nanquantile(drawn, (0.025, 0.975))
+    """The interval of studies (docs/studies.md), over users and seeds; a side without seeds stands beside each one."""
+    seeds = np.arange(max(len(ours_RN), len(theirs_RN)))
+    ours, theirs = (probs_RN[seeds % len(probs_RN)] for probs_RN in (ours_RN, theirs_RN))
+    gap = paired_auc_gap(labels, ours, theirs, users)
+    assert gap is not None
     return {
-        "gap": round(float(whole.mean()), 5),
-        "interval": [round(float(low), 5), round(float(high), 5)],
-        "by_seed": [round(float(gap), 5) for gap in whole],
+        "gap": round(gap.value, 5),
+        "interval": [round(gap.low, 5), round(gap.high, 5)],
+        "by_seed": [round(one, 5) for one in gap.by_seed],
     }
-
-
-@dataclass(frozen=True, slots=True)
-class _Ranked:
-    """Rows sorted by probability once, so that the AUC of a resample needs no sort."""
-
-    order_N: NDArray[np.int64]
-    is_positive_N: NDArray[np.bool_]
-    tie_starts_G: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, labels: NDArray, probs: NDArray) -> _Ranked:
-        order_N = np.argsort(probs)
-        sorted_N = probs[order_N]
-        starts_G = np.flatnonzero(np.concatenate(([True], sorted_N[1:] != sorted_N[:-1])))
-        return cls(order_N, labels[order_N] > 0, starts_G)
-
-    def auc(self, counts_N: NDArray[np.float64]) -> float:
-        """AUC when row n stands counts_N[n] times; NaN when a class is missing."""
-        counts_N = counts_N[self.order_N]
-        positives_G = np.add.reduceat(np.where(self.is_positive_N, counts_N, 0.0), self.tie_starts_G)
-        negatives_G = np.add.reduceat(np.where(self.is_positive_N, 0.0, counts_N), self.tie_starts_G)
-        below_G = np.cumsum(negatives_G) - negatives_G
-        pairs = positives_G.sum() * negatives_G.sum()
-        return float((positives_G * (below_G + negatives_G / 2)).sum() / pairs) if pairs else float("nan")
 
 
 def save(path: Path, result: dict[str, Any]) -> None:

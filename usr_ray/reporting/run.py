@@ -426,8 +426,9 @@ def importance_section(found: Mapping[str, Any] | None, scenarios: Sequence[str]
         f"The click AUC that is lost when rows exchange their values of one signal, on {found['num_rows']:,} of the "
         "evaluated rows; bars are 95% intervals over users, filled points those that leave out 0, before any "
         "correction. A counter's columns, a scenario's history, the categories of all its events, and an id with its "
-        "vector go together. A signal of little loss need not be useless: another may say the same. In the table, rows "
-        "of users, items and queries that the vocabularies do not know are apart; they exchange values among themselves."
+        "vector go together. A signal of little loss need not be useless: another may say the same. In the table, "
+        "rows of users, items and queries that the vocabularies do not know are apart; they exchange values among "
+        "themselves."
     )
     return Section("What each signal carries", note, plots, _signal_table(parts))
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from usr_ray.evaluation.metrics import Predictions
+from usr_ray.evaluation.metrics import Predictions, auc
+from usr_ray.evaluation.statistics import paired_auc_gap
 
 sys.path.append(str(Path(__file__).resolve().parents[3] / "benchmarks"))
 
@@ -53,3 +54,15 @@ def test_other_rows_are_refused(column: str) -> None:
     fewer = Runs(runs.rows.take(np.arange(9)), runs.probs_RNT[:, :9])
     with pytest.raises(SystemExit, match="60 held-out rows beside 9"):
         gaps(runs, fewer, ("a", "b"))
+
+
+def test_a_model_of_one_run_stands_beside_each_seed_with_the_interval_of_studies() -> None:
+    runs = drawn()
+    once = Runs(runs.rows, runs.probs_RNT[:1])
+    found = gaps(runs, once, ("a", "b"))["ctr"]["all"]
+    labels_N, probs_RN = runs.rows.labels_NT[:, 0], runs.probs_RNT[:, :, 0]
+    own = paired_auc_gap(labels_N, probs_RN, probs_RN[[0, 0]], runs.rows.user_key_N)
+    assert own is not None
+    areas = [auc(labels_N, probs_N) or 0.0 for probs_N in probs_RN]
+    assert found["by_seed"] == [0.0, pytest.approx(areas[1] - areas[0], abs=1e-5)]
+    assert found["interval"] == pytest.approx([own.low, own.high], abs=1e-5)
