@@ -407,6 +407,20 @@ def test_every_name_that_one_manifest_refers_to_is_in_another() -> None:
         assert maps <= {"usr-ray-config"}, "made by the command at the head of the file"
 
 
+def test_what_is_replaced_by_force_is_a_job_and_nothing_that_keeps_data() -> None:
+    """`kubectl replace --force` deletes everything that the file names, a volume claim too."""
+    kinds: dict[str, list[str]] = {}
+    for file, document in documents():
+        kinds.setdefault(file, []).append(document["kind"])
+    pages = [*(CLUSTER / "kubernetes").glob("*.yaml"), ROOT / "docs" / "cluster.md"]
+    text = "".join(path.read_text(encoding="utf-8") for path in pages)
+    forced = set(re.findall(r"kubectl replace --force -f cluster/kubernetes/(\S+)", text))
+    assert {file: kinds[file] for file in forced} == {
+        "build-samples.yaml": ["SparkApplication"],
+        "rayjob.yaml": ["RayJob"],
+    }
+
+
 def test_no_pod_runs_as_root_or_keeps_a_right_it_does_not_need() -> None:
     pods = [role for spec in spark_specs() for role in (spec["driver"], spec["executor"])]
     for role in pods:
