@@ -61,12 +61,10 @@ def event_logs(config: Config, folder: LogFolder) -> tuple[EventLog, ...]:
 
     Raises:
         DataCheckError: an impressions or clicks log is missing, there is no orders log at all, or there is one of a
-            scenario that labels.no_order_scenarios says to have none; or queries are mapped that nobody would read.
+            scenario that labels.no_order_scenarios says to have none.
     """
     logs = []
     for number, scenario in enumerate(config.scenarios):
-        if scenario not in config.query_scenarios:
-            _check_no_query(config, scenario)
         query = ("query",) if scenario in config.query_scenarios else ()
         shown, clicks = f"{scenario}_impressions", f"{scenario}_clicks"
         logs.append(_event_log(shown, KIND_IMPRESSION, number, ("impression_id", "request_id"), query))
@@ -88,31 +86,37 @@ def event_logs(config: Config, folder: LogFolder) -> tuple[EventLog, ...]:
     return tuple(logs)
 
 
-def _check_no_query(config: Config, scenario: str) -> None:
-    """Queries that are mapped for a scenario without any would be lost without a word; a constant '' is none."""
-    log = f"{scenario}_impressions"
-    mapping = config.logs.get(log)
-    for key in ("columns", "constants"):
-        if mapping is not None and getattr(mapping, key).get("query", "") != "":
-            named = ", ".join(config.query_scenarios) or "empty"
-            raise DataCheckError(
-                f"log {log}: logs.{log}.{key} gives it queries, but query_scenarios ({named}) does not name {scenario}"
-                ", so none would be read; name it there, or take the query out"
-            )
+def _check_unread_query(folder: LogFolder, config: Config, log: EventLog, raw: DataFrame) -> None:
+    """Queries that nobody would read must not be lost without a word; the log's first rows show whether it has any.
 
-
-def _note_unread_query(folder: LogFolder, log: str, raw: DataFrame, scenario: str) -> None:
-    """Tell of queries that are not read, by the log's first rows: a search box has them in most of its rows."""
+    A search box has them in most of its rows. A column of that name without a value is a shared layout's.
+    """
     for name in raw.columns:
         if name.lower() != "query":
             continue
-        with readable(log):
+        with readable(log.name):
             rows = raw.select(own(name)).take(_FIRST_ROWS)
         if any(row[0] not in (None, "") for row in rows):
-            folder.note(
-                f"log {log}: column '{name}' holds queries, which are not read: query_scenarios does not name "
-                f"{scenario}; name it there if its impressions answer a query"
-            )
+            folder.note(unread_query(config, log, name))
+
+
+def unread_query(config: Config, log: EventLog, column: str) -> str:
+    """The warning of a column with queries in the impressions of a scenario that has none.
+
+    Raises:
+        DataCheckError: the configuration itself says that they are queries.
+    """
+    scenario, named = config.scenarios[log.scenario], ", ".join(config.query_scenarios) or "empty"
+    mapping = config.logs.get(log.name)
+    if mapping is not None and "query" in {**mapping.columns, **mapping.constants}:
+        raise DataCheckError(
+            f"log {log.name}: logs.{log.name} gives it queries, but query_scenarios ({named}) does not name {scenario}"
+            ", so none would be read; name it there, or take the query out"
+        )
+    return (
+        f"log {log.name}: column '{column}' holds queries, which are not read: query_scenarios ({named}) does not name "
+        f"{scenario}; name it there if its impressions answer a query"
+    )
 
 
 def _event_log(name: str, kind: int, scenario: int, ids: tuple[str, ...], query: tuple[str, ...] = ()) -> EventLog:
@@ -139,7 +143,7 @@ def read_events(config: Config, folder: LogFolder, logs: Sequence[EventLog]) -> 
     result: DataFrame | None = None
     for log, raw, kind in frames:
         if log.kind == KIND_IMPRESSION and config.scenarios[log.scenario] not in config.query_scenarios:
-            _note_unread_query(folder, log.name, raw, config.scenarios[log.scenario])
+            _check_unread_query(folder, config, log, raw)
         frame = _event_rows(log, raw, text=kind in TEXT_FORMATS, contexts=contexts, config=config)
         result = frame if result is None else result.unionByName(frame)
     assert result is not None  # a configuration has at least one scenario

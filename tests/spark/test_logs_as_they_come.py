@@ -8,6 +8,7 @@ import json
 import time
 import zoneinfo
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -479,6 +480,11 @@ def test_queries_of_a_scenario_that_is_not_among_query_scenarios_are_told(spark:
     folder = LogFolder(spark, str(tmp_path))
     read_events(config, folder, event_logs(config, folder))
     assert folder.notes() == [
-        "log web_impressions: column 'Query' holds queries, which are not read: query_scenarios does not name web; "
-        "name it there if its impressions answer a query"
+        "log web_impressions: column 'Query' holds queries, which are not read: query_scenarios (search) does "
+        "not name web; name it there if its impressions answer a query"
     ]
+    mapped = {f"{scenario}_impressions": LogConfig(columns={"query": "Query"}) for scenario in ("web", "feed")}
+    config = replace(config, logs=mapped)
+    folder = LogFolder(spark, str(tmp_path), mapped)
+    with pytest.raises(DataCheckError, match="log web_impressions: logs.web_impressions gives it queries, but"):
+        read_events(config, folder, event_logs(config, folder))

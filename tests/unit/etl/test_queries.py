@@ -1,50 +1,39 @@
-"""Queries that a configuration maps and nobody would read."""
+"""Queries of a scenario that query_scenarios does not name."""
 
 from __future__ import annotations
-
-from typing import cast
 
 import pytest
 
 pytest.importorskip("pyspark")
 
 from etl.checks import DataCheckError
-from etl.logs.events import event_logs
-from etl.logs.files import LogFolder
+from etl.kernel.events import KIND_IMPRESSION
+from etl.logs.events import EventLog, unread_query
 from usr_ray.config import load_config
 
 pytestmark = pytest.mark.unit
 
-
-class Folder:
-    """A folder with every log."""
-
-    def has(self, log: str) -> bool:
-        return True
+LOG = EventLog(name="web_impressions", kind=KIND_IMPRESSION, scenario=0, key="impression_id", required=())
 
 
-def required(*overrides: str) -> dict[str, bool]:
-    """Impressions log -> whether it needs the column query."""
-    config = load_config(None, ['scenarios=["web_search","feed"]', *overrides])
-    logs = event_logs(config, cast(LogFolder, Folder()))
-    return {log.name: "query" in log.required for log in logs if log.name.endswith("_impressions")}
+def told(*overrides: str) -> str:
+    return unread_query(load_config(None, ['scenarios=["web","feed"]', *overrides]), LOG, "Query")
 
 
-@pytest.mark.parametrize("mapping", ["columns.query='query text'", "constants.query='shoes'"])
-def test_a_query_that_is_mapped_for_a_scenario_without_queries_is_refused(mapping: str) -> None:
-    key = mapping.partition(".")[0]
-    with pytest.raises(
-        DataCheckError,
-        match=rf"log web_search_impressions: logs.web_search_impressions.{key} gives it queries, but query_scenarios "
-        r"\(search\) does not name web_search, so none would be read; name it there, or take the query out",
-    ):
-        required(f"logs.web_search_impressions.{mapping}")
-    with pytest.raises(DataCheckError, match=r"query_scenarios \(empty\) does not name web_search"):
-        required(f"logs.web_search_impressions.{mapping}", "query_scenarios=[]")
+def test_queries_that_are_mapped_and_would_not_be_read_are_refused() -> None:
+    for mapping in ("columns.query='query text'", "constants.query='shoes'"):
+        with pytest.raises(
+            DataCheckError,
+            match=r"log web_impressions: logs.web_impressions gives it queries, but query_scenarios \(search\) does not "
+            "name web, so none would be read; name it there, or take the query out",
+        ):
+            told(f"logs.web_impressions.{mapping}")
+    with pytest.raises(DataCheckError, match=r"query_scenarios \(feed\) does not name web"):
+        told("logs.web_impressions.columns.query='q'", 'query_scenarios=["feed"]')
 
 
-def test_a_query_is_mapped_for_the_scenarios_that_have_one() -> None:
-    named = 'query_scenarios=["web_search"]'
-    wanted = {"web_search_impressions": True, "feed_impressions": False}
-    assert required(named, "logs.web_search_impressions.columns.query='query text'") == wanted
-    assert required(named, "logs.feed_impressions.constants.query=''") == wanted, "a constant '' is null"
+def test_a_column_of_that_name_with_values_is_warned_of() -> None:
+    assert told("query_scenarios=[]", "logs.web_impressions.columns.item_id='sku'") == (
+        "log web_impressions: column 'Query' holds queries, which are not read: query_scenarios (empty) does not name "
+        "web; name it there if its impressions answer a query"
+    )
