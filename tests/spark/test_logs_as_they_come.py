@@ -486,5 +486,5 @@ def test_queries_of_a_scenario_that_is_not_among_query_scenarios_are_told(spark:
     mapped = {f"{scenario}_impressions": LogConfig(columns={"query": "Query"}) for scenario in ("web", "feed")}
     config = replace(config, logs=mapped)
     folder = LogFolder(spark, str(tmp_path), mapped)
-    with pytest.raises(DataCheckError, match="log web_impressions: logs.web_impressions gives it queries, but"):
+    with pytest.raises(DataCheckError, match=r"log web_impressions: logs\.web_impressions gives it queries, but"):
         read_events(config, folder, event_logs(config, folder))

@@ -24,8 +24,8 @@ def test_queries_that_are_mapped_and_would_not_be_read_are_refused() -> None:
     for mapping in ("columns.query='query text'", "constants.query='shoes'"):
         with pytest.raises(
             DataCheckError,
-            match=r"log web_impressions: logs.web_impressions gives it queries, but query_scenarios \(search\) does not "
-            "name web, so none would be read; name it there, or take the query out",
+            match=r"log web_impressions: logs.web_impressions gives it queries, but query_scenarios \(search\) does "
+            "not name web, so none would be read; name it there, or take the query out",
         ):
             told(f"logs.web_impressions.{mapping}")
     with pytest.raises(DataCheckError, match=r"query_scenarios \(feed\) does not name web"):
