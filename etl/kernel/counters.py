@@ -96,8 +96,7 @@ def count_rows(
         cells, cell = np.unique(place, return_inverse=True)
         if not len(cells):
             continue
-        sums = np.zeros((len(cells), 3), np.int64)
-        np.add.at(sums, (cell, what[there]), 1)
+        sums = np.bincount(cell * 3 + what[there], minlength=3 * len(cells))
         both = days[cells % len(days)]
         yield emitted(
             COUNT,
@@ -106,7 +105,7 @@ def count_rows(
             scenario=cells // len(days) % len(histories),
             day=both // _MAX_DAYS + first,
             days=_lists(both % _MAX_DAYS + first, 1),
-            counts=_lists(sums.reshape(-1), 3),
+            counts=_lists(sums, 3),
         )
 
 

@@ -24,8 +24,8 @@ from etl.kernel.histories import HistoryEvents, history_events
 from etl.kernel.packs import ACCOUNT, CELL, EVENT, PACK, REJECT, Dictionaries, emitted, pack, pack_histories
 from usr_ray.config import DAY_US
 
-_PACK_ROWS = 131_072
-"""Impressions of one pack; a chunk of small users makes one."""
+_PACK_ROWS = 262_144
+"""Impressions of one pack; a chunk of small users makes one, so that its lookups travel once."""
 OVER_LIMIT = "over_user_limit"
 """Reason of the rows of a user's day beyond limits.max_user_events_per_day; one reject stands for all of a log."""
 UNUSABLE = "unusable"
