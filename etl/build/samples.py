@@ -213,7 +213,7 @@ def _write_samples(
         lists = list_values(values, tables, features)
         if lists is not None:
             cut = cut_values(lists, features)
-        encoded = encoded_packs(packs, values, tables, job.known, job.config, sums, lists)
+        encoded = encoded_packs(packs, values, tables, job.known, job.config, sums, lists, len(plan.days))
         replace_dates(sample_frame(encoded, plan), path, any_date_condition(PARTITION_COLUMN, dates))
     version = table_version(job.spark, path)
     table = job.spark.read.format("delta").option("versionAsOf", version).load(path)

@@ -23,7 +23,7 @@ from usr_ray.schema import BUCKETS, PADDING_ID, SCALES, UNKNOWN_ID
 _MAX_BROADCAST_VALUES = 1_000_000
 """Values of all chunks together that are sent to every task; more of them travel with their packs in a shuffle.
 
-A value with the sums of as many days as counters look back is as much as so many values.
+A value with the sums of as many days as its rows may see is as much as so many values.
 """
 
 
@@ -55,6 +55,7 @@ def encoded_packs(
     config: Config,
     sums: DataFrame | None = None,
     lists: DataFrame | None = None,
+    num_days: int = 1,
 ) -> DataFrame:
     """Every pack with the lookups of its chunk: what `sample_rows` reads.
 
@@ -66,10 +67,12 @@ def encoded_packs(
         sums: feature, value and the sums that its counters need (etl/features/counters.py); None: there are no
             counters.
         lists: from `list_values` (etl/features/lists.py); None: there are neither tags nor terms.
+        num_days: the rows are of so many.
     """
     lookups = _lookups(values, tables, known, config, sums, lists)
-    look_back = max((days for days in counted_windows(config) if days is not None), default=0)
-    if values.count() * (1 + look_back) <= _MAX_BROADCAST_VALUES:
+    windows = counted_windows(config)
+    seen = num_days + max([0, *(days for days in windows if days is not None)]) if windows else 0
+    if values.count() * (1 + seen) <= _MAX_BROADCAST_VALUES:
         lookups = F.broadcast(lookups)
     return packs.select("chunk", "targets", "events").join(lookups, on="chunk", how="inner")
 
