@@ -26,8 +26,8 @@ from types import FrameType
 ROOT = Path(__file__).resolve().parents[1]
 LOGS = ROOT / ".cache" / "tests"
 REAL = ("tests/e2e/test_real_logs.py", "tests/e2e/test_export.py", "tests/e2e/test_studies.py")
-"""Jobs in processes of their own, one after another."""
-JOBS = ("tests/spark/test_standalone.py",)
+"""Exports and studies in the lane's process, one after another; with the slow tests, jobs on real logs as well."""
+JOBS = ("tests/spark/test_standalone.py", "tests/spark/test_ingest.py")
 """The same of Spark."""
 LANES = {
     "spark": ("tests/spark", *(f"--ignore={path}" for path in JOBS)),

@@ -35,6 +35,8 @@ def test_every_example_has_a_page_and_the_readme_names_it() -> None:
     assert [name for name in sorted(names) if not (EXAMPLES / name / "README.md").exists()] == []
 
 
+# tests/ray/test_study.py trains this backbone on two workers, tests/unit/model/test_own_backbone.py has its values.
+@pytest.mark.slow
 def test_a_backbone_from_one_file_is_trained_and_evaluated(smoke: Path, run: Run) -> None:
     printed = follow(run, "add_a_backbone", smoke)
     assert "finished at step" in printed
@@ -45,6 +47,7 @@ def test_a_backbone_from_one_file_is_trained_and_evaluated(smoke: Path, run: Run
     assert metrics["eval"]["all"]["ctr"]["log_loss"] < 0.69
 
 
+@pytest.mark.slow  # tests/spark/test_own_logs.py builds the same lake, trains on it and scores
 def test_a_shop_s_own_files_end_in_scores(run: Run, tmp_path: Path) -> None:
     """With a title, tags, a scaled number and a counter."""
     printed = follow(run, "own_logs", tmp_path)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from usr_ray.training.worker import LocalWorker
 
 pytestmark = pytest.mark.ray
 
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "add_a_backbone"
 SETS = (*OVERRIDES, "train.num_epochs=1")
 WILD = {"train.learning_rate": 1000.0, "train.weight_decay": 1000.0, "train.gradient_clip": 0.0}
 """Each step multiplies the weights by -999,999: a loss that is not a number, so that a trial fails on purpose."""
@@ -30,6 +34,15 @@ GRID: dict[str, Any] = {
         }
     ],
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _backbone() -> Iterator[None]:
+    """The example's folder is on PYTHONPATH before the cluster starts, as its page has it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLE))
+        patch.setenv("PYTHONPATH", str(EXAMPLE), prepend=os.pathsep)
+        yield
 
 
 @pytest.fixture
@@ -71,6 +84,22 @@ def test_failures_are_kept_and_a_second_call_runs_only_what_has_no_result(
     assert "resumed at step 1 " in (trial_dir(run_dir, half) / "train.log").read_text()
     assert before == {name: trial_files(run_dir, name) for name in before}
     assert {row["table_version"] for row in pq.read_table(second.results).to_pylist()} == {1}
+
+
+def test_trials_of_two_workers_each_take_turns_on_two_cpus(cluster: None, own_lake: Path, tmp_path: Path) -> None:
+    """Both at once would wait for each other's CPUs for ever. With a backbone that lies outside the package."""
+    from usr_ray.experiments.study import run_study
+
+    own = "model.backbone='cross_network:CrossNetwork'"
+
+    axis = {"name": "rate", "values": {"sound": {}, "slow": {"train.learning_rate": 1e-4}}}
+    raw = {"seeds": [0], "axes": [axis], "resources": {"num_workers": 2}}
+    study = parse_study(raw, name="pairs", scale="full")
+    result = run_study(study, Base(None, (*SETS, own)), str(own_lake), tmp_path / "study")
+    assert (result.num_finished, result.failures) == (2, {})
+    records = [json.loads(path.read_text()) for path in (tmp_path / "study" / "trials").glob("*/config.json")]
+    assert [record["config"]["ray"]["num_workers"] for record in records] == [2, 2]
+    assert not list((tmp_path / "study" / "trials").glob("*/checkpoints")), "a finished trial's take room for nothing"
 
 
 def trial_files(run_dir: Path, trial_id: str) -> dict[str, int]:

@@ -130,34 +130,44 @@ def assert_close_runs(run_dir: Path, unbroken: Path) -> None:
     assert aucs[0] == pytest.approx(aucs[1], abs=2e-3)
 
 
-def test_a_killed_worker_costs_only_the_steps_since_the_checkpoint(
-    unbroken: Path, lake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_killed_worker_costs_only_the_steps_since_the_checkpoint_and_one_asked_to_end_ends_the_run(
+    unbroken: Path, lake: Path, tmp_path: Path
 ) -> None:
+    """A worker is killed, one of the group that is started again is asked to end, and the same call goes on."""
     from usr_ray.launch.trainer import run
 
     run_dir = tmp_path / "run"
     killed: list[int] = []
 
-    def kill() -> None:
+    def disturb() -> None:
         wait_for(lambda: newest_step(run_dir) >= 15)
         workers = training_workers()
         assert len(workers) == 2
         os.kill(workers[-1], signal.SIGKILL)
         killed.append(newest_step(run_dir))
+        wait_for(lambda: newest_step(run_dir) > killed[0] and len(set(training_workers()) - set(workers)) == 2)
+        os.kill(max(set(training_workers()) - set(workers)), signal.SIGTERM)
 
-    thread = threading.Thread(target=kill)
+    thread = threading.Thread(target=disturb)
     thread.start()
-    summary = run(small_config(), lake, run_dir)
+    stopped = run(small_config(), lake, run_dir)
     thread.join()
     assert killed
     assert 15 <= killed[0] < STEPS, "the kill came after the end; make the run longer"
-    assert (summary.outcome, summary.step) == ("finished", STEPS)
+    assert stopped.outcome == "stopped"
+    assert killed[0] < stopped.step < STEPS, "the signal came after the end; make the run longer"
+    assert newest_step(run_dir) == stopped.step
+
+    summary = run(small_config(), lake, run_dir)
+    assert (summary.outcome, summary.step, summary.was_finished) == ("finished", STEPS, False)
     expected, found = weights(unbroken), weights(run_dir)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     steps = [row["step"] for row in history(run_dir) if row["kind"] == "train"]
     assert steps == list(range(5, STEPS + 1, 5)), "each step once, although some were trained twice"
 
 
+# The test above has a worker that is asked, tests/ray/test_local_ray.py a job that is stopped and gone on with.
+@pytest.mark.slow
 def test_a_worker_asked_to_end_ends_the_run_with_all_others_and_a_killed_driver_is_gone_on_with(
     unbroken: Path, lake: Path, tmp_path: Path
 ) -> None:
@@ -203,7 +213,6 @@ def test_a_worker_asked_to_end_ends_the_run_with_all_others_and_a_killed_driver_
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.slow  # tests/ray/test_chaos.py has the same of a changed file, with the job's exit code
 def test_what_a_worker_refuses_is_the_users_one_line(cluster: None, lake: Path, tmp_path: Path) -> None:
     from usr_ray.launch.trainer import run
     from usr_ray.runs.plan import plan_run, write_plan

@@ -7,6 +7,7 @@ import datetime as dt
 import gzip
 import json
 import math
+import signal
 import statistics
 import zoneinfo
 from dataclasses import replace
@@ -17,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from deltalake import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -27,8 +29,11 @@ from etl.lake.tables import Lake
 from etl.logs.events import REASON, read_features
 from etl.logs.files import LogFolder
 from etl.logs.mapping import as_written, map_columns
+from jobs import score
 from tests.spark.conftest import EXAMPLE
+from usr_ray.cli import run_job
 from usr_ray.config import LogConfig, load_config
+from usr_ray.launch.alone import run_alone
 
 pytestmark = pytest.mark.spark
 
@@ -137,6 +142,20 @@ def test_an_item_s_views_and_clicks_of_the_days_before_are_counted(spark: SparkS
             for action, name in (("view", "impressions"), ("click", "clicks")):
                 wanted = math.log1p(near.count(action))
                 assert row[f"counter_item_{window}_{name}"] == pytest.approx(wanted, abs=1e-6)
+
+
+def test_the_shop_s_lake_is_trained_on_and_scored(lake: Path, tmp_path: Path) -> None:
+    """With the title, the tags, the scaled price and the counters, as examples/own_logs/README.md does it."""
+    config = load_config(EXAMPLE / "own_logs.toml", ["ray.num_workers=0", "train.reader_threads=1"])
+    before = signal.getsignal(signal.SIGTERM)
+    run_alone(config, str(lake), tmp_path / "run")
+    signal.signal(signal.SIGTERM, before)
+    words = ["--run-dir", tmp_path / "run", "--lake", lake, "--dates", "2026-03-30", "--output", tmp_path / "scores"]
+    assert run_job(score.main, [str(word) for word in words]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    scores = DeltaTable(tmp_path / "scores").to_pyarrow_table(columns=["impression_id", "p_ctr", "p_ctcvr"])
+    assert metrics["eval"]["all"]["ctr"]["num_samples"] == scores.num_rows > 30
+    assert len(set(scores["p_ctr"].to_pylist())) > 10
 
 
 def test_values_that_stand_for_none_are_null_in_columns_of_any_type(spark: SparkSession) -> None:

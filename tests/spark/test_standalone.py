@@ -24,6 +24,13 @@ pytestmark = pytest.mark.spark
 
 EXAMPLE = ROOT / "examples" / "own_logs"
 QUICK = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
+PLAIN = (
+    "spark.sql.shuffle.partitions=2",
+    "spark.sql.codegen.wholeStage=false",
+    "spark.sql.codegen.factoryMode=NO_CODEGEN",
+    "spark.sql.adaptive.enabled=false",
+)
+"""As in tests/spark/conftest.py: what is shown is where the tasks run and how a job ends."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +61,7 @@ class Standalone:
             QUICK,
             "--conf",
             f"spark.executor.extraJavaOptions={QUICK}",
-            "--conf",
-            "spark.sql.shuffle.partitions=2",
+            *(word for option in PLAIN for word in ("--conf", option)),
             "--conf",
             f"spark.dynamicAllocation.minExecutors={executors}",
             "jobs/build_samples.py",
