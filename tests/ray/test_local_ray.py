@@ -79,7 +79,7 @@ class Head:
 
     def call(self, action: str, *more: str) -> subprocess.CompletedProcess[str]:
         flags = {"--port": self.port, "--dashboard-port": self.dashboard, "--metrics-port": self.metrics}
-        flags |= {"--num-cpus": 1, "--state-dir": self.state}
+        flags |= {"--num-cpus": 2, "--state-dir": self.state}
         command = [sys.executable, "cluster/local_ray.py", action, *(str(w) for pair in flags.items() for w in pair)]
         command += more
         return subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, check=False)
@@ -186,22 +186,19 @@ def steps_of_an_epoch(folder: Path) -> int:
 
 
 def _unbroken(worker: LocalWorker, folder: Path) -> dict[str, torch.Tensor]:
-    """The same training without Ray; as many threads a rank as a worker takes that is alone on its node."""
+    """The same training without Ray; one processor a rank, as Ray's workers have on this machine's share."""
     plan = plan_run(small_config(*LONG_RUN), folder / "lake", folder / "unbroken")
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // worker.world_size))
     result = train(plan.config, worker, train_manifest=plan.train_manifest, run_dir=folder / "unbroken")
     return result.state.tensors()
 
 
-LONG_RUN = ("train.num_epochs=2", "train.checkpoint_every_steps=1000")
+LONG_RUN = ("train.num_epochs=3", "train.checkpoint_every_steps=1000")
 LOOK_EVERY_S = 0.3
 """How often a running job is looked at: each look takes the dashboard more time than a step takes the workers."""
 
 
 def test_a_submitted_training_can_be_stopped_gone_on_with_and_watched(head: Head, tmp_path: Path) -> None:
-    """On two nodes of one CPU each: a rank has one for itself."""
-    started = head.call("start", "--nodes", "2")
-    assert re.search(r"node-1: +pid \d+", started.stdout), started.stdout + started.stderr
     write_samples(tmp_path / "lake", samples_spec(), num_rows=36_000, num_days=6)
     job = submit(head, tmp_path, "first", *LONG_RUN)
     wait_for(lambda: steps_logged(tmp_path / "run") >= 10 or job.poll() is not None)
@@ -222,9 +219,7 @@ def test_a_submitted_training_can_be_stopped_gone_on_with_and_watched(head: Head
         def watched() -> bool:
             for run in train_runs(head.dashboard, ensure_token()):
                 if run["status"] == "RUNNING" and run["attempts"][-1]["workers"]:
-                    workers = run["attempts"][-1]["workers"]
-                    seen["ranks"] = sorted(w["world_rank"] for w in workers)
-                    seen["nodes"] = {w["node_id"] for w in workers}
+                    seen["ranks"] = sorted(w["world_rank"] for w in run["attempts"][-1]["workers"])
             found = set(re.findall(r'^ray_(usr_ray_\w+){.*rank="(\d)"', head.scrape(), re.MULTILINE))
             seen["metrics"] = seen.get("metrics", set()) | found
             time.sleep(LOOK_EVERY_S)
@@ -238,7 +233,6 @@ def test_a_submitted_training_can_be_stopped_gone_on_with_and_watched(head: Head
     assert f"resumed at step {step} " in printed
     assert "finished at step" in printed
     assert seen["ranks"] == [0, 1]
-    assert len(seen["nodes"]) == 2
     for rank in "01":
         assert {("usr_ray_step", rank), ("usr_ray_samples_per_s", rank)} <= seen["metrics"]
     assert {("usr_ray_loss", "0"), ("usr_ray_auc", "0"), ("usr_ray_checkpoint_age_s", "0")} <= seen["metrics"]

@@ -19,9 +19,7 @@ from tests.ray.test_local_ray import steps_logged
 from tests.unit.samples_table import samples_spec, write_samples
 from usr_ray.launch.environment import ensure_token
 
-# tests/ray/test_local_ray.py has two ranks on two nodes of one machine and how a job's end arrives,
-# tests/unit/cluster/test_nodes.py the commands, the addresses and the device.
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "token"}
@@ -138,6 +136,7 @@ def test_a_job_on_two_machines_streams_and_its_end_arrives(cluster: Cluster) -> 
     assert cluster.machines.address(1) in ranks, "a worker on another machine"
 
 
+@pytest.mark.slow  # the job above has its exit code in the record, tests/e2e/test_bad_input.py the same mistake
 def test_a_mistake_is_the_jobs_own_exit_code(cluster: Cluster) -> None:
     both_are_alive(cluster)
     wrong = cluster.job("wrong", "train.epochs=3")
@@ -147,6 +146,7 @@ def test_a_mistake_is_the_jobs_own_exit_code(cluster: Cluster) -> None:
     assert (record["status"], record["driver_exit_code"]) == ("FAILED", 2)
 
 
+@pytest.mark.slow  # tests/ray/test_local_ray.py has a submitted training that is stopped and gone on with
 def test_a_job_on_two_machines_is_stopped_and_gone_on_with(cluster: Cluster, tmp_path: Path) -> None:
     both_are_alive(cluster)
     write_samples(tmp_path / "lake", samples_spec(), num_rows=12_000, num_days=6)
