@@ -106,7 +106,7 @@ def training_workers() -> list[int]:
     return processes(("ray::RayTrainWorker", "ray::execute"), parent=raylet_pid())
 
 
-def wait_for(what: Callable[[], object], *, timeout_s: float = 90) -> None:
+def wait_for(what: Callable[[], object], *, timeout_s: float = 240) -> None:
     end = time.monotonic() + timeout_s
     while not what():
         assert time.monotonic() < end, "waited in vain"
