@@ -41,7 +41,8 @@ def test_a_tenth_of_kuairand_s_users_add_up_and_are_learned_from(spark: SparkSes
     """The tenth with the one impression whose two rows differ in is_click."""
     source = tenth_of_kuairand(REAL_LOGS / "kuairand-pure", tmp_path / "users", rest=3)
     # Smaller batches: so few rows make as many steps as a model needs that is better than chance.
-    metrics = trained(spark, "kuairand", source, tmp_path, "train.global_batch_size=64")
+    smaller = ("train.global_batch_size=64", "model.contrastive.group_size=64")
+    metrics = trained(spark, "kuairand", source, tmp_path, *smaller)
     check_kuairand(tmp_path / "lake", source, num_rows=9_384)
     assert metrics["all"]["ctr"]["auc"] > 0.6
 
