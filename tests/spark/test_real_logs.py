@@ -42,7 +42,7 @@ def test_a_tenth_of_kuairand_s_users_add_up_and_are_learned_from(spark: SparkSes
     source = tenth_of_kuairand(REAL_LOGS / "kuairand-pure", tmp_path / "users", rest=3)
     # Smaller batches: so few rows make as many steps as a model needs that is better than chance.
     smaller = ("train.global_batch_size=64", "model.contrastive.group_size=64")
-    # Of the 138 long views of the rarest tabs 8 have no click, which is 5.8 %; of all users' it is below the limit of 5 %.
+    # Eight of the 138 long views on the rarest tabs have no click: 5.8 %, where all users together are below the 5 %.
     metrics = trained(spark, "kuairand", source, tmp_path, *smaller, "limits.max_reject_share=0.1")
     check_kuairand(tmp_path / "lake", source, num_rows=9_384)
     assert metrics["all"]["ctr"]["auc"] > 0.6
