@@ -525,16 +525,18 @@ FIGURES = [
     ),
     Figure(
         "study-results",
-        "(APG {}, PLE {}, STAR {}, M2M {}), **missed by one in the larger** (APG {}, M2M {}, PLE {}; "
-        "SharedBottom {} and MMoE {}, with intervals above 0; STAR {})",
+        "APG {}, PLE {} and M2M {}; STAR {} has 0 inside its interval ({} to {}). In the larger one APG {}, M2M {} and "
+        "PLE {}; SharedBottom {} and MMoE {} have intervals above 0, STAR {}. After",
         lambda: [
-            joined("equal", s, "usr - plain", backbone=b, carry="0.5 and 1")[0]
-            for s, order in zip(
-                reversed(SIDES),
-                ("apg ple star m2m", "apg m2m ple shared_bottom mmoe star"),
-                strict=True,
-            )
-            for b in order.split()
+            *(
+                joined("equal", SIDES[1], "usr - plain", backbone=b, carry="0.5 and 1")[0]
+                for b in ("apg", "ple", "m2m")
+            ),
+            *joined("equal", SIDES[1], "usr - plain", backbone="star", carry="0.5 and 1"),
+            *(
+                joined("equal", SIDES[0], "usr - plain", backbone=b, carry="0.5 and 1")[0]
+                for b in ("apg", "m2m", "ple", "shared_bottom", "mmoe", "star")
+            ),
         ],
     ),
     Figure("study-results", "{} ({} to {}), pooled over both scenarios", lambda: with_terms("ctr")),
