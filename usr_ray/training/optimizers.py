@@ -105,8 +105,8 @@ def sum_in_place(packed_N: Tensor, grads_ND: Tensor) -> Update:
 class DenseAdamW:
     """AdamW on a module's parameters, with gradient clipping; its state goes by parameter name.
 
-    Fused on the devices that can. Weight decay spares parameters of one dimension: the biases and norms of plain layers.
-    It holds for all others, so also for biases, norms and factors that are kept a scenario or an expert in one tensor:
+    Fused on the devices that can. Weight decay spares parameters of one dimension: biases and norms of plain layers. It
+    holds for all others, so also for biases, norms and factors that are kept a scenario or an expert in one tensor:
     STAR's, those of stacked towers and experts, and `dense_affine_2F`, whose scale begins at 1.
 
     Args:
