@@ -63,6 +63,8 @@ def training_batches(
         of_a_size: all batches have as many rows, as a compiled step wants, and the contrastive losses, whose groups go
             by a row's place. Otherwise those of a model of one scenario (data.only_scenario) leave out the rows of the
             others: they then cost nothing, and no step decays their ids.
+            Rows without final labels stay: they bring no gradient, but train.embedding_weight_decay and Adam's moments
+            move their ids.
     """
     num_scenarios = len(reader.manifest.spec.scenarios)
     for epoch in epochs:
