@@ -15,7 +15,7 @@ from pyspark.sql import functions as F
 from etl.build.staging import staged
 from etl.checks import AccountingError, DataCheckError, LogCount, check_accounting
 from etl.kernel.events import KIND_IMPRESSION
-from etl.kernel.packs import ACCOUNT, CELL, REJECT
+from etl.kernel.packs import ACCOUNT, CELL, REJECT, VALUE
 from etl.kernel.user_pass import UNUSABLE
 from etl.logs.events import REASON, EventLog
 from etl.session import kept
@@ -105,15 +105,18 @@ def as_text(first: dt.date | None) -> str:
     return "" if first is None else first.isoformat()
 
 
-def add_pass(account: Account, spark: SparkSession, folder: str, logs: Sequence[EventLog], num_usable: int) -> None:
+def add_pass(account: Account, spark: SparkSession, folder: str, logs: Sequence[EventLog], num_usable: int) -> int:
     """Add what the pass found to the account: one small aggregation of what it staged.
+
+    Returns:
+        The number of `value` rows.
 
     Raises:
         AccountingError: rows were lost or invented on the way.
     """
     names = {(log.kind, log.scenario): log.name for log in logs}
-    usable = 0
-    small = staged(spark, folder, ACCOUNT, REJECT, CELL)
+    usable = num_values = 0
+    small = staged(spark, folder, ACCOUNT, REJECT, CELL, VALUE)
     day = F.when(F.col("part") == REJECT, _day()).otherwise(F.col("day"))
     sums = small.groupBy("part", "what", "kind", "scenario", "reason", day.alias("day")).agg(
         F.sum(F.coalesce("num_rows", F.lit(1))).alias("rows"),
@@ -123,6 +126,9 @@ def add_pass(account: Account, spark: SparkSession, folder: str, logs: Sequence[
     for row in sums.collect():
         if row["part"] == CELL:
             account.cells[row["what"], row["day"]] = row["hash"]
+            continue
+        if row["part"] == VALUE:
+            num_values += row["rows"]
             continue
         place = (names[row["kind"], row["scenario"]], _name(row["day"]))
         if row["part"] == REJECT:
@@ -141,6 +147,7 @@ def add_pass(account: Account, spark: SparkSession, folder: str, logs: Sequence[
     if usable != num_usable:
         raise AccountingError(f"{usable} usable rows reached the pass, {num_usable} were read; please report this")
     check_accounting(account.counts)
+    return num_values
 
 
 def unique_features(table: DataFrame, log: str, key: str, account: Account) -> DataFrame:
@@ -172,8 +179,11 @@ def unique_features(table: DataFrame, log: str, key: str, account: Account) -> D
     return unique.filter(F.col(REASON).isNull()).drop("rows:", REASON)
 
 
-NULL_LIKE = ("null", "none", "nan", "na", "n/a", "nil", "\\n", "-", "--", "?", "undefined", "(null)", "<null>")
-"""What programs write where they mean no value, in lower case."""
+_NULL_LIKE = r"(?i)^ *(?:null|none|nan|na|n/a|nil|\\n|--?|\?|undefined|\(null\)|<null>) *\z"
+"""What programs write where they mean no value.
+
+Not by `lower`: its first use in a JVM costs a second, in which Spark asks ICU for the title case of every letter.
+"""
 _COMMON = 10
 """A value with fewer values before it is among the commonest."""
 
@@ -188,7 +198,7 @@ def null_like_values(values: DataFrame, tables: Mapping[str, DataFrame], config:
         owners |= dict.fromkeys(names, f"{owner}s")
         long = table.select(*names).unpivot([], [F.col(name) for name in names], "feature", "value")
         counts = counts.unionByName(long.withColumn("rows", F.lit(1).cast("bigint")))
-    is_null_like = F.lower(F.trim("value")).isin(*NULL_LIKE)
+    is_null_like = F.col("value").rlike(_NULL_LIKE)
     if counts.filter(is_null_like).isEmpty():
         return []
     sums = counts.filter(F.col("value").isNotNull()).groupBy("feature", "value").agg(F.sum("rows").alias("rows"))

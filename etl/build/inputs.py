@@ -75,6 +75,8 @@ class Inputs:
     tables: Mapping[str, DataFrame]
     """The tables of users and items, as Logs has them."""
     account: Account
+    num_values: int
+    """Rows of VALUE, of all chunks together."""
     notes: tuple[str, ...] = ()
     """What the user should know of the logs."""
 
@@ -201,7 +203,7 @@ def run_pass(
     )
     with readable(ANY_LOG):
         stage(hashed.mapInArrow(run, from_arrow_schema(EMITTED)), folder)
-    add_pass(logs.account, spark, folder, logs.logs, num_usable)
+    num_values = add_pass(logs.account, spark, folder, logs.logs, num_usable)
     check_rejects(logs.account, logs.config, logs.logs, staged(spark, folder, REJECT), logs.events)
     keys = {log.name: "order_id and item_id" if log.kind == KIND_ORDER else log.key for log in logs.logs}
     notes = (
@@ -209,7 +211,7 @@ def run_pass(
         *logs.account.duplicate_notes({"users": "user_id", "items": "item_id"} | keys),
         *null_like_values(_staged(spark, folder, VALUE), logs.tables, logs.config),
     )
-    return Inputs(spark, folder, logs.logs, logs.tables, logs.account, notes)
+    return Inputs(spark, folder, logs.logs, logs.tables, logs.account, num_values, notes)
 
 
 def _with_owned(rows: DataFrame, logs: Logs, plan: PassPlan) -> DataFrame:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -122,8 +123,12 @@ def build_samples(spark: SparkSession, config: Config, request: BuildRequest, pr
             sums=sums,
             seen=counter_fingerprints(sums, config, rows.days),
         )
-        found = write_dates(job, built, built)
-        write_state(spark, config, lake, state, inputs.staged(EVENT), inputs.staged(VALUE), built[-1])
+        with ThreadPoolExecutor(1) as beside:  # one is planned while tasks of the other run
+            done = beside.submit(
+                write_state, spark, config, lake, state, inputs.staged(EVENT), inputs.staged(VALUE), built[-1]
+            )
+            found = write_dates(job, built, built)
+        done.result()
         return found
 
 
@@ -159,7 +164,10 @@ def write_dates(job: Job, dates: Sequence[dt.date], reported: Sequence[dt.date])
     spark, lake, account = job.spark, job.lake, job.inputs.account
     path = lake.path(SAMPLES)
     names = {date.isoformat() for date in dates}
-    version, counts, cut = _write_samples(job, dates, reported)
+    with ThreadPoolExecutor(1) as beside:
+        done = beside.submit(_write_rejects, job, reported)
+        version, counts, cut = _write_samples(job, dates, reported)
+    done.result()
     for date, needed in job.inputs.num_impressions(names).items():
         if counts.date(date).impressions != needed:
             raise AccountingError(f"samples of {date}: {counts.date(date).impressions} rows written, {needed} came in")
@@ -167,7 +175,6 @@ def write_dates(job: Job, dates: Sequence[dt.date], reported: Sequence[dt.date])
         f"samples: {sum(counts.date(n).impressions for n in names):,} rows of {len(names)} dates, "
         f"table version {version}"
     )
-    _write_rejects(job, reported)
     build = {
         "watermark": iso_time(job.plan.watermark),
         "table_version": version,
@@ -213,7 +220,9 @@ def _write_samples(
         lists = list_values(values, tables, features)
         if lists is not None:
             cut = cut_values(lists, features)
-        encoded = encoded_packs(packs, values, tables, job.known, job.config, sums, lists, len(plan.days))
+        encoded = encoded_packs(
+            packs, values, tables, job.known, job.config, inputs.num_values, sums, lists, len(plan.days)
+        )
         replace_dates(sample_frame(encoded, plan), path, any_date_condition(PARTITION_COLUMN, dates))
     version = table_version(job.spark, path)
     table = job.spark.read.format("delta").option("versionAsOf", version).load(path)

@@ -53,6 +53,7 @@ def encoded_packs(
     tables: Mapping[str, DataFrame],
     known: Vocabularies,
     config: Config,
+    num_values: int,
     sums: DataFrame | None = None,
     lists: DataFrame | None = None,
     num_days: int = 1,
@@ -64,6 +65,7 @@ def encoded_packs(
         values: `value` rows of the pass.
         tables: "user" and "item" -> one row a key, where the configuration names features of theirs.
         known: includes what this build has added.
+        num_values: number of the `values`.
         sums: feature, value and the sums that its counters need (etl/features/counters.py); None: there are no
             counters.
         lists: from `list_values` (etl/features/lists.py); None: there are neither tags nor terms.
@@ -72,7 +74,7 @@ def encoded_packs(
     lookups = _lookups(values, tables, known, config, sums, lists)
     windows = counted_windows(config)
     seen = num_days + max([0, *(days for days in windows if days is not None)]) if windows else 0
-    if values.count() * (1 + seen) <= _MAX_BROADCAST_VALUES:
+    if num_values * (1 + seen) <= _MAX_BROADCAST_VALUES:
         lookups = F.broadcast(lookups)
     return packs.select("chunk", "targets", "events").join(lookups, on="chunk", how="inner")
 
