@@ -108,24 +108,24 @@ def build_samples(spark: SparkSession, config: Config, request: BuildRequest, pr
         counts = value_counts(spark, lake, state, inputs.staged(VALUE))
         known, spec = grow_vocabularies(spark, config, lake, counts, inputs.tables, dates, inputs.staged(PACK))
         sums = write_sums(spark, config, lake, state, inputs.staged(COUNT), built[-1])
-        versions = update_tables_by_id(spark, config, lake, inputs.tables, known, spec)
-        prepare_samples(spark, lake, spec, config, {**versions, **known.fitted})
-        progress(_vocabularies_line(known, spec))
-        rows = row_plan(config, spec, inputs.account, request.watermark, [day_number(date) for date in built])
-        job = Job(
-            spark=spark,
-            config=config,
-            lake=lake,
-            inputs=inputs,
-            plan=rows,
-            known=known,
-            progress=progress,
-            sums=sums,
-            seen=counter_fingerprints(sums, config, rows.days),
-        )
-        with ThreadPoolExecutor(1) as beside:  # one is planned while tasks of the other run
+        with ThreadPoolExecutor(1) as beside:  # a small query plans for longer than its tasks run: two at a time
             done = beside.submit(
                 write_state, spark, config, lake, state, inputs.staged(EVENT), inputs.staged(VALUE), built[-1]
+            )
+            versions = update_tables_by_id(spark, config, lake, inputs.tables, known, spec)
+            prepare_samples(spark, lake, spec, config, {**versions, **known.fitted})
+            progress(_vocabularies_line(known, spec))
+            rows = row_plan(config, spec, inputs.account, request.watermark, [day_number(date) for date in built])
+            job = Job(
+                spark=spark,
+                config=config,
+                lake=lake,
+                inputs=inputs,
+                plan=rows,
+                known=known,
+                progress=progress,
+                sums=sums,
+                seen=counter_fingerprints(sums, config, rows.days),
             )
             found = write_dates(job, built, built)
         done.result()
