@@ -266,7 +266,11 @@ def publish_command(arguments: argparse.Namespace, run_dir: Path) -> list[str]:
 
 
 def use(arguments: argparse.Namespace) -> None:
-    """Put the model of a day into use; with --registry it is published first, so that the service has it too."""
+    """Put the model of a day into use; with --registry it is published first, so that the service has it too.
+
+    Raises:
+        UserError: --registry without --lake.
+    """
     work, day, registry = arguments.work, arguments.use, arguments.registry
     if registry is not None and arguments.lake is None:
         raise UserError(f"--use {day}: --registry {registry} gets a version of that model; name its --lake too")
