@@ -206,7 +206,8 @@ def write_sums(
         return None
     mark = _mark(config, max(last, state.complete_until or last), "")
     replaced = _replaced(state, last, "event_date")
-    return update_counters(spark, config, lake, counted.filter(_date(F.col("day")) <= F.lit(last)), replaced, mark)
+    sums = counted.select("feature", "value", F.inline("sums"))
+    return update_counters(spark, config, lake, sums.filter(_date(F.col("event_day")) <= F.lit(last)), replaced, mark)
 
 
 def _mark(config: Config, until: dt.date, content: str) -> str:

@@ -20,8 +20,8 @@ from etl.kernel.events import context_column, owned_column
 from etl.kernel.packs import CELL_PREFIX
 from etl.lake.tables import COUNTERS_SCHEMA, Lake, create_table, replace_dates
 from usr_ray.config import Config, date_of
-from usr_ray.config.counters import COUNTER_IDS, CounterConfig
-from usr_ray.daily_sums import ALL_ROWS, CounterColumns, CounterPlan
+from usr_ray.config.counters import COUNTED, COUNTER_IDS, CounterConfig
+from usr_ray.daily_sums import ALL_ROWS, SUMS, CounterColumns, CounterPlan
 from usr_ray.schema import COUNTERS
 
 
@@ -55,41 +55,45 @@ def update_counters(
     """Replace the sums of the dates that a build has read; the whole table as it is then.
 
     Args:
-        counted: `count` rows of the pass.
+        counted: feature, value and packs.DAY_SUMS of the pass.
         condition: which dates of events are replaced, as SQL on a column `event_date`.
     """
     path = lake.path(COUNTERS)
     if not lake.has(spark, COUNTERS):
         create_table(spark, lake, COUNTERS, COUNTERS_SCHEMA, "event_date")
     scenario = F.element_at(F.array(*map(F.lit, config.scenarios)), F.col("scenario") + 1)
-    number = [F.sum(F.col("counts")[n]).alias(name) for n, name in enumerate(("impressions", "clicks", "orders"))]
-    fresh = counted.groupBy(
+    rows = counted.select(
         F.regexp_replace("feature", f"^({CELL_PREFIX}|{context_column('')})", "").alias("name"),
         F.col("value").alias("key"),
-        _date(F.col("days")[0]).alias("date"),
-        _date(F.col("day")).alias("event_date"),
+        _date(F.col("day")).alias("date"),
+        _date(F.col("event_day")).alias("event_date"),
         scenario.alias("scenario"),
-    ).agg(*number)
-    replace_dates(fresh.filter(condition).select(COUNTERS_SCHEMA.names), path, condition, metadata=metadata)
+        *COUNTED,
+    )
+    # A user is in one chunk, so its rows are sums already and need no shuffle.
+    of_users = F.array_contains(F.split("name", ":"), "user_id")
+    fresh = rows.filter(~of_users).groupBy("name", "key", "date", "event_date", "scenario")
+    both = rows.filter(of_users).unionByName(fresh.agg(*(F.sum(name).alias(name) for name in COUNTED)))
+    replace_dates(both.filter(condition).select(COUNTERS_SCHEMA.names), path, condition, metadata=metadata)
     return spark.read.format("delta").option("versionAsOf", table_version(spark, path)).load(path)
 
 
 def sums_of_values(table: DataFrame, config: Config, days: Sequence[int]) -> DataFrame:
-    """feature, value and `sums` (daily_sums.SUMS, one after the other) of what the rows of `days` may see."""
+    """feature, value and daily_sums.SUMS of what the rows of `days` may see; more than one row of a day may add up."""
     features = {counted_feature(config, counter) for counter in config.every_counter.values()}
     names = [name.removeprefix(CELL_PREFIX) for name in features]
-    visible = _visible(table, config, days).filter(F.col("name").isin(names))
-    entry = F.array("day", "index", "impressions", "clicks", "orders")
+    recent, old = _visible(table.filter(F.col("name").isin(names)), config, days)
+    if old is not None:  # much, where a lake is old, and a row a value at most
+        recent = recent.unionByName(old.groupBy("name", "key", "day", "scenario").agg(*_summed()))
     cells = [name.removeprefix(CELL_PREFIX) for name in features if name.startswith(CELL_PREFIX)]
     feature = F.when(F.col("name").isin(cells), F.concat(F.lit(CELL_PREFIX), "name")).otherwise(F.col("name"))
-    grouped = visible.groupBy(feature.alias("feature"), F.col("key").alias("value"))
-    return grouped.agg(F.flatten(F.collect_list(entry)).alias("sums"))
+    return recent.select(feature.alias("feature"), F.col("key").alias("value"), *SUMS)
 
 
 def counter_plan(table: DataFrame, config: Config, days: Sequence[int]) -> CounterPlan:
     """The columns of the counters, and the sums of whole scenarios."""
-    visible = _visible(table, config, days).filter(F.col("name") == ALL_ROWS)
-    rows = visible.select("day", "index", "impressions", "clicks", "orders").collect()
+    parts = [part for part in _visible(table.filter(F.col("name") == ALL_ROWS), config, days) if part is not None]
+    rows = [row for part in parts for row in part.groupBy("day", "scenario").agg(*_summed()).collect()]
     counters = config.every_counter.items()
     return CounterPlan(
         columns=tuple(CounterColumns.of(name, one, counted_feature(config, one)) for name, one in counters),
@@ -104,7 +108,11 @@ def counter_fingerprints(table: DataFrame | None, config: Config, days: Iterable
     """Date -> hash of all sums that its rows may see: where it differs, its counters do; {} without counters."""
     if table is None:
         return {}
-    per_day = table.groupBy("name", "key", "date", "scenario").agg(*map(F.sum, ("impressions", "clicks", "orders")))
+    # Only where a row came late are there sums of several days of events, which are added up.
+    late = [row["date"] for row in table.filter("date != event_date").select("date").distinct().collect()]
+    columns = ("name", "key", "date", "scenario", *COUNTED)
+    added = table.filter(F.col("date").isin(late)).groupBy(*columns[:4]).agg(*_summed())
+    per_day = table.filter(~F.col("date").isin(late)).select(*columns).unionByName(added)
     hashed = per_day.groupBy("date").agg(
         F.bit_xor(F.xxhash64(*(c for c in per_day.columns if c != "date"))).alias("hash")
     )
@@ -119,23 +127,26 @@ def counter_fingerprints(table: DataFrame | None, config: Config, days: Iterable
     return found
 
 
-def _visible(table: DataFrame, config: Config, days: Sequence[int]) -> DataFrame:
-    """Sums by name, key, `day` and `index` (of the scenario) that rows of these days may see.
+def _visible(table: DataFrame, config: Config, days: Sequence[int]) -> tuple[DataFrame, DataFrame | None]:
+    """name, key and SUMS that rows of these days may see: of days that a window may end at, and of those before.
 
-    What no window of days reaches counts for "all" alone, as one day.
+    The latter count for "all" alone (None without such a window), and are one day.
     """
     windows = counted_windows(config)
     reach = min(days) - max([0, *(days_ for days_ in windows if days_ is not None)])
-    day = F.unix_date("date").cast("bigint")
-    rows = table.filter(day < max(days))
-    rows = (
-        rows.withColumn("day", F.greatest(day, F.lit(reach - 1)))
-        if None in windows
-        else rows.filter(day >= reach).withColumn("day", day)
-    )
     index = (F.array_position(F.array(*map(F.lit, config.scenarios)), F.col("scenario")) - 1).cast("bigint")
-    sums = [F.sum(name).alias(name) for name in ("impressions", "clicks", "orders")]
-    return rows.groupBy("name", "key", "day", index.alias("index")).agg(*sums)
+
+    def of(rows: DataFrame, day: Column) -> DataFrame:
+        return rows.select("name", "key", day.cast("bigint").alias("day"), index.alias("scenario"), *COUNTED)
+
+    date = F.col("date")
+    recent = table.filter((date >= F.lit(date_of(reach))) & (date < F.lit(date_of(max(days)))))
+    old = table.filter(date < F.lit(date_of(reach)))
+    return of(recent, F.unix_date(date)), of(old, F.lit(reach - 1)) if None in windows else None
+
+
+def _summed() -> list[Column]:
+    return [F.sum(name).alias(name) for name in COUNTED]
 
 
 def counted_windows(config: Config) -> list[int | None]:

@@ -15,9 +15,11 @@ from pyspark.sql.pandas.types import to_arrow_schema
 from etl.features.counters import counted_feature, counted_windows
 from etl.features.numbers import bucket
 from etl.features.vocabulary import Vocabularies, encode, hash_index, scale
+from etl.kernel.packs import CELL_PREFIX
 from etl.kernel.rows import RowPlan, sample_rows
 from etl.lake.tables import samples_schema
 from usr_ray.config import Config
+from usr_ray.daily_sums import SUMS
 from usr_ray.schema import BUCKETS, PADDING_ID, SCALES, UNKNOWN_ID
 
 _MAX_BROADCAST_VALUES = 1_000_000
@@ -66,8 +68,7 @@ def encoded_packs(
         tables: "user" and "item" -> one row a key, where the configuration names features of theirs.
         known: includes what this build has added.
         num_values: number of the `values`.
-        sums: feature, value and the sums that its counters need (etl/features/counters.py); None: there are no
-            counters.
+        sums: from `sums_of_values` (etl/features/counters.py); None: there are no counters.
         lists: from `list_values` (etl/features/lists.py); None: there are neither tags nor terms.
         num_days: the rows are of so many.
     """
@@ -98,14 +99,18 @@ def _lookups(
     sums: DataFrame | None,
     lists: DataFrame | None,
 ) -> DataFrame:
-    """One row a chunk: `lookups`, a list of (feature, code, value, ids, numbers, sums, lists), one for every code."""
+    """One row a chunk: `lookups`, a list of (feature, code, value, ids, numbers, lists), one for every code.
+
+    With counters `sums` too, a list of (feature, code, daily_sums.SUMS). Values that are made for counters have no
+    lookup.
+    """
     features = config.features
     names = pack_features(config)
     number = F.lit(None).cast("int")
     for n, name in enumerate(names):
         number = F.when(F.col("feature") == name, F.lit(n)).otherwise(number)
-    rows = values.select("chunk", "feature", "code", "value")
-    rows = _with_ids(rows, known, config)
+    every = values.select("chunk", "feature", "code", "value")
+    rows = _with_ids(every.filter(~F.col("feature").startswith(CELL_PREFIX)), known, config)
     ids, numbers = F.array("id"), F.array().cast("array<float>")
     for owner, table in tables.items():
         key = f"{owner}_id"
@@ -120,15 +125,19 @@ def _lookups(
         zeros = F.array(*[F.lit(0.0)] * len(scaled)).cast("array<float>")
         ids = F.when(mine, F.concat(ids, F.coalesce(f"{key}_ids", padding))).otherwise(ids)
         numbers = F.when(mine, F.coalesce(f"{key}_numbers", zeros)).otherwise(numbers)
-    counted = []
-    if sums is not None:
-        rows, counted = rows.join(sums, on=["feature", "value"], how="left"), [F.col("sums")]
+    more = []
     if lists is not None:
-        rows = rows.join(_list_ids(lists, known, config), on=["feature", "value"], how="left")
-        counted.append(F.col("lists"))
-    own = (number.alias("feature"), F.col("code"), F.col("value"), ids.alias("ids"), numbers.alias("numbers"))
-    entry = F.struct(*own, *counted)
-    return rows.groupBy("chunk").agg(F.collect_list(entry).alias("lookups"))
+        rows, more = rows.join(_list_ids(lists, known, config), on=["feature", "value"], how="left"), ["lists"]
+    entry = F.struct(number.alias("feature"), "code", "value", ids.alias("ids"), numbers.alias("numbers"), *more)
+    found = rows.select("chunk", entry.alias("entry"))
+    listed = [F.collect_list("entry").alias("lookups")]  # which leaves nulls out
+    if sums is not None:
+        # A list a chunk, not one a value first: with so many keys Spark sorts the lists to make them.
+        of_code = F.struct(number.alias("feature"), "code", *SUMS).alias("sum")
+        counted = every.join(sums, on=["feature", "value"], how="inner").select("chunk", of_code)
+        found = found.unionByName(counted, allowMissingColumns=True)
+        listed.append(F.collect_list("sum").alias("sums"))
+    return found.groupBy("chunk").agg(*listed)
 
 
 def _list_ids(found: DataFrame, known: Vocabularies, config: Config) -> DataFrame:

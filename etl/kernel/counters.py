@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from etl.kernel.events import Events, Ints, codes_and_values, owned_column
 from etl.kernel.histories import HistoryEvents
-from etl.kernel.packs import CELL_PREFIX, COUNT, emitted
+from etl.kernel.packs import CELL_PREFIX, COUNT, DAY_SUMS, emitted
 from usr_ray.config import DAY_US
 from usr_ray.daily_sums import ALL_ROWS, key_parts_joined
 from usr_ray.schema import ACTION_CLICK
@@ -67,7 +67,7 @@ def count_rows(
     counted: Mapping[str, tuple[Ints, pa.Array]],
     since: int,
 ) -> Iterator[pa.RecordBatch]:
-    """`count` rows of the pass: the sums of each value, scenario, day of the event and day on which it was known.
+    """`count` rows of the pass: each value with its sums by scenario, day of the event and day on which it was known.
 
     Args:
         histories: its attributed clicks and credited orders, one entry a scenario.
@@ -98,17 +98,10 @@ def count_rows(
             continue
         sums = np.bincount(cell * 3 + what[there], minlength=3 * len(cells))
         both = days[cells % len(days)]
-        yield emitted(
-            COUNT,
-            feature=name,
-            value=of_code.take(pa.array(cells // len(days) // len(histories))),
-            scenario=cells // len(days) % len(histories),
-            day=both // _MAX_DAYS + first,
-            days=_lists(both % _MAX_DAYS + first, 1),
-            counts=_lists(sums, 3),
-        )
-
-
-def _lists(numbers: Ints, width: int) -> pa.Array:
-    edges = pa.array(np.arange(0, len(numbers) + 1, width, dtype=np.int32))
-    return pa.ListArray.from_arrays(edges, pa.array(numbers))
+        columns = [cells // len(days) % len(histories), both // _MAX_DAYS + first, both % _MAX_DAYS + first]
+        columns += list(sums.reshape(-1, 3).T)
+        entries = [pa.array(column).cast(field.type) for column, field in zip(columns, DAY_SUMS, strict=True)]
+        found, start = np.unique(cells // len(days) // len(histories), return_index=True)
+        edges = pa.array(np.append(start, len(cells)).astype(np.int32))
+        listed = pa.ListArray.from_arrays(edges, pa.StructArray.from_arrays(entries, fields=list(DAY_SUMS)))
+        yield emitted(COUNT, feature=name, value=of_code.take(pa.array(found)), sums=listed)

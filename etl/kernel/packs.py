@@ -16,10 +16,20 @@ import pyarrow as pa
 from etl.kernel.events import Events, Ints
 from etl.kernel.fingerprint import Hashes, event_hashes, mix, span_hashes
 from etl.kernel.histories import HistoryEvents, last_events, last_spans, num_visible
+from usr_ray.config.counters import COUNTED
 
 ACCOUNT, REJECT, CELL, VALUE, EVENT, COUNT, PACK = "account", "reject", "cell", "value", "event", "count", "pack"
 """Parts of what the pass emits."""
 _TIMESTAMP = pa.timestamp("us", tz="UTC")
+DAY_SUMS = pa.struct(
+    [
+        ("scenario", pa.int32()),
+        ("event_day", pa.int32()),
+        ("day", pa.int32()),
+        *((name, pa.int64()) for name in COUNTED),
+    ]
+)
+"""A chunk's sums of a scenario, day of the events and day on which they were known."""
 EMITTED = pa.schema(
     [
         ("part", pa.string()),
@@ -39,14 +49,14 @@ EMITTED = pa.schema(
         ("event_time", _TIMESTAMP),
         ("known_time", _TIMESTAMP),
         # values: what a code of a chunk stands for, and how many impressions have it on which days; events: `value` is
-        # the query, `kind` the one of a past event; counts (etl/kernel/counters.py): `day` is that of the events,
-        # `days` the one on which they were known, `counts` are impressions, clicks and orders
+        # the query, `kind` the one of a past event; counts (etl/kernel/counters.py): a feature's value and its sums
         ("chunk", pa.string()),
         ("feature", pa.string()),
         ("code", pa.int32()),
         ("value", pa.string()),
         ("days", pa.list_(pa.int64())),
         ("counts", pa.list_(pa.int64())),
+        ("sums", pa.list_(DAY_SUMS)),
         # packs
         ("targets", pa.binary()),
         ("events", pa.binary()),

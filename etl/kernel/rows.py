@@ -73,19 +73,18 @@ def sample_rows(batches: Iterable[pa.RecordBatch], plan: RowPlan, schema: pa.Sch
 
     Args:
         batches: rows with `targets` and `events` (a pack) and `lookups`: a list of (feature, code, value, ids, numbers)
-            structures with every code of the pack's chunk; where there are counters with `sums` too: daily_sums.SUMS of
-            each day and scenario, one after the other; with tags or terms `lists`: place, id, place, id ..
+            structures with every code of the pack's chunk; with tags or terms `lists` too: place, id, place, id ..
+            Where there are counters, also `sums`: a list of (feature, code, daily_sums.SUMS).
     """
+    names = ("targets", "events", "lookups", *(["sums"] if plan.counters.columns else []))
     for batch in batches:
-        for targets, events, lookups in zip(
-            batch.column("targets"), batch.column("events"), batch.column("lookups"), strict=True
-        ):
+        for targets, events, lookups, *sums in zip(*map(batch.column, names), strict=True):
             rows = unpack(targets)
             if plan.days:
                 rows = rows.filter(pa.array(np.isin(rows["event_time"].to_numpy() // DAY_US, plan.days)))
             if not rows.num_rows:
                 continue
-            found = _lookups(lookups.values, plan)
+            found = _lookups(lookups.values, _sums(*sums, plan=plan), plan)
             flat = {name: column.to_numpy() for name, column in zip(EVENT_COLUMNS, unpack(events).columns, strict=True)}
             flat["item_id"] = found["item_id"].ids[flat["item_id"] + 1, 0]
             flat["query"] = found["query"].ids[flat["query"] + 1, 0]
@@ -98,7 +97,22 @@ def sample_rows(batches: Iterable[pa.RecordBatch], plan: RowPlan, schema: pa.Sch
                 )
 
 
-def _lookups(entries: pa.StructArray, plan: RowPlan) -> dict[str, Lookup]:
+def _sums(*listed: pa.ListScalar, plan: RowPlan) -> dict[str, DailySums]:
+    """Feature -> sums by code + 1, of those that counters count by; none of no list."""
+    if not listed:
+        return {}
+    entries = listed[0].values
+    feature, code = (entries.field(name).to_numpy() for name in ("feature", "code"))
+    sums = [entries.field(name).to_numpy() for name in SUMS]
+    found = {}
+    for name in {counter.feature for counter in plan.counters.columns}:
+        rows = np.flatnonzero(feature == plan.features.index(name))
+        sums_N5 = np.column_stack([column[rows] for column in sums])
+        found[name] = DailySums.of(code[rows].astype(np.int64) + 1, sums_N5, plan.counters.num_scenarios)
+    return found
+
+
+def _lookups(entries: pa.StructArray, sums: dict[str, DailySums], plan: RowPlan) -> dict[str, Lookup]:
     feature, code = (entries.field(name).to_numpy(zero_copy_only=False) for name in ("feature", "code"))
     result = {}
     for number, name in enumerate(plan.features):
@@ -117,15 +131,9 @@ def _lookups(entries: pa.StructArray, plan: RowPlan) -> dict[str, Lookup]:
         if numbers.shape[1]:
             numbers[code[rows] + 1] = some.field("numbers").flatten().to_numpy().reshape(-1, numbers.shape[1])
         text = entries.field("value").take(picked)
-        sums = None
-        if any(counter.feature == name for counter in plan.counters.columns):
-            lists = some.field("sums")
-            sizes = lists.value_lengths().fill_null(0).to_numpy() // len(SUMS)
-            flat = lists.flatten().to_numpy().reshape(-1, len(SUMS))
-            sums = DailySums.of(np.repeat(code[rows] + 1, sizes).astype(np.int64), flat, plan.counters.num_scenarios)
         places = [n for n, feature in enumerate(plan.spec.lists) if feature.key == name]
         lists = lists_by_code(code[rows], some.field("lists"), places, size) if places else {}
-        result[name] = Lookup(text, ids, numbers, sums, lists)
+        result[name] = Lookup(text, ids, numbers, sums.get(name), lists)
     return result
 
 

@@ -26,6 +26,7 @@ from tests.unit.etl_worlds import NOON, duplicated, event_rows, rules_of, window
 from tests.unit.examples import depth
 from usr_ray.daily_sums import (
     ALL_ROWS,
+    SUMS,
     CounterColumns,
     CounterPlan,
     DailySums,
@@ -124,10 +125,10 @@ def sums_of(parts: dict[str, list[dict[str, Any]]]) -> Sums:
     """Of all chunks together."""
     found: Sums = collections.defaultdict(lambda: [0, 0, 0])
     for row in parts["count"]:
-        (known,) = row["days"]
-        place = found[row["feature"], row["value"], row["scenario"], row["day"], known]
-        for n, count in enumerate(row["counts"]):
-            place[n] += count
+        for sums in row["sums"]:
+            place = found[row["feature"], row["value"], sums["scenario"], sums["event_day"], sums["day"]]
+            for n, what in enumerate(("impressions", "clicks", "orders")):
+                place[n] += sums[what]
     return dict(found)
 
 
@@ -181,31 +182,28 @@ def column_of(columns: tuple[str, ...], per_scenario: bool, days: int | None, wh
 
 def rows_of(parts: dict[str, list[dict[str, Any]]], sums: Sums, windows: Windows) -> dict[str, dict[str, float]]:
     """impression_id -> the counters of the rows of the packs, of the sums of a lake."""
-    of_value: dict[tuple, list[int]] = collections.defaultdict(list)
+    of_value: dict[tuple, list[tuple[int, ...]]] = collections.defaultdict(list)
     for (feature, value, scenario, _, day), counts in sums.items():
-        of_value[feature.removeprefix("context:"), value] += [day, scenario, *counts]
+        of_value[feature.removeprefix("context:"), value].append((day, scenario, *counts))
     features = ["user_id", "item_id", "query", "page", *(c for c in map(cell_name, COUNTED) if c.startswith("cell:"))]
     lookups: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
+    counted: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
     for row in parts["value"]:
         feature = row["feature"].removeprefix("context:")
-        lookups[row["chunk"]].append(
-            {
-                "feature": features.index(feature),
-                "code": row["code"],
-                "value": row["value"],
-                "ids": [1],
-                "numbers": [],
-                "sums": of_value.get((feature, row["value"])),
-            }
-        )
+        place = {"feature": features.index(feature), "code": row["code"]}
+        if not feature.startswith("cell:"):
+            lookups[row["chunk"]].append(place | {"value": row["value"], "ids": [1], "numbers": []})
+        for found in of_value[feature, row["value"]]:
+            counted[row["chunk"]].append(place | dict(zip(SUMS, found, strict=True)))
     long, number = pa.list_(pa.int64()), pa.list_(pa.float32())
     kinds = {"feature": pa.int32(), "code": pa.int32(), "value": pa.string(), "ids": long, "numbers": number}
-    entry = pa.struct([*kinds.items(), ("sums", long)])
-    packs = [{**row, "lookups": lookups[row["chunk"]]} for row in parts["pack"]]
-    schema = pa.schema([("targets", pa.binary()), ("events", pa.binary()), ("lookups", pa.list_(entry))])
+    of_code = pa.struct([("feature", pa.int32()), ("code", pa.int32()), *((name, pa.int64()) for name in SUMS)])
+    packs = [{**row, "lookups": lookups[row["chunk"]], "sums": counted[row["chunk"]]} for row in parts["pack"]]
+    lists = {"lookups": pa.list_(pa.struct(list(kinds.items()))), "sums": pa.list_(of_code)}
+    schema = pa.schema([("targets", pa.binary()), ("events", pa.binary()), *lists.items()])
     table = pa.Table.from_pylist([{n: p[n] for n in schema.names} for p in packs], schema=schema)
     # A scenario's daily sums may come in several parts.
-    totals = tuple(number for number in of_value[ALL_ROWS, ALL_ROWS])
+    totals = tuple(number for found in of_value[ALL_ROWS, ALL_ROWS] for number in found)
     plan = RowPlan(
         rules=rules_of(windows),
         spec=SPEC,
