@@ -20,14 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from benchmarks.doc_tables import gap_text, markdown, record
-from usr_ray.experiments.analysis import WHOLE, Contrast, Trials, contrasts
+from usr_ray.experiments.analysis import WHOLE, Contrast, Point, Trials, contrasts
 from usr_ray.experiments.grid import load_study
 from usr_ray.reporting.study_vectors import collapse
 from usr_ray.schema import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "study_parts.json"
-STUDIES = ("ablation", "contrastive", "temperature", "glmt_only", "cold_start")
+STUDIES = ("ablation", "contrastive", "temperature", "dimension", "glmt_only", "cold_start")
 CELLS = tuple((scenario, task) for scenario in ("search", "recommendation") for task in TASKS)
 
 
@@ -35,19 +35,19 @@ def rows_of(name: str, folder: Path) -> Iterator[dict[str, Any]]:
     """A dict for each comparison whose trials are there."""
     trials = Trials(folder, load_study(name, scale="full", folder=ROOT / "jobs" / "studies"))
     spreads = collapse(trials)
-    groups: dict[tuple[str, ...], dict[tuple[str, str], Contrast]] = {}
+    groups: dict[tuple[str, Point, str, str], dict[tuple[str, str], Contrast]] = {}
     for one in contrasts(trials):
         if one.gap is not None and one.verdict != "few":
-            groups.setdefault((one.label, one.against, one.part), {})[one.scenario, one.task] = one
-    for (label, against, part), cells in groups.items():
+            groups.setdefault((one.label, one.at, one.against, one.part), {})[one.scenario, one.task] = one
+    for (label, at, against, part), cells in groups.items():
         first = next(iter(cells.values()))
-        point = next(p for p in trials.by_point if dict(p)[first.axis] == label)
+        point = next(p for p in trials.by_point if set(p) == {*at, (first.axis, label)})
         spread = spreads.get(point, {})
         views = {kind: [v for name, v in spread.items() if name.startswith(f"{kind}, ")] for kind in "if"}
         assert first.gap is not None
         yield {
             "study": name,
-            "gap_of": f"{label} - {against}" + ("" if part == WHOLE else f", {part}"),
+            "gap_of": ", ".join((f"{label} - {against}", *(of for _, of in at), *([] if part == WHOLE else [part]))),
             "seeds": len(first.gap.by_seed),
             "cells": {"/".join(cell): _entry(one) for cell, one in cells.items()},
             "variance": {kind: round(float(np.mean(found)), 3) for kind, found in views.items() if found},

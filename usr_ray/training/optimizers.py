@@ -102,12 +102,22 @@ def sum_in_place(packed_N: Tensor, grads_ND: Tensor) -> Update:
     return torch.where(is_first_N, sorted_N, padding_N), sums_ND
 
 
+_NOT_DECAYED = ("bias_", "biases_", "beta_", "gamma_", "dense_affine_", "weight_SNIO")
+"""How the names of biases, of norms and of factors that begin at 1 begin, where scenarios or experts have one each and
+they are no vectors. Towards 0 a scenario without rows would lose its factors: STAR's W_k, which begin at 1, go nowhere.
+"""
+
+
+def is_decayed(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay pulls a dense parameter towards 0: not biases, norms and factors that begin at 1."""
+    own_name = name.rstrip("0123456789.").rpartition(".")[2]
+    return parameter.dim() > 1 and not own_name.startswith(_NOT_DECAYED)
+
+
 class DenseAdamW:
     """AdamW on a module's parameters, with gradient clipping; its state goes by parameter name.
 
-    Fused on the devices that can. Weight decay spares parameters of one dimension: biases and norms of plain layers. It
-    holds for all others, so also for biases, norms and factors that are kept a scenario or an expert in one tensor:
-    STAR's, those of stacked towers and experts, and `dense_affine_2F`, whose scale begins at 1.
+    Fused on the devices that can. Weight decay is that of `is_decayed`.
 
     Args:
         config: rates, weight decay and clipping.
@@ -119,11 +129,11 @@ class DenseAdamW:
         self.gradient_clip = config.gradient_clip
         self.learning_rate = config.learning_rate
         own = {name: decay for name, decay in (own_decay or {}).items() if name in self.parameters}
-        matrices = [p for name, p in self.parameters.items() if p.dim() > 1 and name not in own]
-        vectors = [p for name, p in self.parameters.items() if p.dim() <= 1 and name not in own]
+        decayed = [p for name, p in self.parameters.items() if is_decayed(name, p) and name not in own]
+        spared = [p for name, p in self.parameters.items() if not is_decayed(name, p) and name not in own]
         groups: list[dict[str, Any]] = [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": spared, "weight_decay": 0.0},
             *({"params": [self.parameters[name]], "weight_decay": decay} for name, decay in own.items()),
         ]
         fused = all(p.device.type in ("cpu", "cuda") for p in self.parameters.values())

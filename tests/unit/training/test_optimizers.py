@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from tests.unit.random_batches import make_config, make_spec
 from tests.unit.two_ranks import run_ranks
 from usr_ray.config import TrainConfig
+from usr_ray.model.usr import UsrModel
 from usr_ray.training.optimizers import (
     ROW_OPTIMIZERS,
     DenseAdamW,
@@ -292,6 +294,38 @@ def test_adamw_takes_the_step_of_its_formula() -> None:
         expected = before[name] * (1 - rate * decay) - rate * g / (g.abs() + 1e-8)
         torch.testing.assert_close(parameter.detach(), expected)
     torch.testing.assert_close(norm, torch.sqrt(sum(g.square().sum() for g in gradients.values())))  # type: ignore[arg-type]
+
+
+SPARED = {
+    "shared_bottom": {"backbone.towers.towers.biases_N1O.0", "backbone.towers.towers.biases_N1O.1"},
+    "mmoe": {f"backbone.{part}.biases_N1O.{n}" for part in ("experts", "towers.towers") for n in (0, 1)},
+    "m2m": {f"backbone.experts.biases_N1O.{n}" for n in (0, 1)},
+    "apg": set(),
+    "star": {"backbone.normalisation.gamma_SI", "backbone.normalisation.beta_SI"}
+    | {
+        f"backbone.{part}.layers.{n}.{name}"
+        for part in ("bottom", "towers")
+        for n in (0, 1)
+        for name in ("bias_NO", "bias_SNO", "weight_SNIO")
+    },
+}
+"""Parameters with more than one axis that are biases, norms or factors which begin at 1 (STAR, arXiv 2101.11427)."""
+
+
+@pytest.mark.parametrize("backbone", SPARED)
+def test_a_step_without_gradients_leaves_biases_norms_and_scenario_factors_as_they_are(backbone: str) -> None:
+    """What a scenario without rows meets: only weights, which multiply activations, shrink by rate x decay."""
+    model = UsrModel(make_spec(), make_config(backbone=backbone))
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 2.0)
+        parameter.grad = torch.zeros_like(parameter)
+    DenseAdamW(model, TrainConfig(learning_rate=0.1, weight_decay=0.5)).step()
+    kept = {name for name, p in model.named_parameters() if bool((p == 2.0).all())}
+    vectors = {name for name, p in model.named_parameters() if p.dim() <= 1}
+    assert kept == vectors | SPARED[backbone] | {"inputs.dense_affine_2F"}
+    for name, parameter in model.named_parameters():
+        if name not in kept:
+            torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, 2.0 * (1 - 0.1 * 0.5)))
 
 
 def test_clipping_scales_all_gradients_to_the_bound() -> None:
