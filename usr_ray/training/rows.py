@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
 from usr_ray.config import Config, ModelConfig
-from usr_ray.data.assemble import padding_batch, take_rows
+from usr_ray.data.assemble import BatchBuilder, padding_batch, take_rows
 from usr_ray.data.batch import UsrBatch
 from usr_ray.data.by_id import read_cold
 from usr_ray.data.decode import RowGroupDecoder
@@ -61,24 +61,30 @@ def training_batches(
         start_step: holds for the first epoch; the later ones start at step 0.
         config: its contrastive losses take a share of the rows.
         of_a_size: all batches have as many rows, as a compiled step wants, and the contrastive losses, whose groups go
-            by a row's place. Otherwise those of a model of one scenario (data.only_scenario) leave out the rows of the
-            others: they then cost nothing, and no step decays their ids.
-            Rows without final labels stay: they bring no gradient, but train.embedding_weight_decay and Adam's moments
-            move their ids.
+            by a row's place. Otherwise rows without weight (labels still open, another scenario than
+            data.only_scenario) are left out and cost nothing. Either way no step decays their ids.
     """
     num_scenarios = len(reader.manifest.spec.scenarios)
     for epoch in epochs:
         for whole in reader.batches(epoch, start_step=start_step):
-            is_cut = not of_a_size and reader.reading.only_scenario
-            batch = _rows_that_count(whole, reader.manifest.spec) if is_cut else whole
+            batch = _rows_that_count(whole, reader.manifest.spec, of_a_size=of_a_size)
             yield (batch.count_longest(), tables.unique_ids(batch)), row_counts(batch, num_scenarios, config)
         start_step = 0
 
 
-def _rows_that_count(batch: UsrBatch, spec: FeatureSpec) -> UsrBatch:
-    """The rows with weight, or a row of padding where none has any: no layer is made for an empty batch."""
+def _rows_that_count(batch: UsrBatch, spec: FeatureSpec, *, of_a_size: bool) -> UsrBatch:
+    """The rows with weight, or a row of padding where none has any: no layer is made for an empty batch.
+
+    With `of_a_size` each in its place, and padding in those of the others.
+    """
     rows = np.flatnonzero(batch.weights_B.numpy() > 0)
-    return take_rows(batch, rows) if len(rows) else padding_batch(spec, 1)
+    if len(rows) == len(batch):
+        return batch
+    if not of_a_size:
+        return take_rows(batch, rows) if len(rows) else padding_batch(spec, 1)
+    builder = BatchBuilder(spec, len(batch))
+    builder.add(take_rows(batch, rows), rows)
+    return replace(builder.finish(), first_group=batch.first_group)
 
 
 def baseline_rows(config: Config, manifest: Manifest) -> TrainingRows:

@@ -266,8 +266,8 @@ def test_terms_have_names_for_every_scenario_and_task() -> None:
     assert all(value.shape == () and not value.requires_grad for value in named.values())
 
 
-def test_a_model_of_one_scenario_is_not_made_to_compute_the_rows_of_the_others(tmp_path: Path) -> None:
-    """A batch whose rows all belong to the other scenario becomes a row of padding."""
+def test_rows_without_weight_are_left_out_or_are_padding(tmp_path: Path) -> None:
+    """Those of another scenario here: no step is to decay their ids. A batch of them alone becomes a row of padding."""
     write_samples(tmp_path, samples_spec(), num_rows=60, num_days=1)
     manifest = build_manifest(tmp_path, dates=(FIRST_DATE, FIRST_DATE))
     tables = EmbeddingTables(manifest.spec, 4, seed=0)
@@ -296,6 +296,9 @@ def test_a_model_of_one_scenario_is_not_made_to_compute_the_rows_of_the_others(t
         lengths_B = padded.histories[0].offsets.diff()[counted_B]
         assert torch.equal(left.histories[0].offsets.diff(), lengths_B)
         assert left.weights_B.all()
+        assert (padded.row_number_B[~counted_B] == -1).all()
+        assert not padded.sparse_BF[~counted_B].any()
+        assert not any(history.offsets.diff()[~counted_B].any() for history in padded.histories)
     nobody = replace(whole[0], weights_B=torch.zeros(8))
     one = SimpleNamespace(reading=reading, manifest=manifest, batches=lambda *_, **__: iter([nobody]))
     (((left, _), counts_C),) = training_batches(
