@@ -131,7 +131,8 @@ def _usr_loss(
     cl = config.contrastive
     weighted_ST = cells_ST
     if config.scenario_weights == "rows":  # the same total weight, one for each scenario, by their shares of the rows
-        weighted_ST = cells_ST * (counts_S / counts_S.mean().clamp(min=1)).to(dtype).unsqueeze(1)
+        share_S = counts_S / counts_S.sum().clamp(min=1)
+        weighted_ST = cells_ST * (share_S * len(counts_S)).to(dtype).unsqueeze(1)
     total = weighted_ST.sum() + config.multitask.alpha * global_T.sum()
     total = total + cl.interest_weight * interest + cl.feature_weight * feature
     return LossTerms(
