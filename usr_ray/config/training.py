@@ -58,7 +58,7 @@ class TrainConfig:
     learning_rate: float = number(0.001, "(0, 1000]")
     """AdamW on the dense part."""
     weight_decay: float = number(0.0, "[0, 1000]")
-    """AdamW's, of the dense part but for its parameters of one dimension (DenseAdamW)."""
+    """AdamW's, of the dense part but for biases, norms and factors that begin at 1 (training.optimizers.is_decayed)."""
     embedding_optimizer: str = choice("rowwise_adagrad", "rowwise_adam")
     """'rowwise_adagrad' or 'rowwise_adam': formulae in docs/embeddings.md."""
     embedding_strategy: str = choice("replicated", "sharded")

@@ -21,11 +21,11 @@ from usr_ray.model.history import EventKinds, Histories
 from usr_ray.model.lists import TERM_OVERLAP, TERM_PRODUCT, has_both_terms
 from usr_ray.model.mlp import MLP
 from usr_ray.model.unique import ITEM_TABLE, QUERY_TABLE, event_sides, event_vectors
-from usr_ray.schema import FeatureSpec, SparseFeature, VectorFeature
+from usr_ray.schema import STANDARD, FeatureSpec, SparseFeature, VectorFeature
 
-LARGEST_NUMBER = 1e4
-"""Numbers are cut to +- this, as scaled. Of a price of 1e9 where the training days had 50 (`scale = "standard"`) the
-gradient would be so large that clipping left nothing of the batch's other rows."""
+MAX_DEVIATIONS = 100.0
+"""A number of scale "standard" counts as no further from its mean: one row of 999,999,999 for "no price" would have a
+gradient beside which clipping leaves the other rows of its batch nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +109,10 @@ class InputNetwork(nn.Module):
         self.no_query_D = nn.Parameter(torch.randn(embedding_dim) * INIT_STD)
         num_dense = len(spec.dense)
         self.dense_affine_2F = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, num_dense)) if num_dense else None
+        bounds = [MAX_DEVIATIONS if f.scale == STANDARD else torch.finfo(torch.float32).max for f in spec.dense]
+        self.is_bounded = MAX_DEVIATIONS in bounds
+        if self.is_bounded:
+            self.register_buffer("dense_bound_F", torch.tensor(bounds), persistent=False)
         self.kinds = EventKinds(len(spec.scenarios), self.event_dim, INIT_STD)
         # Columns of each feature in f, in order.
         self.feature_widths = [embedding_dim] * len(spec.sparse) + [1] * num_dense
@@ -142,7 +146,7 @@ class InputNetwork(nn.Module):
         Args:
             columns: embedding (B, D) of the row by feature name; in the query's, e_noq where there is no query; with
                 tags or terms those of `list_columns` too, with vectors the projected ones.
-            dense_BF: as UsrBatch.dense_BF, cut to +- LARGEST_NUMBER; not looked at where there are no dense features.
+            dense_BF: as UsrBatch.dense_BF; not looked at where there are no dense features.
 
         The candidates of one request may share one row of every column but the item's, and one history.
         """
@@ -150,7 +154,9 @@ class InputNetwork(nn.Module):
         query_BD, context = columns[QUERY_TABLE], [columns[name] for name in self.sparse_context]
         parts = [columns[name] for name in self.names]
         if self.dense_affine_2F is not None:
-            dense_BF = dense_BF.clamp(-LARGEST_NUMBER, LARGEST_NUMBER)
+            if self.is_bounded:
+                bound_F = self.get_buffer("dense_bound_F")
+                dense_BF = torch.maximum(torch.minimum(dense_BF, bound_F), -bound_F)
             dense_BF = dense_BF * self.dense_affine_2F[0] + self.dense_affine_2F[1]
             parts.append(dense_BF)
             # Slices: a list of columns would be copied to a GPU in each step, and the step would wait for it.

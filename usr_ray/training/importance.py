@@ -59,9 +59,10 @@ class Signal:
 
 def signals_of(spec: FeatureSpec, sides: ItemSides | None) -> list[Signal]:
     """Every signal that a model of this table can use; `sides`: what the items of its histories are, if it asks."""
-    with_vectors = {vector.key for vector in spec.vectors}  # they are looked up by the row's id, and so go with it
-    named = (f"{f.name} and its vectors" if f.name in with_vectors else f.name for f in spec.sparse)
-    signals = [Signal(name, sparse=(place,)) for place, name in enumerate(named)]
+    # A row's vector is looked up by its id, so whoever takes another id takes its vectors too.
+    of_key = {f.name: sum(vector.key == f.name for vector in spec.vectors) for f in spec.sparse}
+    names = [name + ("", " and its vector", " and its vectors")[min(number, 2)] for name, number in of_key.items()]
+    signals = [Signal(name, sparse=(place,)) for place, name in enumerate(names)]
     numbers: dict[str, tuple[int, ...]] = {}
     for place, number in enumerate(spec.dense):
         counter = COUNTER_COLUMN.fullmatch(number.column)
@@ -94,8 +95,7 @@ def importance(
     Returns:
         {"num_rows": rows scored, "parts": [{"scenario", "rows": 'all' or 'unseen user' ..., "num_rows",
         "num_positives", "auc", "drops": {signal: {"drop", "low", "high"}}}]}; low and high are the ends of a 95 %
-        interval over users. A part without both labels, or of one user, has "auc" null and no drops; one with too few
-        rows or users for an interval (PairedGap.can_tell) has no drops.
+        interval over users. A part without both labels, or of one user, has "auc" null and no drops.
     """
     sample = _sample(manifest, worker, config, max_rows)
     sample = known_ids(sample, manifest.spec, tables.num_rows())
@@ -173,8 +173,6 @@ def _drops(rows: UsrBatch, signals: Sequence[Signal], scorer: _Scorer) -> dict[s
             permuted_N = scorer(_permuted(rows, signal, generator.permutation(len(rows))))
         gap = paired_auc_gap(labels_N, whole_N[None], permuted_N[None], users_N)
         assert gap is not None  # both labels are there, of several users each
-        if not gap.can_tell:
-            break
         drops[signal.name] = {"drop": gap.value, "low": gap.low, "high": gap.high}
     return {**counts, "auc": auc(labels_N, whole_N), "drops": drops}
 

@@ -102,7 +102,7 @@ def sum_in_place(packed_N: Tensor, grads_ND: Tensor) -> Update:
     return torch.where(is_first_N, sorted_N, padding_N), sums_ND
 
 
-_NOT_DECAYED = ("bias_", "biases_", "beta_", "gamma_", "dense_affine_", "weight_SNIO")
+_NOT_DECAYED = ("bias_", "biases_", "beta_", "gamma_", "weight_SNIO")
 """How the names of biases, of norms and of factors that begin at 1 begin, where scenarios or experts have one each and
 they are no vectors. Towards 0 a scenario without rows would lose its factors: STAR's W_k, which begin at 1, go nowhere.
 """

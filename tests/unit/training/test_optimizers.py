@@ -322,7 +322,7 @@ def test_a_step_without_gradients_leaves_biases_norms_and_scenario_factors_as_th
     DenseAdamW(model, TrainConfig(learning_rate=0.1, weight_decay=0.5)).step()
     kept = {name for name, p in model.named_parameters() if bool((p == 2.0).all())}
     vectors = {name for name, p in model.named_parameters() if p.dim() <= 1}
-    assert kept == vectors | SPARED[backbone] | {"inputs.dense_affine_2F"}
+    assert kept == vectors | SPARED[backbone]
     for name, parameter in model.named_parameters():
         if name not in kept:
             torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, 2.0 * (1 - 0.1 * 0.5)))
