@@ -164,7 +164,7 @@ def test_importance_weighs_each_vector_by_itself(trained: tuple[Path, Manifest],
         if part["auc"] is None:
             continue
         used = {name for name, drop in part["drops"].items() if drop["drop"]}
-        assert used <= {"picture", "item_id"}
+        assert used <= {"picture", "item_id and its vectors"}
         if part["rows"] in ("all", "unseen item"):
             assert ("picture" in used) == (part["rows"] == "all" or not admitted)
         assert {"face", "title_vector"} <= set(part["drops"])
