@@ -37,7 +37,8 @@ MODEL, PLAIN, USR = "model", "plain", "usr"
 def rows_of(name: str, folder: Path) -> Iterator[dict[str, Any]]:
     """A dict for each world in which a seed finished both models; the gaps of all are one family for Holm."""
     trials = Trials(folder, load_study(name, scale="full", folder=ROOT / "jobs" / "studies"))
-    rows, family = [], []
+    rows: list[dict[str, Any]] = []
+    family: list[Judged] = []
     for world, pairs in _pairs(trials).items():
         row: dict[str, Any] = {"study": name, "world": " ".join(label for _, label in world), "seeds": len(pairs)}
         scenarios = trials.config(pairs[0][0]).scenarios

@@ -10,7 +10,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from usr_ray.config import Config, ModelConfig
-from usr_ray.data.assemble import BatchBuilder, padding_batch, take_rows
+from usr_ray.data.assemble import padding_batch, take_rows
 from usr_ray.data.batch import UsrBatch
 from usr_ray.data.by_id import read_cold
 from usr_ray.data.decode import RowGroupDecoder
@@ -22,7 +22,7 @@ from usr_ray.evaluation.baseline import TrainingRows
 from usr_ray.evaluation.metrics import known_labels_only
 from usr_ray.model.embedding import RowSource
 from usr_ray.model.unique import UniqueIds
-from usr_ray.schema import ALL_LABELS, ORDERS, UNKNOWN_ID, FeatureSpec
+from usr_ray.schema import ALL_LABELS, ORDERS, PADDING_ID, UNKNOWN_ID, FeatureSpec
 from usr_ray.training.loss import row_counts
 
 
@@ -61,30 +61,43 @@ def training_batches(
         start_step: holds for the first epoch; the later ones start at step 0.
         config: its contrastive losses take a share of the rows.
         of_a_size: all batches have as many rows, as a compiled step wants, and the contrastive losses, whose groups go
-            by a row's place. Otherwise rows without weight (labels still open, another scenario than
-            data.only_scenario) are left out and cost nothing. Either way no step decays their ids.
+            by a row's place. Otherwise those of a model of one scenario (data.only_scenario) leave out the rows of the
+            others, which then cost nothing. Rows without weight that stay have padding for ids: no step decays theirs.
     """
     num_scenarios = len(reader.manifest.spec.scenarios)
     for epoch in epochs:
         for whole in reader.batches(epoch, start_step=start_step):
-            batch = _rows_that_count(whole, reader.manifest.spec, of_a_size=of_a_size)
+            is_cut = not of_a_size and reader.reading.only_scenario
+            batch = _rows_that_count(whole, reader.manifest.spec) if is_cut else _ids_that_count(whole)
             yield (batch.count_longest(), tables.unique_ids(batch)), row_counts(batch, num_scenarios, config)
         start_step = 0
 
 
-def _rows_that_count(batch: UsrBatch, spec: FeatureSpec, *, of_a_size: bool) -> UsrBatch:
-    """The rows with weight, or a row of padding where none has any: no layer is made for an empty batch.
-
-    With `of_a_size` each in its place, and padding in those of the others.
-    """
+def _rows_that_count(batch: UsrBatch, spec: FeatureSpec) -> UsrBatch:
+    """The rows with weight, or a row of padding where none has any: no layer is made for an empty batch."""
     rows = np.flatnonzero(batch.weights_B.numpy() > 0)
-    if len(rows) == len(batch):
+    return take_rows(batch, rows) if len(rows) else padding_batch(spec, 1)
+
+
+def _ids_that_count(batch: UsrBatch) -> UsrBatch:
+    """The batch with padding for every id of a row without weight: a tenth of the time that leaving out rows takes."""
+    is_out_B = batch.weights_B == 0
+    if not is_out_B.any():
         return batch
-    if not of_a_size:
-        return take_rows(batch, rows) if len(rows) else padding_batch(spec, 1)
-    builder = BatchBuilder(spec, len(batch))
-    builder.add(take_rows(batch, rows), rows)
-    return replace(builder.finish(), first_group=batch.first_group)
+    histories = []
+    for history in batch.histories:
+        is_out_V = is_out_B.repeat_interleave(history.offsets.diff())
+        queries_V = history.query_ids_V
+        histories.append(
+            replace(
+                history,
+                item_ids_V=history.item_ids_V.masked_fill(is_out_V, PADDING_ID),
+                query_ids_V=None if queries_V is None else queries_V.masked_fill(is_out_V, PADDING_ID),
+            )
+        )
+    lists_BW = None if batch.lists_BW is None else batch.lists_BW.masked_fill(is_out_B[:, None], PADDING_ID)
+    sparse_BF = batch.sparse_BF.masked_fill(is_out_B[:, None], PADDING_ID)
+    return replace(batch, sparse_BF=sparse_BF, lists_BW=lists_BW, histories=tuple(histories))
 
 
 def baseline_rows(config: Config, manifest: Manifest) -> TrainingRows:

@@ -266,7 +266,7 @@ def test_terms_have_names_for_every_scenario_and_task() -> None:
     assert all(value.shape == () and not value.requires_grad for value in named.values())
 
 
-def test_rows_without_weight_are_left_out_or_are_padding(tmp_path: Path) -> None:
+def test_rows_without_weight_are_left_out_or_have_no_ids(tmp_path: Path) -> None:
     """Those of another scenario here: no step is to decay their ids. A batch of them alone becomes a row of padding."""
     write_samples(tmp_path, samples_spec(), num_rows=60, num_days=1)
     manifest = build_manifest(tmp_path, dates=(FIRST_DATE, FIRST_DATE))
@@ -296,9 +296,11 @@ def test_rows_without_weight_are_left_out_or_are_padding(tmp_path: Path) -> None
         lengths_B = padded.histories[0].offsets.diff()[counted_B]
         assert torch.equal(left.histories[0].offsets.diff(), lengths_B)
         assert left.weights_B.all()
-        assert (padded.row_number_B[~counted_B] == -1).all()
         assert not padded.sparse_BF[~counted_B].any()
-        assert not any(history.offsets.diff()[~counted_B].any() for history in padded.histories)
+        for history in padded.histories:
+            is_out_V = (~counted_B).repeat_interleave(history.offsets.diff())
+            assert not history.item_ids_V[is_out_V].any()
+            assert history.item_ids_V[~is_out_V].all()
     nobody = replace(whole[0], weights_B=torch.zeros(8))
     one = SimpleNamespace(reading=reading, manifest=manifest, batches=lambda *_, **__: iter([nobody]))
     (((left, _), counts_C),) = training_batches(
