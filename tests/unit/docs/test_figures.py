@@ -230,8 +230,12 @@ def gap(found: Any) -> list[float]:
 
 def signal(world: str, line: str, *tasks: str) -> list[float]:
     """What a kind of signal adds on the held-out days."""
-    found = result("learning_signals")["worlds"][world]["models"][line]["over_none"]
-    return [found[task]["all"]["gap"] for task in tasks]
+    return [signal_gap(world, line, task)[0] for task in tasks]
+
+
+def signal_gap(world: str, line: str, task: str = "ctr") -> list[float]:
+    """The same with its interval."""
+    return gap(result("learning_signals")["worlds"][world]["models"][line]["over_none"][task]["all"])
 
 
 def learning_rows() -> Iterator[Figure]:
@@ -448,6 +452,26 @@ FIGURES = [
     ),
     Figure(
         "learning",
+        "log odds gain nothing sure on KuaiRand: {} in clicks ({} to {})",
+        lambda: signal_gap("kuairand", "plain: log odds of counters"),
+    ),
+    Figure(
+        "learning",
+        "crosses lose {} ({} to {}) and buckets {}, which is not sure ({} to {})",
+        lambda: [
+            n
+            for kind in ("crosses", "buckets")
+            for value, *ends in [signal_gap("static", f"plain: {kind}")]
+            for n in (-value, *ends)
+        ],
+    ),
+    Figure(
+        "learning",
+        "it gains {} from all kinds ({} to {})",
+        lambda: signal_gap("kuairand", "USR: all"),
+    ),
+    Figure(
+        "learning",
         "USR over plain is {} in clicks ({} to {}) and {} in orders ({} to {})",
         lambda: [-n for task in ("ctr", "ctcvr") for n in turned(plain_over_usr(task))],
     ),
@@ -586,6 +610,21 @@ def test_USR_is_sure_round_the_backbones_that_the_pages_name() -> None:
         "search": ["shared_bottom", "mmoe", "ple", "m2m", "apg"],
         "recommendation": ["ple", "star", "m2m", "apg"],
     }
+
+
+def test_leads_on_kuairand_are_sure_over_the_peers_that_the_page_names() -> None:
+    def unsure(world: str, ours: str, task: str) -> list[str]:
+        models = result("anchors")["worlds"][world]["models"]
+        leads = {name: gap(m[f"ours, {ours} over it"][task]["all"]) for name, m in models.items() if name[:4] != "ours"}
+        return [name.removeprefix("torch-rechub, ") for name, (_, low, _) in leads.items() if low <= 0]
+
+    assert unsure("kuairand", "USR", "ctr") == unsure("kuairand", "USR", "ctcvr") == ["DCNv2"]
+    assert unsure("kuairand", "plain", "ctr") == ["DCNv2"]
+    assert unsure("kuairand", "plain", "ctcvr") == ["LightGBM", "SharedBottom", "MMoE", "PLE", "DCNv2", "DeepFM"]
+    own = "kuairand, all earlier, counters of all days"
+    for ours in ("USR", "plain"):
+        assert unsure(own, ours, "ctr") == ["LightGBM", "DCNv2"]
+        assert unsure(own, ours, "ctcvr") == ["LightGBM", "SharedBottom", "DCNv2"]
 
 
 def test_no_gain_of_usr_in_clicks_is_sure_by_history_user_or_item_and_fg_excludes_0() -> None:
