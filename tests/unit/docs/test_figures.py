@@ -38,6 +38,7 @@ import learning_signals
 import signal_cost
 import study_joint
 import study_parts
+import study_worlds
 
 pytestmark = pytest.mark.unit
 
@@ -48,7 +49,7 @@ TABLES = {
     "embeddings": (table_size, embedding_wire),
     "serving": (serving, serving_load),
     "learning": (anchors,),
-    "study-results": (study_joint, study_parts),
+    "study-results": (study_joint, study_parts, study_worlds),
 }
 """Page -> the benchmarks whose tables it holds between the lines `<!-- NAME -->` and `<!-- /NAME -->`."""
 
@@ -516,7 +517,21 @@ FIGURES = [
     Figure(
         "study-results",
         "SharedBottom gains {} (+{} to +{}) in search's clicks with variant A",
-        lambda: part("glmt_only", "glmt_a - own", "search/ctr"),
+        lambda: part("glmt_only", "glmt_a - own, shared_bottom", "search/ctr"),
+    ),
+    Figure(
+        "study-results",
+        "on a plain MMoE {} (+{} to +{}) with variant B",
+        lambda: part("glmt_only", "glmt_b - own, mmoe", "search/ctr"),
+    ),
+    Figure(
+        "study-results",
+        "32 are level, to +{} ({} to +{}); 8 loses {} in recommendation's clicks, 128 loses {} in search's clicks and {} in its",
+        lambda: [
+            *part("dimension", "32 - 16", "recommendation/ctr"),
+            -part("dimension", "8 - 16", "recommendation/ctr")[0],
+            *(-part("dimension", "128 - 16", f"search/{task}")[0] for task in ("ctr", "ctcvr")),
+        ],
     ),
     Figure(
         "study-results",
@@ -640,7 +655,17 @@ def test_no_gain_of_usr_in_clicks_is_sure_by_history_user_or_item_and_fg_exclude
         ("usr - plain, user new", "recommendation/ctr"): -1,
     }
     assert all(part("ablation", "no_fg - usr", f"{s}/ctcvr")[2] < 0 for s in SIDES)
-    assert not any(cell["holds"] for row in result("study_parts")["rows"] for cell in row["cells"].values())
+    holding = {
+        (row["gap_of"], name)
+        for row in result("study_parts")["rows"]
+        for name, cell in row["cells"].items()
+        if cell["holds"]
+    }
+    assert holding == {
+        ("8 - 16", "recommendation/ctr"),
+        ("128 - 16", "search/ctr"),
+        ("128 - 16", "search/ctcvr"),
+    }, "gaps of the dimension alone"
 
 
 def test_a_single_round_of_signal_cost_has_no_interval() -> None:
