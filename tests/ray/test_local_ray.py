@@ -76,13 +76,17 @@ class Head:
         self.port, self.dashboard, self.metrics = free_ports(3)
         # The metrics of a node are refreshed every ten seconds by default, longer than this training takes.
         self.environment = {**os.environ, "RAY_metrics_report_interval_ms": "500"}
+        self.is_up = False
 
     def call(self, action: str, *more: str) -> subprocess.CompletedProcess[str]:
         flags = {"--port": self.port, "--dashboard-port": self.dashboard, "--metrics-port": self.metrics}
         flags |= {"--num-cpus": 2, "--state-dir": self.state}
         command = [sys.executable, "cluster/local_ray.py", action, *(str(w) for pair in flags.items() for w in pair)]
         command += more
-        return subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, check=False)
+        ended = subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, check=False)
+        if action in ("start", "stop") and ended.returncode == 0:
+            self.is_up = action == "start"
+        return ended
 
     def scrape(self) -> str:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics}/metrics", timeout=5) as response:
@@ -90,12 +94,19 @@ class Head:
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     head = Head(tmp_path_factory.mktemp("head"))
-    started = head.call("start")
-    assert started.returncode == 0, started.stdout + started.stderr
     yield head
     head.call("stop")
+
+
+@pytest.fixture
+def head(shared: Head) -> Head:
+    """Started, whatever the test before has stopped."""
+    if not shared.is_up:
+        started = shared.call("start")
+        assert started.returncode == 0, started.stdout + started.stderr
+    return shared
 
 
 def leader(head: Head) -> int:
@@ -258,8 +269,9 @@ def test_a_further_node_that_is_lost_comes_back_with_start(head: Head) -> None:
 
 
 def test_stop_leaves_nothing_behind(head: Head) -> None:
+    head.call("start", "--nodes", "2")
     pids = [int(pid) for pid in re.findall(r"pid (\d+)", head.call("status").stdout)]
-    assert len(pids) >= 2, "the head and the node of the test before"
+    assert len(pids) >= 2, "the head and a further node"
     assert head.call("stop").stdout == "Ray stopped\n"
     assert [process for pid in pids for process in session_processes(pid)] == []
     again = head.call("status")
