@@ -33,19 +33,23 @@ PLAIN = (
 """As in tests/spark/conftest.py: what is shown is where the tasks run and how a job ends."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Standalone:
     """The script on ports of the test's own."""
 
     state: Path
     port: int
     page: int
+    is_up: bool = False
 
     def call(self, action: str) -> CompletedProcess[str]:
         own = ["--state-dir", self.state, "--port", str(self.port), "--ui-port", str(self.page)]
-        return run_command(
+        ended = run_command(
             sys.executable, "cluster/spark/standalone.py", action, "--workers", "2", "--executor-memory", "700m", *own
         )
+        if action in ("start", "stop") and ended.returncode == 0:
+            self.is_up = action == "start"
+        return ended
 
     def build(self, lake: Path, *settings: str, executors: int) -> CompletedProcess[str]:
         """The command that `start` prints, with a small driver, for one day of two scenarios without features."""
@@ -83,15 +87,20 @@ class Standalone:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standalone]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standalone]:
     cluster = Standalone(tmp_path_factory.mktemp("standalone"), free_port(17077), free_port(18081))
-    started = cluster.call("start")
-    try:
+    yield cluster
+    cluster.call("stop")
+
+
+@pytest.fixture
+def cluster(shared: Standalone) -> Standalone:
+    """Started, whatever the test before has stopped."""
+    if not shared.is_up:
+        started = shared.call("start")
         assert started.returncode == 0, started.stdout + started.stderr
         assert "2 alive, 2 cores" in started.stdout
-        yield cluster
-    finally:
-        cluster.call("stop")
+    return shared
 
 
 def content(folder: Path) -> dict[str, str]:
