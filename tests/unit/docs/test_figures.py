@@ -134,6 +134,13 @@ def step_ms(case: str, backbone: str, part: str) -> float:
     return float(row["parts"][part]["cpu_ms"]["median"])
 
 
+def in_world(study: str, world: str, cell: str = "all/ctr") -> list[float]:
+    """USR over plain in a world of a study, and its interval."""
+    (row,) = (r for r in result("study_worlds")["rows"] if (r["study"], r["world"]) == (study, world))
+    found = row["cells"][cell]
+    return [found["gap"], found["low"], found["high"]]
+
+
 def anchored(world: str, *models: str) -> list[float]:
     """Held-out AUC, pooled: click and order of each model."""
     found = result("anchors")["worlds"][world]["models"]
@@ -518,6 +525,12 @@ FIGURES = [
         "study-results",
         "SharedBottom gains {} (+{} to +{}) in search's clicks with variant A",
         lambda: part("glmt_only", "glmt_a - own, shared_bottom", "search/ctr"),
+    ),
+    Figure(
+        "study-results",
+        "{} ({} to +{}) where the scenarios' tastes have nothing in common, {} (+{} to +{}) at similarity 0.5, {} (+{} to +{}) "
+        "at 0.75, and {} ({} to +{}) where they are the same",
+        lambda: [n for world in ("0.0", "0.5", "0.75", "1.0") for n in in_world("similarity", world)],
     ),
     Figure(
         "study-results",
