@@ -528,8 +528,8 @@ FIGURES = [
     ),
     Figure(
         "study-results",
-        "{} ({} to +{}) where the scenarios' tastes have nothing in common, {} (+{} to +{}) at similarity 0.5, {} (+{} to +{}) "
-        "at 0.75, and {} ({} to +{}) where they are the same",
+        "{} ({} to +{}) where the scenarios' tastes have nothing in common, {} (+{} to +{}) at similarity 0.5, "
+        "{} (+{} to +{}) at 0.75, and {} ({} to +{}) where they are the same",
         lambda: [n for world in ("0.0", "0.5", "0.75", "1.0") for n in in_world("similarity", world)],
     ),
     Figure(
@@ -539,7 +539,8 @@ FIGURES = [
     ),
     Figure(
         "study-results",
-        "32 are level, to +{} ({} to +{}); 8 loses {} in recommendation's clicks, 128 loses {} in search's clicks and {} in its",
+        "32 are level, to +{} ({} to +{}); 8 loses {} in recommendation's clicks, 128 loses {} in search's clicks "
+        "and {} in its",
         lambda: [
             *part("dimension", "32 - 16", "recommendation/ctr"),
             -part("dimension", "8 - 16", "recommendation/ctr")[0],
