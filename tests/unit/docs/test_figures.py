@@ -535,8 +535,8 @@ FIGURES = [
     Figure(
         "study-results",
         "the gain of {} is {} (+{} to +{}) where the click in the other scenario says nothing of this row's in half of "
-        "the cross exposures, {} (+{} to +{}) where it never does. Where nothing links the exposures, so that histories "
-        "lack the item as well, {} ({} to +{}) is left",
+        "the cross exposures, {} (+{} to +{}) where it never does. Where nothing links the exposures, so that "
+        "histories lack the item as well, {} ({} to +{}) is left",
         lambda: [
             in_world("label_quality", "0.5 clean")[0],
             *(
