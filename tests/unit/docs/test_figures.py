@@ -548,6 +548,26 @@ FIGURES = [
     ),
     Figure(
         "study-results",
+        "{} ({} to +{}) in clicks with two, +{} ({} to +{}) with three, +{} (+{} to +{}) with five, which holds",
+        lambda: [n for world in ("2", "3", "5") for n in in_world("scenarios", world)],
+    ),
+    Figure(
+        "study-results",
+        "level in each, from {} to +{} ({} to +{})",
+        lambda: [in_world("scenarios_kuairand", "2")[0], *in_world("scenarios_kuairand", "4")],
+    ),
+    Figure(
+        "study-results",
+        "in static worlds of the same size {} at similarity 0.5 against {} where all is alike, and {} with five "
+        "scenarios against {} with two",
+        lambda: [
+            in_world(study, world)[0]
+            for study, worlds in (("similarity", ("0.5", "1.0")), ("scenarios", ("5", "2")))
+            for world in worlds
+        ],
+    ),
+    Figure(
+        "study-results",
         "on a plain MMoE {} (+{} to +{}) with variant B",
         lambda: part("glmt_only", "glmt_b - own, mmoe", "search/ctr"),
     ),
