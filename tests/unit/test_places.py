@@ -313,8 +313,9 @@ def test_names_with_odd_signs_are_taken_and_those_that_tables_cannot_have_are_re
         plain(self, *arguments)
         raise ParsedError
 
+    odd = world / f"odd-{job}{flag}"
     for name in ODD:
-        place = world / "odd" / name
+        place = odd / name
         place.parent.mkdir(exist_ok=True)
         if is_read(job, flag):
             shutil.rmtree(place, ignore_errors=True)
@@ -326,8 +327,8 @@ def test_names_with_odd_signs_are_taken_and_those_that_tables_cannot_have_are_re
             with pytest.raises(ParsedError):
                 entry(job)(words)
     if check in (check_logs, check_new_lake):
-        (world / "odd" / "10:15" / "{a}").mkdir(parents=True, exist_ok=True)
-        line = refusal(job, words_of(job, world, flag, str(world / "odd" / "10:15" / "{a}")), capsys)
+        (odd / "10:15" / "{a}").mkdir(parents=True, exist_ok=True)
+        line = refusal(job, words_of(job, world, flag, str(odd / "10:15" / "{a}")), capsys)
         assert "10:15/{a}: the whole path must not hold both a colon and '{', a sign of a glob" in line
     if check in (check_lake, check_new_lake, check_output_table):
         for name, sign in {"a[1]": "[", "%41": "%41", "a|b": "|", "a^b": "^", "a\\b": "\\"}.items():

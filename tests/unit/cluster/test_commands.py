@@ -90,9 +90,9 @@ def check(script: str, words: list[str], *, where: str, whole: bool) -> None:
     assert set(flags) <= takes.flags, f"{where}: {script} has no {sorted(set(flags) - takes.flags)}"
     if whole:
         assert takes.required <= set(flags), f"{where}: {script} needs {sorted(takes.required - set(flags))}"
+    settings = [words[n + 1] for n, word in enumerate(words) if word == "--set"]
+    load_config(None, [word for word in settings if not PLACEHOLDER.fullmatch(word) and word != "a.b=c"])
     for position, word in enumerate(words):
-        if word == "--set" and not PLACEHOLDER.fullmatch(words[position + 1]) and words[position + 1] != "a.b=c":
-            load_config(None, [words[position + 1]])
         if word == "--dates" and not PLACEHOLDER.fullmatch(words[position + 1]):
             job_dates(words[position + 1], where=where)
     if takes.choices and words and not words[0].startswith("-"):
