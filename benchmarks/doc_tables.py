@@ -6,7 +6,10 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from usr_ray.evaluation.statistics import Judged
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -20,6 +23,20 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def gap_text(gap: float, low: float, high: float) -> str:
     """A gap of AUC and its interval."""
     return f"{gap:+.4f} ({low:+.4f} to {high:+.4f})"
+
+
+def judged_entry(one: Judged) -> dict[str, Any]:
+    """A gap that there is, its interval, and whether it holds after its family's correction, as the JSON has them."""
+    assert one.gap is not None
+    numbers = {"gap": one.gap.value, "low": one.gap.low, "high": one.gap.high}
+    return {name: round(value, 5) for name, value in numbers.items()} | {"holds": one.verdict in ("better", "worse")}
+
+
+def judged_text(entry: Mapping[str, Any] | None) -> str:
+    """A `judged_entry` in a table; empty of none."""
+    if entry is None:
+        return ""
+    return gap_text(entry["gap"], entry["low"], entry["high"]) + (", holds" if entry["holds"] else "")
 
 
 def put_table(document: str, name: str, text: str) -> None:

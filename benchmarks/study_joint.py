@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
-from benchmarks.doc_tables import gap_text, markdown, record
+from benchmarks.doc_tables import gap_text, judged_entry, judged_text, markdown, record
 from usr_ray.evaluation.metrics import auc
 from usr_ray.evaluation.statistics import CONFIDENCE, Judged, cell_rows, corrected, paired_auc_gap
 from usr_ray.experiments.analysis import Trials
@@ -168,9 +168,8 @@ def _mean_auc(labels_N: NDArray, probs_RN: NDArray) -> float:
 def _entry(one: Judged) -> dict[str, Any]:
     gap = one.gap
     assert gap is not None
-    numbers = {"gap": gap.value, "low": gap.low, "high": gap.high, "seed_sd": gap.seed_sd, "user_se": gap.user_se}
-    shown = {name: round(value, 5) for name, value in numbers.items()}
-    return shown | {"num_users": round(gap.num_users, 1), "holds": one.verdict in ("better", "worse")}
+    spread = {"seed_sd": round(gap.seed_sd, 5), "user_se": round(gap.user_se, 5), "num_users": round(gap.num_users, 1)}
+    return judged_entry(one) | spread
 
 
 def _shown(row: Mapping[str, Any]) -> str:
@@ -184,16 +183,12 @@ def table(report: Mapping[str, Any]) -> str:
     return "\n\n".join((_means(report["rows"]), _worlds(report["rows"]), _best(report["best"])))
 
 
-def _gap_shown(gap: Mapping[str, Any]) -> str:
-    return gap_text(gap["gap"], gap["low"], gap["high"]) + (", holds" if gap["holds"] else "")
-
-
 def _means(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for row in rows:
         if row["carry"] == EVERY:
             areas = (f"{value:.4f}" for value in row["auc"].values())
-            lines.append([f"{_shown(row)}: {_cell(row)}", *areas, *map(_gap_shown, row["gaps"].values())])
+            lines.append([f"{_shown(row)}: {_cell(row)}", *areas, *map(judged_text, row["gaps"].values())])
     head = ["means over the worlds (trainings)", "separate", "plain", "USR"]
     return markdown([*head, *(f"{a} - {b}" for a, b in PAIRS)], lines)
 
@@ -203,7 +198,7 @@ def _worlds(rows: Sequence[Mapping[str, Any]]) -> str:
     lines: dict[str, list[str]] = {}
     for row in rows:
         if row["carry"] != EVERY and row["task"] == TASKS[0]:
-            gaps = [_gap_shown(row["gaps"][f"{a} - {b}"]) for a, b in PAIRS[1:]]
+            gaps = [judged_text(row["gaps"][f"{a} - {b}"]) for a, b in PAIRS[1:]]
             lines.setdefault(_shown(row), []).extend(gaps)
     head = ["clicks in each world (seeds)", *(f"{scenario}: {a} - {b}" for scenario, (a, b) in cells)]
     return markdown(head, [[name, *gaps] for name, gaps in lines.items()])

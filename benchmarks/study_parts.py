@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from benchmarks.doc_tables import gap_text, markdown, record
+from benchmarks.doc_tables import judged_entry, judged_text, markdown, record
 from usr_ray.experiments.analysis import WHOLE, Contrast, Point, Trials, contrasts
 from usr_ray.experiments.grid import load_study
 from usr_ray.reporting.study_vectors import collapse
@@ -49,26 +49,16 @@ def rows_of(name: str, folder: Path) -> Iterator[dict[str, Any]]:
             "study": name,
             "gap_of": ", ".join((f"{label} - {against}", *(of for _, of in at), *([] if part == WHOLE else [part]))),
             "seeds": len(first.gap.by_seed),
-            "cells": {"/".join(cell): _entry(one) for cell, one in cells.items()},
+            "cells": {"/".join(cell): judged_entry(one) for cell, one in cells.items()},
             "variance": {kind: round(float(np.mean(found)), 3) for kind, found in views.items() if found},
         }
-
-
-def _entry(one: Contrast) -> dict[str, Any]:
-    assert one.gap is not None
-    numbers = {"gap": one.gap.value, "low": one.gap.low, "high": one.gap.high}
-    return {key: round(value, 5) for key, value in numbers.items()} | {"holds": one.verdict in ("better", "worse")}
 
 
 def table(report: Mapping[str, Any]) -> str:
     """A line for each comparison."""
     lines = []
     for row in report["rows"]:
-        shown = []
-        for cell in CELLS:
-            gap = row["cells"].get("/".join(cell))
-            text = gap_text(gap["gap"], gap["low"], gap["high"]) if gap else ""
-            shown.append(text + (", holds" if gap and gap["holds"] else ""))
+        shown = (judged_text(row["cells"].get("/".join(cell))) for cell in CELLS)
         spread = [f"{row['variance'][kind]:.2f}" if kind in row["variance"] else "" for kind in "if"]
         lines.append([f"{row['study']}: {row['gap_of']} ({row['seeds']})", *shown, *spread])
     tasks = [f"{scenario}, {'click' if task == TASKS[0] else 'order'}" for scenario, task in CELLS]

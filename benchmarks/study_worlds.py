@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from benchmarks.doc_tables import gap_text, markdown, record
+from benchmarks.doc_tables import judged_entry, judged_text, markdown, record
 from usr_ray.evaluation.metrics import ALL, auc
 from usr_ray.evaluation.statistics import Judged, cell_rows, corrected, paired_auc_gap
 from usr_ray.experiments.analysis import Point, Trials
@@ -92,10 +92,7 @@ def _cell(trials: Trials, pairs: list[tuple[Trial, Trial]], cell: str, task: int
 
 def _entry(one: Judged) -> dict[str, Any] | None:
     """None where there are too few rows or users for a verdict."""
-    if one.gap is None or one.verdict == "few":
-        return None
-    ends = {"gap": one.gap.value, "low": one.gap.low, "high": one.gap.high}
-    return {end: round(value, 5) for end, value in ends.items()} | {"holds": one.verdict in ("better", "worse")}
+    return None if one.gap is None or one.verdict == "few" else judged_entry(one)
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -106,15 +103,10 @@ def table(report: Mapping[str, Any]) -> str:
         largest, smallest = (of(row["rows"], key=row["rows"].get) for of in (max, min))
         cells = (f"{ALL}/{click}", f"{ALL}/{order}", f"{largest}/{click}", f"{smallest}/{click}")
         areas = (f"{row['auc'][cell]:.4f}" for cell in cells[:2])
-        lines.append(
-            [f"{row['study']}: {row['world']} ({row['seeds']})", *areas, *(map(_shown, map(row["cells"].get, cells)))]
-        )
+        gaps = (judged_text(row["cells"][cell]) for cell in cells)
+        lines.append([f"{row['study']}: {row['world']} ({row['seeds']})", *areas, *gaps])
     head = ["world (seeds)", "plain, click", "plain, order", "click", "order", "largest scenario, click"]
     return markdown([*head, "smallest scenario, click"], lines)
-
-
-def _shown(gap: Mapping[str, Any] | None) -> str:
-    return gap_text(gap["gap"], gap["low"], gap["high"]) + (", holds" if gap["holds"] else "") if gap else ""
 
 
 def main() -> None:

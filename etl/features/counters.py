@@ -73,7 +73,7 @@ def update_counters(
     # A user is in one chunk, so its rows are sums already and need no shuffle.
     of_users = F.array_contains(F.split("name", ":"), "user_id")
     fresh = rows.filter(~of_users).groupBy("name", "key", "date", "event_date", "scenario")
-    both = rows.filter(of_users).unionByName(fresh.agg(*(F.sum(name).alias(name) for name in COUNTED)))
+    both = rows.filter(of_users).unionByName(fresh.agg(*_summed()))
     replace_dates(both.filter(condition).select(COUNTERS_SCHEMA.names), path, condition, metadata=metadata)
     return spark.read.format("delta").option("versionAsOf", table_version(spark, path)).load(path)
 
