@@ -1,7 +1,7 @@
 """The daily run, as cron calls it: build, restate, train on, judge, export, publish, score. Resumable; one at a time.
 
     python jobs/daily.py --config FILE --logs DIR --lake DIR --work DIR [--date today-1] [--watermark ISO]
-        [--registry DIR [--users redis://HOST:PORT/DB] [--for-gpu]] [--set a.b=c]
+        [--registry DIR [--users redis://HOST:PORT/DB] [--for-gpu] [--prune]] [--set a.b=c]
     python jobs/daily.py --work DIR --status             # the days and the model in use
     python jobs/daily.py --work DIR --use 2026-01-05 [--registry DIR --lake DIR]     # back to that day's model
 
@@ -262,7 +262,8 @@ def publish_command(arguments: argparse.Namespace, run_dir: Path) -> list[str]:
     """jobs/publish.py for a run of the day's registry."""
     users = {} if arguments.users is None else {"users": arguments.users}
     places = flags(run_dir=run_dir, lake=arguments.lake, registry=arguments.registry, **users)
-    return [sys.executable, "jobs/publish.py", *places, *(["--for-gpu"] if arguments.for_gpu else [])]
+    words = [f"--{word}" for word in ("for-gpu", "prune") if getattr(arguments, word.replace("-", "_"))]
+    return [sys.executable, "jobs/publish.py", *places, *words]
 
 
 def use(arguments: argparse.Namespace) -> None:
@@ -317,6 +318,7 @@ def main(argv: list[str]) -> None:
     parser.add_place("--registry", check_output, type=Path, help="publish for jobs/serve.py here, too")
     parser.add_argument("--users", metavar="URL", help="with --registry: Redis that takes the users (jobs/publish.py)")
     parser.add_argument("--for-gpu", action="store_true", help="with --registry: for jobs/serve.py --device cuda too")
+    parser.add_argument("--prune", action="store_true", help="with --registry: delete its versions that are out of use")
     parser.add_argument("--date", default="today-1", help="newest complete UTC day of the logs (today-1)")
     parser.add_argument("--watermark", metavar="ISO", help="the logs are complete up to here (default: newest event)")
     parser.add_argument(
@@ -348,10 +350,9 @@ def main(argv: list[str]) -> None:
     if arguments.status:
         print(daily.status_table(arguments.work))
         return
-    if arguments.users is not None and arguments.registry is None:
-        raise UserError("--users: is of what --registry publishes; name the registry too, or leave --users out")
-    if arguments.for_gpu and arguments.registry is None:
-        raise UserError("--for-gpu: is of what --registry publishes; name the registry too, or leave --for-gpu out")
+    for word in ("users", "for-gpu", "prune"):
+        if getattr(arguments, word.replace("-", "_")) not in (None, False) and arguments.registry is None:
+            raise UserError(f"--{word}: is of what --registry publishes; name the registry too, or leave --{word} out")
     for name in ("logs", "lake"):
         address = getattr(arguments, name)
         setattr(arguments, name, address if address is None or "://" in address else str(Path(address).resolve()))

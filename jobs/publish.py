@@ -1,12 +1,13 @@
 """Publish a trained run for serving: its program with the lake's items and users, as a version of a registry.
 
 python jobs/publish.py --run-dir DIR --lake DIR --registry DIR [--canary SHARE | --shadow | --not-stable]
-    [--users redis://HOST:PORT/DB] [--for-gpu]
-python jobs/publish.py --registry DIR --canary SHARE | --stable | --rollback
+    [--users redis://HOST:PORT/DB] [--for-gpu] [--prune]
+python jobs/publish.py --registry DIR --canary SHARE | --stable | --rollback | --prune
 
 The new version becomes the one that is served: to everybody, with --canary to a share of the users, with --shadow to
 nobody (its scores are logged). Without a run, --canary changes the share (0 ends it), --stable gives the canary to
-everybody, --rollback serves the newest version of the model before again.
+everybody, --rollback serves the newest version of the model before again. --prune deletes versions older than a day
+that nothing serves and no rollback would.
 docs/serving.md has the files of a version.
 """
 
@@ -59,16 +60,30 @@ def main(argv: list[str]) -> None:
     how.add_argument("--stable", action="store_true", help="the canary becomes the stable version")
     how.add_argument("--not-stable", action="store_true", help="write the version only; no command serves it later")
     how.add_argument("--rollback", action="store_true", help="serve the newest version of the model before again")
+    parser.add_argument(
+        "--prune", action="store_true", help="delete versions that nothing serves and no rollback would"
+    )
     arguments = parser.parse_args(argv)
     registry: Path = arguments.registry
-    if arguments.rollback or (arguments.run_dir is None and (arguments.stable or arguments.canary is not None)):
+    moves = arguments.rollback or (arguments.run_dir is None and (arguments.stable or arguments.canary is not None))
+    if moves or (arguments.prune and arguments.run_dir is None and arguments.lake is None):
         if arguments.users is not None:
             raise UserError("--users: is for a new version; name its --run-dir and --lake, or leave it out")
-        move_only(registry, arguments)
-        return
+        if moves:
+            move_only(registry, arguments)
+    else:
+        add(registry, arguments)
+    if arguments.prune:
+        from usr_ray.serving.versions import prune
+
+        print(f"{registry}: deleted {', '.join(prune(registry)) or 'nothing: no version is out of use for a day'}")
+
+
+def add(registry: Path, arguments: argparse.Namespace) -> None:
+    """Publish a run, and point to the new version as the words say. Raises UserError."""
     if arguments.run_dir is None or arguments.lake is None:
         missing = "run-dir" if arguments.run_dir is None else "lake"
-        raise UserError(f"--{missing} is missing; name the run and its lake, or give --rollback")
+        raise UserError(f"--{missing} is missing; name the run and its lake, or give --rollback or --prune")
     if arguments.users is not None:
         from usr_ray.serving.redis_users import check_server
 

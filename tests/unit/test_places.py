@@ -98,6 +98,7 @@ NO_PLACES = {
     "--device",
     "--for-gpu",
     "--rollback",
+    "--prune",
     "--host",
     "--port",
     "--replicas",

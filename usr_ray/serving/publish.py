@@ -37,15 +37,13 @@ from usr_ray.serving.versions import (
     FORMAT,
     GOLDEN,
     MODEL,
-    POINTER,
     VERSION,
     VERSIONS,
     VOCABULARY_FOLDER,
+    in_use,
     model_spec,
     open_counters,
     open_encoder,
-    read_pointer,
-    rollback_place,
     version_files,
     vocabulary_paths,
 )
@@ -121,16 +119,6 @@ def publish(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return name
-
-
-def in_use(registry: Path) -> set[str]:
-    """Versions that the pointer names, and the one that a rollback would take, now or once a new version is stable."""
-    if not (registry / POINTER).exists():
-        return set()
-    pointer = read_pointer(registry)
-    place = rollback_place(registry, pointer)
-    names = (pointer.stable, None if place is None else pointer.before[place], pointer.canary, pointer.shadow)
-    return {name for name in names if name is not None}
 
 
 def most_rows_a_day(manifest: Manifest) -> int:

@@ -12,6 +12,8 @@ versions/NAME/golden.json      requests with the probabilities that this version
 from __future__ import annotations
 
 import json
+import shutil
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ VERSION, POINTER, VERSIONS = "version.json", "current.json", "versions"
 MODEL, VOCABULARY_FOLDER, GOLDEN = "model", "vocabularies", "golden.json"
 STABLE, CANARY = "stable", "canary"
 """Buckets."""
+PRUNED_AFTER_S = 86_400.0
+"""Age from which `prune` deletes a version."""
 _PUBLISH = "publish one with jobs/publish.py"
 
 
@@ -143,6 +147,34 @@ def rollback_place(registry: Path, pointer: Pointer) -> int | None:
     places = [n for n, name in enumerate(pointer.before) if (registry / VERSIONS / name).is_dir()]
     others = [n for n in places if model_of(pointer.before[n]) != model_of(pointer.stable)]
     return max(others or places, default=None)
+
+
+def in_use(registry: Path) -> set[str]:
+    """Versions that the pointer names, and the one that a rollback would take, now or once a new version is stable."""
+    if not (registry / POINTER).exists():
+        return set()
+    pointer = read_pointer(registry)
+    place = rollback_place(registry, pointer)
+    names = (pointer.stable, None if place is None else pointer.before[place], pointer.canary, pointer.shadow)
+    return {name for name in names if name is not None}
+
+
+def prune(registry: Path) -> list[str]:
+    """Delete the folders of versions that are out of use, and what killed publications left; the names.
+
+    What was changed within the last day stays: a publication may be writing it, or a service may be about to open it.
+    A service that has a version open keeps its files until it lets go of them.
+
+    Raises:
+        RegistryError: no readable pointer, so nobody knows what is in use. Nothing is deleted then.
+    """
+    read_pointer(registry)
+    keep, before = in_use(registry), time.time() - PRUNED_AFTER_S
+    folders = sorted(path for path in (registry / VERSIONS).iterdir() if path.is_dir() and path.name not in keep)
+    gone = [folder for folder in folders if folder.stat().st_mtime < before]
+    for folder in gone:
+        shutil.rmtree(folder)
+    return [folder.name for folder in gone]
 
 
 def roll_back(registry: Path) -> str:

@@ -225,11 +225,12 @@ def test_a_registry_gets_the_model_that_passes_the_gate_or_the_one_in_use_with_t
     assert score[0] == "score"
     # Held by the gate: histories and counters of the service must not age for it.
     users = ("--users", "redis://localhost:6379/0")
-    assert shop.day("2026-01-07", "--registry", registry, *users, "--for-gpu") == 3
+    assert shop.day("2026-01-07", "--registry", registry, *users, "--for-gpu", "--prune") == 3
     (publish,) = [call for call in shop.calls() if call[0] == "publish"]
     assert publish[publish.index("--run-dir") + 1] == str(shop.work / "runs" / "2026-01-06")
     assert publish[publish.index("--users") + 1] == "redis://localhost:6379/0"
     assert "--for-gpu" in publish
+    assert "--prune" in publish
     # Somebody went back to an earlier model by hand: that is theirs to end.
     pointer = tmp_path / "registry" / "current.json"
     (tmp_path / "registry" / "versions" / "old").mkdir()
@@ -246,10 +247,11 @@ def test_what_a_registry_takes_is_refused_without_one(shop: Shop, capsys: pytest
     assert capsys.readouterr().err == (
         "error: --users: is of what --registry publishes; name the registry too, or leave --users out\n"
     )
-    assert shop.day("2026-01-06", "--for-gpu") == 2
-    assert capsys.readouterr().err == (
-        "error: --for-gpu: is of what --registry publishes; name the registry too, or leave --for-gpu out\n"
-    )
+    for word in ("--for-gpu", "--prune"):
+        assert shop.day("2026-01-06", word) == 2
+        assert capsys.readouterr().err == (
+            f"error: {word}: is of what --registry publishes; name the registry too, or leave {word} out\n"
+        )
 
 
 def test_a_first_day_builds_from_the_beginning_and_publishes(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:

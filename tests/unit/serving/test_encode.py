@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import os
 import threading
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -21,13 +23,14 @@ from usr_ray.data.events import COLUMNS
 from usr_ray.data.manifest import build_manifest
 from usr_ray.schema import DenseFeature, SparseFeature
 from usr_ray.serving.encode import EncodeError, Encoder, Profile, UserEvents, ValueIndex, category_text, scaled
-from usr_ray.serving.publish import in_use
 from usr_ray.serving.ranker import MAX_CANDIDATES, Ranker, RequestError
 from usr_ray.serving.replay import _unscaled
 from usr_ray.serving.stores import ItemTable, StoreError, UserStore, instant_after, write_items, write_users
 from usr_ray.serving.versions import (
+    PRUNED_AFTER_S,
     Pointer,
     RegistryError,
+    in_use,
     move_pointer,
     read_pointer,
     roll_back,
@@ -295,6 +298,35 @@ def test_a_rollback_leaves_the_model_behind_and_not_only_its_newest_publication(
     publish_job(["--registry", str(tmp_path), "--rollback"])
     assert capsys.readouterr().out.endswith("(no other model was stable before)\n")
     assert read_pointer(tmp_path) == Pointer(bad[0])
+
+
+def test_pruning_leaves_what_is_served_what_a_rollback_would_serve_and_what_is_a_day_old(tmp_path, capsys):
+    old = time.time() - PRUNED_AFTER_S - 60
+    words = ["--registry", str(tmp_path), "--prune"]
+    with pytest.raises(RegistryError, match=r"holds no readable current\.json"):
+        publish_job(words)  # nobody knows what is in use
+    folders = ("1-a", "2-b", "3-b", "4-b", "5-c", "6-d", "7-e", ".tmp-killed", ".tmp-now")
+    for name in folders:
+        (tmp_path / "versions" / name).mkdir(parents=True)
+        (tmp_path / "versions" / name / "items.arrow").write_bytes(b"x")
+        if name not in ("7-e", ".tmp-now"):
+            os.utime(tmp_path / "versions" / name, (old, old))
+    # 4-b is stable, a rollback goes to the model before, 1-a; 5-c is the canary, 6-d the shadow.
+    Pointer("4-b", ("1-a", "2-b", "3-b"), canary="5-c", share=0.1, shadow="6-d").write(tmp_path)
+    publish_job(words)
+    assert capsys.readouterr().out == f"{tmp_path}: deleted .tmp-killed, 2-b, 3-b\n"
+    left = {path.name for path in (tmp_path / "versions").iterdir()}
+    assert left == {"1-a", "4-b", "5-c", "6-d", "7-e", ".tmp-now"}
+    publish_job([*words, "--rollback"])  # 2-b and 3-b are passed over; then nothing but 1-a is in use
+    assert read_pointer(tmp_path).stable == "1-a"
+    assert {path.name for path in (tmp_path / "versions").iterdir()} == {"1-a", "7-e", ".tmp-now"}
+    capsys.readouterr()
+    publish_job(words)
+    assert capsys.readouterr().out == f"{tmp_path}: deleted nothing: no version is out of use for a day\n"
+    with pytest.raises(UserError, match="--users: is for a new version"):
+        publish_job([*words, "--users", "redis://127.0.0.1:1/0"])
+    with pytest.raises(UserError, match="--lake is missing"):
+        publish_job([*words, "--run-dir", str(tmp_path)])
 
 
 def test_the_pointer_moves_and_goes_back(tmp_path):

@@ -19,12 +19,11 @@ from usr_ray.config import UserError
 from usr_ray.launch.environment import free_port
 from usr_ray.serving.app import make_app
 from usr_ray.serving.encode import Encoder, Profile, UserEvents
-from usr_ray.serving.publish import in_use
 from usr_ray.serving.ranker import Ranker
 from usr_ray.serving.redis_users import RedisUsers, check_address, check_server, forget_users, move_users
 from usr_ray.serving.service import Service, Settings
 from usr_ray.serving.stores import ItemTable, StoreError, UserStore, put_items, put_users
-from usr_ray.serving.versions import Pointer, move_pointer
+from usr_ray.serving.versions import Pointer, in_use, move_pointer
 
 redis = pytest.importorskip("redis", reason="the package redis is not installed: pip install 'usr-ray[redis]'")
 pytestmark = [
