@@ -18,12 +18,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
+
 from usr_ray.config import Config, UserError, date_ranges, first_difference, parse_dates
 from usr_ray.data.lineage import check_config, doubts
 from usr_ray.data.manifest import Manifest, build_manifest, first_counted_date
 from usr_ray.data.mature import WhichRows, usable_row_groups
 from usr_ray.data.order import ShuffleQuality
 from usr_ray.data.pins import remove_pin, write_pin
+from usr_ray.data.rows import read_rows
 from usr_ray.evaluation.files import PREDICTIONS_FILE, SPLIT, metrics_text, write_metrics, write_predictions
 from usr_ray.files import now, write_whole
 from usr_ray.model.backbones import check_own_backbone
@@ -122,7 +125,7 @@ def plan_run(config: Config, lake: Path | str, run_dir: Path | str, *, command: 
     if "config" in record:
         _refuse_settings_without_steps(config, record, folder, num_steps)
     if manifests["eval"] is not None:
-        usable_row_groups(manifests["eval"], WhichRows())
+        _refuse_nothing_to_evaluate(config, manifests["eval"])
     before = warm_start_dates(config.train.warm_start)
     if manifests["eval"] is not None and (why := trained_on(manifests["eval"].dates, before)):
         raise UserError(
@@ -175,6 +178,19 @@ def _check_rows(config: Config, manifest: Manifest) -> tuple[ShuffleQuality, int
         check_warm_start(config, manifest)
     with training_reader(config, manifest, world_size=max(1, config.ray.num_workers)) as reader:
         return reader.shuffle_quality(), reader.num_steps
+
+
+def _refuse_nothing_to_evaluate(config: Config, manifest: Manifest) -> None:
+    """UserError where no held-out row may count: labels that are not final, or no row of data.only_scenario."""
+    usable_row_groups(manifest, WhichRows())
+    only = config.data.only_scenario
+    if only and not any(
+        pc.any(pc.equal(rows["scenario"], only)).as_py() for _, rows in read_rows(manifest, ["scenario"])
+    ):
+        raise UserError(
+            f"data.eval_dates {config.data.eval_dates}: no row is of data.only_scenario {only!r}; name dates that have "
+            "some, or leave data.eval_dates empty"
+        )
 
 
 def _build_all(config: Config, lake: Path | str) -> dict[str, Manifest | None]:

@@ -242,6 +242,18 @@ def test_held_out_dates_without_a_final_label_are_refused_before_anything_is_tra
         plan_run(config("data.mature_only=false"), lake, tmp_path / "run")
 
 
+def test_held_out_dates_without_a_row_of_the_only_scenario_are_refused(lake: Path, tmp_path: Path) -> None:
+    gone = "impression_date = '2026-01-03' AND scenario = 'search'"
+    deltalake.DeltaTable(lake / "samples").delete(gone)
+    alone = ("model.multitask.enabled=false",)
+    with pytest.raises(
+        UserError, match=r"data.eval_dates 2026-01-03:2026-01-03: no row is of data.only_scenario 'search'; name"
+    ):
+        plan_run(config("data.only_scenario=search", *alone), lake, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    plan_run(config("data.only_scenario=recommendation", *alone), lake, tmp_path / "run")
+
+
 def test_a_run_dir_must_be_a_folder_that_can_be_written(shared_lake: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is not a folder that can be written"):
