@@ -27,9 +27,15 @@ def read_rows(manifest: Manifest, columns: Sequence[str] | None = None) -> Itera
             with pq.ParquetFile(path, filesystem=filesystem, coerce_int96_timestamp_unit="us") as opened:
                 for index in range(opened.metadata.num_row_groups):
                     rows = opened.read_row_group(index, columns=columns)
-                    yield file, rows if columns is None else rows.select(columns)
+                    yield file, _plain_text(rows if columns is None else rows.select(columns))
         except (pa.ArrowException, OSError, KeyError) as error:
             raise DataError(f"{path}: cannot be read ({one_line(error)}); {REBUILD}") from error
+
+
+def _plain_text(table: pa.Table) -> pa.Table:
+    """Text of files that delta-rs rewrote is read as string_view, which few functions of Arrow have a kernel for."""
+    types = [pa.string() if field.type == pa.string_view() else field.type for field in table.schema]
+    return table.cast(pa.schema(zip(table.schema.names, types, strict=True)))
 
 
 def micros(times: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
