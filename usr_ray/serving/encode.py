@@ -47,6 +47,9 @@ _SEED = 42
 """Seed of Spark's xxhash64."""
 _FIXED = ("user_id", "item_id", "query", EVENT_HOUR)
 EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+_LARGEST = 1e30
+"""Of a scaled number. Beyond are a type's largest values, as logs have them for "no value": in a program's float32
+their products are infinite. Raw numbers may be as large as a double, for logarithms of them are small."""
 
 
 class EncodeError(UserError):
@@ -350,8 +353,8 @@ class Encoder:
         found = [_named(name, _number, values.get(name)) for name in numbers]
         columns = scaled(found, [self.dense[name] for name in numbers])
         for name, value in zip(numbers, columns.tolist(), strict=True):
-            if not math.isfinite(value):  # the probabilities would be no numbers; the reader of a table refuses it too
-                raise EncodeError(f"{name}: is too large to be taken as it is; a number below 3e38 is needed")
+            if not abs(value) < _LARGEST:
+                raise EncodeError(f"{name}: is too large to be taken as it is; a number below 1e30 is needed")
         return Profile(np.concatenate(parts), columns)
 
     def _bucket(self, name: str, value: Any) -> int:
@@ -444,9 +447,13 @@ class Encoder:
 
 
 def _number(value: Any) -> float | None:
-    if value is None or (isinstance(value, int | float) and abs(value) <= 1.7e308):
-        return None if value is None else float(value)
-    raise EncodeError(f"is {type(value).__name__}; a number or null is needed")
+    if value is None:
+        return None
+    if not isinstance(value, int | float):
+        raise EncodeError(f"is {type(value).__name__}; a number or null is needed")
+    if not abs(value) <= 1.7e308:  # JSON's 1e400 is infinite here; NaN, which JSON has not, may come from a program
+        raise EncodeError("is infinite, too large or NaN; a number up to 1.7e308 or null is needed")
+    return float(value)
 
 
 def _named(name: str, read: Any, value: Any) -> Any:

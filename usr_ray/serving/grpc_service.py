@@ -6,6 +6,7 @@ the other. Statuses: INVALID_ARGUMENT for 422, RESOURCE_EXHAUSTED for 429, UNAUT
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,8 +16,9 @@ from typing import Any
 
 from usr_ray.config import UserError
 from usr_ray.serving.ranker import RequestError
-from usr_ray.serving.service import MAX_BODY_BYTES, OverloadError, Service, carries_token, check_size
+from usr_ray.serving.service import INTERNAL, MAX_BODY_BYTES, OverloadError, Service, carries_token, check_size
 
+_LOG = logging.getLogger(__name__)
 RANKING = "usr_ray.v1.Ranking"
 METHODS = {"Score": "RankAnswer", "Rank": "RankAnswer", "Events": "EventsAnswer", "Model": "Struct"}
 """Method -> message of its answer."""
@@ -127,11 +129,17 @@ class Methods:
         from google.protobuf import json_format
 
         status, content = found
-        if name != "Model":
-            self._service.count(f"grpc/{name}", status, started)
         answer = self._answers[name]()
         if status == 200:
-            return json_format.ParseDict(content, answer)
+            try:
+                json_format.ParseDict(content, answer)
+            except json_format.ParseError:  # a fault of ours: counted and told like every other
+                _LOG.exception("an answer fits no message")
+                status, content, answer = 500, {"error": INTERNAL}, self._answers[name]()
+        if name != "Model":
+            self._service.count(f"grpc/{name}", status, started)
+        if status == 200:
+            return answer
         if status == 429:
             context.set_trailing_metadata([*_RETRY_AFTER])
         named = {

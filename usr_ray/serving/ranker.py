@@ -56,6 +56,8 @@ _DEVICE_DEADLINE_S = 0.5
 """Longest wait for a call that a GPU shares among requests, once it has answered the golden ones."""
 GOLDEN_TOLERANCE = 1e-6
 _MAX_WEIGHT = 1e300
+_SUSPECT = 1e4
+"""Of a scaled number: a program that is sound gives no NaN for smaller ones."""
 STAGES = ("checks", "encoder", "program")
 """Stages of an answer: the request's fields; stores and encoder; the program, and the answer's making."""
 _FIELDS = ("request_id", "scenario", "user_id", "query", "context", "time", "candidates", "task", "k")
@@ -67,6 +69,10 @@ Program = ExportedModel | Batcher
 
 class RequestError(UserError):
     """A request that cannot be answered: one line naming the field, what was found and what is needed."""
+
+
+class ProbabilityError(UserError):
+    """The program gave a probability that is no number, and no value of the request is to blame."""
 
 
 def iso_time(micros: int) -> str:
@@ -240,7 +246,12 @@ class Ranker:
     def answered(
         self, request: Request, encoded: tuple[dict[str, NDArray[Any]], dict[str, Any], bool], *, ranked: bool
     ) -> dict[str, Any]:
-        """The answer to a checked request that was encoded, with all of its candidates."""
+        """The answer to a checked request that was encoded, with all of its candidates.
+
+        Raises:
+            RequestError: a number of the request is so large that a probability is none. ProbabilityError: it is none,
+                and the numbers are the lake's or the model's.
+        """
         inputs, unknown, is_degraded = encoded
         probs = self.predict(inputs)
         order = np.arange(len(request.candidates))
@@ -252,6 +263,9 @@ class Ranker:
         names, spec = list(probs), self.encoder.spec
         # Where nobody logs orders their heads were not trained on such rows: what they say is no probability.
         unknown_names = OF_ORDERS if spec.scenarios[request.scenario] in spec.no_order_scenarios else ()
+        is_number_N = np.isfinite([probs[name] for name in names if name not in unknown_names]).all(axis=0)
+        if not is_number_N.all():
+            raise self._not_answered(request, int(np.argmin(is_number_N)))
         none = [None] * len(order)
         columns = (none if name in unknown_names else probs[name][order].tolist() for name in names)
         rows = zip(*columns, strict=True)
@@ -268,6 +282,24 @@ class Ranker:
             "unknown": unknown,
             "degraded": is_degraded,
         }
+
+    def _not_answered(self, request: Request, place: int) -> UserError:
+        """Why a candidate has a probability that is no number."""
+        where, names = f"candidates[{place}]", self.encoder.numbers
+        sent = list(zip((f"context.{name}" for name in names["context"]), request.context.numbers, strict=True))
+        if place in request.given:
+            own = (f"{where}.features.{name}" for name in names["item"])
+            sent += zip(own, request.given[place].numbers, strict=True)
+        name, value = max(sent, key=lambda s: abs(s[1]), default=("", 0.0))
+        if abs(value) < _SUSPECT:
+            return ProbabilityError(
+                f"version {self.version['version']}: {request.candidates[place]!r:.60} has a probability that is no "
+                "number; the model, or a number that the lake has of it or of the user, is to blame: publish again"
+            )
+        return RequestError(
+            f"{where}: {request.candidates[place]!r:.60} has a probability that is no number with {name}, which is "
+            f"{value:.6g} as the model takes it; send null where a value is not known"
+        )
 
     def predict(self, inputs: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[np.float32]]:
         """The program's outputs for the inputs of one request (`encoded`)."""

@@ -26,11 +26,12 @@ from usr_ray.serving.encode import micros_of
 from usr_ray.serving.events import EventError, EventLog, checked_rows
 from usr_ray.serving.explain import Explainer
 from usr_ray.serving.metrics import ServiceMetrics
-from usr_ray.serving.ranker import Ranker, RequestError, iso_time
+from usr_ray.serving.ranker import ProbabilityError, Ranker, RequestError, iso_time
 from usr_ray.serving.versions import CANARY, GOLDEN, Pointer, read_pointer, version_folder
 
 _LOG = logging.getLogger(__name__)
 MAX_BODY_BYTES = 4 << 20
+INTERNAL = "internal error; the service's own output has its stack trace"
 _MAX_SHADOWS = 64
 """Requests that wait for the shadow; the next ones go without."""
 
@@ -151,9 +152,11 @@ class Service:
             return 422, {"error": str(error)}
         except LateError:
             return 429, {"error": "the device is behind; try again after a second"}
+        except ProbabilityError as error:
+            return 500, {"error": str(error)}
         except Exception:  # a fault of ours: it must be counted and seen like every other answer
             _LOG.exception("a request failed")
-            return 500, {"error": "internal error; the service's own output has its stack trace"}
+            return 500, {"error": INTERNAL}
 
     @property
     def ranker(self) -> Ranker:

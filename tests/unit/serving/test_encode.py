@@ -129,8 +129,18 @@ def test_a_number_that_no_float32_holds_is_refused_where_it_is_taken_as_it_is(en
     if is_good:
         assert encoder.profile("item", {"price": -1e39}).numbers.tolist() == [np.float32(-np.log1p(1e39))]
         return
-    with pytest.raises(EncodeError, match="price: is too large to be taken as it is; a number below 3e38 is needed"):
-        encoder.profile("item", {"price": 1e39})
+    assert np.isfinite(encoder.profile("item", {"price": -1e29}).numbers).all()
+    for price in (1e39, 3.4028234e38, -3.3e38, 1e37):  # the largest float32, too, stands for "no value" in logs
+        with pytest.raises(EncodeError, match=r"price: is too large to be taken as it is; a number below 1e30 is need"):
+            encoder.profile("item", {"price": price})
+
+
+def test_a_number_beyond_all_doubles_is_said_to_be_too_large(encoder):
+    for price in (json.loads("1e400"), -(10**400), float("nan")):
+        with pytest.raises(EncodeError, match=r"^price: is infinite, too large or NaN; a number up to 1.7e308 or null"):
+            encoder.profile("item", {"price": price})
+    with pytest.raises(EncodeError, match=r"^price: is str; a number or null is needed"):
+        encoder.profile("item", {"price": "1e400"})
 
 
 def test_numbers_in_buckets_are_categories_of_a_request(encoder):

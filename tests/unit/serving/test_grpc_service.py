@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from usr_ray.serving.app import make_app
 from usr_ray.serving.encode import Encoder, Profile, UserEvents
 from usr_ray.serving.grpc_service import METHODS as ANSWERS
 from usr_ray.serving.grpc_service import RANKING, GrpcServer, message_classes
-from usr_ray.serving.ranker import Ranker
+from usr_ray.serving.ranker import Ranker, RequestError
 from usr_ray.serving.service import Service, Settings
 from usr_ray.serving.stores import ItemTable, UserStore, put_items, put_users
 from usr_ray.serving.versions import move_pointer
@@ -200,6 +201,59 @@ def test_an_integer_that_a_message_may_have_rounded_is_no_id(ask):
     assert ask("Events", {"logs": {"search_clicks": [CLICK | {"click_id": 2**53 - 1}]}})[0] == "OK"
     candidate = {"id": "new", "features": {"price": 1e300}}
     assert ask("Score", GOOD | {"candidates": [candidate]})[0] == "OK"
+
+
+def scaled_by_nothing(monkeypatch, service, where):
+    """The service's numbers are taken as they are, and its program is NaN where `where` (inputs) says so."""
+    encoder = service.ranker.encoder
+    dense = tuple(dataclasses.replace(feature, scale="none") for feature in encoder.spec.dense)
+    encoder.dense.update({feature.name: feature for feature in dense})
+    predict = Program.predict
+
+    def without(self, inputs):
+        probs = predict(self, inputs)
+        return {name: np.where(where(inputs), np.float32("nan"), value) for name, value in probs.items()}
+
+    monkeypatch.setattr(Program, "predict", without)
+
+
+def test_a_number_that_leaves_no_probability_is_named_and_refused(ask, http, service, monkeypatch):
+    scaled_by_nothing(monkeypatch, service, lambda inputs: np.abs(inputs["item_dense"][:, 0]) > 1e20)
+    body = GOOD | {"candidates": [{"id": "v1"}, {"id": "new", "features": {"price": -1e25}}]}
+    words = (
+        "candidates[1]: 'new' has a probability that is no number with candidates[1].features.price, which is -1e+25 "
+        "as the model takes it; send null where a value is not known"
+    )
+    found = http.post("/v1/rank", json=body)
+    assert (found.status_code, found.json()) == (422, {"error": words})
+    assert ask("Rank", body) == ("INVALID_ARGUMENT", words)
+    with pytest.raises(RequestError, match="has a probability that is no number with"):
+        service.ranker.score(body)
+    body["candidates"][1]["features"]["price"] = -1e19
+    assert http.post("/v1/rank", json=body).status_code == 200
+
+
+def test_a_probability_that_is_none_without_such_a_number_is_a_fault_of_ours(ask, http, service, monkeypatch):
+    scaled_by_nothing(monkeypatch, service, lambda inputs: inputs["item_sparse"][:, -1] == 3)  # of v2, in the lake
+    words = (
+        "version one: 'v2' has a probability that is no number; the model, or a number that the lake has of it or of "
+        "the user, is to blame: publish again"
+    )
+    found = http.post("/v1/score", json=GOOD)
+    assert (found.status_code, found.json()) == (500, {"error": words})
+    assert ask("Score", GOOD) == ("INTERNAL", words)
+    sent = GOOD | {"candidates": [{"id": "v2"}, {"id": "v1", "features": {"price": 9.5}}]}
+    assert http.post("/v1/score", json=sent).status_code == 500
+    assert http.post("/v1/score", json=GOOD | {"candidates": [{"id": "v1"}]}).status_code == 200
+    counted = service.metrics.registry.get_sample_value
+    assert counted("usr_ray_serving_requests_total", {"path": "grpc/Score", "status": "500"}) == 1
+
+
+def test_an_answer_that_fits_no_message_is_counted_as_a_fault(ask, service, monkeypatch):
+    answered = Ranker.answer
+    monkeypatch.setattr(Ranker, "answer", lambda *a, **kw: answered(*a, **kw) | {"a field that it has not": 1})
+    assert ask("Score", GOOD) == ("INTERNAL", "internal error; the service's own output has its stack trace")
+    assert [service.metrics.requests.labels("grpc/Score", status)._value.get() for status in (200, 500)] == [0, 1]
 
 
 def test_without_the_token_and_beyond_the_queue_nothing_is_answered(ask, service):
