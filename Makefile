@@ -11,6 +11,8 @@ export PATH := $(BIN):$(PATH)
 # Everything we start listens on this machine only.
 export SPARK_LOCAL_IP := 127.0.0.1
 export SPARK_CONF_DIR := $(CURDIR)/etl/spark_conf
+# Some hundred processes import the same files: each would compile them anew where a container forbids to keep that.
+unexport PYTHONDONTWRITEBYTECODE
 
 # TorchRec on the CPU, for train.embedding_strategy = "sharded" (docs/embeddings.md). Without --no-deps it would bring
 # FBGEMM's CUDA build (500 MB), which the extra [sharded] is for. No wheel for this machine: everything else works.

@@ -5,7 +5,7 @@ Takes the modules' weights and nothing else of the code under test; every W_X^k 
 
 from __future__ import annotations
 
-import copy
+import functools
 import math
 from dataclasses import dataclass
 
@@ -48,6 +48,12 @@ class SlowUsr:
         self.sides = tables.sides
         self.vectors = {n: t.double() for n, t in tables.vectors.items()}
         self.cold = tables.cold
+        self.vector, self.item = functools.cache(self.vector), functools.cache(self.item)  # the same for every event
+        if model.interest is not None:
+            outer, inner = model.interest.outer, model.interest.inner
+            self.factors = {
+                x: (outer[x].left_OP @ outer[x].right_PI, inner[x].left_OP @ inner[x].right_PI) for x in "qkv"
+            }
 
     def embedded(self, name: str, number: int) -> Tensor:
         """Row of a table: the unknown id's of an id that is known by its vector alone."""
@@ -126,9 +132,11 @@ class SlowUsr:
         others = [*query, *means]
         sides = [x / 0.05 for x in (sums["user"], sums["item"], *others)]
         for n, tower in enumerate(self.model.inputs.interactions.towers or []):
-            first, last = (layer.double() for layer in copy.deepcopy(tower).layers[::2])
-            hidden = (first.weight @ sides[n].double() + first.bias).clamp(min=0)
-            sides[n] = sides[n] + last.weight @ hidden + last.bias
+            (first, first_bias), (last, last_bias) = (
+                map(Tensor.double, layer.parameters()) for layer in tower.layers[::2]
+            )
+            hidden = (first @ sides[n].double() + first_bias).clamp(min=0)
+            sides[n] = sides[n] + last @ hidden + last_bias
         user, item, *rest = sides
         return [0.05 * x * item for x in (user, *rest)]
 
@@ -165,8 +173,7 @@ class SlowUsr:
         generated = (ie.cores.generate.weight @ z + ie.cores.generate.bias).view(3, rank, rank)
         w = {}
         for number, x in enumerate("qkv"):
-            u = ie.outer[x].left_OP @ ie.outer[x].right_PI
-            v = ie.inner[x].left_OP @ ie.inner[x].right_PI
+            u, v = self.factors[x]
             w[x] = u @ (torch.eye(rank, dtype=z.dtype) + generated[number]) @ v
         scores = torch.stack([(w["q"] @ target) @ (w["k"] @ h) for h in events]) / math.sqrt(len(w["q"]))
         weights = torch.exp(scores) / torch.exp(scores).sum()

@@ -45,10 +45,22 @@ def test_the_page_says_of_every_table_with_raw_ids_how_a_user_is_deleted_from_it
 
 
 @functools.cache
+def nodes(path: Path) -> list[ast.AST]:
+    """All of a file."""
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+def dotted(node: ast.expr) -> str:
+    """Its text; names and attributes, nearly all that is called, without the writer of all of Python's syntax."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ast.unparse(node)
+
+
+@functools.cache
 def calls(path: Path) -> list[tuple[str, ast.Call]]:
     """(dotted name, call) of every call in a file."""
-    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-    return [(ast.unparse(node.func), node) for node in nodes if isinstance(node, ast.Call)]
+    return [(dotted(node.func), node) for node in nodes(path) if isinstance(node, ast.Call)]
 
 
 def name(path: Path) -> str:
@@ -75,12 +87,7 @@ def test_nothing_is_unpickled_or_evaluated() -> None:
                 assert keyword(call, "weights_only") is True
             if called.endswith("export.load") or called in ("torch.jit.load", "torch.package.PackageImporter"):
                 assert TRUSTED_LOAD.get(name(path)) == called
-        imports = {
-            a.name.split(".")[0]
-            for n in ast.walk(ast.parse(path.read_text()))
-            if isinstance(n, ast.Import)
-            for a in n.names
-        }
+        imports = {a.name.split(".")[0] for n in nodes(path) if isinstance(n, ast.Import) for a in n.names}
         assert not imports & {"pickle", "marshal", "shelve", "dill", "joblib"}, name(path)
 
 

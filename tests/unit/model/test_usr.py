@@ -105,6 +105,7 @@ class Recorder(nn.Module):
         (3, ("brand",), VECTORS[:2]),
     ],
 )
+@torch.no_grad()
 def test_heads_are_given_what_the_formulas_say(
     switches: dict, num_scenarios: int, sides: tuple[str, ...], vectors: tuple[VectorFeature, ...]
 ) -> None:
@@ -119,15 +120,16 @@ def test_heads_are_given_what_the_formulas_say(
     if model.global_heads is not None:
         model.global_heads = Recorder(model.global_heads)
     outputs = model(batch, as_double(tables.lookup(batch)))
-    for row in range(len(batch)):
-        expected = slow.row(batch, row)
-        torch.testing.assert_close(model.backbone.seen.x_BD[row], expected.x, rtol=1e-9, atol=1e-9)
-        if model.global_heads is not None:
-            torch.testing.assert_close(model.global_heads.seen[row], expected.joined, rtol=1e-9, atol=1e-9)
-        if outputs.interests_BSD is not None:
-            torch.testing.assert_close(outputs.interests_BSD[row], torch.stack(expected.i), rtol=1e-9, atol=1e-9)
-        if outputs.features_BSD is not None:
-            torch.testing.assert_close(outputs.features_BSD[row], torch.stack(expected.f_views), rtol=1e-9, atol=1e-9)
+    expected = [slow.row(batch, row) for row in range(len(batch))]
+    found = [(model.backbone.seen.x_BD, [row.x for row in expected])]
+    if model.global_heads is not None:
+        found.append((model.global_heads.seen, [row.joined for row in expected]))
+    if outputs.interests_BSD is not None:
+        found.append((outputs.interests_BSD, [torch.stack(row.i) for row in expected]))
+    if outputs.features_BSD is not None:
+        found.append((outputs.features_BSD, [torch.stack(row.f_views) for row in expected]))
+    for of_rows, of_each in found:
+        torch.testing.assert_close(of_rows, torch.stack(of_each), rtol=1e-9, atol=1e-9)
     seen = model.backbone.seen
     e_BE = model.scenario_embedding_SE[batch.scenario_B]
     torch.testing.assert_close(seen.scenario_embedding_BE, e_BE)
