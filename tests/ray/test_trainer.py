@@ -247,3 +247,15 @@ def test_more_gpus_than_the_machine_has_are_refused_before_ray_starts(monkeypatc
     monkeypatch.delattr(ray, "init")
     with pytest.raises(UserError, match=r"ray.use_gpu: .* need a GPU each"), ray_session(config, cluster="own"):
         pass
+
+
+def test_no_run_starts_the_actor_that_shares_out_sets_of_ray_data() -> None:
+    from ray.train.torch import TorchTrainer
+
+    from usr_ray.launch import trainer
+
+    of_ray, of_ours = (
+        {type(callback).__name__ for callback in kind(print)._create_default_callbacks()}
+        for kind in (TorchTrainer, trainer._Trainer)
+    )
+    assert of_ray - of_ours == {"DatasetsCallback"}

@@ -63,6 +63,17 @@ class RayWorker(Worker):
         ray.train.report(dict(metrics))
 
 
+class _Trainer(TorchTrainer):
+    """Ray's, without the actor that shares out Ray Data's sets among the workers, which read the table themselves.
+
+    `_create_default_callbacks` is Ray's own: where Ray no longer calls it, that actor is there again, and nothing else.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
+        return [callback for callback in callbacks if type(callback).__name__ != "DatasetsCallback"]
+
+
 def run(
     config: Config,
     lake: Path | str,
@@ -103,7 +114,7 @@ def _fit(plan: RunPlan, callbacks: Sequence[Any]) -> tuple[str, int]:
         max_failures=config.max_failures,
         controller_failure_limit=START_ATTEMPTS,  # type: ignore[call-arg]
     )
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         train_worker,  # type: ignore[arg-type]
         # Shown in the dashboard, so the configuration is in it and nothing large.
         train_loop_config={"run_dir": str(plan.run_dir), "attempt": name, "config": plan.config.to_dict()},
