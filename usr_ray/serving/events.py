@@ -8,13 +8,14 @@ user's rows when they are asked for, so that rows may come in any order.
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import fcntl
 import json
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -195,12 +196,16 @@ class EventLog:
     def _read_on(self) -> None:
         if not self.folder.is_dir():
             return
-        found = {entry.name: entry.stat().st_size for entry in os.scandir(self.folder) if entry.name.endswith(".jsonl")}
+        found: dict[str, int] = {}
+        for entry in os.scandir(self.folder):
+            if entry.name.endswith(".jsonl"):
+                with contextlib.suppress(FileNotFoundError):  # another replica has just dropped it
+                    found[entry.name] = entry.stat().st_size
         for name in sorted(found):
             if found[name] > self._offsets.get(name, 0):
-                self._read(name)
-        if len(found) > 1:
-            self._forget(found)
+                with contextlib.suppress(FileNotFoundError):
+                    self._read(name)
+        self._forget(found.keys())
 
     def _read(self, name: str) -> None:
         with (self.folder / name).open("rb") as file:
@@ -220,17 +225,19 @@ class EventLog:
                 self._rows[row.key] = row, name
                 self._of_user.setdefault(row.user, {})[row.key] = row
 
-    def _forget(self, found: Iterable[str]) -> None:
-        """Days of arrival that are over for long, on the disk and here."""
+    def _forget(self, found: Set[str]) -> None:
+        """Days of arrival that are over for long, on the disk and here, and those whose file another has dropped."""
         first = f"{dt.datetime.now(dt.UTC) - dt.timedelta(days=KEPT_DAYS):%Y-%m-%d}.jsonl"
-        over = {name for name in found if name < first}
-        if not over:
-            return
+        over = {name for name in found if name < first} if len(found) > 1 else set()
         for name in over:
             (self.folder / name).unlink(missing_ok=True)
+        gone = over | (self._offsets.keys() - found)
+        if not gone:
+            return
+        for name in gone:
             self._offsets.pop(name, None)
         for key, (row, name) in list(self._rows.items()):
-            if name in over:
+            if name in gone:
                 del self._rows[key], self._of_user[row.user][key]
                 if not self._of_user[row.user]:
                     del self._of_user[row.user]

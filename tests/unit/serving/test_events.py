@@ -21,7 +21,7 @@ from tests.unit.samples_table import samples_spec
 from usr_ray.config import Config
 from usr_ray.config.etl import LimitsConfig
 from usr_ray.serving.encode import Encoder, UserEvents
-from usr_ray.serving.events import EventError, EventLog, Row, Rules, attributed, checked_rows, with_live
+from usr_ray.serving.events import KEPT_DAYS, EventError, EventLog, Row, Rules, attributed, checked_rows, with_live
 from usr_ray.serving.publish import most_rows_a_day
 
 pytestmark = pytest.mark.unit
@@ -184,6 +184,56 @@ def test_days_that_are_over_for_long_are_forgotten(tmp_path: Any) -> None:
     assert ids(old) == [("d", 5)]
     assert [path.name for path in tmp_path.iterdir()] != ["2020-01-01.jsonl"]
     assert len(list(tmp_path.iterdir())) == 1
+
+
+class Clock(dt.datetime):
+    """A clock that a test moves on."""
+
+    day = 0
+
+    @classmethod
+    def now(cls, tz: Any = None) -> dt.datetime:
+        return dt.datetime(2026, 1, 1, 12, tzinfo=tz) + dt.timedelta(days=cls.day)
+
+
+def test_replicas_forget_a_day_whichever_of_them_dropped_its_file(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(datetime=Clock, UTC=dt.UTC, timedelta=dt.timedelta)
+    monkeypatch.setattr("usr_ray.serving.events.dt", clock)
+    one, two = EventLog(tmp_path), EventLog(tmp_path)
+    for day in range(25):
+        monkeypatch.setattr(Clock, "day", day)
+        one.append([CLICK._replace(id=f"{day:02}")])  # it drops the files, before `two` looks
+        kept = [(f"{n:02}", 5) for n in range(max(day - KEPT_DAYS, 0), day + 1)]
+        assert ids(one) == ids(two) == ids(EventLog(tmp_path)) == kept
+    assert one._offsets == two._offsets
+    assert len(two._rows) == len(two._offsets) == len(list(tmp_path.iterdir())) == KEPT_DAYS + 1
+    for file in tmp_path.iterdir():
+        file.unlink()  # whoever removes a user's rows by hand need not restart the service
+    assert ids(one) == ids(two) == []
+    assert two.append([CLICK]) == 1
+    assert ids(one) == [("c", 5)]
+
+
+def test_a_file_that_vanishes_while_the_folder_is_read_is_passed_over(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = EventLog(tmp_path)
+    log.append([CLICK])
+    (tmp_path / "2026-01-01.jsonl").symlink_to("gone")  # listed, and no file when its size is asked for
+    assert ids(log) == [("c", 5)]
+    (tmp_path / "2026-01-01.jsonl").unlink()
+    (tmp_path / "2026-01-02.jsonl").write_text(json.dumps(CLICK._replace(id="old")) + "\n")
+    read = EventLog._read
+
+    def dropped(self: EventLog, name: str) -> None:
+        if name == "2026-01-02.jsonl":
+            (tmp_path / name).unlink()
+        read(self, name)
+
+    monkeypatch.setattr(EventLog, "_read", dropped)
+    assert ids(EventLog(tmp_path)) == [("c", 5)]
 
 
 GOOD = {"click_id": "c", "user_id": 7, "item_id": "x", "event_time": "2026-01-01T00:00:00Z"}
