@@ -27,7 +27,14 @@ from usr_ray.config import UserError
 
 def move_only(registry: Path, arguments: argparse.Namespace) -> None:
     """Move the pointer to a version that is there. Raises UserError."""
-    from usr_ray.serving.versions import model_of, move_pointer, read_pointer, roll_back, with_canary  # loads Arrow
+    from usr_ray.serving.versions import (  # loads Arrow
+        model_of,
+        move_pointer,
+        read_pointer,
+        roll_back,
+        version_folder,
+        with_canary,
+    )
 
     if arguments.rollback:
         left, name = read_pointer(registry).stable, roll_back(registry)
@@ -40,6 +47,8 @@ def move_only(registry: Path, arguments: argparse.Namespace) -> None:
     canary = read_pointer(registry).canary
     if canary is None:
         raise UserError(f"--registry {registry}: has no canary; publish one with --run-dir, --lake and --canary")
+    if arguments.stable or arguments.canary > 0:
+        version_folder(registry, canary)
     if arguments.stable:
         move_pointer(registry, canary)
     else:

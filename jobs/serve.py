@@ -60,20 +60,28 @@ def listening_at(host: str, port: int, flag: str) -> socket.socket:
 
 
 def check_registry(registry: Path, device: str) -> None:
-    """Say here, in one line, what each replica would refuse behind Ray's back.
+    """Say here, in one line, what each replica would refuse, or do without, behind Ray's back.
 
     Raises:
-        UserError: a version that the pointer names is not there or of another format, or has no program for a GPU.
+        UserError: the stable version is not there or of another format, or has no program for a GPU.
     """
     from usr_ray.serving.runtime import ONNX, read_manifest, require_program
-    from usr_ray.serving.versions import MODEL, read_pointer, read_version, version_folder
+    from usr_ray.serving.versions import CANARY, MODEL, SHADOW, STABLE, read_pointer, read_version, version_folder
 
     pointer = read_pointer(registry)
-    for name in filter(None, (pointer.stable, pointer.canary, pointer.shadow)):
-        folder = version_folder(registry, name)
-        read_version(folder)
-        if device == "cuda":
-            require_program(folder / MODEL, read_manifest(folder / MODEL), ONNX)
+    for place in (STABLE, CANARY, SHADOW):
+        name = getattr(pointer, place)
+        if name is None:
+            continue
+        try:
+            folder = version_folder(registry, name)
+            read_version(folder)
+            if device == "cuda":
+                require_program(folder / MODEL, read_manifest(folder / MODEL), ONNX)
+        except UserError as error:
+            if place == STABLE:
+                raise
+            print(f"warning: served without its {place}: {error}", flush=True)
 
 
 def wait_for_signal(address: str) -> None:
@@ -148,6 +156,8 @@ def main(argv: list[str]) -> None:
     )
     if arguments.alone:
         service = Service(settings)
+        if service.last_error:
+            print(f"warning: {service.last_error}", flush=True)
         try:
             serve_alone(service, token, host=arguments.host, port=arguments.port, grpc_port=arguments.grpc_port)
         finally:

@@ -22,9 +22,10 @@ class ServiceMetrics:
     Args:
         queue: gives the number of requests that are computed or wait.
         as_of: gives the time that the stable version was published for, in seconds since 1970.
+        is_short: whether a version that the pointer names is not served.
     """
 
-    def __init__(self, queue: Callable[[], int], as_of: Callable[[], float]) -> None:
+    def __init__(self, queue: Callable[[], int], as_of: Callable[[], float], is_short: Callable[[], bool]) -> None:
         self.registry = registry = CollectorRegistry()
         self.replica = f"{platform.node()}-{os.getpid()}"
         self.requests = Counter(
@@ -52,6 +53,10 @@ class ServiceMetrics:
         self.degraded = Counter("usr_ray_serving_degraded", "Answers without history.", registry=registry)
         self.failed_swaps = Counter("usr_ray_serving_failed_swaps", "Versions not opened.", registry=registry)
         Gauge("usr_ray_serving_queue", "Requests that are computed or wait.", registry=registry).set_function(queue)
+        unopened = Gauge(
+            "usr_ray_serving_unopened", "1 while a version that the pointer names is not served.", registry=registry
+        )
+        unopened.set_function(lambda: float(is_short()))
         age = Gauge("usr_ray_serving_age_seconds", "Seconds since the stable version's as_of.", registry=registry)
         age.set_function(lambda: time.time() - as_of())
 

@@ -2,7 +2,8 @@
 
 A thread looks at the registry's pointer. When it names another version, that one is opened beside the running one: its
 files verified, its golden requests answered. Only then does the reference change, so that a request is answered by one
-version or the other, whole. A version that cannot be opened leaves the running one in place.
+version or the other, whole. A version that cannot be opened leaves the running one in place; where it is the canary or
+the shadow, the stable version answers to all without it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,13 @@ from usr_ray.serving.events import EventError, EventLog, checked_rows
 from usr_ray.serving.explain import Explainer
 from usr_ray.serving.metrics import ServiceMetrics
 from usr_ray.serving.ranker import ProbabilityError, Ranker, RequestError, iso_time
-from usr_ray.serving.versions import CANARY, GOLDEN, Pointer, read_pointer, version_folder
+from usr_ray.serving.versions import CANARY, GOLDEN, SHADOW, Pointer, read_pointer, version_folder
 
 _LOG = logging.getLogger(__name__)
 MAX_BODY_BYTES = 4 << 20
 INTERNAL = "internal error; the service's own output has its stack trace"
+_RETRY_S = 1.0, 60.0
+"""First and longest wait before a version that was not opened is tried again: each try reads all of its files."""
 _MAX_SHADOWS = 64
 """Requests that wait for the shadow; the next ones go without."""
 
@@ -78,16 +81,19 @@ class Service:
     """Answers requests with the stable version of a registry.
 
     Raises:
-        UserError: there is no version, or it cannot be opened.
+        UserError: there is no stable version, or it cannot be opened.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._log_dir = settings.log_dir or settings.registry / "log"
         self.log = EventLog(self._log_dir / "events")
-        self._served = self._opened({})
         self.last_error = ""
-        """Why the version that the pointer names is not the one that is served; '' where it is."""
+        """Why the versions that the pointer names are not those that are served; '' where they are."""
+        self._retry_at, self._retry_s = 0.0, _RETRY_S[0]
+        self._tried: Pointer | None = read_pointer(settings.registry)
+        """The pointer whose versions were opened last, or were tried; None: it cannot be read."""
+        self._served, missing = self._opened(self._tried, {})
         self._explainers: dict[Ranker, Explainer] = {}
         self._pool = ThreadPoolExecutor(settings.num_workers, thread_name_prefix="score")
         self._shadow_pool = ThreadPoolExecutor(1, thread_name_prefix="shadow")
@@ -95,7 +101,8 @@ class Service:
         self._num_queued = 0
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        self.metrics = ServiceMetrics(lambda: self._num_queued, self._as_of_s)
+        self.metrics = ServiceMetrics(lambda: self._num_queued, self._as_of_s, lambda: self.last_error != "")
+        self._note(missing)
         self._watcher = threading.Thread(target=self._watch, name="pointer", daemon=True)
         self._watcher.start()
 
@@ -252,43 +259,79 @@ class Service:
     # ---- versions
 
     def look(self) -> bool:
-        """Serve the versions that the pointer names, if it was moved; True when they were swapped."""
+        """Serve the versions that the pointer names, if it was moved; True when they were swapped.
+
+        What could not be opened is tried again after a while, which doubles while pointer and error are the same.
+        """
         try:
-            before, rankers = self._served
-            if read_pointer(self.settings.registry) == before:
-                self.last_error = ""
-                return False
-            served = self._opened(rankers)
+            pointer = read_pointer(self.settings.registry)
         except UserError as error:
-            if str(error) != self.last_error:
-                self.metrics.failed_swaps.inc()
-            self.last_error = str(error)
+            self._tried = None
+            self._note(str(error))
+            return False
+        if pointer == self._tried and (not self.last_error or time.monotonic() < self._retry_at):
+            return False
+        if pointer != self._tried:
+            self._retry_s = _RETRY_S[0]
+        self._tried = pointer
+        try:
+            served, missing = self._opened(pointer, self._served[1])
+        except Exception as broken:  # a disk that fails, too: what runs goes on
+            self._note(_words(broken))
+            return False
+        self._note(missing)
+        if served == self._served:
             return False
         # Requests that hold the old version finish with it; its files are unmapped when the last of them lets it go.
-        self._served, self.last_error = served, ""
+        self._served = served
         there = set(served[1].values())
         with self._lock:  # workers add to it
             self._explainers = {ranker: explainer for ranker, explainer in self._explainers.items() if ranker in there}
         return True
 
-    def _opened(self, before: dict[str, Ranker]) -> tuple[Pointer, dict[str, Ranker]]:
-        """The pointer and the versions that it names; those of `before` stay open."""
-        registry, threads, deadline = self.settings.registry, self.settings.num_threads, self.settings.store_deadline_s
-        pointer = read_pointer(registry)
-        names = {name for name in (pointer.stable, pointer.canary, pointer.shadow) if name is not None}
-        folders = {name: version_folder(registry, name) for name in sorted(names)}
-        return pointer, {
-            name: before.get(name)
-            or Ranker.open(folder, num_threads=threads, log=self.log, deadline_s=deadline, device=self.settings.device)
-            for name, folder in folders.items()
-        }
+    def _note(self, error: str) -> None:
+        """Keep why the pointer's versions are not served ('': they are), and when they are tried again."""
+        if error and error != self.last_error:
+            self.metrics.failed_swaps.inc()
+            self._retry_s = _RETRY_S[0]
+        self.last_error = error
+        self._retry_at = time.monotonic() + self._retry_s
+        self._retry_s = min(2 * self._retry_s, _RETRY_S[1])
+
+    def _opened(self, pointer: Pointer, before: dict[str, Ranker]) -> tuple[tuple[Pointer, dict[str, Ranker]], str]:
+        """What is served of a pointer with its versions, of which those of `before` stay open; why it is not all of it.
+
+        Canary and shadow are opened each by itself: without one the stable version answers to all.
+        """
+        settings, errors = self.settings, list[str]()
+
+        def opened(name: str) -> Ranker:
+            return before.get(name) or Ranker.open(
+                version_folder(settings.registry, name),
+                num_threads=settings.num_threads,
+                log=self.log,
+                deadline_s=settings.store_deadline_s,
+                device=settings.device,
+            )
+
+        rankers = {pointer.stable: opened(pointer.stable)}
+        for place, less in ((CANARY, {"canary": None, "share": 0.0}), (SHADOW, {"shadow": None})):
+            name = getattr(pointer, place)
+            if name is None:
+                continue
+            try:
+                rankers[name] = rankers.get(name) or opened(name)
+            except Exception as error:  # none of the stable version's
+                errors.append(f"served without its {place}: {_words(error)}")
+                pointer = replace(pointer, **less)
+        return (pointer, rankers), "; ".join(errors)
 
     def _watch(self) -> None:
         while not self._stopped.wait(self.settings.poll_s):
             try:
                 self.look()
-            except Exception as error:  # a disk that fails must not end the thread: what runs goes on
-                self.last_error = f"{type(error).__name__}: {error}"
+            except Exception as error:  # nothing may end the thread
+                self.last_error = _words(error)
 
     def close(self) -> None:
         """Finish the requests in work and end the threads."""
@@ -296,6 +339,10 @@ class Service:
         self._watcher.join()
         self._pool.shutdown()
         self._shadow_pool.shutdown()
+
+
+def _words(error: Exception) -> str:
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
 
 
 def _chosen(pointer: Pointer, rankers: dict[str, Ranker], request: Any) -> tuple[str, Ranker]:

@@ -29,8 +29,8 @@ from usr_ray.serving.runtime import FEATURE_SPEC, changed_file, described, read_
 FORMAT = 3
 VERSION, POINTER, VERSIONS = "version.json", "current.json", "versions"
 MODEL, VOCABULARY_FOLDER, GOLDEN = "model", "vocabularies", "golden.json"
-STABLE, CANARY = "stable", "canary"
-"""Buckets."""
+STABLE, CANARY, SHADOW = "stable", "canary", "shadow"
+"""Places of the pointer; the first two are buckets, too."""
 PRUNED_AFTER_S = 86_400.0
 """Age from which `prune` deletes a version."""
 _PUBLISH = "publish one with jobs/publish.py"
@@ -114,17 +114,21 @@ def read_pointer(registry: Path) -> Pointer:
 
 
 def move_pointer(registry: Path, name: str) -> None:
-    """Make a version the stable one; one that was the canary or the shadow is no longer."""
+    """Make a version the stable one; one that was the canary or the shadow, or whose folder is gone, is none now."""
     pointer = Pointer(name)
     if (registry / POINTER).exists():
         old = read_pointer(registry)
         # One that is stable already has no other place to go back to than it had.
         pointer = replace(old, stable=name, before=old.before if old.stable == name else (*old.before, old.stable))
-        if old.canary == name:
+        if old.canary == name or _is_gone(registry, old.canary):
             pointer = replace(pointer, canary=None, share=0.0)
-        if old.shadow == name:
+        if old.shadow == name or _is_gone(registry, old.shadow):
             pointer = replace(pointer, shadow=None)
     pointer.write(registry)
+
+
+def _is_gone(registry: Path, name: str | None) -> bool:
+    return name is not None and not (registry / VERSIONS / name).is_dir()
 
 
 def with_canary(registry: Path, name: str, share: float) -> None:

@@ -46,7 +46,7 @@ def metrics(text: str) -> set[str]:
 
 def serving_metrics() -> set[str]:
     """As Prometheus stores them."""
-    published = ServiceMetrics(lambda: 0, lambda: 0.0)
+    published = ServiceMetrics(lambda: 0, lambda: 0.0, lambda: False)
     types = {metric.name: metric.type for metric in published.collect()}
     endings = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket",)}
     return {name + ending for name, kind in types.items() for ending in endings[kind]}

@@ -378,6 +378,7 @@ def test_the_job_moves_the_pointer_without_a_run(tmp_path):
         with pytest.raises(UserError, match=r"has no canary; publish one with --run-dir"):
             publish_job(["--registry", str(tmp_path), *words])
     with_canary(tmp_path, "two", 0.5)
+    (tmp_path / "versions" / "two").mkdir()
     publish_job(["--registry", str(tmp_path), "--canary", "0.1"])
     assert read_pointer(tmp_path) == Pointer("one", canary="two", share=0.1)
     publish_job(["--registry", str(tmp_path), "--stable"])

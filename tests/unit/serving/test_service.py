@@ -15,14 +15,15 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from jobs.serve import read_token
+from jobs.publish import main as publish_job
+from jobs.serve import check_registry, read_token
 from tests.unit.samples_table import samples_spec
 from usr_ray.config import UserError
 from usr_ray.serving.app import make_app
 from usr_ray.serving.events import EventError, EventLog, checked_rows
 from usr_ray.serving.ranker import _FIELDS, Ranker, RequestError, iso_time
 from usr_ray.serving.service import OverloadError, Service, Settings, parsed
-from usr_ray.serving.versions import Pointer, RegistryError, move_pointer, roll_back
+from usr_ray.serving.versions import Pointer, RegistryError, move_pointer, read_pointer, roll_back
 
 pytestmark = pytest.mark.unit
 
@@ -65,6 +66,8 @@ def service(tmp_path, monkeypatch):
     def opened(folder, *, num_threads, log, deadline_s, device):
         if folder.name == "torn":
             raise RegistryError("versions/torn: missing or changed since it was published; publish again")
+        if folder.name == "fails":
+            raise OSError("a disk that fails")
         return Version(folder.name, log)
 
     monkeypatch.setattr(Ranker, "open", opened)
@@ -160,14 +163,114 @@ def test_the_canary_answers_to_its_users_and_the_shadow_to_nobody(service, clien
     assert client.post("/v1/score", content=body).status_code == 200
     about = client.get("/v1/model").json()
     assert (about["canary"]["version"], about["shadow"]["version"], about["share"]) == ("two", "two", 0.5)
-    # A canary that is torn stays out, and the rollback ends both.
-    Pointer("one", canary="torn", share=0.5).write(tmp_path)
-    assert not service.look()
-    assert client.get("/v1/model").json()["canary"]["version"] == "two"
+    # The rollback ends both.
     Pointer("two", ("one",), canary="torn", share=0.5).write(tmp_path)
     assert roll_back(tmp_path) == "one"
     assert service.look()
     assert {client.post("/v1/score", json=GOOD | {"user_id": f"u{n}"}).json()["version"] for n in range(40)} == {"one"}
+
+
+def asked_of_many(client):
+    """Bucket and version of the answers to forty users."""
+    answers = [client.post("/v1/score", json=GOOD | {"user_id": f"u{n}"}).json() for n in range(40)]
+    return {(answer["bucket"], answer["version"]) for answer in answers}
+
+
+@pytest.mark.parametrize("place", ["canary", "shadow"])
+@pytest.mark.parametrize("broken", ["torn", "gone", "fails"])
+def test_without_its_canary_or_shadow_the_stable_version_starts_changes_and_answers_to_all(
+    service, client, tmp_path, place, broken
+):
+    (tmp_path / "versions" / "fails").mkdir()
+    words = {
+        "torn": "versions/torn: missing or changed since it was published",
+        "gone": f"--registry {tmp_path}: current.json names gone, which is not there; publish",
+        "fails": "OSError: a disk that fails",
+    }
+    named = {place: broken, "share": 0.5 if place == "canary" else 0.0}
+    Pointer("one", **{place: "two"}, share=named["share"]).write(tmp_path)
+    assert service.look()
+    Pointer("one", **named).write(tmp_path)
+    assert service.look()  # no longer with the version that the pointer does not name
+    Pointer("two", **named).write(tmp_path)
+    assert service.look()
+    started = Service(Settings(tmp_path, poll_s=60))
+    try:
+        for other in (service, started):
+            about = other.about()
+            assert about["last_error"].startswith(f"served without its {place}: {words[broken]}")
+            assert (about["stable"]["version"], about[place], about["share"]) == ("two", None, 0.0)
+            assert other.metrics.registry.get_sample_value("usr_ray_serving_unopened") == 1
+            assert other.metrics.registry.get_sample_value("usr_ray_serving_failed_swaps_total") == 1
+            assert asked_of_many(TestClient(make_app(other))) == {("stable", "two")}
+    finally:
+        started.close()
+    Pointer("two").write(tmp_path)
+    service.look()
+    assert service.metrics.registry.get_sample_value("usr_ray_serving_unopened") == service.about()["share"] == 0
+    Pointer(broken).write(tmp_path)
+    with pytest.raises(OSError if broken == "fails" else UserError):  # without a stable one there is no service
+        Service(Settings(tmp_path))
+
+
+def test_a_start_on_ray_is_refused_for_the_stable_version_alone(service, tmp_path, capsys):
+    for name in ("one", "two"):
+        (tmp_path / "versions" / name / "version.json").write_text('{"format": 3}')
+    Pointer("one", canary="gone", share=0.1, shadow="torn").write(tmp_path)
+    check_registry(tmp_path, "cpu")
+    canary, shadow = capsys.readouterr().out.splitlines()
+    assert canary.startswith(f"warning: served without its canary: --registry {tmp_path}: current.json names gone, ")
+    assert shadow.startswith(f"warning: served without its shadow: {tmp_path}/versions/torn: holds no readable version")
+    Pointer("torn", canary="two", share=0.1).write(tmp_path)
+    with pytest.raises(RegistryError, match=r"versions/torn: holds no readable version.json"):
+        check_registry(tmp_path, "cpu")
+
+
+def test_a_canary_that_is_gone_can_be_ended_but_gets_no_users(service, tmp_path):
+    Pointer("one", canary="gone", share=0.1, shadow="gone too").write(tmp_path)
+    for words in (["--stable"], ["--canary", "0.5"]):
+        with pytest.raises(RegistryError, match=r"current.json names gone, which is not there; publish one"):
+            publish_job(["--registry", str(tmp_path), *words])
+    assert read_pointer(tmp_path) == Pointer("one", canary="gone", share=0.1, shadow="gone too")
+    publish_job(["--registry", str(tmp_path), "--canary", "0"])
+    assert read_pointer(tmp_path).canary is None
+    Pointer("one", canary="gone", share=0.1, shadow="gone too").write(tmp_path)
+    move_pointer(tmp_path, "two")  # a publication ends what is gone
+    assert read_pointer(tmp_path) == Pointer("two", ("one",))
+
+
+def test_what_was_not_opened_is_tried_again_at_longer_and_longer_times(service, tmp_path, monkeypatch):
+    now, tried = [100.0], []
+    opened = Ranker.open
+
+    def noted(folder, **settings):
+        tried.append((now[0], folder.name))
+        return opened(folder, **settings)
+
+    monkeypatch.setattr(Ranker, "open", noted)
+    monkeypatch.setattr("usr_ray.serving.service.time.monotonic", lambda: now[0])
+    move_pointer(tmp_path, "torn")
+    for tenth in range(0, 2000, 5):  # as the thread looks, twice a second, for 200 seconds
+        now[0] = 100 + tenth / 10
+        assert not service.look()
+    assert tried == [(100.0 + after, "torn") for after in (0, 1, 3, 7, 15, 31, 63, 123, 183)]
+    assert service.metrics.failed_swaps._value.get() == 1
+    # A pointer that is moved is tried at once; with an error that is another one the waits begin anew.
+    del tried[:]
+    (tmp_path / "versions" / "torn").rmdir()
+    Pointer("two", shadow="torn").write(tmp_path)
+    for tenth in range(0, 60, 5):
+        now[0] = 400 + tenth / 10
+        assert service.look() == (tenth == 0)
+    assert tried == [(400.0, "two")]  # a folder that is not there costs nothing
+    assert service.metrics.failed_swaps._value.get() == 2
+    (tmp_path / "versions" / "torn").mkdir()
+    monkeypatch.setattr(Ranker, "open", lambda folder, **settings: Version(folder.name))
+    now[0] = 406.5
+    assert not service.look()
+    now[0] = 407.0
+    assert service.look()
+    assert (service.about()["shadow"]["version"], service.last_error) == ("torn", "")
 
 
 def test_the_shadows_scores_are_logged_and_its_faults_are_its_own(service, client, tmp_path):
