@@ -16,13 +16,32 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from usr_ray.cli import JobParser, check_lake, check_output, check_run_dir, number_in, run_job
 from usr_ray.config import UserError
+
+_OF_NEW = ("--run-dir", "--lake", "--users", "--for-gpu")
+
+
+def say_age(version: Mapping[str, Any]) -> None:
+    """Print up to when a version (version.json) knows its users, and whether posted events can fill the time since."""
+    from usr_ray.serving.encode import micros_of
+    from usr_ray.serving.events import kept_from
+
+    as_of, first = version["as_of"], kept_from().isoformat()
+    print(f"it knows its users up to {as_of}; what came later is in their histories as far as it was posted")
+    if micros_of(as_of) < micros_of(first):
+        print(
+            f"warning: the log of posted events goes back to {first} at most, so histories lack what happened from "
+            f"{as_of} to then, and answers do not say so; publish that model anew: jobs/daily.py --use DATE "
+            "--registry, or this job with its --run-dir and --lake"
+        )
 
 
 def move_only(registry: Path, arguments: argparse.Namespace) -> None:
@@ -31,18 +50,24 @@ def move_only(registry: Path, arguments: argparse.Namespace) -> None:
         model_of,
         move_pointer,
         read_pointer,
+        read_version,
         roll_back,
+        rollback_place,
         version_folder,
         with_canary,
     )
 
     if arguments.rollback:
-        left, name = read_pointer(registry).stable, roll_back(registry)
-        models = model_of(name), model_of(left)
+        left = read_pointer(registry)
+        place = rollback_place(registry, left)
+        version = {} if place is None else read_version(version_folder(registry, left.before[place]))
+        name = roll_back(registry)
+        models = model_of(name), model_of(left.stable)
         of = (
             "no other model was stable before" if len({*models}) == 1 else "model {} in the place of {}".format(*models)
         )
         print(f"{registry}: {name} is stable again, without canary and shadow ({of})")
+        say_age(version)
         return
     canary = read_pointer(registry).canary
     if canary is None:
@@ -74,10 +99,16 @@ def main(argv: list[str]) -> None:
     )
     arguments = parser.parse_args(argv)
     registry: Path = arguments.registry
-    moves = arguments.rollback or (arguments.run_dir is None and (arguments.stable or arguments.canary is not None))
-    if moves or (arguments.prune and arguments.run_dir is None and arguments.lake is None):
-        if arguments.users is not None:
-            raise UserError("--users: is for a new version; name its --run-dir and --lake, or leave it out")
+    of_new = {flag: getattr(arguments, flag[2:].replace("-", "_")) for flag in _OF_NEW}
+    given = [flag for flag, value in of_new.items() if value not in (None, False)]
+    goes_back = "--rollback" if arguments.rollback else "--stable" if arguments.stable else None
+    if goes_back and given:
+        raise UserError(f"{given[0]}: is for a new version, and {goes_back} serves one that is there; leave it out")
+    is_named = arguments.run_dir is not None or arguments.lake is not None
+    moves = goes_back is not None or (arguments.canary is not None and not is_named)
+    if moves or (arguments.prune and not is_named):
+        if given:
+            raise UserError(f"{given[0]}: is for a new version; name its --run-dir and --lake, or leave it out")
         if moves:
             move_only(registry, arguments)
     else:

@@ -139,6 +139,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: requests share calls on a GPU")
     parser.add_argument("--page", action="store_true", help="a page at /; it shows what users have done")
     arguments = parser.parse_args(argv)
+    if arguments.alone and arguments.replicas > 1:
+        raise UserError("--replicas: --alone is one process; leave one of them out, or give it more --workers")
     token = read_token(arguments.token_file, arguments.host)
     if arguments.grpc_port is not None and not arguments.alone and token is None:
         raise UserError("--grpc-port: Ray Serve listens for gRPC on every address; name a --token-file, or add --alone")

@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from usr_ray import __version__
@@ -103,10 +104,23 @@ def make_app(service: Service, token: str | None = None) -> FastAPI:
         """Impressions, clicks and orders, which the next request's histories see."""
         return await answer(request, service.submit_events)
 
+    app.add_exception_handler(HTTPException, _refused)
     _add_about(app, service)
     if page is not None:
         _add_page(app, service, answer)
     return app
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    """404 and 405 as every other refusal."""
+    assert isinstance(error, HTTPException)
+    allowed = ", ".join(filter(None, [(error.headers or {}).get("Allow")]))
+    words = {
+        404: "is no path of this service; /docs has them all",
+        405: f"does not take {request.method}; it takes {allowed}",
+    }
+    content = {"error": f"{request.url.path} {words.get(error.status_code, error.detail)}"}
+    return Response(orjson.dumps(content), error.status_code, error.headers, media_type="application/json")
 
 
 def _add_about(app: FastAPI, service: Service) -> None:

@@ -30,7 +30,14 @@ IMPRESSION, CLICK, ORDER = "impressions", "clicks", "orders"
 _IDS = {IMPRESSION: "impression_id", CLICK: "click_id", ORDER: "order_id"}
 _OPTIONAL = {IMPRESSION: ("query",), CLICK: ("impression_id",), ORDER: ()}
 KEPT_DAYS = 8
-"""Days of arrival that the log holds: longer than two publications and the label windows lie apart."""
+"""Days of arrival that the log holds. Daily publications need two; a version that a rollback goes back to may be older,
+and lacks then what is neither in it nor in the log."""
+
+
+def kept_from() -> dt.datetime:
+    """The beginning of the first UTC day of arrival that a log still holds."""
+    now = dt.datetime.now(dt.UTC)
+    return dt.datetime(now.year, now.month, now.day, tzinfo=dt.UTC) - dt.timedelta(days=KEPT_DAYS)
 
 
 class EventError(UserError):
@@ -227,7 +234,7 @@ class EventLog:
 
     def _forget(self, found: Set[str]) -> None:
         """Days of arrival that are over for long, on the disk and here, and those whose file another has dropped."""
-        first = f"{dt.datetime.now(dt.UTC) - dt.timedelta(days=KEPT_DAYS):%Y-%m-%d}.jsonl"
+        first = f"{kept_from():%Y-%m-%d}.jsonl"
         over = {name for name in found if name < first} if len(found) > 1 else set()
         for name in over:
             (self.folder / name).unlink(missing_ok=True)

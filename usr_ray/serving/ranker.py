@@ -427,6 +427,12 @@ class Ranker:
             except (TypeError, ValueError) as error:
                 needed = "ISO 8601 with a zone is needed, such as 2026-01-08T12:00:00Z"
                 raise RequestError(f"time: {raw!r} cannot be read; {needed}") from error
+        if time_us < self._exact_from_us and raw is None:
+            raise RequestError(
+                f"time: it is {iso_time(time_us)} by the service's clock, which is before "
+                f"{iso_time(self._exact_from_us)}, the newest event that this version was published with; set the "
+                "clock, or publish from logs that do not lie ahead"
+            )
         if time_us < self._exact_from_us:
             raise RequestError(
                 f"time: {iso_time(time_us)} is before {iso_time(self._exact_from_us)}, up to which this version's "

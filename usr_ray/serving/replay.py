@@ -228,8 +228,10 @@ class _Replayer:
         edges = self._encoder.edges[name]
         if number < FIRST_ID:
             return None
-        if number == FIRST_ID:  # below all edges
-            return float(np.nextafter(edges[0], -np.inf)) if edges else 0.0
+        if not edges:
+            return 0.0
+        if number == FIRST_ID:  # below all edges, in float32 too, which buckets go by (encode.bucket_id)
+            return float(np.nextafter(np.float32(edges[0]), np.float32(-np.inf)))
         return edges[number - FIRST_ID - 1]
 
     def _compare(

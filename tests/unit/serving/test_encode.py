@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-import os
 import threading
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,30 +13,25 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
 
-from jobs.publish import main as publish_job
+from etl.kernel.features import bucket_ids
 from tests.unit.random_batches import make_lists
 from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
-from usr_ray.config import UserError
 from usr_ray.data.events import COLUMNS
 from usr_ray.data.manifest import build_manifest
-from usr_ray.schema import DenseFeature, SparseFeature
-from usr_ray.serving.encode import EncodeError, Encoder, Profile, UserEvents, ValueIndex, category_text, scaled
-from usr_ray.serving.ranker import MAX_CANDIDATES, Ranker, RequestError
-from usr_ray.serving.replay import _unscaled
-from usr_ray.serving.stores import ItemTable, StoreError, UserStore, instant_after, write_items, write_users
-from usr_ray.serving.versions import (
-    PRUNED_AFTER_S,
-    Pointer,
-    RegistryError,
-    in_use,
-    move_pointer,
-    read_pointer,
-    roll_back,
-    stable_folder,
-    verified_version,
-    version_files,
-    with_canary,
+from usr_ray.schema import FIRST_ID, UNKNOWN_ID, DenseFeature, SparseFeature
+from usr_ray.serving.encode import (
+    EncodeError,
+    Encoder,
+    Profile,
+    UserEvents,
+    ValueIndex,
+    bucket_id,
+    category_text,
+    scaled,
 )
+from usr_ray.serving.ranker import MAX_CANDIDATES, Ranker, RequestError
+from usr_ray.serving.replay import _Replayer, _unscaled
+from usr_ray.serving.stores import ItemTable, StoreError, UserStore, instant_after, write_items, write_users
 
 pytestmark = pytest.mark.unit
 
@@ -166,6 +159,16 @@ def test_a_replay_finds_a_value_of_a_scaled_number_again(scale):
     assert scaled(again, [feature] * 5).tolist() == columns.tolist()
 
 
+@pytest.mark.parametrize("edges", [(), (0.0,), (3.0, 7.0), (-5.5, 0.1, 0.3), (1e-45, 2e38)])
+def test_a_replay_finds_a_value_in_each_bucket_of_a_number(edges):
+    edges = tuple(np.array(edges, np.float32).tolist())  # as the build fits them
+    replayer = SimpleNamespace(_encoder=SimpleNamespace(edges={"n": edges}))
+    for bucket in range(UNKNOWN_ID, FIRST_ID + len(edges) + 1):
+        value = _Replayer._in_bucket(replayer, "n", bucket)
+        assert bucket_id(value, edges) == bucket
+        assert bucket_ids(np.array([np.nan if value is None else value]), edges).tolist() == [bucket]
+
+
 def test_categories_are_texts():
     assert [category_text(v) for v in ("a", 7, True, "", None)] == ["a", "7", "true", None, None]
     for value in (1.5, [], "\ud800"):
@@ -289,139 +292,6 @@ def test_stores_that_are_not_there_are_refused_in_one_line(encoder, tmp_path):
         UserStore(tmp_path, encoder)
 
 
-def test_a_rollback_leaves_the_model_behind_and_not_only_its_newest_publication(tmp_path, capsys):
-    """The 10th good; the 11th bad, and published again on the 12th and 13th, as jobs/daily.py does on held days."""
-    good, *bad = ("20260110T030000-900d", "20260111T030000-0bad", "20260112T030000-0bad", "20260113T030000-0bad")
-    for name in (good, *bad):
-        (tmp_path / "versions" / name).mkdir(parents=True)
-        move_pointer(tmp_path, name)
-        wanted = {good, name}
-        assert in_use(tmp_path) == wanted, "whose users stay in Redis"
-    publish_job(["--registry", str(tmp_path), "--rollback"])
-    assert capsys.readouterr().out == (
-        f"{tmp_path}: {good} is stable again, without canary and shadow (model 900d in the place of 0bad)\n"
-    )
-    assert read_pointer(tmp_path) == Pointer(good)
-    # Where all are of one model, the one before; one whose folder was removed cannot be served.
-    Pointer(bad[2], (bad[0], bad[1])).write(tmp_path)
-    (tmp_path / "versions" / bad[1]).rmdir()
-    publish_job(["--registry", str(tmp_path), "--rollback"])
-    assert capsys.readouterr().out.endswith("(no other model was stable before)\n")
-    assert read_pointer(tmp_path) == Pointer(bad[0])
-
-
-def test_pruning_leaves_what_is_served_what_a_rollback_would_serve_and_what_is_a_day_old(tmp_path, capsys):
-    old = time.time() - PRUNED_AFTER_S - 60
-    words = ["--registry", str(tmp_path), "--prune"]
-    with pytest.raises(RegistryError, match=r"holds no readable current\.json"):
-        publish_job(words)  # nobody knows what is in use
-    folders = ("1-a", "2-b", "3-b", "4-b", "5-c", "6-d", "7-e", ".tmp-killed", ".tmp-now")
-    for name in folders:
-        (tmp_path / "versions" / name).mkdir(parents=True)
-        (tmp_path / "versions" / name / "items.arrow").write_bytes(b"x")
-        if name not in ("7-e", ".tmp-now"):
-            os.utime(tmp_path / "versions" / name, (old, old))
-    # 4-b is stable, a rollback goes to the model before, 1-a; 5-c is the canary, 6-d the shadow.
-    Pointer("4-b", ("1-a", "2-b", "3-b"), canary="5-c", share=0.1, shadow="6-d").write(tmp_path)
-    publish_job(words)
-    assert capsys.readouterr().out == f"{tmp_path}: deleted .tmp-killed, 2-b, 3-b\n"
-    left = {path.name for path in (tmp_path / "versions").iterdir()}
-    assert left == {"1-a", "4-b", "5-c", "6-d", "7-e", ".tmp-now"}
-    publish_job([*words, "--rollback"])  # 2-b and 3-b are passed over; then nothing but 1-a is in use
-    assert read_pointer(tmp_path).stable == "1-a"
-    assert {path.name for path in (tmp_path / "versions").iterdir()} == {"1-a", "7-e", ".tmp-now"}
-    capsys.readouterr()
-    publish_job(words)
-    assert capsys.readouterr().out == f"{tmp_path}: deleted nothing: no version is out of use for a day\n"
-    with pytest.raises(UserError, match="--users: is for a new version"):
-        publish_job([*words, "--users", "redis://127.0.0.1:1/0"])
-    with pytest.raises(UserError, match="--lake is missing"):
-        publish_job([*words, "--run-dir", str(tmp_path)])
-
-
-def test_the_pointer_moves_and_goes_back(tmp_path):
-    with pytest.raises(RegistryError, match=r"holds no readable current.json; publish one"):
-        stable_folder(tmp_path)
-    for name in ("one", "two", "three"):
-        (tmp_path / "versions" / name).mkdir(parents=True)
-        move_pointer(tmp_path, name)
-    move_pointer(tmp_path, "three")  # once more
-    with_canary(tmp_path, "four", 0.25)
-    assert read_pointer(tmp_path) == Pointer("three", ("one", "two"), "four", 0.25)
-    move_pointer(tmp_path, "four")  # what was the canary has become stable
-    assert read_pointer(tmp_path) == Pointer("four", ("one", "two", "three"))
-    with_canary(tmp_path, "five", 0.25)
-    assert roll_back(tmp_path) == "three"
-    assert read_pointer(tmp_path) == Pointer("three", ("one", "two"))
-    with_canary(tmp_path, "five", 0.0)
-    assert read_pointer(tmp_path).canary is None
-    assert (roll_back(tmp_path), roll_back(tmp_path)) == ("two", "one")
-    assert stable_folder(tmp_path).name == "one"
-    with pytest.raises(RegistryError, match="no version was stable before one"):
-        roll_back(tmp_path)
-    move_pointer(tmp_path, "gone")
-    with pytest.raises(RegistryError, match=r"names gone, which is not there"):
-        stable_folder(tmp_path)
-    for strange in ('{"stable": "x", "before": [], "share": 2}', '{"stable": "x", "before": [], "x": 1}', "[]"):
-        (tmp_path / "current.json").write_text(strange)
-        with pytest.raises(RegistryError, match=r"holds no readable current\.json"):
-            read_pointer(tmp_path)
-    (tmp_path / "current.json").write_text('{"stable": "../x", "before": []}')
-    with pytest.raises(RegistryError, match=r"names '../x', which is no version"):
-        stable_folder(tmp_path)
-
-
-def test_the_job_moves_the_pointer_without_a_run(tmp_path):
-    (tmp_path / "versions" / "one").mkdir(parents=True)
-    Pointer("one").write(tmp_path)
-    for words in (["--canary", "0.1"], ["--stable"]):
-        with pytest.raises(UserError, match=r"has no canary; publish one with --run-dir"):
-            publish_job(["--registry", str(tmp_path), *words])
-    with_canary(tmp_path, "two", 0.5)
-    (tmp_path / "versions" / "two").mkdir()
-    publish_job(["--registry", str(tmp_path), "--canary", "0.1"])
-    assert read_pointer(tmp_path) == Pointer("one", canary="two", share=0.1)
-    publish_job(["--registry", str(tmp_path), "--stable"])
-    assert read_pointer(tmp_path) == Pointer("two", ("one",))
-    publish_job(["--registry", str(tmp_path), "--rollback"])
-    assert read_pointer(tmp_path) == Pointer("one")
-    with pytest.raises(UserError, match="--run-dir is missing"):
-        publish_job(["--registry", str(tmp_path), "--shadow"])
-
-
-def test_the_canary_has_its_share_of_the_users_and_keeps_them():
-    users = [f"u{n}" for n in range(20_000)]
-
-    def canaries(name, share):
-        return {user for user in users if Pointer("one", canary=name, share=share).bucket(user) == "canary"}
-
-    tenth, third = canaries("two", 0.1), canaries("two", 0.3)
-    # Of a binomial's standard deviation, 42 and 65 users, five.
-    assert abs(len(tenth) - 2_000) < 5 * 42
-    assert abs(len(third) - 6_000) < 5 * 65
-    assert tenth < third
-    assert canaries("two", 1.0) == set(users)
-    assert canaries("two", 0.0) == set()
-    other = canaries("three", 0.1)  # another canary meets other users: of 2,000 some 200
-    assert len(tenth & other) < 300
-
-
-def test_a_version_with_a_changed_file_is_refused(tmp_path):
-    with pytest.raises(RegistryError, match=r"holds no readable version.json"):
-        verified_version(tmp_path)
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "b").write_text("x")
-    about = {"format": 3, "files": version_files(tmp_path)}
-    (tmp_path / "version.json").write_text(json.dumps(about))
-    assert list(verified_version(tmp_path)["files"]) == ["a/b"]
-    (tmp_path / "a" / "b").write_text("y")
-    with pytest.raises(RegistryError, match="b: missing or changed since it was published"):
-        verified_version(tmp_path)
-    (tmp_path / "version.json").write_text('{"format": 2}')  # its users were under other keys
-    with pytest.raises(RegistryError, match=r"format 2, this version reads 3; publish one with jobs/publish\.py"):
-        verified_version(tmp_path)
-
-
 GOOD = {"scenario": "search", "user_id": "u1", "candidates": ["v1"], "time": "2026-01-02T00:00:00Z"}
 BAD = [
     ([], r"^request: is list; an object is needed"),
@@ -442,6 +312,10 @@ BAD = [
     ({"candidates": ["v1", ""]}, r"^candidates\[1\]: is ''"),
     ({"context": {"x": 1}}, r"^context: unknown feature 'x'; features of the context are: none"),
     ({"context": 3}, r"^context: is int; an object of features"),
+    (
+        {"time": "2025-12-31T23:59:59Z"},
+        r"^time: 2025-.* is before 2026-01-01.*, up to which .* go; leave it out, or",
+    ),
     ({"time": "noon"}, r"^time: 'noon' cannot be read; ISO 8601"),
     ({"time": "2026-01-02T00:00:00"}, r"^time: .* cannot be read"),
     ({"time": 3}, r"^time: 3 cannot be read"),
@@ -471,6 +345,15 @@ def ranker(encoder):
 def test_bad_requests_are_refused_in_one_line(ranker, change, message):
     with pytest.raises(RequestError, match=message):
         ranker.checked(GOOD | change if isinstance(change, dict) else change)
+
+
+def test_a_clock_that_is_behind_is_said_where_no_time_was_sent(ranker):
+    ranker._exact_from_us = 4_000_000_000_000_000  # 2096
+    for asked in ({k: v for k, v in GOOD.items() if k != "time"}, GOOD | {"time": None}):
+        with pytest.raises(
+            RequestError, match=r"^time: it is 20.* by the service's clock, .* before 2096-.*; set the c"
+        ):
+            ranker.checked(asked)
 
 
 @pytest.mark.parametrize("weight", [1.0, 1e-60, 1e250])

@@ -392,6 +392,9 @@ def test_requests_without_the_token_are_counted_under_one_path_whatever_they_ask
 def test_the_page_is_off_unless_asked_for_and_its_data_need_the_token(service, tmp_path):
     paths = ("/", "/v1/examples", "/v1/explain")
     off = TestClient(make_app(service))
+    assert off.get("/").json() == {"error": "/ is no path of this service; /docs has them all"}
+    assert off.get("/v1/rank").json() == {"error": "/v1/rank does not take GET; it takes POST"}
+    assert (off.get("/v1/rank").status_code, off.get("/v1/rank").headers["allow"]) == (405, "POST")
     assert [off.request("POST" if "explain" in path else "GET", path).status_code for path in paths] == [404] * 3
     service.settings = dataclasses.replace(service.settings, page=True)
     golden = [{"request": GOOD | {"scenario": "search", "user_id": "u"}, "items": []}]
