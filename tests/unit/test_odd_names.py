@@ -33,7 +33,7 @@ from usr_ray.training.worker import LocalWorker
 
 pytestmark = pytest.mark.unit
 
-NUM_WORLDS = int(os.environ.get("USR_RAY_ODD_NAMES", "2"))
+NUM_WORLDS = int(os.environ.get("USR_RAY_ODD_NAMES", "1"))
 NUM_ROWS = 160
 FEATURES = (
     *(
@@ -155,7 +155,8 @@ class _Metric:
 # An export is the dear one: tests/e2e/test_export.py has it of a run and into a folder with odd names, and
 # tests/unit/serving/test_export_model.py has which vocabularies go along.
 @pytest.mark.parametrize(
-    ("seed", "is_exported"), [*((n, False) for n in range(NUM_WORLDS)), pytest.param(0, True, marks=pytest.mark.slow)]
+    ("seed", "is_exported"),
+    [*((n, False) for n in range(NUM_WORLDS)), *(pytest.param(n, n == 0, marks=pytest.mark.slow) for n in (0, 1))],
 )
 def test_names_of_any_kind_go_the_whole_way(
     seed: int, is_exported: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -232,7 +233,7 @@ def test_dates_of_any_kind_are_right_or_refused(tmp_path: Path, capsys: pytest.C
             assert not output.exists(), text
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, 1, pytest.param(2, marks=pytest.mark.slow)])
 def test_settings_of_any_value_are_taken_or_refused_before_a_run_begins(seed: int, tmp_path: Path) -> None:
     """Keys of each section with values of each kind, together with what a small run needs."""
     rng = random.Random(seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -71,19 +72,25 @@ def write_page(path: Path, template: str, **context: Any) -> Path:
 
     What a template forgets to be given is an error; texts are escaped.
     """
+    context |= {"task_names": TASK_NAMES, "dash": DASH}
+    written = (
+        f"Written {dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M} UTC by usr-ray {__version__}; this file needs no network."
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, _pages().get_template(template).render(context, footer=written))
+    return path
+
+
+@functools.cache
+def _pages() -> jinja2.Environment:
+    """The templates, each compiled once."""
     folder = resources.files("usr_ray.reporting").joinpath("templates")
     loader = jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8"))
     pages = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, loader=loader, trim_blocks=True, lstrip_blocks=True
     )
     pages.filters |= {"count": count, "share": share, "signed": signed, "interval": interval, "cell": cell_name}
-    context |= {"task_names": TASK_NAMES, "dash": DASH}
-    written = (
-        f"Written {dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M} UTC by usr-ray {__version__}; this file needs no network."
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, pages.get_template(template).render(context, footer=written))
-    return path
+    return pages
 
 
 def count(number: float | None) -> str:

@@ -16,6 +16,8 @@ import pytest
 from etl.sources import SOURCES, find_source
 from etl.sources import writer as writer_module
 from etl.sources.writer import LogWriter, input_files, text_column
+from jobs import ingest_logs
+from usr_ray.cli import run_job
 from usr_ray.config import UserError
 
 pytestmark = pytest.mark.unit
@@ -156,8 +158,9 @@ def test_the_job_runs_from_anywhere_and_prints_the_logs(tmp_path: Path) -> None:
     assert "day 4 of 4" in done.stderr
 
 
-def test_the_job_ends_with_2_and_one_line(tmp_path: Path) -> None:
-    done = ingest("--source", "kuairand", "--logs", tmp_path / "logs")
-    assert done.returncode == 2
-    assert done.stderr == ("error: --source kuairand: --input is missing; name the folder with the data set's files\n")
+def test_the_job_ends_with_2_and_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_job(ingest_logs.main, ["--source", "kuairand", "--logs", str(tmp_path / "logs")]) == 2
+    assert capsys.readouterr().err == (
+        "error: --source kuairand: --input is missing; name the folder with the data set's files\n"
+    )
     assert not (tmp_path / "logs").exists()

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.etl_oracle import Windows, World, expected, unique, without_giants
 from tests.unit.etl_worlds import NOON, SECOND, duplicated, windows_of, worlds
+from tests.unit.examples import depth
 from tests.unit.samples_table import samples_spec
 from usr_ray.config import Config
 from usr_ray.config.etl import LimitsConfig
@@ -69,7 +70,7 @@ def number(feature: str, value: str | None) -> int:
     return 0 if value is None else IDS[feature].numbers[value]
 
 
-@settings(max_examples=100, deadline=None)
+@depth(40)
 @given(data=st.data(), world=worlds(), windows=windows_of(max_user_day_rows=0))
 def test_a_request_sees_what_the_etl_would_have_shown_it(
     data: Any, world: World, windows: Windows, tmp_path_factory: Any

@@ -50,6 +50,18 @@ def lake(tmp_path_factory):
     return make_lake(tmp_path_factory.mktemp("lake"))
 
 
+@pytest.fixture(scope="module")
+def run_of(lake, tmp_path_factory):
+    """(backbone, is_plain) -> a run of it on the lake, made once; its model stays as it is."""
+
+    @functools.cache
+    def made(backbone, is_plain):
+        folder = tmp_path_factory.mktemp("run")
+        return load_run(make_run(folder, lake, backbone=backbone, **(PLAIN if is_plain else {})))
+
+    return made
+
+
 @functools.cache
 def real_batches(lake, size=64):
     """Batches of all rows, the last one with padding rows."""
@@ -80,8 +92,8 @@ def assert_parity(run, lake):
 
 
 @pytest.mark.parametrize(("backbone", "is_plain"), MODELS, ids=NAMES)
-def test_every_backbone_serves_what_it_was_trained_to_say(lake, tmp_path, backbone, is_plain):
-    assert_parity(load_run(make_run(tmp_path, lake, backbone=backbone, **(PLAIN if is_plain else {}))), lake)
+def test_every_backbone_serves_what_it_was_trained_to_say(lake, run_of, backbone, is_plain):
+    assert_parity(run_of(backbone, is_plain), lake)
 
 
 @pytest.mark.parametrize(
@@ -205,8 +217,8 @@ def every_kind(tmp_path, is_plain):
     return batch, run
 
 
-def test_a_row_alone_equals_the_row_in_a_batch(lake, tmp_path):
-    run = load_run(make_run(tmp_path, lake, backbone="m2m"))
+def test_a_row_alone_equals_the_row_in_a_batch(lake, run_of):
+    run = run_of("m2m", False)
     model = ServingModel(run.module, run.tables, run.spec)
     inputs = padded_inputs(real_batches(lake, 16)[0], run.spec)
     together = model(inputs)
@@ -216,8 +228,8 @@ def test_a_row_alone_equals_the_row_in_a_batch(lake, tmp_path):
             torch.testing.assert_close(value, together[name][row : row + 1], rtol=0, atol=1e-6)
 
 
-def test_the_training_model_is_left_as_it_was(lake, tmp_path):
-    run = load_run(make_run(tmp_path, lake, backbone="apg"))
+def test_the_training_model_is_left_as_it_was(run_of):
+    run = run_of("apg", False)
     before = {name: value.clone() for name, value in run.module.state_dict().items()}
     model = ServingModel(run.module, run.tables, run.spec)
     after = run.module.state_dict()
@@ -347,8 +359,8 @@ def assert_a_request_equals_its_rows(module, tables, spec, row=3):
 
 
 @pytest.mark.parametrize(("backbone", "is_plain"), MODELS, ids=NAMES)
-def test_a_request_equals_its_rows_one_by_one(lake, tmp_path, backbone, is_plain):
-    run = load_run(make_run(tmp_path, lake, backbone=backbone, **(PLAIN if is_plain else {})))
+def test_a_request_equals_its_rows_one_by_one(run_of, backbone, is_plain):
+    run = run_of(backbone, is_plain)
     assert_a_request_equals_its_rows(run.module, run.tables, run.spec)
 
 
