@@ -138,6 +138,12 @@ def _of_clock(log: EventLog, mine: DataFrame, events: DataFrame, config: Config)
     num_rejected = some.count()
     if not gaps:
         where = "impression" if log.kind == KIND_CLICK else "click"
+        other = some.join(of_item, on=list(keys)).select("impression_id", "shown").limit(1).collect()
+        if other:  # users and items are right: 7.0 for 7, say
+            return (
+                f"no {where} has their impression_id, such as {other[0]['impression_id']!r}, where those of their user "
+                f"and item have ids such as {other[0]['shown']!r}: look at impression_id in logs.{log.name}.columns; "
+            )
         return f"no {where} is of their user and item: look at the ids that both logs are given; "
     shift = clock_shift(list(gaps.values()), window)
     if shift and 2 * shift[1] > num_rejected:

@@ -378,7 +378,14 @@ def check_meaning(path: str, properties: Mapping[str, str], config: Config) -> N
             f"{path}: was not made by jobs/build_samples.py (it has no property {CONFIG_PROPERTY}); move that table "
             f"away, {_NEW_LAKE}"
         )
-    if found := first_difference(json.loads(properties[CONFIG_PROPERTY]), config.row_meaning()):
+    saved, meaning = json.loads(properties[CONFIG_PROPERTY]), config.row_meaning()
+    if ("counters" in saved) != ("counters" in meaning):  # else named by the first key of many, such as the prior
+        raise DataCheckError(
+            f"{path}: built with{'' if 'counters' in saved else 'out'} counters, the configuration has "
+            f"{'some' if 'counters' in meaning else 'none'}; rows of both would mix: "
+            f"{'leave them out' if 'counters' in meaning else 'take the old [counters]'} {_NEW_LAKE}"
+        )
+    if found := first_difference(saved, meaning):
         key, before, now = found
         raise DataCheckError(
             f"{path}: built with {config.key_of(key)} = {json.dumps(before)}, the configuration has "

@@ -23,16 +23,18 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from etl.build.account import Account, unique_features
+from etl.build.reject_limits import _of_clock
 from etl.build.samples import BuildRequest, Progress, build_samples
 from etl.checks import DataCheckError, LogCount
+from etl.kernel.events import KIND_CLICK, KIND_IMPRESSION
 from etl.lake.tables import Lake
-from etl.logs.events import REASON, read_features
+from etl.logs.events import REASON, EventLog, read_features
 from etl.logs.files import LogFolder
 from etl.logs.mapping import as_written, map_columns
 from jobs import score
 from tests.spark.conftest import EXAMPLE
 from usr_ray.cli import run_job
-from usr_ray.config import LogConfig, load_config
+from usr_ray.config import Config, LogConfig, load_config
 from usr_ray.launch.alone import run_alone
 
 pytestmark = pytest.mark.spark
@@ -187,6 +189,23 @@ def test_of_several_rows_of_an_item_the_fullest_stays(spark: SparkSession) -> No
     found = unique_features(table.withColumn(REASON, F.lit(None).cast("string")), "items", "item_id", account)
     assert sorted(map(tuple, found.collect())) == [("a", "b", 5.0), ("b", "y", None)]
     assert account.total("items") == LogCount(rows_in=5, duplicates=3, used=2)
+
+
+def test_clicks_of_impressions_under_another_id_name_that_column(spark: SparkSession) -> None:
+    """Users and items fit, the id does not: 7.0, as pandas writes a 7 beside a missing value."""
+    clicks = EventLog(name="search_clicks", kind=KIND_CLICK, scenario=0, key="click_id", required=())
+    time = dt.datetime(2026, 3, 27, 10)
+    columns = "id string, impression_id string, user_id string, item_id string, event_time timestamp"
+    shown = spark.createDataFrame([("7", None, "u", "a", time)], columns)
+    shown = shown.withColumns({"kind": F.lit(KIND_IMPRESSION), "reason": F.lit(None).cast("string")})
+    mine = spark.createDataFrame([("c", "7.0", "u", "a", time)], columns)
+    assert _of_clock(clicks, mine, shown, Config()) == (
+        "no impression has their impression_id, such as '7.0', where those of their user and item have ids such as "
+        "'7': look at impression_id in logs.search_clicks.columns; "
+    )
+    others = mine.withColumn("user_id", F.lit("another"))
+    told = _of_clock(clicks, others, shown, Config())
+    assert told == "no impression is of their user and item: look at the ids that both logs are given; "
 
 
 def frame(spark: SparkSession, kind: str, *values: Any) -> DataFrame:

@@ -358,7 +358,8 @@ def build(kind: type, raw: Any, *, path: str) -> Any:
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{path} must be a section, got {raw!r}")
     hints = _hints(kind)
-    for taker in (key.name for key in dataclasses.fields(kind) if key.metadata.get("takes_sections")):
+    takers = [key.name for key in dataclasses.fields(kind) if key.metadata.get("takes_sections")]
+    for taker in takers:
         others = {k: v for k, v in raw.items() if k not in hints and isinstance(v, Mapping)}
         if others:
             raw = {k: v for k, v in raw.items() if k not in others} | {taker: {**raw.get(taker, {}), **others}}
@@ -366,10 +367,14 @@ def build(kind: type, raw: Any, *, path: str) -> Any:
     if unknown:
         where = f"{path}." if path else ""
         owner = path or "the configuration"
-        near = difflib.get_close_matches(unknown[0], hints, n=1)
+        own = [key for key in hints if key not in takers]
+        near = difflib.get_close_matches(unknown[0], own, n=1)
         hint = f"; did you mean '{where}{near[0]}'?" if near else ""
-        raise ConfigError(f"unknown key '{where}{unknown[0]}'; {owner} has: {', '.join(hints)}{hint}")
-    values = {k: _convert(hints[k], v, path=f"{path}.{k}" if path else k) for k, v in raw.items()}
+        sections = [f"[{where}NAME]"] if takers else []
+        raise ConfigError(f"unknown key '{where}{unknown[0]}'; {owner} has: {', '.join([*own, *sections])}{hint}")
+    # Sections that a key takes stand beside the others: it is no part of their paths.
+    paths = {k: path if k in takers else f"{path}.{k}" if path else k for k in raw}
+    values = {k: _convert(hints[k], v, path=paths[k]) for k, v in raw.items()}
     check_values(kind, values, path)
     return kind(**values)
 

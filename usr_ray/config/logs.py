@@ -27,7 +27,7 @@ def spark_time_pattern(text: str) -> str:
     Numbers between other text may lack their leading zero; numbers that touch ("%Y%m%d") have their full width.
 
     Raises:
-        ValueError: a code that Spark cannot parse, a lone %, or no code at all.
+        ValueError: a code that Spark cannot parse, a lone %, no code at all, or an hour of a clock that is twice a day.
     """
     parts = re.findall(r"%(.)|([^%]+)|(%)", text, flags=re.DOTALL)
     if not any(code for code, _, _ in parts):
@@ -43,6 +43,9 @@ def spark_time_pattern(text: str) -> str:
             pattern += _OTHER[code]
         else:
             raise ValueError(f"%{code} is not among %{' %'.join([*_FIXED, *_OTHER])}")
+    codes = {code for code, _, _ in parts}
+    if "I" in codes and "p" not in codes:
+        raise ValueError("%I without %p is an hour of the morning or of the afternoon; write %H for 0 to 23")
     return pattern
 
 
@@ -99,10 +102,11 @@ class LogConfig:
             require(not empty, f"{where}.{key}.{''.join(empty[:1])} is empty; name at least one")
         empty = [name for name, text in self.split.items() if not text]
         require(not empty, f"{where}.split.{''.join(empty[:1])} is empty; name what stands between the values")
+        why = _fault_of_time_format(self.time_format)
         require(
-            _is_time_format(self.time_format),
+            not why,
             f"{where}.time_format must be 'iso', 's', 'ms', 'us', 'ns' or a pattern of strptime such as "
-            f"'%d.%m.%Y %H:%M:%S', got {self.time_format!r}",
+            f"'%d.%m.%Y %H:%M:%S', got {self.time_format!r}: {why}",
         )
         require(
             _is_time_zone(self.time_zone),
@@ -132,14 +136,14 @@ def _is_time_zone(name: str) -> bool:
     return name == "UTC" or known(name) or not known("Europe/London")
 
 
-def _is_time_format(text: str) -> bool:
+def _fault_of_time_format(text: str) -> str:
     if text == ISO or text in TIME_UNITS_NS:
-        return True
+        return ""
     try:
         spark_time_pattern(text)
-    except ValueError:
-        return False
-    return True
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def log_names(scenarios: Sequence[str]) -> list[str]:

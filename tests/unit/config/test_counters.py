@@ -182,11 +182,15 @@ def test_scenarios_whose_orders_are_unknown_are_in_no_cvr_over_all(
             r"^counters.defaults: two of the default counters would be user_brand_scenario; call the cat",
         ),
         (('counters.windows=["a week"]',), r"^counters.windows must name days, each once, .* got \['a week'\]"),
-        (('counters.a.keys=["query"]', "counters.a.window=1"), r"unknown key 'counters.named.a.window'"),
+        (
+            ('counters.a.keys=["query"]', "counters.a.window=1"),
+            r"unknown key 'counters.a.window'; counters.a has: keys, windows",
+        ),
         (('counters.A-b.keys=["query"]',), r"counters: 'A-b' must be lower-case letters, digits and '_'"),
         (
             ("counters.priro=3",),
-            r"unknown key 'counters.priro'; counters has: prior, .*did you mean 'counters.prior'\?",
+            r"unknown key 'counters.priro'; counters has: prior, warmup_days, defaults, windows, events, "
+            r"\[counters.NAME\]; did you mean 'counters.prior'\?",
         ),
         (("counters.prior=0",), r"counters.prior must be in \(0, 1e9\], got 0"),
         (
@@ -237,6 +241,11 @@ def test_a_lake_of_three_windows_names_the_key_to_set() -> None:
     table = {CONFIG_PROPERTY: json.dumps(named.row_meaning(), sort_keys=True)}
     with pytest.raises(DataCheckError, match=r'counters.item.windows = \["1d"\], the configuration has \["all"\]'):
         check_meaning("lake/samples", table, load_config(None, ('counters.item.keys=["item_id"]',)))
+    with pytest.raises(DataCheckError, match=r"built with counters, .* has none; .* the old \[counters\] "):
+        check_meaning("lake/samples", table, load_config(None))
+    without = {CONFIG_PROPERTY: json.dumps(load_config(None).row_meaning(), sort_keys=True)}
+    with pytest.raises(DataCheckError, match=r"built without counters, the configuration has some; .* leave them out "):
+        check_meaning("lake/samples", without, named)
 
 
 @pytest.mark.parametrize("is_named", [True, False])

@@ -63,6 +63,7 @@ def test_every_scenario_has_its_logs() -> None:
             "logs.orders.time_format must be 'iso', 's', 'ms', 'us', 'ns' or a pattern",
         ),
         ("logs.orders.time_format='%Q'", "logs.orders.time_format must be 'iso'"),
+        ("logs.orders.time_format='%d.%m.%Y %I:%M'", "got '%d.%m.%Y %I:%M': %I without %p is an hour of the morning"),
         ("logs.orders.time_zone=Berlin", "logs.orders.time_zone 'Berlin' is unknown; write it as 'UTC' or 'Europe/B"),
         ("logs.orders.columns={order_id=''}", "logs.orders.columns.order_id is empty; name at least one"),
         ("logs.orders.columns={order_id=[]}", "logs.orders.columns.order_id is empty; name at least one"),
