@@ -77,6 +77,8 @@ CONFIG_PROPERTY = "usr_ray.etl_config"
 FITTED_PROPERTY = "usr_ray.fitted"
 """Delta table property of the samples: JSON of the dates that vocabularies and scales were fitted on, and of the last
 vocabulary.min_count."""
+NULLS_PROPERTY = "usr_ray.null_values"
+"""Delta table property of the samples: JSON of each log's `null_values`, as the newest build had them."""
 FEATURE_SPEC_PROPERTY = "usr_ray.feature_spec"
 """Delta table property of `<lake>/samples` with the FeatureSpec as JSON.
 

@@ -27,6 +27,7 @@ from usr_ray.schema import (
     FEATURE_SPEC_PROPERTY,
     ITEM_FEATURES,
     LABEL_ORDER,
+    NULLS_PROPERTY,
     PARTITION_COLUMN,
     REJECTS,
     SAMPLES,
@@ -176,6 +177,12 @@ def list_constraints(spec: FeatureSpec) -> dict[str, str]:
     }
 
 
+def null_property(nulls: Mapping[str, Sequence[str]]) -> str:
+    """schema.NULLS_PROPERTY: JSON in which no quote ends a text of SQL, and no dollar begins a variable of Spark's."""
+    text = json.dumps({name: list(values) for name, values in nulls.items()}, sort_keys=True)
+    return text.replace("'", "\\u0027").replace("$", "\\u0024")
+
+
 def prepare_samples(
     spark: SparkSession, lake: Lake, spec: FeatureSpec, config: Config, versions: Mapping[str, int | str]
 ) -> None:
@@ -186,6 +193,9 @@ def prepare_samples(
     """
     path = lake.path(SAMPLES)
     properties = {FEATURE_SPEC_PROPERTY: spec.to_json()} | {name: str(found) for name, found in versions.items()}
+    nulls = {name: log.null_values for name, log in config.logs.items() if log.null_values}
+    if nulls:
+        properties[NULLS_PROPERTY] = null_property(nulls)
     if not lake.has(spark, SAMPLES):
         properties[CONFIG_PROPERTY] = json.dumps(config.row_meaning(), sort_keys=True)
         rules = label_constraints() | list_constraints(spec)
@@ -193,6 +203,8 @@ def prepare_samples(
         create_table(spark, lake, SAMPLES, samples_schema(spec), PARTITION_COLUMN, properties)
         return
     there = table_properties(spark, path)
+    if NULLS_PROPERTY in there:
+        properties[NULLS_PROPERTY] = null_property(nulls)
     if any(there.get(name) != value for name, value in properties.items()):
         # The spec is JSON of names checked by the configuration; quotes are doubled for SQL all the same.
         escaped = {name: value.replace("\\", "\\\\").replace("'", "\\'") for name, value in properties.items()}

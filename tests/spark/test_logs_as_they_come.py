@@ -22,12 +22,13 @@ from pyspark.sql import functions as F
 from etl.build.samples import BuildRequest, Progress, build_samples
 from etl.checks import DataCheckError
 from etl.kernel.events import context_column
-from etl.lake.tables import Lake
+from etl.lake.tables import Lake, prepare_samples
 from etl.logs.events import REASON, event_logs, read_events, read_features
 from etl.logs.files import LogFolder
 from etl.logs.mapping import iso_instant
 from tests.spark.test_build_samples import rows_of
 from usr_ray.config import LogConfig, load_config
+from usr_ray.data.manifest import build_manifest, null_values
 
 pytestmark = pytest.mark.spark
 
@@ -424,6 +425,15 @@ def test_texts_that_mean_no_value_are_told_and_bytes_of_another_encoding_rejecte
     assert {"Jürgen", "Jörgen"} < {row["user_id"] for row in rows}
     assert {row["city_index"] for row in rows if row["user_id"] in ("u0", "u1", "u2")} == {0}
     assert not any("null_values" in line for line in lines)
+    manifest = build_manifest(tmp_path / "second", dates=None)
+    assert null_values(manifest) == {"feed_impressions": ["NULL"], "users": ["\\N"]}, "a service applies them too"
+    odd = ["it's", "${spark.app.name}", "\\N", '"', "", "ж"]
+    logs_of = {"feed_impressions": LogConfig(null_values=tuple(odd))}
+    for found in (logs_of, {}):
+        config = replace(load_config(None, (*PLAIN, features)), logs=found)
+        prepare_samples(spark, Lake(str(tmp_path / "second")), manifest.spec, config, {})
+        newest = build_manifest(tmp_path / "second", dates=None)
+        assert null_values(newest) == dict.fromkeys(found, odd)
 
 
 def test_headers_with_blanks_and_in_another_case_are_those_of_the_contract(spark: SparkSession, tmp_path: Path) -> None:

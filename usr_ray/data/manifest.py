@@ -33,6 +33,7 @@ from usr_ray.schema import (
     FITTED_PROPERTY,
     ITEM_FEATURES,
     ITEM_FEATURES_PROPERTY,
+    NULLS_PROPERTY,
     PARTITION_COLUMN,
     SAMPLES,
     VECTOR_TABLES,
@@ -269,6 +270,12 @@ def _about(table: Any, table_uri: str) -> dict[str, Any]:
         "built_with": table.metadata().configuration.get(CONFIG_PROPERTY, ""),
         "fitted": table.metadata().configuration.get(FITTED_PROPERTY, ""),
     }
+
+
+def null_values(manifest: Manifest) -> dict[str, list[str]]:
+    """Log -> its `null_values`, as the newest build of the samples had them. Raises UserError: the table is gone."""
+    table = open_table(manifest.table_uri, manifest.version)
+    return dict(json.loads(table.metadata().configuration.get(NULLS_PROPERTY, "{}")))
 
 
 def first_counted_date(lake: Path | str) -> str | None:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import bisect
 import datetime as dt
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ EVENT_HOUR = "event_hour"
 _NUM_HOURS = 24
 _SEED = 42
 """Seed of Spark's xxhash64."""
+_NULL_NUMBER = re.compile(r"[+-]?\d{1,15}(?:\.\d*)?")
 _FIXED = ("user_id", "item_id", "query", EVENT_HOUR)
 EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _LARGEST = 1e30
@@ -172,6 +174,23 @@ def category_text(value: Any) -> str | None:
     except UnicodeEncodeError:
         raise EncodeError("is no Unicode text; send UTF-8") from None
     return value or None
+
+
+def without_nulls(value: Any, nulls: Collection[str]) -> Any:
+    """A raw value, or None where a log's `null_values` say that it stands for none; a list without those that do.
+
+    As the build has it (etl/logs/mapping.py): texts by themselves, -1 and -1.0 alike, blanks round a tag are no part.
+    """
+    if not nulls or value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return None if value in nulls else value
+    if isinstance(value, int | float):
+        is_null = str(value) in nulls or value in [float(text) for text in nulls if _NULL_NUMBER.fullmatch(text)]
+        return None if is_null else value
+    if isinstance(value, list | tuple):
+        return [one for one in value if (one.strip() if isinstance(one, str) else one) not in nulls]
+    return value
 
 
 @dataclass(frozen=True, slots=True)

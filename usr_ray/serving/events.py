@@ -15,7 +15,7 @@ import json
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ import numpy as np
 
 from usr_ray.config import DAY_US, LabelsConfig, UserError
 from usr_ray.schema import ACTION_CLICK, ACTION_ORDER
-from usr_ray.serving.encode import EncodeError, Encoder, UserEvents, category_text, event_keys, micros_of
+from usr_ray.serving.encode import EncodeError, Encoder, UserEvents, category_text, event_keys, micros_of, without_nulls
 
 IMPRESSION, CLICK, ORDER = "impressions", "clicks", "orders"
 _IDS = {IMPRESSION: "impression_id", CLICK: "click_id", ORDER: "order_id"}
@@ -282,8 +282,13 @@ def with_live(stored: UserEvents, rows: Sequence[Row], rules: Rules, encoder: En
 # ---- from a request
 
 
-def checked_rows(raw: Any, scenarios: Sequence[str]) -> list[Row]:
+def checked_rows(
+    raw: Any, scenarios: Sequence[str], null_values: Mapping[str, Collection[str]] | None = None
+) -> list[Row]:
     """The rows of a post: an object of logs, such as {"search_clicks": [{"click_id": ...}, ..], "orders": [..]}.
+
+    Args:
+        null_values: log -> texts that stand for no value in it.
 
     Raises:
         EventError: a log, a field or a value is none.
@@ -298,11 +303,12 @@ def checked_rows(raw: Any, scenarios: Sequence[str]) -> list[Row]:
         if not isinstance(entries, list):
             raise EventError(f"{log}: is {type(entries).__name__}; a list of rows is needed")
         scenario, kind = logs[log]
-        rows += [_row(entry, scenario, kind, f"{log}[{n}]") for n, entry in enumerate(entries)]
+        nulls = (null_values or {}).get(log, ())
+        rows += [_row(entry, scenario, kind, nulls, f"{log}[{n}]") for n, entry in enumerate(entries)]
     return rows
 
 
-def _row(raw: Any, scenario: str | None, kind: str, where: str) -> Row:
+def _row(raw: Any, scenario: str | None, kind: str, nulls: Collection[str], where: str) -> Row:
     if not isinstance(raw, Mapping):
         raise EventError(f"{where}: is {type(raw).__name__}; an object is needed")
     names = (_IDS[kind], "user_id", "item_id", "event_time", "ingest_time", *_OPTIONAL[kind])
@@ -314,7 +320,7 @@ def _row(raw: Any, scenario: str | None, kind: str, where: str) -> Row:
         if isinstance(raw.get(name), bool):
             raise EventError(f"{where}.{name}: is bool; a string or an integer is needed")
         try:
-            return category_text(raw.get(name))
+            return category_text(without_nulls(raw.get(name), nulls))
         except EncodeError as error:
             raise EventError(f"{where}.{name}: {error}") from error
 
@@ -326,7 +332,8 @@ def _row(raw: Any, scenario: str | None, kind: str, where: str) -> Row:
 
     id_, user, item = (needed(name) for name in (_IDS[kind], "user_id", "item_id"))
     time_us = _micros(raw.get("event_time"), f"{where}.event_time")
-    known_us = time_us if raw.get("ingest_time") is None else _micros(raw["ingest_time"], f"{where}.ingest_time")
+    ingest = without_nulls(raw.get("ingest_time"), nulls)
+    known_us = time_us if ingest is None else _micros(ingest, f"{where}.ingest_time")
     of = [text(name) for name in _OPTIONAL[kind]]
     return Row(kind, id_, user, item, scenario, time_us, known_us, of[0] if of else None)
 

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from usr_ray.config import LabelsConfig
 from usr_ray.data.events import read_events
-from usr_ray.data.manifest import Manifest, build_manifest
+from usr_ray.data.manifest import Manifest, build_manifest, null_values
 from usr_ray.data.rows import read_rows
 from usr_ray.files import sync
 from usr_ray.serving.counters import lake_counters, planned_counters
@@ -98,6 +98,7 @@ def publish(
             "scenarios": exported["scenarios"],
             "as_of": iso_time(as_of),
             "rules": asdict(Rules.of(LabelsConfig(**exported["labels"]), most_rows_a_day(manifest))),
+            "null_values": null_values(manifest),
             "lake": {"uri": manifest.table_uri, "samples": manifest.version, "state": state_version}
             | ({} if counted is None else {"counters": sums_version}),
             "items": num_items,

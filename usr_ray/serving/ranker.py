@@ -11,7 +11,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -33,6 +33,7 @@ from usr_ray.serving.encode import (
     UserEvents,
     category_text,
     micros_of,
+    without_nulls,
 )
 from usr_ray.serving.events import EventLog, Row, Rules, with_live
 from usr_ray.serving.runtime import ExportedModel
@@ -118,6 +119,8 @@ class Ranker:
         self._counters = counters
         self._exact_from_us = exact_from_us
         self._rules = Rules(**version["rules"])
+        self.null_values: Mapping[str, Collection[str]] = version.get("null_values", {})
+        """Log -> texts that stand for no value in it; versions published before the builds noted them have none."""
         self._log: EventLog | None = None
         self._readers: ThreadPoolExecutor | None = None
         self._deadline_s: float | None = None
@@ -369,7 +372,9 @@ class Ranker:
         scenario = raw.get("scenario")
         if scenario not in spec.scenarios:
             raise RequestError(f"scenario: {scenario!r} is not known; there are: {', '.join(spec.scenarios)}")
-        query = None if raw.get("query") in (None, "") else _text(raw["query"], "query")  # as the build takes it
+        nulls = self.null_values.get(f"{scenario}_impressions", ())
+        query = without_nulls(raw.get("query"), nulls)
+        query = None if query in (None, "") else _text(query, "query")  # as the build takes it
         if query and scenario not in spec.query_scenarios:
             raise RequestError(f"query: {scenario} has no queries; leave it out")
         candidates, given = self._candidates(raw.get("candidates"))
@@ -384,7 +389,7 @@ class Ranker:
             scenario=spec.scenarios.index(str(scenario)),
             user_id=_text(raw.get("user_id"), "user_id"),
             query=query,
-            context=self._profile("context", raw.get("context"), "context"),
+            context=self._profile("context", raw.get("context"), "context", nulls),
             time_us=self._time(raw.get("time")),
             candidates=candidates,
             given=given,
@@ -398,7 +403,7 @@ class Ranker:
             raise RequestError(f"candidates: {found}; a list of 1 to {MAX_CANDIDATES} items is needed")
         if _are_texts(raw):
             return raw, {}
-        names, given = [], {}
+        names, given, nulls = [], {}, self.null_values.get("items", ())
         for place, candidate in enumerate(raw):
             where = f"candidates[{place}]"
             item = candidate if isinstance(candidate, Mapping) else {"id": candidate}
@@ -407,13 +412,15 @@ class Ranker:
                 raise RequestError(f"{where}: unknown field {strange[0]!r}; an item has: id, features")
             names.append(_text(item.get("id"), where))
             if item.get("features") is not None:
-                given[place] = self._profile("item", item["features"], f"{where}.features", names[-1])
+                given[place] = self._profile("item", item["features"], f"{where}.features", nulls, names[-1])
         return names, given
 
-    def _profile(self, owner: str, raw: Any, where: str, own_id: str | None = None) -> Profile:
+    def _profile(self, owner: str, raw: Any, where: str, nulls: Collection[str], own_id: str | None = None) -> Profile:
         if raw is not None and not isinstance(raw, Mapping):
             raise RequestError(f"{where}: is {type(raw).__name__}; an object of features is needed")
         try:
+            if nulls and raw:
+                raw = {name: without_nulls(value, nulls) for name, value in raw.items()}
             return self.encoder.profile(owner, raw or {}, own_id)
         except EncodeError as error:
             raise RequestError(f"{where}: {error}") from error

@@ -199,7 +199,8 @@ class Service:
         return 200, explainer.answer(request) | {"bucket": bucket}
 
     def _keep(self, body: bytes, read: Read) -> tuple[int, dict[str, Any]]:
-        rows = checked_rows(read(body), self.ranker.encoder.spec.scenarios)
+        ranker = self.ranker
+        rows = checked_rows(read(body), ranker.encoder.spec.scenarios, ranker.null_values)
         try:
             num_new = self.log.append(rows)
         except OSError as error:

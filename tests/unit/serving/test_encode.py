@@ -28,6 +28,7 @@ from usr_ray.serving.encode import (
     bucket_id,
     category_text,
     scaled,
+    without_nulls,
 )
 from usr_ray.serving.ranker import MAX_CANDIDATES, Ranker, RequestError
 from usr_ray.serving.replay import _Replayer, _unscaled
@@ -345,6 +346,55 @@ def ranker(encoder):
 def test_bad_requests_are_refused_in_one_line(ranker, change, message):
     with pytest.raises(RequestError, match=message):
         ranker.checked(GOOD | change if isinstance(change, dict) else change)
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ("NULL", None),
+        ("null", "null"),
+        ("-1", None),
+        (-1, None),
+        (-1.0, None),
+        (1, 1),
+        (2.5, None),
+        (None, None),
+        (True, True),
+        (["a", " NULL ", "-1", "b "], ["a", "b "]),
+        ({"x": 1}, {"x": 1}),
+        (10**400, 10**400),
+    ],
+)
+def test_what_stands_for_no_value_is_null_as_the_build_has_it(value, found):
+    assert without_nulls(value, ["NULL", "-1", "2.50"]) == found
+    assert without_nulls(value, ()) is value
+
+
+def test_null_values_of_the_logs_are_nulls_of_a_request(encoder):
+    """Query and context by the scenario's impressions, features of items by the items' log."""
+    device = SparseFeature(name="device", column="device_index", num_embeddings=50, owner="context")
+    encoder = Encoder(replace(encoder.spec, sparse=(*encoder.spec.sparse, device)), {}, 50)
+    version = {"version": "v", "rules": {"click_window": 0, "order_window": 0}}
+    nulls = {"search_impressions": ["-"], "items": ["n/a", "-1"]}
+    with_nulls = Ranker(version | {"null_values": nulls}, None, encoder, (None, None), exact_from_us=FIRST)
+    without = Ranker(version, None, encoder, (None, None), exact_from_us=FIRST)
+
+    def asked(ranker, query, device, brand, price, scenario="search"):
+        given = {"id": "new", "features": {"brand": brand, "price": price}}
+        found = ranker.checked(
+            GOOD | {"scenario": scenario, "query": query, "context": {"device": device}, "candidates": [given]}
+        )
+        profile = found.given[0]
+        return found.query, found.context.ids.tolist(), profile.ids.tolist(), profile.numbers.tolist()
+
+    nothing = asked(without, None, None, None, None)
+    assert nothing == (None, [0], [0], [0.0])
+    assert asked(with_nulls, "-", "-", "n/a", -1) == nothing
+    assert asked(without, "-", "-", "n/a", -1)[0] == "-"
+    whole = ("red -", "n/a", "-", 4.0)
+    assert asked(with_nulls, *whole) == asked(without, *whole)
+    other = (None, "-", "-", 1.5, "recommendation")  # another scenario's log says nothing of "-"
+    assert asked(with_nulls, *other) == asked(without, *other)
 
 
 def test_a_clock_that_is_behind_is_said_where_no_time_was_sent(ranker):

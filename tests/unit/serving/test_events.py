@@ -277,6 +277,18 @@ def test_rows_are_those_of_the_logs() -> None:
     ]
 
 
+def test_what_a_log_has_for_no_value_is_none_in_a_posted_row() -> None:
+    shown = {"impression_id": "i", "user_id": 7, "item_id": "x", "event_time": "2026-01-01T00:00:00Z", "query": "-"}
+    raw = {"search_impressions": [shown], "search_clicks": [GOOD | {"impression_id": "-", "ingest_time": "NULL"}]}
+    nulls = {"search_impressions": ["-"], "search_clicks": ["NULL", "-"], "orders": ["x"]}
+    assert [row.of for row in checked_rows(raw, SCENARIOS, nulls)] == [None, None]
+    kept = checked_rows({"search_impressions": [shown]}, SCENARIOS, {"recommendation_impressions": ["-"]})
+    assert [row.of for row in kept] == ["-"]
+    order = {"order_id": "o", "user_id": "u", "item_id": "x", "event_time": "2026-01-01T00:00:00Z"}
+    with pytest.raises(EventError, match=r"^orders\[0\].item_id: is 'x'; a string that is not empty is needed"):
+        checked_rows({"orders": [order]}, SCENARIOS, nulls)
+
+
 def test_a_day_with_more_rows_than_the_limit_is_left_out_whole() -> None:
     day = 86_400_000_000
     rows = [

@@ -37,6 +37,7 @@ class Version:
         self.version = {"version": name, "model_id": name, "files": {"x": 1}, "as_of": "2026-01-08T00:00:00Z"}
         self.asked: list[Any] = []
         self.encoder = SimpleNamespace(spec=samples_spec())
+        self.null_values = {"search_clicks": ["-"]}
         self.log = log
 
     def score(self, raw: Any) -> dict[str, Any]:
@@ -360,6 +361,8 @@ def test_posted_events_are_kept_before_they_are_answered_and_seen_by_the_next_re
     assert client.post("/v1/score", json=GOOD | {"user_id": "u", "events": 1}).json()["items"] == [{"id": "c"}]
     bad = client.post("/v1/events", json={"search_clicks": [click | {"click_id": "d"}, {}]})
     assert (bad.status_code, bad.json()["error"][:26]) == (422, "search_clicks[1].click_id:")
+    null = client.post("/v1/events", json={"search_clicks": [click | {"user_id": "-"}]})
+    assert (null.status_code, null.json()["error"][:24]) == (422, "search_clicks[0].user_id")
     assert [row.id for row in EventLog(tmp_path / "log" / "events").of_user("u")] == ["c"]
     assert service.metrics.registry.get_sample_value("usr_ray_serving_events_total") == 1
     service.log.folder = tmp_path / "versions" / "one" / "x"
