@@ -156,6 +156,9 @@ def unique_features(table: DataFrame, log: str, key: str, account: Account) -> D
 
     Raises:
         DataCheckError: no row has a key.
+    for log in logs:
+        for date in account.impression_dates:
+            account.counts[log.name, date] += LogCount()  # a log without a row of a date is told of, too
     """
     values = [c for c in table.columns if c not in (key, REASON)]
     num_nulls = reduce(add, (F.col(f"`{name}`").isNull().cast("int") for name in values), F.lit(0))

@@ -95,7 +95,7 @@ def check_earlier(
 
 
 def silent_logs(account: Account, built: Collection[dt.date]) -> list[str]:
-    """Warnings of logs without a row on a date to be built, such as those of a file that has not come yet."""
+    """Warnings of logs without a row at all, or on a date to be built, as where a file has not come yet."""
     found: dict[str, Counter[str]] = defaultdict(Counter)
     for (log, date), count in account.counts.items():
         found[log][date] += count.rows_in
@@ -103,6 +103,11 @@ def silent_logs(account: Account, built: Collection[dt.date]) -> list[str]:
     notes = []
     days = {date for date in account.impression_dates if date >= whole}
     for log, rows in sorted(found.items()):
+        if not sum(rows.values()) and not log.endswith("_impressions"):
+            notes.append(
+                f"log {log}: no row{f' from {whole} on' if whole else ''} ({account.sources.get(log) or 'no file'}), "
+                "so what it would label is 0 and called final; if that is not so, build again with its rows"
+            )
         silent = [date for date in sorted(map(str, built)) if not rows[date]]
         if silent and sum(rows[date] for date in days) >= MIN_DAILY_ROWS * len(days):
             notes.append(
@@ -119,7 +124,7 @@ def _lost(reports: Reports, account: Account) -> tuple[dict[str, list[str]], dic
     whole = as_text(account.whole_from)
     for date, report in sorted(reports.items()):
         for log, before in report["rows"].items() if date >= whole else ():
-            now = _rows_in(account, log, date, report["rows"])
+            now = _rows_in(account, log, date, {name for name, rows in report["rows"].items() if rows["rows_in"]})
             if now < before["used"]:
                 (fewer if now else lost)[log].append(date)
     return lost, fewer

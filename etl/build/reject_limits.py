@@ -32,7 +32,7 @@ _SENSIBLE_S = (946_684_800, 4_102_444_800)
 def check_rejects(
     account: Account, config: Config, logs: Sequence[EventLog], rejected: DataFrame, events: DataFrame
 ) -> None:
-    """Every log keeps within limits.max_reject_share for each reason, and no log of clicks has lost them all.
+    """Every log keeps within limits.max_reject_share for each reason, and no log of clicks is without any.
 
     Args:
         config: the limits, and the windows that a shifted clock is looked for with.
@@ -40,7 +40,7 @@ def check_rejects(
         events: all event rows; read again where clicks or orders miss their impressions.
 
     Raises:
-        DataCheckError: a share is too large, of the largest one.
+        DataCheckError: a share is too large, of the largest one; or no click is used, so that every label would be 0.
     """
     worst: tuple[float, str, str, int, int] | None = None
     by_name = {log.name: log for log in logs}
@@ -59,10 +59,20 @@ def check_rejects(
             f"log {log}: {rows:,} of {rows_in:,} rows ({share:.1%}) are rejected as {reason}, more than "
             f"limits.max_reject_share ({limit:g}); {cause}if that is right, set limits.max_reject_shares.{log}.{reason}"
         )
+    impressions = {log.scenario: log.name for log in logs if log.kind == KIND_IMPRESSION}
     for clicks in (log for log in logs if log.kind == KIND_CLICK):
         total, reasons = account.total(clicks.name), account.rejects_of(clicks.name)
-        is_meant = clicks.name in config.limits.max_reject_shares or reasons.keys() <= {OVER_LIMIT}
-        if total.rejects and not total.used and not is_meant:
+        if total.used or clicks.name in config.limits.max_reject_shares:
+            continue
+        shown = account.total(impressions[clicks.scenario]).used
+        # Of a few days a small shop may have none: those that earlier builds knew of are missed in etl/build/held.py.
+        if not total.rows_in and shown and account.judged_from is None:
+            raise DataCheckError(
+                f"log {clicks.name}: holds no row ({account.sources.get(clicks.name) or 'no file'}), so every label of "
+                f"{shown:,} impressions would be 0; look at what writes it; if that is right, set a share under "
+                f"limits.max_reject_shares.{clicks.name}"
+            )
+        if not reasons.keys() <= {OVER_LIMIT}:
             told = ", ".join(f"{rows:,} {reason}" for reason, rows in sorted(reasons.items()))
             cause = _cause(clicks, max(reasons, key=lambda r: reasons[r]), rejected, events, config)
             raise DataCheckError(

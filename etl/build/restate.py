@@ -133,11 +133,11 @@ def touched_dates(
 
 def _recounted(date: str, report: dict[str, Any], account: Account) -> bool:
     """True where rejects or duplicates of the date have changed, so that its report and rejects are stale."""
-    logs = {log for log, day in account.counts if day == date} | set(report["rows"])
-    now = {log: asdict(account.counts[log, date]) for log in logs if (log, date) in account.counts}
+    now = {log: asdict(count) for (log, day), count in account.counts.items() if day == date and count.rows_in}
+    before = {log: count for log, count in report["rows"].items() if count["rows_in"]}
     reasons = {log: found for (log, day), found in account.reasons.items() if day == date}
     undated = {log: asdict(count) for (log, day), count in account.counts.items() if day == UNDATED}
-    return now != report["rows"] or reasons != report["rejects"] or undated != report["undated"]["rows"]
+    return now != before or reasons != report["rejects"] or undated != report["undated"]["rows"]
 
 
 def _deleted(reports: dict[str, dict[str, Any]], there: set[str]) -> set[str]:

@@ -187,6 +187,8 @@ def test_rejects_and_the_account_add_up(spark: SparkSession, lake: Path) -> None
     assert first["samples"] == 5
     assert first["rows"]["search_impressions"] == {"rows_in": 4, "duplicates": 1, "rejects": 0, "used": 3}
     assert first["rows"]["search_clicks"] == {"rows_in": 3, "duplicates": 0, "rejects": 1, "used": 2}
+    assert all(set(report["rows"]) == set(first["rows"]) for report in reports.values())
+    assert reports["2026-01-03"]["rows"]["search_clicks"] == {"rows_in": 0, "duplicates": 0, "rejects": 0, "used": 0}
     search = first["scenarios"]["search"]
     assert (search["impressions"], search["clicks"], search["orders"], search["clicks_global"]) == (3, 2, 1, 2)
     feed = first["scenarios"]["recommendation"]
@@ -226,7 +228,8 @@ def test_an_order_without_click_may_credit_the_impression(spark: SparkSession, t
     write(folder, "search_clicks", [], clicked)
     write(folder, "recommendation_clicks", [], clicked)
     write(folder, "orders", [("o1", "ann", "tea", at(12))], ["order_id", "user_id", "item_id", "event_time"])
-    overrides = ("labels.order_without_click=credit_impression", "data.allow_missing_dates=true")
+    meant = (f"limits.max_reject_shares.{s}_clicks.no_impression=1" for s in ("search", "recommendation"))  # no click
+    overrides = ("labels.order_without_click=credit_impression", "data.allow_missing_dates=true", *meant)
     lake = build(spark, folder, tmp_path / "lake", *overrides)
     rows = rows_by_id(spark, lake)
     assert {n: (r["is_click"], r["is_order"]) for n, r in rows.items()} == {"s1": (0, 0), "r1": (1, 1)}

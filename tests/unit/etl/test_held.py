@@ -160,6 +160,27 @@ def test_a_log_that_is_silent_on_a_date_is_told() -> None:
     assert len(silent_logs(late, [day(3)])) == 2, "a log of ten rows a day may have none"
 
 
+def test_a_log_of_labels_without_any_row_is_told_however_small_the_shop() -> None:
+    empty = account(1, 3, without=tuple(("orders", number) for number in (1, 2, 3)))
+    told = "orders: no row{} (1 csv file), so what it would label is 0 and called final; if that is not so, build again"
+    for number in (1, 2, 3):
+        empty.counts["orders", READ.format(number)] += LogCount()
+    assert silent_logs(empty, [day(3)]) == [f"log {told.format('')} with its rows"]
+    empty.whole_from = day(2)
+    assert silent_logs(empty, [day(3)]) == [f"log {told.format(' from 2026-01-02 on')} with its rows"]
+
+
+def test_a_log_without_a_row_in_a_report_is_no_log_that_it_knew() -> None:
+    """`orders` became those of two scenarios, whose empty logs were there already."""
+    before = reports(1, 1)
+    before[READ.format(1)]["rows"]["feed_orders"] = {"rows_in": 0, "used": 0}
+    now = account(1, 1, without=(("orders", 1),))
+    del now.sources["orders"]
+    now.sources["feed_orders"] = "1 csv file"
+    now.counts["feed_orders", READ.format(1)] += LogCount(rows_in=30, used=30)
+    assert check_restated(LAKE, before, now, STATE, PLAN, before) == []
+
+
 MARK = {"complete_until": "2026-01-05", "meaning": "m"}
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+from typing import Any
 
 import pytest
 
 from etl.build.account import UNDATED, Account
 from etl.build.inputs import watermark_of
-from etl.build.reject_limits import _of_texts, clock_shift
-from etl.checks import LogCount
+from etl.build.reject_limits import _of_texts, check_rejects, clock_shift
+from etl.checks import DataCheckError, LogCount
 from etl.kernel.attribution import LabelRules
-from etl.kernel.events import KIND_CLICK, NO_SCENARIO
+from etl.kernel.events import KIND_CLICK, KIND_IMPRESSION, NO_SCENARIO
 from etl.logs.events import EventLog
 from usr_ray.config import ConfigError, load_config
 
@@ -89,6 +90,43 @@ def test_an_id_that_many_rows_share_is_told() -> None:
             ("users", "9 of 10", "user_id"),
         )
     ]
+
+
+BOTH = [
+    EventLog(name=name, kind=kind, scenario=0, key=key, required=())
+    for name, kind, key in (
+        ("feed_impressions", KIND_IMPRESSION, "impression_id"),
+        ("feed_clicks", KIND_CLICK, "click_id"),
+    )
+]
+NO_ROWS: Any = None
+"""Rows that are looked at for the cause of rejects, of which there are none here."""
+
+
+def checked(account: Account, *overrides: str) -> None:
+    check_rejects(account, load_config(None, ['scenarios=["feed"]', *overrides]), BOTH, NO_ROWS, NO_ROWS)
+
+
+def test_a_clicks_log_without_a_row_is_refused() -> None:
+    """A failed export: nothing is rejected, and every label would be 0."""
+    account = Account(sources={"feed_clicks": "1 csv file"})
+    account.counts["feed_impressions", "2026-01-02"] += LogCount(rows_in=1201, duplicates=1, used=1200)
+    with pytest.raises(DataCheckError) as error:
+        checked(account)
+    assert str(error.value) == (
+        "log feed_clicks: holds no row (1 csv file), so every label of 1,200 impressions would be 0; look at what "
+        "writes it; if that is right, set a share under limits.max_reject_shares.feed_clicks"
+    )
+    checked(account, "limits.max_reject_shares.feed_clicks.no_impression=1.0")
+    checked(Account())  # no impression, no label
+
+
+def test_of_the_days_behind_a_margin_a_clicks_log_may_have_no_row() -> None:
+    """A small shop's day; that other days are lost is told by etl/build/held.py."""
+    account = Account()
+    account.read_from(micros("2026-01-01T18:30"), micros("2026-01-03T00:00"))
+    account.counts["feed_impressions", "2026-01-03"] += LogCount(rows_in=12, used=12)
+    checked(account)
 
 
 def micros(time: str) -> int:
