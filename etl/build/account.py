@@ -35,6 +35,8 @@ class Account:
     reasons: dict[tuple[str, str], dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
     used_days: dict[int, tuple[int, int]] = field(default_factory=dict)
     """Day since 1970 -> newest event_time (microseconds since 1970) and number of the rows that are used."""
+    unlike: dict[str, int] = field(default_factory=dict)
+    """Log of users or items -> keys of which it has several rows that differ."""
     sources: dict[str, str] = field(default_factory=dict)
     """Log -> what it was read from, such as '3 csv files'."""
     impression_dates: set[str] = field(default_factory=set)
@@ -81,10 +83,18 @@ class Account:
         return result
 
     def duplicate_notes(self, keys: Mapping[str, str]) -> list[str]:
-        """Warnings of logs that lose many rows to an id that is perhaps none; `keys`: log -> the columns of its id."""
+        """Warnings of logs that lose many rows to an id that is perhaps none; `keys`: log -> the columns of its id.
+
+        Of users and items, which have no time that would order them, also of a single key whose rows differ.
+        """
         found = []
         for log, key in keys.items():
             count = self.total(log)
+            if unlike := self.unlike.get(log):
+                found.append(
+                    f"log {log}: {unlike:,} values of {key} have several rows that differ; of each the row with the "
+                    "fewest nulls stays, of those the smallest, not the newest; write one row a key"
+                )
             if count.duplicates > MAX_DUPLICATE_SHARE * count.rows_in:
                 found.append(
                     f"log {log}: {count.duplicates:,} of {count.rows_in:,} rows have the {key} of another row and are "
@@ -146,28 +156,35 @@ def add_pass(account: Account, spark: SparkSession, folder: str, logs: Sequence[
                 account.used_days[row["day"]] = (max(before, row["newest"]), number + row["rows"])
     if usable != num_usable:
         raise AccountingError(f"{usable} usable rows reached the pass, {num_usable} were read; please report this")
+    for log in logs:
+        for date in account.impression_dates:
+            account.counts[log.name, date] += LogCount()  # a log without a row of a date is told of, too
     check_accounting(account.counts)
     return num_values
 
 
 def unique_features(table: DataFrame, log: str, key: str, account: Account) -> DataFrame:
-    """One row per key of a users or items table, and its rows in the account. Of unequal rows the one
-    with the fewest nulls stays, and of those the smallest.
+    """One row per key of a users or items table, and its rows in the account. Of rows that differ the one
+    with the fewest nulls stays, and of those the smallest by the columns in their order.
 
     Raises:
         DataCheckError: no row has a key.
-    for log in logs:
-        for date in account.impression_dates:
-            account.counts[log.name, date] += LogCount()  # a log without a row of a date is told of, too
     """
     values = [c for c in table.columns if c not in (key, REASON)]
     num_nulls = reduce(add, (F.col(f"`{name}`").isNull().cast("int") for name in values), F.lit(0))
+    # A null does not change xxhash64: each column's place is hashed with it.
+    content = F.xxhash64(*(F.struct(F.lit(n), F.col(f"`{name}`")) for n, name in enumerate(values)))
     unique = kept(
         table.groupBy(key, REASON)
-        .agg(F.min(F.struct(num_nulls.alias("nulls:"), *values)).alias("values:"), F.count("*").alias("rows:"))
-        .select(key, REASON, *(f"`values:`.`{name}`" for name in values), "rows:")
+        .agg(
+            F.min(F.struct(num_nulls.alias("nulls:"), *values)).alias("values:"),
+            (F.min(content) != F.max(content)).alias("unlike:"),
+            F.count("*").alias("rows:"),
+        )
+        .select(key, REASON, *(f"`values:`.`{name}`" for name in values), "unlike:", "rows:")
     )
-    counted = unique.groupBy(REASON).agg(F.count("*").alias("keys"), F.sum("rows:").alias("rows")).collect()
+    sums = (F.count("*").alias("keys"), F.sum("rows:").alias("rows"), F.count_if("unlike:").alias("unlike"))
+    counted = unique.groupBy(REASON).agg(*sums).collect()
     usable = next((row for row in counted if row[0] is None), None)
     num_rows = sum(row["rows"] for row in counted)
     rejects = {row[0]: row["rows"] for row in counted if row[0] is not None}
@@ -177,9 +194,10 @@ def unique_features(table: DataFrame, log: str, key: str, account: Account) -> D
     account.counts[log, UNDATED] += LogCount(
         rows_in=num_rows, duplicates=usable["rows"] - usable["keys"], used=usable["keys"]
     )
+    account.unlike[log] = usable["unlike"]
     for reason, rows in rejects.items():
         account.add_rejects(log, UNDATED, reason, rows)
-    return unique.filter(F.col(REASON).isNull()).drop("rows:", REASON)
+    return unique.filter(F.col(REASON).isNull()).drop("rows:", "unlike:", REASON)
 
 
 _NULL_LIKE = r"(?i)^ *(?:null|none|nan|na|n/a|nil|\\n|--?|\?|undefined|\(null\)|<null>) *\z"
