@@ -9,7 +9,7 @@ Shape letters: N rows, S scenarios, W windows, K windows of all counters.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ ALL_ROWS = "*"
 """Name and key of the sums over all rows of a scenario: the rates that counters are compared with."""
 SUMS = ("day", "scenario", *COUNTED)
 """One day's sums of a value: days since 1970, position of the scenario, then the counts."""
+_MAX_INDEX = 1 << 22
+"""Places of an index, at most: 16 MB."""
 _KINDS = (*COUNTED, "ctr", "cvr")
 
 
@@ -68,6 +70,8 @@ class DailySums:
     width: int
     """Days from the first on that are told apart; later ones are taken for the last."""
     num_scenarios: int
+    index: NDArray[np.int32] | None = None
+    """Number of entries before each place; None: it is searched for."""
 
     @classmethod
     def of(cls, codes: Ints, sums_N5: Ints, num_scenarios: int) -> DailySums:
@@ -93,9 +97,22 @@ class DailySums:
         start_WN = np.where(is_bounded_W1, np.clip(days_N - back_W1 - self.first, 0, self.width - 1), 0)
         end_N = np.clip(days_N - self.first, 0, self.width - 1)
         base_SN = (codes_N * self.num_scenarios + np.arange(self.num_scenarios)[:, None]) * self.width
-        low_SWN = np.searchsorted(self.places, base_SN[:, None] + start_WN)
-        high_SN = np.searchsorted(self.places, base_SN + end_N)
+        low_SWN, high_SN = self._find(base_SN[:, None] + start_WN), self._find(base_SN + end_N)
         return (self.until[high_SN][:, None] - self.until[low_SWN]).astype(np.int64, copy=False)
+
+    def _find(self, places: Ints) -> NDArray[np.integer[Any]]:
+        """How many entries lie before each place."""
+        if self.index is None:
+            return np.searchsorted(self.places, places)
+        return self.index[np.clip(places, 0, len(self.index) - 1)]
+
+    def indexed(self) -> DailySums:
+        """The same with an index, for many rows; without one where it would be large."""
+        size = int(self.places.max(initial=0)) + 2
+        if size > _MAX_INDEX:
+            return self
+        to_next = np.diff(self.places, prepend=-1, append=size - 1)
+        return replace(self, index=np.repeat(np.arange(len(self.places) + 1, dtype=np.int32), to_next))
 
 
 # ---- counters
@@ -160,45 +177,52 @@ def counter_values(
     if not plan.columns:
         return {}
     spans = list(dict.fromkeys(days for counter in plan.columns for days, _ in counter.windows))
-    every_SWN4 = _with_trials(totals.before(np.zeros_like(days_N), days_N, spans), plan)
-    own_SWN4 = {
+    every_4SWN = _with_trials(totals.before(np.zeros_like(days_N), days_N, spans), plan)
+    own_4SWN = {
         name: _with_trials(sums[name].before(codes[name], days_N, spans), plan)
         for name in {c.feature for c in plan.columns}
     }
-    groups: dict[int, tuple[list[Ints], list[Ints], list[tuple[tuple[str, str], ...]]]] = {}
+    groups: dict[tuple[int, bool], tuple[list[Ints], list[int], list[tuple[tuple[str, str], ...]]]] = {}
     for counter in plan.columns:
         picked = [spans.index(days) for days, _ in counter.windows]
-        own, every = (
-            (_of_scenario(found[:, picked], scenarios_N) if counter.per_scenario else found[:, picked].sum(axis=0))
-            for found in (own_SWN4[counter.feature], every_SWN4)
-        )
-        group = groups.setdefault(own.shape[1], ([], [], []))
-        group[0].append(own)
-        group[1].append(every)
+        own_4WN = _of_rows(own_4SWN[counter.feature], scenarios_N, per_scenario=counter.per_scenario)
+        group = groups.setdefault((own_4WN.shape[2], counter.per_scenario), ([], [], []))
+        group[0].append(own_4WN[:, picked])
+        group[1].extend(picked)
         group[2].extend(columns for _, columns in counter.windows)
     found: dict[str, NDArray[np.float32]] = {}
-    for owns, everys, names in groups.values():  # few calls for many counters: a request has one row
-        own_KN4, every_KN4 = np.concatenate(owns), np.concatenate(everys)
-        hits, trials = (np.s_[..., 1:3], np.s_[..., ::3])  # clicks and orders, of impressions and of known clicks
-        odds_KN2 = log_odds(own_KN4[hits], own_KN4[trials], every_KN4[hits], every_KN4[trials], plan.prior)
-        values_KN5 = np.concatenate([np.log1p(own_KN4[..., :3]), odds_KN2], axis=2).astype(np.float32)
+    hits, trials = np.s_[1:3], np.s_[::3]  # clicks and orders, of impressions and of known clicks
+    for (_, per_scenario), (owns, picked, names) in groups.items():  # few calls for many counters: a request is one row
+        own_4KN = np.concatenate(owns, axis=1)
+        every_4WN = _of_rows(every_4SWN, scenarios_N, per_scenario=per_scenario)
+        defined, rate, log_rate = _rates(every_4WN[hits], every_4WN[trials])
+        if len(spans) > 1:
+            defined, rate, log_rate = defined[:, picked], rate[:, picked], log_rate[:, picked]
+        odds_2KN = _smoothed(own_4KN[hits], own_4KN[trials], defined, rate, log_rate, plan.prior)
+        values_5KN = np.concatenate([np.log1p(own_4KN[:3]), odds_2KN]).astype(np.float32)
         for k, columns in enumerate(names):
-            found |= {column: values_KN5[k, :, _KINDS.index(what)] for column, what in columns}
+            found |= {column: values_5KN[_KINDS.index(what), k] for column, what in columns}
     return found
 
 
 def _with_trials(sums_SWN3: Ints, plan: CounterPlan) -> Ints:
-    """COUNTED, and the clicks whose orders are known."""
-    found_SWN4 = np.concatenate([sums_SWN3, sums_SWN3[..., 1:2]], axis=3)
+    """(4, S, W, N): COUNTED, and the clicks whose orders are known."""
+    found_4SWN = np.ascontiguousarray(np.moveaxis(sums_SWN3, 3, 0)[[0, 1, 2, 1]])
     for scenario in plan.cvr_without:
-        found_SWN4[scenario, ..., 3] = 0
-    return found_SWN4
+        found_4SWN[3, scenario] = 0
+    return found_4SWN
 
 
-def _of_scenario(sums_SWN4: Ints, scenarios_N: Ints) -> Ints:
+def _of_rows(sums_4SWN: Ints, scenarios_N: Ints, *, per_scenario: bool) -> Ints:
+    """(4, W, N): of each row's scenario, or of all."""
+    if not per_scenario:
+        return sums_4SWN.sum(axis=1)
     if len(scenarios_N) == 1:
-        return sums_SWN4[scenarios_N[0]]
-    return np.take_along_axis(sums_SWN4, scenarios_N[None, None, :, None], axis=0)[0]
+        return sums_4SWN[:, scenarios_N[0]]
+    found_4WN = sums_4SWN[:, 0].copy()
+    for scenario in range(1, sums_4SWN.shape[1]):
+        np.copyto(found_4WN, sums_4SWN[:, scenario], where=scenarios_N == scenario)
+    return found_4WN
 
 
 def log_odds(hits: Ints, trials: Ints, all_hits: Ints, all_trials: Ints, prior: float) -> NDArray[np.float64]:
@@ -207,8 +231,25 @@ def log_odds(hits: Ints, trials: Ints, all_hits: Ints, all_trials: Ints, prior: 
     0 without a trial, and where none or every one of all trials is a hit. Several clicks of an impression, or one on a
     later day than the impression, can be more than the impressions: trials then are as many as hits.
     """
-    trials, all_trials = np.maximum(trials, hits), np.maximum(all_trials, all_hits)
-    defined = (trials > 0) & (all_hits > 0) & (all_hits < all_trials)
-    rate = np.where(defined, all_hits / np.maximum(all_trials, 1), 0.5)
+    return _smoothed(hits, trials, *_rates(all_hits, all_trials), prior)
+
+
+def _rates(hits: Ints, trials: Ints) -> tuple[NDArray[np.bool_], NDArray[np.float64], NDArray[np.float64]]:
+    """Whether there is a rate to compare with, the rate, and its log odds."""
+    trials = np.maximum(trials, hits)
+    defined = (hits > 0) & (hits < trials)
+    rate = np.where(defined, hits / np.maximum(trials, 1), 0.5)
+    return defined, rate, np.log(rate / (1 - rate))
+
+
+def _smoothed(
+    hits: Ints,
+    trials: Ints,
+    defined: NDArray[np.bool_],
+    rate: NDArray[np.float64],
+    log_rate: NDArray[np.float64],
+    prior: float,
+) -> NDArray[np.float64]:
+    trials = np.maximum(trials, hits)
     odds = (hits + prior * rate) / (trials - hits + prior * (1 - rate))
-    return np.where(defined, np.log(odds) - np.log(rate / (1 - rate)), 0.0)
+    return np.where(defined & (trials > 0), np.log(odds) - log_rate, 0.0)

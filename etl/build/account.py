@@ -15,7 +15,7 @@ from pyspark.sql import functions as F
 from etl.build.staging import staged
 from etl.checks import AccountingError, DataCheckError, LogCount, check_accounting
 from etl.kernel.events import KIND_IMPRESSION
-from etl.kernel.packs import ACCOUNT, CELL, REJECT, VALUE
+from etl.kernel.packs import ACCOUNT, CELL, PAIRS, REJECT, VALUE
 from etl.kernel.user_pass import UNUSABLE
 from etl.logs.events import REASON, EventLog
 from etl.session import kept
@@ -119,14 +119,14 @@ def add_pass(account: Account, spark: SparkSession, folder: str, logs: Sequence[
     """Add what the pass found to the account: one small aggregation of what it staged.
 
     Returns:
-        The number of `value` rows.
+        The number of values: `value` rows, and those of `pairs`.
 
     Raises:
         AccountingError: rows were lost or invented on the way.
     """
     names = {(log.kind, log.scenario): log.name for log in logs}
     usable = num_values = 0
-    small = staged(spark, folder, ACCOUNT, REJECT, CELL, VALUE)
+    small = staged(spark, folder, ACCOUNT, REJECT, CELL, VALUE, PAIRS)
     day = F.when(F.col("part") == REJECT, _day()).otherwise(F.col("day"))
     sums = small.groupBy("part", "what", "kind", "scenario", "reason", day.alias("day")).agg(
         F.sum(F.coalesce("num_rows", F.lit(1))).alias("rows"),
@@ -137,7 +137,7 @@ def add_pass(account: Account, spark: SparkSession, folder: str, logs: Sequence[
         if row["part"] == CELL:
             account.cells[row["what"], row["day"]] = row["hash"]
             continue
-        if row["part"] == VALUE:
+        if row["part"] in (VALUE, PAIRS):
             num_values += row["rows"]
             continue
         place = (names[row["kind"], row["scenario"]], _name(row["day"]))

@@ -15,13 +15,13 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from etl.build.account import Account, add_pass, null_like_values, unique_features
 from etl.build.reject_limits import check_rejects
 from etl.build.staging import stage, staged
-from etl.features.counters import counted_columns, told_columns
+from etl.features.counters import counted_columns, told_categories
 from etl.features.vocabulary import scale
 from etl.kernel.attribution import LabelRules
 from etl.kernel.chunks import KEY_HASH, REQUEST_KEY, USER_KEY
 from etl.kernel.events import KIND_CLICK, KIND_IMPRESSION, KIND_ORDER, context_column, owned_column
 from etl.kernel.packs import EMITTED, REJECT, VALUE
-from etl.kernel.user_pass import PassPlan, first_pass
+from etl.kernel.user_pass import BEGINNING, PassPlan, first_pass
 from etl.logs.duplicates import key_hash, mark_foreign
 from etl.logs.events import EventLog, context_tags, event_logs, read_events, read_features
 from etl.logs.files import ANY_LOG, LogFolder, readable
@@ -33,7 +33,6 @@ MAX_ROWS_PER_TASK = 1 << 22
 MIN_BEYOND = 1000
 """Of so many used events more than one must be later than all built days need; fewer are taken for wrong clocks."""
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
-_BEGINNING = -(1 << 63)
 _OF_PASS = (
     "user_id",
     "event_time",
@@ -76,7 +75,7 @@ class Inputs:
     """The tables of users and items, as Logs has them."""
     account: Account
     num_values: int
-    """Rows of VALUE, of all chunks together."""
+    """Rows of VALUE, and values of PAIRS, of all chunks together."""
     notes: tuple[str, ...] = ()
     """What the user should know of the logs."""
 
@@ -137,13 +136,13 @@ def make_plan(config: Config, days: tuple[int, ...], since_us: int | None = None
         num_scenarios=len(config.scenarios),
         history_length=config.histories.length,
         days=days,
-        since=_BEGINNING if since_us is None else since_us,
+        since=BEGINNING if since_us is None else since_us,
         categories=tuple(
             map(context_column, (*config.features.context_categories, *context_tags(config.features.lists)))
         ),
         numbers=tuple(map(context_column, config.features.context_numbers)),
         counted=tuple(dict.fromkeys(counted_columns(config, counter) for counter in config.every_counter.values())),
-        told=told_columns(config),
+        told=tuple(f"{owner}_id" for owner in told_categories(config)),
         max_user_day_rows=config.limits.max_user_events_per_day,
     )
 
@@ -216,7 +215,7 @@ def run_pass(
 
 def _with_owned(rows: DataFrame, logs: Logs, plan: PassPlan) -> DataFrame:
     """Event rows with the categories of their users and items that counters count by."""
-    columns = {column for keys in (*plan.counted, *plan.told) for column in keys}
+    columns = {column for keys in plan.counted for column in keys}
     for owner, table in logs.tables.items():
         names = [name for name in logs.config.features.categories_of(owner) if owned_column(name) in columns]
         if names:

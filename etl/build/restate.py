@@ -79,7 +79,7 @@ def restate_samples(
         # Events may have changed that only dates yet to come show.
         last = max(dt.date.fromisoformat(max(reports)), state.complete_until or dt.date.min)
         whole = replace(state, complete_until=last if state.complete_until else None)
-        sums = write_sums(spark, config, lake, whole, inputs.staged(COUNT), last)
+        sums = write_sums(spark, config, lake, whole, inputs.staged(COUNT), inputs.tables, last)
         write_state(spark, config, lake, whole, inputs.staged(EVENT), inputs.staged(VALUE), last)
         known = existing_vocabularies(spark, config, lake)
         spec = feature_spec(config, known)
@@ -106,6 +106,7 @@ def restate_samples(
             known=known,
             progress=progress,
             sums=sums,
+            since=state.since,
             seen=seen,
         )
         write_dates(job, _dates(touched), _dates(recounted))

@@ -28,14 +28,14 @@ from etl.build.staging import staging_folder
 from etl.build.state import State, find_state, past_events, value_counts, write_state, write_sums
 from etl.checks import AccountingError, DataCheckError
 from etl.features.by_id import update_tables_by_id
-from etl.features.counters import counter_fingerprints, counter_plan, sums_of_values
+from etl.features.counters import counter_fingerprints, counter_plan, sums_of_chunks, sums_of_values
 from etl.features.encoding import encoded_packs, owned_categories, owned_numbers, pack_features, sample_frame
 from etl.features.lists import cut_values, list_values
 from etl.features.vocabulary import Vocabularies, feature_spec, grow_vocabularies
 from etl.jvm import table_version
 from etl.kernel.attribution import LabelRules
 from etl.kernel.fingerprint import date_fingerprint
-from etl.kernel.packs import COUNT, EVENT, PACK, VALUE
+from etl.kernel.packs import COUNT, EVENT, PACK, PAIRS, VALUE
 from etl.kernel.rows import RowPlan
 from etl.lake.tables import Lake, any_date_condition, check_tables, prepare_samples, replace_dates, write_rejects
 from usr_ray.config import SHOWN_RANGES, Config, date_ranges, dates_there, day_number
@@ -84,6 +84,8 @@ class Job:
     progress: Progress
     sums: DataFrame | None = None
     """The counters' daily sums (etl/features/counters.py); None: there are no counters."""
+    since: dt.date | None = None
+    """The packs have the users' sums of events from here on; None: of all."""
     seen: Mapping[str, str] = field(default_factory=dict)
     """Date -> fingerprint of what its counters see."""
 
@@ -107,7 +109,7 @@ def build_samples(spark: SparkSession, config: Config, request: BuildRequest, pr
         dates = [date.isoformat() for date in built]
         counts = value_counts(spark, lake, state, inputs.staged(VALUE))
         known, spec = grow_vocabularies(spark, config, lake, counts, inputs.tables, dates, inputs.staged(PACK))
-        sums = write_sums(spark, config, lake, state, inputs.staged(COUNT), built[-1])
+        sums = write_sums(spark, config, lake, state, inputs.staged(COUNT), inputs.tables, built[-1])
         with ThreadPoolExecutor(1) as beside:  # a small query plans for longer than its tasks run: two at a time
             done = beside.submit(
                 write_state, spark, config, lake, state, inputs.staged(EVENT), inputs.staged(VALUE), built[-1]
@@ -125,6 +127,7 @@ def build_samples(spark: SparkSession, config: Config, request: BuildRequest, pr
                 known=known,
                 progress=progress,
                 sums=sums,
+                since=state.since,
                 seen=counter_fingerprints(sums, config, rows.days),
             )
             found = write_dates(job, built, built)
@@ -215,7 +218,8 @@ def _write_samples(
         plan, sums = job.plan, None
         if job.sums is not None:
             plan = replace(plan, counters=counter_plan(job.sums, job.config, plan.days))
-            sums = sums_of_values(job.sums, job.config, plan.days)
+            seen = sums_of_values(job.sums, job.config, plan.days, job.since)
+            sums = sums_of_chunks(values, inputs.staged(PAIRS), seen)
         tables, features = inputs.tables, job.config.features.lists
         lists = list_values(values, tables, features)
         if lists is not None:

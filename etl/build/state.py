@@ -19,11 +19,12 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
-from etl.features.counters import update_counters
+from etl.features.counters import counter_rows
+from etl.jvm import table_version
 from etl.kernel.attribution import LabelRules
 from etl.kernel.chunks import FOREIGN
 from etl.kernel.packs import EVENT, VALUE
-from etl.lake.tables import Lake, content_hash, create_table, dates_condition, replace_dates
+from etl.lake.tables import COUNTERS_SCHEMA, Lake, content_hash, create_table, dates_condition, replace_dates
 from etl.session import kept
 from usr_ray.config import DAY_US, Config, day_number
 from usr_ray.schema import COUNTERS, STATE
@@ -194,20 +195,31 @@ def write_state(
 
 
 def write_sums(
-    spark: SparkSession, config: Config, lake: Lake, state: State, counted: DataFrame, last: dt.date
+    spark: SparkSession,
+    config: Config,
+    lake: Lake,
+    state: State,
+    counted: DataFrame,
+    tables: Mapping[str, DataFrame],
+    last: dt.date,
 ) -> DataFrame | None:
     """Replace the counters' daily sums as write_state does the state, before it; the whole table, None without any.
 
     Args:
         config: its row meaning is part of the mark.
         counted: `count` rows of the pass.
+        tables: "user" and "item" -> one row a key.
     """
     if not config.every_counter:
         return None
     mark = _mark(config, max(last, state.complete_until or last), "")
     replaced = _replaced(state, last, "event_date")
-    sums = counted.select("feature", "value", F.inline("sums"))
-    return update_counters(spark, config, lake, sums.filter(_date(F.col("event_day")) <= F.lit(last)), replaced, mark)
+    path = lake.path(COUNTERS)
+    if not lake.has(spark, COUNTERS):
+        create_table(spark, lake, COUNTERS, COUNTERS_SCHEMA, "event_date")
+    rows = counter_rows(config, counted, tables).filter(replaced).filter(F.col("event_date") <= F.lit(last))
+    replace_dates(rows, path, replaced, metadata=mark)
+    return spark.read.format("delta").option("versionAsOf", table_version(spark, path)).load(path)
 
 
 def _mark(config: Config, until: dt.date, content: str) -> str:

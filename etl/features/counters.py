@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import reduce
 
-from pyspark.sql import Column, DataFrame, SparkSession
+import pyarrow as pa
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import to_arrow_schema
 
-from etl.jvm import table_version
-from etl.kernel.counters import cell_name
+from etl.kernel.counters import cell_name, table_rows
 from etl.kernel.events import context_column, owned_column
-from etl.kernel.packs import CELL_PREFIX
-from etl.lake.tables import COUNTERS_SCHEMA, Lake, create_table, replace_dates
+from etl.kernel.packs import CELL_PREFIX, pair_values
+from etl.lake.tables import COUNTERS_SCHEMA
 from usr_ray.config import Config, date_of
 from usr_ray.config.counters import COUNTED, COUNTER_IDS, CounterConfig
 from usr_ray.daily_sums import ALL_ROWS, SUMS, CounterColumns, CounterPlan
-from usr_ray.schema import COUNTERS
 
 
 def counted_columns(config: Config, counter: CounterConfig) -> tuple[str, ...]:
@@ -39,55 +40,108 @@ def counted_feature(config: Config, counter: CounterConfig) -> str:
     return cell_name(counted_columns(config, counter)).removeprefix(context_column(""))
 
 
-def told_columns(config: Config) -> tuple[tuple[str, ...], ...]:
-    """Columns of the pass that are summed for the service alone: each category that counters count by, with its owner.
+def told_categories(config: Config) -> dict[str, tuple[str, ...]]:
+    """Owner ("user", "item") -> its categories that counters count by; an owner without any is left out.
 
-    So `<lake>/counters` says which value a user or item had when it was shown last, as text and however rare.
+    `<lake>/counters` has sums by the owner and each of them besides, for the service alone: so it says which value a
+    user or item had when it was shown last, as text and however rare.
     """
     keys = {key for counter in config.every_counter.values() for key in counter.keys}
-    names = [(f"{owner}_id", name) for owner in ("user", "item") for name in config.features.categories_of(owner)]
-    return tuple((key, owned_column(name)) for key, name in names if name in keys)
+    names = {o: tuple(n for n in config.features.categories_of(o) if n in keys) for o in ("user", "item")}
+    return {owner: found for owner, found in names.items() if found}
 
 
-def update_counters(
-    spark: SparkSession, config: Config, lake: Lake, counted: DataFrame, condition: str, metadata: str
-) -> DataFrame:
-    """Replace the sums of the dates that a build has read; the whole table as it is then.
+def counter_rows(config: Config, counted: DataFrame, tables: Mapping[str, DataFrame]) -> DataFrame:
+    """Rows of the table of all that a build has counted.
 
     Args:
-        counted: feature, value and packs.DAY_SUMS of the pass.
-        condition: which dates of events are replaced, as SQL on a column `event_date`.
+        counted: `count` rows of the pass.
+        tables: "user" and "item" -> one row a key, with the categories that the pass has counted by.
     """
-    path = lake.path(COUNTERS)
-    if not lake.has(spark, COUNTERS):
-        create_table(spark, lake, COUNTERS, COUNTERS_SCHEMA, "event_date")
-    scenario = F.element_at(F.array(*map(F.lit, config.scenarios)), F.col("scenario") + 1)
-    rows = counted.select(
-        F.regexp_replace("feature", f"^({CELL_PREFIX}|{context_column('')})", "").alias("name"),
-        F.col("value").alias("key"),
-        _date(F.col("day")).alias("date"),
-        _date(F.col("event_day")).alias("event_date"),
-        scenario.alias("scenario"),
-        *COUNTED,
-    )
-    # A user is in one chunk, so its rows are sums already and need no shuffle.
-    of_users = F.array_contains(F.split("name", ":"), "user_id")
-    fresh = rows.filter(~of_users).groupBy("name", "key", "date", "event_date", "scenario")
-    both = rows.filter(of_users).unionByName(fresh.agg(*_summed()))
-    replace_dates(both.filter(condition).select(COUNTERS_SCHEMA.names), path, condition, metadata=metadata)
-    return spark.read.format("delta").option("versionAsOf", table_version(spark, path)).load(path)
+    told = told_categories(config)
+    columns = [counted_columns(config, counter) for counter in config.every_counter.values()]
+    by_user = {cell_name(one) for one in columns if "user_id" in one}
+    others = {ALL_ROWS, *map(cell_name, columns)} - by_user
+    keys = {f"{owner}_id" for owner in told}
+    frames = [
+        _summed_rows(config, counted, by_user - keys, of_users=True),
+        _summed_rows(config, counted, others - keys, of_users=False),
+    ]
+    for owner, names in told.items():
+        rows = _summed_rows(config, counted, {f"{owner}_id"}, of_users=owner == "user")
+        frames.append(_with_told(rows, tables[owner], owner, names, keep=f"{owner}_id" in by_user | others))
+    return reduce(DataFrame.unionByName, frames).select(COUNTERS_SCHEMA.names)
 
 
-def sums_of_values(table: DataFrame, config: Config, days: Sequence[int]) -> DataFrame:
-    """feature, value and daily_sums.SUMS of what the rows of `days` may see; more than one row of a day may add up."""
+def _summed_rows(config: Config, counted: DataFrame, features: set[str], *, of_users: bool) -> DataFrame:
+    """The table's rows of some features of the pass."""
+    schema, scenarios = to_arrow_schema(COUNTERS_SCHEMA, timezone="UTC"), config.scenarios
+
+    def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        return table_rows(batches, scenarios, schema)
+
+    packed = counted.filter(F.col("feature").isin(sorted(features))).select("feature", "table")
+    rows = packed.mapInArrow(run, COUNTERS_SCHEMA)
+    if of_users:  # a user is in one chunk, so its rows are sums already and need no shuffle
+        return rows
+    return rows.groupBy("name", "key", "date", "event_date", "scenario").agg(*_summed())
+
+
+def _with_told(rows: DataFrame, table: DataFrame, owner: str, names: Sequence[str], *, keep: bool) -> DataFrame:
+    """The rows by an owner's id (where they are to `keep`), and again by the id and each category that it has."""
+    categories = table.select(F.col(f"{owner}_id").alias("key"), *(F.col(n).alias(f"told:{n}") for n in names))
+
+    def escaped(column: str) -> Column:  # as daily_sums.key_parts_joined has it
+        return F.replace(F.replace(F.col(column), F.lit("\\"), F.lit("\\\\")), F.lit("|"), F.lit("\\|"))
+
+    places = [F.struct("name", "key")] if keep else []
+    for name in names:
+        place = F.struct(
+            F.lit(f"{owner}_id:{name}").alias("name"),
+            F.concat_ws("|", escaped("key"), escaped(f"told:{name}")).alias("key"),
+        )
+        places.append(F.when(F.col(f"told:{name}").isNotNull(), place))
+    joined = rows.join(categories, on="key", how="left" if keep else "inner")
+    return joined.select(F.inline(F.array_compact(F.array(*places))), "date", "event_date", "scenario", *COUNTED)
+
+
+def sums_of_values(table: DataFrame, config: Config, days: Sequence[int], since: dt.date | None) -> DataFrame:
+    """feature, value and daily_sums.SUMS of what the rows of `days` may see; more than one row of a day may add up.
+
+    Of users only what was counted before `since` (None: nothing): the packs have the rest.
+    """
     features = {counted_feature(config, counter) for counter in config.every_counter.values()}
+    of_users = [name.removeprefix(CELL_PREFIX) for name in features if "user_id" in name.split(":")]
     names = [name.removeprefix(CELL_PREFIX) for name in features]
-    recent, old = _visible(table.filter(F.col("name").isin(names)), config, days)
+    wanted = F.col("name").isin([name for name in names if name not in of_users])
+    if since is not None:
+        wanted |= F.col("name").isin(of_users) & (F.col("event_date") < F.lit(since))
+    recent, old = _visible(table.filter(wanted), config, days)
     if old is not None:  # much, where a lake is old, and a row a value at most
         recent = recent.unionByName(old.groupBy("name", "key", "day", "scenario").agg(*_summed()))
     cells = [name.removeprefix(CELL_PREFIX) for name in features if name.startswith(CELL_PREFIX)]
     feature = F.when(F.col("name").isin(cells), F.concat(F.lit(CELL_PREFIX), "name")).otherwise(F.col("name"))
     return recent.select(feature.alias("feature"), F.col("key").alias("value"), *SUMS)
+
+
+def sums_of_chunks(values: DataFrame, pairs: DataFrame, sums: DataFrame) -> DataFrame:
+    """chunk, feature, code and `sums`, a list of daily_sums.SUMS, of every code that has any.
+
+    Args:
+        values: `value` rows of the pass.
+        pairs: `pairs` rows of the pass.
+        sums: from `sums_of_values`.
+    """
+    single = values.select("chunk", "feature", "code", "value")
+    arrow_schema = to_arrow_schema(single.schema)
+
+    def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        return pair_values(batches, arrow_schema)
+
+    every = single.unionByName(pairs.select("chunk", "feature", "table").mapInArrow(run, single.schema))
+    # One list a value, however many chunks have it: an item's sums are many.
+    of_value = sums.groupBy("feature", "value").agg(F.collect_list(F.struct(*SUMS)).alias("sums"))
+    return every.join(of_value, on=["feature", "value"], how="inner").select("chunk", "feature", "code", "sums")
 
 
 def counter_plan(table: DataFrame, config: Config, days: Sequence[int]) -> CounterPlan:

@@ -15,11 +15,9 @@ from pyspark.sql.pandas.types import to_arrow_schema
 from etl.features.counters import counted_feature, counted_windows
 from etl.features.numbers import bucket
 from etl.features.vocabulary import Vocabularies, encode, hash_index, scale
-from etl.kernel.packs import CELL_PREFIX
 from etl.kernel.rows import RowPlan, sample_rows
 from etl.lake.tables import samples_schema
 from usr_ray.config import Config
-from usr_ray.daily_sums import SUMS
 from usr_ray.schema import BUCKETS, PADDING_ID, SCALES, UNKNOWN_ID
 
 _MAX_BROADCAST_VALUES = 1_000_000
@@ -67,8 +65,8 @@ def encoded_packs(
         values: `value` rows of the pass.
         tables: "user" and "item" -> one row a key, where the configuration names features of theirs.
         known: includes what this build has added.
-        num_values: number of the `values`.
-        sums: from `sums_of_values` (etl/features/counters.py); None: there are no counters.
+        num_values: number of the `values`, those that are made for counters among them.
+        sums: from `sums_of_chunks` (etl/features/counters.py); None: there are no counters.
         lists: from `list_values` (etl/features/lists.py); None: there are neither tags nor terms.
         num_days: the rows are of so many.
     """
@@ -77,7 +75,8 @@ def encoded_packs(
     seen = num_days + max([0, *(days for days in windows if days is not None)]) if windows else 0
     if num_values * (1 + seen) <= _MAX_BROADCAST_VALUES:
         lookups = F.broadcast(lookups)
-    return packs.select("chunk", "targets", "events").join(lookups, on="chunk", how="inner")
+    user_sums = [] if sums is None else [F.col("table").alias("user_sums")]
+    return packs.select("chunk", "targets", "events", *user_sums).join(lookups, on="chunk", how="inner")
 
 
 def sample_frame(encoded: DataFrame, plan: RowPlan) -> DataFrame:
@@ -101,16 +100,14 @@ def _lookups(
 ) -> DataFrame:
     """One row a chunk: `lookups`, a list of (feature, code, value, ids, numbers, lists), one for every code.
 
-    With counters `sums` too, a list of (feature, code, daily_sums.SUMS). Values that are made for counters have no
-    lookup.
+    With counters `sums` too, a list of (feature, code, list of daily_sums.SUMS).
     """
     features = config.features
     names = pack_features(config)
     number = F.lit(None).cast("int")
     for n, name in enumerate(names):
         number = F.when(F.col("feature") == name, F.lit(n)).otherwise(number)
-    every = values.select("chunk", "feature", "code", "value")
-    rows = _with_ids(every.filter(~F.col("feature").startswith(CELL_PREFIX)), known, config)
+    rows = _with_ids(values.select("chunk", "feature", "code", "value"), known, config)
     ids, numbers = F.array("id"), F.array().cast("array<float>")
     for owner, table in tables.items():
         key = f"{owner}_id"
@@ -132,9 +129,7 @@ def _lookups(
     found = rows.select("chunk", entry.alias("entry"))
     listed = [F.collect_list("entry").alias("lookups")]  # which leaves nulls out
     if sums is not None:
-        # A list a chunk, not one a value first: with so many keys Spark sorts the lists to make them.
-        of_code = F.struct(number.alias("feature"), "code", *SUMS).alias("sum")
-        counted = every.join(sums, on=["feature", "value"], how="inner").select("chunk", of_code)
+        counted = sums.select("chunk", F.struct(number.alias("feature"), "code", "sums").alias("sum"))
         found = found.unionByName(counted, allowMissingColumns=True)
         listed.append(F.collect_list("sum").alias("sums"))
     return found.groupBy("chunk").agg(*listed)

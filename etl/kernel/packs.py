@@ -1,13 +1,14 @@
 """What the pass emits: one flat schema, and packs, the labelled impressions of a chunk.
 
 A pack is two small Arrow tables as bytes: its impressions, and the events of its histories once each, of which every
-impression has a span per scenario. Ids in a pack are codes of its chunk. So Spark moves a chunk as one value, and a
-history of fifty events costs two numbers until the row is written.
+impression has a span per scenario; where counters count by users, a third has the sums of the chunk's users. Ids in a
+pack are codes of its chunk. So Spark moves a chunk as one value, and a history of fifty events costs two numbers until
+the row is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,20 +17,11 @@ import pyarrow as pa
 from etl.kernel.events import Events, Ints
 from etl.kernel.fingerprint import Hashes, event_hashes, mix, span_hashes
 from etl.kernel.histories import HistoryEvents, last_events, last_spans, num_visible
-from usr_ray.config.counters import COUNTED
 
 ACCOUNT, REJECT, CELL, VALUE, EVENT, COUNT, PACK = "account", "reject", "cell", "value", "event", "count", "pack"
+PAIRS = "pairs"
 """Parts of what the pass emits."""
 _TIMESTAMP = pa.timestamp("us", tz="UTC")
-DAY_SUMS = pa.struct(
-    [
-        ("scenario", pa.int32()),
-        ("event_day", pa.int32()),
-        ("day", pa.int32()),
-        *((name, pa.int64()) for name in COUNTED),
-    ]
-)
-"""A chunk's sums of a scenario, day of the events and day on which they were known."""
 EMITTED = pa.schema(
     [
         ("part", pa.string()),
@@ -49,17 +41,19 @@ EMITTED = pa.schema(
         ("event_time", _TIMESTAMP),
         ("known_time", _TIMESTAMP),
         # values: what a code of a chunk stands for, and how many impressions have it on which days; events: `value` is
-        # the query, `kind` the one of a past event; counts (etl/kernel/counters.py): a feature's value and its sums
+        # the query, `kind` the one of a past event
         ("chunk", pa.string()),
         ("feature", pa.string()),
         ("code", pa.int32()),
         ("value", pa.string()),
         ("days", pa.list_(pa.int64())),
         ("counts", pa.list_(pa.int64())),
-        ("sums", pa.list_(DAY_SUMS)),
-        # packs
+        # packs; `table` has the sums by users, null where nothing is counted by them
         ("targets", pa.binary()),
         ("events", pa.binary()),
+        # counts: the sums of a `feature` (etl/kernel/counters.py); pairs: codes of a `feature` made for counters, as
+        # many as `num_rows`, and what they stand for
+        ("table", pa.binary()),
     ]
 )
 EVENT_COLUMNS = ("time", "action", "item_id", "query")
@@ -105,12 +99,14 @@ class Dictionaries:
     def rows(self, chunk: str, counted: Ints, days: Ints) -> Iterator[pa.RecordBatch]:
         """`value` rows of all codes that are used in packs or that occur in the counted rows, which have these days.
 
-        Nothing counts for the features of counters, which have no vocabulary.
+        None of features that are made for counters, which have no vocabulary.
         """
         first = int(days.min(initial=0))
         width = int(days.max(initial=0)) - first + 1
         for name, (codes, values) in self.features.items():
-            there = (codes[counted] >= 0) & (not name.startswith(CELL_PREFIX))
+            if name.startswith(CELL_PREFIX):
+                continue
+            there = codes[counted] >= 0
             places, counts = np.unique(codes[counted][there] * width + (days[there] - first), return_counts=True)
             num_days = np.bincount(places // width, minlength=len(values))
             needed = num_days > 0
@@ -128,6 +124,24 @@ class Dictionaries:
                     days=pa.ListArray.from_arrays(edges, pa.array(places % width + first)),
                     counts=pa.ListArray.from_arrays(edges, pa.array(counts)),
                 )
+
+    def pairs(self, chunk: str, without: Collection[str]) -> Iterator[pa.RecordBatch]:
+        """`pairs` rows of the codes that are used in packs, one a feature that is made for counters, but for some."""
+        for name, some in self._used.items():
+            if name.startswith(CELL_PREFIX) and name not in without:
+                codes = np.unique(np.concatenate(some))
+                codes = codes[codes >= 0]
+                table = stream_of({"code": codes, "value": self.features[name][1].take(pa.array(codes))})
+                yield emitted(PAIRS, chunk=chunk, feature=name, num_rows=np.array([len(codes)]), table=table)
+
+
+def pair_values(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Rows (chunk, feature, code, value) of `pairs` rows (chunk, feature, table)."""
+    for batch in batches:
+        for chunk, feature, table in zip(*map(batch.column, ("chunk", "feature", "table")), strict=True):
+            rows = unpack(table)
+            columns = [pa.repeat(chunk, len(rows)), pa.repeat(feature, len(rows)), rows["code"], rows["value"]]
+            yield from pa.table(columns, schema=schema).to_batches()
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,17 +214,13 @@ def _late_spans(history: HistoryEvents, users: Ints, times: Ints, length: int) -
     return np.concatenate(positions), first[owner], count[owner]
 
 
-def pack(targets: Mapping[str, pa.Array | np.ndarray], events: Mapping[str, np.ndarray]) -> dict[str, pa.Array]:
-    """Both tables of a pack as Arrow streams."""
-    return {"targets": _to_bytes(targets), "events": _to_bytes(events)}
-
-
 def unpack(payload: pa.Scalar) -> pa.Table:
-    """One table of a pack."""
+    """The table of such a value."""
     return pa.ipc.open_stream(payload.as_buffer()).read_all()
 
 
-def _to_bytes(columns: Mapping[str, pa.Array | np.ndarray]) -> pa.Array:
+def stream_of(columns: Mapping[str, pa.Array | np.ndarray]) -> pa.Array:
+    """One value: a table as an Arrow stream."""
     arrays = {name: column if isinstance(column, pa.Array) else pa.array(column) for name, column in columns.items()}
     batch = pa.RecordBatch.from_pydict(arrays)
     sink = pa.BufferOutputStream()

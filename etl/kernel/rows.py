@@ -74,9 +74,10 @@ def sample_rows(batches: Iterable[pa.RecordBatch], plan: RowPlan, schema: pa.Sch
     Args:
         batches: rows with `targets` and `events` (a pack) and `lookups`: a list of (feature, code, value, ids, numbers)
             structures with every code of the pack's chunk; with tags or terms `lists` too: place, id, place, id ..
-            Where there are counters, also `sums`: a list of (feature, code, daily_sums.SUMS).
+            Where there are counters, also `user_sums` of the pack, and `sums`: a list of (feature, code, list of
+            daily_sums.SUMS).
     """
-    names = ("targets", "events", "lookups", *(["sums"] if plan.counters.columns else []))
+    names = ("targets", "events", "lookups", *(["user_sums", "sums"] if plan.counters.columns else []))
     for batch in batches:
         for targets, events, lookups, *sums in zip(*map(batch.column, names), strict=True):
             rows = unpack(targets)
@@ -97,18 +98,26 @@ def sample_rows(batches: Iterable[pa.RecordBatch], plan: RowPlan, schema: pa.Sch
                 )
 
 
-def _sums(*listed: pa.ListScalar, plan: RowPlan) -> dict[str, DailySums]:
-    """Feature -> sums by code + 1, of those that counters count by; none of no list."""
-    if not listed:
+def _sums(*parts: pa.Scalar, plan: RowPlan) -> dict[str, DailySums]:
+    """Feature -> sums by code + 1, of those that counters count by: of `user_sums` and `sums`; none of neither."""
+    if not parts:
         return {}
-    entries = listed[0].values
-    feature, code = (entries.field(name).to_numpy() for name in ("feature", "code"))
-    sums = [entries.field(name).to_numpy() for name in SUMS]
+    user_sums, listed = parts
+    entries = listed.values
+    of_code, lengths = entries.field("sums"), entries.field("sums").value_lengths().to_numpy()
+    columns = [np.repeat(entries.field(name).to_numpy(), lengths) for name in ("feature", "code")]
+    columns += [of_code.flatten().field(name).to_numpy() for name in SUMS]
+    if user_sums.is_valid:
+        own = unpack(user_sums)
+        feature = own["feature"].combine_chunks()
+        number = np.array([plan.features.index(name) for name in feature.dictionary.to_pylist()])
+        own_columns = [number[feature.indices.to_numpy()], *(own[name].to_numpy() for name in ("code", *SUMS))]
+        columns = [np.concatenate(both) for both in zip(columns, own_columns, strict=True)]
     found = {}
     for name in {counter.feature for counter in plan.counters.columns}:
-        rows = np.flatnonzero(feature == plan.features.index(name))
-        sums_N5 = np.column_stack([column[rows] for column in sums])
-        found[name] = DailySums.of(code[rows].astype(np.int64) + 1, sums_N5, plan.counters.num_scenarios)
+        rows = np.flatnonzero(columns[0] == plan.features.index(name))
+        code, *sums = (column[rows].astype(np.int64) for column in columns[1:])
+        found[name] = DailySums.of(code + 1, np.column_stack(sums), plan.counters.num_scenarios).indexed()
     return found
 
 

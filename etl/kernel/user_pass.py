@@ -17,13 +17,25 @@ import pyarrow.compute as pc
 
 from etl.kernel.attribution import REASONS, Attribution, LabelRules, Labels, attribute, label
 from etl.kernel.chunks import REQUEST_KEY, USER_KEY, Cleaned, cleaned, days_of, whole_users
-from etl.kernel.counters import cell_name, count_rows, counter_cells
+from etl.kernel.counters import cell_name, chunk_sums, count_rows, counter_cells, sums_of_users
 from etl.kernel.events import KIND_IMPRESSION, KIND_ORDER, Events, Ints, codes_and_values
 from etl.kernel.fingerprint import combined, label_hashes
 from etl.kernel.histories import HistoryEvents, history_events
-from etl.kernel.packs import ACCOUNT, CELL, EVENT, PACK, REJECT, Dictionaries, emitted, pack, pack_histories
+from etl.kernel.packs import (
+    ACCOUNT,
+    CELL,
+    EVENT,
+    PACK,
+    REJECT,
+    Dictionaries,
+    emitted,
+    pack_histories,
+    stream_of,
+)
 from usr_ray.config import DAY_US
 
+BEGINNING = int(np.iinfo(np.int64).min)
+"""`PassPlan.since` where no earlier build left anything."""
 _PACK_ROWS = 262_144
 """Impressions of one pack; a chunk of small users makes one, so that its lookups travel once."""
 OVER_LIMIT = "over_user_limit"
@@ -41,7 +53,7 @@ class PassPlan:
     history_length: int
     days: tuple[int, ...]
     """Impressions of these days (since 1970, UTC) become samples; the others are context."""
-    since: int = np.iinfo(np.int64).min
+    since: int = BEGINNING
     """Microseconds. History events before it come from an earlier build; impressions before it are not counted."""
     categories: tuple[str, ...] = ()
     """Context features that get a vocabulary."""
@@ -49,8 +61,8 @@ class PassPlan:
     """Context features that are numbers: scaled already, or raw where the scale is fitted."""
     counted: tuple[tuple[str, ...], ...] = ()
     """Columns by whose values together past events are counted (etl/kernel/counters.py)."""
-    told: tuple[tuple[str, ...], ...] = ()
-    """Columns by whose values they are counted too, though no row needs it."""
+    told: tuple[str, ...] = ()
+    """Ids by which they are counted too, though no row needs it."""
     max_user_day_rows: int = 0
     """limits.max_user_events_per_day; 0: no limit."""
     chunk_rows: int = 200_000
@@ -142,6 +154,11 @@ def _samples(
     names = ("user_id", "item_id", "query", *plan.categories)
     encoded = {name: codes_and_values(rows[name]) for name in names}
     values = Dictionaries(encoded | counter_cells(rows, shown, encoded, plan.counted))
+    counted = dict.fromkeys((*map(cell_name, plan.counted), *plan.told))
+    codes = {name: values.features[name][0] for name in counted}
+    sums = chunk_sums(events, histories, shown[is_counted], codes, plan.since)
+    by_user = [cell_name(columns) for columns in plan.counted if "user_id" in columns]
+    more = {"table": stream_of(sums_of_users(sums, by_user, max(plan.days, default=0)))} if by_user else {}
     row_hash, value_hash = (rows[name].to_numpy().view(np.uint64) for name in ("row_hash", "value_hash"))
     cells = {"impressions": row_hash[targets], "labels": label_hashes(row_hash[targets], labels)}
     history_hash = [np.empty(0, np.uint64)]
@@ -150,7 +167,8 @@ def _samples(
         packed = pack_histories(events, histories, targets[part], values, value_hash, plan.history_length)
         history_hash.append(packed.hashes(row_hash[targets[part]]))
         columns = _target_columns(rows, events, labels, targets, part, values, plan)
-        yield emitted(PACK, chunk=chunk, **pack(columns | packed.spans, packed.events))
+        tables = {"targets": stream_of(columns | packed.spans), "events": stream_of(packed.events)}
+        yield emitted(PACK, chunk=chunk, **tables, **more)
     cells["histories"] = np.concatenate(history_hash)
     for what, hashes in cells.items():
         by_day = combined(days[is_target], hashes)
@@ -158,9 +176,9 @@ def _samples(
             CELL, what=what, day=pa.array(list(by_day), pa.int64()), hash=pa.array(list(by_day.values()), pa.int64())
         )
     yield from values.rows(chunk, shown[is_counted], days[is_counted])
-    counted = {name: values.features[name] for name in map(cell_name, plan.counted)}
-    counted |= counter_cells(rows, shown, encoded, plan.told)
-    yield from count_rows(events, histories, shown[is_counted], counted, plan.since)
+    # Of what counts by users there is nothing to look up where no earlier build has counted.
+    yield from values.pairs(chunk, without=by_user if plan.since == BEGINNING else ())
+    yield from count_rows(sums, {name: values.features[name][1] for name in counted})
 
 
 def _history_rows(rows: pa.Table, history: HistoryEvents, scenario: int, since: int) -> Iterator[pa.RecordBatch]:

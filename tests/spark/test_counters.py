@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from pyspark.sql import SparkSession
 
@@ -16,13 +17,15 @@ from etl.build.report import read_reports
 from etl.build.restate import RestateRequest, restate_samples
 from etl.build.samples import Progress
 from etl.build.state import State, find_state
-from etl.features.counters import counter_fingerprints
+from etl.features.counters import counter_fingerprints, counter_rows
+from etl.kernel.counters import Sums, count_rows
 from etl.lake.tables import Lake
 from tests.etl_oracle import DAY, Row, World, counted, counters, unique
 from tests.spark.shop import CONFIG, DAYS, SCENARIOS, START, WINDOWS, Shop, logs_of, moment, random_shop, write_logs
 from tests.spark.test_build_daily import ALL, build
 from tests.spark.test_build_samples import DATES, WATERMARK, rows_of
 from usr_ray.config import day_number, load_config
+from usr_ray.daily_sums import key_parts, key_parts_joined
 from usr_ray.data.events import read_events
 from usr_ray.data.manifest import build_manifest
 from usr_ray.serving.counters import Counters, lake_counters
@@ -268,3 +271,26 @@ def test_sums_that_somebody_changed_or_lost_are_not_trusted(spark: SparkSession,
     assert find_state(spark, settings, lake, DATES[3]) == State()
     shutil.rmtree(tmp_path / "lake" / "counters")
     assert find_state(spark, settings, lake, DATES[3]) == State()
+
+
+def test_what_the_sums_tell_of_an_item_is_joined_as_values_are(spark: SparkSession) -> None:
+    """Nothing counts by the item alone: its sums are there with its brand only, once a scenario and day."""
+    brands = {"a": "x", "a|b": "x|y", "a\\": "\\|", "|": "\\\\", "none": None, "gone": "x"}
+    items = [*brands][:-1]
+    code, day = np.repeat(np.arange(len(items)), 2), np.tile([1, 2], len(items))
+    sums = Sums(code=code, scenario=code % 2, event_day=day, day=day, counts=np.column_stack([code, day, day]))
+    counted = pa.Table.from_batches(count_rows({"item_id": sums}, {"item_id": pa.array(items)}))
+    tables = {"item": spark.createDataFrame([*brands.items()], "item_id string, brand string")}
+    config = load_config(None, (*CONFIG, "counters.b.keys=['brand']"))
+    frame = spark.createDataFrame(counted.select(["feature", "table"]))
+    rows = counter_rows(config, frame, tables).collect()
+    assert {row["name"] for row in rows} == {"item_id:brand"}
+    shown = [item for item in items if brands[item]]
+    wanted = key_parts_joined([pa.array(shown), pa.array([brands[item] for item in shown])])
+    assert [part.to_pylist() for part in key_parts(wanted, 2)] == [shown, [brands[item] for item in shown]]
+    epoch = dt.date(1970, 1, 1)
+    assert sorted((row["key"], row["date"], row["event_date"], row["scenario"], *row[5:]) for row in rows) == sorted(
+        (key, date, date, SCENARIOS[items.index(item) % 2], items.index(item), n, n)
+        for key, item in zip(wanted.to_pylist(), shown, strict=True)
+        for n, date in ((n, epoch + dt.timedelta(days=n)) for n in (1, 2))
+    )

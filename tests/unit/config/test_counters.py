@@ -90,7 +90,7 @@ def test_without_counters_a_build_does_nothing_for_them() -> None:
     assert make_plan(config, ()).counted == ()
     assert pack_features(config) == ("user_id", "item_id", "query")
     # No session, no table: nothing is looked at.
-    assert write_sums(None, config, Lake("nowhere"), State(), None, dt.date(2026, 1, 1)) is None
+    assert write_sums(None, config, Lake("nowhere"), State(), None, {}, dt.date(2026, 1, 1)) is None
 
 
 def test_keys_are_ids_and_categories_of_every_owner() -> None:

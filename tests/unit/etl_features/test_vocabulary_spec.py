@@ -11,7 +11,7 @@ import pytest
 from etl.features.numbers import bucket_edges, fits_of, standard_fit
 from etl.features.vocabulary import Vocabularies, feature_spec
 from etl.kernel.features import bucket_ids, number_counts, standardised
-from etl.kernel.packs import pack
+from etl.kernel.packs import stream_of
 from usr_ray.config import DAY_US, ConfigError, first_difference, load_config
 from usr_ray.schema import DenseFeature, FeatureSpec
 from usr_ray.serving.encode import bucket_id, scaled
@@ -177,7 +177,7 @@ def test_numbers_of_the_context_are_counted_on_the_dates_that_are_fitted_on() ->
         "context:wait": pa.array([2.5, None, 2.5, 7.0]),
         "context:load": pa.array([1.0, float("inf"), 3.0, 4.0]),
     }
-    batch = pa.record_batch({name: column for name, column in pack(targets, {}).items() if name == "targets"})
+    batch = pa.record_batch({"targets": stream_of(targets)})
     found = [row for part in number_counts([batch], ["wait", "load"], [0, 1]) for row in part.to_pylist()]
     assert found == [
         {"feature": "wait", "number": 2.5, "count": 2},

@@ -17,13 +17,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from etl.kernel.counters import cell_name
+from etl.kernel.counters import _numbered, cell_name
+from etl.kernel.packs import pair_values, unpack
 from etl.kernel.rows import RowPlan, sample_rows
 from etl.kernel.user_pass import PassPlan
 from tests.etl_oracle import DAY, Row, Windows, World, counted, counters, unique
 from tests.unit.etl_kernel.test_user_pass import SPEC, passed
 from tests.unit.etl_worlds import NOON, duplicated, event_rows, rules_of, windows_of, worlds
 from tests.unit.examples import depth
+from usr_ray import daily_sums
 from usr_ray.daily_sums import (
     ALL_ROWS,
     SUMS,
@@ -66,8 +68,6 @@ COUNTED = (
     ("query", "item_id"),
     ("owned:brand", "context:page", "query"),
 )
-TOLD = (("item_id", "owned:brand"),)
-"""Summed for the service alone."""
 Sums = dict[tuple, list[int]]
 """(feature, value, scenario, event day, day on which it was known) -> impressions, clicks, orders."""
 
@@ -116,7 +116,6 @@ def plan_of(windows: Windows, days: tuple[int, ...], since: int | None, chunk_ro
         chunk_rows=chunk_rows,
         categories=("context:page",),
         counted=COUNTED,
-        told=TOLD,
         **more,
     )
 
@@ -125,8 +124,8 @@ def sums_of(parts: dict[str, list[dict[str, Any]]]) -> Sums:
     """Of all chunks together."""
     found: Sums = collections.defaultdict(lambda: [0, 0, 0])
     for row in parts["count"]:
-        for sums in row["sums"]:
-            place = found[row["feature"], row["value"], sums["scenario"], sums["event_day"], sums["day"]]
+        for sums in unpack(pa.scalar(row["table"])).to_pylist():
+            place = found[row["feature"], sums["key"], sums["scenario"], sums["event_date"], sums["date"]]
             for n, what in enumerate(("impressions", "clicks", "orders")):
                 place[n] += sums[what]
     return dict(found)
@@ -136,7 +135,7 @@ def wanted_sums(world: World, windows: Windows) -> Sums:
     want: Sums = collections.defaultdict(lambda: [0, 0, 0])
     for event in map(with_features, counted(world, windows)):
         places = {ALL_ROWS: [ALL_ROWS]}
-        places |= {cell_name(columns): [event[COLUMNS[column]] for column in columns] for columns in (*COUNTED, *TOLD)}
+        places |= {cell_name(columns): [event[COLUMNS[column]] for column in columns] for columns in COUNTED}
         for name, values in places.items():
             if None not in values:
                 want[name, text_of(values), event["scenario"], event["event_day"], event["day"]][event["what"]] += 1
@@ -167,7 +166,10 @@ def test_the_pass_sums_every_event_once_on_the_day_it_was_known(
     world: World, windows: Windows, chunk_rows: int, since: int | None
 ) -> None:
     want = {p: sums for p, sums in wanted_sums(world, windows).items() if since is None or p[3] >= since}
-    assert sums_of(passed(event_table(world), plan_of(windows, (), since, chunk_rows), 5)) == want
+    plan = plan_of(windows, (), since, chunk_rows)
+    assert sums_of(passed(event_table(world), plan, 5)) == want
+    told = replace(plan, counted=COUNTED[1:], told=COUNTED[0])  # by users for the service alone
+    assert sums_of(passed(event_table(world), told, 5)) == want
 
 
 # The rows: the counters of each impression.
@@ -180,27 +182,43 @@ def column_of(columns: tuple[str, ...], per_scenario: bool, days: int | None, wh
     return f"{'+'.join(columns)} {per_scenario} {days} {what}"
 
 
-def rows_of(parts: dict[str, list[dict[str, Any]]], sums: Sums, windows: Windows) -> dict[str, dict[str, float]]:
-    """impression_id -> the counters of the rows of the packs, of the sums of a lake."""
+def pairs_of(parts: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """chunk, feature, code and value of the values that are made for counters."""
+    schema = pa.schema([("chunk", pa.string()), ("feature", pa.string()), ("table", pa.binary())])
+    rows = pa.RecordBatch.from_pylist([{name: row[name] for name in schema.names} for row in parts["pairs"]], schema)
+    schema = pa.schema([*list(schema)[:2], ("code", pa.int32()), ("value", pa.string())])
+    return [row for batch in pair_values([rows], schema) for row in batch.to_pylist()]
+
+
+def rows_of(
+    parts: dict[str, list[dict[str, Any]]], sums: Sums, windows: Windows, since: int = 0
+) -> dict[str, dict[str, float]]:
+    """impression_id -> the counters of the rows of the packs, of the sums of a lake: by users, before a day alone."""
     of_value: dict[tuple, list[tuple[int, ...]]] = collections.defaultdict(list)
-    for (feature, value, scenario, _, day), counts in sums.items():
-        of_value[feature.removeprefix("context:"), value].append((day, scenario, *counts))
+    for (feature, value, scenario, event_day, day), counts in sums.items():
+        if "user_id" not in feature or event_day < since:
+            of_value[feature.removeprefix("context:"), value].append((day, scenario, *counts))
     features = ["user_id", "item_id", "query", "page", *(c for c in map(cell_name, COUNTED) if c.startswith("cell:"))]
     lookups: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
     counted: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
-    for row in parts["value"]:
+    for row in (*parts["value"], *pairs_of(parts)):
         feature = row["feature"].removeprefix("context:")
         place = {"feature": features.index(feature), "code": row["code"]}
         if not feature.startswith("cell:"):
             lookups[row["chunk"]].append(place | {"value": row["value"], "ids": [1], "numbers": []})
-        for found in of_value[feature, row["value"]]:
-            counted[row["chunk"]].append(place | dict(zip(SUMS, found, strict=True)))
+        if found := of_value[feature, row["value"]]:
+            counted[row["chunk"]].append(place | {"sums": [dict(zip(SUMS, sums, strict=True)) for sums in found]})
     long, number = pa.list_(pa.int64()), pa.list_(pa.float32())
     kinds = {"feature": pa.int32(), "code": pa.int32(), "value": pa.string(), "ids": long, "numbers": number}
-    of_code = pa.struct([("feature", pa.int32()), ("code", pa.int32()), *((name, pa.int64()) for name in SUMS)])
-    packs = [{**row, "lookups": lookups[row["chunk"]], "sums": counted[row["chunk"]]} for row in parts["pack"]]
+    one = pa.struct([(name, pa.int64()) for name in SUMS])
+    of_code = pa.struct([("feature", pa.int32()), ("code", pa.int32()), ("sums", pa.list_(one))])
+    of_chunk = {
+        row["chunk"]: {"lookups": lookups[row["chunk"]], "sums": counted[row["chunk"]]} for row in parts["pack"]
+    }
+    packs = [{**row, "user_sums": row["table"], **of_chunk[row["chunk"]]} for row in parts["pack"]]
     lists = {"lookups": pa.list_(pa.struct(list(kinds.items()))), "sums": pa.list_(of_code)}
-    schema = pa.schema([("targets", pa.binary()), ("events", pa.binary()), *lists.items()])
+    binaries = [(name, pa.binary()) for name in ("targets", "events", "user_sums")]
+    schema = pa.schema([*binaries, *lists.items()])
     table = pa.Table.from_pylist([{n: p[n] for n in schema.names} for p in packs], schema=schema)
     # A scenario's daily sums may come in several parts.
     totals = tuple(number for found in of_value[ALL_ROWS, ALL_ROWS] for number in found)
@@ -281,7 +299,7 @@ def test_one_more_day_on_the_sums_of_those_before_equals_all_logs_and_the_oracle
     later = passed(event_table(recent), plan_of(windows, (day,), day), 5)
     assert not first.keys() & sums_of(later).keys()
     assert first | sums_of(later) == sums_of(whole)
-    assert_equal(rows_of(later, first | sums_of(later), windows), wanted)
+    assert_equal(rows_of(later, first | sums_of(later), windows, since=day), wanted)
 
 
 @depth(25)
@@ -305,7 +323,11 @@ def test_no_label_of_a_held_out_day_changes_a_counter_of_its_rows(
 
 
 def lake_table(sums: Sums) -> pa.Table:
-    """`<lake>/counters` as the build writes it."""
+    """`<lake>/counters` as the build writes it: of items with their brands too."""
+    of_items = {place: counts for place, counts in sums.items() if place[0] == "item_id" and BRANDS[place[1]]}
+    sums = sums | {
+        ("item_id:brand", text_of([item, BRANDS[item]]), *rest): n for (_, item, *rest), n in of_items.items()
+    }
     rows = [
         {
             "name": feature.removeprefix("cell:").removeprefix("context:"),
@@ -405,8 +427,11 @@ def test_a_vocabulary_counts_nothing_of_what_only_counters_know() -> None:
     parts = passed(event_table(world), plan_of(Windows(click=1, order=1, whole=1), (NOON // DAY,), None), 5)
     days = {row["feature"]: (row["value"], row["days"]) for row in parts["value"]}
     assert days["query"] == ("tea", [NOON // DAY])
-    assert days["cell:brand"] == ("a|b", [])
-    assert days["cell:brand:page:query"] == ("a\\|b|b|tea", [])
+    assert not any(name.startswith("cell:") for name in days)
+    pairs = {row["feature"]: row["value"] for row in pairs_of(parts)}
+    assert pairs == {"cell:brand": "a|b", "cell:query:item_id": "tea|x", "cell:brand:page:query": "a\\|b|b|tea"}
+    later = passed(event_table(world), plan_of(Windows(click=1, order=1, whole=1), (NOON // DAY,), NOON // DAY), 5)
+    assert {row["feature"]: row["value"] for row in pairs_of(later)} == pairs | {"cell:user_id:brand": "u|a\\|b"}
 
 
 def test_log_odds_are_those_of_the_smoothed_rate_less_those_of_all() -> None:
@@ -485,3 +510,28 @@ def test_columns_of_one_counter_are_its_windows() -> None:
     # Near: (1 + 20 / 2) / 21 beside 5 / 10. Far: (3 + 20 * .3) / 25 = 9 / 25 beside 15 / 50.
     wanted = {"near": math.log(11 / 10), "shown": math.log(6), "far": math.log(9 / 16) - math.log(3 / 7)}
     assert {name: values.item() for name, values in found.items()} == pytest.approx(wanted, abs=1e-6)
+
+
+def test_an_index_finds_what_a_search_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes without entries, -1 and beyond the last among them, and days before and after all sums."""
+    rng = np.random.default_rng(3)
+    columns = [rng.integers(0, high, 200) for high in (6, 3, 4, 3, 2)]
+    sums = DailySums.of(rng.integers(0, 20, 200), np.column_stack([columns[0] + 100, columns[1] % 2, *columns[2:]]), 2)
+    codes, days = rng.integers(-1, 25, 500), rng.integers(95, 110, 500)
+    found = sums.indexed()
+    assert found.index is not None
+    assert sums.index is None
+    windows = (None, 1, 3)
+    assert (found.before(codes, days, windows) == sums.before(codes, days, windows)).all()
+    assert found.before(codes, days, windows).any()
+    monkeypatch.setattr(daily_sums, "_MAX_INDEX", 10)
+    assert sums.indexed().index is None, "it would be too large"
+
+
+def test_numbers_are_placed_alike_whether_they_are_marked_or_sorted() -> None:
+    values = np.array([7, 3, 3, 0, 9, 7])
+    for size in (10, 1000):
+        distinct, places = _numbered(values, size)
+        assert distinct.tolist() == [0, 3, 7, 9]
+        assert places.tolist() == [2, 1, 1, 0, 3, 2]
+    assert [len(part) for part in _numbered(np.empty(0, np.int64), 0)] == [0, 0]
