@@ -28,6 +28,7 @@ def counter_statements(config: Config) -> list[str]:
     users, items = config.features.user_categories, config.features.item_categories
     owned = "".join(f", u.{name}" for name in users) + "".join(f", p.{name}" for name in items)
     joined = "LEFT JOIN users AS u ON u.user_id = e.user_id LEFT JOIN items AS p ON p.item_id = e.item_id"
+    windows = tuple(dict.fromkeys(window for counter in config.every_counter.values() for window in counter.windows))
     found = [statement.format(prior=config.counters.prior) for statement in _ODDS.split(";")]
     found += [
         f"""CREATE TEMPORARY TABLE counted AS
@@ -42,8 +43,8 @@ SELECT e.*{owned} FROM (
     FROM credited_orders
 ) AS e {joined}""",
         "CREATE TEMPORARY TABLE dates AS SELECT DISTINCT impression_date AS date FROM samples",
-        *_windows_of("every", (), CounterConfig(per_scenario=True)),
-        *_windows_of("every_all", (), CounterConfig(per_scenario=False)),
+        *_windows_of("every", (), CounterConfig(windows=windows, per_scenario=True)),
+        *_windows_of("every_all", (), CounterConfig(windows=windows, per_scenario=False)),
     ]
     columns, joins = [], []
     for name, counter in config.every_counter.items():
