@@ -49,9 +49,10 @@ def _ranks(world_size: int) -> list[tuple[ForkServerProcess, Connection]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    # Forked off a process that has imported torch and the loop once, not once a rank.
+    # Forked off a process that has imported torch, the loop and TorchRec, where it is installed, once, not once a rank.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "usr_ray.training.loop", "pytest"])
+    own = ["usr_ray.training.loop", "usr_ray.training.embeddings_sharded"]
+    context.set_forkserver_preload(["torch._dynamo", "pytest", *own])
     ranks = []
     for rank in range(world_size):
         ours, theirs = context.Pipe()
