@@ -328,3 +328,47 @@ def history(i: Row, clicks: list[Row], orders: list[Row], scenario: int, length:
     ]
     seen.sort(key=lambda e: e[:3])
     return [(e[3]["item"], e[3]["target"]["query"], e[1], i["time"] - e[0]) for e in seen][-length:]
+
+
+def xxh64(data: bytes, seed: int) -> int:
+    """xxHash64 as its specification says, as a signed number; slow. Known: xxh64(b"", 0) = 0xEF46DB3751D8E999."""
+    mask, p1, p2, p3, p4, p5 = (
+        (1 << 64) - 1,
+        0x9E3779B185EBCA87,
+        0xC2B2AE3D27D4EB4F,
+        0x165667B19E3779F9,
+        0x85EBCA77C2B2AE63,
+        0x27D4EB2F165667C5,
+    )
+
+    def rotated(x: int, bits: int) -> int:
+        return ((x << bits) | ((x & mask) >> (64 - bits))) & mask
+
+    def mixed(lane: int, word: int) -> int:
+        return rotated((lane + word * p2) & mask, 31) * p1 & mask
+
+    place, hashed = 0, (seed + p5) & mask
+    if len(data) >= 32:
+        lanes = [(seed + p1 + p2) & mask, (seed + p2) & mask, seed, (seed - p1) & mask]
+        while place + 32 <= len(data):
+            lanes = [
+                mixed(lane, int.from_bytes(data[place + 8 * n : place + 8 * n + 8], "little"))
+                for n, lane in enumerate(lanes)
+            ]
+            place += 32
+        hashed = sum(rotated(lane, bits) for lane, bits in zip(lanes, (1, 7, 12, 18), strict=True)) & mask
+        for lane in lanes:
+            hashed = ((hashed ^ mixed(0, lane)) * p1 + p4) & mask
+    hashed = (hashed + len(data)) & mask
+    while place + 8 <= len(data):
+        hashed = (rotated(hashed ^ mixed(0, int.from_bytes(data[place : place + 8], "little")), 27) * p1 + p4) & mask
+        place += 8
+    if place + 4 <= len(data):
+        word = int.from_bytes(data[place : place + 4], "little")
+        hashed, place = (rotated(hashed ^ (word * p1 & mask), 23) * p2 + p3) & mask, place + 4
+    for byte in data[place:]:
+        hashed = rotated(hashed ^ (byte * p5 & mask), 11) * p1 & mask
+    hashed = (hashed ^ (hashed >> 33)) * p2 & mask
+    hashed = (hashed ^ (hashed >> 29)) * p3 & mask
+    hashed ^= hashed >> 32
+    return hashed - (1 << 64) if hashed >> 63 else hashed

@@ -1,4 +1,4 @@
-"""A small Ray for a module, a small table, and ways to kill parts of a run."""
+"""A small Ray for the folder, a small table, and ways to kill parts of a run."""
 
 from __future__ import annotations
 
@@ -34,6 +34,9 @@ OVERRIDES = (
 """60 steps of a few hundredths of a second each."""
 
 
+BACKBONE = Path(__file__).resolve().parents[2] / "examples" / "add_a_backbone"
+
+
 def small_config(*overrides: str) -> Config:
     return load_config(None, [*OVERRIDES, *overrides])
 
@@ -49,11 +52,15 @@ def _environment() -> Iterator[None]:
     os.environ.update(before)
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """Two logical CPUs, no dashboard. usr_ray.launch.trainer uses a Ray that this process is connected to."""
+@pytest.fixture(scope="package")
+def cluster(_environment: None) -> Iterator[None]:
+    """Two logical CPUs, no dashboard. usr_ray.launch.trainer uses a Ray that this process is connected to.
+
+    The folder of a backbone from outside the package is on its PYTHONPATH, as examples/add_a_backbone has it.
+    """
     import ray
 
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(BACKBONE), os.environ["PYTHONPATH"]])
     ray.init(
         address="local",
         num_cpus=2,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
 
-from tests.ray.conftest import OVERRIDES
+from tests.ray.conftest import BACKBONE, OVERRIDES
 from tests.unit.samples_table import samples_spec, write_samples
 from usr_ray.experiments.grid import expand, parse_study
 from usr_ray.experiments.record import Base, trial_dir
@@ -21,7 +19,6 @@ from usr_ray.training.worker import LocalWorker
 
 pytestmark = pytest.mark.ray
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "add_a_backbone"
 SETS = (*OVERRIDES, "train.num_epochs=1")
 WILD = {"train.learning_rate": 1000.0, "train.weight_decay": 1000.0, "train.gradient_clip": 0.0}
 """Each step multiplies the weights by -999,999: a loss that is not a number, so that a trial fails on purpose."""
@@ -34,15 +31,6 @@ GRID: dict[str, Any] = {
         }
     ],
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _backbone() -> Iterator[None]:
-    """The example's folder is on PYTHONPATH before the cluster starts, as its page has it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLE))
-        patch.setenv("PYTHONPATH", str(EXAMPLE), prepend=os.pathsep)
-        yield
 
 
 @pytest.fixture
@@ -86,20 +74,30 @@ def test_failures_are_kept_and_a_second_call_runs_only_what_has_no_result(
     assert {row["table_version"] for row in pq.read_table(second.results).to_pylist()} == {1}
 
 
-def test_trials_of_two_workers_each_take_turns_on_two_cpus(cluster: None, own_lake: Path, tmp_path: Path) -> None:
-    """Both at once would wait for each other's CPUs for ever. With a backbone that lies outside the package."""
+def test_trials_of_two_workers_each_take_turns_on_two_cpus(
+    cluster: None, own_lake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both at once would wait for each other's CPUs for ever. With a backbone that lies outside the package.
+
+    What the workers of one trial end with is the trial's line, as it is a user's at the end of a training.
+    """
     from usr_ray.experiments.study import run_study
 
     own = "model.backbone='cross_network:CrossNetwork'"
-
-    axis = {"name": "rate", "values": {"sound": {}, "slow": {"train.learning_rate": 1e-4}}}
-    raw = {"seeds": [0], "axes": [axis], "resources": {"num_workers": 2}}
-    study = parse_study(raw, name="pairs", scale="full")
+    monkeypatch.syspath_prepend(str(BACKBONE))  # the workers have it from the cluster
+    study = parse_study({**GRID, "resources": {"num_workers": 2}}, name="pairs", scale="full")
     result = run_study(study, Base(None, (*SETS, own)), str(own_lake), tmp_path / "study")
-    assert (result.num_finished, result.failures) == (2, {})
-    records = [json.loads(path.read_text()) for path in (tmp_path / "study" / "trials").glob("*/config.json")]
+    assert result.num_finished == 1
+    ((name, why),) = result.failures.items()
+    assert "diverging" in name
+    assert "diverged" in why
+    assert "Error" not in why, "Ray's own words"
+    trials = tmp_path / "study" / "trials"
+    records = [json.loads(path.read_text()) for path in trials.glob("*/config.json")]
     assert [record["config"]["ray"]["num_workers"] for record in records] == [2, 2]
-    assert not list((tmp_path / "study" / "trials").glob("*/checkpoints")), "a finished trial's take room for nothing"
+    assert not list((tmp_path / "study" / "trials").glob("sound*/checkpoints")), (
+        "a finished trial's take room for nothing"
+    )
 
 
 def trial_files(run_dir: Path, trial_id: str) -> dict[str, int]:

@@ -214,6 +214,7 @@ def test_a_worker_asked_to_end_ends_the_run_with_all_others_and_a_killed_driver_
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow  # tests/ray/test_study.py has the line of two workers that end, tests/unit/data that of a lost file
 def test_what_a_worker_refuses_is_the_users_one_line(cluster: None, lake: Path, tmp_path: Path) -> None:
     from usr_ray.launch.trainer import run
     from usr_ray.runs.plan import plan_run, write_plan

@@ -8,7 +8,9 @@ compiled and adapted plans, the product's, are those of the jobs in tests/e2e an
 from __future__ import annotations
 
 import datetime as dt
+import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from etl.build.samples import BuildRequest, Progress, build_samples
 from etl.lake.tables import Lake
 from etl.session import build_spark
 from tests.spark import killed_build
-from tests.spark.shop import CONFIG, DAYS, MINUTE, START, Shop, logs_of, random_shop, write_logs
+from tests.spark.shop import CONFIG, START, Shop, logs_of, write_logs
 from usr_ray.config import load_config
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "own_logs"
@@ -35,6 +37,7 @@ def spark() -> Iterator[SparkSession]:
         "spark.sql.codegen.factoryMode": "NO_CODEGEN",
         "spark.sql.adaptive.enabled": "false",
         "spark.sql.files.minPartitionNum": "1",  # a task reads all files of a log
+        "spark.sql.sources.parallelPartitionDiscovery.parallelism": "2",  # tasks of a VACUUM's listing
         "spark.buffer.pageSize": "256k",  # or each sort and hash map of a task begins with eight megabytes
     }
     session = build_spark("tests", options)
@@ -58,29 +61,9 @@ def example_lake(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="session")
-def narrow_logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Logs of tests/spark/killed_build.py: two scenarios, no features."""
-    return write_logs(logs_of(killed_build.worlds()[0]), tmp_path_factory.mktemp("narrow") / "logs")
-
-
-@pytest.fixture(scope="session")
-def narrow_lake(spark: SparkSession, narrow_logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What an undisturbed build makes of them; to be read or copied only."""
-    path = tmp_path_factory.mktemp("narrow") / "lake"
-    killed_build.build(spark, narrow_logs, path)
-    return path
-
-
-@pytest.fixture(scope="session")
 def wide_shop() -> Shop:
-    """Three scenarios and features; without duplicates that are days apart, which a build on the state does not see."""
-    shop = random_shop(5, num_impressions=150)
-    for rows in (shop.world.impressions, shop.world.clicks, shop.world.orders):
-        first: dict[str, int] = {}
-        for row in rows:
-            first[row["id"]] = min(row["time"], first.get(row["id"], row["time"]))
-        rows[:] = [row for row in rows if row["time"] - first[row["id"]] < 12 * 60 * MINUTE]
-    return shop
+    """Three scenarios and features."""
+    return killed_build.worlds()[0]
 
 
 @pytest.fixture(scope="session")
@@ -90,16 +73,69 @@ def wide_logs(wide_shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="session")
-def wide_lake(spark: SparkSession, wide_logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All dates of them, up to noon of the last, with vocabulary.min_count = 2; to be read or copied only."""
-    path, first = tmp_path_factory.mktemp("wide") / "lake", START.date()
+def late_logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Those of the same shop some days later; to be read only."""
+    return write_logs(logs_of(killed_build.worlds()[1]), tmp_path_factory.mktemp("late") / "logs")
+
+
+@pytest.fixture(scope="session")
+def narrow_lake(spark: SparkSession, wide_logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What an undisturbed build makes of two of its scenarios, without features; to be read or copied only."""
+    path = tmp_path_factory.mktemp("narrow") / "lake"
+    killed_build.build(spark, wide_logs, path)
+    return path
+
+
+@dataclass(frozen=True)
+class Restated:
+    """A lake after a restatement, and what that said."""
+
+    lake: Path
+    touched: dict[str, list[str]]
+    lines: list[str]
+
+
+@pytest.fixture(scope="session")
+def restated(
+    spark: SparkSession, narrow_lake: Path, late_logs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Restated:
+    """The narrow lake restated from the late logs; to be read or copied only."""
+    lake = Path(shutil.copytree(narrow_lake, tmp_path_factory.mktemp("restated") / "lake"))
+    lines: list[str] = []
+    return Restated(lake, killed_build.restate(spark, late_logs, lake, Progress(write=lines.append)), lines)
+
+
+def build_wide(
+    spark: SparkSession, logs: Path, lake: Path, *overrides: str, first: int = 0, last: int = 3
+) -> list[str]:
+    """Build days first..last of the wide shop, up to noon of the last; what the job said."""
+    day, lines = START.date(), list[str]()
     request = BuildRequest(
-        logs=str(wide_logs),
-        lake=Lake(str(path)),
-        first=first,
-        last=first + dt.timedelta(days=DAYS - 1),
+        logs=str(logs),
+        lake=Lake(str(lake)),
+        first=day + dt.timedelta(days=first),
+        last=day + dt.timedelta(days=last),
         watermark=killed_build.WATERMARK,
     )
-    config = load_config(None, (*CONFIG, "vocabulary.min_count=2"))
-    build_samples(spark, config, request, Progress(write=lambda line: None))
+    build_samples(spark, load_config(None, (*CONFIG, *overrides)), request, Progress(write=lines.append))
+    return lines
+
+
+@pytest.fixture(scope="session")
+def wide_lake(spark: SparkSession, wide_logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All dates of them, with vocabulary.min_count = 2; to be read or copied only."""
+    path = tmp_path_factory.mktemp("wide") / "lake"
+    build_wide(spark, wide_logs, path, "vocabulary.min_count=2")
+    return path
+
+
+HASHED = ("vocabulary.kind='hash'", "vocabulary.num_buckets=9")
+"""Fewer buckets than items, so that some share an id."""
+
+
+@pytest.fixture(scope="session")
+def hashed_lake(spark: SparkSession, wide_logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All dates of them; to be read or copied only."""
+    path = tmp_path_factory.mktemp("hashed") / "lake"
+    build_wide(spark, wide_logs, path, *HASHED)
     return path

@@ -43,6 +43,7 @@ OVERRIDES = (
     'query_scenarios=["search"]',
     'labels.click_window="30 minutes"',
     'labels.order_window="300 minutes"',
+    'labels.global_window="60 minutes"',
     "histories.length=4",
     "vocabulary.min_count=2",
     "limits.max_reject_share=1",
@@ -58,13 +59,22 @@ Point = Callable[[], bool]
 
 
 def worlds() -> tuple[Shop, Shop]:
-    """A small shop, and the same shop later: an order of day 1 that became known on day 2, and a click of nothing."""
+    """A small shop, and the same shop later: an order of day 1 known late on day 2, a duplicate, a click of nothing.
+
+    Without duplicates that are days apart, which a build on the state does not see.
+    """
     shop = random_shop(5, num_impressions=150)
+    for rows in (shop.world.impressions, shop.world.clicks, shop.world.orders):
+        first: dict[str, int] = {}
+        for row in rows:
+            first[row["id"]] = min(row["time"], first.get(row["id"], row["time"]))
+        rows[:] = [row for row in rows if row["time"] - first[row["id"]] < 12 * 60 * MINUTE]
     late = copy.deepcopy(shop)
     day = 24 * 60 * MINUTE
     shown = next(i for i in late.world.impressions if day < i["time"] < 1.4 * day and i["scenario"] == 1)
     late.world.click("late", shown["user"], shown["item"], 1, shown["time"] + MINUTE, shown["id"], known=int(2.9 * day))
     late.world.order("late", shown["user"], shown["item"], shown["time"] + 2 * MINUTE, known=int(2.9 * day))
+    late.world.orders.append(dict(late.world.orders[-1]))
     late.world.click("wild", shown["user"], "no such item", 1, 10 * MINUTE)
     return shop, late
 
@@ -208,9 +218,10 @@ def build(spark: SparkSession, logs: Path, lake: Path) -> None:
     build_samples(spark, SETTINGS, request, QUIET)
 
 
-def restate(spark: SparkSession, logs: Path, lake: Path) -> None:
-    """Restate in this process, undisturbed."""
-    restate_samples(spark, SETTINGS, RestateRequest(logs=str(logs), lake=Lake(str(lake)), watermark=WATERMARK), QUIET)
+def restate(spark: SparkSession, logs: Path, lake: Path, progress: Progress = QUIET) -> dict[str, list[str]]:
+    """Restate in this process, undisturbed; what that touched."""
+    request = RestateRequest(logs=str(logs), lake=Lake(str(lake)), watermark=WATERMARK)
+    return restate_samples(spark, SETTINGS, request, progress)
 
 
 def main() -> None:

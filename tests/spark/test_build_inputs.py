@@ -7,7 +7,8 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,9 +16,11 @@ import pytest
 from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 
-from etl.build.samples import BuildRequest, Progress, build_samples
+from etl.build.inputs import Inputs
+from etl.build.samples import BuildRequest, Progress, _dates_there, build_samples
 from etl.checks import DataCheckError
 from etl.lake.tables import Lake
+from tests.etl_oracle import xxh64
 from tests.spark.shop import CONFIG, Shop, logs_of, write_logs
 from tests.spark.test_build_samples import DATES, WATERMARK, rows_of
 from usr_ray.config import UserError, load_config
@@ -95,14 +98,11 @@ def test_csv_json_lines_delta_and_integer_ids_give_the_same_table_and_unreadable
     assert rejects["unparsable_ingest_time"]["date"] == dt.date(2026, 1, 1)
 
 
-def test_hashed_ids_need_no_vocabulary_and_spread_over_the_buckets(
-    spark: SparkSession, shop: Shop, logs: Path, lake: Path, tmp_path: Path
-) -> None:
-    """Fewer buckets than items, so that some share an id: item_features has the smallest raw id's row."""
-    build(spark, logs, tmp_path / "lake", "vocabulary.kind='hash'", "vocabulary.num_buckets=9")
-    assert not (tmp_path / "lake" / "vocabularies").exists()
-    hashed = {row["impression_id"]: row for row in rows_of(tmp_path / "lake" / "samples")}
-    report = json.loads((tmp_path / "lake" / "reports" / f"{DATES[3]}.json").read_text())["cold_start"]["search"]
+def test_hashed_ids_need_no_vocabulary_and_spread_over_the_buckets(shop: Shop, hashed_lake: Path, lake: Path) -> None:
+    """Items that share an id: item_features has the smallest raw id's row."""
+    assert not (hashed_lake / "vocabularies").exists()
+    hashed = {row["impression_id"]: row for row in rows_of(hashed_lake / "samples")}
+    report = json.loads((hashed_lake / "reports" / f"{DATES[3]}.json").read_text())["cold_start"]["search"]
     assert (report["unknown_item"], report["share"]["unknown_user"]) == (None, None), "a hashed id is never unknown"
     assert report["no_history"] is not None
     by_value: dict[str, set[int]] = {}
@@ -119,21 +119,24 @@ def test_hashed_ids_need_no_vocabulary_and_spread_over_the_buckets(
     for row in hashed.values():
         for scenario in ("search", "feed", "related"):
             assert set(row[f"{scenario}_history_item_ids"]) <= set(items.values())
+    assert items == {item: 2 + xxh64(item.encode(), seed=42) % 7 for item in items}
 
     texts = sorted({*shop.items, "a", "b"})
-    frame = spark.createDataFrame([(text,) for text in texts], "text string")
-    ids = {row[0]: row[1] for row in frame.selectExpr("text", "2 + pmod(xxhash64(text), 7)").collect()}
+    ids = {text: 2 + xxh64(text.encode(), seed=42) % 7 for text in texts}
     wanted: dict[int, int] = {}
     for item in sorted(shop.items):
         brand = shop.items[item]["brand"]
         wanted.setdefault(ids[item], 0 if brand is None else ids[brand])
-    found = {row["item_id_index"]: row["brand_index"] for row in rows_of(tmp_path / "lake" / "item_features")}
+    found = {row["item_id_index"]: row["brand_index"] for row in rows_of(hashed_lake / "item_features")}
     assert found == wanted
     assert len(wanted) < len(shop.items)
 
 
-def test_vocabularies_are_fitted_on_the_training_dates_only(spark: SparkSession, logs: Path, tmp_path: Path) -> None:
-    build(spark, logs, tmp_path / "lake", f"data.train_dates='{DATES[0]}:{DATES[1]}'")
+def test_vocabularies_are_fitted_on_the_training_dates_and_a_giant_user_s_day_is_taken_out_and_listed(
+    spark: SparkSession, shop: Shop, logs: Path, tmp_path: Path
+) -> None:
+    limit = "limits.max_user_events_per_day=8"
+    build(spark, logs, tmp_path / "lake", f"data.train_dates='{DATES[0]}:{DATES[1]}'", limit)
     rows = rows_of(tmp_path / "lake" / "samples")
     shown: dict[str, int] = {}
     for row in rows:
@@ -147,18 +150,23 @@ def test_vocabularies_are_fitted_on_the_training_dates_only(spark: SparkSession,
         "min_count": 2,
     }
     users = {row["user_id"] for row in rows if row["impression_date"] in DATES[:2]}
-    for place, date in enumerate(DATES):
-        report = json.loads((tmp_path / "lake" / "reports" / f"{date}.json").read_text())["cold_start"]
+    reports = [json.loads((tmp_path / "lake" / "reports" / f"{date}.json").read_text()) for date in DATES]
+    for place, (date, report) in enumerate(zip(DATES, reports, strict=True)):
+        cells = report["cold_start"].values()
         mine = [row for row in rows if row["impression_date"] == date]
         new = [row for row in mine if row["item_id"] not in shown]
-        assert sum(cell["new_item"] for cell in report.values()) == len(new)
-        assert sum(cell["new_user"] for cell in report.values()) == sum(row["user_id"] not in users for row in mine)
+        assert sum(cell["new_item"] for cell in cells) == len(new)
+        assert sum(cell["new_user"] for cell in cells) == sum(row["user_id"] not in users for row in mine)
         assert bool(new) == (place >= 2)
-    # A daily build after the training dates, in a lake that never saw them: nobody can say what is new.
-    build(spark, logs, tmp_path / "late", f"data.train_dates='{DATES[0]}'", first=3)
-    (report,) = (tmp_path / "late" / "reports").glob("*.json")
-    cells = json.loads(report.read_text())["cold_start"].values()
-    assert {cell[name] for cell in cells for name in ("new_user", "new_item")} == {None}
+
+    capped = [row for row in rows_of(tmp_path / "lake" / "rejects") if row["reason"] == "over_user_limit"]
+    days = {(json.loads(row["row"])["user_id"], row["date"]) for row in capped}
+    assert 0 < len(days) < 40
+    assert not days & {(row["user_id"], row["impression_date"]) for row in rows}
+    lost = sum(json.loads(row["row"])["rows"] for row in capped if row["log"].endswith("impressions"))
+    assert len(rows) + lost == len({i["id"] for i in shop.world.impressions})
+    counted = sum(of_log.get("over_user_limit", 0) for report in reports for of_log in report["rejects"].values())
+    assert counted == sum(json.loads(row["row"])["rows"] for row in capped if row["date"] in DATES)
 
 
 def change(folder: Path, log: str, edit: Callable[[pa.Table], pa.Table]) -> None:
@@ -258,15 +266,17 @@ def test_a_user_s_error_is_one_line_and_leaves_nothing(
     assert not (tmp_path / "lake").exists()
 
 
-def test_dates_without_impressions_are_refused(spark: SparkSession, logs: Path, tmp_path: Path) -> None:
-    request = BuildRequest(
-        logs=str(logs), lake=Lake(str(tmp_path / "lake")), first=dt.date(2031, 1, 1), last=dt.date(2031, 1, 2)
-    )
+def test_dates_without_impressions_are_refused(logs: Path) -> None:
+    """What a pass over the logs has found stands for it; the test below has a whole build that is refused."""
+    found = {str(date): 40 for date in DATES}
+    account = SimpleNamespace(impression_dates=set(found), reasons={})
+    inputs = SimpleNamespace(account=account, num_impressions=lambda dates: {date: found[date] for date in dates})
+    lake, first = Lake("unused"), dt.date(2031, 1, 1)
+    request = BuildRequest(logs=str(logs), lake=lake, first=first, last=dt.date(2031, 1, 2))
     with pytest.raises(
         DataCheckError, match=f"--dates 2031-01-01:2031-01-02: .* no impression .* on {DATES[0]}:{DATES[3]}"
     ):
-        build_samples(spark, load_config(None, CONFIG), request, Progress(write=lambda line: None))
-    assert not (tmp_path / "lake").exists()
+        _dates_there(request, cast(Inputs, inputs), load_config(None, CONFIG), Progress())
 
 
 def test_dates_of_which_some_hold_no_impression_are_refused_unless_that_is_allowed(
@@ -281,21 +291,26 @@ def test_dates_of_which_some_hold_no_impression_are_refused_unless_that_is_allow
     logs, lake = write_logs(kept, tmp_path / "logs"), tmp_path / "lake"
     limits = ("limits.max_reject_share=1",)  # clicks of the missing days belong to no impression
     with pytest.raises(UserError) as error:
-        build(spark, logs, lake, *limits)
+        build(spark, logs, lake, *limits, first=1)
     assert str(error.value) == (
-        f"--dates {DATES[0]}:{DATES[3]}: 2 of these 4 dates have no rows: {DATES[1]}, {DATES[3]}; the logs hold "
+        f"--dates {DATES[1]}:{DATES[3]}: 2 of these 3 dates have no rows: {DATES[1]}, {DATES[3]}; the logs hold "
         f"impressions on {DATES[0]}, {DATES[2]}; name dates of those, or take the ones that are there with "
         "--allow-missing-dates"
     )
     assert not lake.exists()
-    lines = build(spark, logs, lake, *limits, "data.allow_missing_dates=true")
-    warning = f"--dates {DATES[0]}:{DATES[3]}: without {DATES[1]}, {DATES[3]}, of which there are no rows"
+    # After the training dates, in a lake that never saw them.
+    words = (*limits, "data.allow_missing_dates=true", f"data.train_dates='{DATES[0]}'")
+    lines = build(spark, logs, lake, *words, first=1)
+    warning = f"--dates {DATES[1]}:{DATES[3]}: without {DATES[1]}, {DATES[3]}, of which there are no rows"
     assert f"warning: {warning}" in lines
-    assert any(" rows of 2 dates, table version" in line for line in lines)
-    assert {row["impression_date"] for row in rows_of(lake / "samples")} == {DATES[0], DATES[2]}
-    assert sorted(path.stem for path in (lake / "reports").iterdir()) == [f"{DATES[0]}", f"{DATES[2]}"]
+    assert any(" rows of 1 dates, table version" in line for line in lines)
+    assert {row["impression_date"] for row in rows_of(lake / "samples")} == {DATES[2]}
+    (report,) = (lake / "reports").iterdir()
+    assert report.stem == f"{DATES[2]}"
     marks = [json.loads(commit.get("userMetadata") or "{}") for commit in DeltaTable(str(lake / "state")).history()]
     assert marks[0]["complete_until"] == f"{DATES[2]}"
+    cells = json.loads(report.read_text())["cold_start"].values()
+    assert {cell[name] for cell in cells for name in ("new_user", "new_item")} == {None}, "nobody can say what is new"
 
 
 @pytest.mark.parametrize(

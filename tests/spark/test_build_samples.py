@@ -13,7 +13,6 @@ import deltalake
 import numpy as np
 import pyarrow.compute as pc
 import pytest
-from delta.tables import DeltaTable
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
@@ -21,7 +20,7 @@ from etl.build.samples import BuildRequest, Progress, build_samples
 from etl.features.vocabulary import hash_index
 from etl.jvm import table_version
 from etl.lake.tables import Lake
-from tests.etl_oracle import Expected, expected
+from tests.etl_oracle import Expected, expected, xxh64
 from tests.spark.shop import (
     CONFIG,
     DAYS,
@@ -133,11 +132,6 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return deltalake.DeltaTable(str(path)).to_pyarrow_table().to_pylist()
 
 
-def sorted_table(spark: SparkSession, path: Path, *keys: str) -> list[tuple]:
-    frame = spark.read.format("delta").load(str(path))
-    return [tuple(row) for row in frame.orderBy(*keys).collect()]
-
-
 @pytest.fixture(scope="module")
 def shop() -> Shop:
     shop = random_shop(7)
@@ -191,10 +185,10 @@ def samples(lake: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def ids(spark: SparkSession, lake: Path) -> dict[str, dict[str, int]]:
+def ids(lake: Path) -> dict[str, dict[str, int]]:
     """feature -> value -> id."""
     found: dict[str, dict[str, int]] = collections.defaultdict(dict)
-    for row in spark.read.format("delta").load(str(lake / "vocabularies")).orderBy("id").collect():
+    for row in rows_of(lake / "vocabularies"):
         found[row["feature"]][row["value"]] = row["id"]
     return found
 
@@ -302,10 +296,8 @@ def cold_of(shop: Shop, samples: dict, ids: dict, key: str) -> set[int]:
     return {ids[key][raw] for raw in having_vectors(shop, key) if counts[raw] < MIN_COUNT}
 
 
-def test_vocabularies_hold_what_is_common_and_grow_by_appending(
-    spark: SparkSession, grown: Path, samples: dict, shop: Shop
-) -> None:
-    table = spark.read.format("delta").load(str(grown / "vocabularies")).collect()
+def test_vocabularies_hold_what_is_common_and_grow_by_appending(grown: Path, samples: dict, shop: Shop) -> None:
+    table = rows_of(grown / "vocabularies")
     counts: dict[tuple[str, str], list[int]] = collections.defaultdict(lambda: [0, 0])
     for row in samples.values():
         late = row["event_time"] >= moment(2 * 24 * 60 * MINUTE)
@@ -422,9 +414,9 @@ def test_vectors_lie_once_by_encoded_id(lake: Path, grown: Path, shop: Shop, ids
     }
 
 
-def test_the_feature_spec_fits_the_table(spark: SparkSession, lake: Path, samples: dict, ids: dict) -> None:
-    detail = DeltaTable.forPath(spark, str(lake / "samples")).detail().collect()[0]
-    spec = FeatureSpec.from_json(detail["properties"][FEATURE_SPEC_PROPERTY])
+def test_the_feature_spec_fits_the_table(lake: Path, samples: dict, ids: dict) -> None:
+    properties = deltalake.DeltaTable(lake / "samples").metadata().configuration
+    spec = FeatureSpec.from_json(properties[FEATURE_SPEC_PROPERTY])
     names = ["user_id", "item_id", "query", "event_hour", "city", "brand", "device", "stock", "wait"]
     assert [f.name for f in spec.sparse] == names
     for feature in spec.sparse[:-2]:
@@ -435,10 +427,8 @@ def test_the_feature_spec_fits_the_table(spark: SparkSession, lake: Path, sample
     assert (spec.scenarios, spec.query_scenarios, spec.history_length) == (SCENARIOS, ("search",), 4)
 
 
-def test_rejects_are_the_oracle_s_and_the_broken_rows(
-    spark: SparkSession, lake: Path, wanted: Expected, shop: Shop
-) -> None:
-    rows = spark.read.format("delta").load(str(lake / "rejects")).collect()
+def test_rejects_are_the_oracle_s_and_the_broken_rows(lake: Path, wanted: Expected) -> None:
+    rows = rows_of(lake / "rejects")
     found = collections.Counter()
     for row in rows:
         raw = json.loads(row["row"])
@@ -583,38 +573,46 @@ def test_a_request_of_raw_values_is_encoded_as_its_sample(
 
 
 def test_hashed_ids_are_spark_s(spark: SparkSession, lake: Path) -> None:
-    values = ["a", "größe", "日本語", "🙂", "x" * 100, "0", " ", "tea"]
+    """And those of xxHash64's specification."""
+    values = ["a", "größe", "日本語", "🙂", "x" * 20_000, "0", " ", "tea", "ß🛒 \u202e\u0643\u062a \U0001d4d0"]
     settings = config('vocabulary.kind="hash"', "vocabulary.num_buckets=1000").vocabulary
     rows = spark.createDataFrame([(n, v) for n, v in enumerate(values)], "n int, value string")
     wanted = [r["id"] for r in rows.select("n", hash_index(F.col("value"), settings).alias("id")).sort("n").collect()]
     spec = build_manifest(lake, dates=(DATES[0], DATES[-1])).spec
     assert Encoder(spec, {}, 1000).ids("query", [*values, None]).tolist() == [*wanted, 0]
+    assert xxh64(b"", seed=0) == 0xEF46DB3751D8E999 - (1 << 64)
+    assert wanted == [2 + xxh64(value.encode(), seed=42) % (1000 - 2) for value in values]
 
 
-def test_a_rerun_gives_the_same_table_and_other_partitions_too(
+def test_a_rerun_on_the_state_gives_the_same_tables_in_other_partitions_too(
     spark: SparkSession, lake: Path, logs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def content() -> tuple:
-        return (
-            sorted_table(spark, lake / "samples", "impression_id"),
-            sorted_table(spark, lake / "rejects", "log", "reason", "row"),
-            sorted_table(spark, lake / "vocabularies", "feature", "id"),
-            sorted_table(spark, lake / "item_features", "item_id_index"),
-            *(sorted_table(spark, lake / f"{owner}_vectors", f"{owner}_id_index") for owner in ("user", "item")),
-        )
+    """And replaces the files of its dates alone."""
 
-    before, version = content(), table_version(spark, str(lake / "samples"))
+    def content() -> dict[str, list[str]]:
+        tables = ("samples", "rejects", "vocabularies", "state", "item_features", "user_vectors", "item_vectors")
+        found = {table: sorted(map(str, rows_of(lake / table))) for table in tables}
+        reports = [json.loads((lake / "reports" / f"{date}.json").read_text()) for date in DATES]
+        return found | {"reports": [str({**report, "table_version": None}) for report in reports]}
+
+    def files() -> set[str]:
+        return set(deltalake.DeltaTable(lake / "samples").file_uris())
+
+    before, version, old = content(), table_version(spark, str(lake / "samples")), files()
     by_id = [table_version(spark, str(lake / name)) for name in ("item_features", "user_vectors", "item_vectors")]
     monkeypatch.setattr("etl.build.inputs.MAX_ROWS_PER_TASK", 90)  # more than ten tasks instead of two
     spark.conf.set("spark.sql.shuffle.partitions", "5")
     spark.conf.set("spark.sql.autoBroadcastJoinThreshold", "-1")
     try:
-        build(spark, logs, lake, 1, 2)
+        lines = build(spark, logs, lake, 1, 2)
     finally:
         spark.conf.set("spark.sql.shuffle.partitions", "2")
         spark.conf.set("spark.sql.autoBroadcastJoinThreshold", str(32 << 20))
+    assert any(f"events before {DATES[1]} are known" in line for line in lines)
     assert table_version(spark, str(lake / "samples")) == version + 1
     assert content() == before
     assert by_id == [
         table_version(spark, str(lake / name)) for name in ("item_features", "user_vectors", "item_vectors")
     ], "nothing has changed, nothing is written"
+    assert {Path(path).parent.name for path in old ^ files()} == {f"impression_date={date}" for date in DATES[1:3]}
+    assert all(Path(path).exists() for path in old), "for those who read the version before"

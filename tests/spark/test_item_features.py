@@ -24,7 +24,6 @@ from etl.lake.tables import Lake, prepare_samples, replace_dates
 from etl.logs.events import read_features
 from etl.logs.files import LogFolder
 from tests.spark.shop import CONFIG, Shop, logs_of, random_shop, write_logs
-from tests.spark.test_build_daily import build
 from tests.spark.test_build_samples import WATERMARK, rows_of
 from usr_ray.config import UserError, load_config
 from usr_ray.config.logs import LogConfig
@@ -85,13 +84,22 @@ def test_the_samples_name_the_version_that_is_theirs(
     path = tmp_path / "lake"
     shutil.copytree(lake, path)
     before = manifest_of(path)
+    settings = load_config(None, (*CONFIG, "vocabulary.min_count=2"))
     # From day 2 on the shop has renamed a brand of one item, and has dropped another from its catalogue.
     changed, dropped = sorted(i for i in shop.items if i in ids_of(lake, "item_id"))[:2]
     other = "b" if shop.items[changed]["brand"] == "a" else "a"
     now = {i: dict(row) for i, row in shop.items.items() if i != dropped}
     now[changed]["brand"] = other
-    logs = write_logs(logs_of(Shop(shop.world, shop.broken, shop.users, now)), tmp_path / "logs")
-    build(spark, logs, path, 2, 3, "vocabulary.min_count=2")
+
+    def update() -> None:
+        """What a build does with the log of items."""
+        known = existing_vocabularies(spark, settings, Lake(str(path)))
+        items = spark.createDataFrame([(i, row["brand"]) for i, row in now.items()], "item_id string, brand string")
+        spec = feature_spec(settings, known)
+        versions = update_tables_by_id(spark, settings, Lake(str(path)), {"item": items}, known, spec)
+        prepare_samples(spark, Lake(str(path)), spec, settings, versions)
+
+    update()
     kept = {dropped: shop.items[dropped]} | now
     assert found(path) == expected(path, kept), "histories go on naming the item that was dropped"
     after = manifest_of(path)
@@ -101,7 +109,7 @@ def test_the_samples_name_the_version_that_is_theirs(
     assert {f.path for f in after.item_features}.isdisjoint(f.path for f in before.item_features)
 
     commits = len(DeltaTable(str(path / "item_features")).history())
-    build(spark, logs, path, 3, 3, "vocabulary.min_count=2")
+    update()
     assert len(DeltaTable(str(path / "item_features")).history()) == commits, "nothing has changed, nothing is written"
     assert manifest_of(path).item_features == after.item_features
 
@@ -109,7 +117,6 @@ def test_the_samples_name_the_version_that_is_theirs(
     again = {i: row | {"brand": "a"} for i, row in now.items()}
     fresh = random_shop(31, num_impressions=160)
     late = write_logs(logs_of(Shop(fresh.world, {}, shop.users, again)), tmp_path / "late")
-    settings = load_config(None, (*CONFIG, "vocabulary.min_count=2"))
     request = RestateRequest(logs=str(late), lake=Lake(str(path)), watermark=WATERMARK)
     assert restate_samples(spark, settings, request, Progress(write=[].append))
     assert found(path) == expected(path, {dropped: shop.items[dropped]} | again)
@@ -218,7 +225,7 @@ def test_a_vector_that_was_taken_back_is_gone_and_one_that_the_log_dropped_stays
         items = spark.createDataFrame([*looks.items()], "item_id string, look array<float>")
         versions = update_tables_by_id(spark, config, lake, {"item": items}, known, spec)
         prepare_samples(spark, lake, spec, config, versions)
-        rows = spark.read.format("delta").load(lake.path("item_vectors")).collect()
+        rows = rows_of(Path(lake.path("item_vectors")))
         return sorted(np.frombuffer(row["look"], "<f2").tolist() for row in rows)
 
     lake, without_samples = (Lake(str(tmp_path / name)) for name in ("lake", "without_samples"))
@@ -283,18 +290,3 @@ def test_an_item_with_a_vector_has_its_id_before_it_is_shown(spark: SparkSession
     # Without the samples' word, by the counts of the builds that appended them.
     shutil.rmtree(tmp_path / "lake" / "samples")
     assert shop.build({}, looks) == "a e b- c- k- f- h"
-
-
-def test_no_table_where_none_is_wanted(spark: SparkSession, shop: Shop, tmp_path: Path) -> None:
-    logs = write_logs(logs_of(shop), tmp_path / "logs")
-    off = "features.history_item_features=[]"
-    build(spark, logs, tmp_path / "lake", 0, 1, off)
-    assert not (tmp_path / "lake" / "item_features").exists()
-    manifest = manifest_of(tmp_path / "lake")
-    assert manifest.spec.history_item_features == ()
-    assert "history_item_features" not in manifest.spec.to_json(), "as before there was such a key"
-    assert read_item_features(manifest).shape[1] == 0
-    # A lake that was built without them gets them with the next date.
-    build(spark, logs, tmp_path / "lake", 2, 2)
-    assert manifest_of(tmp_path / "lake").spec.history_item_features == ("brand",)
-    assert found(tmp_path / "lake") == expected(tmp_path / "lake", shop.items)

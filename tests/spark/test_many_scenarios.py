@@ -1,4 +1,4 @@
-"""One scenario and five, in two steps: labels by formula, vocabularies that only grow, and training on it."""
+"""Five scenarios in two steps: labels by formula, vocabularies that only grow; training on five, on one, and hashed."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from pyspark.sql import SparkSession
 
 from etl.build.samples import BuildRequest, Progress, build_samples
 from etl.lake.tables import Lake
+from tests.spark.conftest import HASHED
+from tests.spark.shop import CONFIG, START
+from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
 from usr_ray.config import Config, load_config
 from usr_ray.data.manifest import build_manifest
 from usr_ray.training.loop import train
@@ -116,50 +119,6 @@ def vocabulary(lake: Path, feature: str) -> dict[str, int]:
     return {row["value"]: row["id"] for row in table(lake, "vocabularies") if row["feature"] == feature}
 
 
-def xxh64(data: bytes, seed: int) -> int:
-    """xxHash64 as its specification says, as a signed number; slow. Known: xxh64(b"", 0) = 0xEF46DB3751D8E999."""
-    mask, p1, p2, p3, p4, p5 = (
-        (1 << 64) - 1,
-        0x9E3779B185EBCA87,
-        0xC2B2AE3D27D4EB4F,
-        0x165667B19E3779F9,
-        0x85EBCA77C2B2AE63,
-        0x27D4EB2F165667C5,
-    )
-
-    def rotated(x: int, bits: int) -> int:
-        return ((x << bits) | ((x & mask) >> (64 - bits))) & mask
-
-    def mixed(lane: int, word: int) -> int:
-        return rotated((lane + word * p2) & mask, 31) * p1 & mask
-
-    place, hashed = 0, (seed + p5) & mask
-    if len(data) >= 32:
-        lanes = [(seed + p1 + p2) & mask, (seed + p2) & mask, seed, (seed - p1) & mask]
-        while place + 32 <= len(data):
-            lanes = [
-                mixed(lane, int.from_bytes(data[place + 8 * n : place + 8 * n + 8], "little"))
-                for n, lane in enumerate(lanes)
-            ]
-            place += 32
-        hashed = sum(rotated(lane, bits) for lane, bits in zip(lanes, (1, 7, 12, 18), strict=True)) & mask
-        for lane in lanes:
-            hashed = ((hashed ^ mixed(0, lane)) * p1 + p4) & mask
-    hashed = (hashed + len(data)) & mask
-    while place + 8 <= len(data):
-        hashed = (rotated(hashed ^ mixed(0, int.from_bytes(data[place : place + 8], "little")), 27) * p1 + p4) & mask
-        place += 8
-    if place + 4 <= len(data):
-        word = int.from_bytes(data[place : place + 4], "little")
-        hashed, place = (rotated(hashed ^ (word * p1 & mask), 23) * p2 + p3) & mask, place + 4
-    for byte in data[place:]:
-        hashed = rotated(hashed ^ (byte * p5 & mask), 11) * p1 & mask
-    hashed = (hashed ^ (hashed >> 33)) * p2 & mask
-    hashed = (hashed ^ (hashed >> 29)) * p3 & mask
-    hashed ^= hashed >> 32
-    return hashed - (1 << 64) if hashed >> 63 else hashed
-
-
 def check_labels(lake: Path, scenarios: tuple[str, ...]) -> None:
     """Every date and scenario by the formula of `write_logs`."""
     for date in DATES:
@@ -177,15 +136,16 @@ def check_labels(lake: Path, scenarios: tuple[str, ...]) -> None:
             assert {key: found[key] for key in expected} == expected, (date, scenario)
 
 
-def check_training(config: Config, lake: Path, run_dir: Path) -> None:
+def check_training(config: Config, lake: Path, run_dir: Path, dates: list[dt.date], num_samples: int = PER_DAY) -> None:
+    """The first two dates train, the third has so many samples of each scenario at least."""
     torch.set_num_threads(1)
-    manifests = [build_manifest(lake, dates=dates) for dates in ((DATES[0], DATES[1]), (DATES[2], DATES[2]))]
+    manifests = [build_manifest(lake, dates=span) for span in ((dates[0], dates[1]), (dates[2], dates[2]))]
     result = train(config, LocalWorker("cpu"), train_manifest=manifests[0], eval_manifest=manifests[1], run_dir=run_dir)
     assert result.status == "finished" and result.step >= 1  # noqa: PT018
     metrics = result.evaluation.metrics  # type: ignore[union-attr]
     assert list(metrics) == [*config.scenarios, "global", "all"]
     for scenario in config.scenarios:
-        assert metrics[scenario]["ctr"]["num_samples"] >= PER_DAY
+        assert metrics[scenario]["ctr"]["num_samples"] >= num_samples
         assert metrics[scenario]["ctcvr"]["log_loss"] > 0
 
 
@@ -214,17 +174,17 @@ def test_five_scenarios_two_with_queries_built_in_two_steps(spark: SparkSession,
     names = DeltaTable(str(lake / "samples")).to_pyarrow_table().column_names
     assert [n for n in names if n.endswith("_history_query_ids")] == [f"{s}_history_query_ids" for s in FIVE[:2]]
     check_labels(lake, FIVE)
-    check_training(config, lake, tmp_path / "run")
+    check_training(config, lake, tmp_path / "run", DATES)
 
 
-def test_one_scenario_without_a_query_and_hashed_ids(spark: SparkSession, tmp_path: Path) -> None:
-    lake, config = tmp_path / "lake", config_of(("feed",), "vocabulary.kind=hash", "vocabulary.num_buckets=64")
-    write_logs(tmp_path / "logs", ("feed",))
-    build(spark, config, tmp_path / "logs", lake, DATES[0], DATES[2])
-    check_labels(lake, ("feed",))
-    ids = {row["item_id"]: row["item_id_index"] for row in table(lake, "samples")}
-    assert xxh64(b"", seed=0) == 0xEF46DB3751D8E999 - (1 << 64)
-    assert ids == {item: 2 + xxh64(item.encode(), seed=42) % (64 - 2) for item in ids}
-    assert len(ids) == 4 + len(BY_HAND)
-    assert {row["query_index"] for row in table(lake, "samples")} == {0}
-    check_training(config, lake, tmp_path / "run")
+def test_one_scenario_without_a_query_is_trained(tmp_path: Path) -> None:
+    """tests/spark/test_logs_as_they_come.py builds some."""
+    spec = samples_spec(scenarios=("feed",), query_scenarios=())
+    write_samples(tmp_path / "lake", spec, num_rows=600, num_days=3)
+    dates = [FIRST_DATE + dt.timedelta(days=n) for n in range(3)]
+    check_training(config_of(("feed",)), tmp_path / "lake", tmp_path / "run", dates)
+
+
+def test_hashed_ids_are_trained(hashed_lake: Path, tmp_path: Path) -> None:
+    config = load_config(None, (*CONFIG, *SMALL_MODEL, *HASHED))
+    check_training(config, hashed_lake, tmp_path / "run", [START.date() + dt.timedelta(days=n) for n in range(3)], 5)

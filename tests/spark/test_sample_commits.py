@@ -25,8 +25,6 @@ from usr_ray.schema import PARTITION_COLUMN, SAMPLES
 
 pytestmark = pytest.mark.spark
 
-DAY = dt.timedelta(days=1)
-
 
 def build(spark: SparkSession, logs: Path, lake: str, first: dt.date = FIRST, last: dt.date = LAST) -> None:
     request = BuildRequest(logs=str(logs), lake=Lake(lake), first=first, last=last, watermark=WATERMARK)
@@ -34,8 +32,8 @@ def build(spark: SparkSession, logs: Path, lake: str, first: dt.date = FIRST, la
 
 
 @pytest.fixture(scope="module")
-def logs(narrow_logs: Path) -> Path:
-    return narrow_logs
+def logs(wide_logs: Path) -> Path:
+    return wide_logs
 
 
 @pytest.fixture(scope="module")
@@ -58,18 +56,6 @@ def waiting(frame: DataFrame, folder: Path) -> DataFrame:
         yield from batches
 
     return frame.coalesce(1).mapInArrow(run, frame.schema)
-
-
-def test_a_date_that_is_built_again_replaces_its_files_alone(spark: SparkSession, logs: Path, lake: Path) -> None:
-    table = lake / SAMPLES
-    before, files = rows(table), set(deltalake.DeltaTable(str(table)).file_uris())
-    build(spark, logs, str(lake), FIRST + DAY, FIRST + DAY)
-    after = set(deltalake.DeltaTable(str(table)).file_uris())
-    changed = {Path(path).parent.name for path in files ^ after}
-    assert changed == {f"{PARTITION_COLUMN}={FIRST + DAY}"}
-    assert rows(table) == before
-    # What left the table is still on the disk for those who read the version before.
-    assert all(Path(path).exists() for path in files)
 
 
 def test_another_writer_of_the_same_dates_is_noticed_one_of_other_dates_is_not(

@@ -10,11 +10,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from etl.build.samples import BuildRequest, Progress, build_samples
 from etl.lake.tables import Lake
+from tests.spark.test_build_samples import rows_of
 from usr_ray.config import Config, load_config
 
 pytestmark = pytest.mark.spark
@@ -67,13 +68,17 @@ def write(folder: Path, name: str, rows: list[tuple[Any, ...]], columns: list[st
 def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shop")
     shown = ["impression_id", "request_id", "user_id", "item_id", "event_time", "position", "query"]
-    clicked = ["click_id", "impression_id", "user_id", "item_id", "event_time"]
     write(folder, "search_impressions", SEARCH, shown)
     write(folder, "recommendation_impressions", FEED, shown)
+    write_clicks_and_orders(folder, ORDERS)
+    return folder
+
+
+def write_clicks_and_orders(folder: Path, orders: list[tuple[Any, ...]]) -> None:
+    clicked = ["click_id", "impression_id", "user_id", "item_id", "event_time"]
     write(folder, "search_clicks", SEARCH_CLICKS, clicked)
     write(folder, "recommendation_clicks", FEED_CLICKS, clicked)
-    write(folder, "orders", ORDERS, ["order_id", "user_id", "item_id", "event_time"])
-    return folder
+    write(folder, "orders", orders, ["order_id", "user_id", "item_id", "event_time"])
 
 
 def config(*overrides: str) -> Config:
@@ -95,21 +100,22 @@ def build(spark: SparkSession, logs: Path, lake: Path, *overrides: str, **reques
 
 @pytest.fixture(scope="module")
 def lake(spark: SparkSession, logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(spark, logs, tmp_path_factory.mktemp("lake") / "lake")
+    """Under a relative path, up to 25 hours after bob's last impression in search."""
+    folder = tmp_path_factory.mktemp("lake")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        build(spark, logs, Path("here/lake"), watermark=at(12) + dt.timedelta(hours=25))
+    return folder / "here" / "lake"
 
 
-def table(spark: SparkSession, lake: Path, name: str = "samples") -> DataFrame:
-    return spark.read.format("delta").load(str(lake / name))
+def rows_by_id(lake: Path) -> dict[str, dict[str, Any]]:
+    return {row["impression_id"]: row for row in rows_of(lake / "samples")}
 
 
-def rows_by_id(spark: SparkSession, lake: Path) -> dict[str, dict[str, Any]]:
-    return {row["impression_id"]: row.asDict() for row in table(spark, lake).collect()}
-
-
-def test_labels_are_those_worked_by_hand(spark: SparkSession, lake: Path) -> None:
+def test_labels_are_those_worked_by_hand(lake: Path) -> None:
     found = {
         name: tuple(row[label] for label in ("is_click", "is_order", "is_click_global", "is_order_global"))
-        for name, row in rows_by_id(spark, lake).items()
+        for name, row in rows_by_id(lake).items()
     }
     assert found == {
         "s1": (1, 1, 1, 1),  # c1 and its order o1
@@ -122,8 +128,8 @@ def test_labels_are_those_worked_by_hand(spark: SparkSession, lake: Path) -> Non
     }
 
 
-def test_times_dates_and_raw_ids_stay_beside_the_labels(spark: SparkSession, lake: Path) -> None:
-    rows = rows_by_id(spark, lake)
+def test_times_dates_and_raw_ids_stay_beside_the_labels(lake: Path) -> None:
+    rows = rows_by_id(lake)
 
     def utc(value: dt.datetime | None) -> dt.datetime | None:
         return value and value.replace(tzinfo=dt.UTC)
@@ -146,8 +152,8 @@ def test_times_dates_and_raw_ids_stay_beside_the_labels(spark: SparkSession, lak
     assert rows["s1"]["request_key"] == rows["s2"]["request_key"] != rows["s3"]["request_key"]
 
 
-def test_histories_hold_what_was_done_strictly_before(spark: SparkSession, lake: Path) -> None:
-    rows = rows_by_id(spark, lake)
+def test_histories_hold_what_was_done_strictly_before(lake: Path) -> None:
+    rows = rows_by_id(lake)
     tea = rows["s1"]["item_id_index"]
     hot, plain = rows["s1"]["query_index"], rows["s3"]["query_index"]
     # s4, ann on day 2 at 09:00: the click c1 of day 1 at 11:00, 22 hours before; the order comes later.
@@ -163,21 +169,21 @@ def test_histories_hold_what_was_done_strictly_before(spark: SparkSession, lake:
         assert rows[name]["search_history_item_ids"] == rows[name]["recommendation_history_item_ids"] == []
 
 
-def test_vocabularies_know_the_training_dates_only(spark: SparkSession, lake: Path) -> None:
-    entries = [row.asDict() for row in table(spark, lake, "vocabularies").collect()]
+def test_vocabularies_know_the_training_dates_only(lake: Path) -> None:
+    entries = rows_of(lake / "vocabularies")
     items = {e["value"]: (e["id"], e["count"]) for e in entries if e["feature"] == "item_id"}
     assert items == {"tea": (2, 4), "mug": (3, 2)}  # by falling count, unique impressions of days 1 and 2
     users = {e["value"]: e["id"] for e in entries if e["feature"] == "user_id"}
     assert users == {"ann": 2, "bob": 3}
-    rows = rows_by_id(spark, lake)
+    rows = rows_by_id(lake)
     assert (rows["r3"]["user_id_index"], rows["r3"]["item_id_index"]) == (1, 1)  # cat and jam: unknown
     assert rows["r3"]["query_index"] == rows["r1"]["query_index"] == 0  # no query: padding
 
 
-def test_rejects_and_the_account_add_up(spark: SparkSession, lake: Path) -> None:
+def test_rejects_and_the_account_add_up(lake: Path) -> None:
     rejects = {
         (r["log"], json.loads(r["row"]).get("click_id") or json.loads(r["row"]).get("order_id")): r["reason"]
-        for r in table(spark, lake, "rejects").collect()
+        for r in rows_of(lake / "rejects")
     }
     assert set(rejects) == {("search_clicks", "c2"), ("orders", "o2")}
     assert len(set(rejects.values())) == 2
@@ -195,41 +201,47 @@ def test_rejects_and_the_account_add_up(spark: SparkSession, lake: Path) -> None
     assert feed["p_click_given_click_global"] == pytest.approx(1 / 2)  # r1 and r2 are clicked somewhere, r2 here
 
 
-def test_maturity_counts_the_windows_to_the_watermark_and_a_lake_may_have_a_relative_path(
-    spark: SparkSession, logs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    build(spark, logs, Path("here/lake"), watermark=at(12) + dt.timedelta(hours=25))
-    mature = {name: row["is_mature"] for name, row in rows_by_id(spark, tmp_path / "here" / "lake").items()}
+def test_maturity_counts_the_windows_to_the_watermark(lake: Path) -> None:
+    mature = {name: row["is_mature"] for name, row in rows_by_id(lake).items()}
     # 25 h after 12:00 is the watermark itself: closed at both ends.
     assert mature == {"s1": True, "s2": True, "r1": True, "s3": True, "r2": False, "s4": False, "r3": False}
 
 
 def test_delta_itself_refuses_labels_out_of_order(spark: SparkSession, lake: Path) -> None:
     # s2 was never clicked: an order of it breaks is_order <= is_click.
-    bad = table(spark, lake).filter("impression_id = 's2'").withColumn("is_order", F.lit(1.0).cast("float"))
+    bad = (
+        spark.read.format("delta")
+        .load(str(lake / "samples"))
+        .filter("impression_id = 's2'")
+        .withColumn("is_order", F.lit(1.0).cast("float"))
+    )
     with pytest.raises(Exception, match=r"CHECK|constraint"):
         bad.write.format("delta").mode("append").save(str(lake / "samples"))
 
 
-def test_the_second_reading_of_the_global_label_is_the_day(spark: SparkSession, logs: Path, tmp_path: Path) -> None:
-    lake = build(spark, logs, tmp_path / "lake", "labels.global_span=day")
-    rows = rows_by_id(spark, lake)
-    # s3 and r2 are bob's on one day but other items; s4 is another day than o1's click.
-    assert [rows[n]["is_click_global"] for n in ("s1", "s2", "s3", "s4", "r1", "r2", "r3")] == [1, 0, 1, 0, 1, 1, 0]
-
-
-def test_an_order_without_click_may_credit_the_impression(spark: SparkSession, tmp_path: Path) -> None:
-    folder = tmp_path / "logs"
+def test_the_other_rules_of_labels_a_day_for_the_global_one_and_orders_that_credit_an_impression(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    """The shop with dan, who is shown tea in both scenarios and orders it without a click."""
     shown = ["impression_id", "request_id", "user_id", "item_id", "event_time", "position", "query"]
-    clicked = ["click_id", "impression_id", "user_id", "item_id", "event_time"]
-    write(folder, "search_impressions", [("s1", "q1", "ann", "tea", at(10), 1, "tea")], shown)
-    write(folder, "recommendation_impressions", [("r1", "f1", "ann", "tea", at(11), 1, None)], shown)
-    write(folder, "search_clicks", [], clicked)
-    write(folder, "recommendation_clicks", [], clicked)
-    write(folder, "orders", [("o1", "ann", "tea", at(12))], ["order_id", "user_id", "item_id", "event_time"])
-    meant = (f"limits.max_reject_shares.{s}_clicks.no_impression=1" for s in ("search", "recommendation"))  # no click
-    overrides = ("labels.order_without_click=credit_impression", "data.allow_missing_dates=true", *meant)
-    lake = build(spark, folder, tmp_path / "lake", *overrides)
-    rows = rows_by_id(spark, lake)
-    assert {n: (r["is_click"], r["is_order"]) for n, r in rows.items()} == {"s1": (0, 0), "r1": (1, 1)}
+    more = {
+        "search_impressions": [*SEARCH, ("s5", "q5", "dan", "tea", at(10), 1, "tea")],
+        "recommendation_impressions": [*FEED, ("r4", "f4", "dan", "tea", at(11), 1, None)],
+    }
+    for name, rows in more.items():
+        write(tmp_path / "logs", name, rows, shown)
+    write_clicks_and_orders(tmp_path / "logs", [*ORDERS, ("o4", "dan", "tea", at(12))])
+    rules = ("labels.global_span=day", "labels.order_without_click=credit_impression")
+    rows = rows_by_id(build(spark, tmp_path / "logs", tmp_path / "lake", *rules))
+    found = {n: tuple(row[c] for c in ("is_click", "is_order", "is_click_global")) for n, row in rows.items()}
+    assert found == {
+        "s1": (1, 1, 1),
+        "s2": (0, 0, 0),
+        "s3": (1, 0, 1),  # bob's, as r2 on the same day, but other items
+        "s4": (0, 0, 0),  # another day than the click c1
+        "r1": (0, 0, 1),
+        "r2": (1, 1, 1),
+        "r3": (0, 0, 0),
+        "s5": (0, 0, 1),
+        "r4": (1, 1, 1),  # the last that dan was shown
+    }

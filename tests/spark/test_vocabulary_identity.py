@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from pyspark.sql import SparkSession
 
 from etl.checks import DataCheckError
-from etl.features.vocabulary import new_entries, read_vocabularies
+from etl.features.vocabulary import grow_vocabularies, new_entries, read_vocabularies
 from etl.jvm import table_version
-from etl.lake.tables import Lake, append_vocabularies
-from tests.spark.test_build_daily import build
-from tests.spark.test_build_samples import DATES
+from etl.lake.tables import Lake, append_vocabularies, prepare_samples
+from tests.spark.killed_build import OVERRIDES
+from tests.spark.test_build_samples import DATES, rows_of
+from usr_ray.config import load_config
 from usr_ray.data import lineage
 from usr_ray.data.manifest import open_samples
 from usr_ray.data.manifest import read_vocabularies as read_in_python
-from usr_ray.schema import VOCABULARIES
+from usr_ray.schema import SAMPLES, VOCABULARIES
 
 pytestmark = pytest.mark.spark
 
-COUNTS = "feature string, value string, count bigint"
+NAMES = "feature string, value string"
+COUNTS = f"{NAMES}, count bigint"
 
 
 def test_sparks_fingerprints_are_pythons_and_grow_by_appending(spark: SparkSession, tmp_path: Path) -> None:
@@ -46,21 +49,35 @@ def test_sparks_fingerprints_are_pythons_and_grow_by_appending(spark: SparkSessi
 
 
 def test_a_vocabulary_that_the_samples_were_not_encoded_with_stops_the_build(
-    spark: SparkSession, wide_logs: Path, wide_lake: Path, tmp_path: Path
+    spark: SparkSession, narrow_lake: Path, tmp_path: Path
 ) -> None:
-    lake = Path(shutil.copytree(wide_lake, tmp_path / "lake"))
-    first = open_samples(lake)
-    build(spark, wide_logs, lake, 3, 3, "vocabulary.min_count=1")
-    grown = open_samples(lake)
+    """What a build does of values that appear once: it grows the vocabularies, then says so in the samples' table."""
+    path = Path(shutil.copytree(narrow_lake, tmp_path / "lake"))
+    lake, first = Lake(str(path)), open_samples(path)
+    config = load_config(None, (*OVERRIDES, "vocabulary.min_count=1"))
+    shown = Counter(
+        (feature, row[feature], row["impression_date"])
+        for row in rows_of(path / SAMPLES)
+        for feature in ("user_id", "item_id", "query")
+        if row[feature] is not None
+    )
+    counts = spark.createDataFrame([(*key, n) for key, n in shown.items()], f"{NAMES}, date date, count bigint")
+
+    def grow() -> None:
+        known, spec = grow_vocabularies(spark, config, lake, counts, {}, [f"{DATES[3]}"], counts)
+        prepare_samples(spark, lake, spec, config, known.fitted)
+
+    grow()
+    grown = open_samples(path)
     assert grown.spec.sparse_feature("item_id").num_embeddings > first.spec.sparse_feature("item_id").num_embeddings
     assert lineage.difference(first.spec, first.built_with, grown) is None
     assert lineage.difference(grown.spec, grown.built_with, first) is None
     for feature in grown.spec.sparse:
         if feature.fingerprints:
-            found = lineage.fingerprint(read_in_python(lake), feature.name, feature.num_embeddings)
+            found = lineage.fingerprint(read_in_python(path), feature.name, feature.num_embeddings)
             assert found == feature.fingerprints[-1]
     assert json.loads(grown.fitted) == {"dates": f"{DATES[0]}:{DATES[3]}", "min_count": 1}, "of both builds"
-    shutil.rmtree(lake / VOCABULARIES)
+    shutil.rmtree(path / VOCABULARIES)
     with pytest.raises(DataCheckError, match=r"the 0 values of .* are not those that the samples were encoded with"):
-        build(spark, wide_logs, lake, 2, 2)
-    assert open_samples(lake).version == grown.version, "nothing was written"
+        grow()
+    assert open_samples(path).version == grown.version, "nothing was written"
