@@ -9,10 +9,25 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
+
+
+def take_installed_pyspark() -> None:
+    """Under spark-submit let pyspark be that of this Python, where Spark itself is that one; before it is imported.
+
+    spark-submit puts pyspark's archive first, of whose source Python keeps no byte code: each driver compiled it anew,
+    and listed the archive again for each of its packages.
+    """
+    spark = Path(os.environ.get("SPARK_HOME") or os.devnull).resolve()
+    if str(spark.parent) not in map(os.path.realpath, sys.path) or not (spark.parent / "py4j").is_dir():
+        return
+    for place in [p for p in sys.path if p.endswith((".zip", ".jar")) and spark in Path(p).resolve().parents]:
+        sys.path.remove(place)
+        sys.path_importer_cache.pop(place, None)
 
 
 def print_error(line: str) -> None:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
+import importlib
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from etl.jvm import print_error
+from etl.jvm import print_error, take_installed_pyspark
 from usr_ray.cli import check_logs, check_new_lake, job_config, job_dates, job_parser, run_job
 from usr_ray.config import Config, UserError
 
@@ -52,13 +55,19 @@ def main(argv: list[str]) -> None:
     arguments, config, span = parse(argv)
 
     # Spark takes seconds to load: a wrong command line or configuration is reported without it.
+    take_installed_pyspark()
+    from etl.session import build_spark
+
+    started = time.monotonic()
+    with ThreadPoolExecutor(1) as beside:  # the JVM brings Spark up while Python loads the rest
+        loaded = beside.submit(importlib.import_module, "etl.build.restate")
+        spark = build_spark("usr-ray build samples")
+        loaded.result()
     from etl.build.restate import RestateRequest, restate_samples
     from etl.build.samples import BuildRequest, Progress, build_samples
     from etl.lake.tables import Lake
-    from etl.session import build_spark
 
-    progress = Progress(write=lambda line: print(line, flush=True))
-    spark = build_spark("usr-ray build samples")
+    progress = Progress(write=lambda line: print(line, flush=True), started=started)
     progress("Spark is up")
     where = {"logs": arguments.logs, "lake": Lake(arguments.lake), **span}
     try:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from etl.jvm import print_error
+from etl.jvm import print_error, take_installed_pyspark
 from usr_ray.cli import JobParser, check_input, check_lake, check_new_lake, run_job
 from usr_ray.config import DAY_US, UserError, parse_duration_us
 
@@ -59,6 +59,7 @@ def main(argv: list[str]) -> None:
     arguments, keep_us = parse(argv)
 
     # Spark takes seconds to load: a wrong command line is reported without it.
+    take_installed_pyspark()
     from etl.lake.maintain import MaintainRequest, maintain
     from etl.lake.tables import Lake
     from etl.session import build_spark

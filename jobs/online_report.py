@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from etl.jvm import print_error
+from etl.jvm import print_error, take_installed_pyspark
 from usr_ray.cli import check_lake, check_logs, check_output, job_config, job_dates, job_parser, run_job
 from usr_ray.config import Config
 
@@ -44,6 +44,7 @@ def main(argv: list[str]) -> None:
     output: Path = arguments.output
 
     # Spark takes seconds to load: a wrong command line or configuration is reported without it.
+    take_installed_pyspark()
     from etl.build.experiment import experiment_counts
     from etl.lake.tables import Lake
     from etl.session import build_spark

@@ -57,6 +57,8 @@ def spark_environment() -> dict[str, str]:
         "SPARK_LOCAL_IP": LOOPBACK,
         "SPARK_CONF_DIR": str(CONF_DIR),
         "PYSPARK_PYTHON": sys.executable,
+        # Of the JVM that prints the command of the real one.
+        "SPARK_LAUNCHER_OPTS": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
         **({"SPARK_HOME": str(home)} if home else {}),
     }
     for name, value in wanted.items():

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -255,6 +256,30 @@ def test_the_environments_spark_submit_is_right_without_activation_or_exports(
     lines = (home / "conf" / "spark-defaults.conf").read_text().splitlines()
     ours = (conf / "spark-defaults.conf").read_text().splitlines()
     assert lines == [*ours, f"spark.pyspark.driver.python  {binaries / 'python'}"]
+
+
+def test_an_archive_of_modules_gets_byte_code_once_and_keeps_its_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(CLUSTER / "spark"))
+    import install_delta_jars
+
+    archive = tmp_path / "a b.zip"
+    names = ("pyspark/__init__.py", "pyspark/own.py", "pyspark/pandas/__init__.py", "pyspark/pandas/x.py")
+    sources = dict.fromkeys(names, "HERE = __file__\n")
+    with zipfile.ZipFile(archive, "w") as bundle:
+        for name, text in sources.items():
+            bundle.writestr(name, text)
+    install_delta_jars.add_byte_code(archive)
+    whole = archive.read_bytes()
+    install_delta_jars.add_byte_code(archive)
+    assert archive.read_bytes() == whole
+    with zipfile.ZipFile(archive) as bundle:
+        assert {name: bundle.read(name).decode() for name in sources} == sources
+    say = "import pyspark.own, pyspark.pandas.x as x; print(pyspark.own.HERE, x.HERE, sep='\\n')"
+    command = [sys.executable, "-S", "-c", say]
+    found = subprocess.run(command, env={"PYTHONPATH": str(archive)}, capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines() == [f"{archive}/pyspark/own.pyc", f"{archive}/pyspark/pandas/x.py"]
 
 
 def test_connectors_have_the_version_of_sparks_hadoop_and_do_not_double_its_jars(

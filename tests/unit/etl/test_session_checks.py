@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import replace
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +14,7 @@ import etl.session as session
 from etl.build.account import Account
 from etl.build.report import Funnel, SampleCounts, date_report, funnel_lines, warnings_of
 from etl.features.vocabulary import feature_spec
+from etl.jvm import take_installed_pyspark
 from usr_ray.config import Config, UserError, load_config
 from usr_ray.schema import FeatureSpec
 
@@ -29,6 +33,36 @@ def test_an_old_or_missing_java_is_named_with_the_way_out(text: str, found: str)
 @pytest.mark.parametrize("text", ['openjdk version "17.0.15" 2025-04-15', 'openjdk version "21" 2023-09-19'])
 def test_a_new_java_is_fine(text: str) -> None:
     session._check_java(text)
+
+
+def test_pyspark_is_the_installed_one_only_where_spark_is_that_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packages, other = tmp_path / "site-packages", tmp_path / "spark"
+    for folder in (packages / "py4j", packages / "pyspark" / "python" / "lib", other / "python" / "lib"):
+        folder.mkdir(parents=True)
+    (tmp_path / "spark-distribution").symlink_to(packages / "pyspark")
+    for home, places in (
+        (packages / "pyspark", ["python/lib/pyspark.zip", "python/lib/py4j-src.zip", "jars/spark-core.jar"]),
+        (tmp_path / "spark-distribution", ["python/lib/pyspark.zip"]),
+    ):
+        given = [str(tmp_path), *(f"{home}/{place}" for place in places), "/another.zip", str(packages)]
+        monkeypatch.setattr(sys, "path", [*given])
+        monkeypatch.setenv("SPARK_HOME", str(home))
+        take_installed_pyspark()
+        assert sys.path == [str(tmp_path), "/another.zip", str(packages)]
+    for spark_home in (str(other), ""):
+        given = [f"{other}/python/lib/pyspark.zip", str(packages)]
+        monkeypatch.setattr(sys, "path", [*given])
+        monkeypatch.setenv("SPARK_HOME", spark_home)
+        take_installed_pyspark()
+        assert sys.path == given
+    os.rmdir(packages / "py4j")
+    given = [f"{packages}/pyspark/python/lib/pyspark.zip", str(packages)]
+    monkeypatch.setattr(sys, "path", [*given])
+    monkeypatch.setenv("SPARK_HOME", str(packages / "pyspark"))
+    take_installed_pyspark()
+    assert sys.path == given
 
 
 @pytest.mark.parametrize(("package", "version"), [("pyspark", "4.3.0"), ("delta-spark", "4.4.1"), ("pyspark", None)])
