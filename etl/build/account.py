@@ -42,6 +42,8 @@ class Account:
     impression_dates: set[str] = field(default_factory=set)
     cells: dict[tuple[str, int], int] = field(default_factory=dict)
     """(fingerprint, day since 1970) -> hash of the samples of the day (etl/kernel/fingerprint.py)."""
+    tables: dict[str, str] = field(default_factory=dict)
+    """`users` and `items`, where they are read -> number and hash of the rows that are used."""
     whole_from: dt.date | None = None
     """Only some rows of earlier dates were read, as a margin; None: every date was read whole."""
     judged_from: dt.date | None = None
@@ -183,7 +185,13 @@ def unique_features(table: DataFrame, log: str, key: str, account: Account) -> D
         )
         .select(key, REASON, *(f"`values:`.`{name}`" for name in values), "unlike:", "rows:")
     )
-    sums = (F.count("*").alias("keys"), F.sum("rows:").alias("rows"), F.count_if("unlike:").alias("unlike"))
+    places = (F.struct(F.lit(n), F.col(f"`{name}`")) for n, name in enumerate((key, *values)))
+    sums = (
+        F.count("*").alias("keys"),
+        F.sum("rows:").alias("rows"),
+        F.count_if("unlike:").alias("unlike"),
+        F.bit_xor(F.xxhash64(*places)).alias("hash"),
+    )
     counted = unique.groupBy(REASON).agg(*sums).collect()
     usable = next((row for row in counted if row[0] is None), None)
     num_rows = sum(row["rows"] for row in counted)
@@ -195,6 +203,7 @@ def unique_features(table: DataFrame, log: str, key: str, account: Account) -> D
         rows_in=num_rows, duplicates=usable["rows"] - usable["keys"], used=usable["keys"]
     )
     account.unlike[log] = usable["unlike"]
+    account.tables[log] = f"{usable['keys']} {usable['hash']}"
     for reason, rows in rejects.items():
         account.add_rejects(log, UNDATED, reason, rows)
     return unique.filter(F.col(REASON).isNull()).drop("rows:", "unlike:", REASON)

@@ -3,6 +3,9 @@
 Each report keeps a fingerprint of the rows of its date. The pass over the current logs gives new ones; dates whose
 fingerprints differ are touched, and what the pass has staged of them is written. The vocabularies stay as they are, so
 that the restated dates equal those of a full rebuild over the same vocabularies, row for row.
+
+Where the users or items have changed since, the rows that are there keep what these were when their date was built: the
+tables of a later day may know how an impression ended. Only impressions that come late take those of now.
 """
 
 from __future__ import annotations
@@ -108,6 +111,7 @@ def restate_samples(
             sums=sums,
             since=state.since,
             seen=seen,
+            **_tables_of(reports, touched, inputs.account.tables),
         )
         write_dates(job, _dates(touched), _dates(recounted))
     return touched
@@ -130,6 +134,17 @@ def touched_dates(
         if changed:
             touched[date] = changed
     return touched
+
+
+def _tables_of(
+    reports: dict[str, dict[str, Any]], touched: dict[str, list[str]], now: dict[str, str]
+) -> dict[str, Any]:
+    """`keeping` and `owned` of the job: which rows keep what they were, and what tables a date is then made with."""
+    before = {date: report.get("fingerprint", {}).get("tables") for date, report in reports.items()}
+    keeping = [date for date in touched if now and before[date] != now]
+    # Rows that come late have other tables than the rest, so that no table alone makes this date's rows again.
+    mixed = {date: None for date in keeping if "impressions" in touched[date]}
+    return {"keeping": _dates(keeping), "owned": before | mixed}
 
 
 def _recounted(date: str, report: dict[str, Any], account: Account) -> bool:

@@ -29,17 +29,27 @@ from etl.build.state import State, find_state, past_events, value_counts, write_
 from etl.checks import AccountingError, DataCheckError
 from etl.features.by_id import update_tables_by_id
 from etl.features.counters import counter_fingerprints, counter_plan, sums_of_chunks, sums_of_values
-from etl.features.encoding import encoded_packs, owned_categories, owned_numbers, pack_features, sample_frame
+from etl.features.encoding import (
+    encoded_packs,
+    kept_columns,
+    owned_categories,
+    owned_numbers,
+    pack_features,
+    sample_frame,
+)
 from etl.features.lists import cut_values, list_values
 from etl.features.vocabulary import Vocabularies, feature_spec, grow_vocabularies
 from etl.jvm import table_version
 from etl.kernel.attribution import LabelRules
 from etl.kernel.fingerprint import date_fingerprint
 from etl.kernel.packs import COUNT, EVENT, PACK, PAIRS, VALUE
-from etl.kernel.rows import RowPlan
+from etl.kernel.rows import KEPT_KEY, RowPlan
 from etl.lake.tables import Lake, any_date_condition, check_tables, prepare_samples, replace_dates, write_rejects
 from usr_ray.config import SHOWN_RANGES, Config, date_ranges, dates_there, day_number
 from usr_ray.schema import FIRST_ID, PARTITION_COLUMN, SAMPLES, FeatureSpec
+
+Tables = Mapping[str, str] | None
+"""Account.tables of the users and items that all rows of a date are made with; None: of several, or unknown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +98,10 @@ class Job:
     """The packs have the users' sums of events from here on; None: of all."""
     seen: Mapping[str, str] = field(default_factory=dict)
     """Date -> fingerprint of what its counters see."""
+    owned: Mapping[str, Tables] = field(default_factory=dict)
+    """Date -> the users and items tables that its rows are made with, where not all are made with those of now."""
+    keeping: Sequence[dt.date] = ()
+    """Dates whose rows keep what their users and items were when they were built (restate.py)."""
 
 
 def build_samples(spark: SparkSession, config: Config, request: BuildRequest, progress: Progress) -> SampleCounts:
@@ -189,6 +203,7 @@ def write_dates(job: Job, dates: Sequence[dt.date], reported: Sequence[dt.date])
         fingerprint = date_fingerprint(day_of(date), account.cells, job.plan.rules, job.plan.watermark)
         if date in job.seen:
             fingerprint["counters"] = job.seen[date]
+        fingerprint["tables"] = job.owned.get(date, account.tables)
         report = date_report(
             date,
             account=account,
@@ -224,8 +239,21 @@ def _write_samples(
         lists = list_values(values, tables, features)
         if lists is not None:
             cut = cut_values(lists, features)
+        before, num_before = _rows_before(job)
+        if before is not None:
+            plan = replace(plan, kept=kept_columns(job.config, plan.spec))
         encoded = encoded_packs(
-            packs, values, tables, job.known, job.config, inputs.num_values, sums, lists, len(plan.days)
+            packs,
+            values,
+            tables,
+            job.known,
+            job.config,
+            inputs.num_values,
+            sums,
+            lists,
+            len(plan.days),
+            before,
+            num_before,
         )
         replace_dates(sample_frame(encoded, plan), path, any_date_condition(PARTITION_COLUMN, dates))
     version = table_version(job.spark, path)
@@ -233,6 +261,18 @@ def _write_samples(
     rows = mark_new(table.filter(any_date_condition(PARTITION_COLUMN, reported)), table, job.config, reported)
     hashed = job.config.vocabulary.kind == "hash"
     return version, count_samples(rows, job.plan.spec, hashed=hashed, cold_ids=job.known.cold), cut
+
+
+def _rows_before(job: Job) -> tuple[DataFrame | None, int]:
+    """What rows of the table keep (`kept_columns`), and of about how many; None where none keeps anything."""
+    columns = kept_columns(job.config, job.plan.spec)
+    if not (columns and job.keeping):
+        return None, 0
+    path = job.lake.path(SAMPLES)
+    # Pinned: these rows are read while they are replaced.
+    there = job.spark.read.format("delta").option("versionAsOf", table_version(job.spark, path)).load(path)
+    rows = there.filter(any_date_condition(PARTITION_COLUMN, job.keeping)).select(*KEPT_KEY, *columns)
+    return rows, sum(job.inputs.num_impressions({date.isoformat() for date in job.keeping}).values())
 
 
 @contextmanager

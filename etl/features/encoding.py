@@ -18,7 +18,8 @@ from etl.features.vocabulary import Vocabularies, encode, hash_index, scale
 from etl.kernel.rows import RowPlan, sample_rows
 from etl.lake.tables import samples_schema
 from usr_ray.config import Config
-from usr_ray.schema import BUCKETS, PADDING_ID, SCALES, UNKNOWN_ID
+from usr_ray.config.counters import counter_columns
+from usr_ray.schema import BUCKETS, PADDING_ID, SCALES, UNKNOWN_ID, FeatureSpec, index_column, scaled_column
 
 _MAX_BROADCAST_VALUES = 1_000_000
 """Values of all chunks together that are sent to every task; more of them travel with their packs in a shuffle.
@@ -47,6 +48,24 @@ def owned_numbers(config: Config) -> dict[str, tuple[str, ...]]:
     return {f"{owner}_id": config.features.numbers_of(owner, *others) for owner in ("user", "item")}
 
 
+def kept_columns(config: Config, spec: FeatureSpec) -> tuple[str, ...]:
+    """Columns that say what the user and the item were at the time of the impression, and counters by such a value.
+
+    Rows keep them when their date is restated: the users and items tables of that day may know how it went on.
+    """
+    ids = [index_column(name) for names in owned_categories(config).values() for name in names]
+    numbers = [scaled_column(name) for names in owned_numbers(config).values() for name in names]
+    lists = [feature.column for feature in spec.lists if feature.key in ("user_id", "item_id")]
+    owned = {name for owner in ("user", "item") for name in config.features.categories_of(owner)}
+    counters = [
+        column
+        for name, counter in config.every_counter.items()
+        if owned.intersection(counter.keys)
+        for column in counter_columns(name, counter)
+    ]
+    return (*ids, *numbers, *lists, *counters)
+
+
 def encoded_packs(
     packs: DataFrame,
     values: DataFrame,
@@ -57,6 +76,8 @@ def encoded_packs(
     sums: DataFrame | None = None,
     lists: DataFrame | None = None,
     num_days: int = 1,
+    before: DataFrame | None = None,
+    num_before: int = 0,
 ) -> DataFrame:
     """Every pack with the lookups of its chunk: what `sample_rows` reads.
 
@@ -69,11 +90,13 @@ def encoded_packs(
         sums: from `sums_of_chunks` (etl/features/counters.py); None: there are no counters.
         lists: from `list_values` (etl/features/lists.py); None: there are neither tags nor terms.
         num_days: the rows are of so many.
+        before: KEPT_KEY and the columns to keep of the rows that are there and keep some; None: there are none.
+        num_before: about so many.
     """
-    lookups = _lookups(values, tables, known, config, sums, lists)
+    lookups = _lookups(values, tables, known, config, sums, lists, before)
     windows = counted_windows(config)
     seen = num_days + max([0, *(days for days in windows if days is not None)]) if windows else 0
-    if num_values * (1 + seen) <= _MAX_BROADCAST_VALUES:
+    if num_values * (1 + seen) + num_before <= _MAX_BROADCAST_VALUES:
         lookups = F.broadcast(lookups)
     user_sums = [] if sums is None else [F.col("table").alias("user_sums")]
     return packs.select("chunk", "targets", "events", *user_sums).join(lookups, on="chunk", how="inner")
@@ -97,10 +120,12 @@ def _lookups(
     config: Config,
     sums: DataFrame | None,
     lists: DataFrame | None,
+    before: DataFrame | None,
 ) -> DataFrame:
     """One row a chunk: `lookups`, a list of (feature, code, value, ids, numbers, lists), one for every code.
 
-    With counters `sums` too, a list of (feature, code, list of daily_sums.SUMS).
+    With counters `sums` too, a list of (feature, code, list of daily_sums.SUMS). With rows of `before` those of its
+    users, as `kept`.
     """
     features = config.features
     names = pack_features(config)
@@ -132,6 +157,13 @@ def _lookups(
         counted = sums.select("chunk", F.struct(number.alias("feature"), "code", "sums").alias("sum"))
         found = found.unionByName(counted, allowMissingColumns=True)
         listed.append(F.collect_list("sum").alias("sums"))
+    if before is not None:
+        of_users = values.filter(F.col("feature") == "user_id").select("chunk", F.col("value").alias("user_id"))
+        rows_there = before.join(of_users, on="user_id", how="inner")
+        found = found.unionByName(
+            rows_there.select("chunk", F.struct(*before.columns).alias("row")), allowMissingColumns=True
+        )
+        listed.append(F.collect_list("row").alias("kept"))
     return found.groupBy("chunk").agg(*listed)
 
 

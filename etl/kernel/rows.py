@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from etl.kernel.attribution import NO_TIME, LabelRules, mature
 from etl.kernel.chunks import REQUEST_KEY, USER_KEY
@@ -32,6 +33,8 @@ _HOUR_US = DAY_US // NUM_HOURS
 _OUTPUT_ROWS = 16_384
 """Rows that are written out at once: bounds memory."""
 _TIMESTAMP = pa.timestamp("us", tz="UTC")
+KEPT_KEY = ("impression_id", "user_id", "item_id", PARTITION_COLUMN)
+"""What a row has in common with the one whose columns it keeps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +54,8 @@ class RowPlan:
     owned_numbers: dict[str, tuple[str, ...]]
     """`user_id` and `item_id` -> numbers that come with them, in the order of a lookup's `numbers`."""
     counters: CounterPlan = field(default_factory=CounterPlan)
+    kept: tuple[str, ...] = ()
+    """Columns that rows of the table before keep (etl/features/encoding.py, `kept_columns`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,17 +80,21 @@ def sample_rows(batches: Iterable[pa.RecordBatch], plan: RowPlan, schema: pa.Sch
         batches: rows with `targets` and `events` (a pack) and `lookups`: a list of (feature, code, value, ids, numbers)
             structures with every code of the pack's chunk; with tags or terms `lists` too: place, id, place, id ..
             Where there are counters, also `user_sums` of the pack, and `sums`: a list of (feature, code, list of
-            daily_sums.SUMS).
+            daily_sums.SUMS). Where rows keep columns, `kept`: a list of (KEPT_KEY, the columns).
     """
-    names = ("targets", "events", "lookups", *(["user_sums", "sums"] if plan.counters.columns else []))
+    more = (["user_sums", "sums"] if plan.counters.columns else []) + (["kept"] if plan.kept else [])
     for batch in batches:
-        for targets, events, lookups, *sums in zip(*map(batch.column, names), strict=True):
+        for targets, events, lookups, *others in zip(
+            *map(batch.column, ("targets", "events", "lookups", *more)), strict=True
+        ):
+            of_chunk = dict(zip(more, others, strict=True))
             rows = unpack(targets)
             if plan.days:
                 rows = rows.filter(pa.array(np.isin(rows["event_time"].to_numpy() // DAY_US, plan.days)))
             if not rows.num_rows:
                 continue
-            found = _lookups(lookups.values, _sums(*sums, plan=plan), plan)
+            found = _lookups(lookups.values, _sums(of_chunk, plan), plan)
+            before = _before(rows, found, of_chunk["kept"].values) if plan.kept else None
             flat = {name: column.to_numpy() for name, column in zip(EVENT_COLUMNS, unpack(events).columns, strict=True)}
             flat["item_id"] = found["item_id"].ids[flat["item_id"] + 1, 0]
             flat["query"] = found["query"].ids[flat["query"] + 1, 0]
@@ -93,17 +102,39 @@ def sample_rows(batches: Iterable[pa.RecordBatch], plan: RowPlan, schema: pa.Sch
                 some = rows.slice(start, _OUTPUT_ROWS).combine_chunks()
                 output = _own_columns(some, found, plan) | _history_columns(some, flat, plan.spec)
                 arrays = [output[field.name].cast(field.type) for field in schema]
+                if before is not None:
+                    places = before.slice(start, len(some))
+                    of_before = {name: of_chunk["kept"].values.field(name) for name in plan.kept}
+                    arrays = [
+                        _kept(of_before[field.name], places, array) if field.name in of_before else array
+                        for field, array in zip(schema, arrays, strict=True)
+                    ]
                 yield pa.RecordBatch.from_arrays(
                     [a.combine_chunks() if isinstance(a, pa.ChunkedArray) else a for a in arrays], schema=schema
                 )
 
 
-def _sums(*parts: pa.Scalar, plan: RowPlan) -> dict[str, DailySums]:
+def _before(rows: pa.Table, found: Mapping[str, Lookup], kept: pa.StructArray) -> pa.Array:
+    """Place in `kept` of each row that is there; null of any other."""
+    texts = {name: found[name].text.take(pa.array(rows[name].to_numpy() + 1)) for name in ("user_id", "item_id")}
+    dates = pa.array((rows["event_time"].to_numpy() // DAY_US).astype(np.int32)).cast(pa.date32())
+    now = texts | {"impression_id": rows["impression_id"].combine_chunks(), PARTITION_COLUMN: dates}
+    return pc.index_in(_keys(now), value_set=_keys({name: kept.field(name) for name in KEPT_KEY}))
+
+
+def _keys(columns: Mapping[str, pa.Array]) -> pa.Array:
+    return pc.binary_join_element_wise(*(columns[name].cast(pa.string()) for name in KEPT_KEY), "\0")
+
+
+def _kept(before: pa.Array, places: pa.Array, now: pa.Array) -> pa.Array:
+    return pc.if_else(places.is_valid(), before.take(places).cast(now.type), now)
+
+
+def _sums(of_chunk: Mapping[str, pa.Scalar], plan: RowPlan) -> dict[str, DailySums]:
     """Feature -> sums by code + 1, of those that counters count by: of `user_sums` and `sums`; none of neither."""
-    if not parts:
+    if "sums" not in of_chunk:
         return {}
-    user_sums, listed = parts
-    entries = listed.values
+    user_sums, entries = of_chunk["user_sums"], of_chunk["sums"].values
     of_code, lengths = entries.field("sums"), entries.field("sums").value_lengths().to_numpy()
     columns = [np.repeat(entries.field(name).to_numpy(), lengths) for name in ("feature", "code")]
     columns += [of_code.flatten().field(name).to_numpy() for name in SUMS]
