@@ -23,6 +23,7 @@ from etl.logs.mapping import (
     LAST_MICRO,
     MAX_NUMBER,
     TIMES,
+    as_text,
     as_written,
     is_value,
     iso_instant,
@@ -297,7 +298,7 @@ def _event_rows(log: EventLog, raw: DataFrame, *, text: bool, contexts: dict[str
     rows = timed.select(
         *(column.alias(name) for name, column in columns.items()),
         first_reason(_unreadable(raw, texts)).alias(_UNREADABLE),
-        *((own(given[name]).isNotNull() & own(_TIME + name).isNull()).alias(_UNPARSABLE + name) for name in times),
+        *((_is_given(raw, given[name]) & own(_TIME + name).isNull()).alias(_UNPARSABLE + name) for name in times),
         first_reason(_unread_numbers(raw, log.name, numbers) if shown else []).alias(_UNREAD_NUMBER),
         F.struct(*map(own, raw.columns)).alias(_RAW),
     )
@@ -387,6 +388,12 @@ def _time(raw: DataFrame, log: str, column: str, *, text: bool) -> Column:
     return F.when((micros >= FIRST_MICRO) & (micros < LAST_MICRO), read)
 
 
+def _is_given(raw: DataFrame, column: str) -> Column:
+    """Whether there is a time to read: a text of blanks alone is none, as everywhere."""
+    given = own(column).isNotNull()
+    return given & ~own(column).rlike(r"^\s*$") if isinstance(raw.schema[column].dataType, T.StringType) else given
+
+
 def _position(raw: DataFrame, log: str) -> Column:
     if "position" not in raw.columns:
         return _null("int")
@@ -419,7 +426,7 @@ def _category(raw: DataFrame, log: str, column: str) -> Column:
     kind = raw.schema[column].dataType
     if not isinstance(kind, (T.NullType, *_ATOMIC)):
         raise _wrong_type(log, column, kind, "a single value (string, number, boolean or date)")
-    return F.nullif(own(column).cast("string"), F.lit(""))
+    return F.nullif(as_text(own(column), kind), F.lit(""))
 
 
 def _number(raw: DataFrame, log: str, column: str) -> Column:
@@ -437,7 +444,10 @@ def _list_text(raw: DataFrame, log: str, column: str, feature: ListFeature) -> C
     """The values of tags, or the text of terms, as one text: the elements of a list with SEPARATOR between them."""
     kind = raw.schema[column].dataType
     if isinstance(kind, T.ArrayType) and isinstance(kind.elementType, (T.NullType, *_ATOMIC)):
-        joined = F.nullif(F.array_join(own(column).cast("array<string>"), SEPARATOR), F.lit(""))
+        element, texts = kind.elementType, own(column).cast("array<string>")
+        if isinstance(element, T.FloatType | T.DoubleType):
+            texts = F.transform(own(column), lambda one: as_text(one, element))
+        joined = F.nullif(F.array_join(texts, SEPARATOR), F.lit(""))
         # A separator says that these are terms as they are, of a list with one element too.
         return F.concat(F.lit(SEPARATOR), joined) if feature.vocabulary == TERM else joined
     is_text = isinstance(kind, T.StringType)

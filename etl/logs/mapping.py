@@ -25,6 +25,8 @@ LAST_MICRO = 253_402_300_800_000_000
 FIRST_MICRO = -62_135_596_800_000_000
 MAX_NUMBER = 3.4028234663852886e38
 """The largest of 32 bits, in which numbers are written: what is larger would be infinite there."""
+_LAST_WHOLE = float(1 << 53)
+"""Beyond it a float need not be the integer that was meant."""
 _DATE = r"^\s*\d{4}-\d{1,2}-\d{1,2}"
 _CLOCK = r"[T ]\s*\d{1,2}:\d{1,2}(?::\d{1,2}(?:\.\d*)?)?"
 _ISO = _DATE + f"(?:{_CLOCK}" + r"\s*(\S.*?)?)?\s*$"
@@ -62,7 +64,7 @@ def map_columns(raw: DataFrame, log: str, mapping: LogConfig) -> DataFrame:
     for name, source in mapping.columns.items():
         for column in [source] if isinstance(source, str) else source:
             _check_there(raw, log, f"columns.{name}", column)
-        targets[name] = own(source) if isinstance(source, str) else _joined(source)
+        targets[name] = own(source) if isinstance(source, str) else _joined(raw, source)
     for name in TIMES:
         source = str(mapping.columns.get(name, name))
         if source in raw.columns and name not in mapping.constants:
@@ -104,7 +106,9 @@ def _matching_rows(raw: DataFrame, log: str, mapping: LogConfig) -> DataFrame:
     for name, wanted in mapping.where.items():
         _check_there(raw, log, "where", name)
         values = wanted if isinstance(wanted, tuple) else (str(wanted).lower() if wanted in (True, False) else wanted,)
-        tests.append(own(name).cast("string").isin([str(value) for value in values]))
+        text, kind = own(name).cast("string"), raw.schema[name].dataType
+        wanted_texts = [str(value) for value in values]
+        tests.append(text.isin(wanted_texts) | as_text(own(name), kind).isin(wanted_texts))
     rows = raw.filter(reduce(lambda a, b: a & b, tests))
     if rows.isEmpty():  # a misspelt value would make every label 0 without a word
         first = next(iter(mapping.where))
@@ -178,9 +182,21 @@ def is_value(text: Column) -> Column:
     return F.coalesce(~text.rlike(r"^\s*(?:[nN]a[nN])?\s*$"), F.lit(False))
 
 
-def _joined(columns: tuple[str, ...]) -> Column:
+def as_text(value: Column, kind: T.DataType) -> Column:
+    """A single value as text; of floats a whole one without a fraction, as 3, and null for NaN.
+
+    pandas writes a column of integers as floats when one of them is missing: 3 is the same value in both.
+    """
+    text = value.cast("string")
+    if not isinstance(kind, T.FloatType | T.DoubleType):
+        return text
+    is_whole = (value == F.rint(value)) & (F.abs(value) <= F.lit(_LAST_WHOLE))
+    return F.when(is_whole, value.try_cast("bigint").cast("string")).when(~F.isnan(value), text)
+
+
+def _joined(raw: DataFrame, columns: tuple[str, ...]) -> Column:
     """One id of several columns; null where one of them is null or empty."""
-    texts = [F.nullif(own(column).cast("string"), F.lit("")) for column in columns]
+    texts = [F.nullif(as_text(own(column), raw.schema[column].dataType), F.lit("")) for column in columns]
     whole = reduce(lambda a, b: a & b, [text.isNotNull() for text in texts])
     return F.when(whole, F.concat_ws(JOINER, *texts))
 

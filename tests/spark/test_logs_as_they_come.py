@@ -21,13 +21,14 @@ from pyspark.sql import functions as F
 
 from etl.build.samples import BuildRequest, Progress, build_samples
 from etl.checks import DataCheckError
-from etl.kernel.events import context_column
+from etl.kernel.events import context_column, texts_column
 from etl.lake.tables import Lake, prepare_samples
 from etl.logs.events import REASON, event_logs, read_events, read_features
 from etl.logs.files import LogFolder
-from etl.logs.mapping import iso_instant
+from etl.logs.mapping import iso_instant, map_columns
 from tests.spark.test_build_samples import rows_of
 from usr_ray.config import LogConfig, load_config
+from usr_ray.config.terms import SEPARATOR
 from usr_ray.data.manifest import build_manifest, null_values
 
 pytestmark = pytest.mark.spark
@@ -361,6 +362,62 @@ def test_a_stray_quote_takes_no_lines_away_without_a_word(spark: SparkSession, t
         ("d", '5" wide', None),
         ("e", '"5"" ""x"""', None),
     ]
+
+
+def test_a_whole_float_is_the_category_and_the_tag_that_the_integer_was(spark: SparkSession, tmp_path: Path) -> None:
+    """pandas writes a column of integers as floats on the day on which one of them is missing."""
+    cells = {1.0: "1", 2.5: "2.5", -3.0: "-3", -0.0: "0", 2.0**53: "9007199254740992", 1e300: "1.0E300"}
+    values = [*cells, float("nan"), None]
+    tags, titles = [[one, 7.0, None] for one in values], [[1.0, 2.5]] * len(values)
+    table = {"item_id": [f"a{n}" for n in range(len(values))], "kind": values, "tags": tags, "title": titles}
+    single = pa.array(values[:2] + [None] * 6, pa.float32())
+    pq.write_table(pa.table(table | {"narrow": single}), tmp_path / "items.parquet")
+    config = load_config(None, (*PLAIN, 'features.item_tags=["tags"]', 'features.item_terms=["title"]'))
+    names, lists = ("kind", "narrow"), config.features.lists
+    read = read_features(LogFolder(spark, str(tmp_path)), "items", "item_id", names, (), lists).collect()
+    wanted = [*cells.values(), None, None]
+    assert [row["kind"] for row in read] == wanted
+    assert [row["narrow"] for row in read] == ["1", "2.5"] + [None] * 6
+    listed = {feature.name: [row[texts_column(feature.name)][0].split(SEPARATOR) for row in read] for feature in lists}
+    assert listed[lists[0].name] == [[one, "7"] if one else ["7"] for one in wanted]
+    assert listed[lists[1].name] == [["", "1", "2.5"]] * len(values)
+
+    rows = [(1.0, "x"), (None, "x"), (2.0, None), (2.0, "y")]
+    views = spark.createDataFrame(rows, "shop double, view string")
+    joined = map_columns(views, "orders", LogConfig(columns={"order_id": ("shop", "view")})).collect()
+    assert [row["order_id"] for row in joined] == ["1|x", None, None, "2|y"]
+    for wanted_shop in ("2", "2.0"):
+        assert map_columns(views, "orders", LogConfig(where={"shop": wanted_shop})).count() == 2
+
+
+def test_a_blank_time_in_json_lines_is_none(spark: SparkSession, tmp_path: Path) -> None:
+    noon = NOON.isoformat()
+    times = [(noon, ""), (noon, " \t"), (noon, None), (noon, "soon"), ("", noon), (" ", ""), ("soon", noon)]
+    shown = [
+        {
+            "impression_id": f"i{n}",
+            "request_id": None,
+            "user_id": "u",
+            "item_id": "a",
+            "event_time": t,
+            "ingest_time": k,
+        }
+        for n, (t, k) in enumerate(times)
+    ]
+    (tmp_path / "feed_impressions.jsonl").write_text("\n".join(map(json.dumps, shown)) + "\n")
+    (tmp_path / "feed_clicks.csv").write_text("click_id,impression_id,user_id,item_id,event_time\n")
+    for mapping in ((), ("logs.feed_impressions.time_zone='UTC'",)):
+        config = load_config(None, (*PLAIN, *mapping))
+        folder = LogFolder(spark, str(tmp_path), config.logs)
+        found = read_events(config, folder, event_logs(config, folder)[:1]).collect()
+        read = {row["id"]: (row["reason"], row["known_time"] and row["known_time"].astimezone(dt.UTC)) for row in found}
+        assert [read[f"i{n}"] for n in range(3)] == [(None, NOON)] * 3
+        assert [read[f"i{n}"][0] for n in range(3, len(times))] == [
+            "unparsable_ingest_time",
+            "null_event_time",
+            "null_event_time",
+            "unparsable_event_time",
+        ]
 
 
 def test_positions_and_numbers_that_cannot_be_read_are_rejected(spark: SparkSession, tmp_path: Path) -> None:
