@@ -113,7 +113,7 @@ def test_the_samples_name_the_version_that_is_theirs(
     assert len(DeltaTable(str(path / "item_features")).history()) == commits, "nothing has changed, nothing is written"
     assert manifest_of(path).item_features == after.item_features
 
-    # Late rows: what a restate builds again sees the feature tables of now, and so do the histories.
+    # Late rows: rows that a restate adds see the feature tables of now, and so do all histories.
     again = {i: row | {"brand": "a"} for i, row in now.items()}
     fresh = random_shop(31, num_impressions=160)
     late = write_logs(logs_of(Shop(fresh.world, {}, shop.users, again)), tmp_path / "late")
