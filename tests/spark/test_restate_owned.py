@@ -1,0 +1,152 @@
+"""--restate where users and items have changed: rows that are there keep what these were, late ones take the new."""
+
+from __future__ import annotations
+
+import datetime as dt
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from pyspark.sql import SparkSession
+
+from etl.build.restate import RestateRequest, restate_samples
+from etl.build.samples import BuildRequest, Progress, build_samples
+from etl.lake.tables import Lake
+from tests.spark.killed_build import WATERMARK
+from tests.spark.shop import MINUTE, moment, write_logs
+from tests.spark.test_build_samples import DATES, rows_of
+from usr_ray.config import Config, load_config
+
+pytestmark = pytest.mark.spark
+
+
+def restate(
+    spark: SparkSession, logs: Path, lake: Path, settings: Config, watermark: dt.datetime
+) -> tuple[dict[str, list[str]], list[str]]:
+    lines: list[str] = []
+    request = RestateRequest(logs=str(logs), lake=Lake(str(lake)), watermark=watermark)
+    return restate_samples(spark, settings, request, Progress(write=lines.append)), lines
+
+
+def _cafe(hours: int, number: int, user: str, item: str, device: str = "app") -> dict[str, object]:
+    time = moment(hours * 60 * MINUTE)
+    names = {"impression_id": f"v{number:02}", "request_id": None, "user_id": user, "item_id": item}
+    return names | {"event_time": time, "position": 1, "query": "tea", "device": device}
+
+
+CAFE = load_config(
+    None,
+    (
+        'scenarios=["search"]',
+        'features.user_categories=["city"]',
+        'features.user_numbers=["spent"]',
+        'features.item_categories=["brand"]',
+        'features.item_numbers=["price", "stock"]',
+        'features.scale={price = "none", stock = "buckets", spent = "none"}',
+        "features.scale_buckets=2",
+        'features.item_tags=["tags"]',
+        'features.item_terms=["title"]',
+        "features.query_terms=true",
+        'features.context_categories=["device"]',
+        'counters.brand={keys=["brand"], windows=["all"], events=["impressions", "clicks"], per_scenario=false}',
+        'counters.item={keys=["item_id"], windows=["all"], events=["impressions", "clicks"], per_scenario=false}',
+        "vocabulary.min_count=1",
+    ),
+)
+"""One scenario, and each kind of column that comes from the users and items."""
+OWNED = (
+    "city_index",
+    "spent_scaled",
+    "brand_index",
+    "price_scaled",
+    "stock_index",
+    "tags_indices",
+    "item_terms_indices",
+)
+
+
+def test_rows_of_a_restated_date_keep_what_their_users_and_items_were(spark: SparkSession, tmp_path: Path) -> None:
+    """Day 0 and 1 are built; then brand, price, stock, tags and title change as an outcome would, and rows come late.
+
+    On day 1 a view of a new item, one of an item that is there, and a click come late.
+    """
+    items = {
+        "a": {"brand": "plain", "price": 1.0, "stock": 10.0, "tags": ["x", "y"], "title": "green tea"},
+        "b": {"brand": "other", "price": 2.0, "stock": 20.0, "tags": None, "title": "coffee"},
+    }
+    users = {"u": {"city": "rome", "spent": 0.0}, "w": {"city": None, "spent": None}}
+    shown = [_cafe(1, 1, "u", "a"), _cafe(2, 2, "w", "b"), _cafe(25, 3, "u", "a"), _cafe(26, 4, "w", "b")]
+    clicks = [{"click_id": "c1", "impression_id": "v01", "user_id": "u", "item_id": "a"}]
+    clicks[0] |= {"event_time": moment(62 * MINUTE), "ingest_time": moment(62 * MINUTE)}  # type: ignore[dict-item]
+
+    def logs(name: str) -> Path:
+        tables = {"users": [{"user_id": u} | row for u, row in users.items()]}
+        tables["items"] = [{"item_id": i} | row for i, row in items.items()]
+        orders = [{"order_id": None, "user_id": "u", "item_id": "a", "event_time": moment(0)}]
+        every = {"search_impressions": shown, "search_clicks": clicks, "orders": orders} | tables
+        return write_logs(every, tmp_path / name)  # type: ignore[arg-type]
+
+    def rows(lake: Path) -> dict[str, dict]:
+        return {row["impression_id"]: row for row in rows_of(lake / "samples")}
+
+    def run(first: int, name: str, lake: Path) -> None:
+        request = BuildRequest(logs=str(logs(name)), lake=Lake(str(lake)), first=DATES[first], last=DATES[1])
+        build_samples(spark, settings, request, Progress(write=lambda line: None))
+
+    settings = replace(CAFE, limits=replace(CAFE.limits, max_reject_share=1.0))
+    lake = tmp_path / "lake"
+    run(0, "then", lake)
+    before = rows(lake)
+    assert {before[key]["price_scaled"] for key in ("v01", "v03")} == {1.0}
+
+    # Nothing has changed but the watermark: the rows are made anew and are what they were.
+    touched, _ = restate(spark, tmp_path / "then", lake, settings, watermark=moment(30 * 60 * MINUTE))
+    assert touched == {str(DATES[0]): ["final_until"], str(DATES[1]): ["final_until"]}
+    made_again = {key: row | {"is_mature": False} for key, row in rows(lake).items()}
+    assert made_again == {key: row | {"is_mature": False} for key, row in before.items()}
+
+    items |= {"a": {"brand": "other", "price": 9.0, "stock": 90.0, "tags": ["y"], "title": "coffee"}}
+    items |= {"new": {"brand": "other", "price": 4.0, "stock": None, "tags": ["x"], "title": "tea"}}
+    users |= {"u": {"city": None, "spent": 7.0}, "w": {"city": "rome", "spent": 8.0}}
+    touched, _ = restate(spark, logs("changed"), lake, settings, watermark=WATERMARK)
+    assert list(touched) == [str(DATES[0]), str(DATES[1])]
+    kept = rows(lake)
+    assert {key: row | {"is_mature": False} for key, row in kept.items()} == made_again
+    assert all(row["is_mature"] for row in kept.values())
+
+    # Late rows: v05 and v06 were not there; v03 is clicked.
+    shown += [_cafe(27, 5, "w", "a"), _cafe(28, 6, "u", "new")]
+    late = {"click_id": "c2", "impression_id": "v03", "user_id": "u", "item_id": "a"}
+    clicks.append(late | {"event_time": moment(1501 * MINUTE), "ingest_time": moment(1501 * MINUTE)})  # type: ignore[arg-type]
+    touched, _ = restate(spark, logs("late"), lake, settings, watermark=WATERMARK)
+    assert touched == {str(DATES[1]): ["impressions", "labels", "histories"]}
+    found = rows(lake)
+    assert [found["v03"][name] for name in ("is_click", "is_click_global")] == [1.0, 1.0]
+    for key, row in kept.items():
+        assert {name: found[key][name] for name in OWNED} == {name: row[name] for name in OWNED}, key
+        assert found[key]["counter_brand_all_clicks"] == row["counter_brand_all_clicks"], key
+    of_b = before["v02"]
+    # "plain" of item a is now "other", whose id items b and a share; the stock of 90 is in b's bucket, the upper one.
+    now = {"price_scaled": 9.0, "spent_scaled": 8.0, "city_index": before["v01"]["city_index"]}
+    now |= {name: of_b[name] for name in ("brand_index", "stock_index", "item_terms_indices")}
+    now |= {"tags_indices": before["v01"]["tags_indices"][1:]}
+    assert {name: found["v05"][name] for name in OWNED} == now
+    assert (found["v06"]["price_scaled"], found["v06"]["spent_scaled"], found["v06"]["city_index"]) == (4.0, 7.0, 0)
+
+    # Items change once more: late rows of before keep what they were when they came.
+    items["a"]["price"], users["w"]["spent"] = 11.0, 12.0
+    shown.append(_cafe(29, 7, "w", "a"))
+    assert list(restate(spark, logs("again"), lake, settings, watermark=WATERMARK)[0]) == [str(DATES[1])]
+    again = rows(lake)
+    assert {key: {name: row[name] for name in OWNED} for key, row in found.items()} == {
+        key: {name: again[key][name] for name in OWNED} for key in found
+    }
+    assert (again["v07"]["price_scaled"], again["v07"]["spent_scaled"]) == (11.0, 12.0)
+    items["a"]["price"] = 9.0  # as on the day before: which of its rows were made with that, no report says
+    shown.append(_cafe(30, 8, "w", "b"))
+    assert list(restate(spark, logs("back"), lake, settings, watermark=WATERMARK)[0]) == [str(DATES[1])]
+    assert rows(lake)["v07"]["price_scaled"] == 11.0
+    # A date that is named is built anew, with the tables of now.
+    run(1, "anew", lake)
+    assert {row["price_scaled"] for row in rows(lake).values() if row["item_id"] == "a"} == {1.0, 9.0}
+    assert rows(lake)["v01"]["price_scaled"] == 1.0
