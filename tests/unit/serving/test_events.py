@@ -304,6 +304,22 @@ def test_a_day_with_more_rows_than_the_limit_is_left_out_whole() -> None:
         assert [event.row.id for event in found] == kept
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_windows_end_with_their_last_microsecond(named: bool) -> None:
+    """Impression at 1,000; click window 500, order window 700, both with their ends; the skew is 30 (contract 2.3)."""
+    rules = Rules(click_window=500, order_window=700, clock_skew=30)
+    shown = Row("impressions", "i", "u", "x", "search", 1_000, 1_000, None)
+    for click_at, is_click in ((969, False), (970, True), (1_500, True), (1_501, False)):
+        click = Row("clicks", "c", "u", "x", "search", click_at, click_at, "i" if named else None)
+        found = [event.row.id for event in attributed([shown, click], rules, SCENARIOS)]
+        assert found == (["c"] if is_click else [])
+    click = Row("clicks", "c", "u", "x", "search", 1_200, 1_200, "i" if named else None)
+    for order_at, is_order in ((1_169, False), (1_170, True), (1_900, True), (1_901, False)):
+        order = Row("orders", "o", "u", "x", None, order_at, order_at, None)
+        found = [event.row.id for event in attributed([shown, click, order], rules, SCENARIOS)]
+        assert found == (["c", "o"] if is_order else ["c"])
+
+
 def test_the_limit_is_the_one_that_the_samples_were_built_with() -> None:
     built = [
         dataclasses.replace(Config(), limits=LimitsConfig(max_user_events_per_day=n)).row_meaning() for n in (0, 9)
