@@ -13,6 +13,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
+from etl.features.numbers import BUILT, carried
 from etl.kernel.events import texts_column
 from etl.kernel.features import LISTED, listed
 from etl.session import kept
@@ -49,19 +50,19 @@ def list_values(values: DataFrame, tables: Mapping[str, DataFrame], lists: Seque
 
 
 def count_list_values(counts: DataFrame, tables: Mapping[str, DataFrame], lists: Sequence[ListFeature]) -> DataFrame:
-    """Impressions that carry each tag or term: feature (the vocabulary), value, count.
+    """Impressions that carry each tag or term of a row built now: feature (the vocabulary), value, count.
 
     Args:
-        counts: impressions of each user, item, query and text: feature, value, count.
+        counts: impressions of each user, item, query and text: feature, value, count, BUILT.
         tables: as for `list_values`.
         lists: at least one.
     """
     found = list_values(counts, tables, lists)
     assert found is not None
-    carried = found.join(counts.select("feature", F.col("value"), "count"), on=["feature", "value"], how="inner")
+    both = found.join(counts, on=["feature", "value"], how="inner")
     names = F.array(*(F.lit(feature.vocabulary) for feature in lists))
-    single = carried.select(F.element_at(names, F.col("list") + 1).alias("feature"), F.explode("values"), "count")
-    return single.groupBy("feature", F.col("col").alias("value")).agg(F.sum("count").alias("count"))
+    of_value = F.explode("values").alias("value")
+    return carried(both.select(F.element_at(names, F.col("list") + 1).alias("feature"), of_value, "count", BUILT))
 
 
 def cut_values(found: DataFrame, lists: Sequence[ListFeature]) -> dict[str, int]:

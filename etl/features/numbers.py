@@ -23,6 +23,8 @@ from etl.session import kept
 from usr_ray.config import Config, date_ranges, day_number
 from usr_ray.schema import FIRST_ID, FITTED_SCALES, STANDARD, UNKNOWN_ID, FeatureSpec, VectorFeature
 
+BUILT = "built:"
+"""Column beside `count`: how many of these impressions have their rows made now."""
 Fits = Mapping[str, tuple[float, ...]]
 """Number -> (mean, deviation) or the edges of its buckets (schema.SparseFeature.edges); vector -> (its scale,)."""
 
@@ -129,17 +131,24 @@ def owned_counts(counts: DataFrame, table: DataFrame, owner: str, names: Sequenc
     """Impressions that carry a value of a user's or item's columns: feature, `of_value`, count; once for each owner.
 
     Args:
-        counts: impressions that carry each value: feature, value, count.
+        counts: impressions that carry each value: feature, value, count, and BUILT where the result shall have it.
         owner: "user" or "item".
         names: columns of `table`, of one type.
         of_value: name that the value's column gets.
     """
     key, is_key = f"{owner}_id", F.col("feature") == f"{owner}_id"
     # A colon is in no feature's name: a column of the table may be called count, feature or value.
-    of_key = counts.filter(is_key).select(F.col("value").alias(key), F.col("count").alias("count:"))
-    owned = table.select(key, *names).join(of_key, on=key, how="inner").select("count:", *names)
-    single = owned.unpivot(["count:"], [F.col(name) for name in names], "feature", of_value)
+    of_key = counts.filter(is_key).withColumnsRenamed({"value": key, "count": "count:"}).drop("feature")
+    sums = [name for name in of_key.columns if name != key]
+    owned = table.select(key, *names).join(of_key, on=key, how="inner").select(*sums, *names)
+    single = owned.unpivot([*map(F.col, sums)], [F.col(name) for name in names], "feature", of_value)
     return single.withColumnRenamed("count:", "count")
+
+
+def carried(single: DataFrame) -> DataFrame:
+    """feature, value and count of the values that a row built now carries: of rows with BUILT, which may repeat one."""
+    sums = single.groupBy("feature", "value").agg(*(F.sum(name).alias(name) for name in ("count", BUILT)))
+    return sums.filter(F.col(BUILT) > 0).drop(BUILT)
 
 
 def _mean(value: Column) -> Column:

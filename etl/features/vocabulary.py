@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime as dt
 import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from pyspark.sql import Column, DataFrame, Row, SparkSession, Window
@@ -17,7 +17,7 @@ from pyspark.sql import functions as F
 
 from etl.checks import DataCheckError
 from etl.features.lists import count_list_values
-from etl.features.numbers import Fits, fit_numbers, fit_vectors, fits_of, is_finite, owned_counts
+from etl.features.numbers import BUILT, Fits, carried, fit_numbers, fit_vectors, fits_of, is_finite, owned_counts
 from etl.jvm import table_properties, table_version
 from etl.kernel.rows import EVENT_HOUR, NUM_HOURS
 from etl.lake.tables import Lake, append_vocabularies, sample_dates, samples_version
@@ -89,23 +89,31 @@ def value_features(config: Config) -> tuple[tuple[str, str], ...]:
     )
 
 
-def count_values(per_date: DataFrame, tables: Mapping[str, DataFrame], config: Config) -> DataFrame:
+def count_values(
+    per_date: DataFrame, tables: Mapping[str, DataFrame], config: Config, built: Sequence[dt.date]
+) -> DataFrame:
     """Impressions that carry each value: columns feature, value, count. Nulls are no value.
+
+    What users and items have is counted by the tables of now. Earlier dates had others: without an impression that is
+    built with these a value would have an id that no row has, and is left out.
 
     Args:
         per_date: impressions of the fitting dates that carry a value: feature, value, date, count.
         tables: "user" and "item" -> one row a key, where the configuration names features of theirs.
+        built: the fitting dates whose rows are made now.
     """
-    counts = kept(per_date.groupBy("feature", "value").agg(F.sum("count").alias("count")))
-    result = counts
+    is_built = F.col("date").isin([*built])
+    sums = (F.sum("count").alias("count"), F.sum(F.when(is_built, F.col("count")).otherwise(0)).alias(BUILT))
+    both = kept(per_date.groupBy("feature", "value").agg(*sums))
+    result = both.drop(BUILT)
     for owner, table in tables.items():
         if names := config.features.categories_of(owner):
-            owned = owned_counts(counts, table, owner, names, "value").filter(F.col("value").isNotNull())
-            result = result.unionByName(owned.groupBy("feature", "value").agg(F.sum("count").alias("count")))
+            owned = owned_counts(both, table, owner, names, "value").filter(F.col("value").isNotNull())
+            result = result.unionByName(carried(owned))
     if lists := config.features.lists:
         # What the pass counts of tags are whole texts.
         result = result.filter(~F.col("feature").isin([feature.name for feature in lists]))
-        result = result.unionByName(count_list_values(counts, tables, lists))
+        result = result.unionByName(count_list_values(both, tables, lists))
     return result
 
 
@@ -229,7 +237,7 @@ def grow_vocabularies(
     lake: Lake,
     per_date: DataFrame,
     tables: Mapping[str, DataFrame],
-    dates: Iterable[str],
+    dates: Collection[str],
     packs: DataFrame,
 ) -> tuple[Vocabularies, FeatureSpec]:
     """Admit the values of the fitting dates, and say what the table offers: before the samples need the ids.
@@ -256,7 +264,8 @@ def grow_vocabularies(
     if is_hashed:
         return known, feature_spec(config, known)
     counted = per_date.filter(F.col("date").isin(fitting))
-    counts = count_values(counted, tables, config)
+    names = {*dates}
+    counts = count_values(counted, tables, config, [date for date in fitting if date.isoformat() in names])
     min_count = config.vocabulary.min_count
     fresh, grown = new_entries(counts, known, min_count, _have_vectors(config, tables))
     if grown.max_ids != known.max_ids:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import shutil
 from collections import Counter
@@ -11,16 +12,18 @@ import pytest
 from pyspark.sql import SparkSession
 
 from etl.checks import DataCheckError
-from etl.features.vocabulary import grow_vocabularies, new_entries, read_vocabularies
+from etl.features.vocabulary import count_values, grow_vocabularies, new_entries, read_vocabularies
 from etl.jvm import table_version
+from etl.kernel.events import texts_column
 from etl.lake.tables import Lake, append_vocabularies, prepare_samples
 from tests.spark.killed_build import OVERRIDES
 from tests.spark.test_build_samples import DATES, rows_of
 from usr_ray.config import load_config
+from usr_ray.config.terms import SEPARATOR
 from usr_ray.data import lineage
 from usr_ray.data.manifest import open_samples
 from usr_ray.data.manifest import read_vocabularies as read_in_python
-from usr_ray.schema import SAMPLES, VOCABULARIES
+from usr_ray.schema import ITEM_TERMS, SAMPLES, VOCABULARIES
 
 pytestmark = pytest.mark.spark
 
@@ -46,6 +49,55 @@ def test_sparks_fingerprints_are_pythons_and_grow_by_appending(spark: SparkSessi
         assert vocabularies.fingerprints(feature)[-1] == lineage.fingerprint(entries, feature, size)
     again = read_vocabularies(spark, path, table_version(spark, path), {"user_id": first.fingerprints("user_id")})
     assert again.fingerprints("user_id") == (*first.fingerprints("user_id"), *grown.fingerprints("user_id"))
+
+
+def test_what_users_and_items_have_counts_where_a_row_that_is_built_now_carries_it(spark: SparkSession) -> None:
+    """Item a has been renamed since day 0, and item b, which day 1 does not show, too."""
+    first, second = DATES[:2]
+    rows = [
+        ("item_id", "a", first, 3),
+        ("item_id", "a", second, 1),
+        ("item_id", "b", first, 5),
+        ("item_id", "c", second, 2),
+        ("user_id", "u", first, 8),
+        ("user_id", "u", second, 1),
+        ("user_id", "w", second, 2),
+        ("query", "green tea", first, 2),
+        ("query", "tea", second, 1),
+    ]
+    per_date = spark.createDataFrame(rows, "feature string, value string, date date, count bigint")
+    items = [("a", "new", ["sale"], ["leaf"]), ("b", "gone", ["sale", "late"], ["pot"]), ("c", "new", None, [None])]
+    tables = {
+        "item": spark.createDataFrame(
+            [(i, kind, [SEPARATOR.join(tags)] if tags else [None], title) for i, kind, tags, title in items],
+            f"item_id string, kind string, `{texts_column('tags')}` array<string>, "
+            f"`{texts_column(ITEM_TERMS)}` array<string>",
+        ),
+        "user": spark.createDataFrame([("u", "x"), ("w", None)], "user_id string, city string"),
+    }
+    config = load_config(
+        None,
+        (
+            'features.user_categories=["city"]',
+            'features.item_categories=["kind"]',
+            'features.item_tags=["tags"]',
+            'features.item_terms=["title"]',
+            "features.query_terms=true",
+        ),
+    )
+    ids = {("item_id", "a"): 4, ("item_id", "b"): 5, ("item_id", "c"): 2, ("user_id", "u"): 9, ("user_id", "w"): 2}
+    ids |= {("query", "green tea"): 2, ("query", "tea"): 1}
+    found: dict[tuple[dt.date, ...], dict[tuple[str, str], int]] = {}
+    for built in ((), (second,), (first, second)):
+        counted = count_values(per_date, tables, config, built).collect()
+        found[built] = {(row["feature"], row["value"]): row["count"] for row in counted}
+        assert len(found[built]) == len(counted)
+    assert found[()] == ids
+    # Day 1 shows a and c. What they have counts on day 0 too, as far as the tables of now can tell.
+    now = {("kind", "new"): 6, ("city", "x"): 9, ("tags", "sale"): 9, ("term", "leaf"): 4, ("term", "tea"): 3}
+    assert found[second,] == ids | now
+    every = {("kind", "gone"): 5, ("tags", "late"): 5, ("term", "pot"): 5, ("term", "green"): 2}
+    assert found[first, second] == ids | now | every
 
 
 def test_a_vocabulary_that_the_samples_were_not_encoded_with_stops_the_build(
