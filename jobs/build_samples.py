@@ -40,12 +40,19 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, dict[str, Any]]:
         "--restate", action="store_true", help="build again what late events changed: of all dates built, or of --dates"
     )
     parser.add_argument(
+        "--restate-built",
+        action="store_true",
+        help="of --dates build those behind the last that the lake has, and of the others what late events changed",
+    )
+    parser.add_argument(
         "--watermark", metavar="ISO", help="labels are final up to here (default: newest event that is used)"
     )
     arguments = parser.parse_args(argv)
     config = job_config(arguments)
     if not arguments.dates and not arguments.restate:
         raise UserError("build_samples.py: --dates is missing; name the UTC dates to build as A:B, or give --restate")
+    if arguments.restate_built and arguments.restate:
+        raise UserError("--restate-built: restates and builds, --restate restates alone; leave one of the two out")
     first, last = job_dates(arguments.dates, where="--dates") if arguments.dates else (None, None)
     watermark = parse_watermark(arguments.watermark) if arguments.watermark else None
     return arguments, config, {"first": first, "last": last, "watermark": watermark}
@@ -63,7 +70,7 @@ def main(argv: list[str]) -> None:
         loaded = beside.submit(importlib.import_module, "etl.build.restate")
         spark = build_spark("usr-ray build samples")
         loaded.result()
-    from etl.build.restate import RestateRequest, restate_samples
+    from etl.build.restate import RestateRequest, add_samples, restate_samples
     from etl.build.samples import BuildRequest, Progress, build_samples
     from etl.lake.tables import Lake
 
@@ -73,6 +80,8 @@ def main(argv: list[str]) -> None:
     try:
         if arguments.restate:
             restate_samples(spark, config, RestateRequest(**where), progress)
+        elif arguments.restate_built:
+            add_samples(spark, config, BuildRequest(**where), progress)
         else:
             build_samples(spark, config, BuildRequest(**where), progress)
     finally:

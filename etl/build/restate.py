@@ -20,7 +20,7 @@ from etl.build.account import UNDATED, Account
 from etl.build.held import check_restated
 from etl.build.inputs import day_of, make_plan
 from etl.build.report import read_reports
-from etl.build.samples import Job, Progress, passed_logs, row_plan, write_dates
+from etl.build.samples import BuildRequest, Job, Progress, build_samples, passed_logs, row_plan, write_dates
 from etl.build.state import write_state, write_sums
 from etl.checks import DataCheckError
 from etl.features.by_id import update_tables_by_id
@@ -115,6 +115,25 @@ def restate_samples(
         )
         write_dates(job, _dates(touched), _dates(recounted))
     return touched
+
+
+def add_samples(spark: SparkSession, config: Config, request: BuildRequest, progress: Progress) -> None:
+    """Build the requested dates behind the last one that the lake has a report of, and restate those up to it.
+
+    Raises:
+        DataCheckError: as `build_samples` and `restate_samples`.
+    """
+    reports = read_reports(spark, request.lake)
+    there = [date for date in request.dates if date.isoformat() in reports]
+    last = max(there, default=None)
+    first_new = request.first if last is None else last + dt.timedelta(days=1)
+    if first_new <= request.last:
+        build_samples(spark, config, replace(request, first=first_new), progress)
+    if last is not None:
+        before = RestateRequest(
+            logs=request.logs, lake=request.lake, first=request.first, last=last, watermark=request.watermark
+        )
+        restate_samples(spark, config, before, progress)
 
 
 def touched_dates(

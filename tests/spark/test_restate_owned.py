@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pyspark.sql import SparkSession
 
-from etl.build.restate import RestateRequest, restate_samples
+from etl.build.restate import RestateRequest, add_samples, restate_samples
 from etl.build.samples import BuildRequest, Progress, build_samples
 from etl.lake.tables import Lake
 from tests.spark.killed_build import WATERMARK
@@ -150,3 +150,39 @@ def test_rows_of_a_restated_date_keep_what_their_users_and_items_were(spark: Spa
     run(1, "anew", lake)
     assert {row["price_scaled"] for row in rows(lake).values() if row["item_id"] == "a"} == {1.0, 9.0}
     assert rows(lake)["v01"]["price_scaled"] == 1.0
+
+
+def test_dates_that_are_there_are_restated_and_those_behind_them_built(spark: SparkSession, tmp_path: Path) -> None:
+    """As every night: of two days asked for, day 0 is there, with the catalogue of its night, and day 1 is new."""
+    shown = [_cafe(1, 1, "u", "a"), _cafe(2, 2, "w", "a")]
+    clicks = [{"click_id": "c1", "impression_id": "v01", "user_id": "u", "item_id": "a"}]
+    clicks[0] |= {"event_time": moment(62 * MINUTE), "ingest_time": moment(62 * MINUTE)}  # type: ignore[dict-item]
+
+    def night(name: str, first: int, last: int, price: float) -> tuple[dict[str, tuple[float, float]], list[str]]:
+        """(price, click) of each row of the lake, and what was said."""
+        item = {"item_id": "a", "brand": "plain", "price": price, "stock": 1.0, "tags": None, "title": "tea"}
+        tables = {"users": [{"user_id": "u", "city": "rome", "spent": 0.0}], "items": [item]}
+        orders = [{"order_id": None, "user_id": "u", "item_id": "a", "event_time": moment(0)}]
+        logs = write_logs(
+            {"search_impressions": shown, "search_clicks": clicks, "orders": orders} | tables, tmp_path / name
+        )  # type: ignore[arg-type]
+        lines: list[str] = []
+        lake = tmp_path / "lake"
+        request = BuildRequest(logs=str(logs), lake=Lake(str(lake)), first=DATES[first], last=DATES[last])
+        add_samples(spark, settings, request, Progress(write=lines.append))
+        found = rows_of(lake / "samples")
+        return {row["impression_id"]: (row["price_scaled"], row["is_click"]) for row in found}, lines
+
+    settings = replace(CAFE, limits=replace(CAFE.limits, max_reject_share=1.0))
+    found, lines = night("first", 0, 0, price=1.0)
+    assert found == {"v01": (1.0, 1.0), "v02": (1.0, 0.0)}
+    assert not any("changed" in line for line in lines), "nothing was there: all is built"
+    late = {"click_id": "c2", "impression_id": "v02", "user_id": "w", "item_id": "a"}
+    clicks.append(late | {"event_time": moment(122 * MINUTE), "ingest_time": moment(1440 * MINUTE)})  # type: ignore[arg-type]
+    shown.append(_cafe(25, 3, "u", "a"))
+    found, lines = night("second", 0, 1, price=9.0)
+    assert found == {"v01": (1.0, 1.0), "v02": (1.0, 1.0), "v03": (9.0, 0.0)}
+    assert any(f"{DATES[0]}: changed" in line and "labels" in line for line in lines)
+    found, lines = night("once more", 0, 1, price=20.0)
+    assert found["v03"] == (9.0, 0.0)
+    assert any("nothing to restate" in line for line in lines)

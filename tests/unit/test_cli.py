@@ -209,6 +209,12 @@ def test_a_number_on_the_command_line_that_makes_no_sense_is_one_line(
     assert "must be in [0, " in capsys.readouterr().err
 
 
+def test_two_ways_of_restating_at_once_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    places = ["--logs", str(tmp_path), "--lake", str(tmp_path / "lake"), "--dates", "2026-01-01:2026-01-02"]
+    assert run_job(load_job("build_samples").main, [*places, "--restate-built", "--restate"]) == 2
+    assert "--restate-built: restates and builds, --restate restates alone" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("job", [*sorted(ON_SPARK), "ingest_logs"])
 def test_jobs_under_spark_submit_write_their_error_to_its_standard_error(
     job: str, monkeypatch: pytest.MonkeyPatch

@@ -75,6 +75,7 @@ NO_PLACES = {
     "--date",
     "--watermark",
     "--restate",
+    "--restate-built",
     "--source",
     "--overwrite",
     "--experiment",

@@ -198,12 +198,13 @@ def test_rays_image_has_the_programs_that_are_called_in_it() -> None:
 
 def test_the_daily_build_takes_every_date_whose_labels_were_open_the_day_before() -> None:
     """By hand, for 1 + 24 hours: a row of 23:59 on the 1st is final at 00:59 on the 3rd, so the run of the 4th is the
-    first whose logs (to the end of the 3rd) reach beyond that, and builds the 1st once more: today-3."""
+    first whose logs (to the end of the 3rd) reach beyond that, and restates the 1st once more: today-3."""
     arguments = {d["kind"]: d["spec"] for d in custom_resources()}["ScheduledSparkApplication"]["template"]["arguments"]
     dates = arguments[arguments.index("--dates") + 1]
     assert dates == "today-3:today-1"
     assert dates == f"today-{1 + label_lag(Config())}:today-1"
-    assert f"--dates {dates}" in (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    assert "--restate-built" in arguments, "or the rows of dates that are there would get the catalogue of today"
+    assert f"--dates {dates} --restate-built" in (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
 
 
 def test_spark_properties_say_what_every_session_of_ours_is_set_to() -> None:
