@@ -17,6 +17,7 @@ from etl.checks import AccountingError, DataCheckError, LogCount, check_accounti
 from etl.kernel.events import KIND_IMPRESSION
 from etl.kernel.packs import ACCOUNT, CELL, PAIRS, REJECT, VALUE
 from etl.kernel.user_pass import UNUSABLE
+from etl.lake.tables import row_hash
 from etl.logs.events import REASON, EventLog
 from etl.session import kept
 from usr_ray.config import DAY_US, Config, date_of
@@ -174,8 +175,7 @@ def unique_features(table: DataFrame, log: str, key: str, account: Account) -> D
     """
     values = [c for c in table.columns if c not in (key, REASON)]
     num_nulls = reduce(add, (F.col(f"`{name}`").isNull().cast("int") for name in values), F.lit(0))
-    # A null does not change xxhash64: each column's place is hashed with it.
-    content = F.xxhash64(*(F.struct(F.lit(n), F.col(f"`{name}`")) for n, name in enumerate(values)))
+    content = row_hash(values)
     unique = kept(
         table.groupBy(key, REASON)
         .agg(
@@ -185,12 +185,11 @@ def unique_features(table: DataFrame, log: str, key: str, account: Account) -> D
         )
         .select(key, REASON, *(f"`values:`.`{name}`" for name in values), "unlike:", "rows:")
     )
-    places = (F.struct(F.lit(n), F.col(f"`{name}`")) for n, name in enumerate((key, *values)))
     sums = (
         F.count("*").alias("keys"),
         F.sum("rows:").alias("rows"),
         F.count_if("unlike:").alias("unlike"),
-        F.bit_xor(F.xxhash64(*places)).alias("hash"),
+        F.bit_xor(row_hash((key, *values))).alias("hash"),
     )
     counted = unique.groupBy(REASON).agg(*sums).collect()
     usable = next((row for row in counted if row[0] is None), None)

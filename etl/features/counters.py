@@ -211,7 +211,3 @@ def counted_windows(config: Config) -> list[int | None]:
 def _longest(config: Config) -> int | None:
     windows = counted_windows(config)
     return None if None in windows else max(days for days in windows if days is not None)
-
-
-def _date(day: Column) -> Column:
-    return F.date_from_unix_date(day.cast("int"))

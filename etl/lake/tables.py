@@ -13,7 +13,7 @@ from typing import Any
 from delta import exceptions as delta_exceptions
 from delta.tables import DeltaTable
 from pyspark.errors import PySparkException
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
@@ -277,10 +277,14 @@ def without_dictionaries(frame: DataFrame) -> None:
             frame.sparkSession.conf.set(f"parquet.enable.dictionary#{place}", "false")
 
 
+def row_hash(names: Sequence[str]) -> Column:
+    """A hash of these columns of a row; a null, which does not change xxhash64, is told by the column's place."""
+    return F.xxhash64(*(F.struct(F.lit(n), F.col(f"`{name}`")) for n, name in enumerate(names)))
+
+
 def content_hash(frame: DataFrame) -> str:
     """Number of rows and a hash of them all, columns in the order given; the order of the rows does not matter."""
-    places = (F.struct(F.lit(n), F.col(name)) for n, name in enumerate(frame.columns))
-    row = frame.agg(F.count("*").alias("rows"), F.bit_xor(F.xxhash64(*places)).alias("hash")).collect()[0]
+    row = frame.agg(F.count("*").alias("rows"), F.bit_xor(row_hash(frame.columns)).alias("hash")).collect()[0]
     return f"{row['rows']} {row['hash']}"
 
 

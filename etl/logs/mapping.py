@@ -14,7 +14,7 @@ from pyspark.sql import types as T
 
 from etl.checks import DataCheckError
 from etl.logs.formats import MALFORMED, own
-from usr_ray.config.logs import ISO, OFFSETS, TIME_UNITS_NS, LogConfig, spark_time_pattern
+from usr_ray.config.logs import ISO, OFFSETS, TIME_UNITS_NS, LogConfig, null_numbers, spark_time_pattern
 
 TIMES = ("event_time", "ingest_time")
 JOINER = "|"
@@ -145,7 +145,7 @@ def _without(value: Column, kind: T.DataType, nulls: Sequence[str]) -> Column:
 
         return F.filter(value, is_some) if nulls else value
     if isinstance(kind, T.FloatType | T.DoubleType | T.DecimalType):  # -1 is -1.0 and -1.00
-        numbers = [float(text) for text in nulls if re.fullmatch(r"[+-]?\d{1,15}(?:\.\d*)?", text)]
+        numbers = null_numbers(nulls)
         return F.when(~value.cast("double").isin(numbers), value) if numbers else value
     if isinstance(kind, T.StringType | T.NumericType | T.DateType):
         return F.when(~value.cast("string").isin([*nulls]), value)

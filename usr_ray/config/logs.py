@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from usr_ray.config.fields import FINITE, SEED, choice, number, require
@@ -19,6 +19,11 @@ OFFSETS = "[XXX][XX][X]"
 _LENIENT = {"Y": "y", "m": "M", "d": "d", "H": "H", "I": "h", "M": "m", "S": "s", "j": "D"}
 _FIXED = {"Y": "yyyy", "m": "MM", "d": "dd", "H": "HH", "I": "hh", "M": "mm", "S": "ss", "j": "DDD"}
 _OTHER = {"y": "yy", "f": "SSSSSS", "b": "MMM", "B": "MMMM", "a": "E", "A": "EEEE", "p": "a", "z": OFFSETS}
+
+
+def null_numbers(nulls: Iterable[str]) -> list[float]:
+    """Those of a log's `null_values` that are numbers: as one, -1 stands for -1.0 too."""
+    return [float(text) for text in nulls if re.fullmatch(r"[+-]?\d{1,15}(?:\.\d*)?", text)]
 
 
 def spark_time_pattern(text: str) -> str:

@@ -114,7 +114,7 @@ def make_app(service: Service, token: str | None = None) -> FastAPI:
 async def _refused(request: Request, error: Exception) -> Response:
     """404 and 405 as every other refusal."""
     assert isinstance(error, HTTPException)
-    allowed = ", ".join(filter(None, [(error.headers or {}).get("Allow")]))
+    allowed = (error.headers or {}).get("Allow") or ""
     words = {
         404: "is no path of this service; /docs has them all",
         405: f"does not take {request.method}; it takes {allowed}",

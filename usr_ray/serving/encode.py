@@ -12,7 +12,6 @@ from __future__ import annotations
 import bisect
 import datetime as dt
 import math
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from usr_ray.config import DAY_US, UserError
+from usr_ray.config.logs import null_numbers
 from usr_ray.config.terms import SEPARATOR, tags_of, terms_of
 from usr_ray.schema import (
     ACTION_ORDER,
@@ -46,7 +46,6 @@ EVENT_HOUR = "event_hour"
 _NUM_HOURS = 24
 _SEED = 42
 """Seed of Spark's xxhash64."""
-_NULL_NUMBER = re.compile(r"[+-]?\d{1,15}(?:\.\d*)?")
 _FIXED = ("user_id", "item_id", "query", EVENT_HOUR)
 EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _LARGEST = 1e30
@@ -186,7 +185,7 @@ def without_nulls(value: Any, nulls: Collection[str]) -> Any:
     if isinstance(value, str):
         return None if value in nulls else value
     if isinstance(value, int | float):
-        is_null = str(value) in nulls or value in [float(text) for text in nulls if _NULL_NUMBER.fullmatch(text)]
+        is_null = str(value) in nulls or value in null_numbers(nulls)
         return None if is_null else value
     if isinstance(value, list | tuple):
         return [one for one in value if (one.strip() if isinstance(one, str) else one) not in nulls]
