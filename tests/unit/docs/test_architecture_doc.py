@@ -60,14 +60,14 @@ def test_a_function_that_is_gone_is_found() -> None:
 
 
 def test_the_rooms_are_those_of_the_import_test() -> None:
-    rooms = re.findall(r"^\| `(\w+)/` \|", section("Rooms").split("| room of `etl` |")[0], re.MULTILINE)
+    rooms = re.findall(r"^\| `(\w+)/` \|", section("Packages").split("| package of `etl` |")[0], re.MULTILINE)
     assert set(rooms) == set(ROOMS)
     below = {room: set(rooms[:number]) for number, room in enumerate(rooms)}
-    assert all(ROOMS[room] <= below[room] for room in rooms), "a room stands above one that it imports"
+    assert all(ROOMS[room] <= below[room] for room in rooms), "a package stands above one that it imports"
 
 
 def test_every_room_and_file_named_is_there() -> None:
-    usr_ray, etl = section("Rooms").split("| room of `etl` |")
+    usr_ray, etl = section("Packages").split("| package of `etl` |")
     for package, table in (("usr_ray", usr_ray), ("etl", etl)):
         named = {
             n for cell in re.findall(r"^\| (`.+?) \|", table, re.MULTILINE) for n in re.findall(r"`([\w./]+)`", cell)

@@ -650,8 +650,8 @@ FIGURES = [
     ),
     Figure(
         "README",
-        "clicks {} with SharedBottom and {} to {} round five backbones of six, "
-        "in the smaller one's {} to {} round four",
+        "clicks {} with SharedBottom and {} to {} around five backbones of six, "
+        "in the smaller one's {} to {} around four",
         lambda: [
             joined("equal", SIDES[0], "usr - plain")[0],
             *ends([joined("equal", SIDES[0], "usr - plain", backbone=b)[0] for b in NAMES if b != "star"]),
