@@ -125,7 +125,7 @@ def counted(world: World, windows: Windows) -> list[Row]:
 def counters(
     past: list[Row], own: dict[str, Any], scenario: int | None, day: int, window: int | None, prior: float
 ) -> dict[str, float]:
-    """The counters of a row (contract 5).
+    """The counters of a row (docs/tables.md, counters).
 
     Args:
         past: of `counted`.
@@ -158,7 +158,7 @@ def counters(
 
 
 def tags(text: str | None, separator: str) -> list[str]:
-    """The tags of a text (contract 5): each once, without blanks around them."""
+    """The tags of a text: each once, without blanks around them."""
     found: list[str] = []
     for part in (text or "").split(separator):
         if part.strip() and part.strip() not in found:
@@ -167,7 +167,7 @@ def tags(text: str | None, separator: str) -> list[str]:
 
 
 def terms(text: str | None) -> list[str]:
-    """The terms of a text (contract 5), character by character."""
+    """The terms of a text, character by character."""
     text = text or ""
     inside = text.strip()[1:-1].split(",")
     if text.strip()[:1] + text.strip()[-1:] == "[]" and all(part.strip().isdigit() for part in inside):

@@ -1,4 +1,4 @@
-"""Daily sums of past events, and the counters that a row of a day has of them (contract 5, counters).
+"""Daily sums of past events, and the counters that a row of a day has of them (docs/tables.md, counters).
 
 A row of day D sees whole days before D and nothing of D. The ETL writes a row's counters with this code, the service
 computes those of a request with it: both get the same numbers, bit for bit. Numpy and Arrow only.

@@ -257,7 +257,7 @@ class FeatureSpec:
     dense: tuple[DenseFeature, ...]
     history_length: int
     label_delay_us: int
-    """W_g + W_o in microseconds: a row's labels are final this long after event_time (contract 2.6)."""
+    """W_g + W_o in microseconds: a row's labels are final this long after event_time."""
     label_day_span: bool = False
     """True for labels.global_span = "day": the delay then counts from the end of the impression's UTC day."""
     no_order_scenarios: tuple[str, ...] = ()

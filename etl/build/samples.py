@@ -61,7 +61,7 @@ class BuildRequest:
     first: dt.date
     last: dt.date
     watermark: dt.datetime | None = None
-    """None stands for the newest event_time that is used (contract 2.6)."""
+    """None stands for the newest event_time that is used (docs/tables.md, labels 6)."""
 
     @property
     def dates(self) -> list[dt.date]:

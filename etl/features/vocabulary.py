@@ -1,4 +1,4 @@
-"""Vocabularies: which values have an id, and the columns with the ids (contract 3).
+"""Vocabularies: which values have an id, and the columns with the ids (docs/tables.md, vocabularies).
 
 Ids only grow: a value keeps its id for ever, new values go behind the largest one. So a model trained on an older
 version of the table still reads the newer one.

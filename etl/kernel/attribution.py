@@ -1,7 +1,8 @@
-"""Attribution of clicks and order lines, labels and maturity (contract 2), for whole users at a time, in numpy.
+"""Attribution of clicks and order lines, labels and maturity, for whole users at a time, in numpy.
 
-The rows of one chunk are impressions, clicks and order lines of whole users, sorted by (user_id, event_time, kind, id,
-item_id). Everything is a sort and a binary search on (group, time); no step loops over rows or users.
+The rules are those of docs/tables.md (labels). The rows of one chunk are impressions, clicks and order lines of whole
+users, sorted by (user_id, event_time, kind, id, item_id). Everything is a sort and a binary search on (group, time); no
+step loops over rows or users.
 
 Clock skew: with a skew of s every window [x, x + W] also takes events in [x - s, x). Such an event is moved to x, so
 that a click is never earlier than its impression nor an order than its click, and neither can enter the history of its
@@ -195,7 +196,7 @@ def _by_time(events: Events, rows: Ints, times: Ints) -> Ints | slice:
 
 
 def _last_shown(events: Events, rules: LabelRules, pairs: Ints, orders: Ints, num_scenarios: int) -> Ints:
-    """Row of the last impression of (user, item) whose order window holds the order line; -1: none (contract 2.7)."""
+    """Row of the last impression of (user, item) whose order window holds the order line; -1: none (rule 7)."""
     impressions = events.rows(KIND_IMPRESSION)
     result = np.full(len(orders), -1, dtype=np.int64)
     shop_wide = events.scenario[orders] == NO_SCENARIO
@@ -240,7 +241,7 @@ def label(events: Events, attribution: Attribution, impressions: Ints, rules: La
     click_time = _first_times(len(events.user), attribution.click_impressions, attribution.click_times)[impressions]
     order_time = _first_times(len(events.user), attribution.order_impressions, attribution.order_times)[impressions]
     is_order = order_time != NO_TIME
-    # An order credited without a click (contract 2.7) makes its impression clicked at an unknown time.
+    # An order credited without a click (rule 7) makes its impression clicked at an unknown time.
     is_click = (click_time != NO_TIME) | is_order
 
     pairs = user_items(events)

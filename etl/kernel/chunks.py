@@ -129,7 +129,7 @@ def _order(rows: pa.Table) -> pa.Array:
 
 
 def _second_copies(rows: pa.Table) -> Bools:
-    """True for every row whose key another row of the user has that comes first (contract 1).
+    """True for every row whose key another row of the user has that comes first.
 
     First is the earliest (event_time, known_time); then a scenario's order log before the shop's; then by content.
     """

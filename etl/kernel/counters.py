@@ -1,4 +1,4 @@
-"""Counts of past events (contract 5, counters): the sums of a chunk's days, in the pass.
+"""Counts of past events (docs/tables.md, counters): the sums of a chunk's days, in the pass.
 
 An impression, an attributed click and a credited order line count once each, on the UTC day on which they were known.
 What the rows have of the sums is in usr_ray/daily_sums.py.

@@ -1,4 +1,4 @@
-"""What a user had done strictly before each impression and known by then (contract 3), in numpy.
+"""What a user had done strictly before each impression and known by then, in numpy.
 
 The events of a scenario are one flat array; an impression's history is a range of it, so that no list is ever built.
 """

@@ -1,4 +1,4 @@
-"""Exact and key duplicates: the earliest (event_time, known_time) stays (contract 1).
+"""Exact and key duplicates: the earliest (event_time, known_time) stays.
 
 Rows of one user with one key meet in the pass, which sets the later ones aside (etl/kernel/chunks.py). What the pass
 cannot see is a key that rows of several users have: one count of 64-bit hashes, without any text, finds those few.

@@ -167,7 +167,7 @@ def write_kuaisar(folder: Path, seed: int = 0) -> tuple[pd.DataFrame, pd.DataFra
 
 
 def kuaisar_labels(watched: pd.DataFrame, searched: pd.DataFrame, *, window_ms: int, global_ms: int) -> pd.DataFrame:
-    """Labels of contract 2 for rows whose click and like stand at the row's own time; pandas' as-of joins, no more."""
+    """The labels of rows whose click and like stand at the row's own time; pandas' as-of joins, no more."""
     pair, by_time = ["user", "item"], {"on": "ms", "by": ["user", "item"]}
     rec = watched.groupby([*pair, "ms"], as_index=False).max()  # a row logged twice, or a twin that was clicked
     rec["id"] = "r-" + rec.user.astype(str) + "-" + rec.item.astype(str) + "-" + rec.ms.astype(str)

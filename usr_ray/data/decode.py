@@ -194,7 +194,7 @@ class _Columns:
         return values
 
     def labels(self) -> NDArray[np.float32]:
-        """(B, 4) labels, each 0 or 1, in the order that always holds (contract 2.5)."""
+        """(B, 4) labels, each 0 or 1, in the order that always holds (docs/tables.md, labels 5)."""
         labels_BT = np.empty((self._table.num_rows, len(ALL_LABELS)), dtype=np.float32)
         for n, name in enumerate(ALL_LABELS):
             values = self.scalars(name).to_numpy()

@@ -47,7 +47,7 @@ def counted_in_training(config: Config, manifest: Manifest) -> WhichRows:
 
 
 def labels_close_us(event_time_us: NDArray[np.int64], spec: FeatureSpec) -> NDArray[np.int64]:
-    """When a row's labels are final (contract 2.6): t + W_g + W_o, or the end of t's UTC day + W_g + W_o ("day" span).
+    """When a row's labels are final: t + W_g + W_o, or the end of t's UTC day + W_g + W_o ("day" span).
 
     The second is never too early: clicks of the day and of the click window end before it by W_o or more. So labels of
     clicks, the global ones among them, are final W_o before that.

@@ -1,9 +1,9 @@
 """What users have done since a version was published: a durable log of events, and the histories that follow from it.
 
-Rows are those of the logs (contract 1): a post is checked whole, appended to a file of its UTC day, flushed to the
-disk, and only then answered. All replicas of a node share the folder: each reads on where it stopped before it answers
-a request, and from the beginning when it starts. Attribution is that of the ETL (contract 2.1, 2.2, 2.7), applied to a
-user's rows when they are asked for, so that rows may come in any order.
+Rows are those of the logs (docs/own-logs.md): a post is checked whole, appended to a file of its UTC day, flushed to
+the disk, and only then answered. All replicas of a node share the folder: each reads on where it stopped before it
+answers a request, and from the beginning when it starts. Attribution is that of the ETL (docs/tables.md, labels 1, 2
+and 7), applied to a user's rows when they are asked for, so that rows may come in any order.
 """
 
 from __future__ import annotations

@@ -306,7 +306,7 @@ def test_a_day_with_more_rows_than_the_limit_is_left_out_whole() -> None:
 
 @pytest.mark.parametrize("named", [True, False])
 def test_windows_end_with_their_last_microsecond(named: bool) -> None:
-    """Impression at 1,000; click window 500, order window 700, both with their ends; the skew is 30 (contract 2.3)."""
+    """Impression at 1,000; click window 500, order window 700, both with their ends; the skew is 30."""
     rules = Rules(click_window=500, order_window=700, clock_skew=30)
     shown = Row("impressions", "i", "u", "x", "search", 1_000, 1_000, None)
     for click_at, is_click in ((969, False), (970, True), (1_500, True), (1_501, False)):
