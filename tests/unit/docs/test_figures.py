@@ -593,7 +593,7 @@ FIGURES = [
     ),
     Figure(
         "study-results",
-        "(APG {}, PLE {}, M2M {}, SharedBottom {}, MMoE {}; STAR {}), in the smaller one round four "
+        "(APG {}, PLE {}, M2M {}, SharedBottom {}, MMoE {}; STAR {}), in the smaller one around four "
         "(APG {}, PLE {}, STAR {}, M2M {}; SharedBottom {} and MMoE {} have 0",
         lambda: [
             joined("equal", s, "usr - plain", backbone=b)[0]
