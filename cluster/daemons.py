@@ -95,14 +95,14 @@ class Daemon:
         return note is not None
 
 
-def check_private(host: str, *, flag: str) -> None:
-    """UserError unless the address is the loopback or of a private network: neither Ray nor Spark has TLS here."""
+def check_private(host: str) -> None:
+    """UserError unless --host is the loopback or in a private network: neither Ray nor Spark has TLS here."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError as error:
-        raise UserError(f"{flag} {host}: not an IP address; give the machine's in its private network") from error
+        raise UserError(f"--host {host}: not an IP address; give the machine's in its private network") from error
     if not address.is_private or address.is_unspecified:
         raise UserError(
-            f"{flag} {host}: is not an address of a private network; whoever reaches these ports with the secret runs "
+            f"--host {host}: is not an address of a private network; whoever reaches these ports with the secret runs "
             "code here, and nothing is encrypted: use an address such as 10.0.0.5, or a tunnel"
         )

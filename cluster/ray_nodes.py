@@ -81,7 +81,7 @@ def start(arguments: argparse.Namespace) -> None:
     """
     if not arguments.host:
         raise UserError(f"{arguments.action}: --host is missing; give this machine's address in its private network")
-    check_private(arguments.host, flag="--host")
+    check_private(arguments.host)
     node = Daemon(arguments.state_dir, arguments.action)
     if arguments.action == "head":
         token = ensure_token()

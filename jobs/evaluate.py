@@ -3,7 +3,7 @@
 python jobs/evaluate.py --run-dir DIR --lake DIR --dates A:B [--importance] [--compare RUN_DIR] [--output FILE]
 
 Writes <run-dir>/evaluation-A_B.json and predictions-A_B.parquet, which jobs/report.py reads; other evaluations' files
-stay. Dates that the run was trained on, or before such, are evaluated too, under the split 'train' in place of 'eval'.
+stay. Dates that the run was trained on, or earlier ones, are evaluated too, under the split 'train' instead of 'eval'.
 One process, no Ray; any number of workers would give the same numbers. --importance adds the click AUC that is lost
 without each signal, by permutation: 10,000 rows are scored once more for each. --compare puts another run (the same
 backbone without USR, say) and a logistic regression on crossed columns beside it, fitted on the run's training rows.

@@ -1,4 +1,4 @@
-"""Turn a data set into the logs of the contract: Parquet folders, one a log.
+"""Turn a data set into logs (docs/own-logs.md), a Parquet folder each.
 
 spark-submit jobs/ingest_logs.py --source kuairand --input DIR --logs DIR   # or plain python: it needs no JVM
 """

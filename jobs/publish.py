@@ -6,8 +6,8 @@ python jobs/publish.py --registry DIR --canary SHARE | --stable | --rollback | -
 
 The new version becomes the one that is served: to everybody, with --canary to a share of the users, with --shadow to
 nobody (its scores are logged). Without a run, --canary changes the share (0 ends it), --stable gives the canary to
-everybody, --rollback serves the newest version of the model before again. --prune deletes versions older than a day
-that nothing serves and no rollback would.
+everybody, --rollback serves the newest version of the previous model again. --prune deletes versions older than a
+day that nothing serves and no rollback would.
 docs/serving.md has the files of a version.
 """
 

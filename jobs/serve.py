@@ -94,7 +94,7 @@ def wait_for_signal(address: str) -> None:
 
 
 def serve_alone(service: Service, token: str | None, *, host: str, port: int, grpc_port: int | None) -> None:
-    """Serve from this process until it is told to end, and finish the requests in work.
+    """Serve from this process until it is told to end, and finish the requests in progress.
 
     Raises:
         UserError: a port is taken.

@@ -134,7 +134,7 @@ class HistoryColumns:
 
 
 def history_columns(scenario: str, *, has_query: bool) -> HistoryColumns:
-    """Names of the history columns of `scenario`, as in the contract: `<scenario>_history_item_ids` and so on."""
+    """Names of the history columns of `scenario`: `<scenario>_history_item_ids` and so on."""
     prefix = f"{scenario}_history"
     return HistoryColumns(
         scenario=scenario,

@@ -159,7 +159,7 @@ def main(argv: list[str]) -> None:
         "--state-dir", type=Path, default=ROOT / ".cache" / "spark_standalone", help="pids, logs, secret"
     )
     arguments = parser.parse_args(argv)
-    check_private(arguments.host, flag="--host")
+    check_private(arguments.host)
     cluster = Standalone(arguments)
     if arguments.action == "start":
         cluster.start_all()

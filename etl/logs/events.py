@@ -1,4 +1,4 @@
-"""Read the logs of the contract, cast them, and set aside what cannot be used.
+"""Read the logs, cast them, and set aside what cannot be used.
 
 All logs become one frame of event rows, so that whatever follows is one pass over one frame: rows in, duplicates,
 rejects, and the one shuffle by user.

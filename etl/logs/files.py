@@ -91,7 +91,7 @@ class LogFolder:
         the blanks around them.
 
         Args:
-            columns: what the caller reads, by the contract's names.
+            columns: what the caller reads, by its names in the log (docs/own-logs.md).
 
         Raises:
             DataCheckError: the log is missing, empty, of no known format or of two, unreadable, not as mapped, or of

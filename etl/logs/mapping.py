@@ -1,4 +1,4 @@
-"""The shop's own columns -> those of the contract, as `[logs.<log>]` says: frames in, frames out (docs/own-logs.md)."""
+"""The shop's own columns -> those of the log, as `[logs.<log>]` says: frames in, frames out (docs/own-logs.md)."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def as_written(column: str) -> str:
 
 
 def map_columns(raw: DataFrame, log: str, mapping: LogConfig) -> DataFrame:
-    """The rows of `raw` that belong to the log, with the contract's columns beside the shop's own.
+    """The rows of `raw` that belong to the log, with the log's columns beside the shop's own.
 
     Grain: one row per row of `raw` that meets `where`. A mapped column hides an own one of its name. event_time and
     ingest_time are instants, null where they cannot be read.

@@ -1,4 +1,4 @@
-"""Sources: each turns one data set into the logs of the contract (section 1)."""
+"""Sources: each turns one data set into logs (docs/own-logs.md)."""
 
 from __future__ import annotations
 

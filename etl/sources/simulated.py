@@ -1,6 +1,6 @@
 """The simulated source: logs of a world whose click and order probabilities are known.
 
-It writes the logs of the contract and `truth` (impression_id, p_click, p_order, is_cross_exposure): the probabilities
+It writes the logs and `truth` (impression_id, p_click, p_order, is_cross_exposure): the probabilities
 the labels were drawn from. Attribution with the configured windows gives back exactly the drawn labels: a click falls
 before its user's next request, an order before the user meets the item again, a late click or order after its window
 and where no other click could earn it. Events run on past the last day until all its labels are final. One day is in

@@ -1,7 +1,7 @@
 """One day of the simulated world: who visits when, what is shown, and what is clicked and ordered when.
 
 Every (seed, day) is a pure function, with needs also of those that the day before left; memory holds two days at most.
-The times are such that attribution (contract, section 2) gives back exactly the drawn labels.
+The times are such that attribution gives back exactly the drawn labels.
 Shape letters: U users, R requests, N impressions.
 """
 
@@ -412,7 +412,7 @@ def draw_times(
     windows: Windows,
     next_request_us_U: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) times of clicks and of orders, such that attribution (contract, section 2) gives back the drawn labels.
+    """(N,) times of clicks and of orders, such that attribution gives back the drawn labels.
 
     A click falls before the user's next request; an order before the user is shown the item again, and before the
     next day's first request. `late_rate` of the clicks and of the orders fall after their window and count for none.

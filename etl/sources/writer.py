@@ -1,4 +1,4 @@
-"""LogWriter: the logs of the contract as Parquet folders, all of them or none."""
+"""LogWriter: logs as Parquet folders, all of them or none."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ TRUTH = pa.schema([("impression_id", pa.string()), ("p_click", pa.float64()), ("
 NEEDS = pa.schema([("user_id", pa.string()), ("born_time", TIMESTAMP), ("end_time", TIMESTAMP)])
 CEILINGS = pa.schema([("scenario", pa.string()), ("task", pa.string())])
 SIDE_TABLES = {"truth": TRUTH, "needs": NEEDS, "ceilings": CEILINGS}
-"""What only the simulated source writes: no log of the contract."""
+"""What only the simulated source writes, beside its logs."""
 
 
 def log_schema(log: str) -> pa.Schema:
-    """The contract's columns of a log, by its name; KeyError for a name the contract does not know."""
+    """The columns that every log of this name has; KeyError for a name that no log has."""
     for ending, schema in (("_impressions", IMPRESSIONS), ("_clicks", CLICKS), ("_orders", ORDERS)):
         if log.endswith(ending):
             return schema
@@ -94,14 +94,14 @@ class LogWriter:
             )
 
     def append(self, log: str, columns: Mapping[str, Any] | pa.Table) -> None:
-        """Add rows to a log. Columns of the contract are cast to their types; further columns keep theirs.
+        """Add rows to a log. The columns of `log_schema` are cast to their types; further columns keep theirs.
 
         Args:
             log: for example "search_clicks" or "users".
             columns: one array a column; event_time as int64 microseconds since 1970 UTC or as a timestamp.
 
         Raises:
-            ValueError: a column of the contract is missing, or the further columns differ from the rows before.
+            ValueError: a column of `log_schema` is missing, or the further columns differ from the rows before.
         """
         table = _contract_table(log, columns)
         buffer = self._buffers.setdefault(log, [])

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from usr_ray.config.fields import number, require
 
 COUNTER_IDS = ("user_id", "item_id", "query")
-"""What is counted by beside categories."""
+"""Ids that may be counted by, besides categories."""
 COUNTED = ("impressions", "clicks", "orders")
 """What is counted, in the order of the columns."""
 _RATES = {"ctr": ("impressions", "clicks"), "cvr": ("clicks", "orders")}
@@ -23,9 +23,9 @@ class CounterConfig:
 
     keys: tuple[str, ...] = ()
     windows: tuple[str, ...] = (ALL_DAYS,)
-    """Shorter ones beside it gained nothing wherever they were tried (docs/learning.md)."""
+    """Shorter windows besides gained nothing wherever they were tried (docs/learning.md)."""
     events: tuple[str, ...] = COUNTED
-    """Counts, of which two that make a rate have that rate besides; "ctr" and "cvr" are rates without their counts."""
+    """Counts; two that make a rate bring that rate too. "ctr" and "cvr" are the rates without their counts."""
     per_scenario: bool = True
     """The row's scenario is one more key."""
 
@@ -71,7 +71,7 @@ class CountersConfig:
     prior: float = number(20.0, "(0, 1e9]")
     """Impressions (clicks) at the scenario's own rate that every ctr (cvr) begins with."""
     warmup_days: int = number(0, "[0, 366]")
-    """First days that were counted, which have none behind them, that are not trained on."""
+    """How many of the first counted days, which have none behind them, are not trained on."""
     defaults: bool = False
     """Counters of user, item, query, user x each item category, and query x item: over all scenarios, and of each."""
     windows: tuple[str, ...] = (ALL_DAYS,)

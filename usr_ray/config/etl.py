@@ -40,7 +40,7 @@ _WINDOW = ("0 s", "366 days")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LabelsConfig:
-    """Attribution windows and the meaning of the global labels (contract, section 2)."""
+    """Attribution windows and the meaning of the global labels (docs/tables.md, labels)."""
 
     click_window: str = duration("1 hour", *_WINDOW)
     """W_c: a click counts this long after its impression, both ends included."""
@@ -55,7 +55,7 @@ class LabelsConfig:
     order_without_click: str = choice("reject", "credit_impression")
     """'reject', or 'credit_impression'."""
     no_order_scenarios: tuple[str, ...] = ()
-    """Scenarios whose orders no log knows: not known, which is not the same as none. They have no CTCVR task."""
+    """Scenarios whose orders no log records: unknown, which is not the same as none. They have no CTCVR task."""
 
     def __post_init__(self) -> None:
         require(
@@ -87,7 +87,7 @@ class LabelsConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HistoriesConfig:
-    """What the user had done before (contract, section 3)."""
+    """What the user had done before each impression (docs/tables.md, samples)."""
 
     length: int = number(50, "[1, 10000]")
     """Newest events kept per scenario."""
@@ -120,7 +120,7 @@ REJECT_REASONS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LimitsConfig:
-    """Users that are no people, and how many rows may be rejected (docs/tables.md, rejects)."""
+    """Days of bots to leave out, and how many rows may be rejected (docs/tables.md, rejects)."""
 
     max_user_events_per_day: int = number(0, "[0, 1000000000]")
     """Log rows (impressions, clicks, order lines) of a user on a UTC day; a day with more is taken out. 0: off."""
@@ -154,7 +154,7 @@ _OWN_FEATURES = ("user_id", "item_id", "query", "scenario", "event_hour")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeaturesConfig:
-    """Feature columns beyond user_id, item_id and query. Categories get a vocabulary; numbers `scale`."""
+    """Feature columns beyond user_id, item_id and query. Categories get a vocabulary, numbers are scaled."""
 
     user_categories: tuple[str, ...] = ()
     user_numbers: tuple[str, ...] = ()
@@ -398,14 +398,14 @@ class SimulatedConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KuaiRandConfig:
-    """KuaiRand's mapping onto the contract (etl/sources/kuairand.py)."""
+    """KuaiRand's mapping onto our logs (etl/sources/kuairand.py)."""
 
     order_column: str = "long_view"
     """Post-click action that stands in for an order."""
     tab_groups: Mapping[str, tuple[int, ...]] = number({}, "[0, 1000000000]")
     """Scenario name -> tabs; every tab not named goes to the last scenario. Empty: the documented default groups."""
     all_earlier_impressions: bool = False
-    """Impressions from before the log that are no long view become rows of the logs too, for counters alone."""
+    """Impressions before the log that were no long view become rows of the logs too; only counters use them."""
 
     def __post_init__(self) -> None:
         tabs = [tab for group in self.tab_groups.values() for tab in group]
@@ -415,7 +415,7 @@ class KuaiRandConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KuaiSarConfig:
-    """KuaiSAR's mapping onto the contract (etl/sources/kuaisar.py)."""
+    """KuaiSAR's mapping onto our logs (etl/sources/kuaisar.py)."""
 
     order_column: str = choice("like", "follow", "forward")
     """Later action of a recommendation row that stands in for an order; search rows have none."""
@@ -423,7 +423,7 @@ class KuaiSarConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JdSearchConfig:
-    """JDsearch's mapping onto the contract (etl/sources/jdsearch.py)."""
+    """JDsearch's mapping onto our logs (etl/sources/jdsearch.py)."""
 
     base_time: str = "2022-11-01T00:00:00Z"
     """First search; the histories end before it. The data has no absolute time."""
@@ -447,7 +447,7 @@ class JdSearchConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KuaiSearchConfig:
-    """KuaiSearch's mapping onto the contract (etl/sources/kuaisearch.py)."""
+    """KuaiSearch's mapping onto our logs (etl/sources/kuaisearch.py)."""
 
     base_time: str = "2025-01-01T00:00:00Z"
     """time_index 0 becomes this instant; one step becomes `step`. The unit of time_index is not documented."""

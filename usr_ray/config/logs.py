@@ -56,7 +56,7 @@ def spark_time_pattern(text: str) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogConfig:
-    """How one log of the contract is made from the shop's own files (docs/own-logs.md); logs may share files."""
+    """How one log is made from the shop's own files (docs/own-logs.md); logs may share files."""
 
     path: str = ""
     """File, folder or glob, below --logs unless it starts with / or names a file system; empty: the log's own entry."""
@@ -65,15 +65,15 @@ class LogConfig:
     separator: str = ","
     """Between the fields of a CSV line."""
     quote: str = '"'
-    """Round a CSV field that holds separators, line breaks or quotes (doubled); '': a quote is a letter like others."""
+    """Encloses a CSV field with separators, line breaks or quotes (doubled); '': a quote is an ordinary character."""
     encoding: str = "UTF-8"
     """Encoding of CSV and JSON lines: 'UTF-8', 'ISO-8859-1', 'windows-1252' or another."""
     columns: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
-    """Column of the contract or feature -> own column; of several own columns the values are joined by '|'."""
+    """Column of the log, or feature -> own column; the values of several own columns are joined by '|'."""
     split: Mapping[str, str] = field(default_factory=dict)
-    """Column of tags or terms, by its name in the contract -> text between its values, such as "|"."""
+    """Column of tags or terms, by its name in the log -> text between its values, such as "|"."""
     decimal_comma: tuple[str, ...] = ()
-    """Number columns, by their name in the contract, written as 1.234,50."""
+    """Number columns, by their name in the log, written as 1.234,50."""
     constants: Mapping[str, str | int | float | bool] = number({}, FINITE)
     """Column -> its value in every row; '' is null."""
     where: Mapping[str, str | int | bool | tuple[str, ...]] = number({}, FINITE)
@@ -152,7 +152,7 @@ def _fault_of_time_format(text: str) -> str:
 
 
 def log_names(scenarios: Sequence[str]) -> list[str]:
-    """Every log that the contract knows with these scenarios."""
+    """Every log that there may be with these scenarios."""
     return [f"{s}_{kind}" for s in scenarios for kind in ("impressions", "clicks", "orders")] + [
         "orders",
         "users",

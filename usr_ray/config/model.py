@@ -72,7 +72,7 @@ class ContrastiveConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """USR round a backbone."""
+    """USR around a backbone."""
 
     backbone: str = "shared_bottom"
     """One of BACKBONES, or "module:Class" of your own (examples/add_a_backbone), importable on every machine."""

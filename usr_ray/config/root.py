@@ -145,7 +145,7 @@ class Config:
         require(not twice, f"features: '{''.join(twice[:1])}' is a column of [counters]; call the feature another name")
 
     def check_effect(self) -> None:
-        """ConfigError on what would be without effect, or another than the one it is for. Not asked of saved
+        """ConfigError on settings that would have no effect, or another than they are meant for. Not asked of saved
         configurations: older runs stay readable.
         """
         self._check_only_scenario()
@@ -212,7 +212,7 @@ class Config:
 
     @property
     def cvr_without(self) -> tuple[str, ...]:
-        """Scenarios whose clicks are none of the trials of a `cvr` over all: no log records the orders behind them."""
+        """Scenarios whose clicks are no trials of a `cvr` over all scenarios: no log records their orders."""
         over_all = any(not one.per_scenario and "cvr" in one.columns for one in self.every_counter.values())
         return tuple(s for s in self.scenarios if over_all and s in self.labels.no_order_scenarios)
 

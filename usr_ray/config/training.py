@@ -13,7 +13,7 @@ class DataConfig:
     """Which dates are for fitting and training, which are held out."""
 
     train_dates: str = ""
-    """'A:B', both included. Vocabularies are fitted on these dates and training reads these dates."""
+    """'A:B', both included. Vocabularies are fitted on these dates, and training reads them."""
     eval_dates: str = ""
     """'A:B', held out; after train_dates."""
     allow_missing_dates: bool = False

@@ -28,7 +28,7 @@ def baseline_split(split: str) -> str:
 
 
 def write_metrics(path: Path, splits: Mapping[str, CellMetrics], *, about: Mapping[str, Any] | None = None) -> None:
-    """Splits in the shape of metrics.json (contract, section 4); undefined is null. Appears whole or not at all.
+    """Write splits in the shape of metrics.json; undefined is null. The file appears whole or not at all.
 
     An evaluation has one key more, 'about': what was evaluated on which dates.
     """

@@ -188,7 +188,7 @@ def compute_metrics(labels_N: NDArray, probs_N: NDArray, user_keys_N: NDArray, r
 
 
 def metrics_by_scenario(predictions: Predictions, scenarios: Sequence[str]) -> CellMetrics:
-    """One split of metrics.json (contract, section 4).
+    """One split of metrics.json.
 
     A scenario's cell: its rows, its labels, the row's own probabilities. "all": every row, the same labels and
     probabilities, pooled. "global": every row, the global labels with the global heads; metrics are None and the counts

@@ -223,9 +223,9 @@ def wilson_interval(num_positives: int, num_rows: int, confidence: float = CONFI
     return tuple(binomtest(num_positives, num_rows).proportion_ci(confidence, method="wilson"))
 
 
-def poisson_interval(count: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Exact interval of the mean of a Poisson count of 1 or more (Garwood, Biometrika 1936)."""
-    tail = (1 - confidence) / 2
+def poisson_interval(count: int) -> tuple[float, float]:
+    """Exact 95 % interval of the mean of a Poisson count of 1 or more (Garwood, Biometrika 1936)."""
+    tail = (1 - CONFIDENCE) / 2
     return float(chi2.ppf(tail, 2 * count)) / 2, float(chi2.isf(tail, 2 * count + 2)) / 2
 
 

@@ -37,7 +37,7 @@ _TUNED = (
     "gradient_clip",
     "average",
 )
-"""Keys of [train] that a model comes out differently by; the others say where, how fast and on what it is trained."""
+"""Keys of [train] that change the trained model; the others say where, how fast and on what it is trained."""
 
 
 class TuneError(UserError):

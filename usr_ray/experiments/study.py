@@ -58,7 +58,7 @@ class StudyResult:
     results: Path
     num_finished: int
     failures: dict[str, str]
-    """Trial id -> what it failed of."""
+    """Trial id -> why it failed."""
 
 
 def run_study(
@@ -164,7 +164,7 @@ def _check_workers(study: Study, base: Base) -> None:
 
 
 def _pin(pinned: Sequence[list[Manifest]], config: Config, run_dir: Path) -> None:
-    """Trials to come read these files too, and have no pin of their own yet. What is doubtful of them is told once."""
+    """Trials to come read these files too, and have no pin of their own yet. Doubts about them are printed once."""
     for manifests in pinned:
         write_pin(manifests, run_dir)
     told = (doubts(config, train, held_out, first_counted=None) for train, held_out in pinned)

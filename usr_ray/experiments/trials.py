@@ -43,7 +43,7 @@ def run_trial(
         callbacks: for Ray Train's RunConfig, in a trial of more workers.
 
     Returns:
-        What the trial failed of, in one line, also in failure.json; '' where it did not.
+        Why the trial failed, in one line, also in failure.json; '' where it did not.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / LOG_FILE).open("a", encoding="utf-8", buffering=1) as log, contextlib.redirect_stdout(log):

@@ -74,8 +74,8 @@ _MALLOC = {-3: 32 << 20, -1: -1, -2: 64 << 20}
 def keep_freed_memory() -> None:
     """Have glibc keep what a step frees: it would hand the pages back, and the next step would pay for each again.
 
-    It changes the whole process, so a training's own process calls it and no constructor does. Nothing on other
-    libraries of C.
+    It changes the whole process, so a training's own process calls it and no constructor does. Does nothing on
+    other C libraries.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):

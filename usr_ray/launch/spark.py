@@ -73,8 +73,8 @@ def archived_classes(conf: Path, options: str = "", use: str = "SharedArchiveFil
     """Variables with which Spark's JVM maps its classes from an archive: a quarter of a cold JVM's processor time.
 
     A JVM takes an archive only where all of its class path is jars, and SPARK_CONF_DIR comes first there: so it is a
-    jar with log4j2.properties then, and what spark-defaults.conf says of the JVM goes by variables. An archive of other
-    jars or of another Java is left aside by the JVM.
+    jar with log4j2.properties then, and what spark-defaults.conf says of the JVM goes by variables. The JVM ignores an
+    archive of other jars or of another Java.
 
     Args:
         conf: folder of the archive and of the jar.

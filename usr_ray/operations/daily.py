@@ -52,7 +52,7 @@ class DayPlan:
 
 
 def label_lag(config: Config) -> int:
-    """Whole days after which the logs tell that the labels of a date are final (contract, section 2.6).
+    """Whole days after which the logs tell that the labels of a date are final (docs/tables.md, labels 6).
 
     Of windows of 48 hours 3: the last event of the second day after a date is still a moment before they close.
     """

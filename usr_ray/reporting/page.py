@@ -70,7 +70,7 @@ class Section:
 def write_page(path: Path, template: str, **context: Any) -> Path:
     """Fill a template of this package and write the page, whole or not at all, and its folder with it; its path.
 
-    What a template forgets to be given is an error; texts are escaped.
+    A name that the template needs and is not given is an error; texts are escaped.
     """
     context |= {"task_names": TASK_NAMES, "dash": DASH}
     written = (

@@ -375,14 +375,14 @@ def parallel_plot(dimensions: Sequence[Dimension], rows: Sequence[Sequence[float
     return draw_svg(draw, label=label, size=(max(13.0, 1.4 * len(dimensions)), 4.0))
 
 
-def bars_plot(values: Mapping[str, float], *, label: str, axis: str) -> Markup:
-    """Named shares from 0 to 1, the largest on top."""
+def bars_plot(values: Mapping[str, float], *, label: str) -> Markup:
+    """Named strengths of association from 0 to 1, in the order given, the first on top."""
 
     def draw(axes: Axes) -> None:
         names = list(values)
         axes.barh(range(len(names)), [values[name] for name in names], color=COLOURS[series_name(0)], height=0.6)
         axes.set_yticks(range(len(names)), names)
-        axes.set(xlim=(0, 1), xlabel=axis, ylim=(len(names) - 0.4, -0.6))
+        axes.set(xlim=(0, 1), xlabel="strength of association", ylim=(len(names) - 0.4, -0.6))
 
     return draw_svg(draw, label=label, size=(6.5, 1.0 + 0.36 * len(values)))
 

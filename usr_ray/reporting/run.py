@@ -1,4 +1,4 @@
-"""One HTML file about a run, for the one who decides and the one who debugs: no address, no script, nothing to install.
+"""One HTML file about a run, for those who decide and those who debug: no address, no script, nothing to install.
 
 What a run has not (yet) written is left out.
 """

@@ -91,7 +91,7 @@ def search_section(config: Config, points: Sequence[TriedPoint], chosen: TriedPo
             "Rank correlation (choices: correlation ratio of ranks) over the trials drawn: an association, and a weak "
             "one where trials are few."
         )
-        plots.append(Plot(title, bars_plot(shares, label=title, axis="strength of association"), caption))
+        plots.append(Plot(title, bars_plot(shares, label=title), caption))
     note = (
         f"{metric} on the choosing dates, best epoch of each trial, or with a schedule the last one of a whole trial; "
         f"{'lower' if METRICS[metric] == 'min' else 'higher'} is better. The chosen value is the best of many draws, "

@@ -38,7 +38,7 @@ _PAGE = Path(__file__).with_name("page.html")
 _PAGE_MAY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
 """What the page may do: run what is in it, and ask this service."""
 _ANY_PATH = "any"
-"""Label of requests without the token: whoever has none must not make a series for each path that they think of."""
+"""Label of requests without the token: a caller without one must not make a series for each path it thinks of."""
 _Count = Callable[[str, int, float], None]
 """Service.count."""
 

@@ -199,7 +199,7 @@ class GrpcServer:
         self._server.start()
 
     def close(self) -> None:
-        """Finish the requests in work."""
+        """Finish the requests in progress."""
         self._server.stop(grace=5).wait()
 
     def _answer(self, name: str, content: bytes, context: Any) -> Any:

@@ -173,7 +173,7 @@ def described(request: Schema, answer: Schema) -> dict[str, Any]:
     refusals = {
         "401": "The token is missing or another one.",
         "422": "The request is bad.",
-        "429": "Too many requests are in work, or it has waited too long; see Retry-After.",
+        "429": "Too many requests are in progress, or it has waited too long; see Retry-After.",
     }
     responses = {status: {"description": what, **of(ERROR)} for status, what in refusals.items()}
     ok = {"200": {"description": "The answer.", **of(answer)}}

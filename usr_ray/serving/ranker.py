@@ -60,7 +60,7 @@ _MAX_WEIGHT = 1e300
 _SUSPECT = 1e4
 """Of a scaled number: a program that is sound gives no NaN for smaller ones."""
 STAGES = ("checks", "encoder", "program")
-"""Stages of an answer: the request's fields; stores and encoder; the program, and the answer's making."""
+"""Stages of an answer: the request's fields; stores and encoder; the program and making the answer."""
 _FIELDS = ("request_id", "scenario", "user_id", "query", "context", "time", "candidates", "task", "k")
 
 

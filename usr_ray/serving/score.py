@@ -1,4 +1,4 @@
-"""Scores of every row of a samples table's dates, in a Delta table: exactly one row a row, whatever happens on the way.
+"""Scores of every row of a samples table's dates, in a Delta table: exactly one for each row, whatever happens.
 
 The table holds one model's, one commit a date, so that a date is there whole or not at all. What is done is read from
 the table itself (row counts and the constant columns of its files), never from a note beside it: rows that somebody
@@ -44,8 +44,8 @@ SCORES_SCHEMA = pa.schema(
         pa.field("table_version", pa.int64(), nullable=False),
     ]
 )
-"""Grain: one row a row of the samples table. Global probabilities are null for a model without GLMT, those of orders in
-scenarios whose orders nobody logs."""
+"""Grain: one row per row of the samples table. Global probabilities are null for a model without GLMT, those of orders
+in scenarios whose orders nobody logs."""
 
 
 class ScoreError(UserError):

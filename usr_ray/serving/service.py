@@ -53,15 +53,15 @@ class Settings:
     poll_s: float = 0.5
     """Seconds between two looks at the pointer."""
     max_wait_s: float = 0.5
-    """A request that waited longer for a worker is not computed (429): who asked has likely gone."""
+    """A request that waited longer for a worker is not computed (429): the caller has likely gone."""
     store_deadline_s: float = 0.05
     """A request whose user cannot be read within it is answered without history, marked degraded."""
     log_dir: Path | None = None
     """Where events (`events.EventLog`) and scores of the shadow are kept; None: REGISTRY/log."""
     device: str = "cpu"
-    """'cuda': requests in work share a call on a GPU; more workers make larger batches."""
+    """'cuda': requests in progress share a call on a GPU; more workers make larger batches."""
     page: bool = False
-    """Show the page, which tells histories and examples of users to whoever may ask."""
+    """Show the page, which shows histories and examples of users to whoever may ask."""
 
 
 Read = Callable[[bytes], Any]
@@ -69,7 +69,7 @@ Read = Callable[[bytes], Any]
 
 
 class OverloadError(Exception):
-    """The queue is full; its text is for whoever asked."""
+    """The queue is full; the text is for the caller."""
 
 
 def carries_token(given: bytes, token: str) -> bool:
@@ -109,7 +109,7 @@ class Service:
     # ---- requests
 
     def submit(self, body: bytes, *, ranked: bool, read: Read | None = None) -> Any:
-        """A future of (status, answer) of one request; OverloadError when too many are in work.
+        """A future of (status, answer) of one request; OverloadError when too many are in progress.
 
         Args:
             body: not read before a worker takes it.
@@ -335,7 +335,7 @@ class Service:
                 self.last_error = _words(error)
 
     def close(self) -> None:
-        """Finish the requests in work and end the threads."""
+        """Finish the requests in progress and end the threads."""
         self._stopped.set()
         self._watcher.join()
         self._pool.shutdown()

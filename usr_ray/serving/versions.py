@@ -114,7 +114,7 @@ def read_pointer(registry: Path) -> Pointer:
 
 
 def move_pointer(registry: Path, name: str) -> None:
-    """Make a version the stable one; one that was the canary or the shadow, or whose folder is gone, is none now."""
+    """Make a version the stable one; it is no longer canary or shadow, nor is one whose folder is gone."""
     pointer = Pointer(name)
     if (registry / POINTER).exists():
         old = read_pointer(registry)
@@ -182,7 +182,7 @@ def prune(registry: Path) -> list[str]:
 
 
 def roll_back(registry: Path) -> str:
-    """Make the version before the stable one's model stable again, without canary and shadow; its name.
+    """Make the newest version of the previous model stable again, without canary and shadow; its name.
 
     Raises:
         RegistryError: there was none before, or it is no longer there.

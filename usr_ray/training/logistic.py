@@ -1,4 +1,4 @@
-"""A logistic regression on crossed columns: what a team would build first, beside which a network must pay.
+"""A logistic regression on crossed columns: what a team would build first, and what a network must beat.
 
 scikit-learn fits it; here are its columns. It sees a row's categories and numbers, and no history.
 

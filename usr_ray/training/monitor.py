@@ -20,7 +20,7 @@ Batch = TypeVar("Batch")
 
 
 class Monitor:
-    """Who watches a run; this one watches nothing. `on_step` is called on every rank, the others on rank 0."""
+    """Watches a run; this one does nothing. `on_step` is called on every rank, the others on rank 0."""
 
     def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Numbers of the steps since the last call, every train.log_every_steps."""

@@ -197,7 +197,7 @@ class TrainState:
         return True
 
     def warm_start(self, path: str, worker: Worker) -> str:
-        """Take model and tables, and by train.warm_start_optimizer both optimisers, from another run; its checkpoint.
+        """Take model and tables (train.warm_start_optimizer: optimisers too) from another run; returns its checkpoint.
 
         The step and the epoch stay 0. Rows that a table has beyond the old ones keep the values of a fresh table.
 

@@ -74,7 +74,7 @@ def test_a_daemon_that_dies_shows_the_end_of_its_log(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "10.0.0.5", "192.168.1.9", "fd00::5"])
 def test_loopback_and_private_addresses_are_taken(host: str) -> None:
-    check_private(host, flag="--host")
+    check_private(host)
 
 
 @pytest.mark.parametrize(

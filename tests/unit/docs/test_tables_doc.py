@@ -1,4 +1,7 @@
-"""docs/tables.md says what the code writes, docs/own-logs.md what it reads: columns, types, null rules, reasons of rejects, keys of the reports."""
+"""docs/tables.md says what the code writes: columns, types, null rules, reasons of rejects, keys of the reports.
+
+docs/own-logs.md says which columns it reads.
+"""
 
 from __future__ import annotations
 
