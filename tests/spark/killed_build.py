@@ -131,10 +131,6 @@ class Watch:
         self._lake = lake
         self._files, self._commits, self._reports = self._data_files(), self._logs(), self._report_texts()
 
-    def vocabularies_are_there(self) -> bool:
-        """Ids are committed, samples are not."""
-        return any((self._lake / VOCABULARIES / "_delta_log").glob("*1.json"))
-
     def data_files_are_written(self) -> bool:
         """Some data files of the samples are on the disk, or on their way."""
         return self._data_files() > self._files

@@ -43,7 +43,6 @@ GOOD = {
     "candidates": [{"id": "v1"}, {"id": "v2"}],
     "time": "2026-01-02T00:00:00Z",
 }
-CODES = {422: "INVALID_ARGUMENT", 429: "RESOURCE_EXHAUSTED", 401: "UNAUTHENTICATED", 503: "UNAVAILABLE"}
 
 
 class Program:
