@@ -11,9 +11,10 @@ backbone without USR, say) and a logistic regression on crossed columns beside i
 
 from __future__ import annotations
 
+import argparse
 import datetime as dt
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from usr_ray.cli import JobParser, add_allow_missing_dates, check_lake, check_output_file, check_run_dir, run_job
-from usr_ray.config import Config, UserError, date_ranges, parse_dates
+from usr_ray.config import UserError, date_ranges, parse_dates
 
 if TYPE_CHECKING:  # torch takes seconds to load: a wrong command line is reported without it
     from usr_ray.data.manifest import Manifest
@@ -34,16 +35,21 @@ MAX_EARLIER_ROWS = 20_000_000
 
 
 def baseline_of(
-    config: Config, lake: str, held_out: Manifest, predictions: Predictions, seen: Collection[str]
+    run: TrainedRun, lake: str, held_out: Manifest, predictions: Predictions, seen: Collection[str]
 ) -> Predictions | None:
     """The popularity baseline on the same rows; None, and a line that says why, where it cannot be had.
 
-    It is fitted on the dates that the model was trained on (`seen`), as they are now.
+    It is fitted on the dates that the model was trained on (`seen`), as they are now. Items that the vocabulary has got
+    since are unknown there, as they are in `predictions`.
     """
+    import numpy as np
+
     from usr_ray.data.manifest import build_manifest
     from usr_ray.evaluation.baseline import popularity_baseline
+    from usr_ray.schema import UNKNOWN_ID
     from usr_ray.training.rows import baseline_rows
 
+    config, num_items = run.config, run.spec.sparse_feature("item_id").num_embeddings
     if not config.data.train_dates:
         print("no popularity baseline: the run's configuration names no data.train_dates")
         return None
@@ -57,6 +63,7 @@ def baseline_of(
     except UserError as error:
         print(f"no popularity baseline: {error}")
         return None
+    rows = replace(rows, item_id_N=np.where(rows.item_id_N < num_items, rows.item_id_N, UNKNOWN_ID))
     return popularity_baseline(rows, predictions, len(held_out.spec.scenarios))
 
 
@@ -71,8 +78,18 @@ def of_dates(manifest: Manifest, seen: Collection[str], *, first_own: str) -> Ma
     return replace(manifest, files=tuple(reversed(taken)))
 
 
+def run_to_compare(run_dir: Path, held_out: Manifest) -> TrainedRun:
+    """The run of --compare, before anything is evaluated. UserError: there is none, or it is of another lake."""
+    from usr_ray.training.evaluate import check_table, load_run
+
+    other = load_run(run_dir, flag="--compare")
+    check_table(other, held_out, where=f"--compare {run_dir}")
+    return other
+
+
 def comparison_of(
     run: TrainedRun,
+    other: TrainedRun,
     other_dir: Path,
     held_out: Manifest,
     predictions: Predictions,
@@ -88,14 +105,12 @@ def comparison_of(
     from usr_ray.reporting.run import model_name
     from usr_ray.runs.evaluations import dates_of, trained_dates, trained_on
     from usr_ray.runs.plan import load_manifest
-    from usr_ray.training.evaluate import check_table, evaluate, evaluation_reader, load_run
+    from usr_ray.training.evaluate import evaluate, evaluation_reader
     from usr_ray.training.logistic import PlainRows, logistic_regression
     from usr_ray.training.rows import training_reader
     from usr_ray.training.worker import LocalWorker
 
     worker = LocalWorker("cpu")
-    other = load_run(other_dir)
-    check_table(other, held_out)
     ours, theirs = (model_name(one.config.to_dict()) for one in (run, other))
     scored = evaluate(other.module, other.tables, held_out, worker, other.config).predictions
     assert scored is not None  # there is one rank
@@ -126,20 +141,7 @@ def comparison_of(
     return compare(found, ours, held_out.spec.scenarios) | {"notes": notes}
 
 
-def say_left_out(manifest: Manifest, dates: Sequence[str], num_rows: int, only_scenario: str) -> None:
-    """A warning for each kind of rows that are not evaluated; `dates` and `num_rows`: of those that are."""
-    of_scenario = f" of {only_scenario}" if only_scenario else ""
-    if left_out := set(manifest.dates) - set(dates):
-        print(f"warning: without {date_ranges(left_out)}, of which no row{of_scenario} has final labels", flush=True)
-    if num_rows < manifest.num_rows:
-        other = f", or they are not of {only_scenario}" if only_scenario else ""
-        print(
-            f"warning: {num_rows:,} of {manifest.num_rows:,} rows are evaluated: labels of the others may still "
-            f"change{other}"
-        )
-
-
-def main(argv: list[str]) -> None:
+def _parsed(argv: list[str]) -> argparse.Namespace:
     parser = JobParser(__doc__)
     parser.add_place("--run-dir", check_run_dir, type=Path, required=True, help="the --run-dir of jobs/train.py")
     parser.add_place("--lake", check_lake, required=True, help="the lake of jobs/build_samples.py")
@@ -148,16 +150,21 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--importance", action="store_true", help="which signal carries what, by permutation")
     parser.add_place("--compare", check_run_dir, type=Path, metavar="RUN_DIR", help="another run of the same lake")
     parser.add_place("--output", None, type=Path, metavar="FILE", help="the metrics as JSON in another place too")
-    arguments = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    arguments = _parsed(argv)
     first, last = parse_dates(arguments.dates, where="--dates")
     name = f"{first}_{last}"
     if arguments.output is not None:
         check_output_file(arguments.output, flag="--output")
     check_output_file(arguments.run_dir / f"evaluation-{name}.json", flag="--run-dir")
+    from usr_ray.data.lineage import warn
     from usr_ray.data.manifest import build_manifest
     from usr_ray.evaluation.files import metrics_text
     from usr_ray.evaluation.statistics import comparison_text
-    from usr_ray.runs.evaluations import about_rows, dates_heading, dates_of, trained_dates, write_evaluation
+    from usr_ray.runs.evaluations import about_rows, caveats, dates_heading, dates_of, trained_dates, write_evaluation
     from usr_ray.training.evaluate import check_table, evaluate, load_run
     from usr_ray.training.importance import importance, importance_text
     from usr_ray.training.worker import LocalWorker
@@ -166,6 +173,7 @@ def main(argv: list[str]) -> None:
     run = load_run(arguments.run_dir, worker.device)
     manifest = build_manifest(arguments.lake, dates=(first, last), allow_missing=arguments.allow_missing_dates)
     check_table(run, manifest)
+    other = arguments.compare and run_to_compare(arguments.compare, manifest)
     result = evaluate(run.module, run.tables, manifest, worker, run.config)
     if result.predictions is not None and result.metrics is not None:  # rank 0
         if not len(result.predictions):  # a model of one scenario, and days that have none of its rows
@@ -174,14 +182,16 @@ def main(argv: list[str]) -> None:
                 f"{run.config.data.only_scenario} (data.only_scenario) with final labels; name other dates"
             )
         dates = dates_of(manifest, result.predictions.row_number_N)
-        say_left_out(manifest, dates, len(result.predictions), run.config.data.only_scenario)
+        warn(caveats(run.config, manifest, dates, len(result.predictions)))
         about = about_rows(manifest, dates, step=run.checkpoint.step, checkpoint=run.checkpoint.path.name)
         if arguments.importance:
             about["importance"] = importance(run.module, run.tables, manifest, worker, run.config)
         seen = trained_dates(arguments.run_dir)
-        baseline = baseline_of(run.config, arguments.lake, manifest, result.predictions, seen)
+        baseline = baseline_of(run, arguments.lake, manifest, result.predictions, seen)
         if arguments.compare:
-            about["comparison"] = comparison_of(run, arguments.compare, manifest, result.predictions, baseline, seen)
+            about["comparison"] = comparison_of(
+                run, other, arguments.compare, manifest, result.predictions, baseline, seen
+            )
         splits = write_evaluation(
             arguments.run_dir,
             name,
@@ -194,15 +204,14 @@ def main(argv: list[str]) -> None:
             output=arguments.output,
         )
         print(f"{dates_heading(dates, seen)}:\n{metrics_text(splits)}")
-        if arguments.compare:
-            for note in about["comparison"]["notes"]:
-                print(f"warning: --compare: {note}")
-            print(comparison_text(about["comparison"]))
+        if compared := about.get("comparison"):
+            warn(f"--compare: {note}" for note in compared["notes"])
+            print(comparison_text(compared))
         if arguments.importance:
             print(importance_text(about["importance"]))
-        where = " and ".join(date_ranges(dates).replace(":", " to ").split(", "))
+        words = f"{run.checkpoint.path.name} on {' and '.join(date_ranges(dates).replace(':', ' to ').split(', '))}"
         written = arguments.output or arguments.run_dir / f"evaluation-{name}.json"
-        print(f"{run.checkpoint.path.name} on {where}: {len(result.predictions):,} rows; written to {written}")
+        print(f"{words}: {len(result.predictions):,} rows; written to {written}")
     worker.close()
 
 

@@ -71,7 +71,8 @@ class JobParser(argparse.ArgumentParser):
             flag: such as "--lake".
             check: called with each place that is given, and `flag`; one of the checks below. None: the job knows only
                 later what is needed, and checks it then.
-            type: what the job gets; the check gets the text, for Path("") is the current folder.
+            type: what the job gets; the check gets the text, for Path("") is the current folder. A Path is in a file
+                system: an object store's address is refused.
             options: passed on to add_argument.
         """
         self.add_argument(flag, **{"metavar": "DIR", **options})
@@ -91,6 +92,8 @@ class JobParser(argparse.ArgumentParser):
                 if given is None:
                     continue
                 for place in given if isinstance(given, list) else [given]:
+                    if kind is Path:
+                        check_no_store(place, flag=flag)
                     check(place, flag=flag)
                 setattr(found, name, [*map(kind, given)] if isinstance(given, list) else kind(given))
             return found
@@ -171,6 +174,16 @@ def job_dates(text: str, *, where: str, today: dt.date | None = None) -> tuple[d
 
 
 # ---- places: checked before any work begins. An object store's address is left to whoever opens it.
+
+
+def check_no_store(place: Path | str, *, flag: str) -> None:
+    """UserError where `place` is an address: as a path s3://x is a folder called s3: in the current one."""
+    check_address(str(place), flag=flag)
+    if "://" in str(place):
+        raise UserError(
+            f"{flag} {place}: must be a place in a file system, not an address; mount the store, or copy from there "
+            "and to it yourself (docs/cluster.md, object stores)"
+        )
 
 
 def check_input(place: Path | str, *, flag: str) -> None:

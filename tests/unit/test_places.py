@@ -232,6 +232,16 @@ def test_text_that_is_no_place(job: str, flag: str, world: Path, capsys: pytest.
         assert "secret" not in line
 
 
+@pytest.mark.parametrize(("job", "flag"), [p for p in PLACES if parser_of(p[0]).places[p[1]][1] is Path])
+def test_an_address_where_a_path_is_wanted_is_no_folder_called_s3(
+    job: str, flag: str, world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(world / "out")
+    line = refusal(job, words_of(job, world, flag, "s3://shop/x"), capsys)
+    assert f"{flag} s3://shop/x: must be a place in a file system, not an address; mount the store" in line
+    assert not list((world / "out").iterdir())
+
+
 @pytest.mark.parametrize(("job", "flag"), [p for p in PLACES if is_read(*p)])
 def test_a_place_to_read_that_is_not_there_or_not_readable(
     job: str, flag: str, world: Path, nobody: None, capsys: pytest.CaptureFixture[str]

@@ -23,6 +23,7 @@ from usr_ray.config.fields import (
     dates_in,
     dates_there,
     day_number,
+    differences,
     dotted,
     end_of_us,
     first_difference,

@@ -164,6 +164,15 @@ def dotted(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (saved value, value now) of all that differs in two nested dictionaries; a key that one lacks is
+    None there.
+    """
+    before, after = dotted(saved), dotted(now)
+    keys = [*before, *(key for key in after if key not in before)]
+    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
+
+
 def first_difference(
     saved: Mapping[str, Any], now: Mapping[str, Any], keys: Sequence[str] = ("",), *, but: Sequence[str] = ()
 ) -> tuple[str, Any, Any] | None:
@@ -174,15 +183,12 @@ def first_difference(
         keys: sections or single keys that count, by dotted path; '': all.
         but: sections or single keys of these that do not.
     """
-    before, after = dotted(saved), dotted(now)
 
     def is_of(key: str, places: Sequence[str]) -> bool:
         return any(place in ("", key) or key.startswith(f"{place}.") for place in places)
 
-    for key in [*before, *(k for k in after if k not in before)]:
-        if is_of(key, keys) and not is_of(key, but) and before.get(key) != after.get(key):
-            return key, before.get(key), after.get(key)
-    return None
+    found = differences(saved, now).items()
+    return next(((key, *values) for key, values in found if is_of(key, keys) and not is_of(key, but)), None)
 
 
 def complete(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -95,7 +95,8 @@ class TrainConfig:
     """Spans of a block of rows that are shuffled apart. With the number of workers here, or a multiple of it, each
     worker decodes only its own part of a large table; with 1 every worker decodes every row. Part of the order."""
     reader_cache: str = ""
-    """Folder on a local disk for decoded row groups, for epochs after the first; '': none."""
+    """Folder on each worker's local disk for decoded row groups, for epochs after the first and later runs of the same
+    rows; each set of rows has a subfolder, which stays until somebody deletes it. '': none."""
     evaluate_every_epochs: int = number(1, COUNT)
     """Epochs from one evaluation on eval_dates to the next; the last epoch always has one."""
     early_stopping: bool = False

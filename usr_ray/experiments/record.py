@@ -44,6 +44,13 @@ class Base:
         """Trials run in the job's own process (ray.num_workers = 0), without Ray."""
         return load_config(self.config_path, self.overrides).ray.num_workers == 0
 
+    def of_study(self, study: Study) -> Base:
+        """With what the study's [base] says of [data]: its worlds, the rows that are pinned and the doubts of them are
+        those of its trials.
+        """
+        of_data = {key: value for key, value in study.base.items() if key.startswith("data.")}
+        return Base(self.config_path, (*self.overrides, *as_sets(of_data)))
+
     def config(self, resources: Resources, trial: Trial | None = None, *, table_version: int = -1) -> Config:
         """The configuration of a trial; None: of none, the defaults that the study starts from.
 

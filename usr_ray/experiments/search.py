@@ -21,11 +21,11 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search import ConcurrencyLimiter, SearchAlgorithm, Searcher
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from usr_ray.config import Config
+from usr_ray.config import Config, UserError
 from usr_ray.config.training import METRICS, SpaceConfig, TuneConfig
 from usr_ray.data.pins import remove_pin, write_pin
 from usr_ray.experiments.grid import Resources, Study
-from usr_ray.experiments.record import Base
+from usr_ray.experiments.record import Base, note_failure
 from usr_ray.experiments.search_record import FINAL_DIR, as_row, open_search, read_points, write_search, write_values
 from usr_ray.experiments.space import (
     Choice,
@@ -47,6 +47,7 @@ from usr_ray.files import now, write_whole
 from usr_ray.launch.alone import refuse_relative
 from usr_ray.launch.environment import OWN, SUBMITTED
 from usr_ray.launch.session import ray_session
+from usr_ray.runs.plan import with_whole_paths
 from usr_ray.training.worker import LocalWorker
 
 BEST_FILE, TRIALS_DIR, RAY_DIR = "best.toml", "trials", "ray"
@@ -116,7 +117,11 @@ def _search(config: Config, lake: str, run_dir: Path, version: int) -> list[Trie
     slots = num_slots(resources, ray.cluster_resources(), use_gpu=config.ray.use_gpu)
     trainable = tune.with_resources(
         tune.with_parameters(
-            run_drawn, config=config.to_dict(), lake=lake, folder=str(run_dir / TRIALS_DIR), version=version
+            run_drawn,
+            config=with_whole_paths(config).to_dict(),
+            lake=lake,
+            folder=str(run_dir / TRIALS_DIR),
+            version=version,
         ),
         _reserved(resources, use_gpu=config.ray.use_gpu),
     )
@@ -204,6 +209,12 @@ def _scheduler(config: Config) -> Any:
     that is just writing its result.
     """
     longest = _most_epochs(config)
+    if config.ray.num_workers > 1 and longest > 1:
+        print(
+            f"trials of {config.ray.num_workers} workers run to their end; with ray.num_workers=1 ASHA stops the worse "
+            "ones (tune.grace_epochs, tune.reduction)",
+            flush=True,
+        )
     if config.ray.num_workers > 1 or longest == 1:
         return FIFOScheduler()
     return ASHAScheduler(
@@ -249,9 +260,14 @@ def run_drawn(values: Mapping[str, Any], *, config: Mapping[str, Any], lake: str
     Raises:
         RuntimeError: the trial failed; in one line, which Tune records.
     """
-    own = trial_config(Config.from_dict(config), values, table_version=version)
+    given = Config.from_dict(config)
     run_dir = Path(folder) / tune.get_context().get_trial_id()
-    write_values(run_dir, values, num_epochs=own.train.num_epochs)
+    write_values(run_dir, values, num_epochs=int(values.get("train.num_epochs", given.train.num_epochs)))
+    try:
+        own = trial_config(given, values, table_version=version)
+    except UserError as error:  # values that fit alone need not fit together
+        note_failure(run_dir, str(error))
+        raise RuntimeError(str(error)) from error
     callbacks = [TuneReportCallback()] if own.ray.num_workers > 1 else []
     failure = run_trial(own, lake, run_dir, worker=_TuneWorker, callbacks=callbacks)
     if failure:

@@ -51,10 +51,16 @@ def read_points(trials_dir: Path, config: Config, lost: Mapping[str, str] | None
 
 
 def read_curve(history: Path, metric: str) -> tuple[float, ...]:
-    """`metric` (config/training.METRICS) of each evaluation in history.jsonl, in order; NaN where undefined."""
-    rows = [row for row in read_history(history) if row.get("kind") == "eval"]
-    values = [summarise(_cells(row))[metric] for row in rows]
-    return tuple(math.nan if value is None else value for value in values)
+    """`metric` (config/training.METRICS) after each epoch, by history.jsonl; NaN where undefined, or where full storage
+    has lost the evaluation.
+    """
+    rows, values = read_history(history), dict[int, float]()
+    ended = {row["step"]: int(row["epoch"]) + 1 for row in rows if "epoch" in row}  # an epoch's last step is logged
+    for row in rows:
+        if row.get("kind") == "eval":
+            value = summarise(_cells(row))[metric]
+            values[ended.get(row["step"], len(values) + 1)] = math.nan if value is None else value
+    return tuple(values.get(epoch, math.nan) for epoch in range(1, max(values, default=0) + 1))
 
 
 def _cells(row: Mapping[str, Any]) -> CellMetrics:

@@ -43,6 +43,7 @@ from usr_ray.experiments.worlds import (
 from usr_ray.launch.alone import refuse_relative
 from usr_ray.launch.environment import OWN, SUBMITTED
 from usr_ray.launch.session import ray_session
+from usr_ray.runs.plan import with_whole_paths
 from usr_ray.training.checkpoint import CHECKPOINTS
 from usr_ray.training.worker import LocalWorker
 
@@ -87,6 +88,7 @@ def run_study(
     """
     _check_source(study, lake, input_dir)
     _check_workers(study, base)
+    base = base.of_study(study)
     if cluster == SUBMITTED:
         refuse_relative({"--run-dir": run_dir} | ({"--lake": lake} if lake else {}))
     run_dir = Path(run_dir).absolute()
@@ -112,7 +114,7 @@ def run_study(
     jobs = [
         Job(
             trial,
-            base.config(study.resources, trial, table_version=tables[trial.world]["version"]),
+            with_whole_paths(base.config(study.resources, trial, table_version=tables[trial.world]["version"])),
             tables[trial.world]["lake"],
             trial_dir(run_dir, trial),
             keep_model=study.representations,

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from usr_ray.config import Config, RayConfig, UserError
+from usr_ray.config import Config, RayConfig, UserError, dates_in
 from usr_ray.data.lineage import warn
 from usr_ray.data.order import order_text
-from usr_ray.evaluation.files import SPLIT
-from usr_ray.evaluation.metrics import CellMetrics
-from usr_ray.launch.environment import OWN, SUBMITTED, keep_freed_memory
+from usr_ray.evaluation.files import PREDICTIONS_FILE, SPLIT, read_about
+from usr_ray.evaluation.metrics import ALL, CellMetrics
+from usr_ray.launch.environment import OWN, SUBMITTED, keep_freed_memory, usable_cores
 from usr_ray.launch.monitor import FileMonitor, RayMonitor
-from usr_ray.runs.evaluations import CONFIG_FILE, METRICS_FILE, manifest_path, read_json
+from usr_ray.runs.evaluations import CONFIG_FILE, METRICS_FILE, caveats, manifest_path, read_json
 from usr_ray.runs.plan import RunPlan, load_manifest, mark_finished, plan_run, write_plan, write_result
+from usr_ray.schema import TASKS
 from usr_ray.training.loop import TrainResult, train
 from usr_ray.training.monitor import Monitor
 from usr_ray.training.worker import LocalWorker, Worker
@@ -64,6 +65,7 @@ def run_alone(
 
     def fit(plan: RunPlan) -> tuple[str, int]:
         keep_freed_memory()
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
         rank = worker or LocalWorker(None if config.ray.use_gpu else "cpu")
         if worker is None:
             rank.stop_on_signal()
@@ -135,8 +137,8 @@ def refuse_relative(paths: Mapping[str, Path | str]) -> None:
 
 def refuse_relative_run(config: Config, lake: Path | str, run_dir: Path | str) -> None:
     """`refuse_relative` for all paths of a training."""
-    warm_start = {"train.warm_start": config.train.warm_start} if config.train.warm_start else {}
-    refuse_relative({"--lake": lake, "--run-dir": run_dir} | warm_start)
+    named = {f"train.{key}": getattr(config.train, key) for key in ("warm_start", "reader_cache")}
+    refuse_relative({"--lake": lake, "--run-dir": run_dir} | {key: path for key, path in named.items() if path})
 
 
 def refuse_missing_gpus(config: RayConfig) -> None:
@@ -154,7 +156,16 @@ def _summary(plan: RunPlan, outcome: str, step: int, *, was_finished: bool) -> R
     metrics = None
     if plan.eval_manifest is not None and outcome != "stopped":
         metrics = read_json(plan.run_dir / METRICS_FILE)[SPLIT]
+        found = caveats(plan.config, plan.eval_manifest, _evaluated_dates(plan), metrics[ALL][TASKS[0]]["num_samples"])
+        warn(f"data.eval_dates: {one}" for one in found)
     return RunSummary(plan.run_dir, outcome, step, metrics, was_finished)
+
+
+def _evaluated_dates(plan: RunPlan) -> Collection[str]:
+    """Dates of the held-out rows that the metrics are of."""
+    assert plan.eval_manifest is not None
+    rows = plan.run_dir / PREDICTIONS_FILE
+    return dates_in(read_about(rows).get("dates", "")) if rows.is_file() else plan.eval_manifest.dates
 
 
 @contextlib.contextmanager

@@ -13,7 +13,16 @@ import ray
 
 from usr_ray.config import RayConfig, UserError
 from usr_ray.launch.alone import refuse_missing_gpus
-from usr_ray.launch.environment import ADDRESS, API_SERVER, DASHBOARD_PORT, LOOPBACK, OWN, ROOT, SUBMITTED
+from usr_ray.launch.environment import (
+    ADDRESS,
+    API_SERVER,
+    DASHBOARD_PORT,
+    LOOPBACK,
+    OWN,
+    ROOT,
+    SUBMITTED,
+    usable_cores,
+)
 
 _OBJECT_STORE_BYTES = 200_000_000
 """Only a run's configuration goes through Ray's object store."""
@@ -53,10 +62,10 @@ def _init_arguments(config: RayConfig, cluster: str) -> dict[str, Any]:
         return {}
     if cluster == ADDRESS:  # workers elsewhere have no usr_ray unless this job brings it
         return {"runtime_env": {"py_modules": [str(ROOT / "usr_ray")]}}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
         "address": "local",
-        "num_cpus": max(cores, math.ceil(config.num_workers * config.cpus_per_worker)),  # more workers share them
+        # More workers share the processors.
+        "num_cpus": max(usable_cores(), math.ceil(config.num_workers * config.cpus_per_worker)),
         "object_store_memory": _OBJECT_STORE_BYTES,
         "include_dashboard": config.dashboard,
         "dashboard_host": LOOPBACK,

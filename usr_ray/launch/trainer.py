@@ -11,7 +11,6 @@ import contextlib
 import datetime as dt
 import logging
 import math
-import os
 import re
 import shutil
 import threading
@@ -28,7 +27,7 @@ from ray.train.torch import TorchTrainer, get_device
 
 from usr_ray.config import Config, RayConfig, UserError, parse_duration_us
 from usr_ray.launch.alone import RunSummary, carry_out, refuse_relative_run, train_planned
-from usr_ray.launch.environment import OWN, SUBMITTED, keep_freed_memory
+from usr_ray.launch.environment import OWN, SUBMITTED, keep_freed_memory, usable_cores
 from usr_ray.launch.monitor import RayMonitor
 from usr_ray.launch.rollcall import RollCall, read_refusal, reserve_refusal, write_refusal
 from usr_ray.launch.session import START_ATTEMPTS, ray_session
@@ -193,8 +192,7 @@ def train_worker(settings: Mapping[str, Any]) -> dict[str, Any]:
         logging.getLogger(name).setLevel(logging.ERROR)
     keep_freed_memory()
     # Ray sets OMP_NUM_THREADS to the CPUs reserved, of which there may be fewer than the machine has.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(1, cores // ray.train.get_context().get_local_world_size()))
+    torch.set_num_threads(max(1, usable_cores() // ray.train.get_context().get_local_world_size()))
     worker = RayWorker(_timeout(config.ray))
     monitor = RayMonitor(run_dir, run_name=run_dir.name, rank=worker.rank)
     try:

@@ -173,11 +173,14 @@ def _facts(run: RunRecord) -> list[Fact]:
     version = about.get("table_version", table.get("version"))
     times = [dt.datetime.fromisoformat(record[key]) for key in ("created", "ended") if record.get(key)]
     resumed = f"{len(attempts)}, resumed {len(attempts) - 1} times" if len(attempts) > 1 else ""
+    changed = [entry for attempt in attempts for entry in attempt.get("changed", {}).items()]
+    changes = [f"{key} from {then} to {now}" for key, (then, now) in changed if not key.startswith("ray.")]
     candidates: list[tuple[str, Any, bool]] = [
         ("Started", moment(record.get("created")), False),
         ("Ended", moment(record.get("ended")) or ("not yet" if "status" in record else ""), False),
         ("Took", duration((times[1] - times[0]).total_seconds()) if len(times) == 2 else "", False),
         ("Attempts", resumed, False),
+        ("Settings changed", "; ".join(changes), False),
         ("Outcome", str(record.get("outcome") or record.get("status") or "").replace("_", " "), False),
         ("Steps", f"{record['step']:,}" if "step" in record else "", False),
         ("Workers", run.config.get("ray", {}).get("num_workers"), False),

@@ -16,6 +16,7 @@ import datetime as dt
 import hashlib
 import json
 import re
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from usr_ray import __version__
-from usr_ray.config import UserError, date_ranges, dates_in
+from usr_ray.config import Config, UserError, date_ranges, dates_in
 from usr_ray.data.manifest import Manifest
 from usr_ray.evaluation.files import (
     PREDICTIONS_FILE,
@@ -122,13 +123,14 @@ def _record_of(folder: Path) -> Mapping[str, Any]:
 def evaluations(run_dir: Path, record: Mapping[str, Any]) -> list[Evaluated]:
     """Every evaluation that a run directory holds, the newest first; `record`: its config.json.
 
+    Their own times count, as a copied run's files have others; a file that says none goes by its file's.
+
     Raises:
         UserError: a file cannot be read.
     """
     seen = trained_dates(run_dir)
-    files = [*run_dir.glob(METRICS_FILE), *sorted(run_dir.glob("evaluation-*.json"))]
     found = []
-    for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+    for path in [*run_dir.glob(METRICS_FILE), *sorted(run_dir.glob("evaluation-*.json"))]:
         splits = read_json(path)
         split = next((name for name in (SPLIT, TRAINED_SPLIT) if splits.get(name)), None)
         if split is None:
@@ -137,8 +139,14 @@ def evaluations(run_dir: Path, record: Mapping[str, Any]) -> list[Evaluated]:
         rows, about = _rows_of(path, dates)
         about = splits.get("about") or about
         dates = dates_in(str(about.get("dates") or "")) or dates
-        found.append(Evaluated(path.name, splits[split], splits.get(baseline_split(split)), rows, about, dates, seen))
-    return found
+        one = Evaluated(path.name, splits[split], splits.get(baseline_split(split)), rows, about, dates, seen)
+        written_ns = path.stat().st_mtime_ns
+        found.append((about.get("evaluated_at") or _text_of(written_ns / 1e9), written_ns, one))
+    return [one for *_, one in sorted(found, key=lambda entry: entry[:2], reverse=True)]
+
+
+def _text_of(seconds: float) -> str:
+    return f"{dt.datetime.fromtimestamp(seconds, dt.UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
 def dates_heading(dates: Collection[str], seen: Collection[str]) -> str:
@@ -168,6 +176,27 @@ def dates_of(manifest: Manifest, row_number_N: NDArray[np.int64]) -> tuple[str, 
     return tuple(sorted({manifest.files[place].date for place in places}))
 
 
+def caveats(config: Config, manifest: Manifest, dates: Collection[str], num_rows: int) -> list[str]:
+    """Which rows of a manifest are not among the evaluated ones, and which dates chose the weights: a line each.
+
+    Args:
+        config: that of the run.
+        dates: of the rows that are evaluated, `num_rows` of them.
+    """
+    only, found = config.data.only_scenario, []
+    if left_out := set(manifest.dates) - set(dates):
+        of_scenario = f" of {only}" if only else ""
+        found.append(f"without {date_ranges(left_out)}, of which no row{of_scenario} has final labels")
+    if num_rows < manifest.num_rows:
+        other = f", or they are not of {only}" if only else ""
+        found.append(
+            f"{num_rows:,} of {manifest.num_rows:,} rows are evaluated: labels of the others may still change{other}"
+        )
+    if config.train.early_stopping and (chose := dates_in(config.data.eval_dates) & set(dates)):
+        found.append(f"{date_ranges(chose)} also chose the epoch (train.early_stopping), which flatters")
+    return found
+
+
 def about_rows(manifest: Manifest, dates: Collection[str], **weights: Any) -> dict[str, Any]:
     """Where the rows of an evaluation come from, as its files say it; `weights`: the step and the checkpoint."""
     return {
@@ -176,7 +205,7 @@ def about_rows(manifest: Manifest, dates: Collection[str], **weights: Any) -> di
         "table_uri": manifest.table_uri,
         "table_version": manifest.version,
         "manifest_sha256": manifest.sha256,
-        "evaluated_at": f"{dt.datetime.now(dt.UTC):%Y-%m-%dT%H:%M:%SZ}",
+        "evaluated_at": _text_of(time.time()),
         "usr_ray": __version__,
     }
 

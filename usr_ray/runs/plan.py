@@ -20,7 +20,8 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from usr_ray.config import Config, UserError, date_ranges, first_difference, parse_dates
+from usr_ray.cli import check_no_store
+from usr_ray.config import Config, UserError, date_ranges, dates_in, differences, first_difference, parse_dates
 from usr_ray.data.lineage import check_config, doubts
 from usr_ray.data.manifest import Manifest, build_manifest, first_counted_date
 from usr_ray.data.mature import WhichRows, usable_row_groups
@@ -53,11 +54,14 @@ SPLITS = ("train", "eval")
 _FIXED = ("scenarios", "data", "counters", *FIXED_KEYS)
 """What gives the run its meaning: another value needs another run directory."""
 _VERSION_KEY = "data.table_version"
-_NOT_MEANT = (_VERSION_KEY, "data.allow_missing_dates")
-"""Keys of `data` that may change: a run keeps the rows it was started on."""
+_CACHE_KEY = "train.reader_cache"
+_NOT_MEANT = (_VERSION_KEY, "data.allow_missing_dates", _CACHE_KEY)
+"""Keys that may change: a run keeps the rows it was started on, wherever it has them decoded."""
 _TRAINED_FROM = ("scenarios", "data", "counters", "model", "train")
 """Sections that training computes from; with any other change a finished run stays finished."""
 _MORE_PACKAGES = ("ray", "deltalake")
+_OF_A_RESULT = ("outcome", "step", "ended")
+"""Entries of config.json that `mark_finished` adds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +108,8 @@ def plan_run(config: Config, lake: Path | str, run_dir: Path | str, *, command: 
         )
     if config.train.early_stopping and not config.data.eval_dates:
         raise UserError("train.early_stopping watches data.eval_dates, which is empty; set one or switch off the other")
-    if config.train.warm_start:  # a whole path, since workers have working directories of their own
-        whole = str(Path(config.train.warm_start).absolute())
-        config = replace(config, train=replace(config.train, warm_start=whole))
-    record = _read_record(folder)
+    config = with_whole_paths(config)
+    record, changed = _read_record(folder), {}
     if record is None:
         manifests = _build_all(config, lake)
         record = {"created": now(), "status": RUNNING, "attempts": []}
@@ -117,6 +119,7 @@ def plan_run(config: Config, lake: Path | str, run_dir: Path | str, *, command: 
         manifests = {s: _saved_manifest(lake, folder, record, split=s) for s in SPLITS}
         # The run is pinned to its version, asked or not.
         saved = Config.completed(record["config"])
+        changed = differences(saved, config.to_dict())
         if first_difference(saved, config.to_dict(), _TRAINED_FROM, but=_NOT_MEANT):
             record["status"] = RUNNING  # more epochs, for example
     train_manifest = manifests["train"]
@@ -126,7 +129,7 @@ def plan_run(config: Config, lake: Path | str, run_dir: Path | str, *, command: 
         _refuse_settings_without_steps(config, record, folder, num_steps)
     if manifests["eval"] is not None:
         _refuse_nothing_to_evaluate(config, manifests["eval"])
-    before = warm_start_dates(config.train.warm_start)
+    before = _seen_before(config, record, folder, train_manifest)
     if manifests["eval"] is not None and (why := trained_on(manifests["eval"].dates, before)):
         raise UserError(
             f"data.eval_dates {config.data.eval_dates}: the run of train.warm_start was trained on {why}, and held-out "
@@ -140,18 +143,37 @@ def plan_run(config: Config, lake: Path | str, run_dir: Path | str, *, command: 
         "trained_dates": date_ranges(before | set(train_manifest.dates)),
         "packages": package_versions() | _installed(_MORE_PACKAGES),
     }
-    record["attempts"] = [*record["attempts"], {"started": now(), "command": list(command)}]
+    if record["status"] == RUNNING:
+        record = {key: value for key, value in record.items() if key not in _OF_A_RESULT}
+    attempt = {"started": now(), "command": list(command), **({"changed": changed} if changed else {})}
+    record["attempts"] = [*record["attempts"], attempt]
     first_counted = first_counted_date(lake) if config.every_counter else None
     found = doubts(config, train_manifest, manifests["eval"], first_counted=first_counted)
     return RunPlan(config, folder, train_manifest, manifests["eval"], record, tuple(found))
 
 
+def with_whole_paths(config: Config) -> Config:
+    """The configuration without relative paths: workers have working directories of their own, as trials may have.
+
+    Raises:
+        UserError: one of them is no place of a file system.
+    """
+    paths = {key: getattr(config.train, key) for key in ("warm_start", "reader_cache") if getattr(config.train, key)}
+    for key, path in paths.items():
+        check_no_store(path, flag=f"train.{key}")
+    whole = {key: str(Path(path).absolute()) for key, path in paths.items()}
+    return replace(config, train=replace(config.train, **whole))
+
+
 def write_plan(plan: RunPlan) -> None:
     """Make the run directory and write its manifests and config.json, each whole or not at all, config.json last.
 
-    The lake gets a pin, so that nobody deletes the files of the run's table version before `mark_finished`.
+    The lake gets a pin, so that nobody deletes the files of the run's table version before `mark_finished`. The result
+    of a run that trains on goes: its metrics would stand beside weights that they are not of.
     """
     plan.run_dir.mkdir(parents=True, exist_ok=True)
+    for name in (METRICS_FILE, PREDICTIONS_FILE):
+        (plan.run_dir / name).unlink(missing_ok=True)
     plan.train_manifest.save(manifest_path(plan.run_dir, "train"))
     if plan.eval_manifest is not None:
         plan.eval_manifest.save(manifest_path(plan.run_dir, "eval"))
@@ -174,10 +196,23 @@ def _check_rows(config: Config, manifest: Manifest) -> tuple[ShuffleQuality, int
     """Refuse what the workers would; how well the first epoch's order mixes rows and dates, and an epoch's steps."""
     check_config(config, manifest)
     check_own_backbone(config.model, num_scenarios=len(config.scenarios))
-    if config.train.warm_start:
-        check_warm_start(config, manifest)
     with training_reader(config, manifest, world_size=max(1, config.ray.num_workers)) as reader:
         return reader.shuffle_quality(), reader.num_steps
+
+
+def _seen_before(config: Config, record: Mapping[str, Any], folder: Path, manifest: Manifest) -> frozenset[str]:
+    """ISO dates that the weights had seen where the run began.
+
+    A run with weights of its own goes on from them: what train.warm_start names may be gone by now, or another run.
+
+    Raises:
+        CheckpointError: the run is yet to begin with a checkpoint that it must not begin with.
+    """
+    if "trained_dates" in record and CheckpointStore(folder / CHECKPOINTS).newest_state() is not None:
+        return dates_in(record["trained_dates"])
+    if config.train.warm_start:
+        check_warm_start(config, manifest)
+    return warm_start_dates(config.train.warm_start)
 
 
 def _refuse_nothing_to_evaluate(config: Config, manifest: Manifest) -> None:
@@ -253,7 +288,7 @@ def _refuse_settings_without_steps(config: Config, record: Mapping[str, Any], fo
             f"{config.train.num_epochs}; name at least {begun}, or use another --run-dir"
         )
     found = first_difference(
-        Config.completed(record["config"]), config.to_dict(), ("train",), but=("train.num_epochs",)
+        Config.completed(record["config"]), config.to_dict(), ("train",), but=("train.num_epochs", _CACHE_KEY)
     )
     early = record.get("outcome") == "early_stopped"
     if found and (early or (config.train.num_epochs == begun and state["cursor"]["step"] >= num_steps)):

@@ -42,10 +42,12 @@ SCORES_SCHEMA = pa.schema(
         pa.field("model_id", pa.string(), nullable=False),
         pa.field("model_step", pa.int64(), nullable=False),
         pa.field("table_version", pa.int64(), nullable=False),
+        pa.field("rows_id", pa.string()),
     ]
 )
 """Grain: one row per row of the samples table. Global probabilities are null for a model without GLMT, those of orders
-in scenarios whose orders nobody logs."""
+in scenarios whose orders nobody logs. rows_id: `rows_id`, null where a version without it has scored."""
+_ROWS_ID_DIGITS = 16
 
 
 class ScoreError(UserError):
@@ -60,6 +62,7 @@ class _File:
     """Least and greatest; None where the table's log does not know."""
     model_steps: tuple[int | None, int | None]
     table_versions: tuple[int | None, int | None]
+    rows_ids: tuple[str | None, str | None]
 
 
 class ScoreTable:
@@ -75,7 +78,7 @@ class ScoreTable:
     """
 
     def __init__(self, path: Path, *, model_id: str, model_step: int, has_unknown: bool = False) -> None:
-        from deltalake import DeltaTable
+        from deltalake import DeltaTable, Field
 
         check_table_address(str(path), flag="--output")
 
@@ -86,7 +89,8 @@ class ScoreTable:
         # 'ignore': a table that is there stays as it is.
         self._table = DeltaTable.create(str(path), SCORES_SCHEMA, mode="ignore", partition_by=[PARTITION_COLUMN])
         fields = self._table.schema().fields
-        if [field.name for field in fields] != SCORES_SCHEMA.names:
+        names = [field.name for field in fields]
+        if names not in (SCORES_SCHEMA.names, SCORES_SCHEMA.names[:-1]):
             raise ScoreError(f"--output {path}: is a Delta table, but not of scores; name another directory")
         if has_unknown and not all(field.nullable for field in fields if field.name in OF_ORDERS):
             raise ScoreError(
@@ -100,18 +104,25 @@ class ScoreTable:
                     f"{file.model_ids[0]}), this one is of step {model_step}, id {model_id}; name another --output, "
                     "or delete that table first"
                 )
+        if names != SCORES_SCHEMA.names:  # of a version that knew rows by the table's version alone
+            self._table.alter.add_columns(Field(SCORES_SCHEMA.names[-1], "string"))
 
     def dates(self) -> set[dt.date]:
         """Dates that have rows."""
         return {file.date for file in self._files()}
 
-    def is_done(self, date: dt.date, *, table_version: int, num_rows: int) -> bool:
-        """True when the table holds `num_rows` scores of `date`, all of that version of the samples table."""
+    def is_done(self, rows: Manifest) -> bool:
+        """True when the table holds a score of each of the rows, all of one date and this version of their table.
+
+        A lake that was built anew counts its versions from 0 again, and has as many rows: so the files are asked too.
+        """
+        date = dt.date.fromisoformat(rows.dates[0])
         files = [file for file in self._files() if file.date == date]
         return (
             bool(files)
-            and all(file.table_versions == (table_version, table_version) for file in files)
-            and sum(file.num_rows or 0 for file in files) == num_rows
+            and all(file.table_versions == (rows.version,) * 2 for file in files)
+            and all(file.rows_ids == (rows_id(rows),) * 2 for file in files)
+            and sum(file.num_rows or 0 for file in files) == rows.num_rows
         )
 
     def write_date(self, date: dt.date, batches: Iterable[pa.RecordBatch]) -> None:
@@ -157,9 +168,15 @@ class ScoreTable:
                 model_ids=ends(add, "model_id"),
                 model_steps=ends(add, "model_step"),
                 table_versions=ends(add, "table_version"),
+                rows_ids=ends(add, "rows_id"),
             )
             for add in adds
         ]
+
+
+def rows_id(rows: Manifest) -> str:
+    """16 hex digits that name the files of some rows: the head of their manifest's SHA-256."""
+    return rows.sha256[:_ROWS_ID_DIGITS]
 
 
 def _is_date(date: dt.date) -> str:
@@ -192,9 +209,9 @@ def score_dates(
 ) -> Scored:
     """Score all rows of the dates first..last (both included), mature or not, into the Delta table `output`.
 
-    One commit a date. Dates that the table already holds of this model and this version of the samples table are
-    skipped; any other date, cut off or of an older version, is written as a whole. With `allow_missing`, dates without
-    rows are left out, and their scores deleted where there are any.
+    One commit a date. Dates that the table already holds of this model and these files of this version of the samples
+    table are skipped; any other date, cut off or of an older version, is written as a whole. With `allow_missing`,
+    dates without rows are left out, and their scores deleted where there are any.
 
     Raises:
         UserError: no run, no checkpoint, no rows in the dates, a lake of other features, an output of another model;
@@ -213,11 +230,7 @@ def score_dates(
         if dates[0] <= date <= dates[1]:  # its rows have left the samples table
             table.remove_date(date)
             report(f"{date}: no longer in the samples table; its scores are deleted")
-    skipped = [
-        date
-        for date, part in of_date.items()
-        if table.is_done(date, table_version=manifest.version, num_rows=part.num_rows)
-    ]
+    skipped = [date for date, part in of_date.items() if table.is_done(part)]
     todo = {date: part for date, part in of_date.items() if date not in skipped}
     if skipped:
         report(f"{len(skipped)} of {len(of_date)} dates are done already")
@@ -282,6 +295,7 @@ def score_rows(
                 "model_id": pa.repeat(identity, num_rows),
                 "model_step": pa.repeat(pa.scalar(run.checkpoint.step, pa.int64()), num_rows),
                 "table_version": pa.repeat(pa.scalar(manifest.version, pa.int64()), num_rows),
+                "rows_id": pa.repeat(rows_id(manifest), num_rows),
             }
             yield from pa.table(columns, schema=SCORES_SCHEMA).combine_chunks().to_batches()
             num_done += num_rows

@@ -218,23 +218,23 @@ class TrainedRun:
     checkpoint: Checkpoint
 
 
-def load_run(run_dir: Path, device: torch.device | str = "cpu") -> TrainedRun:
+def load_run(run_dir: Path, device: torch.device | str = "cpu", *, flag: str = "--run-dir") -> TrainedRun:
     """The model of a run's best checkpoint, or of its newest valid one where none was marked best.
 
-    With train.average its weights are the averages.
+    With train.average its weights are the averages. `flag`: what names the run, for messages.
 
     Raises:
         EvaluationError: no such directory, or no valid checkpoint in it. CheckpointError: it is another version's.
         OwnBackboneError: its backbone is a class of the user's that is not on this machine.
     """
     if not run_dir.is_dir():
-        raise EvaluationError(f"--run-dir {run_dir}: no such directory; name the --run-dir of jobs/train.py")
+        raise EvaluationError(f"{flag} {run_dir}: no such directory; name the --run-dir of jobs/train.py")
     store = CheckpointStore(run_dir / CHECKPOINTS)
     checkpoint = store.chosen()
     if checkpoint is None:
-        raise EvaluationError(f"--run-dir {run_dir}: holds no valid checkpoint; train with jobs/train.py first")
+        raise EvaluationError(f"{flag} {run_dir}: holds no valid checkpoint; train with jobs/train.py first")
     try:
-        config = Config.from_dict(checkpoint.state["config"])
+        config = Config.from_dict(Config.completed(checkpoint.state["config"]))
         spec = FeatureSpec.from_json(json.dumps(checkpoint.state["spec"]))
         module = UsrModel(spec, config.model, config.features.crosses)
         tensors = averaged_tensors(checkpoint.tensors, config.train.average, checkpoint.step)
@@ -278,12 +278,14 @@ def check_whole(run: TrainedRun, where: str) -> None:
         )
 
 
-def check_table(run: TrainedRun, table: Manifest) -> None:
+def check_table(run: TrainedRun, table: Manifest, *, where: str = "--lake") -> None:
     """Refuse rows that mean something else to the model; vocabularies that grew since the training are fine.
+
+    `where` begins the message.
 
     Raises:
         EvaluationError: the table was built with another configuration, or its ids stand for other values.
     """
     problem = difference(run.spec, built_with(run.config), table)
     if problem:
-        raise EvaluationError(f"--lake: {problem}; name the lake that it was trained on, or train on this one")
+        raise EvaluationError(f"{where}: {problem}; name the lake that it was trained on, or train on this one")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import functools
+import json
 import os
 import shutil
 import signal
@@ -13,7 +15,7 @@ import pytest
 
 from jobs import build_worlds
 from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
-from usr_ray.config import Config
+from usr_ray.config import Config, DataConfig, load_config
 from usr_ray.data.manifest import build_manifest
 from usr_ray.experiments import study as study_module
 from usr_ray.experiments.grid import Resources, StudyError, expand, load_study, parse_study
@@ -110,6 +112,45 @@ def test_the_dates_that_compare_do_not_choose_an_epoch(tmp_path: Path) -> None:
     base = Base(None, ("train.early_stopping=true",))
     with pytest.raises(StudyError, match=r"^trial .*: train.early_stopping would choose its epoch on data.eval_dates,"):
         study_module.run_study(study, base, "lake", tmp_path / "run")
+
+
+def test_dates_of_a_studys_own_base_are_those_of_its_worlds_and_of_the_rows_that_are_kept_for_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The command's configuration has none, or others, on which vocabularies would be fitted."""
+    write_samples(tmp_path / "lake", samples_spec(label_delay_us=0), num_rows=90, num_days=3)
+    base = Base(None, ("ray.num_workers=0", "data.train_dates=2026-01-01:2026-01-02", "data.eval_dates=2026-01-03"))
+    dates = {"data.train_dates": "2026-01-01", "data.eval_dates": "2026-01-02"}
+    raw = {"seeds": [0], "axes": [AXIS], "base": {**dates, "train.num_epochs": 2}}
+    monkeypatch.setattr(study_module, "run_here", lambda jobs: None)
+    study_module.run_study(parse_study(raw, name="w", scale="full"), base, str(tmp_path / "lake"), tmp_path / "run")
+    (table,) = json.loads((tmp_path / "run" / "study.json").read_text())["tables"].values()
+    days = [FIRST_DATE, FIRST_DATE + dt.timedelta(days=1)]
+    assert table["rows"] == [build_manifest(tmp_path / "lake", dates=(day, day)).sha256 for day in days]
+    study = parse_study(raw | {"axes": [AXIS | {"world": True}]}, name="w", scale="full")
+    _, build = build_commands(tmp_path / "world", base.of_study(study), expand(study)[0])
+    sets = [word for word in build if word.startswith("data.")]
+    assert load_config(None, sets).data == DataConfig(train_dates="2026-01-01", eval_dates="2026-01-02")
+    assert "train.num_epochs=2" not in build
+
+
+def test_trials_look_for_relative_paths_where_the_command_was_given(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A trial's process may have another working directory."""
+    write_samples(tmp_path / "lake", samples_spec(label_delay_us=0), num_rows=60, num_days=2)
+    monkeypatch.chdir(tmp_path)
+    jobs: list[study_module.Job] = []
+    monkeypatch.setattr(study_module, "run_here", jobs.extend)
+    dates = ("data.train_dates=2026-01-01", "data.eval_dates=2026-01-02")
+    base = Base(None, (*dates, "ray.num_workers=0", "train.reader_cache=cache", "train.warm_start=before"))
+    study = parse_study({"seeds": [0], "axes": [AXIS]}, name="w", scale="full")
+    study_module.run_study(study, base, "lake", tmp_path / "run")
+    (job,) = jobs
+    assert (job.config.train.reader_cache, job.config.train.warm_start) == (
+        str(tmp_path / "cache"),
+        str(tmp_path / "before"),
+    )
 
 
 def test_a_kill_between_two_trials_begins_no_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.unit.samples_table import samples_spec, write_samples
 from tests.unit.study_runs import BASE, SETS
+from usr_ray.experiments import search
 from usr_ray.experiments.record import Base, note_failure
 from usr_ray.experiments.search_record import as_row, open_search, read_curve, read_points, write_search, write_values
 from usr_ray.experiments.space import TriedPoint, TuneError, choose, load_search
@@ -60,6 +63,17 @@ def test_a_line_that_a_kill_cut_short_is_no_evaluation(tmp_path: Path) -> None:
     assert read_curve(folder / "history.jsonl", "log_loss") == pytest.approx((0.4,))
 
 
+def test_an_evaluation_that_full_storage_has_lost_moves_no_other(tmp_path: Path) -> None:
+    """As training.loop logs the last step of each epoch, from 0; else two epochs would pass for one."""
+    logged = [json.dumps({"kind": "train", "step": step, "epoch": (step - 1) // 10 / 1}) for step in (5, 15, 20, 30)]
+    lines = [*logged[:3], evaluation(20, 0.5, 0.1), logged[3], evaluation(30, 0.7, 0.1)]
+    write_trial(tmp_path, "a_00000", {}, lines)
+    curve = read_curve(tmp_path / "a_00000" / "history.jsonl", "log_loss")
+    assert math.isnan(curve[0])
+    assert curve[1:] == pytest.approx((0.3, 0.4))
+    assert choose(read_points(tmp_path, CONFIG), CONFIG).num_epochs == 2
+
+
 def test_trials_are_read_back_in_the_order_drawn_with_what_they_failed_of(tmp_path: Path) -> None:
     one, two = ({"train.learning_rate": rate, "model.backbone": "ple"} for rate in (0.001, 0.01))
     write_trial(tmp_path, "f_00001", two, [evaluation(10, 0.4, 0.2)])
@@ -86,6 +100,37 @@ def test_trials_are_read_back_in_the_order_drawn_with_what_they_failed_of(tmp_pa
     assert section.table.rows[0].values[-1] == "chosen"
     assert section.table.rows[2].values[-1] == "diverged"
     assert len(section.plots) == 1, "two scored trials are too few for importance"
+
+
+def test_a_trial_whose_values_do_not_fit_together_is_among_the_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each value fits the configuration as given, so the search begins; this pair of them is no configuration."""
+    monkeypatch.setattr(search.tune, "get_context", lambda: SimpleNamespace(get_trial_id=lambda: "a_00003"))
+    values = {"model.interest.rank": 32, "model.interest.over_parameterisation": 16, "train.num_epochs": 3}
+    ends = {"rank": [8, 32], "over_parameterisation": [16, 32]}
+    space = ", ".join(f'"model.interest.{key}" = {{kind = "choice", values = {of}}}' for key, of in ends.items())
+    config = load_search(None, [*SETS, f"tune.space={{{space}}}"])
+    line = "model.interest.over_parameterisation (16) must not be below model.interest.rank (32): the product would"
+    with pytest.raises(RuntimeError, match=re.escape(line)):
+        search.run_drawn(values, config=config.to_dict(), lake="none", folder=str(tmp_path), version=0)
+    (point,) = read_points(tmp_path, config)
+    assert (point.trial_id, point.values, point.status, point.num_epochs) == ("a_00003", values, "failed", 3)
+    assert point.error.startswith(line)
+
+
+def test_settings_of_asha_that_trials_of_several_workers_leave_without_effect_are_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Two workers are the default."""
+    assert isinstance(search._scheduler(CONFIG), search.FIFOScheduler)
+    said = "trials of 2 workers run to their end; with ray.num_workers=1 ASHA stops the worse ones (tune.grace_epochs, "
+    assert capsys.readouterr().out.startswith(said)
+    alone = load_search(None, [*SEARCH.overrides, "ray.num_workers=1"])
+    assert isinstance(search._scheduler(alone), search.ASHAScheduler)
+    short = load_search(None, [*SEARCH.overrides, "train.num_epochs=1"])
+    assert isinstance(search._scheduler(short), search.FIFOScheduler)
+    assert capsys.readouterr().out == "", "there is nothing to stop"
 
 
 def test_with_a_schedule_the_report_of_a_search_has_what_stands_for_a_run() -> None:

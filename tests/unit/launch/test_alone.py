@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import fcntl
 import json
 import os
@@ -11,8 +12,10 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import pyarrow.compute as pc
 import pytest
 import torch
+from deltalake import DeltaTable
 
 from jobs import train as job
 from tests.unit.samples_table import samples_spec, write_samples
@@ -21,6 +24,7 @@ from usr_ray.config import RayConfig, UserError
 from usr_ray.launch.alone import refuse_missing_gpus
 from usr_ray.launch.environment import SUBMITTED
 from usr_ray.launch.monitor import FileMonitor
+from usr_ray.schema import SAMPLES
 from usr_ray.training.checkpoint import CheckpointStore
 
 pytestmark = pytest.mark.unit
@@ -82,7 +86,9 @@ def test_a_run_that_was_asked_to_stop_goes_on_to_what_it_would_have_been(
 ) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert train(lake, whole) == 0
-    assert f"{whole}: finished at step {STEPS}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{whole}: finished at step {STEPS}" in out
+    assert "data.eval_dates: " not in out
     metrics = json.loads((whole / "metrics.json").read_text())["eval"]
     assert metrics["all"]["ctr"]["num_samples"] > 100
     assert (whole / "predictions.parquet").is_file()
@@ -118,6 +124,28 @@ def test_a_run_that_was_asked_to_stop_goes_on_to_what_it_would_have_been(
     assert (stopped / "config.json").read_bytes() == before
 
 
+def test_a_training_says_which_held_out_rows_its_metrics_are_without_and_what_flatters_them(
+    lake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Labels of the last date take 25 hours, and the table's watermark lies half a day behind it."""
+    table = DeltaTable(lake / SAMPLES).to_pyarrow_table().filter(pc.field("impression_date") == dt.date(2026, 1, 4))
+    final, of_all = pc.sum(table["is_mature"]).as_py(), table.num_rows
+    assert 0 < final < of_all
+    assert train(lake, tmp_path, "data.eval_dates=2026-01-03:2026-01-04", "train.early_stopping=true") == 0
+    out = capsys.readouterr().out
+    third = json.loads((tmp_path / "metrics.json").read_text())["eval"]["all"]["ctr"]["num_samples"] - final
+    lines = [
+        f"warning: data.eval_dates: {third + final} of {third + of_all} rows are evaluated: labels of the others may "
+        "still change",
+        "warning: data.eval_dates: 2026-01-03:2026-01-04 also chose the epoch (train.early_stopping), which flatters",
+    ]
+    assert [line for line in out.splitlines() if "data.eval_dates: " in line] == lines
+    assert train(lake, tmp_path, "data.eval_dates=2026-01-03:2026-01-04", "train.early_stopping=true") == 0
+    again = capsys.readouterr().out
+    assert "this run is finished" in again
+    assert [line for line in again.splitlines() if "data.eval_dates: " in line] == lines
+
+
 def test_a_copied_checkpoint_is_not_judged_on_dates_that_it_has_seen(
     lake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,6 +177,8 @@ def test_a_submitted_job_wants_whole_paths_here_too(
     monkeypatch.setattr(job, "prepare_environment", lambda **_: SUBMITTED)
     assert train(lake, Path("run")) == 2
     assert capsys.readouterr().err.startswith("error: --run-dir run: is relative, and a submitted job runs in an upl")
+    assert train(lake, tmp_path / "run", "train.reader_cache=cache") == 2
+    assert capsys.readouterr().err.startswith("error: train.reader_cache cache: is relative, and a submitted job runs")
     assert not (tmp_path / "run").exists()
 
 

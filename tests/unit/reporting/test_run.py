@@ -17,9 +17,9 @@ from usr_ray.evaluation.files import write_metrics, write_predictions
 from usr_ray.evaluation.metrics import Predictions, metrics_by_scenario
 from usr_ray.reporting.lake import cold_part, funnel
 from usr_ray.reporting.page import DASH
-from usr_ray.reporting.run import model_name, why_undefined, write_report
+from usr_ray.reporting.run import _facts, model_name, why_undefined, write_report
 from usr_ray.runs.evaluations import write_evaluation
-from usr_ray.runs.read import read_history
+from usr_ray.runs.read import read_history, read_run
 
 pytestmark = pytest.mark.unit
 
@@ -248,6 +248,17 @@ def test_metrics_of_training_serve_until_there_is_an_evaluation(tmp_path):
     text = text_of(tmp_path)
     assert "From metrics.json: 600 impressions" in text
     assert f"{cells['search']['ctr']['auc']:.4f}" in text
+
+
+def test_settings_that_a_resumed_run_changed_are_told(tmp_path):
+    """The configuration beside them is the newest attempt's alone."""
+    changes = ({}, {"ray.num_workers": [2, 4]}, {"train.learning_rate": [0.01, 0.001], "train.num_epochs": [1, 3]})
+    attempts = [{"command": ["train"], "changed": changed} for changed in changes]
+    record = {"config": {"scenarios": ["search"]}, "attempts": attempts}
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    facts = {name: value for name, value, _ in _facts(read_run(tmp_path))}
+    assert facts["Attempts"] == "3, resumed 2 times"
+    assert facts["Settings changed"] == "train.learning_rate from 0.01 to 0.001; train.num_epochs from 1 to 3"
 
 
 def test_resumed_steps_count_once_and_a_torn_line_not_at_all(tmp_path):

@@ -22,7 +22,7 @@ from usr_ray.data.lineage import doubts
 from usr_ray.data.manifest import Manifest, build_manifest
 from usr_ray.launch.environment import ADDRESS, OWN, SUBMITTED, prepare_environment
 from usr_ray.runs import plan as trainer_plan
-from usr_ray.runs.evaluations import manifest_path, trained_dates, trained_on, warm_start_dates
+from usr_ray.runs.evaluations import evaluations, manifest_path, trained_dates, trained_on, warm_start_dates
 from usr_ray.runs.plan import RunPlan, load_manifest, mark_finished, plan_run, write_plan
 from usr_ray.schema import FITTED_PROPERTY, DenseFeature
 
@@ -80,6 +80,15 @@ def test_the_record_says_how_well_the_rows_are_mixed(shared_lake: Path, tmp_path
         (["data.eval_dates='2027-01-01:2027-01-02'"], r"no rows in 2027-01-01:2027-01-02"),
         (["scenarios=['search', 'live']"], r"scenarios: the configuration has \['search', 'live'\], the table"),
         (["train.warm_start='nowhere'"], r"train.warm_start /\S+/nowhere: is no run directory with a whole checkpoint"),
+        (
+            ["train.warm_start='s3://shop/run'"],
+            r"train.warm_start s3://shop/run: must be a place in a file system, not",
+        ),
+        (
+            ["train.reader_cache='s3://shop/x'"],
+            r"train.reader_cache s3://shop/x: must be a place in a file system, not",
+        ),
+        (["train.reader_cache='~/x'"], r"train.reader_cache ~/x: no shell has replaced the ~, and a folder would get"),
         (["ray.num_workers=5"], r"5 workers cannot share a global batch of 4 groups.*lower ray.num_workers"),
     ],
 )
@@ -220,6 +229,19 @@ def test_held_out_dates_come_after_all_that_is_trained_on(dates: list[str], why:
     """Histories of a row hold the clicks of the dates before it."""
     assert trained_on(dates, {"2026-01-02", "2026-01-04", "2026-01-05"}) == why
     assert trained_on(dates, ()) == ""
+
+
+def test_the_newest_evaluation_of_a_copied_run_is_the_one_that_was_made_last(tmp_path: Path) -> None:
+    """A copy's files are as old as the copy, in any order; one of an older version says no time and goes by its own."""
+    for day, hour, copied_s in ((4, "09", 30), (5, "11", 10), (6, "10", 20)):
+        about = {"dates": f"2026-01-0{day}", "evaluated_at": f"2026-01-09T{hour}:00:00Z"}
+        path = tmp_path / f"evaluation-2026-01-0{day}_2026-01-0{day}.json"
+        path.write_text(json.dumps({"about": about, "eval": {"all": {}}}))
+        os.utime(path, (copied_s, copied_s))
+    (old := tmp_path / "evaluation-2026-01-03_2026-01-03.json").write_text(json.dumps({"eval": {"all": {}}}))
+    between_s = dt.datetime(2026, 1, 9, 10, 30, tzinfo=dt.UTC).timestamp()
+    os.utime(old, (between_s, between_s))
+    assert [one.file[19:21] for one in evaluations(tmp_path, {})] == ["05", "03", "06", "04"]
 
 
 def test_no_table_names_the_job_that_makes_one(tmp_path: Path) -> None:
@@ -402,6 +424,59 @@ def test_a_finished_run_stays_finished_unless_it_is_to_train_more(lake: Path, tm
     assert again.is_finished
     assert again.record["step"] == 7
     assert not plan_run(config("train.num_epochs=3"), lake, tmp_path / "run").is_finished
+
+
+def test_a_run_that_trains_on_has_no_result_meanwhile_and_notes_what_it_changed(lake: Path, tmp_path: Path) -> None:
+    """Metrics of the weights that it had would stand beside those that it has then."""
+    run_dir = tmp_path / "run"
+    mark_finished(started(lake, run_dir), outcome="finished", step=7)
+    for name in ("metrics.json", "predictions.parquet"):
+        (run_dir / name).touch()
+    longer = plan_run(config("train.num_epochs=3", "train.learning_rate=0.5"), lake, run_dir, command=["longer"])
+    assert (run_dir / "metrics.json").exists(), "nothing is written yet"
+    write_plan(longer)
+    assert not list(run_dir.glob("metrics.json")) + list(run_dir.glob("predictions.parquet"))
+    record = json.loads((run_dir / "config.json").read_text())
+    assert record["status"] == "running"
+    assert not {"outcome", "step", "ended"} & set(record)
+    first, second = record["attempts"]
+    assert first.keys() == {"started", "command"}
+    assert second["command"] == ["longer"]
+    assert second["changed"] == {"train.num_epochs": [1, 3], "train.learning_rate": [0.001, 0.5]}
+
+
+def test_a_run_with_weights_goes_on_whatever_became_of_what_it_began_with(
+    lake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, before = tmp_path / "run", tmp_path / "before"
+    asked: list[str] = []
+    monkeypatch.setattr(trainer_plan, "check_warm_start", lambda config, _: asked.append(config.train.warm_start))
+    override = f"train.warm_start={before}"
+
+    def seen(trained_dates: str) -> str:
+        before.mkdir(exist_ok=True)
+        (before / "config.json").write_text(json.dumps({"trained_dates": trained_dates}))
+        return str(started(lake, run_dir, override).record["trained_dates"])
+
+    assert seen("2025-12-30:2025-12-31") == "2025-12-30:2026-01-02"
+    assert seen("2025-12-31") == "2025-12-31:2026-01-02", "it has yet to begin, from what is there now"
+    assert asked == [str(before)] * 2
+    checkpoint(run_dir, 3, epoch=0, epoch_step=3)
+    assert seen("2026-01-03") == "2025-12-31:2026-01-02", "its weights have not seen that, the held-out date"
+    shutil.rmtree(before)
+    assert plan_run(config(override), lake, run_dir).record["trained_dates"] == "2025-12-31:2026-01-02"
+    assert asked == [str(before)] * 2
+
+
+def test_workers_find_the_cache_where_the_command_named_it_and_it_may_move(
+    lake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan = started(lake, tmp_path / "run", "train.reader_cache=cache")
+    assert plan.config.train.reader_cache == str(tmp_path / "cache")
+    mark_finished(plan, outcome="finished", step=7)
+    checkpoint(tmp_path / "run", 7, epoch=0, epoch_step=7)
+    assert plan_run(config("train.reader_cache=elsewhere"), lake, tmp_path / "run").is_finished
 
 
 def checkpoint(run_dir: Path, step: int, *, epoch: int, epoch_step: int) -> None:

@@ -143,6 +143,35 @@ def test_a_newer_version_of_the_samples_is_scored_again_and_lost_dates_go(lake, 
     assert set(found["table_version"].to_pylist()) == {DeltaTable(own / SAMPLES).version()}
 
 
+def test_a_lake_that_was_built_anew_is_scored_again(run_dir, tmp_path):
+    """Its rows are as many and its version is the same number; only the files tell that they are others."""
+    lake, day = tmp_path / "lake", (FIRST_DATE, FIRST_DATE)
+    for seed in (0, 1):
+        write_samples(tmp_path / f"built-{seed}", samples_spec(), num_rows=80, num_days=1, seed=seed)
+    shutil.copytree(tmp_path / "built-0", lake)
+    score(run_dir, lake, tmp_path / "scores", day)
+    before = rows_of(tmp_path / "scores")
+    shutil.rmtree(lake)
+    shutil.copytree(tmp_path / "built-1", lake)
+    scored, _ = score(run_dir, lake, tmp_path / "scores", day)
+    assert (scored.dates, scored.num_rows) == ((FIRST_DATE,), 80)
+    after = rows_of(tmp_path / "scores")
+    score(run_dir, lake, tmp_path / "afresh", day)
+    assert after.equals(rows_of(tmp_path / "afresh"))
+    assert after["table_version"].equals(before["table_version"])
+    assert not after["p_ctr"].equals(before["p_ctr"])
+
+
+def test_scores_of_a_version_that_did_not_name_its_files_are_made_once_more(lake, run_dir, tmp_path):
+    day = (FIRST_DATE, FIRST_DATE)
+    score(run_dir, lake, tmp_path / "now", day)
+    now = rows_of(tmp_path / "now")
+    write_deltalake(tmp_path / "old", now.drop_columns(["rows_id"]), partition_by=["impression_date"])
+    assert score(run_dir, lake, tmp_path / "old", day)[0].dates == (FIRST_DATE,)
+    assert rows_of(tmp_path / "old").select(now.column_names).equals(now)
+    assert score(run_dir, lake, tmp_path / "old", day)[0].skipped == (FIRST_DATE,)
+
+
 def test_a_failure_on_the_way_commits_nothing_and_keeps_its_type(lake, run_dir, tmp_path):
     run = load_run(run_dir)
     output = tmp_path / "scores"

@@ -8,6 +8,7 @@ import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.compute as pc
@@ -23,7 +24,7 @@ from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
 from usr_ray.cli import run_job
 from usr_ray.config import Config, end_of_us
 from usr_ray.data.batch import UsrOutputs
-from usr_ray.data.lineage import difference
+from usr_ray.data.lineage import built_with, difference
 from usr_ray.data.manifest import build_manifest
 from usr_ray.data.mature import WhichRows
 from usr_ray.evaluation.baseline import TrainingRows, popularity_baseline
@@ -444,6 +445,19 @@ def test_what_an_evaluation_used_is_what_it_says(lake, run_dir, tmp_path, capsys
     assert "held-out dates 2026-01-04:\n" in out
 
 
+def test_a_run_of_before_the_windows_of_counters_had_a_key_fits_its_own_lake(lake, tmp_path):
+    """Its three windows were no part of the configuration, and are not the default of now."""
+    config = Config.from_dict(
+        make_config().to_dict() | {"counters": {"defaults": True, "windows": ["1d", "7d", "all"]}}
+    )
+    state = TrainState(config, build_manifest(lake, dates=(FIRST_DATE, FIRST_DATE)), LocalWorker("cpu"), order="x")
+    described = state.describe(LocalWorker("cpu"))
+    del described["config"]["counters"]["windows"], described["config"]["counters"]["events"]
+    CheckpointStore(tmp_path / "checkpoints").save(5, state.tensors(), described)
+    assert load_run(tmp_path).config == config
+    assert built_with(load_run(tmp_path).config) == built_with(config)
+
+
 def test_the_job_shows_the_baseline_and_takes_the_best_checkpoint(lake, tmp_path, capsys):
     config = make_config(train_dates="2026-01-01:2026-01-02", eval_dates="")
     state = TrainState(config, build_manifest(lake, dates=(FIRST_DATE, FIRST_DATE)), LocalWorker("cpu"), order="x")
@@ -457,6 +471,34 @@ def test_the_job_shows_the_baseline_and_takes_the_best_checkpoint(lake, tmp_path
     counts = [splits[s]["search"]["ctr"]["num_samples"] for s in ("eval", "eval_popularity")]
     assert counts[0] == counts[1] > 0
     assert "best-00000003 on 2026-01-03" in capsys.readouterr().out
+
+
+def test_items_that_the_vocabulary_got_since_share_popularitys_counter_of_unknown_ones(lake, manifest, alone):
+    """Their training rows were built anew and have the new ids; to the model, and so in its predictions, they are 1."""
+    num_items, days = 20, ["2026-01-01", "2026-01-02"]
+    config = make_config(train_dates=":".join(days), eval_dates="", mature_only=False)
+    unknown_N = alone.predictions.item_id_N >= num_items
+    rows = replace(alone.predictions, item_id_N=np.where(unknown_N, UNKNOWN_ID, alone.predictions.item_id_N))
+    sparse = [replace(f, num_embeddings=num_items if f.name == "item_id" else 99) for f in manifest.spec.sparse]
+    run = SimpleNamespace(config=config, spec=replace(manifest.spec, sparse=tuple(sparse)))
+    found = job.baseline_of(run, str(lake), manifest, rows, days)
+    table = DeltaTable(str(lake / SAMPLES)).to_pyarrow_table().to_pylist()
+    train = [row for row in table if str(row["impression_date"]) in days and row["scenario"] == "search"]
+    place = int(np.flatnonzero(unknown_N & (rows.scenario_N == 0))[0])
+
+    def rate_of(chosen, rate=None):
+        clicks, number = sum(row["is_click"] for row in chosen), len(chosen)
+        return (clicks + 0.5) / (number + 1) if rate is None else (clicks + 20 * rate) / (number + 20)
+
+    def logit(p):
+        return np.log(p / (1 - p))
+
+    rate = rate_of(train)
+    user = rate_of([row for row in train if row["user_key"] == rows.user_key_N[place]], rate)
+    new = [row for row in train if row["item_id_index"] in (UNKNOWN_ID, *range(num_items, 42))]
+    assert len(new) > len(train) / 3
+    expected = 1 / (1 + np.exp(-(logit(user) + logit(rate_of(new, rate)) - logit(rate))))
+    assert found.probs_NT[place, 0] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -473,7 +515,9 @@ def test_popularity_is_fitted_on_what_the_model_was_trained_on(
 ):
     monkeypatch.setattr(job, "MAX_EARLIER_ROWS", most)
     config = make_config(train_dates=own, eval_dates="", mature_only=False)
-    found = job.baseline_of(config, str(lake), manifest, alone.predictions, seen)
+    found = job.baseline_of(
+        SimpleNamespace(config=config, spec=manifest.spec), str(lake), manifest, alone.predictions, seen
+    )
     parts = [
         read_training_rows(build_manifest(lake, dates=(day, day)), WhichRows(mature_only=False))
         for day in map(dt.date.fromisoformat, fitted_on)

@@ -25,6 +25,7 @@ from usr_ray.evaluation.statistics import comparison_text
 from usr_ray.model.unique import ItemSides, table_columns, unique_ids
 from usr_ray.reporting.run import importance_section
 from usr_ray.schema import UNKNOWN_ID, DenseFeature, VectorFeature
+from usr_ray.training import evaluate as evaluate_module
 from usr_ray.training.checkpoint import CheckpointStore
 from usr_ray.training.evaluate import Evaluation, evaluate
 from usr_ray.training.importance import importance, importance_text, signals_of
@@ -207,6 +208,22 @@ def test_the_job_writes_it_and_the_report_shows_it(lake, runs, capsys):
     assert list(first) == ["popularity", "logistic regression", "SharedBottom alone", "USR on SharedBottom"]
     metrics = json.loads((usr / "evaluation-2026-01-03_2026-01-04.json").read_text())["eval"]
     assert first["USR on SharedBottom"] == metrics["search"]["ctr"]["auc"]
+
+
+def test_a_run_that_cannot_be_compared_with_is_named_before_anything_is_evaluated(
+    lake, runs, tmp_path, capsys, monkeypatch
+):
+    usr, plain = runs
+    monkeypatch.setattr(evaluate_module, "evaluate", None)
+    command = ["--run-dir", str(usr), "--lake", str(lake), "--dates", "2026-01-03", "--compare", str(tmp_path)]
+    assert run_job(job.main, command) == 2
+    assert capsys.readouterr().err.startswith(f"error: --compare {tmp_path}: holds no valid checkpoint")
+    saved = CheckpointStore(plain / "checkpoints").newest_valid()
+    spec = saved.state["spec"] | {"history_length": 9}
+    CheckpointStore(tmp_path / "checkpoints").save(1, saved.tensors, saved.state | {"spec": spec})
+    assert run_job(job.main, command) == 2
+    refused = f"error: --compare {tmp_path}: histories.length of the samples table is 5, but the model was trained wi"
+    assert capsys.readouterr().err.startswith(refused)
 
 
 def test_a_comparison_says_what_the_other_run_has_seen_and_which_rows_it_knows(
