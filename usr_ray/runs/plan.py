@@ -161,7 +161,7 @@ def with_whole_paths(config: Config) -> Config:
     paths = {key: getattr(config.train, key) for key in ("warm_start", "reader_cache") if getattr(config.train, key)}
     for key, path in paths.items():
         check_no_store(path, flag=f"train.{key}")
-    whole = {key: str(Path(path).absolute()) for key, path in paths.items()}
+    whole: dict[str, Any] = {key: str(Path(path).absolute()) for key, path in paths.items()}
     return replace(config, train=replace(config.train, **whole))
 
 

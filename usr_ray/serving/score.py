@@ -79,6 +79,7 @@ class ScoreTable:
 
     def __init__(self, path: Path, *, model_id: str, model_step: int, has_unknown: bool = False) -> None:
         from deltalake import DeltaTable, Field
+        from deltalake.schema import PrimitiveType
 
         check_table_address(str(path), flag="--output")
 
@@ -105,7 +106,7 @@ class ScoreTable:
                     "or delete that table first"
                 )
         if names != SCORES_SCHEMA.names:  # of a version that knew rows by the table's version alone
-            self._table.alter.add_columns(Field(SCORES_SCHEMA.names[-1], "string"))
+            self._table.alter.add_columns(Field(SCORES_SCHEMA.names[-1], PrimitiveType("string")))
 
     def dates(self) -> set[dt.date]:
         """Dates that have rows."""
