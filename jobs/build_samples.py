@@ -37,12 +37,12 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, dict[str, Any]]:
     parser.add_place("--lake", check_new_lake, required=True, help="where the tables are; made if it is not there")
     parser.add_argument("--dates", metavar="A:B", help="UTC dates to build, both included; today-N counts back")
     parser.add_argument(
-        "--restate", action="store_true", help="build again what late events changed: of all dates built, or of --dates"
+        "--restate", action="store_true", help="rebuild the dates that late events changed: of all built, or of --dates"
     )
     parser.add_argument(
         "--restate-built",
         action="store_true",
-        help="of --dates build those behind the last that the lake has, and of the others what late events changed",
+        help="of --dates, build those after the lake's last, and rebuild the others where late events changed them",
     )
     parser.add_argument(
         "--watermark", metavar="ISO", help="labels are final up to here (default: newest event that is used)"

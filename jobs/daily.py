@@ -315,7 +315,7 @@ def main(argv: list[str]) -> None:
     parser.add_place("--work", None, type=Path, required=True, help="state, runs, exports and scores go here")
     parser.add_place("--logs", check_logs, help="folder with one entry per log")
     parser.add_place("--lake", check_new_lake, help="where the tables are")
-    parser.add_place("--registry", check_output, type=Path, help="publish for jobs/serve.py here, too")
+    parser.add_place("--registry", check_output, type=Path, help="also publish here, for jobs/serve.py")
     parser.add_argument("--users", metavar="URL", help="with --registry: Redis that takes the users (jobs/publish.py)")
     parser.add_argument("--for-gpu", action="store_true", help="with --registry: for jobs/serve.py --device cuda too")
     parser.add_argument("--prune", action="store_true", help="with --registry: delete its versions that are out of use")

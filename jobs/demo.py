@@ -232,7 +232,7 @@ def main(argv: list[str]) -> None:
     parser.add_place("--input", check_input, type=Path, help="folder of the data set's files")
     parser.add_place("--logs", check_logs, type=Path, help="logs that are already there (docs/own-logs.md)")
     parser.add_argument("--no-serve", action="store_true", help="end with the report: do not publish and serve the run")
-    parser.add_argument("--compare", action="store_true", help="train the plain twin and a logistic regression besides")
+    parser.add_argument("--compare", action="store_true", help="also train the plain twin and a logistic regression")
     parser.add_place("--work", check_output_table, type=Path, required=True, help="for logs, lake and run; emptied")
     arguments = parser.parse_args(argv)
     config = job_config(arguments)

@@ -147,9 +147,9 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
     parser.add_place("--lake", check_lake, required=True, help="the lake of jobs/build_samples.py")
     parser.add_argument("--dates", required=True, metavar="A:B", help="first and last date, both included")
     add_allow_missing_dates(parser)
-    parser.add_argument("--importance", action="store_true", help="which signal carries what, by permutation")
+    parser.add_argument("--importance", action="store_true", help="click AUC lost without each signal, by permutation")
     parser.add_place("--compare", check_run_dir, type=Path, metavar="RUN_DIR", help="another run of the same lake")
-    parser.add_place("--output", None, type=Path, metavar="FILE", help="the metrics as JSON in another place too")
+    parser.add_place("--output", None, type=Path, metavar="FILE", help="also write the metrics as JSON here")
     return parser.parse_args(argv)
 
 

@@ -34,10 +34,10 @@ def main(argv: list[str]) -> None:
     parser = job_parser(__doc__ or "", takes_dates=True)
     parser.add_argument("--study", required=True, metavar="NAME", help="of jobs/studies, or a TOML file")
     parser.add_place("--lake", check_lake, help="the lake of jobs/build_samples.py")
-    parser.add_place("--input", check_input, type=Path, help="files of the data set a study makes worlds of")
+    parser.add_place("--input", check_input, type=Path, help="files of the data set that a study makes its worlds from")
     parser.add_place("--run-dir", check_output, type=Path, required=True, help="trials, results and report go here")
     parser.add_argument("--scale", choices=SCALES, default="full", help="small: minutes on two cores")
-    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="in place of the study's; more may follow")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="instead of the study's; more can be added later")
     arguments = parser.parse_args(argv)
     study = load_study(
         arguments.study,
