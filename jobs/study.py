@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     parser.add_place("--input", check_input, type=Path, help="files of the data set that a study makes its worlds from")
     parser.add_place("--run-dir", check_output, type=Path, required=True, help="trials, results and report go here")
     parser.add_argument("--scale", choices=SCALES, default="full", help="small: minutes on two cores")
-    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="instead of the study's; more can be added later")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="instead of the study's; more may follow")
     arguments = parser.parse_args(argv)
     study = load_study(
         arguments.study,
