@@ -64,7 +64,7 @@ DEFAULTS = {
     "spark.sql.execution.arrow.maxRecordsPerBatch": str(CHUNK_BATCH_ROWS),
     "spark.sql.execution.arrow.maxBytesPerBatch": str(CHUNK_BATCH_BYTES),
     "spark.sql.parquet.compression.codec": "zstd",
-    # A task keeps so many files open, one a date or part; for more of them Spark sorts its rows first.
+    # A task keeps this many files open, one a date or part; for more of them Spark sorts its rows first.
     "spark.sql.maxConcurrentOutputFileWriters": "8",
     # Options of a DataFrameWriter do not reach Delta's Parquet files, and OPTIMIZE has none: so they stand here.
     "spark.hadoop.parquet.block.row.count.limit": str(ROW_GROUP_ROWS),
@@ -85,7 +85,7 @@ DEFAULTS = {
 LOCAL_DEFAULTS = {
     "spark.sql.shuffle.partitions": "4",
     "spark.databricks.delta.snapshotPartitions": "1",
-    # VACUUM lists a table's folders in so many tasks, however few there are; Spark's default is 10,000.
+    # VACUUM lists a table's folders in this many tasks, however few there are; Spark's default is 10,000.
     "spark.sql.sources.parallelPartitionDiscovery.parallelism": "8",
     "spark.driver.host": "127.0.0.1",
     "spark.driver.bindAddress": "127.0.0.1",

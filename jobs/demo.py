@@ -245,7 +245,7 @@ def main(argv: list[str]) -> None:
     # Nobody watches a minute's run by Ray's API: an actor less.
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     cluster = prepare_environment(dashboard=config.ray.dashboard)
-    # The build runs where the program is, the paths are those of whoever called.
+    # The build runs where the program is, the paths are those of the caller.
     work: Path = arguments.work.absolute()
     for flag in ("input", "logs", "config"):
         place = getattr(arguments, flag)

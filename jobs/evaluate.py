@@ -68,7 +68,7 @@ def baseline_of(
 
 
 def of_dates(manifest: Manifest, seen: Collection[str], *, first_own: str) -> Manifest:
-    """The files of the dates in `seen`; of those before `first_own`, so many that MAX_EARLIER_ROWS are not passed."""
+    """The files of the dates in `seen`; of those before `first_own`, no more than MAX_EARLIER_ROWS allows."""
     taken, num_earlier = [], 0
     for file in sorted(manifest.files, key=lambda file: file.date, reverse=True):
         if file.date < first_own and file.date in seen:

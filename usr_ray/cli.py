@@ -173,7 +173,7 @@ def job_dates(text: str, *, where: str, today: dt.date | None = None) -> tuple[d
     return parse_dates(re.sub(r"\btoday(?:-(\d{1,4}))?(?=:|$)", date, text), where=where)
 
 
-# ---- places: checked before any work begins. An object store's address is left to whoever opens it.
+# ---- places: checked before any work begins. An object store's address is checked where it is opened.
 
 
 def check_no_store(place: Path | str, *, flag: str) -> None:

@@ -18,7 +18,7 @@ from usr_ray.schema import STATE
 Reports = Mapping[str, Mapping[str, Any]]
 """Date -> its report."""
 MIN_DAILY_ROWS = 20
-"""A log of so many rows a day has some on every day; one of fewer may have none."""
+"""A log with this many rows a day has some on every day; one with fewer may have none."""
 
 
 def check_restated(

@@ -31,7 +31,7 @@ from usr_ray.schema import FITTED_SCALES
 MAX_ROWS_PER_TASK = 1 << 22
 """Approximate event rows of one task of the pass; every core has at least one task."""
 MIN_BEYOND = 1000
-"""Of so many used events more than one must be later than all built days need; fewer are taken for wrong clocks."""
+"""Of this many used events more than one must be later than all built days need; fewer are taken for wrong clocks."""
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _OF_PASS = (
     "user_id",

@@ -21,7 +21,7 @@ from usr_ray.daily_sums import ALL_ROWS, SUMS, key_parts_joined
 from usr_ray.schema import ACTION_CLICK
 
 _DENSE = 8
-"""Numbers are marked in an array of at most so many places a number, which is faster than to sort them."""
+"""Numbers are marked in an array of at most this many places a number, which is faster than sorting them."""
 _OUTPUT_ROWS = 32_768
 """Rows of the table that are given out at once: bounds memory."""
 

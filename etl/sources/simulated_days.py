@@ -77,7 +77,7 @@ def day_size(config: SimulatedConfig, day: int) -> int:
 
 
 def visits_of(num_impressions: int) -> int:
-    """Visits that show so many impressions, about: some fewer are made."""
+    """About how many visits show this many impressions; a few less are made."""
     return int(num_impressions / (sum(SLATE_SIZES) / 2) / 3 * 1.1) + 20
 
 

@@ -147,7 +147,7 @@ def day_number(date: dt.date) -> int:
 
 
 def date_of(number: int) -> dt.date:
-    """The date that is so many days after 1970-01-01."""
+    """The date this many days after 1970-01-01."""
     return _EPOCH + dt.timedelta(days=number)
 
 

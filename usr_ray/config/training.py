@@ -185,7 +185,7 @@ class TuneConfig:
     grace_epochs: int = number(1, COUNT)
     """Epochs that every trial gets before ASHA may stop the worse ones."""
     reduction: int = number(3, "[2, 1000]")
-    """ASHA keeps one trial in so many at each rung."""
+    """ASHA keeps one trial in this many at each rung."""
     max_concurrent: int = number(0, "[0, 100000]")
     """Trials at once; 0: as many as the cluster's CPUs (or GPUs) hold."""
     seed: int = number(0, SEED)

@@ -28,7 +28,7 @@ _EXACT = 1 << 53
 _MAX_WORDS = 1_000
 """Characters of a refusal, sent in a header: a client that gets 8 KiB of it says RESOURCE_EXHAUSTED instead."""
 _MORE_THREADS = 4
-"""Threads beyond those for the requests that are taken: so many more are told at once that there are too many."""
+"""Threads beyond those for accepted requests: this many more are told at once that there are too many."""
 
 
 def message_classes() -> dict[str, Any]:
@@ -88,7 +88,7 @@ def _integral(value: Any) -> Any:
 
 
 class Methods:
-    """What becomes of a message, whoever brought it: a server of our own, or Ray Serve's proxy.
+    """What becomes of a message, whether our own server or Ray Serve's proxy brought it.
 
     Messages come as bytes: they are read by the queue's workers, once the token was seen and there was room.
 

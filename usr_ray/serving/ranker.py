@@ -52,7 +52,7 @@ from usr_ray.serving.versions import (
 
 MAX_CANDIDATES = 2000
 _NUM_READERS = 4
-"""Threads that read users: a store that hangs holds so many, and the next requests are answered without it."""
+"""Threads that read users: a store that hangs blocks this many, and the next requests are answered without it."""
 _DEVICE_DEADLINE_S = 0.5
 """Longest wait for a call that a GPU shares among requests, once it has answered the golden ones."""
 GOLDEN_TOLERANCE = 1e-6
@@ -182,7 +182,7 @@ class Ranker:
         return cls(version, program, encoder, stores, exact_from_us=exact_from_us, counters=counters)
 
     def read_within(self, deadline_s: float | None) -> None:
-        """Answer without history, marked degraded, where a user cannot be read within so many seconds."""
+        """Answer without history, marked degraded, where a user cannot be read within this many seconds."""
         self._deadline_s = deadline_s
         self._readers = None if deadline_s is None else ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="read")
 

@@ -137,7 +137,7 @@ class ReplicatedEmbeddings(EmbeddingTables, Embeddings):
 
 
 SIDES = "sides/item_id"
-"""Name in a checkpoint of what the items of histories are: whoever loads a model needs no lake for it."""
+"""Name in a checkpoint of what the items of histories are: loading a model needs no lake for it."""
 
 
 def load_sides(manifest: Manifest, config: ModelConfig) -> ItemSides | None:
