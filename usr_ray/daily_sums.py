@@ -68,7 +68,7 @@ class DailySums:
     first: int
     """Day; earlier ones are taken for it."""
     width: int
-    """Days from the first on that are told apart; later ones are taken for the last."""
+    """Days from the first on that are kept apart; later ones count as the last."""
     num_scenarios: int
     index: NDArray[np.int32] | None = None
     """Number of entries before each place; None: it is searched for."""

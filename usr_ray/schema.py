@@ -261,7 +261,7 @@ class FeatureSpec:
     label_day_span: bool = False
     """True for labels.global_span = "day": the delay then counts from the end of the impression's UTC day."""
     no_order_scenarios: tuple[str, ...] = ()
-    """Scenarios whose logs know no orders (labels.no_order_scenarios): is_order and is_order_global are 0 on their
+    """Scenarios whose logs have no orders (labels.no_order_scenarios): is_order and is_order_global are 0 on their
     rows because nobody looked, so neither the loss nor a metric takes them for labels."""
     history_item_features: tuple[str, ...] = ()
     """Sparse features of items that `<lake>/item_features` holds by encoded item id, for the events of histories."""

@@ -131,7 +131,7 @@ def _lost(reports: Reports, account: Account) -> tuple[dict[str, list[str]], dic
 
 
 def _rows_in(account: Account, log: str, date: str, known: Collection[str]) -> int:
-    """Rows of a log on a date; of one that there is no more (`orders`, say) those of new ones of its kind."""
+    """Rows of a log on a date; of a log that no longer exists (`orders`, say) those of new ones of its kind."""
     names = [log]
     if log not in account.sources:
         kind = log.rpartition("_")[2]

@@ -99,7 +99,7 @@ class Job:
     seen: Mapping[str, str] = field(default_factory=dict)
     """Date -> fingerprint of what its counters see."""
     owned: Mapping[str, Tables] = field(default_factory=dict)
-    """Date -> the users and items tables that its rows are made with, where not all are made with those of now."""
+    """Date -> the users and items tables that its rows are made with, where not all are made with today's."""
     keeping: Sequence[dt.date] = ()
     """Dates whose rows keep what their users and items were when they were built (restate.py)."""
 

@@ -225,7 +225,7 @@ def _fitted_property(spark: SparkSession, config: Config, lake: Lake, fitting: I
     """The samples' table property of what vocabularies and scales were fitted on: these dates, and those before."""
     there = table_properties(spark, lake.path(SAMPLES)) if lake.has(spark, SAMPLES) else None
     if there is not None and FITTED_PROPERTY not in there:
-        return {}  # a table of before there was the property: nobody knows its earlier dates
+        return {}  # a table older than the property: its earlier dates are not known
     before = dates_in(json.loads(there[FITTED_PROPERTY])["dates"]) if there is not None else frozenset()
     dates = date_ranges(before | {date.isoformat() for date in fitting})
     return {FITTED_PROPERTY: json.dumps({"dates": dates, "min_count": config.vocabulary.min_count}, sort_keys=True)}

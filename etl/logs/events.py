@@ -272,7 +272,7 @@ def _event_rows(log: EventLog, raw: DataFrame, *, text: bool, contexts: dict[str
     check_columns(log.name, names_of(raw), log.required)
     shown = log.kind == KIND_IMPRESSION
     has_query = shown and config.scenarios[log.scenario] in config.query_scenarios
-    # Times first, then columns, then what is said of them: in one step the plan would hold the same terms many times.
+    # Times first, then columns, then their tests: in one step the plan would hold the same terms many times.
     times = {name: _time(raw, log.name, name, text=text) for name in TIMES if name in raw.columns}
     timed = raw.select(*map(own, raw.columns), *(time.alias(_TIME + name) for name, time in times.items()))
     event_time = own(f"{_TIME}event_time")

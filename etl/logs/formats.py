@@ -244,7 +244,7 @@ def wider(one: T.DataType, other: T.DataType) -> T.DataType | None:
 
 
 def plain(name: str) -> str:
-    """A column's name without what is not told apart: case, and blanks around it."""
+    """A column's name without what does not count: case, and blanks around it."""
     return name.strip().lower()
 
 
@@ -273,7 +273,7 @@ def _check_once(log: str, columns: Sequence[str], wanted: Iterable[str], file: s
 
 
 def _once(columns: Columns) -> Columns:
-    """The columns but for those, read by nobody, that have no name or that Spark could not tell apart."""
+    """The columns, except unread ones that have no name or that Spark could not tell apart."""
     counts = Counter(plain(column.name) for column in columns)
     return tuple(column for column in columns if plain(column.name) and counts[plain(column.name)] == 1)
 

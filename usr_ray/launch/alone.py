@@ -177,6 +177,6 @@ def _only_one(run_dir: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"--run-dir {run_dir}: another process trains here; wait for it, or use another") from error
-        except OSError:  # this storage knows no locks
+        except OSError:  # this storage has no locks
             pass
         yield

@@ -37,7 +37,7 @@ MAX_SESSIONS_BYTES = 107 - len("/ray/session_2026-01-01_00-00-00_000000_1234567/
 """Longest path of the folder of Ray's sessions: the path of a Unix socket has at most 107 bytes."""
 
 RAY_ENVIRONMENT = {
-    # Read by whoever builds the TorchTrainer; without it the dashboard's /api/train/v2/runs/v1 knows no run.
+    # Read where the TorchTrainer is built; without it the dashboard's /api/train/v2/runs/v1 lists no run.
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
     # Ray logs each printed line once more.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
@@ -125,7 +125,7 @@ def prepare_environment(environment: MutableMapping[str, str] | None = None, *, 
         wanted = wanted | {"GLOO_SOCKET_IFNAME": "lo"}
     if own and dashboard and API_SERVER not in environment:
         wanted = {**wanted, API_SERVER: f"http://{LOOPBACK}:{reserve_port(DASHBOARD_PORT)}"}
-    if own and not dashboard:  # the state actor asks the dashboard, and logs errors without end
+    if own and not dashboard:  # the state actor asks the dashboard, and logs errors endlessly
         wanted = {**wanted, "RAY_TRAIN_ENABLE_STATE_TRACKING": "0"}
     if own:
         # Workers import usr_ray from where this job does, installed or not; a submitted job has its working directory.

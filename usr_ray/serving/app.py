@@ -249,7 +249,7 @@ def application(arguments: dict[str, Any]) -> Any:
 
 
 def check_cluster(settings: Settings, num_replicas: int) -> None:
-    """Refuse a Ray on which Serve runs already, or which has no room: `serve.run` would wait for it without end.
+    """Refuse a Ray on which Serve runs already, or which has no room: `serve.run` would wait for it for ever.
 
     A Serve that runs keeps the host, port and token of whoever started it, and drops ours without a word.
 
