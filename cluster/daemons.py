@@ -13,9 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from usr_ray.cli import number_in
 from usr_ray.config import UserError
 from usr_ray.files import write_whole
 
+PORT, COUNT = number_in("[1, 65535]", int), number_in("[0, 100000]", int)
+OBJECT_STORE_GB = number_in("[0.08, 100000]")
+"""Types of arguments; Ray refuses a smaller object store."""
 STOP_TIMEOUT_S = 15.0
 _LOG_LINES = 15
 

@@ -25,8 +25,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cluster.daemons import Daemon
-from usr_ray.cli import JobParser, flags, run_job
+from cluster.daemons import COUNT, OBJECT_STORE_GB, PORT, Daemon
+from usr_ray.cli import JobParser, flags, number_in, run_job
 from usr_ray.config import UserError
 from usr_ray.launch.environment import (
     API_SERVER,
@@ -186,12 +186,12 @@ class LocalRay:
 def main(argv: list[str]) -> None:
     parser = JobParser(__doc__)
     parser.add_argument("action", choices=("start", "stop", "status"))
-    parser.add_argument("--nodes", type=int, default=1, help="nodes as processes, the head included")
-    parser.add_argument("--num-cpus", type=int, default=0, help="logical CPUs of a node; default: this machine's")
-    parser.add_argument("--object-store-gb", type=float, default=0.2, help="training keeps nothing there")
-    parser.add_argument("--port", type=int, default=6379)
-    parser.add_argument("--dashboard-port", type=int, default=8265)
-    parser.add_argument("--metrics-port", type=int, default=8080)
+    parser.add_argument("--nodes", type=number_in("[1, 100]", int), default=1, help="as processes, with the head")
+    parser.add_argument("--num-cpus", type=COUNT, default=0, help="logical CPUs of a node; default: this machine's")
+    parser.add_argument("--object-store-gb", type=OBJECT_STORE_GB, default=0.2, help="training keeps nothing there")
+    parser.add_argument("--port", type=PORT, default=6379)
+    parser.add_argument("--dashboard-port", type=PORT, default=8265)
+    parser.add_argument("--metrics-port", type=PORT, default=8080)
     parser.add_argument("--state-dir", type=Path, default=ROOT / ".cache" / "local_ray", help="pid and log of the head")
     arguments = parser.parse_args(argv)
     ray = LocalRay(arguments.state_dir.resolve())

@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cluster.daemons import Daemon, check_private
+from cluster.daemons import COUNT, OBJECT_STORE_GB, PORT, Daemon, check_private
 from cluster.local_ray import api, num_alive, start_flags, train_runs
 from usr_ray.cli import JobParser, flags, run_job
 from usr_ray.config import UserError
@@ -140,12 +140,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("action", choices=("head", "worker", "status", "stop"))
     parser.add_argument("--host", default="", help="this machine's address in its private network")
     parser.add_argument("--head", default="", metavar="HOST:PORT", help="the head's address, for a worker")
-    parser.add_argument("--num-cpus", type=int, help="logical CPUs; default: this machine's")
-    parser.add_argument("--num-gpus", type=int, help="GPUs; default: this machine's")
-    parser.add_argument("--object-store-gb", type=float, default=0.5, help="training keeps nothing there")
-    parser.add_argument("--port", type=int, default=6379, help="of the head")
-    parser.add_argument("--dashboard-port", type=int, default=8265)
-    parser.add_argument("--metrics-port", type=int, default=8080)
+    parser.add_argument("--num-cpus", type=COUNT, help="logical CPUs; default: this machine's")
+    parser.add_argument("--num-gpus", type=COUNT, help="GPUs; default: this machine's")
+    parser.add_argument("--object-store-gb", type=OBJECT_STORE_GB, default=0.5, help="training keeps nothing there")
+    parser.add_argument("--port", type=PORT, default=6379, help="of the head")
+    parser.add_argument("--dashboard-port", type=PORT, default=8265)
+    parser.add_argument("--metrics-port", type=PORT, default=8080)
     parser.add_argument("--state-dir", type=Path, default=ROOT / ".cache" / "ray_nodes", help="pids and logs")
     arguments = parser.parse_args(argv)
     arguments.state_dir = arguments.state_dir.resolve()

@@ -26,8 +26,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from cluster.daemons import Daemon, check_private
-from usr_ray.cli import JobParser, flags, run_job
+from cluster.daemons import COUNT, PORT, Daemon, check_private
+from usr_ray.cli import JobParser, flags, number_in, run_job
 from usr_ray.config import UserError
 from usr_ray.launch.environment import LOOPBACK, private_file
 from usr_ray.launch.spark import spark_home
@@ -149,11 +149,11 @@ def main(argv: list[str]) -> None:
     parser = JobParser(__doc__)
     parser.add_argument("action", choices=("start", "master", "worker", "status", "stop"))
     parser.add_argument("--host", default=LOOPBACK, help="this machine's address in its private network")
-    parser.add_argument("--port", type=int, default=7077, help="of the master")
-    parser.add_argument("--ui-port", type=int, default=8081, help="of the master's page; Ray's metrics have 8080")
+    parser.add_argument("--port", type=PORT, default=7077, help="of the master")
+    parser.add_argument("--ui-port", type=PORT, default=8081, help="of the master's page; Ray's metrics have 8080")
     parser.add_argument("--master", default="", metavar="URL", help="spark://HOST:PORT, for a worker")
-    parser.add_argument("--workers", type=int, default=2, help="how many `start` starts here")
-    parser.add_argument("--cores", type=int, default=1, help="of each worker")
+    parser.add_argument("--workers", type=COUNT, default=2, help="how many `start` starts here")
+    parser.add_argument("--cores", type=number_in("[1, 100000]", int), default=1, help="of each worker")
     parser.add_argument("--executor-memory", default="1g", help="of each worker, all of it for one executor")
     parser.add_argument(
         "--state-dir", type=Path, default=ROOT / ".cache" / "spark_standalone", help="pids, logs, secret"

@@ -9,10 +9,11 @@ import sys
 import time
 from argparse import Namespace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from cluster import ray_nodes
+from cluster import local_ray, ray_nodes
 from cluster.daemons import Daemon, check_private
 from cluster.spark import standalone
 from usr_ray.cli import job_dates, run_job
@@ -49,6 +50,33 @@ def test_a_daemon_is_found_again_and_ended_with_what_it_started(
         time.sleep(0.05)
     assert not any(Path(f"/proc/{pid}").exists() for pid in children)
     assert not daemon.stop(), "nothing left to end"
+
+
+@pytest.mark.parametrize(
+    ("script", "flag", "wrong"),
+    [
+        (ray_nodes, "--port", "0"),
+        (ray_nodes, "--dashboard-port", "65536"),
+        (ray_nodes, "--metrics-port", "http"),
+        (ray_nodes, "--num-cpus", "-1"),
+        (ray_nodes, "--num-gpus", "1.5"),
+        (ray_nodes, "--object-store-gb", "0.01"),
+        (local_ray, "--dashboard-port", "70000"),
+        (local_ray, "--nodes", "0"),
+        (local_ray, "--object-store-gb", "nan"),
+        (standalone, "--port", "-7"),
+        (standalone, "--ui-port", "99999"),
+        (standalone, "--workers", "-1"),
+        (standalone, "--cores", "0"),
+    ],
+)
+def test_a_number_that_no_machine_has_is_one_line(
+    script: ModuleType, flag: str, wrong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_job(script.main, ["status", "--state-dir", str(tmp_path), f"{flag}={wrong}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"argument {flag}: must be in [" in line
+    assert f"got '{wrong}'" in line
 
 
 def test_a_pid_that_another_process_has_by_now_is_not_ours(tmp_path: Path) -> None:
