@@ -157,9 +157,16 @@ def main(argv: list[str]) -> None:
     arguments = _parsed(argv)
     first, last = parse_dates(arguments.dates, where="--dates")
     name = f"{first}_{last}"
+    own = arguments.run_dir / f"evaluation-{name}.json"
     if arguments.output is not None:
         check_output_file(arguments.output, flag="--output")
-    check_output_file(arguments.run_dir / f"evaluation-{name}.json", flag="--run-dir")
+        is_of_a_run = arguments.output.match("evaluation-*.json") and (arguments.output.parent / "config.json").exists()
+        if is_of_a_run and arguments.output.absolute() != own.absolute():
+            raise UserError(
+                f"--output {arguments.output}: has the name of another evaluation, whose file it would replace; name "
+                "another file"
+            )
+    check_output_file(own, flag="--run-dir")
     from usr_ray.data.lineage import warn
     from usr_ray.data.manifest import build_manifest
     from usr_ray.evaluation.files import metrics_text
@@ -210,8 +217,7 @@ def main(argv: list[str]) -> None:
         if arguments.importance:
             print(importance_text(about["importance"]))
         words = f"{run.checkpoint.path.name} on {' and '.join(date_ranges(dates).replace(':', ' to ').split(', '))}"
-        written = arguments.output or arguments.run_dir / f"evaluation-{name}.json"
-        print(f"{words}: {len(result.predictions):,} rows; written to {written}")
+        print(f"{words}: {len(result.predictions):,} rows; written to {arguments.output or own}")
     worker.close()
 
 

@@ -30,7 +30,7 @@ MAX_PATH_BYTES = 3000
 """Longest whole path of it, for there are folders below it, and paths end at 4096."""
 _WRITTEN = {"_delta_log", "checkpoints", "tensorboard", "history.jsonl", ".lock"}
 """Folders and files that a job writes into when it finds them in its output."""
-_OF_RUNS = ("config.json", "metrics.json", "history.jsonl", "predictions.parquet", "manifest-train.json")
+_OF_RUNS = re.compile(r"(config|metrics|manifest-train|manifest-eval)\.json|history\.jsonl|predictions(-.*)?\.parquet")
 """Files of a run directory that no other output may replace."""
 _STORAGE_LIBRARIES = ("pyarrow", "_internal", "deltalake", "py4j", "pyspark")
 """Packages whose exceptions are searched for the words below; the second is how deltalake's own call theirs."""
@@ -298,7 +298,7 @@ def check_output(place: Path | str, *, flag: str, file: bool = False, table: boo
                 f"{flag} {text}: lies in the table {above}, where VACUUM deletes what is not the table's; name a "
                 f"{kind} outside of it"
             )
-    if file and path.name in _OF_RUNS and os.path.exists(folder / _OF_RUNS[0]):
+    if file and _OF_RUNS.fullmatch(path.name) and os.path.exists(folder / "config.json"):
         raise UserError(f"{flag} {text}: is a file that the run of {folder} needs; name another {kind}")
     existing = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
     try:

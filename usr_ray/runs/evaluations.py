@@ -39,6 +39,7 @@ from usr_ray.evaluation.files import (
     write_predictions,
 )
 from usr_ray.evaluation.metrics import CellMetrics, Predictions, metrics_by_scenario
+from usr_ray.files import one_line
 
 CONFIG_FILE, METRICS_FILE, HISTORY_FILE = "config.json", "metrics.json", "history.jsonl"
 _CHECKPOINTS, _STATE = "checkpoints", "state.json"
@@ -255,7 +256,10 @@ def _set_aside(path: Path, about: Mapping[str, Any]) -> None:
     """Give another evaluation's file of this name another name; it keeps its time."""
     if not path.is_file():
         return
-    there = read_about(path) if path.suffix == ".parquet" else read_json(path).get("about") or {}
+    try:
+        there = read_about(path) if path.suffix == ".parquet" else read_json(path).get("about") or {}
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise UserError(f"{path}: is no evaluation's file ({one_line(error)}); remove it") from error
     if (identity := _identity(there)) != _identity(about):
         path.replace(path.with_name(f"{path.stem}-{identity}{path.suffix}"))
 

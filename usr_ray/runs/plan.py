@@ -120,8 +120,9 @@ def plan_run(config: Config, lake: Path | str, run_dir: Path | str, *, command: 
         # The run is pinned to its version, asked or not.
         saved = Config.completed(record["config"])
         changed = differences(saved, config.to_dict())
-        if first_difference(saved, config.to_dict(), _TRAINED_FROM, but=_NOT_MEANT):
-            record["status"] = RUNNING  # more epochs, for example
+        is_lost = manifests["eval"] is not None and not (folder / METRICS_FILE).is_file()
+        if is_lost or first_difference(saved, config.to_dict(), _TRAINED_FROM, but=_NOT_MEANT):
+            record["status"] = RUNNING  # more epochs, for example, or an evaluation once more
     train_manifest = manifests["train"]
     assert train_manifest is not None
     shuffle, num_steps = _check_rows(config, train_manifest)

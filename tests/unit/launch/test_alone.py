@@ -116,6 +116,11 @@ def test_a_run_that_was_asked_to_stop_goes_on_to_what_it_would_have_been(
 
     assert train(lake, stopped) == 0
     assert f"{stopped}: this run is finished (step {STEPS})" in capsys.readouterr().out
+    lost = (stopped / "metrics.json").read_bytes()
+    (stopped / "metrics.json").unlink()
+    assert train(lake, stopped) == 0
+    assert f"resumed at step {STEPS} " in capsys.readouterr().out
+    assert (stopped / "metrics.json").read_bytes() == lost
     before = (stopped / "config.json").read_bytes()
     assert train(lake, stopped, "train.learning_rate=0.5", "train.num_epochs=1") == 2
     assert "holds a run that has begun its epoch 2, this command has train.num_epochs = 1" in capsys.readouterr().err

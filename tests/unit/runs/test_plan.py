@@ -59,6 +59,12 @@ def started(lake: Path, run_dir: Path, *overrides: str) -> RunPlan:
     return plan
 
 
+def finish(plan: RunPlan, *, outcome: str, step: int) -> None:
+    """As a training does at its end."""
+    (plan.run_dir / "metrics.json").touch()
+    mark_finished(plan, outcome=outcome, step=step)
+
+
 def test_the_record_says_how_well_the_rows_are_mixed(shared_lake: Path, tmp_path: Path) -> None:
     dates = ("data.train_dates='2026-01-01:2026-01-04'", "data.eval_dates=''")
     shuffled, by_date = (
@@ -344,7 +350,7 @@ def test_a_run_stays_on_its_version_and_another_one_is_refused(lake: Path, tmp_p
     plan = started(lake, tmp_path / "run")
     version = plan.train_manifest.version
     append_rows(lake)
-    mark_finished(plan, outcome="finished", step=7)
+    finish(plan, outcome="finished", step=7)
     assert plan_run(config(f"data.table_version={version}"), lake, tmp_path / "run").is_finished, (
         "asked for what it has"
     )
@@ -401,7 +407,7 @@ def test_another_run_is_refused_in_the_same_directory(lake: Path, tmp_path: Path
 
 def test_keys_that_came_with_a_newer_version_do_not_end_an_older_run(lake: Path, tmp_path: Path) -> None:
     """What an older version did not know, it did as the default does."""
-    mark_finished(started(lake, tmp_path / "run"), outcome="finished", step=7)
+    finish(started(lake, tmp_path / "run"), outcome="finished", step=7)
     path = tmp_path / "run" / "config.json"
     record = json.loads(path.read_text())
     del (
@@ -419,7 +425,7 @@ def test_keys_that_came_with_a_newer_version_do_not_end_an_older_run(lake: Path,
 def test_a_finished_run_stays_finished_unless_it_is_to_train_more(lake: Path, tmp_path: Path) -> None:
     plan = started(lake, tmp_path / "run")
     assert not plan_run(config(), lake, tmp_path / "run").is_finished
-    mark_finished(plan, outcome="finished", step=7)
+    finish(plan, outcome="finished", step=7)
     again = plan_run(config("ray.num_workers=1"), lake, tmp_path / "run")
     assert again.is_finished
     assert again.record["step"] == 7
@@ -429,7 +435,7 @@ def test_a_finished_run_stays_finished_unless_it_is_to_train_more(lake: Path, tm
 def test_a_run_that_trains_on_has_no_result_meanwhile_and_notes_what_it_changed(lake: Path, tmp_path: Path) -> None:
     """Metrics of the weights that it had would stand beside those that it has then."""
     run_dir = tmp_path / "run"
-    mark_finished(started(lake, run_dir), outcome="finished", step=7)
+    finish(started(lake, run_dir), outcome="finished", step=7)
     for name in ("metrics.json", "predictions.parquet"):
         (run_dir / name).touch()
     longer = plan_run(config("train.num_epochs=3", "train.learning_rate=0.5"), lake, run_dir, command=["longer"])
@@ -474,7 +480,7 @@ def test_workers_find_the_cache_where_the_command_named_it_and_it_may_move(
     monkeypatch.chdir(tmp_path)
     plan = started(lake, tmp_path / "run", "train.reader_cache=cache")
     assert plan.config.train.reader_cache == str(tmp_path / "cache")
-    mark_finished(plan, outcome="finished", step=7)
+    finish(plan, outcome="finished", step=7)
     checkpoint(tmp_path / "run", 7, epoch=0, epoch_step=7)
     assert plan_run(config("train.reader_cache=elsewhere"), lake, tmp_path / "run").is_finished
 
@@ -497,7 +503,7 @@ def test_settings_that_no_step_would_be_trained_with_are_refused(
     (torn := run_dir / "checkpoints" / "step-00000099").mkdir()
     (torn / "state.json").write_text("{")
     if outcome:
-        mark_finished(plan, outcome=outcome, step=2 * step)
+        finish(plan, outcome=outcome, step=2 * step)
     before = (run_dir / "config.json").read_bytes()
     for override, saved, here in (
         ("train.learning_rate=0.5", "0.001", "0.5"),

@@ -423,6 +423,22 @@ def test_an_evaluation_on_training_dates_says_so_and_leaves_the_others(lake, run
     assert {path.read_bytes() for path in kept} <= set(before.values())
 
 
+def test_files_of_other_evaluations_are_neither_replaced_nor_a_stack_trace(lake, run_dir, tmp_path, capsys):
+    folder = Path(shutil.copytree(run_dir, tmp_path / "run"))
+    (folder / "config.json").write_text("{}")
+    arguments = ["--run-dir", folder, "--lake", lake, "--dates", "2026-01-04"]
+    other, own = (folder / f"evaluation-2026-01-{day}_2026-01-{day}.json" for day in ("03", "04"))
+    line = refused(capsys, [*arguments, "--output", other])
+    assert f"--output {other}: has the name of another evaluation, whose file it would replace; name another" in line
+    assert run_job(job.main, [str(word) for word in [*arguments, "--output", own]]) == 0
+    capsys.readouterr()
+    torn = own.with_name("predictions-2026-01-04_2026-01-04.parquet")
+    torn.write_bytes(torn.read_bytes()[:-9])
+    line = refused(capsys, arguments)
+    assert f"{torn}: is no evaluation's file (Parquet magic bytes not found in footer" in line
+    assert line.endswith("; remove it\n")
+
+
 def test_what_an_evaluation_used_is_what_it_says(lake, run_dir, tmp_path, capsys):
     """Of dates that are partly absent, or whose labels are not final yet, the others are named."""
     folder = Path(shutil.copytree(run_dir, tmp_path / "run"))
