@@ -20,6 +20,7 @@ from pyspark.sql import functions as F
 
 import usr_ray
 from etl.build.account import UNDATED, Account
+from etl.build.silence import Hour, silence
 from etl.jvm import file_system, json_texts
 from etl.kernel.rows import EVENT_HOUR
 from etl.lake.tables import Lake
@@ -45,6 +46,7 @@ COLD = ("unknown_user", "unknown_item", "unknown_query", "no_history", "new_user
 """Kinds of cold impressions: the value has no id of its own; no event before; no training impression of it."""
 _MAY_BE_COLD = ("user_id", "item_id")
 """What may have an id for its vector alone."""
+_MATURE_ORDERS = "mature_orders"
 WITH_QUERY = "with_query"
 """Impressions that have a query: what `unknown_query` is a part of."""
 
@@ -89,6 +91,8 @@ class SampleCounts:
     """(date, feature) -> impressions that have a value at all; of a number, one other than 0, which stands for null."""
     cold: Mapping[tuple[str, str], Mapping[str, int | None]] = field(default_factory=dict)
     """(date, scenario) -> impressions of each kind of COLD; null where it cannot be known."""
+    hours: Mapping[tuple[dt.datetime, str], Hour] = field(default_factory=dict)
+    """(begin of the hour in UTC, scenario) -> sums of its impressions."""
 
     def scenario(self, scenario: str) -> Funnel:
         """Sums over all dates."""
@@ -120,27 +124,40 @@ def count_samples(
     numbers = [feature.name for feature in spec.dense if feature.column == scaled_column(feature.name)]
     sums |= {f"present_{name}": F.col(scaled_column(name)) != 0 for name in numbers}
     sums |= _cold_conditions(spec)
-    rows = (
-        samples.groupBy(F.col(PARTITION_COLUMN).cast("string").alias("date"), "scenario")
+    sums[_MATURE_ORDERS] = F.when(F.col("is_mature"), F.col("is_order")).otherwise(0)
+    of_hours = (
+        samples.groupBy(
+            F.col(PARTITION_COLUMN).cast("string").alias("date"), "scenario", F.hour("event_time").alias("hour")
+        )
         .agg(*(F.sum(column.cast("bigint")).alias(name) for name, column in sums.items()))
         .collect()
     )
+    hours = {
+        (dt.datetime.fromisoformat(f"{row['date']}T{row['hour']:02}+00:00"), row["scenario"]): Hour(
+            row["rows"], row["is_click"], row["mature"], row[_MATURE_ORDERS]
+        )
+        for row in of_hours
+    }
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in of_hours:
+        total = rows.setdefault((row["date"], row["scenario"]), {})
+        for name in sums:  # of what cannot be known, null on every row
+            total[name] = row[name] if total.get(name) is None else total[name] + row[name]
     funnels: dict[tuple[str, str], Funnel] = {}
     known: dict[tuple[str, str], int] = {}
     present: dict[tuple[str, str], int] = {}
     cold: dict[tuple[str, str], Mapping[str, int | None]] = {}
-    for row in rows:
-        group = (row["date"], row["scenario"])
-        clicks, orders, clicks_global, orders_global = (row[name] for name in ALL_LABELS)
-        funnels[group] = Funnel(row["rows"], clicks, orders, clicks_global, orders_global, row["mature"])
+    for group, day in rows.items():
+        clicks, orders, clicks_global, orders_global = (day[name] for name in ALL_LABELS)
+        funnels[group] = Funnel(day["rows"], clicks, orders, clicks_global, orders_global, day["mature"])
         # Nobody can say what is unknown among hashed ids: each has one.
-        cold[group] = {n: None if hashed and n.startswith("unknown_") else row[n] for n in (*COLD, WITH_QUERY)}
+        cold[group] = {n: None if hashed and n.startswith("unknown_") else day[n] for n in (*COLD, WITH_QUERY)}
         for feature in features:
-            place = (row["date"], feature.name)
-            known[place] = known.get(place, 0) + row[f"known_{feature.name}"]
+            place = (group[0], feature.name)
+            known[place] = known.get(place, 0) + day[f"known_{feature.name}"]
         for name in (*(feature.name for feature in features), *numbers):
-            present[row["date"], name] = present.get((row["date"], name), 0) + row[f"present_{name}"]
-    return SampleCounts(funnels, known, present, cold)
+            present[group[0], name] = present.get((group[0], name), 0) + day[f"present_{name}"]
+    return SampleCounts(funnels, known, present, cold, hours)
 
 
 def _mark_cold(samples: DataFrame, cold: DataFrame | None) -> DataFrame:
@@ -279,8 +296,15 @@ def funnel_lines(counts: SampleCounts, spec: FeatureSpec) -> list[str]:
     return lines
 
 
-def warnings_of(counts: SampleCounts, spec: FeatureSpec, logs: Collection[str]) -> list[str]:
-    """What the user should know of labels and features before training; `logs`: names of those that were read."""
+def warnings_of(
+    counts: SampleCounts, spec: FeatureSpec, logs: Collection[str], settled: dt.datetime | None = None
+) -> list[str]:
+    """What the user should know of labels and features before training.
+
+    Args:
+        logs: names of those that were read.
+        settled: clicks of impressions before it are final; None: of all.
+    """
     result = []
     owners = {f.name: f.owner for f in (*spec.sparse, *spec.lists)} | {f.name: f.owner for f in spec.dense}
     for name, owner in owners.items():
@@ -311,6 +335,7 @@ def warnings_of(counts: SampleCounts, spec: FeatureSpec, logs: Collection[str]) 
                     f"{scenario}: P(is_{task} | is_{task}_global) = {rate:.4f} > {HELPLESS_RATE}: users hardly {task} "
                     "the same item elsewhere, so GLMT cannot help here; consider a longer labels.global_window"
                 )
+    result += silence(counts.hours, spec.scenarios, settled, spec.no_order_scenarios)
     if not any(funnel.mature for funnel in counts.funnels.values()):
         result.append("no row is mature: training will refuse these dates; build again with a later --watermark")
     return result

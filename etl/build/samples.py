@@ -216,7 +216,8 @@ def write_dates(job: Job, dates: Sequence[dt.date], reported: Sequence[dt.date])
     job.progress(f"rejects and {len(shown)} reports written")
     for line in funnel_lines(counts, job.plan.spec):
         job.progress.write(line)
-    for warning in warnings_of(counts, job.plan.spec, [log.name for log in job.inputs.logs]):
+    settled = dt.datetime.fromisoformat(iso_time(job.plan.watermark - job.plan.rules.click_window))
+    for warning in warnings_of(counts, job.plan.spec, [log.name for log in job.inputs.logs], settled):
         job.progress.write(f"warning: {warning}")
     job.progress.write(f"{path}: version {version}")
     return counts

@@ -17,7 +17,9 @@ from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 
 from etl.build.inputs import Inputs
+from etl.build.report import count_samples, mark_new
 from etl.build.samples import BuildRequest, Progress, _dates_there, build_samples
+from etl.build.silence import Hour
 from etl.checks import DataCheckError
 from etl.lake.tables import Lake
 from tests.etl_oracle import xxh64
@@ -96,6 +98,27 @@ def test_csv_json_lines_delta_and_integer_ids_give_the_same_table_and_unreadable
     assert '"event_time":"the day before yesterday"' in rejects["unparsable_event_time"]["row"]
     assert rejects["unparsable_event_time"]["date"] is None
     assert rejects["unparsable_ingest_time"]["date"] == dt.date(2026, 1, 1)
+
+
+def test_sums_by_hour_are_those_of_the_rows(spark: SparkSession, lake: Path) -> None:
+    """What hours without a click are found by (etl/build/silence.py)."""
+    table = spark.read.format("delta").load(str(lake / "samples"))
+    spec = open_samples(str(lake)).spec
+    config = load_config(None, CONFIG)
+    found = count_samples(mark_new(table, table, config, DATES), spec, hashed=False).hours
+    expected: dict[tuple[dt.datetime, str], list[int]] = {}
+    for row in rows_of(lake / "samples"):
+        hour = row["event_time"].astimezone(dt.UTC).replace(minute=0, second=0, microsecond=0)
+        mature = int(row["is_mature"])
+        sums = expected.setdefault((hour, row["scenario"]), [0, 0, 0, 0])
+        for place, value in enumerate((1, row["is_click"], mature, mature * row["is_order"])):
+            sums[place] += int(value)
+    assert found == {key: Hour(*sums) for key, sums in expected.items()}
+    assert (
+        0
+        < sum(sums.mature_orders for sums in found.values())
+        < sum(row["is_order"] for row in rows_of(lake / "samples"))
+    )
 
 
 def test_hashed_ids_need_no_vocabulary_and_spread_over_the_buckets(shop: Shop, hashed_lake: Path, lake: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import os
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 import etl.session as session
 from etl.build.account import Account
 from etl.build.report import Funnel, SampleCounts, date_report, funnel_lines, warnings_of
+from etl.build.silence import Hour
 from etl.features.vocabulary import feature_spec
 from etl.jvm import take_installed_pyspark
 from usr_ray.config import Config, UserError, load_config
@@ -133,6 +135,19 @@ def test_a_feature_that_no_impression_has_is_warned_of() -> None:
 def test_no_mature_row_is_warned_of() -> None:
     immature = SampleCounts({("2026-01-01", "search"): Funnel(100, 20, 5, 40, 10, 0)}, {}, {})
     assert "no row is mature" in warnings_of(immature, spec_of("search"), ["search_orders"])[-1]
+
+
+def test_hours_without_a_click_are_among_the_warnings() -> None:
+    hours = {
+        (dt.datetime(2026, 1, 1, number, tzinfo=dt.UTC), "search"): Hour(100, 20 * (number < 12), 0, 0)
+        for number in range(24)
+    }
+    counts = replace(COUNTS, hours=hours)
+    (line,) = warnings_of(counts, spec_of("search"), ["orders"], dt.datetime(2026, 1, 2, tzinfo=dt.UTC))
+    assert line.startswith(
+        "search: none of the 1,200 impressions from 2026-01-01 12:00 to 2026-01-02 00:00 was clicked"
+    )
+    assert not warnings_of(counts, spec_of("search"), ["orders"], dt.datetime(2026, 1, 1, 13, tzinfo=dt.UTC))
 
 
 def test_orders_that_no_log_knows_are_a_dash_and_no_zero() -> None:
