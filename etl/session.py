@@ -66,6 +66,11 @@ DEFAULTS = {
     "spark.sql.parquet.compression.codec": "zstd",
     # A task keeps this many files open, one a date or part; for more of them Spark sorts its rows first.
     "spark.sql.maxConcurrentOutputFileWriters": "8",
+    # A small table that a task looks up takes a whole page of the heap, and Spark's own choice is 64 MB: a build has a
+    # dozen of them at once.
+    "spark.buffer.pageSize": "4m",
+    # The lists of a chunk are of some hundred megabytes, and Spark would hold those of 128 chunks before it sorts.
+    "spark.sql.objectHashAggregate.sortBased.fallbackThreshold": "1",
     # Options of a DataFrameWriter do not reach Delta's Parquet files, and OPTIMIZE has none: so they stand here.
     "spark.hadoop.parquet.block.row.count.limit": str(ROW_GROUP_ROWS),
     "spark.hadoop.parquet.block.size": str(ROW_GROUP_BYTES),
