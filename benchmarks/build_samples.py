@@ -1,6 +1,6 @@
 """How fast are samples built: by our job, by plain Spark SQL and by DuckDB, from the same logs to equal rows?
 
-    python benchmarks/build_samples.py [--sizes 1e6,3e6,10e6] [--repeats 3,2,1] [--work DIR] [--memory 4g]
+    python benchmarks/build_samples.py [--sizes 2e5,1e6,3e6,10e6] [--repeats 3,3,2,1] [--work DIR] [--memory 4g]
     python benchmarks/build_samples.py --sizes 3e6 --append        # one size a call; the results add up
     python benchmarks/build_samples.py --sizes 3e6,10e6 --bot --systems ours --append
     python benchmarks/build_samples.py --counters --sizes 1e6      # with counters.defaults, ours and DuckDB
@@ -19,6 +19,7 @@ import datetime as dt
 import json
 import os
 import platform
+import shlex
 import shutil
 import signal
 import sys
@@ -34,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from build_samples_data import CONFIG, ROOT, make_logs
 from build_samples_measure import measure, spark_metrics
-from build_samples_report import counters_table, write_report
+from build_samples_report import SMALL, counters_table, write_report
 from build_samples_sql import Query, export_vocabularies, run_duckdb, run_spark_sql
 
 from benchmarks.doc_tables import show
@@ -66,7 +67,7 @@ class Run:
 
     def spark(self, cores: int, memory: str) -> list[str]:
         """spark-submit with the options that both Spark systems have."""
-        # C1 alone (cluster/spark/conf) is for jobs of seconds; these run for minutes.
+        # C1 alone (etl/spark_conf) is for jobs of seconds; these run for minutes.
         options = {
             "spark.driver.extraJavaOptions": "-XX:ReservedCodeCacheSize=256m",
             "spark.driver.memory": memory,
@@ -77,7 +78,17 @@ class Run:
             "spark.eventLog.dir": str(self.folder / "events"),
         }
         words = [word for key, value in options.items() for word in ("--conf", f"{key}={value}")]
+        if self.as_usr_ray:
+            del options["spark.driver.extraJavaOptions"], options["spark.driver.memory"]
+            words = [word for key, value in options.items() for word in ("--conf", f"{key}={value}")]
+            submit = shlex.join(["--master", f"local[{cores}]", *words])
+            return [sys.executable, "-m", "jobs", "build-samples", "--spark", submit]
         return ["spark-submit", "--master", f"local[{cores}]", *words]
+
+    @property
+    def as_usr_ray(self) -> bool:
+        """Ours on few rows: with the settings for jobs of seconds that `usr-ray` chooses."""
+        return self.system == "ours" and self.size <= SMALL
 
     def command(self, cores: int, memory: str) -> list[str]:
         """What is started and measured."""
@@ -85,7 +96,7 @@ class Run:
         if self.system == "ours":
             return [
                 *self.spark(cores, memory),
-                "jobs/build_samples.py",
+                *([] if self.as_usr_ray else ["jobs/build_samples.py"]),
                 "--config",
                 str(CONFIG),
                 "--logs",
@@ -133,6 +144,8 @@ def perform(run: Run, *, cores: int, memory: str) -> dict[str, Any]:
         "PYTHONPATH": str(ROOT),
         "SPARK_CONF_DIR": str(ROOT / "cluster" / "spark" / "conf"),
     }
+    if run.as_usr_ray:
+        del env["SPARK_CONF_DIR"]
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     usage = measure(run.command(cores, memory), cwd=ROOT, env=env, timeout_s=TIMEOUT_S)
     sizes = [Path(path).stat().st_size for path in files_of(run.samples)]
@@ -255,8 +268,8 @@ def environment(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", default="1e6,3e6,10e6", help="impressions, separated by commas")
-    parser.add_argument("--repeats", default="3,2,1", help="runs of each system at each size")
+    parser.add_argument("--sizes", default="2e5,1e6,3e6,10e6", help="impressions, separated by commas")
+    parser.add_argument("--repeats", default="3,3,2,1", help="runs of each system at each size")
     parser.add_argument("--systems", default=",".join(SYSTEMS), help="which ones; the first is what others must equal")
     parser.add_argument("--bot", action="store_true", help="with one user of a million events")
     parser.add_argument("--work", type=Path, help="folder for logs and lakes; kept (default: a temporary one)")

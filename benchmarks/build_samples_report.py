@@ -25,6 +25,16 @@ PAPER_IMPRESSIONS = 10_000_000_000
 CORES_AN_EXECUTOR, FILE_BYTES, PARTITION_BYTES = 4, 256 << 20, 128 << 20
 """Of the plan: executors of four cores, files of 256 MB, shuffle partitions of 128 MB."""
 
+SMALL = 200_000
+"""Impressions of the smallest size, which is built as `usr-ray` builds it."""
+AIMS = {
+    ("duckdb", 1_000_000): 3.0,
+    ("duckdb", 10_000_000): 1.0,
+    ("spark_sql", 1_000_000): 0.33,
+    ("spark_sql", 3_000_000): 0.33,
+}
+"""(rival, impressions) -> the most that our wall time is to be of its."""
+
 Row = dict[str, Any]
 Cell = tuple[str, int, bool]
 
@@ -107,25 +117,44 @@ def growth(cells: dict[Cell, Row]) -> list[str]:
 
 
 def goals(cells: dict[Cell, Row]) -> list[str]:
-    """Our job against its rivals at every size, beside what was set out for."""
+    """Our job against what was set out for, then against each rival at every size."""
     lines = []
-    for rival, goal in (("spark_sql", "at least 3x faster"), ("duckdb", "at most 4x slower")):
+
+    def judged(what: str, value: float, aim: float, unit: str) -> None:
+        verdict = "met" if value <= aim else "missed"
+        lines.append(f"- {what}: {value:.{0 if unit == ' s' else 2}f}{unit} (aim: at most {aim:g}{unit}): {verdict}.")
+
+    small = cells.get(("ours", SMALL, False))
+    if small is not None:
+        judged(f"{SMALL:,} impressions, as `usr-ray build-samples` builds them", small["wall_s"], 15, " s")
+    line = fit(cells, "ours", "wall_s")
+    if line is not None:
+        judged("what a build costs without rows, by the fitted line", line[0], 15, " s")
+    for rival in ("duckdb", "spark_sql"):
         for (system, size, bot), row in cells.items():
             ours = cells.get(("ours", size, bot))
             if system != rival or ours is None:
                 continue
-            wall, cpu = row["wall_s"] / ours["wall_s"], row["cpu_s"] / ours["cpu_s"]
-            if rival == "duckdb":
-                text = f"{1 / wall:.2f}x slower by the clock, {1 / cpu:.2f}x by the processor"
+            wall, cpu = ours["wall_s"] / row["wall_s"], ours["cpu_s"] / row["cpu_s"]
+            what = f"{size / 1e6:g} M{' + bot' if bot else ''}, times {NAMES[rival]} (by the processor {cpu:.2f}x)"
+            aim = AIMS.get((rival, size))
+            if aim is None:
+                lines.append(f"- {what}: {wall:.2f}x.")
             else:
-                text = f"{wall:.2f}x faster by the clock, {cpu:.2f}x by the processor"
-            lines.append(f"- {size / 1e6:g} M{' + bot' if bot else ''}, {NAMES[rival]} (goal: {goal}): {text}.")
+                judged(what, wall, aim, "x")
     return lines
 
 
 def fit(cells: dict[Cell, Row], system: str, value: str) -> tuple[float, float] | None:
-    """Intercept and slope per million impressions of a system's wall or processor seconds; None below two sizes."""
-    points = [(size / 1e6, row[value]) for (name, size, bot), row in cells.items() if name == system and not bot]
+    """Intercept and slope per million impressions of a system's wall or processor seconds; None below two sizes.
+
+    Without the smallest size, which is built by another JVM's settings.
+    """
+    points = [
+        (size / 1e6, row[value])
+        for (name, size, bot), row in cells.items()
+        if name == system and not bot and size > SMALL
+    ]
     if len(points) < 2:
         return None
     millions, values = np.array(points).T
@@ -232,8 +261,8 @@ def write_report(result: dict[str, Any], docs: Path) -> None:
         f"![Wall time and peak memory]({PLOT})",
     ]
     for title, part in (
-        ("Beside the goals", goals(cells)),
-        ("How our job grows (goals: at most 1.1x linear, flat memory from 3 M to 10 M)", growth(cells)),
+        ("Beside the aims", goals(cells)),
+        ("How our job grows (aims: at most 1.1x linear, flat memory from 3 M to 10 M)", growth(cells)),
         ("Fitted lines", crossing(cells)),
         ("Arithmetic of the plan", plan(cells)),
         ("What our job printed at the largest size (seconds since its start)", stages(cells)),
