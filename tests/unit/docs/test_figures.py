@@ -298,7 +298,7 @@ FIGURES = [
     ),
     Figure(
         "scale",
-        "At 1 million the goals are missed ({}x and {}x)",
+        "At 1 million the aims are missed ({}x and {}x)",
         lambda: [seconds("spark_sql", 1) / seconds("ours", 1), seconds("ours", 1) / seconds("duckdb", 1)],
     ),
     Figure(
