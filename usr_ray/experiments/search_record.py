@@ -21,6 +21,7 @@ from usr_ray.experiments.space import TriedPoint, TuneError, trial_config
 from usr_ray.experiments.worlds import table_version
 from usr_ray.files import now, write_whole
 from usr_ray.runs.evaluations import HISTORY_FILE
+from usr_ray.runs.plan import plan_run
 from usr_ray.runs.read import read_history
 from usr_ray.training.monitor import summarise
 
@@ -77,8 +78,11 @@ def _cells(row: Mapping[str, Any]) -> CellMetrics:
 def open_search(config: Config, lake: str, run_dir: Path, base: Base, command: Sequence[str]) -> dict[str, Any]:
     """search.json of a new search, written, or of the one to resume.
 
+    A new one's configuration as given is planned first, on the dates of the trials: else each of them would fail.
+
     Raises:
-        UserError: the directory holds something else, or another search; the table cannot be read.
+        UserError: the directory holds something else, or another search; the table cannot be read; a trial of the
+            configuration as given could not be trained.
     """
     meaning, may_differ = config.to_dict(), ("ray", "data.allow_missing_dates")
     path, needs = run_dir / SEARCH_FILE, "table_version"
@@ -92,7 +96,7 @@ def open_search(config: Config, lake: str, run_dir: Path, base: Base, command: S
         "table_version": table_version(lake, base),
         "train_seed": config.train.seed,
     }
-    trial_config(config, {}, table_version=record["table_version"])
+    plan_run(trial_config(config, {}, table_version=record["table_version"]), lake, run_dir / "given")
     run_dir.mkdir(parents=True, exist_ok=True)
     write_search(run_dir, record)
     return record

@@ -268,6 +268,9 @@ def load_search(path: Any, overrides: Sequence[str]) -> Config:
             "train.early_stopping would choose the epoch on data.eval_dates, which judge the search's choice; switch "
             "it off: a search chooses the epoch on its choosing dates"
         )
+    seeds = config.tune.final_seeds
+    if len(set(seeds)) < len(seeds):  # two trainings at once in one directory
+        raise TuneError(f"tune.final_seeds has doubles: {list(seeds)}")
     choosing_dates(config)
     check_space(config)
     if config.tune.search == "optuna" and importlib.util.find_spec("optuna") is None:

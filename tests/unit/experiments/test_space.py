@@ -62,6 +62,7 @@ def test_days_that_choose_are_neither_trained_on_nor_reported_on() -> None:
             for key in ("simulated.similarity", "counters.prior", "limits.max_reject_share", "train.reader_threads")
         ),
         (['tune.space={"train.early_stopping" = {kind = "choice", values = [true]}}'], r"early_stopping: cannot be"),
+        ([RATE, "tune.final_seeds=[1, 2, 1]"], r"^tune.final_seeds has doubles: \[1, 2, 1\]"),
         (
             [RATE, "train.early_stopping=true"],
             r"^train.early_stopping would choose the epoch on data.eval_dates, which",

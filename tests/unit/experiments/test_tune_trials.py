@@ -12,6 +12,8 @@ import pytest
 
 from tests.unit.samples_table import samples_spec, write_samples
 from tests.unit.study_runs import BASE, SETS
+from usr_ray.config import UserError
+from usr_ray.data.manifest import DataError
 from usr_ray.experiments import search
 from usr_ray.experiments.record import Base, note_failure
 from usr_ray.experiments.search_record import as_row, open_search, read_curve, read_points, write_search, write_values
@@ -144,6 +146,18 @@ def test_with_a_schedule_the_report_of_a_search_has_what_stands_for_a_run() -> N
         ("middle", "0.4900", ""),
         ("stopped", DASH, ""),
     ]
+
+
+def test_what_every_trial_would_fail_of_is_refused_before_the_first(tmp_path: Path) -> None:
+    """Labels take 25 hours, so the first date has no final one by its end: on that alone the trials would train."""
+    write_samples(tmp_path / "lake", samples_spec(), num_rows=200, num_days=4)
+    short = Base(None, ("data.train_dates=2026-01-01:2026-01-02", "data.eval_dates=2026-01-03", SPACE))
+    with pytest.raises(DataError, match=r"2026-01-01 to 2026-01-01: no row's labels are final by 2026-01-02T00:00:00Z"):
+        open_search(load_search(None, short.overrides), str(tmp_path / "lake"), tmp_path / "search", short, [])
+    many = Base(None, (*SEARCH.overrides, "ray.num_workers=99"))
+    with pytest.raises(UserError, match=r"99 workers cannot share a global batch of 8 groups"):
+        open_search(load_search(None, many.overrides), str(tmp_path / "lake"), tmp_path / "search", many, [])
+    assert not (tmp_path / "search").exists(), "the corrected command begins anew"
 
 
 def test_a_search_goes_on_only_as_itself(tmp_path: Path) -> None:
