@@ -70,11 +70,30 @@ class Groups:
     """int64: group g is places order_V[starts_G[g]:starts_G[g + 1]]; it may be empty."""
 
 
-def group_places(index_V: Tensor, num_rows: int) -> Places:
-    """Places of an index into a weight of `num_rows` rows. The sort is stable, so the result is deterministic."""
-    # Half the bytes take half the time to sort.
-    dtype = torch.int16 if num_rows < 2**15 else torch.int32 if num_rows < 2**31 else torch.int64
-    order_V = torch.sort(index_V.to(dtype), stable=True).indices
+_RADIX, _WORTH_FILLING = 2**15, 2**13
+"""torch sorts integers by radix on a CPU from so many on; and from how many it pays to fill up to that."""
+
+
+def key_type(num_keys: int) -> torch.dtype:
+    """Type to sort the keys 0..num_keys - 1 in: half the bytes take half the time."""
+    return torch.int16 if num_keys < 2**15 else torch.int32 if num_keys < 2**31 else torch.int64
+
+
+def stable_order(keys_V: Tensor, num_keys: int) -> Tensor:
+    """int64 permutation that sorts integer keys, 0 <= key < `num_keys`; equal ones stay in their order."""
+    keys_V, size = keys_V.to(key_type(num_keys)), keys_V.shape[0]
+    if keys_V.is_cpu and _WORTH_FILLING <= size < _RADIX:
+        keys_V = torch.cat([keys_V, keys_V.new_full((_RADIX - size,), torch.iinfo(keys_V.dtype).max)])
+    return torch.sort(keys_V, stable=True).indices[:size]
+
+
+def group_places(index_V: Tensor, num_rows: int, order_V: Tensor | None = None) -> Places:
+    """Places of an index into a weight of `num_rows` rows. The sort is stable, so the result is deterministic.
+
+    `order_V`: Places.order_V, where it is known.
+    """
+    if order_V is None:
+        order_V = stable_order(index_V, num_rows)
     if index_V.is_cpu:
         counts_U = torch.bincount(index_V, minlength=num_rows)
     else:  # on a GPU bincount first waits for the largest index
@@ -190,9 +209,8 @@ def _softmax(score_BVL: Tensor, valid_BML: Tensor) -> Tensor:
 
 
 def _softmax_gradient(weight: Tensor, grad_weight: Tensor) -> Tensor:
-    """Gradient of the scores, over the last dimension."""
-    product = grad_weight * weight
-    return torch.addcmul(product, weight, product.sum(-1, keepdim=True), value=-1)
+    """Gradient of the scores, over the last dimension: in one pass, as torch's own softmax takes it."""
+    return torch._softmax_backward_data(grad_weight, weight, -1, weight.dtype)
 
 
 class _MaskedAttention(torch.autograd.Function):
@@ -226,7 +244,9 @@ class _MaskedAttention(torch.autograd.Function):
         grad_BWK = grad_BWK.contiguous()
         key_BLK, value_BLK = pairs_BLK.split(size, dim=2)
         grad_weight_BWL = torch.bmm(grad_BWK, value_BLK.transpose(1, 2))
-        grad_score_BVL = _softmax_gradient(weight_BMVL, grad_weight_BWL.view_as(weight_BMVL)).sum(1)
+        grad_score_BMVL = _softmax_gradient(weight_BMVL, grad_weight_BWL.view_as(weight_BMVL))
+        # A sum over one mask would be a copy.
+        grad_score_BVL = grad_score_BMVL.squeeze(1) if grad_score_BMVL.shape[1] == 1 else grad_score_BMVL.sum(1)
         if of_share:
             weight_RVL, value_RLK = of_share
             grad_RVK = grad_RVK.contiguous()

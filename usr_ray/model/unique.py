@@ -19,7 +19,7 @@ from torch import Tensor
 
 from usr_ray.config import ModelConfig, UserError
 from usr_ray.data.batch import UsrBatch
-from usr_ray.model.ops import Places, group_places
+from usr_ray.model.ops import Places, group_places, key_type, stable_order
 from usr_ray.schema import PADDING_ID, UNKNOWN_ID, FeatureSpec
 
 ITEM_TABLE = "item_id"
@@ -158,11 +158,9 @@ def _list_ids(name: str, num_rows: int, batch: UsrBatch, spans: Sequence[tuple[i
     lists = [_without_padding(batch.lists_BW[:, first:end]) for first, end in spans]
     ids_BL = torch.cat(lists, dim=1)
     parts = [ids_BL.new_full((1,), PADDING_ID), ids_BL.flatten()]
-    unique, index = torch.unique(torch.cat(parts).to(_key_type(num_rows)), return_inverse=True)
-    if unique.is_cpu:
-        _check_range(name, num_rows, int(unique[0]), int(unique[-1]))
+    ids_U, index_N, _ = _distinct(name, num_rows, torch.cat(parts))
     widths = tuple(ids.shape[1] for ids in lists)
-    return TableIds(unique.long(), index[1:].view(ids_BL.shape), None, widths=widths)
+    return TableIds(ids_U, index_N[1:].view(ids_BL.shape), None, widths=widths)
 
 
 def _without_padding(ids_BL: Tensor) -> Tensor:
@@ -175,18 +173,25 @@ def _without_padding(ids_BL: Tensor) -> Tensor:
 
 def _with_events(name: str, num_rows: int, column_B: Tensor, history_V: Tensor) -> TableIds:
     """The ids of a table that histories, or their items, use as well."""
-    # The padding id comes first, so that index 0 is padding whether the batch has any or not.
-    parts = [column_B.new_full((1,), PADDING_ID), column_B, history_V]
-    unique, index = torch.unique(torch.cat([p.to(_key_type(num_rows)) for p in parts]), return_inverse=True)
-    if unique.is_cpu:
-        _check_range(name, num_rows, int(unique[0]), int(unique[-1]))
     num_own = 1 + column_B.shape[0]
-    return TableIds(unique.long(), index[1:num_own], group_places(index[num_own:], unique.shape[0]))
+    # The padding id comes first, so that index 0 is padding whether the batch has any or not.
+    ids_N = torch.cat([column_B.new_full((1,), PADDING_ID), column_B, history_V])
+    ids_U, place_N, order_N = _distinct(name, num_rows, ids_N)
+    # Those of the histories stand in that order too: one sort for both.
+    order_V = order_N.masked_select(order_N >= num_own) - num_own
+    return TableIds(ids_U, place_N[1:num_own], group_places(place_N[num_own:], ids_U.shape[0], order_V))
 
 
-def _key_type(num_ids: int) -> torch.dtype:
-    """Type to sort the ids 0..num_ids - 1 in: half the bytes take half the time."""
-    return torch.int32 if num_ids <= 2**31 else torch.int64
+def _distinct(name: str, num_rows: int, ids_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As torch.unique with the inverse: int64, ascending; the place of each id there; and the order that sorts them."""
+    if ids_N.is_cpu:
+        _check_range(name, num_rows, *(int(end) for end in torch.aminmax(ids_N)))
+    order_N = stable_order(ids_N, num_rows)
+    sorted_N = ids_N.index_select(0, order_N)
+    is_first_N = torch.ones_like(sorted_N, dtype=torch.bool)
+    torch.ne(sorted_N[1:], sorted_N[:-1], out=is_first_N[1:])
+    place_N = torch.empty_like(order_N).scatter_(0, order_N, is_first_N.cumsum(0) - 1)
+    return sorted_N.masked_select(is_first_N).long(), place_N, order_N
 
 
 def _check_range(name: str, num_rows: int, lowest: int, highest: int) -> None:
@@ -221,11 +226,11 @@ def _sort_columns(sparse_BF: Tensor, sizes: Sequence[int]) -> _SortedColumns:
     features_F1 = torch.arange(num_features, device=sparse_BF.device).unsqueeze(1)
     # Each feature's ids lie above those of the features before it, so its sorted values stay together.
     starts = [0, *itertools.accumulate(sizes)]
-    dtype = _key_type(starts[-1])
+    dtype = key_type(starts[-1])
     start_F1 = torch.tensor(starts[:-1], dtype=dtype, device=sparse_BF.device).unsqueeze(1)
     keys_V = (sparse_BF.T.to(dtype) + start_F1).flatten()
-    sorted_V, order_V = torch.sort(keys_V, stable=True)
-    ids_FB = sorted_V.view(num_features, num_rows) - start_F1
+    order_V = stable_order(keys_V, starts[-1])
+    ids_FB = keys_V.index_select(0, order_V).view(num_features, num_rows) - start_F1
     row_FB = order_V.view(num_features, num_rows) - features_F1 * num_rows
     is_first_FB = torch.ones_like(ids_FB, dtype=torch.bool)
     torch.ne(ids_FB[:, 1:], ids_FB[:, :-1], out=is_first_FB[:, 1:])

@@ -158,11 +158,13 @@ def test_the_rows_of_a_small_table_are_the_first_of_a_large_one() -> None:
     assert torch.equal(fresh_rows("item_id", 10, 25, dim=4, seed=7), large[10:])
 
 
-@pytest.mark.parametrize("wrong", [40, -1])
-def test_an_id_outside_its_table_is_refused(wrong: int) -> None:
+@pytest.mark.parametrize("of_history", [False, True])
+@pytest.mark.parametrize("wrong", [40, -1, 2**16 + 3])
+def test_an_id_outside_its_table_is_refused(wrong: int, of_history: bool) -> None:
+    """Also one whose lowest 16 bits, which are sorted, are those of another."""
     spec = make_spec()
     batch = make_batch(spec)
-    batch.sparse_BF[4, 1] = wrong
+    (batch.histories[1].item_ids_V if of_history else batch.sparse_BF[4])[1] = wrong
     with pytest.raises(
         EmbeddingError,
         match=rf"table item_id: the batch has id {wrong}, the table has 40 rows; .* build the manifest again",

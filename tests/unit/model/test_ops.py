@@ -12,7 +12,7 @@ from tests.unit.random_batches import make_batch, make_config, make_spec
 from usr_ray.data.batch import GroupShare
 from usr_ray.model import ops
 from usr_ray.model.embedding import EmbeddingTables
-from usr_ray.model.ops import Groups, group_places, masked_attention, pool_sum
+from usr_ray.model.ops import Groups, group_places, masked_attention, pool_sum, stable_order
 from usr_ray.model.usr import UsrModel
 from usr_ray.training.loss import row_counts, usr_loss
 
@@ -30,6 +30,15 @@ def same_with_plain(function: Callable[..., Tensor], arguments: list[Tensor]) ->
     assert all(t.dtype == torch.float64 for t in found[0])
     for by_twin, by_hand in zip(*found, strict=True):
         torch.testing.assert_close(by_hand, by_twin, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_keys", [100, 2**15 - 1, 70_000])
+@pytest.mark.parametrize("size", [0, 1, 2**13 - 1, 2**13, 2**15 - 1, 2**15])
+def test_the_order_of_keys_is_stable_for_any_number_of_them(size: int, num_keys: int) -> None:
+    keys_V = torch.randint(0, num_keys, (size,), generator=torch.Generator().manual_seed(0))
+    keys_V[size // 2 :: 7] = num_keys - 1
+    expected = sorted(range(size), key=keys_V.tolist().__getitem__)
+    assert stable_order(keys_V, num_keys).tolist() == expected
 
 
 def test_pool_sum_equals_its_twin() -> None:
