@@ -227,4 +227,5 @@ class UsrOutputs:
     """Event-masked twins, the positives of the contrastive loss, of the R rows that take part (GroupShare)."""
     features_BSD: Tensor | None = None
     """(B, S, D) f_k of every view."""
-    features_twin_RSD: Tensor | None = None
+    features_kept_RD: Tensor | None = None
+    """1 for the columns of f_k that its twin, the positive of the contrastive loss, keeps, else 0; of the same rows."""

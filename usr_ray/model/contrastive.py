@@ -1,7 +1,8 @@
 """Contrastive learning over views: which events and features a twin sees, the loss, and the collapse alarm.
 
-The positive of a vector is a masked twin of the same row and view. The negatives are all other vectors of the group of
-rows: its own view's, but for those of the same user, and the other views', its own row's among them (method, 3).
+The positive of a vector is a masked twin of the same row and view: i's has seen fewer events, f's is f_k itself without
+some features. The negatives are all other vectors of the group of rows: its own view's, but for those of the same user,
+and the other views', its own row's among them (method, 3).
 
 L = -log( exp(cos(v, twin) / tau) / (exp(cos(v, twin) / tau) + sum_n exp(cos(v, n) / tau)) )
 
@@ -11,7 +12,8 @@ a collapse costs log G.
 Groups are consecutive rows of fixed size and masks depend on the row and the step alone, so the loss is the same for
 every number of workers.
 
-Shape letters: B rows, S views, D vector, V events, F features, C columns, N groups, G rows of a group, X = S G.
+Shape letters: B rows, R those with twins, S views, D vector, V events, F features, C columns, N groups, G rows of a
+group, X = S G.
 """
 
 from __future__ import annotations
@@ -22,12 +24,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from usr_ray.data.batch import GroupShare
 from usr_ray.model.counter_random import hash_keys, to_uniform
 from usr_ray.model.history import Events
 
 _EVENT_STREAM, _FEATURE_STREAM = 1, 2
 _NORM_FLOOR = 1e-6
 """Added to norms, so that the gradient of a zero vector is finite."""
+_VANISHING = 40.0
+"""How far below all others the score of a pair that is left out lies: e^-40 beside 1 is nothing. Finite, or a vector
+without any negative would have a gradient that is not a number; and no deeper, since torch takes ten times as long over
+exponentials that underflow, and several times as long over products that nearly do."""
 
 
 def _row_keys(row_number_B: Tensor, step_seed: int | Tensor, stream: int) -> Tensor:
@@ -42,7 +49,8 @@ def event_mask(events: Events, row_number_B: Tensor, step_seed: int | Tensor, ra
     num_scenarios = events.lengths_SB.shape[0]
     scenario_S1 = torch.arange(num_scenarios, device=row_number_B.device).unsqueeze(1)
     keys_SB = hash_keys(_row_keys(row_number_B, step_seed, _EVENT_STREAM), scenario_S1)
-    uniform_V = to_uniform(hash_keys(keys_SB.flatten()[events.history_V], events.from_newest_V))
+    keys_V = keys_SB.flatten().index_select(0, events.history_V)
+    uniform_V = to_uniform(hash_keys(keys_V, events.from_newest_V))
     return (uniform_V >= rate) | (events.from_newest_V == 0)
 
 
@@ -59,13 +67,15 @@ def feature_mask(widths: Sequence[int], row_number_B: Tensor, step_seed: int | T
 
 def contrastive_sums(
     vectors_BSD: Tensor,
-    twins_BSD: Tensor | None,
+    twins_RSD: Tensor | None,
     valid_B: Tensor,
     counted_B: Tensor,
     user_key_B: Tensor,
     *,
     group_size: int,
     temperature: float,
+    kept_RD: Tensor | None = None,
+    share: GroupShare | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loss added up over all valid (row, view), and the collapse alarm of each view added up over counted rows.
 
@@ -74,43 +84,48 @@ def contrastive_sums(
 
     Args:
         vectors_BSD: i_k or f_k, one a view.
-        twins_BSD: their masked twins; None: no loss, zero.
+        twins_RSD: their masked twins, of the rows of `share`.
         valid_B: bool; other rows are neither anchors nor negatives, nor part of the variance.
         counted_B: bool; rows over which the caller takes the mean.
         user_key_B: rows with one key are a user's: no negatives of one another inside a view.
         group_size: G; row b belongs to group b // G.
+        kept_RD: instead of twins, 1 for the columns that a vector's twin keeps of it, else 0. With neither the loss is
+            zero.
+        share: the groups that take part; None: all.
 
     Returns:
         A scalar, and (S) without a gradient; float32 (float64 for float64 vectors).
     """
-    valid_NG, counted_NG, user_NG = (_groups(rows_B, group_size) for rows_B in (valid_B, counted_B, user_key_B))
-    units_NGSD = _units(vectors_BSD, group_size)
-    loss = units_NGSD.new_zeros(())
-    if twins_BSD is not None:
-        loss_NGS = _contrast(units_NGSD, _units(twins_BSD, group_size), valid_NG, user_NG, temperature)
-        loss = (loss_NGS * valid_NG.unsqueeze(2)).sum()
-    return loss, _variance_sums(units_NGSD.detach(), valid_NG, counted_NG)
+    valid_NG, counted_NG, user_NG = (_groups(rows_B, group_size, share) for rows_B in (valid_B, counted_B, user_key_B))
+    # One view lies after the other in memory, and so do the gradients then.
+    units_NSGD = _units(_groups(vectors_BSD.transpose(0, 1), group_size, share, dim=1).transpose(0, 1))
+    variance_S = _variance_sums(units_NSGD.detach(), valid_NG, counted_NG)
+    if twins_RSD is not None:
+        twin_NSG = (units_NSGD * _units(_groups(twins_RSD, group_size, None).transpose(1, 2))).sum(3)
+    elif kept_RD is not None:
+        # u . (u m) over the norm of u m, which is the root of the same.
+        twin_NSG = torch.linalg.vector_norm(units_NSGD * _groups(kept_RD, group_size, None).unsqueeze(1), dim=3)
+    else:
+        return units_NSGD.new_zeros(()), variance_S
+    loss_NSG = _contrast(units_NSGD, twin_NSG, valid_NG, user_NG, temperature)
+    return (loss_NSG * valid_NG.unsqueeze(1)).sum(), variance_S
 
 
-def _contrast(units_NGSD: Tensor, twins_NGSD: Tensor, valid_NG: Tensor, user_NG: Tensor, temperature: float) -> Tensor:
-    """L of every (row, view), (N, G, S); without meaning for rows that are not valid."""
-    num_groups, num_rows, num_views, _ = units_NGSD.shape
-    positive_NSG = (units_NGSD * twins_NGSD).sum(3).transpose(1, 2) / temperature
+def _contrast(units_NSGD: Tensor, twin_NSG: Tensor, valid_NG: Tensor, user_NG: Tensor, temperature: float) -> Tensor:
+    """L of every (row, view), (N, S, G), from its cosine with its twin; without meaning for rows that are not valid."""
     # One view's rows after another's: X = S G vectors of a group, each beside all.
-    units_NXD = units_NGSD.transpose(1, 2).flatten(1, 2)
-    left_out_NXX = _left_out(valid_NG, user_NG, num_views, units_NXD.dtype)
+    units_NXD = units_NSGD.flatten(1, 2)
+    floor = -2 / temperature - _VANISHING
+    left_out_NXX = _left_out(valid_NG, user_NG, units_NSGD.shape[1], floor, units_NXD.dtype)
     scores_NXX = torch.baddbmm(left_out_NXX, units_NXD, units_NXD.transpose(1, 2), alpha=1 / temperature)
-    total_NX = scores_NXX.logsumexp(2)
-    return softplus(total_NX.view(num_groups, num_views, num_rows) - positive_NSG).transpose(1, 2)
+    return softplus(scores_NXX.logsumexp(2).view_as(twin_NSG) - twin_NSG / temperature)
 
 
-def _left_out(valid_NG: Tensor, user_NG: Tensor, num_views: int, dtype: torch.dtype) -> Tensor:
-    """(N, X, X): a large negative number for a pair that is no pair of negatives, else 0.
+def _left_out(valid_NG: Tensor, user_NG: Tensor, num_views: int, floor: float, dtype: torch.dtype) -> Tensor:
+    """(N, X, X): `floor` for a pair that is no pair of negatives, else 0.
 
     Left out are rows that are not valid, and in a vector's own view the rows of its user, itself among them.
     """
-    # A finite floor: a vector without any negative would have a gradient that is not a number.
-    floor = torch.finfo(dtype).min / 2
     invalid_N1G = (~valid_NG).unsqueeze(1)
     of_user_NGG = (user_NG.unsqueeze(2) == user_NG.unsqueeze(1)) | invalid_N1G
     num_groups, num_rows = valid_NG.shape
@@ -119,24 +134,28 @@ def _left_out(valid_NG: Tensor, user_NG: Tensor, num_views: int, dtype: torch.dt
     return left_out_NSGSG.view(num_groups, num_views * num_rows, num_views * num_rows)
 
 
-def _groups(values_B: Tensor, group_size: int) -> Tensor:
-    """(N, G, ..), the last group filled up with zeros."""
-    num_missing = -values_B.shape[0] % group_size
+def _groups(values: Tensor, group_size: int, share: GroupShare | None, dim: int = 0) -> Tensor:
+    """Dimension `dim`, of rows, as groups and the rows of one; without a share the last group is filled with zeros."""
+    if share is not None:
+        return share.view(values, dim)
+    num_missing = -values.shape[dim] % group_size
     if num_missing:
-        values_B = torch.cat([values_B, values_B.new_zeros((num_missing, *values_B.shape[1:]))])
-    return values_B.unflatten(0, (-1, group_size))
+        shape = (*values.shape[:dim], num_missing, *values.shape[dim + 1 :])
+        values = torch.cat([values, values.new_zeros(shape)], dim)
+    return values.unflatten(dim, (-1, group_size))
 
 
-def _units(vectors_BSD: Tensor, group_size: int) -> Tensor:
-    """Unit vectors, (N, G, S, D), at least float32."""
-    vectors_BSD = vectors_BSD.to(torch.promote_types(vectors_BSD.dtype, torch.float32))
-    norms_BS1 = torch.linalg.vector_norm(vectors_BSD, dim=2, keepdim=True)
-    return _groups(vectors_BSD / (norms_BS1 + _NORM_FLOOR), group_size)
+def _units(vectors_NSGD: Tensor) -> Tensor:
+    """Unit vectors, at least float32, one view's rows after another's in memory."""
+    vectors_NSGD = vectors_NSGD.to(torch.promote_types(vectors_NSGD.dtype, torch.float32)).contiguous()
+    norms_NSG1 = torch.linalg.vector_norm(vectors_NSGD, dim=3, keepdim=True)
+    return vectors_NSGD * (norms_NSG1 + _NORM_FLOOR).reciprocal()
 
 
-def _variance_sums(units_NGSD: Tensor, valid_NG: Tensor, counted_NG: Tensor) -> Tensor:
+def _variance_sums(units_NSGD: Tensor, valid_NG: Tensor, counted_NG: Tensor) -> Tensor:
     count_N1 = valid_NG.sum(1, keepdim=True)
-    sum_NSD = (units_NGSD * valid_NG[:, :, None, None]).sum(1)
+    # A product, not masked sums: the widest vectors are read once.
+    sum_NSD = (valid_NG.to(units_NSGD.dtype)[:, None, None] @ units_NSGD).squeeze(2)
     mean_NSD = sum_NSD / count_N1.clamp(min=1).unsqueeze(2)
     variance_NS = torch.where(count_N1 > 0, 1 - mean_NSD.square().sum(2), 0)
     return (variance_NS * counted_NG.sum(1, keepdim=True)).sum(0)

@@ -2,7 +2,7 @@
 
 g_k = 2 sigmoid(MLP([z_k ; stopgrad(f)])),  f_k = g_k * f
 
-Shape letters: B rows, R those with a twin, V views, Z trigger, C features, H hidden units.
+Shape letters: B rows, V views, Z trigger, C features, H hidden units.
 """
 
 from __future__ import annotations
@@ -10,14 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from usr_ray.data.batch import GroupShare
-
 
 class FeatureGenerator(nn.Module):
     """Elementwise gates on f, one for each column. The last layer starts at zero, so every gate starts at 1.
 
-    The first layer is kept as two factors, on z_k and on f, so that the product with f is done once for all views and
-    that with z_k once for a row and its twin.
+    The first layer is kept as two factors, on z_k and on f, so that the product with f is done once for all views.
     """
 
     def __init__(self, trigger_dim: int, feature_dim: int, hidden: int) -> None:
@@ -30,28 +27,9 @@ class FeatureGenerator(nn.Module):
 
     def forward(self, trigger_BVZ: Tensor, features_BC: Tensor) -> Tensor:
         """f_k of every view: (B, V, C), one view after the other in memory."""
-        return self._scale(self._of_trigger(trigger_BVZ), features_BC)
-
-    def with_twin(
-        self, trigger_BVZ: Tensor, features_BC: Tensor, keep_RC: Tensor, share: GroupShare | None
-    ) -> tuple[Tensor, Tensor]:
-        """f_k of every view, (B, V, C), and of the twins which see only the columns of `keep_RC`, (R, V, C).
-
-        `share`: the rows that have a twin; None: all.
-        """
-        trigger_VBH = self._of_trigger(trigger_BVZ)
-        features_BVC = self._scale(trigger_VBH, features_BC)
-        if share is not None:
-            trigger_VBH, features_BC = share.of(trigger_VBH, dim=1), share.of(features_BC)
-        return features_BVC, self._scale(trigger_VBH, features_BC * keep_RC)
-
-    def _of_trigger(self, trigger_BVZ: Tensor) -> Tensor:
-        trigger_VBH: Tensor = self.trigger_layer(trigger_BVZ.transpose(0, 1))
-        return trigger_VBH
-
-    def _scale(self, trigger_VBH: Tensor, features_BC: Tensor) -> Tensor:
         # Without the stop of the gradient the gates would pull the embeddings towards what is easy to gate.
         shared_BH = self.feature_layer(features_BC.detach())
-        half_gates_VBC = torch.sigmoid(self.gate_layer(torch.relu(trigger_VBH + shared_BH)))
+        hidden_VBH = torch.relu(self.trigger_layer(trigger_BVZ.transpose(0, 1)) + shared_BH)
+        half_gates_VBC = torch.sigmoid(self.gate_layer(hidden_VBH))
         # Views first: what all views share is then added and multiplied in long runs, and each view lies in one piece.
         return (half_gates_VBC * (2 * features_BC)).transpose(0, 1)

@@ -121,19 +121,18 @@ def list_events(batch: UsrBatch) -> Events:
     history_V = histories_G.repeat_interleave(lengths_G, output_size=num_events)
     # frexp is exact at powers of two, which a float log2 is not on every device.
     age_V = (torch.frexp(1 + ages_s_V.clamp(min=0)).exponent - 1).clamp(max=NUM_AGES - 1)
-    scenario_V = history_V // max(num_rows, 1)
+    scenario_V = torch.cat([torch.full_like(h.actions_V, s, dtype=torch.int64) for s, h in enumerate(batch.histories)])
     kind_V = (scenario_V * NUM_ACTIONS + actions_V) * NUM_AGES + age_V
     # Histories come scenario after scenario; a row's events stand together once each history has moved by `shift`.
     num_events_B = lengths_SB.sum(0)
     row_starts_B = num_events_B.cumsum(0) - num_events_B
     shift_SB = row_starts_B + lengths_SB.cumsum(0) - lengths_SB - starts_G.view_as(lengths_SB)
     numbers_V = torch.arange(num_events, device=device)
-    rank_V = numbers_V + shift_SB.flatten()[history_V]
-    order_V = torch.empty_like(numbers_V)
-    order_V[rank_V] = numbers_V
+    rank_V = numbers_V + shift_SB.flatten().index_select(0, history_V)
+    order_V = torch.empty_like(numbers_V).scatter_(0, rank_V, numbers_V)
     return Events(
         history_V=history_V,
-        from_newest_V=(starts_G + lengths_G)[history_V] - 1 - numbers_V,
+        from_newest_V=(starts_G + lengths_G - 1).index_select(0, history_V) - numbers_V,
         starts_SB=starts_G.view_as(lengths_SB),
         lengths_SB=lengths_SB,
         kinds=group_places(kind_V, num_scenarios * NUM_ACTIONS * NUM_AGES),
@@ -154,8 +153,7 @@ class Grid:
     def mark(self, keep_V: Tensor) -> Tensor:
         """The events for which keep_V holds, as a bool (B, L)."""
         marks_P = torch.zeros_like(self.valid_BL).flatten()
-        marks_P[self.slots.group_V] = keep_V
-        return marks_P.view_as(self.valid_BL)
+        return marks_P.scatter_(0, self.slots.group_V, keep_V).view_as(self.valid_BL)
 
 
 def lay_out(events: Events, longest: int | None = None) -> Grid:
@@ -170,9 +168,9 @@ def lay_out(events: Events, longest: int | None = None) -> Grid:
     longest = max(longest, 1)
     position_L = torch.arange(longest, device=row_starts_B.device)
     # An empty slot starts where the row's events end.
-    starts_P = (row_starts_B.unsqueeze(1) + torch.minimum(position_L, num_events_B1)).flatten()
+    starts_P = (row_starts_B.unsqueeze(1) + position_L.expand(num_rows, -1).clamp(max=num_events_B1)).flatten()
     row_shift_B = torch.arange(num_rows, device=row_starts_B.device) * longest - row_starts_B
-    slot_V = events.rank_V + row_shift_B[events.rows.group_V]
+    slot_V = events.rank_V + row_shift_B.index_select(0, events.rows.group_V)
     return Grid(position_L < num_events_B1, Groups(slot_V, events.rows.order_V, starts_P))
 
 
@@ -252,7 +250,8 @@ class JaggedHistories(Histories):
         place_BR = events.starts_SB[scenario].unsqueeze(1) + lengths_B1 - 1 - newest_R
         # One place more than there are events, with padding, for the places outside the history.
         index_V = torch.cat([index_V, index_V.new_zeros(1)])
-        index_BR = index_V[torch.where(newest_R < lengths_B1, place_BR, index_V.shape[0] - 1)]
+        place_BR = torch.where(newest_R < lengths_B1, place_BR, index_V.shape[0] - 1)
+        index_BR = index_V.index_select(0, place_BR.flatten()).view_as(place_BR)
         numbers_P = torch.arange(index_BR.numel(), device=index_V.device)
         rows = Groups(numbers_P // num_recent, numbers_P, numbers_P[::num_recent])
         sum_BD = pool_sum([self.queries_UD], [group_places(index_BR.flatten(), self.queries_UD.shape[0])], rows)

@@ -14,6 +14,7 @@ Shape letters: B rows, J joined views, T tasks (schema.TASKS).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,24 +26,24 @@ from usr_ray.model.mlp import MLP
 from usr_ray.schema import TASKS
 
 _LOG_HALF = -math.log(2)
+_Logs = tuple[Tensor, Tensor]
+"""log p and log(1 - p)."""
 
 
-def log_product(*logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Log of p = sig(logit_1) sig(logit_2) ... and log of 1 - p; finite, with finite gradients, for finite logits."""
-    log_p, log_not_p = logsigmoid(logits[-1]), logsigmoid(-logits[-1])
-    if len(logits) == 1:
-        return log_p, log_not_p
-    for logit in reversed(logits[:-1]):
-        log_sig = logsigmoid(logit)
-        log_not_p = torch.logaddexp(logsigmoid(-logit), log_sig + log_not_p)
-        log_p = log_sig + log_p
-    # For small p the sum above cancels: log(1 - p) = -p would drown in the rounding of its terms.
+def _times(factor: _Logs, other: _Logs) -> _Logs:
+    """Of the product. For small p, log(1 - p) = -p drowns in the rounding of its terms: then it takes `_exact`."""
+    return factor[0] + other[0], torch.logaddexp(factor[1], factor[0] + other[1])
+
+
+def _exact(product: _Logs) -> _Logs:
+    """With a log(1 - p) that is exact for small p too; both finite, with finite gradients, for finite logits."""
+    log_p, log_not_p = product
     log1mexp = torch.log1p(-torch.exp(log_p.clamp(max=_LOG_HALF)))
     return log_p, torch.where(log_p < _LOG_HALF, log1mexp, log_not_p)
 
 
-def _stack(ctr: tuple[Tensor, Tensor], ctcvr: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return torch.stack([ctr[0], ctcvr[0]], dim=1), torch.stack([ctr[1], ctcvr[1]], dim=1)
+def _stack(logs: Sequence[_Logs], dim: int) -> _Logs:
+    return torch.stack([log_p for log_p, _ in logs], dim), torch.stack([log_not_p for _, log_not_p in logs], dim)
 
 
 def scenario_outputs(logits_BT: Tensor) -> UsrOutputs:
@@ -58,12 +59,15 @@ def global_outputs(logits_BT: Tensor, global_logits_BT: Tensor, variant: str) ->
         logits_BT: for the row's own scenario.
         variant: "A" or "B".
     """
-    a_k_B, b_k_B = _at_least_float32(logits_BT).unbind(1)
-    a_g_B, b_g_B = _at_least_float32(global_logits_BT).unbind(1)
-    path = (a_g_B, b_g_B, b_k_B) if variant == "A" else (a_g_B, a_k_B, b_k_B)
-    log_p_BT, log_not_p_BT = _stack(log_product(a_g_B, a_k_B), log_product(*path))
-    log_p_global_BT, log_not_p_global_BT = _stack(log_product(a_g_B), log_product(a_g_B, b_g_B))
-    return UsrOutputs(log_p_BT, log_not_p_BT, log_p_global_BT, log_not_p_global_BT)
+    # One task's logits after another's, and what has one form at once: on a thousand rows the calls are the cost.
+    logits_LB = _at_least_float32(torch.cat([global_logits_BT, logits_BT], dim=1)).T.contiguous()
+    log_sig_LB, log_not_LB = logsigmoid(logits_LB), logsigmoid(-logits_LB)
+    a_g, b_g, a_k, b_k = zip(log_sig_LB.unbind(0), log_not_LB.unbind(0), strict=True)
+    # p_ctr,k, p_ctcvr,k and p_ctcvr,g are sig(a_g) times these.
+    others = _stack([a_k, _times(b_g if variant == "A" else a_k, b_k), b_g], dim=0)
+    log_p_3B, log_not_p_3B = _exact(_times(a_g, others))
+    ctr_k, ctcvr_k, ctcvr_g = zip(log_p_3B.unbind(0), log_not_p_3B.unbind(0), strict=True)
+    return UsrOutputs(*_stack([ctr_k, ctcvr_k], dim=1), *_stack([a_g, ctcvr_g], dim=1))
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

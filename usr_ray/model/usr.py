@@ -40,7 +40,6 @@ class _Views:
     interests_BVD: Tensor
     features_BVC: Tensor
     interests_twin_RVD: Tensor | None = None
-    features_twin_RVC: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,12 +212,12 @@ class UsrModel(nn.Module):
         if self.global_heads is None:
             outputs = scenario_outputs(logits_BT)
         else:
-            flat = [views.interests_BVD.flatten(1), views.features_BVC.flatten(1), *joined]
-            global_BT = self.global_heads(side_by_side(flat, num_rows))
+            each_view = [*_each(views.interests_BVD), *_each(views.features_BVC)]
+            global_BT = self.global_heads(side_by_side([*each_view, *joined], num_rows))
             if wide_BH is not None:
                 global_BT = global_BT + wide_BH[:, len(TASKS) :]
             outputs = global_outputs(logits_BT, global_BT, self.config.multitask.variant)
-        return self._with_views(outputs, views)
+        return self._with_views(outputs, views, masks)
 
     def _pool(self, histories: Histories) -> Tensor:
         assert self.pooled is not None
@@ -227,27 +226,24 @@ class UsrModel(nn.Module):
 
     def _views(self, inputs: Inputs, z_BVZ: Tensor, masks: _Masks) -> _Views:
         """i_k and f_k of the views whose triggers are given, with twins where there are masks."""
-        interests_twin_RVD = features_twin_RVC = None
+        interests_twin_RVD = None
         if self.interest is None:
             interests_BVD = self._pool(inputs.histories)
         else:
             interests_BVD, interests_twin_RVD = self.interest(inputs, z_BVZ, masks.events_RL, masks.share)
         if self.generator is None:
             features_BVC = inputs.features_BC.unsqueeze(1)
-        elif masks.features_RC is not None:
-            features_BVC, features_twin_RVC = self.generator.with_twin(
-                z_BVZ, inputs.features_BC, masks.features_RC, masks.share
-            )
         else:
             features_BVC = self.generator(z_BVZ, inputs.features_BC)
-        return _Views(interests_BVD, features_BVC, interests_twin_RVD, features_twin_RVC)
+        return _Views(interests_BVD, features_BVC, interests_twin_RVD)
 
-    def _with_views(self, outputs: UsrOutputs, views: _Views) -> UsrOutputs:
+    def _with_views(self, outputs: UsrOutputs, views: _Views, masks: _Masks | None) -> UsrOutputs:
         """Outputs with the vectors of the parts that are on, when all views were computed."""
         if self.interest is not None and views.interests_BVD.shape[1] == self.num_scenarios:
             outputs = replace(outputs, interests_BSD=views.interests_BVD, interests_twin_RSD=views.interests_twin_RVD)
         if self.generator is not None and views.features_BVC.shape[1] == self.num_scenarios:
-            outputs = replace(outputs, features_BSD=views.features_BVC, features_twin_RSD=views.features_twin_RVC)
+            kept_RC = None if masks is None else masks.features_RC
+            outputs = replace(outputs, features_BSD=views.features_BVC, features_kept_RD=kept_RC)
         return outputs
 
     def fold(self) -> UsrModel:
@@ -259,6 +255,16 @@ class UsrModel(nn.Module):
         return folded
 
 
+def _each(views_BVX: Tensor) -> Sequence[Tensor]:
+    """(B, X) of each view. One view lies after the other in memory, and so do their gradients then."""
+    return views_BVX.transpose(0, 1).unbind(0)
+
+
 def _own(views_BVX: Tensor, scenario_B: Tensor) -> Tensor:
     """(B, X): each row's own view, or the only one."""
-    return views_BVX[:, 0] if views_BVX.shape[1] == 1 else select_scenario(views_BVX, scenario_B)
+    num_rows, num_views, _ = views_BVX.shape
+    if num_views == 1:
+        return views_BVX[:, 0]
+    # Whole rows, as an embedding takes them: the backward of `gather` adds number by number, three times as slow.
+    place_B = scenario_B * num_rows + torch.arange(num_rows, device=scenario_B.device)
+    return embedding(place_B, views_BVX.transpose(0, 1).flatten(0, 1))

@@ -122,11 +122,11 @@ def _usr_loss(
     with_events_B = counted_B & (torch.stack([h.offsets.diff() for h in batch.histories]).sum(0) > 0)
     interest, variance_interest_S = (
         part * per_contrasted_row
-        for part in _contrastive(outputs.interests_BSD, outputs.interests_twin_RSD, with_events_B, batch, config)
+        for part in _contrastive(outputs.interests_BSD, outputs.interests_twin_RSD, None, with_events_B, batch, config)
     )
     feature, variance_feature_S = (
         part * per_contrasted_row
-        for part in _contrastive(outputs.features_BSD, outputs.features_twin_RSD, counted_B, batch, config)
+        for part in _contrastive(outputs.features_BSD, None, outputs.features_kept_RD, counted_B, batch, config)
     )
     cl = config.contrastive
     weighted_ST = cells_ST
@@ -147,7 +147,12 @@ def _usr_loss(
 
 
 def _contrastive(
-    vectors_BSD: Tensor | None, twins_RSD: Tensor | None, valid_B: Tensor, batch: UsrBatch, config: ModelConfig
+    vectors_BSD: Tensor | None,
+    twins_RSD: Tensor | None,
+    kept_RD: Tensor | None,
+    valid_B: Tensor,
+    batch: UsrBatch,
+    config: ModelConfig,
 ) -> tuple[Tensor, Tensor]:
     """Loss of a row, mean over its views, and variance of each view, both added up over rows; zeros where not computed.
 
@@ -159,13 +164,15 @@ def _contrastive(
         zero = torch.zeros((), device=valid_B.device)
         return zero, zero
     loss, variance_S = contrastive_sums(
-        rows_of(vectors_BSD, share),
+        vectors_BSD,
         twins_RSD,
-        rows_of(valid_B, share),
-        rows_of(batch.weights_B > 0, share),
-        rows_of(batch.user_key_B, share),
+        valid_B,
+        batch.weights_B > 0,
+        batch.user_key_B,
         group_size=cl.group_size,
         temperature=cl.temperature,
+        kept_RD=kept_RD,
+        share=share,
     )
     return loss / vectors_BSD.shape[1], variance_S
 
@@ -179,8 +186,7 @@ def _known(known_labels: KnownLabels | None, counts_S: Tensor) -> Tensor:
 
 
 def _bce(log_p_BT: Tensor, log_not_p_BT: Tensor, labels_BT: Tensor) -> Tensor:
-    labels_BT = labels_BT.to(log_p_BT.dtype)
-    return -(labels_BT * log_p_BT + (1 - labels_BT) * log_not_p_BT)
+    return -torch.lerp(log_not_p_BT, log_p_BT, labels_BT.to(log_p_BT.dtype))
 
 
 def _one_hot(scenario_B: Tensor, num_scenarios: int) -> Tensor:

@@ -261,10 +261,11 @@ class RowOptimizer:
                     grads_UD = grads_UD + self.weight_decay * rows_UD  # noqa: PLW2901
                 # A mask, not a selection: the host knows the number of rows and does not wait for a GPU.
                 is_padding_U = ids_U == PADDING_ID
-                masked_UD = torch.where(is_padding_U[:, None], 0.0, grads_UD)
+                masked_UD = grads_UD.masked_fill(is_padding_U[:, None], 0.0)
                 mean_UD, root_U = self._moments(name, ids_U, masked_UD, is_padding_U)
-                step_UD = scale * self.learning_rate * mean_UD / (root_U + self.eps)[:, None]
-                self.weights[name].index_copy_(0, ids_U, rows_UD - step_UD)
+                root_U1 = (root_U + self.eps)[:, None]
+                rows_UD.addcdiv_(mean_UD, root_U1, value=-scale * self.learning_rate)
+                self.weights[name].index_copy_(0, ids_U, rows_UD)
 
     def _moments(self, name: str, ids_U: Tensor, grads_UD: Tensor, is_padding_U: Tensor) -> tuple[Tensor, Tensor]:
         """Move the state of a step's rows; (U, D) what the rate multiplies, zero for padding, and (U) its divisor."""

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.unit
 
 
 def cos(a: Tensor, b: Tensor) -> float:
-    return float(a @ b) / math.sqrt(float(a @ a) * float(b @ b))
+    return float(a @ b) / (math.sqrt(float(a @ a) * float(b @ b)) or 1)
 
 
 def slow_loss(
@@ -58,6 +58,22 @@ def test_the_loss_equals_its_loops(num_views: int, num_rows: int) -> None:
     assert float(loss) == pytest.approx(slow_loss(vectors, twins, valid_B.tolist(), users_B.tolist(), 4, 0.3), rel=1e-5)
 
 
+def test_twins_that_keep_some_columns_equal_those_vectors() -> None:
+    torch.manual_seed(0)
+    vectors, kept = torch.randn(10, 2, 6, dtype=torch.float64), (torch.rand(10, 6) < 0.6).double()
+    kept[3] = 0
+    valid_B, users_B = torch.arange(10) % 3 != 1, torch.arange(10) // 2
+
+    def loss(vectors: Tensor) -> Tensor:
+        return contrastive_sums(vectors, None, valid_B, valid_B, users_B, group_size=4, temperature=0.3, kept_RD=kept)[
+            0
+        ]
+
+    expected = slow_loss(vectors, vectors * kept.unsqueeze(1), valid_B.tolist(), users_B.tolist(), 4, 0.3)
+    assert float(loss(vectors)) == pytest.approx(expected, rel=1e-5)
+    assert torch.autograd.gradcheck(loss, vectors.requires_grad_())
+
+
 def test_one_row_and_two_views_by_hand() -> None:
     vectors = torch.tensor([[[2.0, 0.0], [0.0, 3.0]]])
     twins = torch.tensor([[[5.0, 0.0], [-1.0, 0.0]]])
@@ -76,7 +92,7 @@ def test_rows_of_one_user_are_no_negatives_inside_a_view() -> None:
         sums = contrastive_sums(vectors, vectors, valid, valid, torch.tensor(users), group_size=2, temperature=1.0)
         return float(sums[0])
 
-    assert loss([7, 7]) == 0
+    assert loss([7, 7]) == pytest.approx(0, abs=1e-15)
     assert loss([7, 8]) == pytest.approx(2 * math.log(2), rel=1e-5)
 
 

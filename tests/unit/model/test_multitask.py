@@ -7,9 +7,10 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from usr_ray.config import MultitaskConfig
-from usr_ray.model.multitask import GlobalHeads, global_outputs, log_product, scenario_outputs
+from usr_ray.model.multitask import GlobalHeads, global_outputs, scenario_outputs
 
 pytestmark = pytest.mark.unit
 
@@ -53,30 +54,56 @@ def exact_log_not_p(*logits: float) -> float:
     return math.log(expanded) - sum(math.log1p(s) for s in small)
 
 
+def product_of_three(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """log p and log(1 - p) of sig(x) sig(y) sig(z): p_ctcvr,k of variant A, whose a_k is another."""
+    outputs = global_outputs(torch.stack([torch.ones_like(z), z], 1), torch.stack([x, y], 1), "A")
+    return outputs.log_p_BT[:, 1], outputs.log_not_p_BT[:, 1]
+
+
 LEVELS = (-50.0, -20.0, -1.0, 0.0, 1.0, 20.0, 50.0)
 
 
 @pytest.mark.parametrize("logits", itertools.combinations_with_replacement(LEVELS, 3))
 def test_both_logarithms_are_exact_in_float32(logits: tuple[float, ...]) -> None:
-    log_p, log_not_p = log_product(*(torch.tensor([x]) for x in logits))
+    log_p, log_not_p = product_of_three(*(torch.tensor([x]) for x in logits))
     assert float(log_p) == pytest.approx(-sum(math.log1p(math.exp(-x)) for x in logits), rel=2e-6, abs=1e-30)
     assert float(log_not_p) == pytest.approx(exact_log_not_p(*logits), rel=2e-6, abs=1e-30)
+
+
+@pytest.mark.parametrize("variant", ["A", "B"])
+@pytest.mark.parametrize("logits", itertools.product((-30.0, 0.5, 30.0), repeat=4))
+def test_every_probability_is_exact_in_float32(logits: tuple[float, ...], variant: str) -> None:
+    a_k, b_k, a_g, b_g = logits
+    outputs = global_outputs(torch.tensor([[a_k, b_k]]), torch.tensor([[a_g, b_g]]), variant)
+    factors = [(a_g, a_k), (a_g, b_g if variant == "A" else a_k, b_k), (a_g,), (a_g, b_g)]
+    assert outputs.log_p_global_BT is not None
+    assert outputs.log_not_p_global_BT is not None
+    log_p = torch.cat([outputs.log_p_BT, outputs.log_p_global_BT], 1)[0].tolist()
+    log_not_p = torch.cat([outputs.log_not_p_BT, outputs.log_not_p_global_BT], 1)[0].tolist()
+    assert log_p == pytest.approx([-sum(math.log1p(math.exp(-x)) for x in f) for f in factors], rel=2e-6)
+    assert log_not_p == pytest.approx([exact_log_not_p(*f) for f in factors], rel=2e-6)
 
 
 @pytest.mark.parametrize("signs", itertools.product((-1, 1), repeat=3))
 @pytest.mark.parametrize("size", [50.0, 1e4])
 def test_gradients_stay_finite_at_the_ends(signs: tuple[int, ...], size: float) -> None:
     logits = [torch.tensor([s * size], requires_grad=True) for s in signs]
-    log_p, log_not_p = log_product(*logits)
+    log_p, log_not_p = product_of_three(*logits)
     assert log_p.isfinite()
     assert log_not_p.isfinite()
     (log_p + log_not_p).sum().backward()
     assert all(x.grad is not None and x.grad.isfinite() and x.grad.abs() <= 2 for x in logits)
 
 
-def test_gradients_are_those_of_finite_differences() -> None:
-    logits = [torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    assert torch.autograd.gradcheck(log_product, logits)
+@pytest.mark.parametrize("variant", ["A", "B"])
+def test_gradients_are_those_of_finite_differences(variant: str) -> None:
+    own_BT, global_BT = (torch.randn(4, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+
+    def logs(own_BT: Tensor, global_BT: Tensor) -> tuple[Tensor | None, ...]:
+        o = global_outputs(own_BT, global_BT, variant)
+        return o.log_p_BT, o.log_not_p_BT, o.log_p_global_BT, o.log_not_p_global_BT
+
+    assert torch.autograd.gradcheck(logs, (own_BT, global_BT))
 
 
 def test_bfloat16_logits_are_widened_first() -> None:

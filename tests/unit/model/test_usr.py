@@ -253,7 +253,7 @@ def test_twins_are_made_in_training_only_and_only_when_they_are_used() -> None:
     def made(*, training: bool = True, **switches: object) -> tuple[bool, bool]:
         model, tables = build(spec, make_config(**switches))
         outputs = model.train(training)(batch, tables.lookup(batch), 1)
-        return outputs.interests_twin_RSD is not None, outputs.features_twin_RSD is not None
+        return outputs.interests_twin_RSD is not None, outputs.features_kept_RD is not None
 
     assert made() == (True, True)
     assert made(training=False) == (False, False)
@@ -273,7 +273,7 @@ def test_the_twins_of_a_share_are_those_that_all_rows_would_have(first_group: in
     batch = dataclasses.replace(make_batch(spec, 12), first_group=first_group)
     every, some = (m(batch, tables.lookup(batch), 9) for m in (model, share))
     torch.testing.assert_close(some.interests_twin_RSD, every.interests_twin_RSD[taken])
-    torch.testing.assert_close(some.features_twin_RSD, every.features_twin_RSD[taken])
+    assert torch.equal(some.features_kept_RD, every.features_kept_RD[taken])
     torch.testing.assert_close(some.interests_BSD, every.interests_BSD)
     torch.testing.assert_close(some.features_BSD, every.features_BSD)
     with pytest.raises(ValueError, match="a batch of 11 rows is not of whole groups of 4"):

@@ -218,13 +218,13 @@ def test_contrastive_terms_are_means_over_the_rows_that_take_part_and_views(
     torch.manual_seed(0)
     config = make_config(contrastive={"every_nth_group": every_nth})
     batch = replace(make_batch(make_spec(), 8, num_padding=1), first_group=first_group)
-    vectors = [torch.randn(8, 2, 3) for _ in range(4)]
+    vectors, kept = [torch.randn(8, 2, 3) for _ in range(3)], (torch.rand(8, 3) < 0.7).float()
     outputs = replace(
         outputs_of([[0.5, 0.5]] * 8),
         interests_BSD=vectors[0],
         interests_twin_RSD=vectors[1][taken] if taken else None,
         features_BSD=vectors[2],
-        features_twin_RSD=vectors[3][taken] if taken else None,
+        features_kept_RD=kept[taken] if taken else None,
     )
     counts_C = row_counts(batch, 2, config)
     num_counted = len(set(taken) & set(range(7)))
@@ -240,7 +240,9 @@ def test_contrastive_terms_are_means_over_the_rows_that_take_part_and_views(
     tau, group = config.contrastive.temperature, config.contrastive.group_size
     # Rows without events are no anchors of CL(i), but count in the mean; padding counts in neither.
     interest = slow_loss(vectors[0], vectors[1], with_events, users, group, tau) / (max(num_counted, 1) * 2)
-    feature = slow_loss(vectors[2], vectors[3], counted, users, group, tau) / (max(num_counted, 1) * 2)
+    feature = slow_loss(vectors[2], vectors[2] * kept.unsqueeze(1), counted, users, group, tau) / (
+        max(num_counted, 1) * 2
+    )
     assert float(terms.contrastive_interest) == pytest.approx(interest, rel=1e-4)
     assert float(terms.contrastive_feature) == pytest.approx(feature, rel=1e-4)
     cells = float(terms.cells_ST.sum())
