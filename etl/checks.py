@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from usr_ray.config import UserError
@@ -10,6 +11,10 @@ from usr_ray.config import UserError
 
 class DataCheckError(UserError):
     """Logs that cannot be used, or a table that does not fit the configuration."""
+
+
+_MAY_BE_NULL = {("impressions", "request_id"), ("impressions", "query"), ("clicks", "impression_id")}
+"""Columns that a log of a kind must have, and whose values may be null."""
 
 
 class AccountingError(Exception):
@@ -56,6 +61,23 @@ def check_columns(log: str, found: Iterable[str], needed: Iterable[str]) -> None
     for column in needed:
         if column not in names:
             raise DataCheckError(
-                f"log {log}: column '{column}' is missing; it has: {', '.join(names)}; "
-                f"add it, or name your own column for it under [logs.{log}] (docs/tables.md, docs/own-logs.md)"
+                f"log {log}: column '{column}' is missing; it has: {', '.join(names) or 'none'}; "
+                f"add it, or name your own column for it under [logs.{log}] (docs/own-logs.md)"
+                + _of_one_column(log, names)
+                + _of_nulls(log, column)
             )
+
+
+def _of_nulls(log: str, column: str) -> str:
+    is_for = (log.rpartition("_")[2], column) in _MAY_BE_NULL
+    return f'; where there is none, set logs.{log}.constants = {{ {column} = "" }}' if is_for else ""
+
+
+def _of_one_column(log: str, names: Sequence[str]) -> str:
+    """What probably went wrong where a log seems to have one column, or none."""
+    if not names:
+        return "; JSON lines have one object a line, and a file of one list over many lines is none"
+    separators = [sign for sign in (";", "\t", "|", ",") if sign in names[0]]
+    if len(names) == 1 and separators:
+        return f"; that is one column: set logs.{log}.separator = {json.dumps(separators[0])}"
+    return ""

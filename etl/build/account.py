@@ -11,6 +11,7 @@ from operator import add
 
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
+from pyspark.sql import types as T
 
 from etl.build.staging import staged
 from etl.checks import AccountingError, DataCheckError, LogCount, check_accounting
@@ -174,7 +175,7 @@ def unique_features(table: DataFrame, log: str, key: str, account: Account) -> D
         DataCheckError: no row has a key.
     """
     values = [c for c in table.columns if c not in (key, REASON)]
-    num_nulls = reduce(add, (F.col(f"`{name}`").isNull().cast("int") for name in values), F.lit(0))
+    num_nulls = reduce(add, (_num_nulls(table, name) for name in values), F.lit(0))
     content = row_hash(values)
     unique = kept(
         table.groupBy(key, REASON)
@@ -206,6 +207,14 @@ def unique_features(table: DataFrame, log: str, key: str, account: Account) -> D
     for reason, rows in rejects.items():
         account.add_rejects(log, UNDATED, reason, rows)
     return unique.filter(F.col(REASON).isNull()).drop("rows:", "unlike:", REASON)
+
+
+def _num_nulls(table: DataFrame, name: str) -> Column:
+    """Of tags and terms, an array of the texts of their sources, how many of these are null: it never is itself."""
+    value, kind = F.col(f"`{name}`"), table.schema[name].dataType
+    if isinstance(kind, T.ArrayType) and isinstance(kind.elementType, T.StringType):
+        return F.size(F.filter(value, lambda text: text.isNull()))
+    return value.isNull().cast("int")
 
 
 _NULL_LIKE = r"(?i)^ *(?:null|none|nan|na|n/a|nil|\\n|--?|\?|undefined|\(null\)|<null>) *\z"

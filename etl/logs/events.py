@@ -139,7 +139,13 @@ def read_events(config: Config, folder: LogFolder, logs: Sequence[EventLog]) -> 
     features = config.features
     context = (*features.context_categories, *features.context_numbers, *context_tags(features.lists))
     optional = {KIND_IMPRESSION: ("position", "ingest_time", *context)}
-    frames = [(log, *folder.read(log.name, [*log.required, *optional.get(log.kind, ["ingest_time"])])) for log in logs]
+    frames = []
+    for log in logs:
+        columns = [*log.required, *optional.get(log.kind, ["ingest_time"])]
+        # The report on an experiment reads the bucket, and an unread query has lines of its own.
+        of_others = [config.online.bucket_column, "query"] if log.kind == KIND_IMPRESSION else []
+        folder.note_unread(log.name, [*columns, *of_others])
+        frames.append((log, *folder.read(log.name, columns)))
     contexts = _context_columns(config, [raw for log, raw, _ in frames if log.kind == KIND_IMPRESSION])
     result: DataFrame | None = None
     for log, raw, kind in frames:
@@ -172,6 +178,7 @@ def read_features(
     """
     sources = [name for feature in lists for name in feature.sources]
     columns = list(dict.fromkeys((key, *categories, *numbers, *sources, *(vector.name for vector in vectors))))
+    folder.note_unread(log, columns)
     raw, _ = folder.read(log, columns)
     check_columns(log, names_of(raw), columns)
     _check_numbers(folder, raw, log, numbers)

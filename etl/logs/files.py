@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -72,6 +72,20 @@ class LogFolder:
     def note(self, line: str) -> None:
         """Add what a reader has found in a log to the notes."""
         self._told.append(line)
+
+    def note_unread(self, log: str, read: Collection[str]) -> None:
+        """Note the columns that a log's mapping makes and nobody reads: `ingest = "got"` would be without effect.
+
+        Args:
+            read: names in the contract, and features.
+        """
+        mapping = self._mappings.get(log, LogConfig())
+        made = dict.fromkeys([*mapping.columns, *mapping.constants, *mapping.split, *mapping.decimal_comma])
+        if unread := [name for name in made if name not in read]:
+            self.note(
+                f"log {log}: logs.{log} makes {', '.join(map(repr, unread))}, which nothing reads; read are "
+                f"{', '.join(dict.fromkeys(read))}; correct the name, or name the feature in [features]"
+            )
 
     def notes(self) -> list[str]:
         """What the user should know of the logs that were read: columns that some files lack, misspelt logs ..."""

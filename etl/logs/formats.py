@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
-from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, DataFrameReader, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
@@ -35,6 +35,7 @@ _UNREAD = "unread:"
 """Begins the names of a CSV file's columns without a name of their own."""
 REPLACEMENT = "\ufffd"
 """What a decoder puts in the place of bytes that are not the encoding."""
+_CASE = "spark.sql.caseSensitive"
 _THREADS = 16
 _HEAD_BYTES = (1 << 16, 1 << 22)
 """First bytes of a CSV file read for its header; the second number where the first holds no whole line."""
@@ -87,7 +88,9 @@ class Formats:
             if charset != "utf-8":
                 reader = reader.option("encoding", charset).option("lineSep", "\n")
             paths = [literal_path(file) for file in files]
-            raw = reader.json(paths, primitivesAsString=True, columnNameOfCorruptRecord=MALFORMED)
+            found = self._json_fields(reader, paths)
+            _check_once(log, [field.name for field in found], {plain(name) for name in needed}, "it")
+            raw = reader.schema(json_kinds(found)).json(paths, columnNameOfCorruptRecord=MALFORMED)
             return renamed(log, raw, raw.columns, needed)
         groups: dict[Layout, list[str]] = {}
         for file, layout in zip(files, self._learned(log, kind, files, mapping), strict=True):
@@ -113,6 +116,19 @@ class Formats:
                 [], T.StructType([T.StructField(name, T.StringType()) for name in needed])
             )
         return reduce(DataFrame.unionByName, parts)
+
+    def _json_fields(self, reader: DataFrameReader, paths: Sequence[str]) -> T.StructType:
+        """The fields of JSON lines, each spelling by itself.
+
+        Where names ignore case, Spark takes lines with a `Device` and lines with a `device` for lines of one schema,
+        and reads the one and null of the other, as long as the fields stand in the same order without their case.
+        """
+        ignores = str(self._spark.conf.get(_CASE))
+        self._spark.conf.set(_CASE, "true")
+        try:
+            return reader.json([*paths], columnNameOfCorruptRecord=MALFORMED).schema
+        finally:
+            self._spark.conf.set(_CASE, ignores)
 
     def _charset(self, log: str, mapping: LogConfig) -> str:
         """Java's name of the encoding, which Python may call otherwise: latin-1."""
@@ -210,6 +226,25 @@ class Formats:
             FileColumn(field.name, field.dataType, nanos.get(field.name, field.dataType))
             for field in T.StructType.fromJson(json.loads(spark_schema)).fields
         )
+
+
+def json_kinds(found: T.StructType) -> T.StructType:
+    """How the fields of JSON lines are read: as they are written, as text, but for columns of numbers with a fraction.
+
+    Those are doubles, as in Parquet: 3.0, which pandas writes for the 3 of a column in which some are missing, is then
+    the category 3 and no id. Fields that differ in case only are left out.
+    """
+
+    def read_as(kind: T.DataType) -> T.DataType:
+        if isinstance(kind, T.StructType):
+            return json_kinds(kind)
+        if isinstance(kind, T.ArrayType):
+            return T.ArrayType(read_as(kind.elementType))
+        return kind if isinstance(kind, T.DoubleType) else T.StringType()
+
+    counts = Counter(plain(field.name) for field in found)
+    once = (field for field in found if counts[plain(field.name)] == 1)
+    return T.StructType([T.StructField(field.name, read_as(field.dataType)) for field in once])
 
 
 def nanosecond_columns(schema: str) -> dict[str, T.DataType]:

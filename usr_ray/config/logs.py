@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -115,7 +116,7 @@ class LogConfig:
         )
         require(
             _is_time_zone(self.time_zone),
-            f"{where}.time_zone {self.time_zone!r} is unknown; write it as 'UTC' or 'Europe/Berlin'",
+            f"{where}.time_zone {self.time_zone!r} is unknown; write it as {_like_time_zone(self.time_zone)}",
         )
 
 
@@ -139,6 +140,16 @@ def _is_time_zone(name: str) -> bool:
 
     # A machine without a time zone database cannot tell; Spark brings its own.
     return name == "UTC" or known(name) or not known("Europe/London")
+
+
+def _like_time_zone(name: str) -> str:
+    """The zone that was probably meant, or two examples. UTC+8 is like none: the database's GMT+8 lies west of it."""
+    import zoneinfo
+
+    zones = sorted(zone for zone in zoneinfo.available_timezones() if "GMT" not in zone)
+    same = [zone for zone in zones if f"/{zone}".lower().endswith(f"/{name}".lower())]
+    near = same or difflib.get_close_matches(name, zones, n=1, cutoff=0.9)
+    return repr(near[0]) if near else "'UTC' or 'Europe/Berlin'"
 
 
 def _fault_of_time_format(text: str) -> str:

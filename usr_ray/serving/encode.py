@@ -188,7 +188,8 @@ def without_nulls(value: Any, nulls: Collection[str]) -> Any:
         is_null = str(value) in nulls or value in null_numbers(nulls)
         return None if is_null else value
     if isinstance(value, list | tuple):
-        return [one for one in value if (one.strip() if isinstance(one, str) else one) not in nulls]
+        bare = [one.strip() if isinstance(one, str) else one for one in value]
+        return [one for one, alone in zip(value, bare, strict=True) if without_nulls(alone, nulls) is not None]
     return value
 
 

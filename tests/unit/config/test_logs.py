@@ -64,7 +64,12 @@ def test_every_scenario_has_its_logs() -> None:
         ),
         ("logs.orders.time_format='%Q'", "logs.orders.time_format must be 'iso'"),
         ("logs.orders.time_format='%d.%m.%Y %I:%M'", "got '%d.%m.%Y %I:%M': %I without %p is an hour of the morning"),
-        ("logs.orders.time_zone=Berlin", "logs.orders.time_zone 'Berlin' is unknown; write it as 'UTC' or 'Europe/B"),
+        ("logs.orders.time_zone=Berlin", "logs.orders.time_zone 'Berlin' is unknown; write it as 'Europe/Berlin'"),
+        ("logs.orders.time_zone=Asia/Shangai", "time_zone 'Asia/Shangai' is unknown; write it as 'Asia/Shanghai'"),
+        (
+            "logs.orders.time_zone=UTC+8",
+            "logs.orders.time_zone 'UTC+8' is unknown; write it as 'UTC' or 'Europe/Berlin'",
+        ),
         ("logs.orders.columns={order_id=''}", "logs.orders.columns.order_id is empty; name at least one"),
         ("logs.orders.columns={order_id=[]}", "logs.orders.columns.order_id is empty; name at least one"),
         ("logs.orders.where={kind=''}", "logs.orders.where.kind is empty; name at least one"),

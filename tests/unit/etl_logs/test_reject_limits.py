@@ -10,10 +10,10 @@ import pytest
 
 from etl.build.account import UNDATED, Account
 from etl.build.inputs import watermark_of
-from etl.build.reject_limits import _of_texts, check_rejects, clock_shift
+from etl.build.reject_limits import _of_texts, beyond_limit, check_rejects, clock_shift
 from etl.checks import DataCheckError, LogCount
 from etl.kernel.attribution import LabelRules
-from etl.kernel.events import KIND_CLICK, KIND_IMPRESSION, NO_SCENARIO
+from etl.kernel.events import KIND_CLICK, KIND_IMPRESSION, KIND_ORDER, NO_SCENARIO
 from etl.logs.events import EventLog
 from usr_ray.config import ConfigError, load_config
 
@@ -105,6 +105,45 @@ NO_ROWS: Any = None
 
 def checked(account: Account, *overrides: str) -> None:
     check_rejects(account, load_config(None, ['scenarios=["feed"]', *overrides]), BOTH, NO_ROWS, NO_ROWS)
+
+
+def rejecting(**logs: dict[str, int] | int) -> Account:
+    """Rejects of each log by reason, `<log>_in` its rows."""
+    account = Account()
+    for log, reasons in logs.items():
+        if isinstance(reasons, dict):
+            account.counts[log, "2026-01-02"] += LogCount(rows_in=int(str(logs[f"{log}_in"])))
+            account.reasons[log, "2026-01-02"] = reasons
+    return account
+
+
+def test_the_line_is_about_the_first_log_on_the_way_to_an_order() -> None:
+    """With clicks eight hours late all orders are without a click; the line sent people to the clock of the orders."""
+    config = load_config(None, ['scenarios=["feed"]'])
+    orders = EventLog(name="orders", kind=KIND_ORDER, scenario=NO_SCENARIO, key="order_id", required=())
+    account = rejecting(
+        orders={"no_click": 40}, orders_in=40, feed_clicks={"after_window": 90, "no_impression": 7}, feed_clicks_in=100
+    )
+    assert beyond_limit(account, config, [*BOTH, orders]) == ("feed_clicks", "after_window", 90, 100)
+    account.counts["feed_impressions", "2026-01-02"] += LogCount(rows_in=50)
+    account.reasons["feed_impressions", "2026-01-02"] = {"unparsable_event_time": 20}
+    assert beyond_limit(account, config, [*BOTH, orders]) == ("feed_impressions", "unparsable_event_time", 20, 50)
+
+
+@pytest.mark.parametrize(
+    ("rows_in", "allowed"),  # by hand: n / 20 + 2 sqrt(19 n / 400)
+    [(1, 0), (5, 1), (10, 1), (68, 6), (100, 9), (10_000, 543), (1_000_000, 50_435)],
+)
+def test_chance_may_reject_a_few_of_few_rows(rows_in: int, allowed: int) -> None:
+    """4 of 68 orders without a click stopped the build of a sparse scenario."""
+    config = load_config(None, ['scenarios=["feed"]'])
+    assert beyond_limit(rejecting(orders={"no_click": allowed}, orders_in=rows_in), config, BOTH) is None
+    beyond = rejecting(orders={"no_click": allowed + 1}, orders_in=rows_in)
+    assert beyond_limit(beyond, config, BOTH) == ("orders", "no_click", allowed + 1, rows_in)
+    strict = load_config(None, ['scenarios=["feed"]', "limits.max_reject_share=0"])
+    assert beyond_limit(rejecting(orders={"no_click": 1}, orders_in=rows_in), strict, BOTH) is not None
+    lax = load_config(None, ['scenarios=["feed"]', "limits.max_reject_shares.orders.no_click=1.0"])
+    assert beyond_limit(rejecting(orders={"no_click": rows_in}, orders_in=rows_in), lax, BOTH) is None
 
 
 def test_a_clicks_log_without_a_row_is_refused() -> None:
