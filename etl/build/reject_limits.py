@@ -172,14 +172,31 @@ def _of_clock(log: EventLog, mine: DataFrame, events: DataFrame, config: Config)
                 f"and item have ids such as {other[0]['shown']!r}: look at impression_id in logs.{log.name}.columns; "
             )
         return f"no {where} is of their user and item: look at the ids that both logs are given; "
+    earlier_log = "impression" if log.kind == KIND_CLICK else "click"
     shift = clock_shift(list(gaps.values()), window)
     if shift and 2 * shift[1] > num_rejected:
         return (
             f"their times are {abs(shift[0])} whole hours {'late' if shift[0] > 0 else 'early'}, as of another time "
-            f"zone: look at logs.{log.name}.time_zone; "
+            f"zone: look at logs.{log.name}.time_zone, and at that of the {earlier_log}s; "
         )
     window_text = "labels.click_window" if log.kind == KIND_CLICK else "labels.order_window"
-    return f"look at {window_text}, labels.clock_skew and the clocks of both logs; "
+    return (
+        f"at the median they are {usual_gap(list(gaps.values()))} their {earlier_log}: look at {window_text}, "
+        "labels.clock_skew, and the clocks, time zones and time formats of both logs; "
+    )
+
+
+def usual_gap(gaps: Sequence[Sequence[int]]) -> str:
+    """How far most rows lie from the nearest that they could belong to, in words: 54 years tell of a wrong unit.
+
+    Args:
+        gaps: for each row the microseconds since each impression (of an order: click) that it could belong to.
+    """
+    nearest = sorted(min(row, key=abs) for row in gaps)
+    gap = nearest[len(nearest) // 2]
+    units = (("days", 24 * _HOUR_US), ("hours", _HOUR_US), ("minutes", _HOUR_US // 60))
+    unit, size = next((one for one in units if abs(gap) >= 2 * one[1]), ("seconds", 1_000_000))
+    return f"{abs(gap) / size:,.1f} {unit} {'after' if gap >= 0 else 'before'}"
 
 
 def clock_shift(gaps: Sequence[Sequence[int]], window: int) -> tuple[int, int] | None:

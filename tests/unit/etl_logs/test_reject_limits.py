@@ -10,7 +10,7 @@ import pytest
 
 from etl.build.account import UNDATED, Account
 from etl.build.inputs import watermark_of
-from etl.build.reject_limits import _of_texts, beyond_limit, check_rejects, clock_shift
+from etl.build.reject_limits import _of_texts, beyond_limit, check_rejects, clock_shift, usual_gap
 from etl.checks import DataCheckError, LogCount
 from etl.kernel.attribution import LabelRules
 from etl.kernel.events import KIND_CLICK, KIND_IMPRESSION, KIND_ORDER, NO_SCENARIO
@@ -36,6 +36,20 @@ def test_clicks_that_are_merely_late_are_no_shift_of_most() -> None:
     found = clock_shift([[61 * MINUTE], [95 * MINUTE], [170 * MINUTE], [12345 * MINUTE]], HOUR)
     assert found is not None
     assert found[1] < 3
+
+
+@pytest.mark.parametrize(
+    ("gaps", "told"),
+    [
+        ([[20_469 * DAY + 12 * HOUR]] * 3, "20,469.5 days after"),  # seconds read as milliseconds: 1970
+        ([[-33 * DAY], [-33 * DAY, 40 * DAY], [-32 * DAY]], "33.0 days before"),
+        ([[90 * MINUTE], [125 * MINUTE], [600 * MINUTE]], "2.1 hours after"),
+        ([[-61 * MINUTE]], "61.0 minutes before"),
+        ([[1_500_000]], "1.5 seconds after"),
+    ],
+)
+def test_how_far_the_rows_lie_is_told(gaps: list[list[int]], told: str) -> None:
+    assert usual_gap(gaps) == told
 
 
 @pytest.mark.parametrize(
