@@ -117,7 +117,7 @@ def growth(cells: dict[Cell, Row]) -> list[str]:
 
 
 def goals(cells: dict[Cell, Row]) -> list[str]:
-    """Our job against what was set out for, then against each rival at every size."""
+    """Our job against its aims, then against each rival at every size."""
     lines = []
 
     def judged(what: str, value: float, aim: float, unit: str) -> None:
@@ -136,7 +136,7 @@ def goals(cells: dict[Cell, Row]) -> list[str]:
             if system != rival or ours is None:
                 continue
             wall, cpu = ours["wall_s"] / row["wall_s"], ours["cpu_s"] / row["cpu_s"]
-            what = f"{size / 1e6:g} M{' + bot' if bot else ''}, times {NAMES[rival]} (by the processor {cpu:.2f}x)"
+            what = f"{size / 1e6:g} M{' + bot' if bot else ''}, against {NAMES[rival]} (processor time {cpu:.2f}x)"
             aim = AIMS.get((rival, size))
             if aim is None:
                 lines.append(f"- {what}: {wall:.2f}x.")
@@ -261,7 +261,7 @@ def write_report(result: dict[str, Any], docs: Path) -> None:
         f"![Wall time and peak memory]({PLOT})",
     ]
     for title, part in (
-        ("Beside the aims", goals(cells)),
+        ("Against the aims", goals(cells)),
         ("How our job grows (aims: at most 1.1x linear, flat memory from 3 M to 10 M)", growth(cells)),
         ("Fitted lines", crossing(cells)),
         ("Arithmetic of the plan", plan(cells)),
