@@ -69,6 +69,9 @@ DEFAULTS = {
     # A small table that a task looks up takes a whole page of the heap, and Spark's own choice is 64 MB: a build has a
     # dozen of them at once.
     "spark.buffer.pageSize": "4m",
+    # The share of the heap that Spark sorts in before it spills. Parquet's writer has no such bound: the files that a
+    # task has open hold up to ROW_GROUP_ROWS rows each, some 400 MB, and the lists of a chunk come on top.
+    "spark.memory.fraction": "0.4",
     # The lists of a chunk are of some hundred megabytes, and Spark would hold those of 128 chunks before it sorts.
     "spark.sql.objectHashAggregate.sortBased.fallbackThreshold": "1",
     # Options of a DataFrameWriter do not reach Delta's Parquet files, and OPTIMIZE has none: so they stand here.
