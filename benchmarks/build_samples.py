@@ -211,10 +211,13 @@ def measure_counters(arguments: argparse.Namespace) -> None:
         result["runs"] = json.loads(arguments.output.read_text(encoding="utf-8"))["runs"]
     counters = load_config(CONFIG, COUNTERS).every_counter.items()
     num_columns = sum(len(counter_columns(name, counter)) for name, counter in counters)
-    cases = [(system, words, False) for words in ((), COUNTERS) for system in ("ours", "duckdb")]
+    systems = [system for system in ("ours", "duckdb") if system in arguments.systems.split(",")]
+    cases = [(system, words, False) for words in ((), COUNTERS) for system in systems]
+    if not arguments.not_hot:
+        cases.append(("ours", COUNTERS, True))
     for size in (int(float(word)) for word in arguments.sizes.split(",")):
         places: dict[tuple[str, bool], Path] = {}
-        for system, words, hot in (*cases, ("ours", COUNTERS, True)):
+        for system, words, hot in cases:
             logs = make_logs(arguments.work, size, bot=False, hot=hot, config=load_config(CONFIG, ()))
             vocabularies = arguments.work / "vocabularies" / logs.name
             folder = arguments.work / "runs" / f"{logs.name}-{system}-{len(words)}"
@@ -225,7 +228,7 @@ def measure_counters(arguments: argparse.Namespace) -> None:
             if system == "ours":
                 export_vocabularies(folder / "lake", vocabularies)
                 places[system, bool(words)] = run.samples
-            elif words:
+            elif words and ("ours", True) in places:
                 both = {"ours": places["ours", True], system: run.samples}
                 row["equal_to_ours"] = check_equal(both, LEFT_OUT)[system]
                 assert row["equal_to_ours"]["counters"]
@@ -277,6 +280,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--memory", default="4g", help="Spark's driver memory and DuckDB's memory limit")
     parser.add_argument("--append", action="store_true", help="keep the runs of other sizes that were recorded before")
     parser.add_argument("--counters", action="store_true", help="what counters cost")
+    parser.add_argument("--not-hot", action="store_true", help="with --counters: not where one item has half of them")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--one", choices=SYSTEMS[1:], help=argparse.SUPPRESS)
