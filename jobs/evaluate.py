@@ -171,11 +171,20 @@ def main(argv: list[str]) -> None:
     from usr_ray.data.manifest import build_manifest
     from usr_ray.evaluation.files import metrics_text
     from usr_ray.evaluation.statistics import comparison_text
-    from usr_ray.runs.evaluations import about_rows, caveats, dates_heading, dates_of, trained_dates, write_evaluation
+    from usr_ray.runs.evaluations import (
+        about_rows,
+        caveats,
+        check_earlier,
+        dates_heading,
+        dates_of,
+        trained_dates,
+        write_evaluation,
+    )
     from usr_ray.training.evaluate import check_table, evaluate, load_run
     from usr_ray.training.importance import importance, importance_text
     from usr_ray.training.worker import LocalWorker
 
+    check_earlier(arguments.run_dir, name)  # what could not be replaced is said before the work
     worker = LocalWorker()
     run = load_run(arguments.run_dir, worker.device)
     manifest = build_manifest(arguments.lake, dates=(first, last), allow_missing=arguments.allow_missing_dates)

@@ -296,14 +296,12 @@ def funnel_lines(counts: SampleCounts, spec: FeatureSpec) -> list[str]:
     return lines
 
 
-def warnings_of(
-    counts: SampleCounts, spec: FeatureSpec, logs: Collection[str], settled: dt.datetime | None = None
-) -> list[str]:
+def warnings_of(counts: SampleCounts, spec: FeatureSpec, logs: Collection[str], settled: dt.datetime) -> list[str]:
     """What the user should know of labels and features before training.
 
     Args:
         logs: names of those that were read.
-        settled: clicks of impressions before it are final; None: of all.
+        settled: clicks of impressions before it are final.
     """
     result = []
     owners = {f.name: f.owner for f in (*spec.sparse, *spec.lists)} | {f.name: f.owner for f in spec.dense}

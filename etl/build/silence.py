@@ -43,20 +43,20 @@ class Span:
 def silence(
     hours: Mapping[tuple[dt.datetime, str], Hour],
     scenarios: Iterable[str],
-    settled: dt.datetime | None,
+    settled: dt.datetime,
     no_orders: Iterable[str],
 ) -> list[str]:
     """A line for each span of hours that has no click, or no order, where many are usual.
 
     Args:
         hours: (begin of the hour in UTC, scenario) -> its sums.
-        settled: clicks of impressions before it are final (None: of all); orders count on mature rows alone.
+        settled: clicks of impressions before it are final; orders count on mature rows alone.
         no_orders: scenarios whose orders nobody logs.
     """
     lines = []
     for scenario in scenarios:
         own = {hour: sums for (hour, name), sums in sorted(hours.items()) if name == scenario}
-        final = own if settled is None else {hour: sums for hour, sums in own.items() if hour + _HOUR <= settled}
+        final = {hour: sums for hour, sums in own.items() if hour + _HOUR <= settled}
         clicks = _silent({hour: (sums.impressions, sums.clicks) for hour, sums in final.items()})
         lines += _lines(scenario, "click", clicks)
         if scenario not in set(no_orders):  # nor is ordered what is not clicked: that is told already
@@ -83,8 +83,10 @@ def _silent(counts: Mapping[dt.datetime, tuple[int, int]]) -> list[tuple[Span, f
     spans, positives = _spans(counts), sum(found for _, found in counts.values())
     if not positives:
         return [(span, None) for span in spans if span.rows >= NEVER]
-    rate = positives / sum(rows for rows, found in counts.values() if found)
-    return [(span, rate * span.rows) for span in spans if rate * span.rows >= USUAL]
+    # Of all other hours: those with a positive alone say too much where an hour has one or none.
+    rows = sum(rows for rows, _ in counts.values())
+    usual = [(span, positives * span.rows / (rows - span.rows)) for span in spans]
+    return [(span, number) for span, number in usual if number >= USUAL]
 
 
 def _spans(counts: Mapping[dt.datetime, tuple[int, int]]) -> list[Span]:

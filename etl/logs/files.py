@@ -77,7 +77,7 @@ class LogFolder:
         """Note the columns that a log's mapping makes and nobody reads: `ingest = "got"` would be without effect.
 
         Args:
-            read: names in the contract, and features.
+            read: names in the log (docs/own-logs.md), and features.
         """
         mapping = self._mappings.get(log, LogConfig())
         made = dict.fromkeys([*mapping.columns, *mapping.constants, *mapping.split, *mapping.decimal_comma])

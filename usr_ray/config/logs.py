@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from usr_ray.config.fields import FINITE, SEED, choice, number, require
+from usr_ray.config.fields import FINITE, SEED, ConfigError, choice, number, require
 
 TIME_UNITS_NS = {"s": 1_000_000_000, "ms": 1_000_000, "us": 1_000, "ns": 1}
 """time_format of a number -> nanoseconds of its unit."""
@@ -114,10 +114,9 @@ class LogConfig:
             f"{where}.time_format must be 'iso', 's', 'ms', 'us', 'ns' or a pattern of strptime such as "
             f"'%d.%m.%Y %H:%M:%S', got {self.time_format!r}: {why}",
         )
-        require(
-            _is_time_zone(self.time_zone),
-            f"{where}.time_zone {self.time_zone!r} is unknown; write it as {_like_time_zone(self.time_zone)}",
-        )
+        if not _is_time_zone(self.time_zone):  # the suggestion reads the whole time zone database
+            like = _like_time_zone(self.time_zone)
+            raise ConfigError(f"{where}.time_zone {self.time_zone!r} is unknown; write it as {like}")
 
 
 def _is_encoding(name: str) -> bool:

@@ -44,7 +44,7 @@ from usr_ray.experiments.study import StudyResult, run_study
 from usr_ray.experiments.trials import Progress, num_slots, run_trial
 from usr_ray.experiments.worlds import check_same_rows, pinned_rows, whole_path
 from usr_ray.files import now, write_whole
-from usr_ray.launch.alone import refuse_relative
+from usr_ray.launch.alone import refuse_relative_run
 from usr_ray.launch.environment import OWN, SUBMITTED
 from usr_ray.launch.session import ray_session
 from usr_ray.runs.plan import with_whole_paths
@@ -82,7 +82,7 @@ def run_search(base: Base, lake: str, run_dir: Path, *, cluster: str = OWN, comm
     """
     config = load_search(base.config_path, base.overrides)
     if cluster == SUBMITTED:
-        refuse_relative({"--lake": lake, "--run-dir": run_dir})
+        refuse_relative_run(config, lake, run_dir)
     lake, run_dir = whole_path(lake), Path(run_dir).absolute()
     record = open_search(config, lake, run_dir, base, command)
     dates = choosing_dates(config)

@@ -60,7 +60,7 @@ def read_curve(history: Path, metric: str) -> tuple[float, ...]:
     for row in rows:
         if row.get("kind") == "eval":
             value = summarise(_cells(row))[metric]
-            values[ended.get(row["step"], len(values) + 1)] = math.nan if value is None else value
+            values[ended.get(row["step"], max(values, default=0) + 1)] = math.nan if value is None else value
     return tuple(values.get(epoch, math.nan) for epoch in range(1, max(values, default=0) + 1))
 
 

@@ -40,7 +40,7 @@ from usr_ray.experiments.worlds import (
     table_version,
     whole_path,
 )
-from usr_ray.launch.alone import refuse_relative
+from usr_ray.launch.alone import refuse_relative, refuse_relative_run
 from usr_ray.launch.environment import OWN, SUBMITTED
 from usr_ray.launch.session import ray_session
 from usr_ray.runs.plan import with_whole_paths
@@ -95,7 +95,10 @@ def run_study(
     lake = whole_path(lake) if lake else None
     trials = expand(study)
     for trial in trials:
-        _check_trial(base.config(study.resources, trial), trial)  # all of the grid before anything is trained
+        config = base.config(study.resources, trial)
+        if cluster == SUBMITTED:
+            refuse_relative_run(config, lake or run_dir, run_dir)
+        _check_trial(config, trial)  # all of the grid before anything is trained
     record = open_study(run_dir, study, base, lake=str(lake or ""), command=command)
     if study.has_worlds:
         write_record(run_dir, record)  # the worlds are built in its directory; else nothing is written for a wrong lake

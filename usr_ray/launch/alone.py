@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
 import torch
 
 from usr_ray.config import Config, RayConfig, UserError, dates_in
@@ -70,7 +71,7 @@ def run_alone(
         if worker is None:
             rank.stop_on_signal()
         with contextlib.closing(monitor(plan.run_dir)) as watching:
-            result = train_planned(plan.run_dir, config, rank, watching)
+            result = train_planned(plan.run_dir, plan.config, rank, watching)
         return result.status, result.step
 
     return carry_out(plan_run(config, lake, run_dir, command=command), fit)
@@ -162,10 +163,13 @@ def _summary(plan: RunPlan, outcome: str, step: int, *, was_finished: bool) -> R
 
 
 def _evaluated_dates(plan: RunPlan) -> Collection[str]:
-    """Dates of the held-out rows that the metrics are of."""
+    """Dates of the held-out rows that the metrics are of; all, where the file of the rows does not say."""
     assert plan.eval_manifest is not None
-    rows = plan.run_dir / PREDICTIONS_FILE
-    return dates_in(read_about(rows).get("dates", "")) if rows.is_file() else plan.eval_manifest.dates
+    try:
+        said = read_about(plan.run_dir / PREDICTIONS_FILE).get("dates") or ""
+    except (OSError, ValueError, pa.ArrowException):  # gone or torn: the metrics are whole all the same
+        said = ""
+    return dates_in(said) or plan.eval_manifest.dates
 
 
 @contextlib.contextmanager

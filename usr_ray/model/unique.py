@@ -226,7 +226,8 @@ def _sort_columns(sparse_BF: Tensor, sizes: Sequence[int]) -> _SortedColumns:
     features_F1 = torch.arange(num_features, device=sparse_BF.device).unsqueeze(1)
     # Each feature's ids lie above those of the features before it, so its sorted values stay together.
     starts = [0, *itertools.accumulate(sizes)]
-    dtype = key_type(starts[-1])
+    # On a GPU nothing looks at the ids before; in 16 bits one that is too large could become another's.
+    dtype = key_type(starts[-1]) if sparse_BF.is_cpu else torch.int64
     start_F1 = torch.tensor(starts[:-1], dtype=dtype, device=sparse_BF.device).unsqueeze(1)
     keys_V = (sparse_BF.T.to(dtype) + start_F1).flatten()
     order_V = stable_order(keys_V, starts[-1])

@@ -225,7 +225,7 @@ class UsrModel(nn.Module):
         return pooled_BH.unsqueeze(1)
 
     def _views(self, inputs: Inputs, z_BVZ: Tensor, masks: _Masks) -> _Views:
-        """i_k and f_k of the views whose triggers are given, with twins where there are masks."""
+        """i_k and f_k of the views whose triggers are given, and the twins of i_k where there are masks."""
         interests_twin_RVD = None
         if self.interest is None:
             interests_BVD = self._pool(inputs.histories)

@@ -243,8 +243,9 @@ def write_evaluation(
     if baseline is not None:
         splits[baseline_split(split)] = metrics_by_scenario(baseline, scenarios)
     rows, file = run_dir / f"predictions-{name}.parquet", run_dir / f"evaluation-{name}.json"
-    for path in (rows, file):
-        _set_aside(path, about)
+    for path, there in check_earlier(run_dir, name).items():
+        if (identity := _identity(there)) != _identity(about):  # another evaluation's; it keeps its time
+            path.replace(path.with_name(f"{path.stem}-{identity}{path.suffix}"))
     write_predictions(rows, predictions, scenarios, baseline=baseline, about=about)
     for path in dict.fromkeys((file, output or file)):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -252,16 +253,20 @@ def write_evaluation(
     return splits
 
 
-def _set_aside(path: Path, about: Mapping[str, Any]) -> None:
-    """Give another evaluation's file of this name another name; it keeps its time."""
-    if not path.is_file():
-        return
-    try:
-        there = read_about(path) if path.suffix == ".parquet" else read_json(path).get("about") or {}
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise UserError(f"{path}: is no evaluation's file ({one_line(error)}); remove it") from error
-    if (identity := _identity(there)) != _identity(about):
-        path.replace(path.with_name(f"{path.stem}-{identity}{path.suffix}"))
+def check_earlier(run_dir: Path, name: str) -> dict[Path, Mapping[str, Any]]:
+    """What the files of an earlier evaluation of these dates say of themselves, by path; those that are there.
+
+    Raises:
+        UserError: one of them cannot be read.
+    """
+    found: dict[Path, Mapping[str, Any]] = {}
+    for path in (run_dir / f"predictions-{name}.parquet", run_dir / f"evaluation-{name}.json"):
+        if path.is_file():
+            try:
+                found[path] = read_about(path) if path.suffix == ".parquet" else read_json(path).get("about") or {}
+            except (OSError, ValueError, AttributeError, UserError, pa.ArrowException) as error:
+                raise UserError(f"{path}: is no evaluation's file ({one_line(error)}); remove it") from error
+    return found
 
 
 def _identity(about: Mapping[str, Any]) -> str:

@@ -121,6 +121,11 @@ def plan_run(config: Config, lake: Path | str, run_dir: Path | str, *, command: 
         saved = Config.completed(record["config"])
         changed = differences(saved, config.to_dict())
         is_lost = manifests["eval"] is not None and not (folder / METRICS_FILE).is_file()
+        if is_lost and record["status"] == FINISHED and CheckpointStore(folder / CHECKPOINTS).newest_state() is None:
+            raise UserError(
+                f"--run-dir {folder}: is finished, but {METRICS_FILE} and all checkpoints are gone; put the "
+                "checkpoints back to evaluate again, or train in another --run-dir"
+            )
         if is_lost or first_difference(saved, config.to_dict(), _TRAINED_FROM, but=_NOT_MEANT):
             record["status"] = RUNNING  # more epochs, for example, or an evaluation once more
     train_manifest = manifests["train"]

@@ -110,3 +110,8 @@ def test_strptime_patterns_become_sparks(text: str, pattern: str) -> None:
 def test_patterns_without_a_known_code_are_none(text: str) -> None:
     with pytest.raises(ValueError, match="%"):
         spark_time_pattern(text)
+
+
+def test_a_zone_that_is_known_costs_no_look_at_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zoneinfo.available_timezones", None)
+    assert load_config(None, ["logs.orders.time_zone=Asia/Shanghai"]).logs["orders"].time_zone == "Asia/Shanghai"

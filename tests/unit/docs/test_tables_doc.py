@@ -1,14 +1,9 @@
-"""docs/tables.md says what the code writes: columns, types, null rules, reasons of rejects, keys of the reports.
-
-docs/own-logs.md says which columns it reads.
-"""
+"""docs/tables.md says what the code writes: columns, types, null rules, reasons of rejects, keys of the reports."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
-from typing import cast
 
 import pytest
 from pyspark.sql import types as T
@@ -31,8 +26,6 @@ from etl.lake.tables import (
     samples_schema,
     vectors_schema,
 )
-from etl.logs.events import event_logs
-from etl.logs.files import LogFolder
 from etl.session import MAX_FILE_BYTES, MIN_FILE_BYTES, ROW_GROUP_ROWS
 from usr_ray.config import load_config
 from usr_ray.config.etl import REJECT_REASONS
@@ -175,17 +168,3 @@ def test_the_keys_of_a_report_are_documented() -> None:
     )
     about_the_build = {"watermark", "table_version", "fingerprint", "cut_values"}
     assert documented_keys("reports") == set(report) | about_the_build
-
-
-def test_the_columns_that_a_log_must_have_are_documented() -> None:
-    folder = cast(LogFolder, SimpleNamespace(has=lambda name: name == "orders"))
-    logs = {log.name: set(log.required) for log in event_logs(load_config(None, ()), folder)}
-    page = (DOCS / "own-logs.md").read_text(encoding="utf-8")
-    rows = {
-        names: set(re.findall(r"`(\w+)`", cell.partition("optional:")[0]))
-        for names, cell in re.findall(r"^\| (`[^|]+`) \| (`[^|]+) \|$", page.split("\n## ")[0], re.MULTILINE)
-    }
-    assert rows["`<s>_impressions`"] == logs["search_impressions"]
-    assert rows["`<s>_impressions`"] - {"query"} == logs["recommendation_impressions"]
-    assert rows["`<s>_clicks`"] == logs["search_clicks"]
-    assert rows["`orders`, `<s>_orders`"] == logs["orders"]

@@ -81,6 +81,7 @@ def test_another_pyspark_or_delta_is_named(monkeypatch: pytest.MonkeyPatch, pack
         session._check_packages()
 
 
+LATER = dt.datetime(2027, 1, 1, tzinfo=dt.UTC)
 COUNTS = SampleCounts(
     {
         ("2026-01-01", "search"): Funnel(100, 20, 5, 40, 10, 0),
@@ -109,8 +110,8 @@ def test_the_funnel_adds_up_dates_per_scenario() -> None:
 
 
 def test_a_global_label_that_says_nothing_new_is_warned_of() -> None:
-    assert len(warnings_of(COUNTS, spec_of("search"), ["orders"])) == 0
-    (warning,) = warnings_of(COUNTS, spec_of("search", "feed"), ["orders"])
+    assert len(warnings_of(COUNTS, spec_of("search"), ["orders"], LATER)) == 0
+    (warning,) = warnings_of(COUNTS, spec_of("search", "feed"), ["orders"], LATER)
     assert warning.startswith("feed: P(is_click | is_click_global) = 1.0000 > 0.98")
 
 
@@ -122,19 +123,21 @@ def test_a_feature_that_no_impression_has_is_warned_of() -> None:
     days = ("2026-01-01", "2026-01-02")
     present = {(day, name): 0 for day in days for name in ("city", "age", "depth", "query")}
     counts = replace(COUNTS, present=present | {("2026-01-02", "depth"): 1})
-    lines = [warning for warning in warnings_of(counts, spec, ["orders"]) if "no impression has a value" in warning]
+    lines = [
+        warning for warning in warnings_of(counts, spec, ["orders"], LATER) if "no impression has a value" in warning
+    ]
     assert [line.partition(":")[0] for line in lines] == ["query", "city", "age"]
     assert "look at the column in the impressions logs" in lines[0]
     assert "compare user_id in users with that of the impressions (1 and 1.0" in lines[1]
     no_queries = [
-        line for line in warnings_of(counts, replace(spec, query_scenarios=()), ["orders"]) if "query" in line
+        line for line in warnings_of(counts, replace(spec, query_scenarios=()), ["orders"], LATER) if "query" in line
     ]
     assert not no_queries
 
 
 def test_no_mature_row_is_warned_of() -> None:
     immature = SampleCounts({("2026-01-01", "search"): Funnel(100, 20, 5, 40, 10, 0)}, {}, {})
-    assert "no row is mature" in warnings_of(immature, spec_of("search"), ["search_orders"])[-1]
+    assert "no row is mature" in warnings_of(immature, spec_of("search"), ["search_orders"], LATER)[-1]
 
 
 def test_hours_without_a_click_are_among_the_warnings() -> None:
@@ -162,12 +165,12 @@ def test_orders_that_no_log_knows_are_a_dash_and_no_zero() -> None:
 
 
 def test_a_scenario_whose_orders_no_log_holds_is_warned_of_unless_that_is_said() -> None:
-    of_feed = [w for w in warnings_of(COUNTS, spec_of("search", "feed"), ["search_orders"]) if "no log" in w]
+    of_feed = [w for w in warnings_of(COUNTS, spec_of("search", "feed"), ["search_orders"], LATER) if "no log" in w]
     assert of_feed == [
         "feed: no log holds its orders, so is_order is 0 on every row and will be trained on; if they are "
         "not known rather than none, name it in labels.no_order_scenarios"
     ]
     said = spec_of("search", "feed", no_orders='["feed"]')
-    assert not any("no log" in w for w in warnings_of(COUNTS, said, ["search_orders"]))
+    assert not any("no log" in w for w in warnings_of(COUNTS, said, ["search_orders"], LATER))
     every = spec_of("search", "feed", no_orders='["search", "feed"]')
-    assert not any("order" in w for w in warnings_of(COUNTS, every, []))
+    assert not any("order" in w for w in warnings_of(COUNTS, every, [], LATER))

@@ -129,6 +129,41 @@ def test_a_run_that_was_asked_to_stop_goes_on_to_what_it_would_have_been(
     assert (stopped / "config.json").read_bytes() == before
 
 
+def test_a_finished_run_without_its_rows_prints_its_metrics_and_one_without_checkpoints_is_not_trained_anew(
+    lake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(lake, tmp_path / "run") == 0
+    capsys.readouterr()
+    rows = tmp_path / "run" / "predictions.parquet"
+    rows.write_bytes(rows.read_bytes()[:-9])
+    assert train(lake, tmp_path / "run") == 2
+    assert capsys.readouterr().err.startswith(f"error: {rows}: cannot be read (Parquet magic bytes not found in footer")
+    rows.unlink()
+    assert train(lake, tmp_path / "run") == 0
+    out = capsys.readouterr().out
+    assert "this run is finished" in out
+    assert "search" in out
+    assert "warning: data.eval_dates" not in out
+    (tmp_path / "run" / "metrics.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    record = (tmp_path / "run" / "config.json").read_bytes()
+    assert train(lake, tmp_path / "run") == 2
+    assert capsys.readouterr().err == (
+        f"error: --run-dir {tmp_path / 'run'}: is finished, but metrics.json and all checkpoints are gone; put the "
+        "checkpoints back to evaluate again, or train in another --run-dir\n"
+    )
+    assert (tmp_path / "run" / "config.json").read_bytes() == record
+
+
+def test_a_checkpoint_holds_whole_paths(lake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever evaluates it from another folder would else make the cache there."""
+    monkeypatch.chdir(tmp_path)
+    assert train(lake, tmp_path / "run", "train.reader_cache=cache", "train.num_epochs=1") == 0
+    state = CheckpointStore(tmp_path / "run" / "checkpoints").newest_state()
+    assert state is not None
+    assert state["config"]["train"]["reader_cache"] == str(tmp_path / "cache")
+
+
 def test_a_training_says_which_held_out_rows_its_metrics_are_without_and_what_flatters_them(
     lake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -423,7 +423,9 @@ def test_an_evaluation_on_training_dates_says_so_and_leaves_the_others(lake, run
     assert {path.read_bytes() for path in kept} <= set(before.values())
 
 
-def test_files_of_other_evaluations_are_neither_replaced_nor_a_stack_trace(lake, run_dir, tmp_path, capsys):
+def test_files_of_other_evaluations_are_neither_replaced_nor_a_stack_trace(
+    lake, run_dir, tmp_path, capsys, monkeypatch
+):
     folder = Path(shutil.copytree(run_dir, tmp_path / "run"))
     (folder / "config.json").write_text("{}")
     arguments = ["--run-dir", folder, "--lake", lake, "--dates", "2026-01-04"]
@@ -437,6 +439,12 @@ def test_files_of_other_evaluations_are_neither_replaced_nor_a_stack_trace(lake,
     line = refused(capsys, arguments)
     assert f"{torn}: is no evaluation's file (Parquet magic bytes not found in footer" in line
     assert line.endswith("; remove it\n")
+    torn.unlink()
+    own.write_text("[1]")
+    with monkeypatch.context() as patch:
+        patch.setattr("usr_ray.training.evaluate.evaluate", None)  # said before the work
+        line = refused(capsys, arguments)
+    assert f"{own}: is no evaluation's file (" in line
 
 
 def test_what_an_evaluation_used_is_what_it_says(lake, run_dir, tmp_path, capsys):
