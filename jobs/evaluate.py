@@ -153,20 +153,27 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def check_places(own: Path, output: Path | None) -> None:
+    """Try what an evaluation writes: its file in the run directory, and --output.
+
+    Raises:
+        UserError: one of them cannot be written, or --output is another evaluation's file.
+    """
+    if output is not None:
+        check_output_file(output, flag="--output")
+        is_of_a_run = output.match("evaluation-*.json") and (output.parent / "config.json").exists()
+        if is_of_a_run and output.absolute() != own.absolute():
+            raise UserError(
+                f"--output {output}: has the name of another evaluation, whose file it would replace; name another file"
+            )
+    check_output_file(own, flag="--run-dir")
+
+
 def main(argv: list[str]) -> None:
     arguments = _parsed(argv)
     first, last = parse_dates(arguments.dates, where="--dates")
     name = f"{first}_{last}"
-    own = arguments.run_dir / f"evaluation-{name}.json"
-    if arguments.output is not None:
-        check_output_file(arguments.output, flag="--output")
-        is_of_a_run = arguments.output.match("evaluation-*.json") and (arguments.output.parent / "config.json").exists()
-        if is_of_a_run and arguments.output.absolute() != own.absolute():
-            raise UserError(
-                f"--output {arguments.output}: has the name of another evaluation, whose file it would replace; name "
-                "another file"
-            )
-    check_output_file(own, flag="--run-dir")
+    check_places(arguments.run_dir / f"evaluation-{name}.json", arguments.output)
     from usr_ray.data.lineage import warn
     from usr_ray.data.manifest import build_manifest
     from usr_ray.evaluation.files import metrics_text

@@ -94,11 +94,10 @@ def run_study(
     run_dir = Path(run_dir).absolute()
     lake = whole_path(lake) if lake else None
     trials = expand(study)
+    if cluster == SUBMITTED:
+        refuse_relative_run(base.config(study.resources), lake or run_dir, run_dir)
     for trial in trials:
-        config = base.config(study.resources, trial)
-        if cluster == SUBMITTED:
-            refuse_relative_run(config, lake or run_dir, run_dir)
-        _check_trial(config, trial)  # all of the grid before anything is trained
+        _check_trial(base.config(study.resources, trial), trial)  # all of the grid before anything is trained
     record = open_study(run_dir, study, base, lake=str(lake or ""), command=command)
     if study.has_worlds:
         write_record(run_dir, record)  # the worlds are built in its directory; else nothing is written for a wrong lake

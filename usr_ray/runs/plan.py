@@ -120,12 +120,7 @@ def plan_run(config: Config, lake: Path | str, run_dir: Path | str, *, command: 
         # The run is pinned to its version, asked or not.
         saved = Config.completed(record["config"])
         changed = differences(saved, config.to_dict())
-        is_lost = manifests["eval"] is not None and not (folder / METRICS_FILE).is_file()
-        if is_lost and record["status"] == FINISHED and CheckpointStore(folder / CHECKPOINTS).newest_state() is None:
-            raise UserError(
-                f"--run-dir {folder}: is finished, but {METRICS_FILE} and all checkpoints are gone; put the "
-                "checkpoints back to evaluate again, or train in another --run-dir"
-            )
+        is_lost = manifests["eval"] is not None and _has_lost_metrics(folder, record)
         if is_lost or first_difference(saved, config.to_dict(), _TRAINED_FROM, but=_NOT_MEANT):
             record["status"] = RUNNING  # more epochs, for example, or an evaluation once more
     train_manifest = manifests["train"]
@@ -169,6 +164,22 @@ def with_whole_paths(config: Config) -> Config:
         check_no_store(path, flag=f"train.{key}")
     whole: dict[str, Any] = {key: str(Path(path).absolute()) for key, path in paths.items()}
     return replace(config, train=replace(config.train, **whole))
+
+
+def _has_lost_metrics(folder: Path, record: Mapping[str, Any]) -> bool:
+    """Its metrics are not there.
+
+    Raises:
+        UserError: of a finished run, whose checkpoints are gone as well: it would be trained anew.
+    """
+    if (folder / METRICS_FILE).is_file():
+        return False
+    if record["status"] == FINISHED and CheckpointStore(folder / CHECKPOINTS).newest_state() is None:
+        raise UserError(
+            f"--run-dir {folder}: is finished, but {METRICS_FILE} and all checkpoints are gone; put the checkpoints "
+            "back to evaluate again, or train in another --run-dir"
+        )
+    return True
 
 
 def write_plan(plan: RunPlan) -> None:
