@@ -173,7 +173,8 @@ def main(argv: list[str]) -> None:
     arguments = _parsed(argv)
     first, last = parse_dates(arguments.dates, where="--dates")
     name = f"{first}_{last}"
-    check_places(arguments.run_dir / f"evaluation-{name}.json", arguments.output)
+    own = arguments.run_dir / f"evaluation-{name}.json"
+    check_places(own, arguments.output)
     from usr_ray.data.lineage import warn
     from usr_ray.data.manifest import build_manifest
     from usr_ray.evaluation.files import metrics_text

@@ -40,7 +40,7 @@ from usr_ray.experiments.worlds import (
     table_version,
     whole_path,
 )
-from usr_ray.launch.alone import refuse_relative, refuse_relative_run
+from usr_ray.launch.alone import refuse_relative_run
 from usr_ray.launch.environment import OWN, SUBMITTED
 from usr_ray.launch.session import ray_session
 from usr_ray.runs.plan import with_whole_paths
@@ -90,12 +90,10 @@ def run_study(
     _check_workers(study, base)
     base = base.of_study(study)
     if cluster == SUBMITTED:
-        refuse_relative({"--run-dir": run_dir} | ({"--lake": lake} if lake else {}))
+        refuse_relative_run(base.config(study.resources), lake or run_dir, run_dir)
     run_dir = Path(run_dir).absolute()
     lake = whole_path(lake) if lake else None
     trials = expand(study)
-    if cluster == SUBMITTED:
-        refuse_relative_run(base.config(study.resources), lake or run_dir, run_dir)
     for trial in trials:
         _check_trial(base.config(study.resources, trial), trial)  # all of the grid before anything is trained
     record = open_study(run_dir, study, base, lake=str(lake or ""), command=command)
