@@ -15,13 +15,14 @@ import pytest
 
 from jobs import build_worlds
 from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
-from usr_ray.config import Config, DataConfig, load_config
+from usr_ray.config import Config, DataConfig, UserError, load_config
 from usr_ray.data.manifest import build_manifest
 from usr_ray.experiments import study as study_module
 from usr_ray.experiments.grid import Resources, StudyError, expand, load_study, parse_study
 from usr_ray.experiments.record import Base
 from usr_ray.experiments.trials import num_slots
 from usr_ray.experiments.worlds import build_commands, check_same_rows, prepare_worlds
+from usr_ray.launch.environment import SUBMITTED
 
 pytestmark = pytest.mark.unit
 
@@ -151,6 +152,19 @@ def test_trials_look_for_relative_paths_where_the_command_was_given(
         str(tmp_path / "cache"),
         str(tmp_path / "before"),
     )
+
+
+def test_a_submitted_study_wants_whole_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A submitted job runs in a copy of the folder that is thrown away."""
+    monkeypatch.chdir(tmp_path)
+    dates = ("data.train_dates=2026-01-01", "data.eval_dates=2026-01-02", "ray.num_workers=0")
+    study = parse_study({"seeds": [0], "axes": [AXIS]}, name="w", scale="full")
+    whole, lake = tmp_path / "run", str(tmp_path / "lake")
+    for key, lake_dir, run_dir in (("", "lake", whole), ("", lake, Path("run")), ("train.warm_start=a", lake, whole)):
+        base = Base(None, (*dates, *([key] if key else [])))
+        with pytest.raises(UserError, match=r": is relative, and a submitted job runs in"):
+            study_module.run_study(study, base, lake_dir, run_dir, cluster=SUBMITTED)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_kill_between_two_trials_begins_no_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
