@@ -67,23 +67,21 @@ class Run:
 
     def spark(self, cores: int, memory: str) -> list[str]:
         """spark-submit with the options that both Spark systems have."""
-        # C1 alone (etl/spark_conf) is for jobs of seconds; these run for minutes.
         options = {
-            "spark.driver.extraJavaOptions": "-XX:ReservedCodeCacheSize=256m",
-            "spark.driver.memory": memory,
             "spark.local.dir": str(self.folder / "spark"),
             "spark.eventLog.enabled": "true",
             "spark.eventLog.compress": "false",
             "spark.eventLog.rolling.enabled": "false",
             "spark.eventLog.dir": str(self.folder / "events"),
         }
+        if not self.as_usr_ray:  # C1 alone (etl/spark_conf) is for jobs of seconds; these run for minutes
+            java = {"spark.driver.extraJavaOptions": "-XX:ReservedCodeCacheSize=256m", "spark.driver.memory": memory}
+            options = java | options
         words = [word for key, value in options.items() for word in ("--conf", f"{key}={value}")]
+        submit = ["--master", f"local[{cores}]", *words]
         if self.as_usr_ray:
-            del options["spark.driver.extraJavaOptions"], options["spark.driver.memory"]
-            words = [word for key, value in options.items() for word in ("--conf", f"{key}={value}")]
-            submit = shlex.join(["--master", f"local[{cores}]", *words])
-            return [sys.executable, "-m", "jobs", "build-samples", "--spark", submit]
-        return ["spark-submit", "--master", f"local[{cores}]", *words]
+            return [sys.executable, "-m", "jobs", "build-samples", "--spark", shlex.join(submit)]
+        return ["spark-submit", *submit]
 
     @property
     def as_usr_ray(self) -> bool:
