@@ -173,12 +173,12 @@ class _Run:
         step_seed = torch.full((), seed, device=worker.device) if config.train.compile else seed
         with torch.autocast(worker.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
             outputs = state.model(batch, lookup, step_seed)
-        spec, counts_C = state.manifest.spec, totals[:-1].to(worker.device, non_blocking=True)
-        terms = usr_loss(outputs, batch, counts_C, config.model, known_labels=spec.known_labels)
+        names, counts_C = state.manifest.spec.scenarios, totals[:-1].to(worker.device, non_blocking=True)
+        terms = usr_loss(outputs, batch, counts_C, config.model, known_labels=state.manifest.spec.known_labels)
         state.dense.zero_grad()
         terms.total.backward()
         norm = state.apply_gradients(lookup)
-        self.meter.add(terms.named(spec.scenarios, spec.known_labels), norm, num_rows=float(totals[:-2].sum()))
+        self.meter.add(terms.named(names), terms.by_row(names), norm, num_rows=float(totals[:-2].sum()))
         return bool(totals[-1])
 
     def _log(self) -> None:

@@ -42,6 +42,14 @@ class LossTerms:
     """Mean BCE of each (scenario, task); 0 where the label is not known."""
     global_T: Tensor
     """Mean BCE of each global task, before alpha; zeros without GLMT."""
+    cell_rows_ST: Tensor
+    """This rank's rows that `cell_sums_ST` adds up: those whose label is known and final."""
+    cell_sums_ST: Tensor
+    """BCE of each (scenario, task), added up over this rank's rows."""
+    global_rows_T: Tensor
+    """The same of each global task; zeros without GLMT."""
+    global_sums_T: Tensor
+    """BCE of each global task, added up over them."""
     contrastive_interest: Tensor
     """Mean CL(i) of a (row, view), before its weight; zero when it is off."""
     contrastive_feature: Tensor
@@ -51,15 +59,23 @@ class LossTerms:
     variance_feature_S: Tensor
     """The same of f_k; zeros without FG."""
 
-    def named(self, scenarios: Sequence[str], known_labels: KnownLabels) -> dict[str, Tensor]:
-        """Scalars by name: 'loss', 'loss/<scenario>|global/<task>', 'contrastive/..', 'variance/../<scenario>'.
+    def by_row(self, scenarios: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+        """'loss/<scenario>|global/<task>' -> (BCE, rows), sums over this rank's rows whose label is known and final.
 
-        A cell without labels (`known_labels`, as in `usr_loss`) is left out: its 0 would look like a perfect fit.
+        Not the cells' means, which are smaller where labels are open and 0 in a step without rows of the scenario.
         """
+        names = (*scenarios, "global")
+        sums = torch.cat([self.cell_sums_ST, self.global_sums_T.unsqueeze(0)])
+        rows = torch.cat([self.cell_rows_ST, self.global_rows_T.unsqueeze(0)])
+        return {
+            f"loss/{name}/{task}": (sums[s, t], rows[s, t])
+            for s, name in enumerate(names)
+            for t, task in enumerate(TASKS)
+        }
+
+    def named(self, scenarios: Sequence[str]) -> dict[str, Tensor]:
+        """Scalars by name: 'loss', 'contrastive/..', 'variance/../<scenario>'."""
         named = {"loss": self.total.detach()}
-        for cells_T, name, known_T in zip(self.cells_ST, scenarios, known_labels, strict=True):
-            named |= {f"loss/{name}/{task}": cells_T[t] for t, task in enumerate(TASKS) if known_T[t]}
-        named |= {f"loss/global/{task}": self.global_T[t] for t, task in enumerate(TASKS)}
         named |= {"contrastive/interest": self.contrastive_interest, "contrastive/feature": self.contrastive_feature}
         for scenario, name in enumerate(scenarios):
             named[f"variance/interest/{name}"] = self.variance_interest_S[scenario]
@@ -112,11 +128,14 @@ def _usr_loss(
     per_known_row_T = (1 / (counts_S @ known_ST.to(counts_S.dtype)).clamp(min=1)).to(dtype)
     bce_BT = _bce(outputs.log_p_BT, outputs.log_not_p_BT, labels_BT[:, : len(LABELS)]) * weights_BT
     # A product, not an index_add: the order of the additions is fixed on a GPU as well.
-    cells_ST = (_one_hot(batch.scenario_B, counts_S.shape[0]).to(dtype) @ bce_BT) * per_row_S.unsqueeze(1)
-    global_T = torch.zeros_like(cells_ST[0])
+    of_scenario_SB = _one_hot(batch.scenario_B, counts_S.shape[0]).to(dtype)
+    cell_sums_ST, cell_rows_ST = of_scenario_SB @ bce_BT, of_scenario_SB @ weights_BT
+    cells_ST = cell_sums_ST * per_row_S.unsqueeze(1)
+    global_sums_T = torch.zeros_like(cells_ST[0])
     if outputs.log_p_global_BT is not None and outputs.log_not_p_global_BT is not None:
         global_BT = _bce(outputs.log_p_global_BT, outputs.log_not_p_global_BT, labels_BT[:, len(LABELS) :])
-        global_T = (global_BT * weights_BT).sum(0) * per_known_row_T
+        global_sums_T = (global_BT * weights_BT).sum(0)
+    global_T = global_sums_T * per_known_row_T
     # A row without events has the same learned vector in every view: there is nothing to tell apart.
     counted_B = batch.weights_B > 0
     with_events_B = counted_B & (torch.stack([h.offsets.diff() for h in batch.histories]).sum(0) > 0)
@@ -139,6 +158,10 @@ def _usr_loss(
         total,
         cells_ST.detach(),
         global_T.detach(),
+        cell_rows_ST,
+        cell_sums_ST.detach(),
+        cell_rows_ST.sum(0) if outputs.log_p_global_BT is not None else torch.zeros_like(cell_rows_ST[0]),
+        global_sums_T.detach(),
         interest.detach(),
         feature.detach(),
         variance_interest_S.expand_as(counts_S),

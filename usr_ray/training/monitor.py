@@ -40,7 +40,7 @@ class StepMeter:
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self._names: tuple[str, ...] = ()
+        self._names: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
         self._said = (0, -math.inf)
         """Step and time of the last line of progress."""
         self._restart()
@@ -66,16 +66,25 @@ class StepMeter:
                 return
             yield batch
 
-    def add(self, terms: Mapping[str, Tensor], norm: Tensor, *, num_rows: float) -> None:
+    def add(
+        self,
+        terms: Mapping[str, Tensor],
+        by_row: Mapping[str, tuple[Tensor, Tensor]],
+        norm: Tensor,
+        *,
+        num_rows: float,
+    ) -> None:
         """Count one step.
 
         Args:
             terms: this rank's share of each loss term, scalars on the device; the same names in every step.
+            by_row: (sum over rows, rows) of this rank, as `terms`.
             norm: that of the dense gradients, a scalar on the device, equal on all ranks.
             num_rows: rows of weight > 0 over all ranks.
         """
-        self._names = tuple(terms)
-        sums = torch.stack([term.detach().float() for term in terms.values()])
+        self._names = tuple(terms), tuple(by_row)
+        numbers = [*terms.values(), *(part for parts in zip(*by_row.values(), strict=True) for part in parts)]
+        sums = torch.stack([number.detach().float() for number in numbers]).double()  # float32 counts to 2^24 alone
         self._sums = sums if self._sums is None else self._sums + sums
         self._norm = norm.detach() if self._norm is None else torch.maximum(self._norm, norm.detach())
         self._num_steps += 1
@@ -85,17 +94,21 @@ class StepMeter:
         """The window's numbers, then a new window. All ranks must call it; the loss terms are equal on all of them.
 
         Returns:
-            The names of `add`: mean over the window's steps of each term, summed over all ranks. "gradient_norm": the
-            window's largest, before clipping. "samples_per_s": rows that count, over all ranks. "step_s": seconds a
-            step. "data_stall": share of this rank's time spent waiting for batches, 0 to 1. "exchange_bytes": what this
-            rank received a step of the others' ids and row gradients (Worker.received_bytes; sharded tables exchange
-            inside TorchRec, uncounted). Empty without steps.
+            The names of `add`: of `terms` the mean over the window's steps, summed over all ranks; of `by_row` the mean
+            over the window's rows on all ranks, left out where there was none. "gradient_norm": the window's largest,
+            before clipping. "samples_per_s": rows that count, over all ranks. "step_s": seconds a step. "data_stall":
+            share of this rank's time spent waiting for batches, 0 to 1. "exchange_bytes": what this rank received a
+            step of the others' ids and row gradients (Worker.received_bytes; sharded tables exchange inside TorchRec,
+            uncounted). Empty without steps.
         """
         if self._sums is None or self._norm is None:
             return {}
         sums = self._worker.all_reduce_sum(self._sums).tolist()
         wall_s = max(time.perf_counter() - self._start_s, 1e-9)
-        metrics = {name: total / self._num_steps for name, total in zip(self._names, sums, strict=True)}
+        numbers, (terms, by_row) = iter(sums), self._names
+        metrics = {name: next(numbers) / self._num_steps for name in terms}
+        totals = {name: next(numbers) for name in by_row}
+        metrics |= {name: total / rows for (name, total), rows in zip(totals.items(), numbers, strict=True) if rows}
         metrics |= {
             "gradient_norm": float(self._norm),
             "samples_per_s": self._num_rows / wall_s,

@@ -85,7 +85,8 @@ def test_forward_loss_and_backward_bring_no_value_to_the_host(backbone: str, mon
     there = map_tensors((batch, unique, counts_C), lambda tensor: tensor.to("meta"))
     with NoWaiting("meta") as mode:
         lookup, terms = step_to_gradients(model, tables, config, *there)
-        meter.add(terms.named(SPEC.scenarios, SPEC.known_labels), torch.zeros((), device="meta"), num_rows=22.0)
+        named, by_row = terms.named(SPEC.scenarios), terms.by_row(SPEC.scenarios)
+        meter.add(named, by_row, torch.zeros((), device="meta"), num_rows=22.0)
     assert mode.seen > 100
     assert all(rows.rows_UD.grad is not None for rows in lookup.tables.values())
 
@@ -122,7 +123,7 @@ def test_on_a_gpu_whole_steps_run_under_sync_debug_mode_error(backbone: str) -> 
                 _, terms = step_to_gradients(model, tables, config, batch, unique, counts_there)
                 norm = dense.step()
                 dense.zero_grad()
-                meter.add(terms.named(SPEC.scenarios, SPEC.known_labels), norm, num_rows=22.0)
+                meter.add(terms.named(SPEC.scenarios), terms.by_row(SPEC.scenarios), norm, num_rows=22.0)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
     assert meter.read()["loss"] > 0

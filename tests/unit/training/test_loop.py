@@ -23,12 +23,12 @@ from usr_ray.data.manifest import Manifest, build_manifest
 from usr_ray.evaluation.metrics import CellMetrics
 from usr_ray.model.embedding import EmbeddingTables, Lookup
 from usr_ray.model.usr import UsrModel
-from usr_ray.schema import FeatureSpec
+from usr_ray.schema import OPEN_LABEL, TASKS, FeatureSpec
 from usr_ray.training import checkpoint
 from usr_ray.training.checkpoint import CheckpointError, CheckpointStore
 from usr_ray.training.evaluate import evaluate, load_run
 from usr_ray.training.loop import TrainError, TrainResult, train
-from usr_ray.training.monitor import Monitor, summarise
+from usr_ray.training.monitor import Monitor, StepMeter, summarise
 from usr_ray.training.rows import training_reader
 from usr_ray.training.state import refusal
 from usr_ray.training.worker import LocalWorker
@@ -239,6 +239,60 @@ def test_the_loss_falls_and_the_numbers_are_reported(
     lines = [line for line in capsys.readouterr().out.splitlines() if " step 8/48 " in line]
     assert len(lines) == 1
     assert re.search(r"epoch 1/6 step 8/48 loss [\d.]+ [\d,]+ samples/s data stall \d+% left 0:00:\d\d", lines[0])
+
+
+def test_what_is_logged_of_a_cell_is_the_mean_over_the_rows_that_have_its_label(
+    manifests: tuple[Manifest, Manifest], tmp_path: Path
+) -> None:
+    """In small batches, of which some hold no search row, and with orders still open in the last two days; a last batch
+    that is not full. The weights stand still, so that the plain mean over all rows of the epoch is what was logged.
+    """
+    still = {"train_learning_rate": 1e-12, "train_embedding_learning_rate": 1e-12}
+    once = {"train_log_every_steps": 10_000, "train_checkpoint_every_steps": 10_000}
+    small = {"train_global_batch_size": 4, "model_contrastive": {"group_size": 4, "every_nth_group": 1}}
+    config = make_config(**still, **once, **small, data_final_labels="clicks")
+    table = manifests[0]
+    spec = dataclasses.replace(table.spec, label_delay_us=40 * 3_600_000_000)
+    slow = dataclasses.replace(table, spec=spec)
+    watcher = Watcher()
+    result = run(config, (slow, None), tmp_path, watcher)
+    model, tables = result.state.module.eval(), result.state.tables
+    labels, losses, scenarios, found_in = [], [], [], []
+    with training_reader(config, slow) as reader, torch.inference_mode():
+        for batch in reader.batches(0):
+            kept_B = batch.weights_B > 0
+            outputs = model(batch, tables.lookup(batch))
+            log_p = torch.cat([outputs.log_p_BT, outputs.log_p_global_BT], 1).double()[kept_B]
+            own = batch.labels_BT[kept_B].double()
+            losses.append(-torch.where(own > 0, log_p, torch.log1p(-log_p.exp())))
+            labels.append(own)
+            scenarios.append(batch.scenario_B[kept_B])
+            found_in.append(set(scenarios[-1].tolist()))
+    known = torch.cat(labels) != OPEN_LABEL
+    loss, scenario = torch.cat(losses), torch.cat(scenarios)
+    assert 0.1 < known[:, 1].double().mean() < 0.9, "some orders are open"
+    assert min(map(len, found_in)) < len(spec.scenarios), "some steps have no row of a scenario"
+    last = watcher.steps[len(found_in)]
+    for s, name in enumerate(spec.scenarios):
+        for t, task in enumerate(TASKS):
+            rows = known[:, t] & (scenario == s)
+            assert last[f"loss/{name}/{task}"] == pytest.approx(float(loss[rows, t].mean()), rel=1e-5)
+    for t, task in enumerate(TASKS):
+        assert last[f"loss/global/{task}"] == pytest.approx(float(loss[known[:, t], 2 + t].mean()), rel=1e-5)
+
+
+def test_a_window_without_a_row_of_a_cell_has_no_loss_of_it() -> None:
+    """Two search rows in the first step, none in the second: 4 a row, where a mean of the steps' means would be 2."""
+    meter, number = StepMeter(LocalWorker("cpu")), torch.tensor
+    search, rest = [(number(8.0), number(2.0)), (number(0.0), number(0.0))], [(number(1.0), number(2.0))] * 2
+    for own, others in zip(search, rest, strict=True):
+        meter.add({"loss": number(3.0)}, {"loss/search/ctr": own, "loss/b/ctr": others}, number(1.0), num_rows=4)
+    found = meter.read()
+    assert (found["loss"], found["loss/search/ctr"], found["loss/b/ctr"]) == (3.0, 4.0, 0.5)
+    meter.add({"loss": number(3.0)}, {"loss/search/ctr": search[1], "loss/b/ctr": rest[0]}, number(1.0), num_rows=2)
+    found = meter.read()
+    assert "loss/search/ctr" not in found, "0 would be a perfect fit"
+    assert found["loss/b/ctr"] == 0.5
 
 
 def test_progress_is_nine_lines_however_often_a_run_logs(

@@ -80,8 +80,9 @@ def test_a_label_that_no_log_knows_is_neither_a_row_nor_a_zero() -> None:
     overall = [-(log(0.6) + log(0.7) + log(0.5)) / 3, -(log(0.3) + log(0.55)) / 2]
     torch.testing.assert_close(terms.global_T, torch.tensor(overall))
     assert float(terms.total) == pytest.approx(sum(map(sum, cells)) + 0.5 * sum(overall), rel=1e-5)
-    assert "loss/recommendation/ctcvr" not in terms.named(("search", "recommendation"), known)
-    assert "loss/recommendation/ctr" in terms.named(("search", "recommendation"), known)
+    rows = {name: int(rows) for name, (_, rows) in terms.by_row(("search", "recommendation")).items()}
+    assert rows["loss/recommendation/ctcvr"] == 0, "it has no loss, not one of 0"
+    assert (rows["loss/recommendation/ctr"], rows["loss/global/ctr"], rows["loss/global/ctcvr"]) == (1, 3, 2)
 
 
 def test_an_open_order_teaches_nothing_and_its_click_teaches_as_before() -> None:
@@ -99,6 +100,10 @@ def test_an_open_order_teaches_nothing_and_its_click_teaches_as_before() -> None
     overall = [-(log(0.6) + log(0.7) + log(0.5)) / 3, -(log(0.3) + log(0.65)) / 3]
     torch.testing.assert_close(terms.global_T, torch.tensor(overall))
     assert float(terms.total.detach()) == pytest.approx(sum(map(sum, cells)) + 0.5 * sum(overall), rel=1e-5)
+    by_row = {name: (float(bce), int(n)) for name, (bce, n) in terms.by_row(("search", "recommendation")).items()}
+    assert by_row["loss/search/ctr"] == (pytest.approx(-log(0.5) - log(0.75), rel=1e-5), 2)
+    assert by_row["loss/search/ctcvr"] == (pytest.approx(-log(0.8), rel=1e-5), 1), "what is logged is the known row's"
+    assert by_row["loss/global/ctcvr"] == (pytest.approx(-log(0.3) - log(0.65), rel=1e-5), 2)
     batch.labels_BT[0] = torch.tensor([1, OPEN_LABEL, 1, OPEN_LABEL])
     usr_loss(outputs, batch, row_counts(batch, 2, config), config).total.backward()
     assert outputs.log_p_BT.grad is not None
@@ -139,6 +144,7 @@ def test_without_glmt_there_is_no_global_term() -> None:
     config = make_config(contrastive=NO_CL)
     terms = usr_loss(outputs_of([[0.5, 0.2]] * 4), batch, row_counts(batch, 2, config), config)
     assert terms.global_T.tolist() == [0, 0]
+    assert terms.global_rows_T.tolist() == [0, 0]
     torch.testing.assert_close(terms.total, terms.cells_ST.sum())
 
 
@@ -194,10 +200,12 @@ def test_shares_of_ranks_add_up_to_the_loss_and_gradients_of_one(
     assert torch.equal(sum(row_counts(p, 2, config) for p in parts), counts_C)
     whole_terms, *whole_grads = step(model, tables, batch, counts_C, config, spec.known_labels)
     shares = [step(model, tables, part, counts_C, config, spec.known_labels) for part in parts]
-    for name, value in whole_terms.named(spec.scenarios, spec.known_labels).items():
-        torch.testing.assert_close(
-            sum(s[0].named(spec.scenarios, spec.known_labels)[name] for s in shares), value, rtol=1e-4, atol=1e-6
-        )
+    for name, value in whole_terms.named(spec.scenarios).items():
+        found = sum(s[0].named(spec.scenarios)[name] for s in shares)
+        torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-6)
+    for name, pair in whole_terms.by_row(spec.scenarios).items():
+        found = sum(torch.stack(s[0].by_row(spec.scenarios)[name]) for s in shares)
+        torch.testing.assert_close(found, torch.stack(pair), rtol=1e-4, atol=1e-6)
     for number, grads in enumerate(whole_grads, start=1):
         for name, grad in grads.items():
             torch.testing.assert_close(sum(s[number][name] for s in shares), grad, rtol=1e-3, atol=1e-6)
@@ -253,19 +261,19 @@ def test_terms_have_names_for_every_scenario_and_task() -> None:
     batch = hand_batch()
     config = make_config()
     terms = usr_loss(outputs_of([[0.5, 0.2]] * 4), batch, row_counts(batch, 2, config), config)
-    named = terms.named(("search", "recommendation"), ((True, True),) * 2)
+    named, by_row = terms.named(("search", "recommendation")), terms.by_row(("search", "recommendation"))
+    for name in ("loss/search/ctr", "loss/recommendation/ctcvr", "loss/global/ctr"):
+        assert name in by_row
     for name in (
         "loss",
-        "loss/search/ctr",
-        "loss/recommendation/ctcvr",
-        "loss/global/ctr",
         "contrastive/interest",
         "contrastive/feature",
         "variance/interest/search",
         "variance/feature/recommendation",
     ):
         assert name in named
-    assert all(value.shape == () and not value.requires_grad for value in named.values())
+    values = [*named.values(), *(part for parts in by_row.values() for part in parts)]
+    assert all(value.shape == () and not value.requires_grad for value in values)
 
 
 def test_rows_without_weight_are_left_out_or_have_no_ids(tmp_path: Path) -> None:
