@@ -201,8 +201,12 @@ def choose(points: Sequence[TriedPoint], config: Config) -> Choice:
 
 
 def importance(scored: Sequence[Choice], space: Mapping[str, SpaceConfig]) -> dict[str, float]:
-    """Key -> |Spearman's correlation| of its value with the trial's best value, in [0, 1]; for choices the correlation
-    ratio of ranks (eta). Association in the trials drawn, not a cause; empty below five trials.
+    """Key -> how strongly its value goes with the trial's best value, in [0, 1]; empty below five trials.
+
+    The root of the share of the ranks' variance that Spearman's line explains, or, for choices, the means of the
+    values (correlation ratio). Both shares are adjusted for what chance explains, 1 / (trials - 1) for a line and more
+    for each further value: else six values that change nothing would come before a number that does. Association in
+    the trials drawn, not a cause.
 
     Args:
         scored: `best_epoch` of the trials that have one.
@@ -216,21 +220,24 @@ def importance(scored: Sequence[Choice], space: Mapping[str, SpaceConfig]) -> di
     found = {}
     for path, of in space.items():
         values = [choice.point.values[path] for choice in scored]
-        with np.errstate(invalid="ignore"):  # all of one value: no correlation
-            found[path] = (
-                _eta(values, targets)
-                if of.kind == "choice"
-                else abs(float(np.nan_to_num(np.corrcoef(rankdata(values), targets)[0, 1])))
-            )
+        if of.kind == "choice":
+            share, num_means = _explained_by_means(values, targets)
+        else:
+            with np.errstate(invalid="ignore"):  # all of one value: no correlation
+                share, num_means = float(np.nan_to_num(np.corrcoef(rankdata(values), targets)[0, 1]) ** 2), 2
+        rest = len(targets) - num_means
+        left = (1 - share) * (len(targets) - 1) / rest if rest else 1.0
+        found[path] = math.sqrt(max(0.0, 1 - left))
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def _eta(labels: Sequence[Any], targets: NDArray) -> float:
+def _explained_by_means(labels: Sequence[Any], targets: NDArray) -> tuple[float, int]:
+    """Share of the variance of `targets` that lies between the labels, and how many labels there are."""
     import numpy as np
 
     _, group_N = np.unique([repr(label) for label in labels], return_inverse=True)
     means = np.bincount(group_N, weights=targets) / np.bincount(group_N)
-    return math.sqrt(means[group_N].var() / targets.var()) if targets.var() else 0.0
+    return (float(means[group_N].var() / targets.var()) if targets.var() else 0.0), len(means)
 
 
 def config_toml(config: Config, *, comment: str) -> str:

@@ -88,8 +88,8 @@ def search_section(config: Config, points: Sequence[TriedPoint], chosen: TriedPo
     if shares := importance(scored, config.tune.space):
         title = f"What went with {metric}"
         caption = (
-            "Rank correlation (choices: correlation ratio of ranks) over the trials drawn: an association, and a weak "
-            "one where trials are few."
+            "Rank correlation (choices: correlation ratio of ranks), less what chance gives, over the trials drawn: an "
+            "association, and a weak one where trials are few."
         )
         plots.append(Plot(title, bars_plot(shares, label=title), caption))
     note = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from usr_ray.config import Config, ConfigError, load_config
@@ -138,13 +139,28 @@ def test_a_search_of_failures_says_what_they_failed_of() -> None:
 
 def test_importance_by_hand() -> None:
     space = {"x": SpaceConfig(kind="uniform", low=0, high=9), "c": SpaceConfig(kind="choice", values=("u", "v"))}
-    # x orders the trials exactly; c splits the ranks 1..6 into {1, 2, 3} and {4, 5, 6}: eta^2 = 13.5 / 17.5.
+    # x orders the trials exactly; c splits the ranks 1..6 into {1, 2, 3} and {4, 5, 6}: eta^2 = 13.5 / 17.5. Adjusted
+    # for two means of six trials: 1 - 4 / 17.5 x 5 / 4.
     points = [point(str(n), 0.1 * n, x=float(n**2), c="u" if n <= 3 else "v") for n in range(1, 7)]
     scored = [Choice(p, p.curve[0], 1) for p in points]
     found = importance(scored, space)
-    assert found == pytest.approx({"x": 1.0, "c": math.sqrt(13.5 / 17.5)})
+    assert found == pytest.approx({"x": 1.0, "c": math.sqrt(1 - 5 / 17.5)})
     assert list(found) == ["x", "c"]
     assert importance(scored[:4], space) == {}
+
+
+def test_a_choice_of_many_values_is_not_important_by_its_number_of_values() -> None:
+    """Of 200 searches in which nothing matters, the choice of six comes first in hardly more than the half."""
+    space = {"x": SpaceConfig(kind="uniform", high=1), "c": SpaceConfig(kind="choice", values=(1, 2, 3, 4, 5, 6))}
+    rng = np.random.default_rng(0)
+    is_first = []
+    for _ in range(200):
+        points = [point(str(n), rng.random(), x=rng.random(), c=int(rng.integers(1, 7))) for n in range(16)]
+        found = importance([Choice(p, p.curve[0], 1) for p in points], space)
+        is_first.append(0.5 if found["x"] == found["c"] else float(found["c"] > found["x"]))
+    assert np.mean(is_first) < 0.7  # 0.92 without the adjustment
+    alone = [Choice(point(str(n), 0.1 * n, x=0.5, c=n), 0.1 * n, 1) for n in range(1, 7)]
+    assert importance(alone, space) == {"x": 0, "c": 0}, "one value, and a value a trial, tell nothing"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs" / "configs").glob("*.toml")), ids=lambda p: p.stem)
