@@ -208,7 +208,8 @@ def ratio(cell: Cell, metric: str) -> Ratio:
 def value_interval(estimate: Ratio, metric: str, confidence: float) -> Interval:
     """Wilson's score interval of a share of users; the delta method's, cut off at 0, of a ratio of sums."""
     if metric in PER_USER:
-        return Interval(estimate.value, *wilson_interval(estimate.num_positives, estimate.num_users, confidence))
+        ends = wilson_interval(estimate.num_positives, estimate.num_users, normal_quantile(confidence))
+        return Interval(estimate.value, *ends)
     half = normal_quantile(confidence) * float(np.sqrt(estimate.variance))
     return Interval(estimate.value, max(0.0, estimate.value - half), estimate.value + half)
 

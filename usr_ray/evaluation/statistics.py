@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest, chi2
 from scipy.stats import t as student
 
 from usr_ray.evaluation.files import aligned
@@ -218,15 +217,30 @@ def normal_p_value(z: float) -> float:
     return 2 * NormalDist().cdf(-abs(z))
 
 
-def wilson_interval(num_positives: int, num_rows: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Wilson score interval of a rate; sound for few rows and for rates near 0."""
-    return tuple(binomtest(num_positives, num_rows).proportion_ci(confidence, method="wilson"))
+def wilson_interval(num_positives: int, num_rows: int, quantile: float) -> tuple[float, float]:
+    """Wilson score interval of a rate, `quantile` standard errors of independent rows to each side; sound for few rows
+    and for rates near 0.
+    """
+    rate, spread = num_positives / num_rows, quantile**2 / num_rows
+    centre, half = rate + spread / 2, math.sqrt(spread * (rate * (1 - rate) + spread / 4))
+    return max(0.0, (centre - half) / (1 + spread)), min(1.0, (centre + half) / (1 + spread))
 
 
-def poisson_interval(count: int) -> tuple[float, float]:
-    """Exact 95 % interval of the mean of a Poisson count of 1 or more (Garwood, Biometrika 1936)."""
-    tail = (1 - CONFIDENCE) / 2
-    return float(chi2.ppf(tail, 2 * count)) / 2, float(chi2.isf(tail, 2 * count + 2)) / 2
+def pcoc_interval(labels_N: NDArray, probs_N: NDArray, users_N: NDArray) -> tuple[float, float] | None:
+    """95 % interval of PCOC, sum of probabilities / sum of labels, over users; None where one user has all positives.
+
+    A user's rows are as good as they are because of that user, so clicks of 300 users with 60 rows each vary by more
+    than a Poisson count. Variance by linearisation, as of any ratio of sums; n and degrees as in `paired_auc_gap`.
+    """
+    num_users = effective_users(labels_N, users_N)
+    if num_users <= 1:
+        return None
+    value, num_positives = float(probs_N.sum() / labels_N.sum()), float(labels_N.sum())
+    _, user_N = np.unique(users_N, return_inverse=True)
+    errors_U = np.bincount(user_N, weights=probs_N - value * labels_N)
+    variance = float((errors_U**2).sum()) * num_users / (num_users - 1)
+    half = float(student.ppf((1 + CONFIDENCE) / 2, num_users - 1)) * math.sqrt(variance) / num_positives
+    return value - half, value + half
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,10 +254,10 @@ class Bin:
     """num_positives / num_rows."""
     low: float
     high: float
-    """95 % Wilson interval of the rate."""
+    """95 % interval of the rate, which takes the rows of a user together (`_rate_interval`)."""
 
 
-def calibration_bins(labels: NDArray, probs: NDArray, num_bins: int = 10) -> list[Bin]:
+def calibration_bins(labels: NDArray, probs: NDArray, users: NDArray, num_bins: int = 10) -> list[Bin]:
     """Up to `num_bins` bins of nearly equal size; equal probabilities are never parted, so ties make fewer bins."""
     if len(labels) == 0:
         return []
@@ -253,9 +267,25 @@ def calibration_bins(labels: NDArray, probs: NDArray, num_bins: int = 10) -> lis
     for place in np.unique(place_N):
         inside = place_N == place
         num_rows, num_positives = int(inside.sum()), int(labels[inside].sum())
-        low, high = wilson_interval(num_positives, num_rows)
+        low, high = _rate_interval(labels[inside], users[inside])
         bins.append(Bin(num_rows, num_positives, float(probs[inside].mean()), num_positives / num_rows, low, high))
     return bins
+
+
+def _rate_interval(labels_N: NDArray, users_N: NDArray) -> tuple[float, float]:
+    """Wilson's interval, widened by the design effect (Kish, Survey Sampling, 1965): how many times as much the rate
+    varies as that of as many independent rows, at least once. One user does not tell: 0 to 1.
+    """
+    _, user_N, sizes_U = np.unique(users_N, return_inverse=True, return_counts=True)
+    num_rows, rate = len(labels_N), float(labels_N.mean())
+    num_users = num_rows**2 / float((sizes_U**2).sum())
+    if num_users <= 1:
+        return 0.0, 1.0
+    of_users = float((np.bincount(user_N, weights=labels_N - rate) ** 2).sum()) * num_users / (num_users - 1)
+    of_rows = num_rows * rate * (1 - rate)
+    quantile = float(student.ppf((1 + CONFIDENCE) / 2, num_users - 1))
+    quantile *= math.sqrt(max(1.0, of_users / of_rows)) if of_rows else 1.0
+    return wilson_interval(int(labels_N.sum()), num_rows, quantile)
 
 
 def roc_points(labels: NDArray, probs: NDArray, num_points: int = 160) -> tuple[NDArray, NDArray] | None:

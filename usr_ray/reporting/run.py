@@ -24,7 +24,7 @@ from usr_ray.evaluation.statistics import (
     calibration_bins,
     cell_rows,
     ctr_slices,
-    poisson_interval,
+    pcoc_interval,
     roc_points,
 )
 from usr_ray.reporting.lake import cold_part, funnel
@@ -49,6 +49,7 @@ from usr_ray.reporting.page import (
     write_page,
 )
 from usr_ray.reporting.plots import Bar, Line, Plot, calibration_plot, forest_plot, roc_plot, series_name, step_plot
+from usr_ray.runs.evaluations import rows_left_out
 from usr_ray.runs.read import RunRecord, check_lake, read_etl_reports, read_run
 from usr_ray.schema import TASKS
 
@@ -101,7 +102,7 @@ def write_report(run_dir: Path, lake: Path | str | None = None, output: Path | N
         eyebrow=f"Run report · {run_name}",
         title=name,
         question="",
-        lead=verdict(run.metrics, gaps, scenarios, rows_name(run))
+        lead=verdict(run.metrics, gaps, scenarios, _pcoc_intervals(run), rows_name(run))
         if run.metrics
         else ["The run has not been evaluated yet."],
         warnings=_warnings(run),
@@ -239,6 +240,9 @@ def _warnings(run: RunRecord) -> list[str]:
             f"These are not held-out numbers: {span(date_ranges(found.dates))} was evaluated, and the run was trained "
             f"on {span(found.trained_on)}. Evaluate it on later dates."
         )
+    whole, evaluated = run.about.get("table_rows", 0), found.metrics[ALL]["ctr"]["num_samples"] if found else None
+    if evaluated is not None and evaluated < whole:
+        warnings.append(f"{rows_left_out(int(evaluated), whole, data.get('only_scenario') or '')}.")
     chose = dates_in(data.get("eval_dates") or "") & found.dates if found is not None else frozenset()
     if chose and run.config.get("train", {}).get("early_stopping"):
         warnings.append(f"{span(date_ranges(chose))} also chose the epoch (train.early_stopping), which flatters.")
@@ -267,19 +271,23 @@ def verdict(
     model: CellMetrics,
     gaps: Mapping[tuple[str, str], Judged],
     scenarios: Sequence[str],
+    pcocs: Mapping[str, tuple[float, float]],
     rows: str = "held-out rows",
 ) -> list[str]:
-    """Up to four sentences: how well it ranks, whether it beats popularity, how it is calibrated, what is unknown."""
+    """Up to four sentences: how well it ranks, whether it beats popularity, how it is calibrated, what is unknown.
+
+    `pcocs`: scenario -> `pcoc_interval` of its clicks, where there is one.
+    """
     clicks = [(words(s), model[s]["ctr"]) for s in scenarios if s in model]
 
     sentences = []
     if ranked := [f"{auc:.4f} in {name}" for name, of in clicks if (auc := of["auc"]) is not None]:
         sentences.append(f"The model ranks {rows.replace('rows', 'clicks', 1)} with an AUC of {listed(ranked)}.")
-    if compared := {(c, t): g for (c, t), g in gaps.items() if g.gap is not None and c in scenarios}:
-        sentences.append(_against_popularity(compared))
-    off = [(name, of["pcoc"], of["num_positives"]) for name, of in clicks]
-    if pcocs := [f"{_off(pcoc, int(number or 0))} in {name}" for name, pcoc, number in off if pcoc is not None]:
-        sentences.append(f"Predicted clicks are {listed(pcocs)}.")
+    if any(judged.gap is not None for (c, _), judged in gaps.items() if c in scenarios):
+        sentences.append(_against_popularity({key: judged for key, judged in gaps.items() if key[0] in scenarios}))
+    found = {s: model[s]["ctr"]["pcoc"] for s in scenarios if s in model}
+    if off := [f"{_off(pcoc, pcocs.get(s))} in {words(s)}" for s, pcoc in found.items() if pcoc is not None]:
+        sentences.append(f"Predicted clicks are {listed(off)}.")
     undefined = [
         f"{TASK_NAMES.get(t, t)} in {words(s)} ({why_undefined('auc', m)})"
         for s in scenarios
@@ -296,8 +304,10 @@ def _against_popularity(gaps: Mapping[tuple[str, str], Judged]) -> str:
         ("worse",): "loses",
         ("few",): "has too few positives or users to tell",
     }
-    if all(judged.verdict == "better" for judged in gaps.values()):
-        return "It beats the popularity baseline in every scenario and task, after correction for all comparisons."
+    found = {judged.verdict for judged in gaps.values()}
+    if found <= {"better", "none"}:
+        where = " that can be compared" if "none" in found else ""
+        return f"It beats the popularity baseline in every scenario and task{where}, after correction for all of them."
     parts = []
     for verdicts, text in kinds.items():
         if of_kind := [cell_task(c, t) for (c, t), judged in gaps.items() if judged.verdict in verdicts]:
@@ -305,15 +315,25 @@ def _against_popularity(gaps: Mapping[tuple[str, str], Judged]) -> str:
     return f"Against the popularity baseline it {listed(parts)} (at 5%, corrected for all comparisons)."
 
 
-def _off(pcoc: float, num_clicks: int) -> str:
-    """What PCOC says; "too high" only where so many clicks do not vary that much by chance."""
+def _off(pcoc: float, interval: tuple[float, float] | None) -> str:
+    """What PCOC says; "too high" only where other users would not make that much by chance."""
     percent = 100 * (pcoc - 1)
     if abs(percent) < 0.5:
         return "within 0.5% of those observed"
-    low, high = poisson_interval(num_clicks)
-    if low <= pcoc * num_clicks <= high:
+    if interval is None:  # of one user, or without rows: nothing says how far chance goes
+        return f"{abs(percent):.0f}% {'above' if percent > 0 else 'below'} those observed"
+    if interval[0] <= 1 <= interval[1]:
         return f"{abs(percent):.0f}% {'above' if percent > 0 else 'below'} those observed, which may be chance,"
     return f"{abs(percent):.0f}% too {'high' if percent > 0 else 'low'}"
+
+
+def _pcoc_intervals(run: RunRecord) -> dict[str, tuple[float, float]]:
+    found = {}
+    for scenario in run.scenarios if run.predictions is not None else ():
+        cell = run.predictions and cell_rows(run.predictions, scenario, 0, run.scenarios)
+        if cell and (interval := pcoc_interval(cell[0], cell[1], cell[2])):
+            found[scenario] = interval
+    return found
 
 
 def curves_section(history: Sequence[Mapping[str, Any]], scenarios: Sequence[str]) -> Section:
@@ -338,7 +358,10 @@ def _curves(scenarios: Sequence[str]) -> list[tuple[str, str, dict[str, str], di
     names = {words(s): s for s in scenarios}
     cells = {**names, GLOBAL: GLOBAL}
     of_views = {f"{p[0]} in {n}": f"variance/{p}/{s}" for p in ("interest", "feature") for n, s in names.items()}
-    loss_note = "Mean binary cross-entropy a row, by scenario; global: of the global labels, before its weight."
+    loss_note = (
+        "Mean binary cross-entropy of the rows whose label is known and final, by scenario; global: of the global "
+        "labels, before its weight."
+    )
     contrastive = {"i": "contrastive/interest", "f": "contrastive/feature"}
     zero = {"from_zero": True}
     tasks = TASK_NAMES.items()
@@ -377,7 +400,7 @@ def _calibration_section(run: RunRecord) -> Section:
     for place, scenario in enumerate(run.scenarios if run.predictions is not None else ()):
         for task_place, task in enumerate(TASKS):
             cell = run.predictions and cell_rows(run.predictions, scenario, task_place, run.scenarios)
-            bins = calibration_bins(*cell[:2]) if cell else []
+            bins = calibration_bins(*cell) if cell else []
             if not bins:
                 continue
             title, colour = f"{TASK_NAMES[task]} in {words(scenario)}", series_name(place)
@@ -390,7 +413,7 @@ def _calibration_section(run: RunRecord) -> Section:
             plots.append(Plot(title, svg, caption, colour, bins=bins))
     note = (
         "Rows sorted by predicted probability and cut into bins of nearly equal size. Points on the dashed line are "
-        "calibrated; bars are 95% Wilson intervals of the observed rate."
+        "calibrated; bars are 95% intervals of the observed rate (Wilson's, which take the rows of a user together)."
     )
     return Section("Calibration", note, plots)
 

@@ -189,22 +189,29 @@ def caveats(config: Config, manifest: Manifest, dates: Collection[str], num_rows
         of_scenario = f" of {only}" if only else ""
         found.append(f"without {date_ranges(left_out)}, of which no row{of_scenario} has final labels")
     if num_rows < manifest.num_rows:
-        other = f", or they are not of {only}" if only else ""
-        found.append(
-            f"{num_rows:,} of {manifest.num_rows:,} rows are evaluated: labels of the others may still change{other}"
-        )
+        found.append(rows_left_out(num_rows, manifest.num_rows, only))
     if config.train.early_stopping and (chose := dates_in(config.data.eval_dates) & set(dates)):
         found.append(f"{date_ranges(chose)} also chose the epoch (train.early_stopping), which flatters")
     return found
 
 
+def rows_left_out(num_rows: int, whole: int, only_scenario: str) -> str:
+    """Why an evaluation is of `num_rows` of the `whole` rows of the dates that it was asked for."""
+    other = f", or they are not of {only_scenario}" if only_scenario else ""
+    return f"{num_rows:,} of {whole:,} rows are evaluated: labels of the others may still change{other}"
+
+
 def about_rows(manifest: Manifest, dates: Collection[str], **weights: Any) -> dict[str, Any]:
-    """Where the rows of an evaluation come from, as its files say it; `weights`: the step and the checkpoint."""
+    """Where the rows of an evaluation come from, as its files say it; `weights`: the step and the checkpoint.
+
+    "table_rows": rows of the dates asked for, those that are not evaluated among them.
+    """
     return {
         "dates": date_ranges(dates),
         **weights,
         "table_uri": manifest.table_uri,
         "table_version": manifest.version,
+        "table_rows": manifest.num_rows,
         "manifest_sha256": manifest.sha256,
         "evaluated_at": _text_of(time.time()),
         "usr_ray": __version__,

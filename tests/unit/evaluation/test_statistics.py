@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from tests.unit.reporting.test_run import make_predictions
 from usr_ray.evaluation import metrics
@@ -17,7 +18,9 @@ from usr_ray.evaluation.statistics import (
     ctr_slices,
     effective_users,
     holm,
+    normal_quantile,
     paired_auc_gap,
+    pcoc_interval,
     roc_points,
     wilson_interval,
 )
@@ -162,7 +165,7 @@ def test_holm_by_hand() -> None:
 def test_bins_are_quantiles_that_add_up():
     probs = np.linspace(0.01, 1, 100)
     labels = (np.arange(100) % 4 == 0).astype(float)
-    bins = calibration_bins(labels, probs)
+    bins = calibration_bins(labels, probs, np.arange(100))
     assert [b.num_rows for b in bins] == [10] * 10
     assert sum(b.num_positives for b in bins) == 25
     assert bins[0].mean_prob == pytest.approx(0.055)
@@ -170,15 +173,61 @@ def test_bins_are_quantiles_that_add_up():
 
 
 def test_equal_probabilities_share_a_bin():
-    bins = calibration_bins(np.array([1, 0, 0, 1]), np.array([0.2, 0.2, 0.2, 0.9]))
+    bins = calibration_bins(np.array([1, 0, 0, 1]), np.array([0.2, 0.2, 0.2, 0.9]), np.arange(4))
     assert [(b.num_rows, b.num_positives) for b in bins] == [(3, 1), (1, 1)]
-    assert calibration_bins(np.array([]), np.array([])) == []
+    assert calibration_bins(np.array([]), np.array([]), np.array([])) == []
 
 
 def test_wilson_interval_of_a_worked_case():
     # Ten of a hundred: the textbook interval is 0.0552 to 0.1744.
-    assert wilson_interval(10, 100) == pytest.approx((0.0552, 0.1744), abs=5e-5)
-    assert wilson_interval(0, 10)[0] == pytest.approx(0.0, abs=1e-12)
+    assert wilson_interval(10, 100, 1.959964) == pytest.approx((0.0552, 0.1744), abs=5e-5)
+    assert wilson_interval(0, 10, 1.959964)[0] == pytest.approx(0, abs=1e-12)
+    assert wilson_interval(10, 10, 1.959964)[1] == pytest.approx(1, abs=1e-12)
+    known = binomtest(7, 40).proportion_ci(0.9, method="wilson")
+    assert wilson_interval(7, 40, normal_quantile(0.9)) == pytest.approx(tuple(known), rel=1e-9)
+
+
+def test_bars_of_a_bin_take_the_rows_of_a_user_together():
+    labels = (np.arange(250) % 5 == 0).astype(float)
+    (alone,) = calibration_bins(labels, np.full(250, 0.2), np.arange(250))
+    # As many users as that have a Student quantile of nearly the normal one, and a design effect of n / (n - 1).
+    known = binomtest(50, 250).proportion_ci(0.95, method="wilson")
+    assert (alone.low, alone.high) == pytest.approx(tuple(known), abs=1e-3)
+    # Three copies of each user's row tell nothing more.
+    (copied,) = calibration_bins(np.tile(labels, 4), np.full(1000, 0.2), np.tile(np.arange(250), 4))
+    assert (copied.num_rows, copied.num_positives, copied.rate) == (1000, 200, 0.2)
+    assert (copied.low, copied.high) == pytest.approx((alone.low, alone.high), rel=1e-12)
+    (of_one,) = calibration_bins(labels, np.full(250, 0.2), np.zeros(250))
+    assert (of_one.low, of_one.high) == (0, 1)
+
+
+def test_the_interval_of_pcoc_by_hand():
+    labels, probs = np.array([1, 1, 0, 0]), np.array([0.9, 0.5, 0.3, 0.1])
+    # 1.8 / 2 = 0.9; p - 0.9 y is 0, -0.4, 0.3, 0.1, squares 0.26. Two users of each label: 2 / (2 - 1), and Student's
+    # 97.5 % point of one degree is 12.7062.
+    half = 12.7062 * math.sqrt(2 * 0.26) / 2
+    assert pcoc_interval(labels, probs, np.arange(4)) == pytest.approx((0.9 - half, 0.9 + half), rel=1e-5)
+    # Two users, a row of each label: 0 + 0.3 and -0.4 + 0.1, squares 0.18.
+    half = 12.7062 * math.sqrt(2 * 0.18) / 2
+    assert pcoc_interval(labels, probs, np.array([0, 1, 0, 1])) == pytest.approx((0.9 - half, 0.9 + half), rel=1e-5)
+    assert pcoc_interval(labels, probs, np.array([0, 0, 1, 1])) is None, "one user has all clicks"
+
+
+@pytest.mark.parametrize("sizes", ["equal", "uneven"])
+def test_intervals_of_calibration_hold_where_users_differ(sizes):
+    """A calibrated model that does not know how fond of clicking each user is: 95 % of the intervals hold the truth."""
+    rng, held, bars = np.random.default_rng(0), [], []
+    rows = np.full(200, 40) if sizes == "equal" else np.maximum(1, rng.lognormal(3, 1.2, 200).astype(int))
+    users = np.repeat(np.arange(200), rows)
+    for _ in range(200):
+        rates = rng.beta(2, 6, 200)  # mean 1/4
+        labels = (rng.random(len(users)) < rates[users]).astype(float)
+        low, high = pcoc_interval(labels, np.full(len(users), 0.25), users)
+        (found,) = calibration_bins(labels, np.full(len(users), 0.25), users)
+        held.append(low <= 1 <= high)
+        bars.append(found.low <= 0.25 <= found.high)
+    assert np.mean(held) >= 0.91  # a Poisson interval of the clicks: 0.5 to 0.7
+    assert np.mean(bars) >= 0.91
 
 
 def test_the_area_under_the_roc_points_is_the_auc():

@@ -230,7 +230,21 @@ def test_undefined_metrics_are_dashes_with_a_reason(text):
 def test_baseline_is_beside_the_model_with_a_verdict(text):
     assert text.count("popularity ") >= 8
     assert "▲ beats popularity" in text
-    assert "It beats the popularity baseline in every scenario and task" in text
+    assert (
+        "It beats the popularity baseline in every scenario and task that can be compared" in text
+    )  # not search CTCVR
+
+
+def test_rows_of_one_user_have_a_baseline_and_no_interval(tmp_path):
+    write_record(tmp_path)
+    model = replace(make_predictions(), user_key_N=np.zeros(len(make_predictions()), dtype=np.int64))
+    splits = {"eval": metrics_by_scenario(model, SCENARIOS), "eval_popularity": metrics_by_scenario(model, SCENARIOS)}
+    write_metrics(tmp_path / "evaluation-2026-01-07_2026-01-08.json", splits)
+    write_predictions(tmp_path / "predictions.parquet", model, SCENARIOS, baseline=model, about={"step": 3})
+    text = text_of(tmp_path)
+    assert text.count("no interval: one user has all rows of a label") == 3, "search CTCVR has no positive row"
+    assert "no baseline to compare with" not in text
+    assert "which may be chance" not in text, "one user does not say how far chance goes"
 
 
 def test_a_run_without_evaluation_says_what_to_do(tmp_path):
@@ -405,11 +419,11 @@ def noisy(seed):
     return replace(rows, probs_NT=rows.probs_NT * np.random.default_rng(seed).random((len(rows), 1)))
 
 
-def evaluate_again(run_dir, dates, seed, *, seen):
+def evaluate_again(run_dir, dates, seed, *, seen, **more):
     """An evaluation of another seed's predictions on some dates; its AUC of clicks."""
     name = dates.replace(":", "_")
     rows = noisy(seed)
-    about = {"dates": dates, "checkpoint": "best-00001000", "manifest_sha256": f"m{seed}"}
+    about = {"dates": dates, "checkpoint": "best-00001000", "manifest_sha256": f"m{seed}", **more}
     metrics = metrics_by_scenario(rows, SCENARIOS)
     splits = write_evaluation(
         run_dir, name, rows, SCENARIOS, metrics=metrics, baseline=None, about=about, seen=dates_in(seen)
@@ -471,6 +485,15 @@ def test_dates_without_rows_and_dates_that_chose_are_said_first(tmp_path):
     assert "Training dates: of 2026-01-01 to 2026-01-06 the table had no rows of 2026-01-04." in text
     assert "Training dates 2026-01-01 to 2026-01-03 and 2026-01-05 to 2026-01-06 (1,000 rows in the table)" in text
     assert "2026-01-07 to 2026-01-08 also chose the epoch (train.early_stopping), which flatters." in text
+
+
+def test_rows_whose_labels_may_still_change_are_said_to_be_left_out(tmp_path):
+    write_record(tmp_path)
+    evaluate_again(tmp_path, "2026-01-07:2026-01-08", 3, seen="2026-01-06", table_rows=1234)
+    text = text_of(tmp_path)
+    assert "600 of 1,234 rows are evaluated: labels of the others may still change." in text
+    evaluate_again(tmp_path, "2026-01-07:2026-01-08", 3, seen="2026-01-06", table_rows=600)
+    assert "rows are evaluated" not in text_of(tmp_path)
 
 
 def refused(capsys, *arguments):

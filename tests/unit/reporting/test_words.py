@@ -33,7 +33,8 @@ def test_the_verdict_says_where_it_loses_and_what_is_unknown():
         ("live_feed", "ctr"): judged(-0.1, 0.05, 0.001),
         ("live_feed", "ctcvr"): judged(0.01, 0.02, 0.3),
     }
-    assert verdict(cells, gaps, ("search", "live_feed")) == [
+    pcocs = {"search": (1.02, 1.18), "live_feed": (0.9, 1.1)}
+    assert verdict(cells, gaps, ("search", "live_feed"), pcocs) == [
         "The model ranks held-out clicks with an AUC of 0.7000 in search and 0.6000 in live feed.",
         "Against the popularity baseline it wins on search CTR, shows no clear difference on live feed CTCVR and "
         "loses on live feed CTR (at 5%, corrected for all comparisons).",
@@ -43,18 +44,35 @@ def test_the_verdict_says_where_it_loses_and_what_is_unknown():
 
 
 @pytest.mark.parametrize(
-    ("pcoc", "says"),
+    ("pcoc", "interval", "says"),
     [
-        (1.31, "31% above those observed, which may be chance, in search"),
-        (1.33, "33% too high in search"),
-        (0.75, "25% below those observed, which may be chance, in search"),
-        (0.74, "26% too low in search"),
+        (1.31, (0.98, 1.64), "31% above those observed, which may be chance, in search"),
+        (1.31, (1.01, 1.61), "31% too high in search"),
+        (0.75, (0.4, 1.1), "25% below those observed, which may be chance, in search"),
+        (0.75, (0.6, 0.9), "25% too low in search"),
+        (0.75, None, "25% below those observed in search"),
+        (1.004, (1.001, 1.007), "within 0.5% of those observed in search"),
     ],
 )
-def test_predicted_clicks_are_too_high_only_beyond_chance(pcoc, says):
-    # Garwood's interval of a count of 50 is 37.1 to 65.9 in tables: 65.5 and 37.5 lie inside, 66.5 and 37.0 do not.
-    of_fifty = {"search": {"ctr": task(0.7, pcoc, positives=50)}}
-    assert verdict(of_fifty, {}, ("search",))[-1] == f"Predicted clicks are {says}."
+def test_predicted_clicks_are_too_high_only_beyond_chance(pcoc, interval, says):
+    intervals = {"search": interval} if interval else {}
+    assert (
+        verdict({"search": {"ctr": task(0.7, pcoc)}}, {}, ("search",), intervals)[-1] == f"Predicted clicks are {says}."
+    )
+
+
+def test_it_beats_popularity_everywhere_only_where_everything_was_compared():
+    cells = {"search": {"ctr": task(0.7), "ctcvr": task(0.7)}}
+    gaps = {("search", "ctr"): judged(0.1, 0.05, 0.001), ("search", "ctcvr"): judged(0.1, 0.05, 0.001)}
+    beats = "It beats the popularity baseline in every scenario and task"
+    assert verdict(cells, gaps, ("search",), {})[1] == f"{beats}, after correction for all of them."
+    gaps["search", "ctcvr"] = Judged(gap=None)
+    assert (
+        verdict(cells, gaps, ("search",), {})[1] == f"{beats} that can be compared, after correction for all of them."
+    )
+    assert not any(
+        "popularity" in text for text in verdict(cells, dict.fromkeys(gaps, Judged(gap=None)), ("search",), {})
+    )
 
 
 @pytest.mark.parametrize(

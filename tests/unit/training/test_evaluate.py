@@ -390,6 +390,7 @@ def test_the_job_writes_metrics_in_the_shape_of_the_contract(lake, run_dir, caps
     assert len(read) == splits["eval"]["all"]["ctr"]["num_samples"]
     assert about == splits["about"]
     assert (about["step"], about["dates"], about["held_out"]) == (5, "2026-01-03:2026-01-04", True)
+    assert about["table_rows"] == manifest.num_rows, "the report says from it that some are left out"
 
 
 def test_an_evaluation_on_training_dates_says_so_and_leaves_the_others(lake, run_dir, tmp_path, capsys):
