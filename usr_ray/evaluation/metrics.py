@@ -9,7 +9,7 @@ Shape letters: N rows, T tasks (schema.TASKS), G groups (users or requests).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -139,12 +139,13 @@ def normalised_entropy(labels: NDArray, probs: NDArray) -> float | None:
 
 
 def ndcg_at_k(labels: NDArray, probs: NDArray, request_keys: NDArray, k: int = NDCG_K) -> float | None:
-    """Mean over requests with a positive of DCG@k / best DCG@k, gain = label, discount 1 / log2(place + 1).
+    """Mean over requests with both labels of DCG@k / best DCG@k, gain = label, discount 1 / log2(place + 1).
 
-    Rows of equal probability share the mean discount of the places they take (McSherry and Najork, ECIR 2008), so the
-    value does not depend on the order of ties. None when no request has a positive.
+    A request without a negative has 1 in any order: a row whose log knows no request is one of its own. Rows of equal
+    probability share the mean discount of the places they take (McSherry and Najork, ECIR 2008), so the value does not
+    depend on the order of ties. None when no request has both labels.
     """
-    if not np.count_nonzero(labels):
+    if len(labels) == 0:
         return None
     order = np.lexsort((-probs, request_keys))
     labels_N, probs_N, requests_N = labels[order].astype(np.float64), probs[order], request_keys[order]
@@ -158,8 +159,8 @@ def ndcg_at_k(labels: NDArray, probs: NDArray, request_keys: NDArray, k: int = N
     dcg_G = np.add.reduceat(labels_N * shared_N, request_starts)
     positives_G = np.add.reduceat(labels_N, request_starts).astype(np.int64)
     best_dcg = np.concatenate(([0.0], np.cumsum(1 / np.log2(np.arange(k) + 2.0))))
-    has_positive_G = positives_G > 0
-    return float((dcg_G[has_positive_G] / best_dcg[np.minimum(positives_G[has_positive_G], k)]).mean())
+    both_G = (positives_G > 0) & (positives_G < sizes_G)
+    return float((dcg_G[both_G] / best_dcg[np.minimum(positives_G[both_G], k)]).mean()) if both_G.any() else None
 
 
 def compute_metrics(labels_N: NDArray, probs_N: NDArray, user_keys_N: NDArray, request_keys_N: NDArray) -> TaskMetrics:
@@ -194,6 +195,9 @@ def metrics_by_scenario(predictions: Predictions, scenarios: Sequence[str]) -> C
     probabilities, pooled. "global": every row, the global labels with the global heads; metrics are None and the counts
     stay when the model has no global heads. Rows whose label is not known take no part; `num_unknown` counts them.
     """
+    # A scenario ranks a list of its own, also where another's log has a request of the same id.
+    requests_N = predictions.request_key_N * len(scenarios) + predictions.scenario_N
+    predictions = replace(predictions, request_key_N=requests_N)
     cells: CellMetrics = {}
     for index, scenario in enumerate(scenarios):
         rows = predictions.scenario_N == index

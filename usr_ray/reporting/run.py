@@ -223,7 +223,9 @@ def why_undefined(key: str, metrics: TaskMetrics) -> str:
         return "no positive row"
     if num_positives == num_samples:
         return "no negative row"
-    return "no user with both labels" if key == "gauc" else "not computed in this evaluation"
+    if key not in metrics:
+        return "not computed in this evaluation"
+    return f"no {'user' if key == 'gauc' else 'request'} with both labels"
 
 
 def rows_name(run: RunRecord) -> str:

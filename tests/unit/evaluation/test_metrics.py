@@ -83,11 +83,13 @@ def test_normalised_entropy_is_one_for_the_mean_label_and_undefined_for_one_clas
     assert m.normalised_entropy(np.zeros(4), np.full(4, 0.25)) is None
 
 
-def test_ndcg_of_a_worked_case_skips_requests_without_a_positive():
-    requests = np.array([1, 1, 1, 2, 2, 3])
-    labels = np.array([0, 1, 0, 1, 0, 0])
-    probs = np.array([0.9, 0.5, 0.1, 0.8, 0.3, 0.4])
-    # Request 1: the positive is second. Request 2: first. Request 3: nothing to find.
+def test_ndcg_of_a_worked_case_skips_requests_of_one_label():
+    requests = np.array([1, 1, 1, 2, 2, 3, 4, 5, 5])
+    labels = np.array([0, 1, 0, 1, 0, 0, 1, 1, 1])
+    probs = np.array([0.9, 0.5, 0.1, 0.8, 0.3, 0.4, 0.2, 0.2, 0.1])
+    # Request 1: the positive is second. Request 2: first. Request 3: nothing to find. Requests 4, of a row whose log
+    # knows no request, and 5: nothing to get wrong.
+    assert m.ndcg_at_k(labels[5:], probs[5:], requests[5:]) is None
     assert m.ndcg_at_k(labels, probs, requests) == pytest.approx((1 / math.log2(3) + 1) / 2)
 
 
@@ -122,9 +124,8 @@ def test_metrics_equal_scikit_learn(rows):
         assert m.auc(labels, probs) == pytest.approx(sk.roc_auc_score(labels, probs))
     assert m.log_loss(labels, probs) == pytest.approx(sk.log_loss(labels, probs, labels=[0, 1]))
     groups = [requests == r for r in np.unique(requests)]
-    ndcgs = [
-        1.0 if g.sum() == 1 else sk.ndcg_score(labels[None, g], probs[None, g], k=3) for g in groups if labels[g].any()
-    ]
+    both = [g for g in groups if 0 < labels[g].sum() < g.sum()]
+    ndcgs = [sk.ndcg_score(labels[None, g], probs[None, g], k=3) for g in both]
     value = m.ndcg_at_k(labels, probs, requests, k=3)
     assert value == (pytest.approx(np.mean(ndcgs)) if ndcgs else None)
 
@@ -188,6 +189,15 @@ def test_cells_take_their_own_rows_labels_and_probabilities():
     assert cells["global"]["ctr"]["auc"] == 1.0
     assert [cells[c]["ctr"]["num_positives"] for c in cells] == [1, 1, 3, 2]
     assert [cells[c]["ctcvr"]["num_samples"] for c in cells] == [2, 2, 4, 4]
+
+
+def test_requests_of_two_scenarios_are_two_whatever_their_ids():
+    rows = replace(predictions(with_global=True), request_key_N=np.array([7, 7, 7, 7]))
+    cells = metrics_by_scenario(rows, ("search", "recommendation"))
+    # Search has its click second (0.6 below 0.7), recommendation first (0.65 above 0.1); pooled as one list, the clicks
+    # would be second and third.
+    assert cells["search"]["ctr"]["ndcg_at_10"] == pytest.approx(1 / math.log2(3))
+    assert cells["all"]["ctr"]["ndcg_at_10"] == pytest.approx((1 / math.log2(3) + 1) / 2)
 
 
 def test_a_model_without_global_heads_has_counts_but_no_global_metrics():

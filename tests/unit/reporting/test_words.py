@@ -84,6 +84,7 @@ def test_it_beats_popularity_everywhere_only_where_everything_was_compared():
         ("auc", {"num_positives": 100_000}, "no negative row"),
         ("gauc", {}, "no user with both labels"),
         ("ndcg_at_10", {}, "not computed in this evaluation"),
+        ("ndcg_at_10", {"ndcg_at_10": None}, "no request with both labels"),
     ],
 )
 def test_every_dash_has_a_reason(key, changes, reason):
