@@ -103,7 +103,7 @@ def comparison_of(
     """
     from usr_ray.evaluation.statistics import compare, on_common_rows
     from usr_ray.reporting.run import model_name
-    from usr_ray.runs.evaluations import dates_of, trained_dates, trained_on
+    from usr_ray.runs.evaluations import chosen_on, dates_of, trained_dates, trained_on
     from usr_ray.runs.plan import load_manifest
     from usr_ray.training.evaluate import evaluate, evaluation_reader
     from usr_ray.training.logistic import PlainRows, logistic_regression
@@ -136,8 +136,13 @@ def comparison_of(
             f"the logistic regression was fitted on {date_ranges(fit_on.dates)} alone, the run and popularity have "
             f"seen {date_ranges(seen)}"
         )
-    if why := trained_on(dates_of(held_out, found[ours].row_number_N), trained_dates(other_dir)):
+    dates = dates_of(held_out, found[ours].row_number_N)
+    if why := trained_on(dates, trained_dates(other_dir)):
         notes.append(f"{other_dir} was trained on {why}: for it these dates are not held out")
+    if chose := chosen_on(other.config, dates):
+        notes.append(
+            f"{date_ranges(chose)} also chose the epoch of {other_dir} (train.early_stopping), which flatters it"
+        )
     return compare(found, ours, held_out.spec.scenarios) | {"notes": notes}
 
 

@@ -478,9 +478,10 @@ def _signal_plot(part: Mapping[str, Any], place: int) -> Plot:
 
 def _signal_table(parts: Sequence[Mapping[str, Any]]) -> Table:
     largest: dict[str, float] = {}
-    for part in parts:
+    for part in sorted(parts, key=lambda part: part["rows"] != "all"):  # cold rows are few, and only name what is new
         for name, drop in part["drops"].items():
-            largest[name] = max(largest.get(name, drop["drop"]), drop["drop"])
+            before = largest.get(name, drop["drop"])
+            largest[name] = max(before, drop["drop"]) if part["rows"] == "all" else before
     heads = [words(p["scenario"]) + ("" if p["rows"] == "all" else f", {p['rows']}") for p in parts]
     rows = [
         Row(["all rows as they are: AUC", *(f"{part['auc']:.4f}" for part in parts)]),

@@ -190,9 +190,14 @@ def caveats(config: Config, manifest: Manifest, dates: Collection[str], num_rows
         found.append(f"without {date_ranges(left_out)}, of which no row{of_scenario} has final labels")
     if num_rows < manifest.num_rows:
         found.append(rows_left_out(num_rows, manifest.num_rows, only))
-    if config.train.early_stopping and (chose := dates_in(config.data.eval_dates) & set(dates)):
+    if chose := chosen_on(config, dates):
         found.append(f"{date_ranges(chose)} also chose the epoch (train.early_stopping), which flatters")
     return found
+
+
+def chosen_on(config: Config, dates: Collection[str]) -> frozenset[str]:
+    """Those of some ISO dates that chose a run's epoch (train.early_stopping)."""
+    return dates_in(config.data.eval_dates) & frozenset(dates) if config.train.early_stopping else frozenset()
 
 
 def rows_left_out(num_rows: int, whole: int, only_scenario: str) -> str:

@@ -17,7 +17,7 @@ from usr_ray.evaluation.files import write_metrics, write_predictions
 from usr_ray.evaluation.metrics import Predictions, metrics_by_scenario
 from usr_ray.reporting.lake import cold_part, funnel
 from usr_ray.reporting.page import DASH
-from usr_ray.reporting.run import _facts, model_name, why_undefined, write_report
+from usr_ray.reporting.run import _facts, importance_section, model_name, why_undefined, write_report
 from usr_ray.runs.evaluations import write_evaluation
 from usr_ray.runs.read import read_history, read_run
 
@@ -494,6 +494,20 @@ def test_rows_whose_labels_may_still_change_are_said_to_be_left_out(tmp_path):
     assert "600 of 1,234 rows are evaluated: labels of the others may still change." in text
     evaluate_again(tmp_path, "2026-01-07:2026-01-08", 3, seen="2026-01-06", table_rows=600)
     assert "rows are evaluated" not in text_of(tmp_path)
+
+
+def test_signals_stand_by_what_they_carry_in_whole_scenarios():
+    """Not by the noise of a few cold rows."""
+
+    def part(rows, scenario="search", **drops):
+        found = {name: {"drop": drop, "low": drop - 0.1, "high": drop + 0.1} for name, drop in drops.items()}
+        counts = {"num_rows": 9, "num_positives": 4, "auc": 0.7}
+        return {"scenario": scenario, "rows": rows, **counts, "drops": found}
+
+    parts = [part("unseen item", city=0.9, age=0.0), part("all", city=0.1, age=0.2)]
+    parts.append(part("all", "recommendation", city=0.15, age=0.01))
+    table = importance_section({"num_rows": 27, "parts": parts}, SCENARIOS).table
+    assert [row.values[0] for row in table.rows[3:]] == ["age", "city"]
 
 
 def refused(capsys, *arguments):

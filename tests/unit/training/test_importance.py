@@ -234,7 +234,9 @@ def test_a_comparison_says_what_the_other_run_has_seen_and_which_rows_it_knows(
     of_usr = CheckpointStore(usr / "checkpoints").newest_valid().state["config"]
     (own / "config.json").write_text(json.dumps({"config": of_usr, "trained_dates": "2025-12-31:2026-01-02"}))
     store = CheckpointStore(plain / "checkpoints").newest_valid()
-    config = store.state["config"] | {"data": store.state["config"]["data"] | {"only_scenario": "search"}}
+    chosen = {"only_scenario": "search", "eval_dates": "2026-01-04"}
+    config = store.state["config"] | {"data": store.state["config"]["data"] | chosen}
+    config["train"] = config["train"] | {"early_stopping": True}
     other = tmp_path / "other"
     CheckpointStore(other / "checkpoints").save(1, store.tensors, store.state | {"config": config})
     (other / "config.json").write_text(json.dumps({"config": config, "trained_dates": "2026-01-01:2026-01-03"}))
@@ -248,13 +250,14 @@ def test_a_comparison_says_what_the_other_run_has_seen_and_which_rows_it_knows(
         "the logistic regression was fitted on 2026-01-01:2026-01-02 alone, the run and popularity have seen "
         "2025-12-31:2026-01-02",
         f"{other} was trained on 2026-01-03: for it these dates are not held out",
+        f"2026-01-04 also chose the epoch of {other} (train.early_stopping), which flatters it",
     ]
     cells = {entry["cell"]: entry for entry in found["about"]["comparison"]["cells"] if entry["task"] == "ctr"}
     assert cells["all"]["auc"] == cells["search"]["auc"], "the search's rows are all"
     assert cells["search"]["auc"]["USR on SharedBottom"] == found["eval"]["search"]["ctr"]["auc"]
     assert cells["recommendation"]["leads"] == {}
     printed = capsys.readouterr().out
-    assert [f"warning: --compare: {note}" in printed for note in notes] == [True] * 3
+    assert [f"warning: --compare: {note}" in printed for note in notes] == [True] * 4
     alone = store.state | {"config": config | {"data": config["data"] | {"only_scenario": "recommendation"}}}
     CheckpointStore(tmp_path / "feed" / "checkpoints").save(1, store.tensors, alone)
     (tmp_path / "feed" / "manifest-train.json").write_bytes((plain / "manifest-train.json").read_bytes())
