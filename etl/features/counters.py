@@ -17,7 +17,7 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import to_arrow_schema
 
-from etl.kernel.counters import cell_name, table_rows
+from etl.kernel.counters import cell_name, packed_sums, table_rows
 from etl.kernel.events import context_column, owned_column
 from etl.kernel.packs import CELL_PREFIX, pair_values
 from etl.lake.tables import COUNTERS_SCHEMA
@@ -125,7 +125,7 @@ def sums_of_values(table: DataFrame, config: Config, days: Sequence[int], since:
 
 
 def sums_of_chunks(values: DataFrame, pairs: DataFrame, sums: DataFrame) -> DataFrame:
-    """chunk, feature, code and `sums`, a list of daily_sums.SUMS, of every code that has any.
+    """One row a chunk: `sums`, what `packed_sums` (etl/kernel/counters.py) makes of those of its codes.
 
     Args:
         values: `value` rows of the pass.
@@ -140,8 +140,10 @@ def sums_of_chunks(values: DataFrame, pairs: DataFrame, sums: DataFrame) -> Data
 
     every = single.unionByName(pairs.select("chunk", "feature", "table").mapInArrow(run, single.schema))
     # One list a value, however many chunks have it: an item's sums are many.
-    of_value = sums.groupBy("feature", "value").agg(F.collect_list(F.struct(*SUMS)).alias("sums"))
-    return every.join(of_value, on=["feature", "value"], how="inner").select("chunk", "feature", "code", "sums")
+    of_value = sums.groupBy("feature", "value").agg(F.flatten(F.collect_list(F.array(*SUMS))).alias("sums"))
+    found = every.join(of_value, on=["feature", "value"], how="inner").select("chunk", "feature", "code", "sums")
+    # A worker packs them, row by row: as one list of the JVM a chunk's would be some hundred megabytes, several times.
+    return found.repartition("chunk").sortWithinPartitions("chunk").mapInArrow(packed_sums, "chunk string, sums binary")
 
 
 def counter_plan(table: DataFrame, config: Config, days: Sequence[int]) -> CounterPlan:

@@ -93,13 +93,17 @@ def encoded_packs(
         before: KEPT_KEY and the columns to keep of the rows that are there and keep some; None: there are none.
         num_before: about so many.
     """
-    lookups = _lookups(values, tables, known, config, sums, lists, before)
+    lookups = _lookups(values, tables, known, config, lists, before)
     windows = counted_windows(config)
     seen = num_days + max([0, *(days for days in windows if days is not None)]) if windows else 0
-    if num_values * (1 + seen) + num_before <= _MAX_BROADCAST_VALUES:
-        lookups = F.broadcast(lookups)
+    is_small = num_values * (1 + seen) + num_before <= _MAX_BROADCAST_VALUES
+
+    def sent(frame: DataFrame) -> DataFrame:
+        return F.broadcast(frame) if is_small else frame
+
     user_sums = [] if sums is None else [F.col("table").alias("user_sums")]
-    return packs.select("chunk", "targets", "events", *user_sums).join(lookups, on="chunk", how="inner")
+    encoded = packs.select("chunk", "targets", "events", *user_sums).join(sent(lookups), on="chunk", how="inner")
+    return encoded if sums is None else encoded.join(sent(sums), on="chunk", how="left")
 
 
 def sample_frame(encoded: DataFrame, plan: RowPlan) -> DataFrame:
@@ -118,14 +122,12 @@ def _lookups(
     tables: Mapping[str, DataFrame],
     known: Vocabularies,
     config: Config,
-    sums: DataFrame | None,
     lists: DataFrame | None,
     before: DataFrame | None,
 ) -> DataFrame:
     """One row a chunk: `lookups`, a list of (feature, code, value, ids, numbers, lists), one for every code.
 
-    With counters `sums` too, a list of (feature, code, list of daily_sums.SUMS). With rows of `before` those of its
-    users, as `kept`.
+    With rows of `before` those of its users, as `kept`.
     """
     features = config.features
     names = pack_features(config)
@@ -153,10 +155,6 @@ def _lookups(
     entry = F.struct(number.alias("feature"), "code", "value", ids.alias("ids"), numbers.alias("numbers"), *more)
     found = rows.select("chunk", entry.alias("entry"))
     listed = [F.collect_list("entry").alias("lookups")]  # which leaves nulls out
-    if sums is not None:
-        counted = sums.select("chunk", F.struct(number.alias("feature"), "code", "sums").alias("sum"))
-        found = found.unionByName(counted, allowMissingColumns=True)
-        listed.append(F.collect_list("sum").alias("sums"))
     if before is not None:
         of_users = values.filter(F.col("feature") == "user_id").select("chunk", F.col("value").alias("user_id"))
         rows_there = before.join(of_users, on="user_id", how="inner")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from etl.kernel.events import Events, Ints, codes_and_values, context_column, owned_column
 from etl.kernel.histories import HistoryEvents
@@ -164,6 +165,36 @@ def table_rows(
             columns |= {"name": pa.repeat(name, len(rows)), "scenario": pa.array(scenarios).take(rows["scenario"])}
             cast = pa.table([columns[field.name].cast(field.type) for field in schema], schema=schema)
             yield from cast.to_batches(max_chunksize=_OUTPUT_ROWS)
+
+
+def packed_sums(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """One row a chunk: `sums`, a table of `feature`, `code` and daily_sums.SUMS as an Arrow stream.
+
+    Args:
+        batches: rows (chunk, feature, code, sums: the SUMS of each day one after the other); a chunk's come together.
+    """
+    chunk, parts = None, list[pa.RecordBatch]()
+    for batch in batches:
+        runs = pc.run_end_encode(batch.column("chunk"))
+        starts = [0, *runs.run_ends.to_pylist()]
+        for name, start, end in zip(runs.values.to_pylist(), starts, starts[1:], strict=False):
+            if parts and name != chunk:
+                yield _packed(chunk, parts)
+                parts = []
+            chunk = name
+            parts.append(batch.slice(start, end - start))
+    if parts:
+        yield _packed(chunk, parts)
+
+
+def _packed(chunk: str | None, parts: list[pa.RecordBatch]) -> pa.RecordBatch:
+    rows = pa.Table.from_batches(parts).combine_chunks()
+    sums = rows["sums"].chunk(0)
+    of_row = pa.array(np.repeat(np.arange(len(rows)), sums.value_lengths().to_numpy() // len(SUMS)))
+    columns = dict(zip(SUMS, sums.flatten().to_numpy().reshape(-1, len(SUMS)).T, strict=True))
+    feature = rows["feature"].chunk(0).dictionary_encode().take(of_row)
+    stream = stream_of({"feature": feature, "code": rows["code"].chunk(0).take(of_row), **columns})
+    return pa.RecordBatch.from_pydict({"chunk": pa.array([chunk]), "sums": stream})
 
 
 def sums_of_users(found: Mapping[str, Sums], names: Sequence[str], before: int) -> dict[str, pa.Array | np.ndarray]:

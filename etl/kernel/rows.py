@@ -79,8 +79,9 @@ def sample_rows(batches: Iterable[pa.RecordBatch], plan: RowPlan, schema: pa.Sch
     Args:
         batches: rows with `targets` and `events` (a pack) and `lookups`: a list of (feature, code, value, ids, numbers)
             structures with every code of the pack's chunk; with tags or terms `lists` too: place, id, place, id ..
-            Where there are counters, also `user_sums` of the pack, and `sums`: a list of (feature, code, list of
-            daily_sums.SUMS). Where rows keep columns, `kept`: a list of (KEPT_KEY, the columns).
+            Where there are counters, also `user_sums` of the pack and `sums` of the chunk, each null or a table of
+            feature, code and daily_sums.SUMS as an Arrow stream. Where rows keep columns, `kept`: a list of (KEPT_KEY,
+            the columns).
     """
     more = (["user_sums", "sums"] if plan.counters.columns else []) + (["kept"] if plan.kept else [])
     for batch in batches:
@@ -134,16 +135,12 @@ def _sums(of_chunk: Mapping[str, pa.Scalar], plan: RowPlan) -> dict[str, DailySu
     """Feature -> sums by code + 1, of those that counters count by: of `user_sums` and `sums`; none of neither."""
     if "sums" not in of_chunk:
         return {}
-    user_sums, entries = of_chunk["user_sums"], of_chunk["sums"].values
-    of_code, lengths = entries.field("sums"), entries.field("sums").value_lengths().to_numpy()
-    columns = [np.repeat(entries.field(name).to_numpy(), lengths) for name in ("feature", "code")]
-    columns += [of_code.flatten().field(name).to_numpy() for name in SUMS]
-    if user_sums.is_valid:
-        own = unpack(user_sums)
-        feature = own["feature"].combine_chunks()
+    parts = []
+    for table in (unpack(packed) for packed in (of_chunk["sums"], of_chunk["user_sums"]) if packed.is_valid):
+        feature = table["feature"].combine_chunks()
         number = np.array([plan.features.index(name) for name in feature.dictionary.to_pylist()])
-        own_columns = [number[feature.indices.to_numpy()], *(own[name].to_numpy() for name in ("code", *SUMS))]
-        columns = [np.concatenate(both) for both in zip(columns, own_columns, strict=True)]
+        parts.append([number[feature.indices.to_numpy()], *(table[name].to_numpy() for name in ("code", *SUMS))])
+    columns = [np.concatenate(column) for column in zip([np.empty(0, np.int64)] * (2 + len(SUMS)), *parts, strict=True)]
     found = {}
     for name in {counter.feature for counter in plan.counters.columns}:
         rows = np.flatnonzero(columns[0] == plan.features.index(name))

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from etl.kernel.counters import _numbered, cell_name
+from etl.kernel.counters import _numbered, cell_name, packed_sums
 from etl.kernel.packs import pair_values, unpack
 from etl.kernel.rows import RowPlan, sample_rows
 from etl.kernel.user_pass import PassPlan
@@ -28,7 +28,6 @@ from tests.unit.examples import depth
 from usr_ray import daily_sums
 from usr_ray.daily_sums import (
     ALL_ROWS,
-    SUMS,
     CounterColumns,
     CounterPlan,
     DailySums,
@@ -190,6 +189,17 @@ def pairs_of(parts: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return [row for batch in pair_values([rows], schema) for row in batch.to_pylist()]
 
 
+def packed(rows: list[dict[str, Any]]) -> dict[str, bytes]:
+    """Chunk -> what `packed_sums` makes of its rows, which come in batches of three."""
+    schema = pa.schema(
+        [("chunk", pa.string()), ("feature", pa.string()), ("code", pa.int32()), ("sums", pa.list_(pa.int64()))]
+    )
+    ordered = pa.Table.from_pylist(sorted(rows, key=lambda row: row["chunk"]), schema=schema)
+    found = [row for batch in packed_sums(ordered.to_batches(max_chunksize=3)) for row in batch.to_pylist()]
+    assert [row["chunk"] for row in found] == sorted({row["chunk"] for row in rows}), "one row a chunk"
+    return {row["chunk"]: row["sums"] for row in found}
+
+
 def rows_of(
     parts: dict[str, list[dict[str, Any]]], sums: Sums, windows: Windows, since: int = 0
 ) -> dict[str, dict[str, float]]:
@@ -200,25 +210,24 @@ def rows_of(
             of_value[feature.removeprefix("context:"), value].append((day, scenario, *counts))
     features = ["user_id", "item_id", "query", "page", *(c for c in map(cell_name, COUNTED) if c.startswith("cell:"))]
     lookups: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
-    counted: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
+    counted: list[dict[str, Any]] = []
     for row in (*parts["value"], *pairs_of(parts)):
         feature = row["feature"].removeprefix("context:")
         place = {"feature": features.index(feature), "code": row["code"]}
         if not feature.startswith("cell:"):
             lookups[row["chunk"]].append(place | {"value": row["value"], "ids": [1], "numbers": []})
         if found := of_value[feature, row["value"]]:
-            counted[row["chunk"]].append(place | {"sums": [dict(zip(SUMS, sums, strict=True)) for sums in found]})
+            numbers = [number for sums in found for number in sums]
+            counted.append({"chunk": row["chunk"], "feature": feature, "code": row["code"], "sums": numbers})
     long, number = pa.list_(pa.int64()), pa.list_(pa.float32())
     kinds = {"feature": pa.int32(), "code": pa.int32(), "value": pa.string(), "ids": long, "numbers": number}
-    one = pa.struct([(name, pa.int64()) for name in SUMS])
-    of_code = pa.struct([("feature", pa.int32()), ("code", pa.int32()), ("sums", pa.list_(one))])
-    of_chunk = {
-        row["chunk"]: {"lookups": lookups[row["chunk"]], "sums": counted[row["chunk"]]} for row in parts["pack"]
-    }
-    packs = [{**row, "user_sums": row["table"], **of_chunk[row["chunk"]]} for row in parts["pack"]]
-    lists = {"lookups": pa.list_(pa.struct(list(kinds.items()))), "sums": pa.list_(of_code)}
-    binaries = [(name, pa.binary()) for name in ("targets", "events", "user_sums")]
-    schema = pa.schema([*binaries, *lists.items()])
+    sums_of = packed(counted)
+    packs = [
+        {**row, "user_sums": row["table"], "lookups": lookups[row["chunk"]], "sums": sums_of.get(row["chunk"])}
+        for row in parts["pack"]
+    ]
+    binaries = [(name, pa.binary()) for name in ("targets", "events", "user_sums", "sums")]
+    schema = pa.schema([*binaries, ("lookups", pa.list_(pa.struct(list(kinds.items()))))])
     table = pa.Table.from_pylist([{n: p[n] for n in schema.names} for p in packs], schema=schema)
     # A scenario's daily sums may come in several parts.
     totals = tuple(number for found in of_value[ALL_ROWS, ALL_ROWS] for number in found)
