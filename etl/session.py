@@ -64,15 +64,15 @@ DEFAULTS = {
     "spark.sql.execution.arrow.maxRecordsPerBatch": str(CHUNK_BATCH_ROWS),
     "spark.sql.execution.arrow.maxBytesPerBatch": str(CHUNK_BATCH_BYTES),
     "spark.sql.parquet.compression.codec": "zstd",
-    # A task keeps this many files open, one a date or part; for more of them Spark sorts its rows first.
+    # A task keeps fewer files open than this, one a date or part; from then on Spark sorts its rows first.
     "spark.sql.maxConcurrentOutputFileWriters": "8",
     # A small table that a task looks up takes a whole page of the heap, and Spark's own choice is 64 MB: a build has a
     # dozen of them at once.
     "spark.buffer.pageSize": "4m",
     # The share of the heap that Spark sorts in before it spills. Parquet's writer has no such bound: the files that a
-    # task has open hold up to ROW_GROUP_ROWS rows each, some 400 MB, and the lists of a chunk come on top.
+    # task has open hold up to ROW_GROUP_ROWS rows each, some 400 MB, and the lookups of a chunk come on top.
     "spark.memory.fraction": "0.4",
-    # The lists of a chunk are of some hundred megabytes, and Spark would hold those of 128 chunks before it sorts.
+    # A chunk's lookups are one list of some megabytes, and Spark would hold those of 128 chunks before it sorts.
     "spark.sql.objectHashAggregate.sortBased.fallbackThreshold": "1",
     # Options of a DataFrameWriter do not reach Delta's Parquet files, and OPTIMIZE has none: so they stand here.
     "spark.hadoop.parquet.block.row.count.limit": str(ROW_GROUP_ROWS),
