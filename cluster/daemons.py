@@ -62,7 +62,7 @@ class Daemon:
         try:
             note = json.loads(self.note_file.read_text(encoding="utf-8"))
             fields = Path(f"/proc/{note['pid']}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
-        except (OSError, ValueError):
+        except (OSError, ValueError, KeyError, TypeError):  # none, or a damaged note
             return None
         return note if int(fields[19]) == note.get("started") and fields[0] != "Z" else None
 

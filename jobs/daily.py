@@ -131,13 +131,15 @@ class Day:
         """Both models on the held-out day; the verdict."""
         if not self.plan.train_first:
             return "no new model"
+        from usr_ray.evaluation.files import read_metrics
+
         current = daily.read_current(self.work)
         if newer := daily.newer_in_use(self.plan, current):
             return newer
         evaluations = [self._evaluate("candidate", self.run_dir)]
         if current is not None:
             evaluations.append(self._evaluate("in-use", self.work / current["run"]))
-        results = [daily.read_json(path) for path in evaluations]
+        results = [read_metrics(path) for path in evaluations]
         is_good, why = daily.judge(results[0], results[1] if current else None, self.arguments.tolerance)
         self.state.decide(daily.PROMOTED if is_good else daily.HELD, why)
         print(f"{self.plan.day} verdict: {self.state.verdict} ({why})", flush=True)
@@ -295,7 +297,8 @@ def serves(registry: Path, export: Path) -> bool:
 
     if not (registry / POINTER).exists():
         return False
-    return bool(read_version(stable_folder(registry))["model_id"] == read_manifest(export)["checkpoint"]["id"])
+    served = read_version(stable_folder(registry), "model_id")["model_id"]
+    return bool(served == read_manifest(export, "checkpoint")["checkpoint"]["id"])
 
 
 def built_dates(lake: str) -> set[dt.date]:

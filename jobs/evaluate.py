@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
+import functools
 import sys
 from collections.abc import Collection
 from dataclasses import replace
@@ -32,6 +33,9 @@ if TYPE_CHECKING:  # torch takes seconds to load: a wrong command line is report
 
 MAX_EARLIER_ROWS = 20_000_000
 """Rows of the runs that a run began with that popularity is fitted on besides its own, the newest dates first."""
+
+
+say = functools.partial(print, flush=True)
 
 
 def baseline_of(
@@ -107,12 +111,14 @@ def comparison_of(
     from usr_ray.runs.plan import load_manifest
     from usr_ray.training.evaluate import evaluate, evaluation_reader
     from usr_ray.training.logistic import PlainRows, logistic_regression
+    from usr_ray.training.monitor import row_progress
     from usr_ray.training.rows import training_reader
     from usr_ray.training.worker import LocalWorker
 
     worker = LocalWorker("cpu")
     ours, theirs = (model_name(one.config.to_dict()) for one in (run, other))
-    scored = evaluate(other.module, other.tables, held_out, worker, other.config).predictions
+    done = row_progress(f"rows of {other_dir} evaluated", held_out.num_rows, say)
+    scored = evaluate(other.module, other.tables, held_out, worker, other.config, scored=done).predictions
     assert scored is not None  # there is one rank
     fit_on = load_manifest(run.checkpoint.path.parent.parent, "train")
     fit, rows = (
@@ -158,28 +164,13 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def check_places(own: Path, output: Path | None) -> None:
-    """Try what an evaluation writes: its file in the run directory, and --output.
-
-    Raises:
-        UserError: one of them cannot be written, or --output is another evaluation's file.
-    """
-    if output is not None:
-        check_output_file(output, flag="--output")
-        is_of_a_run = output.match("evaluation-*.json") and (output.parent / "config.json").exists()
-        if is_of_a_run and output.absolute() != own.absolute():
-            raise UserError(
-                f"--output {output}: has the name of another evaluation, whose file it would replace; name another file"
-            )
-    check_output_file(own, flag="--run-dir")
-
-
 def main(argv: list[str]) -> None:
     arguments = _parsed(argv)
     first, last = parse_dates(arguments.dates, where="--dates")
     name = f"{first}_{last}"
     own = arguments.run_dir / f"evaluation-{name}.json"
-    check_places(own, arguments.output)
+    for flag, path in (("--output", arguments.output or own), ("--run-dir", own)):
+        check_output_file(path, flag=flag, own=own)
     from usr_ray.data.lineage import warn
     from usr_ray.data.manifest import build_manifest
     from usr_ray.evaluation.files import metrics_text
@@ -195,6 +186,7 @@ def main(argv: list[str]) -> None:
     )
     from usr_ray.training.evaluate import check_table, evaluate, load_run
     from usr_ray.training.importance import importance, importance_text
+    from usr_ray.training.monitor import row_progress
     from usr_ray.training.worker import LocalWorker
 
     check_earlier(arguments.run_dir, name)  # what could not be replaced is said before the work
@@ -203,7 +195,8 @@ def main(argv: list[str]) -> None:
     manifest = build_manifest(arguments.lake, dates=(first, last), allow_missing=arguments.allow_missing_dates)
     check_table(run, manifest)
     other = arguments.compare and run_to_compare(arguments.compare, manifest)
-    result = evaluate(run.module, run.tables, manifest, worker, run.config)
+    scored = row_progress("rows evaluated", manifest.num_rows, say)
+    result = evaluate(run.module, run.tables, manifest, worker, run.config, scored=scored)
     if result.predictions is not None and result.metrics is not None:  # rank 0
         if not len(result.predictions):  # a model of one scenario, and days that have none of its rows
             raise UserError(
@@ -214,7 +207,7 @@ def main(argv: list[str]) -> None:
         warn(caveats(run.config, manifest, dates, len(result.predictions)))
         about = about_rows(manifest, dates, step=run.checkpoint.step, checkpoint=run.checkpoint.path.name)
         if arguments.importance:
-            about["importance"] = importance(run.module, run.tables, manifest, worker, run.config)
+            about["importance"] = importance(run.module, run.tables, manifest, worker, run.config, report=say)
         seen = trained_dates(arguments.run_dir)
         baseline = baseline_of(run, arguments.lake, manifest, result.predictions, seen)
         if arguments.compare:

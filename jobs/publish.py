@@ -60,7 +60,7 @@ def move_only(registry: Path, arguments: argparse.Namespace) -> None:
     if arguments.rollback:
         left = read_pointer(registry)
         place = rollback_place(registry, left)
-        version = {} if place is None else read_version(version_folder(registry, left.before[place]))
+        version = {} if place is None else read_version(version_folder(registry, left.before[place]), "as_of")
         name = roll_back(registry)
         models = model_of(name), model_of(left.stable)
         of = (

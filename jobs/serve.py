@@ -77,7 +77,7 @@ def check_registry(registry: Path, device: str) -> None:
             folder = version_folder(registry, name)
             read_version(folder)
             if device == "cuda":
-                require_program(folder / MODEL, read_manifest(folder / MODEL), ONNX)
+                require_program(folder / MODEL, read_manifest(folder / MODEL, "files"), ONNX)
         except UserError as error:
             if place == STABLE:
                 raise

@@ -6,6 +6,7 @@ Standard library only.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime as dt
 import difflib
 import errno
@@ -16,7 +17,7 @@ import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ MAX_PATH_BYTES = 3000
 """Longest whole path of it, for there are folders below it, and paths end at 4096."""
 _WRITTEN = {"_delta_log", "checkpoints", "tensorboard", "history.jsonl", ".lock"}
 """Folders and files that a job writes into when it finds them in its output."""
-_OF_RUNS = re.compile(r"(config|metrics|manifest-train|manifest-eval)\.json|history\.jsonl|predictions(-.*)?\.parquet")
+_OF_RUNS = re.compile(
+    r"(config|metrics|manifest-train|manifest-eval|evaluation-.*)\.json|history\.jsonl|predictions(-.*)?\.parquet"
+)
 """Files of a run directory that no other output may replace."""
 _STORAGE_LIBRARIES = ("pyarrow", "_internal", "deltalake", "py4j", "pyspark")
 """Packages whose exceptions are searched for the words below; the second is how deltalake's own call theirs."""
@@ -263,15 +266,18 @@ def check_output_table(place: Path | str, *, flag: str) -> None:
     check_output(place, flag=flag, table=True)
 
 
-def check_output_file(place: Path | str, *, flag: str) -> None:
-    """UserError unless a file can be written as `place`; its folder is made with it."""
-    check_output(place, flag=flag, file=True)
+def check_output_file(place: Path | str, *, flag: str, own: Path | None = None) -> None:
+    """UserError unless a file can be written as `place`; its folder is made with it. `own`: as in `check_output`."""
+    check_output(place, flag=flag, file=True, own=own)
 
 
-def check_output(place: Path | str, *, flag: str, file: bool = False, table: bool = False) -> None:
+def check_output(
+    place: Path | str, *, flag: str, file: bool = False, table: bool = False, own: Path | None = None
+) -> None:
     """UserError unless a folder (or with `file` a file) of this name can be written; nothing is left behind.
 
-    It must not lie in a table (with `table` it may be one), nor be one of the files that make a run what it is.
+    It must not lie in a table (with `table` it may be one), nor be one of the files that make a run what it is, but for
+    `own`, which the job writes.
     It is tried with a file without a name in the nearest folder that is there: permissions alone do not reveal
     read-only file systems, and mean nothing to root. What an earlier job left in the folder, perhaps as another user,
     is asked for its permissions.
@@ -298,7 +304,8 @@ def check_output(place: Path | str, *, flag: str, file: bool = False, table: boo
                 f"{flag} {text}: lies in the table {above}, where VACUUM deletes what is not the table's; name a "
                 f"{kind} outside of it"
             )
-    if file and _OF_RUNS.fullmatch(path.name) and os.path.exists(folder / "config.json"):
+    is_own = own is not None and own.absolute() == path
+    if file and not is_own and _OF_RUNS.fullmatch(path.name) and os.path.exists(folder / "config.json"):
         raise UserError(f"{flag} {text}: is a file that the run of {folder} needs; name another {kind}")
     existing = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
     try:
@@ -364,6 +371,41 @@ def _nearest(text: str) -> str:
     return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
+# ---- processors
+
+
+def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Processors that this process may keep busy: those of its affinity, and no more than its container's quota.
+
+    A container with a limit of 4 CPUs on a machine of 64 sees all 64; threads or trials for all of them would stand
+    still for most of each period of the quota.
+
+    Args:
+        cgroup: of the container, version 2 or 1; a machine's own has no quota.
+    """
+    cores = _all_cores()
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = map(float, " ".join((cgroup / name).read_text(encoding="utf-8") for name in names).split())
+            return max(1, min(cores, math.ceil(quota / period))) if quota > 0 else cores
+    return cores
+
+
+def _all_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def limit_threads(environment: MutableMapping[str, str], cgroup: Path = Path("/sys/fs/cgroup")) -> None:
+    """Let torch, numpy and Arrow, where they are loaded after this, begin with the threads of a container's quota.
+
+    They look at the affinity alone, which knows no quota. OMP_NUM_THREADS that is set stays. Jobs that the process
+    starts inherit it; whoever shares a machine's cores among processes (launch/trainer.py) sets torch's number besides.
+    """
+    cores = usable_cores(cgroup)
+    if cores < _all_cores():
+        environment.setdefault("OMP_NUM_THREADS", str(cores))
+
+
 # ---- running
 
 
@@ -383,6 +425,7 @@ def run_job(
     """
     try:
         check_process_places()
+        limit_threads(os.environ)
         main(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -25,6 +25,7 @@ from etl.jvm import file_system, json_texts
 from etl.kernel.rows import EVENT_HOUR
 from etl.lake.tables import Lake
 from usr_ray.config import Config, parse_dates
+from usr_ray.config.stored import REPORT, REPORT_WAY_OUT, parse_json
 from usr_ray.schema import (
     ALL_LABELS,
     FIRST_ID,
@@ -357,8 +358,9 @@ def write_report(spark: SparkSession, lake: Lake, name: str, report: Mapping[str
 
 def read_reports(spark: SparkSession, lake: Lake) -> dict[str, dict[str, Any]]:
     """Date -> report, of every date built so far."""
-    texts = json_texts(spark, lake.path(REPORTS)).values()
-    return {report["date"]: report for report in sorted(map(json.loads, texts), key=lambda r: r["date"])}
+    texts = json_texts(spark, lake.path(REPORTS)).items()
+    found = [parse_json(text, REPORT, where=path, way_out=REPORT_WAY_OUT) for path, text in texts]
+    return {report["date"]: report for report in sorted(found, key=lambda report: report["date"])}
 
 
 def _rows(account: Account, date: str) -> dict[str, dict[str, int]]:

@@ -27,6 +27,7 @@ from etl.kernel.packs import EVENT, VALUE
 from etl.lake.tables import COUNTERS_SCHEMA, Lake, content_hash, create_table, dates_condition, replace_dates
 from etl.session import kept
 from usr_ray.config import DAY_US, Config, day_number
+from usr_ray.config.stored import DATE, misfit
 from usr_ray.schema import COUNTERS, STATE
 
 STATE_SCHEMA = T.StructType(
@@ -114,8 +115,7 @@ def mark_of(commits: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     for commit in commits:
         if commit["version"] > newest:
             continue
-        mark: dict[str, str] = json.loads(commit["userMetadata"] or "{}")
-        if mark.get("complete_until"):
+        if mark := _mark_in(commit["userMetadata"] or ""):
             return mark
         restored = (commit["operationParameters"] or {}).get("version") if commit["operation"] == "RESTORE" else None
         if restored is not None and restored.isdecimal():
@@ -123,6 +123,15 @@ def mark_of(commits: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         elif commit["operation"] not in _HARMLESS:
             return {}
     return {}
+
+
+def _mark_in(text: str) -> dict[str, str]:
+    """The mark that a commit carries; empty where it has none, or somebody's own text."""
+    try:
+        mark = json.loads(text)
+    except ValueError:
+        return {}
+    return {} if misfit(mark, {"complete_until": DATE, "meaning": object, "content?": str}) else mark
 
 
 def past_events(spark: SparkSession, lake: Lake, state: State) -> DataFrame:

@@ -20,7 +20,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from jobs.__main__ import ON_SPARK
-from usr_ray.cli import job_config, job_parser, run_job
+from usr_ray.cli import job_config, job_parser, limit_threads, run_job, usable_cores
 from usr_ray.config import UserError, load_config
 
 pytestmark = pytest.mark.unit
@@ -252,3 +252,46 @@ def test_every_job_outside_of_its_environment_says_so_in_one_line(tmp_path: Path
         assert process.returncode == 2, (name, error)
         line = r"error: the package \w+ is not installed for .*source .venv/bin/activate.*\n"
         assert re.fullmatch(line, error), (name, error)
+
+
+@pytest.mark.parametrize(
+    ("files", "wanted"),
+    [
+        ({}, 16),
+        ({"cpu.max": "max 100000"}, 16),
+        ({"cpu.max": "400000 100000"}, 4),
+        ({"cpu.max": "250000 100000"}, 3),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu.max": "6400000 100000"}, 16),
+        ({"cpu.max": "nonsense"}, 16),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 16),
+        ({"cpu/cpu.cfs_quota_us": "800000", "cpu/cpu.cfs_period_us": "100000"}, 8),
+    ],
+)
+def test_a_container_has_as_many_cores_as_its_quota(
+    files: dict[str, str], wanted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16), raising=False)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    assert usable_cores(tmp_path) == wanted
+
+
+def test_libraries_begin_with_the_threads_of_the_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch takes the affinity, which knows no quota; OMP_NUM_THREADS is read as it is loaded, so before a job begins."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16), raising=False)
+    given: dict[str, str] = {"OMP_NUM_THREADS": "7"}
+    unset: dict[str, str] = {}
+    limit_threads(unset, tmp_path)
+    assert unset == {}, "no quota, so the machine's own"
+    (tmp_path / "cpu.max").write_text("400000 100000\n")
+    for environment in (given, unset):
+        limit_threads(environment, tmp_path)
+    assert (given, unset) == ({"OMP_NUM_THREADS": "7"}, {"OMP_NUM_THREADS": "4"})
+    found = []
+    monkeypatch.setattr("usr_ray.cli.usable_cores", lambda *_: 4)
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert run_job(lambda _: found.append(os.environ["OMP_NUM_THREADS"]), []) == 0
+    assert found == ["4"]

@@ -292,7 +292,9 @@ def test_outputs_do_not_go_into_tables_or_over_the_files_of_a_run(
     if parser_of(job).places[flag][0] is check_output:
         assert "lies in the table" in refusal(job, words_of(job, world, flag, str(world / "table")), capsys)
     if job in ("evaluate", "report") and flag == "--output":
-        for name in ("config.json", "metrics.json", "manifest-eval.json", "predictions-2026-01-01_2026-01-02.parquet"):
+        span = "2026-01-01_2026-01-02"
+        of_another = (f"evaluation-{span}.json", f"predictions-{span}.parquet")
+        for name in ("config.json", "metrics.json", "manifest-eval.json", *of_another):
             (world / "run" / "metrics.json").touch()
             line = refusal(job, words_of(job, world, flag, str(world / "run" / name)), capsys)
             assert f"run/{name}: is a file that the run of {world}/run needs; name another file" in line

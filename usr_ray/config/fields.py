@@ -194,10 +194,8 @@ def first_difference(
 def complete(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Nested dictionaries with the entries of `defaults` that `raw` lacks."""
     both = {**defaults, **raw}
-    return {
-        key: complete(value, defaults.get(key) or {}) if isinstance(value, Mapping) else value
-        for key, value in both.items()
-    }
+    of = {key: default if isinstance(default := defaults.get(key), Mapping) else {} for key in both}
+    return {key: complete(value, of[key]) if isinstance(value, Mapping) else value for key, value in both.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -253,8 +253,9 @@ class Config:
         """`raw` as an earlier version saved it, with keys that have come since as it meant them; nothing is checked."""
         usual = cls().to_dict()
         found = complete(complete(raw, _BEFORE), usual)
-        if not found["counters"]["defaults"]:  # the default was another one, and without effect
-            found["counters"]["windows"] = usual["counters"]["windows"]
+        counters = found["counters"]
+        if isinstance(counters, dict) and not counters["defaults"]:  # the default was another one, and without effect
+            counters["windows"] = usual["counters"]["windows"]
         return found
 
     @classmethod

@@ -23,6 +23,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from usr_ray.config import DAY_US, SHOWN_RANGES, UserError, check_table_address, date_ranges, dates_there
+from usr_ray.config.stored import DATES, misfit, read_json
 from usr_ray.data.parts import DataFile, FeatureFile, RowGroup, RowGroupRef
 from usr_ray.files import one_line, whole_line, write_whole
 from usr_ray.schema import (
@@ -102,15 +103,13 @@ class Manifest:
     @classmethod
     def load(cls, path: Path | str) -> Manifest:
         """Read a manifest written by `save`, without Delta. UserError: there is none, or it was changed by hand."""
-        try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"manifest {path}: cannot be read ({error.strerror}); build one from the lake") from error
-        except ValueError as error:
-            raise UserError(f"manifest {path}: not JSON ({error}); build it again from the lake") from error
+        raw = read_json(Path(path), {}, way_out="build it again from the lake")
         try:
             if raw["format"] != FORMAT:
                 raise ValueError(f"format {raw['format']}, this version reads {FORMAT}")
+            for key, shape in (("built_with", {}), ("fitted", {"dates": DATES, "min_count": int})):
+                if problem := misfit(json.loads(raw.get(key) or "null"), (shape, None), key):
+                    raise ValueError(problem)
             manifest = make_manifest(
                 table_uri=raw["table_uri"],
                 version=raw["version"],
@@ -124,7 +123,7 @@ class Manifest:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"manifest {path}: not a manifest ({error}); build it again from the lake") from error
-        if manifest.sha256 != raw["sha256"]:
+        if manifest.sha256 != raw.get("sha256"):
             raise UserError(f"manifest {path}: its hash does not match its files; build it again from the lake")
         return manifest
 

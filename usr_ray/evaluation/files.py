@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,44 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from usr_ray.evaluation.metrics import CellMetrics, Predictions
-from usr_ray.files import write_whole
+from usr_ray.config import UserError
+from usr_ray.config.stored import DATES, NUMBER, TIME, Shape, one_of, parse_json, read_json
+from usr_ray.evaluation.metrics import ALL, CellMetrics, Predictions
+from usr_ray.files import one_line, write_whole
 from usr_ray.schema import ALL_LABELS, TASKS
 
 PREDICTIONS_FILE = "predictions.parquet"
 SPLIT, TRAINED_SPLIT = "eval", "train"
 """Split of an evaluation on held-out dates; of one on dates that were trained on, or lie before such."""
 _ABOUT = b"usr_ray.evaluation"
+_AGAIN = "run jobs/evaluate.py again"
+_TASK: Shape = {
+    **dict.fromkeys(("num_samples", "num_positives"), int),
+    **dict.fromkeys(("auc", "gauc", "log_loss", "pcoc", "*"), NUMBER),
+}
+_CELL: Shape = dict.fromkeys(TASKS, _TASK)
+_SPLIT_SHAPE: Shape = {ALL: _CELL, "*": _CELL}
+_VERDICTS = ("better", "worse", "unsure", "even", "few", "none")
+_LEAD: Shape = {"value": float, "low": float, "high": float, "verdict": one_of(*_VERDICTS)}
+_COMPARED: Shape = {"cell": str, "task": one_of(*TASKS), "auc": {"*": NUMBER}, "leads": {"*": (_LEAD, None)}}
+_PART: Shape = {
+    "scenario": str,
+    "rows": str,
+    "auc": NUMBER,
+    "num_rows": int,
+    "num_positives": int,
+    "drops": {"*": {"drop": float, "low": float, "high": float}},
+}
+_ABOUT_SHAPE: Shape = {
+    "dates?": DATES,
+    "evaluated_at?": TIME,
+    "step?": int,
+    "table_version?": int,
+    "comparison?": {"cells": [_COMPARED], "notes?": [str]},
+    "importance?": {"num_rows": int, "parts": [_PART]},
+    **dict.fromkeys(("checkpoint?", "table_uri?", "manifest_sha256?", "usr_ray?", "trained_on?"), str),
+}
+_METRICS: Shape = {"about?": _ABOUT_SHAPE, "*": _SPLIT_SHAPE}
 
 
 def baseline_split(split: str) -> str:
@@ -34,6 +65,11 @@ def write_metrics(path: Path, splits: Mapping[str, CellMetrics], *, about: Mappi
     """
     whole = {**({"about": about} if about else {}), **splits}
     write_whole(path, json.dumps(whole, indent=2, allow_nan=False) + "\n")
+
+
+def read_metrics(path: Path, *splits: str) -> dict[str, Any]:
+    """What `write_metrics` wrote, with an entry for each of `splits`. UserError: it is torn, or was changed by hand."""
+    return read_json(path, {**_METRICS, **dict.fromkeys(splits, _SPLIT_SHAPE)}, way_out=_AGAIN)
 
 
 def aligned(lines: Sequence[Sequence[str]], num_left: int | None = None) -> list[str]:
@@ -126,8 +162,14 @@ def _prob_columns(prefix: str, predictions: Predictions) -> dict[str, Any]:
 
 
 def read_predictions(path: Path, scenarios: Sequence[str]) -> tuple[Predictions, Predictions | None, dict[str, Any]]:
-    """Inverse of `write_predictions`: (model, baseline or None, about)."""
-    table = pq.read_table(path)
+    """Inverse of `write_predictions`: (model, baseline or None, about). UserError: the file cannot be read."""
+    with _reading(path):
+        return _predictions_of(pq.read_table(path), path, scenarios)
+
+
+def _predictions_of(
+    table: pa.Table, path: Path, scenarios: Sequence[str]
+) -> tuple[Predictions, Predictions | None, dict[str, Any]]:
     names = np.array(table["scenario"].cast(pa.string()).to_pylist(), dtype=object)
     scenario_N = np.full(table.num_rows, -1, dtype=np.int64)
     for index, scenario in enumerate(scenarios):
@@ -152,15 +194,24 @@ def read_predictions(path: Path, scenarios: Sequence[str]) -> tuple[Predictions,
             history_length_N=column("history_length"),
         )
 
-    about = _about(table.schema)
+    about = _about(table.schema, path)
     baseline = predictions("popularity") if f"popularity_{TASKS[0]}" in table.column_names else None
     return predictions("prob"), baseline, about
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """What a file of predictions says of itself, without its rows."""
-    return _about(pq.read_schema(path))
+    """What a file of predictions says of itself, without its rows. UserError: the file cannot be read."""
+    with _reading(path):
+        return _about(pq.read_schema(path), path)
 
 
-def _about(schema: pa.Schema) -> dict[str, Any]:
-    return json.loads((schema.metadata or {}).get(_ABOUT, b"{}"))
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); {_AGAIN}") from error
+
+
+def _about(schema: pa.Schema, path: Path) -> dict[str, Any]:
+    return parse_json((schema.metadata or {}).get(_ABOUT, b"{}"), _ABOUT_SHAPE, where=path, way_out=_AGAIN)

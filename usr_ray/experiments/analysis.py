@@ -6,7 +6,6 @@ Shape letters: N rows, R seeds.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from usr_ray.config import Config
 from usr_ray.evaluation.baseline import TrainingRows
-from usr_ray.evaluation.files import PREDICTIONS_FILE, SPLIT, read_predictions
+from usr_ray.evaluation.files import PREDICTIONS_FILE, SPLIT, read_metrics, read_predictions
 from usr_ray.evaluation.metrics import ALL, GLOBAL, CellMetrics, Predictions
 from usr_ray.evaluation.statistics import (
     Judged,
@@ -29,7 +28,7 @@ from usr_ray.evaluation.statistics import (
 )
 from usr_ray.experiments.grid import Study, StudyError, Trial, compared_labels, expand
 from usr_ray.experiments.record import is_finished, trial_dir
-from usr_ray.runs.evaluations import CONFIG_FILE, METRICS_FILE
+from usr_ray.runs.evaluations import METRICS_FILE, read_config, read_record
 from usr_ray.runs.plan import load_manifest
 from usr_ray.schema import TASKS, UNKNOWN_ID
 from usr_ray.training.rows import baseline_rows
@@ -79,12 +78,11 @@ class Trials:
 
     def config(self, trial: Trial) -> Config:
         """The configuration that the trial was run with."""
-        record = json.loads((trial_dir(self.run_dir, trial) / CONFIG_FILE).read_text(encoding="utf-8"))
-        return Config.from_dict(Config.completed(record["config"]))
+        return read_config(trial_dir(self.run_dir, trial))
 
     def dates(self) -> dict[str, str]:
         """Split -> dates that had rows, as "A:B"; of a study of several worlds those of the first trial."""
-        record = json.loads((trial_dir(self.run_dir, self.finished[0]) / CONFIG_FILE).read_text(encoding="utf-8"))
+        record = read_record(trial_dir(self.run_dir, self.finished[0]))
         return {split: about["dates"] for split, about in record.get("manifests", {}).items() if "dates" in about}
 
     def scenarios(self, point: Point) -> tuple[str, ...]:
@@ -93,12 +91,12 @@ class Trials:
 
     def rows_hash(self, trial: Trial) -> str | None:
         """SHA-256 of the held-out files that the trial was evaluated on; None where its record does not say."""
-        record = json.loads((trial_dir(self.run_dir, trial) / CONFIG_FILE).read_text(encoding="utf-8"))
+        record = read_record(trial_dir(self.run_dir, trial))
         return record.get("manifests", {}).get("eval", {}).get("sha256")
 
     def metrics(self, trial: Trial) -> CellMetrics:
         """metrics.json of a finished trial."""
-        return json.loads((trial_dir(self.run_dir, trial) / METRICS_FILE).read_text(encoding="utf-8"))[SPLIT]
+        return read_metrics(trial_dir(self.run_dir, trial) / METRICS_FILE, SPLIT)[SPLIT]
 
     def _predictions(self, trial_id: str) -> Predictions:
         trial = next(t for t in self.finished if t.trial_id == trial_id)

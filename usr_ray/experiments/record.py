@@ -21,15 +21,23 @@ from typing import Any
 import pyarrow as pa
 
 from usr_ray.config import Config, ConfigError, UserError, first_difference, load_config
-from usr_ray.evaluation.files import write_table
+from usr_ray.config.stored import TIME, Shape, read_json
+from usr_ray.evaluation.files import read_metrics, write_table
 from usr_ray.experiments.grid import Resources, Study, StudyError, Trial, as_sets
 from usr_ray.files import now, write_whole
-from usr_ray.runs.evaluations import CONFIG_FILE, METRICS_FILE
+from usr_ray.runs.evaluations import CONFIG_FILE, METRICS_FILE, read_record
 from usr_ray.runs.plan import FINISHED
 
 STUDY_FILE, RESULTS_FILE, FAILURE_FILE, TRIALS_DIR = "study.json", "results.parquet", "failure.json", "trials"
 _NOT_MEANT = ("ray", "data.table_version", "data.allow_missing_dates", "online", "tune")
 """Keys that may differ when a study resumes: where it runs, not what it computes."""
+_COMMON: Shape = {"created": TIME, "config": dict, "lake": str}
+_STUDY: Shape = {
+    "study": str,
+    "tables": {"*": {"lake": str, "version": int}},
+    "commands": [{"started": TIME, "command": [str]}],
+}
+_TRIAL_AGAIN = "remove the trial's folder, and it is trained anew"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +95,7 @@ def open_study(run_dir: Path, study: Study, base: Base, *, lake: str, command: S
         "tables": {},
         "commands": [],
     }
-    earlier = resumed(run_dir / STUDY_FILE, "study", config, lake, but=_NOT_MEANT, needs="tables")
+    earlier = resumed(run_dir / STUDY_FILE, "study", config, lake, but=_NOT_MEANT, needs=_STUDY)
     record = earlier or record
     if record["study"] != study.name:
         raise StudyError(
@@ -116,11 +124,11 @@ def resumed(
     lake: str,
     *,
     but: Sequence[str],
-    needs: str,
+    needs: Shape,
     error: type[UserError] = StudyError,
 ) -> dict[str, Any] | None:
     """The record of a study or search that goes on; None where its directory is new or empty. Keys `but` may differ;
-    the record must have the entry `needs`.
+    the record must have the entries of the shape `needs`.
 
     Raises:
         UserError: `error`: the directory holds something else, or one on another configuration or lake.
@@ -130,12 +138,10 @@ def resumed(
         if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
             raise error(f"--run-dir {run_dir}: is there and holds no {what}; name a new or empty folder")
         return None
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        saved, old_lake, _ = Config.completed(record["config"]), record["lake"], record[needs]
-    except (OSError, ValueError, KeyError, TypeError) as cause:
-        raise error(f"{path}: cannot be read ({cause}); use another --run-dir, or remove this one") from cause
-    if difference := first_difference(saved, config, but=but):
+    way_out = "use another --run-dir, or remove this one"
+    record: dict[str, Any] = read_json(path, {**_COMMON, **needs}, way_out=way_out, error=error)
+    old_lake = record["lake"]
+    if difference := first_difference(Config.completed(record["config"]), config, but=but):
         key, before, after = difference
         raise error(
             f"--run-dir {run_dir}: holds a {what} with {key} = {before!r}, this command has {after!r}; set it back "
@@ -155,12 +161,12 @@ def write_record(run_dir: Path, record: Mapping[str, Any]) -> None:
     write_whole(run_dir / STUDY_FILE, json.dumps(record, indent=2) + "\n")
 
 
-def read_record(run_dir: Path) -> dict[str, Any]:
-    """study.json; StudyError where there is none."""
-    try:
-        return json.loads((run_dir / STUDY_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StudyError(f"--run-dir {run_dir}: holds no study ({error}); run jobs/study.py first") from error
+def read_study(run_dir: Path) -> dict[str, Any]:
+    """study.json; StudyError where there is none, or it is damaged."""
+    path = run_dir / STUDY_FILE
+    if not path.is_file():
+        raise StudyError(f"--run-dir {run_dir}: holds no study (no {STUDY_FILE}); run jobs/study.py first")
+    return read_json(path, _COMMON | _STUDY, way_out="put it back as it was", error=StudyError)
 
 
 def trial_dir(run_dir: Path, trial: Trial) -> Path:
@@ -170,8 +176,7 @@ def trial_dir(run_dir: Path, trial: Trial) -> Path:
 
 def is_finished(folder: Path) -> bool:
     """Whether a run directory holds a result."""
-    record = _read(folder / CONFIG_FILE)
-    return record.get("status") == FINISHED and (folder / METRICS_FILE).is_file()
+    return _record_of(folder).get("status") == FINISHED and (folder / METRICS_FILE).is_file()
 
 
 def note_failure(folder: Path, error: str, trace: str = "") -> None:
@@ -182,7 +187,8 @@ def note_failure(folder: Path, error: str, trace: str = "") -> None:
 
 def failure_of(folder: Path) -> str:
     """Why a trial failed; '' when it did not, or has not run yet."""
-    return str(_read(folder / FAILURE_FILE).get("error", ""))
+    path = folder / FAILURE_FILE
+    return str(read_json(path, {"error": str}, way_out=_TRIAL_AGAIN)["error"]) if path.is_file() else ""
 
 
 def result_rows(run_dir: Path, trials: Sequence[Trial]) -> list[dict[str, Any]]:
@@ -193,7 +199,7 @@ def result_rows(run_dir: Path, trials: Sequence[Trial]) -> list[dict[str, Any]]:
     rows = []
     for trial in trials:
         folder = trial_dir(run_dir, trial)
-        record, error = _read(folder / CONFIG_FILE), failure_of(folder)
+        record, error = _record_of(folder), failure_of(folder)
         status = FINISHED if is_finished(folder) else "failed" if error else "open"
         shared = {
             "trial_id": trial.trial_id,
@@ -212,7 +218,7 @@ def result_rows(run_dir: Path, trials: Sequence[Trial]) -> list[dict[str, Any]]:
         if status != FINISHED:
             rows.append(shared)
             continue
-        for split, cells in _read(folder / METRICS_FILE).items():
+        for split, cells in read_metrics(folder / METRICS_FILE).items():
             for scenario, tasks in cells.items():
                 for task, metrics in tasks.items():
                     rows.append({**shared, "split": split, "scenario": scenario, "task": task, **metrics})
@@ -245,16 +251,12 @@ def write_results(run_dir: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 
 def _seconds(record: Mapping[str, Any]) -> float | None:
     """Seconds of the last attempt: earlier ones were cut off at an unknown time."""
-    attempts = record.get("attempts") or []
-    if not (attempts and record.get("ended")):
+    started, ended = ([{}, *(record.get("attempts") or [])][-1]).get("started"), record.get("ended")
+    if not started or not ended:
         return None
-    return (
-        dt.datetime.fromisoformat(record["ended"]) - dt.datetime.fromisoformat(attempts[-1]["started"])
-    ).total_seconds()
+    return (dt.datetime.fromisoformat(ended) - dt.datetime.fromisoformat(started)).total_seconds()
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+def _record_of(folder: Path) -> dict[str, Any]:
+    """config.json of a trial; empty before it was begun."""
+    return read_record(folder, way_out=_TRIAL_AGAIN) if (folder / CONFIG_FILE).is_file() else {}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from usr_ray.config import Config
+from usr_ray.config.stored import Shape, read_json
 from usr_ray.evaluation.metrics import CellMetrics
 from usr_ray.experiments.record import Base, failure_of, resumed
 from usr_ray.experiments.space import TriedPoint, TuneError, trial_config
@@ -26,6 +27,7 @@ from usr_ray.runs.read import read_history
 from usr_ray.training.monitor import summarise
 
 TRIAL_FILE, SEARCH_FILE, FINAL_DIR = "trial.json", "search.json", "final"
+_SEARCH: Shape = {"table_version": int, "train_seed": int}
 
 
 def write_values(folder: Path, values: Mapping[str, Any], *, num_epochs: int) -> None:
@@ -42,9 +44,11 @@ def read_points(trials_dir: Path, config: Config, lost: Mapping[str, str] | None
         config: names the metric.
         lost: trial id -> why, for trials whose process ended before it could say so.
     """
+    drawn = {key: object if space.values else float for key, space in config.tune.space.items()}
+    shape, way_out = {"values": drawn, "num_epochs": int}, "remove the trial's folder"
     points = []
     for path in sorted(trials_dir.glob(f"*/{TRIAL_FILE}"), key=lambda p: (p.parent.name[-5:], p.parent.name)):
-        folder, raw = path.parent, json.loads(path.read_text(encoding="utf-8"))
+        folder, raw = path.parent, read_json(path, shape, way_out=way_out, error=TuneError)
         error = failure_of(folder) or (lost or {}).get(folder.name, "")
         curve = read_curve(folder / HISTORY_FILE, config.tune.metric)
         points.append(TriedPoint(folder.name, raw["values"], curve, raw["num_epochs"], error))
@@ -85,8 +89,8 @@ def open_search(config: Config, lake: str, run_dir: Path, base: Base, command: S
             configuration as given could not be trained.
     """
     meaning, may_differ = config.to_dict(), ("ray", "data.allow_missing_dates")
-    path, needs = run_dir / SEARCH_FILE, "table_version"
-    if record := resumed(path, "search", meaning, lake, but=may_differ, needs=needs, error=TuneError):
+    path = run_dir / SEARCH_FILE
+    if record := resumed(path, "search", meaning, lake, but=may_differ, needs=_SEARCH, error=TuneError):
         return record
     record = {
         "created": now(),

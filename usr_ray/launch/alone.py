@@ -9,17 +9,16 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
 import torch
 
 from usr_ray.config import Config, RayConfig, UserError, dates_in
 from usr_ray.data.lineage import warn
 from usr_ray.data.order import order_text
-from usr_ray.evaluation.files import PREDICTIONS_FILE, SPLIT, read_about
+from usr_ray.evaluation.files import PREDICTIONS_FILE, SPLIT, read_about, read_metrics
 from usr_ray.evaluation.metrics import ALL, CellMetrics
-from usr_ray.launch.environment import OWN, SUBMITTED, keep_freed_memory, usable_cores
+from usr_ray.launch.environment import OWN, SUBMITTED, keep_freed_memory
 from usr_ray.launch.monitor import FileMonitor, RayMonitor
-from usr_ray.runs.evaluations import CONFIG_FILE, METRICS_FILE, caveats, manifest_path, read_json
+from usr_ray.runs.evaluations import METRICS_FILE, caveats, manifest_path, read_record
 from usr_ray.runs.plan import RunPlan, load_manifest, mark_finished, plan_run, write_plan, write_result
 from usr_ray.schema import TASKS
 from usr_ray.training.loop import TrainResult, train
@@ -66,7 +65,6 @@ def run_alone(
 
     def fit(plan: RunPlan) -> tuple[str, int]:
         keep_freed_memory()
-        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
         rank = worker or LocalWorker(None if config.ray.use_gpu else "cpu")
         if worker is None:
             rank.stop_on_signal()
@@ -85,7 +83,7 @@ def train_planned(run_dir: Path, config: Config, worker: Worker, monitor: Monito
         worker,
         train_manifest=load_manifest(run_dir, "train"),
         eval_manifest=held_out,
-        trained_dates=read_json(run_dir / CONFIG_FILE)["trained_dates"],
+        trained_dates=read_record(run_dir, "trained_dates")["trained_dates"],
         run_dir=run_dir,
         monitor=monitor,
     )
@@ -156,7 +154,7 @@ def refuse_missing_gpus(config: RayConfig) -> None:
 def _summary(plan: RunPlan, outcome: str, step: int, *, was_finished: bool) -> RunSummary:
     metrics = None
     if plan.eval_manifest is not None and outcome != "stopped":
-        metrics = read_json(plan.run_dir / METRICS_FILE)[SPLIT]
+        metrics = read_metrics(plan.run_dir / METRICS_FILE, SPLIT)[SPLIT]
         found = caveats(plan.config, plan.eval_manifest, _evaluated_dates(plan), metrics[ALL][TASKS[0]]["num_samples"])
         warn(f"data.eval_dates: {one}" for one in found)
     return RunSummary(plan.run_dir, outcome, step, metrics, was_finished)
@@ -167,7 +165,7 @@ def _evaluated_dates(plan: RunPlan) -> Collection[str]:
     assert plan.eval_manifest is not None
     try:
         said = read_about(plan.run_dir / PREDICTIONS_FILE).get("dates") or ""
-    except (OSError, ValueError, pa.ArrowException):  # gone or torn: the metrics are whole all the same
+    except UserError:  # gone or torn: the metrics are whole all the same
         said = ""
     return dates_in(said) or plan.eval_manifest.dates
 

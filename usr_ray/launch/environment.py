@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import fcntl
 import json
-import math
 import os
 import pwd
 import secrets
@@ -82,23 +81,6 @@ def keep_freed_memory() -> None:
     if hasattr(libc, "mallopt"):
         for option, value in _MALLOC.items():
             libc.mallopt(option, value)
-
-
-def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Processors that this process may keep busy: those of its affinity, and no more than its container's quota.
-
-    A container with a limit of 4 CPUs on a machine of 64 sees all 64; threads or trials for all of them would stand
-    still for most of each period of the quota.
-
-    Args:
-        cgroup: of the container, version 2 or 1; a machine's own has no quota.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
-        with contextlib.suppress(OSError, ValueError):
-            quota, period = map(float, " ".join((cgroup / name).read_text(encoding="utf-8") for name in names).split())
-            return max(1, min(cores, math.ceil(quota / period))) if quota > 0 else cores
-    return cores
 
 
 def prepare_environment(environment: MutableMapping[str, str] | None = None, *, dashboard: bool = True) -> str:

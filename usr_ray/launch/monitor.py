@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from usr_ray.config.stored import misfit
 from usr_ray.evaluation.metrics import CellMetrics
 from usr_ray.files import write_whole
 from usr_ray.runs.evaluations import HISTORY_FILE
@@ -121,6 +122,8 @@ class FileMonitor(Monitor):
             try:
                 row = json.loads(line)
             except ValueError:  # cut short by a crash
+                continue
+            if misfit(row, {"step": int, "kind": str}):  # changed by hand
                 continue
             if row["step"] < step or (row["step"] == step and row["kind"] == "train" and kind == "eval"):
                 kept.append(line + "\n")

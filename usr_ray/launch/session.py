@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 
+from usr_ray.cli import usable_cores
 from usr_ray.config import RayConfig, UserError
 from usr_ray.launch.alone import refuse_missing_gpus
 from usr_ray.launch.environment import (
@@ -21,7 +22,6 @@ from usr_ray.launch.environment import (
     OWN,
     ROOT,
     SUBMITTED,
-    usable_cores,
 )
 
 _OBJECT_STORE_BYTES = 200_000_000

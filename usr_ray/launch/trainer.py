@@ -25,9 +25,10 @@ import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer, get_device
 
+from usr_ray.cli import usable_cores
 from usr_ray.config import Config, RayConfig, UserError, parse_duration_us
 from usr_ray.launch.alone import RunSummary, carry_out, refuse_relative_run, train_planned
-from usr_ray.launch.environment import OWN, SUBMITTED, keep_freed_memory, usable_cores
+from usr_ray.launch.environment import OWN, SUBMITTED, keep_freed_memory
 from usr_ray.launch.monitor import RayMonitor
 from usr_ray.launch.rollcall import RollCall, read_refusal, reserve_refusal, write_refusal
 from usr_ray.launch.session import START_ATTEMPTS, ray_session

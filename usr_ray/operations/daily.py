@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from usr_ray.config import DAY_US, Config, UserError, parse_dates
+from usr_ray.config.stored import DATE, DATES, NUMBER, Shape, read_json
 from usr_ray.files import now, write_whole
 
 STEPS = ("build", "restate", "train", "judge", "export", "publish", "score")
@@ -32,6 +33,17 @@ DONE, SKIPPED, RUNNING, FAILED = "done", "skipped", "running", "failed"
 PROMOTED, HELD = "promoted", "held"
 """A day's verdict: its model is in use from now on, or the one before stays."""
 _ONE_DAY = dt.timedelta(days=1)
+_STATUS: Shape = {
+    "date": DATE,
+    "plan": (
+        dict.fromkeys(("day", "build_first", "fit_first", "train_last", "held_out"), DATE)
+        | {"train_first": DATES, "warm_start": str},
+        None,
+    ),
+    "steps": {"*": {"status": str, "seconds?": NUMBER}},
+    "verdict": ({"verdict": str, "why": str}, None),
+}
+_CURRENT: Shape = {"run": str, "export": str, "trained_to": DATE, "since": str, "why": str, "before?": [dict]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +148,9 @@ def judge(candidate: Mapping[str, Any], current: Mapping[str, Any] | None, toler
     """
     for who, splits in (("the new model", candidate), ("the model in use", current or candidate)):
         if "eval" not in splits:
+            seen = splits.get("about", {}).get("trained_on", "that day")
             raise UserError(
-                f"judge: {who} was trained on {splits['about']['trained_on']}, so that day cannot judge it; name a "
+                f"judge: {who} was trained on {seen}, so that day cannot judge it; name a "
                 "later --date, or put an earlier model into use (--use)"
             )
     new = candidate["eval"]["all"]
@@ -164,8 +177,8 @@ class DayState:
         self.folder = work / "days" / day
         self.path = self.folder / "status.json"
         self.record: dict[str, Any] = {"date": day, "plan": None, "steps": {}, "verdict": None}
-        with contextlib.suppress(FileNotFoundError):
-            self.record = read_json(self.path)
+        if self.path.exists():
+            self.record = _read_status(self.path)
 
     def plan(self, fresh: DayPlan) -> DayPlan:
         """The plan that the day began with; `fresh` on its first attempt.
@@ -215,7 +228,8 @@ class DayState:
 def read_current(work: Path) -> dict[str, Any] | None:
     """current.json: run and export below <work>, trained_to, since, why, and `before`; None before the first model."""
     path = work / "current.json"
-    return read_json(path) if path.exists() else None
+    way_out = "remove it, and put a day's model into use again (--use)"
+    return read_json(path, _CURRENT, way_out=way_out) if path.exists() else None
 
 
 def newer_in_use(plan: DayPlan, current: Mapping[str, Any] | None) -> str:
@@ -268,7 +282,7 @@ def status_table(work: Path) -> str:
     """A line a day: each step's state with its seconds, and the verdict; below it the model in use."""
     lines = [f"{'date':<12}" + "".join(f"{step:>14}" for step in STEPS) + "  verdict"]
     for path in sorted(work.glob("days/*/status.json")):
-        record = read_json(path)
+        record = _read_status(path)
         cells = []
         for step in STEPS:
             entry = record["steps"].get(step, {})
@@ -305,10 +319,5 @@ def locked(work: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A file that this module wrote; UserError where it cannot be read."""
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: is damaged ({error}); remove it, the steps find out what is there") from error
-    return record
+def _read_status(path: Path) -> dict[str, Any]:
+    return read_json(path, _STATUS, way_out="remove it, the steps find out what is there")

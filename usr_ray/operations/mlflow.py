@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from usr_ray.config import UserError, check_address, dotted
-from usr_ray.runs.evaluations import CONFIG_FILE, HISTORY_FILE, METRICS_FILE, read_json
+from usr_ray.runs.evaluations import CONFIG_FILE, HISTORY_FILE, METRICS_FILE, read_record
 from usr_ray.runs.read import read_history
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def log_run(run_dir: Path, tracking: MlflowClient, *, experiment: str) -> tuple[
     Raises:
         UserError: no run there, or no experiment.
     """
-    record = read_json(run_dir / CONFIG_FILE)
+    record = read_record(run_dir, "config", "table", "created", "status")
     if not experiment.strip():
         raise UserError("--experiment '': is empty; name a place in MLflow for the runs, such as usr-ray")
     found = tracking.get_experiment_by_name(experiment)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from usr_ray.cli import flags
 from usr_ray.config import date_ranges, dates_in
 from usr_ray.data.order import order_text
 from usr_ray.evaluation.metrics import ALL, GLOBAL, NDCG_K, CellMetrics, TaskMetrics
@@ -110,6 +111,7 @@ def write_report(run_dir: Path, lake: Path | str | None = None, output: Path | N
         others=_evaluations_section(run),
         facts=_facts(run),
         run=run,
+        next_step=next_step(run),
         scorers=[(scorer, metrics) for scorer, metrics in scorers if metrics],
         colours={scenario: series_name(place) for place, scenario in enumerate(scenarios)},
         metric_columns=METRIC_COLUMNS,
@@ -128,6 +130,19 @@ def write_report(run_dir: Path, lake: Path | str | None = None, output: Path | N
         config_json=json.dumps(run.config, indent=2, ensure_ascii=False),
         packages=sorted((run.record.get("packages") or {}).items()),
     )
+
+
+def next_step(run: RunRecord) -> str:
+    """What gives a run its metrics, as a command: whole, as far as config.json knows the lake and the dates."""
+    table, dates = (run.record.get("table") or {}).get("uri", ""), run.config.get("data", {}).get("eval_dates")
+    trained = run.record.get("trained_dates") or run.config.get("data", {}).get("train_dates")
+    places = flags(run_dir=run.run_dir, lake=table.rpartition("/")[0] or "DIR", dates=dates or "A:B")
+    later = f", dates after {max(dates_in(trained))}" if trained and not dates else ""
+    step = f"evaluate the run with {shlex.join(['python', 'jobs/evaluate.py', *places])}{later}."
+    command = ([{}, *(run.record.get("attempts") or [])][-1]).get("command")
+    if run.record.get("status") == "running" and command:
+        return f"the run is not finished. Where it was stopped, go on with {shlex.join(command)}. Then {step}"
+    return step
 
 
 def comparison_section(found: Mapping[str, Any] | None) -> Section:
@@ -175,7 +190,7 @@ def _facts(run: RunRecord) -> list[Fact]:
     times = [dt.datetime.fromisoformat(record[key]) for key in ("created", "ended") if record.get(key)]
     resumed = f"{len(attempts)}, resumed {len(attempts) - 1} times" if len(attempts) > 1 else ""
     changed = [entry for attempt in attempts for entry in attempt.get("changed", {}).items()]
-    changes = [f"{key} from {then} to {now}" for key, (then, now) in changed if not key.startswith("ray.")]
+    changes = [f"{key} from {' to '.join(map(str, two))}" for key, two in changed if not key.startswith("ray.")]
     candidates: list[tuple[str, Any, bool]] = [
         ("Started", moment(record.get("created")), False),
         ("Ended", moment(record.get("ended")) or ("not yet" if "status" in record else ""), False),
@@ -446,7 +461,7 @@ def _slices(run: RunRecord) -> dict[str, Any]:
 
 def importance_section(found: Mapping[str, Any] | None, scenarios: Sequence[str]) -> Section:
     """Bars for each scenario, and a table with the cold rows apart; empty without `found`."""
-    parts = [part for part in found["parts"] if part["drops"]] if found else []
+    parts = [part for part in found["parts"] if part["drops"] and part["scenario"] in scenarios] if found else []
     if not found or not parts:
         return Section("What each signal carries")
     plots = [_signal_plot(part, scenarios.index(part["scenario"])) for part in parts if part["rows"] == "all"]

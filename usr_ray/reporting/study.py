@@ -26,7 +26,7 @@ from usr_ray.experiments.analysis import (
     value_name,
 )
 from usr_ray.experiments.grid import Study
-from usr_ray.experiments.record import failure_of, read_record, trial_dir
+from usr_ray.experiments.record import failure_of, read_study, trial_dir
 from usr_ray.reporting.page import (
     DASH,
     REPORT_FILE,
@@ -71,7 +71,7 @@ def write_study_report(
         StudyError: no trial is finished.
     """
     run_dir = Path(run_dir)
-    trials, record = Trials(run_dir, study), read_record(run_dir)
+    trials, record = Trials(run_dir, study), read_study(run_dir)
     found = contrasts(trials)
     unfinished = [trial for trial in trials.all if trial not in trials.finished]
     failures = [(t.trial_id, failure_of(trial_dir(run_dir, t)) or "no result yet") for t in unfinished]

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from usr_ray import __version__
-from usr_ray.config import Config, UserError, date_ranges, dates_in
+from usr_ray.config import Config, ConfigError, UserError, date_ranges, dates_in
+from usr_ray.config.stored import DATES, TIME, Shape, read_json, requiring
 from usr_ray.data.manifest import Manifest
 from usr_ray.evaluation.files import (
     PREDICTIONS_FILE,
@@ -35,6 +35,7 @@ from usr_ray.evaluation.files import (
     TRAINED_SPLIT,
     baseline_split,
     read_about,
+    read_metrics,
     write_metrics,
     write_predictions,
 )
@@ -44,6 +45,30 @@ from usr_ray.files import one_line
 CONFIG_FILE, METRICS_FILE, HISTORY_FILE = "config.json", "metrics.json", "history.jsonl"
 _CHECKPOINTS, _STATE = "checkpoints", "state.json"
 """As training.checkpoint has them, which needs torch."""
+_CONFIG: Shape = {
+    "scenarios?": [str],
+    "data?": {"train_dates?": DATES, "eval_dates?": DATES, "only_scenario?": str},
+    "train?": {"warm_start?": str, "early_stopping?": bool},
+    "model?": {"backbone?": str, **{part: {"enabled?": bool} for part in ("interest?", "generator?", "multitask?")}},
+    "ray?": {"num_workers?": int},
+}
+_MANIFEST: Shape = {"dates?": DATES, "num_rows?": int, "sha256?": str}
+_RECORD: Shape = _CONFIG | {
+    "config?": _CONFIG,
+    "status?": str,
+    "outcome?": str,
+    "step?": int,
+    "created?": (TIME, None),
+    "ended?": (TIME, None),
+    "trained_dates?": DATES,
+    "attempts?": [{"started?": TIME, "command?": [str], "changed?": {"*": [object]}}],
+    "table?": {"uri": str, "version": int},
+    "manifests?": {"*": _MANIFEST},
+    "packages?": {"*": str},
+    "shuffle?": {"order": str, "neighbour_distance": float, "correlation": float},
+}
+"""config.json; in runs of the first versions it is the configuration alone."""
+_WAY_OUT = "put it back as it was, or use another --run-dir"
 _NAME = re.compile(r"evaluation-(\d{4}-\d\d-\d\d)_(\d{4}-\d\d-\d\d)")
 
 
@@ -80,12 +105,18 @@ def manifest_path(run_dir: Path, split: str) -> Path:
     return run_dir / f"manifest-{split}.json"
 
 
-def read_json(path: Path) -> Any:
-    """Content of a JSON file; UserError naming the file when it cannot be read."""
+def read_record(run_dir: Path, *needed: str, way_out: str = _WAY_OUT) -> dict[str, Any]:
+    """config.json of a run, with an entry for each of `needed`. UserError: it is torn, or was changed by hand."""
+    return read_json(run_dir / CONFIG_FILE, requiring(_RECORD, needed), way_out=way_out)
+
+
+def read_config(run_dir: Path) -> Config:
+    """The configuration in config.json of a run. UserError: as `read_record`, or it is none of this version."""
+    saved = read_record(run_dir, "config")["config"]
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: is not readable JSON ({error}); remove it or write it again") from error
+        return Config.from_dict(Config.completed(saved))
+    except ConfigError as error:
+        raise UserError(f"{run_dir / CONFIG_FILE}: is damaged ({error}); {_WAY_OUT}") from error
 
 
 def trained_dates(folder: Path) -> frozenset[str]:
@@ -113,11 +144,11 @@ def _record_of(folder: Path) -> Mapping[str, Any]:
     is_checkpoint = (folder / _STATE).is_file()
     run_dir = folder.parent.parent if is_checkpoint and folder.parent.name == _CHECKPOINTS else folder
     if (run_dir / CONFIG_FILE).is_file():
-        return read_json(run_dir / CONFIG_FILE)
+        return read_record(run_dir)
     states = [folder / _STATE] if is_checkpoint else sorted(run_dir.glob(f"{_CHECKPOINTS}/*-*/{_STATE}"))
     for path in states:
         with contextlib.suppress(UserError):  # torn: another one of the same run says the same
-            return read_json(path)
+            return read_json(path, _RECORD)
     return {}
 
 
@@ -132,7 +163,7 @@ def evaluations(run_dir: Path, record: Mapping[str, Any]) -> list[Evaluated]:
     seen = trained_dates(run_dir)
     found = []
     for path in [*run_dir.glob(METRICS_FILE), *sorted(run_dir.glob("evaluation-*.json"))]:
-        splits = read_json(path)
+        splits = read_metrics(path)
         split = next((name for name in (SPLIT, TRAINED_SPLIT) if splits.get(name)), None)
         if split is None:
             continue
@@ -140,7 +171,10 @@ def evaluations(run_dir: Path, record: Mapping[str, Any]) -> list[Evaluated]:
         rows, about = _rows_of(path, dates)
         about = splits.get("about") or about
         dates = dates_in(str(about.get("dates") or "")) or dates
-        one = Evaluated(path.name, splits[split], splits.get(baseline_split(split)), rows, about, dates, seen)
+        baseline = splits.get(baseline_split(split))
+        if baseline is not None and baseline.keys() != splits[split].keys():
+            raise UserError(f"{path}: is damaged (the cells of its splits differ); run jobs/evaluate.py again")
+        one = Evaluated(path.name, splits[split], baseline, rows, about, dates, seen)
         written_ns = path.stat().st_mtime_ns
         found.append((about.get("evaluated_at") or _text_of(written_ns / 1e9), written_ns, one))
     return [one for *_, one in sorted(found, key=lambda entry: entry[:2], reverse=True)]
@@ -275,8 +309,8 @@ def check_earlier(run_dir: Path, name: str) -> dict[Path, Mapping[str, Any]]:
     for path in (run_dir / f"predictions-{name}.parquet", run_dir / f"evaluation-{name}.json"):
         if path.is_file():
             try:
-                found[path] = read_about(path) if path.suffix == ".parquet" else read_json(path).get("about") or {}
-            except (OSError, ValueError, AttributeError, UserError, pa.ArrowException) as error:
+                found[path] = read_about(path) if path.suffix == ".parquet" else read_metrics(path).get("about") or {}
+            except UserError as error:
                 raise UserError(f"{path}: is no evaluation's file ({one_line(error)}); remove it") from error
     return found
 
@@ -288,8 +322,8 @@ def _identity(about: Mapping[str, Any]) -> str:
 
 def _dates_of(path: Path, splits: Mapping[str, Any], record: Mapping[str, Any]) -> frozenset[str]:
     """Dates of a file of metrics without those of its rows: as it says, else as it was asked for."""
-    if about := splits.get("about"):
-        return dates_in(about["dates"])
+    if dates := (splits.get("about") or {}).get("dates"):
+        return dates_in(dates)
     if match := _NAME.match(path.name):
         return dates_in(f"{match[1]}:{match[2]}")
     manifest = (record.get("manifests") or {}).get("eval") or {}
@@ -306,10 +340,7 @@ def _rows_of(path: Path, dates: Collection[str]) -> tuple[Path | None, Mapping[s
     for rows in (own, shared):
         if not rows.is_file():
             continue
-        try:
-            about = read_about(rows)
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise UserError(f"{rows}: cannot be read ({error}); run jobs/evaluate.py again") from error
+        about = read_about(rows)
         of_rows = dates_in(str(about.get("dates") or ""))
         if rows == own or not of_rows or of_rows <= frozenset(dates):
             return rows, about

@@ -28,7 +28,14 @@ from usr_ray.data.mature import WhichRows, usable_row_groups
 from usr_ray.data.order import ShuffleQuality
 from usr_ray.data.pins import remove_pin, write_pin
 from usr_ray.data.rows import read_rows
-from usr_ray.evaluation.files import PREDICTIONS_FILE, SPLIT, metrics_text, write_metrics, write_predictions
+from usr_ray.evaluation.files import (
+    PREDICTIONS_FILE,
+    SPLIT,
+    metrics_text,
+    read_metrics,
+    write_metrics,
+    write_predictions,
+)
 from usr_ray.files import now, write_whole
 from usr_ray.model.backbones import check_own_backbone
 from usr_ray.runs.evaluations import (
@@ -39,7 +46,7 @@ from usr_ray.runs.evaluations import (
     dates_of,
     evaluations,
     manifest_path,
-    read_json,
+    read_record,
     trained_on,
     warm_start_dates,
 )
@@ -267,16 +274,10 @@ def split_manifest(lake: Path | str, config: Config, split: str, *, version: int
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:
-    path = folder / CONFIG_FILE
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (folder / CONFIG_FILE).exists():
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); use another --run-dir, or remove this one") from error
-    if not isinstance(record, dict) or not {"config", "table", "manifests", "attempts", "status"} <= set(record):
-        raise UserError(f"{path}: not written by jobs/train.py; use another --run-dir, or remove this one")
-    return record
+    record = read_record(folder, "config", "table", "manifests", "attempts", "status")
+    return record if record["status"] != FINISHED else read_record(folder, "outcome", "step")
 
 
 def _refuse_other_run(config: Config, record: Mapping[str, Any], folder: Path) -> None:
@@ -384,6 +385,6 @@ def write_result(run_dir: Path, result: TrainResult, held_out: Manifest) -> None
 
 def result_text(run_dir: Path) -> str:
     """The metrics of a finished run as a table, under the dates that they are of."""
-    found = evaluations(run_dir, read_json(run_dir / CONFIG_FILE))
+    found = evaluations(run_dir, read_record(run_dir))
     heading = [f"{dates_heading(one.dates, one.seen)}:" for one in found if one.file == METRICS_FILE]
-    return "\n".join([*heading, metrics_text(read_json(run_dir / METRICS_FILE))])
+    return "\n".join([*heading, metrics_text(read_metrics(run_dir / METRICS_FILE, SPLIT))])

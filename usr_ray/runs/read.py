@@ -11,13 +11,25 @@ from typing import Any
 from pyarrow.fs import FileSelector, FileType
 
 from usr_ray.config import UserError
+from usr_ray.config.stored import NUMBER, REPORT, REPORT_WAY_OUT, Shape, misfit, parse_json
 from usr_ray.data.lineage import difference
 from usr_ray.data.manifest import STORE_HINT, Manifest, open_filesystem, open_samples, table_address
 from usr_ray.evaluation.files import read_predictions
 from usr_ray.evaluation.metrics import CellMetrics, Predictions
 from usr_ray.files import whole_line
-from usr_ray.runs.evaluations import CONFIG_FILE, HISTORY_FILE, Evaluated, evaluations, manifest_path, newest, read_json
+from usr_ray.runs.evaluations import (
+    CONFIG_FILE,
+    HISTORY_FILE,
+    Evaluated,
+    evaluations,
+    manifest_path,
+    newest,
+    read_record,
+)
 from usr_ray.schema import REPORTS, SAMPLES
+
+_ROW: Shape = {"kind?": str, "step": int, "*": NUMBER}
+"""A line of history.jsonl."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,17 +85,14 @@ def read_run(run_dir: Path) -> RunRecord:
         raise UserError(f"--run-dir {run_dir}: no such directory; name the --run-dir of jobs/train.py")
     if not (run_dir / CONFIG_FILE).is_file():
         raise UserError(f"--run-dir {run_dir}: holds no {CONFIG_FILE}, so no run was started here; run jobs/train.py")
-    record = read_json(run_dir / CONFIG_FILE)
+    record = read_record(run_dir)
     scenarios = tuple(record.get("config", record).get("scenarios", ()))
     if not scenarios:
         raise UserError(f"{run_dir / CONFIG_FILE}: has no scenarios; this is no run's configuration")
     found = evaluations(run_dir, record)
     evaluation, predictions, baseline = newest(found), None, None
     if evaluation is not None and (path := evaluation.predictions) is not None:
-        try:
-            predictions, baseline, _ = read_predictions(path, scenarios)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); run jobs/evaluate.py again") from error
+        predictions, baseline, _ = read_predictions(path, scenarios)
     return RunRecord(
         run_dir=run_dir,
         record=record,
@@ -116,16 +125,20 @@ def check_lake(run_dir: Path, lake: Path | str) -> None:
 def read_history(path: Path) -> list[dict[str, Any]]:
     """Rows of history.jsonl by step, the newest row of a step that a resumed run went through twice.
 
-    A last line that a crash cut short is left out; a missing file is an empty history.
+    A line that a crash cut short is left out; a missing file is an empty history.
+
+    Raises:
+        UserError: a line was changed by hand.
     """
     rows: dict[tuple[str, int], dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else (), start=1):
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows[str(row.get("kind", "train")), row["step"]] = row
+        if problem := misfit(row, _ROW):
+            raise UserError(f"{path}: line {number} is damaged ({problem}); remove the line")
+        rows[row.get("kind", "train"), row["step"]] = row
     return sorted(rows.values(), key=lambda row: row["step"])
 
 
@@ -146,10 +159,4 @@ def read_etl_reports(lake: Path | str | None) -> list[dict[str, Any]]:
         texts = [(name, filesystem.open_input_stream(name).read()) for name in names]
     except OSError as error:
         raise UserError(f"--lake {lake}: cannot be reached ({whole_line(error)}); {STORE_HINT}") from error
-    reports = []
-    for name, text in texts:
-        try:
-            reports.append(json.loads(text))
-        except ValueError as error:
-            raise UserError(f"{name}: is not readable JSON ({error}); remove it or write it again") from error
-    return reports
+    return [parse_json(text, REPORT, where=name, way_out=REPORT_WAY_OUT) for name, text in texts]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from usr_ray import __version__
+from usr_ray.cli import usable_cores
 from usr_ray.config import UserError
 from usr_ray.serving.openapi import (
     EVENTS_ANSWER,
@@ -323,7 +323,7 @@ def serve_on_ray(
     cores = num_replicas * num_cpus(settings) + 1
     own: dict[str, Any] = {
         "address": "local",
-        "num_cpus": max(cores, os.cpu_count() or 1),
+        "num_cpus": max(cores, usable_cores()),
         "include_dashboard": False,
         "_node_ip_address": "127.0.0.1",
     }

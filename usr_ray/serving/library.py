@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from usr_ray.data.decode import RowGroupDecoder, table_to_batch
 from usr_ray.data.lineage import built_with, difference
 from usr_ray.data.manifest import Manifest, build_manifest, make_manifest, model_columns, read_vocabularies
 from usr_ray.data.mature import WhichRows
+from usr_ray.evaluation.files import read_metrics
 from usr_ray.model.usr import UsrModel
-from usr_ray.runs.evaluations import CONFIG_FILE, METRICS_FILE
+from usr_ray.runs.evaluations import METRICS_FILE, read_record
 from usr_ray.schema import CONFIG_PROPERTY, FEATURE_SPEC_PROPERTY, FeatureSpec
 from usr_ray.serving.check import training_probabilities
 from usr_ray.serving.model import GLOBAL_PROBABILITIES, PROBABILITIES
@@ -62,16 +62,16 @@ class Run:
     def metrics(self) -> dict[str, Any]:
         """metrics.json: split -> scenario -> task -> metric; empty for a run without held-out dates."""
         path = self.path / METRICS_FILE
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return read_metrics(path) if path.is_file() else {}
 
     @property
     def vocabularies(self) -> pa.Table:
         """Columns feature, value (string) and id (int64) of the lake that the run was trained on.
 
         Raises:
-            UserError: that lake is not where it was.
+            UserError: that lake is not where it was; config.json is damaged.
         """
-        table = json.loads((self.path / CONFIG_FILE).read_text(encoding="utf-8"))["table"]["uri"]
+        table = read_record(self.path, "table")["table"]["uri"]
         return read_vocabularies(table.rpartition("/")[0])
 
     def score(self, frame: Any) -> pa.Table:

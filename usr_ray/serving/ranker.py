@@ -56,6 +56,8 @@ _NUM_READERS = 4
 _DEVICE_DEADLINE_S = 0.5
 """Longest wait for a call that a GPU shares among requests, once it has answered the golden ones."""
 GOLDEN_TOLERANCE = 1e-6
+_USED = ("version", "model_id", "as_of", "rules")
+"""Entries of version.json that a ranker needs."""
 _MAX_WEIGHT = 1e300
 _SUSPECT = 1e4
 """Of a scaled number: a program that is sound gives no NaN for smaller ones."""
@@ -155,7 +157,7 @@ class Ranker:
         Raises:
             UserError: see `load`; there is no GPU, or the version has no program for rows.
         """
-        ranker = cls.of_files(folder, verified_version(folder), num_threads=num_threads, device=device)
+        ranker = cls.of_files(folder, verified_version(folder, *_USED), num_threads=num_threads, device=device)
         ranker.check_golden(json.loads((folder / GOLDEN).read_text(encoding="utf-8")))
         ranker._log = log
         ranker.read_within(deadline_s)

@@ -102,7 +102,7 @@ def replay(
         UserError: there is no such run, lake or registry, or the version is of another run.
     """
     folder = stable_folder(registry)
-    version = verified_version(folder)
+    version = verified_version(folder, "model_id", "version")
     trained = load_whole_run(run_dir)
     if trained.checkpoint.model_id != version["model_id"]:
         raise DataError(

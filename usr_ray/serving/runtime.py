@@ -6,7 +6,6 @@ Needs torch for model.pt2, or onnxruntime (and no torch) for model.onnx.
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from usr_ray.config import UserError
+from usr_ray.config.stored import Shape, misfit, read_json, requiring
 from usr_ray.files import file_sha256
 from usr_ray.serving.archive import ArchiveError, refuse_pickles
 
@@ -23,6 +23,16 @@ FORMAT = 1
 MANIFEST, PT2, ONNX, REQUEST = "manifest.json", "model.pt2", "model.onnx", "request.onnx"
 WEIGHTS, FEATURE_SPEC, VOCABULARIES = "weights.safetensors", "feature_spec.json", "vocabularies.parquet"
 RUNTIMES = {"torch": PT2, "onnx": ONNX}
+_INPUT: Shape = {"name": str, "dtype": str, "shape": [object]}
+FILES: Shape = {"*": {"bytes": int, "sha256": str}}
+_SHAPE: Shape = {
+    "files?": FILES,
+    "inputs?": [_INPUT],
+    "request_inputs?": [_INPUT],
+    "outputs?": [{"name": str}],
+    "scenarios?": [str],
+    "checkpoint?": {"id": str},
+}
 _EXPORT_AGAIN = "export the run again with jobs/export.py"
 
 
@@ -37,20 +47,23 @@ def require_packages(*packages: str) -> None:
         raise ExportError(f"not installed here: {', '.join(missing)}; install usr-ray[serve]")
 
 
-def described(path: Path, number: int, *, error: type[UserError], way_out: str) -> dict[str, Any]:
+def described(path: Path, number: int, shape: Shape, *, error: type[UserError], way_out: str) -> dict[str, Any]:
     """The JSON that describes the files of its folder: `format`, and `files` with their checksums.
 
     Args:
         number: the format that is read here; another is refused.
+        shape: of its other entries.
         error: raised where there is none, or of another format.
         way_out: ends the message of that error.
     """
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as cause:
+        content: dict[str, Any] = read_json(path, {})
+    except UserError as cause:
         raise error(f"{path.parent}: holds no readable {path.name}; {way_out}") from cause
     if content.get("format") != number:
         raise error(f"{path.parent}: format {content.get('format')}, this version reads {number}; {way_out}")
+    if problem := misfit(content, shape):
+        raise error(f"{path}: is damaged ({problem}); {way_out}")
     return content
 
 
@@ -63,18 +76,18 @@ def changed_file(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> Path |
     return None
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """manifest.json of an export directory, whose files are not looked at. Raises ExportError."""
-    return described(directory / MANIFEST, FORMAT, error=ExportError, way_out=_EXPORT_AGAIN)
+def read_manifest(directory: Path, *needed: str) -> dict[str, Any]:
+    """manifest.json of an export directory with these entries; its files are not looked at. Raises ExportError."""
+    return described(directory / MANIFEST, FORMAT, requiring(_SHAPE, needed), error=ExportError, way_out=_EXPORT_AGAIN)
 
 
-def verified_manifest(directory: Path) -> dict[str, Any]:
-    """manifest.json of an export directory, after the checksums of every file it names were verified.
+def verified_manifest(directory: Path, *needed: str) -> dict[str, Any]:
+    """manifest.json of an export directory with these entries, after the checksums of all files were verified.
 
     Raises:
         ExportError: no export there, of another format, or a file that is missing or was changed.
     """
-    manifest = read_manifest(directory)
+    manifest = read_manifest(directory, "files", *needed)
     if changed := changed_file(directory, manifest["files"]):
         raise ExportError(f"{changed}: missing or changed since the export; {_EXPORT_AGAIN}")
     return manifest
@@ -131,7 +144,7 @@ class ExportedModel:
             raise ExportError(f"runtime {runtime!r} is not known; choose from: {of_all}")
         require_packages("onnxruntime" if runtime == "onnx" else "torch")
         path = Path(directory)
-        self.manifest = verified_manifest(path)
+        self.manifest = verified_manifest(path, "inputs", "request_inputs", "outputs", "scenarios")
         if per_request and REQUEST not in self.manifest["files"]:
             raise ExportError(f"{path}: holds no {REQUEST}; export the run again with jobs/export.py")
         if device != "cpu":

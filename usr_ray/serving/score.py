@@ -10,7 +10,6 @@ Shape letters: B rows of a batch.
 from __future__ import annotations
 
 import datetime as dt
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +27,9 @@ from usr_ray.schema import OF_ORDERS, PARTITION_COLUMN, FeatureSpec
 from usr_ray.serving.check import training_probabilities
 from usr_ray.serving.model import GLOBAL_PROBABILITIES, PROBABILITIES
 from usr_ray.training.evaluate import TrainedRun, check_table, evaluation_reader, load_whole_run, score_batches
+from usr_ray.training.monitor import RowProgress
 from usr_ray.training.worker import Worker
 
-_REPORT_EVERY_S = 10.0
 SCORES_SCHEMA = pa.schema(
     [
         pa.field("impression_id", pa.string(), nullable=False),
@@ -235,11 +234,11 @@ def score_dates(
     todo = {date: part for date, part in of_date.items() if date not in skipped}
     if skipped:
         report(f"{len(skipped)} of {len(of_date)} dates are done already")
-    progress = _Progress(sum(part.num_rows for part in todo.values()), report)
+    progress = RowProgress(sum(part.num_rows for part in todo.values()), report)
     for number, (date, part) in enumerate(todo.items(), start=1):
         progress.start(f"{date} ({number} of {len(todo)})")
         table.write_date(date, score_rows(run, part, worker, progress.add))
-        progress.finish()
+        progress.say(": written")
     return Scored(progress.num_done, tuple(todo), tuple(skipped), run.checkpoint.step)
 
 
@@ -320,37 +319,3 @@ class _RawRows:
             self._rest = pa.concat_tables([self._rest, next(self._groups)[1].cast(self._schema)])
         taken, self._rest = self._rest.slice(0, num_rows), self._rest.slice(num_rows)
         return taken
-
-
-class _Progress:
-    """Lines with the rate and the time left, at the end of each date and every few seconds between."""
-
-    def __init__(self, num_rows: int, report: Callable[[str], None]) -> None:
-        self._total, self._report = num_rows, report
-        self.num_done = 0
-        self._start = self._last = time.monotonic()
-        self._name = ""
-
-    def start(self, name: str) -> None:
-        """Begin a date."""
-        self._name = name
-
-    def add(self, num_rows: int) -> None:
-        """Count rows of the current date."""
-        self.num_done += num_rows
-        if time.monotonic() - self._last >= _REPORT_EVERY_S:
-            self._line("")
-
-    def finish(self) -> None:
-        """End a date."""
-        self._line(": written")
-
-    def _line(self, done: str) -> None:
-        self._last = time.monotonic()
-        rate = self.num_done / max(self._last - self._start, 1e-9)
-        left = dt.timedelta(seconds=round((self._total - self.num_done) / max(rate, 1e-9)))
-        share = self.num_done / max(self._total, 1)
-        self._report(
-            f"{self._name}{done}; {self.num_done:,} of {self._total:,} rows, {share:.0%}; {rate:,.0f} rows/s, "
-            f"about {left} left"
-        )

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from usr_ray.config import UserError
+from usr_ray.config.stored import Shape, Text, read_json, requiring
 from usr_ray.files import file_sha256, write_whole
 from usr_ray.schema import FeatureSpec
 from usr_ray.serving.counters import FOLDER as COUNTERS_FOLDER
 from usr_ray.serving.counters import Counters
-from usr_ray.serving.encode import Encoder, ValueIndex, hashes
-from usr_ray.serving.runtime import FEATURE_SPEC, changed_file, described, read_manifest
+from usr_ray.serving.encode import Encoder, ValueIndex, hashes, micros_of
+from usr_ray.serving.runtime import FEATURE_SPEC, FILES, changed_file, described, read_manifest
 
 FORMAT = 3
 VERSION, POINTER, VERSIONS = "version.json", "current.json", "versions"
@@ -34,6 +35,17 @@ STABLE, CANARY, SHADOW = "stable", "canary", "shadow"
 PRUNED_AFTER_S = 86_400.0
 """Age from which `prune` deletes a version."""
 _PUBLISH = "publish one with jobs/publish.py"
+_SHAPE: Shape = {
+    "files?": FILES,
+    "version?": str,
+    "model_id?": str,
+    "as_of?": Text("a time with a zone", micros_of),
+    "rules?": {"click_window": int, "order_window": int, "credit_impression?": bool, "*": int},
+    "null_values?": {"*": [str]},
+    "users_at?": str,
+    "users_place?": str,
+}
+_POINTER: Shape = {"stable": str, "before": [str], "canary?": (str, None), "share?": float, "shadow?": (str, None)}
 
 
 class RegistryError(UserError):
@@ -49,18 +61,18 @@ def version_files(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def read_version(folder: Path) -> dict[str, Any]:
-    """version.json of a version, whose files are not looked at. Raises RegistryError."""
-    return described(folder / VERSION, FORMAT, error=RegistryError, way_out=_PUBLISH)
+def read_version(folder: Path, *needed: str) -> dict[str, Any]:
+    """version.json of a version with these entries; its files are not looked at. Raises RegistryError."""
+    return described(folder / VERSION, FORMAT, requiring(_SHAPE, needed), error=RegistryError, way_out=_PUBLISH)
 
 
-def verified_version(folder: Path) -> dict[str, Any]:
-    """version.json of a version, after every file was found to be what it names.
+def verified_version(folder: Path, *needed: str) -> dict[str, Any]:
+    """version.json of a version with these entries, after every file was found to be what it names.
 
     Raises:
         RegistryError: a file is missing or was changed, or there is none of this format.
     """
-    version = read_version(folder)
+    version = read_version(folder, "files", *needed)
     if changed := changed_file(folder, version["files"]):
         raise RegistryError(f"{changed}: missing or changed since it was published; {_PUBLISH}")
     return version
@@ -100,15 +112,15 @@ def read_pointer(registry: Path) -> Pointer:
         RegistryError: there is none, or it names no version of the registry.
     """
     try:
-        raw = json.loads((registry / POINTER).read_text(encoding="utf-8"))
+        raw = read_json(registry / POINTER, _POINTER)
         pointer = Pointer(**raw | {"before": tuple(raw["before"])})
         if not 0 <= pointer.share <= 1:
             raise ValueError
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (UserError, ValueError, TypeError) as error:
         raise RegistryError(f"--registry {registry}: holds no readable {POINTER}; {_PUBLISH}") from error
     optional = [name for name in (pointer.canary, pointer.shadow) if name is not None]
     for name in (pointer.stable, *pointer.before, *optional):
-        if not isinstance(name, str) or "/" in name or name.startswith("."):
+        if "/" in name or name.startswith("."):
             raise RegistryError(f"--registry {registry}: {POINTER} names {name!r}, which is no version; {_PUBLISH}")
     return pointer
 

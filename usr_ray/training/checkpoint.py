@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from usr_ray.config import UserError
+from usr_ray.config.stored import read_json
 from usr_ray.files import file_sha256, sync
 
 TENSORS, STATE, SUMS = "tensors.safetensors", "state.json", "SHA256SUMS"
@@ -187,9 +188,8 @@ class CheckpointStore:
     def newest_state(self) -> dict[str, Any] | None:
         """State of the newest `step-` checkpoint that can be read, without its tensors; not verified."""
         for _, name in reversed(self._entries("step")):
-            with contextlib.suppress(OSError, ValueError):
-                state: dict[str, Any] = json.loads((self.directory / name / STATE).read_text(encoding="utf-8"))
-                return state
+            with contextlib.suppress(UserError):
+                return read_json(self.directory / name / STATE, {"cursor": {"epoch": int, "step": int}})
         return None
 
     def best_valid(self) -> Checkpoint | None:

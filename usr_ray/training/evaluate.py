@@ -9,7 +9,7 @@ Shape letters: B rows of a batch, N rows of the evaluation, T tasks (schema.TASK
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -50,11 +50,19 @@ class Evaluation:
     """One split of metrics.json."""
 
 
-def evaluate(model: nn.Module, tables: RowSource, manifest: Manifest, worker: Worker, config: Config) -> Evaluation:
+def evaluate(
+    model: nn.Module,
+    tables: RowSource,
+    manifest: Manifest,
+    worker: Worker,
+    config: Config,
+    *,
+    scored: Callable[[int], None] = lambda _: None,
+) -> Evaluation:
     """Score every row of `manifest` once and compute the metrics on rank 0. All ranks must call it.
 
     Rows of weight 0 (padding; labels that are not final) take no part. The model is put back into the mode (training or
-    not) it came in.
+    not) it came in. `scored` is called with the number of rows of each batch.
 
     Raises:
         EvaluationError: the model's probabilities are not numbers in [0, 1].
@@ -71,6 +79,7 @@ def evaluate(model: nn.Module, tables: RowSource, manifest: Manifest, worker: Wo
             log_p = [outputs.log_p_BT]
             if outputs.log_p_global_BT is not None:
                 log_p.append(outputs.log_p_global_BT)
+            scored(len(batch))
             log_probs.append(torch.cat(log_p, dim=1))  # stays on the device, so that the host does not wait for a GPU
     if log_probs:
         log_probs = [torch.cat(log_probs).cpu()[torch.cat(kept)].double()]

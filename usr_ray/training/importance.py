@@ -10,7 +10,7 @@ A low drop does not say that a signal is useless: another may say the same.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from usr_ray.model.embedding import RowSource
 from usr_ray.model.unique import ItemSides, unique_ids
 from usr_ray.schema import FIRST_ID, UNKNOWN_ID, FeatureSpec
 from usr_ray.training.evaluate import evaluation_reader, known_ids
+from usr_ray.training.monitor import row_progress
 from usr_ray.training.worker import Worker
 
 MAX_ROWS = 10_000
@@ -83,6 +84,7 @@ def importance(
     config: Config,
     *,
     max_rows: int = MAX_ROWS,
+    report: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """The drop of click AUC by part of the rows and signal, as it goes into an evaluation's file.
 
@@ -91,22 +93,27 @@ def importance(
         manifest: the evaluated rows; those of weight 0 take no part.
         worker: must be the only one.
         max_rows: most rows to draw from the manifest; the draw is fixed by it and SEED.
+        report: is given lines of progress, at most ten each for the rows to draw and to score.
 
     Returns:
         {"num_rows": rows scored, "parts": [{"scenario", "rows": 'all' or 'unseen user' ..., "num_rows",
         "num_positives", "auc", "drops": {signal: {"drop", "low", "high"}}}]}; low and high are the ends of a 95 %
         interval over users. A part without both labels, or of one user, has "auc" null and no drops.
     """
-    sample = _sample(manifest, worker, config, max_rows)
+    drawn = row_progress("importance: rows drawn", manifest.num_rows, report)
+    sample = _sample(manifest, worker, config, max_rows, drawn)
     sample = known_ids(sample, manifest.spec, tables.num_rows())
-    scorer = _Scorer(model, tables, worker.device, config.train.global_batch_size)
     signals = signals_of(manifest.spec, tables.sides)
+    every = list(_parts(sample, manifest.spec, tables))
+    num_rows = sum(len(rows) for *_, rows in every) * (1 + len(signals))
+    scored = row_progress(f"importance: {len(signals)} signals", num_rows, report)
+    scorer = _Scorer(model, tables, worker.device, config.train.global_batch_size, scored)
     was_training = model.training
     model.eval()
     try:
         parts = [
             {"scenario": scenario, "rows": name, **_drops(take_rows(sample, rows), signals, scorer)}
-            for scenario, name, rows in _parts(sample, manifest.spec, tables)
+            for scenario, name, rows in every
         ]
     finally:
         model.train(was_training)
@@ -123,7 +130,7 @@ def importance_text(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _sample(manifest: Manifest, worker: Worker, config: Config, max_rows: int) -> UsrBatch:
+def _sample(manifest: Manifest, worker: Worker, config: Config, max_rows: int, read: Callable[[int], None]) -> UsrBatch:
     """Some of the rows that count, in file order, in one batch on the CPU."""
     num_rows = manifest.num_rows
     chosen = np.random.default_rng(SEED).choice(num_rows, min(max_rows, num_rows), replace=False)
@@ -132,6 +139,7 @@ def _sample(manifest: Manifest, worker: Worker, config: Config, max_rows: int) -
         for batch in reader.batches(epoch=0):
             is_taken = (batch.weights_B.numpy() > 0) & np.isin(batch.row_number_B.numpy(), chosen)
             pieces.append(take_rows(batch, np.flatnonzero(is_taken)))
+            read(len(batch))
     builder, first = BatchBuilder(manifest.spec, sum(map(len, pieces))), 0
     for piece in pieces:
         builder.add(piece, np.arange(first, first + len(piece)))
@@ -160,6 +168,7 @@ def _drops(rows: UsrBatch, signals: Sequence[Signal], scorer: _Scorer) -> dict[s
     counts = {"num_rows": len(rows), "num_positives": int(labels_N.sum())}
     # One user does not say how far others would be (paired_auc_gap): unseen ones may share a key.
     if effective_users(labels_N, users_N) <= 1:
+        scorer.scored(len(rows) * (1 + len(signals)))
         return {**counts, "auc": None, "drops": {}}
     whole_N, drops = scorer(rows), {}
     for signal in signals:
@@ -224,6 +233,8 @@ class _Scorer:
     tables: RowSource
     device: torch.device
     batch_size: int
+    scored: Callable[[int], None]
+    """Is called with the number of rows of each batch."""
 
     def __call__(self, rows: UsrBatch, sides: ItemSides | None = None) -> NDArray[np.float64]:
         """float64 (N,); `sides`: in place of the tables' own."""
@@ -238,4 +249,5 @@ class _Scorer:
             batch, unique = map_tensors((batch, unique), lambda tensor: tensor.to(self.device))
             with torch.inference_mode():
                 found.append(self.model(batch, self.tables.lookup(batch, unique)).log_p_BT[:, 0].double().cpu())
+            self.scored(len(batch))
         return torch.cat(found).numpy()

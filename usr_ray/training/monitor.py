@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +17,52 @@ from usr_ray.schema import TASKS
 from usr_ray.training.worker import Worker
 
 Batch = TypeVar("Batch")
+_SAY_EVERY_S = 10.0
+"""Least time between two lines of RowProgress."""
+
+
+class RowProgress:
+    """Lines with the rate and the time left of a job that goes over rows.
+
+    Args:
+        num_rows: of the whole job.
+        report: is given each line.
+        least: share of the rows between two lines, besides the seconds.
+    """
+
+    def __init__(self, num_rows: int, report: Callable[[str], None], *, least: float = 0.0) -> None:
+        self._total, self._report, self._least = num_rows, report, least * num_rows
+        self.num_done = self._num_said = 0
+        self._start = self._last = time.monotonic()
+        self._name = ""
+
+    def start(self, name: str) -> None:
+        """Begin a part of the job."""
+        self._name = name
+
+    def add(self, num_rows: int) -> None:
+        """Count rows of the current part."""
+        self.num_done += num_rows
+        if time.monotonic() - self._last >= _SAY_EVERY_S and self.num_done - self._num_said >= self._least:
+            self.say()
+
+    def say(self, done: str = "") -> None:
+        """A line now; `done`: what became of the part."""
+        self._last, self._num_said = time.monotonic(), self.num_done
+        rate = self.num_done / max(self._last - self._start, 1e-9)
+        left = dt.timedelta(seconds=round((self._total - self.num_done) / max(rate, 1e-9)))
+        share = self.num_done / max(self._total, 1)
+        self._report(
+            f"{self._name}{done}; {self.num_done:,} of {self._total:,} rows, {share:.0%}; {rate:,.0f} rows/s, "
+            f"about {left} left"
+        )
+
+
+def row_progress(name: str, num_rows: int, report: Callable[[str], None]) -> Callable[[int], None]:
+    """What counts the rows of a job of one part, with at most ten lines."""
+    progress = RowProgress(num_rows, report, least=0.1)
+    progress.start(name)
+    return progress.add
 
 
 class Monitor:

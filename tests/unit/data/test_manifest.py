@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.unit.changed_json import refusals
 from tests.unit.samples_table import FIRST_DATE, HOUR_US, samples_arrow, samples_spec, write_samples
 from usr_ray.config import DAY_US, UserError
 from usr_ray.data.manifest import (
@@ -160,7 +161,7 @@ def test_hash_is_of_the_rows_order_not_of_the_place(built: Path, lake: Path) -> 
     ("text", "message"),
     [
         (None, r"cannot be read \(No such file or directory\)"),
-        ("{", "not JSON"),
+        ("{", "is not readable JSON"),
         ("{}", r"not a manifest \('format'\)"),
         ('{"format": 99}', "not a manifest .format 99, this version reads 1"),
     ],
@@ -175,10 +176,27 @@ def test_a_file_that_is_no_manifest_is_refused(tmp_path: Path, text: str | None,
 def test_a_manifest_changed_by_hand_is_refused(built: Path, tmp_path: Path) -> None:
     build_manifest(built, dates=DATES).save(tmp_path / "m.json")
     raw = json.loads((tmp_path / "m.json").read_text())
+    whole = json.dumps(raw)
     raw["files"][0]["row_groups"][0]["num_rows"] += 1
     (tmp_path / "m.json").write_text(json.dumps(raw))
     with pytest.raises(UserError, match="its hash does not match its files"):
         Manifest.load(tmp_path / "m.json")
+    for key, text, problem in (
+        ("built_with", "{", r"Expecting property name"),
+        ("built_with", "[]", "built_with is a list, needed an object"),
+        ("fitted", '{"dates": "2026-01-01"}', "fitted.min_count is missing"),
+    ):
+        (tmp_path / "m.json").write_text(json.dumps(json.loads(whole) | {key: text}))
+        with pytest.raises(UserError, match=rf"m.json: not a manifest \({problem}.*\); build it again from the lake"):
+            Manifest.load(tmp_path / "m.json")
+
+
+def test_a_manifest_changed_anywhere_is_refused_or_read(built: Path, tmp_path: Path) -> None:
+    build_manifest(built, dates=DATES).save(tmp_path / "m.json")
+    lines = refusals(tmp_path / "m.json", lambda: list(Manifest.load(tmp_path / "m.json").row_groups()))
+    assert len(lines) > 150
+    assert all(line.removeprefix("manifest ").startswith(f"{tmp_path}/m.json: ") for line in lines)
+    assert all(line.endswith("; build it again from the lake") for line in lines)
 
 
 def test_a_lake_without_a_table_is_refused(tmp_path: Path) -> None:

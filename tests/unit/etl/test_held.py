@@ -204,6 +204,17 @@ def test_what_leaves_the_rows_as_they_are_leaves_the_trust(operation: str) -> No
     assert mark_of(commits((operation, None), ("WRITE", MARK), ("CREATE TABLE", None))) == MARK
 
 
+@pytest.mark.parametrize(
+    "theirs",
+    ["fixed by hand", "[]", "5", '{"complete_until": "soon", "meaning": "m"}', '{"complete_until": "2026-01-05"}'],
+)
+def test_another_job_s_note_on_a_commit_is_no_mark(theirs: str) -> None:
+    """Whoever writes to a Delta table may note what he likes on his commit."""
+    (newest, *older) = commits(("DELETE", None), ("WRITE", MARK), ("CREATE TABLE", None))
+    assert mark_of([newest | {"userMetadata": theirs}, *older]) == {}
+    assert mark_of([newest | {"userMetadata": theirs, "operation": "OPTIMIZE"}, *older]) == MARK
+
+
 def test_rows_that_somebody_changed_are_not_trusted_and_restored_ones_are() -> None:
     older = MARK | {"complete_until": "2026-01-04"}
     changed = (("DELETE", None), ("WRITE", MARK), ("WRITE", older), ("CREATE TABLE", None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from tests.unit.changed_json import refusals
 from tests.unit.study_runs import BASE, SETS, finish, rows, write_study
+from usr_ray.experiments.analysis import Trials
 from usr_ray.experiments.grid import Study, StudyError, expand, parse_study
 from usr_ray.experiments.record import (
     Base,
@@ -18,7 +21,7 @@ from usr_ray.experiments.record import (
     is_finished,
     note_failure,
     open_study,
-    read_record,
+    read_study,
     result_rows,
     trial_dir,
     write_record,
@@ -89,12 +92,47 @@ def test_another_base_lake_or_folder_is_refused_in_one_line(tmp_path: Path) -> N
     with pytest.raises(StudyError, match=r"full: is there and holds no study; name a new or empty folder"):
         open_study(tmp_path / "full", study(), BASE, lake="/lake", command=[])
     with pytest.raises(StudyError, match=r"nowhere: holds no study"):
-        read_record(tmp_path / "nowhere")
+        read_study(tmp_path / "nowhere")
     record = json.loads((run_dir / "study.json").read_text())
     for damaged in ("{", json.dumps({key: value for key, value in record.items() if key != "tables"})):
         (run_dir / "study.json").write_text(damaged)
-        with pytest.raises(StudyError, match=r"study.json: cannot be read"):
+        with pytest.raises(StudyError, match=r"study.json: is (not readable JSON|damaged \(tables is missing\))"):
             open_study(run_dir, study(), BASE, lake="/lake", command=[])
+
+
+def test_a_file_of_a_study_that_was_changed_is_one_line(tmp_path: Path) -> None:
+    one = study(seeds=[0], axes=[{"name": "d", "path": "model.embedding_dim", "values": [8]}])
+    write_study(tmp_path, one, {"8": 0.5}, "d")
+    folder = trial_dir(tmp_path, expand(one)[0])
+    note_failure(folder, "the loss is nan", "Traceback ...")
+    for path in (tmp_path / "study.json", folder / "config.json"):  # some sections say all there is to say of the shape
+        record = json.loads(path.read_text())
+        record["config"] = {key: record["config"][key] for key in ("scenarios", "data", "counters")}
+        record["config"]["model"] = {"contrastive": {"every_nth_group": 4}}
+        path.write_text(json.dumps(record))
+
+    def opened() -> None:
+        open_study(tmp_path, one, BASE, lake="/lake", command=[])
+        read_study(tmp_path)
+
+    def trials() -> None:
+        result_rows(tmp_path, expand(one))
+        found = Trials(tmp_path, one)
+        for trial in found.finished:
+            found.config(trial)
+            found.rows_hash(trial)
+            found.metrics(trial)
+        found.dates()
+
+    for path, read, least in (
+        (tmp_path / "study.json", opened, 30),
+        (folder / "config.json", trials, 60),
+        (folder / "failure.json", trials, 8),
+    ):
+        read()
+        lines = refusals(path, read)
+        assert len(lines) >= least
+        assert all(re.match(f"(--run-dir )?{tmp_path}", line) and "; " in line for line in lines)
 
 
 def test_a_study_stays_on_the_version_that_it_began_on(tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def test_a_search_goes_on_only_as_itself(tmp_path: Path) -> None:
     with pytest.raises(TuneError, match=r"lake: is there and holds no search; name a new or empty folder"):
         open_search(CONFIG, str(lake), lake, SEARCH, [])
     write_search(run_dir, {"half": True})
-    with pytest.raises(TuneError, match=r"search.json: cannot be read"):
+    with pytest.raises(TuneError, match=r"search.json: is damaged \(created is missing\)"):
         open_search(CONFIG, str(lake), run_dir, SEARCH, [])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
@@ -20,34 +19,9 @@ from usr_ray.launch.environment import (
     free_port,
     prepare_environment,
     reserve_port,
-    usable_cores,
 )
 
 pytestmark = pytest.mark.unit
-
-
-@pytest.mark.parametrize(
-    ("files", "wanted"),
-    [
-        ({}, 16),
-        ({"cpu.max": "max 100000"}, 16),
-        ({"cpu.max": "400000 100000"}, 4),
-        ({"cpu.max": "250000 100000"}, 3),
-        ({"cpu.max": "50000 100000"}, 1),
-        ({"cpu.max": "6400000 100000"}, 16),
-        ({"cpu.max": "nonsense"}, 16),
-        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 16),
-        ({"cpu/cpu.cfs_quota_us": "800000", "cpu/cpu.cfs_period_us": "100000"}, 8),
-    ],
-)
-def test_a_container_has_as_many_cores_as_its_quota(
-    files: dict[str, str], wanted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16), raising=False)
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(f"{text}\n")
-    assert usable_cores(tmp_path) == wanted
 
 
 def test_a_port_in_use_is_passed_over() -> None:

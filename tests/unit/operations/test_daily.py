@@ -15,9 +15,21 @@ from typing import Any
 import pytest
 
 from jobs import daily as job
+from tests.unit.changed_json import refusals
 from usr_ray.cli import run_job
 from usr_ray.config import UserError, load_config
-from usr_ray.operations.daily import STEPS, check_labels, judge, label_lag, plan_day, read_current
+from usr_ray.operations.daily import (
+    STEPS,
+    DayPlan,
+    DayState,
+    check_labels,
+    judge,
+    label_lag,
+    newer_in_use,
+    plan_day,
+    read_current,
+    status_table,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -39,15 +51,16 @@ if name == "build_samples":
         day = dt.date.fromisoformat(first)
         while day.isoformat() <= last:
             final = 10 if day.isoformat() not in told.get("open", []) else 7
-            (reports / f"{day}.json").write_text(json.dumps({"date": str(day), "watermark": "W",
-                "scenarios": {"search": {"impressions": 10, "mature": final}}}))
+            none = {"rows": {}, "rejects": {}}
+            (reports / f"{day}.json").write_text(json.dumps({"date": str(day), "watermark": "W", **none,
+                "undated": none, "scenarios": {"search": {"impressions": 10, "mature": final}}}))
             day += dt.timedelta(days=1)
     for name in told.get("final", []) if "--restate" in words else []:
         path = reports / f"{name}.json"
         path.write_text(path.read_text().replace('"mature": 7', '"mature": 10'))
 elif name == "evaluate":
     loss = told["loss"][pathlib.Path(flag("--run-dir")).name]
-    cell = {"log_loss": loss, "auc": 0.7}
+    cell = {"log_loss": loss, "auc": 0.7, "gauc": None, "pcoc": None, "num_samples": 9, "num_positives": 3}
     pathlib.Path(flag("--output")).write_text(json.dumps({"eval": {"all": {"ctr": cell, "ctcvr": cell}}}))
 elif name == "export":
     output = pathlib.Path(flag("--output"))
@@ -531,4 +544,27 @@ def test_what_is_missing_or_damaged_is_one_line(shop: Shop, capsys: pytest.Captu
     shop.work.mkdir()
     (shop.work / "current.json").write_text("{")
     assert shop.day("2026-01-06") == 2
-    assert "current.json: is damaged (" in capsys.readouterr().err
+    line = capsys.readouterr().err
+    assert "current.json: is not readable JSON (Expecting property name enclosed in double quotes: line 1 " in line
+    assert "; remove it, and put a day's model into use again (--use)" in line
+
+
+def test_a_status_or_a_pointer_that_was_changed_is_one_line(shop: Shop) -> None:
+    shop.tell(loss={"2026-01-06": 0.5})
+    assert shop.day("2026-01-06") == 0
+    current, status = shop.work / "current.json", shop.work / "days" / "2026-01-06" / "status.json"
+    plan = DayPlan(**json.loads(status.read_text())["plan"])
+
+    def read() -> None:
+        status_table(shop.work)
+        newer_in_use(plan, read_current(shop.work))
+        plan_day(load_config(None, BEGIN), dt.date(2026, 1, 7), [], read_current(shop.work))
+        state = DayState(shop.work, "2026-01-06")
+        assert state.record["plan"] is None or state.plan(plan)
+        assert state.verdict in ("promoted", "x", "")
+        assert [state.is_over(step) for step in STEPS]
+
+    for path, least in ((current, 30), (status, 60)):
+        lines = refusals(path, read)
+        assert len(lines) >= least
+        assert all(line.startswith(f"{path}: is ") and "; remove it, " in line for line in lines)

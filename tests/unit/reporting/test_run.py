@@ -251,8 +251,14 @@ def test_a_run_without_evaluation_says_what_to_do(tmp_path):
     write_record(tmp_path, ended=None, status="running", packages={})
     text = text_of(tmp_path)
     assert "The run has not been evaluated yet." in text
-    assert "python jobs/evaluate.py --run-dir" in text
+    going_on = "the run is not finished. Where it was stopped, go on with python jobs/train.py --set 'data.name=<b>&'"
+    command = f"python jobs/evaluate.py --run-dir {tmp_path} --lake /data/lake --dates"
+    assert f"""No metrics yet: {going_on}"'"'x'"'"''. Then evaluate the run with {command} A:B, dates after""" in text
+    assert f"{command} A:B, dates after 2026-01-06." in text
     assert "not yet" in text
+    data = {"train_dates": "2026-01-01:2026-01-06", "eval_dates": "2026-01-07:2026-01-08"}
+    write_record(tmp_path, config=Config.from_dict({"data": data}).to_dict())
+    assert f"No metrics yet: evaluate the run with {command} 2026-01-07:2026-01-08." in text_of(tmp_path)
 
 
 def test_metrics_of_training_serve_until_there_is_an_evaluation(tmp_path):

@@ -291,7 +291,7 @@ def test_a_run_dir_must_be_a_folder_that_can_be_written(shared_lake: Path, tmp_p
 
 
 def test_a_run_dir_of_something_else_is_refused(shared_lake: Path, tmp_path: Path) -> None:
-    for text, message in (("{", "cannot be read"), ("{}", "not written by jobs/train.py")):
+    for text, message in (("{", "is not readable JSON"), ("{}", r"is damaged \(config is missing\)")):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(UserError, match=f"{message}.*use another --run-dir"):
             plan_run(config(), shared_lake, tmp_path)

@@ -132,7 +132,7 @@ def registry_of(folder: Path, version_format: int) -> Path:
     version = folder / "versions" / "one"
     (version / "model").mkdir(parents=True)
     (version / "version.json").write_text(json.dumps({"format": version_format}))
-    (version / "model" / "manifest.json").write_text(json.dumps({"format": 1, "files": {"request.onnx": {}}}))
+    (version / "model" / "manifest.json").write_text(json.dumps({"format": 1, "files": {}}))
     Pointer("one").write(folder)
     return folder
 

@@ -12,8 +12,10 @@ import pytest
 
 from jobs.publish import main as publish_job
 from jobs.serve import main as serve_job
+from tests.unit.changed_json import refusals
 from usr_ray.config import UserError
-from usr_ray.serving.events import KEPT_DAYS
+from usr_ray.serving.encode import micros_of
+from usr_ray.serving.events import KEPT_DAYS, Rules
 from usr_ray.serving.versions import (
     FORMAT,
     PRUNED_AFTER_S,
@@ -163,6 +165,30 @@ def test_the_pointer_moves_and_goes_back(tmp_path):
     (tmp_path / "current.json").write_text('{"stable": "../x", "before": []}')
     with pytest.raises(RegistryError, match=r"names '../x', which is no version"):
         stable_folder(tmp_path)
+
+
+def test_a_pointer_or_a_version_that_was_changed_is_one_line(tmp_path):
+    folder = tmp_path / "versions" / "1-a"
+    folder.mkdir(parents=True)
+    (folder / "x").write_text("x")
+    rules = {"click_window": 1, "order_window": 2, "clock_skew": 0, "credit_impression": False}
+    about = {"version": "1-a", "model_id": "a", "as_of": "2026-01-01T00:00:00+00:00", "rules": rules}
+    null_values = {"items": ["", "none"]}
+    content = {"format": FORMAT, **about, "null_values": null_values, "files": version_files(folder)}
+    (folder / "version.json").write_text(json.dumps(content))
+    Pointer("1-a", ("0-z",), canary="2-b", share=0.1, shadow="2-b").write(tmp_path)
+
+    def read():
+        read_pointer(tmp_path).bucket("u")
+        version = verified_version(folder, *about)
+        assert micros_of(version["as_of"])
+        assert all(text in ("", "none", "x") for texts in version.get("null_values", {}).values() for text in texts)
+        assert Rules(**version["rules"]).click_window + Rules(**version["rules"]).order_window
+
+    for path, least in ((tmp_path / "current.json", 30), (folder / "version.json", 50)):
+        lines = refusals(path, read)
+        assert len(lines) >= least
+        assert all(str(tmp_path) in line and line.endswith("publish one with jobs/publish.py") for line in lines)
 
 
 def test_the_job_moves_the_pointer_without_a_run(tmp_path):

@@ -432,7 +432,7 @@ def test_files_of_other_evaluations_are_neither_replaced_nor_a_stack_trace(
     arguments = ["--run-dir", folder, "--lake", lake, "--dates", "2026-01-04"]
     other, own = (folder / f"evaluation-2026-01-{day}_2026-01-{day}.json" for day in ("03", "04"))
     line = refused(capsys, [*arguments, "--output", other])
-    assert f"--output {other}: has the name of another evaluation, whose file it would replace; name another" in line
+    assert f"--output {other}: is a file that the run of {folder} needs; name another file" in line
     assert run_job(job.main, [str(word) for word in [*arguments, "--output", own]]) == 0
     capsys.readouterr()
     torn = own.with_name("predictions-2026-01-04_2026-01-04.parquet")

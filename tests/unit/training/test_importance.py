@@ -26,6 +26,7 @@ from usr_ray.model.unique import ItemSides, table_columns, unique_ids
 from usr_ray.reporting.run import importance_section
 from usr_ray.schema import UNKNOWN_ID, DenseFeature, VectorFeature
 from usr_ray.training import evaluate as evaluate_module
+from usr_ray.training import monitor
 from usr_ray.training.checkpoint import CheckpointStore
 from usr_ray.training.evaluate import Evaluation, evaluate
 from usr_ray.training.importance import importance, importance_text, signals_of
@@ -107,6 +108,37 @@ def test_the_drop_is_the_auc_less_that_of_the_exchanged_values(lake, manifest):
         assert part["auc"] == pytest.approx(whole)
         assert part["drops"]["item_id"]["drop"] == pytest.approx(whole - exchanged, abs=1e-12)
     assert parts["search", "unseen item"]["drops"]["item_id"]["drop"] == 0, "they all have one id"
+
+
+def test_it_says_how_far_it_is_in_at_most_ten_lines(manifest, monkeypatch):
+    monkeypatch.setattr(monitor, "_SAY_EVERY_S", 0)
+    lines = []
+    found = found_of(lambda batch: batch.sparse_BF[:, 1], manifest, report=lines.append)
+    drawn, scored = ([line for line in lines if line.startswith(f"importance: {what}")] for what in ("rows drawn", ""))
+    scored = [line for line in scored if line not in drawn]
+    assert 1 <= len(drawn) <= 10
+    signals = max(len(part["drops"]) for part in found["parts"])
+    rows = sum(part["num_rows"] for part in found["parts"]) * (1 + signals)
+    assert 5 <= len(scored) <= 10
+    assert all(line.startswith(f"importance: {signals} signals; ") for line in scored)
+    assert f" of {rows:,} rows, " in scored[0]
+    quiet = []
+    monkeypatch.undo()
+    assert found_of(lambda batch: batch.sparse_BF[:, 1], manifest, report=quiet.append) == found
+    assert quiet == [], "within ten seconds there is nothing to say"
+
+
+def test_lines_come_at_each_tenth_with_rate_and_time_left(monkeypatch):
+    seconds = [0.0]
+    monkeypatch.setattr(monitor.time, "monotonic", lambda: seconds[0])
+    lines = []
+    add = monitor.row_progress("rows evaluated", 1000, lines.append)
+    for _ in range(100):
+        seconds[0] += 5
+        add(10)
+    assert len(lines) == 10
+    assert lines[0] == "rows evaluated; 100 of 1,000 rows, 10%; 2 rows/s, about 0:07:30 left"
+    assert lines[-1] == "rows evaluated; 1,000 of 1,000 rows, 100%; 2 rows/s, about 0:00:00 left"
 
 
 class SideTables(NoTables):
