@@ -23,7 +23,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from etl.sources.writer import LogWriter, input_files, log_schema, require_columns, require_scenarios, text_blocks
+from etl.sources.writer import (
+    LogWriter,
+    input_files,
+    log_schema,
+    require_columns,
+    require_scenarios,
+    text_blocks,
+    text_lines,
+)
 from usr_ray.config import DAY_US, Config, JdSearchConfig, UserError
 
 SEARCH, RECOMMENDATION = "search", "recommendation"
@@ -57,19 +65,19 @@ def write_jdsearch(input_dir: Path, writer: LogWriter, config: Config) -> None:
     chunk = _Chunk(writer)
     number = 0
     for path in behaviour:
-        with path.open(encoding="utf-8", newline="\n") as file:
-            header = file.readline().rstrip("\r\n").split("\t")
-            require_columns(path, header, COLUMNS)
-            for line_number, line in enumerate(file, start=2):
-                if not line.strip():
-                    continue
-                fields = dict(zip(header, line.rstrip("\r\n").split("\t"), strict=False))
-                _append_row(chunk, fields, number, config.jdsearch, where=f"{path}: line {line_number}")
-                number += 1
-                if number % ROWS_PER_CHUNK == 0:
-                    chunk.flush()
-                if number % PROGRESS_EVERY == 0:
-                    print(f"{number:,} users", file=sys.stderr, flush=True)
+        lines = text_lines(path)
+        header = next(lines, "").rstrip("\r\n").split("\t")
+        require_columns(path, header, COLUMNS)
+        for line_number, line in enumerate(lines, start=2):
+            if not line.strip():
+                continue
+            fields = dict(zip(header, line.rstrip("\r\n").split("\t"), strict=False))
+            _append_row(chunk, fields, number, config.jdsearch, where=f"{path}: line {line_number}")
+            number += 1
+            if number % ROWS_PER_CHUNK == 0:
+                chunk.flush()
+            if number % PROGRESS_EVERY == 0:
+                print(f"{number:,} users", file=sys.stderr, flush=True)
     chunk.flush()
     for path in products:
         _append_products(writer, path)

@@ -41,7 +41,15 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from etl.sources.writer import LogWriter, input_files, require_columns, require_scenarios, text_blocks, text_column
+from etl.sources.writer import (
+    LogWriter,
+    input_files,
+    require_columns,
+    require_scenarios,
+    source_file,
+    text_blocks,
+    text_column,
+)
 from usr_ray.config import DAY_US, Config, UserError
 
 DEFAULT_TAB_GROUPS = {"main": (1,), "tab_0": (0,), "tab_4": (4,), "rest": ()}
@@ -111,14 +119,16 @@ def write_kuairand(input_dir: Path, writer: LogWriter, config: Config) -> None:
 
 
 def _read_log(path: Path, columns: tuple[str, ...]) -> pa.Table:
-    """The named columns as int64; UserError when one is missing or has nulls."""
-    table = pacsv.read_csv(path) if path.suffix == ".csv" else pq.read_table(path)
+    """The named columns as int64; UserError when one is missing or has nulls, or the file cannot be read."""
+    with source_file(path):
+        table = pacsv.read_csv(path) if path.suffix == ".csv" else pq.read_table(path)
     require_columns(path, table.column_names, columns)
     table = table.select(list(dict.fromkeys(columns)))
     for name in table.column_names:
         if table[name].null_count:
             raise UserError(f"{path}: column {name} has {table[name].null_count} empty values; every row needs one")
-    return table.cast(pa.schema([(name, pa.int64()) for name in table.column_names]))
+    with source_file(path):
+        return table.cast(pa.schema([(name, pa.int64()) for name in table.column_names]))
 
 
 def _action_times_us(rows: dict[str, np.ndarray], scenario: np.ndarray) -> np.ndarray:
@@ -167,7 +177,8 @@ def _read_features(path: Path, columns: tuple[str, ...]) -> pa.Table:
 def _user_rows(path: Path) -> pa.Table:
     table = _read_features(path, ("user_id", *USER_CATEGORIES, *USER_NUMBERS))
     for name in USER_NUMBERS:
-        table = table.set_column(table.schema.get_field_index(name), name, table[name].cast(pa.float64()))
+        with source_file(path):
+            table = table.set_column(table.schema.get_field_index(name), name, table[name].cast(pa.float64()))
     return table
 
 
@@ -178,7 +189,8 @@ def _item_rows(path: Path) -> pa.Table:
     columns = {"item_id": table["video_id"], **{name: table[name] for name in ITEM_CATEGORIES}}
     columns["tag"] = pc.if_else(pc.equal(first_tag, ""), None, first_tag)
     columns["tags"] = pc.if_else(pc.equal(first_tag, ""), None, tags)
-    columns["video_duration_s"] = pc.divide(table["video_duration"].cast(pa.float64()), 1000.0)
+    with source_file(path):
+        columns["video_duration_s"] = pc.divide(table["video_duration"].cast(pa.float64()), 1000.0)
     return pa.table(columns)
 
 
@@ -190,7 +202,8 @@ class EarlierSequences:
         """Read the files, each with other users; UserError when a column is missing."""
         tables = []
         for path in paths:
-            table = pq.read_table(path)
+            with source_file(path):
+                table = pq.read_table(path)
             require_columns(path, table.column_names, SEQUENCE_COLUMNS)
             tables.append(table.select(SEQUENCE_COLUMNS))
         return cls(pa.concat_tables(tables) if tables else _SEQUENCES.empty_table())

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from etl.sources.writer import LogWriter, input_files, require_scenarios, text_column
+from etl.sources.writer import LogWriter, input_files, require_scenarios, text_column, text_lines
 from usr_ray.config import Config, UserError
 
 SCENARIO = "search"
@@ -87,13 +87,12 @@ def write_kuaisearch(input_dir: Path, writer: LogWriter, config: Config) -> None
 
 
 def _lines(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{path}: line {number} is not JSON ({error}); write one object a line") from error
+    for number, line in enumerate(text_lines(path), start=1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}: line {number} is not JSON ({error}); write one object a line") from error
 
 
 def _check(session: Any, *, where: str) -> None:

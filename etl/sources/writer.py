@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import shutil
@@ -218,18 +219,39 @@ def require_columns(path: Path, names: Sequence[str], needed: Sequence[str]) -> 
         raise UserError(f"{path}: no column {', '.join(missing)}; it has: {', '.join(names)}")
 
 
+@contextlib.contextmanager
+def source_file(path: Path) -> Iterator[None]:
+    """What is done with a file of a data set; UserError naming it where it is torn or holds something else."""
+    try:
+        yield
+    except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as error:
+        problem = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"{path}: cannot be read ({problem}); unpack the data set anew") from error
+
+
+def text_lines(path: Path) -> Iterator[str]:
+    """Lines of a UTF-8 file, with their ends. UserError: it cannot be read."""
+    with source_file(path), path.open(encoding="utf-8", newline="\n") as file:
+        yield from file
+
+
 def text_blocks(
     path: Path, columns: Sequence[str], *, nulls: Sequence[str] = ("",), delimiter: str = ",", **parse: Any
 ) -> Iterator[pa.Table]:
     """Columns of a CSV file as text, one block at least, with lines of progress; fields such as `nulls` are null.
 
-    `parse` is for pyarrow's ParseOptions. UserError for a missing column.
+    `parse` is for pyarrow's ParseOptions. UserError for a missing column, or a file that cannot be read.
     """
     require_columns(path, header_of(path, delimiter), columns)
+    with source_file(path):
+        yield from _blocks(path, columns, nulls, pacsv.ParseOptions(delimiter=delimiter, **parse))
+
+
+def _blocks(path: Path, columns: Sequence[str], nulls: Sequence[str], parse: pacsv.ParseOptions) -> Iterator[pa.Table]:
     reader = pacsv.open_csv(
         path,
         read_options=pacsv.ReadOptions(block_size=_BLOCK_BYTES),
-        parse_options=pacsv.ParseOptions(delimiter=delimiter, **parse),
+        parse_options=parse,
         convert_options=pacsv.ConvertOptions(
             include_columns=list(columns),
             column_types={name: pa.string() for name in columns},
@@ -248,8 +270,8 @@ def text_blocks(
 
 
 def header_of(path: Path, delimiter: str = ",") -> list[str]:
-    """Names in the first line of a CSV file."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    """Names in the first line of a CSV file. UserError: it cannot be read."""
+    with source_file(path), path.open(encoding="utf-8-sig", newline="") as file:
         return next(csv.reader(file, delimiter=delimiter), [])
 
 

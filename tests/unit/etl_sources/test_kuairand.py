@@ -312,3 +312,24 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     assert "video_features_basic_pure.csv: no column author_id, video_type" in refused(tmp_path, folder)
     (folder / "user_features_pure.csv").unlink()
     assert "no user table (user_features*.csv)" in refused(tmp_path, folder)
+
+
+def test_a_torn_file_is_named(tmp_path: Path) -> None:
+    folder = hand_written(tmp_path / "in", row(ms=1, play=1))
+    (log,) = folder.glob("log_standard*.csv")
+    whole, users = log.read_bytes(), folder / "user_features_pure.csv"
+    head, first = whole.splitlines(keepends=True)[:2]
+    for path, content, problem in (
+        (folder / "user_sequences_until_1970.parquet", b"PAR1 and no more", "Parquet magic bytes not found in footer"),
+        (log, whole + b"1,2\n", "Expected 19 columns, got 2"),
+        (log, head + b"soon," + first.partition(b",")[2], "Failed to parse string: 'soon' as a scalar of type int64"),
+        (users, users.read_bytes().replace(b"user_id", b"user_\xff"), "'utf-8' codec can't decode byte 0xff"),
+        (users, users.read_bytes() + b"9,9\n", "CSV parse error: Row #3: Expected 31 columns, got 2"),
+    ):
+        before = path.read_bytes() if path.exists() else None
+        path.write_bytes(content)
+        message = refused(tmp_path, folder)
+        assert message.startswith(f"{path}: cannot be read (")
+        assert problem in message
+        assert message.endswith("; unpack the data set anew")
+        path.unlink() if before is None else path.write_bytes(before)
