@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from usr_ray.cli import flags
 from usr_ray.config import date_ranges, dates_in
 from usr_ray.data.order import order_text
 from usr_ray.evaluation.metrics import ALL, GLOBAL, NDCG_K, CellMetrics, TaskMetrics
@@ -51,7 +50,7 @@ from usr_ray.reporting.page import (
 )
 from usr_ray.reporting.plots import Bar, Line, Plot, calibration_plot, forest_plot, roc_plot, series_name, step_plot
 from usr_ray.runs.evaluations import rows_left_out
-from usr_ray.runs.read import RunRecord, check_lake, read_etl_reports, read_run
+from usr_ray.runs.read import RunRecord, check_lake, next_step, read_etl_reports, read_run
 from usr_ray.schema import TASKS
 
 BACKBONE_NAMES = {
@@ -130,19 +129,6 @@ def write_report(run_dir: Path, lake: Path | str | None = None, output: Path | N
         config_json=json.dumps(run.config, indent=2, ensure_ascii=False),
         packages=sorted((run.record.get("packages") or {}).items()),
     )
-
-
-def next_step(run: RunRecord) -> str:
-    """What gives a run its metrics, as a command: whole, as far as config.json knows the lake and the dates."""
-    table, dates = (run.record.get("table") or {}).get("uri", ""), run.config.get("data", {}).get("eval_dates")
-    trained = run.record.get("trained_dates") or run.config.get("data", {}).get("train_dates")
-    places = flags(run_dir=run.run_dir, lake=table.rpartition("/")[0] or "DIR", dates=dates or "A:B")
-    later = f", dates after {max(dates_in(trained))}" if trained and not dates else ""
-    step = f"evaluate the run with {shlex.join(['python', 'jobs/evaluate.py', *places])}{later}."
-    command = ([{}, *(run.record.get("attempts") or [])][-1]).get("command")
-    if run.record.get("status") == "running" and command:
-        return f"the run is not finished. Where it was stopped, go on with {shlex.join(command)}. Then {step}"
-    return step
 
 
 def comparison_section(found: Mapping[str, Any] | None) -> Section:

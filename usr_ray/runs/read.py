@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 from pyarrow.fs import FileSelector, FileType
 
-from usr_ray.config import UserError
+from usr_ray.cli import flags
+from usr_ray.config import UserError, dates_in
 from usr_ray.config.stored import NUMBER, REPORT, REPORT_WAY_OUT, Shape, misfit, parse_json
 from usr_ray.data.lineage import difference
 from usr_ray.data.manifest import STORE_HINT, Manifest, open_filesystem, open_samples, table_address
@@ -102,6 +104,19 @@ def read_run(run_dir: Path) -> RunRecord:
         predictions=predictions,
         baseline=baseline,
     )
+
+
+def next_step(run: RunRecord) -> str:
+    """What gives a run its metrics, as a command: whole, as far as config.json knows the lake and the dates."""
+    table, dates = (run.record.get("table") or {}).get("uri", ""), run.config.get("data", {}).get("eval_dates")
+    trained = run.record.get("trained_dates") or run.config.get("data", {}).get("train_dates")
+    places = flags(run_dir=run.run_dir, lake=table.rpartition("/")[0] or "DIR", dates=dates or "A:B")
+    later = f", dates after {max(dates_in(trained))}" if trained and not dates else ""
+    step = f"evaluate the run with {shlex.join(['python', 'jobs/evaluate.py', *places])}{later}."
+    command = ([{}, *(run.record.get("attempts") or [])][-1]).get("command")
+    if run.record.get("status") == "running" and command:
+        return f"the run is not finished. Where it was stopped, go on with {shlex.join(command)}. Then {step}"
+    return step
 
 
 def check_lake(run_dir: Path, lake: Path | str) -> None:
