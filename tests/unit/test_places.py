@@ -293,7 +293,7 @@ def test_outputs_do_not_go_into_tables_or_over_the_files_of_a_run(
         assert "lies in the table" in refusal(job, words_of(job, world, flag, str(world / "table")), capsys)
     if job in ("evaluate", "report") and flag == "--output":
         span = "2026-01-01_2026-01-02"
-        of_another = (f"evaluation-{span}.json", f"predictions-{span}.parquet")
+        of_another = ("evaluation-2026-01-03_2026-01-04.json", f"predictions-{span}.parquet")
         for name in ("config.json", "metrics.json", "manifest-eval.json", *of_another):
             (world / "run" / "metrics.json").touch()
             line = refusal(job, words_of(job, world, flag, str(world / "run" / name)), capsys)

@@ -67,9 +67,9 @@ def write_metrics(path: Path, splits: Mapping[str, CellMetrics], *, about: Mappi
     write_whole(path, json.dumps(whole, indent=2, allow_nan=False) + "\n")
 
 
-def read_metrics(path: Path, *splits: str) -> dict[str, Any]:
+def read_metrics(path: Path, *splits: str, way_out: str = _AGAIN) -> dict[str, Any]:
     """What `write_metrics` wrote, with an entry for each of `splits`. UserError: it is torn, or was changed by hand."""
-    return read_json(path, {**_METRICS, **dict.fromkeys(splits, _SPLIT_SHAPE)}, way_out=_AGAIN)
+    return read_json(path, {**_METRICS, **dict.fromkeys(splits, _SPLIT_SHAPE)}, way_out=way_out)
 
 
 def aligned(lines: Sequence[Sequence[str]], num_left: int | None = None) -> list[str]:
@@ -163,7 +163,7 @@ def _prob_columns(prefix: str, predictions: Predictions) -> dict[str, Any]:
 
 def read_predictions(path: Path, scenarios: Sequence[str]) -> tuple[Predictions, Predictions | None, dict[str, Any]]:
     """Inverse of `write_predictions`: (model, baseline or None, about). UserError: the file cannot be read."""
-    with _reading(path):
+    with _reading(path, _AGAIN):
         return _predictions_of(pq.read_table(path), path, scenarios)
 
 
@@ -194,24 +194,24 @@ def _predictions_of(
             history_length_N=column("history_length"),
         )
 
-    about = _about(table.schema, path)
+    about = _about(table.schema, path, _AGAIN)
     baseline = predictions("popularity") if f"popularity_{TASKS[0]}" in table.column_names else None
     return predictions("prob"), baseline, about
 
 
-def read_about(path: Path) -> dict[str, Any]:
+def read_about(path: Path, *, way_out: str = _AGAIN) -> dict[str, Any]:
     """What a file of predictions says of itself, without its rows. UserError: the file cannot be read."""
-    with _reading(path):
-        return _about(pq.read_schema(path), path)
+    with _reading(path, way_out):
+        return _about(pq.read_schema(path), path, way_out)
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _reading(path: Path, way_out: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)}); {_AGAIN}") from error
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); {way_out}") from error
 
 
-def _about(schema: pa.Schema, path: Path) -> dict[str, Any]:
-    return parse_json((schema.metadata or {}).get(_ABOUT, b"{}"), _ABOUT_SHAPE, where=path, way_out=_AGAIN)
+def _about(schema: pa.Schema, path: Path, way_out: str) -> dict[str, Any]:
+    return parse_json((schema.metadata or {}).get(_ABOUT, b"{}"), _ABOUT_SHAPE, where=path, way_out=way_out)

@@ -63,9 +63,18 @@ def read_curve(history: Path, metric: str) -> tuple[float, ...]:
     ended = {row["step"]: int(row["epoch"]) + 1 for row in rows if "epoch" in row}  # an epoch's last step is logged
     for row in rows:
         if row.get("kind") == "eval":
-            value = summarise(_cells(row))[metric]
+            value = _summary(row, history)[metric]
             values[ended.get(row["step"], max(values, default=0) + 1)] = math.nan if value is None else value
     return tuple(values.get(epoch, math.nan) for epoch in range(1, max(values, default=0) + 1))
+
+
+def _summary(row: Mapping[str, Any], history: Path) -> Mapping[str, float | None]:
+    try:
+        return summarise(_cells(row))
+    except KeyError as error:
+        raise TuneError(
+            f"{history}: is damaged (the evaluation of step {row['step']} lacks {error}); remove the trial's folder"
+        ) from error
 
 
 def _cells(row: Mapping[str, Any]) -> CellMetrics:

@@ -40,7 +40,6 @@ from usr_ray.evaluation.files import (
     write_predictions,
 )
 from usr_ray.evaluation.metrics import CellMetrics, Predictions, metrics_by_scenario
-from usr_ray.files import one_line
 
 CONFIG_FILE, METRICS_FILE, HISTORY_FILE = "config.json", "metrics.json", "history.jsonl"
 _CHECKPOINTS, _STATE = "checkpoints", "state.json"
@@ -306,12 +305,11 @@ def check_earlier(run_dir: Path, name: str) -> dict[Path, Mapping[str, Any]]:
         UserError: one of them cannot be read.
     """
     found: dict[Path, Mapping[str, Any]] = {}
-    for path in (run_dir / f"predictions-{name}.parquet", run_dir / f"evaluation-{name}.json"):
-        if path.is_file():
-            try:
-                found[path] = read_about(path) if path.suffix == ".parquet" else read_metrics(path).get("about") or {}
-            except UserError as error:
-                raise UserError(f"{path}: is no evaluation's file ({one_line(error)}); remove it") from error
+    rows, metrics = run_dir / f"predictions-{name}.parquet", run_dir / f"evaluation-{name}.json"
+    if rows.is_file():
+        found[rows] = read_about(rows, way_out="remove it")
+    if metrics.is_file():
+        found[metrics] = read_metrics(metrics, way_out="remove it").get("about", {})
     return found
 
 

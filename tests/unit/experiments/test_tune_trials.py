@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.unit.changed_json import refusals
 from tests.unit.samples_table import samples_spec, write_samples
 from tests.unit.study_runs import BASE, SETS
 from usr_ray.config import UserError
@@ -65,11 +66,27 @@ def test_a_line_that_a_kill_cut_short_is_no_evaluation(tmp_path: Path) -> None:
     assert read_curve(folder / "history.jsonl", "log_loss") == pytest.approx((0.4,))
 
 
+def test_what_was_changed_of_a_trial_is_named(tmp_path: Path) -> None:
+    values = {"train.learning_rate": 0.001, "model.backbone": "ple"}
+    folder = write_trial(tmp_path, "a_00000", values, [evaluation(10, 0.6, 0.2)])
+    for key in ("train.learning_rate", "model.backbone"):
+        write_values(folder, {name: value for name, value in values.items() if name != key}, num_epochs=2)
+        with pytest.raises(TuneError, match=rf"trial.json: is damaged \(values.{key} is missing\); remove the trial's"):
+            read_points(tmp_path, CONFIG)
+    write_values(folder, values, num_epochs=2)
+    assert len(read_points(tmp_path, CONFIG)) == 1
+    refusals(folder / "trial.json", lambda: read_points(tmp_path, CONFIG))
+    row = json.loads(evaluation(10, 0.6, 0.2))
+    (folder / "history.jsonl").write_text(json.dumps({key: row[key] for key in row if key != "all/ctr/log_loss"}))
+    with pytest.raises(TuneError, match=r"history.jsonl: is damaged \(the evaluation of step 10 lacks 'log_loss'\); "):
+        read_points(tmp_path, CONFIG)
+
+
 def test_an_evaluation_that_full_storage_has_lost_moves_no_other(tmp_path: Path) -> None:
     """As training.loop logs the last step of each epoch, from 0; else two epochs would pass for one."""
     logged = [json.dumps({"kind": "train", "step": step, "epoch": (step - 1) // 10 / 1}) for step in (5, 15, 20, 30)]
     lines = [*logged[:3], evaluation(20, 0.5, 0.1), logged[3], evaluation(30, 0.7, 0.1)]
-    write_trial(tmp_path, "a_00000", {}, lines)
+    write_trial(tmp_path, "a_00000", {"train.learning_rate": 0.001, "model.backbone": "ple"}, lines)
     curve = read_curve(tmp_path / "a_00000" / "history.jsonl", "log_loss")
     assert math.isnan(curve[0])
     assert curve[1:] == pytest.approx((0.3, 0.4))

@@ -306,7 +306,10 @@ def test_dates_that_are_there_before_a_first_day_are_looked_at_again(shop: Shop)
     reports = shop.root.parent / "lake" / "reports"
     reports.mkdir(parents=True)
     (reports / "2026-01-01.json").write_text(
-        json.dumps({"date": "2026-01-01", "watermark": "W", "scenarios": {"search": {"impressions": 10, "mature": 10}}})
+        json.dumps(
+            {"date": "2026-01-01", "watermark": "W", "scenarios": {"search": {"impressions": 10, "mature": 10}}}
+            | {"rows": {}, "rejects": {}, "undated": {"rows": {}, "rejects": {}}}
+        )
     )
     assert shop.day("2026-01-06") == 0
     build, restate = shop.calls()[:2]

@@ -126,7 +126,7 @@ def test_an_evaluation_names_the_earlier_file_that_was_changed(whole: Path, tmp_
     path = run / "evaluation-2026-01-07_2026-01-08.json"
     lines = refusals(path, lambda: check_earlier(run, "2026-01-07_2026-01-08"))
     assert len(lines) > 250
-    assert all(line.startswith(f"{path}: is no evaluation's file ({path}: ") for line in lines)
+    assert all(line.startswith(f"{path}: is ") and line.endswith("; remove it") for line in lines)
 
 
 def test_rows_of_another_shape_are_refused(tmp_path: Path) -> None:

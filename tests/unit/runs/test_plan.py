@@ -239,12 +239,15 @@ def test_held_out_dates_come_after_all_that_is_trained_on(dates: list[str], why:
 
 def test_the_newest_evaluation_of_a_copied_run_is_the_one_that_was_made_last(tmp_path: Path) -> None:
     """A copy's files are as old as the copy, in any order; one of an older version says no time and goes by its own."""
+    names = ("auc", "gauc", "log_loss", "pcoc")
+    task = dict.fromkeys(names, None) | {"num_samples": 0, "num_positives": 0}
+    cells = {"all": {"ctr": task, "ctcvr": task}}
     for day, hour, copied_s in ((4, "09", 30), (5, "11", 10), (6, "10", 20)):
         about = {"dates": f"2026-01-0{day}", "evaluated_at": f"2026-01-09T{hour}:00:00Z"}
         path = tmp_path / f"evaluation-2026-01-0{day}_2026-01-0{day}.json"
-        path.write_text(json.dumps({"about": about, "eval": {"all": {}}}))
+        path.write_text(json.dumps({"about": about, "eval": cells}))
         os.utime(path, (copied_s, copied_s))
-    (old := tmp_path / "evaluation-2026-01-03_2026-01-03.json").write_text(json.dumps({"eval": {"all": {}}}))
+    (old := tmp_path / "evaluation-2026-01-03_2026-01-03.json").write_text(json.dumps({"eval": cells}))
     between_s = dt.datetime(2026, 1, 9, 10, 30, tzinfo=dt.UTC).timestamp()
     os.utime(old, (between_s, between_s))
     assert [one.file[19:21] for one in evaluations(tmp_path, {})] == ["05", "03", "06", "04"]

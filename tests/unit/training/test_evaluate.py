@@ -438,14 +438,14 @@ def test_files_of_other_evaluations_are_neither_replaced_nor_a_stack_trace(
     torn = own.with_name("predictions-2026-01-04_2026-01-04.parquet")
     torn.write_bytes(torn.read_bytes()[:-9])
     line = refused(capsys, arguments)
-    assert f"{torn}: is no evaluation's file (Parquet magic bytes not found in footer" in line
+    assert f"{torn}: cannot be read (Parquet magic bytes not found in footer" in line
     assert line.endswith("; remove it\n")
     torn.unlink()
     own.write_text("[1]")
     with monkeypatch.context() as patch:
         patch.setattr("usr_ray.training.evaluate.evaluate", None)  # said before the work
         line = refused(capsys, arguments)
-    assert f"{own}: is no evaluation's file (" in line
+    assert line == f"error: {own}: is damaged (it is a list, needed an object); remove it\n"
 
 
 def test_what_an_evaluation_used_is_what_it_says(lake, run_dir, tmp_path, capsys):

@@ -297,8 +297,8 @@ def test_a_comparison_says_what_the_other_run_has_seen_and_which_rows_it_knows(
     assert run_job(job.main, [*command, str(tmp_path / "n.json"), "--compare", str(other)]) == 2
     assert "evaluate no row in common (data.only_scenario); name a run" in capsys.readouterr().err
 
-    def none_of_its_rows(*arguments):
-        found = evaluate(*arguments)
+    def none_of_its_rows(*arguments, **options):
+        found = evaluate(*arguments, **options)
         return Evaluation(found.predictions.take(np.arange(0)), found.metrics)
 
     monkeypatch.setattr("usr_ray.training.evaluate.evaluate", none_of_its_rows)
