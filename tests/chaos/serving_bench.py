@@ -114,7 +114,7 @@ def _write_program(folder: Path, weight: float) -> None:
         {"name": name, "dtype": str(dtype).removeprefix("torch."), "shape": shapes[name]}
         for name, (dtype, _) in request_shapes(SPEC).items()
     ]
-    manifest = {"request_inputs": described, "outputs": [{"name": name} for name in OUTPUTS]}
+    manifest = {"inputs": [], "request_inputs": described, "outputs": [{"name": name} for name in OUTPUTS]}
     manifest |= {"format": EXPORT_FORMAT, "scenarios": list(SPEC.scenarios), "vocabulary": {"kind": "fit"}}
     (folder / MANIFEST).write_text(json.dumps(manifest | {"files": version_files(folder)}))
 

@@ -144,12 +144,13 @@ class ExportedModel:
             raise ExportError(f"runtime {runtime!r} is not known; choose from: {of_all}")
         require_packages("onnxruntime" if runtime == "onnx" else "torch")
         path = Path(directory)
-        self.manifest = verified_manifest(path, "inputs", "request_inputs", "outputs", "scenarios")
+        inputs = "request_inputs" if per_request else "inputs"
+        self.manifest = verified_manifest(path, inputs, "outputs", "scenarios")
         if per_request and REQUEST not in self.manifest["files"]:
             raise ExportError(f"{path}: holds no {REQUEST}; export the run again with jobs/export.py")
         if device != "cpu":
             require_program(path, self.manifest, ONNX)
-        self._inputs = {i["name"]: i for i in self.manifest["request_inputs" if per_request else "inputs"]}
+        self._inputs = {i["name"]: i for i in self.manifest[inputs]}
         self._outputs = [output["name"] for output in self.manifest["outputs"]]
         self._module: Any = None
         self._session: Any = None
