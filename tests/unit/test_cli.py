@@ -279,7 +279,7 @@ def test_a_container_has_as_many_cores_as_its_quota(
 
 
 def test_libraries_begin_with_the_threads_of_the_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch takes the affinity, which knows no quota; OMP_NUM_THREADS is read as it is loaded, so before a job begins."""
+    """torch takes the affinity, which knows no quota, and OMP_NUM_THREADS as it is loaded: so it is set before."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16), raising=False)
     given: dict[str, str] = {"OMP_NUM_THREADS": "7"}
     unset: dict[str, str] = {}
