@@ -44,6 +44,7 @@ from usr_ray.config import Config, UserError
 from usr_ray.launch.spark import spark_environment, spark_submit
 from usr_ray.operations import daily
 from usr_ray.operations.daily import DayPlan, DayState
+from usr_ray.schema import SAMPLES
 
 EXIT_HELD = 3
 
@@ -105,12 +106,17 @@ class Day:
 
     def train(self) -> str | None:
         """Continue the model in use over the dates whose labels have since become final."""
-        plan = self.plan
-        if not plan.train_first:
-            return f"no date up to {plan.train_last} is new to the model in use"
+        from usr_ray.data.manifest import first_counted_date, table_address
+        from usr_ray.data.pins import remove_pin
         from usr_ray.runs.read import read_etl_reports
 
-        reports = read_etl_reports(self.arguments.lake)
+        plan, lake = self.plan, self.arguments.lake
+        reports = read_etl_reports(lake)
+        counted = first_counted_date(lake) if self.config.counters.warmup_days else None
+        if why := daily.nothing_to_learn(reports, plan, self.config, counted):
+            if not self.run_dir.exists():  # planned anew, and what an earlier attempt had begun is gone
+                remove_pin(table_address(lake, SAMPLES), self.run_dir)
+            return why
         try:
             daily.check_labels(reports, plan, allow_missing=self.config.data.allow_missing_dates)
         except UserError:
@@ -129,7 +135,7 @@ class Day:
 
     def judge(self) -> str | None:
         """Both models on the held-out day; the verdict."""
-        if not self.plan.train_first:
+        if self.state.record["steps"]["train"]["status"] == daily.SKIPPED:
             return "no new model"
         from usr_ray.evaluation.files import read_metrics
 

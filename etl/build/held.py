@@ -94,6 +94,26 @@ def check_earlier(
     return _notes(fewer)
 
 
+def not_built(lake: Lake, reports: Reports, account: Account) -> list[str]:
+    """A warning of dates that had no impression when the lake was built past them, and have some now.
+
+    Args:
+        reports: of every date of the lake.
+    """
+    whole = as_text(account.whole_from)
+    rows: Counter[str] = Counter()
+    for (log, date), count in account.counts.items():
+        if log.endswith("_impressions") and date not in reports and max(min(reports), whole) <= date < max(reports):
+            rows[date] += count.used
+    missed = sorted(date for date, used in rows.items() if used)
+    if not missed:
+        return []
+    return [
+        f"the logs hold {rows.total():,} impressions on {date_ranges(missed, most=SHOWN_RANGES)}, of which {lake.root} "
+        f"has no row; what came that late is built by --dates {missed[0]} (of jobs/daily.py --date {missed[0]})"
+    ]
+
+
 def silent_logs(account: Account, built: Collection[dt.date]) -> list[str]:
     """Warnings of logs without a row at all, or on a date to be built, as where a file has not come yet."""
     found: dict[str, Counter[str]] = defaultdict(Counter)

@@ -16,8 +16,8 @@ from typing import Any
 
 from pyspark.sql import SparkSession
 
-from etl.build.account import UNDATED, Account
-from etl.build.held import check_restated
+from etl.build.account import Account
+from etl.build.held import check_restated, not_built
 from etl.build.inputs import day_of, make_plan
 from etl.build.report import read_reports
 from etl.build.samples import BuildRequest, Job, Progress, build_samples, passed_logs, row_plan, write_dates
@@ -77,7 +77,8 @@ def restate_samples(
             return {}
     days, rules = tuple(map(day_of, reports)), LabelRules.from_config(config.labels)
     with passed_logs(spark, config, request.logs, lake, request.first, days, progress) as (state, inputs):
-        for note in check_restated(lake, every, inputs.account, state, make_plan(config, days), reports):
+        notes = check_restated(lake, every, inputs.account, state, make_plan(config, days), reports)
+        for note in (*notes, *not_built(lake, every, inputs.account)):
             progress.write(f"warning: {note}")
         # Events may have changed that only dates yet to come show.
         last = max(dt.date.fromisoformat(max(reports)), state.complete_until or dt.date.min)
@@ -167,12 +168,14 @@ def _tables_of(
 
 
 def _recounted(date: str, report: dict[str, Any], account: Account) -> bool:
-    """True where rejects or duplicates of the date have changed, so that its report and rejects are stale."""
+    """True where rejects or duplicates of the date have changed, so that its report and rejects are stale.
+
+    Not where rows without a date have: users and items are more every day, and all dates would be counted anew.
+    """
     now = {log: asdict(count) for (log, day), count in account.counts.items() if day == date and count.rows_in}
     before = {log: count for log, count in report["rows"].items() if count["rows_in"]}
     reasons = {log: found for (log, day), found in account.reasons.items() if day == date}
-    undated = {log: asdict(count) for (log, day), count in account.counts.items() if day == UNDATED}
-    return now != before or reasons != report["rejects"] or undated != report["undated"]["rows"]
+    return now != before or reasons != report["rejects"]
 
 
 def _deleted(reports: dict[str, dict[str, Any]], there: set[str]) -> set[str]:

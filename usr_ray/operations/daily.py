@@ -135,6 +135,32 @@ def check_labels(reports: Sequence[Mapping[str, Any]], plan: DayPlan, *, allow_m
             )
 
 
+def nothing_to_learn(reports: Sequence[Mapping[str, Any]], plan: DayPlan, config: Config, counted: str | None) -> str:
+    """Why a day has nothing to train on, or nothing to judge by; '' where it has. It goes on with the model in use.
+
+    Args:
+        reports: as for `check_labels`.
+        config: counters.warmup_days, and whether dates may be missing: one without impressions never gets a report.
+        counted: the first date that the lake's counters know; None: the lake has none.
+    """
+    if not plan.train_first:
+        return f"no date up to {plan.train_last} is new to the model in use"
+    there = {str(report["date"]) for report in reports}
+    first = plan.train_first
+    if days := config.counters.warmup_days:
+        begin = dt.date.fromisoformat(counted or min(there, default=first)) + days * _ONE_DAY
+        if plan.train_last < begin.isoformat():
+            return f"counters.warmup_days = {days} leaves out all dates before {begin}"
+        first = max(first, begin.isoformat())
+    if not config.data.allow_missing_dates:
+        return ""
+    if plan.held_out not in there:
+        return f"{plan.held_out}, which would judge, has no impressions"
+    if not any(first <= date <= plan.train_last for date in there):
+        return f"no date of {first}:{plan.train_last} has impressions"
+    return ""
+
+
 def judge(candidate: Mapping[str, Any], current: Mapping[str, Any] | None, tolerance: float) -> tuple[bool, str]:
     """Whether a new model replaces the one in use, and why: their log losses on the held-out day.
 
@@ -258,18 +284,19 @@ def write_current(work: Path, *, name: str, trained_to: str, why: str) -> None:
 
 
 def check_usable(work: Path, name: str) -> DayState:
-    """The state of a day whose model was exported.
+    """The state of a day whose model was exported, and whose run and status are still there.
 
     Raises:
         UserError: that day has none.
     """
-    state = DayState(work, name)
-    if not (work / "exports" / name / "manifest.json").exists() or state.record["plan"] is None:
-        there = sorted(path.parent.name for path in work.glob("exports/*/manifest.json"))
+    there = sorted(path.parent.name for path in work.glob("exports/*/manifest.json"))
+    whole = [day for day in there if (work / "runs" / day).is_dir() and (work / "days" / day / "status.json").exists()]
+    if name not in whole:
         raise UserError(
-            f"--use {name}: {work} has no exported model of that day; there are: {', '.join(there) or 'none'}"
+            f"--use {name}: {work} has no exported model of that day, with its run and its days/{name}; there are: "
+            f"{', '.join(whole) or 'none'}"
         )
-    return state
+    return DayState(work, name)
 
 
 def use_model(work: Path, name: str) -> None:

@@ -21,7 +21,7 @@ _COME_SINCE: dict[str, Any] = {"model": _NEW, "features": {"crosses": []}}
 """Keys that older runs do not name, as these runs had them."""
 _SHARE = "model.contrastive.every_nth_group"
 """No weight means another thing by it."""
-_WAY_OUT = "name another, or set train.warm_start='' to begin afresh"
+_WAY_OUT = "name another, or set train.warm_start='' to begin afresh (jobs/daily.py: with another --work)"
 
 
 def find_checkpoint(path: str) -> Checkpoint:

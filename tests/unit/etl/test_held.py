@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from etl.build.account import Account
-from etl.build.held import check_earlier, check_restated, silent_logs
+from etl.build.account import UNDATED, Account
+from etl.build.held import check_earlier, check_restated, not_built, silent_logs
+from etl.build.restate import _recounted
 from etl.build.state import State, mark_of
 from etl.checks import DataCheckError, LogCount
 from etl.kernel.attribution import LabelRules
@@ -146,6 +147,35 @@ def test_a_date_that_is_left_out_of_the_build_keeps_its_state() -> None:
     state = State(since=day(4), version=3, complete_until=day(6))
     with pytest.raises(DataCheckError, match=r"has no row any more of 2026-01-04 "):
         check_earlier(LAKE, reports(1, 6), account(5, 6, whole_from=4), state, [day(5), day(6)])
+
+
+def test_dates_that_came_after_the_lake_was_built_past_them_are_told() -> None:
+    """Nothing of the 3rd and the 4th had come when the 5th was built; the 1st lies before the lake, the 9th behind."""
+    lake = {date: report for date, report in reports(2, 8).items() if date not in ("2026-01-03", "2026-01-04")}
+    late = account(1, 9)
+    late.counts["search_impressions", UNDATED] += LogCount(rows_in=5, used=5)
+    assert not_built(LAKE, lake, late) == [
+        "the logs hold 120 impressions on 2026-01-03:2026-01-04, of which /lake has no row; what came that late is "
+        "built by --dates 2026-01-03 (of jobs/daily.py --date 2026-01-03)"
+    ]
+    assert not_built(LAKE, lake, account(2, 8, without=(("search_impressions", 3), ("feed_impressions", 3)))) == [
+        "the logs hold 60 impressions on 2026-01-04, of which /lake has no row; what came that late is built by "
+        "--dates 2026-01-04 (of jobs/daily.py --date 2026-01-04)"
+    ]
+    assert not_built(LAKE, reports(2, 8), late) == []
+    assert not_built(LAKE, lake, account(4, 8, whole_from=5)) == []  # of the 4th a part is read, as a margin
+
+
+def test_users_and_items_that_are_more_every_day_count_no_old_date_anew() -> None:
+    """Only its own rows make a date's report stale: else each restatement would read the whole lake."""
+    date = READ.format(3)
+    report = {"rows": {log: {"rows_in": 30, "used": 30, "duplicates": 0, "rejects": 0} for log in LOGS}, "rejects": {}}
+    report["undated"] = {"rows": {"items": {"rows_in": 7, "used": 7, "duplicates": 0, "rejects": 0}}}
+    found = account(1, 8)
+    found.counts["items", UNDATED] += LogCount(rows_in=8, used=8)
+    assert not _recounted(date, report, found)
+    found.add_rejects("feed_clicks", date, "unknown_impression", 1)
+    assert _recounted(date, report, found)
 
 
 def test_a_log_that_is_silent_on_a_date_is_told() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from jobs import daily as job
 from tests.unit.changed_json import refusals
 from usr_ray.cli import run_job
 from usr_ray.config import UserError, load_config
+from usr_ray.data.pins import pin_name
 from usr_ray.operations.daily import (
     STEPS,
     DayPlan,
@@ -50,6 +52,9 @@ if name == "build_samples":
         first, _, last = flag("--dates").partition(":")
         day = dt.date.fromisoformat(first)
         while day.isoformat() <= last:
+            if day.isoformat() in told.get("without", []):
+                day += dt.timedelta(days=1)
+                continue
             final = 10 if day.isoformat() not in told.get("open", []) else 7
             none = {"rows": {}, "rejects": {}}
             (reports / f"{day}.json").write_text(json.dumps({"date": str(day), "watermark": "W", **none,
@@ -62,6 +67,8 @@ elif name == "evaluate":
     loss = told["loss"][pathlib.Path(flag("--run-dir")).name]
     cell = {"log_loss": loss, "auc": 0.7, "gauc": None, "pcoc": None, "num_samples": 9, "num_positives": 3}
     pathlib.Path(flag("--output")).write_text(json.dumps({"eval": {"all": {"ctr": cell, "ctcvr": cell}}}))
+elif name == "train":
+    pathlib.Path(flag("--run-dir")).mkdir(parents=True, exist_ok=True)
 elif name == "export":
     output = pathlib.Path(flag("--output"))
     output.mkdir(parents=True)
@@ -375,6 +382,45 @@ def test_open_labels_are_not_trained_on(shop: Shop, capsys: pytest.CaptureFixtur
     assert calls[0][calls[0].index("--watermark") + 1] == "2026-01-07T00:00:00Z"
 
 
+def test_a_day_without_impressions_costs_no_other_day_its_publication(
+    shop: Shop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing happened on the 8th. It would judge on the 10th, and be trained on alone on the 13th."""
+    losses = {f"2026-01-{day:02}": 0.4 for day in range(6, 15)}
+    registry = ("--registry", str(shop.work.parent / "registry"))
+    shop.tell(loss=losses)
+    assert [shop.day(f"2026-01-0{day}", *registry) for day in (6, 7)] == [0, 0]
+    shop.tell(loss=losses, without=["2026-01-08"])
+    assert [shop.day(f"2026-01-{day:02}", *registry, "--allow-missing-dates") for day in (9, 10)] == [0, 0]
+    assert "2026-01-10 train: skipped, 2026-01-08, which would judge, has no impressions" in capsys.readouterr().out
+    calls = shop.calls()
+    assert names(calls)[-4:] == ["build_samples", "build_samples", "publish", "score"]
+    assert calls[-2][calls[-2].index("--run-dir") + 1] == str(shop.work / "runs" / "2026-01-09")
+    assert [shop.day(f"2026-01-{day}", *registry, "--allow-missing-dates") for day in (11, 12, 13, 14)] == [0] * 4
+    assert "2026-01-13 train: skipped, no date of 2026-01-08:2026-01-08 has imp" in capsys.readouterr().out
+    train = [call for call in shop.calls() if call[0] == "train"]
+    assert [setting(call, "data.train_dates") for call in train] == [
+        "2026-01-05:2026-01-06",  # on the 11th: what the 10th could not judge
+        "2026-01-07:2026-01-07",
+        "2026-01-08:2026-01-09",
+    ]
+    # Where no date may be missing, the day says so.
+    shop.tell(loss=losses)
+    (shop.root.parent / "lake" / "reports" / "2026-01-13.json").unlink()
+    assert shop.day("2026-01-15", *registry) == 2
+    assert "2026-01-13 is not in the lake; build it" in capsys.readouterr().err
+
+
+def test_dates_that_warm_counters_up_are_waited_for(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
+    shop.tell(loss={"2026-01-08": 0.4})
+    warm = ("--set", "counters.warmup_days=2")
+    assert [shop.day(f"2026-01-0{day}", *warm) for day in (6, 7, 8)] == [0, 0, 0]
+    assert "2026-01-07 train: skipped, counters.warmup_days = 2 leaves out all dates before 2026-01-03" in (
+        capsys.readouterr().out
+    )
+    assert [call[0] for call in shop.calls() if call[0] in ("train", "evaluate")] == ["train", "evaluate"]
+
+
 def test_open_labels_of_a_later_day_are_restated_again(shop: Shop) -> None:
     shop.tell(loss={"2026-01-06": 0.4})
     assert shop.day("2026-01-06") == 0
@@ -410,8 +456,16 @@ def test_an_older_model_can_be_put_into_use_again(shop: Shop, capsys: pytest.Cap
     capsys.readouterr()
     assert run_job(job.main, ["--work", str(shop.work), "--use", "2026-01-05"]) == 2
     assert capsys.readouterr().err == (
-        f"error: --use 2026-01-05: {shop.work} has no exported model of that day; there are: 2026-01-06, 2026-01-07\n"
+        f"error: --use 2026-01-05: {shop.work} has no exported model of that day, with its run and its "
+        "days/2026-01-05; there are: 2026-01-06, 2026-01-07\n"
     )
+    # What has been cleared away in part cannot be gone back to, and is not offered.
+    shutil.rmtree(shop.work / "runs" / "2026-01-07")
+    assert run_job(job.main, ["--work", str(shop.work), "--use", "2026-01-07"]) == 2
+    assert capsys.readouterr().err.endswith("there are: 2026-01-06\n")
+    shutil.rmtree(shop.work / "days")
+    assert run_job(job.main, ["--work", str(shop.work), "--use", "2026-01-06"]) == 2
+    assert capsys.readouterr().err.endswith("there are: none\n")
 
 
 def test_an_older_model_is_put_into_use_in_the_registry_too(
@@ -465,6 +519,10 @@ def test_an_older_day_that_is_repeated_does_not_replace_a_newer_model(
         assert shop.day(f"2026-01-{late - 1}") == 0
         shop.tell(loss=losses, exit={failed: 1})
         assert shop.day(f"2026-01-{late}") == 1
+        begun = shop.work / "runs" / f"2026-01-{late}"
+        pin = shop.root.parent / "lake" / "pins" / f"{pin_name(begun)}.json"  # as a training that was killed leaves one
+        pin.parent.mkdir(exist_ok=True)
+        pin.touch()
         shop.tell(loss=losses)
         assert shop.day(f"2026-01-{late + 1}") == 0
         shop.calls()
@@ -472,6 +530,7 @@ def test_an_older_day_that_is_repeated_does_not_replace_a_newer_model(
         calls = names(shop.calls())
         assert calls[-1] == "score"
         assert not {"train", "evaluate", "export"} & set(calls)
+        assert pin.exists() == begun.exists(), "a run that is gone holds no files"
         current = read_current(shop.work)
         assert current is not None
         assert current["run"] == f"runs/2026-01-{late + 1}"
@@ -489,7 +548,6 @@ def test_a_day_that_was_begun_goes_on_from_the_model_that_was_put_into_use_since
     shop.tell(loss=losses, exit={"train": 1})
     assert shop.day("2026-01-12") == 1
     begun = shop.work / "runs" / "2026-01-12" / "config.json"
-    begun.parent.mkdir(parents=True)
     begun.write_text("{}")
     train = shop.calls()[-1]
     assert setting(train, "train.warm_start") == str(shop.work / "runs" / "2026-01-11")
