@@ -7,14 +7,13 @@ mistakes of the configuration, which the times themselves give away.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Sequence
 
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from etl.build.account import Account
+from etl.build.account import Account, most_by_chance
 from etl.checks import DataCheckError
 from etl.kernel.events import KIND_CLICK, KIND_IMPRESSION
 from etl.kernel.user_pass import OVER_LIMIT
@@ -80,19 +79,15 @@ def beyond_limit(account: Account, config: Config, logs: Sequence[EventLog]) -> 
 
     Of several it is the first on the way from an impression to an order, and there the largest share: where impressions
     or clicks are on a wrong clock orders are without a click, and nothing is wrong with them.
-
-    Of a log of few rows chance may reject more than the share, and a sparse scenario's daily build would stop every
-    other night. So two standard deviations are left to it: of 10 rows 1 may go, of 100 rows 9, of 10,000 rows 543.
     """
     kinds = {log.name: log.kind for log in logs}
     worst: tuple[int, float, str, str, int, int] | None = None
     for log in sorted({name for name, _ in account.counts}):
         rows_in = account.total(log).rows_in
         for reason, rows in sorted(account.rejects_of(log).items()):
-            limit = config.limits.reject_share(log, reason)
-            by_chance = 2 * math.sqrt(limit * (1 - limit) * rows_in)
+            most = most_by_chance(config.limits.reject_share(log, reason), rows_in)
             # The user's own limit on machines is no accident.
-            if reason != OVER_LIMIT and rows > limit * rows_in + by_chance:
+            if reason != OVER_LIMIT and rows > most:
                 found = (-kinds.get(log, 0), rows / rows_in, log, reason, rows, rows_in)
                 worst = max(worst, found) if worst else found
     return worst[2:] if worst else None
