@@ -39,7 +39,7 @@ def test_the_table_goes_back_by_the_command_of_the_page_and_a_run_by_its_setting
     deltalake.DeltaTable(path).delete("impression_date >= '2026-01-02'")  # a build that went wrong
     last = deltalake.DeltaTable(path).version()
     assert last > before.version
-    assert "--set data.table_version=0" in block("jobs/train.py")
+    assert "--set data.table_version=$VERSION" in block("jobs/train.py")
     config = run_config()
     plan = plan_run(
         type(config).from_dict(
@@ -52,10 +52,9 @@ def test_the_table_goes_back_by_the_command_of_the_page_and_a_run_by_its_setting
         tmp_path / "run",
     )
     assert plan.train_manifest.version == before.version
-    command = (
-        block("restore").replace("python -c", f"{sys.executable} -c").replace("samples 0", f"samples {before.version}")
-    )
-    subprocess.run(["bash", "-euc", command], env={"LAKE": str(tmp_path / "lake")}, check=True, capture_output=True)
+    command = block("restore").replace("python -c", f"{sys.executable} -c")
+    named = {"LAKE": str(tmp_path / "lake"), "VERSION": str(before.version)}
+    subprocess.run(["bash", "-euc", command], env=named, check=True, capture_output=True)
     after = build_manifest(tmp_path / "lake", dates=parse_dates("2026-01-01:2026-01-04", where=""))
     assert after.version == last + 1
     assert (after.num_rows, [f.path for f in after.files]) == (before.num_rows, [f.path for f in before.files])
