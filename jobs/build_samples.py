@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from etl.jvm import print_error, take_installed_pyspark
+from etl.logs.names import check_logs_there
 from usr_ray.cli import check_logs, check_new_lake, job_config, job_dates, job_parser, run_job
 from usr_ray.config import Config, UserError
 
@@ -55,6 +56,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, dict[str, Any]]:
         raise UserError("--restate-built: restates and builds, --restate restates alone; leave one of the two out")
     first, last = job_dates(arguments.dates, where="--dates") if arguments.dates else (None, None)
     watermark = parse_watermark(arguments.watermark) if arguments.watermark else None
+    check_logs_there(config, str(arguments.logs))
     return arguments, config, {"first": first, "last": last, "watermark": watermark}
 
 

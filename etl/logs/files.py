@@ -20,11 +20,10 @@ from etl.checks import DataCheckError
 from etl.jvm import file_system
 from etl.logs.formats import Formats, renamed
 from etl.logs.mapping import map_columns
+from etl.logs.names import entry_of, format_of, missing
 from etl.session import literal_path
 from usr_ray.config import LogConfig
 
-_SUFFIXES = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json"}
-_PACKED = (".gz", ".zst", ".bz2", ".snappy", ".lz4")
 TEXT_FORMATS = ("csv", "json")
 
 
@@ -126,10 +125,7 @@ class LogFolder:
     def _find(self, log: str, mapping: LogConfig | None) -> Found:
         entry = (mapping and mapping.path) or self._entry(log)
         if entry is None:
-            there = ", ".join(sorted(self._entries)) or "nothing"
-            raise DataCheckError(
-                f"log {log}: is missing in {self._root}, which holds: {there}; add a folder or file {log}"
-            )
+            raise missing(log, self._root, self._entries)
         roots = self._matches(log, entry) if mapping and mapping.path else [f"{self._root}/{entry}"]
         asked = mapping.format if mapping else ""
         files: list[str] = []
@@ -142,7 +138,7 @@ class LogFolder:
                     raise DataCheckError(f"log {log}: {root} is a Delta table; name one table, got {len(roots)} paths")
                 return Found("delta", base=root)
             for file, folders, name in self._below(root):
-                kind = _suffix(name)
+                kind = format_of(name)
                 if any(part.startswith(("_", ".")) for part in (*folders, name)):
                     strange += [file] if kind else []
                     continue
@@ -177,7 +173,7 @@ class LogFolder:
         paths = [str(status.getPath()) for status in system.globStatus(pattern) or []]
         hidden = [p for p in paths if _name(p).startswith(("_", "."))]
         for name in map(_name, hidden):
-            if _suffix(name):
+            if format_of(name):
                 raise DataCheckError(
                     f"log {log}: logs.{log}.path matches {name}, and names that begin with _ or . are hidden; no file "
                     "of them is read: rename it, or narrow the path"
@@ -190,10 +186,7 @@ class LogFolder:
         return paths
 
     def _entry(self, log: str) -> str | None:
-        names = [n for n in self._entries if n == log or (n.startswith(f"{log}.") and _suffix(n))]
-        if len(names) > 1:
-            raise DataCheckError(f"log {log}: {self._root} has {' and '.join(sorted(names))}; keep one of them")
-        return names[0] if names else None
+        return entry_of(log, self._root, self._entries)
 
     def _below(self, path: str) -> Iterator[tuple[str, tuple[str, ...], str]]:
         """Every file below a folder, or the file itself: its path, the folders between, its name."""
@@ -267,10 +260,3 @@ def _partition_keys(folders: tuple[str, ...]) -> tuple[str, ...]:
 
 def _name(path: str) -> str:
     return path.rstrip("/").rpartition("/")[2]
-
-
-def _suffix(name: str) -> str | None:
-    name = name.lower()
-    for packed in _PACKED:
-        name = name.removesuffix(packed)
-    return next((kind for suffix, kind in _SUFFIXES.items() if name.endswith(suffix)), None)

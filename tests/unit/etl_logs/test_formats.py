@@ -7,8 +7,9 @@ import itertools
 import pytest
 from pyspark.sql import types as T
 
-from etl.logs.files import _partition_keys, _suffix
+from etl.logs.files import _partition_keys
 from etl.logs.formats import encoding_of, nanosecond_columns, plain, wider
+from etl.logs.names import format_of
 from etl.session import literal_path
 
 pytestmark = pytest.mark.unit
@@ -66,8 +67,8 @@ def test_names_are_the_same_whatever_their_case_and_the_blanks_around_them() -> 
 
 def test_suffixes_of_files_that_hold_data() -> None:
     for name, kind in (("a.csv", "csv"), ("A.CSV.gz", "csv"), ("b.snappy.parquet", "parquet"), ("c.ndjson", "json")):
-        assert _suffix(name) == kind
-    assert [_suffix(name) for name in ("a.csv.bak", "csv", "notes.txt", "x.parquet.crc")] == [None] * 4
+        assert format_of(name) == kind
+    assert [format_of(name) for name in ("a.csv.bak", "csv", "notes.txt", "x.parquet.crc")] == [None] * 4
 
 
 def test_folders_of_keys_are_told_from_others() -> None:
