@@ -190,7 +190,7 @@ def _glance_section(study: Study, found: Sequence[Contrast]) -> Section:
         rows.append(Row([_name(study, group[0]), *texts], [c.verdict if c else "none" for c in shown]))
     note = (
         "AUC gap on the held-out rows, mean over the seeds. ▲ better, ▼ worse: holds after correction for all "
-        "comparisons of this report. ≈: these data do not tell the two apart. ?: too few rows or users of a label."
+        "comparisons of this table. ≈: these data do not tell the two apart. ?: too few rows or users of a label."
     )
     return Section("At a glance", note, table=Table(["Gap of", *(cell_task(*cell) for cell in cells)], rows))
 
@@ -287,7 +287,8 @@ def _slice_plots(study: Study, found: Sequence[Contrast], task: str) -> list[Plo
     own = [c for c in found if c.task == task and c.gap is not None and c.verdict != "few"]
     if not own:
         return []
-    title, scenarios = f"AUC gap by part, {TASK_NAMES[task]}", list(dict.fromkeys(c.scenario for c in own))
+    # Of all parts, those left out too: a scenario has one colour in both tasks' plots.
+    title, scenarios = f"AUC gap by part, {TASK_NAMES[task]}", list(dict.fromkeys(c.scenario for c in found))
     is_one = len(_grouped(own, lambda c: (c.axis, c.label, c.against, c.at))) == 1
     names = [f"{words(c.scenario)}: {c.part}" + ("" if is_one else f", {_name(study, c)}") for c in own]
     bars = [_bar(c, name, scenarios.index(c.scenario)) for c, name in zip(own, names, strict=True)]
@@ -319,14 +320,16 @@ def _mean_plots(trials: Trials, averages: Averages) -> list[Plot]:
     axis = trials.study.axes[0]
     if len(trials.study.axes) != 1 or axis.numbers is None or len(axis.values) < 2:
         return []
-    cells = [key[:2] for key in next(iter(averages.values())) if key[2] == "auc" and key[0] not in TOTALS]
+    every = (key for entries in averages.values() for key in entries)
+    cells = dict.fromkeys(key[:2] for key in every if key[2] == "auc" and key[0] not in TOTALS)
+    scenarios = list(dict.fromkeys(scenario for scenario, _ in cells))
     plots = []
     for task in dict.fromkeys(task for _, task in cells):
         lines = []
-        for place, scenario in enumerate(s for s, t in cells if t == task):
+        for scenario in (s for s, t in cells if t == task):
             key = (scenario, task, "auc")
             points = [(float(dict(p)[axis.name]), e[key].value, e[key].sd) for p, e in averages.items() if key in e]
-            lines.append(Line(words(scenario), place, *zip(*points, strict=True)))
+            lines.append(Line(words(scenario), scenarios.index(scenario), *zip(*points, strict=True)))
         title = f"AUC of {TASK_NAMES[task]} over {axis.name}"
         svg = axis_plot(lines, label=title, x_axis=axis.name, y_axis="AUC")
         plots.append(Plot(title, svg, "Bars: standard deviation over the seeds."))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from markupsafe import Markup
 
 from tests.unit.study_runs import BASE, finish, rows, write_study
 from usr_ray.evaluation.baseline import TrainingRows
@@ -26,6 +28,7 @@ from usr_ray.experiments.analysis import (
 )
 from usr_ray.experiments.grid import Comparison, Study, StudyError, compared_labels, expand, parse_study
 from usr_ray.experiments.record import note_failure, open_study, trial_dir, write_record
+from usr_ray.reporting import study as study_page
 from usr_ray.reporting.page import Section
 from usr_ray.reporting.plots import Bar, Line, axis_plot, forest_plot
 from usr_ray.reporting.study import _contrast_section, _glance_section, verdict_sentences, write_study_report
@@ -189,6 +192,38 @@ def test_verdicts_hold_after_correction_only() -> None:
     assert [c.verdict for c in found] == ["better", "worse", "unsure", "even", "few", "none"]
     # Four have enough rows: 0.001 x 4, 0.002 x 3, 0.04 x 2.
     assert [c.adjusted_p for c in found[:4]] == pytest.approx([0.004, 0.006, 0.08, 0.8])
+
+
+def test_a_scenario_has_one_colour_in_the_plots_of_both_tasks(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its first part has too few rows for a bar in one of them."""
+    drawn: list[Bar] = []
+    monkeypatch.setattr(study_page, "forest_plot", lambda bars, **_: drawn.extend(bars) or Markup())
+    enough = gap(0.02, 0.01, 0.001)
+    cells = [("search", gap(0.3, 0.1, 0.0, num_rarer=7)), ("feed", enough), ("search", enough), ("feed", enough)]
+    parts = ["0 past events", "0 past events", "user new", "user new"]
+    for task in ("ctr", "ctcvr"):
+        rows = [
+            Contrast("model", "clear", "same", (("d", "8"),), scenario, own, part, gap=of if own == "ctr" else enough)
+            for own in ("ctr", "ctcvr")
+            for (scenario, of), part in zip(cells, parts, strict=True)
+        ]
+        assert study_page._slice_plots(study, rows, task)
+    colours = {(bar.name.split(":")[0], bar.colour) for bar in drawn}
+    assert colours == {("search", "series-1"), ("feed", "series-2")}
+
+
+def test_an_axis_of_numbers_has_every_scenario_that_some_point_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first point has no AUC of the feed, and search none of orders: neither hides a line nor takes its colour."""
+    drawn: list[list[Line]] = []
+    monkeypatch.setattr(study_page, "axis_plot", lambda lines, **_: drawn.append(list(lines)) or Markup())
+    axes = [{"name": "d", "path": "model.embedding_dim", "values": [8, 16]}]
+    study = parse_study({**RAW, "axes": axes, "comparisons": []}, name="width", scale="full")
+    mean = mean_of([0.6, 0.7])
+    known = {("search", "ctr", "auc"): mean, ("feed", "ctr", "auc"): mean, ("feed", "ctcvr", "auc"): mean}
+    averages = {(("d", "8"),): {("search", "ctr", "auc"): mean}, (("d", "16"),): known}
+    assert len(study_page._mean_plots(SimpleNamespace(study=study), averages)) == 2
+    lines = [[(line.name, line.place, list(line.x)) for line in plot] for plot in drawn]
+    assert lines == [[("search", 0, [8, 16]), ("feed", 1, [16])], [("feed", 1, [16])]]
 
 
 def test_the_words_claim_no_more_than_the_intervals(study: Study, run_dir: Path) -> None:
