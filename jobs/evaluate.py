@@ -203,21 +203,20 @@ def main(argv: list[str]) -> None:
                 f"--dates {arguments.dates}: none of the {manifest.num_rows:,} rows is of "
                 f"{run.config.data.only_scenario} (data.only_scenario) with final labels; name other dates"
             )
-        dates = dates_of(manifest, result.predictions.row_number_N)
-        warn(caveats(run.config, manifest, dates, len(result.predictions)))
+        rows, rows_N = result.predictions, result.predictions.row_number_N
+        dates = dates_of(manifest, rows_N)
+        warn(caveats(run.config, manifest, dates, len(rows)))
         about = about_rows(manifest, dates, step=run.checkpoint.step, checkpoint=run.checkpoint.path.name)
         if arguments.importance:
-            about["importance"] = importance(run.module, run.tables, manifest, worker, run.config, report=say)
+            about["importance"] = importance(run.module, run.tables, manifest, worker, run.config, rows_N, report=say)
         seen = trained_dates(arguments.run_dir)
-        baseline = baseline_of(run, arguments.lake, manifest, result.predictions, seen)
+        baseline = baseline_of(run, arguments.lake, manifest, rows, seen)
         if arguments.compare:
-            about["comparison"] = comparison_of(
-                run, other, arguments.compare, manifest, result.predictions, baseline, seen
-            )
+            about["comparison"] = comparison_of(run, other, arguments.compare, manifest, rows, baseline, seen)
         splits = write_evaluation(
             arguments.run_dir,
             name,
-            result.predictions,
+            rows,
             manifest.spec.scenarios,
             metrics=result.metrics,
             baseline=baseline,
@@ -232,7 +231,7 @@ def main(argv: list[str]) -> None:
         if arguments.importance:
             print(importance_text(about["importance"]))
         words = f"{run.checkpoint.path.name} on {' and '.join(date_ranges(dates).replace(':', ' to ').split(', '))}"
-        print(f"{words}: {len(result.predictions):,} rows; written to {arguments.output or own}")
+        print(f"{words}: {len(rows):,} rows; written to {arguments.output or own}")
     worker.close()
 
 

@@ -82,6 +82,7 @@ def importance(
     manifest: Manifest,
     worker: Worker,
     config: Config,
+    evaluated_N: NDArray[np.int64],
     *,
     max_rows: int = MAX_ROWS,
     report: Callable[[str], None] = lambda _: None,
@@ -90,9 +91,10 @@ def importance(
 
     Args:
         model: trained; put back into the mode it came in.
-        manifest: the evaluated rows; those of weight 0 take no part.
+        manifest: has the evaluated rows.
         worker: must be the only one.
-        max_rows: most rows to draw from the manifest; the draw is fixed by it and SEED.
+        evaluated_N: their numbers, ascending (Predictions.row_number_N): rows of weight 0 are not among them.
+        max_rows: most rows to draw from them; the draw is fixed by it and SEED.
         report: is given lines of progress, at most ten each for the rows to draw and to score.
 
     Returns:
@@ -101,7 +103,8 @@ def importance(
         interval over users. A part without both labels, or of one user, has "auc" null and no drops.
     """
     drawn = row_progress("importance: rows drawn", manifest.num_rows, report)
-    sample = _sample(manifest, worker, config, max_rows, drawn)
+    places = np.random.default_rng(SEED).choice(len(evaluated_N), min(max_rows, len(evaluated_N)), replace=False)
+    sample = _sample(manifest, worker, config, evaluated_N[places], drawn)
     sample = known_ids(sample, manifest.spec, tables.num_rows())
     signals = signals_of(manifest.spec, tables.sides)
     every = list(_parts(sample, manifest.spec, tables))
@@ -130,15 +133,14 @@ def importance_text(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _sample(manifest: Manifest, worker: Worker, config: Config, max_rows: int, read: Callable[[int], None]) -> UsrBatch:
-    """Some of the rows that count, in file order, in one batch on the CPU."""
-    num_rows = manifest.num_rows
-    chosen = np.random.default_rng(SEED).choice(num_rows, min(max_rows, num_rows), replace=False)
+def _sample(
+    manifest: Manifest, worker: Worker, config: Config, chosen: NDArray[np.int64], read: Callable[[int], None]
+) -> UsrBatch:
+    """The rows of these numbers, in file order, in one batch on the CPU."""
     pieces = []
     with evaluation_reader(manifest, worker, config) as reader:
         for batch in reader.batches(epoch=0):
-            is_taken = (batch.weights_B.numpy() > 0) & np.isin(batch.row_number_B.numpy(), chosen)
-            pieces.append(take_rows(batch, np.flatnonzero(is_taken)))
+            pieces.append(take_rows(batch, np.flatnonzero(np.isin(batch.row_number_B.numpy(), chosen))))
             read(len(batch))
     builder, first = BatchBuilder(manifest.spec, sum(map(len, pieces))), 0
     for piece in pieces:

@@ -28,7 +28,7 @@ from usr_ray.schema import UNKNOWN_ID, DenseFeature, VectorFeature
 from usr_ray.training import evaluate as evaluate_module
 from usr_ray.training import monitor
 from usr_ray.training.checkpoint import CheckpointStore
-from usr_ray.training.evaluate import Evaluation, evaluate
+from usr_ray.training.evaluate import Evaluation, evaluate, evaluation_reader
 from usr_ray.training.importance import importance, importance_text, signals_of
 from usr_ray.training.state import TrainState
 from usr_ray.training.worker import LocalWorker
@@ -65,7 +65,13 @@ class OneSignal(nn.Module):
 def found_of(of, manifest, **options):
     tables, config = NoTables(sizes(manifest.spec)), make_config()
     tables.sides = None
-    return importance(OneSignal(of), tables, manifest, LocalWorker("cpu"), config, **options)
+    return importance(OneSignal(of), tables, manifest, LocalWorker("cpu"), config, evaluated(manifest), **options)
+
+
+def evaluated(manifest):
+    """Numbers of the rows with final labels."""
+    with evaluation_reader(manifest, LocalWorker("cpu"), make_config()) as reader:
+        return np.concatenate([batch.row_number_B[batch.weights_B > 0].numpy() for batch in reader.batches(0)])
 
 
 def newest_item(batch):
@@ -166,7 +172,7 @@ def test_the_sides_of_the_events_are_a_signal_of_their_own(manifest):
             return super().forward(batch, lookup)
 
     tables = SideTables(manifest.spec)
-    found = importance(BySides(None), tables, manifest, LocalWorker("cpu"), make_config())
+    found = importance(BySides(None), tables, manifest, LocalWorker("cpu"), make_config(), evaluated(manifest))
     drops = found["parts"][0]["drops"]
     assert {name for name, drop in drops.items() if drop["drop"]} == {"search_history", "sides of the events"}
 
@@ -182,7 +188,9 @@ def test_a_counter_is_one_signal(manifest):
 def test_rows_are_bounded_and_drawn_alike_each_time(manifest):
     one, two = (found_of(lambda batch: batch.sparse_BF[:, 1], manifest, max_rows=200) for _ in range(2))
     assert one == two
-    assert 100 < one["num_rows"] <= 200
+    assert one["num_rows"] == 200 < len(evaluated(manifest)) < manifest.num_rows
+    most = found_of(lambda batch: batch.sparse_BF[:, 1], manifest, max_rows=manifest.num_rows - 1)
+    assert most["num_rows"] == len(evaluated(manifest)), "rows that are not evaluated take no room"
     assert sum(p["num_rows"] for p in one["parts"] if p["rows"] == "all") == one["num_rows"]
 
 
@@ -195,7 +203,7 @@ def test_an_id_is_named_with_the_vectors_that_it_is_exchanged_with(manifest):
 
 
 def test_a_part_without_both_labels_has_no_drops(manifest):
-    found = found_of(lambda batch: batch.sparse_BF[:, 1], manifest, max_rows=2)  # of which one has final labels
+    found = found_of(lambda batch: batch.sparse_BF[:, 1], manifest, max_rows=1)
     assert [(p["num_rows"], p["auc"], p["drops"]) for p in found["parts"]] == [(1, None, {})]
     assert not importance_section(found, ("search", "recommendation")).plots
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tests.unit.random_batches import VECTORS
 from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
+from tests.unit.training.test_importance import evaluated
 from tests.unit.training.test_loop import Watcher, assert_equal_states, make_config, run
 from usr_ray.data.batch import UsrBatch, UsrOutputs
 from usr_ray.data.by_id import read_cold, read_vectors
@@ -159,7 +160,8 @@ def test_importance_weighs_each_vector_by_itself(trained: tuple[Path, Manifest],
     if admitted:
         vectors = {name: held for name, held in vectors.items() if not name.endswith("_is_cold")}
     tables, num_unseen = EmbeddingTables(manifest.spec, 4, 0, vectors=vectors), 0
-    for part in importance(ByVector(), tables, manifest, LocalWorker("cpu"), config)["parts"]:
+    rows_N = evaluated(manifest)
+    for part in importance(ByVector(), tables, manifest, LocalWorker("cpu"), config, rows_N)["parts"]:
         num_unseen += part["num_rows"] * (part["rows"] == "unseen item")
         if part["auc"] is None:
             continue
