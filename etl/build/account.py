@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
@@ -28,6 +28,8 @@ UNDATED = "undated"
 """Stands for the date of a row whose time is missing or cannot be read, and of the users and items tables."""
 MAX_DUPLICATE_SHARE = 0.05
 """Share of a log's rows; one delivered twice has more, and so has one whose id is that of a page or a session."""
+MIN_DAILY_ROWS = 20
+"""A log with this many rows a day has some on every day; one with fewer may have none."""
 
 
 @dataclass(slots=True)
@@ -105,6 +107,19 @@ class Account:
                     f"log {log}: {count.duplicates:,} of {count.rows_in:,} rows have the {key} of another row and are "
                     f"left out; where they are no copies, the id is not unique: join columns in logs.{log}.columns"
                 )
+        return found
+
+    def silent(self, asked: Collection[str]) -> dict[str, list[str]]:
+        """Log -> those of the dates on which it has no row, though MIN_DAILY_ROWS and more on the others read whole."""
+        whole = as_text(self.whole_from)
+        days = sorted(date for date in self.impression_dates if date >= whole)
+        found = {}
+        for log in {log for log, _ in self.counts}:
+            rows = {date: self.counts[log, date].rows_in if (log, date) in self.counts else 0 for date in days}
+            silent = [date for date in days if date in asked and not rows[date]]
+            others = len(days) - len(silent)
+            if silent and others and sum(rows.values()) >= MIN_DAILY_ROWS * others:
+                found[log] = silent
         return found
 
     @property

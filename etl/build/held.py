@@ -17,8 +17,6 @@ from usr_ray.schema import STATE
 
 Reports = Mapping[str, Mapping[str, Any]]
 """Date -> its report."""
-MIN_DAILY_ROWS = 20
-"""A log with this many rows a day has some on every day; one with fewer may have none."""
 
 
 def check_restated(
@@ -116,23 +114,22 @@ def not_built(lake: Lake, reports: Reports, account: Account) -> list[str]:
 
 def silent_logs(account: Account, built: Collection[dt.date]) -> list[str]:
     """Warnings of logs without a row at all, or on a date to be built, as where a file has not come yet."""
-    found: dict[str, Counter[str]] = defaultdict(Counter)
-    for (log, date), count in account.counts.items():
-        found[log][date] += count.rows_in
     whole = as_text(account.whole_from)
+    rows: Counter[str] = Counter()
+    for (log, _), count in account.counts.items():
+        rows[log] += count.rows_in
+    silent = account.silent({str(date) for date in built})
     notes = []
-    days = {date for date in account.impression_dates if date >= whole}
-    for log, rows in sorted(found.items()):
-        if not sum(rows.values()) and not log.endswith("_impressions"):
+    for log in sorted(rows):
+        if not rows[log] and not log.endswith("_impressions"):
             notes.append(
                 f"log {log}: no row{f' from {whole} on' if whole else ''} ({account.sources.get(log) or 'no file'}), "
                 "so what it would label is 0 and called final; if that is not so, build again with its rows"
             )
-        silent = [date for date in sorted(map(str, built)) if not rows[date]]
-        if silent and sum(rows[date] for date in days) >= MIN_DAILY_ROWS * len(days):
+        if log in silent:
             notes.append(
-                f"log {log}: no row on {date_ranges(silent, most=SHOWN_RANGES)}, where other logs have some; if a file "
-                "is to come yet, its rows are missing and labels are called final without it until --restate"
+                f"log {log}: no row on {date_ranges(silent[log], most=SHOWN_RANGES)}, where other logs have some; if a "
+                "file is to come yet, its rows are missing and labels are called final without it until --restate"
             )
     return notes
 

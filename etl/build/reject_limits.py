@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from etl.build.account import Account, most_by_chance
+from etl.build.account import Account, as_text, most_by_chance
 from etl.checks import DataCheckError
-from etl.kernel.events import KIND_CLICK, KIND_IMPRESSION
+from etl.kernel.events import KIND_CLICK, KIND_IMPRESSION, NO_SCENARIO
 from etl.kernel.user_pass import OVER_LIMIT
 from etl.logs.events import EventLog
 from etl.logs.mapping import as_written
-from usr_ray.config import Config
+from usr_ray.config import SHOWN_RANGES, Config, date_ranges
 from usr_ray.config.logs import TIME_UNITS_NS
 
 _SAMPLE = 2000
@@ -46,7 +46,9 @@ def check_rejects(
     found = beyond_limit(account, config, logs)
     if found is not None:
         log, reason, rows, rows_in = found
-        cause = _cause(by_name[log], reason, rejected, events, config) if log in by_name else ""
+        cause = _missing(by_name[log], account, logs) if log in by_name else ""
+        if log in by_name and not cause:
+            cause = _cause(by_name[log], reason, rejected, events, config)
         limit = config.limits.reject_share(log, reason)
         raise DataCheckError(
             f"log {log}: {rows:,} of {rows_in:,} rows ({rows / rows_in:.1%}) are rejected as {reason}, more than "
@@ -91,6 +93,20 @@ def beyond_limit(account: Account, config: Config, logs: Sequence[EventLog]) -> 
                 found = (-kinds.get(log, 0), rows / rows_in, log, reason, rows, rows_in)
                 worst = max(worst, found) if worst else found
     return worst[2:] if worst else None
+
+
+def _missing(log: EventLog, account: Account, logs: Sequence[EventLog]) -> str:
+    """Words on a log that lacks a date, whose impressions (of orders: clicks) these rows would belong to; or ''."""
+    if log.kind == KIND_IMPRESSION:
+        return ""
+    first = as_text(account.judged_from)
+    silent = account.silent({date for date in account.impression_dates if date >= first})
+    for other in logs:
+        is_earlier = other.kind == (KIND_IMPRESSION if log.kind == KIND_CLICK else KIND_CLICK)
+        if is_earlier and log.scenario in (NO_SCENARIO, other.scenario) and other.name in silent:
+            dates = date_ranges(silent[other.name], most=SHOWN_RANGES)
+            return f"log {other.name} has no row of {dates}: look whether a file of it is to come yet; "
+    return ""
 
 
 def _cause(log: EventLog, reason: str, rejected: DataFrame, events: DataFrame, config: Config) -> str:

@@ -188,6 +188,8 @@ def test_a_log_that_is_silent_on_a_date_is_told() -> None:
     assert silent_logs(late, [day(1), day(2)]) == []
     late.counts["orders", "2026-01-02"] = late.counts["orders", "2026-01-03"] = LogCount()
     assert len(silent_logs(late, [day(3)])) == 2, "a log of ten rows a day may have none"
+    # A day's build reads two days whole: the log has 30 rows on the other one.
+    assert len(silent_logs(account(2, 3, without=(("feed_clicks", 3),)), [day(3)])) == 1
 
 
 def test_a_log_of_labels_without_any_row_is_told_however_small_the_shop() -> None:

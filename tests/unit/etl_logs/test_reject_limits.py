@@ -148,6 +148,30 @@ def test_the_line_is_about_the_first_log_on_the_way_to_an_order() -> None:
     assert beyond_limit(account, config, [*BOTH, orders]) == ("feed_impressions", "unparsable_event_time", 20, 50)
 
 
+def test_a_file_that_has_not_come_is_named_before_any_clock() -> None:
+    """Without the day's clicks its orders have none: the line sent people to windows, clocks and time zones."""
+    orders = EventLog(name="orders", kind=KIND_ORDER, scenario=NO_SCENARIO, key="order_id", required=())
+    account = rejecting(orders={"no_click": 5}, orders_in=22)
+    account.impression_dates = {"2026-01-01", "2026-01-02"}
+    for log, rows in (("feed_impressions", (200, 210)), ("feed_clicks", (27, 0)), ("orders", (20, 0))):
+        for date, number in zip(sorted(account.impression_dates), rows, strict=True):
+            account.counts[log, date] += LogCount(rows_in=number)
+    config = load_config(None, ['scenarios=["feed"]'])
+    with pytest.raises(DataCheckError) as error:
+        check_rejects(account, config, [*BOTH, orders], NO_ROWS, NO_ROWS)
+    assert str(error.value) == (
+        "log orders: 5 of 42 rows (11.9%) are rejected as no_click, more than limits.max_reject_share (0.05); log "
+        "feed_clicks has no row of 2026-01-02: look whether a file of it is to come yet; if that is right, set "
+        "limits.max_reject_shares.orders.no_click"
+    )
+    # Clicks are at home in their own scenario's impressions.
+    account = rejecting(feed_clicks={"unknown_impression": 30}, feed_clicks_in=30)
+    account.impression_dates = {"2026-01-01", "2026-01-02"}
+    account.counts["feed_impressions", "2026-01-01"] += LogCount(rows_in=200)
+    with pytest.raises(DataCheckError, match="log feed_impressions has no row of 2026-01-02: look whether"):
+        check_rejects(account, config, [*BOTH, orders], NO_ROWS, NO_ROWS)
+
+
 @pytest.mark.parametrize(
     ("rows_in", "allowed"),  # by hand: n / 20 + 2 sqrt(19 n / 400)
     [(1, 0), (5, 1), (10, 1), (68, 6), (100, 9), (10_000, 543), (1_000_000, 50_435)],
