@@ -252,7 +252,7 @@ def call_job(state: DayState, step: str, command: list[str], lock: int) -> None:
                 file.write(line)
                 print(line, end="", flush=True)
             code = process.wait()
-        except KeyboardInterrupt:
+        except BaseException:  # an interruption, or a full disk that takes no more of the log
             process.terminate()  # a training saves the step in progress
             process.wait()
             raise

@@ -80,7 +80,7 @@ elif name == "publish" and "publish" not in told.get("exit", {}):
     (registry / "versions" / model / "version.json").write_text(json.dumps({"format": 3, "model_id": model}))
     pointer = {"stable": model, "before": [], "canary": None, "share": 0.0, "shadow": None}
     (registry / "current.json").write_text(json.dumps(pointer))
-print(name, "says something")
+print(name, "says something" + "!" * told.get("much", {}).get(name, 0), flush=True)
 (here / "up").touch()
 time.sleep(told.get("sleep", {}).get(name, 0))
 sys.exit(told.get("exit", {}).get(name, 0))
@@ -597,6 +597,21 @@ def test_two_cannot_run_and_a_step_that_outlives_its_driver_keeps_the_lock(
     driver.wait()
     assert shop.day("2026-01-06") == 2
     assert f"a daily run is under way (pid {driver.pid} on " in capsys.readouterr().err
+
+
+def test_a_full_disk_ends_the_step_too(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody would read what it says, and it would keep the lock."""
+    shop.tell(loss={"2026-01-06": 0.4}, much={"build_samples": 1 << 20}, sleep={"build_samples": 60})
+    log = shop.work / "days" / "2026-01-06" / "build.log"
+    log.parent.mkdir(parents=True)
+    log.symlink_to("/dev/full")
+    started = time.monotonic()
+    assert shop.day("2026-01-06") == 2
+    assert time.monotonic() - started < 30
+    assert "error: storage: cannot be read or written ([Errno 28] No space left on device)" in capsys.readouterr().err
+    log.unlink()
+    shop.tell(loss={"2026-01-06": 0.4})
+    assert shop.day("2026-01-06") == 0, "the lock is free"
 
 
 def test_what_is_missing_or_damaged_is_one_line(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
