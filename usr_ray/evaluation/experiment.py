@@ -207,10 +207,10 @@ def ratio(cell: Cell, metric: str) -> Ratio:
 
 def value_interval(estimate: Ratio, metric: str, confidence: float) -> Interval:
     """Wilson's score interval of a share of users; the delta method's, cut off at 0, of a ratio of sums."""
+    quantile = normal_quantile(confidence)
     if metric in PER_USER:
-        ends = wilson_interval(estimate.num_positives, estimate.num_users, normal_quantile(confidence))
-        return Interval(estimate.value, *ends)
-    half = normal_quantile(confidence) * float(np.sqrt(estimate.variance))
+        return Interval(estimate.value, *wilson_interval(estimate.num_positives, estimate.num_users, quantile))
+    half = quantile * float(np.sqrt(estimate.variance))
     return Interval(estimate.value, max(0.0, estimate.value - half), estimate.value + half)
 
 
@@ -236,9 +236,7 @@ def lift(treated: Ratio, control: Ratio, confidence: float) -> Interval:
 def p_value(treated: Ratio, control: Ratio) -> float | None:
     """Two-sided p-value of no difference; None where neither bucket varies."""
     variance = treated.variance + control.variance
-    if variance == 0:
-        return None
-    return normal_p_value((treated.value - control.value) / float(np.sqrt(variance)))
+    return normal_p_value((treated.value - control.value) / float(np.sqrt(variance))) if variance else None
 
 
 def sample_ratio(observed: Mapping[str, int], shares: Mapping[str, float]) -> SampleRatio:
@@ -275,8 +273,7 @@ def percentile_interval(values_R: NDArray, confidence: float) -> tuple[float | N
 
 
 def _resamples(rng: np.random.Generator, users_K: NDArray[np.int64], num_resamples: int) -> Iterator[NDArray]:
-    num_users = int(users_K.sum())
-    size = max(1, _DRAWN_AT_ONCE // len(users_K))
+    num_users, size = int(users_K.sum()), max(1, _DRAWN_AT_ONCE // len(users_K))
     for first in range(0, num_resamples, size):
         yield rng.multinomial(num_users, users_K / num_users, size=min(size, num_resamples - first)).astype(np.float64)
 
@@ -440,8 +437,11 @@ def _comparisons(
         own = ratio_of_orders if row["scenario"] == ALL and row["metric"] in ORDER_METRICS else ratios[row["scenario"]]
         row |= {"verdict": FEW if ratios[ALL].is_ok and own.is_ok else INVALID, "p_value_holm": None}
     judged = [row for row in rows if row["is_sound"] and row["verdict"] != INVALID]
-    for row, adjusted in zip(judged, holm([row["p_value"] for row in judged]), strict=True):
-        row["p_value_holm"] = adjusted
+    # Of one scenario, all of them together are the same test, which counts once.
+    tests = dict.fromkeys((row["metric"], row["bucket"], row["p_value"]) for row in judged)
+    adjusted = dict(zip(tests, holm([p for *_, p in tests]), strict=True))
+    for row in judged:
+        row["p_value_holm"] = adjusted[row["metric"], row["bucket"], row["p_value"]]
         row["verdict"] = _verdict(row, 1 - level)
     return rows
 

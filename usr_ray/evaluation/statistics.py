@@ -84,9 +84,14 @@ AnyJudged = TypeVar("AnyJudged", bound=Judged)
 
 
 def corrected(family: Sequence[AnyJudged]) -> list[AnyJudged]:
-    """The same with Holm's p-values; gaps that are undefined, or that cannot tell (`can_tell`), are no tests."""
-    tests = [one.gap.p_value if one.gap and one.gap.can_tell else None for one in family]
-    return [replace(one, adjusted_p=1.0 if p is None else p) for one, p in zip(family, holm(tests), strict=True)]
+    """The same with Holm's p-values; gaps that are undefined, or that cannot tell (`can_tell`), are no tests.
+
+    Equal gaps are one test: where there is one scenario alone, all rows together are its rows.
+    """
+    tests = list(dict.fromkeys(one.gap for one in family if one.gap and one.gap.can_tell))
+    adjusted = dict(zip(tests, holm([gap.p_value for gap in tests]), strict=True))
+    found = [adjusted.get(one.gap) if one.gap else None for one in family]
+    return [replace(one, adjusted_p=1.0 if p is None else p) for one, p in zip(family, found, strict=True)]
 
 
 def auc_gaps(rows: Predictions, baseline: Predictions, scenarios: Sequence[str]) -> dict[tuple[str, str], Judged]:

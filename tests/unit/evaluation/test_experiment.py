@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from usr_ray.config import OnlineConfig
 from usr_ray.evaluation.experiment import (
     METRICS,
     Cell,
+    ExperimentCounts,
     Ratio,
     bootstrap,
     difference,
+    experiment_report,
     lift,
     p_value,
     percentile_interval,
@@ -196,3 +199,18 @@ def test_lift_and_bootstrap_intervals_cover_a_true_lift() -> None:
         by_bootstrap += low <= 0.3 <= high
     assert by_delta / 120 >= 0.89
     assert by_bootstrap / 120 >= 0.87  # 200 resamples make a percentile interval a little too narrow
+
+
+def test_one_scenario_and_all_together_are_one_test_a_metric() -> None:
+    """Four metrics are Holm's family, not eight: each number by hand from the p-values in order of size."""
+    rng = np.random.default_rng(5)
+    buckets = {"A": world(rng, 800), "B": world(rng, 800, factor=1.3)}
+    counts = ExperimentCounts(cells={"search": buckets, "all": buckets}, num_users=1600)
+    rows = experiment_report(counts, OnlineConfig(num_resamples=20), dates="2026-01-01")["comparisons"]
+    assert len(rows) == 8
+    by_metric = {row["metric"]: row["p_value"] for row in rows}
+    expected, largest = {}, 0.0
+    for place, (metric, p) in enumerate(sorted(by_metric.items(), key=lambda entry: entry[1])):
+        largest = expected[metric] = max(largest, min(1.0, p * (4 - place)))
+    assert all(row["is_sound"] for row in rows)
+    assert [row["p_value_holm"] for row in rows] == pytest.approx([expected[row["metric"]] for row in rows])

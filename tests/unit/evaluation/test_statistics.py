@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tests.unit.reporting.test_run import make_predictions
 from usr_ray.evaluation import metrics
 from usr_ray.evaluation.statistics import (
     Judged,
+    PairedGap,
     auc_gaps,
     calibration_bins,
     corrected,
@@ -160,6 +162,16 @@ def test_holm_by_hand() -> None:
     assert holm([]) == []
     # Numbers that there are not are no tests.
     assert holm([0.03, None, 0.02]) == pytest.approx([0.04, None, 0.04])
+
+
+def test_all_rows_of_one_scenario_are_no_second_test():
+    """Two tasks of a shop that has a search alone: pooled they are the same, and Holm's factor is 2, not 4."""
+    one = PairedGap(0.02, 0.01, 0.03, 0.02, (0.02,), 0.0, 0.005, 50.0, 100)
+    other = replace(one, value=0.03, p_value=0.6)
+    few = replace(one, num_rarer=7)
+    found = corrected([Judged(gap=gap) for gap in (one, other, one, other, few, None)])
+    assert [judged.adjusted_p for judged in found] == pytest.approx([0.04, 0.6, 0.04, 0.6, 1, 1])
+    assert [judged.verdict for judged in found] == ["better", "unsure", "better", "unsure", "few", "none"]
 
 
 def test_bins_are_quantiles_that_add_up():
