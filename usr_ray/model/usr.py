@@ -202,7 +202,7 @@ class UsrModel(nn.Module):
             views = self._views(inputs, z_BSZ if all_views else trigger_BZ.unsqueeze(1), masks or _Masks())
             joined = [z_BSZ.flatten(1), scenario_BE]
         scenario_B = scenario_B.expand(num_rows)
-        i_BD, f_BC = (_own(views_BVX, scenario_B) for views_BVX in (views.interests_BVD, views.features_BVC))
+        i_BD, f_BC = (select_scenario(of, scenario_B) for of in (views.interests_BVD, views.features_BVC))
         x_BX = side_by_side([i_BD, f_BC, last_BX], num_rows)
         scenario_BE, trigger_BZ = scenario_BE.expand(num_rows, -1), trigger_BZ.expand(num_rows, -1)
         logits_BT = self.backbone(BackboneInput(x_BX, scenario_B, scenario_BE, trigger_BZ, weights_B))
@@ -258,13 +258,3 @@ class UsrModel(nn.Module):
 def _each(views_BVX: Tensor) -> Sequence[Tensor]:
     """(B, X) of each view. One view lies after the other in memory, and so do their gradients then."""
     return views_BVX.transpose(0, 1).unbind(0)
-
-
-def _own(views_BVX: Tensor, scenario_B: Tensor) -> Tensor:
-    """(B, X): each row's own view, or the only one."""
-    num_rows, num_views, _ = views_BVX.shape
-    if num_views == 1:
-        return views_BVX[:, 0]
-    # Whole rows, as an embedding takes them: the backward of `gather` adds number by number, three times as slow.
-    place_B = scenario_B * num_rows + torch.arange(num_rows, device=scenario_B.device)
-    return embedding(place_B, views_BVX.transpose(0, 1).flatten(0, 1))

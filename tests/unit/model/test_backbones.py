@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tests.unit.backbone_batches import ALL, SMALL, batch_of, rows, small_backbone, weighted_sum
 from usr_ray.config import Config, ConfigError, ModelConfig
 from usr_ray.model.backbones import Backbone, BackboneDims, BackboneInput, build_backbone
+from usr_ray.model.backbones.towers import select_scenario
 
 pytestmark = pytest.mark.unit
 MIXED = [0, 2, 1, 1, 0, 2, 2, 0, 1, 0, 2, 1]
@@ -268,3 +269,23 @@ def test_a_known_function_of_each_cell_is_learned(name: str) -> None:
 def test_sizes_that_cannot_be_built_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         Config.from_dict({"model": values})
+
+
+@pytest.mark.parametrize("num_scenarios", [1, 2, 5])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 4)])
+@pytest.mark.parametrize("is_scenario_major", [False, True])
+def test_a_row_takes_its_own_scenario_s_values_to_the_last_bit(
+    num_scenarios: int, shape: tuple[int, ...], is_scenario_major: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values_BSX = torch.randn(num_scenarios, 7, *shape, generator=generator).transpose(0, 1)
+    values_BSX = (values_BSX if is_scenario_major else values_BSX.contiguous()).requires_grad_()
+    scenario_B = torch.randint(0, num_scenarios, (7,), generator=generator)
+    taken = select_scenario(values_BSX, scenario_B)
+    assert torch.equal(taken, torch.stack([values_BSX[row, scenario] for row, scenario in enumerate(scenario_B)]))
+    weights = torch.randn(taken.shape, generator=generator)
+    (found,) = torch.autograd.grad(taken, values_BSX, weights)
+    expected = torch.zeros_like(values_BSX)
+    for row, scenario in enumerate(scenario_B):
+        expected[row, scenario] = weights[row]
+    assert torch.equal(found, expected)

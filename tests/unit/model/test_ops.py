@@ -102,3 +102,21 @@ def test_the_switch_reaches_a_whole_step(monkeypatch: pytest.MonkeyPatch) -> Non
         loss()
     with ops.plain():
         assert loss() == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_torch_s_private_names_are_there_and_compute_what_is_public() -> None:
+    """There is no public way to either with equal bits and speed; a torch that renames one must say so here."""
+    for name, where in (
+        ("_softmax_backward_data", "model/ops._softmax_gradient"),
+        ("_foreach_lerp_", "training/average"),
+    ):
+        assert hasattr(torch, name), f"torch has no {name} any more: look up its new name, for usr_ray/{where}.py"
+    generator = torch.Generator().manual_seed(0)
+    score = torch.randn(3, 4, 50, generator=generator, requires_grad=True)
+    weight, grad = score.softmax(dim=-1), torch.randn(3, 4, 50, generator=generator)
+    (expected,) = torch.autograd.grad(weight, score, grad)
+    assert torch.equal(ops._softmax_gradient(weight.detach(), grad), expected)
+    old, new = (torch.randn(9, generator=generator) for _ in range(2))
+    moved = old.clone()
+    torch._foreach_lerp_([moved], [new], 0.25)
+    assert torch.equal(moved, old.lerp(new, 0.25))
