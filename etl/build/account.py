@@ -30,6 +30,10 @@ MAX_DUPLICATE_SHARE = 0.05
 """Share of a log's rows; one delivered twice has more, and so has one whose id is that of a page or a session."""
 MIN_DAILY_ROWS = 20
 """A log with this many rows a day has some on every day; one with fewer may have none."""
+_SAME_NUMBER = r"^0*(\d+)(?:\.0+)?$"
+"""007 and 7.0 are 7."""
+_FEW_FORMS, _FORMS_SHARE = 3, 0.1
+"""Ids in another form that are told of: so many, and such a share of those without a row. Fewer may be chance."""
 
 
 @dataclass(slots=True)
@@ -272,6 +276,43 @@ def null_like_values(values: DataFrame, tables: Mapping[str, DataFrame], config:
         f"{row['feature']}: {row['value']!r} is among its commonest values ({row['rows']:,} rows) and taken for one; "
         f"if it means that there is none, set logs.{owners.get(row['feature'], '<s>_impressions')}.null_values"
         for row in found
+    ]
+
+
+def keys_in_other_forms(values: DataFrame, tables: Mapping[str, DataFrame]) -> list[str]:
+    """Warnings of users and items of the impressions that would have a row in their table but for the form of their id.
+
+    pandas writes 7 as 7.0 on the day on which one is missing, an export pads with zeros or blanks, and a database may
+    write its UUIDs in capitals.
+    """
+    pairs = [
+        frame.select(F.lit(owner).alias("owner"), F.col(key).alias("value"), F.lit(is_there).alias("is_there"))
+        for owner, table in tables.items()
+        for frame, key, is_there in (
+            (values.filter(F.col("feature") == f"{owner}_id"), "value", False),
+            (table, f"{owner}_id", True),
+        )
+    ]
+    if not pairs:
+        return []
+    form = F.regexp_replace(F.lower(F.trim("value")), _SAME_NUMBER, "$1")
+    forms = reduce(DataFrame.unionByName, pairs).groupBy("owner", "value").agg(F.bool_or("is_there").alias("is_there"))
+    is_lost, a_key = ~F.col("is_there"), F.min(F.when(F.col("is_there"), F.col("value")))
+    alike = forms.groupBy("owner", form.alias("form")).agg(
+        F.count_if(is_lost).alias("lost"), F.min(F.when(is_lost, F.col("value"))).alias("value"), a_key.alias("key")
+    )
+    would = F.when(F.col("key").isNotNull(), F.col("lost"))
+    sums = alike.groupBy("owner").agg(
+        F.sum("lost").alias("lost"),
+        F.sum(would).alias("would"),
+        F.min(F.when(would > 0, F.struct("value", "key"))).alias("one"),
+    )
+    return [
+        f"{row['owner']}_id: {row['would']:,} of {row['lost']:,} values in impressions without a row in "
+        f"{row['owner']}s would have one but for their form, such as {row['one']['value']!r} for "
+        f"{row['one']['key']!r}; write them alike (7 and 7.0, 007, blanks, capitals)"
+        for row in sums.orderBy("owner").collect()
+        if (row["would"] or 0) >= max(_FEW_FORMS, _FORMS_SHARE * row["lost"])
     ]
 
 

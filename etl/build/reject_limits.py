@@ -116,6 +116,12 @@ def _cause(log: EventLog, reason: str, rejected: DataFrame, events: DataFrame, c
     )
     if reason.endswith("_time") or reason in ("malformed_line", "undecodable_text"):
         return _of_texts(log, reason, [row[0] for row in mine.select("row").limit(_SAMPLE).collect()])
+    if reason == "imprecise_value":
+        row = mine.select("row").limit(1).collect()
+        return (
+            f"such as {row[0][0][:200]}: a float of that size has lost the last digits of the integer that was meant; "
+            "write the column as text, or as integers throughout; "
+        )
     if reason == "unparsable_number":
         row = mine.select("row").limit(1).collect()
         return (

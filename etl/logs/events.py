@@ -25,6 +25,7 @@ from etl.logs.mapping import (
     TIMES,
     as_text,
     as_written,
+    is_imprecise,
     is_value,
     iso_instant,
     names_of,
@@ -183,7 +184,7 @@ def read_features(
     check_columns(log, names_of(raw), columns)
     _check_numbers(folder, raw, log, numbers)
     ident = _text(raw, log, key)
-    tests = [*_unreadable(raw, columns), (ident.isNull(), f"null_{key}")]
+    tests = [*_unreadable(raw, columns), *_imprecise(raw, (*categories, *sources)), (ident.isNull(), f"null_{key}")]
     read = {vector.name: _vector(raw, log, vector.name) for vector in vectors}
     _check_vectors(raw.select(ident.alias(key), *(found.alias(n) for n, found in read.items())), log, key, vectors)
     return raw.select(
@@ -302,9 +303,10 @@ def _event_rows(log: EventLog, raw: DataFrame, *, text: bool, contexts: dict[str
     given = {name: as_written(name) if as_written(name) in raw.columns else name for name in TIMES}
     texts = [log.key, "user_id", "item_id", "impression_id", "request_id", "query", *contexts]
     numbers = [name for name, read in contexts.items() if read is _number]
+    values = [name for name, read in contexts.items() if read is not _number]
     rows = timed.select(
         *(column.alias(name) for name, column in columns.items()),
-        first_reason(_unreadable(raw, texts)).alias(_UNREADABLE),
+        first_reason([*_unreadable(raw, texts), *_imprecise(raw, values)]).alias(_UNREADABLE),
         *((_is_given(raw, given[name]) & own(_TIME + name).isNull()).alias(_UNPARSABLE + name) for name in times),
         first_reason(_unread_numbers(raw, log.name, numbers) if shown else []).alias(_UNREAD_NUMBER),
         F.struct(*map(own, raw.columns)).alias(_RAW),
@@ -357,6 +359,25 @@ def _unreadable(raw: DataFrame, columns: Sequence[str]) -> list[tuple[Column, st
     texts = [own(f.name) for f in raw.schema.fields if f.name in columns and isinstance(f.dataType, T.StringType)]
     broken = [F.coalesce(text.contains(REPLACEMENT) | ~F.is_valid_utf8(text), F.lit(False)) for text in texts]
     return [*tests, *((test, "undecodable_text") for test in broken)]
+
+
+def _imprecise(raw: DataFrame, columns: Sequence[str]) -> list[tuple[Column, str]]:
+    """Tests of the columns whose values are taken as they are: none may be an integer that a float has changed.
+
+    In JSON lines a column of integers is one of floats as soon as one of them has a fraction.
+    """
+    fields = [(own(field.name), field.dataType) for field in raw.schema.fields if field.name in columns]
+    tests = [_is_one_imprecise(value, kind) for value, kind in fields]
+    return [(F.coalesce(test, F.lit(False)), "imprecise_value") for test in tests if test is not None]
+
+
+def _is_one_imprecise(value: Column, kind: T.DataType) -> Column | None:
+    if isinstance(kind, T.FloatType | T.DoubleType):
+        return is_imprecise(value, kind)
+    element = kind.elementType if isinstance(kind, T.ArrayType) else None
+    if isinstance(element, T.FloatType | T.DoubleType):
+        return F.exists(value, lambda one: is_imprecise(one, element))
+    return None
 
 
 def _null(kind: str) -> Column:

@@ -25,8 +25,10 @@ LAST_MICRO = 253_402_300_800_000_000
 FIRST_MICRO = -62_135_596_800_000_000
 MAX_NUMBER = 3.4028234663852886e38
 """The largest of 32 bits, in which numbers are written: what is larger would be infinite there."""
-_LAST_WHOLE = float(1 << 53)
-"""Beyond it a float need not be the integer that was meant."""
+_EXACT = {T.FloatType: float(1 << 24), T.DoubleType: float(1 << 53)}
+"""From there on a float need not be the integer that was written: its neighbours have the same bits."""
+_NO_INTEGER = float(1 << 64)
+"""What is larger was no integer of 64 bits, an id that is, but a number."""
 _DATE = r"^\s*\d{4}-\d{1,2}-\d{1,2}"
 _CLOCK = r"[T ]\s*\d{1,2}:\d{1,2}(?::\d{1,2}(?:\.\d*)?)?"
 _ISO = _DATE + f"(?:{_CLOCK}" + r"\s*(\S.*?)?)?\s*$"
@@ -183,15 +185,21 @@ def is_value(text: Column) -> Column:
 
 
 def as_text(value: Column, kind: T.DataType) -> Column:
-    """A single value as text; of floats a whole one without a fraction, as 3, and null for NaN.
+    """A single value as text; of floats a whole one without a fraction, as 3, and null for NaN and `is_imprecise`.
 
     pandas writes a column of integers as floats when one of them is missing: 3 is the same value in both.
     """
     text = value.cast("string")
     if not isinstance(kind, T.FloatType | T.DoubleType):
         return text
-    is_whole = (value == F.rint(value)) & (F.abs(value) <= F.lit(_LAST_WHOLE))
-    return F.when(is_whole, value.try_cast("bigint").cast("string")).when(~F.isnan(value), text)
+    is_whole = (value == F.rint(value)) & (F.abs(value) < F.lit(_EXACT[type(kind)]))
+    is_text = ~F.isnan(value) & ~is_imprecise(value, kind)
+    return F.when(is_whole, value.try_cast("bigint").cast("string")).when(is_text, text)
+
+
+def is_imprecise(value: Column, kind: T.FloatType | T.DoubleType) -> Column:
+    """Whether a float stands for an integer whose last digits it has lost, as that of a long id."""
+    return (F.abs(value) >= F.lit(_EXACT[type(kind)])) & (F.abs(value) < F.lit(_NO_INTEGER))
 
 
 def _joined(raw: DataFrame, columns: tuple[str, ...]) -> Column:

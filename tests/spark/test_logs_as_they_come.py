@@ -19,13 +19,14 @@ import pytest
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
+from etl.build.account import keys_in_other_forms
 from etl.build.samples import BuildRequest, Progress, build_samples
 from etl.checks import DataCheckError
 from etl.kernel.events import context_column, texts_column
 from etl.lake.tables import Lake, prepare_samples
 from etl.logs.events import REASON, event_logs, read_events, read_features
 from etl.logs.files import LogFolder
-from etl.logs.mapping import iso_instant, map_columns
+from etl.logs.mapping import as_text, iso_instant, map_columns
 from tests.spark.test_build_samples import rows_of
 from usr_ray.config import LogConfig, load_config
 from usr_ray.config.terms import SEPARATOR
@@ -366,7 +367,7 @@ def test_a_stray_quote_takes_no_lines_away_without_a_word(spark: SparkSession, t
 
 def test_a_whole_float_is_the_category_and_the_tag_that_the_integer_was(spark: SparkSession, tmp_path: Path) -> None:
     """pandas writes a column of integers as floats on the day on which one of them is missing."""
-    cells = {1.0: "1", 2.5: "2.5", -3.0: "-3", -0.0: "0", 2.0**53: "9007199254740992", 1e300: "1.0E300"}
+    cells = {1.0: "1", 2.5: "2.5", -3.0: "-3", -0.0: "0", 2.0**53 - 1: "9007199254740991", 1e300: "1.0E300"}
     values = [*cells, float("nan"), None]
     tags, titles = [[one, 7.0, None] for one in values], [[1.0, 2.5]] * len(values)
     table = {"item_id": [f"a{n}" for n in range(len(values))], "kind": values, "tags": tags, "title": titles}
@@ -388,6 +389,47 @@ def test_a_whole_float_is_the_category_and_the_tag_that_the_integer_was(spark: S
     assert [row["order_id"] for row in joined] == ["1|x", None, None, "2|y"]
     for wanted_shop in ("2", "2.0"):
         assert map_columns(views, "orders", LogConfig(where={"shop": wanted_shop})).count() == 2
+
+
+def test_an_integer_that_a_float_has_changed_is_no_value_but_a_reject(spark: SparkSession, tmp_path: Path) -> None:
+    """In JSON lines a column of integers is one of floats as soon as one has a fraction: 2^53 + 1 is 2^53 then."""
+    brands = [2**53 - 1, 2**53 + 1, -(2**53) - 1, 3.0, 2.5, None, 2**63, 1e300]
+    lines = [{"item_id": f"a{n}", "brand": brand, "tags": [7, 0.5]} for n, brand in enumerate(brands)]
+    lines += [{"item_id": "b", "tags": [2**60 + 1]}]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    config = load_config(None, (*PLAIN, 'features.item_tags=["tags"]'))
+    lists = config.features.lists
+    read = read_features(LogFolder(spark, str(tmp_path)), "items", "item_id", ["brand"], (), lists)
+    found = {row["item_id"]: (row[REASON], row["brand"]) for row in read.collect()}
+    lost = "imprecise_value"
+    wanted = [
+        (None, str(2**53 - 1)),
+        (lost, None),
+        (lost, None),
+        (None, "3"),
+        (None, "2.5"),
+        (None, None),
+        (lost, None),
+    ]
+    assert [found[f"a{n}"] for n in range(7)] == wanted
+    assert found["a7"] == (None, "1.0E300"), "no integer of 64 bits"
+    assert found["b"][0] == lost
+
+    shown = impressions()
+    for n, row in enumerate(shown):
+        row["shelf"] = 2**53 + 1 if n < 9 else n + 0.5
+    (tmp_path / "feed_impressions.jsonl").write_text("\n".join(map(json.dumps, shown)) + "\n")
+    csv(tmp_path / "feed_clicks.csv", clicks(shown)[2:])
+    (tmp_path / "items.jsonl").unlink()
+    told = refusal(spark, tmp_path, tmp_path / "lake", 'features.context_categories=["shelf"]')
+    assert "9 of 40 rows (22.5%) are rejected as imprecise_value" in told
+    assert "a float of that size has lost the last digits of the integer that was meant; write the column as" in told
+    views = spark.createDataFrame([(2.0**53, "x")], "shop double, view string")
+    joined = map_columns(views, "orders", LogConfig(columns={"order_id": ("shop", "view")}))
+    assert joined.first()["order_id"] is None, "a row without an id is rejected"
+    narrow = spark.createDataFrame([(float(2**24),), (float(2**24 - 1),)], "shop float")
+    texts = [row[0] for row in narrow.select(as_text(F.col("shop"), narrow.schema[0].dataType)).collect()]
+    assert texts == [None, str(2**24 - 1)]
 
 
 def test_a_blank_time_in_json_lines_is_none(spark: SparkSession, tmp_path: Path) -> None:
@@ -474,7 +516,11 @@ def test_texts_that_mean_no_value_are_told_and_bytes_of_another_encoding_rejecte
     assert sum("rgen" in row["user_id"] for row in rows_of(tmp_path / "lake" / "samples")) == 0
     nulls = ('logs.feed_impressions.null_values=["NULL"]', 'logs.users.null_values=["\\\\N"]')
     known = ('logs.feed_impressions.encoding="latin-1"', *nulls, "limits.max_reject_share=0.2")
+    users = [*({"user_id": f"u{n}", "city": "\\N"} for n in range(3)), {"user_id": "JÜRGEN", "city": "Rome"}]
+    csv(logs / "users.csv", [*users, *({"user_id": f"U{n}", "city": "Rome"} for n in (3, 4))])
     lines = build(spark, logs, tmp_path / "second", features, *known)
+    (forms,) = [line for line in lines if "but for their form" in line]
+    assert "user_id: 3 of 4 values in impressions without a row in users would have one but for" in forms
     rows = rows_of(tmp_path / "second" / "samples")
     assert len(rows) == 34, "a null user is rejected"
     assert {"Jürgen", "Jörgen"} < {row["user_id"] for row in rows}
@@ -489,6 +535,28 @@ def test_texts_that_mean_no_value_are_told_and_bytes_of_another_encoding_rejecte
         prepare_samples(spark, Lake(str(tmp_path / "second")), manifest.spec, config, {})
         newest = build_manifest(tmp_path / "second", dates=None)
         assert null_values(newest) == dict.fromkeys(found, odd)
+
+
+def test_ids_in_another_form_than_in_their_table_are_told(spark: SparkSession) -> None:
+    def told(shown: list[str], there: list[str], owner: str = "user") -> list[str]:
+        values = [(f"{owner}_id", value) for value in shown] + [("city", "7.0"), ("city", "8.0"), ("city", "9.0")]
+        of_both = spark.createDataFrame(values * 2, "feature string, value string")
+        return keys_in_other_forms(
+            of_both, {owner: spark.createDataFrame([(key,) for key in there], f"{owner}_id string")}
+        )
+
+    (line,) = told(["7.0", "08", " 9 ", "10", "gone", "u1", "U2"], ["7", "8", "9", "10", "u1"])
+    assert line == (
+        "user_id: 3 of 5 values in impressions without a row in users would have one but for their form, such as ' 9 ' "
+        "for '9'; write them alike (7 and 7.0, 007, blanks, capitals)"
+    )
+    (line,) = told(["AB-1", "AB-2", "AB-3"], ["ab-1", "ab-2", "ab-3"], "item")
+    assert line.startswith("item_id: 3 of 3 values in impressions without a row in items would have one but for their")
+    assert told(["7.0", "8.0", "9"], ["7", "8", "9"]) == [], "two may be chance"
+    assert told(["7.0", "8.0", "9.0", *(f"n{n}" for n in range(30))], ["7", "8", "9"]) == [], "3 of 33"
+    assert told(["7", "7.0", "7.5", "0x7", "70"], ["7", "7.0", "75", "7x", "700"]) == []
+    assert told(["a"], []) == []
+    assert keys_in_other_forms(spark.createDataFrame([("user_id", "1")], "feature string, value string"), {}) == []
 
 
 def test_headers_with_blanks_and_in_another_case_are_those_of_the_contract(spark: SparkSession, tmp_path: Path) -> None:

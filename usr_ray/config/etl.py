@@ -114,6 +114,7 @@ REJECT_REASONS = (
     "before_click",
     "malformed_line",
     "undecodable_text",
+    "imprecise_value",
 )
 """What a build may stop for (docs/tables.md, rejects)."""
 
