@@ -41,8 +41,8 @@ class RowProgress:
         self._name = name
 
     def add(self, num_rows: int) -> None:
-        """Count rows of the current part."""
-        self.num_done += num_rows
+        """Count rows of the current part; of a last batch that is filled up, no more than there are."""
+        self.num_done = min(self.num_done + num_rows, self._total)
         if time.monotonic() - self._last >= _SAY_EVERY_S and self.num_done - self._num_said >= self._least:
             self.say()
 

@@ -139,9 +139,11 @@ def test_lines_come_at_each_tenth_with_rate_and_time_left(monkeypatch):
     monkeypatch.setattr(monitor.time, "monotonic", lambda: seconds[0])
     lines = []
     add = monitor.row_progress("rows evaluated", 1000, lines.append)
-    for _ in range(100):
+    for _ in range(99):
         seconds[0] += 5
         add(10)
+    seconds[0] += 5
+    add(64)  # a batch that is filled up
     assert len(lines) == 10
     assert lines[0] == "rows evaluated; 100 of 1,000 rows, 10%; 2 rows/s, about 0:07:30 left"
     assert lines[-1] == "rows evaluated; 1,000 of 1,000 rows, 100%; 2 rows/s, about 0:00:00 left"
