@@ -130,8 +130,8 @@ def check_labels(reports: Sequence[Mapping[str, Any]], plan: DayPlan, *, allow_m
         if final < rows:
             raise UserError(
                 f"day {plan.day}: labels of {date} are final for {final:,} of {rows:,} rows only (the logs reach to "
-                f"{by_date[date].get('watermark') or 'an unknown time'}); wait for the logs, or name how far they are complete with "
-                "--watermark; with --restate-days, name so many days that it is among them"
+                f"{by_date[date].get('watermark') or 'an unknown time'}); wait for the logs, or name how far they are "
+                "complete with --watermark; with --restate-days, name so many days that it is among them"
             )
 
 
