@@ -174,7 +174,7 @@ def main(argv: list[str]) -> None:
     from usr_ray.data.lineage import warn
     from usr_ray.data.manifest import build_manifest
     from usr_ray.evaluation.files import metrics_text
-    from usr_ray.evaluation.statistics import comparison_text
+    from usr_ray.evaluation.statistics import comparison_text, far_off
     from usr_ray.runs.evaluations import (
         about_rows,
         caveats,
@@ -225,6 +225,7 @@ def main(argv: list[str]) -> None:
             output=arguments.output,
         )
         print(f"{dates_heading(dates, seen)}:\n{metrics_text(splits)}")
+        warn(far_off(result.metrics))
         if compared := about.get("comparison"):
             warn(f"--compare: {note}" for note in compared["notes"])
             print(comparison_text(compared))

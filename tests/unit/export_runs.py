@@ -10,6 +10,7 @@ import torch
 from tests.unit.samples_table import FIRST_DATE
 from usr_ray.config import BACKBONES, Config
 from usr_ray.data.manifest import build_manifest
+from usr_ray.model.multitask import REST_SHARE
 from usr_ray.training.checkpoint import CheckpointStore
 from usr_ray.training.state import TrainState
 from usr_ray.training.worker import LocalWorker
@@ -58,6 +59,8 @@ def make_run(run_dir: Path, lake: Path, *, step: int = 5, best: bool = False, se
     with torch.no_grad():
         for parameter in state.module.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        if state.module.global_heads is not None:
+            state.module.get_buffer(REST_SHARE).uniform_(0.1, 1.0, generator=generator)
         if state.module.wide is not None:
             state.module.wide.weights_NH[0] = 0  # padding, which no training moves
         for name, value in state.module.named_buffers():

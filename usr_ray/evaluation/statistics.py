@@ -21,10 +21,12 @@ from numpy.typing import NDArray
 from scipy.stats import t as student
 
 from usr_ray.evaluation.files import aligned
-from usr_ray.evaluation.metrics import ALL, GLOBAL, Predictions, auc
+from usr_ray.evaluation.metrics import ALL, GLOBAL, CellMetrics, Predictions, auc
 from usr_ray.schema import TASKS, UNKNOWN_ID
 
 CONFIDENCE = 0.95
+CALIBRATED = (0.8, 1.25)
+"""PCOC of probabilities that may be read as rates: the bounds of the alert ModelMiscalibrated."""
 MIN_ROWS = 30
 """Rows of the rarer label below which no verdict is given."""
 MIN_USERS = 10
@@ -246,6 +248,24 @@ def pcoc_interval(labels_N: NDArray, probs_N: NDArray, users_N: NDArray) -> tupl
     variance = float((errors_U**2).sum()) * num_users / (num_users - 1)
     half = float(student.ppf((1 + CONFIDENCE) / 2, num_users - 1)) * math.sqrt(variance) / num_positives
     return value - half, value + half
+
+
+def far_off(cells: CellMetrics) -> list[str]:
+    """A line for each cell and task whose probabilities are surely no rates: PCOC outside CALIBRATED, whatever the
+    number of positives may be by chance. The pooled cell says nothing that its scenarios do not.
+    """
+    lines = []
+    for cell, task, m in ((c, t, m) for c, tasks in cells.items() if c != ALL for t, m in tasks.items()):
+        seen = m["num_positives"]
+        if m["pcoc"] is None or not seen:
+            continue
+        predicted, (low, high) = m["pcoc"] * seen, poisson_interval(int(seen))
+        if predicted / high > CALIBRATED[1] or predicted / low < CALIBRATED[0]:
+            lines.append(
+                f"{cell} {task}: the probabilities add up to {predicted:,.0f}, seen were {seen:,}; they may "
+                "rank well but are no rates; train for more steps, or see whether the dates differ"
+            )
+    return lines
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ from usr_ray.data.batch import UsrOutputs
 from usr_ray.model.mlp import MLP
 from usr_ray.schema import TASKS
 
+REST_SHARE = "rest_share_ST"
+"""Name of the shares s of `with_rest` in UsrModel, which training/rest.py finds."""
 _LOG_HALF = -math.log(2)
 _Logs = tuple[Tensor, Tensor]
 """log p and log(1 - p)."""
@@ -68,6 +71,35 @@ def global_outputs(logits_BT: Tensor, global_logits_BT: Tensor, variant: str) ->
     log_p_3B, log_not_p_3B = _exact(_times(a_g, others))
     ctr_k, ctcvr_k, ctcvr_g = zip(log_p_3B.unbind(0), log_not_p_3B.unbind(0), strict=True)
     return UsrOutputs(*_stack([ctr_k, ctcvr_k], dim=1), *_stack([a_g, ctcvr_g], dim=1))
+
+
+def own_part(outputs: UsrOutputs, variant: str) -> Tensor:
+    """Log of the part of each global probability that the scenario's own is a factor of, (B, T): p_ctr,k, and in
+    variant A p_ctcvr,k; in variant B that one is no factor of p_ctcvr,g, so there is none, -inf.
+    """
+    if variant == "A":
+        return outputs.log_p_BT
+    return torch.stack([outputs.log_p_BT[:, 0], torch.full_like(outputs.log_p_BT[:, 1], -math.inf)], dim=1)
+
+
+def with_rest(outputs: UsrOutputs, share_BT: Tensor, variant: str) -> UsrOutputs:
+    """Outputs whose global probabilities are p_k + s (p_g - p_k): the rest, what happens elsewhere alone, times s.
+
+    In variant B p_ctcvr,g is s times itself. Where it is the larger one, p_ctr,g is as large. The scenarios' own
+    probabilities stay as they are, and every bound that the products keep is kept.
+
+    Args:
+        share_BT: s in (0, 1] of the row's scenario.
+    """
+    assert outputs.log_p_global_BT is not None
+    assert outputs.log_not_p_global_BT is not None
+    own_BT, all_BT = own_part(outputs, variant), outputs.log_p_global_BT
+    rest_BT = all_BT + torch.log(-torch.expm1((own_BT - all_BT).clamp(max=0)))
+    log_p_BT = torch.logaddexp(own_BT, rest_BT + share_BT.log()).clamp(max=0)  # its rounding may be above
+    log_not_p_BT = torch.logaddexp(outputs.log_not_p_global_BT, rest_BT + torch.log1p(-share_BT)).clamp(max=0)
+    log_p_BT = torch.cat([log_p_BT.amax(1, keepdim=True), log_p_BT[:, 1:]], dim=1)
+    log_not_p_BT = torch.cat([log_not_p_BT.amin(1, keepdim=True), log_not_p_BT[:, 1:]], dim=1)
+    return replace(outputs, log_p_global_BT=log_p_BT, log_not_p_global_BT=log_not_p_BT)
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

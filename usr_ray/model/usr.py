@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from usr_ray.model.history import Histories, JaggedHistories
 from usr_ray.model.inputs import InputNetwork, Inputs, Trigger, side_by_side
 from usr_ray.model.interest import InterestExtractor, PooledHistory
 from usr_ray.model.lists import list_columns
-from usr_ray.model.multitask import GlobalHeads, global_outputs, scenario_outputs
+from usr_ray.model.multitask import REST_SHARE, GlobalHeads, global_outputs, scenario_outputs, with_rest
 from usr_ray.model.unique import ITEM_TABLE, QUERY_TABLE, event_sides, event_vectors, table_columns
 from usr_ray.model.wide import Wide
 from usr_ray.schema import TASKS, FeatureSpec
@@ -106,6 +107,8 @@ class UsrModel(nn.Module):
         self.global_heads = (
             GlobalHeads(joined_dim, config.multitask, config.dropout) if config.multitask.enabled else None
         )
+        if config.multitask.enabled:
+            self.register_buffer(REST_SHARE, torch.ones(num_scenarios, len(TASKS)))
         num_heads = len(TASKS) * (2 if config.multitask.enabled else 1)
         self.wide = Wide(spec, crosses, config.wide_buckets, num_heads) if config.wide else None
         cl = config.contrastive
@@ -217,6 +220,9 @@ class UsrModel(nn.Module):
             if wide_BH is not None:
                 global_BT = global_BT + wide_BH[:, len(TASKS) :]
             outputs = global_outputs(logits_BT, global_BT, self.config.multitask.variant)
+            if not self.training:
+                share_BT = embedding(scenario_B, self.get_buffer(REST_SHARE))
+                outputs = with_rest(outputs, share_BT, self.config.multitask.variant)
         return self._with_views(outputs, views, masks)
 
     def _pool(self, histories: Histories) -> Tensor:
@@ -245,6 +251,12 @@ class UsrModel(nn.Module):
             kept_RC = None if masks is None else masks.features_RC
             outputs = replace(outputs, features_BSD=views.features_BVC, features_kept_RD=kept_RC)
         return outputs
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *more: Any) -> None:
+        """Weights of an older version have no shares: theirs are 1."""
+        if self.global_heads is not None:
+            state_dict.setdefault(f"{prefix}{REST_SHARE}", torch.ones_like(self.get_buffer(REST_SHARE)))
+        super()._load_from_state_dict(state_dict, prefix, *more)
 
     def fold(self) -> UsrModel:
         """A copy for export, in which every product U and V is one matrix: equal outputs, fewer parameters."""

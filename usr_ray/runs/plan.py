@@ -36,6 +36,7 @@ from usr_ray.evaluation.files import (
     write_metrics,
     write_predictions,
 )
+from usr_ray.evaluation.statistics import far_off
 from usr_ray.files import now, write_whole
 from usr_ray.model.backbones import check_own_backbone
 from usr_ray.runs.evaluations import (
@@ -387,4 +388,5 @@ def result_text(run_dir: Path) -> str:
     """The metrics of a finished run as a table, under the dates that they are of."""
     found = evaluations(run_dir, read_record(run_dir))
     heading = [f"{dates_heading(one.dates, one.seen)}:" for one in found if one.file == METRICS_FILE]
-    return "\n".join([*heading, metrics_text(read_metrics(run_dir / METRICS_FILE, SPLIT))])
+    splits = read_metrics(run_dir / METRICS_FILE, SPLIT)
+    return "\n".join([*heading, metrics_text(splits), *(f"warning: {line}" for line in far_off(splits[SPLIT]))])

@@ -12,7 +12,7 @@ Shape letters: N rows of a table, U rows of a step, D embedding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -68,11 +68,11 @@ class RowAverages:
 
 
 class DenseAverage:
-    """Averages of a module's floating-point parameters and buffers."""
+    """Averages of a module's floating-point parameters and buffers, but for those named in `but`."""
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, module: nn.Module, decay: float, but: Sequence[str] = ()) -> None:
         self.decay = decay
-        self.weights = {n: t for n, t in module.state_dict().items() if t.is_floating_point()}
+        self.weights = {n: t for n, t in module.state_dict().items() if t.is_floating_point() and n not in but}
         self.averages = {name: weight.clone() for name, weight in self.weights.items()}
 
     @torch.no_grad()

@@ -25,6 +25,7 @@ from usr_ray.training.embeddings import describe_memory
 from usr_ray.training.evaluate import Evaluation, evaluate
 from usr_ray.training.loss import usr_loss
 from usr_ray.training.monitor import Monitor, StepMeter, progress, summarise
+from usr_ray.training.rest import Rest
 from usr_ray.training.rows import training_batches, training_reader
 from usr_ray.training.state import TrainState, share_json
 from usr_ray.training.worker import Worker
@@ -100,7 +101,7 @@ class _Run:
             config, train_manifest, worker, order=self.reader.fingerprint, total_steps=self.total_steps
         )
         self.store = CheckpointStore(run_dir / CHECKPOINTS, keep_last=config.train.keep_checkpoints)
-        self.meter = StepMeter(worker)
+        self.meter, self.rest = StepMeter(worker), Rest(self.state, worker)
         self.best: tuple[int, float] | None = None
         """Step and log loss of the best epoch so far, with early stopping."""
 
@@ -114,13 +115,10 @@ class _Run:
             self._say(f"warm start from {state.warm_start(config.warm_start, self.worker)}")
         best = self.store.best_valid() if config.early_stopping and self.worker.is_main else None
         self.best = share_json(self.worker, best and (best.step, best.state["log_loss"]))
+        epochs, model = range(state.epoch, config.num_epochs), self.config.model
+        one_size = config.compile or model.has_twins
         batches = training_batches(
-            self.reader,
-            state.tables,
-            epochs=range(state.epoch, config.num_epochs),
-            start_step=state.epoch_step,
-            config=self.config.model,
-            of_a_size=config.compile or self.config.model.has_twins,
+            self.reader, state.tables, epochs=epochs, start_step=state.epoch_step, config=model, of_a_size=one_size
         )
         with Feed(batches, self.worker.device) as feed:
             status, evaluation = self._train(feed)
@@ -152,6 +150,8 @@ class _Run:
         for (batch, unique), counts_C in self.meter.timed(itertools.islice(feed, num_left)):
             must_stop = self._step(batch, unique, counts_C)
             is_last = state.epoch_step == self.reader.num_steps
+            if is_last:
+                self.rest.fit()
             must_save = state.step % config.checkpoint_every_steps == 0 or is_last or must_stop
             if state.step % config.log_every_steps == 0 or must_save:
                 self._log()  # also refuses to save what is not a number

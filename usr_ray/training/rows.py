@@ -105,8 +105,10 @@ def baseline_rows(config: Config, manifest: Manifest) -> TrainingRows:
     return read_training_rows(manifest, counted_in_training(config, manifest))
 
 
-def read_training_rows(manifest: Manifest, which: WhichRows) -> TrainingRows:
+def read_training_rows(manifest: Manifest, which: WhichRows, *, at_most: int | None = None) -> TrainingRows:
     """The rows of a manifest that training would count, four columns of them; labels that were still open are NaN.
+
+    `at_most`: of more rows than these (counted or not) every second row group is read, or every third, ..
 
     Raises:
         DataError: no row counts, or a file cannot be read.
@@ -115,7 +117,9 @@ def read_training_rows(manifest: Manifest, which: WhichRows) -> TrainingRows:
     item_column = manifest.spec.sparse_feature("item_id").column
     decoder.columns = [*ALL_LABELS, "scenario_index", "user_key", item_column, "is_mature", "event_time"]
     parts = []
-    for ref in usable_row_groups(manifest, which):
+    groups = usable_row_groups(manifest, which)
+    num_rows = sum(ref.row_group.num_rows for ref in groups)
+    for ref in groups[:: -(-num_rows // at_most) if at_most else 1]:
         table = decoder.read(ref)
         counts_N = np.ones(table.num_rows, dtype=bool)
         if which.mature_only:

@@ -16,6 +16,7 @@ import usr_ray
 from usr_ray.config import Config, date_ranges, first_difference
 from usr_ray.data.manifest import Manifest
 from usr_ray.model.embedding import WEIGHTS, Lookup, check_shapes
+from usr_ray.model.multitask import REST_SHARE
 from usr_ray.model.unique import EmbeddingError, ItemSides
 from usr_ray.model.usr import UsrModel
 from usr_ray.model.wide import WEIGHTS as WEIGHTS_OF_WIDE
@@ -92,7 +93,9 @@ class TrainState:
         self.model = worker.wrap_model(compiled)  # type: ignore[arg-type]
         """What a training step calls."""
         self.dense = DenseAdamW(self.module, config.train, {WEIGHTS_OF_WIDE: config.model.wide_l2})
-        self.average = DenseAverage(self.module, config.train.average) if config.train.average else None
+        decay = config.train.average
+        # The shares are found for the averages, and so are none.
+        self.average = DenseAverage(self.module, decay, but=[REST_SHARE]) if decay else None
         self._at_step(0)
         self.epoch = 0
         self.epoch_step = 0

@@ -19,6 +19,7 @@ from usr_ray.evaluation.statistics import (
     corrected,
     ctr_slices,
     effective_users,
+    far_off,
     holm,
     normal_quantile,
     paired_auc_gap,
@@ -285,3 +286,22 @@ def test_the_gaps_of_a_report_are_judged_together():
     assert (own.gap.value, own.gap.low, own.gap.high, own.adjusted_p) == (0.0, 0.0, 0.0, 1.0)
     assert own.gap.num_rarer == rows.labels_NT[rows.scenario_N == 0, 0].sum()
     assert own.verdict == "even"
+
+
+def cells_of(**pcoc: tuple[float | None, int]) -> metrics.CellMetrics:
+    return {name: {"ctr": {"pcoc": of, "num_positives": seen}} for name, (of, seen) in pcoc.items()}
+
+
+def test_probabilities_that_are_surely_no_rates_are_named() -> None:
+    # Garwood's 95 % intervals: of 10 4.795 to 18.39, of 100 81.36 to 121.63, of 1,000 938.97 to 1,063.94.
+    assert far_off(cells_of(search=(1.24, 10**6), feed=(0.81, 10**6), none=(None, 0))) == []
+    assert far_off(cells_of(search=(1.5, 100), feed=(2.29, 10))) == [], "150 / 121.6 and 22.9 / 18.4 are below 1.25"
+    assert far_off(cells_of(search=(0.66, 100))) == [], "66 / 81.4 is 0.81"
+    assert far_off(cells_of(all=(3.0, 1000))) == []
+    (line,) = far_off(cells_of(search=(1.0, 1000), **{"global": (1.54, 100)}))
+    assert line.startswith("global ctr: the probabilities add up to 154, seen were 100; they may rank well but are no ")
+    assert [line.split(",")[0] for line in far_off(cells_of(low=(0.64, 100), few=(2.31, 10), one=(1.34, 1000)))] == [
+        "low ctr: the probabilities add up to 64",
+        "few ctr: the probabilities add up to 23",
+        "one ctr: the probabilities add up to 1",
+    ]

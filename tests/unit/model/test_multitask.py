@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from usr_ray.config import MultitaskConfig
-from usr_ray.model.multitask import GlobalHeads, global_outputs, scenario_outputs
+from usr_ray.model.multitask import GlobalHeads, global_outputs, scenario_outputs, with_rest
 
 pytestmark = pytest.mark.unit
 
@@ -35,6 +35,54 @@ def test_probabilities_are_the_products_of_the_method() -> None:
         torch.testing.assert_close(
             outputs.log_not_p_global_BT.exp(), torch.tensor([[1 - sig(a_g), 1 - sig(a_g) * sig(b_g)]])
         )
+
+
+@pytest.mark.parametrize("variant", ["A", "B"])
+def test_the_rest_is_scaled_and_the_scenarios_own_probabilities_stay(variant: str) -> None:
+    a_k, b_k, a_g, b_g = 0.3, -1.2, 0.8, 0.4
+    whole = global_outputs(torch.tensor([[a_k, b_k]]), torch.tensor([[a_g, b_g]]), variant)
+    found = with_rest(whole, torch.tensor([[0.25, 0.6]]), variant)
+    assert torch.equal(found.log_p_BT, whole.log_p_BT)
+    click, clicked_anywhere, ordered_anywhere = sig(a_g) * sig(a_k), sig(a_g), sig(a_g) * sig(b_g)
+    order = ordered_anywhere * sig(b_k) if variant == "A" else 0
+    expected = [click + 0.25 * (clicked_anywhere - click), order + 0.6 * (ordered_anywhere - order)]
+    assert expected[1] < expected[0]
+    assert found.log_p_global_BT is not None
+    assert found.log_not_p_global_BT is not None
+    torch.testing.assert_close(found.log_p_global_BT.exp(), torch.tensor([expected]))
+    torch.testing.assert_close(found.log_not_p_global_BT.exp(), 1 - torch.tensor([expected]))
+
+
+def test_a_click_anywhere_is_as_likely_as_an_order_anywhere() -> None:
+    whole = global_outputs(torch.tensor([[-3.0, 3.0]]), torch.tensor([[0.0, 3.0]]), "A")
+    found = with_rest(whole, torch.tensor([[0.01, 1.0]]), "A")
+    order = sig(3) / 2
+    assert order > sig(-3) / 2 + 0.01 * (0.5 - sig(-3) / 2)
+    assert found.log_p_global_BT is not None
+    assert found.log_not_p_global_BT is not None
+    torch.testing.assert_close(found.log_p_global_BT.exp(), torch.tensor([[order, order]]))
+    torch.testing.assert_close(found.log_not_p_global_BT.exp(), torch.tensor([[1 - order, 1 - order]]))
+
+
+@pytest.mark.parametrize("variant", ["A", "B"])
+@pytest.mark.parametrize("share", [1e-6, 0.3, 1.0])
+def test_a_scaled_rest_is_a_probability_at_the_ends_too(share: float, variant: str) -> None:
+    logits_N4 = torch.tensor(list(itertools.product((-1e4, -30.0, -1.0, 0.5, 30.0, 1e4), repeat=4)))
+    whole = global_outputs(logits_N4[:, :2], logits_N4[:, 2:], variant)
+    found = with_rest(whole, torch.full((len(logits_N4), 2), share), variant)
+    assert found.log_p_global_BT is not None
+    assert found.log_not_p_global_BT is not None
+    assert whole.log_p_global_BT is not None
+    for log in (found.log_p_global_BT, found.log_not_p_global_BT):
+        assert not log.isnan().any()
+        assert (log <= 0).all()
+    torch.testing.assert_close(found.log_p_global_BT.exp() + found.log_not_p_global_BT.exp(), torch.ones_like(log))
+    assert (found.log_p_global_BT <= whole.log_p_global_BT + 1e-6 * (1 + whole.log_p_global_BT.abs())).all()
+    assert (found.log_p_global_BT[:, 0] >= whole.log_p_BT[:, 0]).all()
+    assert (found.log_p_global_BT[:, 0] >= found.log_p_global_BT[:, 1]).all()
+    assert variant == "B" or (found.log_p_global_BT[:, 1] >= whole.log_p_BT[:, 1]).all()
+    if share == 1:
+        torch.testing.assert_close(found.log_p_global_BT.exp(), whole.log_p_global_BT.exp())
 
 
 def test_without_glmt_each_task_is_its_own_logits_sigmoid() -> None:

@@ -14,6 +14,7 @@ from tests.unit.slow_usr import SlowUsr
 from usr_ray.config import BACKBONES, Config, ConfigError, ModelConfig
 from usr_ray.data.batch import UsrBatch, UsrOutputs
 from usr_ray.model.embedding import EmbeddingTables, Lookup
+from usr_ray.model.multitask import REST_SHARE
 from usr_ray.model.usr import UsrModel
 from usr_ray.schema import FeatureSpec, VectorFeature
 from usr_ray.training.loss import row_counts, usr_loss
@@ -43,6 +44,8 @@ def build(spec: FeatureSpec, config: ModelConfig, *, stirred: bool = True) -> tu
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
             for table in tables.tables.values():
                 table[1:] *= 10
+            if model.global_heads is not None:
+                model.get_buffer(REST_SHARE).uniform_(0.1, 1)
     return model, tables
 
 

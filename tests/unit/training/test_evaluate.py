@@ -303,6 +303,18 @@ def test_baseline_counts_the_rows_that_training_counts(lake):
     assert rows.labels_NT.sum(axis=0).tolist() == [pc.sum(wanted[label]).as_py() for label in ALL_LABELS]
 
 
+def test_a_part_of_the_training_rows_is_spread_over_all(lake):
+    manifest = build_manifest(lake, dates=(FIRST_DATE, HELD_OUT[0]))
+    groups = [ref.row_group.num_rows for ref in manifest.row_groups()]
+    every_row = read_training_rows(manifest, WhichRows(mature_only=False)).item_id_N
+    assert len(groups) >= 4 and sum(groups) == len(every_row)  # noqa: PT018
+    starts = np.cumsum([0, *groups])
+    for at_most, step in ((len(every_row), 1), (len(every_row) - 1, 2), (-(-len(every_row) // 3), 3)):
+        wanted = [every_row[starts[n] : starts[n + 1]] for n in range(0, len(groups), step)]
+        part = read_training_rows(manifest, WhichRows(mature_only=False), at_most=at_most)
+        assert part.item_id_N.tolist() == np.concatenate(wanted).tolist()
+
+
 def test_baseline_does_not_count_orders_that_are_open(lake):
     first = build_manifest(lake, dates=(FIRST_DATE, HELD_OUT[1]))
     ready_before_us, wait_us = end_of_us(HELD_OUT[1]), 24 * 3_600_000_000

@@ -20,6 +20,7 @@ from tests.unit.training.test_loop import assert_equal_states, make_config, run
 from usr_ray.config import Config
 from usr_ray.data.manifest import Manifest, build_manifest
 from usr_ray.model.embedding import EmbeddingTables
+from usr_ray.model.multitask import REST_SHARE
 from usr_ray.schema import FEATURE_SPEC_PROPERTY, ITEM_FEATURES_PROPERTY, SAMPLES, FeatureSpec
 from usr_ray.training.checkpoint import CheckpointError
 from usr_ray.training.evaluate import load_run
@@ -74,6 +75,8 @@ def test_a_run_for_each_day_ends_as_one_run_by_date(even_days: Path, tmp_path: P
         daily = run(config, (build_manifest(even_days, dates=(day, day)), None), folder)
         before = str(folder)
     assert (whole.step, daily.step) == (6, 2)
+    for result in (whole, daily):  # of three days' rows, and of the last day's
+        result.state.module.get_buffer(REST_SHARE).fill_(1)
     assert_equal_states(whole, daily)
 
 
