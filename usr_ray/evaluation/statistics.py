@@ -256,11 +256,11 @@ def far_off(cells: CellMetrics) -> list[str]:
     """
     lines = []
     for cell, task, m in ((c, t, m) for c, tasks in cells.items() if c != ALL for t, m in tasks.items()):
-        seen = m["num_positives"]
-        if m["pcoc"] is None or not seen:
+        if m["pcoc"] is None:
             continue
-        predicted, (low, high) = m["pcoc"] * seen, poisson_interval(int(seen))
-        if predicted / high > CALIBRATED[1] or predicted / low < CALIBRATED[0]:
+        seen, rows = int(m["num_positives"] or 0), int(m["num_samples"] or 0)
+        predicted, (low, high) = m["pcoc"] * seen, wilson_interval(seen, rows, normal_quantile(CONFIDENCE))
+        if predicted / (rows * high) > CALIBRATED[1] or predicted / (rows * low) < CALIBRATED[0]:
             lines.append(
                 f"{cell} {task}: the probabilities add up to {predicted:,.0f}, seen were {seen:,}; they may "
                 "rank well but are no rates; train for more steps, or see whether the dates differ"

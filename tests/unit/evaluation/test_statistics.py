@@ -289,14 +289,16 @@ def test_the_gaps_of_a_report_are_judged_together():
 
 
 def cells_of(**pcoc: tuple[float | None, int]) -> metrics.CellMetrics:
-    return {name: {"ctr": {"pcoc": of, "num_positives": seen}} for name, (of, seen) in pcoc.items()}
+    return {
+        name: {"ctr": {"pcoc": of, "num_positives": seen, "num_samples": 10**8}} for name, (of, seen) in pcoc.items()
+    }
 
 
 def test_probabilities_that_are_surely_no_rates_are_named() -> None:
-    # Garwood's 95 % intervals: of 10 4.795 to 18.39, of 100 81.36 to 121.63, of 1,000 938.97 to 1,063.94.
+    # Wilson's 95 % intervals of so rare labels: of 10 5.43 to 18.41, of 100 82.22 to 121.62, of 1,000 939.9 to 1,063.9.
     assert far_off(cells_of(search=(1.24, 10**6), feed=(0.81, 10**6), none=(None, 0))) == []
     assert far_off(cells_of(search=(1.5, 100), feed=(2.29, 10))) == [], "150 / 121.6 and 22.9 / 18.4 are below 1.25"
-    assert far_off(cells_of(search=(0.66, 100))) == [], "66 / 81.4 is 0.81"
+    assert far_off(cells_of(search=(0.66, 100))) == [], "66 / 82.2 is 0.803"
     assert far_off(cells_of(all=(3.0, 1000))) == []
     (line,) = far_off(cells_of(search=(1.0, 1000), **{"global": (1.54, 100)}))
     assert line.startswith("global ctr: the probabilities add up to 154, seen were 100; they may rank well but are no ")
