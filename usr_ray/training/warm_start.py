@@ -91,10 +91,12 @@ def warm_start_refusal(
     carried = (*event_sides(old, trained_with.model), *event_vectors(old, trained_with.model))
     wanted = (*event_sides(manifest.spec, config.model), *event_vectors(manifest.spec, config.model))
     if carried != wanted:
+        sets = f"set model.event_sides to {str(bool(carried)).lower()}"
+        if config.model.event_sides == bool(carried):  # it is the table that has changed
+            sets = "build a date with the features.history_item_features of then"
         return (
             f"train.warm_start {path}: its history events carry {', '.join(carried) or 'none'} of the item's "
-            f"categories and vectors, this run's {', '.join(wanted) or 'none'}; set model.event_sides to "
-            f"{str(bool(carried)).lower()}, or {_WAY_OUT}"
+            f"categories and vectors, this run's {', '.join(wanted) or 'none'}; {sets}, or {_WAY_OUT}"
         )
     keys = ["model", "features.crosses", *(["train.embedding_optimizer"] if config.train.warm_start_optimizer else [])]
     if other := first_difference(saved, config.to_dict(), keys, but=["model.event_sides", _SHARE]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +255,10 @@ def test_events_with_sides_go_on_with_the_features_of_now_and_refuse_a_run_witho
         check_warm_start(make_config(train_warm_start=str(tmp_path / "without")), later)
     off = make_config(train_warm_start=str(tmp_path / "without"), model_event_sides=False)
     check_warm_start(off, later)
+    bare = replace(later, spec=replace(later.spec, history_item_features=()))
+    refused = r"brand of the item's .*, this run's none; build a date with the features.history_item_features of then"
+    with pytest.raises(CheckpointError, match=refused):
+        check_warm_start(make_config(train_warm_start=str(tmp_path / "with")), bare)
 
 
 def test_the_first_order_part_goes_on_while_the_vocabularies_grow_and_keeps_its_crosses(
