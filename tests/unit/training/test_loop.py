@@ -22,6 +22,7 @@ from usr_ray.data.batch import UsrBatch, UsrOutputs
 from usr_ray.data.manifest import Manifest, build_manifest
 from usr_ray.evaluation.metrics import CellMetrics
 from usr_ray.model.embedding import EmbeddingTables, Lookup
+from usr_ray.model.multitask import REST_SHARE
 from usr_ray.model.usr import UsrModel
 from usr_ray.schema import OPEN_LABEL, TASKS, FeatureSpec
 from usr_ray.training import checkpoint
@@ -257,6 +258,7 @@ def test_what_is_logged_of_a_cell_is_the_mean_over_the_rows_that_have_its_label(
     watcher = Watcher()
     result = run(config, (slow, None), tmp_path, watcher)
     model, tables = result.state.module.eval(), result.state.tables
+    model.get_buffer(REST_SHARE).fill_(1)  # training does not see them
     labels, losses, scenarios, found_in = [], [], [], []
     with training_reader(config, slow) as reader, torch.inference_mode():
         for batch in reader.batches(0):
