@@ -12,7 +12,7 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
-from etl.build.account import Account, add_pass, keys_in_other_forms, null_like_values, unique_features
+from etl.build.account import Account, add_pass, null_like_values, unique_features
 from etl.build.reject_limits import check_rejects
 from etl.build.staging import stage, staged
 from etl.features.counters import counted_columns, told_categories
@@ -209,7 +209,6 @@ def run_pass(
         *logs.folder.notes(),
         *logs.account.duplicate_notes({"users": "user_id", "items": "item_id"} | keys),
         *null_like_values(_staged(spark, folder, VALUE), logs.tables, logs.config),
-        *keys_in_other_forms(_staged(spark, folder, VALUE), logs.tables),
     )
     return Inputs(spark, folder, logs.logs, logs.tables, logs.account, num_values, notes)
 

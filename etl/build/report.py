@@ -8,6 +8,7 @@ import operator
 import os
 import platform
 import uuid
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import reduce
@@ -297,6 +298,26 @@ def funnel_lines(counts: SampleCounts, spec: FeatureSpec) -> list[str]:
     return lines
 
 
+def _owners(spec: FeatureSpec) -> dict[str, str]:
+    """Feature -> whose it is."""
+    return {f.name: f.owner for f in (*spec.sparse, *spec.lists)} | {f.name: f.owner for f in spec.dense}
+
+
+def owners_with_gaps(counts: SampleCounts, spec: FeatureSpec) -> list[str]:
+    """'user' and 'item', where no feature of theirs has a value in every impression: some may have no row in the table.
+
+    Args:
+        counts: of the dates that are built.
+    """
+    num_rows = sum(funnel.impressions for funnel in counts.funnels.values())
+    most: Counter[str] = Counter()
+    for name, owner in _owners(spec).items():
+        if name != f"{owner}_id":
+            found = sum(number for (_, feature), number in counts.present.items() if feature == name)
+            most[owner] = max(most[owner], found)
+    return [owner for owner in ("user", "item") if owner in most and most[owner] < num_rows]
+
+
 def warnings_of(counts: SampleCounts, spec: FeatureSpec, logs: Collection[str], settled: dt.datetime) -> list[str]:
     """What the user should know of labels and features before training.
 
@@ -305,8 +326,7 @@ def warnings_of(counts: SampleCounts, spec: FeatureSpec, logs: Collection[str], 
         settled: clicks of impressions before it are final.
     """
     result = []
-    owners = {f.name: f.owner for f in (*spec.sparse, *spec.lists)} | {f.name: f.owner for f in spec.dense}
-    for name, owner in owners.items():
+    for name, owner in _owners(spec).items():
         there = [number for (_, feature), number in counts.present.items() if feature == name]
         if there and not any(there) and (name != "query" or spec.query_scenarios):
             way_out = (

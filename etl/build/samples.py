@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from pyspark.sql import DataFrame, SparkSession
 
-from etl.build.account import UNDATED, Account
+from etl.build.account import UNDATED, Account, keys_in_other_forms
 from etl.build.held import check_earlier, silent_logs
 from etl.build.inputs import Inputs, day_of, iso_time, make_plan, open_logs, run_pass, watermark_of
 from etl.build.report import (
@@ -20,6 +20,7 @@ from etl.build.report import (
     date_report,
     funnel_lines,
     mark_new,
+    owners_with_gaps,
     read_reports,
     warnings_of,
     write_report,
@@ -217,7 +218,9 @@ def write_dates(job: Job, dates: Sequence[dt.date], reported: Sequence[dt.date])
     for line in funnel_lines(counts, job.plan.spec):
         job.progress.write(line)
     settled = dt.datetime.fromisoformat(iso_time(job.plan.watermark - job.plan.rules.click_window))
-    for warning in warnings_of(counts, job.plan.spec, [log.name for log in job.inputs.logs], settled):
+    warnings = warnings_of(counts, job.plan.spec, [log.name for log in job.inputs.logs], settled)
+    doubted = {o: table for o, table in job.inputs.tables.items() if o in owners_with_gaps(counts, job.plan.spec)}
+    for warning in (*warnings, *keys_in_other_forms(job.inputs.staged(VALUE), doubted)):
         job.progress.write(f"warning: {warning}")
     job.progress.write(f"{path}: version {version}")
     return counts

@@ -13,7 +13,7 @@ import pytest
 
 import etl.session as session
 from etl.build.account import Account
-from etl.build.report import Funnel, SampleCounts, date_report, funnel_lines, warnings_of
+from etl.build.report import Funnel, SampleCounts, date_report, funnel_lines, owners_with_gaps, warnings_of
 from etl.build.silence import Hour
 from etl.features.vocabulary import feature_spec
 from etl.jvm import take_installed_pyspark
@@ -133,6 +133,13 @@ def test_a_feature_that_no_impression_has_is_warned_of() -> None:
         line for line in warnings_of(counts, replace(spec, query_scenarios=()), ["orders"], LATER) if "query" in line
     ]
     assert not no_queries
+    # 210 impressions: each user has an age, or there may be users without a row.
+    assert owners_with_gaps(counts, spec) == ["user"]
+    for ages, owners in (((110, 99), ["user"]), ((110, 100), [])):
+        of_users = {(day, "age"): number for day, number in zip(days, ages, strict=True)}
+        assert owners_with_gaps(replace(counts, present=present | of_users), spec) == owners
+    ids = {("2026-01-01", "user_id"): 210, ("2026-01-01", "item_id"): 210}
+    assert owners_with_gaps(replace(counts, present=ids), spec_of("search", "feed")) == [], "there is no table"
 
 
 def test_no_mature_row_is_warned_of() -> None:
