@@ -74,8 +74,10 @@ def test_head_gives_the_first_rows(lake: Path) -> None:
 
 def test_metrics_are_the_runs_own(run: usr_ray.Run) -> None:
     assert run.metrics == {}
-    (run.path / "metrics.json").write_text(json.dumps({"eval": {"all": {}}}))
-    assert run.metrics == {"eval": {"all": {}}}
+    task = {"auc": 0.7, "gauc": None, "log_loss": 0.5, "pcoc": 1.0, "num_samples": 8, "num_positives": 2}
+    whole = {"eval": {"all": {"ctr": task, "ctcvr": task}}}
+    (run.path / "metrics.json").write_text(json.dumps(whole))
+    assert run.metrics == whole
     assert run.config.model.backbone == "mmoe"
     assert not run.model.training
 
