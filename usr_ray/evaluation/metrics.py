@@ -195,7 +195,8 @@ def metrics_by_scenario(predictions: Predictions, scenarios: Sequence[str]) -> C
     probabilities, pooled. "global": every row, the global labels with the global heads; metrics are None and the counts
     stay when the model has no global heads. Rows whose label is not known take no part; `num_unknown` counts them.
     """
-    # A scenario ranks a list of its own, also where another's log has a request of the same id.
+    # A scenario ranks a list of its own, also where another's log has a request of the same id. The keys are hashes:
+    # the product may wrap around.
     requests_N = predictions.request_key_N * len(scenarios) + predictions.scenario_N
     predictions = replace(predictions, request_key_N=requests_N)
     cells: CellMetrics = {}

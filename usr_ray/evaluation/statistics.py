@@ -27,6 +27,8 @@ from usr_ray.schema import TASKS, UNKNOWN_ID
 CONFIDENCE = 0.95
 CALIBRATED = (0.8, 1.25)
 """PCOC of probabilities that may be read as rates: the bounds of the alert ModelMiscalibrated."""
+MIN_EVENTS = 10
+"""Wilson's interval begins too high at one or two positives, where a tenth of calibrated models would be warned of."""
 MIN_ROWS = 30
 """Rows of the rarer label below which no verdict is given."""
 MIN_USERS = 10
@@ -251,8 +253,9 @@ def pcoc_interval(labels_N: NDArray, probs_N: NDArray, users_N: NDArray) -> tupl
 
 
 def far_off(cells: CellMetrics) -> list[str]:
-    """A line for each cell and task whose probabilities are surely no rates: PCOC outside CALIBRATED, whatever the
-    number of positives may be by chance. The pooled cell says nothing that its scenarios do not.
+    """A line for each cell and task whose probabilities are no rates: PCOC outside CALIBRATED, whatever the number of
+    positives may be by chance where rows are independent. Nothing of fewer than MIN_EVENTS, seen or predicted. The
+    pooled cell says nothing that its scenarios do not.
     """
     lines = []
     for cell, task, m in ((c, t, m) for c, tasks in cells.items() if c != ALL for t, m in tasks.items()):
@@ -260,6 +263,8 @@ def far_off(cells: CellMetrics) -> list[str]:
             continue
         seen, rows = int(m["num_positives"] or 0), int(m["num_samples"] or 0)
         predicted, (low, high) = m["pcoc"] * seen, wilson_interval(seen, rows, normal_quantile(CONFIDENCE))
+        if max(predicted, seen) < MIN_EVENTS:
+            continue
         if predicted / (rows * high) > CALIBRATED[1] or predicted / (rows * low) < CALIBRATED[0]:
             lines.append(
                 f"{cell} {task}: the probabilities add up to {predicted:,.0f}, seen were {seen:,}; they may "

@@ -150,11 +150,11 @@ class _Run:
         for (batch, unique), counts_C in self.meter.timed(itertools.islice(feed, num_left)):
             must_stop = self._step(batch, unique, counts_C)
             is_last = state.epoch_step == self.reader.num_steps
-            if is_last:
-                self.rest.fit()
             must_save = state.step % config.checkpoint_every_steps == 0 or is_last or must_stop
             if state.step % config.log_every_steps == 0 or must_save:
                 self._log()  # also refuses to save what is not a number
+            if is_last or must_stop:  # after the log, whose rates are those of steps
+                self.rest.fit()
             if must_save:
                 self._save()
             if must_stop:

@@ -32,15 +32,18 @@ from usr_ray.training.worker import Worker
 MAX_ROWS = 1_000_000
 """Training rows whose labels are counted, spread over all."""
 SCORED_ROWS = 4_096
-"""Training rows that are scored, the first of the shuffled first epoch: their mean probability is known to a few
-percent even where hardly one of them has the label.
+"""Training rows that are scored, the first of the shuffled first epoch: the mean probability of a scenario with some
+hundred of them is known to a few percent, even where hardly one of them has the label.
 """
+_POOLED_ROWS = 50
+"""The share of all scenarios counts as much as so many rows of one: the share of a few rows would be noise."""
 
 
 def rest_rates(config: Config, manifest: Manifest) -> Tensor:
     """(S, T) float64: share of the rows with an event elsewhere alone; half a row with one and half without are added.
 
-    In variant B it is the share with an order anywhere. Rows and labels that training does not count take no part.
+    In variant B it is the share with an order anywhere. Rows and labels that training does not count take no part; NaN
+    where none is left.
 
     Raises:
         DataError: no row counts, or a file cannot be read.
@@ -49,11 +52,30 @@ def rest_rates(config: Config, manifest: Manifest) -> Tensor:
     own_NT, global_NT = rows.labels_NT[:, : len(LABELS)].copy(), rows.labels_NT[:, len(LABELS) :]
     if config.model.multitask.variant == "B":
         own_NT[:, TASKS.index("ctcvr")] = 0
-    rest_NT = global_NT - own_NT
-    of_scenario_SN = np.arange(len(manifest.spec.scenarios))[:, None] == rows.scenario_N
-    counts_ST = of_scenario_SN.astype(np.float64) @ ~np.isnan(rest_NT)
-    seen_ST = of_scenario_SN.astype(np.float64) @ np.nan_to_num(rest_NT)
-    return torch.tensor((seen_ST + 0.5) / (counts_ST + 1))
+    rates_ST = np.empty((len(manifest.spec.scenarios), len(TASKS)))
+    for task, rest_N in enumerate((global_NT - own_NT).T):
+        known_N = ~np.isnan(rest_N)
+        scenario_N, seen_N = rows.scenario_N[known_N], rest_N[known_N]
+        counts_S, seen_S = (np.bincount(scenario_N, weights, len(rates_ST)) for weights in (None, seen_N))
+        rates_ST[:, task] = np.where(counts_S > 0, (seen_S + 0.5) / (counts_S + 1), np.nan)
+    return torch.tensor(rates_ST)
+
+
+def shares_of(rates_ST: Tensor, sums: Tensor, before_ST: Tensor) -> Tensor:
+    """(S, T): shares at which the mean of p_g - p_k is the rate; those `before` where there is no rate.
+
+    At most 1, above which p_k + s (p_g - p_k) need not be a probability.
+
+    Args:
+        sums: `rest_sums` of the scored rows.
+    """
+    rows_S1, rest_ST = sums[:, :1], sums[:, 1:]
+    is_known_ST = ~rates_ST.isnan()
+    seen_ST = (rates_ST * rows_S1).nan_to_num()
+    pooled_T = (seen_ST.sum(0) / (rest_ST * is_known_ST).sum(0)).nan_to_num(nan=1.0).clamp(max=1)
+    own_ST = (seen_ST / rest_ST).nan_to_num().clamp(max=1)
+    found_ST = (rows_S1 * own_ST + _POOLED_ROWS * pooled_T) / (rows_S1 + _POOLED_ROWS)
+    return torch.where(is_known_ST, found_ST, before_ST.double())
 
 
 class Rest:
@@ -74,11 +96,9 @@ class Rest:
         if module.global_heads is None:
             return
         share_ST = module.get_buffer(REST_SHARE)
+        before_ST = share_ST.to("cpu", copy=True)
         share_ST.fill_(1)
-        sums = self._scored().to("cpu")
-        # A scenario of which no row was scored has 0 / 0. Above 1, p_k + s (p_g - p_k) need not be a probability.
-        found_ST = self._rates_ST * sums[:, :1] / sums[:, 1:]
-        share_ST.copy_(found_ST.nan_to_num(nan=1.0).clamp(max=1))
+        share_ST.copy_(shares_of(self._rates_ST, self._scored().to("cpu"), before_ST))
 
     def _scored(self) -> Tensor:
         """`rest_sums` of the rows that are scored, of all ranks."""

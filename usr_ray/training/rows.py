@@ -108,7 +108,8 @@ def baseline_rows(config: Config, manifest: Manifest) -> TrainingRows:
 def read_training_rows(manifest: Manifest, which: WhichRows, *, at_most: int | None = None) -> TrainingRows:
     """The rows of a manifest that training would count, four columns of them; labels that were still open are NaN.
 
-    `at_most`: of more rows than these (counted or not) every second row group is read, or every third, ..
+    `at_most`: of more rows than these (counted or not) about so many are read, in row groups drawn from all: every
+    seventh, say, would be one weekday where a day is one.
 
     Raises:
         DataError: no row counts, or a file cannot be read.
@@ -119,7 +120,10 @@ def read_training_rows(manifest: Manifest, which: WhichRows, *, at_most: int | N
     parts = []
     groups = usable_row_groups(manifest, which)
     num_rows = sum(ref.row_group.num_rows for ref in groups)
-    for ref in groups[:: -(-num_rows // at_most) if at_most else 1]:
+    if at_most is not None and num_rows > at_most:
+        drawn = np.random.default_rng(0).permutation(len(groups))[: -(-len(groups) * at_most // num_rows)]
+        groups = [groups[n] for n in sorted(drawn)]
+    for ref in groups:
         table = decoder.read(ref)
         counts_N = np.ones(table.num_rows, dtype=bool)
         if which.mature_only:

@@ -300,6 +300,8 @@ def test_probabilities_that_are_surely_no_rates_are_named() -> None:
     assert far_off(cells_of(search=(1.5, 100), feed=(2.29, 10))) == [], "150 / 121.6 and 22.9 / 18.4 are below 1.25"
     assert far_off(cells_of(search=(0.66, 100))) == [], "66 / 82.2 is 0.803"
     assert far_off(cells_of(all=(3.0, 1000))) == []
+    assert far_off(cells_of(search=(0.1, 1), feed=(0.04, 2), shop=(3.0, 3))) == [], "too few to say"
+    assert len(far_off(cells_of(search=(20.0, 1)))) == 1
     (line,) = far_off(cells_of(search=(1.0, 1000), **{"global": (1.54, 100)}))
     assert line.startswith("global ctr: the probabilities add up to 154, seen were 100; they may rank well but are no ")
     assert [line.split(",")[0] for line in far_off(cells_of(low=(0.64, 100), few=(2.31, 10), one=(1.34, 1000)))] == [

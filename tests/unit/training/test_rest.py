@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import math
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from usr_ray.model.usr import UsrModel
 from usr_ray.schema import SAMPLES
 from usr_ray.training.evaluate import evaluate, load_run
 from usr_ray.training.loop import TrainResult
-from usr_ray.training.rest import Rest, rest_rates, rest_sums
+from usr_ray.training.rest import Rest, rest_rates, rest_sums, shares_of
 from usr_ray.training.worker import LocalWorker
 
 pytestmark = pytest.mark.unit
@@ -69,6 +70,8 @@ def test_rates_are_those_of_the_rows_and_labels_that_training_counts(
     assert (rows[0][1] == 0) == bool(unknown)
     assert rows[1][1] < rows[1][0]
     wanted = [[(expected[k][t] + 0.5) / (rows[k][t] + 1) for t in range(2)] for k in range(2)]
+    if unknown:
+        wanted[0][1] = np.nan  # no label says anything
     np.testing.assert_allclose(rest_rates(config, manifest), wanted, rtol=1e-6)
 
 
@@ -93,6 +96,22 @@ def test_sums_are_those_of_a_loop_over_the_rows_with_weight(variant: str) -> Non
                 [1, everywhere[0] - own[0], everywhere[1] - (own[1] if variant == "A" else 0)], dtype=torch.float64
             )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_shares_of_few_rows_are_mostly_those_of_all_and_without_a_label_they_stay() -> None:
+    nan = math.nan
+    rates = torch.tensor([[0.1, 0.02], [0.2, nan], [0.4, 0.1]], dtype=torch.float64)
+    # rows, then the sums of p_g - p_k
+    sums = torch.tensor([[950, 190, 38], [50, 40, 10], [0, 0, 0]], dtype=torch.float64)
+    before = torch.tensor([[0.9, 0.9], [0.9, 0.3], [0.9, 0.9]])
+    # Clicks: own 950 * 0.1 / 190 = 0.5 and 50 * 0.2 / 40 = 0.25; all (95 + 10) / 230. Orders: own 19 / 38 = all.
+    clicks = 105 / 230
+    wanted = [[(950 * 0.5 + 50 * clicks) / 1000, 0.5], [(50 * 0.25 + 50 * clicks) / 100, 0.3], [clicks, 0.5]]
+    torch.testing.assert_close(shares_of(rates, sums, before), torch.tensor(wanted, dtype=torch.float64))
+    nothing = shares_of(rates, torch.zeros(3, 3, dtype=torch.float64), before)
+    torch.testing.assert_close(nothing, torch.tensor([[1, 1], [1, 0.3], [1, 1]], dtype=torch.float64))
+    above = shares_of(rates, sums * torch.tensor([1, 0.01, 0.01]), before)
+    torch.testing.assert_close(above, torch.tensor([[1, 1], [1, 0.3], [1, 1]], dtype=torch.float64))
 
 
 @pytest.fixture(scope="module", params=[0.0, 0.9], ids=["weights", "averages"])
