@@ -26,8 +26,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("bucket")
     write_samples(root / "lake", samples_spec(), num_rows=300)
     (root / "lake" / "reports").mkdir()
+    nothing = {"rows": {}, "rejects": {}, "undated": {"rows": {}, "rejects": {}}, "scenarios": {}}
     for day in ("2026-01-02", "2026-01-01"):
-        (root / "lake" / "reports" / f"{day}.json").write_text(json.dumps({"date": day}))
+        (root / "lake" / "reports" / f"{day}.json").write_text(json.dumps({"date": day, **nothing}))
     return root
 
 
