@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from cluster.daemons import COUNT, OBJECT_STORE_GB, PORT, Daemon
-from usr_ray.cli import JobParser, flags, number_in, run_job
+from usr_ray.cli import JobParser, flags, number_in, own_threads_apart, run_job
 from usr_ray.config import UserError
 from usr_ray.launch.environment import (
     API_SERVER,
@@ -139,7 +139,8 @@ class LocalRay:
         command = [*ray, *start_flags(LOOPBACK, arguments.object_store_gb), *own]
         if arguments.num_cpus:
             command += flags(num_cpus=arguments.num_cpus)
-        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+        with own_threads_apart(os.environ):
+            environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
         # A submitted job runs `python`: this one, with ray and torch, whatever the shell's PATH says.
         environment |= {
             **RAY_ENVIRONMENT,

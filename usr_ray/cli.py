@@ -17,7 +17,8 @@ import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -395,15 +396,29 @@ def _all_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+_LIMITS = ("OMP_NUM_THREADS", "USR_RAY_THREADS")
+"""Set to a container's quota; the second says that it was not the user who set the first."""
+
+
 def limit_threads(environment: MutableMapping[str, str], cgroup: Path = Path("/sys/fs/cgroup")) -> None:
     """Let torch, numpy and Arrow, where they are loaded after this, begin with the threads of a container's quota.
 
     They look at the affinity alone, which knows no quota. OMP_NUM_THREADS that is set stays. Jobs that the process
-    starts inherit it; whoever shares a machine's cores among processes (launch/trainer.py) sets torch's number besides.
+    starts inherit it, but for Ray (`own_threads_apart`).
     """
     cores = usable_cores(cgroup)
-    if cores < _all_cores():
-        environment.setdefault("OMP_NUM_THREADS", str(cores))
+    if cores < _all_cores() and "OMP_NUM_THREADS" not in environment:
+        environment.update(dict.fromkeys(_LIMITS, str(cores)))
+
+
+@contextmanager
+def own_threads_apart(environment: MutableMapping[str, str]) -> Iterator[None]:
+    """Without what `limit_threads` has set: a Ray that starts here gives each actor the threads of its own cores."""
+    taken = {name: environment.pop(name) for name in _LIMITS if _LIMITS[-1] in environment}
+    try:
+        yield
+    finally:
+        environment.update(taken)
 
 
 # ---- running

@@ -20,7 +20,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from jobs.__main__ import ON_SPARK
-from usr_ray.cli import job_config, job_parser, limit_threads, run_job, usable_cores
+from usr_ray.cli import job_config, job_parser, limit_threads, own_threads_apart, run_job, usable_cores
 from usr_ray.config import UserError, load_config
 
 pytestmark = pytest.mark.unit
@@ -288,10 +288,19 @@ def test_libraries_begin_with_the_threads_of_the_quota(tmp_path: Path, monkeypat
     (tmp_path / "cpu.max").write_text("400000 100000\n")
     for environment in (given, unset):
         limit_threads(environment, tmp_path)
-    assert (given, unset) == ({"OMP_NUM_THREADS": "7"}, {"OMP_NUM_THREADS": "4"})
+    assert (given["OMP_NUM_THREADS"], unset["OMP_NUM_THREADS"]) == ("7", "4")
+    with own_threads_apart(given), own_threads_apart(unset):
+        assert (given, unset) == ({"OMP_NUM_THREADS": "7"}, {}), "a Ray that starts here divides the cores itself"
+    assert (given["OMP_NUM_THREADS"], unset["OMP_NUM_THREADS"]) == ("7", "4")
+    started = dict(unset)
+    limit_threads(started, tmp_path)
+    with own_threads_apart(started):
+        assert started == {}, "also of a job that a job has started"
     found = []
     monkeypatch.setattr("usr_ray.cli.usable_cores", lambda *_: 4)
     monkeypatch.setenv("OMP_NUM_THREADS", "")
     monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setenv("USR_RAY_THREADS", "")
+    monkeypatch.delenv("USR_RAY_THREADS")
     assert run_job(lambda _: found.append(os.environ["OMP_NUM_THREADS"]), []) == 0
     assert found == ["4"]

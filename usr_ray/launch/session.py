@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from usr_ray.cli import usable_cores
+from usr_ray.cli import own_threads_apart, usable_cores
 from usr_ray.config import RayConfig, UserError
 from usr_ray.launch.alone import refuse_missing_gpus
 from usr_ray.launch.environment import (
@@ -43,7 +43,8 @@ def ray_session(config: RayConfig, *, cluster: str) -> Iterator[None]:
     if cluster == OWN:
         refuse_missing_gpus(config)
     try:
-        context = ray.init(**_init_arguments(config, cluster))
+        with own_threads_apart(os.environ):
+            context = ray.init(**_init_arguments(config, cluster))
     except ConnectionError as error:
         raise UserError(
             f"RAY_ADDRESS: no Ray answers there ({str(error).splitlines()[0]}); start it or unset"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from usr_ray import __version__
-from usr_ray.cli import usable_cores
+from usr_ray.cli import own_threads_apart, usable_cores
 from usr_ray.config import UserError
 from usr_ray.serving.openapi import (
     EVENTS_ANSWER,
@@ -327,7 +328,8 @@ def serve_on_ray(
         "include_dashboard": False,
         "_node_ip_address": "127.0.0.1",
     }
-    ray.init(log_to_driver=False, **(own if own_cluster else {}))
+    with own_threads_apart(os.environ):
+        ray.init(log_to_driver=False, **(own if own_cluster else {}))
     try:
         check_cluster(settings, num_replicas)
         try:
