@@ -94,7 +94,9 @@ def with_rest(outputs: UsrOutputs, share_BT: Tensor, variant: str) -> UsrOutputs
     assert outputs.log_p_global_BT is not None
     assert outputs.log_not_p_global_BT is not None
     own_BT, all_BT = own_part(outputs, variant), outputs.log_p_global_BT
-    rest_BT = all_BT + torch.log(-torch.expm1((own_BT - all_BT).clamp(max=0)))
+    # In ONNX, log sig(-100) is -inf: the difference of two such would be no number.
+    gap_BT = torch.where(own_BT == all_BT, 0.0, own_BT - all_BT).clamp(max=0)
+    rest_BT = all_BT + torch.log(-torch.expm1(gap_BT))
     log_p_BT = torch.logaddexp(own_BT, rest_BT + share_BT.log()).clamp(max=0)  # its rounding may be above
     log_not_p_BT = torch.logaddexp(outputs.log_not_p_global_BT, rest_BT + torch.log1p(-share_BT)).clamp(max=0)
     log_p_BT = torch.cat([log_p_BT.amax(1, keepdim=True), log_p_BT[:, 1:]], dim=1)
