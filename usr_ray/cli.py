@@ -18,7 +18,6 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -411,7 +410,7 @@ def limit_threads(environment: MutableMapping[str, str], cgroup: Path = Path("/s
         environment.update(dict.fromkeys(_LIMITS, str(cores)))
 
 
-@contextmanager
+@contextlib.contextmanager
 def own_threads_apart(environment: MutableMapping[str, str]) -> Iterator[None]:
     """Without what `limit_threads` has set: a Ray that starts here gives each actor the threads of its own cores."""
     taken = {name: environment.pop(name) for name in _LIMITS if _LIMITS[-1] in environment}

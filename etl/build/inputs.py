@@ -25,6 +25,7 @@ from etl.kernel.user_pass import BEGINNING, PassPlan, first_pass
 from etl.logs.duplicates import key_hash, mark_foreign
 from etl.logs.events import EventLog, context_tags, event_logs, read_events, read_features
 from etl.logs.files import ANY_LOG, LogFolder, readable
+from etl.logs.names import has_table
 from usr_ray.config import DAY_US, Config, day_number
 from usr_ray.schema import FITTED_SCALES
 
@@ -119,7 +120,7 @@ def open_logs(spark: SparkSession, config: Config, logs_dir: str) -> Logs:
         log, key, categories = f"{owner}s", f"{owner}_id", features.categories_of(owner)
         lists = tuple(feature for feature in features.lists if feature.key == key)
         vectors = tuple(feature for feature in features.vectors if feature.key == key)
-        if categories or numbers or lists or vectors:
+        if has_table(config, owner):
             tables[owner] = read_features(folder, log, key, categories, numbers, lists, vectors)
     for owner, table in tables.items():  # only when both can be read
         with readable(f"{owner}s"):

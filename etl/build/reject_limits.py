@@ -46,9 +46,9 @@ def check_rejects(
     found = beyond_limit(account, config, logs)
     if found is not None:
         log, reason, rows, rows_in = found
-        cause = _missing(by_name[log], account, logs) if log in by_name else ""
-        if log in by_name and not cause:
-            cause = _cause(by_name[log], reason, rejected, events, config)
+        cause = ""
+        if log in by_name:
+            cause = _missing(by_name[log], account, logs) or _cause(by_name[log], reason, rejected, events, config)
         limit = config.limits.reject_share(log, reason)
         raise DataCheckError(
             f"log {log}: {rows:,} of {rows_in:,} rows ({rows / rows_in:.1%}) are rejected as {reason}, more than "

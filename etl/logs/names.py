@@ -34,6 +34,14 @@ def missing(log: str, root: str, entries: Collection[str]) -> DataCheckError:
     return DataCheckError(f"log {log}: is missing in {root}, which holds: {there}; add a folder or file {log}")
 
 
+def has_table(config: Config, owner: str) -> bool:
+    """Whether a build reads the table of "user" or "item": the configuration names a feature of theirs."""
+    features = config.features
+    numbers = {"user": features.user_numbers, "item": features.item_numbers}[owner]
+    keys = [feature.key for feature in features.lists] + [feature.key for feature in features.vectors]
+    return bool(features.categories_of(owner) or numbers) or f"{owner}_id" in keys
+
+
 def check_logs_there(config: Config, root: str) -> None:
     """DataCheckError where a local folder lacks a log that a build needs; addresses and mapped logs are not looked at.
 
@@ -50,11 +58,7 @@ def check_logs_there(config: Config, root: str) -> None:
     orders = [f"{scenario}_orders" for scenario in config.scenarios]
     if len(config.labels.no_order_scenarios) < len(config.scenarios) and not any(map(has, orders)):
         logs.append("orders")
-    features = config.features
-    for owner, numbers in (("user", features.user_numbers), ("item", features.item_numbers)):
-        keys = [feature.key for feature in features.lists] + [feature.key for feature in features.vectors]
-        if features.categories_of(owner) or numbers or f"{owner}_id" in keys:
-            logs.append(f"{owner}s")
+    logs += [f"{owner}s" for owner in ("user", "item") if has_table(config, owner)]
     for log in logs:
         if not has(log):
             raise missing(log, root, entries)

@@ -16,6 +16,7 @@ import pyarrow as pa
 from deltalake import DeltaTable, WriterProperties, write_deltalake
 from numpy.typing import NDArray
 
+from usr_ray.data.manifest import Manifest, build_manifest
 from usr_ray.schema import (
     CONFIG_PROPERTY,
     FEATURE_SPEC_PROPERTY,
@@ -205,6 +206,12 @@ def write_vocabularies(lake: Path, spec: FeatureSpec, prefix: str) -> None:
     ]
     table = pa.table(dict(zip(("feature", "value", "id"), map(list, zip(*rows, strict=True)), strict=True)))
     write_deltalake(str(lake / VOCABULARIES), table, partition_by=["feature"], mode="overwrite")
+
+
+def read_manifests(lake: Path) -> tuple[Manifest, Manifest]:
+    """Of a table of four days: the first three, which are trained on, and the last."""
+    days = [FIRST_DATE + dt.timedelta(days=n) for n in range(4)]
+    return build_manifest(lake, dates=(days[0], days[2])), build_manifest(lake, dates=(days[3], days[3]))
 
 
 def _lists(values: NDArray[Any], lengths_N: NDArray[np.int64]) -> pa.Array:

@@ -30,7 +30,7 @@ from usr_ray.training.state import TrainState, share_json
 from usr_ray.training.worker import Worker
 
 MAX_ROWS = 1_000_000
-"""Training rows whose labels are counted, spread over all."""
+"""Training rows whose labels are counted, about, drawn from all."""
 SCORED_ROWS = 4_096
 """Training rows that are scored, the first of the shuffled first epoch: the mean probability of a scenario with some
 hundred of them is known to a few percent, even where hardly one of them has the label.

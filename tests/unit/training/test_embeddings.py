@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from tests.unit.random_batches import VECTORS, make_batch, make_config, make_spec, make_vectors, rows
-from tests.unit.samples_table import samples_spec, write_samples
-from tests.unit.training.test_loop import NUM_STEPS, Watcher, assert_equal_states, read_manifests, run
+from tests.unit.samples_table import read_manifests, samples_spec, write_samples
+from tests.unit.training.test_loop import NUM_STEPS, Watcher, assert_equal_states, run
 from tests.unit.training.test_loop import make_config as make_run_config
 from tests.unit.two_ranks import run_ranks
 from usr_ray.config import Config, ConfigError

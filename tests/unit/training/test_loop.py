@@ -15,11 +15,11 @@ import pytest
 import torch
 from deltalake import DeltaTable
 
-from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
+from tests.unit.samples_table import read_manifests
 from tests.unit.two_ranks import run_ranks
 from usr_ray.config import Config, ConfigError
 from usr_ray.data.batch import UsrBatch, UsrOutputs
-from usr_ray.data.manifest import Manifest, build_manifest
+from usr_ray.data.manifest import Manifest
 from usr_ray.evaluation.metrics import CellMetrics
 from usr_ray.model.embedding import EmbeddingTables, Lookup
 from usr_ray.model.multitask import REST_SHARE
@@ -72,18 +72,6 @@ def make_config(**changes: Any) -> Config:
 
 
 @pytest.fixture(scope="module")
-def lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("lake")
-    write_samples(folder, samples_spec(), num_rows=950, num_days=4)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def manifests(lake: Path) -> tuple[Manifest, Manifest]:
-    return read_manifests(lake)
-
-
-@pytest.fixture(scope="module")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of `one_epoch`; tests leave it as it is."""
     return tmp_path_factory.mktemp("run")
@@ -98,11 +86,6 @@ def one_epoch(manifests: tuple[Manifest, Manifest], finished_run: Path) -> Train
 @pytest.fixture(scope="module")
 def two_epochs(manifests: tuple[Manifest, Manifest], tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     return run(make_config(train_num_epochs=2), (manifests[0], None), tmp_path_factory.mktemp("two"))
-
-
-def read_manifests(lake: Path) -> tuple[Manifest, Manifest]:
-    days = [FIRST_DATE + dt.timedelta(days=n) for n in range(4)]
-    return build_manifest(lake, dates=(days[0], days[2])), build_manifest(lake, dates=(days[3], days[3]))
 
 
 class Watcher(Monitor):

@@ -13,8 +13,8 @@ import torch
 from deltalake import DeltaTable
 
 from tests.unit.random_batches import make_batch, make_spec
-from tests.unit.samples_table import FIRST_DATE, samples_spec, write_samples
-from tests.unit.training.test_loop import make_config, read_manifests, run
+from tests.unit.samples_table import FIRST_DATE, samples_spec
+from tests.unit.training.test_loop import make_config, run
 from usr_ray.config import end_of_us
 from usr_ray.data.manifest import Manifest
 from usr_ray.model.multitask import global_outputs
@@ -26,18 +26,6 @@ from usr_ray.training.rest import Rest, rest_rates, rest_sums, shares_of
 from usr_ray.training.worker import LocalWorker
 
 pytestmark = pytest.mark.unit
-
-
-@pytest.fixture(scope="module")
-def lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("lake")
-    write_samples(folder, samples_spec(), num_rows=950, num_days=4)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def manifests(lake: Path) -> tuple[Manifest, Manifest]:
-    return read_manifests(lake)
 
 
 @pytest.mark.parametrize("variant", ["A", "B"])
