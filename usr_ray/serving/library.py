@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,10 @@ from usr_ray.data.lineage import built_with, difference
 from usr_ray.data.manifest import Manifest, build_manifest, make_manifest, model_columns, read_vocabularies
 from usr_ray.data.mature import WhichRows
 from usr_ray.evaluation.files import read_metrics
+from usr_ray.files import one_line
 from usr_ray.model.usr import UsrModel
 from usr_ray.runs.evaluations import METRICS_FILE, read_record
-from usr_ray.schema import CONFIG_PROPERTY, FEATURE_SPEC_PROPERTY, FeatureSpec
+from usr_ray.schema import ALL_LABELS, CONFIG_PROPERTY, FEATURE_SPEC_PROPERTY, FeatureSpec
 from usr_ray.serving.check import training_probabilities
 from usr_ray.serving.model import GLOBAL_PROBABILITIES, PROBABILITIES
 from usr_ray.serving.score import probability_columns
@@ -30,10 +33,15 @@ _ARROW = {
     "array<long>": pa.list_(pa.int64()),
     "array<float>": pa.list_(pa.float32()),
 }
-_NOT_READ = ("is_mature", "event_time")
+_NOT_LOOKED_AT = ("is_mature", "event_time")
 """Columns of training that say which rows count; every row is scored."""
+_NOT_READ = (*ALL_LABELS, "user_key", "request_key")
+"""Columns of a batch that no probability depends on."""
 _MEANING = (FEATURE_SPEC_PROPERTY, CONFIG_PROPERTY, "usr_ray.table_uri")
 """Keys of a schema's metadata: the table's FeatureSpec, Manifest.built_with and Manifest.table_uri."""
+
+# A process that was forked from one that has computed has no threads left for torch, and would wait for them for ever.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +86,18 @@ class Run:
         """Probabilities of rows of a samples table, in their order.
 
         Args:
-            frame: an Arrow table, or a pandas data frame, with the model's columns of a samples table of the lake that
-                the run was trained on (docs/tables.md), as `open_samples` gives them. Further columns are not read.
+            frame: an Arrow table, a pandas data frame, or what else is a table to Arrow (polars), with the model's
+                columns of a samples table of the lake that the run was trained on (docs/tables.md), as `open_samples`
+                gives them. Further columns, such as labels, are not read.
 
         Returns:
             Columns p_ctr and p_ctcvr, and with global heads p_ctr_global and p_ctcvr_global; float32. Those
             of orders are null in scenarios whose orders nobody logs (labels.no_order_scenarios).
 
         Raises:
-            UserError: a column is missing or of another type; the run was trained on one scenario alone; or the rows
-                say (`open_samples`, Arrow) that they are of a lake whose columns or ids mean something else.
+            UserError: no table; a column is missing, there twice, or of another type; the run was trained on one
+                scenario alone; or the rows say (`open_samples`, Arrow) that they are of a lake whose columns or ids
+                mean something else.
             DataError: a value that the table never holds.
         """
         check_whole(self.trained, f"run.score: {self.path}")
@@ -160,7 +170,7 @@ def open_samples(lake: Path | str, *, dates: str, allow_missing_dates: bool = Fa
     Raises:
         UserError: no table, or no rows on these dates, or on one of them.
     """
-    span = parse_dates(dates, where="dates")
+    span = parse_dates(str(dates), where="dates")
     return Samples(build_manifest(lake, dates=span, where="dates", allow_missing=allow_missing_dates))
 
 
@@ -176,16 +186,36 @@ def _check_rows(frame: Any, run: TrainedRun) -> None:
 
 
 def _model_table(frame: Any, spec: FeatureSpec) -> pa.Table:
-    """The model's columns of a pandas frame or Arrow table, in the types of the samples table."""
-    if isinstance(frame, pa.RecordBatch):
-        frame = pa.Table.from_batches([frame])
-    wanted = {name: kind for name, kind in model_columns(spec).items() if name not in _NOT_READ}
-    names = frame.column_names if isinstance(frame, pa.Table) else list(getattr(frame, "columns", []))
-    for name in wanted:
-        if name not in names:
-            raise UserError(f"run.score: column '{name}' is missing; it has: {', '.join(map(str, names))}")
-    table = frame if isinstance(frame, pa.Table) else pa.Table.from_pandas(frame[list(wanted)], preserve_index=False)
+    """The model's columns of a frame in the types of the samples table; the others that a batch has are zeros."""
+    wanted = {name: kind for name, kind in model_columns(spec).items() if name not in _NOT_LOOKED_AT}
+    table, columns = _as_arrow(frame, wanted), dict[str, Any]()
     try:
-        return pa.table({name: table[name].cast(_ARROW[kind]) for name, kind in wanted.items()}).combine_chunks()
+        for name, kind in wanted.items():
+            if name in _NOT_READ:
+                columns[name] = pa.nulls(table.num_rows, _ARROW[kind]).fill_null(0)
+                continue
+            found = table.column_names.count(name)
+            if not found:
+                raise UserError(f"run.score: column '{name}' is missing; it has: {', '.join(table.column_names)}")
+            if found > 1:
+                raise UserError(f"run.score: column '{name}' is there {found} times; give each column once")
+            columns[name] = table[name].cast(_ARROW[kind])
+        return pa.table(columns).combine_chunks()
     except pa.ArrowException as error:
         raise UserError(f"run.score: wrong columns: {error}; give rows of the run's samples table") from error
+
+
+def _as_arrow(frame: Any, wanted: Container[str]) -> pa.Table:
+    """What Arrow takes for a table, as one; of a pandas frame, which may hold anything, the wanted columns."""
+    try:
+        if isinstance(frame, pa.Table):
+            return frame
+        if isinstance(frame, pa.RecordBatch):
+            return pa.Table.from_batches([frame])
+        if type(frame).__module__.partition(".")[0] == "pandas":
+            return pa.Table.from_pandas(frame.loc[:, [name in wanted for name in frame.columns]], preserve_index=False)
+        if hasattr(frame, "__arrow_c_stream__"):
+            return pa.table(frame)
+    except (pa.ArrowException, ValueError) as error:  # columns of any kind, two of one name
+        raise UserError(f"run.score: wrong columns: {one_line(error)}; give rows of the run's samples table") from error
+    raise UserError(f"run.score: a table of Arrow, pandas or polars is needed, got {type(frame).__name__}")

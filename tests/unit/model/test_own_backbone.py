@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tests.unit.export_runs import make_run, run_config
 from tests.unit.samples_table import samples_spec, write_samples
 from usr_ray.config import ModelConfig, UserError
 from usr_ray.model.backbones import BackboneDims, build_backbone, check_own_backbone
+from usr_ray.model.backbones.own import check_backbone
 from usr_ray.runs.plan import plan_run
 from usr_ray.training.evaluate import load_run
 
@@ -52,6 +54,67 @@ class Mixing(Plain):
         logits_BT = super().forward(inputs)
         return logits_BT - logits_BT.mean(0) if len(logits_BT) > 1 else logits_BT
 
+class Wrong(Plain):
+    def forward(self, inputs):
+        return self.layer(inputs.trigger_BZ)
+
+class Double(Plain):
+    def forward(self, inputs):
+        return super().forward(inputs).double()
+
+class Undefined(Plain):  # for the last scenario alone
+    def forward(self, inputs):
+        return super().forward(inputs) / (inputs.scenario_B != self.num_scenarios - 1).unsqueeze(1)
+
+class InPlace(Plain):
+    def forward(self, inputs):
+        inputs.trigger_BZ.mul_(2)
+        return super().forward(inputs)
+
+class Listed(Plain):  # zeros at first, as many a bias: a fresh one has the same
+    def __init__(self, config, dims):
+        super().__init__(config, dims)
+        self.biases = [nn.Parameter(torch.zeros(2)) for _ in range(dims.num_scenarios)]
+
+    def forward(self, inputs):
+        return super().forward(inputs) + torch.stack(self.biases)[inputs.scenario_B]
+
+class Drawn(Plain):
+    def __init__(self, config, dims):
+        super().__init__(config, dims)
+        self.projection = torch.randn(2, 2)
+
+    def forward(self, inputs):
+        return super().forward(inputs) @ self.projection
+
+class Moving(Plain):
+    def __init__(self, config, dims):
+        super().__init__(config, dims)
+        self.register_buffer("scale", torch.ones(()), persistent=False)
+
+    def forward(self, inputs):
+        logits_BT = super().forward(inputs)
+        if self.training:
+            self.scale.lerp_(self.layer.weight.detach().std(), 0.1)
+        return logits_BT / self.scale
+
+class BatchNorm(Plain):
+    def __init__(self, config, dims):
+        super().__init__(config, dims)
+        self.norm = nn.BatchNorm1d(dims.input_dim)
+
+    def forward(self, inputs):
+        return self.layer(self.norm(inputs.x_BD)) * self.own[inputs.scenario_B].unsqueeze(1)
+
+class AlwaysDropped(Plain):
+    def forward(self, inputs):
+        return nn.functional.dropout(super().forward(inputs), 0.5)
+
+class Dropped(Plain):  # keeps all promises
+    def forward(self, inputs):
+        self.last = super().forward(inputs)
+        return nn.functional.dropout(self.last, 0.5, training=self.training)
+
 class NotOne:
     pass
 """
@@ -61,6 +124,7 @@ class NotOne:
 def _modules(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
     (folder / "own_backbones.py").write_text(SOURCE)
+    (folder / "half_written.py").write_text("import torch.nn as nn, math; Net = nn.Linear(")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
         patch.syspath_prepend(str(EXAMPLE))
@@ -79,15 +143,49 @@ def test_what_cannot_be_had_or_breaks_the_interface_is_one_line() -> None:
         "model.backbone 'nowhere.mine:Net': No module named 'nowhere'; put its folder on PYTHONPATH, or install it, on "
         "every machine that trains, evaluates or scores"
     )
+    assert refusal("half_written:Net") == (
+        "model.backbone 'half_written:Net': importing half_written raises SyntaxError: '(' was never closed "
+        "(half_written.py, line 1)"
+    )
     assert "has something else there" in refusal("os:system")
-    needed = "a subclass of usr_ray.model.backbones.Backbone is needed; it has: Backbone, Idle, Mixing, Plain, Wide"
-    assert refusal("own_backbones:Nett").endswith(f"own_backbones.py has no such name there, {needed}")
+    needed = "a subclass of usr_ray.model.backbones.Backbone is needed; it has: AlwaysDropped, Backbone, BatchNorm, "
+    assert f"own_backbones.py has no such name there, {needed}" in refusal("own_backbones:Nett")
     assert "own_backbones.py has something else there" in refusal("own_backbones:NotOne")
-    assert "forward must give finite logits of shape (rows, tasks) = (2, 2), got (2, 1)" in refusal(
+    assert "forward must give finite logits of shape (rows, tasks) = (6, 2), got (6, 1)" in refusal(
         "own_backbones:Wide"
     )
     assert "parameter towers.1.weight takes no part in a batch of one scenario" in refusal("own_backbones:Idle")
     assert "the logits of a row change with the other rows of its batch" in refusal("own_backbones:Mixing")
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("Wrong", "its code raises RuntimeError ({file}:36): mat1 and mat2 shapes cannot be multiplied"),
+        ("Double", "forward must give logits of the input's type, torch.float32, got torch.float64"),
+        ("Undefined", "forward must give finite logits of shape (rows, tasks) = (6, 2), got (6, 2)"),
+        ("InPlace", "forward changes its input trigger_BZ in place; other parts of the model read it too"),
+        ("Listed", "a weight is no registered parameter, so it would be neither trained nor saved; make it an attr"),
+        ("Drawn", "what is saved of it (state_dict) does not give the same logits again; register each tensor that"),
+        ("Moving", "what is saved of it (state_dict) does not give the same logits again; register each tensor that"),
+        ("BatchNorm", "in training rows of weight 0 (padding) change the logits of others, as batch norms do"),
+        ("AlwaysDropped", "in evaluation the same rows have other logits each time; drop out in training alone (self"),
+    ],
+)
+def test_a_mistake_that_would_only_show_as_a_wrong_number_is_refused(name: str, line: str) -> None:
+    file = sys.modules["own_backbones"].__file__ if "own_backbones" in sys.modules else ""
+    found = refusal(f"own_backbones:{name}").replace(file or "\0", "{file}")
+    assert found.startswith(f"model.backbone 'own_backbones:{name}': {line}")
+
+
+def test_dropout_and_what_a_forward_keeps_for_itself_are_let_pass() -> None:
+    check_own_backbone(ModelConfig(backbone="own_backbones:Dropped"), num_scenarios=3)
+
+
+@pytest.mark.parametrize("name", ["shared_bottom", "mmoe", "ple", "star", "m2m", "apg", "pepnet"])
+def test_our_own_backbones_keep_what_is_asked_of_others(name: str) -> None:
+    for config in (ModelConfig(backbone=name), ModelConfig(backbone=name, dropout=0.3)):
+        check_backbone(config, build_backbone, num_scenarios=3)
 
 
 def test_the_check_leaves_torchs_generator_as_it_was() -> None:

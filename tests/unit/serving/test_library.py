@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 
@@ -56,6 +57,33 @@ def test_a_pandas_frame_scores_alike_and_a_row_alone_too(run: usr_ray.Run, lake:
     assert run.score(rows.slice(0, 0)).num_rows == 0
 
 
+def test_labels_keys_and_what_else_is_in_a_frame_are_not_needed(run: usr_ray.Run, lake: Path) -> None:
+    rows = usr_ray.open_samples(lake, dates=dt.date.fromisoformat(DAY)).head(9)
+    expected = run.score(rows)
+    bare = rows.drop_columns([n for n in rows.column_names if n.startswith("is_") or n.endswith("_key")])
+    frame = bare.to_pandas().assign(note=[1, "a", None] * 3, **{"0": 1.0})
+    for given in (bare, frame, frame.set_index("note"), bare.to_reader(), *bare.to_batches(max_chunksize=9)):
+        assert run.score(given).equals(expected)
+    others = rows.set_column(0, "is_click", pa.array([7.0] * 9, pa.float32()))
+    assert run.score(others).equals(expected), "and are not looked at"
+
+
+def test_a_forked_process_scores_too(run: usr_ray.Run, lake: Path) -> None:
+    """torch would wait there for threads that are gone. Python's multiprocessing forks on Linux."""
+    code = f"""
+import multiprocessing, pyarrow, torch, usr_ray
+torch.set_num_threads(2)
+run, rows = usr_ray.load_run({str(run.path)!r}), usr_ray.open_samples({str(lake)!r}, dates={DAY!r}).head(30)
+rows = pyarrow.concat_tables([rows] * 20)
+before = run.score(rows)
+def is_same(_): return run.score(rows).equals(before)
+with multiprocessing.get_context("fork").Pool(1) as pool:
+    print(before.num_rows, pool.map_async(is_same, [0]).get(timeout=20))
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=90)
+    assert done.stdout.strip() == "600 [True]", done.stderr
+
+
 def test_an_id_that_came_after_the_training_is_unknown(run: usr_ray.Run, lake: Path) -> None:
     rows = usr_ray.open_samples(lake, dates=DAY).head(3)
     place = rows.schema.get_field_index("user_id_index")
@@ -70,6 +98,17 @@ def test_head_gives_the_first_rows(lake: Path) -> None:
     assert samples.head(100).num_rows == 100
     assert samples.head(3).equals(samples.head(100).slice(0, 3))
     assert samples.head(500).num_rows == 120
+
+
+def test_the_specs_columns_are_features_and_what_else_there_is_are_labels_keys_and_times(lake: Path) -> None:
+    """As docs/library.md says to whoever trains a model of another kind."""
+    samples = usr_ray.open_samples(lake, dates=DAY)
+    spec, rows = samples.spec, samples.head(1)
+    columns = [f.column for f in (*spec.sparse, *spec.dense)]
+    lists = [name for name in rows.column_names if "_history_" in name]
+    labels = ["is_click", "is_order", "is_click_global", "is_order_global", "is_mature"]
+    others = [*labels, "event_time", "scenario_index", "user_key", "request_key"]
+    assert sorted([*columns, *lists, *others]) == sorted(rows.column_names)
 
 
 def test_metrics_are_the_runs_own(run: usr_ray.Run) -> None:
@@ -89,6 +128,14 @@ def test_a_frame_that_lacks_a_column_is_refused_by_name(run: usr_ray.Run, lake: 
     texts = rows.set_column(rows.schema.get_field_index("brand_index"), "brand_index", pa.array(["a", "b", "c"]))
     with pytest.raises(usr_ray.UserError, match=r"run.score: wrong columns: "):
         run.score(texts)
+    with pytest.raises(
+        usr_ray.UserError, match=r"run.score: column 'brand_index' is there 2 times; give each column once"
+    ):
+        run.score(rows.append_column("brand_index", rows["brand_index"]))
+    with pytest.raises(usr_ray.UserError, match=r"run.score: wrong columns: Duplicate column names found: "):
+        run.score(pd.concat([rows.to_pandas()] * 2, axis=1))
+    with pytest.raises(usr_ray.UserError, match=r"run.score: a table of Arrow, pandas or polars is needed, got list"):
+        run.score(rows.to_pylist())
     with pytest.raises(usr_ray.UserError, match=r"no such directory"):
         usr_ray.load_run("nowhere")
 
@@ -125,5 +172,6 @@ def test_importing_the_library_loads_only_the_standard_library() -> None:
     code = f"import usr_ray, sys; print(usr_ray.__version__); print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [usr_ray.__version__, "set()"]
+    assert {*usr_ray.__all__} <= {*dir(usr_ray)}, "a notebook completes them"
     with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
         _ = usr_ray.no_such_name

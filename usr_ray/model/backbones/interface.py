@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True)
 class BackboneInput:
-    """One batch as a backbone sees it; scenarios may be mixed, and some may be absent."""
+    """One batch as a backbone sees it; scenarios may be mixed, and some may be absent. Not to be changed in place."""
 
     x_BD: Tensor
     """float (B, input_dim): h_k = [i_k ; f_k ; z_k] with USR, [pooled history ; f ; e_k] without."""
@@ -44,8 +44,9 @@ class BackboneDims:
 class Backbone(nn.Module):
     """Base of the seven backbones, and of yours: `__init__(config, dims)` as theirs, then `forward`.
 
-    A row's logits depend on that row alone in evaluation, and every parameter takes part in the graph of every
-    forward, whatever the scenarios of the batch: DistributedDataParallel needs no search for unused parameters.
+    In evaluation a row's logits depend on that row, and on what `state_dict` holds, alone. Every parameter takes part
+    in the graph of every forward, whatever the scenarios of the batch: DistributedDataParallel needs no search for
+    unused parameters. `own.py` checks these promises of yours.
     """
 
     def forward(self, inputs: BackboneInput) -> Tensor:
