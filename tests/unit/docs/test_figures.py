@@ -313,11 +313,6 @@ FIGURES = [
     ),
     Figure(
         "scale",
-        "where it takes {} and {} now",
-        lambda: [seconds("ours", 10), seconds("ours", 10, value="cpu_s")],
-    ),
-    Figure(
-        "scale",
         "with {} processor seconds per million, {} executors for one hour or {} for four",
         lambda: [build_samples_report.fit(builds(), "ours", "cpu_s")[1], executors(1), executors(4)],
     ),
