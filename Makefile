@@ -64,18 +64,18 @@ demo: setup require-jdk  ## logs -> Delta -> 2-worker training of USR -> evaluat
 	@python jobs/demo.py --source $(SOURCE) --config '$(CONFIG)' --work '$(WORK)' \
 	  $(if $(COMPARE),--compare) $(if $(INPUT),--input '$(INPUT)') $(if $(LOGS),--logs '$(LOGS)') $(OVERRIDES)
 
-# A process a core for the unit tests (tests/unit/conftest.py shares them out). Then Spark in one process and Ray in another,
-# side by side (tests/lanes.py): each alone leaves a third of two cores idle.
+# A process a core for the tests without JVM and Ray (tests/unit/conftest.py shares them out). Then Spark in one process
+# and Ray in another, side by side (tests/lanes.py): each alone leaves a third of two cores idle.
 UNIT := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder tests/unit
 
-test: setup require-jdk  ## the tests: unit, then Spark and Ray side by side
+test: setup require-jdk  ## the tests: those of tests/unit, then Spark and Ray side by side
 	@failed=0; python -m pytest $(UNIT) || failed=1; python tests/lanes.py || failed=1; exit $$failed
 
 test-all: setup require-jdk  ## and those marked slow: deeper repetitions of what `make test` shows
 	@failed=0; python -m pytest $(UNIT) -m "slow or not slow" || failed=1; python tests/lanes.py -m "slow or not slow" || failed=1; exit $$failed
 
-unit: setup  ## the tests that need neither JVM nor Ray (seconds)
-	@python -m pytest $(UNIT)
+unit: setup  ## the unit tests alone: half a minute; `make test` has those of parts together as well
+	@python -m pytest $(UNIT) -m "not slow and not integration"
 
 check: setup  ## lint, formatting, types, import directions
 	@ruff check .

@@ -134,6 +134,7 @@ def wait_for(path: Path) -> None:
     pytest.fail(f"{path} does not come")
 
 
+@pytest.mark.integration
 def test_the_demo_passes_on_what_is_no_utf_8(
     said_by_a_build: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,6 +142,7 @@ def test_the_demo_passes_on_what_is_no_utf_8(
     assert capsys.readouterr().err == "\ufffd\n"
 
 
+@pytest.mark.integration
 def test_the_demo_reads_what_a_build_says_that_it_ends(
     said_by_a_build: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -229,6 +231,7 @@ def test_jobs_under_spark_submit_write_their_error_to_its_standard_error(
     assert lines[0].startswith("error: ")
 
 
+@pytest.mark.integration
 def test_every_job_outside_of_its_environment_says_so_in_one_line(tmp_path: Path) -> None:
     """Under a Python without packages, as a shell has it whose environment is not activated."""
     jobs = [path for path in sorted((ROOT / "jobs").glob("*.py")) if not path.stem.startswith("_")]

@@ -11,6 +11,7 @@ import pytest
 from tests import lanes
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("code_of_b", "expected"), [(0, 0), (1, 1), (lanes.NO_TESTS, 0)])
 def test_lanes_start_in_turn_and_are_printed_under_their_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code_of_b: int, expected: int

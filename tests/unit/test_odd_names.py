@@ -31,7 +31,7 @@ from usr_ray.schema import FEATURE_SPEC_PROPERTY, FIRST_ID, VOCABULARIES, Featur
 from usr_ray.training.loop import train
 from usr_ray.training.worker import LocalWorker
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 
 NUM_WORLDS = int(os.environ.get("USR_RAY_ODD_NAMES", "1"))
 NUM_ROWS = 160

@@ -19,7 +19,7 @@ from usr_ray.data.manifest import DataError, build_manifest
 from usr_ray.runs.evaluations import manifest_path
 from usr_ray.training.checkpoint import CheckpointStore
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 
 Drawn = dict[int, list[int]]
 

@@ -232,6 +232,7 @@ def test_no_properties_file_or_manifest_holds_a_key() -> None:
         assert not secret.search("\n".join(lines)), path
 
 
+@pytest.mark.integration
 def test_the_environments_spark_submit_is_right_without_activation_or_exports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,6 +260,7 @@ def test_the_environments_spark_submit_is_right_without_activation_or_exports(
     assert lines == [*ours, f"spark.pyspark.driver.python  {binaries / 'python'}"]
 
 
+@pytest.mark.integration
 def test_an_archive_of_modules_gets_byte_code_once_and_keeps_its_sources(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -318,6 +320,7 @@ def entrypoint(*arguments: str, environment: dict[str, str], tmp_path: Path) -> 
     return done.stdout.splitlines()
 
 
+@pytest.mark.integration
 def test_the_images_entry_point_starts_drivers_executors_and_anything_else(tmp_path: Path) -> None:
     address = {"SPARK_DRIVER_BIND_ADDRESS": "10.0.0.9"}
     driver = entrypoint("driver", "--class", "X", "local:///a b.py", environment=address, tmp_path=tmp_path)

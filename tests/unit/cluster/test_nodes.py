@@ -29,6 +29,7 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
+@pytest.mark.integration
 def test_a_daemon_is_found_again_and_ended_with_what_it_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,6 +80,7 @@ def test_a_number_that_no_machine_has_is_one_line(
     assert f"got '{wrong}'" in line
 
 
+@pytest.mark.integration
 def test_a_pid_that_another_process_has_by_now_is_not_ours(tmp_path: Path) -> None:
     daemon = Daemon(tmp_path, "head")
     process = daemon.start(SLEEP, os.environ)
@@ -93,6 +95,7 @@ def test_a_pid_that_another_process_has_by_now_is_not_ours(tmp_path: Path) -> No
         process.wait(5)
 
 
+@pytest.mark.integration
 def test_a_daemon_that_dies_shows_the_end_of_its_log(tmp_path: Path) -> None:
     daemon = Daemon(tmp_path, "master")
     process = daemon.start([sys.executable, "-c", "raise SystemExit('no such port')"], os.environ)

@@ -72,6 +72,7 @@ def keyword(call: ast.Call, key: str) -> Any:
     return values[0] if values else None
 
 
+@pytest.mark.integration
 def test_nothing_is_unpickled_or_evaluated() -> None:
     forbidden = re.compile(
         r"(pickle|cPickle|dill|cloudpickle|marshal|shelve|joblib)\.\w+|(pd|pandas)\.read_pickle"
@@ -296,6 +297,7 @@ def test_no_configuration_key_is_a_place_for_a_secret() -> None:
     assert not [key for key in keys if re.search(r"(?i)secret|password|token|access_?key|credential", key)]
 
 
+@pytest.mark.integration
 def test_nothing_prints_or_saves_the_environment() -> None:
     for path in SOURCES:
         for called, call in calls(path):

@@ -382,6 +382,7 @@ def test_windows_in_microseconds() -> None:
     assert labels.clock_skew_us == 3_000_000
 
 
+@pytest.mark.integration
 def test_the_configuration_needs_the_standard_library_alone() -> None:
     script = (
         "import sys, usr_ray.config\n"

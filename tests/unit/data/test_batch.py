@@ -87,6 +87,7 @@ def check_shape(batch: UsrBatch, *, items: torch.dtype = torch.int64, actions: t
 LISTS = st.lists(st.lists(st.integers(1, 99), max_size=6), min_size=0, max_size=7)
 
 
+@pytest.mark.integration
 @depth(30)
 @given(lists=LISTS, max_length=st.integers(1, 8), has_queries=st.booleans())
 def test_padded_history_keeps_the_newest_events_at_its_end(

@@ -212,6 +212,7 @@ JOINS = {
 }
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", JOINS)
 def test_every_job_that_joins_a_model_and_a_lake_refuses_another_lakes_ids(
     name: str, lakes: dict[str, Path], run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -234,6 +235,7 @@ def test_an_export_holds_its_lakes_vocabularies_to_the_run(
         export_run(run_dir, tmp_path / "out", lake)
 
 
+@pytest.mark.integration
 def test_a_report_takes_a_lake_without_samples(run_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "lake").mkdir()
     assert write_report(run_dir, tmp_path / "lake", tmp_path / "r.html").is_file()

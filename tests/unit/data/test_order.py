@@ -237,6 +237,7 @@ def test_by_date_the_order_of_a_date_does_not_depend_on_the_others() -> None:
     assert rows_of([6] * 5, 6) != alone
 
 
+@pytest.mark.integration
 def test_block_shuffle_mixes_nearly_as_well_as_a_uniform_one() -> None:
     # 64 row groups, eight to a block: the file is sorted by user, so labels of neighbours are alike.
     labels = (np.sin(np.arange(64 * 256) / 500) > 0).astype(float)

@@ -142,6 +142,7 @@ def test_every_row_comes_once_with_the_values_of_the_table(
                 assert batch_row(batch, b) == expected_row(raw_rows[number])
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("num_shards", [1, 4])
 @pytest.mark.parametrize("order", ["shuffled", "by_date", "file"])
 def test_any_number_of_workers_sees_the_same_global_batches(manifest: Manifest, order: str, num_shards: int) -> None:
@@ -154,6 +155,7 @@ def test_any_number_of_workers_sees_the_same_global_batches(manifest: Manifest, 
             assert same(joined([ranks[rank][step] for rank in range(world_size)]), batch)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("num_shards", [1, 2])
 def test_starting_at_any_step_gives_exactly_the_rest(manifest: Manifest, num_shards: int) -> None:
     options = {"rank": 1, "world_size": 2, "num_shards": num_shards, "epoch": 3}
@@ -179,6 +181,7 @@ def test_starting_late_decodes_no_earlier_block(manifest: Manifest, monkeypatch:
         assert sorted(decoded) == sorted(last)
 
 
+@pytest.mark.integration
 def test_epochs_and_seeds_differ_and_repeat(manifest: Manifest) -> None:
     def numbers(**options: Any) -> list[int]:
         return row_numbers(read(manifest, **options))
@@ -332,6 +335,7 @@ def test_no_more_than_two_blocks_are_built_ahead_of_use(manifest: Manifest, monk
         assert built == list(range(reader.epoch_order(0).num_blocks))
 
 
+@pytest.mark.integration
 def test_an_epoch_that_was_read_gives_its_memory_back_without_the_garbage_collector(manifest: Manifest) -> None:
     """A cycle of references would keep every block until Python looks for cycles: gigabytes on a large table."""
     gc.collect()

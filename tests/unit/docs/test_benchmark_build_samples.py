@@ -39,6 +39,7 @@ def test_the_comparison_names_the_column_and_row_that_differ(tmp_path: Path) -> 
         check_equal({"one": one, "two": write(two, rows.drop(["history"]))}, {})
 
 
+@pytest.mark.integration
 def test_a_process_and_its_children_are_measured_together(tmp_path: Path) -> None:
     child = "x = bytearray(60 << 20); import time; time.sleep(0.8)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], check=True); print('done')"

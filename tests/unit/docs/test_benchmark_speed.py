@@ -20,6 +20,7 @@ pytestmark = pytest.mark.unit
 SMALL_MODEL = {"hidden": (8,), "tower_hidden": (4,), "embedding_dim": 4}
 
 
+@pytest.mark.integration
 def test_a_way_in_a_process_of_its_own_is_called_closed_and_missed_when_it_dies(tmp_path: Path) -> None:
     with interleaved.own_process(counting, 5.0, tmp_path / "closed") as way:
         assert [way(), way()] == [5.0, 6.0]

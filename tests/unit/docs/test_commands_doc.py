@@ -59,6 +59,7 @@ def faults(command: str) -> str:
     return ""
 
 
+@pytest.mark.integration
 def test_a_shell_takes_every_printed_command_as_it_is_meant() -> None:
     assert len(commands()) > 150
     assert [f"{place}: {found}" for place, command in commands() if (found := faults(command))] == []

@@ -70,6 +70,7 @@ def build() -> ModuleType:
     return module
 
 
+@pytest.mark.integration
 def test_pages_and_reference_become_html_whose_links_hold(build: ModuleType, tmp_path: Path) -> None:
     """The reference of three modules only: all of them take a quarter of a minute (`make docs`)."""
     build.build_guides(tmp_path)

@@ -740,6 +740,7 @@ def test_the_tables_of_signals_are_those_of_their_results(world: str) -> None:
     assert f"<!-- learning_signals: {world} -->\n{table}\n<!--" in (ROOT / "docs" / "learning.md").read_text("utf-8")
 
 
+@pytest.mark.integration
 def test_the_page_of_scale_is_the_one_that_its_benchmark_writes(tmp_path: Path) -> None:
     shutil.copy(ROOT / "docs" / "scale.md", tmp_path)
     build_samples_report.write_report(result("build_samples"), tmp_path)

@@ -72,6 +72,7 @@ def raised() -> list[tuple[str, str]]:
     return found
 
 
+@pytest.mark.integration
 def test_each_family_of_the_page_is_one_of_the_codes() -> None:
     code = texts()
     for family in families(PAGE):
@@ -79,6 +80,7 @@ def test_each_family_of_the_page_is_one_of_the_codes() -> None:
     assert not [family for family, times in Counter(families(PAGE)).items() if times > 1], "twice on the page"
 
 
+@pytest.mark.integration
 def test_each_message_of_the_code_is_of_a_family() -> None:
     messages = raised()
     assert len(messages) > 200

@@ -32,6 +32,7 @@ def block(holds: str) -> str:
     return found
 
 
+@pytest.mark.integration
 def test_the_table_goes_back_by_the_command_of_the_page_and_a_run_by_its_setting(tmp_path: Path) -> None:
     write_samples(tmp_path / "lake", samples_spec(), num_rows=300, num_days=4)
     path = tmp_path / "lake" / "samples"
@@ -133,6 +134,7 @@ def airflow(monkeypatch: pytest.MonkeyPatch) -> type[Operator]:
     return Operator
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("job_code", "task_code"), [(0, 0), (1, 1), (2, 2), (3, 0)])
 def test_the_airflow_example_runs_the_steps_in_order_and_a_held_back_model_is_no_failure(
     airflow: type[Operator], tmp_path: Path, job_code: int, task_code: int

@@ -21,6 +21,7 @@ def kernel(world: World, windows: Windows = RULES) -> Expected:
     return run_kernel(world, windows, num_scenarios=2, length=50, watermark=T + 100 * HOUR)
 
 
+@pytest.mark.integration
 @depth(150)
 @given(world=worlds(), windows=windows_of(), length=st.integers(1, 4), wait=st.integers(0, 40))
 def test_the_kernel_says_what_the_contract_says(world: World, windows: Windows, length: int, wait: int) -> None:
@@ -31,6 +32,7 @@ def test_the_kernel_says_what_the_contract_says(world: World, windows: Windows, 
     assert found.samples == wanted.samples
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("num_scenarios", [1, 4])
 def test_any_number_of_scenarios(num_scenarios: int) -> None:
     @depth(40)

@@ -154,6 +154,7 @@ def wide(windows: Windows) -> Windows:
     return replace(windows, **{name: getattr(windows, name) * STRETCH for name in ("click", "order", "whole", "skew")})
 
 
+@pytest.mark.integration
 @depth(25)
 @given(
     world=late_worlds(),
@@ -289,6 +290,7 @@ def _parts(world: World) -> tuple[list[Row], ...]:
     return world.impressions, world.clicks, world.orders
 
 
+@pytest.mark.integration
 @depth(25)
 @given(world=late_worlds(), windows=windows_of(skew=0).map(wide), day=st.integers(0, 3))
 def test_one_more_day_on_the_sums_of_those_before_equals_all_logs_and_the_oracle(
@@ -311,6 +313,7 @@ def test_one_more_day_on_the_sums_of_those_before_equals_all_logs_and_the_oracle
     assert_equal(rows_of(later, first | sums_of(later), windows, since=day), wanted)
 
 
+@pytest.mark.integration
 @depth(25)
 @given(world=late_worlds(), windows=windows_of().map(wide), data=st.data())
 def test_no_label_of_a_held_out_day_changes_a_counter_of_its_rows(
@@ -351,6 +354,7 @@ def lake_table(sums: Sums) -> pa.Table:
     return pa.Table.from_pylist(rows)
 
 
+@pytest.mark.integration
 @depth(10)
 @given(world=late_worlds(), windows=windows_of().map(wide), day=st.integers(0, 3))
 def test_the_service_has_the_counters_of_each_row_bit_for_bit(world: World, windows: Windows, day: int) -> None:

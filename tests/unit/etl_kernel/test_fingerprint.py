@@ -61,6 +61,7 @@ def changed(before: World, after: World, windows: Windows, marks: tuple[int, int
     return {(new.get(k) or old[k])[0] for k in old.keys() | new.keys() if old.get(k) != new.get(k)}
 
 
+@pytest.mark.integration
 @depth(30)
 @given(world=worlds(max_rows=8), windows=windows_of(), later=st.integers(0, 2), data=st.data())
 def test_no_change_of_a_row_goes_unseen(world: World, windows: Windows, later: int, data: st.DataObject) -> None:

@@ -58,6 +58,7 @@ def test_the_first_click_and_the_first_order_give_the_times() -> None:
     assert (row["click_time"], row["order_time"]) == (T + 10, T + 70)
 
 
+@pytest.mark.integration
 @depth(50)
 @given(world=worlds(), windows=windows_of())
 def test_the_order_of_the_labels_holds_on_every_row(world: World, windows: Windows) -> None:

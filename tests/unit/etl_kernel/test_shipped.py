@@ -8,6 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from etl.session import _ship_code
 
 _IMPORTS = """
@@ -21,6 +23,7 @@ print(len(ours), *sorted(name for name, path in ours.items() if not path.startsw
 """
 
 
+@pytest.mark.integration
 def test_the_kernel_is_imported_from_what_is_sent_alone(tmp_path: Path) -> None:
     sent: list[str] = []
     spark: Any = SimpleNamespace(sparkContext=SimpleNamespace(addPyFile=sent.append))

@@ -141,6 +141,7 @@ def test_memory_is_bounded_by_the_chunk_when_users_are_small() -> None:
     assert max(c.num_rows for c in whole_users(batches(rows, 10), 50)) <= 60
 
 
+@pytest.mark.integration
 @depth(25)
 @given(
     world=worlds(num_scenarios=3),
@@ -180,6 +181,7 @@ def test_rows_and_account_equal_the_oracle_whatever_the_chunks(
     check_account(parts, world, want)
 
 
+@pytest.mark.integration
 @depth(25)
 @given(world=worlds(num_scenarios=3), windows=windows_of(skew=0), data=st.data())
 def test_no_label_of_a_time_or_later_changes_a_feature_until_then(
@@ -253,6 +255,7 @@ def past_rows(parts: dict[str, list[dict[str, Any]]], schema: pa.Schema) -> pa.T
     return pa.Table.from_pylist(rows, schema=schema)
 
 
+@pytest.mark.integration
 @depth(25)
 @given(world=worlds(num_scenarios=3), windows=windows_of(), chunk_rows=st.integers(1, 20), data=st.data())
 def test_a_day_built_on_earlier_events_equals_a_build_from_the_beginning(
@@ -286,6 +289,7 @@ def test_a_day_built_on_earlier_events_equals_a_build_from_the_beginning(
     assert sorted(map(str, again)) == sorted(map(str, named))
 
 
+@pytest.mark.integration
 @depth(25)
 @given(world=worlds(num_scenarios=3), windows=windows_of(), cuts=st.tuples(st.integers(1, 20), st.integers(1, 20)))
 def test_fingerprints_do_not_depend_on_the_chunks(world: World, windows: Windows, cuts: tuple[int, int]) -> None:

@@ -16,7 +16,7 @@ from etl.sources.kuairand import DEFAULT_TAB_GROUPS
 from tests.unit.plain_attribution import attribute, ingest, read_rows
 from usr_ray.config import UserError, load_config
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).resolve().parents[3]
 REAL = ROOT.parent / "shared" / "data" / "kuairand-pure"

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from sklearn.metrics import roc_auc_score
 
 from etl.sources.simulated import SimulatedDay, make_world, simulate_days, write_simulated
 from etl.sources.simulated_world import World
@@ -16,7 +15,7 @@ from etl.sources.writer import LogWriter
 from tests.unit.plain_attribution import Labels, attribute, read_rows
 from usr_ray.config import Config, load_config
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 
 SMALL = (
     "simulated.num_impressions=8000",
@@ -187,6 +186,8 @@ def smoothed_log_odds(ids: np.ndarray, labels: np.ndarray, asked: np.ndarray) ->
 
 def world_report(days: list[SimulatedDay], scenario: int, num_held_out: int = 2) -> tuple[float, float]:
     """AUC on the last days of the true probability, and of the user's and the item's click rates of the days before."""
+
+    from sklearn.metrics import roc_auc_score
 
     def column(name: str, chosen: list[SimulatedDay]) -> np.ndarray:
         values = {

@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
 
 from etl.sources.simulated import SimulatedDay, make_world, rows_of_day, simulate_days
 from etl.sources.simulated_ceilings import AGES_S, RIDGE, WINDOW_S, Rows, area, ceilings, recent
@@ -19,7 +17,7 @@ from etl.sources.simulated_world import World
 from tests.unit.etl_sources.test_simulated import SMALL, recovered, write_logs
 from usr_ray.config import DAY_US, Config, load_config
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 
 HOUR_US = 3_600_000_000
 
@@ -163,6 +161,9 @@ def test_what_the_past_shows_is_counted_as_a_slow_loop_counts_it() -> None:
 
 
 def test_the_fit_and_the_area_equal_scikit_learns() -> None:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+
     rng = np.random.default_rng(1)
     x = rng.standard_normal((4000, 3))
     label = rng.random(4000) < 1 / (1 + np.exp(-(x @ [0.5, -0.3, 0.0] - 1)))

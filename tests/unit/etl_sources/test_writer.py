@@ -20,7 +20,7 @@ from jobs import ingest_logs
 from usr_ray.cli import run_job
 from usr_ray.config import UserError
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).resolve().parents[3]
 ORDER = {"order_id": ["o1"], "user_id": ["u1"], "item_id": ["i1"], "event_time": np.array([1_000_001])}

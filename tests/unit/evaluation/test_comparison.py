@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from sklearn.metrics import roc_auc_score
 
 from tests.unit.reporting.test_run import SCENARIOS, make_predictions
 from usr_ray.evaluation.statistics import compare, comparison_text, on_common_rows
@@ -16,6 +15,8 @@ pytestmark = pytest.mark.unit
 
 
 def test_every_scorer_has_its_auc_and_ours_its_lead():
+    from sklearn.metrics import roc_auc_score
+
     ours = make_predictions()
     chance = replace(ours, probs_NT=np.random.default_rng(5).random((len(ours), 2)))
     found = compare({"chance": chance, "ours": ours}, "ours", SCENARIOS)

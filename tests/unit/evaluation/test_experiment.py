@@ -23,7 +23,7 @@ from usr_ray.evaluation.experiment import (
     value_interval,
 )
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 
 
 def cell_of(users: list[tuple[int, int, int]]) -> Cell:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn import metrics as sk
 
 from tests.unit.examples import depth
 from usr_ray.evaluation import metrics as m
@@ -119,6 +118,8 @@ def test_auc_and_gauc_equal_pair_counting_with_ties(rows):
 @depth(40)
 @given(ROWS)
 def test_metrics_equal_scikit_learn(rows):
+    from sklearn import metrics as sk
+
     labels, probs, requests = columns(rows)
     if 0 < labels.sum() < len(labels):
         assert m.auc(labels, probs) == pytest.approx(sk.roc_auc_score(labels, probs))

@@ -121,6 +121,7 @@ def test_users_of_a_label_count_by_their_share_of_its_rows(orders: list[int], us
     assert effective_users(1 - labels, keys) == pytest.approx(users), "the other label with fewer"
 
 
+@pytest.mark.integration
 def test_a_heavy_buyer_and_a_few_buyers_do_not_make_verdicts_of_nothing() -> None:
     """Two models of equal worth whose errors are the user's; intervals that leave out 0 are false, 5 % of them."""
     rng = np.random.default_rng(7)

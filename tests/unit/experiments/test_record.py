@@ -100,6 +100,7 @@ def test_another_base_lake_or_folder_is_refused_in_one_line(tmp_path: Path) -> N
             open_study(run_dir, study(), BASE, lake="/lake", command=[])
 
 
+@pytest.mark.integration
 def test_a_file_of_a_study_that_was_changed_is_one_line(tmp_path: Path) -> None:
     one = study(seeds=[0], axes=[{"name": "d", "path": "model.embedding_dim", "values": [8]}])
     write_study(tmp_path, one, {"8": 0.5}, "d")

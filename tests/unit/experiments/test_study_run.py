@@ -24,7 +24,7 @@ from usr_ray.experiments.trials import num_slots
 from usr_ray.experiments.worlds import build_commands, check_same_rows, prepare_worlds
 from usr_ray.launch.environment import SUBMITTED
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).resolve().parents[3]
 AXIS = {"name": "d", "path": "model.embedding_dim", "values": [8]}
@@ -188,6 +188,7 @@ def test_a_kill_between_two_trials_begins_no_other(monkeypatch: pytest.MonkeyPat
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.integration
 def test_a_world_that_cannot_be_built_says_where_to_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     axis = {"name": "similarity", "path": "simulated.similarity", "values": [0.25], "world": True}
     study = parse_study({"seeds": [0], "axes": [axis]}, name="w", scale="full")

@@ -22,7 +22,7 @@ from usr_ray.experiments.space import TriedPoint, TuneError, choose, load_search
 from usr_ray.reporting.page import DASH
 from usr_ray.reporting.search import search_section
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 
 SPACE = (
     'tune.space={"train.learning_rate" = {kind = "log_uniform", low = 1e-4, high = 1e-2}, '

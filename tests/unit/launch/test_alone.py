@@ -27,7 +27,7 @@ from usr_ray.launch.monitor import FileMonitor
 from usr_ray.schema import SAMPLES
 from usr_ray.training.checkpoint import CheckpointStore
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 
 SETS = (
     "ray.num_workers=0",

@@ -54,6 +54,7 @@ def test_a_cluster_that_is_named_keeps_its_own_settings() -> None:
     assert environment["MIMALLOC_PURGE_DELAY"] == "5"
 
 
+@pytest.mark.integration
 def test_two_trainings_begun_at_once_choose_two_ports() -> None:
     """Neither listens yet: Ray's dashboard does so seconds later."""
     with socket.socket() as probe:
@@ -113,6 +114,7 @@ def test_rays_colours_are_for_terminals(
     assert environment.get("RAY_COLOR_PREFIX") == colours
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
 @pytest.mark.parametrize("kept", [False, True])
 def test_a_training_keeps_the_memory_that_a_step_frees(kept: bool) -> None:

@@ -20,7 +20,7 @@ from usr_ray.launch import rollcall as trainer_rollcall
 from usr_ray.launch.rollcall import RollCall, read_refusal, reserve_refusal, write_refusal
 from usr_ray.training.worker import LocalWorker
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 
 TIMED_OUT = "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 20000ms for recv"
 

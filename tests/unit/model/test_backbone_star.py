@@ -141,6 +141,7 @@ def half_of_the_rows(worker: LocalWorker, folder: Path) -> dict[str, Tensor]:
     return two_steps(worker, slice(worker.rank * half, (worker.rank + 1) * half))
 
 
+@pytest.mark.integration
 def test_two_ranks_on_half_batches_equal_one_rank_on_the_whole(tmp_path: Path) -> None:
     first, second = run_ranks(half_of_the_rows, 2, tmp_path)
     whole = two_steps(LocalWorker("cpu"), slice(0, len(SCENARIOS)))

@@ -181,6 +181,7 @@ def test_evaluation_exports_with_any_batch_size(name: str) -> None:
     torch.testing.assert_close(program.module()(*other), model(*other), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["star", "mmoe"])
 def test_training_compiles_without_a_graph_break(name: str) -> None:
     """STAR does something else in training than the export above has traced; experts have a backward of their own."""
@@ -196,6 +197,7 @@ def test_training_compiles_without_a_graph_break(name: str) -> None:
     torch.compiler.reset()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ALL)
 def test_half_precision_training_gives_finite_logits_and_gradients(name: str) -> None:
     backbone = small_backbone(name).float()
@@ -209,6 +211,7 @@ def test_half_precision_training_gives_finite_logits_and_gradients(name: str) ->
     torch.testing.assert_close(logits_BT.double(), exact_BT, rtol=0.1, atol=0.1)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ALL)
 def test_a_known_function_of_each_cell_is_learned(name: str) -> None:
     # Scenario 1 wants the opposite of scenario 0 and each task another direction: a scenario-blind model gets 0.5.

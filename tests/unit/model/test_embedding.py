@@ -120,6 +120,7 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
+@pytest.mark.integration
 def test_no_tensor_of_a_step_grows_with_the_tables() -> None:
     largest = []
     for num_embeddings in (40, 20_000):

@@ -33,7 +33,7 @@ from usr_ray.operations.daily import (
     status_table,
 )
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).resolve().parents[3]
 BEGIN = ("data.train_dates=2026-01-01",)

@@ -21,7 +21,7 @@ from usr_ray.runs.evaluations import check_earlier, write_evaluation
 from usr_ray.runs.plan import result_text
 from usr_ray.runs.read import read_history
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 
 LEAD = {"value": 0.1, "low": 0.05, "high": 0.15, "verdict": "better"}
 ABOUT = {

@@ -16,7 +16,7 @@ from usr_ray.evaluation.experiment import ALL, Cell, ExperimentCounts, counts_of
 from usr_ray.reporting.experiment import report_lines, write_experiment_page
 from usr_ray.schema import EXPERIMENT_ORDERS
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 
 
 def cell(*combinations: tuple[int, int, int, int]) -> Cell:

@@ -21,7 +21,7 @@ from usr_ray.reporting.run import _facts, importance_section, model_name, why_un
 from usr_ray.runs.evaluations import write_evaluation
 from usr_ray.runs.read import read_history, read_run
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 
 SCENARIOS = ("search", "recommendation")
 COMMAND = ["python", "jobs/train.py", "--set", "data.name=<b>&'x'"]
@@ -235,6 +235,7 @@ def test_baseline_is_beside_the_model_with_a_verdict(text):
     )  # not search CTCVR
 
 
+@pytest.mark.integration
 def test_rows_of_one_user_have_a_baseline_and_no_interval(tmp_path):
     write_record(tmp_path)
     model = replace(make_predictions(), user_key_N=np.zeros(len(make_predictions()), dtype=np.int64))
@@ -356,6 +357,7 @@ def cold(impressions, unknown_item, new_item, unknown_query=None, with_query=0):
     }
 
 
+@pytest.mark.integration
 def test_cold_impressions_are_added_up_before_and_after_the_last_training_date():
     reports = [
         etl_report("2026-01-06", cold_start={"search": cold(100, 10, 0, 5, 50)}),
@@ -413,6 +415,7 @@ def test_the_model_is_named_by_the_parts_that_are_on():
     assert model_name({"model": {"backbone": "m2m"}}) == "M2M alone"
 
 
+@pytest.mark.integration
 def test_the_job_prints_where_the_report_is(run_dir, lake, capsys):
     assert run_job(job.main, ["--run-dir", str(run_dir), "--lake", str(lake)]) == 0
     assert str(run_dir / "report.html") in capsys.readouterr().out
@@ -437,6 +440,7 @@ def evaluate_again(run_dir, dates, seed, *, seen, **more):
     return f"{next(iter(splits.values()))['search']['ctr']['auc']:.4f}"
 
 
+@pytest.mark.integration
 def test_an_evaluation_on_training_dates_is_never_headed_as_held_out(tmp_path):
     """A newer one on dates that were trained on does not take the place of the held-out one, nor of its rows."""
     write_record(tmp_path, trained_dates="2026-01-01:2026-01-06")
@@ -478,6 +482,7 @@ def test_a_run_that_was_evaluated_before_evaluations_had_rows_of_their_own(tmp_p
     assert "ROC of CTR" not in text, "the rows that are there are of another date"
 
 
+@pytest.mark.integration
 def test_dates_without_rows_and_dates_that_chose_are_said_first(tmp_path):
     config = {"train": {"early_stopping": True}}
     manifests = {"train": {"dates": "2026-01-01:2026-01-03, 2026-01-05:2026-01-06", "num_rows": 1000}}
@@ -493,6 +498,7 @@ def test_dates_without_rows_and_dates_that_chose_are_said_first(tmp_path):
     assert "2026-01-07 to 2026-01-08 also chose the epoch (train.early_stopping), which flatters." in text
 
 
+@pytest.mark.integration
 def test_rows_whose_labels_may_still_change_are_said_to_be_left_out(tmp_path):
     write_record(tmp_path)
     evaluate_again(tmp_path, "2026-01-07:2026-01-08", 3, seen="2026-01-06", table_rows=1234)

@@ -13,7 +13,7 @@ from usr_ray.evaluation.metrics import log_loss
 from usr_ray.experiments.space import Choice, TriedPoint, final_study
 from usr_ray.reporting.search import write_search_report
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 
 SPACE = 'tune.space={"model.embedding_dim" = {kind = "choice", values = [8, 16]}}'
 

@@ -34,7 +34,7 @@ from usr_ray.reporting.plots import Bar, Line, axis_plot, forest_plot
 from usr_ray.reporting.study import _contrast_section, _glance_section, verdict_sentences, write_study_report
 from usr_ray.reporting.study_vectors import collapse, principal_components, separation
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 
 RAW: dict[str, Any] = {
     "title": "Clear and <blurred>",

@@ -19,7 +19,7 @@ from usr_ray.serving.counters import Counters, planned_counters, write_counters
 from usr_ray.serving.encode import EncodeError, Encoder, Profile, UserEvents, ValueIndex
 from usr_ray.serving.stores import UserStore, put_users
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 
 DAY_US = 86_400_000_000
 BRANDS = {"v|1": "a|b", "v2": "a", "v3": None, "v4": "\\"}

@@ -70,6 +70,7 @@ def number(feature: str, value: str | None) -> int:
     return 0 if value is None else IDS[feature].numbers[value]
 
 
+@pytest.mark.integration
 @depth(100)
 @given(data=st.data(), world=worlds(), windows=windows_of(max_user_day_rows=0))
 def test_a_request_sees_what_the_etl_would_have_shown_it(

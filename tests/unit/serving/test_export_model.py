@@ -35,7 +35,7 @@ from usr_ray.serving.model import (
 from usr_ray.serving.runtime import ExportedModel, require_packages, verified_manifest
 from usr_ray.training.evaluate import known_ids, load_run
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 
 torch.set_num_threads(1)  # rows this few are slower on more threads
 DATES = (FIRST_DATE, FIRST_DATE + dt.timedelta(days=1))

@@ -15,7 +15,7 @@ from usr_ray.serving.openapi import EXPLAIN_ANSWER, RANK_ANSWER
 from usr_ray.serving.service import Service, Settings
 from usr_ray.serving.versions import move_pointer
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 
 
 @pytest.mark.parametrize("fault", faults_serving.FAULTS, ids=lambda fault: fault.name)

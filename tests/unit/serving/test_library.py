@@ -167,6 +167,7 @@ def test_a_run_of_one_scenario_scores_nothing(run: usr_ray.Run, lake: Path) -> N
         alone.score(usr_ray.open_samples(lake, dates=DAY).head(3))
 
 
+@pytest.mark.integration
 def test_importing_the_library_loads_only_the_standard_library() -> None:
     heavy = "{'torch', 'numpy', 'pyarrow', 'ray', 'pyspark'}"
     code = f"import usr_ray, sys; print(usr_ray.__version__); print({heavy} & set(sys.modules))"

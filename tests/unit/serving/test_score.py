@@ -27,7 +27,7 @@ from usr_ray.training import evaluate as evaluate_module
 from usr_ray.training.evaluate import evaluate, load_run
 from usr_ray.training.worker import LocalWorker
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 
 torch.set_num_threads(1)
 DATES = (FIRST_DATE, FIRST_DATE + dt.timedelta(days=2))

@@ -177,6 +177,7 @@ def asked_of_many(client):
     return {(answer["bucket"], answer["version"]) for answer in answers}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("place", ["canary", "shadow"])
 @pytest.mark.parametrize("broken", ["torn", "gone", "fails"])
 def test_without_its_canary_or_shadow_the_stable_version_starts_changes_and_answers_to_all(
@@ -464,6 +465,7 @@ def test_others_than_this_machine_need_a_token(tmp_path):
         read_token(None, "localhost")
 
 
+@pytest.mark.integration
 def test_a_version_that_is_no_longer_served_is_let_go_though_it_explained(service, tmp_path, monkeypatch):
     made = []
 

@@ -209,6 +209,7 @@ def test_the_job_moves_the_pointer_without_a_run(tmp_path):
         publish_job(["--registry", str(tmp_path), "--shadow"])
 
 
+@pytest.mark.integration
 def test_the_canary_has_its_share_of_the_users_and_keeps_them():
     users = [f"u{n}" for n in range(20_000)]
 

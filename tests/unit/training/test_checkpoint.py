@@ -57,6 +57,7 @@ def test_what_is_saved_comes_back_bit_for_bit(store: CheckpointStore) -> None:
         assert torch.equal(found.tensors[name], expected), name
 
 
+@pytest.mark.integration
 def test_the_checksums_are_those_of_coreutils(store: CheckpointStore) -> None:
     path = store.save(1, tensors_of(0), STATE)
     done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=path, capture_output=True, text=True, check=False)

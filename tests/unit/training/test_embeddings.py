@@ -33,7 +33,7 @@ from usr_ray.training.loss import row_counts, usr_loss
 from usr_ray.training.state import build_embeddings
 from usr_ray.training.worker import LocalWorker
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 
 needs_torchrec = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("torchrec", "fbgemm_gpu")),

@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from deltalake import DeltaTable
-from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from jobs import evaluate as job
@@ -185,6 +184,8 @@ def test_every_mature_row_is_there_once_in_file_order(lake, manifest, alone):
 
 
 def test_metrics_are_those_of_all_rows_at_once(lake, manifest, alone):
+    from sklearn.metrics import roc_auc_score
+
     rows = [row for _, row in expected_rows(lake, manifest) if row["scenario"] == "search"]
     scores = [-((row["user_id_index"] * 3 + row["item_id_index"]) % 7) for row in rows]
     cell = alone.metrics["search"]["ctr"]
@@ -412,6 +413,7 @@ def test_the_job_writes_metrics_in_the_shape_of_the_contract(lake, run_dir, caps
     assert about["table_rows"] == manifest.num_rows, "the report says from it that some are left out"
 
 
+@pytest.mark.integration
 def test_an_evaluation_on_training_dates_says_so_and_leaves_the_others(lake, run_dir, tmp_path, capsys):
     folder = Path(shutil.copytree(run_dir, tmp_path / "run"))
     arguments = ["--run-dir", str(folder), "--lake", str(lake), "--dates"]

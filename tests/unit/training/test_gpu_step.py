@@ -28,7 +28,7 @@ from usr_ray.training.monitor import StepMeter
 from usr_ray.training.optimizers import DenseAdamW
 from usr_ray.training.worker import LocalWorker
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 
 SPEC = make_spec()
 

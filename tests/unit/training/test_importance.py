@@ -10,7 +10,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from jobs import evaluate as job
@@ -33,7 +32,7 @@ from usr_ray.training.importance import importance, importance_text, signals_of
 from usr_ray.training.state import TrainState
 from usr_ray.training.worker import LocalWorker
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 
 HELD_OUT = (FIRST_DATE + dt.timedelta(days=2), FIRST_DATE + dt.timedelta(days=3))
 
@@ -101,6 +100,8 @@ def test_only_the_signal_in_use_loses_auc(manifest, signal, of):
 
 
 def test_the_drop_is_the_auc_less_that_of_the_exchanged_values(lake, manifest):
+    from sklearn.metrics import roc_auc_score
+
     rows = [row for _, row in expected_rows(lake, manifest)]
     parts = {(p["scenario"], p["rows"]): p for p in found_of(lambda batch: batch.sparse_BF[:, 1], manifest)["parts"]}
     of_part = {("search", "all"): [r for r in rows if r["scenario"] == "search"]}

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from sklearn.linear_model import LogisticRegression
 
 from usr_ray.config import UserError
 from usr_ray.schema import OPEN_LABEL, DenseFeature, FeatureSpec, SparseFeature
@@ -86,6 +85,8 @@ def test_it_finds_what_only_two_columns_together_say():
 
 def test_labels_that_no_log_knows_are_no_labels():
     """The feed logs no orders: its rows, all of them 0, must not change what the search's say."""
+    from sklearn.linear_model import LogisticRegression
+
     generator = np.random.default_rng(0)
     ids = np.full((400, 6), 2)
     ids[:, 3] = generator.integers(2, 4, 400)
@@ -104,6 +105,8 @@ def test_labels_that_no_log_knows_are_no_labels():
 
 
 def test_rows_whose_label_is_open_are_left_out():
+    from sklearn.linear_model import LogisticRegression
+
     ids, labels = [[2] * 6] * 20 + [[3] * 6] * 20, [0, 1] * 10 + [0, 0, 0, 1] * 5
     train, scored = rows_of(ids, labels), rows_of([ids[0], ids[-1]], [0, 0])
     train.labels_NT[10:25, 1] = OPEN_LABEL

@@ -34,7 +34,7 @@ from usr_ray.training.rows import training_reader
 from usr_ray.training.state import refusal
 from usr_ray.training.worker import LocalWorker
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 
 NUM_STEPS = 8
 """Steps of an epoch of the table below."""

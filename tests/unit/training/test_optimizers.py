@@ -118,6 +118,7 @@ def dense_reference(kind: str) -> dict[str, torch.Tensor]:
     return tables | {f"sum_{n}/{part}": t[n] for part, t in parts.items() for n in tables}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", ["rowwise_adagrad", "rowwise_adam"])
 def test_one_and_two_ranks_take_the_steps_of_the_dense_reference(tmp_path: Path, kind: str) -> None:
     expected = dense_reference(kind)

@@ -25,7 +25,7 @@ from usr_ray.training.loop import TrainResult
 from usr_ray.training.rest import Rest, rest_rates, rest_sums, shares_of
 from usr_ray.training.worker import LocalWorker
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 
 
 @pytest.mark.parametrize("variant", ["A", "B"])

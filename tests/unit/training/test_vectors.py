@@ -30,7 +30,7 @@ from usr_ray.training.state import TrainState
 from usr_ray.training.warm_start import check_warm_start, find_checkpoint
 from usr_ray.training.worker import LocalWorker
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 
 LAST = FIRST_DATE + dt.timedelta(days=2)
 

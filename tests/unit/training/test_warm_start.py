@@ -29,7 +29,7 @@ from usr_ray.training.state import TrainState
 from usr_ray.training.warm_start import check_warm_start, find_checkpoint, warm_start_refusal
 from usr_ray.training.worker import LocalWorker
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 
 DAYS = [FIRST_DATE + dt.timedelta(days=n) for n in range(3)]
 ROWS_A_DAY = 128

@@ -91,6 +91,7 @@ def _both(worker: Worker, folder: Path) -> dict[str, torch.Tensor]:
     return _collectives(worker) | _gradients(worker)
 
 
+@pytest.mark.integration
 def test_two_ranks_of_torchrun_sum_gather_agree_and_sum_gradients(tmp_path: Path) -> None:
     for rank, got in enumerate(run_ranks(_both, 2, tmp_path)):
         assert got["ranks"].tolist() == [rank, 2, int(rank == 0)]
