@@ -17,7 +17,6 @@ import argparse
 import functools
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +128,7 @@ def add(registry: Path, arguments: argparse.Namespace) -> None:
 
         check_server(arguments.users)
     from usr_ray.serving.publish import publish  # loads torch
-    from usr_ray.serving.versions import move_pointer, read_pointer, with_canary
+    from usr_ray.serving.versions import move_pointer, read_pointer, with_canary, with_shadow
 
     if arguments.shadow or arguments.canary is not None:
         read_pointer(registry)  # there must be a stable version beside it: said before the export
@@ -144,7 +143,7 @@ def add(registry: Path, arguments: argparse.Namespace) -> None:
     )
     served = "and stable"
     if arguments.shadow:
-        replace(read_pointer(registry), shadow=name).write(registry)
+        with_shadow(registry, name)
         served = "and scores as shadow"
     elif arguments.canary is not None:
         with_canary(registry, name, arguments.canary)

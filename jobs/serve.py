@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from usr_ray.serving.service import Service
 
 
+GRACE_S = 5
+"""For requests in progress once the service is told to end: one whose client sends no more would hold it for ever."""
+
+
 def read_token(path: Path | None, host: str) -> str | None:
     """The token in a file.
 
@@ -115,9 +119,10 @@ def serve_alone(service: Service, token: str | None, *, host: str, port: int, gr
         try:
             print(f"serving at http://{host}:{port}", flush=True)
             with contextlib.suppress(KeyboardInterrupt):
-                uvicorn.Server(uvicorn.Config(make_app(service, token), log_level="warning", access_log=False)).run(
-                    [listening]
+                config = uvicorn.Config(
+                    make_app(service, token), log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S
                 )
+                uvicorn.Server(config).run([listening])
         finally:
             if grpc_server is not None:
                 grpc_server.close()

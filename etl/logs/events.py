@@ -21,7 +21,6 @@ from etl.logs.formats import MALFORMED, REPLACEMENT, own
 from etl.logs.mapping import (
     FIRST_MICRO,
     LAST_MICRO,
-    MAX_NUMBER,
     TIMES,
     as_text,
     as_written,
@@ -32,6 +31,7 @@ from etl.logs.mapping import (
     plain_number,
 )
 from usr_ray.config import Config
+from usr_ray.config.logs import MAX_NUMBER
 from usr_ray.config.terms import SEPARATOR
 from usr_ray.schema import TERM, ListFeature, VectorFeature
 

@@ -14,7 +14,7 @@ from pyspark.sql import types as T
 
 from etl.checks import DataCheckError
 from etl.logs.formats import MALFORMED, own
-from usr_ray.config.logs import ISO, OFFSETS, TIME_UNITS_NS, LogConfig, null_numbers, spark_time_pattern
+from usr_ray.config.logs import ISO, MAX_NUMBER, OFFSETS, TIME_UNITS_NS, LogConfig, null_numbers, spark_time_pattern
 
 TIMES = ("event_time", "ingest_time")
 JOINER = "|"
@@ -23,8 +23,6 @@ _NUMBERS = (T.StringType, T.NumericType)
 LAST_MICRO = 253_402_300_800_000_000
 """Start of the year 10000: what lies outside the years 1 to 9999 is no time, most often a wrong unit."""
 FIRST_MICRO = -62_135_596_800_000_000
-MAX_NUMBER = 3.4028234663852886e38
-"""The largest of 32 bits, in which numbers are written: what is larger would be infinite there."""
 _EXACT = {T.FloatType: float(1 << 24), T.DoubleType: float(1 << 53)}
 """From there on a float need not be the integer that was written: its neighbours have the same bits."""
 _NO_INTEGER = float(1 << 64)

@@ -216,7 +216,7 @@ def test_a_request_has_the_counters_of_its_row_bit_for_bit(
     vocabularies = {name: ValueIndex(tmp_path / name) for name in ("city", "brand")}
     encoder = Encoder(manifest.spec, vocabularies, None, store.indexes)
     write_items(tmp_path, manifest, encoder, counted)
-    write_users(tmp_path, manifest, read_events(daily)[0], encoder, length=None, counted=counted)
+    write_users(tmp_path, manifest, read_events(daily)[0], encoder, as_of_us=None, counted=counted)
     items, users, known = ItemTable(tmp_path), UserStore(tmp_path, encoder), known_of(shop, fewer)
     num_compared = 0
     for row in rows_of(daily / "samples"):

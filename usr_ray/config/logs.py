@@ -14,6 +14,8 @@ TIME_UNITS_NS = {"s": 1_000_000_000, "ms": 1_000_000, "us": 1_000, "ns": 1}
 """time_format of a number -> nanoseconds of its unit."""
 ISO = "iso"
 LOG_FORMATS = ("parquet", "delta", "csv", "json")
+MAX_NUMBER = 3.4028234663852886e38
+"""The largest of 32 bits, in which numbers are written: what is larger would be infinite there, and is no value."""
 
 OFFSETS = "[XXX][XX][X]"
 """Spark's pattern of %z: +01:00, +0100 or +01."""

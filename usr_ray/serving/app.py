@@ -15,6 +15,7 @@ import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from usr_ray import __version__
@@ -68,7 +69,7 @@ def make_app(service: Service, token: str | None = None) -> FastAPI:
     Args:
         token: what `Authorization: Bearer` must carry; None: requests need no token.
     """
-    app = FastAPI(title="usr-ray", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="usr-ray", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     page = "/" if service.settings.page else None  # it holds no data: its own requests carry the token
 
     if token is not None:
@@ -76,10 +77,13 @@ def make_app(service: Service, token: str | None = None) -> FastAPI:
 
     async def answer(request: Request, submit: Callable[[bytes], Any]) -> Response:
         started, body = time.perf_counter(), b""
-        async for part in request.stream():
-            body += part
-            if len(body) > MAX_BODY_BYTES:  # no more is read; the answer says so
-                break
+        try:
+            async for part in request.stream():
+                body += part
+                if len(body) > MAX_BODY_BYTES:  # no more is read; the answer says so
+                    break
+        except (ClientDisconnect, asyncio.CancelledError):  # it hung up, or the service ends before it has sent all
+            return Response(status_code=400)
         try:
             status, content = await asyncio.wrap_future(submit(body))
         except OverloadError as error:

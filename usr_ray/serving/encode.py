@@ -24,7 +24,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from usr_ray.config import DAY_US, UserError
-from usr_ray.config.logs import null_numbers
+from usr_ray.config.logs import MAX_NUMBER, null_numbers
 from usr_ray.config.terms import SEPARATOR, tags_of, terms_of
 from usr_ray.schema import (
     ACTION_ORDER,
@@ -50,7 +50,7 @@ _FIXED = ("user_id", "item_id", "query", EVENT_HOUR)
 EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _LARGEST = 1e30
 """Of a scaled number. Beyond are a type's largest values, as logs have them for "no value": in a program's float32
-their products are infinite. Raw numbers may be as large as a double, for logarithms of them are small."""
+their products are infinite. Raw numbers may be as large as the logs' own, for logarithms of them are small."""
 
 
 class EncodeError(UserError):
@@ -292,6 +292,11 @@ class Encoder:
             owner: tuple(f.name for f in spec.dense if f.owner == owner and f.column == scaled_column(f.name))
             for owner in ("user", "item", "context")
         }
+        self.names = {
+            owner: dict.fromkeys([*names, *self.numbers[owner], *(n for f in self.lists[owner] for n in f.sources)])
+            for owner, names in self.categories.items()
+        }
+        """Owner -> the raw features that `profile` takes."""
 
     def ids(self, feature: str, values: Sequence[str | None]) -> Ints:
         """Encoded id of each value: 0 for None, 1 for one that the model does not know."""
@@ -353,14 +358,10 @@ class Encoder:
             EncodeError: a key is none of the owner's features, or a value has the wrong type.
         """
         categories, numbers, lists = self.categories[owner], self.numbers[owner], self.lists[owner]
-        sources = [name for feature in lists for name in feature.sources]
-        unknown = sorted(set(values) - {*categories, *numbers, *sources})
-        if unknown:
-            there = ", ".join(dict.fromkeys((*categories, *numbers, *sources))) or "none"
+        if unknown := sorted(values.keys() - self.names[owner].keys()):
+            there = ", ".join(self.names[owner]) or "none"
             raise EncodeError(f"unknown feature {unknown[0]!r}; features of the {owner} are: {there}")
-        texts: dict[str, str | None] = {
-            n: _named(n, category_text, values.get(n)) for n in categories if n not in self.edges
-        }
+        texts = {n: _named(n, category_text, values.get(n)) for n in categories if n not in self.edges}
         ids = [self._bucket(n, values.get(n)) if n in self.edges else self.ids(n, [texts[n]])[0] for n in categories]
         parts = [np.array(ids, dtype=np.int32)]
         for feature in lists:
@@ -470,8 +471,8 @@ def _number(value: Any) -> float | None:
         return None
     if not isinstance(value, int | float):
         raise EncodeError(f"is {type(value).__name__}; a number or null is needed")
-    if not abs(value) <= 1.7e308:  # JSON's 1e400 is infinite here; NaN, which JSON has not, may come from a program
-        raise EncodeError("is infinite, too large or NaN; a number up to 1.7e308 or null is needed")
+    if not abs(value) <= MAX_NUMBER:  # JSON's 1e400 is infinite here; NaN, which JSON has not, may come from a program
+        raise EncodeError("is infinite, too large or NaN; a number up to 3.4e38 or null is needed")
     return float(value)
 
 

@@ -153,6 +153,8 @@ class EventLog:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._offsets: dict[str, int] = {}
+        self._inodes: dict[str, int] = {}
+        """Of the files that were read."""
         self._rows: dict[tuple[str | None, ...], tuple[Row, str]] = {}
         self._of_user: dict[str, dict[tuple[str | None, ...], Row]] = {}
         self._lock = threading.Lock()
@@ -182,9 +184,17 @@ class EventLog:
                     file.write(("\n".join(lines) + "\n").encode())
                     file.flush()
                     os.fsync(file.fileno())
-            with self._lock:
-                self._read_on()
+            self.catch_up()
             return len(new)
+
+    def catch_up(self) -> None:
+        """Read what was appended since; from the beginning, a service's log of a week takes longer than an answer may.
+
+        Raises:
+            OSError: the folder cannot be read.
+        """
+        with self._lock:
+            self._read_on()
 
     def of_user(self, user_id: str) -> list[Row]:
         """All rows of a user, those that others have just appended included.
@@ -203,19 +213,25 @@ class EventLog:
     def _read_on(self) -> None:
         if not self.folder.is_dir():
             return
-        found: dict[str, int] = {}
+        found: dict[str, os.stat_result] = {}
         for entry in os.scandir(self.folder):
             if entry.name.endswith(".jsonl"):
                 with contextlib.suppress(FileNotFoundError):  # another replica has just dropped it
-                    found[entry.name] = entry.stat().st_size
+                    found[entry.name] = entry.stat()
+        for name, now in found.items():
+            if now.st_size < self._offsets.get(name, 0) or now.st_ino != self._inodes.get(name, now.st_ino):
+                for of_files in (self._offsets, self._inodes, self._rows, self._of_user):
+                    of_files.clear()  # somebody cut or replaced a file: what was read where is no longer known
+                break
         for name in sorted(found):
-            if found[name] > self._offsets.get(name, 0):
+            if found[name].st_size > self._offsets.get(name, 0):
                 with contextlib.suppress(FileNotFoundError):
                     self._read(name)
         self._forget(found.keys())
 
     def _read(self, name: str) -> None:
         with (self.folder / name).open("rb") as file:
+            self._inodes[name] = os.fstat(file.fileno()).st_ino
             file.seek(self._offsets.get(name, 0))
             content = file.read()
         content = content[: content.rfind(b"\n") + 1]  # a line in the making is read when it is whole
@@ -243,6 +259,7 @@ class EventLog:
             return
         for name in gone:
             self._offsets.pop(name, None)
+            self._inodes.pop(name, None)
         for key, (row, name) in list(self._rows.items()):
             if name in gone:
                 del self._rows[key], self._of_user[row.user][key]

@@ -183,7 +183,7 @@ class GrpcServer:
         except ImportError as error:
             raise UserError("the package grpcio is not installed here: pip install 'usr-ray[grpc]'") from error
         self._methods = Methods(service, token)
-        threads = service.settings.max_queued + _MORE_THREADS
+        threads = 2 * service.settings.max_queued + _MORE_THREADS  # requests, and posts of events
         self._server = grpc.server(
             ThreadPoolExecutor(threads, thread_name_prefix="grpc"),
             options=[("grpc.max_receive_message_length", MAX_BODY_BYTES), ("grpc.so_reuseport", 0)],

@@ -51,6 +51,9 @@ class ServiceMetrics:
             "usr_ray_serving_shadows", "Requests by what became of the shadow's.", ["outcome"], registry=registry
         )
         self.degraded = Counter("usr_ray_serving_degraded", "Answers without history.", registry=registry)
+        self.unknown = Counter(
+            "usr_ray_serving_unknown", "Users and candidates that the lake has not seen.", ["what"], registry=registry
+        )
         self.failed_swaps = Counter("usr_ray_serving_failed_swaps", "Versions not opened.", registry=registry)
         Gauge("usr_ray_serving_queue", "Requests that are computed or wait.", registry=registry).set_function(queue)
         unopened = Gauge(

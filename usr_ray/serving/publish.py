@@ -9,6 +9,7 @@ import datetime as dt
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -83,11 +84,11 @@ def publish(
         report(f"model {exported['checkpoint']['id']} exported")
         name = f"{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%S}-{exported['checkpoint']['id']}"
         write_vocabularies(temporary)
-        spec, as_of = model_spec(temporary), instant_after(events)
+        spec, as_of = model_spec(temporary), instant_after(events, time.time_ns() // 1000)
         counted, sums_version = lake_counters(temporary, lake, spec, manifest.built_with, as_of_us=as_of)
         encoder = open_encoder(temporary, open_counters(temporary))
         num_items = write_items(temporary, manifest, encoder, counted)
-        num_users = write_users(temporary, manifest, events, encoder, length=spec.history_length, counted=counted)
+        num_users = write_users(temporary, manifest, events, encoder, as_of_us=as_of, counted=counted)
         report(f"{num_items:,} items and {num_users:,} users of samples version {manifest.version}")
         for category, number in () if counted is None else (+counted.silent).items():
             report(f"{number:,} have a {category} that no counter tells of: served as if it was never counted")

@@ -42,6 +42,7 @@ from usr_ray.serving.versions import (
     GOLDEN,
     MODEL,
     STABLE,
+    OtherVersions,
     RegistryError,
     model_spec,
     open_counters,
@@ -126,6 +127,7 @@ class Ranker:
         self._log: EventLog | None = None
         self._readers: ThreadPoolExecutor | None = None
         self._deadline_s: float | None = None
+        self._others: OtherVersions | None = None
 
     @classmethod
     def load(cls, registry: Path | str, *, num_threads: int = 1) -> Ranker:
@@ -160,6 +162,7 @@ class Ranker:
         ranker = cls.of_files(folder, verified_version(folder, *_USED), num_threads=num_threads, device=device)
         ranker.check_golden(json.loads((folder / GOLDEN).read_text(encoding="utf-8")))
         ranker._log = log
+        ranker._others = OtherVersions(folder, ranker.encoder)
         ranker.read_within(deadline_s)
         if isinstance(ranker._program, Batcher):
             ranker._program.deadline_s = _DEVICE_DEADLINE_S
@@ -421,6 +424,8 @@ class Ranker:
         if raw is not None and not isinstance(raw, Mapping):
             raise RequestError(f"{where}: is {type(raw).__name__}; an object of features is needed")
         try:
+            if raw and self._others is not None:
+                raw = self._others.without(owner, raw)
             if nulls and raw:
                 raw = {name: without_nulls(value, nulls) for name, value in raw.items()}
             return self.encoder.profile(owner, raw or {}, own_id)
@@ -439,8 +444,8 @@ class Ranker:
         if time_us < self._exact_from_us and raw is None:
             raise RequestError(
                 f"time: it is {iso_time(time_us)} by the service's clock, which is before "
-                f"{iso_time(self._exact_from_us)}, the newest event that this version was published with; set the "
-                "clock, or publish from logs that do not lie ahead"
+                f"{iso_time(self._exact_from_us)}, from when on this version answers; set the clock, or publish again "
+                "by a clock that is right"
             )
         if time_us < self._exact_from_us:
             raise RequestError(

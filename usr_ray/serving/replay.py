@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from usr_ray.config.logs import MAX_NUMBER
 from usr_ray.data.events import read_events
 from usr_ray.data.manifest import DataError, build_manifest
 from usr_ray.data.rows import micros, read_rows
@@ -119,7 +120,7 @@ def replay(
         counters = open_counters(stores)
         encoder = open_encoder(folder, counters)
         write_items(stores, whole, encoder, counted)
-        write_users(stores, whole, read_events(lake)[0], encoder, length=None, counted=counted)
+        write_users(stores, whole, read_events(lake)[0], encoder, as_of_us=None, counted=counted)
         report(f"items and users of samples version {manifest.version} read")
         users = UserStore(stores, encoder)
         replayed = _Replayer(encoder, program, (ItemTable(stores), users, counters), Run(run_dir, trained))
@@ -133,9 +134,9 @@ def replay(
 
 
 def _unscaled(scaled: float, feature: DenseFeature) -> float:
-    """A value that becomes `scaled`."""
+    """A value that becomes `scaled`; the largest of all is not exceeded by rounding."""
     if feature.scale == LOG1P:
-        return float(np.sign(scaled) * np.expm1(abs(scaled)))
+        return float(np.sign(scaled) * min(np.expm1(abs(scaled)), MAX_NUMBER))
     return scaled * feature.deviation + feature.mean if feature.scale == STANDARD else scaled
 
 

@@ -8,6 +8,7 @@ the shadow, the stable version answers to all without it.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
 import logging
@@ -49,7 +50,7 @@ class Settings:
     num_workers: int = 2
     """Requests that are computed at once."""
     max_queued: int = 32
-    """Requests that are computed or wait; one more is refused at once (429)."""
+    """Requests that are computed or wait; one more is refused at once (429). Of posts of events as many more."""
     poll_s: float = 0.5
     """Seconds between two looks at the pointer."""
     max_wait_s: float = 0.5
@@ -72,6 +73,34 @@ class OverloadError(Exception):
     """The queue is full; the text is for the caller."""
 
 
+class _Queue:
+    """Work of one kind: its threads, and how many of it are computed or wait."""
+
+    def __init__(self, num_workers: int, max_queued: int, name: str) -> None:
+        self.size = 0
+        self._max_queued = max_queued
+        self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix=name)
+        self._lock = threading.Lock()
+
+    def submit(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """A future of the work; OverloadError when too much of it is in progress."""
+        with self._lock:
+            if self.size >= self._max_queued:
+                raise OverloadError("too many requests wait; try again after a second")
+            self.size += 1
+        future = self._pool.submit(work, *arguments)
+        future.add_done_callback(self._done)
+        return future
+
+    def _done(self, _: Any) -> None:
+        with self._lock:
+            self.size -= 1
+
+    def close(self) -> None:
+        """Finish the work."""
+        self._pool.shutdown()
+
+
 def carries_token(given: bytes, token: str) -> bool:
     """Whether the content of an authorization header or metadata is `Bearer` and the token; in constant time."""
     return hmac.compare_digest(given, f"Bearer {token}".encode())
@@ -88,6 +117,8 @@ class Service:
         self.settings = settings
         self._log_dir = settings.log_dir or settings.registry / "log"
         self.log = EventLog(self._log_dir / "events")
+        with contextlib.suppress(OSError):  # answers are degraded then
+            self.log.catch_up()  # before the first request, which would not wait for it
         self.last_error = ""
         """Why the versions that the pointer names are not those that are served; '' where they are."""
         self._retry_at, self._retry_s = 0.0, _RETRY_S[0]
@@ -95,13 +126,14 @@ class Service:
         """The pointer whose versions were opened last, or were tried; None: it cannot be read."""
         self._served, missing = self._opened(self._tried, {})
         self._explainers: dict[Ranker, Explainer] = {}
-        self._pool = ThreadPoolExecutor(settings.num_workers, thread_name_prefix="score")
+        self._scoring = _Queue(settings.num_workers, settings.max_queued, "score")
+        # Posts wait for the disk, one after the other: answers must not wait for them.
+        self._keeping = _Queue(1, settings.max_queued, "keep")
         self._shadow_pool = ThreadPoolExecutor(1, thread_name_prefix="shadow")
         self._shadow_slots = threading.BoundedSemaphore(_MAX_SHADOWS)
-        self._num_queued = 0
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        self.metrics = ServiceMetrics(lambda: self._num_queued, self._as_of_s, lambda: self.last_error != "")
+        self.metrics = ServiceMetrics(lambda: self.num_queued, self._as_of_s, lambda: self.last_error != "")
         self._note(missing)
         self._watcher = threading.Thread(target=self._watch, name="pointer", daemon=True)
         self._watcher.start()
@@ -116,15 +148,15 @@ class Service:
             ranked: for /v1/rank; False: for /v1/score.
             read: None: `parsed` reads it.
         """
-        return self._submit(self._answer, body, ranked, read or parsed)
+        return self._submit(self._scoring, self._answer, body, ranked, read or parsed)
 
     def submit_events(self, body: bytes, *, read: Read | None = None) -> Any:
         """A future of (status, answer) of a post of events, once they are on the disk; as `submit`."""
-        return self._submit(self._keep, body, read or parsed)
+        return self._submit(self._keeping, self._keep, body, read or parsed)
 
     def submit_explained(self, body: bytes) -> Any:
         """A future of (status, answer) of one request with its history and signals; raises as `submit`."""
-        return self._submit(self._explain, body)
+        return self._submit(self._scoring, self._explain, body)
 
     def examples(self) -> dict[str, Any]:
         """What the page offers to pick: scenarios, and the requests that the stable version was published with."""
@@ -138,15 +170,13 @@ class Service:
             "requests": [case["request"] for case in json.loads(golden.read_text(encoding="utf-8"))],
         }
 
-    def _submit(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        with self._lock:
-            if self._num_queued >= self.settings.max_queued:
-                raise OverloadError("too many requests wait; try again after a second")
-            self._num_queued += 1
-        started = time.perf_counter()
-        future = self._pool.submit(self._in_time, started, work, *arguments)
-        future.add_done_callback(self._done)
-        return future
+    @property
+    def num_queued(self) -> int:
+        """Requests that are computed or wait."""
+        return self._scoring.size + self._keeping.size
+
+    def _submit(self, queue: _Queue, work: Callable[..., Any], *arguments: Any) -> Any:
+        return queue.submit(self._in_time, time.perf_counter(), work, *arguments)
 
     def _in_time(self, started: float, work: Callable[..., Any], *arguments: Any) -> Any:
         waited = time.perf_counter() - started
@@ -171,10 +201,6 @@ class Service:
         pointer, rankers = self._served
         return rankers[pointer.stable]
 
-    def _done(self, _: Any) -> None:
-        with self._lock:
-            self._num_queued -= 1
-
     def _answer(self, body: bytes, ranked: bool, read: Read) -> tuple[int, dict[str, Any]]:
         pointer, rankers = self._served  # one version for the whole request
         asked_us = time.time_ns() // 1000  # the shadow's "now" too: past midnight its counters would be others
@@ -186,6 +212,8 @@ class Service:
             self._compare(rankers[pointer.shadow], {**request, "time": asked}, answer)
         self.metrics.candidates.inc(len(request["candidates"]))  # an answer may have the first k alone
         self.metrics.degraded.inc(answer["degraded"])
+        self.metrics.unknown.labels("users").inc(answer["unknown"]["user"])
+        self.metrics.unknown.labels("candidates").inc(len(answer["unknown"]["candidates"]))
         return 200, answer
 
     def _explain(self, body: bytes) -> tuple[int, dict[str, Any]]:
@@ -338,7 +366,8 @@ class Service:
         """Finish the requests in progress and end the threads."""
         self._stopped.set()
         self._watcher.join()
-        self._pool.shutdown()
+        self._scoring.close()
+        self._keeping.close()
         self._shadow_pool.shutdown()
 
 

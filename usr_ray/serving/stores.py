@@ -167,7 +167,7 @@ def write_users(
     events: pa.Table,
     encoder: Encoder,
     *,
-    length: int | None,
+    as_of_us: int | None,
     counted: LakeCounters | None = None,
 ) -> int:
     """Write the users of the lake into an LMDB; how many.
@@ -178,8 +178,8 @@ def write_users(
     Args:
         manifest: covers all dates of the samples.
         events: as `usr_ray.data.events.read_events` gives them.
-        length: newest events kept per scenario: what a request after all of them can see. None: all are kept, for
-            `replay`.
+        as_of_us: from when on requests come: the newest events of each scenario, as many as a history holds, are kept,
+            and those not yet known then. None: all are, for `replay`.
         counted: the sums that counters count by the users; None: the model has no counters.
     """
     rows = newest_features(manifest, "user_id", "user")
@@ -193,14 +193,17 @@ def write_users(
         np.concatenate([profiles.numbers, np.tile(nothing.numbers, (len(gone), 1))]),
     )
     names += gone
-    put_users(folder, names, _events_of(events, encoder, names, length), profiles, counted)
+    put_users(folder, names, _events_of(events, encoder, names, as_of_us), profiles, counted)
     return len(names)
 
 
-def instant_after(events: pa.Table) -> int:
-    """Microseconds since 1970 before which a store with a length does not know what was visible."""
+def instant_after(events: pa.Table, now_us: int) -> int:
+    """Microseconds since 1970 from when on a version answers: after the newest event, and not later than now.
+
+    One event of a clock that goes ahead would else have every request refused until then.
+    """
     times = micros(events["event_time"])
-    return int(times.max(initial=0)) + 1
+    return min(int(times.max(initial=0)) + 1, now_us)
 
 
 def put_users(
@@ -227,7 +230,7 @@ def put_users(
     environment.close()
 
 
-def _events_of(events: pa.Table, encoder: Encoder, names: list[str], length: int | None) -> list[UserEvents]:
+def _events_of(events: pa.Table, encoder: Encoder, names: list[str], as_of_us: int | None) -> list[UserEvents]:
     """The events of each user in `names`."""
     time_V, known_V = micros(events["event_time"]), micros(events["known_time"])
     whole = UserEvents(
@@ -239,7 +242,7 @@ def _events_of(events: pa.Table, encoder: Encoder, names: list[str], length: int
         query=_encoded(events["query"], encoder, "query"),
         key=event_keys(zip(*(events[name].to_pylist() for name in ("action", "id", "item_id")), strict=True)),
     )
-    as_of = instant_after(events)
+    length = encoder.spec.history_length
     users = events["user_id"].combine_chunks().dictionary_encode()
     # Sorted by user: code n is the n-th user, whose events stand together.
     edges = [*np.flatnonzero(np.diff(users.indices.to_numpy(), prepend=-1)).tolist(), len(users)]
@@ -247,13 +250,13 @@ def _events_of(events: pa.Table, encoder: Encoder, names: list[str], length: int
     found = []
     for name in names:
         some = whole.rows(rows.get(name, np.empty(0, np.int64)))
-        found.append(some if length is None else some.rows(_kept(some, as_of, length)))
+        found.append(some if as_of_us is None else some.rows(_kept(some, as_of_us, length)))
     return found
 
 
 def _kept(events: UserEvents, as_of: int, length: int) -> Ints:
-    """What a request from `as_of` on can see: each scenario's newest `length` known events, and all not yet known."""
-    is_known = events.known <= as_of
+    """What a request from `as_of` on can see: each scenario's newest `length` visible events, and all others."""
+    is_known = (events.time < as_of) & (events.known <= as_of)
     kept = [np.flatnonzero(~is_known)]
     for scenario in np.unique(events.scenario):
         kept.append(np.flatnonzero((events.scenario == scenario) & is_known)[-length:])

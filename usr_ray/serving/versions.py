@@ -11,9 +11,13 @@ versions/NAME/golden.json      requests with the probabilities that this version
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import logging
 import shutil
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,9 +31,11 @@ from usr_ray.serving.counters import Counters
 from usr_ray.serving.encode import Encoder, ValueIndex, hashes, micros_of
 from usr_ray.serving.runtime import FEATURE_SPEC, FILES, changed_file, described, read_manifest
 
+_LOG = logging.getLogger(__name__)
 FORMAT = 3
 VERSION, POINTER, VERSIONS = "version.json", "current.json", "versions"
 MODEL, VOCABULARY_FOLDER, GOLDEN = "model", "vocabularies", "golden.json"
+_LOCK = ".pointer.lock"
 STABLE, CANARY, SHADOW = "stable", "canary", "shadow"
 """Places of the pointer; the first two are buckets, too."""
 PRUNED_AFTER_S = 86_400.0
@@ -125,18 +131,27 @@ def read_pointer(registry: Path) -> Pointer:
     return pointer
 
 
+@contextlib.contextmanager
+def _changing(registry: Path) -> Iterator[None]:
+    """One change of the pointer at a time: of two that both read the old one, the first would be lost."""
+    with (registry / _LOCK).open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # ends with the file
+        yield
+
+
 def move_pointer(registry: Path, name: str) -> None:
     """Make a version the stable one; it is no longer canary or shadow, nor is one whose folder is gone."""
-    pointer = Pointer(name)
-    if (registry / POINTER).exists():
-        old = read_pointer(registry)
-        # One that is stable already has no other place to go back to than it had.
-        pointer = replace(old, stable=name, before=old.before if old.stable == name else (*old.before, old.stable))
-        if old.canary == name or _is_gone(registry, old.canary):
-            pointer = replace(pointer, canary=None, share=0.0)
-        if old.shadow == name or _is_gone(registry, old.shadow):
-            pointer = replace(pointer, shadow=None)
-    pointer.write(registry)
+    with _changing(registry):
+        pointer = Pointer(name)
+        if (registry / POINTER).exists():
+            old = read_pointer(registry)
+            # One that is stable already has no other place to go back to than it had.
+            pointer = replace(old, stable=name, before=old.before if old.stable == name else (*old.before, old.stable))
+            if old.canary == name or _is_gone(registry, old.canary):
+                pointer = replace(pointer, canary=None, share=0.0)
+            if old.shadow == name or _is_gone(registry, old.shadow):
+                pointer = replace(pointer, shadow=None)
+        pointer.write(registry)
 
 
 def _is_gone(registry: Path, name: str | None) -> bool:
@@ -146,7 +161,14 @@ def _is_gone(registry: Path, name: str | None) -> bool:
 def with_canary(registry: Path, name: str, share: float) -> None:
     """Let a version answer to a share of the users; 0 ends it. Raises RegistryError."""
     canary = name if share > 0 else None
-    replace(read_pointer(registry), canary=canary, share=share).write(registry)
+    with _changing(registry):
+        replace(read_pointer(registry), canary=canary, share=share).write(registry)
+
+
+def with_shadow(registry: Path, name: str) -> None:
+    """Let a version score what was answered. Raises RegistryError."""
+    with _changing(registry):
+        replace(read_pointer(registry), shadow=name).write(registry)
 
 
 def model_of(version: str) -> str:
@@ -199,11 +221,12 @@ def roll_back(registry: Path) -> str:
     Raises:
         RegistryError: there was none before, or it is no longer there.
     """
-    pointer = read_pointer(registry)
-    place = rollback_place(registry, pointer)
-    if place is None:
-        raise RegistryError(f"--registry {registry}: no version was stable before {pointer.stable}; {_PUBLISH}")
-    Pointer(pointer.before[place], pointer.before[:place]).write(registry)
+    with _changing(registry):
+        pointer = read_pointer(registry)
+        place = rollback_place(registry, pointer)
+        if place is None:
+            raise RegistryError(f"--registry {registry}: no version was stable before {pointer.stable}; {_PUBLISH}")
+        Pointer(pointer.before[place], pointer.before[:place]).write(registry)
     return pointer.before[place]
 
 
@@ -223,6 +246,47 @@ def stable_folder(registry: Path) -> Path:
 def model_spec(folder: Path) -> FeatureSpec:
     """The feature spec of the model in a version's folder."""
     return FeatureSpec.from_json((folder / MODEL / FEATURE_SPEC).read_text(encoding="utf-8"))
+
+
+class OtherVersions:
+    """Raw features that other versions of a registry take: of what a client sends, one version leaves them out.
+
+    A client cannot change at the instant at which the pointer is moved, and it does not know whether the canary or the
+    stable version will answer it.
+
+    Args:
+        folder: of the version that leaves out.
+    """
+
+    def __init__(self, folder: Path, encoder: Encoder) -> None:
+        self._folder, self._own = folder, encoder.names
+        self._read: tuple[int, dict[str, set[str]]] = -1, {}
+        """Time of the folder of versions, and what they take."""
+        self._told: set[str] = set()
+
+    def without(self, owner: str, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Features of an owner without those that only others take; what no version takes stays."""
+        strange = raw.keys() - self._own[owner].keys()
+        if not strange:
+            return raw
+        with contextlib.suppress(OSError):  # gone: what was known goes on
+            changed = self._folder.parent.stat().st_mtime_ns
+            if changed != self._read[0]:
+                self._read = changed, self._names()
+        left_out = strange & self._read[1].get(owner, set())
+        if new := left_out - self._told:
+            self._told |= new
+            names = ", ".join(sorted(new))
+            _LOG.warning("%s: leaves out %s of requests, which another version takes", self._folder.name, names)
+        return {name: value for name, value in raw.items() if name not in left_out}
+
+    def _names(self) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for folder in self._folder.parent.iterdir():
+            with contextlib.suppress(OSError, ValueError):  # one that is torn or half written
+                for owner, names in Encoder(model_spec(folder), {}, None).names.items():
+                    found.setdefault(owner, set()).update(names)
+        return found
 
 
 def vocabulary_paths(folder: Path, spec: FeatureSpec) -> dict[str, Path]:

@@ -32,7 +32,7 @@ GAUGES = [name for gauges in (RANK_GAUGES, RUN_GAUGES, EVALUATION_GAUGES) for na
 PUBLISHED = {f"ray_{name}" for name in [*GAUGES, TERM_GAUGE, CHECKPOINT_AGE_GAUGE]}
 PUBLISHED |= {f"ray_{name}_total" for name in (CHECKPOINT_COUNTER, ATTEMPT_COUNTER)}
 LABELS = {"run", "rank", "term", "scenario", "task", "outcome", "job", "instance", "GpuIndex"}
-LABELS |= {"path", "status", "stage", "replica", "le"}
+LABELS |= {"path", "status", "stage", "what", "replica", "le"}
 """Tags of launch/monitor.py and of serving/metrics.py, and what Ray and Prometheus add."""
 
 

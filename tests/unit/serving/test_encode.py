@@ -121,17 +121,24 @@ def test_a_number_that_no_float32_holds_is_refused_where_it_is_taken_as_it_is(en
     dense = tuple(replace(feature, scale=scale) for feature in encoder.spec.dense)
     encoder = Encoder(replace(encoder.spec, dense=dense), {}, None)
     if is_good:
-        assert encoder.profile("item", {"price": -1e39}).numbers.tolist() == [np.float32(-np.log1p(1e39))]
+        assert encoder.profile("item", {"price": -1e38}).numbers.tolist() == [np.float32(-np.log1p(1e38))]
         return
     assert np.isfinite(encoder.profile("item", {"price": -1e29}).numbers).all()
-    for price in (1e39, 3.4028234e38, -3.3e38, 1e37):  # the largest float32, too, stands for "no value" in logs
+    for price in (3.4028234e38, -3.3e38, 1e37):  # the largest float32, too, stands for "no value" in logs
         with pytest.raises(EncodeError, match=r"price: is too large to be taken as it is; a number below 1e30 is need"):
             encoder.profile("item", {"price": price})
 
 
-def test_a_number_beyond_all_doubles_is_said_to_be_too_large(encoder):
-    for price in (json.loads("1e400"), -(10**400), float("nan")):
-        with pytest.raises(EncodeError, match=r"^price: is infinite, too large or NaN; a number up to 1.7e308 or null"):
+@pytest.mark.parametrize("in_buckets", [False, True])
+def test_a_number_that_the_build_has_as_none_is_said_to_be_too_large(encoder, in_buckets):
+    """Beyond the largest of 32 bits the build takes a number for null: as a number it would be another row's."""
+    if in_buckets:
+        price = SparseFeature(name="price", column="price_index", num_embeddings=4, owner="item", edges=(1.5,))
+        encoder = Encoder(replace(encoder.spec, sparse=(*encoder.spec.sparse, price), dense=()), {}, None)
+    largest = float(np.finfo(np.float32).max)
+    encoder.profile("item", {"price": -largest})
+    for price in (json.loads("1e400"), -(10**400), float("nan"), 3.5e38, -1e39, 10**39, 1.7e308):
+        with pytest.raises(EncodeError, match=r"^price: is infinite, too large or NaN; a number up to 3.4e38 or null"):
             encoder.profile("item", {"price": price})
     with pytest.raises(EncodeError, match=r"^price: is str; a number or null is needed"):
         encoder.profile("item", {"price": "1e400"})
@@ -158,6 +165,15 @@ def test_a_replay_finds_a_value_of_a_scaled_number_again(scale):
     columns = scaled([0.0, 1200.0, 1234.5, -7.25, 1e6], [feature] * 5)
     again = [_unscaled(float(column), feature) for column in columns]
     assert scaled(again, [feature] * 5).tolist() == columns.tolist()
+
+
+def test_a_replay_finds_the_largest_number_again():
+    feature = DenseFeature(name="n", column="n_scaled", owner="context", scale="log1p")
+    largest = float(np.finfo(np.float32).max)
+    for value in (largest, -largest):
+        (column,) = scaled([value], [feature]).tolist()
+        assert abs(_unscaled(column, feature)) <= largest
+        assert scaled([_unscaled(column, feature)], [feature]).tolist() == [column]
 
 
 @pytest.mark.parametrize("edges", [(), (0.0,), (3.0, 7.0), (-5.5, 0.1, 0.3), (1e-45, 2e38)])
@@ -222,14 +238,25 @@ def stores(encoder, tmp_path):
         micros = pa.array([FIRST + 1_000_000 * s for s in events[name].to_pylist()])
         events = events.set_column(place, name, micros.cast(pa.timestamp("us", tz="UTC")))
     write_items(tmp_path, manifest, encoder)
-    write_users(tmp_path, manifest, events, encoder, length=encoder.spec.history_length)
-    return tmp_path, instant_after(events)
+    as_of = instant_after(events, FIRST + DAY // dt.timedelta(microseconds=1))
+    write_users(tmp_path, manifest, events, encoder, as_of_us=as_of)
+    assert instant_after(events, FIRST + 4_000_000) == FIRST + 4_000_000  # one of them lies ahead
+    for name, moment in (("ahead", FIRST + 4_000_000), ("all", None)):
+        (tmp_path / name).mkdir()
+        write_users(tmp_path / name, manifest, events, encoder, as_of_us=moment)
+    return tmp_path, as_of
 
 
 def test_users_keep_what_a_later_request_can_see(encoder, stores):
     folder, as_of = stores
     assert as_of == FIRST + 5_000_001
     users = UserStore(folder, encoder)
+    # As of second 4, while events lie ahead: the three before it, the late one, and those ahead.
+    ahead, whole = (UserStore(folder / name, encoder).get("u1")[0] for name in ("ahead", "all"))
+    assert ((ahead.time - FIRST) // 1_000_000).tolist() == [1, 2, 2, 3, 4, 5]
+    for second in (4, 4.5, 5, 5.5, 99, 100):
+        found, right = (encoder.histories(events, FIRST + int(second * 1_000_000)) for events in (ahead, whole))
+        assert all((found[name] == right[name]).all() for name in right)
     events, profile = users.get("u1")
     # The three newest known ones, and the one that is not known yet.
     assert ((events.time - FIRST) // 1_000_000).tolist() == [2, 3, 4, 5]

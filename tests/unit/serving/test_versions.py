@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -29,6 +30,7 @@ from usr_ray.serving.versions import (
     verified_version,
     version_files,
     with_canary,
+    with_shadow,
 )
 
 pytestmark = pytest.mark.unit
@@ -58,6 +60,29 @@ def test_a_rollback_says_how_old_its_version_is_and_where_the_log_of_events_no_l
     with pytest.raises(RegistryError, match=r"1-a: holds no readable version.json; publish one"):
         publish_job(["--registry", str(tmp_path), "--rollback"])
     assert read_pointer(tmp_path).stable == "2-b"  # no service would open it
+
+
+def test_changes_of_the_pointer_at_once_are_all_kept(tmp_path):
+    """A nightly publication and an operator who changes the canary's share must not undo one another."""
+    names = [f"{n}-a" for n in range(40)]
+    for name in ("first-a", "canary-b", *names):
+        (tmp_path / "versions" / name).mkdir(parents=True)
+    Pointer("first-a", canary="canary-b", share=0.1).write(tmp_path)
+
+    def change(n):
+        if n % 4 == 3:
+            with_shadow(tmp_path, names[n])
+        else:
+            move_pointer(tmp_path, names[n])
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(change, range(40)))
+    pointer = read_pointer(tmp_path)
+    moved = {name for n, name in enumerate(names) if n % 4 != 3}
+    assert {*pointer.before, pointer.stable} == {"first-a"} | moved
+    assert len(pointer.before) == len(moved)
+    assert (pointer.canary, pointer.share) == ("canary-b", 0.1)
+    assert pointer.shadow in set(names) - moved
 
 
 def test_flags_that_would_do_nothing_are_refused(tmp_path):
