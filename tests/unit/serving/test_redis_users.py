@@ -176,8 +176,8 @@ def test_addresses_that_cannot_be_are_refused_before_the_export(tmp_path, addres
     places = ["--run-dir", str(tmp_path / "run"), "--lake", str(tmp_path / "lake"), "--registry", str(tmp_path / "r")]
     with pytest.raises(UserError):
         publish_job([*places, "--users", address])
-    for words in (["--rollback"], ["--stable"], [*places[:4], "--rollback"]):
-        with pytest.raises(UserError, match="--users: is for a new version; name its --run-dir and --lake"):
+    for flag, words in (("users", ["--rollback"]), ("users", ["--stable"]), ("run-dir", [*places[:4], "--rollback"])):
+        with pytest.raises(UserError, match=rf"^--{flag}: is for a new version, and {words[-1]} serves one that is "):
             publish_job([*words, "--registry", str(tmp_path / "r"), "--users", "redis://127.0.0.1/0"])
 
 
