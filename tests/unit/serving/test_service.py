@@ -58,7 +58,7 @@ class Version:
             "request_id": None,
             "version": self.version["version"],
             "items": items[:: -1 if ranked else 1][: raw.get("k")],
-            "unknown": {"user": "user_id" not in raw, "candidates": raw["candidates"][1:]},
+            "unknown": {"user": "user_id" not in raw, "candidates": [item["id"] for item in items[1:]]},
             "degraded": "slow" in raw,
         }
 
