@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def own_lake(tmp_path: Path) -> Path:
 
 
 def test_a_search_keeps_failures_chooses_on_its_own_dates_and_writes_a_configuration(
-    cluster: None, own_lake: Path, tmp_path: Path
+    cluster: None, own_lake: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from usr_ray.experiments.search import run_search
 
@@ -42,6 +43,9 @@ def test_a_search_keeps_failures_chooses_on_its_own_dates_and_writes_a_configura
     result = run_search(Base(None, (*SETS, "ray.num_workers=1")), str(own_lake), run_dir)
     assert [point.status for point in result.points].count("failed") >= 1
     assert any("diverged" in point.error for point in result.points)
+    printed = "".join(capfd.readouterr())
+    assert re.search(r"\] \w+ FAILED: step \d+: the loss is .* so the run has diverged", printed), "in one line"
+    assert "Traceback" not in printed
     assert result.points[0].values == {"train.learning_rate": 0.001, "model.embedding_dim": 8}, "as given, first"
     trained = json.loads((run_dir / "trials" / result.choice.point.trial_id / "config.json").read_text())
     assert trained["config"]["data"]["train_dates"] == "2026-01-01:2026-01-02"

@@ -25,7 +25,7 @@ from usr_ray.config import Config, UserError
 from usr_ray.config.training import METRICS, SpaceConfig, TuneConfig
 from usr_ray.data.pins import remove_pin, write_pin
 from usr_ray.experiments.grid import Resources, Study
-from usr_ray.experiments.record import Base, note_failure
+from usr_ray.experiments.record import Base, failure_of, note_failure
 from usr_ray.experiments.search_record import FINAL_DIR, as_row, open_search, read_points, write_search, write_values
 from usr_ray.experiments.space import (
     Choice,
@@ -112,7 +112,8 @@ def run_search(base: Base, lake: str, run_dir: Path, *, cluster: str = OWN, comm
 
 def _search(config: Config, lake: str, run_dir: Path, version: int) -> list[TriedPoint]:
     """Every trial that was drawn, run to its end or until ASHA stopped it."""
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    # Of a failed trial Tune logs a traceback of thirty lines; `_Progress` says why it failed in one.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     resources, storage = search_resources(config), run_dir / RAY_DIR
     slots = num_slots(resources, ray.cluster_resources(), use_gpu=config.ray.use_gpu)
     trainable = tune.with_resources(
@@ -140,7 +141,9 @@ def _search(config: Config, lake: str, run_dir: Path, version: int) -> list[Trie
             trainable,
             param_space={path: draw(space) for path, space in config.tune.space.items()},
             tune_config=_tune_config(config, slots),
-            run_config=tune.RunConfig(name=_EXPERIMENT, storage_path=str(storage), verbose=0, callbacks=[_Progress()]),
+            run_config=tune.RunConfig(
+                name=_EXPERIMENT, storage_path=str(storage), verbose=0, callbacks=[_Progress(run_dir / TRIALS_DIR)]
+            ),
         )
     print(f"{config.tune.num_trials} trials, {slots} at once, {resources.num_workers} workers each", flush=True)
     results = tuner.fit()
@@ -155,6 +158,9 @@ def _search(config: Config, lake: str, run_dir: Path, version: int) -> list[Trie
 class _Progress(tune.Callback):
     """A line for each trial that ended, with the time left."""
 
+    def __init__(self, trials_dir: Path) -> None:
+        self._trials_dir = trials_dir
+
     # Tune passes everything by name.
     def setup(self, **info: Any) -> None:  # type: ignore[override]
         """See tune.Callback; called at the start of a resumed search too, from which its time is counted."""
@@ -167,7 +173,9 @@ class _Progress(tune.Callback):
 
     def on_trial_error(self, **info: Any) -> None:  # type: ignore[override]
         """See tune.Callback."""
-        self._progress.ended(info["trial"].trial_id, "FAILED")
+        trial_id = info["trial"].trial_id
+        failure = failure_of(self._trials_dir / trial_id) or "its process ended"
+        self._progress.ended(trial_id, f"FAILED: {failure}")
 
 
 def _search_algorithm(config: Config, slots: int) -> SearchAlgorithm | Searcher:

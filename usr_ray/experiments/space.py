@@ -193,10 +193,8 @@ def choose(points: Sequence[TriedPoint], config: Config) -> Choice:
     """
     candidates = [found for point in points if (found := best_epoch(point, config))]
     if not candidates:
-        errors = sorted({point.error for point in points if point.error})
-        raise TuneError(
-            f"no trial has a {config.tune.metric} on the choosing dates ({'; '.join(errors) or 'undefined'})"
-        )
+        errors = sorted({point.error or "undefined there: a label is missing" for point in points})
+        raise TuneError(f"no trial has a {config.tune.metric} on the choosing dates ({'; '.join(errors)})")
     return min(candidates, key=lambda c: badness(c, config))
 
 

@@ -44,6 +44,7 @@ from usr_ray.launch.alone import refuse_relative_run
 from usr_ray.launch.environment import OWN, SUBMITTED
 from usr_ray.launch.session import ray_session
 from usr_ray.runs.plan import with_whole_paths
+from usr_ray.runs.telltale import telltales
 from usr_ray.training.checkpoint import CHECKPOINTS
 from usr_ray.training.worker import LocalWorker
 
@@ -169,7 +170,8 @@ def _pin(pinned: Sequence[list[Manifest]], config: Config, run_dir: Path) -> Non
     """Trials to come read these files too, and have no pin of their own yet. Doubts about them are printed once."""
     for manifests in pinned:
         write_pin(manifests, run_dir)
-    told = (doubts(config, train, held_out, first_counted=None) for train, held_out in pinned)
+    told = [*(doubts(config, train, held_out, first_counted=None) for train, held_out in pinned)]
+    told += [telltales(config, train) for train, _ in pinned]
     warn(dict.fromkeys(doubt for found in told for doubt in found))
 
 

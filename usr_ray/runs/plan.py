@@ -51,6 +51,7 @@ from usr_ray.runs.evaluations import (
     trained_on,
     warm_start_dates,
 )
+from usr_ray.runs.telltale import telltales
 from usr_ray.training.checkpoint import CHECKPOINTS, CheckpointStore
 from usr_ray.training.loop import TrainResult
 from usr_ray.training.rows import training_reader
@@ -85,7 +86,7 @@ class RunPlan:
     record: dict[str, Any]
     """config.json as it will be written; `status` tells whether there is anything left to do."""
     doubts: tuple[str, ...] = ()
-    """Warnings, to be shown where the run is trained (lineage.doubts)."""
+    """Warnings, to be shown where the run is trained (lineage.doubts, telltale.telltales)."""
 
     @property
     def is_finished(self) -> bool:
@@ -158,6 +159,8 @@ def plan_run(config: Config, lake: Path | str, run_dir: Path | str, *, command: 
     record["attempts"] = [*record["attempts"], attempt]
     first_counted = first_counted_date(lake) if config.every_counter else None
     found = doubts(config, train_manifest, manifests["eval"], first_counted=first_counted)
+    if len(record["attempts"]) == 1:  # a finished run needs no file of the lake
+        found += telltales(config, train_manifest)
     return RunPlan(config, folder, train_manifest, manifests["eval"], record, tuple(found))
 
 

@@ -135,6 +135,8 @@ def test_with_a_schedule_only_a_whole_run_stands_for_itself() -> None:
 def test_a_search_of_failures_says_what_they_failed_of() -> None:
     with pytest.raises(TuneError, match=r"no trial has a log_loss on the choosing dates \(diverged\)"):
         choose([point("a", error="diverged"), point("b", error="diverged")], config())
+    with pytest.raises(TuneError, match=r"choosing dates \(diverged; undefined there: a label is missing\)"):
+        choose([point("a", error="diverged"), point("b", math.nan, math.nan)], config())
 
 
 def test_importance_by_hand() -> None:
