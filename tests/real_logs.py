@@ -14,21 +14,20 @@ import pyarrow.parquet as pq
 
 KEYS = ["user_id", "video_id", "time_ms", "tab"]
 """An impression of KuaiRand."""
-TENTH = 10
 
 
-def tenth_of_kuairand(source: Path, target: Path, *, rest: int) -> Path:
-    """The files with a tenth of the users (user_id % 10 = rest), all of what each of them did; the items whole."""
+def some_of_kuairand(source: Path, target: Path, *, one_of: int, rest: int) -> Path:
+    """The files with one of `one_of` users (user_id % one_of = rest), all of what each did; the items whole."""
     target.mkdir()
     for path in source.iterdir():
         if path.name.startswith("video"):
             shutil.copy(path, target)
         elif path.name.startswith("user_features"):
             users = pd.read_csv(path, dtype=str)
-            users[users.user_id.astype(int) % TENTH == rest].to_csv(target / path.name, index=False)
+            users[users.user_id.astype(int) % one_of == rest].to_csv(target / path.name, index=False)
         elif path.suffix == ".parquet":
             rows = pq.read_table(path)
-            rows = rows.filter(pa.array(rows["user_id"].to_numpy() % TENTH == rest))
+            rows = rows.filter(pa.array(rows["user_id"].to_numpy() % one_of == rest))
             pq.write_table(rows, target / path.name)
     return target
 

@@ -1,4 +1,4 @@
-"""jobs/daily.py on real jobs: one day from logs to scores. Its other ways are in
+"""jobs/daily.py on real jobs, each a process: one day from logs to scores. Its other ways are in
 tests/unit/operations/test_daily.py."""
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ SMALL = (
 )
 
 
+@pytest.mark.slow  # tests/spark/test_daily.py has the same day in one process
 def test_a_first_day_ends_with_a_model_in_use_and_its_scores(smoke: Path, run: Run, tmp_path: Path) -> None:
     settings = [word for line in SMALL for word in ("--set", line)]
     work = ["--work", tmp_path / "work"]

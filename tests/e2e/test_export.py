@@ -66,13 +66,27 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("backbone", [name for name in BACKBONES if name != "shared_bottom"])
-def test_a_request_of_every_backbone_is_answered_as_the_training_model_answers(lake, tmp_path, backbone, monkeypatch):
-    """One of them with large weights, which lie beside the ONNX file."""
+OTHERS = [name for name in BACKBONES if name != "shared_bottom"]
+WITH_USR = "apg"
+"""Of the others round which USR lies."""
+
+
+@pytest.mark.parametrize(
+    ("backbone", "is_plain"),
+    [pytest.param(name, True, id=name) for name in OTHERS if name != WITH_USR]
+    + [pytest.param(n, False, id=f"{n}+usr", marks=[] if n == WITH_USR else pytest.mark.slow) for n in OTHERS],
+)
+def test_a_request_of_every_backbone_is_answered_as_the_training_model_answers(
+    lake, tmp_path, backbone, is_plain, monkeypatch
+):
+    """Those of one backbone with large weights, which lie beside the ONNX file.
+
+    USR's operations are those round shared_bottom (below) and one other.
+    """
     is_large = backbone == "mmoe"
     if is_large:
         monkeypatch.setattr("usr_ray.serving.export._EXTERNAL_BYTES", 100)
-    run_dir = make_run(tmp_path / "run", lake, backbone=backbone)
+    run_dir = make_run(tmp_path / "run", lake, backbone=backbone, **(PLAIN if is_plain else {}))
     manifest = export_run(run_dir, tmp_path / "out", lake, requests_only=True)
     assert ("request.onnx.data" in manifest["files"]) == is_large
     run = load_run(run_dir)

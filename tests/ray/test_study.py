@@ -71,11 +71,21 @@ def test_failures_are_kept_and_a_second_call_runs_only_what_has_no_result(
     assert (second.num_finished, second.failures) == (2, {})
     assert "resumed at step 1 " in (trial_dir(run_dir, half) / "train.log").read_text()
     assert before == {name: trial_files(run_dir, name) for name in before}
+    assert not list(run_dir.glob("trials/sound*/checkpoints")), "a finished trial's take room for nothing"
     assert {row["table_version"] for row in pq.read_table(second.results).to_pylist()} == {1}
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"diverging": WILD},
+        # In turns: as many at once as tests/unit/experiments/test_study_run.py says.
+        pytest.param({"sound": {}, "diverging": WILD}, marks=pytest.mark.slow),
+    ],
+    ids=list,
+)
 def test_trials_of_two_workers_each_take_turns_on_two_cpus(
-    cluster: None, own_lake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: None, own_lake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any]
 ) -> None:
     """Both at once would wait for each other's CPUs for ever. With a backbone that lies outside the package.
 
@@ -85,19 +95,16 @@ def test_trials_of_two_workers_each_take_turns_on_two_cpus(
 
     own = "model.backbone='cross_network:CrossNetwork'"
     monkeypatch.syspath_prepend(str(BACKBONE))  # the workers have it from the cluster
-    study = parse_study({**GRID, "resources": {"num_workers": 2}}, name="pairs", scale="full")
-    result = run_study(study, Base(None, (*SETS, own)), str(own_lake), tmp_path / "study")
-    assert result.num_finished == 1
+    grid = {"seeds": [0], "axes": [{"name": "rate", "values": values}], "resources": {"num_workers": 2}}
+    study, run_dir = parse_study(grid, name="pairs", scale="full"), tmp_path / "study"
+    result = run_study(study, Base(None, (*SETS, own)), str(own_lake), run_dir)
+    assert result.num_finished == len(values) - 1
     ((name, why),) = result.failures.items()
     assert "diverging" in name
     assert "diverged" in why
     assert "Error" not in why, "Ray's own words"
-    trials = tmp_path / "study" / "trials"
-    records = [json.loads(path.read_text()) for path in trials.glob("*/config.json")]
-    assert [record["config"]["ray"]["num_workers"] for record in records] == [2, 2]
-    assert not list((tmp_path / "study" / "trials").glob("sound*/checkpoints")), (
-        "a finished trial's take room for nothing"
-    )
+    records = [json.loads(path.read_text()) for path in run_dir.glob("trials/*/config.json")]
+    assert [record["config"]["ray"]["num_workers"] for record in records] == [2] * len(values)
 
 
 def trial_files(run_dir: Path, trial_id: str) -> dict[str, int]:

@@ -62,7 +62,7 @@ def test_a_search_keeps_failures_chooses_on_its_own_dates_and_writes_a_configura
     assert files == {p: p.stat().st_mtime_ns for p in run_dir.glob("trials/*/metrics.json")}
 
 
-@pytest.mark.slow  # tests/ray/test_study.py has two trials of two workers each
+@pytest.mark.slow  # tests/ray/test_study.py has a trial of two workers
 def test_trials_of_two_workers_each_take_turns_on_two_cpus(cluster: None, own_lake: Path, tmp_path: Path) -> None:
     """One of a search and then two of a study: trials that wait for each other's CPUs would wait for ever."""
     from usr_ray.experiments.search import run_search

@@ -14,8 +14,6 @@ from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from etl.build.restate import RestateRequest, restate_samples
-from etl.build.samples import Progress
 from etl.checks import DataCheckError
 from etl.features.by_id import update_tables_by_id
 from etl.features.vocabulary import existing_vocabularies, feature_spec, grow_vocabularies
@@ -23,8 +21,8 @@ from etl.lake.maintain import MaintainRequest, maintain
 from etl.lake.tables import Lake, prepare_samples, replace_dates
 from etl.logs.events import read_features
 from etl.logs.files import LogFolder
-from tests.spark.shop import CONFIG, Shop, logs_of, random_shop, write_logs
-from tests.spark.test_build_samples import WATERMARK, rows_of
+from tests.spark.shop import CONFIG, Shop
+from tests.spark.test_build_samples import rows_of
 from usr_ray.config import UserError, load_config
 from usr_ray.config.logs import LogConfig
 from usr_ray.data.by_id import read_item_features
@@ -112,15 +110,6 @@ def test_the_samples_name_the_version_that_is_theirs(
     update()
     assert len(DeltaTable(str(path / "item_features")).history()) == commits, "nothing has changed, nothing is written"
     assert manifest_of(path).item_features == after.item_features
-
-    # Late rows: rows that a restate adds see the feature tables of now, and so do all histories.
-    again = {i: row | {"brand": "a"} for i, row in now.items()}
-    fresh = random_shop(31, num_impressions=160)
-    late = write_logs(logs_of(Shop(fresh.world, {}, shop.users, again)), tmp_path / "late")
-    request = RestateRequest(logs=str(late), lake=Lake(str(path)), watermark=WATERMARK)
-    assert restate_samples(spark, settings, request, Progress(write=[].append))
-    assert found(path) == expected(path, {dropped: shop.items[dropped]} | again)
-    assert manifest_of(path).item_features != after.item_features
 
 
 def test_a_manifest_pins_the_files_and_refuses_others(lake: Path, tmp_path: Path) -> None:

@@ -243,6 +243,8 @@ def test_a_log_of_orders_that_the_configuration_denies_is_refused(spark: SparkSe
         event_logs(config, LogFolder(spark, str(tmp_path / "none")))
 
 
+# Every real row and its labels without Spark: tests/unit/etl_sources/test_jdsearch.py; from bytes to steps: above.
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL_JDSEARCH.is_dir(), reason="the real logs are not beside the project (shared/data)")
 def test_jdsearch_from_real_rows_to_trained_steps(spark: SparkSession, tmp_path: Path) -> None:
     # The sample has a few searches, and days are drawn: two of the eight have one.
