@@ -18,18 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from cluster.daemons import session_processes
 from cluster.local_ray import api, train_runs
-from tests.ray.conftest import OVERRIDES, newest_step, small_config, wait_for, weights
+from tests.ray.conftest import OVERRIDES, newest_step, small_config, wait_for
 from tests.unit.samples_table import samples_spec, write_samples
-from tests.unit.two_ranks import run_ranks
 from usr_ray.launch.environment import ensure_token
-from usr_ray.runs.plan import load_manifest, plan_run
-from usr_ray.training.loop import train
+from usr_ray.runs.plan import load_manifest
 from usr_ray.training.rows import training_reader
-from usr_ray.training.worker import LocalWorker
 
 pytestmark = pytest.mark.ray
 
@@ -185,6 +181,14 @@ def ray_job(head: Head, action: str, *words: object) -> list[str]:
     return [str(w) for w in (Path(sys.executable).parent / "ray", "job", action, *address, *words)]
 
 
+def stop_job(head: Head, name: str) -> Any:
+    """What `ray job stop` sends, without the seconds in which it loads Ray and the training goes on."""
+    address = f"http://127.0.0.1:{head.dashboard}/api/jobs/{name}/stop"
+    token = {"Authorization": f"Bearer {ensure_token()}"}
+    with urllib.request.urlopen(urllib.request.Request(address, method="POST", headers=token), timeout=30) as response:
+        return json.load(response)
+
+
 def steps_logged(run_dir: Path) -> int:
     path = run_dir / "history.jsonl"
     return max((json.loads(line)["step"] for line in path.read_text().splitlines()), default=0) if path.exists() else 0
@@ -196,26 +200,19 @@ def steps_of_an_epoch(folder: Path) -> int:
         return reader.num_steps
 
 
-def _unbroken(worker: LocalWorker, folder: Path) -> dict[str, torch.Tensor]:
-    """The same training without Ray; one processor a rank, as Ray's workers have on this machine's share."""
-    plan = plan_run(small_config(*LONG_RUN), folder / "lake", folder / "unbroken")
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // worker.world_size))
-    result = train(plan.config, worker, train_manifest=plan.train_manifest, run_dir=folder / "unbroken")
-    return result.state.tensors()
-
-
-LONG_RUN = ("train.num_epochs=3", "train.checkpoint_every_steps=1000")
-LOOK_EVERY_S = 0.3
+LONG_RUN = ("train.num_epochs=2", "train.checkpoint_every_steps=1000")
+LOOK_EVERY_S = 0.5
 """How often a running job is looked at: each look takes the dashboard more time than a step takes the workers."""
 
 
 def test_a_submitted_training_can_be_stopped_gone_on_with_and_watched(head: Head, tmp_path: Path) -> None:
-    write_samples(tmp_path / "lake", samples_spec(), num_rows=36_000, num_days=6)
+    """That it ends with an unbroken run's weights: tests/ray/test_trainer.py, with a worker that is asked to end."""
+    write_samples(tmp_path / "lake", samples_spec(), num_rows=24_000, num_days=6)
     job = submit(head, tmp_path, "first", *LONG_RUN)
     wait_for(lambda: steps_logged(tmp_path / "run") >= 10 or job.poll() is not None)
-    stopped = subprocess.run(ray_job(head, "stop", "first"), env=TOKEN_MODE, capture_output=True, text=True, check=True)
+    assert stop_job(head, "first") == {"stopped": True}
     job.wait(timeout=60)
-    assert "was stopped" in stopped.stdout + stopped.stderr
+    assert api(head.dashboard, "/api/jobs/first", ensure_token())["status"] == "STOPPED"
     step = newest_step(tmp_path / "run")
     printed = (tmp_path / "first").read_text()
     assert f"stopped at step {step:,}" in printed, printed[-3000:]
@@ -248,9 +245,6 @@ def test_a_submitted_training_can_be_stopped_gone_on_with_and_watched(head: Head
         assert {("usr_ray_step", rank), ("usr_ray_samples_per_s", rank)} <= seen["metrics"]
     assert {("usr_ray_loss", "0"), ("usr_ray_auc", "0"), ("usr_ray_checkpoint_age_s", "0")} <= seen["metrics"]
     assert re.search(r"run: +run-\S+ FINISHED, attempt 1: rank 0", head.call("status").stdout)
-    expected, found = run_ranks(_unbroken, 2, tmp_path)[0], weights(tmp_path / "run")
-    assert set(expected) == set(found)
-    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
 def test_a_further_node_that_is_lost_comes_back_with_start(head: Head) -> None:

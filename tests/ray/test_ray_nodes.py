@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "token"}
 LONG = ("train.num_epochs=4", "train.checkpoint_every_steps=1000", "ray.num_workers=2")
+
+
+LOOK_EVERY_S = 2
 
 
 class Cluster:
@@ -117,7 +121,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def both_are_alive(cluster: Cluster) -> None:
     """Wait for the head to know of both machines: its dashboard hears of a node some seconds after it has joined."""
     expected = [cluster.machines.address(n) for n in range(2)]
-    wait_for(lambda: sorted(re.findall(r"node: +(\S+) ALIVE", cluster.nodes(0, "status").stdout)) == expected)
+
+    def are_told() -> bool:
+        time.sleep(LOOK_EVERY_S)  # to ask takes two processor seconds
+        return sorted(re.findall(r"node: +(\S+) ALIVE", cluster.nodes(0, "status").stdout)) == expected
+
+    wait_for(are_told)
 
 
 def test_a_job_on_two_machines_streams_and_its_end_arrives(cluster: Cluster) -> None:
