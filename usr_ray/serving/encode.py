@@ -360,7 +360,7 @@ class Encoder:
         categories, numbers, lists = self.categories[owner], self.numbers[owner], self.lists[owner]
         if unknown := sorted(values.keys() - self.names[owner].keys()):
             there = ", ".join(self.names[owner]) or "none"
-            raise EncodeError(f"unknown feature {unknown[0]!r}; features of the {owner} are: {there}")
+            raise EncodeError(f"unknown feature {unknown[0]!r:.60}; features of the {owner} are: {there}")
         texts = {n: _named(n, category_text, values.get(n)) for n in categories if n not in self.edges}
         ids = [self._bucket(n, values.get(n)) if n in self.edges else self.ids(n, [texts[n]])[0] for n in categories]
         parts = [np.array(ids, dtype=np.int32)]

@@ -372,11 +372,11 @@ class Ranker:
             raise RequestError(f"request: is {type(raw).__name__}; an object is needed")
         unknown = sorted(set(raw) - set(_FIELDS))
         if unknown:
-            raise RequestError(f"unknown field {unknown[0]!r}; a request has: {', '.join(_FIELDS)}")
+            raise RequestError(f"unknown field {unknown[0]!r:.60}; a request has: {', '.join(_FIELDS)}")
         spec = self.encoder.spec
         scenario = raw.get("scenario")
         if scenario not in spec.scenarios:
-            raise RequestError(f"scenario: {scenario!r} is not known; there are: {', '.join(spec.scenarios)}")
+            raise RequestError(f"scenario: {scenario!r:.60} is not known; there are: {', '.join(spec.scenarios)}")
         nulls = self.null_values.get(f"{scenario}_impressions", ())
         query = without_nulls(raw.get("query"), nulls)
         query = None if query in (None, "") else _text(query, "query")  # as the build takes it
@@ -414,7 +414,7 @@ class Ranker:
             item = candidate if isinstance(candidate, Mapping) else {"id": candidate}
             strange = sorted(set(item) - {"id", "features"})
             if strange:
-                raise RequestError(f"{where}: unknown field {strange[0]!r}; an item has: id, features")
+                raise RequestError(f"{where}: unknown field {strange[0]!r:.60}; an item has: id, features")
             names.append(_text(item.get("id"), where))
             if item.get("features") is not None:
                 given[place] = self._profile("item", item["features"], f"{where}.features", nulls, names[-1])
@@ -440,7 +440,7 @@ class Ranker:
                 time_us = micros_of(raw)
             except (TypeError, ValueError) as error:
                 needed = "ISO 8601 with a zone is needed, such as 2026-01-08T12:00:00Z"
-                raise RequestError(f"time: {raw!r} cannot be read; {needed}") from error
+                raise RequestError(f"time: {raw!r:.60} cannot be read; {needed}") from error
         if time_us < self._exact_from_us and raw is None:
             raise RequestError(
                 f"time: it is {iso_time(time_us)} by the service's clock, which is before "

@@ -117,3 +117,13 @@ def test_items_and_programs_too(service, tmp_path, monkeypatch):
         ranker.score(REQUEST | {"candidates": sent})["items"]
         == ranker.score(REQUEST | {"candidates": without})["items"]
     )
+
+
+@pytest.mark.parametrize("field", ["scenario", "user_id", "time", "task", "k", "candidates", "context", "unknown"])
+def test_a_refusal_does_not_send_back_all_that_was_sent(service, field):
+    long = "x" * 100_000
+    sent = {"context": {long: 1}, "candidates": [{"id": "a", long: 1}], "user_id": [long], "k": long}
+    body = REQUEST | {long if field == "unknown" else field: sent.get(field, long)}
+    status, answer = service.submit(json.dumps(body).encode(), ranked=True).result(60)
+    assert (status, "\n" in answer["error"]) == (422, False)
+    assert len(answer["error"]) < 400
