@@ -239,9 +239,11 @@ class EventLog:
         self._offsets[name] = self._offsets.get(name, 0) + len(content)
         for line in content.splitlines():
             try:
-                kind, id_, user, item, scenario, *times, of = json.loads(line)
+                kind, id_, user, item, scenario, happened, known, of = json.loads(line)
                 # Users and items are in many rows: one string for all of them takes a quarter less memory.
-                row = Row(intern(kind), id_, intern(user), intern(item), scenario and intern(scenario), *times, of)
+                row = Row(
+                    intern(kind), id_, intern(user), intern(item), scenario and intern(scenario), happened, known, of
+                )
             except (ValueError, TypeError):
                 continue  # cut off by a crash, before its post was answered
             if self._is_news(row):
