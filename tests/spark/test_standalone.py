@@ -17,14 +17,14 @@ import deltalake
 import pytest
 
 from cluster.daemons import session_processes
-from tests.e2e.conftest import ROOT, run_command
+from tests.e2e.conftest import run_command
+from tests.spark.test_logs_as_they_come import DAY, PLAIN, clicks, csv, impressions
 from usr_ray.launch.environment import free_port
 
 pytestmark = pytest.mark.spark
 
-EXAMPLE = ROOT / "examples" / "own_logs"
 QUICK = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
-PLAIN = (
+INTERPRETED = (
     "spark.sql.shuffle.partitions=2",
     "spark.sql.codegen.wholeStage=false",
     "spark.sql.codegen.factoryMode=NO_CODEGEN",
@@ -51,8 +51,8 @@ class Standalone:
             self.is_up = action == "start"
         return ended
 
-    def build(self, lake: Path, *settings: str, executors: int) -> CompletedProcess[str]:
-        """The command that `start` prints, with a small driver, for one day of two scenarios without features."""
+    def build(self, logs: Path, lake: Path, *settings: str, executors: int) -> CompletedProcess[str]:
+        """The command that `start` prints, with a small driver, for one day of one scenario without features."""
         return run_command(
             "spark-submit",
             "--master",
@@ -65,19 +65,17 @@ class Standalone:
             QUICK,
             "--conf",
             f"spark.executor.extraJavaOptions={QUICK}",
-            *(word for option in PLAIN for word in ("--conf", option)),
+            *(word for option in INTERPRETED for word in ("--conf", option)),
             "--conf",
             f"spark.dynamicAllocation.minExecutors={executors}",
             "jobs/build_samples.py",
-            "--config",
-            EXAMPLE / "own_logs.toml",
             "--logs",
-            EXAMPLE,
+            logs,
             "--lake",
             lake,
             "--dates",
-            "2026-03-28",
-            *(word for setting in settings for word in ("--set", setting)),
+            str(DAY),
+            *(word for setting in (*PLAIN, *settings) for word in ("--set", setting)),
         )
 
     def applications(self) -> list[dict[str, Any]]:
@@ -110,27 +108,35 @@ def content(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 impressions, each fourth of them clicked."""
+    folder, shown = tmp_path_factory.mktemp("logs"), impressions()
+    csv(folder / "feed_impressions.csv", shown)
+    csv(folder / "feed_clicks.csv", clicks(shown))
+    return folder
+
+
+@pytest.fixture(scope="module")
 def lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("lake") / "lake"
 
 
-def test_a_job_runs_on_the_executors(cluster: Standalone, lake: Path) -> None:
-    built = cluster.build(lake, executors=2)
+def test_a_job_runs_on_the_executors(cluster: Standalone, logs: Path, lake: Path) -> None:
+    built = cluster.build(logs, lake, executors=2)
     assert built.returncode == 0, built.stdout[-2000:] + built.stderr[-2000:]
     samples = deltalake.DeltaTable(lake / "samples").to_pyarrow_table(columns=["is_click"])
-    # Lines of events/2026-03-28.csv: 48 views, 12 clicks, none of them twice.
-    assert (samples.num_rows, sum(samples["is_click"].to_pylist())) == (48, 12)
+    assert (samples.num_rows, sum(samples["is_click"].to_pylist())) == (40, 10)
     ended = [(job["state"], job["cores"]) for job in cluster.applications()]
     assert ("FINISHED", 2) in ended, "an executor on each worker"
 
 
 # The exit code of a job of spark-submit: tests/e2e/test_bad_input.py; this mistake: tests/spark/test_build_inputs.py.
 @pytest.mark.slow
-def test_a_job_ends_with_its_own_exit_code(cluster: Standalone, lake: Path) -> None:
+def test_a_job_ends_with_its_own_exit_code(cluster: Standalone, logs: Path, lake: Path) -> None:
     if not lake.exists():
-        cluster.build(lake, executors=1)
+        cluster.build(logs, lake, executors=1)
     whole = content(lake)
-    wrong = cluster.build(lake, "histories.length=7", executors=1)
+    wrong = cluster.build(logs, lake, "histories.length=7", executors=1)
     assert wrong.returncode == 2, wrong.stdout[-2000:] + wrong.stderr[-2000:]
     (line,) = re.findall(r"^error: (.*)$", wrong.stderr, re.M)
     assert re.match(r"\S+samples: built with histories.length = \d+, the configuration has 7; ", line), line
