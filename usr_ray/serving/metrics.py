@@ -21,7 +21,7 @@ class ServiceMetrics:
 
     Args:
         queue: gives the number of requests that are computed or wait.
-        as_of: gives the time that the stable version was published for, in seconds since 1970.
+        as_of: gives the time that the oldest served version was published for, in seconds since 1970.
         is_short: whether a version that the pointer names is not served.
     """
 
@@ -60,7 +60,9 @@ class ServiceMetrics:
             "usr_ray_serving_unopened", "1 while a version that the pointer names is not served.", registry=registry
         )
         unopened.set_function(lambda: float(is_short()))
-        age = Gauge("usr_ray_serving_age_seconds", "Seconds since the stable version's as_of.", registry=registry)
+        age = Gauge(
+            "usr_ray_serving_age_seconds", "Seconds since the oldest served version's as_of.", registry=registry
+        )
         age.set_function(lambda: time.time() - as_of())
 
     def spent(self, stage: str, seconds: float) -> None:

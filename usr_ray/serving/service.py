@@ -273,7 +273,8 @@ class Service:
         self.metrics.seconds.labels(path, status).observe(time.perf_counter() - started)
 
     def _as_of_s(self) -> float:
-        return micros_of(self.ranker.version["as_of"]) / 1e6
+        """Of the oldest version: a canary or shadow that is compared with one of today knows less of its users."""
+        return min(micros_of(ranker.version["as_of"]) for ranker in self._served[1].values()) / 1e6
 
     def about(self) -> dict[str, Any]:
         """The answer to GET /v1/model."""

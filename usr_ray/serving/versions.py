@@ -98,13 +98,14 @@ class Pointer:
     """Scores every request after it was answered; its scores are logged, never returned."""
 
     def bucket(self, user_id: str) -> str:
-        """'canary' or 'stable': always the same for a user while the canary is one version; a larger share adds users.
+        """'canary' or 'stable': always the same for a user while the canary is one model; a larger share adds users.
 
-        The user's hash is salted with the canary's name, so that the next canary meets other users.
+        The user's hash is salted with the canary's model, so that the next one meets other users, and one that is
+        published again, so that it knows what has happened since, meets the same.
         """
         if self.canary is None:
             return STABLE
-        return CANARY if hashes([f"{self.canary} {user_id}"])[0] < self.share * 2.0**64 else STABLE
+        return CANARY if hashes([f"{model_of(self.canary)} {user_id}"])[0] < self.share * 2.0**64 else STABLE
 
     def write(self, registry: Path) -> None:
         """Make it the pointer of a registry."""

@@ -156,6 +156,7 @@ def test_grafana_finds_the_dashboard_and_its_source() -> None:
     assert dashboard()["uid"] != dashboard("usr_ray_serving")["uid"]
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (of Prometheus) is not on PATH")
 def test_promtool_accepts_the_configuration_and_the_alerts_fire_when_they_must() -> None:
     for arguments in (

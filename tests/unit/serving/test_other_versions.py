@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ from typing import Any
 import pytest
 
 from tests.chaos import serving_bench
-from tests.chaos.serving_bench import requests, write_version
+from tests.chaos.serving_bench import NOW_US, requests, write_version
 from usr_ray.schema import DenseFeature
-from usr_ray.serving.ranker import Ranker
+from usr_ray.serving.ranker import Ranker, iso_time
 from usr_ray.serving.service import Service, Settings
 from usr_ray.serving.versions import Pointer, move_pointer, roll_back
 
@@ -82,6 +83,24 @@ def test_canary_shadow_and_stable_version_answer_the_same_requests(service, tmp_
     service._shadow_pool.shutdown()
     assert service.metrics.registry.get_sample_value("usr_ray_serving_shadows_total", {"outcome": "failed"}) is None
     assert service.metrics.registry.get_sample_value("usr_ray_serving_shadows_total", {"outcome": "logged"}) == 20
+
+
+def test_the_age_is_that_of_the_oldest_version(service, tmp_path):
+    def age_days() -> float:
+        seconds = service.metrics.registry.get_sample_value("usr_ray_serving_age_seconds")
+        return (seconds - (time.time() - NOW_US / 1e6)) / 86_400
+
+    assert abs(age_days()) < 0.01
+    version = write_version(tmp_path, "two", 1.0) / "version.json"
+    about = json.loads(version.read_text())
+    version.write_text(json.dumps(about | {"as_of": iso_time(NOW_US - 3 * 86_400_000_000)}))
+    for place in ("canary", "shadow"):
+        Pointer("one", **{place: "two"}).write(tmp_path)
+        assert service.look()
+        assert abs(age_days() - 3) < 0.01
+    Pointer("one").write(tmp_path)
+    assert service.look()
+    assert abs(age_days()) < 0.01
 
 
 def test_what_is_torn_or_gone_takes_nothing(service, tmp_path, monkeypatch):

@@ -97,6 +97,7 @@ def same(one, other):
     return events and np.array_equal(one[1].ids, other[1].ids) and np.array_equal(one[1].numbers, other[1].numbers)
 
 
+@pytest.mark.integration
 def test_users_are_those_of_the_lmdb_and_old_versions_go(server, encoder, tmp_path):
     folder = written(tmp_path / "a", encoder)
     of_lmdb = {name: UserStore(folder, encoder).get(name) for name in (f"u{n}" for n in range(0, NUM_USERS, 7))}
@@ -134,6 +135,7 @@ def test_users_are_those_of_the_lmdb_and_old_versions_go(server, encoder, tmp_pa
     )
 
 
+@pytest.mark.integration
 def test_a_publication_that_breaks_off_leaves_no_version(server, encoder, tmp_path):
     folder = written(tmp_path / "a", encoder)
     server.client.config_set("maxmemory", server.client.info("memory")["used_memory"] + 400_000)
@@ -181,6 +183,7 @@ def test_addresses_that_cannot_be_are_refused_before_the_export(tmp_path, addres
             publish_job([*words, "--registry", str(tmp_path / "r"), "--users", "redis://127.0.0.1/0"])
 
 
+@pytest.mark.integration
 def test_a_server_with_a_password(server, monkeypatch):
     server.client.config_set("requirepass", "pässword")
     with pytest.raises(StoreError, match="does not answer"):
@@ -223,6 +226,7 @@ def client(server, encoder, tmp_path, monkeypatch):
     service.close()
 
 
+@pytest.mark.integration
 def test_a_server_that_hangs_dies_or_is_empty_costs_the_history_and_no_answer(server, client):
     wanted = {}
 
@@ -258,6 +262,7 @@ def test_a_server_that_hangs_dies_or_is_empty_costs_the_history_and_no_answer(se
     checked(degraded=True)
 
 
+@pytest.mark.integration
 def test_a_golden_request_without_its_user_is_no_other_answer(server, encoder, tmp_path):
     folder = written(tmp_path / "a", encoder)
     place = move_users(folder, server.address, "one", tmp_path)

@@ -241,14 +241,15 @@ def test_the_canary_has_its_share_of_the_users_and_keeps_them():
     def canaries(name, share):
         return {user for user in users if Pointer("one", canary=name, share=share).bucket(user) == "canary"}
 
-    tenth, third = canaries("two", 0.1), canaries("two", 0.3)
+    tenth, third = canaries("1-two", 0.1), canaries("1-two", 0.3)
     # Of a binomial's standard deviation, 42 and 65 users, five.
     assert abs(len(tenth) - 2_000) < 5 * 42
     assert abs(len(third) - 6_000) < 5 * 65
     assert tenth < third
-    assert canaries("two", 1.0) == set(users)
-    assert canaries("two", 0.0) == set()
-    other = canaries("three", 0.1)  # another canary meets other users: of 2,000 some 200
+    assert canaries("1-two", 1.0) == set(users)
+    assert canaries("1-two", 0.0) == set()
+    assert canaries("2-two", 0.1) == tenth  # published again the next day
+    other = canaries("2-three", 0.1)  # another canary meets other users: of 2,000 some 200
     assert len(tenth & other) < 300
 
 
