@@ -19,6 +19,8 @@ _MIN_ROWS = 30
 """Of each label, and of a value that says it."""
 _TOO_GOOD = 0.95
 _NUM_BINS = 50
+_EVENTS_A_VALUE = 5
+"""Rows of the rarer label for each value, at least: by chance alone an AUC is then below 0.7."""
 _BY_CHANCE = 1e-9
 _OWN = ("user_id", "item_id", "query", "event_hour")
 
@@ -43,10 +45,10 @@ def telltales(config: Config, manifest: Manifest) -> list[str]:
     found = []
     for label in LABELS:
         label_N = rows[label].to_numpy()
-        if min(label_N.sum(), len(label_N) - label_N.sum()) < _MIN_ROWS:
+        if _rarer(label_N) < _MIN_ROWS:
             continue
         told = {f.name: _how(label_N, rows[f.column].to_numpy(), is_of_row=f.owner == "context") for f in sparse}
-        told |= {f.name: _how(label_N, binned(rows[f.column].to_numpy()), is_of_row=False) for f in dense}
+        told |= {f.name: _how(label_N, binned(label_N, rows[f.column].to_numpy()), is_of_row=False) for f in dense}
         found += [
             f"features: {name} alone tells {label} ({how}); what is written after the click is no feature: take it "
             "out, or log what was known when the item was shown"
@@ -56,23 +58,30 @@ def telltales(config: Config, manifest: Manifest) -> list[str]:
     return found
 
 
-def binned(value_N: NDArray) -> NDArray[np.int64]:
+def _rarer(label_N: NDArray) -> int:
+    """Rows of the rarer label."""
+    num_positives = int(np.count_nonzero(label_N))
+    return min(num_positives, len(label_N) - num_positives)
+
+
+def binned(label_N: NDArray, value_N: NDArray) -> NDArray[np.int64]:
     """Numbers as ids from FIRST_ID on, by their quantiles; a common value, as what stands for null, has its own."""
-    num_bins = min(_NUM_BINS, max(2, len(value_N) // (4 * _MIN_ROWS)))
+    num_bins = min(_NUM_BINS, _rarer(label_N) // (2 * _EVENTS_A_VALUE + 2))
     edges = np.unique(np.quantile(value_N, np.linspace(0, 1, num_bins + 1), method="nearest"))
     return FIRST_ID + np.searchsorted(edges, value_N, "left") + np.searchsorted(edges, value_N, "right")
 
 
 def _how(label_N: NDArray, id_N: NDArray, *, is_of_row: bool) -> str:
     """By its values' rates, or of a category of the row's own by one value whose rows all have the label; '': not."""
-    rows_V, seen_V = np.bincount(id_N), np.bincount(id_N, weights=label_N)
-    if np.count_nonzero(rows_V) > len(id_N) / _MIN_ROWS:  # the rates of single rows are their labels
+    ids_V, value_N, rows_V = np.unique(id_N, return_inverse=True, return_counts=True)
+    if len(ids_V) > _rarer(label_N) / _EVENTS_A_VALUE:  # 30 orders are in 30 of 600 values, whatever they mean
         return ""
-    area = auc(label_N, (seen_V / np.maximum(rows_V, 1))[id_N]) or 0.5
+    seen_V = np.bincount(value_N, weights=label_N)
+    area = auc(label_N, (seen_V / rows_V)[value_N]) or 0.5
     if area > _TOO_GOOD:
         return f"AUC {area:.3f}"
     sure_V = (seen_V == rows_V) & (rows_V >= _MIN_ROWS) & (label_N.mean() ** rows_V < _BY_CHANCE)
-    sure_V[:FIRST_ID] = False
+    sure_V &= ids_V >= FIRST_ID
     if is_of_row and sure_V.any():
         return f"all {rows_V[sure_V].max():,} rows of one value have it"
     return ""

@@ -68,6 +68,10 @@ def test_features_that_say_much_and_values_that_are_one_row_each_are_none() -> N
     generator = np.random.default_rng(0)
     probability_N = generator.beta(0.6, 0.6, 20_000)
     label_N = (generator.random(20_000) < probability_N).astype(np.float32)
-    assert _how(label_N, binned(probability_N), is_of_row=False) == "", "the best of all models: AUC 0.9"
+    assert _how(label_N, binned(label_N, probability_N), is_of_row=False) == "", "the best of all models: AUC 0.9"
     assert _how(label_N, np.arange(20_000), is_of_row=True) == ""
-    assert _how(label_N, binned(1.5 * label_N + probability_N), is_of_row=False).startswith("AUC 1.0")
+    assert _how(label_N, binned(label_N, 1.5 * label_N + probability_N), is_of_row=False).startswith("AUC 1.0")
+    rare_N = (np.arange(20_000) % 500 == 0).astype(np.float32)
+    assert _how(rare_N, generator.integers(2, 600, 20_000), is_of_row=True) == "", "40 orders are in 40 of 600 values"
+    areas = [_how(label_N, generator.integers(2, 1000, 20_000), is_of_row=False) for _ in range(20)]
+    assert areas == [""] * 20
