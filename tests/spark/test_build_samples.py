@@ -48,6 +48,7 @@ pytestmark = pytest.mark.spark
 DATES = [(START + dt.timedelta(days=n)).date() for n in range(DAYS)]
 WATERMARK = START + dt.timedelta(days=3, hours=12)
 MIN_COUNT = 12
+LATER = 2
 START_US = int(START.timestamp()) * 1_000_000
 
 
@@ -168,11 +169,10 @@ def lake(spark: SparkSession, logs: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="module")
-def grown(spark: SparkSession, logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built in two steps, the later dates first: dates must not lean on one another's builds."""
-    path = tmp_path_factory.mktemp("grown") / "lake"
-    build(spark, logs, path, 2, 3)
-    build(spark, logs, path, 0, 1)
+def later(spark: SparkSession, logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The last two dates alone: dates must not lean on one another's builds."""
+    path = tmp_path_factory.mktemp("later") / "lake"
+    build(spark, logs, path, LATER, 3)
     return path
 
 
@@ -274,11 +274,15 @@ def test_keys_group_users_and_requests(samples: dict) -> None:
     assert len({r["request_key"] for r in rows}) == len(requests)
 
 
-def test_dates_do_not_lean_on_one_another_s_builds(samples: dict, grown: Path) -> None:
-    rows = {row["impression_id"]: row for row in rows_of(grown / "samples")}
-    assert rows.keys() == samples.keys()
+def is_later(row: dict[str, Any]) -> bool:
+    return row["impression_date"] >= DATES[LATER]
+
+
+def test_dates_do_not_lean_on_one_another_s_builds(samples: dict, later: Path) -> None:
+    rows = {row["impression_id"]: row for row in rows_of(later / "samples")}
+    assert rows.keys() == {key for key, row in samples.items() if is_later(row)}
     for key, row in rows.items():
-        # Vocabularies grow and scales stay: both are those of the first build.
+        # Vocabularies and scales are those of the dates that were built first.
         other = ("_index", "_indices", "_item_ids", "_query_ids", "spent_scaled", "load_scaled")
         same = [name for name in row if not name.endswith(other)]
         assert {name: row[name] for name in same} == {name: samples[key][name] for name in same}
@@ -296,28 +300,25 @@ def cold_of(shop: Shop, samples: dict, ids: dict, key: str) -> set[int]:
     return {ids[key][raw] for raw in having_vectors(shop, key) if counts[raw] < MIN_COUNT}
 
 
-def test_vocabularies_hold_what_is_common_and_grow_by_appending(grown: Path, samples: dict, shop: Shop) -> None:
-    table = rows_of(grown / "vocabularies")
-    counts: dict[tuple[str, str], list[int]] = collections.defaultdict(lambda: [0, 0])
-    for row in samples.values():
-        late = row["event_time"] >= moment(2 * 24 * 60 * MINUTE)
-        for feature, column in (("user_id", "user_id"), ("item_id", "item_id"), ("query", "query")):
-            if row[column] is not None:
-                counts[feature, row[column]][0 if late else 1] += 1
+def test_vocabularies_hold_what_is_common(later: Path, samples: dict, shop: Shop) -> None:
+    """How they grow: tests/spark/test_many_scenarios.py, and with vectors test_item_features.py."""
+    table = rows_of(later / "vocabularies")
+    counts: dict[tuple[str, str], int] = collections.Counter()
+    for row in filter(is_later, samples.values()):
+        for feature in ("user_id", "item_id", "query"):
+            if row[feature] is not None:
+                counts[feature, row[feature]] += 1
     for feature in ("user_id", "item_id", "query"):
-        # The first build had days 2 and 3 only; the second counted all four.
         always = having_vectors(shop, feature)
-        mine = {v: counts[feature, v] for v in {v for f, v in counts if f == feature} | always}
-        first = sorted((-c[0], v) for v, c in mine.items() if c[0] >= MIN_COUNT)
-        for_vectors = sorted((-c[0], v) for v, c in mine.items() if c[0] < MIN_COUNT and v in always)
-        second = sorted((-sum(c), v) for v, c in mine.items() if c[0] < MIN_COUNT <= sum(c) and v not in always)
-        wanted = [(value, -count) for count, value in (*first, *for_vectors, *second)]
+        mine = {value: counts[feature, value] for value in {v for f, v in counts if f == feature} | always}
+        common = sorted((-count, value) for value, count in mine.items() if count >= MIN_COUNT)
+        for_vectors = sorted((-count, value) for value, count in mine.items() if count < MIN_COUNT and value in always)
+        wanted = [(value, -count) for count, value in (*common, *for_vectors)]
         found = sorted((r["id"], r["value"], r["count"]) for r in table if r["feature"] == feature)
         assert found == [(n + 2, value, count) for n, (value, count) in enumerate(wanted)]
-    assert any(c[0] < MIN_COUNT <= sum(c) for (f, v), c in counts.items() if v not in having_vectors(shop, f))
-    assert any(c[0] < MIN_COUNT <= sum(c) for (f, v), c in counts.items() if v in having_vectors(shop, f))
-    assert any(sum(c) < MIN_COUNT for c in counts.values())
-    assert counts["item_id", "never shown"] == [0, 0]
+    assert any(count < MIN_COUNT and value in having_vectors(shop, f) for (f, value), count in counts.items())
+    assert any(count < MIN_COUNT and value not in having_vectors(shop, f) for (f, value), count in counts.items())
+    assert counts["item_id", "never shown"] == 0
 
 
 def test_tags_and_terms_equal_plain_python(samples: dict, shop: Shop, ids: dict) -> None:
@@ -346,12 +347,12 @@ def raw_numbers(shop: Shop, impression: dict[str, Any]) -> dict[str, float]:
     return {name: math.nan if value is None else value for name, value in found.items()}
 
 
-@pytest.mark.parametrize("first_day", [0, 2])
+@pytest.mark.parametrize("first_day", [0, LATER])
 def test_fitted_scales_are_those_of_the_first_build_s_impressions(
-    lake: Path, grown: Path, shop: Shop, samples: dict, first_day: int
+    lake: Path, later: Path, shop: Shop, samples: dict, first_day: int
 ) -> None:
-    """Against numpy on the raw values; `grown` was built on days 2 and 3 first, and then kept what it had."""
-    path = grown if first_day else lake
+    """Against numpy on the raw values."""
+    path = later if first_day else lake
     shown = {i["id"]: i for i in sorted(shop.world.impressions, key=lambda i: (i["time"], i["known"]), reverse=True)}
     late = [key for key, row in samples.items() if row["event_time"] >= moment(first_day * 24 * 60 * MINUTE)]
     values = {
@@ -384,7 +385,7 @@ def test_fitted_scales_are_those_of_the_first_build_s_impressions(
                 assert row[f"{name}_index"] == number, (key, name)
 
 
-def test_vectors_lie_once_by_encoded_id(lake: Path, grown: Path, shop: Shop, ids: dict, samples: dict) -> None:
+def test_vectors_lie_once_by_encoded_id(lake: Path, shop: Shop, ids: dict, samples: dict) -> None:
     """Divided by the root mean square of the shop's, rounded to float16; whoever has one has an id."""
     manifest = build_manifest(lake, dates=None)
     found = read_vectors(manifest)
@@ -404,14 +405,6 @@ def test_vectors_lie_once_by_encoded_id(lake: Path, grown: Path, shop: Shop, ids
     assert ids["item_id"]["never shown"] in cold
     assert sum(row["item_id_index"] in cold for row in samples.values()) > 5
     assert sum(bool(cold & {*row[f"{s}_history_item_ids"]}) for row in samples.values() for s in SCENARIOS) > 5
-    # Ids that came with the second build have theirs too.
-    grown_ids = {r["value"]: r["id"] for r in rows_of(grown / "vocabularies") if r["feature"] == "item_id"}
-    looks, is_cold = (read(build_manifest(grown, dates=None)) for read in (read_vectors, read_cold))
-    assert set(np.flatnonzero(is_cold["item_id"])) == cold_of(shop, samples, {"item_id": grown_ids}, "item_id")
-    looks = looks["look"]
-    assert {raw for raw, n in grown_ids.items() if not looks[n, -1]} == {
-        raw for raw in grown_ids if raw in shop.items and shop.items[raw]["look"] is not None
-    }
 
 
 def test_the_feature_spec_fits_the_table(lake: Path, samples: dict, ids: dict) -> None:
@@ -504,7 +497,7 @@ def stores_of(lake: Path, folder: Path) -> tuple[Encoder, ItemTable, UserStore]:
             indexes[name] = ValueIndex(folder / f"{number}.arrow")
     encoder = Encoder(manifest.spec, indexes, None)
     write_items(folder, manifest, encoder)
-    write_users(folder, manifest, read_events(lake)[0], encoder, as_of_us=None)
+    write_users(folder, manifest, read_events(lake)[0], encoder, length=None)
     return encoder, ItemTable(folder), UserStore(folder, encoder)
 
 

@@ -130,8 +130,6 @@ def test_a_job_runs_on_the_executors(cluster: Standalone, logs: Path, lake: Path
     assert ("FINISHED", 2) in ended, "an executor on each worker"
 
 
-# The exit code of a job of spark-submit: tests/e2e/test_bad_input.py; this mistake: tests/spark/test_build_inputs.py.
-@pytest.mark.slow
 def test_a_job_ends_with_its_own_exit_code(cluster: Standalone, logs: Path, lake: Path) -> None:
     if not lake.exists():
         cluster.build(logs, lake, executors=1)

@@ -68,6 +68,7 @@ def test_labels_keys_and_what_else_is_in_a_frame_are_not_needed(run: usr_ray.Run
     assert run.score(others).equals(expected), "and are not looked at"
 
 
+@pytest.mark.integration
 def test_a_forked_process_scores_too(run: usr_ray.Run, lake: Path) -> None:
     """torch would wait there for threads that are gone. Python's multiprocessing forks on Linux."""
     code = f"""
