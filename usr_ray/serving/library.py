@@ -168,10 +168,18 @@ def open_samples(lake: Path | str, *, dates: str, allow_missing_dates: bool = Fa
         allow_missing_dates: where some of the dates have no rows, print a warning and take the others.
 
     Raises:
-        UserError: no table, or no rows on these dates, or on one of them.
+        UserError: no table, or no rows on these dates, or on one of them; this process was forked.
     """
     span = parse_dates(str(dates), where="dates")
-    return Samples(build_manifest(lake, dates=span, where="dates", allow_missing=allow_missing_dates))
+    try:
+        return Samples(build_manifest(lake, dates=span, where="dates", allow_missing=allow_missing_dates))
+    except BaseException as error:  # a panic of delta-rs, which is no Exception and would end a pool's worker unseen
+        if "Forked process" not in str(error):
+            raise
+        raise UserError(
+            f"{lake}: cannot be opened in a process that was forked after a table had been opened; open it before the "
+            "fork, or start processes by multiprocessing's 'spawn'"
+        ) from error
 
 
 def _check_rows(frame: Any, run: TrainedRun) -> None:

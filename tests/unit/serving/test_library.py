@@ -72,17 +72,24 @@ def test_labels_keys_and_what_else_is_in_a_frame_are_not_needed(run: usr_ray.Run
 def test_a_forked_process_scores_too(run: usr_ray.Run, lake: Path) -> None:
     """torch would wait there for threads that are gone. Python's multiprocessing forks on Linux."""
     code = f"""
-import multiprocessing, pyarrow, torch, usr_ray
+import multiprocessing, numpy, pyarrow, torch, usr_ray
 torch.set_num_threads(2)
-run, rows = usr_ray.load_run({str(run.path)!r}), usr_ray.open_samples({str(lake)!r}, dates={DAY!r}).head(30)
-rows = pyarrow.concat_tables([rows] * 20)
+run, samples = usr_ray.load_run({str(run.path)!r}), usr_ray.open_samples({str(lake)!r}, dates={DAY!r})
+rows = pyarrow.concat_tables([samples.head(30)] * 20)
 before = run.score(rows)
-def is_same(_): return run.score(rows).equals(before)
+def child(_):
+    try:
+        usr_ray.open_samples({str(lake)!r}, dates={DAY!r})
+    except usr_ray.UserError as error:
+        refused = str(error).partition(":")[2][:54]
+    found = run.score(rows)["p_ctr"]
+    return refused, samples.head(5).equals(rows.slice(0, 5)), numpy.allclose(found, before["p_ctr"], rtol=1e-5)
 with multiprocessing.get_context("fork").Pool(1) as pool:
-    print(before.num_rows, pool.map_async(is_same, [0]).get(timeout=20))
+    print(before.num_rows, pool.map_async(child, [0]).get(timeout=20))
 """
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=90)
-    assert done.stdout.strip() == "600 [True]", done.stderr
+    refused = " cannot be opened in a process that was forked after a"
+    assert done.stdout.strip() == f"600 [({refused!r}, True, True)]", done.stderr
 
 
 def test_an_id_that_came_after_the_training_is_unknown(run: usr_ray.Run, lake: Path) -> None:
