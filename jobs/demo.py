@@ -127,17 +127,18 @@ def job(title: str, name: str, *words: str, may_refuse: bool = False) -> bool:
     return True
 
 
-def load_ahead(config: Config, stack: contextlib.ExitStack, *, cluster: str, serves: bool) -> None:
-    """Load what the jobs after the build load, and start their Ray, which ends with `stack`.
+def load_ahead(config: Config, run: Path, stack: contextlib.ExitStack, *, cluster: str, serves: bool) -> None:
+    """Load what the jobs after the build load, and start their Ray, which ends with `stack`, and the workers of `run`.
 
     What fails here is left to the job that needs it, which says it in its own words. Not in a thread: Linux ends Ray's
     processes with the thread that started them.
     """
     with contextlib.suppress(Exception):
         if config.ray.num_workers:
-            importlib.import_module("usr_ray.launch.trainer")
+            trainer = importlib.import_module("usr_ray.launch.trainer")
             session = importlib.import_module("usr_ray.launch.session")
             stack.enter_context(session.ray_session(config.ray, cluster=cluster))
+            stack.enter_context(trainer.workers_ahead(config, run, cluster=cluster))
         else:
             importlib.import_module("usr_ray.launch.alone")
         for name in ("usr_ray.reporting.run", *(("usr_ray.serving.publish", "onnxscript") if serves else ())):
@@ -258,7 +259,7 @@ def main(argv: list[str]) -> None:
         where = flags(source=arguments.source, **({"input": arguments.input} if arguments.input else {}), logs=logs)
         job("ingest", "ingest_logs", *where, *settings)
     with contextlib.ExitStack() as stack:
-        load = functools.partial(load_ahead, config, stack, cluster=cluster, serves=not arguments.no_serve)
+        load = functools.partial(load_ahead, config, run, stack, cluster=cluster, serves=not arguments.no_serve)
         build(*flags(logs=logs, lake=lake, dates=build_dates(config)), *settings, meanwhile=load)
         job("train", "train", *flags(lake=lake, run_dir=run), "--brief", *settings)
         beside = train_twin(work / "run-plain", lake, settings) if arguments.compare else []

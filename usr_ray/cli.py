@@ -6,10 +6,12 @@ Standard library only.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import datetime as dt
 import difflib
 import errno
+import gc
 import math
 import os
 import pwd
@@ -437,6 +439,9 @@ def run_job(
         argv: None: those of the process.
         report: writes the line of a user's error (under spark-submit, stderr is not where it seems).
     """
+    # With torch and Ray loaded the interpreter's last collections take a second, and free what the process's end frees.
+    atexit.unregister(gc.freeze)
+    atexit.register(gc.freeze)
     try:
         check_process_places()
         limit_threads(os.environ)

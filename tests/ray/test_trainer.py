@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import importlib.util
 import json
@@ -20,7 +21,16 @@ from deltalake import DeltaTable
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from jobs import report, score
-from tests.ray.conftest import OVERRIDES, newest_step, small_config, training_workers, wait_for, weights
+from tests.ray.conftest import (
+    OVERRIDES,
+    newest_step,
+    processes,
+    raylet_pid,
+    small_config,
+    training_workers,
+    wait_for,
+    weights,
+)
 from usr_ray.cli import run_job
 from usr_ray.config import UserError
 from usr_ray.data.manifest import build_manifest
@@ -250,13 +260,92 @@ def test_more_gpus_than_the_machine_has_are_refused_before_ray_starts(monkeypatc
         pass
 
 
-def test_no_run_starts_the_actor_that_shares_out_sets_of_ray_data() -> None:
+def test_no_run_starts_actors_of_ray_that_would_do_nothing() -> None:
     from ray.train.torch import TorchTrainer
 
     from usr_ray.launch import trainer
 
-    of_ray, of_ours = (
+    of_ray, of_ours, on_own_ray = (
         {type(callback).__name__ for callback in kind(print)._create_default_callbacks()}
-        for kind in (TorchTrainer, trainer._Trainer)
+        for kind in (TorchTrainer, trainer._Trainer, trainer._LocalTrainer)
     )
     assert of_ray - of_ours == {"DatasetsCallback"}
+    assert of_ours - on_own_ray == {"PlacementGroupCleanerCallback"}
+
+
+def test_ray_has_the_private_names_by_which_a_run_is_shorter() -> None:
+    """Where one is gone, nothing breaks, but an actor is started again, or an end takes a second more."""
+    from ray._private.node import Node
+    from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+
+    from usr_ray.launch.trainer import POLICY_REQUESTS
+
+    assert callable(Node.kill_monitor)
+    assert all(callable(getattr(FixedScalingPolicy, name)) for name in POLICY_REQUESTS)
+
+
+ACTORS_LEFT_OUT = ("ray::PlacementGroupCleaner", "ray::_AutoscalingCoordinator")
+
+
+def test_workers_that_were_started_ahead_wait_for_their_run_and_train_what_others_train(
+    unbroken: Path, lake: Path, tmp_path: Path
+) -> None:
+    from usr_ray.launch.trainer import run, workers_ahead
+
+    run_dir, others = tmp_path / "run", set(processes(ACTORS_LEFT_OUT, parent=raylet_pid()))
+    seen: list[set[int]] = []
+
+    def look() -> None:
+        wait_for(lambda: newest_step(run_dir) > 0)
+        seen.append(set(training_workers()))
+
+    with workers_ahead(small_config(), run_dir):
+        wait_for(lambda: len(training_workers()) == 2)
+        waiting = set(training_workers())
+        assert not (run_dir / "config.json").exists()
+        thread = threading.Thread(target=look)
+        thread.start()
+        summary = run(small_config(), lake, run_dir)
+        thread.join()
+    assert (summary.outcome, summary.step) == ("finished", STEPS)
+    assert seen == [waiting], "others trained than those that waited"
+    assert set(processes(ACTORS_LEFT_OUT, parent=raylet_pid())) <= others
+    expected, found = weights(unbroken), weights(run_dir)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_workers_that_no_run_took_end_with_the_block(cluster: None, tmp_path: Path) -> None:
+    from usr_ray.launch.trainer import workers_ahead
+
+    with workers_ahead(small_config(), tmp_path / "run"):
+        wait_for(lambda: len(training_workers()) == 2)
+    assert not list((tmp_path / "run").iterdir())
+    assert "fit" not in [thread.name for thread in threading.enumerate()]
+    wait_for(lambda: not training_workers())
+
+
+def test_a_worker_waits_until_its_configuration_is_whole(tmp_path: Path) -> None:
+    from usr_ray.launch.trainer import wait_for_order
+
+    path, config = tmp_path / "order.json", small_config()
+    whole, found = json.dumps(config.to_dict()), []
+    path.touch()
+    thread = threading.Thread(target=lambda: found.append(wait_for_order(path)), daemon=True)
+    thread.start()
+    for part in ("", whole[:100]):
+        path.write_text(part)
+        thread.join(0.3)
+        assert thread.is_alive()
+    path.write_text(whole)
+    thread.join(30)
+    assert found == [config]
+
+
+def test_the_demo_goes_on_where_workers_cannot_be_started_ahead(cluster: None, tmp_path: Path) -> None:
+    from jobs import demo
+    from usr_ray.launch import trainer
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        patch.setattr(trainer, "reserve_refusal", lambda path: path.write_text("no such folder"))
+        demo.load_ahead(small_config(), tmp_path / "run", stack, cluster="own", serves=False)
+        assert not trainer._ahead

@@ -53,6 +53,20 @@ def test_a_failure_is_exit_code_1_with_its_traceback(capsys: pytest.CaptureFixtu
     assert "RuntimeError: broken" in capsys.readouterr().err
 
 
+def test_a_job_s_process_collects_no_garbage_at_its_end() -> None:
+    program = """
+import atexit, gc, sys
+atexit.register(lambda: print("frozen", gc.get_freeze_count() > 1000))
+from usr_ray.cli import run_job
+def ends(argv): sys.exit(3)
+for main in (print, ends):
+    code = run_job(main, [])
+    print(code, gc.get_freeze_count())
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (ended.stdout.splitlines(), ended.returncode) == (["[]", "0 0", "frozen True"], 3), ended.stderr
+
+
 def test_an_unknown_flag_is_a_user_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_job(lambda argv: job_parser("x").parse_args(argv) and None, ["--confg", "a"]) == 2
     assert "unrecognized arguments: --confg a; did you mean --config?; see --help" in capsys.readouterr().err

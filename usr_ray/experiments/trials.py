@@ -20,6 +20,7 @@ from usr_ray.config import Config, UserError
 from usr_ray.experiments.grid import Resources, StudyError
 from usr_ray.experiments.record import FAILURE_FILE, note_failure
 from usr_ray.launch.alone import run_alone
+from usr_ray.launch.environment import ADDRESS
 from usr_ray.launch.monitor import RayMonitor
 from usr_ray.launch.trainer import run
 from usr_ray.training.worker import LocalWorker
@@ -52,7 +53,8 @@ def run_trial(
                 torch.set_num_threads(max(1, math.floor(config.ray.cpus_per_worker)))
                 run_alone(config, lake, run_dir, command=command, worker=worker(), monitor=_ray_monitor)
             else:
-                run(config, lake, run_dir, command=command, callbacks=callbacks)
+                # The search's or study's Ray outlives its trials.
+                run(config, lake, run_dir, cluster=ADDRESS, command=command, callbacks=callbacks)
         except UserError as error:
             failure, trace = " ".join(str(error).split()), ""
         except Exception as error:

@@ -59,6 +59,8 @@ LOCAL_ENVIRONMENT = {
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     # Ray Train asks its workers every two seconds whether they have ended: a local run's end waits for it.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # Processes for tasks without an environment of their own, which no training has: each loads Ray, and is ended idle.
+    "RAY_prestart_worker_first_driver": "0",
     # Watches for nodes that a cloud reclaims; there is one node, and it is local.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # Ray uses a deprecated option of its own and warns of it: nothing that a user of ours can act on.
