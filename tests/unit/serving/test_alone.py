@@ -42,6 +42,7 @@ def asked(port: int, path: str, body: bytes | None = None) -> int:
         return error.code
 
 
+@pytest.mark.integration
 def test_clients_that_hang_up_are_no_faults_and_one_that_sends_no_more_does_not_hold_the_service(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture
 ) -> None:
