@@ -497,7 +497,7 @@ def stores_of(lake: Path, folder: Path) -> tuple[Encoder, ItemTable, UserStore]:
             indexes[name] = ValueIndex(folder / f"{number}.arrow")
     encoder = Encoder(manifest.spec, indexes, None)
     write_items(folder, manifest, encoder)
-    write_users(folder, manifest, read_events(lake)[0], encoder, length=None)
+    write_users(folder, manifest, read_events(lake)[0], encoder, as_of_us=None)
     return encoder, ItemTable(folder), UserStore(folder, encoder)
 
 
