@@ -53,6 +53,7 @@ def test_a_failure_is_exit_code_1_with_its_traceback(capsys: pytest.CaptureFixtu
     assert "RuntimeError: broken" in capsys.readouterr().err
 
 
+@pytest.mark.integration
 def test_a_job_s_process_collects_no_garbage_at_its_end() -> None:
     program = """
 import atexit, gc, sys
