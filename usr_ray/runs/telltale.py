@@ -41,7 +41,7 @@ def telltales(config: Config, manifest: Manifest) -> list[str]:
     rows = decoder.read(usable_row_groups(manifest, which)[0])
     if which.mature_only:
         rows = rows.filter(pc.field("is_mature"))
-    rows = rows.take(np.arange(0, rows.num_rows, max(1, rows.num_rows // _MAX_ROWS)))
+    rows = rows.take(np.arange(0, rows.num_rows, max(1, -(-rows.num_rows // _MAX_ROWS))))
     found = []
     for label in LABELS:
         label_N = rows[label].to_numpy()
