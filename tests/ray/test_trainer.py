@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -322,6 +323,26 @@ def test_workers_that_no_run_took_end_with_the_block(cluster: None, tmp_path: Pa
     assert not list((tmp_path / "run").iterdir())
     assert "fit" not in [thread.name for thread in threading.enumerate()]
     wait_for(lambda: not training_workers())
+
+
+def test_a_run_whose_workers_failed_before_it_came_starts_others(
+    cluster: None, lake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from usr_ray.launch import trainer
+
+    results: list[object] = [RuntimeError("killed for its memory, beside a JVM")]
+
+    def fit(_: object) -> object:
+        if isinstance(found := results.pop(), BaseException):
+            raise found
+        return found
+
+    monkeypatch.setattr(trainer._LocalTrainer, "fit", fit)
+    with trainer.workers_ahead(small_config(), tmp_path / "run"):
+        wait_for(lambda: not results and "fit" not in [thread.name for thread in threading.enumerate()])
+        results.append(SimpleNamespace(return_value={"outcome": "stopped", "step": 3}))
+        summary = trainer.run(small_config(), lake, tmp_path / "run")
+    assert (summary.outcome, summary.step, results) == ("stopped", 3, [])
 
 
 def test_a_worker_waits_until_its_configuration_is_whole(tmp_path: Path) -> None:

@@ -133,7 +133,9 @@ def run(
     session = ray_session(config.ray, cluster=cluster)
 
     def fit(plan: RunPlan) -> tuple[str, int]:
-        attempt = _ahead.pop(plan.run_dir, None) or _Attempt(plan.config, plan.run_dir, cluster, callbacks)
+        attempt = _ahead.pop(plan.run_dir, None)
+        if attempt is None or attempt.has_ended:  # ended before its run: of no fault of the run's, or it fails again
+            attempt = _Attempt(plan.config, plan.run_dir, cluster, callbacks)
         return attempt.train(plan.config)
 
     return carry_out(plan, fit, session)
@@ -212,6 +214,11 @@ class _Attempt:
             self._outcome.append(trainer.fit())
         except BaseException as error:  # raised again in the caller's thread
             self._outcome.append(error)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nobody waits any more, as after more failures than ray.max_failures."""
+        return not self._thread.is_alive()
 
     def train(self, config: Config) -> tuple[str, int]:
         """(outcome, steps) of the run that is planned in this attempt's run directory.
