@@ -67,11 +67,11 @@ def test_the_first_answer_has_the_history_of_a_log_that_takes_long_to_read(
     read = EventLog._read
 
     def slowly(self: EventLog, name: str) -> None:
-        time.sleep(0.5)
+        time.sleep(1.6)
         read(self, name)
 
     def answer(log_dir: Path | None) -> Any:
-        service = Service(Settings(registry, poll_s=3600.0, store_deadline_s=0.25, log_dir=log_dir))
+        service = Service(Settings(registry, poll_s=3600.0, store_deadline_s=1.2, log_dir=log_dir))
         try:
             return service.submit(BODY, ranked=False).result(30)[1]
         finally:
