@@ -41,6 +41,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         setattr(kind, start.__name__, start if "integration" in item.keywords else _no_process)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """Tests of other folders may follow in this process."""
+    for kind, start in _STARTS:
+        setattr(kind, start.__name__, start)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest piece first, or one process is left with it at the end."""
     items.sort(key=lambda item: item.path not in WITH_RANKS)
