@@ -39,7 +39,7 @@ from usr_ray.cli import (
     run_job,
 )
 from usr_ray.config import Config, UserError, parse_dates
-from usr_ray.launch.environment import LOOPBACK, free_port, prepare_environment
+from usr_ray.launch.environment import LOOPBACK, OWN, free_port, prepare_environment
 from usr_ray.launch.spark import spark_environment, spark_submit
 
 MARKER = ".usr-ray-demo"
@@ -138,7 +138,8 @@ def load_ahead(config: Config, run: Path, stack: contextlib.ExitStack, *, cluste
             trainer = importlib.import_module("usr_ray.launch.trainer")
             session = importlib.import_module("usr_ray.launch.session")
             stack.enter_context(session.ray_session(config.ray, cluster=cluster))
-            stack.enter_context(trainer.workers_ahead(config, run, cluster=cluster))
+            if cluster == OWN:  # elsewhere they might wait for room, and be waited for
+                stack.enter_context(trainer.workers_ahead(config, run, cluster=cluster))
         else:
             importlib.import_module("usr_ray.launch.alone")
         for name in ("usr_ray.reporting.run", *(("usr_ray.serving.publish", "onnxscript") if serves else ())):

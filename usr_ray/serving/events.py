@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from sys import intern
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -158,6 +157,9 @@ class EventLog:
         """Of the files that were read."""
         self._rows: dict[tuple[str | None, ...], tuple[Row, str]] = {}
         self._of_user: dict[str, dict[tuple[str | None, ...], Row]] = {}
+        self._texts: dict[str, str] = {}
+        """Users and items are in many rows: one string for all of them takes a quarter less memory. Not sys.intern,
+        which keeps its strings for ever in some versions of Python."""
         self._lock = threading.Lock()
         """Round what is read; never held while the disk is waited for, since requests take it."""
         self._writing = threading.Lock()
@@ -221,7 +223,7 @@ class EventLog:
                     found[entry.name] = entry.stat()
         for name, now in found.items():
             if now.st_size < self._offsets.get(name, 0) or now.st_ino != self._inodes.get(name, now.st_ino):
-                for of_files in (self._offsets, self._inodes, self._rows, self._of_user):
+                for of_files in (self._offsets, self._inodes, self._rows, self._of_user, self._texts):
                     of_files.clear()  # somebody cut or replaced a file: what was read where is no longer known
                 break
         for name in sorted(found):
@@ -240,10 +242,8 @@ class EventLog:
         for line in content.splitlines():
             try:
                 kind, id_, user, item, scenario, happened, known, of = json.loads(line)
-                # Users and items are in many rows: one string for all of them takes a quarter less memory.
-                row = Row(
-                    intern(kind), id_, intern(user), intern(item), scenario and intern(scenario), happened, known, of
-                )
+                kind, user, item, scenario = (self._texts.setdefault(one, one) for one in (kind, user, item, scenario))
+                row = Row(kind, id_, user, item, scenario, happened, known, of)
             except (ValueError, TypeError):
                 continue  # cut off by a crash, before its post was answered
             if self._is_news(row):
@@ -262,6 +262,7 @@ class EventLog:
         gone = over | (self._offsets.keys() - found)
         if not gone:
             return
+        self._texts.clear()  # of rows that stay too: later ones share others
         for name in gone:
             self._offsets.pop(name, None)
             self._inodes.pop(name, None)

@@ -175,6 +175,13 @@ def test_a_line_that_a_crash_cut_off_loses_itself_only(tmp_path: Any) -> None:
     assert ids(log) == ids(EventLog(tmp_path)) == [("c", 5), ("d", 5)]
 
 
+def test_rows_of_a_user_hold_one_string_for_all(tmp_path: Any) -> None:
+    EventLog(tmp_path).append([CLICK, CLICK._replace(id="d")])
+    first, second = EventLog(tmp_path).of_user(CLICK.user)
+    assert first.user is second.user
+    assert first.item is second.item
+
+
 def test_days_that_are_over_for_long_are_forgotten(tmp_path: Any) -> None:
     log = EventLog(tmp_path)
     log.append([CLICK])
