@@ -16,7 +16,7 @@ from usr_ray.data.manifest import Manifest, build_manifest, open_filesystem, rea
 from usr_ray.data.reader import Reading, SampleReader
 from usr_ray.runs.read import read_etl_reports
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 
 DATES = (dt.date(2026, 1, 1), dt.date(2026, 1, 2))
 

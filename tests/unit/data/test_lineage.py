@@ -226,6 +226,7 @@ def test_every_job_that_joins_a_model_and_a_lake_refuses_another_lakes_ids(
         assert JOINS[name](run_dir, lakes[LATER], tmp_path / "out") == 0, "grown since"
 
 
+@pytest.mark.integration
 def test_an_export_holds_its_lakes_vocabularies_to_the_run(
     lakes: dict[str, Path], run_dir: Path, tmp_path: Path
 ) -> None:
