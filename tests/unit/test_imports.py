@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -151,14 +151,12 @@ def strangers(sources: Mapping[str, str]) -> list[str]:
     return found
 
 
-@pytest.mark.integration
 def test_no_module_imports_itself_in_a_ring() -> None:
     # A package's __init__ that gathers names is imported before its modules, by Python's own rule: no ring of ours.
     modules = {path: text for path, text in product().items() if not path.endswith("__init__.py")}
     assert rings(imports(modules)) == []
 
 
-@pytest.mark.integration
 def test_rooms_of_usr_ray_import_downwards() -> None:
     assert {room_of(p) for p in product() if p.startswith("usr_ray/") and p.count("/") > 1} <= set(ROOMS)
     assert rooms_crossed(product()) == []

@@ -33,7 +33,7 @@ from usr_ray.serving.versions import move_pointer
 
 grpc = pytest.importorskip("grpc", reason="the package grpcio is not installed: pip install 'usr-ray[grpc]'")
 json_format = pytest.importorskip("google.protobuf.json_format")
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 NOW_US = 1_767_225_600_000_000
 TOKEN = "secret"
 PATHS = {"Score": "/v1/score", "Rank": "/v1/rank", "Events": "/v1/events"}

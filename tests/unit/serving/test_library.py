@@ -21,7 +21,7 @@ from usr_ray.data.manifest import build_manifest
 from usr_ray.serving.score import score_rows
 from usr_ray.training.worker import LocalWorker
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 DAY = "2026-01-02"
 
 
@@ -68,7 +68,6 @@ def test_labels_keys_and_what_else_is_in_a_frame_are_not_needed(run: usr_ray.Run
     assert run.score(others).equals(expected), "and are not looked at"
 
 
-@pytest.mark.integration
 def test_a_forked_process_scores_too(run: usr_ray.Run, lake: Path) -> None:
     """torch would wait there for threads that are gone. Python's multiprocessing forks on Linux."""
     code = f"""
@@ -175,7 +174,6 @@ def test_a_run_of_one_scenario_scores_nothing(run: usr_ray.Run, lake: Path) -> N
         alone.score(usr_ray.open_samples(lake, dates=DAY).head(3))
 
 
-@pytest.mark.integration
 def test_importing_the_library_loads_only_the_standard_library() -> None:
     heavy = "{'torch', 'numpy', 'pyarrow', 'ray', 'pyspark'}"
     code = f"import usr_ray, sys; print(usr_ray.__version__); print({heavy} & set(sys.modules))"

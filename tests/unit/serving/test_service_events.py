@@ -16,7 +16,7 @@ from usr_ray.serving.events import CLICK, IMPRESSION, EventLog, Row
 from usr_ray.serving.service import OverloadError, Service, Settings
 from usr_ray.serving.versions import move_pointer
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 BODY = json.dumps(requests()[1]).encode()
 
 
