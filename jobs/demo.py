@@ -138,8 +138,8 @@ def load_ahead(config: Config, run: Path, stack: contextlib.ExitStack, *, cluste
             trainer = importlib.import_module("usr_ray.launch.trainer")
             session = importlib.import_module("usr_ray.launch.session")
             stack.enter_context(session.ray_session(config.ray, cluster=cluster))
-            if cluster == OWN:  # elsewhere they might wait for room, and be waited for
-                stack.enter_context(trainer.workers_ahead(config, run, cluster=cluster))
+            if cluster == OWN:
+                stack.enter_context(trainer.workers_ahead(config, run))
         else:
             importlib.import_module("usr_ray.launch.alone")
         for name in ("usr_ray.reporting.run", *(("usr_ray.serving.publish", "onnxscript") if serves else ())):

@@ -32,10 +32,10 @@ def test_the_first_sigterm_sets_the_event_and_a_second_one_does_what_it_did_befo
 
 
 def test_the_watcher_calls_once_the_file_says_so_and_ends_with_its_block(tmp_path: Path) -> None:
-    from usr_ray.launch.stop import ask_to_stop, open_stop_file, watch_stop_file
+    from usr_ray.launch.stop import ask_to_stop, make_empty, watch_stop_file
 
     path, stopped = tmp_path / "attempt" / "stop", threading.Event()
-    open_stop_file(path)
+    make_empty(path)
     with watch_stop_file(path, stopped.set):
         assert not stopped.wait(0.5), "an empty file is no wish"
         ask_to_stop(path)

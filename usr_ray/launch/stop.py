@@ -25,8 +25,8 @@ worker_was_asked = threading.Event()
 """Set in a worker's process by SIGTERM."""
 
 
-def open_stop_file(path: Path) -> None:
-    """Make the file before the workers look for it."""
+def make_empty(path: Path) -> None:
+    """Make a file of an attempt, and its folder, before the workers look for what will be written into it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("", encoding="utf-8")
 

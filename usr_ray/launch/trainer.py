@@ -38,7 +38,7 @@ from usr_ray.launch.session import START_ATTEMPTS, ray_session
 from usr_ray.launch.stop import (
     StoppableTorchConfig,
     ask_to_stop,
-    open_stop_file,
+    make_empty,
     sigterm_sets,
     watch_stop_file,
     worker_was_asked,
@@ -142,17 +142,17 @@ def run(
 
 
 @contextlib.contextmanager
-def workers_ahead(config: Config, run_dir: Path, *, cluster: str = OWN) -> Iterator[None]:
+def workers_ahead(config: Config, run_dir: Path) -> Iterator[None]:
     """Start the workers of a run before it can be planned; the next `run` in `run_dir` inside the block takes them.
 
     They load torch, connect and wait: half of a short training's time. Ray must be up. Where no run took them they end
-    with the block.
+    with the block. On a Ray of our own alone: elsewhere they might wait for room, and be waited for.
 
     Args:
         config: its [ray] must be the run's.
         run_dir: absolute.
     """
-    _ahead[run_dir] = _Attempt(config, run_dir, cluster)
+    _ahead[run_dir] = _Attempt(config, run_dir, OWN)
     try:
         yield
     finally:
@@ -176,7 +176,7 @@ class _Attempt:
         self._refused, self._stop_file, self._order = folder / _REFUSED, folder / _STOP, folder / _ORDER
         reserve_refusal(self._refused)
         for path in (self._stop_file, self._order):
-            open_stop_file(path)
+            make_empty(path)
         kind = _LocalTrainer if cluster == OWN else _Trainer
         ray_config = config.ray
         resources = {"CPU": ray_config.cpus_per_worker} | ({"GPU": 1.0} if ray_config.use_gpu else {})
